@@ -1,0 +1,34 @@
+# make demo       find language neurons, edit, export and measure on the shipped model
+# make test       lint, types and the whole test suite
+# make test-vllm  load the demo's export in a real vLLM on the CPU
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= build/demo
+
+.PHONY: demo test test-vllm lint clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Broca needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/broca demo --out $(OUT)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-vllm: $(VENV)/installed
+	PYTHON=$(PYTHON) BROCA=$(BIN)/broca MAIN_PYTHON=$(BIN)/python bash tests/vllm/run.sh
+
+clean:
+	rm -rf build dist .venv .venv-vllm

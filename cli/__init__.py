@@ -1,0 +1,1 @@
+"""The command ``broca``: parses, calls, prints."""

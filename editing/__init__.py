@@ -1,0 +1,1 @@
+"""Which weights change and how; the only place that writes checkpoints."""

@@ -1,0 +1,83 @@
+"""DiffMean: the difference of two languages' mean activations.
+
+    v = mean_target - mean_source          mean of a language: over its texts, of the mean over a text's tokens
+
+per layer, at the outputs of o_proj (``attn_out``) and down_proj (``mlp_out``), before the residual
+addition, as Steer2Edit needs them (arXiv 2602.09870), and at the residual stream (``block_out``), where
+CLaS-Bench finds it the best of all methods for language forcing (arXiv 2601.08331).
+"""
+
+from __future__ import annotations
+
+from editing.direction import Direction
+from neurons.batches import TokenBatch, block_length, text_batches
+from neurons.corpus import Corpus
+from neurons.errors import UsageError
+from neurons.recording import Progress, record
+from neurons.source import LoadedModel
+from neurons.statistics import Statistics
+
+OUTPUT_SITES = ("attn_out", "mlp_out", "block_out")
+INPUT_SITES = ("attn_in", "mlp_in")
+
+
+def diffmean(statistics: Statistics, source: str, target: str) -> Direction:
+    """The direction from statistics that hold ``text_mean`` at all five sites.
+
+    Raises:
+        UsageError: a language that the statistics do not have, or source and target the same.
+    """
+    for language in (source, target):
+        if language not in statistics.languages:
+            raise UsageError(f"no language {language!r}: there is {', '.join(statistics.languages)}")
+    if source == target:
+        raise UsageError(f"source and target are both {source!r}")
+    s, t = statistics.languages.index(source), statistics.languages.index(target)
+    means = {site: statistics.text_mean(site) for site in OUTPUT_SITES + INPUT_SITES}
+    return Direction(
+        source=source,
+        target=target,
+        vectors={site: (means[site][..., t] - means[site][..., s]).contiguous() for site in OUTPUT_SITES},
+        input_means={
+            site: ((means[site][..., t] + means[site][..., s]) / 2).contiguous() for site in INPUT_SITES
+        },
+        metadata={},
+    )
+
+
+def language_batches(loaded: LoadedModel, corpus: Corpus) -> dict[str, list[TokenBatch]]:
+    """Each language's texts, one a row."""
+    length = block_length(loaded.model)
+    return {
+        language: text_batches(corpus.non_empty(language), loaded.tokenizer, length)
+        for language in corpus.languages
+    }
+
+
+def diffmean_direction(
+    loaded: LoadedModel, corpus: Corpus, source: str, target: str, progress: Progress | None = None
+) -> Direction:
+    """Record two languages and take their DiffMean.
+
+    Raises:
+        UsageError: as ``diffmean``.
+    """
+    for language in (source, target):
+        if language not in corpus.languages:
+            raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    both = Corpus({k: corpus.texts[k] for k in (source, target)}, corpus.digest, corpus.part)
+    sites = OUTPUT_SITES + INPUT_SITES
+    statistics = record(
+        loaded, language_batches(loaded, both), [f"{site}:text_mean" for site in sites], progress
+    )
+    found = diffmean(statistics, source, target)
+    metadata = {
+        "model": loaded.name,
+        "fingerprint": loaded.fingerprint,
+        "method": "diffmean",
+        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
+        "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+        "settings": {},
+    }
+    return Direction(found.source, found.target, found.vectors, found.input_means, metadata)

@@ -1,0 +1,204 @@
+"""Steer2Edit (arXiv 2602.09870): a direction becomes a rank-1 edit of each component that it concerns.
+
+A component i of a block is a head's slice W_i [d, D] of o_proj or a neuron's column [d, 1] of down_proj.
+With v the direction at the block's output, v^ = v / ||v||, and mu_i the component's mean input:
+
+    g_i      = cos(v, W_i mu_i)                                      (0 where W_i mu_i = 0)
+    lambda_i = sign(g_i) max(|g_i| - rho*alpha, 0) / (rho*(1 - alpha))
+    k_i      = W_i^T v^ / ||W_i^T v^||
+    W_i'     = W_i + lambda_i v^ k_i^T  =  (I + c_i v^ v^^T) W_i,    c_i = lambda_i / ||W_i^T v^||
+
+All components of a block share v^, so the block's whole edit is rank 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from editing.direction import Direction
+from editing.plan import ModuleEdit, Plan, make_plan
+from editing.weights import Weights
+from neurons.errors import BrocaError, UsageError
+from neurons.neuron_set import NeuronSet
+from neurons.source import ModelSource
+
+# One of the published settings (rho of heads, rho of neurons, alpha); lambda is absolute, so no
+# setting carries from model to model.
+HEADS_RHO, NEURONS_RHO, ALPHA = 0.3, 0.9, 0.2
+
+
+@dataclass(frozen=True)
+class ComponentEdits:
+    """Steer2Edit of one block.
+
+    Attributes:
+        importance: float64 [C], g.
+        magnitude: float64 [C], lambda.
+        amplification: float64 [C], c (0 where lambda is 0); below -1 the direction is reversed.
+        left: float64 [d], v^.
+        right: float64 [n], the components' lambda_i k_i one after the other.
+    """
+
+    importance: torch.Tensor
+    magnitude: torch.Tensor
+    amplification: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def steer2edit(
+    weight: torch.Tensor,
+    direction: torch.Tensor,
+    input_mean: torch.Tensor,
+    component_width: int,
+    rho: float,
+    alpha: float,
+) -> ComponentEdits:
+    """Steer2Edit of one output weight.
+
+    Args:
+        weight: [d, n], n = C * component_width.
+        direction: [d], v at the block's output, of any length but 0.
+        input_mean: [n], mu.
+        component_width: D for heads, 1 for neurons.
+        rho: > 0, strength of the penalty: larger edits less.
+        alpha: in [0, 1), the penalty's share of sparsity.
+
+    Raises:
+        UsageError: rho or alpha out of range.
+        BrocaError: a direction of length 0.
+    """
+    if not rho > 0:
+        raise UsageError(f"rho is {rho}: it must be above 0")
+    if not 0 <= alpha < 1:
+        raise UsageError(f"alpha is {alpha}: it lies in [0, 1)")
+    d, n = weight.shape
+    parts = weight.double().view(d, n // component_width, component_width)
+    length = direction.double().norm()
+    if not length > 0:
+        raise BrocaError("the direction has length 0")
+    unit = direction.double() / length
+    outputs = torch.einsum("dcw,cw->cd", parts, input_mean.double().view(-1, component_width))
+    norms = outputs.norm(dim=1)
+    importance = torch.where(norms > 0, (outputs @ unit) / norms, 0.0)
+    shrunk = (importance.abs() - rho * alpha).clamp(min=0)
+    magnitude = importance.sign() * shrunk / (rho * (1 - alpha))
+    keys = torch.einsum("dcw,d->cw", parts, unit)
+    key_norms = keys.norm(dim=1)
+    # A component orthogonal to v has g = 0 or a slice that v does not reach: it stays as it is.
+    reached = key_norms > 0
+    magnitude = torch.where(reached, magnitude, 0.0)
+    unit_keys = torch.where(reached[:, None], keys / key_norms[:, None], 0.0)
+    return ComponentEdits(
+        importance=importance,
+        magnitude=magnitude,
+        amplification=torch.where(reached, magnitude / key_norms, 0.0),
+        left=unit,
+        right=(magnitude[:, None] * unit_keys).flatten(),
+    )
+
+
+def steer2edit_plan(
+    source: ModelSource,
+    direction: Direction,
+    layers: Sequence[int],
+    heads_rho: float | None = HEADS_RHO,
+    neurons_rho: float | None = NEURONS_RHO,
+    alpha: float = ALPHA,
+    strength: float = 1.0,
+    neurons: NeuronSet | None = None,
+) -> Plan:
+    """A plan from a direction; no forward pass.
+
+    Args:
+        source: the model.
+        direction: with vectors at ``attn_out`` and ``mlp_out``.
+        layers: which layers.
+        heads_rho: None leaves heads alone.
+        neurons_rho: None leaves neurons alone.
+        alpha: in [0, 1).
+        strength: multiplies every lambda.
+        neurons: only these neurons (of any of the set's languages) may change; heads are free.
+
+    Raises:
+        UsageError: rho or alpha out of range, or both classes off.
+        BrocaError: no component passes the threshold.
+    """
+    if heads_rho is None and neurons_rho is None:
+        raise UsageError("heads and neurons are both off: give --heads-rho or --neurons-rho")
+    weights = Weights(source)
+    edits = []
+    for layer in layers:
+        for block, rho in (("attn", heads_rho), ("mlp", neurons_rho)):
+            if rho is None:
+                continue
+            weight = weights.read(layer, block)
+            width = source.anatomy.component_width(block)
+            found = steer2edit(
+                weight,
+                direction.vectors[f"{block}_out"][layer],
+                direction.input_means[f"{block}_in"][layer],
+                width,
+                rho,
+                alpha,
+            )
+            magnitude, right = found.magnitude * strength, found.right * strength
+            if block == "mlp" and neurons is not None:
+                allowed = torch.zeros_like(magnitude, dtype=torch.bool)
+                for language in neurons.languages:
+                    allowed[neurons.by_layer(language)[layer]] = True
+                magnitude, right = magnitude * allowed, right * allowed
+            chosen = magnitude.nonzero()[:, 0]
+            if len(chosen):
+                edits.append(
+                    ModuleEdit(
+                        layer=layer,
+                        block=block,
+                        components=tuple(chosen.tolist()),
+                        left=found.left[:, None].float(),
+                        right=right[:, None].float(),
+                        details={
+                            "g": found.importance[chosen],
+                            "lambda": magnitude[chosen],
+                            "c": found.amplification[chosen] * strength,
+                        },
+                        notes={
+                            "change_norm": float(right.norm()),
+                            "weight_norm": float(weight.norm()),
+                        },
+                    )
+                )
+    if not edits:
+        raise BrocaError(
+            "Steer2Edit: no component's importance passes rho * alpha: lower rho or alpha, or allow more "
+            "layers or neurons"
+        )
+    settings: dict[str, Any] = {
+        "layers": list(layers),
+        "heads_rho": heads_rho,
+        "neurons_rho": neurons_rho,
+        "alpha": alpha,
+        "strength": strength,
+        "neurons": None if neurons is None else neurons.metadata.get("method"),
+    }
+    return make_plan(edits, plan_metadata(source, "steer2edit", direction, settings))
+
+
+def plan_metadata(
+    source: ModelSource, method: str, direction: Direction, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What every plan from a direction says of itself."""
+    return {
+        "model": source.name,
+        "fingerprint": source.fingerprint,
+        "method": method,
+        "source": direction.source,
+        "target": direction.target,
+        "languages": [direction.source, direction.target],
+        "direction": {key: direction.metadata.get(key) for key in ("method", "corpus", "tokens", "texts")},
+        "settings": settings,
+    }

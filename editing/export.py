@@ -1,0 +1,138 @@
+"""Plan and checkpoint in, permanently steered checkpoint out: loads like the one that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from editing.checkpoint import write_checkpoint
+from editing.model_card import model_card
+from editing.plan import ModuleEdit, Plan
+from editing.weights import Weights
+from neurons.errors import BrocaError
+from neurons.fingerprint import PLAN_IN_CHECKPOINT
+from neurons.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did.
+
+    Attributes:
+        path: of the checkpoint.
+        tensors: names of the tensors whose bytes were replaced.
+        components: heads and neurons edited.
+        relative_change: ||dW||_F / ||W||_F over these tensors.
+        survived: tensor name -> (norm ratio, cosine) of the change that is on disk to the change that
+            was meant: a small edit can vanish in the rounding to the stored dtype.
+    """
+
+    path: Path
+    tensors: tuple[str, ...]
+    components: int
+    relative_change: float
+    survived: dict[str, tuple[float, float]]
+
+
+def export(
+    source: ModelSource,
+    plan: Plan,
+    out: Path,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write the steered checkpoint.
+
+    All files of the source are copied and only the edited tensors' bytes differ; the plan travels as
+    ``broca/edit.safetensors`` and the model card says what was edited.
+
+    Args:
+        source: the unedited model.
+        plan: made for it.
+        out: directory to make.
+        overwrite: replace a checkpoint that is there.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        BrocaError: the plan was made for another model, the source was edited before, or what
+            ``write_checkpoint`` refuses.
+    """
+    source.require_fingerprint(plan.metadata, "the plan")
+    if (source.checkpoint / PLAN_IN_CHECKPOINT).exists():
+        raise BrocaError(
+            f"{source.name}: was edited by Broca already and holds one plan: edit its base model instead"
+        )
+    weights = Weights(source)
+    sums: dict[str, torch.Tensor] = {}
+    replacements = {}
+    for edit in plan.edits:
+        entry = weights.entry(edit.layer, edit.block)
+        check_shape(edit, entry.name, entry.shape)
+        sums[entry.name] = torch.zeros(3, dtype=torch.float64)
+        replacements[entry.name] = _replacement(edit, sums[entry.name])
+    card = model_card(source, plan)
+    write_checkpoint(
+        source.checkpoint,
+        out,
+        replacements,
+        {"README.md": card.encode(), PLAN_IN_CHECKPOINT.as_posix(): plan.to_bytes()},
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return Exported(
+        path=out,
+        tensors=tuple(replacements),
+        components=plan.components,
+        relative_change=plan.relative_change(),
+        survived={name: _survival(found) for name, found in sums.items()},
+    )
+
+
+def check_shape(edit: ModuleEdit, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse an edit whose sizes are not those of its tensor.
+
+    Raises:
+        BrocaError: by tensor name.
+    """
+    rows, columns = shape
+    for tensor, size in (
+        (edit.row_scale, rows),
+        (edit.left, rows),
+        (edit.column_scale, columns),
+        (edit.right, columns),
+    ):
+        if tensor is not None and len(tensor) != size:
+            raise BrocaError(
+                f"the plan does not fit tensor {name} of shape {list(shape)}: it has {len(tensor)} entries "
+                f"where {size} are needed"
+            )
+
+
+def _replacement(edit: ModuleEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """The edit of a row block, which adds <meant, meant>, <stored, stored>, <meant, stored> to ``sums``."""
+
+    def replace(block: torch.Tensor, first_row: int) -> torch.Tensor:
+        edited = edit.apply(block, first_row)
+        meant = (edited - block.to(edited.dtype)).double()
+        stored = edited.to(block.dtype).double() - block.double()
+        sums.add_(torch.stack([(meant * meant).sum(), (stored * stored).sum(), (meant * stored).sum()]))
+        return edited
+
+    return replace
+
+
+def _survival(sums: torch.Tensor) -> tuple[float, float]:
+    meant, stored, product = (float(value) for value in sums)
+    if meant == 0:
+        return 1.0, 1.0
+    ratio = (stored / meant) ** 0.5
+    return ratio, product / (meant * stored) ** 0.5 if stored else 0.0
+
+
+def read_exported_plan(checkpoint: Path) -> Path | None:
+    """The plan inside a checkpoint that Broca wrote, or None."""
+    path = checkpoint / PLAN_IN_CHECKPOINT
+    return path if path.is_file() else None

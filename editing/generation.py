@@ -1,0 +1,78 @@
+"""Continuations of prompts, batched and sampled with a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from neurons.source import LoadedModel
+
+PROMPTS_A_BATCH = 64
+TEMPERATURE = 0.7
+NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt: token ids without prompt, padding and end token, and their text."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    new_tokens: int = NEW_TOKENS,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+) -> list[Continuation]:
+    """One continuation a prompt.
+
+    Args:
+        loaded: the model, edited or steered as the caller likes.
+        prompts: read as they are, after the beginning-of-sequence token where there is one.
+        new_tokens: at most so many.
+        temperature: 0 takes the likeliest token always.
+        seed: of the sampling; the same seed, prompts and weights give the same text.
+    """
+    tokenizer, model = loaded.tokenizer, loaded.model
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    found: list[Continuation] = []
+    torch.manual_seed(seed)
+    for first in range(0, len(prompts), PROMPTS_A_BATCH):
+        encoded = [
+            start + ids
+            for ids in tokenizer(list(prompts[first : first + PROMPTS_A_BATCH]), add_special_tokens=False)[
+                "input_ids"
+            ]
+        ]
+        longest = max(map(len, encoded))
+        ids = torch.full((len(encoded), longest), padding or 0, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(encoded):
+            ids[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=ids.to(loaded.device),
+                attention_mask=mask.to(loaded.device),
+                max_new_tokens=new_tokens,
+                pad_token_id=padding,
+                **sampling,
+            )
+        ends = model.generation_config.eos_token_id
+        end_ids = set(ends if isinstance(ends, list) else [ends]) | {padding}
+        for row in output[:, longest:].tolist():
+            kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
+            found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
+    return found

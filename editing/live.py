@@ -1,0 +1,45 @@
+"""A plan on a loaded model, and off again exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from editing.plan import Plan
+from editing.weights import Weights
+from neurons.errors import BrocaError
+from neurons.source import LoadedModel
+from neurons.tensor_files import read_tensor
+
+
+@contextmanager
+def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
+    """The model computes with the plan's weights inside the block and with its own after it.
+
+    The edited weights are those that an exported checkpoint would hold: computed from the weights on
+    disk and rounded to their stored dtype.  None applies nothing.
+
+    Raises:
+        BrocaError: the plan was made for another model or names a layer that this one lacks.
+    """
+    if plan is None:
+        yield
+        return
+    loaded.require_fingerprint(plan.metadata, "the plan")
+    weights = Weights(loaded)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for edit in plan.edits:
+            if edit.layer >= loaded.anatomy.layers:
+                raise BrocaError(f"the plan edits layer {edit.layer}: the model has {loaded.anatomy.layers}")
+            parameter = loaded.anatomy.outputs[edit.block][edit.layer].weight
+            stored = read_tensor(weights.entry(edit.layer, edit.block))
+            edited = edit.apply(stored).to(stored.dtype)
+            kept.append((parameter, parameter.data))
+            parameter.data = edited.to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for parameter, original in kept:
+            parameter.data = original

@@ -1,0 +1,203 @@
+"""The edit plan: what a method decided, in architecture-neutral terms, for every module it changes.
+
+For the output module of one block of one layer, with weight W [d, n] (n inputs: A*D of heads or I of
+neurons),
+
+    W' = diag(r) W diag(c) + U K^T
+
+with r [d] and c [n] scales (absent: ones) and U [d, rank], K [n, rank] (absent: zeros).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurons.anatomy import BLOCKS
+from neurons.artifact import artifact_bytes, load_artifact, write_atomically
+from neurons.errors import BrocaError, UsageError
+
+
+@dataclass(frozen=True)
+class ModuleEdit:
+    """The change of one output module.
+
+    Attributes:
+        layer: index of the layer.
+        block: "attn" (o_proj) or "mlp" (down_proj).
+        components: indices of the heads or neurons that change, ascending.
+        row_scale: float32 [d] or None.
+        column_scale: float32 [n] or None.
+        left: U, float32 [d, rank] or None.
+        right: K, float32 [n, rank] or None, together with ``left``.
+        details: per component, name -> float64 [len(components)]: the method's g, lambda, c, ...
+        notes: JSON values for the whole module: ||dW||, ||W||, the key's spread, ...
+    """
+
+    layer: int
+    block: str
+    components: tuple[int, ...]
+    row_scale: torch.Tensor | None = None
+    column_scale: torch.Tensor | None = None
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    details: Mapping[str, torch.Tensor] | None = None
+    notes: Mapping[str, Any] | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.left is None else self.left.shape[1]
+
+    def apply(self, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """W' for a block of rows.
+
+        Args:
+            weight: [rows, n], any float dtype.
+            first_row: index of the block's first row in W.
+
+        Returns:
+            [rows, n], in float32, or float64 where the weight is stored in float32 or wider, so that
+            the cast to the stored dtype is the only rounding that shows.
+        """
+        exact = torch.float32 if weight.element_size() < 4 else torch.float64
+        rows = slice(first_row, first_row + weight.shape[0])
+        edited = weight.to(exact)
+        where = edited.device
+        if self.row_scale is not None:
+            edited = edited * self.row_scale[rows].to(where, exact)[:, None]
+        if self.column_scale is not None:
+            edited = edited * self.column_scale.to(where, exact)
+        if self.left is not None and self.right is not None:
+            edited = torch.addmm(edited, self.left[rows].to(where, exact), self.right.to(where, exact).T)
+        return edited
+
+    def scaled(self, strength: float) -> ModuleEdit:
+        """The same edit with its distance from the identity multiplied by ``strength``."""
+        return ModuleEdit(
+            layer=self.layer,
+            block=self.block,
+            components=self.components,
+            row_scale=None if self.row_scale is None else 1 + strength * (self.row_scale - 1),
+            column_scale=None if self.column_scale is None else 1 + strength * (self.column_scale - 1),
+            left=self.left,
+            right=None if self.right is None else self.right * strength,
+            details=self.details,
+            notes=self.notes,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All module edits of one checkpoint.
+
+    Attributes:
+        edits: by (layer, block), one for each module that changes.
+        metadata: method, settings, model, fingerprint, languages, source, target.
+    """
+
+    edits: tuple[ModuleEdit, ...]
+    metadata: dict[str, Any]
+
+    @property
+    def components(self) -> int:
+        """How many heads and neurons change."""
+        return sum(len(edit.components) for edit in self.edits)
+
+    def relative_change(self) -> float:
+        """||dW||_F / ||W||_F over the edited modules together, from what the constructor noted."""
+        change = sum(float((edit.notes or {})["change_norm"]) ** 2 for edit in self.edits)
+        whole = sum(float((edit.notes or {})["weight_norm"]) ** 2 for edit in self.edits)
+        return float((change / whole) ** 0.5) if whole else 0.0
+
+    def to_bytes(self) -> bytes:
+        """The plan as a Broca file."""
+        tensors: dict[str, torch.Tensor] = {}
+        modules = []
+        for edit in self.edits:
+            prefix = f"{edit.layer}.{edit.block}"
+            tensors[f"{prefix}.components"] = torch.tensor(edit.components, dtype=torch.int64)
+            for name in ("row_scale", "column_scale", "left", "right"):
+                value = getattr(edit, name)
+                if value is not None:
+                    tensors[f"{prefix}.{name}"] = value.float()
+            for name, values in (edit.details or {}).items():
+                tensors[f"{prefix}.details.{name}"] = values.double()
+            modules.append({"layer": edit.layer, "block": edit.block, "notes": dict(edit.notes or {})})
+        return artifact_bytes("edit", tensors, {**self.metadata, "modules": modules})
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.to_bytes())
+
+
+def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
+    """Order the edits and check them.
+
+    Raises:
+        BrocaError: nothing to change, a module named twice, or values that are not finite.
+    """
+    if not edits:
+        raise BrocaError("the plan changes nothing: loosen its thresholds or choose other layers or neurons")
+    ordered = sorted(edits, key=lambda edit: (edit.layer, BLOCKS.index(edit.block)))
+    places = [(edit.layer, edit.block) for edit in ordered]
+    if len(set(places)) != len(places):
+        raise BrocaError("the plan names a module twice")
+    for edit in ordered:
+        for name in ("row_scale", "column_scale", "left", "right"):
+            value = getattr(edit, name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise BrocaError(f"layer {edit.layer}, {edit.block}: the edit's {name} is not finite")
+    return Plan(tuple(ordered), dict(metadata))
+
+
+def load_plan(path: Path) -> Plan:
+    """Read what ``Plan.save`` wrote."""
+    artifact = load_artifact(path, "edit")
+    edits = []
+    for module in artifact.metadata["modules"]:
+        prefix = f"{module['layer']}.{module['block']}"
+        tensors = {
+            name.removeprefix(prefix + "."): tensor
+            for name, tensor in artifact.tensors.items()
+            if name.startswith(prefix + ".")
+        }
+        edits.append(
+            ModuleEdit(
+                layer=module["layer"],
+                block=module["block"],
+                components=tuple(tensors["components"].tolist()),
+                row_scale=tensors.get("row_scale"),
+                column_scale=tensors.get("column_scale"),
+                left=tensors.get("left"),
+                right=tensors.get("right"),
+                details={
+                    name.removeprefix("details."): values
+                    for name, values in tensors.items()
+                    if name.startswith("details.")
+                },
+                notes=module["notes"],
+            )
+        )
+    return make_plan(edits, artifact.metadata)
+
+
+def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
+    """Layers named as ``1-3``, ``4`` or ``1-3,6``; None is all of them.
+
+    Raises:
+        UsageError: not of that form, or a layer that the model does not have.
+    """
+    if text is None:
+        return tuple(range(layers))
+    chosen: set[int] = set()
+    for piece in text.split(","):
+        low, dash, high = piece.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise UsageError(f"layers {text!r}: write them as 1-3 or 1,2,5")
+        chosen.update(range(int(low), int(high if dash else low) + 1))
+    if not chosen or max(chosen) >= layers:
+        raise UsageError(f"layers {text!r}: the model has layers 0-{layers - 1}")
+    return tuple(sorted(chosen))

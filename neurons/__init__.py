@@ -1,0 +1,1 @@
+"""Which neurons: reads models and text, never changes a model."""

@@ -1,0 +1,140 @@
+"""Labelled text: a directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``, one text a line or row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from neurons.errors import UsageError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+# A quarter to choose settings on, a quarter to report, the rest to estimate from: by line number,
+# so that line-parallel files stay parallel.
+PARTS = {"all": (0, 1, 2, 3), "estimate": (0, 1), "choose": (2,), "report": (3,)}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts of several languages.
+
+    Attributes:
+        texts: language -> its texts in file order; blank ones keep their place as "" so that line i of
+            one language stays beside line i of another.
+        digest: sha256 over languages and texts, hexadecimal.
+        part: which lines: "all", "estimate", "choose" or "report" (``PARTS``, by line number modulo 4).
+    """
+
+    texts: dict[str, tuple[str, ...]]
+    digest: str
+    part: str
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.texts)
+
+    def non_empty(self, language: str) -> list[str]:
+        return [text for text in self.texts[language] if text]
+
+
+def read_corpus(
+    directory: Path, languages: Sequence[str] | None = None, part: str = "all", least: int = 2
+) -> Corpus:
+    """Read a corpus directory.
+
+    Args:
+        directory: holds one file a language, named ``<language>.txt`` (UTF-8, one text a line),
+            ``<language>.jsonl`` (objects with ``text``) or ``<language>.parquet`` (column ``text``).
+        languages: which to read, in this order; None reads all, sorted by name.
+        part: which lines of each file: a key of ``PARTS``.
+        least: how many languages there must be.
+
+    Raises:
+        UsageError: no such directory, a language without a file or with two, an empty file, bad UTF-8,
+            bad JSON, or fewer than ``least`` languages.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: there is no such corpus directory")
+    if part not in PARTS:
+        raise UsageError(f"part {part!r} is unknown: choose from {', '.join(PARTS)}")
+    files: dict[str, Path] = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix in SUFFIXES and not path.name.startswith("."):
+            if path.stem in files:
+                raise UsageError(
+                    f"{directory}: language {path.stem!r} has two files, {files[path.stem].name} and "
+                    f"{path.name}: keep one"
+                )
+            files[path.stem] = path
+    if not files:
+        raise UsageError(f"{directory}: holds no <language>.txt, .jsonl or .parquet")
+    wanted = list(languages) if languages is not None else list(files)
+    missing = [language for language in wanted if language not in files]
+    if missing:
+        raise UsageError(f"{directory}: no text for {', '.join(missing)} (there is {', '.join(files)})")
+    repeated = sorted({language for language in wanted if wanted.count(language) > 1})
+    if repeated:
+        raise UsageError(f"language {', '.join(repeated)} is named twice")
+    if len(wanted) < least:
+        raise UsageError(
+            f"{directory}: {len(wanted)} language ({', '.join(wanted)}) where at least {least} are "
+            "needed: a neuron is specific to a language only beside others"
+        )
+    digest = hashlib.sha256()
+    texts = {}
+    for language in wanted:
+        lines = _read_texts(files[language])
+        if not any(lines):
+            raise UsageError(f"{files[language]}: language {language!r} has no text")
+        kept = tuple(line for i, line in enumerate(lines) if i % 4 in PARTS[part])
+        if not any(kept):
+            raise UsageError(
+                f"{files[language]}: language {language!r} has too few lines for its part {part!r}"
+            )
+        texts[language] = kept
+        digest.update(json.dumps([language, kept], ensure_ascii=False).encode())
+    return Corpus(texts=texts, digest=digest.hexdigest(), part=part)
+
+
+def _read_texts(path: Path) -> list[str]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UsageError(f"{path}: line {line} is not UTF-8: convert the file") from error
+    # Not splitlines(): U+2028 and its kin occur inside texts and would shift parallel lines.
+    lines = content.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    if path.suffix == ".txt":
+        return [line.strip() for line in lines]
+    texts = []
+    for number, row in enumerate(lines, start=1):
+        if not row.strip():
+            texts.append("")
+            continue
+        try:
+            text = json.loads(row)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: line {number} is not a JSON object with 'text'") from error
+        if not isinstance(text, str):
+            raise UsageError(f"{path}: line {number}: 'text' is not a string")
+        texts.append(text.strip())
+    return texts
+
+
+def _read_parquet(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        column = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
+    except (pyarrow.ArrowInvalid, KeyError, OSError) as error:
+        raise UsageError(f"{path}: not a parquet file with a column 'text' ({error})") from error
+    if any(not isinstance(text, str | None) for text in column):
+        raise UsageError(f"{path}: column 'text' holds something other than strings")
+    return [(text or "").strip() for text in column]

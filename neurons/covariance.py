@@ -1,0 +1,85 @@
+"""Means and pooled within-language covariance of a site, streamed, on the units that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from neurons.batches import TokenBatch
+from neurons.recording import Progress, Reader, forward, reading
+from neurons.source import LoadedModel
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of one layer's site.
+
+    Attributes:
+        languages: the K names.
+        units: int64 [S], the units (neurons) that the rest is about.
+        mean: float64 [S, K], mean over the tokens of each language.
+        covariance: float64 [S, S], about each token's own language mean, over all tokens together.
+    """
+
+    languages: tuple[str, ...]
+    units: torch.Tensor
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+
+def language_moments(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    site: str,
+    units: Mapping[int, torch.Tensor],
+    progress: Progress | None = None,
+) -> dict[int, Moments]:
+    """Moments of ``site`` in each layer of ``units``, in one pass.
+
+    Args:
+        loaded: the model.
+        batches: language -> its batches.
+        site: a site of ``neurons.anatomy.SITES``.
+        units: layer -> int64 [S], which units.
+        progress: called with the number of tokens done.
+    """
+    languages = tuple(batches)
+    device = loaded.device
+    sums = {
+        layer: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
+        for layer, index in units.items()
+    }
+    squares = {
+        layer: torch.zeros(len(index), len(index), dtype=torch.float64, device=device)
+        for layer, index in units.items()
+    }
+    current: dict[str, torch.Tensor] = {}
+    tokens = torch.zeros(len(languages), dtype=torch.float64, device=device)
+    k = 0
+
+    def reader_of(layer: int, index: torch.Tensor) -> Reader:
+        def read(values: torch.Tensor) -> None:
+            rows = values.detach()[current["counted"]].double()[:, index]
+            sums[layer][:, k] += rows.sum(0)
+            squares[layer].addmm_(rows.T, rows)
+
+        return read
+
+    readers = {(site, layer): reader_of(layer, index.to(device)) for layer, index in units.items()}
+    with reading(loaded.anatomy, readers), torch.no_grad():
+        for k, language in enumerate(languages):
+            for batch in batches[language]:
+                on_device = batch.to(device)
+                current["counted"] = on_device.counted
+                forward(loaded.model, on_device)
+                tokens[k] += batch.counted.sum()
+                if progress is not None:
+                    progress(int(batch.counted.sum()))
+    found = {}
+    for layer, index in units.items():
+        mean = sums[layer] / tokens
+        within = squares[layer] - (mean * tokens) @ mean.T
+        found[layer] = Moments(languages, index, mean.cpu(), (within / tokens.sum()).cpu())
+    return found

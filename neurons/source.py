@@ -1,0 +1,177 @@
+"""MODEL, a hub id or a local directory, to a checkpoint directory and to a loaded model: one call for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurons.anatomy import Anatomy, anatomy_of
+from neurons.errors import BrocaError, UsageError
+from neurons.fingerprint import fingerprint
+
+WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint and where its neurons are, its weights left on disk.
+
+    Attributes:
+        name: as the user wrote it.
+        checkpoint: the local directory.
+        fingerprint: of the checkpoint (``neurons.fingerprint``).
+        anatomy: where its neurons are; the modules are empty (meta device) unless it is a LoadedModel.
+    """
+
+    name: str
+    checkpoint: Path
+    fingerprint: str
+    anatomy: Anatomy
+
+    def require_fingerprint(self, metadata: Mapping[str, Any], path: object) -> None:
+        """Refuse a file made from another model.
+
+        Raises:
+            BrocaError: the file's fingerprint is not this model's.
+        """
+        made_for = metadata.get("fingerprint")
+        if made_for != self.fingerprint:
+            raise BrocaError(
+                f"{path}: made for the model {metadata.get('model', '?')} with fingerprint {made_for}, "
+                f"but {self.name} has fingerprint {self.fingerprint}: make it again from this model"
+            )
+
+
+@dataclass(frozen=True)
+class LoadedModel(ModelSource):
+    """A model in memory beside the checkpoint that it came from.
+
+    Attributes:
+        model: the transformers causal language model, in eval mode, without gradients on its weights.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+
+def locate(model: str) -> Path:
+    """The local checkpoint directory of a hub id (downloaded where it is not cached) or a local path.
+
+    Raises:
+        UsageError: neither a directory with a ``config.json`` nor something the hub has or can be asked.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{model}: a directory without config.json, so not a model checkpoint")
+        return path
+    if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise UsageError(f"{model}: there is no such model directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(model, allow_patterns=list(WANTED_FILES)))
+    except HFValidationError as error:
+        raise UsageError(f"{model}: neither a directory nor a valid hub id") from error
+    except LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"{model}: not a local directory, and the hub cannot be reached to look it up there"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UsageError(
+            f"{model}: not a local directory, and the hub says: {str(error).splitlines()[0]}"
+        ) from error
+    if not (found / "config.json").is_file():
+        raise UsageError(f"{model}: this hub repository has no config.json, so it holds no model checkpoint")
+    return found
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} is not available here: choose cpu, cuda or auto") from error
+    return found
+
+
+def open_model(model: str) -> ModelSource:
+    """Look at a checkpoint without reading its weights.
+
+    Raises:
+        UsageError: no such model.
+        BrocaError: quantised, or an unknown architecture.
+    """
+    import transformers
+
+    checkpoint = locate(model)
+    config = _config(model, checkpoint)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy_of(empty))
+
+
+def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: hub id or local directory.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere; or "float32",
+            "bfloat16", "float16".
+
+    Raises:
+        UsageError: no such model or device.
+        BrocaError: quantised, unknown architecture, or files that cannot be loaded.
+    """
+    import transformers
+
+    checkpoint = locate(model)
+    where = pick_device(device)
+    if dtype == "auto":
+        wanted: Any = torch.float32 if where.type == "cpu" else "auto"
+    elif dtype in ("float32", "bfloat16", "float16"):
+        wanted = getattr(torch, dtype)
+    else:
+        raise UsageError(f"dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
+    _config(model, checkpoint)
+    digest = fingerprint(checkpoint)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=wanted)
+    except (OSError, ValueError, KeyError) as error:
+        raise BrocaError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    loaded.to(where).eval().requires_grad_(False)
+    return LoadedModel(model, checkpoint, digest, anatomy_of(loaded), loaded, tokenizer)
+
+
+def _config(model: str, checkpoint: Path) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise BrocaError(f"{model}: its config.json cannot be read ({str(error).splitlines()[0]})") from error
+    if getattr(config, "quantization_config", None):
+        raise BrocaError(
+            f"{model}: a quantised checkpoint; its weights cannot be edited: use the unquantised one"
+        )
+    return config
