@@ -15,6 +15,9 @@ from editing.weights import Weights
 from neurons.errors import BrocaError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.source import ModelSource
+from neurons.tensor_files import weight_files
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Exported:
         relative_change: ||dW||_F / ||W||_F over these tensors.
         survived: tensor name -> (norm ratio, cosine) of the change that is on disk to the change that
             was meant: a small edit can vanish in the rounding to the stored dtype.
+        unedited_copies: files of the output that hold the source's weights in another format; a loader
+            that prefers them would run the unsteered model.
     """
 
     path: Path
@@ -35,6 +40,7 @@ class Exported:
     components: int
     relative_change: float
     survived: dict[str, tuple[float, float]]
+    unedited_copies: tuple[str, ...]
 
 
 def export(
@@ -88,6 +94,7 @@ def export(
         components=plan.components,
         relative_change=plan.relative_change(),
         survived={name: _survival(found) for name, found in sums.items()},
+        unedited_copies=_other_weights(out),
     )
 
 
@@ -130,6 +137,16 @@ def _survival(sums: torch.Tensor) -> tuple[float, float]:
         return 1.0, 1.0
     ratio = (stored / meant) ** 0.5
     return ratio, product / (meant * stored) ** 0.5 if stored else 0.0
+
+
+def _other_weights(checkpoint: Path) -> tuple[str, ...]:
+    """Files with weights that the edit did not reach, relative to the checkpoint."""
+    known = {*weight_files(checkpoint), checkpoint / PLAN_IN_CHECKPOINT}
+    return tuple(
+        path.relative_to(checkpoint).as_posix()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.suffix in WEIGHT_SUFFIXES and path not in known
+    )
 
 
 def read_exported_plan(checkpoint: Path) -> Path | None:

@@ -86,7 +86,10 @@ class ModuleEdit:
             left=self.left,
             right=None if self.right is None else self.right * strength,
             details=self.details,
-            notes=self.notes,
+            notes={
+                **(self.notes or {}),
+                "change_norm": abs(strength) * float((self.notes or {})["change_norm"]),
+            },
         )
 
 
@@ -112,6 +115,14 @@ class Plan:
         change = sum(float((edit.notes or {})["change_norm"]) ** 2 for edit in self.edits)
         whole = sum(float((edit.notes or {})["weight_norm"]) ** 2 for edit in self.edits)
         return float((change / whole) ** 0.5) if whole else 0.0
+
+    def scaled(self, strength: float) -> Plan:
+        """Every edit at ``strength`` times its size, on top of the strength that it has."""
+        settings = dict(self.metadata["settings"])
+        settings["strength"] = settings.get("strength", 1.0) * strength
+        return Plan(
+            tuple(edit.scaled(strength) for edit in self.edits), {**self.metadata, "settings": settings}
+        )
 
     def to_bytes(self) -> bytes:
         """The plan as a Broca file."""

@@ -75,10 +75,10 @@ def artifact_bytes(kind: str, tensors: Mapping[str, torch.Tensor], metadata: Map
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is not a kind of Broca file: {', '.join(KINDS)}")
     document = {
+        **metadata,
         "kind": kind,
         "format_version": FORMAT_VERSION,
         "packages": package_versions(),
-        **metadata,
     }
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(document, sort_keys=True, ensure_ascii=False)
@@ -114,8 +114,10 @@ def load_artifact(path: Path, kind: str | None = None) -> Artifact:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise BrocaError(f"{path}: not a readable Broca file ({error})") from error
-    found = metadata.get("kind")
-    if metadata.get("format_version", 0) > FORMAT_VERSION:
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("format_version"), int):
+        raise BrocaError(f"{path}: not a readable Broca file (its metadata is damaged)")
+    found = str(metadata.get("kind"))
+    if metadata["format_version"] > FORMAT_VERSION:
         raise BrocaError(
             f"{path}: written by a newer Broca (format {metadata['format_version']}, this one reads "
             f"{FORMAT_VERSION}): update broca"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -101,10 +102,11 @@ def read_corpus(
 def _read_texts(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}: line {line} is not UTF-8: convert the file") from error
     # Not splitlines(): U+2028 and its kin occur inside texts and would shift parallel lines.
     lines = content.split("\n")
@@ -121,10 +123,15 @@ def _read_texts(path: Path) -> list[str]:
             text = json.loads(row)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: line {number} is not a JSON object with 'text'") from error
-        if not isinstance(text, str):
-            raise UsageError(f"{path}: line {number}: 'text' is not a string")
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise UsageError(f"{path}: line {number}: 'text' is not a string of Unicode text")
         texts.append(text.strip())
     return texts
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half a surrogate pair, which no encoding can write."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_parquet(path: Path) -> list[str]:

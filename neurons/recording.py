@@ -90,6 +90,7 @@ def record(
     tokens = torch.zeros(len(languages), dtype=torch.int64)
     texts = torch.zeros(len(languages), dtype=torch.int64)
     backward = any(moment == "attribution" for _, moment in parsed)
+    witness = torch.zeros(anatomy.layers, dtype=torch.float64, device=device)
     current: dict[str, Any] = {}
 
     def reader_of(site: str, layer: int) -> Reader:
@@ -101,6 +102,9 @@ def record(
                 total = sums[f"{site}:{moment}"][layer, :, k]
                 if moment == "positive":
                     total += ((values > 0) & counted[..., None]).sum((0, 1))
+                    # NaN > 0 is False: a count alone would hide it.
+                    inside = values.detach().masked_fill(~counted[..., None], 0.0)
+                    witness[layer] += inside.sum(dtype=torch.float64)
                 elif moment == "sum":
                     total += values.detach()[counted].sum(0, dtype=torch.float64)
                 elif moment == "text_mean":
@@ -129,7 +133,7 @@ def record(
                 texts[k] += len(batch.ids)
                 if progress is not None:
                     progress(int(batch.counted.sum()))
-    for name, total in sums.items():
+    for name, total in {**sums, "mlp_act": witness}.items():
         if not bool(torch.isfinite(total).all()):
             layer = int((~torch.isfinite(total)).nonzero()[0, 0])
             raise BrocaError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from neurons.errors import BrocaError, UsageError
 from neurons.fingerprint import fingerprint
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "*.tiktoken")
+
+
+# Second copies of the weights, in layouts that transformers does not read.
+OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def locate(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(model, allow_patterns=list(WANTED_FILES)))
+        found = Path(
+            snapshot_download(model, allow_patterns=list(WANTED_FILES), ignore_patterns=list(OTHER_FORMATS))
+        )
     except HFValidationError as error:
         raise UsageError(f"{model}: neither a directory nor a valid hub id") from error
     except LocalEntryNotFoundError as error:
@@ -156,11 +163,26 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     digest = fingerprint(checkpoint)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=wanted)
+        with _no_progress_bar():
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=wanted)
     except (OSError, ValueError, KeyError) as error:
         raise BrocaError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from error
     loaded.to(where).eval().requires_grad_(False)
     return LoadedModel(model, checkpoint, digest, anatomy_of(loaded), loaded, tokenizer)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' bar over the tensors that it loads would stand between a command and its reader."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _config(model: str, checkpoint: Path) -> Any:

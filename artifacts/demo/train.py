@@ -161,8 +161,7 @@ def main() -> None:
         tokenizer.save_pretrained(state_dir)
     newline = tokenizer.encode("\n", add_special_tokens=False)
     encoded = {
-        language: tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for language, texts in lines.items()
+        language: tokenizer(texts, add_special_tokens=False)["input_ids"] for language, texts in lines.items()
     }
     for language, texts in encoded.items():
         print(f"{language}: {sum(map(len, texts)):,} tokens, {len(texts):,} lines", flush=True)

@@ -1,0 +1,45 @@
+"""``broca demo``: the shipped recipe on the shipped model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli.options import FILE, CommaSeparated, json_option
+from cli.run import run_recipe
+from cli.screen import Screen
+
+
+def shipped() -> Path:
+    """The demo's directory: in an installed wheel beside this file, in a checkout under artifacts/.
+
+    Raises:
+        BrocaError: neither is there.
+    """
+    from neurons.errors import BrocaError
+
+    here = Path(__file__).resolve().parent
+    for place in (here / "shipped", here.parent / "artifacts" / "demo"):
+        if (place / "recipe.toml").is_file():
+            return place
+    raise BrocaError("the demo's files are missing from this installation: install broca again")
+
+
+@click.command("demo")
+@click.option("--source", help="Language of the prompts.  [default: en]")
+@click.option("--target", "targets", type=CommaSeparated(), help="Languages to steer to, as fr,de.")
+@click.option("--out", type=FILE, help="Directory of the results.  [default: broca-demo]")
+@json_option
+def command(source: str | None, targets: tuple[str, ...] | None, out: Path | None, as_json: bool) -> None:
+    """Steer the shipped ten-megabyte model to other languages and measure it.
+
+    \b
+    Example:
+      broca demo --source en --target fr --out demo
+    """
+    from editing.recipe import check_targets, read_recipe
+
+    recipe = read_recipe(shipped() / "recipe.toml").with_options(source=source, targets=targets, out=out)
+    check_targets(recipe)
+    run_recipe(recipe, Screen(as_json))

@@ -1,0 +1,168 @@
+"""``broca inspect``: what a Broca file or a checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.options import FILE, json_option
+from cli.screen import Screen
+from cli.tables import plan_table
+
+STRONGEST = 10
+
+
+@click.command("inspect")
+@click.argument("file", type=FILE)
+@json_option
+def command(file: Path, as_json: bool) -> None:
+    """Show what FILE (neurons, direction, edit, or a checkpoint's directory) holds.
+
+    \b
+    Example:
+      broca inspect edit.safetensors
+    """
+    from neurons.artifact import load_artifact
+    from neurons.errors import UsageError
+
+    screen = Screen(as_json)
+    if not file.exists():
+        raise UsageError(f"{file}: there is no such file or directory")
+    if file.is_dir():
+        _checkpoint(screen, file)
+        return
+    artifact = load_artifact(file)
+    {"neurons": _neurons, "direction": _direction, "edit": _edit}.get(artifact.kind, _other)(screen, file)
+
+
+def _header(screen: Screen, metadata: dict[str, Any]) -> None:
+    settings = ", ".join(f"{key} {value}" for key, value in metadata.get("settings", {}).items())
+    packages = ", ".join(f"{key} {value}" for key, value in metadata["packages"].items())
+    screen.say(f"{metadata['kind']} of {metadata.get('model')} (fingerprint {metadata.get('fingerprint')})")
+    screen.say(f"method {metadata.get('method')}; settings: {settings or 'none'}; made with {packages}")
+
+
+def _neurons(screen: Screen, file: Path) -> None:
+    from neurons.neuron_set import load_neuron_set
+
+    found = load_neuron_set(file)
+    _header(screen, found.metadata)
+    rows = []
+    for language in found.languages:
+        layers = [len(rows) for rows in found.by_layer(language)]
+        busiest = sorted(range(found.layers), key=lambda layer: (-layers[layer], layer))[:3]
+        shown = ", ".join(f"{layer} ({layers[layer]})" for layer in busiest if layers[layer])
+        rows.append([language, sum(layers), shown or "-"])
+    screen.table(
+        f"neuron set, {found.layers} layers x {found.neurons} neurons",
+        ["language", "neurons", "busiest layers"],
+        rows,
+    )
+    screen.result(
+        {
+            **found.metadata,
+            "by_layer": {k: [len(rows) for rows in found.by_layer(k)] for k in found.languages},
+            "members": {k: found.of(k).tolist() for k in found.languages},
+        }
+    )
+
+
+def _direction(screen: Screen, file: Path) -> None:
+    from editing.direction import load_direction
+
+    found = load_direction(file)
+    _header(screen, found.metadata)
+    norms = {site: vectors.norm(dim=1).tolist() for site, vectors in found.vectors.items()}
+    screen.table(
+        f"direction {found.source} to {found.target}: length",
+        ["layer", *norms],
+        [[str(layer), *values] for layer, values in enumerate(zip(*norms.values(), strict=True))],
+    )
+    screen.result({**found.metadata, "norms": norms})
+
+
+def _edit(screen: Screen, file: Path) -> None:
+    from editing.plan import load_plan
+
+    plan = load_plan(file)
+    _header(screen, plan.metadata)
+    plan_table(screen, plan)
+    names = list(dict.fromkeys(name for edit in plan.edits for name in edit.details or {}))
+    strongest = sorted(
+        (
+            (edit.layer, edit.block, component, {k: float(v[i]) for k, v in (edit.details or {}).items()})
+            for edit in plan.edits
+            for i, component in enumerate(edit.components)
+        ),
+        # The last detail is how far the weights go: key, c or factor.
+        key=lambda row: (-abs(list(row[3].values())[-1]) if row[3] else 0.0, row[:3]),
+    )[:STRONGEST]
+    screen.table(
+        "strongest components",
+        ["layer", "block", "component", *names],
+        [
+            [str(layer), block, component, *(values.get(k) for k in names)]
+            for layer, block, component, values in strongest
+        ],
+    )
+    screen.result(
+        {
+            **plan.metadata,
+            "components": plan.components,
+            "relative_change": plan.relative_change(),
+            "strongest": [
+                {"layer": layer, "block": block, "component": component, **values}
+                for layer, block, component, values in strongest
+            ],
+        }
+    )
+
+
+def _other(screen: Screen, file: Path) -> None:
+    from neurons.artifact import load_artifact
+
+    artifact = load_artifact(file)
+    _header(screen, artifact.metadata)
+    screen.table(
+        artifact.kind,
+        ["tensor", "dtype", "shape"],
+        [[name, str(t.dtype), "x".join(map(str, t.shape))] for name, t in artifact.tensors.items()],
+    )
+    screen.result({**artifact.metadata, "tensors": list(artifact.tensors)})
+
+
+def _checkpoint(screen: Screen, directory: Path) -> None:
+    from editing.export import read_exported_plan
+    from editing.plan import load_plan
+    from neurons.source import open_model
+    from neurons.tensor_files import tensor_entries
+
+    source = open_model(str(directory))
+    entries = tensor_entries(source.checkpoint)
+    anatomy = source.anatomy
+    dtypes: dict[str, int] = {}
+    for entry in entries.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.end - entry.begin
+    rows: list[list[Any]] = [
+        ["architecture", anatomy.model_type],
+        ["fingerprint", source.fingerprint],
+        ["layers", anatomy.layers],
+        ["residual width", anatomy.residual],
+        ["neurons a layer", anatomy.neurons],
+        ["heads a layer", f"{anatomy.heads} of {anatomy.head_dim}"],
+        ["tensors", len(entries)],
+        ["bytes", ", ".join(f"{size:,} {dtype}" for dtype, size in sorted(dtypes.items()))],
+    ]
+    screen.table(str(directory), ["checkpoint", ""], rows)
+    path = read_exported_plan(source.checkpoint)
+    value: dict[str, Any] = {str(name).replace(" ", "_"): content for name, content in rows}
+    if path is None:
+        screen.say("no plan of Broca's in it")
+    else:
+        plan = load_plan(path)
+        screen.say(f"steered by Broca; the plan is in {path}")
+        plan_table(screen, plan, anatomy)
+        value["plan"] = plan.metadata
+    screen.result(value)

@@ -1,0 +1,96 @@
+"""The command ``broca``: one file a command, and one place that turns errors into sentences."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+COMMANDS = {
+    "demo": "Find neurons, edit, export and measure on the model that Broca ships.",
+    "run": "Do a whole job from one recipe.",
+    "identify": "Find the neurons that carry each language.",
+    "direction": "Take the direction from one language to another.",
+    "edit": "Turn a direction or a neuron set into a plan of weight edits.",
+    "export": "Write the permanently steered checkpoint.",
+    "evaluate": "Measure a steered model beside the unedited one.",
+    "inspect": "Show what a Broca file or a checkpoint holds.",
+}
+
+
+class Commands(click.Group):
+    """Imports a command's file when it is called: ``broca --help`` need not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="broca", message="broca %(version)s")
+def broca() -> None:
+    """Find the neurons that carry a language and steer a checkpoint for good by editing its weights.
+
+    \b
+    Example:
+      broca demo --source en --target fr --out demo
+    """
+
+
+def main() -> None:
+    """Run the command; exit 0, 1 for failure, 2 for usage, 130 when interrupted."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    # Before torch and transformers are imported: what they say is not what the user asked for.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        broca.main(args=arguments, prog_name="broca", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(_stopped())
+    except click.ClickException as error:
+        if debug:
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(_stopped())
+    except BrokenPipeError:
+        # The reader of a pipe has left; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_failed(error))
+
+
+def _stopped() -> int:
+    click.echo("broca: stopped; what was finished is kept, nothing is left half written", err=True)
+    return 130
+
+
+def _failed(error: Exception) -> int:
+    from neurons.errors import BrocaError, UsageError
+
+    if isinstance(error, BrocaError):
+        click.echo(f"broca: {error}", err=True)
+        return 2 if isinstance(error, UsageError) else 1
+    text = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    click.echo(f"broca: unexpected {what} (--debug shows where)", err=True)
+    return 1

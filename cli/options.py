@@ -1,0 +1,85 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PARTS = ("all", "estimate", "choose", "report")
+
+FILE = click.Path(path_type=Path)
+
+
+class CommaSeparated(click.ParamType[tuple[str, ...]]):
+    """``a,b,c`` to a tuple of strings."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        items = tuple(item.strip() for item in str(value).split(","))
+        if not all(items):
+            self.fail(f"{value!r} has an empty item: write en,fr,de", param, ctx)
+        return items
+
+
+model_argument = click.argument("model")
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(
+        command
+    )
+
+
+def corpus_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(
+            [
+                click.option(
+                    "--corpus",
+                    "corpus_path",
+                    type=FILE,
+                    required=required,
+                    help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
+                ),
+                click.option(
+                    "--languages",
+                    type=CommaSeparated(),
+                    help="Which of the corpus, as en,fr,de.  [default: all]",
+                ),
+                click.option(
+                    "--part",
+                    type=click.Choice(PARTS),
+                    default="all",
+                    show_default=True,
+                    help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter "
+                    "to report, by line number.",
+                ),
+            ]
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="Of the activations; auto is float32 on a CPU, else the checkpoint's own.",
+    )(command)
+    return click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
+    )(command)
+
+
+def out_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--out", type=FILE, required=True, help=what)

@@ -1,0 +1,74 @@
+"""``broca run``: a whole job from one recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.options import FILE, json_option
+from cli.screen import Screen
+from cli.tables import report_table
+
+if TYPE_CHECKING:
+    from editing.recipe import Recipe
+
+
+@click.command("run")
+@click.argument("recipe_path", metavar="RECIPE.toml", type=FILE)
+@click.option("--out", type=FILE, help="Directory of the results, in place of the recipe's.")
+@json_option
+def command(recipe_path: Path, out: Path | None, as_json: bool) -> None:
+    """Identify, take directions, edit, export and measure, as RECIPE.toml says.
+
+    Stages that are done and unchanged are skipped, so an interrupted run goes on where it stopped.
+
+    \b
+    Example:
+      broca run artifacts/demo/recipe.toml --out demo
+    """
+    from editing.recipe import read_recipe
+
+    run_recipe(read_recipe(recipe_path).with_options(out=out), Screen(as_json))
+
+
+def run_recipe(recipe: Recipe, screen: Screen) -> None:
+    """Run, print the tables, some text of base and checkpoint, and the paths last."""
+    from editing.pipeline import run
+
+    result = run(recipe, screen)
+    screen.table(
+        f"{recipe.method}: language neurons",
+        ["language", "neurons"],
+        [[language, count] for language, count in result.neurons.items()],
+    )
+    for language, count in result.neurons.items():
+        if count == 0:
+            screen.warn(f"{recipe.method} found no neuron for {language}")
+    for report in result.reports:
+        report_table(screen, report)
+        for outcome in (report.outcomes[0], report.outcomes[-1]):
+            screen.say(f"{outcome.name}:")
+            for sample in outcome.samples[:3]:
+                screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
+    screen.say(f"table and plot: {result.out / 'report.md'} {result.out / 'report.png'}")
+    checkpoints = [result.out / f"checkpoint-{report.target}" for report in result.reports]
+    screen.result(
+        {
+            "out": result.out,
+            "neurons": result.neurons,
+            "checkpoints": [str(path) for path in checkpoints],
+            "reports": [
+                {
+                    "source": report.source,
+                    "target": report.target,
+                    "ceiling": report.ceiling,
+                    "continuations": report.continuations,
+                    "outcomes": [outcome.as_json() for outcome in report.outcomes],
+                }
+                for report in result.reports
+            ],
+        },
+        "checkpoints: " + " ".join(map(str, checkpoints)),
+    )

@@ -1,0 +1,55 @@
+"""Tables that several commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from editing.plan import Plan
+    from editing.report import Report
+    from neurons.anatomy import Anatomy
+
+MOST_KEY_LANGUAGES = 10
+
+
+def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> None:
+    """A row a module: what changes and by how much."""
+    metadata = plan.metadata
+    if "target" in metadata:
+        what = f"{metadata['source']} to {metadata['target']}"
+    else:
+        what = ", ".join(metadata.get("languages", []))
+    spreads = any("spread" in (edit.notes or {}) for edit in plan.edits)
+    rows = []
+    for edit in plan.edits:
+        notes = dict(edit.notes or {})
+        row = [
+            str(edit.layer),
+            edit.block if anatomy is None else anatomy.layout.outputs[edit.block],
+            len(edit.components),
+            edit.rank,
+            notes["change_norm"],
+            notes["change_norm"] / notes["weight_norm"],
+        ]
+        rows.append(row + ([notes["spread"]] if spreads else []))
+    screen.table(
+        f"{metadata['method']}, {what}: {plan.components:,} components, ||dW||/||W|| "
+        f"{plan.relative_change():.3g}",
+        [
+            "layer",
+            "module",
+            "components",
+            "rank",
+            "||dW||",
+            "||dW||/||W||",
+            *(["key spread"] if spreads else []),
+        ],
+        rows,
+    )
+
+
+def report_table(screen: Screen, report: Report) -> None:
+    """All ways of steering side by side."""
+    screen.table(report.title, report.columns(), report.rows())

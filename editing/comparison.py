@@ -1,0 +1,143 @@
+"""Ways of steering side by side: settings are chosen on one part of the text and reported on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from editing.direction import Direction
+from editing.edits.keyed import keyed_plan
+from editing.edits.steer2edit import steer2edit_plan
+from editing.evaluation import Evaluation, Outcome
+from editing.live import applied
+from editing.plan import Plan
+from editing.steering import residual_steering
+from neurons.corpus import Corpus
+from neurons.errors import BrocaError
+from neurons.neuron_set import NeuronSet
+from neurons.source import LoadedModel
+
+ENOUGH_OF_CEILING = 0.9
+MOST_FLUENCY_GAP = 0.5
+
+# (rho of heads, rho of neurons, alpha), the best settings that arXiv 2602.09870 reports for its models;
+# None is off.  lambda is absolute, so which of them suits a model has to be tried.
+STEER2EDIT_SETTINGS = (
+    (0.18, 0.55, 0.8),
+    (0.42, 0.55, 0.75),
+    (0.3, None, 0.9),
+    (0.1, 0.3, 0.4),
+    (None, 0.8, 0.05),
+    (0.3, 0.9, 0.2),
+)
+HOOK_STRENGTHS = (1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of one way of steering.
+
+    Attributes:
+        way: "DiffMean hook", "Steer2Edit" or "keyed edit".
+        settings: that make it, JSON values.
+        plan: of a permanent edit; None for a hook.
+        steering: enters it on the loaded model.
+    """
+
+    way: str
+    settings: dict[str, Any]
+    plan: Plan | None
+    steering: Callable[[], AbstractContextManager[None]]
+
+    def details(self) -> dict[str, Any]:
+        """For the Outcome: settings, components edited, ||dW||/||W||."""
+        if self.plan is None:
+            return {"settings": self.settings, "components": 0, "relative_change": 0.0}
+        return {
+            "settings": self.settings,
+            "components": self.plan.components,
+            "relative_change": self.plan.relative_change(),
+        }
+
+
+def hook_candidates(loaded: LoadedModel, direction: Direction) -> list[Candidate]:
+    """Residual DiffMean after a layer at a quarter, three eighths or half of the depth, once or twice."""
+    depth = loaded.anatomy.layers
+    layers = sorted({round(depth * share) for share in (1 / 4, 3 / 8, 1 / 2)})
+    return [
+        Candidate(
+            "DiffMean hook",
+            {"layer": layer, "strength": strength},
+            None,
+            partial(residual_steering, loaded, direction.vectors["block_out"][layer], layer, strength),
+        )
+        for layer in layers
+        for strength in HOOK_STRENGTHS
+    ]
+
+
+def steer2edit_candidates(loaded: LoadedModel, direction: Direction) -> list[Candidate]:
+    """The published settings on all layers; those that change nothing here are left out by their refusal."""
+    found = []
+    for heads, neurons, alpha in STEER2EDIT_SETTINGS:
+        settings = {"heads_rho": heads, "neurons_rho": neurons, "alpha": alpha}
+        try:
+            plan = steer2edit_plan(loaded, direction, range(loaded.anatomy.layers), heads, neurons, alpha)
+        except BrocaError:
+            continue
+        found.append(Candidate("Steer2Edit", settings, plan, partial(applied, loaded, plan)))
+    return found
+
+
+def keyed_candidates(
+    loaded: LoadedModel,
+    direction: Direction,
+    corpus: Corpus,
+    strengths: Sequence[float],
+    layers: Sequence[int] | None = None,
+    neurons: NeuronSet | None = None,
+) -> list[Candidate]:
+    """The keyed edit at some strengths; the keys are solved once."""
+    whole = keyed_plan(loaded, corpus, direction, layers, 1.0, neurons)
+    found = []
+    for strength in strengths:
+        plan = whole.scaled(strength)
+        found.append(Candidate("keyed edit", plan.metadata["settings"], plan, partial(applied, loaded, plan)))
+    return found
+
+
+def measure_candidates(
+    evaluation: Evaluation, candidates: Sequence[Candidate]
+) -> Iterator[tuple[Candidate, Outcome]]:
+    """Measure one after the other."""
+    for candidate in candidates:
+        yield (
+            candidate,
+            evaluation.measure(candidate.way, candidate.steering, candidate.details()),
+        )
+
+
+def choose(
+    measured: Sequence[tuple[Candidate, Outcome]], ceiling: float, source: str
+) -> tuple[Candidate, Outcome]:
+    """The least harmful setting among those that steer; the one that steers most where none does.
+
+    To steer is a target share of at least 0.9 x the ceiling at a fluency gap of at most 0.5; harm is the
+    largest NLL rise of a language other than the source.  Ties fall to the first.
+    """
+    steering = [
+        pair
+        for pair in measured
+        if pair[1].target_share >= ENOUGH_OF_CEILING * ceiling and pair[1].fluency_gap <= MOST_FLUENCY_GAP
+    ]
+    if steering:
+        return min(steering, key=lambda pair: largest_rise(pair[1], source))
+    return max(measured, key=lambda pair: (pair[1].target_share, -pair[1].fluency_gap))
+
+
+def largest_rise(outcome: Outcome, source: str) -> float:
+    """The largest NLL rise of a language other than the source."""
+    return max(rise for language, rise in outcome.nll_rise.items() if language != source)

@@ -1,0 +1,163 @@
+"""The result of a run for people: a Markdown table, a plot, and the numbers as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from editing.evaluation import Outcome
+
+
+@dataclass(frozen=True)
+class Report:
+    """All ways of steering from one language to another, on the report part of the text.
+
+    Attributes:
+        model: as the user named it.
+        source, target: languages.
+        ceiling: share of the target that the unedited model reaches on target prompts.
+        continuations: how many each share is over.
+        outcomes: the base first.
+    """
+
+    model: str
+    source: str
+    target: str
+    ceiling: float
+    continuations: int
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.source} to {self.target}, {self.continuations} continuations, ceiling {self.ceiling:.2f}"
+        )
+
+    @property
+    def third_languages(self) -> list[str]:
+        return [k for k in self.outcomes[0].nll_rise if k not in (self.source, self.target)]
+
+    def columns(self) -> list[str]:
+        rises = [f"NLL {language}" for language in [self.target, *self.third_languages]]
+        return [
+            "",
+            f"share {self.target}",
+            f"share {self.source}",
+            "distinct words",
+            "fluency gap",
+            *rises,
+            "KL",
+            "components",
+            "||dW||/||W||",
+        ]
+
+    def rows(self) -> list[list[str]]:
+        """A row an outcome, formatted; the NLL columns are rises in nats a token, KL the largest."""
+        found = []
+        for outcome in self.outcomes:
+            rises = [
+                f"{outcome.nll_rise[language]:+.2f}" for language in [self.target, *self.third_languages]
+            ]
+            kl = f"{max(outcome.kl.values()):.3f}" if outcome.kl else "-"
+            components = outcome.details.get("components", 0)
+            change = outcome.details.get("relative_change", 0.0)
+            found.append(
+                [
+                    outcome.name,
+                    f"{outcome.target_share:.2f}",
+                    f"{outcome.source_share:.2f}",
+                    f"{outcome.distinct:.2f}",
+                    "-" if math.isnan(outcome.fluency_gap) else f"{outcome.fluency_gap:+.2f}",
+                    *rises,
+                    kl,
+                    str(components) if components else "-",
+                    f"{change:.2f}" if change else "-",
+                ]
+            )
+        return found
+
+
+def outcome_from_json(value: dict[str, Any]) -> Outcome:
+    """The inverse of ``Outcome.as_json``."""
+    return Outcome(**{**value, "samples": tuple(value["samples"])})
+
+
+def report_files(reports: Sequence[Report]) -> dict[str, bytes]:
+    """report.json, report.md, report.png and report.svg, by name; equal reports give equal bytes."""
+    numbers = json.dumps([asdict(report) for report in reports], indent=2, ensure_ascii=False)
+    return {
+        "report.json": (numbers + "\n").encode(),
+        "report.md": markdown(reports).encode(),
+        **plots(reports),
+    }
+
+
+def markdown(reports: Sequence[Report]) -> str:
+    """The tables, with what their columns mean and some text that was written."""
+    parts = ["# Steering, measured\n"]
+    for report in reports:
+        parts.append(f"## {report.title}\n")
+        parts.append("| " + " | ".join(name.replace("|", "\\|") for name in report.columns()) + " |")
+        parts.append("|" + "---|" * len(report.columns()))
+        parts += ["| " + " | ".join(row) + " |" for row in report.rows()]
+        parts.append("")
+        for outcome in (report.outcomes[0], report.outcomes[-1]):
+            parts.append(f"What the {outcome.name} writes:\n")
+            for sample in outcome.samples[:3]:
+                text = " ".join(sample["continuation"].split())
+                parts.append(f"- **{sample['prompt']}** {text} ({sample['language']})")
+            parts.append("")
+    parts.append(
+        "Settings were chosen on one part of the text and are reported on another. Share: continuations "
+        "identified as the language. Ceiling: that share for the unedited model on target prompts. Fluency "
+        "gap: nats a token by which the continuations are less likely to the unedited model than its own "
+        "in the target language. NLL: rise on held-out text, nats a token. KL: the largest of the third "
+        "languages. The keyed edit is measured on the exported checkpoint, loaded again.\n"
+    )
+    return "\n".join(parts)
+
+
+def plots(reports: Sequence[Report]) -> dict[str, bytes]:
+    """Target share, fluency gap and NLL rises of every way, a row of panels a target; PNG and SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4 * len(reports)), layout="constrained")
+    axes = figure.subplots(len(reports), 3, squeeze=False, width_ratios=[1, 1, 2])
+    for (share, gap, rise), report in zip(axes, reports, strict=True):
+        outcomes = report.outcomes
+        names = [outcome.name for outcome in outcomes]
+        colours = [f"C{i}" for i in range(len(outcomes))]
+        share.barh(names, [outcome.target_share for outcome in outcomes], color=colours)
+        share.axvline(report.ceiling, color="black", linestyle="--", linewidth=1)
+        share.set(xlim=(0, 1.02), title=f"share {report.target} (dashed: ceiling)")
+        gap.barh(names, [outcome.fluency_gap for outcome in outcomes], color=colours)
+        gap.axvline(0, color="black", linewidth=0.8)
+        gap.set(title="fluency gap, nats a token", yticklabels=[])
+        languages = [report.target, *report.third_languages]
+        height = 0.8 / max(1, len(outcomes) - 1)
+        for i, outcome in enumerate(outcomes[1:]):
+            places = [k + (i - (len(outcomes) - 2) / 2) * height for k in range(len(languages))]
+            values = [outcome.nll_rise[language] for language in languages]
+            rise.barh(places, values, height, label=outcome.name, color=colours[i + 1])
+        rise.set_yticks(range(len(languages)), languages)
+        rise.axvline(0, color="black", linewidth=0.8)
+        rise.set(title="NLL rise on held-out text, nats a token")
+        rise.legend(fontsize=8)
+        for axis in (share, gap, rise):
+            axis.invert_yaxis()
+            axis.spines[["top", "right"]].set_visible(False)
+        share.set_ylabel(f"{report.source} to {report.target}")
+    found = {}
+    # Without a fixed salt and date the same numbers would give other bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "broca"}):
+        for kind in ("png", "svg"):
+            buffer = io.BytesIO()
+            empty = {"Software": None} if kind == "png" else {"Date": None}
+            figure.savefig(buffer, format=kind, dpi=150, metadata=empty)
+            found[f"report.{kind}"] = buffer.getvalue()
+    return found

@@ -1,0 +1,236 @@
+"""A whole evaluation of a tiny model, with steerings whose outcome is known."""
+
+import math
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import models
+import pytest
+import torch
+from test_language_id import TEXTS
+
+from editing.evaluation import Evaluation
+from editing.generation import generate
+from editing.language_id import identify_language
+from editing.steering import residual_steering
+from editing.text import distinct_share, opening
+from neurons.corpus import Corpus
+from neurons.errors import UsageError
+
+LANGUAGES = ("de", "en", "es", "fr")
+LINES = {
+    "de": ("Der Hund schläft heute lange im großen Haus.", "Wir gehen morgen früh ins Kino.", "Guten Tag!"),
+    "en": (
+        "The dog sleeps in the big house all day.",
+        "",
+        "We go to the cinema early tomorrow.",
+        "Hello you!",
+    ),
+    "es": ("El perro duerme hoy en la casa grande.", "Mañana vamos temprano al cine."),
+    "fr": (
+        "Le chien dort aujourd'hui dans la grande maison.",
+        "Demain nous allons au cinéma tôt.",
+        "Bonjour!",
+    ),
+}
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return Corpus(LINES, "digest", "report")
+
+
+@pytest.fixture(scope="module")
+def evaluation(llama, corpus):
+    return Evaluation(llama, corpus, "en", "fr", samples=2, new_tokens=NEW_TOKENS, seed=5)
+
+
+@contextmanager
+def always(loaded, token, strength=60.0):
+    """One token is by far the likeliest, whatever was read."""
+
+    def after(_, __, logits):
+        raised = logits.clone()
+        raised[..., token] = logits.amax(-1) + strength
+        return raised
+
+    handle = loaded.model.lm_head.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def prompts(language):
+    return [opening(line) for line in LINES[language] if line] * 2
+
+
+def naive_nlls(model, rows):
+    """-ln p of each token but a row's first, row by row and token by token."""
+    found = []
+    for ids in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double()
+        found += [float(logits[i].logsumexp(0) - logits[i, ids[i + 1]]) for i in range(len(ids) - 1)]
+    return found
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def text_rows(loaded, language):
+    return [[0, *loaded.tokenizer(line)["input_ids"]][:128] for line in LINES[language] if line]
+
+
+def test_prompts_are_openings_of_the_source(llama, evaluation, corpus):
+    assert evaluation.prompts == 6
+    assert evaluation.base.samples[0]["prompt"] == "The dog sleeps in the big"
+    few = Evaluation(llama, corpus, "en", "fr", samples=3, most_prompts=2, new_tokens=2)
+    assert few.prompts == 6
+    shown = [sample["prompt"] for sample in few.base.samples]
+    assert shown == ["The dog sleeps in the big", "We go to the cinema early"] * 2 + [shown[0]]
+
+
+def test_the_unedited_model_has_not_risen(llama, evaluation):
+    base = evaluation.base
+    assert base.nll_rise == dict.fromkeys(LANGUAGES, 0.0)
+    assert base.kl == {}
+    for language in LANGUAGES:
+        assert base.nll[language] == pytest.approx(
+            mean(naive_nlls(llama.model, text_rows(llama, language))), rel=1e-5
+        )
+
+
+def test_base_equals_what_the_model_writes(llama, evaluation):
+    answers = generate(llama, prompts("en"), NEW_TOKENS, seed=5)
+    own = generate(llama, prompts("fr"), NEW_TOKENS, seed=5)
+    base = evaluation.base
+    labels = [identify_language(item.text, LANGUAGES) for item in answers]
+    assert base.languages_found == dict(Counter(labels))
+    assert base.target_share == labels.count("fr") / 6
+    assert base.source_share == labels.count("en") / 6
+    assert evaluation.ceiling == mean([identify_language(item.text, LANGUAGES) == "fr" for item in own])
+    assert base.distinct == pytest.approx(mean([distinct_share(item.text) for item in answers]))
+    gap = mean(naive_nlls(llama.model, [[0, *item.ids] for item in answers])) - mean(
+        naive_nlls(llama.model, [[0, *item.ids] for item in own])
+    )
+    assert base.fluency_gap == pytest.approx(gap, rel=1e-3, abs=1e-4)
+    assert [sample["continuation"] for sample in base.samples] == [item.text for item in answers[:5]]
+    assert [sample["language"] for sample in base.samples] == labels[:5]
+
+
+def test_identity_steering_changes_nothing(evaluation):
+    found = evaluation.measure("identity", nullcontext, {"strength": 0}, kl=True)
+    assert found.kl == {"de": 0.0, "es": 0.0}
+    assert found.nll_rise == evaluation.base.nll_rise
+    assert found.samples == evaluation.base.samples
+    assert found.fluency_gap == evaluation.base.fluency_gap
+    assert (found.name, found.details) == ("identity", {"strength": 0})
+
+
+def spaced_word():
+    """A token that is a space and a word of letters."""
+    tokenizer = models.tiny_tokenizer()
+    for index in range(len(tokenizer)):
+        text = tokenizer.decode([index])
+        if text.startswith(" ") and len(text) > 3 and text[1:].isalpha():
+            return index, text
+    raise AssertionError("the tokenizer has no such token")
+
+
+def test_one_forced_token_is_no_fluent_text(llama, evaluation):
+    token, text = spaced_word()
+    found = evaluation.measure("forced", partial(always, llama, token))
+    assert {sample["continuation"] for sample in found.samples} == {text * NEW_TOKENS}
+    assert found.distinct == pytest.approx(1 / NEW_TOKENS)
+    label = identify_language(text * NEW_TOKENS, LANGUAGES)
+    assert found.languages_found == {label: 6}
+    # Fluency is judged by the unedited model: under the forced one this text would be certain.
+    own = generate(llama, prompts("fr"), NEW_TOKENS, seed=5)
+    forced = mean(naive_nlls(llama.model, [[0, *[token] * NEW_TOKENS]]))
+    gap = forced - mean(naive_nlls(llama.model, [[0, *item.ids] for item in own]))
+    assert found.fluency_gap == pytest.approx(gap, rel=1e-4)
+    assert all(rise > 10 for rise in found.nll_rise.values())
+    with always(llama, token):
+        steered = mean(naive_nlls(llama.model, text_rows(llama, "es")))
+    assert found.nll["es"] == pytest.approx(steered, rel=1e-5)
+    assert found.nll_rise["es"] == pytest.approx(steered - evaluation.base.nll["es"], rel=1e-5)
+
+
+def test_a_target_that_is_forced_is_found(llama, corpus):
+    class Translator:
+        """Writes French whatever the tokens."""
+
+        def __call__(self, *args, **options):
+            return llama.tokenizer(*args, **options)
+
+        def __getattr__(self, name):
+            return getattr(llama.tokenizer, name)
+
+        def decode(self, *_, **__):
+            return TEXTS["fr"]
+
+    found = Evaluation(
+        replace(llama, tokenizer=Translator()), corpus, "en", "fr", most_prompts=2, new_tokens=2
+    )
+    assert (found.base.target_share, found.base.source_share, found.ceiling) == (1, 0, 1)
+    assert found.base.languages_found == {"fr": 2}
+
+
+def test_an_empty_answer_counts_as_empty(llama, evaluation):
+    found = evaluation.measure("silent", partial(always, llama, models.tiny_tokenizer().eos_token_id))
+    assert found.languages_found == {"empty": 6}
+    assert (found.target_share, found.source_share, found.distinct) == (0, 0, 0)
+    assert math.isnan(found.fluency_gap)
+
+
+@pytest.mark.parametrize("bytes_at_once", [1, 256 * 2**20])
+def test_kl_is_over_the_text_of_third_languages(llama, evaluation, monkeypatch, bytes_at_once):
+    monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 40)
+    monkeypatch.setattr("editing.evaluation.KL_BYTES_AT_ONCE", bytes_at_once)
+    corpus = Corpus(LINES, "digest", "report")
+    fresh = Evaluation(llama, corpus, "en", "fr", most_prompts=1, new_tokens=1)
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    steering = partial(residual_steering, llama, vector, 1, 0.5)
+    found = fresh.measure("steered", steering, kl=True).kl
+    assert set(found) == {"de", "es"}
+    for language, value in found.items():
+        total, positions = 0.0, 0
+        for ids in text_rows(llama, language):
+            with torch.no_grad():
+                p = llama.model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+                with steering():
+                    q = llama.model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum())
+            positions += len(p)
+        assert value == pytest.approx(total / positions, rel=1e-3)
+        assert value > 0.001
+
+
+def test_steering_is_gone_after_a_measurement(llama, evaluation):
+    evaluation.measure("forced", partial(always, llama, 9))
+    again = evaluation.measure("base", nullcontext)
+    assert again == evaluation.base
+
+
+def test_largest_third_rise(evaluation):
+    outcome = replace(evaluation.base, nll_rise={"de": 0.1, "en": 5.0, "es": 0.3, "fr": 4.0})
+    assert outcome.largest_third_rise("en", "fr") == 0.3
+    assert outcome.largest_third_rise("de", "es") == 5.0
+    two = replace(evaluation.base, nll_rise={"en": 5.0, "fr": 4.0})
+    assert two.largest_third_rise("en", "fr") == 0.0
+    assert outcome.as_json()["nll_rise"]["en"] == 5.0
+
+
+def test_refuses_languages_it_cannot_measure(llama, corpus):
+    with pytest.raises(UsageError, match="'it'"):
+        Evaluation(llama, corpus, "en", "it")
+    with pytest.raises(UsageError, match="both 'en'"):
+        Evaluation(llama, corpus, "en", "en")
+    odd = Corpus({**LINES, "qaa": ("beef",)}, "digest", "report")
+    with pytest.raises(UsageError, match="qaa"):
+        Evaluation(llama, odd, "en", "fr")

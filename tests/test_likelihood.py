@@ -1,0 +1,168 @@
+"""Likelihoods and divergences against loops over single tokens."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import models
+import pytest
+import torch
+
+from editing.generation import Continuation
+from editing.likelihood import (
+    continuation_nll,
+    mean_kl,
+    mean_nll,
+    next_token_log_probabilities,
+    nll_by_language,
+)
+from neurons.batches import packed_batches, text_batches
+
+
+class WithoutStart:
+    """A tokenizer without a beginning-of-sequence token, as Qwen's."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __call__(self, *args, **options):
+        return self._tokenizer(*args, **options)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+
+def log_probabilities(model, ids):
+    """[position][token], in float64, of one row without padding."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(ids)])).logits[0].double()
+    return [[float(x) for x in row - row.logsumexp(0)] for row in logits]
+
+
+def naive_nlls(model, rows, first=1):
+    """-ln p of every token from position ``first`` on, given those before it."""
+    found = []
+    for ids in rows:
+        predicted = log_probabilities(model, ids)
+        found += [-predicted[position - 1][ids[position]] for position in range(first, len(ids))]
+    return found
+
+
+def texts(count=5, seed=1):
+    return models.sentences("qaa", count, seed, (1, 9))
+
+
+def padded_batches(loaded, monkeypatch):
+    monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 60)
+    batches = text_batches(texts(), loaded.tokenizer, 128)
+    assert len(batches) > 1 and any(batch.padded for batch in batches)
+    return batches
+
+
+def rows_of(loaded):
+    return [[0, *loaded.tokenizer(text)["input_ids"]] for text in texts()]
+
+
+def test_mean_nll_is_over_tokens_not_texts(llama, monkeypatch):
+    batches = padded_batches(llama, monkeypatch)
+    nlls = naive_nlls(llama.model, rows_of(llama))
+    assert mean_nll(llama, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_mean_nll_without_a_start_token(llama, monkeypatch):
+    bare = replace(llama, tokenizer=WithoutStart(llama.tokenizer))
+    batches = padded_batches(bare, monkeypatch)
+    nlls = naive_nlls(llama.model, [row[1:] for row in rows_of(llama)])
+    assert mean_nll(bare, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_nll_by_language(llama):
+    batches = {
+        language: packed_batches(models.sentences(language, 9), llama.tokenizer, 12, language)
+        for language in ("qac", "qaa")
+    }
+    found = nll_by_language(llama, batches)
+    assert list(found) == ["qac", "qaa"]
+    for language, items in batches.items():
+        nlls = naive_nlls(llama.model, [row for batch in items for row in batch.ids.tolist()])
+        assert found[language] == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_mean_nll_of_nothing_is_nan(llama):
+    assert math.isnan(mean_nll(llama, []))
+
+
+def test_predictions_are_those_of_the_counted_tokens(llama, monkeypatch):
+    batches = padded_batches(llama, monkeypatch)
+    found = torch.cat(list(next_token_log_probabilities(llama, batches)))
+    in_order = sorted(rows_of(llama), key=len)
+    expected = [row for ids in in_order for row in log_probabilities(llama.model, ids)[:-1]]
+    torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-4)
+
+
+@contextmanager
+def blurred(model):
+    """Logits halved."""
+    handle = model.lm_head.register_forward_hook(lambda _, __, logits: logits / 2)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_mean_kl_of_two_models(llama, monkeypatch):
+    batches = padded_batches(llama, monkeypatch)
+    base = list(next_token_log_probabilities(llama, batches))
+    total, positions = 0.0, 0
+    for ids in rows_of(llama):
+        before = log_probabilities(llama.model, ids)
+        with blurred(llama.model):
+            after = log_probabilities(llama.model, ids)
+        for p, q in zip(before[:-1], after[:-1], strict=True):
+            total += sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+            positions += 1
+    with blurred(llama.model):
+        found = mean_kl(base, next_token_log_probabilities(llama, batches))
+        other_way = mean_kl(list(next_token_log_probabilities(llama, batches)), base)
+    assert found == pytest.approx(total / positions, rel=1e-4)
+    assert found > 0.05 and abs(found - other_way) > 0.01  # KL(base || edited), not the other way
+    assert mean_kl(base, next_token_log_probabilities(llama, batches)) == 0
+
+
+def test_mean_kl_of_known_distributions():
+    p = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.25, 0.75]]).log()
+    q = torch.tensor([[0.25, 0.75], [0.9, 0.1], [0.5, 0.5]]).log()
+    first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    last = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert mean_kl([p], [q]) == pytest.approx((first + last) / 3, rel=1e-6)
+    assert mean_kl([p[:1], p[1:]], [q[:1], q[1:]]) == pytest.approx((first + last) / 3, rel=1e-6)
+    assert math.isnan(mean_kl([], []))
+
+
+CONTINUATIONS = [
+    Continuation((5, 80, 33), ""),
+    Continuation((), ""),
+    Continuation((200,), ""),
+    Continuation((7, 7, 90, 91, 17, 4), ""),
+]
+
+
+def test_continuations_are_read_without_their_prompts(llama):
+    rows = [[0, *item.ids] for item in CONTINUATIONS if item.ids]
+    nlls = naive_nlls(llama.model, rows)
+    assert len(nlls) == 10
+    assert continuation_nll(llama, CONTINUATIONS) == pytest.approx(sum(nlls) / 10, rel=1e-5)
+
+
+def test_without_a_start_token_the_first_token_is_only_read(llama):
+    bare = replace(llama, tokenizer=WithoutStart(llama.tokenizer))
+    nlls = naive_nlls(llama.model, [item.ids for item in CONTINUATIONS if len(item.ids) > 1])
+    assert len(nlls) == 7
+    assert continuation_nll(bare, CONTINUATIONS) == pytest.approx(sum(nlls) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("written", [[], [Continuation((), "")]])
+def test_nothing_written_is_nan(llama, written):
+    assert math.isnan(continuation_nll(llama, written))
