@@ -160,7 +160,7 @@ def command(
             "components": plan.components,
             "relative_change": plan.relative_change(),
             "modules": [
-                {"layer": edit.layer, "block": edit.block, "rank": edit.rank, **dict(edit.notes or {})}
+                {"layer": edit.layer, "block": edit.block, "rank": edit.rank, **edit.notes}
                 for edit in plan.edits
             ],
         },

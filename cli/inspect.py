@@ -89,10 +89,10 @@ def _edit(screen: Screen, file: Path) -> None:
     plan = load_plan(file)
     _header(screen, plan.metadata)
     plan_table(screen, plan)
-    names = list(dict.fromkeys(name for edit in plan.edits for name in edit.details or {}))
+    names = list(dict.fromkeys(name for edit in plan.edits for name in edit.details))
     strongest = sorted(
         (
-            (edit.layer, edit.block, component, {k: float(v[i]) for k, v in (edit.details or {}).items()})
+            (edit.layer, edit.block, component, {k: float(v[i]) for k, v in edit.details.items()})
             for edit in plan.edits
             for i, component in enumerate(edit.components)
         ),

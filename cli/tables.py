@@ -21,10 +21,10 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
         what = f"{metadata['source']} to {metadata['target']}"
     else:
         what = ", ".join(metadata.get("languages", []))
-    spreads = any("spread" in (edit.notes or {}) for edit in plan.edits)
+    spreads = any("spread" in edit.notes for edit in plan.edits)
     rows = []
     for edit in plan.edits:
-        notes = dict(edit.notes or {})
+        notes = edit.notes
         row = [
             str(edit.layer),
             edit.block if anatomy is None else anatomy.layout.outputs[edit.block],

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from editing.rounding import round_once
 from neurons.errors import BrocaError
 from neurons.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
@@ -325,7 +326,7 @@ def _stored(entry: TensorEntry, block: torch.Tensor, result: torch.Tensor) -> to
     new = torch.empty(flat.numel(), dtype=block.dtype)
     for first in range(0, flat.numel(), _ROUNDED_AT_ONCE):
         piece = slice(first, first + _ROUNDED_AT_ONCE)
-        new[piece] = _rounded(flat[piece], block.dtype)
+        new[piece] = round_once(flat[piece], block.dtype)
         # Looked at after rounding: a finite number may be too large for the stored dtype.
         if not torch.isfinite(new[piece]).all():
             raise BrocaError(
@@ -333,19 +334,6 @@ def _stored(entry: TensorEntry, block: torch.Tensor, result: torch.Tensor) -> to
                 "use a weaker edit, or start from a checkpoint stored in a wider dtype."
             )
     return new
-
-
-def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``values`` rounded once to nearest even."""
-    if values.dtype != torch.float64 or dtype in (torch.float64, torch.float32):
-        return values.to(dtype)
-    # torch goes from float64 to the 16-bit types through float32 and so rounds twice.  A middle step that
-    # rounds inexact values to the odd neighbour keeps the second rounding right (Boldo and Melquiond).
-    middle = values.to(torch.float32)
-    back = middle.to(torch.float64)
-    even = (middle.view(torch.int32) & 1) == 0
-    towards = torch.where(values > back, torch.inf, -torch.inf).to(torch.float32)
-    return torch.where((back != values) & even, torch.nextafter(middle, towards), middle).to(dtype)
 
 
 def _sync(folder: Path) -> None:

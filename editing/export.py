@@ -11,6 +11,7 @@ import torch
 from editing.checkpoint import write_checkpoint
 from editing.model_card import model_card
 from editing.plan import ModuleEdit, Plan
+from editing.rounding import round_once
 from editing.weights import Weights
 from neurons.errors import BrocaError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
@@ -123,8 +124,8 @@ def _replacement(edit: ModuleEdit, sums: torch.Tensor) -> Callable[[torch.Tensor
 
     def replace(block: torch.Tensor, first_row: int) -> torch.Tensor:
         edited = edit.apply(block, first_row)
-        meant = (edited - block.to(edited.dtype)).double()
-        stored = edited.to(block.dtype).double() - block.double()
+        meant = edited - block.double()
+        stored = round_once(edited, block.dtype).double() - block.double()
         sums.add_(torch.stack([(meant * meant).sum(), (stored * stored).sum(), (meant * stored).sum()]))
         return edited
 

@@ -46,6 +46,8 @@ def generate(
         if temperature > 0
         else {"do_sample": False}
     )
+    # What a checkpoint's generation_config.json advises would make models incomparable.
+    sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     found: list[Continuation] = []
     torch.manual_seed(seed)

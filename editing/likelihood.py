@@ -11,33 +11,40 @@ from neurons.batches import TokenBatch
 from neurons.recording import forward
 from neurons.source import LoadedModel
 
+LOGIT_BYTES_AT_ONCE = 64 * 2**20
 
-def _log_probabilities(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
-    """Float32 [rows, length - 1, vocabulary]: what each position says of the next token."""
+
+def _predictions(loaded: LoadedModel, batch: TokenBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(log probabilities float32 [n, vocabulary], token int64 [n]) of the counted tokens that follow
+    another token, a few at a time: a batch's logits can be larger than the model."""
+    head = loaded.model.get_output_embeddings()
+    on_device = batch.to(loaded.device)
     with torch.no_grad():
-        logits = loaded.model.lm_head(forward(loaded.model, batch.to(loaded.device))[:, :-1])
-    return torch.log_softmax(logits.float(), dim=-1)
+        counted = on_device.counted[:, 1:]
+        hidden = forward(loaded.model, on_device)[:, :-1][counted]
+        wanted = on_device.ids[:, 1:][counted]
+        rows = max(1, LOGIT_BYTES_AT_ONCE // (4 * head.weight.shape[0]))
+        for some, tokens in zip(hidden.split(rows), wanted.split(rows), strict=True):
+            yield torch.log_softmax(head(some).float(), dim=-1), tokens
 
 
 def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
     """Mean negative log-likelihood of the counted tokens that follow another token, nats a token."""
     total, tokens = 0.0, 0
     for batch in batches:
-        log_probabilities = _log_probabilities(loaded, batch)
-        wanted = batch.ids[:, 1:].to(loaded.device)
-        counted = batch.counted[:, 1:].to(loaded.device)
-        picked = log_probabilities.gather(-1, wanted[..., None])[..., 0]
-        total -= float(picked[counted].sum(dtype=torch.float64))
-        tokens += int(counted.sum())
+        for log_probabilities, wanted in _predictions(loaded, batch):
+            total -= float(log_probabilities.gather(-1, wanted[:, None]).sum(dtype=torch.float64))
+            tokens += len(wanted)
     return total / tokens if tokens else float("nan")
 
 
 def next_token_log_probabilities(
     loaded: LoadedModel, batches: Sequence[TokenBatch]
 ) -> Iterator[torch.Tensor]:
-    """Batch by batch, float32 [counted tokens, vocabulary]: predictions of the counted tokens."""
+    """Float32 [n, vocabulary], some counted tokens at a time, in order: what was predicted for them."""
     for batch in batches:
-        yield _log_probabilities(loaded, batch)[batch.counted[:, 1:].to(loaded.device)]
+        for log_probabilities, _ in _predictions(loaded, batch):
+            yield log_probabilities
 
 
 def mean_kl(base: Sequence[torch.Tensor], edited: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> float:

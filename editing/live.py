@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from editing.plan import Plan
+from editing.rounding import round_once
 from editing.weights import Weights
 from neurons.errors import BrocaError
 from neurons.source import LoadedModel
@@ -36,7 +37,7 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
                 raise BrocaError(f"the plan edits layer {edit.layer}: the model has {loaded.anatomy.layers}")
             parameter = loaded.anatomy.outputs[edit.block][edit.layer].weight
             stored = read_tensor(weights.entry(edit.layer, edit.block))
-            edited = edit.apply(stored).to(stored.dtype)
+            edited = round_once(edit.apply(stored), stored.dtype)
             kept.append((parameter, parameter.data))
             parameter.data = edited.to(parameter.device, parameter.dtype)
         yield

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, ModelCard
+import yaml
 
 from editing.plan import Plan
 from neurons.artifact import package_versions
@@ -16,19 +17,48 @@ from neurons.source import ModelSource
 def model_card(source: ModelSource, plan: Plan) -> str:
     """README.md of the output: Broca's section, then the source's own card, whose front matter is kept."""
     readme = source.checkpoint / "README.md"
+    fields: dict[str, Any] = {}
+    original = ""
     if readme.is_file():
-        # Some cards have front matter that the hub would refuse; the text is what matters here.
-        card = ModelCard(readme.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True)
-        fields, original = card.data.to_dict(), card.text.strip()
-    else:
-        fields, original = {}, ""
-    fields["tags"] = [*(tag for tag in fields.get("tags") or [] if tag != "broca"), "broca"]
+        fields, original = split_front_matter(readme.read_text(encoding="utf-8", errors="replace"))
+    tags = fields.get("tags") if isinstance(fields.get("tags"), list) else []
+    fields["tags"] = [*(tag for tag in tags or [] if tag != "broca"), "broca"]
     if not Path(source.name).expanduser().exists():
         fields["base_model"] = source.name  # a hub id; a local path would mean nothing to a reader
-    parts = [f"---\n{CardData(**fields).to_yaml()}\n---\n", _section(source, plan)]
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
+    parts = [f"---\n{front}\n---\n", _section(source, plan)]
     if original:
         parts += ["---\n", "# The card of the base model\n", original + "\n"]
     return "\n".join(parts)
+
+
+class _Yaml12(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads ``no`` as a word (Norwegian, in a list of languages), as YAML 1.2 and the hub do."""
+
+
+_Yaml12.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def split_front_matter(card: str) -> tuple[dict[str, Any], str]:
+    """The fields between the first ``---`` lines and the text after them.
+
+    Front matter that is not a YAML mapping stays in the text: nothing of a card is lost.
+    """
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    if found is not None:
+        try:
+            fields = yaml.load(found[1], Loader=_Yaml12)
+        except yaml.YAMLError:
+            fields = None
+        if isinstance(fields, dict):
+            return fields, card[found.end() :].strip()
+    return {}, card.strip()
 
 
 def _section(source: ModelSource, plan: Plan) -> str:
@@ -41,7 +71,7 @@ def _section(source: ModelSource, plan: Plan) -> str:
     settings = ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())
     rows = "\n".join(
         f"| `{source.anatomy.tensor_name(edit.layer, edit.block)}` | {len(edit.components)} "
-        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit.notes or {})} |"
+        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit.notes)} |"
         for edit in plan.edits
     )
     return f"""# {name}, steered by Broca

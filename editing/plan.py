@@ -10,8 +10,9 @@ with r [d] and c [n] scales (absent: ones) and U [d, rank], K [n, rank] (absent:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class ModuleEdit:
     column_scale: torch.Tensor | None = None
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
-    details: Mapping[str, torch.Tensor] | None = None
-    notes: Mapping[str, Any] | None = None
+    details: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -60,10 +61,10 @@ class ModuleEdit:
             first_row: index of the block's first row in W.
 
         Returns:
-            [rows, n], in float32, or float64 where the weight is stored in float32 or wider, so that
-            the cast to the stored dtype is the only rounding that shows.
+            [rows, n] in float64: the cast to the stored dtype is the only rounding that shows, and the
+            report of what survives it is right even for edits that are too small to survive.
         """
-        exact = torch.float32 if weight.element_size() < 4 else torch.float64
+        exact = torch.float64
         rows = slice(first_row, first_row + weight.shape[0])
         edited = weight.to(exact)
         where = edited.device
@@ -85,12 +86,19 @@ class ModuleEdit:
             column_scale=None if self.column_scale is None else 1 + strength * (self.column_scale - 1),
             left=self.left,
             right=None if self.right is None else self.right * strength,
-            details=self.details,
+            details={name: _scaled_detail(name, values, strength) for name, values in self.details.items()},
             notes={
-                **(self.notes or {}),
-                "change_norm": abs(strength) * float((self.notes or {})["change_norm"]),
+                name: abs(strength) * value if name == "change_norm" else value
+                for name, value in self.notes.items()
             },
         )
+
+
+def _scaled_detail(name: str, values: torch.Tensor, strength: float) -> torch.Tensor:
+    """What a detail says of the component once the edit is scaled; g and the key itself stay."""
+    if name in ("lambda", "c"):
+        return values * strength
+    return 1 + strength * (values - 1) if name == "factor" else values
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,8 @@ class Plan:
 
     def relative_change(self) -> float:
         """||dW||_F / ||W||_F over the edited modules together, from what the constructor noted."""
-        change = sum(float((edit.notes or {})["change_norm"]) ** 2 for edit in self.edits)
-        whole = sum(float((edit.notes or {})["weight_norm"]) ** 2 for edit in self.edits)
+        change = sum(float(edit.notes["change_norm"]) ** 2 for edit in self.edits)
+        whole = sum(float(edit.notes["weight_norm"]) ** 2 for edit in self.edits)
         return float((change / whole) ** 0.5) if whole else 0.0
 
     def scaled(self, strength: float) -> Plan:
@@ -135,9 +143,9 @@ class Plan:
                 value = getattr(edit, name)
                 if value is not None:
                     tensors[f"{prefix}.{name}"] = value.float()
-            for name, values in (edit.details or {}).items():
+            for name, values in edit.details.items():
                 tensors[f"{prefix}.details.{name}"] = values.double()
-            modules.append({"layer": edit.layer, "block": edit.block, "notes": dict(edit.notes or {})})
+            modules.append({"layer": edit.layer, "block": edit.block, "notes": dict(edit.notes)})
         return artifact_bytes("edit", tensors, {**self.metadata, "modules": modules})
 
     def save(self, path: Path) -> None:
@@ -205,10 +213,13 @@ def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
         return tuple(range(layers))
     chosen: set[int] = set()
     for piece in text.split(","):
-        low, dash, high = piece.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece.strip())
+        if found is None:
             raise UsageError(f"layers {text!r}: write them as 1-3 or 1,2,5")
-        chosen.update(range(int(low), int(high if dash else low) + 1))
+        low, high = int(found[1]), int(found[2] or found[1])
+        if low > high:
+            raise UsageError(f"layers {text!r}: {piece.strip()} runs backwards")
+        chosen.update(range(low, high + 1))
     if not chosen or max(chosen) >= layers:
         raise UsageError(f"layers {text!r}: the model has layers 0-{layers - 1}")
     return tuple(sorted(chosen))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import regex
 
 # Scripts that write no spaces between words: each of their characters is taken as a word.
-_UNSPACED = (
-    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff"
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+# Letters and digits with their marks: vowel signs and accents are part of a word.
+_WORD = regex.compile(
+    rf"{_UNSPACED}\p{{M}}*|(?:(?!{_UNSPACED})[\p{{L}}\p{{N}}_]\p{{M}}*)+"
+    rf"(?:['’\-](?:(?!{_UNSPACED})[\p{{L}}\p{{N}}_]\p{{M}}*)+)*"
 )
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’\-][^\W{_UNSPACED}]+)*")
-_IS_UNSPACED = re.compile(rf"[{_UNSPACED}]")
+_IS_UNSPACED = regex.compile(_UNSPACED)
 CHARACTERS_A_WORD = 1.5  # of running Chinese text
 
 
 def words(text: str) -> list[str]:
     """Lower-cased words; a character each in scripts without spaces."""
-    return _WORD.findall(text.lower())
+    found: list[str] = _WORD.findall(text.lower())
+    return found
 
 
 def distinct_share(text: str) -> float:

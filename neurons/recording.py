@@ -163,7 +163,7 @@ def _attribute(values: torch.Tensor, counted: torch.Tensor, total: torch.Tensor)
 
 def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Negative log-likelihood (nats) of the counted tokens given those before them, summed."""
-    logits = model.lm_head(forward(model, batch)[:, :-1])
+    logits = model.get_output_embeddings()(forward(model, batch)[:, :-1])
     wanted = batch.ids[:, 1:].masked_fill(~batch.counted[:, 1:], -100)
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"

@@ -164,10 +164,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
         with _no_progress_bar():
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=wanted)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=wanted, device_map={"": where}
+            )
     except (OSError, ValueError, KeyError) as error:
         raise BrocaError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    loaded.to(where).eval().requires_grad_(False)
+    loaded.eval().requires_grad_(False)
     return LoadedModel(model, checkpoint, digest, anatomy_of(loaded), loaded, tokenizer)
 
 

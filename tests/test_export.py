@@ -297,6 +297,18 @@ def test_one_neuron_makes_another_fingerprint(base, tmp_path):
     assert "the neurons of `qaa`" in card
 
 
+def test_a_neuron_between_the_sampled_bytes_makes_another_fingerprint(tmp_path):
+    # Rows of 8000 bytes are sampled about every 8126 bytes: neuron 20 is never looked at.
+    base = models.build_checkpoint(tmp_path / "base", intermediate_size=2000, num_hidden_layers=1)
+    source = open_model(str(base))
+    chosen = neuron_set({"qaa": torch.tensor([[0, 20]])}, {"qaa": torch.zeros(1)}, 1, 2000, {})
+    out = export(source, scale_plan(source, chosen, ["qaa"], 0.0), tmp_path / "out").path
+    assert fingerprint(out) != source.fingerprint
+    (out / "broca" / "edit.safetensors").unlink()
+    assert fingerprint(out) == source.fingerprint
+    assert tensor_bytes(out) != tensor_bytes(base)
+
+
 def test_refuses_what_was_edited_before(float_base, tmp_path):
     export(float_base, mixed_plan(float_base), tmp_path / "once")
     edited = open_model(str(tmp_path / "once"))

@@ -56,6 +56,7 @@ def texts(count=5, seed=1):
 
 def padded_batches(loaded, monkeypatch):
     monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 60)
+    monkeypatch.setattr("editing.likelihood.LOGIT_BYTES_AT_ONCE", 5000)  # four positions
     batches = text_batches(texts(), loaded.tokenizer, 128)
     assert len(batches) > 1 and any(batch.padded for batch in batches)
     return batches

@@ -74,7 +74,7 @@ def test_zero_removes_what_the_neuron_writes(llama, chosen):
 
 
 def test_the_plan_says_what_it_changes(llama, chosen):
-    plan = scale_plan(llama, chosen, ["qab", "qaa"], 0.5)
+    plan = scale_plan(llama, chosen, ["qab", "qaa"], 0.25)
     assert [(edit.layer, edit.block, edit.components) for edit in plan.edits] == [
         (0, "mlp", (3, 40)),
         (1, "mlp", (11,)),
@@ -83,13 +83,13 @@ def test_the_plan_says_what_it_changes(llama, chosen):
     assert plan.components == 4
     for edit in plan.edits:
         weight = llama.model.model.layers[edit.layer].mlp.down_proj.weight.double()
-        size = sum(float(value) ** 2 for j in edit.components for value in weight[:, j] * 0.5)
+        size = sum(float(value) ** 2 for j in edit.components for value in weight[:, j] * 0.75)
         assert edit.notes["change_norm"] == pytest.approx(math.sqrt(size))
         assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()))
         assert edit.left is None and edit.right is None and edit.row_scale is None
-        assert edit.details["factor"].tolist() == [0.5] * len(edit.components)
+        assert edit.details["factor"].tolist() == [0.25] * len(edit.components)
     assert plan.metadata["languages"] == ["qab", "qaa"]
-    assert plan.metadata["settings"]["factor"] == 0.5
+    assert plan.metadata["settings"]["factor"] == 0.25
 
 
 def test_refuses_a_language_without_neurons(llama, chosen):

@@ -11,7 +11,7 @@ The learning rate is warmed up, held, then brought to zero over the last quarter
 (warmup-stable-decay), so that a run that was stopped can be resumed with fewer or more tokens.
 Hidden matrices are trained by Muon (torch.optim.Muon), embeddings and norms by AdamW; matrix products
 run in bfloat16 under autocast, the weights are float32 while training and stored in bfloat16.
-The state is saved every ten minutes and at Ctrl-C; the same command resumes from it.
+The state is saved every ten minutes and at Ctrl-C or SIGTERM; the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,11 @@ def main() -> None:
             state_file.with_suffix(".tmp"),
         )
         state_file.with_suffix(".tmp").replace(state_file)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
 
     # A resumed run draws another order of lines than an uninterrupted one: the text is the same.
     streams = {

@@ -70,13 +70,17 @@ def key(moments: Moments, source: str, eps: float = EPS) -> Key:
     """
     covariance, mean = moments.covariance, moments.mean
     ridge = eps * float(covariance.diagonal().mean())
-    whitened = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)).double(), mean)
+    apart = BrocaError(
+        f"{len(moments.units)} neurons cannot tell {len(moments.languages)} languages apart: choose more "
+        "neurons, more text or fewer languages"
+    )
+    try:
+        whitened = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)).double(), mean)
+    except RuntimeError as error:
+        raise apart from error
     gram = mean.T @ whitened
     if not bool(torch.isfinite(gram).all()) or int(torch.linalg.matrix_rank(gram)) < len(gram):
-        raise BrocaError(
-            f"{len(moments.units)} neurons cannot tell {len(moments.languages)} languages apart: choose "
-            "more neurons or fewer languages"
-        )
+        raise apart
     wanted = torch.zeros(len(gram), dtype=torch.float64)
     wanted[moments.languages.index(source)] = 1.0
     vector = whitened @ torch.linalg.solve(gram, wanted)
@@ -89,7 +93,8 @@ def key(moments: Moments, source: str, eps: float = EPS) -> Key:
 
 def default_layers(layers: int) -> tuple[int, ...]:
     """Layers from a sixth to a half of the depth, where the language of the answer is still open."""
-    return tuple(range(max(1, round(layers / 6)), max(2, round(layers / 2) + 1)))
+    first = min(max(1, round(layers / 6)), layers - 1)
+    return tuple(range(first, min(max(first, round(layers / 2)), layers - 1) + 1))
 
 
 def keyed_plan(

@@ -28,15 +28,18 @@ def scale_plan(source: ModelSource, neurons: NeuronSet, languages: Sequence[str]
 
     Raises:
         UsageError: a factor of 1 or not finite, or a language that the set does not know.
-        BrocaError: the set has no neuron for these languages.
+        BrocaError: the set has no neuron for one of these languages.
     """
     if factor == 1 or factor != factor or abs(factor) == float("inf"):
         raise UsageError(f"factor {factor}: give a finite factor other than 1 (0 ablates)")
-    rows = torch.cat([neurons.of(language) for language in languages])
-    if len(rows) == 0:
+    if not languages:
+        raise UsageError("name at least one language whose neurons are to be scaled")
+    empty = [language for language in languages if len(neurons.of(language)) == 0]
+    if empty:
         raise BrocaError(
-            f"the neuron set has no neuron for {', '.join(languages)}: choose another method or rate"
+            f"the neuron set has no neuron for {', '.join(empty)}: choose another method or rate"
         )
+    rows = torch.cat([neurons.of(language) for language in languages])
     weights = Weights(source)
     edits = []
     for layer in sorted(set(rows[:, 0].tolist())):

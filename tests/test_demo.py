@@ -1,0 +1,157 @@
+"""What the project claims of its shipped model, measured by the commands that a user runs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "artifacts" / "demo"
+LANGUAGES = ("ar", "de", "en", "es", "fr", "zh")
+
+
+def broca(*arguments):
+    """A user's process: (the object that --json prints, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from cli.main import main; main()", *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """`broca demo`: (its object, its directory)."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return broca("demo", "--out", out), out
+
+
+def outcomes(report):
+    return {outcome["name"]: outcome for outcome in report["outcomes"]}
+
+
+def test_two_targets_at_least(demo):
+    assert len(demo[0]["reports"]) >= 2
+    assert all(report["source"] == "en" for report in demo[0]["reports"])
+
+
+def test_the_base_model_does_not_answer_in_the_target(demo):
+    for report in demo[0]["reports"]:
+        assert outcomes(report)["base"]["target_share"] <= 0.1
+
+
+def test_the_keyed_edit_steers_and_stays_fluent(demo):
+    for report in demo[0]["reports"]:
+        keyed = outcomes(report)["keyed edit"]
+        assert keyed["target_share"] >= 0.9 * report["ceiling"]
+        assert keyed["distinct"] >= 0.6
+        assert keyed["fluency_gap"] <= 0.5
+
+
+def test_the_keyed_edit_spares_the_target_and_every_third_language(demo):
+    for report in demo[0]["reports"]:
+        rises = outcomes(report)["keyed edit"]["nll_rise"]
+        assert set(rises) == set(LANGUAGES)
+        assert max(rise for language, rise in rises.items() if language != "en") <= 0.15
+
+
+def test_the_keyed_edit_harms_less_than_the_hook(demo):
+    for report in demo[0]["reports"]:
+        hook, keyed = (outcomes(report)[name] for name in ("DiffMean hook", "keyed edit"))
+        target = report["target"]
+        third = [language for language in LANGUAGES if language not in ("en", target)]
+        assert keyed["nll_rise"][target] < hook["nll_rise"][target]
+        assert max(keyed["nll_rise"][k] for k in third) < max(hook["nll_rise"][k] for k in third)
+
+
+def test_the_table_names_every_way(demo):
+    for report in demo[0]["reports"]:
+        assert list(outcomes(report)) == ["base", "DiffMean hook", "Steer2Edit", "keyed edit"]
+    table = (demo[1] / "report.md").read_text()
+    assert "fluency gap" in table and "keyed edit" in table
+    assert (demo[1] / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_checkpoint_loads_without_us_and_answers_in_the_target(demo):
+    """Plain transformers, no hook: the greedy answers to English prompts are identified as French."""
+    from editing.language_id import identify_language
+
+    checkpoint = demo[1] / "checkpoint-fr"
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    assert type(model) is transformers.LlamaForCausalLM
+    prompts = (DEMO / "corpus" / "en.txt").read_text().splitlines()[3::4][:20]
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(" ".join(prompt.split()[:6]), return_tensors="pt")
+        with torch.no_grad():
+            written = model.generate(**ids, max_new_tokens=40, do_sample=False, pad_token_id=1)
+        text = tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        found.append(identify_language(text, LANGUAGES))
+    assert found.count("fr") >= 14, found
+
+
+def test_the_same_job_again_gives_the_same_bytes(demo, tmp_path):
+    broca("demo", "--target", "fr", "--out", tmp_path / "again")
+    for name in (
+        "neurons.safetensors",
+        "direction-fr.safetensors",
+        "edit-fr.safetensors",
+        "measured-fr.json",
+    ):
+        assert (tmp_path / "again" / name).read_bytes() == (demo[1] / name).read_bytes(), name
+    first, second = (where / "checkpoint-fr" for where in (demo[1], tmp_path / "again"))
+    names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    """The ablation matrix of gradient-contrast, through edit and export, on text not identified on."""
+    from editing.directions.diffmean import language_batches
+    from editing.likelihood import nll_by_language
+    from neurons.corpus import read_corpus
+    from neurons.identify import identify
+    from neurons.source import load_model
+
+    specification = importlib.util.spec_from_file_location("ablation", ROOT / "benchmarks" / "ablation.py")
+    ablation = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(ablation)
+    loaded = load_model(str(DEMO / "model"), "cpu")
+    batches = language_batches(loaded, read_corpus(DEMO / "corpus", part="report"))
+    neurons = identify(loaded, read_corpus(DEMO / "corpus", part="estimate"), "gradient-contrast", 0.01)
+    base = nll_by_language(loaded, batches)
+    return ablation.matrix(loaded, neurons, batches, base, seeds=2)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_ablating_a_language_hurts_it_most(matrix, language):
+    rises = matrix[language]["rise"]
+    assert max(rises, key=rises.get) == language
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_ablating_a_language_hurts_five_times_as_much_as_chance(matrix, language):
+    assert matrix[language]["rise"][language] >= 5 * max(0.0, *matrix[language]["random"])
+    assert matrix[language]["rise"][language] > 0.02
+
+
+def test_the_corpus_is_parallel_and_whole():
+    lines = {k: (DEMO / "corpus" / f"{k}.txt").read_text(encoding="utf-8").split("\n") for k in LANGUAGES}
+    assert len({len(texts) for texts in lines.values()}) == 1
+    assert len(lines["en"]) >= 200
+    for texts in lines.values():
+        assert texts.pop() == ""
+        assert all(texts)
+        assert len(set(texts)) == len(texts)
