@@ -21,12 +21,15 @@ class Moments:
         units: int64 [S], the units (neurons) that the rest is about.
         mean: float64 [S, K], mean over the tokens of each language.
         covariance: float64 [S, S], about each token's own language mean, over all tokens together.
+        start: float64 [S], mean over the beginning-of-sequence tokens, which are not in the rest; None
+            where the texts have none.
     """
 
     languages: tuple[str, ...]
     units: torch.Tensor
     mean: torch.Tensor
     covariance: torch.Tensor
+    start: torch.Tensor | None = None
 
 
 def language_moments(
@@ -55,6 +58,10 @@ def language_moments(
         layer: torch.zeros(len(index), len(index), dtype=torch.float64, device=device)
         for layer, index in units.items()
     }
+    starts = {
+        layer: torch.zeros(len(index), dtype=torch.float64, device=device) for layer, index in units.items()
+    }
+    start_tokens = 0
     current: dict[str, torch.Tensor] = {}
     tokens = torch.zeros(len(languages), dtype=torch.float64, device=device)
     k = 0
@@ -64,6 +71,7 @@ def language_moments(
             rows = values.detach()[current["counted"]].double()[:, index]
             sums[layer][:, k] += rows.sum(0)
             squares[layer].addmm_(rows.T, rows)
+            starts[layer] += values.detach()[current["start"]].double()[:, index].sum(0)
 
         return read
 
@@ -73,6 +81,8 @@ def language_moments(
             for batch in batches[language]:
                 on_device = batch.to(device)
                 current["counted"] = on_device.counted
+                current["start"] = on_device.attention & ~on_device.counted
+                start_tokens += int(current["start"].sum())
                 forward(loaded.model, on_device)
                 tokens[k] += batch.counted.sum()
                 if progress is not None:
@@ -81,5 +91,6 @@ def language_moments(
     for layer, index in units.items():
         mean = sums[layer] / tokens
         within = squares[layer] - (mean * tokens) @ mean.T
-        found[layer] = Moments(languages, index, mean.cpu(), (within / tokens.sum()).cpu())
+        start = (starts[layer] / start_tokens).cpu() if start_tokens else None
+        found[layer] = Moments(languages, index, mean.cpu(), (within / tokens.sum()).cpu(), start)
     return found

@@ -62,6 +62,18 @@ def test_key_equals_a_general_solver(eps):
     torch.testing.assert_close(key(moments, "qaa", eps).vector, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_key_is_silent_on_the_start_token():
+    moments = random_moments()
+    start = torch.linspace(-1, 3, 9, dtype=torch.float64)
+    found = key(replace(moments, start=start), "qaa", 0.5)
+    assert abs(float(found.vector @ start)) < 1e-9
+    assert abs(float(key(moments, "qaa", 0.5).vector @ start)) > 1e-3
+    assert found.means.tolist() == pytest.approx([0, 1, 0], abs=1e-9)
+    both = torch.cat([moments.mean, start[:, None]], dim=1)
+    expected = solve_by_kkt(ridged(moments.covariance, 0.5), both, [0.0, 1.0, 0.0, 0.0])
+    torch.testing.assert_close(found.vector, expected, rtol=1e-6, atol=1e-8)
+
+
 def test_no_other_feasible_key_wavers_less():
     moments = random_moments(seed=2)
     covariance = ridged(moments.covariance, 0.01)
@@ -126,8 +138,10 @@ def small_corpus(count=6, words=(1, 9)):
 
 
 def naive_moments(loaded, corpus, layer):
-    """Means [I, K] and pooled covariance [I, I] of down_proj's input, token by token."""
+    """Means [I, K], pooled covariance [I, I] of down_proj's input, token by token; its value on <s> [I]."""
     tokens = {language: [] for language in corpus.languages}
+    _, layers = models.naive_llama(loaded.model, [0])
+    start = layers[layer]["mlp_in"][0].detach()
     for language in corpus.languages:
         for text in corpus.texts[language]:
             ids = [0, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -139,7 +153,7 @@ def naive_moments(loaded, corpus, layer):
         for row in rows:
             covariance += torch.outer(row - mean[language], row - mean[language])
     count = sum(len(rows) for rows in tokens.values())
-    return torch.stack(list(mean.values()), dim=1), covariance / count
+    return torch.stack(list(mean.values()), dim=1), covariance / count, start
 
 
 def test_moments_equal_a_loop_over_tokens(llama, monkeypatch):
@@ -152,7 +166,8 @@ def test_moments_equal_a_loop_over_tokens(llama, monkeypatch):
     found = language_moments(llama, batches, "mlp_in", units)
     assert set(found) == {0, 2}
     for layer, index in units.items():
-        mean, covariance = naive_moments(llama, corpus, layer)
+        mean, covariance, start = naive_moments(llama, corpus, layer)
+        torch.testing.assert_close(found[layer].start, start[index], rtol=1e-3, atol=1e-4)
         assert found[layer].languages == LANGUAGES
         assert torch.equal(found[layer].units, index)
         scale = float(covariance.diagonal().max())
@@ -191,14 +206,16 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama, direction, some_neuro
     assert [(edit.layer, edit.block) for edit in plan.edits] == [(0, "mlp"), (2, "mlp")]
     for edit in plan.edits:
         support = some_neurons.by_layer("qaa")[edit.layer] if restricted else torch.arange(48)
-        mean, covariance = naive_moments(llama, corpus, edit.layer)
+        mean, covariance, start = naive_moments(llama, corpus, edit.layer)
+        constrained = torch.cat([mean, start[:, None]], dim=1)
         k = torch.zeros(48, dtype=torch.float64)
         k[support] = solve_by_kkt(
-            ridged(covariance[support][:, support], 0.1), mean[support], [0.0, 1.0, 0.0]
+            ridged(covariance[support][:, support], 0.1), constrained[support], [0.0, 1.0, 0.0, 0.0]
         )
         expected = 1.5 * torch.outer(direction.vectors["block_out"][edit.layer], k)
         found = edit.left.double() @ edit.right.double().T
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()))
+        assert abs(float(edit.right[:, 0].double() @ start)) < 1e-3
         assert edit.components == tuple(support.tolist())
         outside = [j for j in range(48) if j not in support.tolist()]
         assert not edit.right[outside].any()

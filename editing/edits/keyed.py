@@ -8,10 +8,11 @@ v is the direction at the residual after that layer (``block_out``).  The coeffi
 where the source language is read and 0 where any other is, and to waver as little as possible:
 
     k = argmin k^T C k   subject to   k^T mu_source = 1,   k^T mu_j = 0 for every other language j,
-                                      k_i = 0 outside a chosen set S of neurons
+                                      k^T mu_start = 0,   k_i = 0 outside a chosen set S of neurons
 
-with mu_j the mean input on language j and C the pooled within-language covariance.  On S, with
-C_eps = C + eps * mean(diag C) * I, M = [mu_source, mu_target, ...] and e = (1, 0, ..., 0):
+with mu_j the mean input on language j, C the pooled within-language covariance and mu_start the input on
+the beginning-of-sequence token, which every text has, of whatever language.  On S, with
+C_eps = C + eps * mean(diag C) * I, M = [mu_source, mu_target, ..., mu_start] and e = (1, 0, ..., 0):
 
     k = C_eps^-1 M (M^T C_eps^-1 M)^-1 e
 
@@ -58,7 +59,7 @@ class Key:
 
 
 def key(moments: Moments, source: str, eps: float = EPS) -> Key:
-    """The key of least spread that is 1 on the source and 0 on every other language.
+    """The key of least spread that is 1 on the source, 0 on every other language and on the start token.
 
     Args:
         moments: of ``mlp_in`` on the neurons S.
@@ -69,6 +70,8 @@ def key(moments: Moments, source: str, eps: float = EPS) -> Key:
         BrocaError: the languages' means cannot be told apart on these neurons.
     """
     covariance, mean = moments.covariance, moments.mean
+    if moments.start is not None:
+        mean = torch.cat([mean, moments.start[:, None]], dim=1)
     ridge = eps * float(covariance.diagonal().mean())
     apart = BrocaError(
         f"{len(moments.units)} neurons cannot tell {len(moments.languages)} languages apart: choose more "
@@ -87,7 +90,7 @@ def key(moments: Moments, source: str, eps: float = EPS) -> Key:
     return Key(
         vector=vector,
         spread=float((vector @ covariance @ vector).clamp(min=0).sqrt()),
-        means=mean.T @ vector,
+        means=moments.mean.T @ vector,
     )
 
 
