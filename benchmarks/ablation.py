@@ -20,10 +20,10 @@ import click
 import torch
 
 from cli.options import CommaSeparated
-from editing.directions.diffmean import language_batches
 from editing.edits.scale import scale_plan
 from editing.export import export
 from editing.likelihood import nll_by_language
+from neurons.batches import language_batches
 from neurons.corpus import PARTS, read_corpus
 from neurons.errors import BrocaError
 from neurons.identify import METHODS, identify, random_neurons

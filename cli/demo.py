@@ -32,14 +32,17 @@ def shipped() -> Path:
 @click.option("--out", type=FILE, help="Directory of the results.  [default: broca-demo]")
 @json_option
 def command(source: str | None, targets: tuple[str, ...] | None, out: Path | None, as_json: bool) -> None:
-    """Steer the shipped ten-megabyte model to other languages and measure it.
+    """Steer the shipped model to other languages and measure it.
 
     \b
     Example:
       broca demo --source en --target fr --out demo
     """
-    from editing.recipe import check_targets, read_recipe
+    from editing.recipe import check_recipe, read_recipe
 
-    recipe = read_recipe(shipped() / "recipe.toml").with_options(source=source, targets=targets, out=out)
-    check_targets(recipe)
+    recipe = read_recipe(shipped() / "recipe.toml")
+    if source is not None and targets is None:
+        targets = tuple(target for target in recipe.targets if target != source)
+    recipe = recipe.with_options(source=source, targets=targets, out=out)
+    check_recipe(recipe)
     run_recipe(recipe, Screen(as_json))

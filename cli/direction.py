@@ -12,7 +12,7 @@ from cli.screen import Screen
 
 @click.command("direction")
 @model_argument
-@corpus_options()
+@corpus_options
 @click.option("--source", required=True, help="Language to steer from.")
 @click.option("--target", required=True, help="Language to steer to.")
 @device_options

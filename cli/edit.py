@@ -95,6 +95,7 @@ def command(
     _refuse_foreign(
         method,
         {
+            **{f"--{name}": (_given(name), ("keyed",)) for name in ("part", "device", "dtype")},
             "--direction": (direction_path, ("keyed", "steer2edit")),
             "--corpus": (corpus_path, ("keyed",)),
             "--languages": (languages, ("keyed", "scale")),
@@ -166,6 +167,14 @@ def command(
         },
         out,
     )
+
+
+def _given(name: str) -> bool | None:
+    """Whether an option that has a default was written by the user."""
+    from click.core import ParameterSource
+
+    source = click.get_current_context().get_parameter_source(name)
+    return True if source is ParameterSource.COMMANDLINE else None
 
 
 def _refuse_foreign(method: str, options: dict[str, tuple[object, tuple[str, ...]]]) -> None:

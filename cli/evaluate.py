@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cli.tables import report_table
 @model_argument
 @click.option("--edit", "edit_path", type=FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint of the same architecture: hub id or directory.")
-@corpus_options()
+@corpus_options
 @click.option("--source", required=True, help="Language of the prompts.")
 @click.option("--target", required=True, help="Language that the answers are to be in.")
 @click.option(
@@ -61,8 +60,8 @@ def command(
     from editing.evaluation import Evaluation
     from editing.live import applied, exchanged
     from editing.plan import load_plan
-    from editing.report import Report
-    from neurons.artifact import write_atomically
+    from editing.report import report_from_json
+    from neurons.artifact import json_bytes, write_atomically
     from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
@@ -89,9 +88,8 @@ def command(
         elif other is not None:
             outcomes.append(evaluation.measure("against", partial(exchanged, loaded, other), kl=True))
             advance(1)
-    report = Report(model, source, target, evaluation.ceiling, evaluation.prompts, tuple(outcomes))
     value = {
-        "model": model,
+        "model": loaded.label,
         "fingerprint": loaded.fingerprint,
         "edit": edit_path,
         "against": against,
@@ -105,12 +103,11 @@ def command(
         "source": source,
         "target": target,
         "ceiling": evaluation.ceiling,
-        "continuations": evaluation.prompts,
+        "continuations": evaluation.continuations,
         "outcomes": [outcome.as_json() for outcome in outcomes],
     }
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_atomically(out, text.encode())
-    report_table(screen, report)
+    write_atomically(out, json_bytes(value))
+    report_table(screen, report_from_json(value))
     for sample in outcomes[-1].samples[:3]:
         screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
     screen.result({"out": out, **value}, out)

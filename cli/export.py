@@ -30,15 +30,7 @@ def command(model: str, edit_path: Path, overwrite: bool, out: Path, as_json: bo
     screen = Screen(as_json)
     plan = load_plan(edit_path)
     source = open_model(model)
-    size = sum(item.stat().st_size for item in source.checkpoint.rglob("*") if item.is_file())
-    with screen.progress("Writing", size, "bytes") as advance:
-        done = 0
-
-        def tell(now: int, _: int) -> None:
-            nonlocal done
-            advance(now - done)
-            done = now
-
+    with screen.copying("Writing") as tell:
         found = export(source, plan, out, overwrite, tell)
     screen.table(
         f"{len(found.tensors)} tensors, {found.components:,} components, ||dW||/||W|| "

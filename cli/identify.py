@@ -12,7 +12,7 @@ from cli.screen import Screen
 
 @click.command("identify")
 @model_argument
-@corpus_options()
+@corpus_options
 @click.option(
     "--method",
     type=click.Choice(["lape", "gradient-contrast"]),

@@ -18,7 +18,7 @@ STRONGEST = 10
 @click.argument("file", type=FILE)
 @json_option
 def command(file: Path, as_json: bool) -> None:
-    """Show what FILE (neurons, direction, edit, or a checkpoint's directory) holds.
+    """Show what FILE (neurons, direction, edit, measured report, or a checkpoint's directory) holds.
 
     \b
     Example:
@@ -33,8 +33,11 @@ def command(file: Path, as_json: bool) -> None:
     if file.is_dir():
         _checkpoint(screen, file)
         return
+    if file.suffix == ".json":
+        _measured(screen, file)
+        return
     artifact = load_artifact(file)
-    {"neurons": _neurons, "direction": _direction, "edit": _edit}.get(artifact.kind, _other)(screen, file)
+    {"neurons": _neurons, "direction": _direction, "edit": _edit}[artifact.kind](screen, file)
 
 
 def _header(screen: Screen, metadata: dict[str, Any]) -> None:
@@ -96,8 +99,7 @@ def _edit(screen: Screen, file: Path) -> None:
             for edit in plan.edits
             for i, component in enumerate(edit.components)
         ),
-        # The last detail is how far the weights go: key, c or factor.
-        key=lambda row: (-abs(list(row[3].values())[-1]) if row[3] else 0.0, row[:3]),
+        key=lambda row: (-_size(row[3]), row[:3]),
     )[:STRONGEST]
     screen.table(
         "strongest components",
@@ -120,17 +122,28 @@ def _edit(screen: Screen, file: Path) -> None:
     )
 
 
-def _other(screen: Screen, file: Path) -> None:
-    from neurons.artifact import load_artifact
+def _size(details: dict[str, float]) -> float:
+    """How far a component's weights go, by what its method says of it."""
+    if "factor" in details:
+        return abs(details["factor"] - 1)
+    return abs(details.get("lambda", details.get("key", 0.0)))
 
-    artifact = load_artifact(file)
-    _header(screen, artifact.metadata)
-    screen.table(
-        artifact.kind,
-        ["tensor", "dtype", "shape"],
-        [[name, str(t.dtype), "x".join(map(str, t.shape))] for name, t in artifact.tensors.items()],
-    )
-    screen.result({**artifact.metadata, "tensors": list(artifact.tensors)})
+
+def _measured(screen: Screen, file: Path) -> None:
+    import json
+
+    from cli.tables import report_table
+    from editing.report import report_from_json
+    from neurons.errors import BrocaError
+
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        reports = [report_from_json(item) for item in (value if isinstance(value, list) else [value])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrocaError(f"{file}: not a report of broca evaluate or broca run") from error
+    for report in reports:
+        report_table(screen, report)
+    screen.result({"reports": value})
 
 
 def _checkpoint(screen: Screen, directory: Path) -> None:

@@ -36,36 +36,33 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def corpus_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(
-            [
-                click.option(
-                    "--corpus",
-                    "corpus_path",
-                    type=FILE,
-                    required=required,
-                    help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
-                ),
-                click.option(
-                    "--languages",
-                    type=CommaSeparated(),
-                    help="Which of the corpus, as en,fr,de.  [default: all]",
-                ),
-                click.option(
-                    "--part",
-                    type=click.Choice(PARTS),
-                    default="all",
-                    show_default=True,
-                    help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter "
-                    "to report, by line number.",
-                ),
-            ]
-        ):
-            command = option(command)
-        return command
-
-    return add
+def corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            click.option(
+                "--corpus",
+                "corpus_path",
+                type=FILE,
+                required=True,
+                help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
+            ),
+            click.option(
+                "--languages",
+                type=CommaSeparated(),
+                help="Which of the corpus, as en,fr,de.  [default: all]",
+            ),
+            click.option(
+                "--part",
+                type=click.Choice(PARTS),
+                default="all",
+                show_default=True,
+                help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter "
+                "to report, by line number.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:

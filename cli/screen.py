@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -19,6 +19,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -46,25 +47,35 @@ class Screen:
         self.as_json = as_json
         self._out = Console(highlight=False, soft_wrap=False, width=None)
         if not self._out.is_terminal:
-            # A pipe has no width: nothing is folded for it.
-            self._out = Console(highlight=False, width=200)
+            # A pipe has no width, and a table that is folded is hard to read by program or in a log.
+            self._out = Console(highlight=False, width=250)
         self._err = Console(stderr=True, highlight=False)
 
-    def stage(self, name: str, skipped: bool) -> None:
+    def stage(self, name: str, state: str) -> None:
         """A stage begins, or is skipped."""
         if not self.as_json:
-            self._err.print(f"{name}: {'unchanged' if skipped else '...'}", markup=False)
+            self._err.print(f"{name}: {state}", markup=False)
+
+    @contextmanager
+    def copying(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for a writer that tells (bytes done, bytes in all)."""
+        with self._bar([BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    def _bar(self, columns: list[ProgressColumn]) -> Progress:
+        quiet = self.as_json or not self._err.is_terminal
+        return Progress(
+            TextColumn("{task.description}"), *columns, console=self._err, transient=True, disable=quiet
+        )
 
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
         """A bar with rate and time left on a terminal; silent in a pipe and with --json."""
-        columns: list[ProgressColumn] = [TextColumn("{task.description}")]
+        columns: list[ProgressColumn] = [_Rate(), TimeElapsedColumn()]
         if total is not None:
-            columns += [BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
-        else:
-            columns += [_Rate(), TimeElapsedColumn()]
-        quiet = self.as_json or not self._err.is_terminal
-        with Progress(*columns, console=self._err, transient=True, disable=quiet) as bar:
+            columns = [BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
+        with self._bar(columns) as bar:
             task = bar.add_task(title, total=total, unit=unit)
             yield lambda count: bar.advance(task, count)
 
@@ -91,7 +102,9 @@ class Screen:
     def result(self, value: dict[str, Any], path: Any = None) -> None:
         """The end of a command: the object with --json, else the path of what was written."""
         if self.as_json:
-            print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+            from neurons.artifact import json_bytes
+
+            print(json_bytes(value).decode(), end="")
         elif path is not None:
             self._out.print(str(path), markup=False, soft_wrap=True)
 
@@ -102,14 +115,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)

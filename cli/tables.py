@@ -53,3 +53,5 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
 def report_table(screen: Screen, report: Report) -> None:
     """All ways of steering side by side."""
     screen.table(report.title, report.columns(), report.rows())
+    for note in report.notes:
+        screen.say(note)

@@ -16,7 +16,7 @@ from editing.live import applied
 from editing.plan import Plan
 from editing.steering import residual_steering
 from neurons.corpus import Corpus
-from neurons.errors import BrocaError
+from neurons.errors import NothingToChangeError
 from neurons.neuron_set import NeuronSet
 from neurons.source import LoadedModel
 
@@ -34,6 +34,7 @@ STEER2EDIT_SETTINGS = (
     (0.3, 0.9, 0.2),
 )
 HOOK_STRENGTHS = (1.0, 2.0)
+HOOK, STEER2EDIT, KEYED = "DiffMean hook", "Steer2Edit", "keyed edit"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Candidate:
     """One setting of one way of steering.
 
     Attributes:
-        way: "DiffMean hook", "Steer2Edit" or "keyed edit".
+        way: HOOK, STEER2EDIT or KEYED.
         settings: that make it, JSON values.
         plan: of a permanent edit; None for a hook.
         steering: enters it on the loaded model.
@@ -63,33 +64,55 @@ class Candidate:
         }
 
 
+def hook_candidate(loaded: LoadedModel, direction: Direction, layer: int, strength: float) -> Candidate:
+    """Residual DiffMean after one layer."""
+    return Candidate(
+        HOOK,
+        {"layer": layer, "strength": strength},
+        None,
+        partial(residual_steering, loaded, direction.vectors["block_out"][layer], layer, strength),
+    )
+
+
 def hook_candidates(loaded: LoadedModel, direction: Direction) -> list[Candidate]:
     """Residual DiffMean after a layer at a quarter, three eighths or half of the depth, once or twice."""
     depth = loaded.anatomy.layers
-    layers = sorted({round(depth * share) for share in (1 / 4, 3 / 8, 1 / 2)})
+    layers = sorted({min(round(depth * share), depth - 1) for share in (1 / 4, 3 / 8, 1 / 2)})
     return [
-        Candidate(
-            "DiffMean hook",
-            {"layer": layer, "strength": strength},
-            None,
-            partial(residual_steering, loaded, direction.vectors["block_out"][layer], layer, strength),
-        )
-        for layer in layers
-        for strength in HOOK_STRENGTHS
+        hook_candidate(loaded, direction, layer, strength) for layer in layers for strength in HOOK_STRENGTHS
     ]
 
 
-def steer2edit_candidates(loaded: LoadedModel, direction: Direction) -> list[Candidate]:
-    """The published settings on all layers; those that change nothing here are left out by their refusal."""
-    found = []
+def steer2edit_candidate(
+    loaded: LoadedModel,
+    direction: Direction,
+    heads_rho: float | None,
+    neurons_rho: float | None,
+    alpha: float,
+) -> Candidate:
+    """Steer2Edit on all layers.
+
+    Raises:
+        NothingToChangeError: no component passes the threshold.
+    """
+    layers = range(loaded.anatomy.layers)
+    plan = steer2edit_plan(loaded, direction, layers, heads_rho, neurons_rho, alpha)
+    settings = {"heads_rho": heads_rho, "neurons_rho": neurons_rho, "alpha": alpha}
+    return Candidate(STEER2EDIT, settings, plan, partial(applied, loaded, plan))
+
+
+def steer2edit_candidates(
+    loaded: LoadedModel, direction: Direction
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """The published settings on all layers, and those that change nothing here with the reason."""
+    found, refused = [], []
     for heads, neurons, alpha in STEER2EDIT_SETTINGS:
-        settings = {"heads_rho": heads, "neurons_rho": neurons, "alpha": alpha}
         try:
-            plan = steer2edit_plan(loaded, direction, range(loaded.anatomy.layers), heads, neurons, alpha)
-        except BrocaError:
-            continue
-        found.append(Candidate("Steer2Edit", settings, plan, partial(applied, loaded, plan)))
-    return found
+            found.append(steer2edit_candidate(loaded, direction, heads, neurons, alpha))
+        except NothingToChangeError as error:
+            settings = {"heads_rho": heads, "neurons_rho": neurons, "alpha": alpha}
+            refused.append({"name": STEER2EDIT, "settings": settings, "refused": str(error)})
+    return found, refused
 
 
 def keyed_candidates(
@@ -105,7 +128,7 @@ def keyed_candidates(
     found = []
     for strength in strengths:
         plan = whole.scaled(strength)
-        found.append(Candidate("keyed edit", plan.metadata["settings"], plan, partial(applied, loaded, plan)))
+        found.append(Candidate(KEYED, plan.metadata["settings"], plan, partial(applied, loaded, plan)))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from neurons.artifact import load_artifact, save_artifact
+from neurons.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class Direction:
     vectors: dict[str, torch.Tensor]
     input_means: dict[str, torch.Tensor]
     metadata: dict[str, Any]
+
+    def require_model(self, source: ModelSource) -> None:
+        """Refuse a model that the direction was not taken from.
+
+        Raises:
+            BrocaError: another fingerprint; a direction that names none passes.
+        """
+        if "fingerprint" in self.metadata:
+            source.require_fingerprint(self.metadata, "the direction")
 
     def save(self, path: Path) -> None:
         tensors = {f"vectors.{site}": value for site, value in self.vectors.items()}

@@ -12,30 +12,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from editing.directions.diffmean import language_batches
 from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
 from editing.language_id import check_languages, identify_language
-from editing.likelihood import (
-    continuation_nll,
-    mean_kl,
-    next_token_log_probabilities,
-    nll_by_language,
-)
+from editing.likelihood import Steering, continuation_nll, mean_kl, nll_by_language
 from editing.text import distinct_share, opening
-from neurons.batches import TokenBatch
+from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.source import LoadedModel
 
-KL_BYTES_AT_ONCE = 256 * 2**20
 SAMPLES_SHOWN = 5
-
-Steering = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -69,13 +59,6 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    def largest_third_rise(self, source: str, target: str) -> float:
-        """The largest NLL rise of a language that is neither source nor target."""
-        return max(
-            (rise for language, rise in self.nll_rise.items() if language not in (source, target)),
-            default=0.0,
-        )
 
 
 class Evaluation:
@@ -134,7 +117,7 @@ class Evaluation:
         self.base = self.measure("base", nullcontext)
 
     @property
-    def prompts(self) -> int:
+    def continuations(self) -> int:
         """Number of continuations that each share is over."""
         return len(self._prompts[self.source])
 
@@ -180,21 +163,4 @@ class Evaluation:
 
     def _kl(self, steering: Steering) -> dict[str, float]:
         third = [k for k in self._corpus.languages if k not in (self.source, self.target)]
-        return {language: self._kl_of(steering, self._batches[language]) for language in third}
-
-    def _kl_of(self, steering: Steering, batches: list[TokenBatch]) -> float:
-        total, positions = 0.0, 0
-        vocabulary = self._loaded.model.get_input_embeddings().weight.shape[0]
-        chunk: list[TokenBatch] = []
-        size = 0
-        for i, batch in enumerate(batches):
-            chunk.append(batch)
-            size += batch.ids.numel()
-            if size * vocabulary * 4 >= KL_BYTES_AT_ONCE or i == len(batches) - 1:
-                base = list(next_token_log_probabilities(self._loaded, chunk))
-                count = sum(map(len, base))
-                with steering():
-                    total += mean_kl(base, next_token_log_probabilities(self._loaded, chunk)) * count
-                positions += count
-                chunk, size = [], 0
-        return total / positions
+        return {language: mean_kl(self._loaded, self._batches[language], steering) for language in third}

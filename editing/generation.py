@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from neurons.source import LoadedModel
 
 PROMPTS_A_BATCH = 64
 TEMPERATURE = 0.7
 NEW_TOKENS = 40
+
+
+@contextmanager
+def _plain_settings(model: Any) -> Iterator[None]:
+    """Without what the checkpoint's generation_config.json advises, which would make models incomparable."""
+    advised = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=advised.bos_token_id,
+        eos_token_id=advised.eos_token_id,
+        pad_token_id=advised.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = advised
 
 
 @dataclass(frozen=True)
@@ -46,35 +63,36 @@ def generate(
         if temperature > 0
         else {"do_sample": False}
     )
-    # What a checkpoint's generation_config.json advises would make models incomparable.
-    sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     found: list[Continuation] = []
-    torch.manual_seed(seed)
-    for first in range(0, len(prompts), PROMPTS_A_BATCH):
-        encoded = [
-            start + ids
-            for ids in tokenizer(list(prompts[first : first + PROMPTS_A_BATCH]), add_special_tokens=False)[
-                "input_ids"
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    # The caller's own random numbers go on as if nothing had been drawn.
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for first in range(0, len(prompts), PROMPTS_A_BATCH):
+            encoded = [
+                start + ids
+                for ids in tokenizer(
+                    list(prompts[first : first + PROMPTS_A_BATCH]), add_special_tokens=False
+                )["input_ids"]
             ]
-        ]
-        longest = max(map(len, encoded))
-        ids = torch.full((len(encoded), longest), padding or 0, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(encoded):
-            ids[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids.to(loaded.device),
-                attention_mask=mask.to(loaded.device),
-                max_new_tokens=new_tokens,
-                pad_token_id=padding,
-                **sampling,
-            )
-        ends = model.generation_config.eos_token_id
-        end_ids = set(ends if isinstance(ends, list) else [ends]) | {padding}
-        for row in output[:, longest:].tolist():
-            kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
-            found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
+            longest = max(map(len, encoded))
+            ids = torch.full((len(encoded), longest), padding or 0, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for i, row in enumerate(encoded):
+                ids[i, longest - len(row) :] = torch.tensor(row)
+                mask[i, longest - len(row) :] = 1
+            with torch.no_grad(), _plain_settings(model):
+                output = model.generate(
+                    input_ids=ids.to(loaded.device),
+                    attention_mask=mask.to(loaded.device),
+                    max_new_tokens=new_tokens,
+                    pad_token_id=padding,
+                    **sampling,
+                )
+            ends = model.generation_config.eos_token_id
+            end_ids = set(ends if isinstance(ends, list) else [ends]) | {padding}
+            for row in output[:, longest:].tolist():
+                kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
+                found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
     return found

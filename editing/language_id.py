@@ -8,6 +8,9 @@ from typing import Any
 
 from neurons.errors import UsageError
 
+# Varieties that py3langid tells apart and ISO 639-3 counts to a macrolanguage: a Chinese text is often
+# "Wu" to it. They count to the macrolanguage unless they are asked for by name.
+MACROLANGUAGES = {"wuu": "zh", "yue": "zh", "arz": "ar", "ary": "ar", "nn": "no"}
 OTHER = "other"
 EMPTY = "empty"
 
@@ -39,8 +42,11 @@ def identify_language(text: str, languages: Sequence[str]) -> str:
     over all languages that py3langid knows; "empty" for a text without a letter."""
     if not any(character.isalpha() for character in text):
         return EMPTY
-    probability = {label: float(value) for label, value in _identifier().rank(text)}
-    shipped = {language: probability.get(language, 0.0) for language in languages}
-    if sum(shipped.values()) < 0.5:
+    probability = dict.fromkeys(languages, 0.0)
+    for label, value in _identifier().rank(text):
+        language = label if label in probability else MACROLANGUAGES.get(label, label)
+        if language in probability:
+            probability[language] += float(value)
+    if sum(probability.values()) < 0.5:
         return OTHER
-    return max(shipped, key=lambda language: shipped[language])
+    return max(probability, key=lambda language: probability[language])

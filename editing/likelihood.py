@@ -2,57 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from editing.generation import Continuation
-from neurons.batches import TokenBatch
+from neurons.batches import TokenBatch, row_batches
 from neurons.recording import forward
 from neurons.source import LoadedModel
 
 LOGIT_BYTES_AT_ONCE = 64 * 2**20
 
+Steering = Callable[[], AbstractContextManager[None]]
 
-def _predictions(loaded: LoadedModel, batch: TokenBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(log probabilities float32 [n, vocabulary], token int64 [n]) of the counted tokens that follow
-    another token, a few at a time: a batch's logits can be larger than the model."""
-    head = loaded.model.get_output_embeddings()
+
+def _hidden(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
+    """[n, d]: the final hidden states from which the counted tokens that follow another are predicted."""
     on_device = batch.to(loaded.device)
     with torch.no_grad():
-        counted = on_device.counted[:, 1:]
-        hidden = forward(loaded.model, on_device)[:, :-1][counted]
-        wanted = on_device.ids[:, 1:][counted]
-        rows = max(1, LOGIT_BYTES_AT_ONCE // (4 * head.weight.shape[0]))
-        for some, tokens in zip(hidden.split(rows), wanted.split(rows), strict=True):
-            yield torch.log_softmax(head(some).float(), dim=-1), tokens
+        return forward(loaded.model, on_device)[:, :-1][on_device.counted[:, 1:]]
+
+
+def _rows_at_once(loaded: LoadedModel) -> int:
+    """So many positions' logits fit in LOGIT_BYTES_AT_ONCE; a batch's can be larger than the model."""
+    vocabulary: int = loaded.model.get_output_embeddings().weight.shape[0]
+    return max(1, LOGIT_BYTES_AT_ONCE // (4 * vocabulary))
 
 
 def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
     """Mean negative log-likelihood of the counted tokens that follow another token, nats a token."""
+    head, rows = loaded.model.get_output_embeddings(), _rows_at_once(loaded)
     total, tokens = 0.0, 0
     for batch in batches:
-        for log_probabilities, wanted in _predictions(loaded, batch):
-            total -= float(log_probabilities.gather(-1, wanted[:, None]).sum(dtype=torch.float64))
-            tokens += len(wanted)
+        wanted = batch.ids[:, 1:][batch.counted[:, 1:]].to(loaded.device)
+        with torch.no_grad():
+            for hidden, some in zip(_hidden(loaded, batch).split(rows), wanted.split(rows), strict=True):
+                total += float(
+                    torch.nn.functional.cross_entropy(head(hidden).float(), some, reduction="none").sum(
+                        dtype=torch.float64
+                    )
+                )
+                tokens += len(some)
     return total / tokens if tokens else float("nan")
 
 
-def next_token_log_probabilities(
-    loaded: LoadedModel, batches: Sequence[TokenBatch]
-) -> Iterator[torch.Tensor]:
-    """Float32 [n, vocabulary], some counted tokens at a time, in order: what was predicted for them."""
-    for batch in batches:
-        for log_probabilities, _ in _predictions(loaded, batch):
-            yield log_probabilities
+def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steering) -> float:
+    """Mean over the counted tokens of KL(unedited || steered) of what is predicted for them, in nats.
 
+    Only final hidden states are kept between the two passes; logits are made a few at a time.
 
-def mean_kl(base: Sequence[torch.Tensor], edited: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> float:
-    """Mean over positions of KL(base || edited) of the next token, in nats."""
+    Args:
+        loaded: the unedited model.
+        batches: the text.
+        steering: makes a context in which the model is steered; entered once.
+    """
+    # A context may exchange all weights, the head's too: the unedited head is held on to.
+    head = loaded.model.get_output_embeddings()
+    own_weight, own_bias = head.weight.detach(), head.bias
+    base = [_hidden(loaded, batch) for batch in batches]
+    rows = _rows_at_once(loaded)
     total, positions = 0.0, 0
-    for p, q in zip(base, edited, strict=True):
-        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        positions += len(p)
+    with steering(), torch.no_grad():
+        for batch, before in zip(batches, base, strict=True):
+            after = _hidden(loaded, batch)
+            for own, other in zip(before.split(rows), after.split(rows), strict=True):
+                p = torch.log_softmax(torch.nn.functional.linear(own, own_weight, own_bias).float(), -1)
+                q = torch.log_softmax(head(other).float(), -1)
+                total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                positions += len(own)
     return total / positions if positions else float("nan")
 
 
@@ -64,16 +82,7 @@ def continuation_nll(loaded: LoadedModel, continuations: Sequence[Continuation])
     """
     start = loaded.tokenizer.bos_token_id
     rows = [([] if start is None else [start]) + list(item.ids) for item in continuations if item.ids]
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
-        return float("nan")
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    attention = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        attention[i, : len(row)] = True
-    return mean_nll(loaded, [TokenBatch(ids, attention, attention)])
+    return mean_nll(loaded, row_batches(rows, uncounted=1))
 
 
 def nll_by_language(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> dict[str, float]:

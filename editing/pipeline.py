@@ -13,38 +13,51 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from editing.comparison import (
+    HOOK,
+    KEYED,
+    STEER2EDIT,
     Candidate,
     choose,
+    hook_candidate,
     hook_candidates,
     keyed_candidates,
     measure_candidates,
+    steer2edit_candidate,
     steer2edit_candidates,
 )
 from editing.direction import Direction, load_direction
 from editing.directions.diffmean import diffmean_direction
-from editing.evaluation import Evaluation, Outcome
+from editing.evaluation import Evaluation
 from editing.export import export
+from editing.language_id import check_languages
 from editing.live import exchanged
 from editing.plan import load_plan, parse_layers
 from editing.recipe import Recipe
-from editing.report import Report, outcome_from_json, report_files
+from editing.report import Report, report_files, report_from_json
 from editing.stages import Stages, digest
-from neurons.artifact import write_atomically
+from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
 from neurons.errors import UsageError
+from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.identify import identify
 from neurons.neuron_set import load_neuron_set
 from neurons.source import LoadedModel, ModelSource, load_model, open_model
+
+# Below this share of its own language, what an edit reaches cannot be told from noise.
+LEAST_CEILING = 0.2
 
 
 class Screen(Protocol):
     """What the pipeline tells a person while it works."""
 
-    def stage(self, name: str, skipped: bool) -> None:
-        """A stage begins, or is skipped as unchanged."""
+    def stage(self, name: str, state: str) -> None:
+        """A stage begins, or is skipped (``editing.stages``)."""
 
     def progress(self, title: str, total: int | None, unit: str) -> Any:
-        """A context that gives a function to call with the amount of work done."""
+        """A context that gives a function to call with the amount of work done since the last call."""
+
+    def copying(self, title: str) -> Any:
+        """A context that gives a function to call with (bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,7 @@ class _Run:
                     f"{recipe.corpus}: no text for {language} (there is "
                     f"{', '.join(self.corpora['report'].languages)})"
                 )
+        check_languages(self.corpora["report"].languages)
         self.layers = (
             None if recipe.layers is None else parse_layers(recipe.layers, self.source.anatomy.layers)
         )
@@ -100,7 +114,6 @@ class _Run:
         recipe = self.recipe
         common = {
             "fingerprint": self.source.fingerprint,
-            "model": recipe.model,
             "device": recipe.device,
             "dtype": recipe.dtype,
         }
@@ -117,9 +130,12 @@ class _Run:
             "layers": recipe.layers,
             "key_neurons": recipe.key_neurons,
             "strengths": recipe.strengths,
+            "prompts": recipe.prompts,
             "samples": recipe.samples,
             "seed": recipe.seed,
         }
+        if recipe.key_neurons == "identified":
+            steering["neurons"] = digest(self.out / "neurons.safetensors")
         for target in recipe.targets:
             direction, edit, choice = (
                 f"direction-{target}.safetensors",
@@ -138,7 +154,6 @@ class _Run:
                     **steering,
                     "text": [text["estimate"], text["choose"]],
                     "direction": digest(self.out / direction),
-                    "neurons": digest(self.out / "neurons.safetensors"),
                 },
                 [edit, choice],
                 partial(self.edit, target),
@@ -188,24 +203,20 @@ class _Run:
             )
         found.save(self.out / f"direction-{target}.safetensors")
 
-    def candidates(self, direction: Direction) -> list[list[Candidate]]:
+    def keyed(self, direction: Direction) -> list[Candidate]:
         neurons = (
             load_neuron_set(self.out / "neurons.safetensors")
             if self.recipe.key_neurons == "identified"
             else None
         )
-        return [
-            hook_candidates(self.loaded, direction),
-            steer2edit_candidates(self.loaded, direction),
-            keyed_candidates(
-                self.loaded,
-                direction,
-                self.corpora["estimate"],
-                self.recipe.strengths,
-                self.layers,
-                neurons,
-            ),
-        ]
+        return keyed_candidates(
+            self.loaded,
+            direction,
+            self.corpora["estimate"],
+            self.recipe.strengths,
+            self.layers,
+            neurons,
+        )
 
     def evaluation(self, target: str, part: str) -> Evaluation:
         recipe = self.recipe
@@ -215,18 +226,20 @@ class _Run:
             recipe.source,
             target,
             samples=recipe.samples,
+            most_prompts=recipe.prompts,
             seed=recipe.seed,
         )
 
     def edit(self, target: str) -> None:
         direction = load_direction(self.out / f"direction-{target}.safetensors")
-        ways = self.candidates(direction)
+        steer2edit, refused = steer2edit_candidates(self.loaded, direction)
+        ways = [hook_candidates(self.loaded, direction), steer2edit, self.keyed(direction)]
+        tried: list[dict[str, Any]] = list(refused)
+        chosen: dict[str, Candidate] = {}
         with self.screen.progress(
             f"Choosing settings, {self.recipe.source} to {target}", sum(map(len, ways)), "settings"
         ) as advance:
             evaluation = self.evaluation(target, "choose")
-            chosen = {}
-            tried = []
             for candidates in ways:
                 measured = []
                 for candidate, outcome in measure_candidates(evaluation, candidates):
@@ -236,86 +249,64 @@ class _Run:
                 if measured:
                     best, _ = choose(measured, evaluation.ceiling, self.recipe.source)
                     chosen[best.way] = best
-        plan = chosen["keyed edit"].plan
+        plan = chosen[KEYED].plan
         assert plan is not None  # a keyed candidate always has one
         plan.save(self.out / f"edit-{target}.safetensors")
-        choice = {way: candidate.settings for way, candidate in chosen.items()}
-        _write_json(
-            self.out / f"choice-{target}.json",
-            {"ceiling": evaluation.ceiling, "chosen": choice, "tried": tried},
-        )
+        settings = {way: candidate.settings for way, candidate in chosen.items()}
+        content = {"ceiling": evaluation.ceiling, "chosen": settings, "tried": tried}
+        write_atomically(self.out / f"choice-{target}.json", json_bytes(content))
 
     def export(self, target: str) -> None:
         plan = load_plan(self.out / f"edit-{target}.safetensors")
-        with self.screen.progress(f"Writing checkpoint-{target}", None, "bytes") as advance:
-            done = 0
-
-            def tell(now: int, _: int) -> None:
-                nonlocal done
-                advance(now - done)
-                done = now
-
+        with self.screen.copying(f"Writing checkpoint-{target}") as tell:
             export(self.source, plan, self.out / f"checkpoint-{target}", overwrite=True, progress=tell)
 
     def measure(self, target: str) -> None:
         direction = load_direction(self.out / f"direction-{target}.safetensors")
-        choice = json.loads((self.out / f"choice-{target}.json").read_text(encoding="utf-8"))["chosen"]
-        chosen = [
-            candidate
-            for candidates in self.candidates(direction)
-            for candidate in candidates
-            if _json(candidate.settings) == choice.get(candidate.way)
-        ]
+        chosen = json.loads((self.out / f"choice-{target}.json").read_text(encoding="utf-8"))["chosen"]
+        plan = load_plan(self.out / f"checkpoint-{target}" / PLAN_IN_CHECKPOINT)
+        exported = load_model(str(self.out / f"checkpoint-{target}"), self.recipe.device, self.recipe.dtype)
+        ways = [hook_candidate(self.loaded, direction, **chosen[HOOK])]
+        notes = []
+        if STEER2EDIT in chosen:
+            ways.append(steer2edit_candidate(self.loaded, direction, **chosen[STEER2EDIT]))
+        else:
+            notes.append("Steer2Edit: none of the published settings changes anything in this model.")
+        ways.append(
+            Candidate(KEYED, plan.metadata["settings"], plan, partial(exchanged, self.loaded, exported))
+        )
         with self.screen.progress(
-            f"Measuring {self.recipe.source} to {target}", len(chosen) + 1, "ways"
+            f"Measuring {self.recipe.source} to {target}", len(ways) + 1, "ways"
         ) as advance:
             evaluation = self.evaluation(target, "report")
-            exported = load_model(
-                str(self.out / f"checkpoint-{target}"), self.recipe.device, self.recipe.dtype
-            )
             outcomes = [evaluation.base]
             advance(1)
-            for candidate in chosen:
-                steering = candidate.steering
-                if candidate.way == "keyed edit":
-                    steering = partial(exchanged, self.loaded, exported)
-                outcomes.append(evaluation.measure(candidate.way, steering, candidate.details(), kl=True))
+            for way in ways:
+                outcomes.append(evaluation.measure(way.way, way.steering, way.details(), kl=True))
                 advance(1)
-        _write_json(
-            self.out / f"measured-{target}.json",
-            {
-                "model": self.recipe.model,
-                "fingerprint": self.source.fingerprint,
-                "source": self.recipe.source,
-                "target": target,
-                "ceiling": evaluation.ceiling,
-                "continuations": evaluation.prompts,
-                "outcomes": [outcome.as_json() for outcome in outcomes],
-            },
-        )
+        if evaluation.ceiling < LEAST_CEILING:
+            notes.append(
+                f"The unedited model hardly writes {target} on {target} prompts (ceiling "
+                f"{evaluation.ceiling:.2f}): shares say little here."
+            )
+        content = {
+            "model": self.source.label,
+            "fingerprint": self.source.fingerprint,
+            "source": self.recipe.source,
+            "target": target,
+            "ceiling": evaluation.ceiling,
+            "continuations": evaluation.continuations,
+            "notes": notes,
+            "outcomes": [outcome.as_json() for outcome in outcomes],
+        }
+        write_atomically(self.out / f"measured-{target}.json", json_bytes(content))
 
     def read_report(self, target: str) -> Report:
-        content = json.loads((self.out / f"measured-{target}.json").read_text(encoding="utf-8"))
-        outcomes: tuple[Outcome, ...] = tuple(map(outcome_from_json, content["outcomes"]))
-        return Report(
-            model=content["model"],
-            source=content["source"],
-            target=content["target"],
-            ceiling=content["ceiling"],
-            continuations=content["continuations"],
-            outcomes=outcomes,
+        return report_from_json(
+            json.loads((self.out / f"measured-{target}.json").read_text(encoding="utf-8"))
         )
 
     def report(self) -> None:
         reports = [self.read_report(target) for target in self.recipe.targets]
         for name, content in report_files(reports).items():
             write_atomically(self.out / name, content)
-
-
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    write_atomically(path, text.encode())

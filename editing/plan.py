@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from editing.direction import Direction
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
-from neurons.errors import BrocaError, UsageError
+from neurons.errors import BrocaError, NothingToChangeError, UsageError
+from neurons.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,13 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
     """Order the edits and check them.
 
     Raises:
-        BrocaError: nothing to change, a module named twice, or values that are not finite.
+        NothingToChangeError: no edits.
+        BrocaError: a module named twice, or values that are not finite.
     """
     if not edits:
-        raise BrocaError("the plan changes nothing: loosen its thresholds or choose other layers or neurons")
+        raise NothingToChangeError(
+            "the plan changes nothing: loosen its thresholds or choose other layers or neurons"
+        )
     ordered = sorted(edits, key=lambda edit: (edit.layer, BLOCKS.index(edit.block)))
     places = [(edit.layer, edit.block) for edit in ordered]
     if len(set(places)) != len(places):
@@ -203,14 +208,12 @@ def load_plan(path: Path) -> Plan:
     return make_plan(edits, artifact.metadata)
 
 
-def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
-    """Layers named as ``1-3``, ``4`` or ``1-3,6``; None is all of them.
+def parse_layers(text: str, layers: int) -> tuple[int, ...]:
+    """Layers named as ``1-3``, ``4`` or ``1-3,6``.
 
     Raises:
         UsageError: not of that form, or a layer that the model does not have.
     """
-    if text is None:
-        return tuple(range(layers))
     chosen: set[int] = set()
     for piece in text.split(","):
         found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece.strip())
@@ -223,3 +226,19 @@ def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
     if not chosen or max(chosen) >= layers:
         raise UsageError(f"layers {text!r}: the model has layers 0-{layers - 1}")
     return tuple(sorted(chosen))
+
+
+def plan_metadata(
+    source: ModelSource, method: str, direction: Direction, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What every plan from a direction says of itself."""
+    return {
+        "model": source.label,
+        "fingerprint": source.fingerprint,
+        "method": method,
+        "source": direction.source,
+        "target": direction.target,
+        "languages": [direction.source, direction.target],
+        "direction": {key: direction.metadata.get(key) for key in ("method", "corpus", "tokens", "texts")},
+        "settings": settings,
+    }

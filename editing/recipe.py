@@ -26,6 +26,7 @@ class Recipe:
         key_neurons: "all" lets a key use every neuron of a layer, "identified" only the source's.
         layers: layers that are edited ("1-3"); None is the method's default.
         strengths: of the keyed edit; the best on the choosing part is taken.
+        prompts: at most so many lines of a part are prompted with.
         samples: continuations a prompt.
         seed: of the sampling.
         device, dtype: as ``broca identify`` takes them.
@@ -42,6 +43,7 @@ class Recipe:
     key_neurons: str = "all"
     layers: str | None = None
     strengths: tuple[float, ...] = (1.0,)
+    prompts: int = 100
     samples: int = 2
     seed: int = 0
     device: str = "auto"
@@ -87,16 +89,18 @@ def read_recipe(path: Path) -> Recipe:
     recipe = Recipe(**content)
     if recipe.key_neurons not in ("all", "identified"):
         raise UsageError(f"{path}: key_neurons is 'all' or 'identified', not {recipe.key_neurons!r}")
-    check_targets(recipe)
+    check_recipe(recipe)
     return recipe
 
 
-def check_targets(recipe: Recipe) -> None:
-    """Refuse a job without targets or with the source among them.
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a job without targets, with the source among them or with a strength twice.
 
     Raises:
         UsageError: as said.
     """
+    if len(set(recipe.strengths)) != len(recipe.strengths):
+        raise UsageError("strengths: name each once")
     if not recipe.targets or len(set(recipe.targets)) != len(recipe.targets):
         raise UsageError("targets: name at least one language, each once")
     if recipe.source in recipe.targets:
@@ -111,7 +115,7 @@ _KINDS = {
     **dict.fromkeys(("targets", "languages"), "a list of strings"),
     "strengths": "a list of numbers",
     "top_rate": "a number",
-    "samples": "a whole number above 0",
+    **dict.fromkeys(("prompts", "samples"), "a whole number above 0"),
     "seed": "a whole number",
 }
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from editing.evaluation import Outcome
+from neurons.artifact import json_bytes
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Report:
         ceiling: share of the target that the unedited model reaches on target prompts.
         continuations: how many each share is over.
         outcomes: the base first.
+        notes: what a reader should know beside the numbers.
     """
 
     model: str
@@ -30,6 +31,7 @@ class Report:
     ceiling: float
     continuations: int
     outcomes: tuple[Outcome, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -41,8 +43,13 @@ class Report:
     def third_languages(self) -> list[str]:
         return [k for k in self.outcomes[0].nll_rise if k not in (self.source, self.target)]
 
+    @property
+    def _languages(self) -> list[str]:
+        """The source last: that its own text becomes less likely is what the edit is for."""
+        return [self.target, *self.third_languages, self.source]
+
     def columns(self) -> list[str]:
-        rises = [f"NLL {language}" for language in [self.target, *self.third_languages]]
+        rises = [f"NLL {language}" for language in self._languages]
         return [
             "",
             f"share {self.target}",
@@ -59,9 +66,7 @@ class Report:
         """A row an outcome, formatted; the NLL columns are rises in nats a token, KL the largest."""
         found = []
         for outcome in self.outcomes:
-            rises = [
-                f"{outcome.nll_rise[language]:+.2f}" for language in [self.target, *self.third_languages]
-            ]
+            rises = [f"{outcome.nll_rise[language]:+.2f}" for language in self._languages]
             kl = f"{max(outcome.kl.values()):.3f}" if outcome.kl else "-"
             components = outcome.details.get("components", 0)
             change = outcome.details.get("relative_change", 0.0)
@@ -83,14 +88,27 @@ class Report:
 
 def outcome_from_json(value: dict[str, Any]) -> Outcome:
     """The inverse of ``Outcome.as_json``."""
-    return Outcome(**{**value, "samples": tuple(value["samples"])})
+    gap = math.nan if value["fluency_gap"] is None else value["fluency_gap"]
+    return Outcome(**{**value, "samples": tuple(value["samples"]), "fluency_gap": gap})
+
+
+def report_from_json(value: dict[str, Any]) -> Report:
+    """What a run's measured-*.json or ``broca evaluate`` holds."""
+    return Report(
+        model=value["model"],
+        source=value["source"],
+        target=value["target"],
+        ceiling=value["ceiling"],
+        continuations=value["continuations"],
+        outcomes=tuple(map(outcome_from_json, value["outcomes"])),
+        notes=tuple(value.get("notes", ())),
+    )
 
 
 def report_files(reports: Sequence[Report]) -> dict[str, bytes]:
     """report.json, report.md, report.png and report.svg, by name; equal reports give equal bytes."""
-    numbers = json.dumps([asdict(report) for report in reports], indent=2, ensure_ascii=False)
     return {
-        "report.json": (numbers + "\n").encode(),
+        "report.json": json_bytes([asdict(report) for report in reports]),
         "report.md": markdown(reports).encode(),
         **plots(reports),
     }
@@ -104,7 +122,7 @@ def markdown(reports: Sequence[Report]) -> str:
         parts.append("| " + " | ".join(name.replace("|", "\\|") for name in report.columns()) + " |")
         parts.append("|" + "---|" * len(report.columns()))
         parts += ["| " + " | ".join(row) + " |" for row in report.rows()]
-        parts.append("")
+        parts += ["", *(f"{note}\n" for note in report.notes)]
         for outcome in (report.outcomes[0], report.outcomes[-1]):
             parts.append(f"What the {outcome.name} writes:\n")
             for sample in outcome.samples[:3]:
@@ -115,7 +133,7 @@ def markdown(reports: Sequence[Report]) -> str:
         "Settings were chosen on one part of the text and are reported on another. Share: continuations "
         "identified as the language. Ceiling: that share for the unedited model on target prompts. Fluency "
         "gap: nats a token by which the continuations are less likely to the unedited model than its own "
-        "in the target language. NLL: rise on held-out text, nats a token. KL: the largest of the third "
+        "in the target language. NLL: rise on held-out text, nats a token; the source's own is last. KL: the largest of the third "
         "languages. The keyed edit is measured on the exported checkpoint, loaded again.\n"
     )
     return "\n".join(parts)

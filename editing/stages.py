@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neurons.artifact import package_versions, write_atomically
+from neurons.artifact import json_bytes, package_versions, write_atomically
 from neurons.errors import BrocaError
 
 RECORD = "run.json"
+RUNS, UNCHANGED, KEPT = "...", "unchanged", "kept as changed by hand: {}"
 
 
 class Stages:
@@ -19,13 +20,13 @@ class Stages:
 
     Args:
         out: directory of the results; made where it is missing.
-        report: called with a stage's name and whether it is skipped, before it runs.
+        report: called with a stage's name and RUNS, UNCHANGED or what is KEPT, before it runs.
 
     Raises:
         BrocaError: ``out`` is a file, or a directory with something in it that no run has left.
     """
 
-    def __init__(self, out: Path, report: Callable[[str, bool], None]) -> None:
+    def __init__(self, out: Path, report: Callable[[str, str], None]) -> None:
         self.out = out
         self._report = report
         self._record: dict[str, dict[str, Any]] = {}
@@ -47,31 +48,42 @@ class Stages:
         outputs: Sequence[str],
         action: Callable[[], None],
     ) -> None:
-        """Run ``action`` unless the last run had the same inputs and its outputs are as it left them.
+        """Run ``action`` unless the last run had the same inputs and its outputs are there.
+
+        An output that was changed by hand since is kept and used by the later stages.
 
         Args:
             name: of the stage.
             inputs: JSON values that decide the outcome; file digests for files.
             outputs: files or directories that the action writes, relative to ``out``.
             action: writes them.
+
+        Raises:
+            BrocaError: the stage must run again and would overwrite a file that was changed by hand.
         """
         wanted = _digest_of({"inputs": inputs, "packages": package_versions()})
-        last = self._record.get(name)
-        unchanged = (
-            last is not None
-            and last["inputs"] == wanted
-            and all(last["outputs"].get(output) == digest(self.out / output) for output in outputs)
-        )
-        self._report(name, unchanged)
-        if unchanged:
+        last = self._record.get(name, {"inputs": None, "outputs": {}})
+        now = {output: digest(self.out / output) for output in outputs}
+        theirs = [
+            output
+            for output, found in now.items()
+            if found is not None and last["outputs"].get(output, found) != found
+        ]
+        if last["inputs"] == wanted and None not in now.values():
+            self._report(name, KEPT.format(", ".join(theirs)) if theirs else UNCHANGED)
             return
+        if theirs:
+            raise BrocaError(
+                f"{self.out}: {', '.join(theirs)} was changed by hand since {name!r} wrote it, and would now "
+                "be written again: move it away, or choose another --out"
+            )
+        self._report(name, RUNS)
         action()
         self._record[name] = {
             "inputs": wanted,
             "outputs": {output: digest(self.out / output) for output in outputs},
         }
-        text = json.dumps(self._record, indent=2, sort_keys=True) + "\n"
-        write_atomically(self.out / RECORD, text.encode())
+        write_atomically(self.out / RECORD, json_bytes(self._record))
 
 
 def digest(path: Path) -> str | None:

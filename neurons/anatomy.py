@@ -119,6 +119,27 @@ class Anatomy:
         return "head" if block == "attn" else "neuron"
 
 
+def layout_of(config: Any) -> Layout:
+    """The layout of a config, before any weight is read.
+
+    Raises:
+        BrocaError: an architecture that is not known, or an activation whose sign says nothing; by name.
+    """
+    text = config.get_text_config()
+    layout = LAYOUTS.get(text.model_type)
+    if layout is None:
+        raise BrocaError(
+            f"architecture {text.model_type!r} is not known to Broca: it knows {', '.join(LAYOUTS)}"
+        )
+    activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
+    if activation not in SIGN_PRESERVING:
+        raise BrocaError(
+            f"activation {activation!r} of {text.model_type}: its sign does not follow its input's, so "
+            "active neurons cannot be counted"
+        )
+    return layout
+
+
 def anatomy_of(model: Any) -> Anatomy:
     """Find the parts of a causal language model and check their shapes.
 
@@ -127,17 +148,7 @@ def anatomy_of(model: Any) -> Anatomy:
             module that is missing or of an unexpected shape; by name.
     """
     config = model.config.get_text_config()
-    layout = LAYOUTS.get(config.model_type)
-    if layout is None:
-        raise BrocaError(
-            f"architecture {config.model_type!r} is not known to Broca: it knows {', '.join(LAYOUTS)}"
-        )
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if activation not in SIGN_PRESERVING:
-        raise BrocaError(
-            f"activation {activation!r} of {config.model_type}: its sign does not follow its input's, so "
-            "active neurons cannot be counted"
-        )
+    layout = layout_of(model.config)
     blocks = tuple(_submodule(model, layout.layers).children())
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

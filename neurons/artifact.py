@@ -7,6 +7,7 @@ The header's ``__metadata__`` holds one key, ``broca``, whose value is a JSON ob
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from safetensors.torch import save
 from neurons.errors import BrocaError
 
 FORMAT_VERSION = 1
-KINDS = ("neurons", "direction", "edit", "statistics")
+KINDS = ("neurons", "direction", "edit")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON document that any reader takes: NaN and infinities, which JSON lacks, become null."""
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 def package_versions() -> dict[str, str]:

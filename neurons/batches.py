@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from neurons.corpus import Corpus
 from neurons.errors import UsageError
+from neurons.source import LoadedModel
 
 LONGEST_BLOCK = 2048
 TOKENS_A_BATCH = 4096
@@ -101,19 +103,53 @@ def packed_batches(
 
 
 def text_batches(texts: Sequence[str], tokenizer: Any, length: int) -> list[TokenBatch]:
-    """One text a row, cut at ``length`` tokens, texts of like length together; empty texts are left out.
+    """One text a row, cut at ``length`` tokens, texts of like length together.
+
+    The first position is not counted, also where the tokenizer has no beginning-of-sequence token: what
+    stands there serves the model as an attention sink, with activations unlike any other token's.  Texts
+    that leave nothing to count are left out.
 
     The rows' order differs from the texts' order: sums over rows do not depend on it beyond rounding,
     and it is the same in every run.
     """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     encoded = tokenizer([text for text in texts if text], add_special_tokens=False)["input_ids"]
-    rows = sorted(((start + ids)[:length] for ids in encoded), key=len)
-    return [_padded(group, len(start)) for group in _groups(rows)]
+    return row_batches([(start + ids)[:length] for ids in encoded], uncounted=1)
 
 
-def _groups(rows: list[list[int]]) -> Iterator[list[list[int]]]:
-    group: list[list[int]] = []
+def row_batches(rows: Sequence[Sequence[int]], uncounted: int) -> list[TokenBatch]:
+    """Rows of token ids, padded on the right, rows of like length together.
+
+    Args:
+        rows: token ids; rows without a counted token are left out.
+        uncounted: positions at the beginning of each row that are not counted.
+    """
+    kept = sorted((row for row in rows if len(row) > uncounted), key=len)
+    return [_padded(group, uncounted) for group in _groups(kept)]
+
+
+def language_batches(loaded: LoadedModel, corpus: Corpus) -> dict[str, list[TokenBatch]]:
+    """Each language's texts, one a row."""
+    length = block_length(loaded.model)
+    return {
+        language: text_batches(corpus.non_empty(language), loaded.tokenizer, length)
+        for language in corpus.languages
+    }
+
+
+def packed_corpus(
+    loaded: LoadedModel, corpus: Corpus, block: int | None = None, tokens: int | None = None
+) -> dict[str, list[TokenBatch]]:
+    """Each language's text in full blocks."""
+    length = block_length(loaded.model, block)
+    return {
+        language: packed_batches(corpus.non_empty(language), loaded.tokenizer, length, language, tokens)
+        for language in corpus.languages
+    }
+
+
+def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    group: list[Sequence[int]] = []
     for row in rows:
         if group and (len(group) + 1) * len(row) > TOKENS_A_BATCH:
             yield group
@@ -123,12 +159,12 @@ def _groups(rows: list[list[int]]) -> Iterator[list[list[int]]]:
         yield group
 
 
-def _padded(rows: list[list[int]], uncounted: int) -> TokenBatch:
+def _padded(rows: Sequence[Sequence[int]], uncounted: int) -> TokenBatch:
     longest = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     attention = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
+        ids[i, : len(row)] = torch.tensor(list(row))
         attention[i, : len(row)] = True
     counted = attention.clone()
     counted[:, :uncounted] = False

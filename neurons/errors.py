@@ -7,3 +7,13 @@ class BrocaError(Exception):
 
 class UsageError(BrocaError):
     """What was asked for cannot be done as asked.  Exit status 2."""
+
+
+class NothingToChangeError(BrocaError):
+    """A method's thresholds leave no component to edit."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for a sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

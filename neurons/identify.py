@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from neurons.batches import TokenBatch, block_length, packed_batches
+from neurons.batches import packed_corpus
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.neuron_set import NeuronSet, neuron_set
@@ -18,17 +18,6 @@ from neurons.statistics import Statistics
 
 # method -> the moment that it scores
 METHODS = {"lape": "mlp_act:positive", "gradient-contrast": "mlp_in:attribution"}
-
-
-def packed_corpus(
-    loaded: LoadedModel, corpus: Corpus, block: int | None, tokens: int | None
-) -> dict[str, list[TokenBatch]]:
-    """Every language's text in full blocks."""
-    length = block_length(loaded.model, block)
-    return {
-        language: packed_batches(corpus.non_empty(language), loaded.tokenizer, length, language, tokens)
-        for language in corpus.languages
-    }
 
 
 def identify(
@@ -60,7 +49,7 @@ def identify(
     batches = packed_corpus(loaded, corpus, block, tokens)
     statistics = record(loaded, batches, [METHODS[method]], progress)
     metadata = {
-        "model": loaded.name,
+        "model": loaded.label,
         "fingerprint": loaded.fingerprint,
         "method": method,
         "corpus": {"digest": corpus.digest, "part": corpus.part},

@@ -11,6 +11,7 @@ import torch
 
 from neurons.artifact import load_artifact, save_artifact
 from neurons.errors import BrocaError, UsageError
+from neurons.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class NeuronSet:
         """Neuron indices of a language, int64, one tensor a layer."""
         rows = self.of(language)
         return [rows[rows[:, 0] == layer, 1] for layer in range(self.layers)]
+
+    def require_model(self, source: ModelSource) -> None:
+        """Refuse a model that the neurons were not found in.
+
+        Raises:
+            BrocaError: another fingerprint; a set that names none passes.
+        """
+        if "fingerprint" in self.metadata:
+            source.require_fingerprint(self.metadata, "the neuron set")
 
     def save(self, path: Path) -> None:
         tensors = {f"members.{i}": rows for i, rows in enumerate(self.members.values())}

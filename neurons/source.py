@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from neurons.anatomy import Anatomy, anatomy_of
-from neurons.errors import BrocaError, UsageError
+from neurons.anatomy import Anatomy, anatomy_of, layout_of
+from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
 
-WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "*.tiktoken")
-
-
 # Second copies of the weights, in layouts that transformers does not read.
-OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*")
+OTHER_FORMATS = (
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
+    "consolidated*", "original/*", "onnx/*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class ModelSource:
     checkpoint: Path
     fingerprint: str
     anatomy: Anatomy
+
+    @property
+    def label(self) -> str:
+        """The model as files name it: a hub id, or a directory's own name, the same wherever it lies."""
+        return self.checkpoint.resolve().name if Path(self.name).expanduser().is_dir() else self.name
 
     def require_fingerprint(self, metadata: Mapping[str, Any], path: object) -> None:
         """Refuse a file made from another model.
@@ -86,9 +92,7 @@ def locate(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = Path(
-            snapshot_download(model, allow_patterns=list(WANTED_FILES), ignore_patterns=list(OTHER_FORMATS))
-        )
+        found = Path(snapshot_download(model, ignore_patterns=list(OTHER_FORMATS)))
     except HFValidationError as error:
         raise UsageError(f"{model}: neither a directory nor a valid hub id") from error
     except LocalEntryNotFoundError as error:
@@ -96,9 +100,7 @@ def locate(model: str) -> Path:
             f"{model}: not a local directory, and the hub cannot be reached to look it up there"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise UsageError(
-            f"{model}: not a local directory, and the hub says: {str(error).splitlines()[0]}"
-        ) from error
+        raise UsageError(f"{model}: not a local directory, and the hub says: {first_line(error)}") from error
     if not (found / "config.json").is_file():
         raise UsageError(f"{model}: this hub repository has no config.json, so it holds no model checkpoint")
     return found
@@ -164,11 +166,18 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
         with _no_progress_bar():
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=wanted, device_map={"": where}
+            loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=wanted, device_map={"": where}, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise BrocaError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BrocaError(f"{model}: cannot be loaded ({first_line(error)})") from error
+    # transformers would fill these with random numbers and go on.
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lacking:
+        raise BrocaError(
+            f"{model}: the checkpoint lacks {len(lacking)} of the model's weights or has them in another shape, "
+            f"{lacking[0]} first: download it again"
+        )
     loaded.eval().requires_grad_(False)
     return LoadedModel(model, checkpoint, digest, anatomy_of(loaded), loaded, tokenizer)
 
@@ -193,7 +202,8 @@ def _config(model: str, checkpoint: Path) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
-        raise BrocaError(f"{model}: its config.json cannot be read ({str(error).splitlines()[0]})") from error
+        raise BrocaError(f"{model}: its config.json cannot be read ({first_line(error)})") from error
+    layout_of(config)
     if getattr(config, "quantization_config", None):
         raise BrocaError(
             f"{model}: a quantised checkpoint; its weights cannot be edited: use the unquantised one"

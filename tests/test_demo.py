@@ -77,7 +77,9 @@ def test_the_table_names_every_way(demo):
     for report in demo[0]["reports"]:
         assert list(outcomes(report)) == ["base", "DiffMean hook", "Steer2Edit", "keyed edit"]
     table = (demo[1] / "report.md").read_text()
-    assert "fluency gap" in table and "keyed edit" in table
+    columns = ["share fr", "share en", "distinct words", "fluency gap", "KL", "components", "dW"]
+    for column in columns + [f"NLL {language}" for language in LANGUAGES]:
+        assert column in table
     assert (demo[1] / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -119,8 +121,8 @@ def test_the_same_job_again_gives_the_same_bytes(demo, tmp_path):
 @pytest.fixture(scope="module")
 def matrix():
     """The ablation matrix of gradient-contrast, through edit and export, on text not identified on."""
-    from editing.directions.diffmean import language_batches
     from editing.likelihood import nll_by_language
+    from neurons.batches import language_batches
     from neurons.corpus import read_corpus
     from neurons.identify import identify
     from neurons.source import load_model
@@ -145,6 +147,33 @@ def test_ablating_a_language_hurts_it_most(matrix, language):
 def test_ablating_a_language_hurts_five_times_as_much_as_chance(matrix, language):
     assert matrix[language]["rise"][language] >= 5 * max(0.0, *matrix[language]["random"])
     assert matrix[language]["rise"][language] > 0.02
+
+
+def test_the_model_is_small_enough_to_ship_and_large_enough_to_serve():
+    config = json.loads((DEMO / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["head_dim"] >= 32
+    files = [path for path in (DEMO / "model").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32 * 2**20
+    card = (DEMO / "model" / "README.md").read_text(encoding="utf-8")
+    assert "bits per byte" in card and "Common Voice" in card
+
+
+def test_the_model_stays_in_the_language_of_its_prompt():
+    from editing.generation import generate
+    from editing.language_id import identify_language
+    from editing.text import distinct_share, opening
+    from neurons.source import load_model
+
+    loaded = load_model(str(DEMO / "model"), "cpu")
+    own, distinct = [], []
+    for language in LANGUAGES:
+        lines = (DEMO / "corpus" / f"{language}.txt").read_text(encoding="utf-8").splitlines()[:50]
+        for answer in generate(loaded, [opening(line) for line in lines]):
+            own.append(identify_language(answer.text, LANGUAGES) == language)
+            distinct.append(distinct_share(answer.text))
+    assert sum(own) / len(own) >= 0.95
+    assert sum(distinct) / len(distinct) >= 0.6
 
 
 def test_the_corpus_is_parallel_and_whole():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_language_id import TEXTS
 
+from editing.comparison import choose, largest_rise
 from editing.evaluation import Evaluation
 from editing.generation import generate
 from editing.language_id import identify_language
@@ -87,10 +88,10 @@ def text_rows(loaded, language):
 
 
 def test_prompts_are_openings_of_the_source(llama, evaluation, corpus):
-    assert evaluation.prompts == 6
+    assert evaluation.continuations == 6
     assert evaluation.base.samples[0]["prompt"] == "The dog sleeps in the big"
     few = Evaluation(llama, corpus, "en", "fr", samples=3, most_prompts=2, new_tokens=2)
-    assert few.prompts == 6
+    assert few.continuations == 6
     shown = [sample["prompt"] for sample in few.base.samples]
     assert shown == ["The dog sleeps in the big", "We go to the cinema early"] * 2 + [shown[0]]
 
@@ -191,7 +192,7 @@ def test_an_empty_answer_counts_as_empty(llama, evaluation):
 @pytest.mark.parametrize("bytes_at_once", [1, 256 * 2**20])
 def test_kl_is_over_the_text_of_third_languages(llama, evaluation, monkeypatch, bytes_at_once):
     monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 40)
-    monkeypatch.setattr("editing.evaluation.KL_BYTES_AT_ONCE", bytes_at_once)
+    monkeypatch.setattr("editing.likelihood.LOGIT_BYTES_AT_ONCE", bytes_at_once)
     corpus = Corpus(LINES, "digest", "report")
     fresh = Evaluation(llama, corpus, "en", "fr", most_prompts=1, new_tokens=1)
     vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
@@ -217,13 +218,30 @@ def test_steering_is_gone_after_a_measurement(llama, evaluation):
     assert again == evaluation.base
 
 
-def test_largest_third_rise(evaluation):
-    outcome = replace(evaluation.base, nll_rise={"de": 0.1, "en": 5.0, "es": 0.3, "fr": 4.0})
-    assert outcome.largest_third_rise("en", "fr") == 0.3
-    assert outcome.largest_third_rise("de", "es") == 5.0
-    two = replace(evaluation.base, nll_rise={"en": 5.0, "fr": 4.0})
-    assert two.largest_third_rise("en", "fr") == 0.0
-    assert outcome.as_json()["nll_rise"]["en"] == 5.0
+def test_largest_rise_leaves_the_source_out(evaluation):
+    outcome = replace(evaluation.base, nll_rise={"de": 0.1, "en": 5.0, "es": 0.3, "fr": 0.2})
+    assert largest_rise(outcome, "en") == 0.3
+    assert largest_rise(outcome, "es") == 5.0
+
+
+def outcome_of(evaluation, share, gap, harm):
+    return None, replace(
+        evaluation.base, target_share=share, fluency_gap=gap, nll_rise={"en": 9.0, "fr": harm, "de": 0.0}
+    )
+
+
+def test_choose(evaluation):
+    """The least harmful that steers well; else the most fluent that steers; else the strongest."""
+    well = [
+        outcome_of(evaluation, *values) for values in ((0.8, 0.4, 0.3), (0.73, 0.5, 0.1), (0.79, 0.1, 0.2))
+    ]
+    salad = outcome_of(evaluation, 1.0, 2.0, 0.0)
+    weak = outcome_of(evaluation, 0.5, 0.0, 0.0)
+    assert choose([weak, *well, salad], 0.8, "en") is well[1]
+    worse = outcome_of(evaluation, 0.9, 0.8, 1.0)
+    assert choose([weak, salad, worse], 0.8, "en") is worse
+    assert choose([outcome_of(evaluation, 0.1, 0.0, 0.0), weak], 0.8, "en") is weak
+    assert choose([well[1], well[1]], 0.8, "en") is well[1]
 
 
 def test_refuses_languages_it_cannot_measure(llama, corpus):

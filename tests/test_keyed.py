@@ -9,11 +9,10 @@ import torch
 from scipy.linalg import null_space
 
 from editing.direction import Direction
-from editing.directions.diffmean import language_batches
 from editing.edits.keyed import default_layers, key, keyed_plan
 from editing.live import applied
 from neurons.anatomy import first
-from neurons.batches import text_batches
+from neurons.batches import language_batches, text_batches
 from neurons.corpus import Corpus
 from neurons.covariance import Moments, language_moments
 from neurons.errors import BrocaError, UsageError

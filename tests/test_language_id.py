@@ -43,3 +43,15 @@ def test_check_languages():
     check_languages(("en", "fr", "zh", "ko"))
     with pytest.raises(UsageError, match="qaa, other"):
         check_languages(("en", "qaa", "fr", "other"))
+
+
+@pytest.mark.parametrize(("label", "asked"), [("wuu", "zh"), ("yue", "zh"), ("arz", "ar")])
+def test_varieties_count_to_their_macrolanguage(monkeypatch, label, asked):
+    class Fixed:
+        def rank(self, text):
+            return [(label, 0.6), (asked, 0.2), ("en", 0.2)]
+
+    monkeypatch.setattr("editing.language_id._identifier", Fixed)
+    assert identify_language("text", ["en", asked]) == asked
+    assert identify_language("text", ["en", asked, label]) == label
+    assert identify_language("text", ["en", "fr"]) == "other"

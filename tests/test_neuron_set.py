@@ -115,7 +115,7 @@ def test_what_identify_finds_says_where_it_comes_from(llama, corpus, tmp_path):
     assert found.languages == corpus.languages
     assert (found.layers, found.neurons) == (3, 48)
     assert found.metadata["fingerprint"] == llama.fingerprint
-    assert found.metadata["model"] == llama.name
+    assert found.metadata["model"] == llama.label == llama.checkpoint.name
     assert found.metadata["corpus"] == {"digest": corpus.digest, "part": "all"}
     assert found.metadata["tokens"] == dict.fromkeys(corpus.languages, 100)
     assert found.metadata["settings"] == {"top_rate": 0.1, "block": 21}

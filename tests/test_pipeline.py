@@ -1,28 +1,40 @@
 """``broca run``: all stages, skipped when unchanged, resumed when interrupted, the same bytes again."""
 
 import json
+import shutil
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import models
 import pytest
 
+from editing.evaluation import Evaluation
+from editing.live import applied
 from editing.pipeline import run
+from editing.plan import load_plan
 from editing.recipe import Recipe, read_recipe
+from editing.stages import KEPT, RUNS
+from neurons.corpus import read_corpus
 from neurons.errors import BrocaError, UsageError
+from neurons.source import load_model
 
 
 class Quiet:
     """Notes which stages ran."""
 
     def __init__(self):
-        self.ran, self.skipped = [], []
+        self.ran, self.skipped, self.states = [], [], {}
 
-    def stage(self, name, skipped):
-        (self.skipped if skipped else self.ran).append(name)
+    def stage(self, name, state):
+        (self.ran if state == RUNS else self.skipped).append(name)
+        self.states[name] = state
 
     def progress(self, title, total, unit):
-        from contextlib import nullcontext
-
         return nullcontext(lambda count: None)
+
+    def copying(self, title):
+        return nullcontext(lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +94,6 @@ def test_runs_every_stage_and_leaves_every_file(finished, recipe):
 
 
 def test_the_keyed_row_is_that_of_the_exported_checkpoint(finished, recipe):
-    from functools import partial
-
-    from editing.evaluation import Evaluation
-    from editing.live import applied
-    from editing.plan import load_plan
-    from neurons.corpus import read_corpus
-    from neurons.source import load_model
-
     measured = json.loads((recipe.out / "measured-fr.json").read_text())["outcomes"][-1]
     loaded = load_model(recipe.model, "cpu")
     evaluation = Evaluation(loaded, read_corpus(recipe.corpus, part="report"), "en", "fr", samples=1)
@@ -107,14 +111,40 @@ def test_a_second_run_skips_everything(finished, recipe):
     assert contents(recipe.out) == finished[1]
 
 
-def test_a_missing_or_changed_file_is_made_again(finished, recipe):
+def test_a_missing_file_is_made_again(finished, recipe):
     (recipe.out / "direction-de.safetensors").unlink()
-    (recipe.out / "report.md").write_text("something else")
     screen = Quiet()
     run(recipe, screen)
     # The direction comes out with the same bytes, so what was made from it still holds.
-    assert screen.ran == ["direction to de", "report"]
+    assert screen.ran == ["direction to de"]
     assert contents(recipe.out) == finished[1]
+
+
+def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
+    """A researcher may put a plan of their own in the place of the one that was made."""
+    mine = recipe.with_options(out=tmp_path / "mine")
+    shutil.copytree(recipe.out, mine.out)
+    plan = load_plan(mine.out / "edit-fr.safetensors").scaled(0.5)
+    plan.save(mine.out / "edit-fr.safetensors")
+    screen = Quiet()
+    run(mine, screen)
+    assert screen.ran == ["export to fr", "measure fr", "report"]
+    assert screen.states["edit to fr"] == KEPT.format("edit-fr.safetensors")
+    files = contents(mine.out)
+    assert files["edit-fr.safetensors"] == plan.to_bytes()
+    assert files["checkpoint-fr/broca/edit.safetensors"] == plan.to_bytes()
+    assert files["checkpoint-fr/model.safetensors"] != finished[1]["checkpoint-fr/model.safetensors"]
+    with pytest.raises(BrocaError, match="changed by hand"):
+        run(mine.with_options(strengths=(0.9,)), Quiet())
+    assert contents(mine.out) == files
+
+
+def test_the_model_may_lie_elsewhere(finished, recipe, tmp_path):
+    copy = tmp_path / "elsewhere" / Path(recipe.model).name
+    shutil.copytree(recipe.model, copy)
+    again = recipe.with_options(model=str(copy), out=tmp_path / "out")
+    run(again, Quiet())
+    assert contents(again.out) == finished[1]
 
 
 def test_interrupted_it_goes_on_and_ends_with_the_same_bytes(finished, recipe, tmp_path, monkeypatch):
@@ -137,9 +167,11 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_bytes(finished, recipe, t
     assert contents(again.out) == finished[1]
 
 
-def test_another_setting_runs_what_depends_on_it(finished, recipe):
+def test_another_setting_runs_what_depends_on_it(finished, recipe, tmp_path):
+    other = recipe.with_options(strengths=(0.5,), out=tmp_path / "other")
+    shutil.copytree(recipe.out, other.out)
     screen = Quiet()
-    run(recipe.with_options(strengths=(0.5,)), screen)
+    run(other, screen)
     assert "identify" in screen.skipped and "direction to fr" in screen.skipped
     assert "edit to fr" in screen.ran and "export to fr" in screen.ran
 

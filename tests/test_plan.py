@@ -191,7 +191,6 @@ def test_load_refuses_what_is_no_plan(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, (0, 1, 2, 3, 4, 5, 6, 7)),
         ("4", (4,)),
         ("1-3", (1, 2, 3)),
         ("5, 1-3,2", (1, 2, 3, 5)),

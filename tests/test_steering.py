@@ -64,10 +64,11 @@ def test_two_add_up(llama, vector):
 
 def test_is_gone_afterwards(llama, vector):
     _, base = run(llama, 1)
+    hooks = [len(block._forward_hooks) for block in llama.model.model.layers]
     with residual_steering(llama, vector, 0):
         pass
     assert torch.equal(run(llama, 1)[1], base)
     with pytest.raises(ZeroDivisionError), residual_steering(llama, vector, 0):
         raise ZeroDivisionError
     assert torch.equal(run(llama, 1)[1], base)
-    assert not any(block._forward_hooks for block in llama.model.model.layers)
+    assert [len(block._forward_hooks) for block in llama.model.model.layers] == hooks

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import click
 
-from editing.directions.diffmean import language_batches
 from editing.generation import generate
 from editing.language_id import identify_language
 from editing.likelihood import mean_nll
 from editing.text import distinct_share, opening
+from neurons.batches import language_batches
 from neurons.corpus import read_corpus
 from neurons.source import load_model
 

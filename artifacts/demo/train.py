@@ -9,7 +9,7 @@ language only.  Lines of a language are shuffled anew each epoch, grouped in doc
 
 The learning rate is warmed up, held, then brought to zero over the last quarter of ``--tokens``
 (warmup-stable-decay), so that a run that was stopped can be resumed with fewer or more tokens.
-Hidden matrices are trained by Muon (torch.optim.Muon), embeddings and norms by AdamW; matrix products
+Hidden matrices are trained by Muon (torch.optim.Muon, torch 2.9 or newer), embeddings and norms by AdamW; matrix products
 run in bfloat16 under autocast, the weights are float32 while training and stored in bfloat16.
 The state is saved every ten minutes and at Ctrl-C or SIGTERM; the same command resumes from it.
 """
@@ -255,8 +255,14 @@ def main() -> None:
         save_state()
 
     options.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(options.out, safe_serialization=True)
+    model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    # The class by the name that every release of transformers knows, and nothing of this machine.
+    written = options.out / "tokenizer_config.json"
+    settings = json.loads(written.read_text())
+    kept = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    written.write_text(json.dumps(kept, indent=2) + "\n")
     record = {
         "languages": languages,
         "tokens": step * tokens_a_step,

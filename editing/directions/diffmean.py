@@ -4,13 +4,15 @@
 
 per layer, at the outputs of o_proj (``attn_out``) and down_proj (``mlp_out``), before the residual
 addition, as Steer2Edit needs them (arXiv 2602.09870), and at the residual stream (``block_out``), where
-CLaS-Bench finds it the best of all methods for language forcing (arXiv 2601.08331).
+CLaS-Bench finds it the best of all methods for language forcing (arXiv 2601.08331).  Steer2Edit averages
+over the positions that predict a response's tokens; a text of a corpus is no response to a prompt, so here
+it is averaged over the text's own tokens, the first position left out.
 """
 
 from __future__ import annotations
 
 from editing.direction import Direction
-from neurons.batches import TokenBatch, block_length, text_batches
+from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.recording import Progress, record
@@ -45,15 +47,6 @@ def diffmean(statistics: Statistics, source: str, target: str) -> Direction:
     )
 
 
-def language_batches(loaded: LoadedModel, corpus: Corpus) -> dict[str, list[TokenBatch]]:
-    """Each language's texts, one a row."""
-    length = block_length(loaded.model)
-    return {
-        language: text_batches(corpus.non_empty(language), loaded.tokenizer, length)
-        for language in corpus.languages
-    }
-
-
 def diffmean_direction(
     loaded: LoadedModel, corpus: Corpus, source: str, target: str, progress: Progress | None = None
 ) -> Direction:
@@ -72,7 +65,7 @@ def diffmean_direction(
     )
     found = diffmean(statistics, source, target)
     metadata = {
-        "model": loaded.name,
+        "model": loaded.label,
         "fingerprint": loaded.fingerprint,
         "method": "diffmean",
         "corpus": {"digest": corpus.digest, "part": corpus.part},

@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from editing.direction import Direction
-from editing.directions.diffmean import language_batches
-from editing.edits.steer2edit import plan_metadata
-from editing.plan import ModuleEdit, Plan, make_plan
+from editing.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.weights import Weights
+from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.covariance import Moments, language_moments
 from neurons.errors import BrocaError, UsageError
@@ -41,6 +41,7 @@ from neurons.source import LoadedModel
 
 EPS = 1e-2
 STRENGTH = 1.0
+COVARIANCE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def key(moments: Moments, source: str, eps: float = EPS) -> Key:
     if moments.start is not None:
         mean = torch.cat([mean, moments.start[:, None]], dim=1)
     ridge = eps * float(covariance.diagonal().mean())
+    ridged = covariance.clone()
+    ridged.diagonal().add_(ridge)
     apart = BrocaError(
         f"{len(moments.units)} neurons cannot tell {len(moments.languages)} languages apart: choose more "
         "neurons, more text or fewer languages"
     )
     try:
-        whitened = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)).double(), mean)
-    except RuntimeError as error:
+        whitened = torch.linalg.solve(ridged, mean)
+    except LinAlgError as error:
         raise apart from error
     gram = mean.T @ whitened
     if not bool(torch.isfinite(gram).all()) or int(torch.linalg.matrix_rank(gram)) < len(gram):
@@ -98,6 +101,20 @@ def default_layers(layers: int) -> tuple[int, ...]:
     """Layers from a sixth to a half of the depth, where the language of the answer is still open."""
     first = min(max(1, round(layers / 6)), layers - 1)
     return tuple(range(first, min(max(first, round(layers / 2)), layers - 1) + 1))
+
+
+def _groups(units: dict[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+    """Layers whose covariances fit in COVARIANCE_BYTES together: a pass over the text each."""
+    groups: list[dict[int, torch.Tensor]] = []
+    room = 0
+    for layer, index in units.items():
+        size = 8 * len(index) ** 2
+        if not groups or size > room:
+            groups.append({})
+            room = COVARIANCE_BYTES
+        groups[-1][layer] = index
+        room -= size
+    return groups
 
 
 def keyed_plan(
@@ -126,6 +143,7 @@ def keyed_plan(
         UsageError: the corpus lacks the source or the target.
         BrocaError: a layer in which the set has too few neurons of the source.
     """
+    direction.require_model(loaded)
     if not loaded.anatomy.layout.residual:
         raise BrocaError(
             f"{loaded.anatomy.model_type}: a norm stands between down_proj and the residual, so the keyed "
@@ -134,6 +152,8 @@ def keyed_plan(
     for language in (direction.source, direction.target):
         if language not in corpus.languages:
             raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    if neurons is not None:
+        neurons.require_model(loaded)
     chosen_layers = tuple(layers) if layers is not None else default_layers(loaded.anatomy.layers)
     everything = torch.arange(loaded.anatomy.neurons)
     units = {
@@ -141,17 +161,20 @@ def keyed_plan(
         for layer in chosen_layers
     }
     for layer, index in units.items():
-        if len(index) < len(corpus.languages):
+        if len(index) <= len(corpus.languages):  # a constraint a language, and one for the start token
             raise BrocaError(
                 f"layer {layer} has {len(index)} neurons of {direction.source!r}, too few to tell "
                 f"{len(corpus.languages)} languages apart: identify with a larger --top-rate, choose other "
                 "--layers, or leave --neurons out"
             )
-    moments = language_moments(loaded, language_batches(loaded, corpus), "mlp_in", units, progress)
+    batches = language_batches(loaded, corpus)
+    keys = {}
+    for group in _groups(units):
+        for layer, moments in language_moments(loaded, batches, "mlp_in", group, progress).items():
+            keys[layer] = key(moments, direction.source, eps)
     weights = Weights(loaded)
     edits = []
-    for layer in chosen_layers:
-        found = key(moments[layer], direction.source, eps)
+    for layer, found in keys.items():
         value = direction.vectors["block_out"][layer] * strength
         right = torch.zeros(loaded.anatomy.neurons, dtype=torch.float64)
         right[units[layer]] = found.vector

@@ -32,6 +32,7 @@ def scale_plan(source: ModelSource, neurons: NeuronSet, languages: Sequence[str]
     """
     if factor == 1 or factor != factor or abs(factor) == float("inf"):
         raise UsageError(f"factor {factor}: give a finite factor other than 1 (0 ablates)")
+    neurons.require_model(source)
     if not languages:
         raise UsageError("name at least one language whose neurons are to be scaled")
     empty = [language for language in languages if len(neurons.of(language)) == 0]
@@ -61,7 +62,7 @@ def scale_plan(source: ModelSource, neurons: NeuronSet, languages: Sequence[str]
             )
         )
     metadata = {
-        "model": source.name,
+        "model": source.label,
         "fingerprint": source.fingerprint,
         "method": "scale",
         "languages": list(languages),

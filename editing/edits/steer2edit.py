@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
-from editing.plan import ModuleEdit, Plan, make_plan
+from editing.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.weights import Weights
-from neurons.errors import BrocaError, UsageError
+from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.neuron_set import NeuronSet
 from neurons.source import ModelSource
 
@@ -126,10 +126,13 @@ def steer2edit_plan(
 
     Raises:
         UsageError: rho or alpha out of range, or both classes off.
-        BrocaError: no component passes the threshold.
+        NothingToChangeError: no component passes the threshold.
     """
     if heads_rho is None and neurons_rho is None:
         raise UsageError("heads and neurons are both off: give --heads-rho or --neurons-rho")
+    direction.require_model(source)
+    if neurons is not None:
+        neurons.require_model(source)
     weights = Weights(source)
     edits = []
     for layer in layers:
@@ -173,7 +176,7 @@ def steer2edit_plan(
                     )
                 )
     if not edits:
-        raise BrocaError(
+        raise NothingToChangeError(
             "Steer2Edit: no component's importance passes rho * alpha: lower rho or alpha, or allow more "
             "layers or neurons"
         )
@@ -186,19 +189,3 @@ def steer2edit_plan(
         "neurons": None if neurons is None else neurons.metadata.get("method"),
     }
     return make_plan(edits, plan_metadata(source, "steer2edit", direction, settings))
-
-
-def plan_metadata(
-    source: ModelSource, method: str, direction: Direction, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """What every plan from a direction says of itself."""
-    return {
-        "model": source.name,
-        "fingerprint": source.fingerprint,
-        "method": method,
-        "source": direction.source,
-        "target": direction.target,
-        "languages": [direction.source, direction.target],
-        "direction": {key: direction.metadata.get(key) for key in ("method", "corpus", "tokens", "texts")},
-        "settings": settings,
-    }

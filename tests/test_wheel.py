@@ -1,0 +1,52 @@
+"""``broca demo`` works from an installed wheel: the demo's files travel in it."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    where = tmp_path_factory.mktemp("wheel")
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(where),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = where.glob("broca-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(where / "site")
+    return where / "site"
+
+
+def test_the_wheel_holds_packages_and_demo(unpacked):
+    for name in ("neurons", "editing", "cli"):
+        source = {path.relative_to(ROOT) for path in (ROOT / name).rglob("*.py")}
+        assert source <= {path.relative_to(unpacked) for path in unpacked.rglob("*.py")}
+    for path in ("recipe.toml", "model/model.safetensors", "model/README.md", "corpus/en.txt"):
+        shipped = unpacked / "cli" / "shipped" / path
+        assert shipped.read_bytes() == (ROOT / "artifacts" / "demo" / path).read_bytes()
+
+
+def test_the_demo_finds_its_files_there(unpacked, tmp_path):
+    code = "from cli.demo import shipped; print(shipped())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(unpacked)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(unpacked / "cli" / "shipped"), done.stderr
