@@ -40,8 +40,13 @@ from cli.tables import plan_table
 @click.option(
     "--part", type=click.Choice(PARTS), default="all", show_default=True, help="keyed: lines to read."
 )
-@click.option("--layers", help="As 1-3 or 1,2,5.  [default: keyed: a sixth to a half; steer2edit: all]")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the edit.")
+@click.option("--layers", help="As 1-3 or 1,2,5.  [default: all]")
+@click.option(
+    "--strength",
+    type=float,
+    help="keyed: the shift in multiples of the direction, shared by the layers; else multiplies the edit.  "
+    "[default: keyed 3.5, else 1]",
+)
 @click.option(
     "--heads-rho", type=float, help="steer2edit: penalty on heads; off if only the neurons' is given."
 )
@@ -63,7 +68,7 @@ def command(
     languages: tuple[str, ...] | None,
     part: str,
     layers: str | None,
-    strength: float,
+    strength: float | None,
     heads_rho: float | None,
     neurons_rho: float | None,
     alpha: float | None,
@@ -107,6 +112,8 @@ def command(
             "--factor": (factor, ("scale",)),
         },
     )
+    if strength is None:
+        strength = keyed.STRENGTH if method == "keyed" else 1.0
     source = open_model(model)
     neurons = None if neurons_path is None else load_neuron_set(neurons_path)
     if neurons is not None:

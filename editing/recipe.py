@@ -42,7 +42,7 @@ class Recipe:
     top_rate: float = 0.01
     key_neurons: str = "all"
     layers: str | None = None
-    strengths: tuple[float, ...] = (1.0,)
+    strengths: tuple[float, ...] = (3.5,)
     prompts: int = 100
     samples: int = 2
     seed: int = 0

@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import null_space
 
 from editing.direction import Direction
-from editing.edits.keyed import default_layers, key, keyed_plan
+from editing.edits.keyed import key, keyed_plan
 from editing.live import applied
 from neurons.anatomy import first
 from neurons.batches import language_batches, text_batches
@@ -211,7 +211,7 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama, direction, some_neuro
         k[support] = solve_by_kkt(
             ridged(covariance[support][:, support], 0.1), constrained[support], [0.0, 1.0, 0.0, 0.0]
         )
-        expected = 1.5 * torch.outer(direction.vectors["block_out"][edit.layer], k)
+        expected = 1.5 / 2 * torch.outer(direction.vectors["block_out"][edit.layer], k)
         found = edit.left.double() @ edit.right.double().T
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()))
         assert abs(float(edit.right[:, 0].double() @ start)) < 1e-3
@@ -350,10 +350,8 @@ def test_refuses_a_norm_between_down_proj_and_the_residual(llama, direction):
         keyed_plan(odd, small_corpus(), direction, [1])
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 6, 12, 32, 80])
-def test_default_layers_lie_in_the_model(depth):
-    layers = default_layers(depth)
-    assert layers and layers == tuple(range(layers[0], layers[-1] + 1))
-    assert layers[0] >= 0 and layers[-1] < depth
-    if depth >= 6:
-        assert abs(layers[0] - depth / 6) <= 1 and abs(layers[-1] - depth / 2) <= 1
+def test_all_layers_share_the_strength_by_default(llama, direction):
+    plan = keyed_plan(llama, small_corpus(), direction, strength=6.0)
+    assert [edit.layer for edit in plan.edits] == [0, 1, 2]
+    for edit in plan.edits:
+        torch.testing.assert_close(edit.left[:, 0].double(), 2 * direction.vectors["block_out"][edit.layer])
