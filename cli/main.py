@@ -90,6 +90,9 @@ def _failed(error: Exception) -> int:
     if isinstance(error, BrocaError):
         click.echo(f"broca: {error}", err=True)
         return 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        click.echo(f"broca: {error.filename}: {error.strerror}", err=True)
+        return 1
     text = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     click.echo(f"broca: unexpected {what} (--debug shows where)", err=True)

@@ -164,7 +164,7 @@ def plots(reports: Sequence[Report]) -> dict[str, bytes]:
             rise.barh(places, values, height, label=outcome.name, color=colours[i + 1])
         rise.set_yticks(range(len(languages)), languages)
         rise.axvline(0, color="black", linewidth=0.8)
-        rise.set(title="NLL rise on held-out text, nats a token")
+        rise.set(title="NLL rise on held-out text of all but the source, nats a token")
         rise.legend(fontsize=8)
         for axis in (share, gap, rise):
             axis.invert_yaxis()

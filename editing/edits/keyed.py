@@ -138,9 +138,11 @@ def keyed_plan(
         progress: called with the number of tokens done.
 
     Raises:
-        UsageError: the corpus lacks the source or the target.
+        UsageError: the corpus lacks the source or the target, or the strength is 0.
         BrocaError: a layer in which the set has too few neurons of the source.
     """
+    if strength == 0:
+        raise UsageError("strength 0 changes nothing: give another")
     direction.require_model(loaded)
     if not loaded.anatomy.layout.residual:
         raise BrocaError(
