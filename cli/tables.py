@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from editing.report import Report
     from neurons.anatomy import Anatomy
 
-MOST_KEY_LANGUAGES = 10
-
 
 def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> None:
     """A row a module: what changes and by how much."""

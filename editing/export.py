@@ -16,9 +16,7 @@ from editing.weights import Weights
 from neurons.errors import BrocaError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.source import ModelSource
-from neurons.tensor_files import weight_files
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+from neurons.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def _other_weights(checkpoint: Path) -> tuple[str, ...]:
     return tuple(
         path.relative_to(checkpoint).as_posix()
         for path in sorted(checkpoint.rglob("*"))
-        if path.suffix in WEIGHT_SUFFIXES and path not in known
+        if path.suffix in (".safetensors", *OTHER_WEIGHT_SUFFIXES) and path not in known
     )
 
 

@@ -39,9 +39,9 @@ from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
 from neurons.errors import UsageError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
-from neurons.identify import identify
+from neurons.identify import METHODS, identify
 from neurons.neuron_set import load_neuron_set
-from neurons.source import LoadedModel, ModelSource, load_model, open_model
+from neurons.source import LoadedModel, ModelSource, load_model, open_model, pick_device
 
 # Below this share of its own language, what an edit reaches cannot be told from noise.
 LEAST_CEILING = 0.2
@@ -100,6 +100,11 @@ class _Run:
                     f"{', '.join(self.corpora['report'].languages)})"
                 )
         check_languages(self.corpora["report"].languages)
+        if recipe.method not in METHODS:
+            raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
+        if not 0 < recipe.top_rate <= 1:
+            raise UsageError(f"top_rate is {recipe.top_rate}, but a rate lies in (0, 1]")
+        pick_device(recipe.device)
         self.layers = (
             None if recipe.layers is None else parse_layers(recipe.layers, self.source.anatomy.layers)
         )

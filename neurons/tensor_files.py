@@ -33,7 +33,7 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+OTHER_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _layout(checkpoint: Path) -> tuple[list[Path], dict[str, str] | None]:
         )
     if singles:
         return [_present(singles[0])], None
-    others = sorted(file for file in checkpoint.iterdir() if file.suffix in _OTHER_FORMATS)
+    others = sorted(file for file in checkpoint.iterdir() if file.suffix in OTHER_WEIGHT_SUFFIXES)
     if others:
         raise BrocaError(
             f"{checkpoint} has no safetensors weights, only {_names(others)}: convert it to safetensors first."

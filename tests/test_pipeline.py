@@ -227,3 +227,11 @@ def test_recipes_that_are_refused(tmp_path, line, named):
 def test_a_recipe_without_a_source_is_refused(tmp_path):
     with pytest.raises(UsageError, match="source is missing"):
         read_recipe(written(tmp_path, 'model = "m"\ncorpus = "c"\ntargets = ["fr"]\n'))
+
+
+@pytest.mark.parametrize("option", [{"method": "lapes"}, {"top_rate": 5.0}, {"device": "nonsense"}])
+def test_what_a_late_stage_would_refuse_is_refused_before_the_first(recipe, tmp_path, option):
+    screen = Quiet()
+    with pytest.raises(UsageError, match=next(iter(option))):
+        run(recipe.with_options(out=tmp_path / "out", **option), screen)
+    assert screen.states == {} and not (tmp_path / "out").exists()
