@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from editing.model_card import model_card
 from editing.plan import ModuleEdit, Plan
 from editing.rounding import round_once
 from editing.weights import Weights
+from neurons.anatomy import StoredPiece
 from neurons.errors import BrocaError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.source import ModelSource
-from neurons.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
+from neurons.tensor_files import OTHER_WEIGHT_SUFFIXES, TensorEntry, weight_files
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,17 @@ def export(
     sums: dict[str, torch.Tensor] = {}
     replacements = {}
     for edit in plan.edits:
-        entry = weights.entry(edit.layer, edit.block)
-        check_shape(edit, entry.name, entry.shape)
-        sums[entry.name] = torch.zeros(3, dtype=torch.float64)
-        replacements[entry.name] = _replacement(edit, sums[entry.name])
+        pieces = weights.pieces(edit.layer, edit.block)
+        check_shape(edit, pieces, source.anatomy.residual)
+        # The experts of a mixture may lie in one tensor or in one each.
+        by_tensor: dict[str, list[StoredPiece]] = {}
+        for piece, entry in pieces:
+            if len(pieces) > 1 and piece.index is None and not edit.changes(piece.columns):
+                continue
+            by_tensor.setdefault(entry.name, []).append(piece)
+        for name, own in by_tensor.items():
+            sums[name] = torch.zeros(3, dtype=torch.float64)
+            replacements[name] = _replacement(edit, own, sums[name])
     card = model_card(source, plan)
     write_checkpoint(
         source.checkpoint,
@@ -97,13 +105,14 @@ def export(
     )
 
 
-def check_shape(edit: ModuleEdit, name: str, shape: tuple[int, ...]) -> None:
-    """Refuse an edit whose sizes are not those of its tensor.
+def check_shape(edit: ModuleEdit, pieces: Sequence[tuple[StoredPiece, TensorEntry]], rows: int) -> None:
+    """Refuse an edit whose sizes are not those of its weight W [rows, n].
 
     Raises:
         BrocaError: by tensor name.
     """
-    rows, columns = shape
+    columns = pieces[-1][0].columns.stop
+    name = pieces[0][1].name
     for tensor, size in (
         (edit.row_scale, rows),
         (edit.left, rows),
@@ -112,22 +121,42 @@ def check_shape(edit: ModuleEdit, name: str, shape: tuple[int, ...]) -> None:
     ):
         if tensor is not None and len(tensor) != size:
             raise BrocaError(
-                f"the plan does not fit tensor {name} of shape {list(shape)}: it has {len(tensor)} entries "
-                f"where {size} are needed"
+                f"the plan does not fit tensor {name} of shape {list(pieces[0][1].shape)}: it has "
+                f"{len(tensor)} entries where {size} are needed"
             )
 
 
-def _replacement(edit: ModuleEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """The edit of a row block, which adds <meant, meant>, <stored, stored>, <meant, stored> to ``sums``."""
+def _replacement(
+    edit: ModuleEdit, pieces: Sequence[StoredPiece], sums: torch.Tensor
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """The edit of a block of a stored tensor's rows.
 
-    def replace(block: torch.Tensor, first_row: int) -> torch.Tensor:
-        edited = edit.apply(block, first_row)
+    It adds <meant, meant>, <stored, stored>, <meant, stored> to ``sums``.
+    """
+
+    def replace(block: torch.Tensor, first: int) -> torch.Tensor:
+        edited = _edited(edit, pieces, block, first)
         meant = edited - block.double()
         stored = round_once(edited, block.dtype).double() - block.double()
         sums.add_(torch.stack([(meant * meant).sum(), (stored * stored).sum(), (meant * stored).sum()]))
         return edited
 
     return replace
+
+
+def _edited(edit: ModuleEdit, pieces: Sequence[StoredPiece], block: torch.Tensor, first: int) -> torch.Tensor:
+    """W' for rows of a stored tensor: rows of W, columns of it where transposed, experts where fused."""
+    if pieces[0].index is not None:
+        edited = torch.empty(block.shape, dtype=torch.float64)
+        for row, piece in enumerate(pieces[first : first + len(block)]):
+            own = block[row].T if piece.transposed else block[row]
+            new = edit.apply(own, 0, piece.columns.start)
+            edited[row] = new.T if piece.transposed else new
+        return edited
+    (piece,) = pieces
+    if piece.transposed:
+        return edit.apply(block.T, 0, piece.columns.start + first).T
+    return edit.apply(block, first, piece.columns.start)
 
 
 def _survival(sums: torch.Tensor) -> tuple[float, float]:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
+from editing.export import check_shape
 from editing.plan import Plan
 from editing.rounding import round_once
 from editing.weights import Weights
 from neurons.errors import BrocaError
 from neurons.source import LoadedModel
-from neurons.tensor_files import read_tensor
 
 
 @contextmanager
@@ -35,15 +35,22 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
         for edit in plan.edits:
             if edit.layer >= loaded.anatomy.layers:
                 raise BrocaError(f"the plan edits layer {edit.layer}: the model has {loaded.anatomy.layers}")
-            parameter = loaded.anatomy.outputs[edit.block][edit.layer].weight
-            stored = read_tensor(weights.entry(edit.layer, edit.block))
-            edited = round_once(edit.apply(stored), stored.dtype)
-            kept.append((parameter, parameter.data))
-            parameter.data = edited.to(parameter.device, parameter.dtype)
+            pieces = weights.pieces(edit.layer, edit.block)
+            check_shape(edit, pieces, loaded.anatomy.residual)
+            live = loaded.anatomy.output_weight(edit.layer, edit.block)
+            for piece, entry in pieces:
+                # Of a mixture's experts, only those that change need a second copy.
+                if not edit.changes(piece.columns):
+                    continue
+                stored = weights.read_piece(piece, entry)
+                edited = round_once(edit.apply(stored, 0, piece.columns.start), stored.dtype)
+                own = loaded.anatomy.columns(edit.block, live, piece.columns)
+                kept.append((own, own.clone()))
+                own.copy_(edited)
         yield
     finally:
-        for parameter, original in kept:
-            parameter.data = original
+        for own, original in reversed(kept):
+            own.copy_(original)
 
 
 @contextmanager

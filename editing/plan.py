@@ -10,7 +10,6 @@ with r [d] and c [n] scales (absent: ones) and U [d, rank], K [n, rank] (absent:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from editing.direction import Direction
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
-from neurons.errors import BrocaError, NothingToChangeError, UsageError
+from neurons.errors import BrocaError, NothingToChangeError
 from neurons.source import ModelSource
 
 
@@ -55,28 +54,39 @@ class ModuleEdit:
     def rank(self) -> int:
         return 0 if self.left is None else self.left.shape[1]
 
-    def apply(self, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        """W' for a block of rows.
+    def apply(self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0) -> torch.Tensor:
+        """W' for a block of rows and columns.
 
         Args:
-            weight: [rows, n], any float dtype.
+            weight: [rows, columns], any float dtype.
             first_row: index of the block's first row in W.
+            first_column: index of the block's first column in W.
 
         Returns:
-            [rows, n] in float64: the cast to the stored dtype is the only rounding that shows, and the
-            report of what survives it is right even for edits that are too small to survive.
+            [rows, columns] in float64: the cast to the stored dtype is the only rounding that shows, and
+            the report of what survives it is right even for edits that are too small to survive.
         """
         exact = torch.float64
         rows = slice(first_row, first_row + weight.shape[0])
+        columns = slice(first_column, first_column + weight.shape[1])
         edited = weight.to(exact)
         where = edited.device
         if self.row_scale is not None:
             edited = edited * self.row_scale[rows].to(where, exact)[:, None]
         if self.column_scale is not None:
-            edited = edited * self.column_scale.to(where, exact)
+            edited = edited * self.column_scale[columns].to(where, exact)
         if self.left is not None and self.right is not None:
-            edited = torch.addmm(edited, self.left[rows].to(where, exact), self.right.to(where, exact).T)
+            left, right = self.left[rows].to(where, exact), self.right[columns].to(where, exact)
+            edited = torch.addmm(edited, left, right.T)
         return edited
+
+    def changes(self, columns: slice) -> bool:
+        """Whether the edit does anything to these columns of W."""
+        return (
+            self.row_scale is not None
+            or (self.column_scale is not None and bool((self.column_scale[columns] != 1).any()))
+            or (self.right is not None and bool(self.right[columns].any()))
+        )
 
     def scaled(self, strength: float) -> ModuleEdit:
         """The same edit with its distance from the identity multiplied by ``strength``."""
@@ -206,26 +216,6 @@ def load_plan(path: Path) -> Plan:
             )
         )
     return make_plan(edits, artifact.metadata)
-
-
-def parse_layers(text: str, layers: int) -> tuple[int, ...]:
-    """Layers named as ``1-3``, ``4`` or ``1-3,6``.
-
-    Raises:
-        UsageError: not of that form, or a layer that the model does not have.
-    """
-    chosen: set[int] = set()
-    for piece in text.split(","):
-        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece.strip())
-        if found is None:
-            raise UsageError(f"layers {text!r}: write them as 1-3 or 1,2,5")
-        low, high = int(found[1]), int(found[2] or found[1])
-        if low > high:
-            raise UsageError(f"layers {text!r}: {piece.strip()} runs backwards")
-        chosen.update(range(low, high + 1))
-    if not chosen or max(chosen) >= layers:
-        raise UsageError(f"layers {text!r}: the model has layers 0-{layers - 1}")
-    return tuple(sorted(chosen))
 
 
 def plan_metadata(

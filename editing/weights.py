@@ -1,32 +1,57 @@
-"""Output weights of a checkpoint, read from disk one at a time."""
+"""Output weights of a checkpoint, read from disk one at a time and assembled from the tensors that hold them."""
 
 from __future__ import annotations
 
 import torch
 
+from neurons.anatomy import StoredPiece
 from neurons.errors import BrocaError
 from neurons.source import ModelSource
 from neurons.tensor_files import TensorEntry, read_tensor, tensor_entries
 
 
 class Weights:
-    """Reads the weight [d, n] of a block's output module by (layer, block)."""
+    """Reads the weight W [d, n] of a block's output module by (layer, block)."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
         self._entries = tensor_entries(source.checkpoint)
 
-    def entry(self, layer: int, block: str) -> TensorEntry:
-        """Where the weight lies on disk.
+    def pieces(self, layer: int, block: str) -> tuple[tuple[StoredPiece, TensorEntry], ...]:
+        """Where W lies on disk: pieces that cover its columns once, in their order.
 
         Raises:
-            BrocaError: the checkpoint has no tensor of that name.
+            BrocaError: the checkpoint lacks a tensor, or has one of another shape.
         """
-        name = self._source.anatomy.tensor_name(layer, block)
-        if name not in self._entries:
-            raise BrocaError(f"{self._source.name}: the checkpoint has no tensor {name!r}")
-        return self._entries[name]
+        anatomy = self._source.anatomy
+        try:
+            pieces = anatomy.stored(layer, block, self._entries.keys())
+        except BrocaError as error:
+            raise BrocaError(f"{self._source.name}: {error}") from error
+        found = []
+        for piece in pieces:
+            entry = self._entries[piece.tensor]
+            shape = (anatomy.residual, piece.columns.stop - piece.columns.start)
+            shape = shape[::-1] if piece.transposed else shape
+            expected = shape if piece.index is None else (anatomy.experts, *shape)
+            if entry.shape != expected:
+                raise BrocaError(
+                    f"{self._source.name}: tensor {piece.tensor} has shape {list(entry.shape)} where the "
+                    f"model has {list(expected)}"
+                )
+            found.append((piece, entry))
+        return tuple(found)
+
+    def read_piece(self, piece: StoredPiece, entry: TensorEntry) -> torch.Tensor:
+        """One piece as [d, columns] in its stored dtype; of a fused tensor, only this expert is read."""
+        return piece.of(read_tensor(entry, piece.rows))
 
     def read(self, layer: int, block: str) -> torch.Tensor:
-        """The weight in float64 [d, n]."""
-        return read_tensor(self.entry(layer, block)).double()
+        """W in float64 [d, n]."""
+        pieces = self.pieces(layer, block)
+        if len(pieces) == 1:
+            return self.read_piece(*pieces[0]).double().contiguous()
+        whole = torch.empty(self._source.anatomy.residual, pieces[-1][0].columns.stop, dtype=torch.float64)
+        for piece, entry in pieces:
+            whole[:, piece.columns] = self.read_piece(piece, entry).double()
+        return whole

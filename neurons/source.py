@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from neurons.anatomy import Anatomy, anatomy_of, layout_of
+from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
+from neurons.self_check import checked, checked_by_likeness
+from neurons.tensor_files import read_tensor, tensor_entries
 
 # Second copies of the weights, in layouts that transformers does not read.
 OTHER_FORMATS = (
@@ -125,21 +128,26 @@ def pick_device(device: str = "auto") -> torch.device:
 def open_model(model: str) -> ModelSource:
     """Look at a checkpoint without reading its weights.
 
+    An architecture that Broca does not know is examined by its structure and must pass the self-check on
+    a small random model of the same config class: two layers, a few hundred tokens, narrow where the
+    architecture lets itself be.  ``load_model`` repeats the check on the model itself.
+
     Raises:
         UsageError: no such model.
-        BrocaError: quantised, or an unknown architecture.
+        BrocaError: quantised, or an unknown architecture that does not pass.
     """
-    import transformers
-
     checkpoint = locate(model)
     config = _config(model, checkpoint)
-    with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(config)
-    return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy_of(empty))
+    anatomy = anatomy_of(_empty(config))
+    if anatomy.layout.examined:
+        anatomy = replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+    return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy)
 
 
 def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Load a causal language model and its tokenizer.
+
+    An architecture that Broca does not know is examined by its structure and must pass the self-check.
 
     Args:
         model: hub id or local directory.
@@ -149,7 +157,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
 
     Raises:
         UsageError: no such model or device.
-        BrocaError: quantised, unknown architecture, or files that cannot be loaded.
+        BrocaError: quantised, an unknown architecture that does not pass, or files that cannot be loaded.
     """
     import transformers
 
@@ -161,7 +169,10 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         wanted = getattr(torch, dtype)
     else:
         raise UsageError(f"dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
-    _config(model, checkpoint)
+    config = _config(model, checkpoint)
+    if layout_of(config) is None:
+        # Refused here, if at all, before any weight is read.
+        anatomy_of(_empty(config))
     digest = fingerprint(checkpoint)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -179,7 +190,48 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
             f"{lacking[0]} first: download it again"
         )
     loaded.eval().requires_grad_(False)
-    return LoadedModel(model, checkpoint, digest, anatomy_of(loaded), loaded, tokenizer)
+    anatomy = anatomy_of(loaded)
+    if anatomy.layout.examined:
+        anatomy = checked(loaded, anatomy)
+        _compare_with_disk(model, checkpoint, anatomy)
+    return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer)
+
+
+def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:
+    """Refuse a model whose output weights lie on disk under their names, but turned or permuted.
+
+    Raises:
+        BrocaError: by tensor name.
+    """
+    entries = tensor_entries(checkpoint)
+    for layer, block in itertools.product(sorted({0, anatomy.layers - 1}), BLOCKS):
+        live = anatomy.output_weight(layer, block)
+        for piece in anatomy.stored(layer, block, entries):
+            own = anatomy.columns(block, live, piece.columns)
+            stored = piece.of(read_tensor(entries[piece.tensor], piece.rows))
+            if stored.shape != own.shape or not torch.equal(stored.to(own), own):
+                raise BrocaError(
+                    f"{model}: tensor {piece.tensor} is not in memory what it is on disk, and how it was "
+                    "changed is not known for this architecture, so it could not be edited"
+                )
+
+
+def _empty(config: Any) -> Any:
+    """The model without its weights, on the meta device.
+
+    Raises:
+        BrocaError: transformers has no causal language model for this config.
+    """
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise BrocaError(
+            f"architecture {config.model_type!r} is not known to Broca, nor to transformers as a causal "
+            f"language model ({first_line(error)})"
+        ) from error
 
 
 @contextmanager

@@ -71,7 +71,20 @@ _SMALL = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 128,
 }
-# model_type -> (config class, model class, what differs from _SMALL); head_dim 48 is not hidden / heads.
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
+_MIXTURE = {"num_experts_per_tok": 2}
+# The sizes in the names of GPT-2 and GPT-J.
+_OLD = {"n_embd": 64, "n_inner": 48, "n_layer": 3, "n_head": 2, "n_positions": 128}
+# family -> (config class, model class, what differs from _SMALL); head_dim 48 is not hidden / heads.  A
+# family's name is its model_type, but for a "-variant".
 FAMILIES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "mistral": (
@@ -82,6 +95,52 @@ FAMILIES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 48}),
     "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM, {"head_dim": 32}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        _GEMMA | {"final_logit_softcapping": 3.0},
+    ),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM, _GEMMA),
+    "gemma3": (transformers.Gemma3Config, transformers.Gemma3ForConditionalGeneration, _GEMMA),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),
+    "phi": (transformers.PhiConfig, transformers.PhiForCausalLM, {}),
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, _OLD),
+    "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, {"ffn_dim": 48, "word_embed_proj_dim": 64}),
+    "opt-post_norm": (
+        transformers.OPTConfig,
+        transformers.OPTForCausalLM,
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    ),
+    "bloom": (transformers.BloomConfig, transformers.BloomForCausalLM, {"n_layer": 3, "n_head": 2}),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM, {}),
+    "gptj": (transformers.GPTJConfig, transformers.GPTJForCausalLM, _OLD | {"rotary_dim": 16}),
+    "falcon": (
+        transformers.FalconConfig,
+        transformers.FalconForCausalLM,
+        {"ffn_hidden_size": 48, "alibi": False, "bias": True},
+    ),
+    "falcon-new": (
+        transformers.FalconConfig,
+        transformers.FalconForCausalLM,
+        {"ffn_hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 1},
+    ),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM, {}),
+    "cohere": (transformers.CohereConfig, transformers.CohereForCausalLM, {"logit_scale": 0.25}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        _MIXTURE | {"num_local_experts": 3},
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        _MIXTURE | {"num_experts": 3, "moe_intermediate_size": 40, "head_dim": 48},
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        _MIXTURE | {"num_local_experts": 3, "head_dim": 48, "swiglu_limit": 1.5},
+    ),
 }
 
 
@@ -132,14 +191,18 @@ def tiny_model(model_type="llama", tied=False, dtype="float32", seed=0, **config
     """A random model; every weight is big enough to matter, norms and biases included."""
     config_class, model_class, differs = FAMILIES[model_type]
     tokenizer = tiny_tokenizer()
-    made = config_class(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        tie_word_embeddings=tied,
+    settings = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+        "tie_word_embeddings": tied,
         **(_SMALL | differs | config),
-    )
+    }
+    if config_class is transformers.Gemma3Config:
+        made = config_class(text_config=settings, vision_config=_VISION, tie_word_embeddings=tied)
+    else:
+        made = config_class(**settings)
     model = model_class(made).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -203,7 +266,8 @@ def naive_llama(model, ids, bump=None):
         x = x + attn_out
         normed = norm(x, name + "post_attention_layernorm.weight")
         gate = normed @ weight[name + "mlp.gate_proj.weight"].T
-        mlp_in = gate * torch.sigmoid(gate) * (normed @ weight[name + "mlp.up_proj.weight"].T)
+        up = normed @ weight[name + "mlp.up_proj.weight"].T
+        mlp_in = gate * torch.sigmoid(gate) * up
         for (at, position, neuron), number in (bump or {}).items():
             if at == layer:
                 mlp_in = mlp_in.clone()
@@ -214,6 +278,7 @@ def naive_llama(model, ids, bump=None):
         layers.append(
             {
                 "mlp_act": gate,
+                "mlp_up": up,
                 "mlp_in": mlp_in,
                 "attn_in": attn_in,
                 "mlp_out": mlp_out,

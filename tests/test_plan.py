@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from editing.plan import ModuleEdit, Plan, load_plan, make_plan, parse_layers
+from editing.plan import ModuleEdit, Plan, load_plan, make_plan
 from neurons.artifact import save_artifact
 from neurons.errors import BrocaError, UsageError
+from neurons.selection import parse_layers
 
 ROWS, COLUMNS = 5, 7
 PARTS = ("row_scale", "column_scale", "left", "right")
