@@ -23,7 +23,7 @@ from safetensors.torch import save
 from neurons.errors import BrocaError
 
 FORMAT_VERSION = 1
-KINDS = ("neurons", "direction", "edit")
+KINDS = ("statistics", "neurons", "direction", "edit", "unfinished")
 
 
 @dataclass(frozen=True)

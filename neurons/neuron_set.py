@@ -1,4 +1,4 @@
-"""A neuron set: which neurons belong to which language, and with what score."""
+"""A neuron set: which neurons belong to which language, with what score and of what kind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from neurons.artifact import load_artifact, save_artifact
 from neurons.errors import BrocaError, UsageError
+from neurons.selection import KINDS, kind_of
 from neurons.source import ModelSource
 
 
@@ -21,16 +22,23 @@ class NeuronSet:
     Attributes:
         members: language -> int64 [n, 2], rows (layer, neuron) in that order, unique.
         scores: language -> float64 [n], the method's score of each row of ``members``.
+        kinds: language -> int64 [n], each row's index into ``neurons.selection.KINDS``.
         layers: L of the model.
-        neurons: I of the model.
-        metadata: method, settings, tokens, fingerprint, model, corpus digest.
+        neurons: I of the model, those of all experts of a layer together.
+        metadata: method, settings, tokens, fingerprint, model, corpus digest, experts.
     """
 
     members: dict[str, torch.Tensor]
     scores: dict[str, torch.Tensor]
+    kinds: dict[str, torch.Tensor]
     layers: int
     neurons: int
     metadata: dict[str, Any]
+
+    @property
+    def experts(self) -> int:
+        """Experts E a layer (1 in a dense model); neuron (expert e, j) is number e * (I / E) + j."""
+        return int(self.metadata.get("experts", 1))
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -51,6 +59,12 @@ class NeuronSet:
             raise UsageError(f"the neuron set has no language {language!r}: it has {', '.join(self.members)}")
         return self.members[language]
 
+    def kind_counts(self, language: str) -> dict[str, int]:
+        """How many of a language's neurons are of each kind."""
+        self.of(language)
+        counts = torch.bincount(self.kinds[language], minlength=len(KINDS)).tolist()
+        return dict(zip(KINDS, counts, strict=True))
+
     def by_layer(self, language: str) -> list[torch.Tensor]:
         """Neuron indices of a language, int64, one tensor a layer."""
         rows = self.of(language)
@@ -67,7 +81,8 @@ class NeuronSet:
 
     def save(self, path: Path) -> None:
         tensors = {f"members.{i}": rows for i, rows in enumerate(self.members.values())}
-        tensors |= {f"scores.{i}": values for i, values in enumerate(self.scores.values())}
+        tensors |= {f"scores.{i}": self.scores[language] for i, language in enumerate(self.members)}
+        tensors |= {f"kinds.{i}": self.kinds[language] for i, language in enumerate(self.members)}
         fields = {"languages": list(self.members), "layers": self.layers, "neurons": self.neurons}
         save_artifact(path, "neurons", tensors, {**self.metadata, **fields})
 
@@ -78,35 +93,65 @@ def neuron_set(
     layers: int,
     neurons: int,
     metadata: Mapping[str, Any],
+    kinds: Mapping[str, torch.Tensor] | None = None,
 ) -> NeuronSet:
     """A NeuronSet with the rows of each language in (layer, neuron) order.
 
+    Args:
+        kinds: as the attribute; None takes the number of languages in ``members`` that have a neuron.
+
     Raises:
-        BrocaError: a neuron that the model does not have, or one named twice.
+        BrocaError: a neuron that the model does not have, or one named twice; scores or kinds that are
+            not one a neuron, or a kind that does not exist.
     """
-    ordered, ordered_scores = {}, {}
     for language, rows in members.items():
         if len(rows) and not (
             bool((rows >= 0).all()) and int(rows[:, 0].max()) < layers and int(rows[:, 1].max()) < neurons
         ):
             raise BrocaError(f"language {language!r} names a neuron outside {layers} x {neurons}")
-        flat = rows[:, 0] * neurons + rows[:, 1]
-        if len(flat.unique()) != len(flat):
+        if len(_flat(rows, neurons).unique()) != len(rows):
             raise BrocaError(f"language {language!r} names a neuron twice")
-        order = flat.argsort(stable=True)
-        ordered[language] = rows[order].to(torch.int64)
-        ordered_scores[language] = scores[language][order].double()
-    return NeuronSet(ordered, ordered_scores, layers, neurons, dict(metadata))
+        for name, values in (("scores", scores), ("kinds", kinds)):
+            if values is not None and (language not in values or len(values[language]) != len(rows)):
+                held = len(values[language]) if language in values else 0
+                raise BrocaError(f"language {language!r} has {len(rows)} neurons, but {held} {name}")
+        if kinds is not None and not bool(((kinds[language] >= 0) & (kinds[language] < len(KINDS))).all()):
+            raise BrocaError(f"language {language!r} has a kind of neuron beyond {', '.join(KINDS)}")
+    if kinds is None:
+        owners = torch.zeros(layers * neurons, dtype=torch.int64)
+        for rows in members.values():
+            owners[_flat(rows, neurons)] += 1
+        kinds = {k: kind_of(owners[_flat(rows, neurons)], len(members)) for k, rows in members.items()}
+    order = {k: _flat(rows, neurons).argsort(stable=True) for k, rows in members.items()}
+    return NeuronSet(
+        members={k: rows[order[k]].to(torch.int64) for k, rows in members.items()},
+        scores={k: scores[k][order[k]].double() for k in members},
+        kinds={k: kinds[k][order[k]].to(torch.int64) for k in members},
+        layers=layers,
+        neurons=neurons,
+        metadata=dict(metadata),
+    )
+
+
+def _flat(rows: torch.Tensor, neurons: int) -> torch.Tensor:
+    return rows[:, 0] * neurons + rows[:, 1]
 
 
 def load_neuron_set(path: Path) -> NeuronSet:
     """Read what ``NeuronSet.save`` wrote."""
     artifact = load_artifact(path, "neurons")
     languages = artifact.metadata["languages"]
+
+    def group(name: str) -> dict[str, torch.Tensor]:
+        return {language: artifact.tensors[f"{name}.{i}"] for i, language in enumerate(languages)}
+
+    # Files of Broca 0.1 have no kinds.
+    kinds = group("kinds") if all(f"kinds.{i}" in artifact.tensors for i in range(len(languages))) else None
     return neuron_set(
-        {language: artifact.tensors[f"members.{i}"] for i, language in enumerate(languages)},
-        {language: artifact.tensors[f"scores.{i}"] for i, language in enumerate(languages)},
+        group("members"),
+        group("scores"),
         artifact.metadata["layers"],
         artifact.metadata["neurons"],
         artifact.metadata,
+        kinds,
     )

@@ -132,7 +132,17 @@ def test_the_same_command_twice_gives_the_same_bytes(broca, model, text, files):
 
 def test_lape_says_which_language_has_no_neurons(broca, model, text, files):
     status, out, err = broca(
-        "identify", model, "--corpus", text, "--top-rate", "0.01", "--out", files / "few", "--json"
+        "identify",
+        model,
+        "--corpus",
+        text,
+        "--method",
+        "lape",
+        "--top-rate",
+        "0.01",
+        "--out",
+        files / "few",
+        "--json",
     )
     found = json.loads(out)
     assert status == 0
@@ -249,7 +259,7 @@ def test_interrupt_says_so(broca, monkeypatch, model, text, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neurons.identify.record", interrupted)
+    monkeypatch.setattr("neurons.corpus_recording.record", interrupted)
     status, _, err = broca("identify", model, "--corpus", text, "--out", tmp_path / "o")
     assert status == 130
     assert "stopped" in err

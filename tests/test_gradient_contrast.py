@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from neurons.batches import TokenBatch, packed_batches, text_batches
-from neurons.errors import UsageError
+from neurons.errors import BrocaError, UsageError
 from neurons.recording import record
-from neurons.scorers.gradient_contrast import TOP_RATE, gradient_contrast
+from neurons.scorers.gradient_contrast import gradient_contrast
+from neurons.selection import Selection, select
 
 
 def naive_contrast(attribution, tokens, top_rate):
-    """(share, score, kept) by loops; share and score as {(layer, neuron): [a number a language]}."""
+    """(S, score, kept) by loops; S and score as {(layer, neuron): [a number a language]}."""
     layers, width, languages = len(attribution), len(attribution[0]), len(tokens)
     everywhere = [(layer, neuron) for layer in range(layers) for neuron in range(width)]
     share = {place: [0.0] * languages for place in everywhere}
@@ -31,8 +32,10 @@ def naive_contrast(attribution, tokens, top_rate):
     return share, score, kept
 
 
-def places(rows):
-    return [tuple(row) for row in rows.tolist()]
+def chosen(scores, top_rate):
+    """Each language's neurons, the best first."""
+    found = select(scores, Selection(scope="language", top_rate=top_rate))
+    return [[tuple(row) for row in of.rows.tolist()] for of in found]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -44,15 +47,20 @@ def test_equals_the_formula(seed):
         [[n * chooser.random() ** 4 * (1 + k) for k, n in enumerate(tokens)] for _ in range(width)]
         for _ in range(layers)
     ]
-    for _ in range(3):
-        attribution[chooser.randrange(layers)][chooser.randrange(width)] = [0.0] * languages
+    dead = {(chooser.randrange(layers), chooser.randrange(width)) for _ in range(3)}
+    for layer, neuron in dead:
+        attribution[layer][neuron] = [0.0] * languages
     rate = chooser.uniform(0.05, 1)
-    result = gradient_contrast(torch.tensor(attribution, dtype=torch.float64), torch.tensor(tokens), rate)
+    result = gradient_contrast(torch.tensor(attribution, dtype=torch.float64), torch.tensor(tokens))
     share, score, kept = naive_contrast(attribution, tokens, rate)
     for (layer, neuron), expected in share.items():
-        assert result.share[layer, neuron].tolist() == pytest.approx(expected, rel=1e-10)
-        assert result.score[layer, neuron].tolist() == pytest.approx(score[layer, neuron], abs=1e-14)
-    assert [places(rows) for rows in result.kept] == kept
+        total = sum(expected)
+        parts = [0.0] * languages if (layer, neuron) in dead else [s / total for s in expected]
+        assert result.share[layer, neuron].tolist() == pytest.approx(parts, rel=1e-10)
+        assert result.values[layer, neuron].tolist() == pytest.approx(score[layer, neuron], abs=1e-14)
+        assert result.member[layer, neuron].tolist() == [s > 0 for s in score[layer, neuron]]
+    assert result.values.dtype == result.share.dtype == torch.float64
+    assert chosen(result, rate) == kept
 
 
 def test_ties_are_ordered_by_layer_then_neuron_and_no_neuron_scores_for_a_shared_lead():
@@ -60,10 +68,11 @@ def test_ties_are_ordered_by_layer_then_neuron_and_no_neuron_scores_for_a_shared
     attribution[0, 1, 0] = attribution[1, 0, 0] = attribution[1, 3, 0] = 2
     attribution[0, 2] = torch.tensor([1, 3, 3])
     attribution[1, 1, 1:] = 1.5  # keeps the totals alike
-    result = gradient_contrast(attribution, torch.ones(3, dtype=torch.int64), top_rate=0.25)
-    assert places(result.kept[0]) == [(0, 1), (1, 0)]
-    assert result.score[0, 2, 1] == result.score[0, 2, 2] == 0
-    assert (0, 2) not in places(result.kept[1]) + places(result.kept[2])
+    result = gradient_contrast(attribution, torch.ones(3, dtype=torch.int64))
+    found = chosen(result, 0.25)
+    assert found[0] == [(0, 1), (1, 0)]
+    assert result.values[0, 2, 1] == result.values[0, 2, 2] == 0
+    assert (0, 2) not in found[1] + found[2]
 
 
 def test_many_ties_keep_the_first_neurons():
@@ -71,40 +80,42 @@ def test_many_ties_keep_the_first_neurons():
     attribution[:, ::2, 0] = 2
     attribution[:, 1::2, 1] = 2
     attribution[2, 6, 0], attribution[0, 9, 1] = 3, 3
-    result = gradient_contrast(attribution, torch.tensor([5, 5]), top_rate=41 / 144)
+    found = chosen(gradient_contrast(attribution, torch.tensor([5, 5])), 41 / 144)
     even = [(layer, neuron) for layer in range(3) for neuron in range(0, 48, 2)]
     odd = [(layer, neuron) for layer in range(3) for neuron in range(1, 48, 2) if (layer, neuron) != (0, 9)]
-    assert places(result.kept[0]) == [(2, 6), *even[:40]]
-    assert places(result.kept[1]) == [(0, 9), *odd[:40]]
+    assert found[0] == [(2, 6), *[place for place in even if place != (2, 6)][:40]]
+    assert found[1] == [(0, 9), *odd[:40]]
 
 
 def test_only_neurons_above_the_runner_up_are_kept():
     attribution = torch.tensor([[[1.0, 3.0], [1.0, 3.0], [2.0, 1.0]]], dtype=torch.float64)
-    result = gradient_contrast(attribution, torch.tensor([1, 1]), top_rate=1.0)
-    assert [places(rows) for rows in result.kept] == [[(0, 2)], [(0, 0), (0, 1)]]
-    assert result.share.sum((0, 1)).tolist() == pytest.approx([1, 1])
+    result = gradient_contrast(attribution, torch.tensor([1, 1]))
+    assert chosen(result, 1.0) == [[(0, 2)], [(0, 0), (0, 1)]]
+    # S is 1/4 1/4 1/2 for the first language and 3/7 3/7 1/7 for the second.
+    assert result.share[0, :, 0].tolist() == pytest.approx([7 / 19, 7 / 19, 7 / 9])
 
 
 def test_a_language_with_a_larger_loss_or_more_tokens_wins_nothing_by_that():
     attribution = torch.rand(2, 30, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    plain = gradient_contrast(attribution, torch.tensor([7, 7, 7]), 0.2)
-    scaled = gradient_contrast(attribution * torch.tensor([1.0, 50.0, 3.0]), torch.tensor([7, 70, 700]), 0.2)
-    assert [places(rows) for rows in plain.kept] == [places(rows) for rows in scaled.kept]
-    torch.testing.assert_close(plain.score, scaled.score)
+    plain = gradient_contrast(attribution, torch.tensor([7, 7, 7]))
+    scaled = gradient_contrast(attribution * torch.tensor([1.0, 50.0, 3.0]), torch.tensor([7, 70, 700]))
+    assert chosen(plain, 0.2) == chosen(scaled, 0.2)
+    torch.testing.assert_close(plain.values, scaled.values)
+    torch.testing.assert_close(plain.share, scaled.share)
 
 
 def test_refusals():
     ones, tokens = torch.ones(1, 5, 2, dtype=torch.float64), torch.tensor([3, 3])
-    assert TOP_RATE == 0.01
     with pytest.raises(UsageError, match="at least two"):
         gradient_contrast(ones[..., :1], tokens[:1])
-    for rate in (0.0, -1.0, 1.1, math.nan):
-        with pytest.raises(UsageError, match="top rate"):
-            gradient_contrast(ones, tokens, rate)
-    with pytest.raises(UsageError, match="no attribution"):
+    with pytest.raises(UsageError, match="language number 2 has no attribution"):
         gradient_contrast(ones * torch.tensor([1.0, 0.0]), tokens)
-    with pytest.raises(UsageError, match="no tokens"):
-        gradient_contrast(ones * torch.tensor([1.0, 0.0]), torch.tensor([3, 0]))
+    with pytest.raises(UsageError, match="language number 2 is without tokens"):
+        gradient_contrast(ones, torch.tensor([3, 0]))
+    with pytest.raises(BrocaError, match="neuron 0 in layer 0 is not finite"):
+        gradient_contrast(ones * torch.tensor([1.0, torch.inf]), tokens)
+    with pytest.raises(BrocaError, match="negative"):
+        gradient_contrast(-ones, tokens)
 
 
 # --- the recording -------------------------------------------------------------------------------

@@ -90,12 +90,12 @@ def test_lape_finds_the_planted_neurons_and_no_others(tmp_path, planted_corpus):
     for language in models.LANGUAGES:
         assert found[language] == {place for place, own in FIRES_FOR.items() if language in own}
     assert chosen.metadata["method"] == "lape"
-    assert chosen.metadata["corpus"]["digest"] == planted_corpus.digest
-    assert 0 < chosen.metadata["tau"] < 0.9
-    # One language alone: entropy 0.  Two languages: at most ln 2.
+    assert chosen.metadata["corpora"][0]["digest"] == planted_corpus.digest
+    assert 0 < chosen.metadata["notes"]["tau"] < 0.9
+    # The score is minus the entropy: 0 for one language alone, at least -ln 2 for two.
     for language in models.LANGUAGES:
         for place, score in zip(chosen.of(language).tolist(), chosen.scores[language].tolist(), strict=True):
-            assert 0 <= score <= 1e-12 if len(FIRES_FOR[tuple(place)]) == 1 else 0.6 < score <= 0.6932
+            assert 0 <= -score <= 1e-12 if len(FIRES_FOR[tuple(place)]) == 1 else 0.6 < -score <= 0.6932
 
 
 def test_lape_says_which_languages_got_no_neuron(tmp_path, planted_corpus):
@@ -109,7 +109,7 @@ def test_lape_says_which_languages_got_no_neuron(tmp_path, planted_corpus):
             block.mlp.gate_proj.weight[30, CONSTANT] = -1
             block.mlp.gate_proj.weight[30, SAYS["qab"]] = 2
     chosen, found = found_by(model, tmp_path, planted_corpus, "lape", 0.1)
-    assert chosen.metadata["tau"] == 1
+    assert chosen.metadata["notes"]["tau"] == 1
     assert chosen.empty_languages == models.LANGUAGES
     assert found == {language: set() for language in models.LANGUAGES}
 

@@ -11,7 +11,15 @@ from neurons.recording import record
 from neurons.source import load_model
 from neurons.statistics import parse_moment
 
-WIDTHS = {"mlp_act": 48, "mlp_in": 48, "attn_in": 64, "mlp_out": 64, "attn_out": 64, "block_out": 64}
+WIDTHS = {
+    "mlp_act": 48,
+    "mlp_up": 48,
+    "mlp_in": 48,
+    "attn_in": 64,
+    "mlp_out": 64,
+    "attn_out": 64,
+    "block_out": 64,
+}
 ORDER = ("qac", "qaa", "qab")  # not alphabetical
 
 

@@ -5,99 +5,75 @@ With c[l, j, k] the tokens of language k on which neuron (l, j) is active and n_
     P = c / n_k          Q = P / sum_k P  (0/0 -> 0)          H = -sum_k Q ln Q  (nats, 0 ln 0 = 0)
 
 1. tau = the round(filter_rate * L*I*K)-th smallest P; a neuron with no P > tau is out (H = +inf).
-2. The round(top_rate * L*I) neurons of smallest H are kept, over all layers together.
+2. The round(top_rate * L*I) neurons of smallest H are kept, over all layers together: that is
+   ``select(scores, Selection(scope="global", top_rate=...))``, with 0.01 in section 4.1 of the paper.
 3. bar = the round(activation_rate * L*I*K)-th smallest P; a kept neuron belongs to every language
-   with P > bar: to several, or to one.
+   with P > bar: to several, to one or to none.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from neurons.errors import UsageError
+from neurons.scorers.means import means, require_rate, require_several
+from neurons.scores import Scores, shares
 
-TOP_RATE = 0.01  # arXiv 2402.16438, section 4.1
 FILTER_RATE = 0.95  # the released code, as is the next
 ACTIVATION_RATE = 0.95
 
 
-@dataclass(frozen=True)
-class LapeScores:
-    """LAPE of every neuron, and the neurons kept.
-
-    Attributes:
-        probability: float64 [L, I, K], P.
-        entropy: float64 [L, I], H in nats, +inf for a neuron that the filter removed.
-        kept: int64 [n, 2], (layer, neuron) by entropy; ties by (layer, neuron).
-        member: bool [n, K], whether a kept neuron belongs to a language.
-        tau: the filter's threshold on P.
-        bar: the membership's threshold on P.
-    """
-
-    probability: torch.Tensor
-    entropy: torch.Tensor
-    kept: torch.Tensor
-    member: torch.Tensor
-    tau: float
-    bar: float
-
-
 def lape(
     positive: torch.Tensor,
-    tokens: torch.Tensor,
-    top_rate: float = TOP_RATE,
+    seen: torch.Tensor,
     filter_rate: float = FILTER_RATE,
     activation_rate: float = ACTIVATION_RATE,
-) -> LapeScores:
+) -> Scores:
     """Score every neuron.
 
     Args:
         positive: int64 [L, I, K], tokens with activation > 0.
-        tokens: int64 [K], tokens counted.
-        top_rate: share of all neurons that is kept.
-        filter_rate: share of all P at or below ``tau``.
-        activation_rate: share of all P at or below ``bar``.
+        seen: int64 [K], tokens; or [L, I, K], tokens that each neuron's expert was asked for.
+        filter_rate: share of all P at or below tau.
+        activation_rate: share of all P at or below bar.
+
+    Returns:
+        values -H, the same for all languages, -inf for a neuron that the filter removed; member P > bar;
+        share Q; notes "tau" and "bar".
 
     Raises:
         UsageError: fewer than two languages, a language without tokens, or a rate outside (0, 1].
+        BrocaError: a count that is not finite.
     """
-    layers, width, languages = positive.shape
-    if languages < 2:
-        raise UsageError("LAPE compares languages: it needs at least two")
-    if bool((tokens <= 0).any()):
-        raise UsageError("LAPE: a language without tokens has no activation probability")
-    for name, value in (
-        ("top rate", top_rate),
-        ("filter rate", filter_rate),
-        ("activation rate", activation_rate),
-    ):
-        if not 0 < value <= 1:
-            raise UsageError(f"LAPE: the {name} is {value}, but a rate lies in (0, 1]")
-    probability = positive.double() / tokens.double()
-    total = probability.sum(-1, keepdim=True)
-    share = torch.where(total > 0, probability / total, 0.0)
-    entropy = -torch.xlogy(share, share).sum(-1)
+    require_several(positive.shape[-1], "LAPE")
+    return entropy_scores(means(positive, seen), filter_rate, activation_rate)
 
-    tau = _smallest(probability, filter_rate)
-    entropy = torch.where((probability > tau).any(-1), entropy, torch.inf)
 
-    order = torch.argsort(entropy.flatten(), stable=True)
-    best = order[: round(top_rate * layers * width)]
-    best = best[torch.isfinite(entropy.flatten()[best])]
-    bar = _smallest(probability, activation_rate)
-    return LapeScores(
-        probability=probability,
-        entropy=entropy,
-        kept=torch.stack([best // width, best % width], dim=1),
-        member=probability.flatten(0, 1)[best] > bar,
-        tau=tau,
-        bar=bar,
+def entropy_scores(probability: torch.Tensor, filter_rate: float, activation_rate: float) -> Scores:
+    """Steps 1 to 3 without the choice, for any non-negative P [L, I, K].
+
+    Raises:
+        UsageError: a rate outside (0, 1].
+    """
+    require_rate("filter rate", filter_rate)
+    require_rate("activation rate", activation_rate)
+    tau = smallest(probability, filter_rate)
+    bar = smallest(probability, activation_rate)
+    values = torch.where((probability > tau).any(-1), -entropy(probability), -torch.inf)
+    return Scores(
+        values=values[..., None].expand_as(probability),
+        member=probability > bar,
+        share=shares(probability),
+        notes={"tau": tau, "bar": bar},
     )
 
 
-def _smallest(probability: torch.Tensor, rate: float) -> float:
+def entropy(probability: torch.Tensor) -> torch.Tensor:
+    """H of the shares of a non-negative quantity, nats, float64 [L, I]; 0 where there is nothing to share."""
+    share = shares(probability)
+    return -torch.xlogy(share, share).sum(-1)
+
+
+def smallest(values: torch.Tensor, rate: float) -> float:
     """The round(rate * count)-th smallest value, counted from 1."""
-    rank = max(1, round(rate * probability.numel()))
-    return float(torch.kthvalue(probability.flatten(), rank).values)
+    rank = max(1, round(rate * values.numel()))
+    return float(torch.kthvalue(values.flatten(), rank).values)

@@ -1,0 +1,106 @@
+"""Average precision: neurons whose response tells a language's texts from all others (Kojima et al., NAACL 2024).
+
+arXiv 2404.02431, after the expert units of Cuadros et al. (ICML 2022).  A neuron's response to a text is
+its mean over the text's tokens; for language k the texts of k are positive, all others negative, and
+
+    AP = sum_n (R_n - R_{n-1}) P_n
+
+over the distinct responses as thresholds, from the largest: P_n and R_n are precision and recall of
+"response >= threshold", so texts of equal response count together.  The paper takes the N neurons of
+largest AP and the N of smallest, and forces a neuron to the median of its responses to the positive texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from neurons.errors import BrocaError, UsageError
+from neurons.scorers.means import require_several
+from neurons.scores import Scores
+
+CHUNK = 128  # neurons sorted at a time: some 60 bytes for each of them and each text
+
+
+def average_precision(responses: Sequence[torch.Tensor]) -> Scores:
+    """Score every neuron for every language.
+
+    Args:
+        responses: one tensor a language, [n_k, L, I], the mean response to each of its texts.
+
+    Returns:
+        Scores with AP in (0, 1] as values; every neuron may belong to every language.  Its note ``chance``
+        is each language's share of the texts, about the AP of a neuron that knows nothing.
+
+    Raises:
+        UsageError: fewer than two languages, a language without texts, or responses of different models.
+        BrocaError: a response that is not finite.
+    """
+    require_several(len(responses), "average precision")
+    _, layers, width = responses[0].shape
+    for k, texts in enumerate(responses):
+        if len(texts) == 0:
+            raise UsageError(f"average precision: language number {k + 1} has no texts")
+        if texts.shape[1:] != (layers, width):
+            raise UsageError(
+                f"average precision: language number {k + 1} has responses of {texts.shape[1]} x {texts.shape[2]} "
+                f"neurons, the first of {layers} x {width}: record all languages with one model"
+            )
+    counts = [len(texts) for texts in responses]
+    values = torch.empty(layers, width, len(responses), dtype=torch.float64)
+    for layer in range(layers):
+        for start in range(0, width, CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = torch.cat([texts[:, layer, part] for texts in responses]).T
+            if not bool(torch.isfinite(chunk).all()):
+                neuron = start + int((~torch.isfinite(chunk)).any(-1).nonzero()[0])
+                raise BrocaError(f"a response of neuron {neuron} in layer {layer} is not finite")
+            values[layer, part] = _average_precision(chunk, counts).cpu()
+    return Scores(
+        values=values,
+        member=torch.ones_like(values, dtype=torch.bool),
+        notes={"chance": [count / sum(counts) for count in counts]},
+    )
+
+
+def _average_precision(responses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """AP [neurons, K] of responses [neurons, N] to texts that stand language by language, n_k of each."""
+    ranked, order = responses.sort(dim=-1, descending=True)
+    # How many texts, then how many of the language, respond at least as much as each text.
+    reached = torch.empty_like(order).scatter_(-1, order, _up_to(ranked))
+    columns = []
+    for own in reached.split(list(counts), dim=-1):
+        reached_own = own.sort(dim=-1).values
+        # Each positive text raises the recall by 1 / n_k at its threshold.
+        columns.append((_up_to(reached_own).double() / reached_own).mean(-1))
+    return torch.stack(columns, dim=-1)
+
+
+def _up_to(ranked: torch.Tensor) -> torch.Tensor:
+    """int64: how many values of a sorted row stand before each one's equals end, they counted."""
+    places = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
+    last = torch.ones_like(ranked, dtype=torch.bool)
+    last[:, :-1] = ranked[:, :-1] != ranked[:, 1:]
+    if bool(last.all()):
+        return places.expand(ranked.shape)
+    return torch.where(last, places, len(places)).flip(-1).cummin(-1).values.flip(-1)
+
+
+def forcing_values(responses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What the paper sets a neuron to: the median of its responses to the texts of the language.
+
+    Args:
+        responses: [n, L, I], the mean response to each text of the language.
+        rows: int64 [m, 2], (layer, neuron).
+
+    Returns:
+        float64 [m]; of an even number of texts, the mean of the middle two.
+
+    Raises:
+        UsageError: no texts.
+    """
+    if len(responses) == 0:
+        raise UsageError("a forcing value is a median over texts, and there are none")
+    ranked = responses[:, rows[:, 0], rows[:, 1]].double().sort(dim=0).values
+    return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2

@@ -1,0 +1,56 @@
+"""CLAS classes: which neurons are on for all languages, for some, for one or for none (arXiv 2601.16390).
+
+With h the input of ``down_proj`` (its channels are the neurons), over parallel texts:
+
+    m[l, j, k] = mean of h_j over the tokens of language k          active in k: m > 0
+
+    all-shared: active in all K languages     partial-shared: in 2 to K-1
+    specific: in one                          dead: in none
+
+Specific and partial-shared neurons belong to the languages that they are active in; a language's best have
+the largest m.  The paper scales partial-shared channels up and specific ones down, in the last layers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from neurons.scorers.means import require_finite, require_several
+from neurons.scores import Scores, shares
+
+CLASSES = ("dead", "specific", "partial-shared", "all-shared")
+
+
+def clas(mean: torch.Tensor) -> Scores:
+    """Score every neuron for every language.
+
+    Args:
+        mean: float64 [L, I, K], m, from texts that say the same in every language.
+
+    Returns:
+        values m; member m > 0, so that the kinds of ``neurons.selection`` are the classes (specific,
+        related = partial-shared, general = all-shared; a dead neuron is no language's); share of the
+        positive part of m.
+
+    Raises:
+        UsageError: fewer than two languages.
+        BrocaError: a mean that is not finite.
+    """
+    member = _active(mean)
+    return Scores(values=mean.double(), member=member, share=shares(mean.clamp(min=0)))
+
+
+def clas_classes(mean: torch.Tensor) -> torch.Tensor:
+    """The class of every neuron, int64 [L, I], indices into ``CLASSES``; argument and errors as ``clas``.
+
+    With two languages there is no partial-shared neuron.
+    """
+    active = _active(mean)
+    count = active.sum(-1)
+    return torch.where(count == active.shape[-1], 3, count.clamp(max=2))
+
+
+def _active(mean: torch.Tensor) -> torch.Tensor:
+    require_several(mean.shape[-1], "CLAS")
+    require_finite(mean)
+    return mean > 0

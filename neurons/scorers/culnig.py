@@ -1,0 +1,112 @@
+"""CULNIG: neurons that answers of one language or culture lean on (arXiv 2510.08284).
+
+For a prompt x with an answer token y, p = softmax(logits at the last position)[y], and a the output of the
+linear map before the nonlinearity (``gate_proj``):
+
+    s_j(x)   = p * max_t (a_tj * dp/da_tj)
+    score    = mean of s over target prompts - mean of max(0, s) over control prompts
+
+(a control prompt has the options and no question).  A neuron belongs to language k when it is
+
+1. among the round(top_rate * L*I) largest scores of k,
+2. not among the round(recognition_rate * L*I) largest means of s over k's recognition prompts, and
+3. at least least_z standard deviations (of the population) above its own mean over languages.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from neurons.errors import BrocaError, UsageError
+from neurons.scorers.means import means, rate_count, require_several
+from neurons.scores import Scores
+
+TOP_RATE = 0.003  # arXiv 2510.08284, as are the next two
+RECOGNITION_RATE = 0.01
+LEAST_Z = 0.5
+
+
+def culnig(
+    target: torch.Tensor,
+    control: torch.Tensor,
+    recognition: torch.Tensor | None,
+    prompts: torch.Tensor,
+    control_prompts: torch.Tensor,
+    recognition_prompts: torch.Tensor | None,
+    top_rate: float = TOP_RATE,
+    recognition_rate: float = RECOGNITION_RATE,
+    least_z: float = LEAST_Z,
+) -> Scores:
+    """Score every neuron for every language.
+
+    Args:
+        target: float64 [L, I, K], sum of s over the target prompts.
+        control: float64 [L, I, K], sum of max(0, s) over the control prompts.
+        recognition: float64 [L, I, K], sum of s over the recognition prompts; None leaves step 2 out.
+        prompts: int64 [K], target prompts.
+        control_prompts: int64 [K].
+        recognition_prompts: int64 [K]; None with ``recognition``.
+        top_rate: share of all neurons that may belong to a language.
+        recognition_rate: share of all neurons that recognition takes away from a language.
+        least_z: standard deviations over the mean of languages; a neuron that scores alike for all has 0.
+
+    Returns:
+        values score; member as in 1 to 3 (select with a top rate of ``top_rate`` or more); no share;
+        notes "recognition", whether step 2 was done.
+
+    Raises:
+        UsageError: fewer than two languages, a language without prompts of a sort, recognition scores
+            without their count, or a rate outside (0, 1] or too small to keep a neuron.
+        BrocaError: a sum that is not finite, or a negative control.
+    """
+    layers, width, languages = target.shape
+    require_several(languages, "CULNIG")
+    most = rate_count("top rate", top_rate, layers * width)
+    if (recognition is None) != (recognition_prompts is None):
+        raise UsageError("recognition scores and the number of their prompts go together: give both or none")
+    if bool((control < 0).any()):
+        raise BrocaError("a control score is negative: negative scores of control prompts count as 0")
+    values = means(target, prompts, "prompts") - means(control, control_prompts, "control prompts")
+    member = _largest(values, most) & (_deviations(values) >= least_z)
+    if recognition is not None and recognition_prompts is not None:
+        excluded = rate_count("recognition rate", recognition_rate, layers * width)
+        member &= ~_largest(means(recognition, recognition_prompts, "recognition prompts"), excluded)
+    return Scores(values=values, member=member, notes={"recognition": recognition is not None})
+
+
+def answer_scores(
+    activation: torch.Tensor, gradient: torch.Tensor, probability: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
+    """s of every prompt of a batch, float64 [rows, I].
+
+    Args:
+        activation: [rows, length, I], a.
+        gradient: [rows, length, I], dp/da of the row's own p.
+        probability: [rows], p.
+        counted: bool [rows, length], False for padding.
+
+    Raises:
+        BrocaError: a row without a counted position.
+    """
+    if not bool(counted.any(1).all()):
+        raise BrocaError("a prompt has no counted token: leave empty prompts out")
+    dtype = torch.promote_types(activation.dtype, torch.float32)
+    product = activation.to(dtype) * gradient.to(dtype)
+    # Padding must lose to every negative product; a 0 there would win.
+    largest = product.masked_fill(~counted[..., None], -torch.inf).amax(1)
+    return probability.double()[:, None] * largest.double()
+
+
+def _largest(values: torch.Tensor, most: int) -> torch.Tensor:
+    """bool [L, I, K]: each language's ``most`` largest values, ties by (layer, neuron)."""
+    flat = values.flatten(0, 1)
+    order = torch.argsort(flat, dim=0, descending=True, stable=True)[:most]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, order, True).view_as(values)
+
+
+def _deviations(values: torch.Tensor) -> torch.Tensor:
+    """z across languages by the population's standard deviation; 0 where all languages are alike."""
+    centred = values - values.mean(-1, keepdim=True)
+    # Rounding leaves a spread of about 1e-17 between equal values, so the deviation is no test.
+    alike = values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
+    return torch.where(alike, 0.0, centred / values.std(-1, correction=0, keepdim=True))

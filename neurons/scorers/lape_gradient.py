@@ -1,0 +1,46 @@
+"""LAPE of gradient x activation: the entropy of how much a language's likelihood leans on a neuron.
+
+As LAPE (arXiv 2402.16438), with the first-order attribution R (the Taylor criterion of arXiv 1611.06440)
+in place of the probability of firing, so that how often a neuron fires no longer counts:
+
+    R = mean over the tokens of language k of |h_j * dLoss/dh_j|
+    Q = R / sum_k R          H = -sum_k Q ln Q
+
+with tau, bar and the choice of neurons as in ``neurons.scorers.lape``.  R is in nats a token and is not
+scaled: a language whose tokens are harder has larger R everywhere (``gradient_contrast`` evens that out).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from neurons.scorers.gradient import mean_attribution
+from neurons.scorers.lape import ACTIVATION_RATE, FILTER_RATE, entropy_scores
+from neurons.scorers.means import require_several
+from neurons.scores import Scores
+
+
+def lape_gradient(
+    attribution: torch.Tensor,
+    seen: torch.Tensor,
+    filter_rate: float = FILTER_RATE,
+    activation_rate: float = ACTIVATION_RATE,
+) -> Scores:
+    """Score every neuron.
+
+    Args:
+        attribution: float64 [L, I, K], sum over tokens of |h * dLoss/dh|.
+        seen: int64 [K], tokens; or [L, I, K], tokens that each neuron's expert was asked for.
+        filter_rate: share of all R at or below tau; LAPE's default.
+        activation_rate: share of all R at or below bar; LAPE's default.
+
+    Returns:
+        values -H, the same for all languages, -inf for a neuron that the filter removed; member R > bar;
+        share Q; notes "tau" and "bar".
+
+    Raises:
+        UsageError: fewer than two languages, a language without tokens, or a rate outside (0, 1].
+        BrocaError: an attribution that is not finite or is negative.
+    """
+    require_several(attribution.shape[-1], "LAPE of gradients")
+    return entropy_scores(mean_attribution(attribution, seen), filter_rate, activation_rate)

@@ -1,0 +1,117 @@
+"""Localizer: neurons that respond more to a language than to all others (AlKhamissi et al., NAACL 2025).
+
+arXiv 2411.02280, "The LLM Language Network", a localizer contrast of neuroscience.  With |m| the size of
+a unit's mean activation over a text, a and s^2 its mean and variance over the n texts of language k, and
+a', s'^2, n' those over the texts of all other languages pooled, Welch's
+
+    t = (a - a') / sqrt(s^2/n + s'^2/n')
+
+    df = (s^2/n + s'^2/n')^2 / ((s^2/n)^2/(n - 1) + (s'^2/n')^2/(n' - 1))
+
+The paper takes the top 1 % of t.  Asked for, a false discovery rate keeps only the units whose two-sided
+p, adjusted over all units of the language (Benjamini & Hochberg 1995), is at most the rate.
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy import stats
+
+from neurons.errors import UsageError
+from neurons.scorers.means import require_finite, require_rate, require_several
+from neurons.scores import Scores
+
+# Squared deviations below this part of the sum of squares are what rounding leaves of a difference of
+# two sums, not a variance; it stands for a spread of a millionth of the mean.
+ROUNDING = 1e-12
+
+
+def localizer(
+    text_absolute: torch.Tensor,
+    text_square: torch.Tensor,
+    texts: torch.Tensor,
+    false_discovery_rate: float | None = None,
+) -> Scores:
+    """Score every unit for every language.
+
+    Args:
+        text_absolute: float64 [L, I, K], sum over texts of |m|.
+        text_square: float64 [L, I, K], sum over texts of m^2.
+        texts: int64 [K], texts summed over.
+        false_discovery_rate: largest adjusted p of a member; None asks for no significance.
+
+    Returns:
+        Scores with t as values; a member has t > 0 (and is significant).  A unit without any variance
+        has t = 0 where the two means are equal and -inf, which is never selected, where they are not:
+        t does not exist there, and p counts as 1.
+
+    Raises:
+        UsageError: fewer than two languages, fewer than two texts of a language, or a rate outside (0, 1].
+        BrocaError: a sum that is not finite.
+    """
+    languages = len(texts)
+    require_several(languages, "the localizer")
+    if bool((texts < 2).any()):
+        k = int((texts < 2).nonzero()[0])
+        raise UsageError(
+            f"the localizer needs at least two texts of a language: number {k + 1} has {int(texts[k])}"
+        )
+    if false_discovery_rate is not None:
+        require_rate("false discovery rate", false_discovery_rate)
+    require_finite(text_absolute)
+    require_finite(text_square)
+    values = torch.empty(text_absolute.shape, dtype=torch.float64)
+    member = torch.empty(text_absolute.shape, dtype=torch.bool)
+    for k in range(languages):
+        # Summed, not subtracted from the total: a rare language would drown in the total's rounding.
+        others = [other for other in range(languages) if other != k]
+        t, freedom = _welch(
+            *_moments(text_absolute[..., k], text_square[..., k], int(texts[k])),
+            int(texts[k]),
+            *_moments(
+                text_absolute[..., others].sum(-1), text_square[..., others].sum(-1), int(texts[others].sum())
+            ),
+            int(texts[others].sum()),
+        )
+        values[..., k] = t
+        member[..., k] = t > 0
+        if false_discovery_rate is not None:
+            member[..., k] &= _adjusted(t, freedom) <= false_discovery_rate
+    notes = {} if false_discovery_rate is None else {"false_discovery_rate": false_discovery_rate}
+    return Scores(values=values, member=member, notes=notes)
+
+
+def _moments(total: torch.Tensor, square: torch.Tensor, texts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance [L, I] from sums over texts."""
+    mean = total.double().cpu() / texts
+    square = square.double().cpu()
+    deviation = square - mean * mean * texts
+    # At most 0 as well as merely small: the difference may round below 0.
+    deviation = torch.where(deviation <= ROUNDING * square, 0.0, deviation)
+    return mean, deviation / (texts - 1)
+
+
+def _welch(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    texts: int,
+    other_mean: torch.Tensor,
+    other_variance: torch.Tensor,
+    other_texts: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """t and its degrees of freedom, [L, I]; without any variance, t as ``localizer`` says and df = 1."""
+    error, other_error = variance / texts, other_variance / other_texts
+    both = error + other_error
+    part = torch.where(both > 0, error / both, 1.0)
+    # The formula divided by the square of ``both``, which may be too small to be squared.
+    freedom = 1 / (part**2 / (texts - 1) + (1 - part) ** 2 / (other_texts - 1))
+    constant = torch.where(torch.isclose(mean, other_mean, rtol=ROUNDING**0.5, atol=0), 0.0, -torch.inf)
+    return torch.where(both > 0, (mean - other_mean) / both.sqrt(), constant), freedom
+
+
+def _adjusted(t: torch.Tensor, freedom: torch.Tensor) -> torch.Tensor:
+    """Two-sided p of every unit, adjusted after Benjamini and Hochberg, [L, I]."""
+    tail = 2 * stats.t.sf(t.abs().numpy(), freedom.numpy())
+    p = torch.where(torch.isfinite(t), torch.from_numpy(tail), 1.0)
+    adjusted = stats.false_discovery_control(p.flatten().numpy(), method="bh")
+    return torch.from_numpy(adjusted).view_as(t)

@@ -1,0 +1,134 @@
+"""Momentum: neurons that move the same way in nearly every contrastive pair (AUSteer, ICLR 2026).
+
+Over N pairs of a neuron's responses x+ and x-:
+
+    r+ = share of pairs with x+ > x-          r- = share with x- > x+          score = max(r+, r-)
+
+A share has no scale, so layers are comparable; N pairs know only N + 1 shares, so ties are common and
+the larger mean |x+ - x-| goes first.  For language k the pairs are each of its texts against the same
+text in every other language: N * (K - 1) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from neurons.errors import BrocaError, UsageError
+from neurons.scorers.means import require_several
+from neurons.scores import Scores
+
+CHUNK = 16  # pairs compared at a time, as float64 of all neurons
+
+
+@dataclass(frozen=True)
+class MomentumRates:
+    """How the pairs of every neuron compare.
+
+    Attributes:
+        rate_up: float64 [L, I], r+.
+        rate_down: float64 [L, I], r-; with ``rate_up`` less than 1 where pairs are equal.
+        difference: float64 [L, I], mean over pairs of |x+ - x-|.
+    """
+
+    rate_up: torch.Tensor
+    rate_down: torch.Tensor
+    difference: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Over pairs, [L, I]: int64 how many go up, how many go down; float64 the sum of |x+ - x-|."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    difference: torch.Tensor
+
+
+def momentum_rates(positive: torch.Tensor, negative: torch.Tensor) -> MomentumRates:
+    """Compare pairs of responses.
+
+    Args:
+        positive: [N, L, I].
+        negative: [N, L, I], the other half of each pair.
+
+    Raises:
+        UsageError: no pairs, or responses that do not pair up.
+        BrocaError: a response that is not finite.
+    """
+    pairs = len(positive)
+    sums = _sums(positive, negative)
+    return MomentumRates(
+        rate_up=sums.up.double() / pairs,
+        rate_down=sums.down.double() / pairs,
+        difference=sums.difference / pairs,
+    )
+
+
+def momentum(responses: torch.Tensor | Sequence[torch.Tensor]) -> Scores:
+    """Score every neuron for every language.
+
+    Args:
+        responses: [K, N, L, I], or K tensors [N, L, I]: of each language, text i a translation of text i
+            of every other.
+
+    Returns:
+        Scores with max(r+, r-) as values, mean |x+ - x-| as tie; every neuron may belong to every language.
+
+    Raises:
+        UsageError: fewer than two languages, no texts, or languages of unequal texts.
+        BrocaError: a response that is not finite.
+    """
+    halves = list(responses)
+    languages = len(halves)
+    require_several(languages, "momentum")
+    counts = [len(texts) for texts in halves]
+    if len(set(counts)) > 1:
+        raise UsageError(
+            f"momentum: parallel text needed, but the languages have {', '.join(map(str, counts))} texts"
+        )
+    up = [torch.zeros(halves[0].shape[1:], dtype=torch.int64, device=halves[0].device) for _ in halves]
+    down = [torch.zeros_like(zeros) for zeros in up]
+    difference = [torch.zeros_like(zeros, dtype=torch.float64) for zeros in up]
+    for k in range(languages):
+        for other in range(k + 1, languages):
+            sums = _sums(halves[k], halves[other])
+            up[k] += sums.up
+            down[k] += sums.down
+            up[other] += sums.down
+            down[other] += sums.up
+            difference[k] += sums.difference
+            difference[other] += sums.difference
+    pairs = counts[0] * (languages - 1)
+    larger = torch.maximum(torch.stack(up, dim=-1), torch.stack(down, dim=-1))
+    values = (larger.double() / pairs).cpu()
+    return Scores(
+        values=values,
+        member=torch.ones_like(values, dtype=torch.bool),
+        tie=(torch.stack(difference, dim=-1) / pairs).cpu(),
+        notes={"pairs": pairs},
+    )
+
+
+def _sums(positive: torch.Tensor, negative: torch.Tensor) -> _Sums:
+    if len(positive) == 0:
+        raise UsageError("momentum: there are no pairs to compare")
+    if positive.shape != negative.shape:
+        raise UsageError(
+            f"momentum: parallel text needed, but responses {list(positive.shape)} and {list(negative.shape)} "
+            f"(texts, layers, neurons) do not pair up"
+        )
+    up = torch.zeros(positive.shape[1:], dtype=torch.int64, device=positive.device)
+    down, difference = torch.zeros_like(up), torch.zeros_like(up, dtype=torch.float64)
+    for start in range(0, len(positive), CHUNK):
+        step = positive[start : start + CHUNK].double() - negative[start : start + CHUNK].double()
+        # By sign: two different numbers never have the difference 0 in IEEE arithmetic.
+        up += (step > 0).sum(0)
+        down += (step < 0).sum(0)
+        difference += step.abs().sum(0)
+    if not bool(torch.isfinite(difference).all()):
+        layer, neuron = (~torch.isfinite(difference)).nonzero()[0].tolist()
+        raise BrocaError(f"a response of neuron {neuron} in layer {layer} is not finite")
+    return _Sums(up, down, difference)

@@ -1,0 +1,63 @@
+"""PLND, parallel language-specific neuron detection (Zhao et al., NeurIPS 2024, arXiv 2402.18815).
+
+The importance of a neuron for a document is how much the block's output changes without it, for an MLP
+neuron sum over tokens t of |h_tj| * ||column j of down_proj||.  With rank 0 the most important neuron of
+its layer and k = round(top_rate * I):
+
+    worst_rank[l, j, c] = max over the documents of language c of the rank of neuron (l, j)
+    set of c            = {(l, j): worst_rank < k}, the neurons that are among the k best in EVERY document
+
+Language-specific neurons are the set without the neurons of all languages' sets: ``select(scores,
+Selection(top_rate=1.0, kinds=("specific", "related")))`` (of the whole model: no neuron is cut off here).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from neurons.errors import UsageError
+from neurons.scorers.means import rate_count, require_finite
+from neurons.scores import Scores
+
+TOP_RATE = 0.01  # of a layer; Broca's own, as large as LAPE's share: the paper sets k by hand
+
+
+def plnd(worst_rank: torch.Tensor, top_rate: float = TOP_RATE) -> Scores:
+    """Score every neuron for every language, one language or more.
+
+    Args:
+        worst_rank: int64 [L, I, K], the largest 0-based rank of the neuron within its layer over all
+            documents of the language.
+        top_rate: share of a layer's neurons that counts as its most important in one document.
+
+    Returns:
+        values 1 - worst_rank / I; member worst_rank < round(top_rate * I); no share.
+
+    Raises:
+        UsageError: a rate outside (0, 1] or too small to keep a neuron of a layer, a language without
+            documents, or what are no ranks.
+    """
+    width = worst_rank.shape[1]
+    kept = rate_count("top rate", top_rate, width)
+    if bool(((worst_rank < 0) | (worst_rank >= width)).any()):
+        raise UsageError(f"a rank lies outside 0 to {width - 1}: PLND takes ranks within a layer")
+    # One document gives every rank once, and more documents only raise them.
+    empty = (worst_rank.sum(1) < width * (width - 1) // 2).any(0)
+    if bool(empty.any()):
+        raise UsageError(f"language number {int(empty.nonzero()[0]) + 1} is without documents: give it some")
+    return Scores(values=1 - worst_rank.double() / width, member=worst_rank < kept)
+
+
+def document_importance_ranks(importance: torch.Tensor) -> torch.Tensor:
+    """Each neuron's place in its document, int64 [rows, I]: 0 the most important; ties by neuron.
+
+    Args:
+        importance: [rows, I], a document a row.
+
+    Raises:
+        BrocaError: an importance that is not finite.
+    """
+    require_finite(importance[None])
+    order = torch.argsort(importance, dim=-1, descending=True, stable=True)
+    places = torch.arange(importance.shape[-1], device=importance.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
