@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,21 +11,25 @@ from cli.options import FILE, json_option
 from cli.screen import Screen
 from cli.tables import plan_table
 
+if TYPE_CHECKING:
+    from neurons.neuron_set import NeuronSet
+
 STRONGEST = 10
+LARGEST = 3
 
 
 @click.command("inspect")
 @click.argument("file", type=FILE)
 @json_option
 def command(file: Path, as_json: bool) -> None:
-    """Show what FILE (neurons, direction, edit, measured report, or a checkpoint's directory) holds.
+    """Show what FILE holds: statistics, neurons, direction, edit, measured report, or a checkpoint's directory.
 
     \b
     Example:
       broca inspect edit.safetensors
     """
     from neurons.artifact import load_artifact
-    from neurons.errors import UsageError
+    from neurons.errors import BrocaError, UsageError
 
     screen = Screen(as_json)
     if not file.exists():
@@ -37,18 +41,60 @@ def command(file: Path, as_json: bool) -> None:
         _measured(screen, file)
         return
     artifact = load_artifact(file)
-    {"neurons": _neurons, "direction": _direction, "edit": _edit}[artifact.kind](screen, file)
+    show = {"statistics": _statistics, "neurons": _neurons, "direction": _direction, "edit": _edit}
+    if artifact.kind not in show:
+        raise BrocaError(f"{file}: holds {artifact.kind!r}, which this Broca cannot show: update broca")
+    show[artifact.kind](screen, file)
 
 
 def _header(screen: Screen, metadata: dict[str, Any]) -> None:
     settings = ", ".join(f"{key} {value}" for key, value in metadata.get("settings", {}).items())
     packages = ", ".join(f"{key} {value}" for key, value in metadata["packages"].items())
-    screen.say(f"{metadata['kind']} of {metadata.get('model')} (fingerprint {metadata.get('fingerprint')})")
-    screen.say(f"method {metadata.get('method')}; settings: {settings or 'none'}; made with {packages}")
+    model = metadata.get("model") or "a model that the file does not name"
+    screen.say(f"{metadata['kind']} of {model} (fingerprint {metadata.get('fingerprint') or 'unknown'})")
+    screen.say(
+        f"method {metadata.get('method') or 'not said'}; settings: {settings or 'none'}; made with {packages}"
+    )
+
+
+def _statistics(screen: Screen, file: Path) -> None:
+    from neurons.artifact import load_artifact
+    from neurons.statistics import load_statistics
+
+    found = load_statistics(file)
+    metadata = load_artifact(file, "statistics").metadata
+    _header(screen, metadata)
+    tokens = dict(zip(found.languages, found.tokens.tolist(), strict=True))
+    texts = dict(zip(found.languages, found.texts.tolist(), strict=True))
+    responses = {k: len(found.responses[k]) for k in found.languages if k in found.responses}
+    screen.table(
+        "statistics",
+        ["language", "tokens", "texts", *(["responses"] if responses else [])],
+        [[k, tokens[k], texts[k], *([responses.get(k)] if responses else [])] for k in found.languages],
+    )
+    moments = {
+        name: {"shape": list(values.shape), "dtype": str(values.dtype).removeprefix("torch.")}
+        for name, values in found.moments.items()
+    }
+    prompts = {name: counts.tolist() for name, counts in found.prompts.items()}
+    screen.table(
+        "moments",
+        ["site:moment", "layers", "width", "numbers", *(["prompts"] if prompts else [])],
+        [
+            [name, *moment["shape"][:2], moment["dtype"]]
+            + ([sum(prompts[name]) if name in prompts else None] if prompts else [])
+            for name, moment in moments.items()
+        ],
+    )
+    if found.routed is not None:
+        screen.say(f"{found.experts} experts a layer; broca plot --what routing shows which are asked")
+    value = {"tokens": tokens, "texts": texts, "responses": responses, "moments": moments, "prompts": prompts}
+    screen.result({**metadata, **value, "experts": found.experts})
 
 
 def _neurons(screen: Screen, file: Path) -> None:
     from neurons.neuron_set import load_neuron_set
+    from neurons.selection import KINDS
 
     found = load_neuron_set(file)
     _header(screen, found.metadata)
@@ -57,19 +103,51 @@ def _neurons(screen: Screen, file: Path) -> None:
         layers = [len(rows) for rows in found.by_layer(language)]
         busiest = sorted(range(found.layers), key=lambda layer: (-layers[layer], layer))[:3]
         shown = ", ".join(f"{layer} ({layers[layer]})" for layer in busiest if layers[layer])
-        rows.append([language, sum(layers), shown or "-"])
+        rows.append([language, sum(layers), *found.kind_counts(language).values(), shown or "-"])
+    experts = f", {found.experts} experts a layer" if found.experts > 1 else ""
     screen.table(
-        f"neuron set, {found.layers} layers x {found.neurons} neurons",
-        ["language", "neurons", "busiest layers"],
+        f"neuron set, {found.layers} layers x {found.neurons} neurons{experts}",
+        ["language", "neurons", *KINDS, "busiest layers"],
         rows,
     )
-    screen.result(
-        {
-            **found.metadata,
-            "by_layer": {k: [len(rows) for rows in found.by_layer(k)] for k in found.languages},
-            "members": {k: found.of(k).tolist() for k in found.languages},
-        }
+    name = "neuron" if found.experts == 1 else "(expert, neuron)"
+    screen.table(
+        f"largest scores, up to {LARGEST} a language",
+        ["language", "layer", name, "score", "kind"],
+        [
+            [k, str(layer), _neuron_name(neuron, found), score, KINDS[kind]]
+            for k in found.languages
+            for layer, neuron, score, kind in _largest(found, k)
+        ],
     )
+    value = {
+        **found.metadata,
+        "by_layer": {k: [len(rows) for rows in found.by_layer(k)] for k in found.languages},
+        "kinds": {k: found.kind_counts(k) for k in found.languages},
+        "members": {k: found.of(k).tolist() for k in found.languages},
+    }
+    if found.experts > 1:
+        width = found.neurons // found.experts
+        value["expert_members"] = {
+            k: [[layer, neuron // width, neuron % width] for layer, neuron in found.of(k).tolist()]
+            for k in found.languages
+        }
+    screen.result(value)
+
+
+def _largest(found: NeuronSet, language: str) -> list[tuple[int, int, float, int]]:
+    """Layer, neuron, score and kind of the neurons of largest score."""
+    rows, scores, kinds = found.of(language), found.scores[language], found.kinds[language]
+    best = scores.argsort(descending=True, stable=True)[:LARGEST]
+    return [(*rows[i].tolist(), float(scores[i]), int(kinds[i])) for i in best.tolist()]
+
+
+def _neuron_name(neuron: int, found: NeuronSet) -> str:
+    """A neuron's number in its layer, or the expert and the number in that."""
+    if found.experts == 1:
+        return str(neuron)
+    width = found.neurons // found.experts
+    return f"({neuron // width}, {neuron % width})"
 
 
 def _direction(screen: Screen, file: Path) -> None:

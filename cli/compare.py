@@ -1,0 +1,98 @@
+"""``broca compare``: how far neuron sets agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.options import FILE, json_option
+from cli.screen import Screen
+
+
+@click.command("compare")
+@click.argument("files", metavar="NEURONS...", type=FILE, nargs=-1, required=True)
+@click.option("--plot", type=FILE, help="File for a picture (.png or .svg).")
+@json_option
+def command(files: tuple[Path, ...], plot: Path | None, as_json: bool) -> None:
+    """Compare two or more NEURONS files of one model, language by language.
+
+    Jaccard: neurons in both, as a share of those in either.  Rank correlation: Spearman's, of the scores
+    of the neurons in both.
+
+    \b
+    Example:
+      broca compare lape.safetensors gradient.safetensors --plot overlap.png
+    """
+    from neurons.comparison import compare
+    from neurons.neuron_set import load_neuron_set
+    from neurons.pictures import comparison_figure, picture_format, save_figure
+
+    screen = Screen(as_json)
+    if plot is not None:
+        picture_format(plot)
+    names = _names(files)
+    found = compare([load_neuron_set(file) for file in files], names)
+    for name, languages in zip(found.names, found.left_out, strict=True):
+        if languages:
+            screen.warn(f"{name}: {', '.join(languages)} left out, as not every set has it")
+    sizes = found.sizes.tolist()
+    screen.table(
+        "neurons",
+        ["set", *found.languages],
+        [[name, *row] for name, row in zip(found.names, sizes, strict=True)],
+    )
+    pairs: list[dict[str, Any]] = []
+    for pair in found.pairs:
+        first, second = found.names[pair.first], found.names[pair.second]
+        columns = {
+            "shared": pair.shared.tolist(),
+            "jaccard": pair.jaccard.tolist(),
+            "first_in_second": pair.first_in_second.tolist(),
+            "second_in_first": pair.second_in_first.tolist(),
+            "rank_correlation": list(pair.rank_correlation),
+        }
+        screen.table(
+            f"first: {first}; second: {second}",
+            ["language", "shared", "Jaccard", "of first in second", "of second in first", "rank correlation"],
+            [[k, *row] for k, row in zip(found.languages, zip(*columns.values(), strict=True), strict=True)],
+        )
+        pairs.append({"first": first, "second": second, **columns, "by_layer": pair.by_layer.T.tolist()})
+        screen.table(
+            f"Jaccard of languages, {first} down, {second} across",
+            ["", *found.languages],
+            [
+                [k, *row]
+                for k, row in zip(
+                    found.languages, found.across[pair.first, :, pair.second].tolist(), strict=True
+                )
+            ],
+        )
+    for i, name in enumerate(found.names):
+        screen.table(
+            f"Jaccard of languages within {name}",
+            ["", *found.languages],
+            [[k, *row] for k, row in zip(found.languages, found.across[i, :, i].tolist(), strict=True)],
+        )
+    if plot is not None:
+        save_figure(comparison_figure(found), plot)
+    left_out = {name: list(languages) for name, languages in zip(found.names, found.left_out, strict=True)}
+    screen.result(
+        {
+            "sets": list(found.names),
+            "languages": list(found.languages),
+            "left_out": left_out,
+            "sizes": sizes,
+            "pairs": pairs,
+            "across": found.across.tolist(),
+            "plot": plot,
+        },
+        plot,
+    )
+
+
+def _names(files: tuple[Path, ...]) -> list[str]:
+    """The shortest kind of name that tells all files apart."""
+    stems = [file.stem for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
