@@ -90,10 +90,10 @@ def command(
     """
     from editing.direction import load_direction
     from editing.edits import keyed, scale, steer2edit
-    from editing.plan import parse_layers
     from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.neuron_set import load_neuron_set
+    from neurons.selection import parse_layers
     from neurons.source import load_model, open_model
 
     screen = Screen(as_json)
@@ -117,7 +117,7 @@ def command(
     source = open_model(model)
     neurons = None if neurons_path is None else load_neuron_set(neurons_path)
     if neurons is not None:
-        source.require_fingerprint(neurons.metadata, neurons_path)
+        neurons.require_model(source)
     if method == "scale":
         if neurons is None or languages is None or factor is None:
             raise UsageError("--method scale needs --neurons, --languages and --factor")

@@ -2,97 +2,318 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import corpus_options, device_options, json_option, model_argument, out_option
+from cli.options import FILE, PARTS, CommaSeparated, device_options, json_option
 from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from neurons.methods import Method
+    from neurons.neuron_set import NeuronSet
+
+LIST = "list"
+MOST_LAYERS_SHOWN = 12
 
 
 @click.command("identify")
-@model_argument
-@corpus_options
+@click.argument("model", required=False)
 @click.option(
-    "--method",
-    type=click.Choice(["lape", "gradient-contrast"]),
-    default="lape",
+    "--corpus",
+    type=FILE,
+    help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
+)
+@click.option("--statistics", type=FILE, help="From `broca record`: no model and no text are read.")
+@click.option("--prompts", type=FILE, help="culnig, integrated-gradients: <language>.jsonl.")
+@click.option("--control", type=FILE, help="culnig: the same without the question.")
+@click.option("--recognition", type=FILE, help="culnig: a second control.")
+@click.option("--like", type=FILE, help="random, random-matched: the neuron set to follow.")
+@click.option("--languages", type=CommaSeparated(), help="Which, as en,fr,de.  [default: all]")
+@click.option(
+    "--part",
+    type=click.Choice(PARTS),
+    default="all",
     show_default=True,
-    help="lape: activation probability entropy (arXiv 2402.16438); gradient-contrast: contrastive "
-    "gradient x activation, for small or densely firing models.",
+    help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter to report, by "
+    "line number.",
 )
 @click.option(
-    "--top-rate",
-    type=float,
-    default=0.01,
-    show_default=True,
-    help="Share of all neurons kept: of all languages together (lape) or for each (gradient-contrast).",
+    "--method", default="gradient-contrast", show_default=True, help="One of `broca identify --method list`."
 )
+@click.option("--top-rate", type=float, help="Share of all neurons kept.  [default: the method's own]")
+@click.option(
+    "--scope", type=click.Choice(["language", "global"]), help="Best neurons of each language, or of all."
+)
+@click.option(
+    "--ends", type=click.Choice(["top", "bottom", "both"]), help="Largest scores, smallest or both."
+)
+@click.option("--threshold", type=float, help="Only scores of at least this.")
+@click.option("--min-exclusivity", type=float, help="Least share of its language in what a neuron does.")
+@click.option("--layers", help="Only these, as 1-3 or 1,2,5.  [default: all]")
+@click.option("--kinds", type=CommaSeparated(), help="Only these of specific,related,general.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
+@click.option("--seed", type=int, help="random, random-matched: of the draw.  [default: 0]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @click.option("--block", type=int, help="Tokens a block.  [default: the model's context, at most 2048]")
 @device_options
-@out_option("File for the neuron set (.safetensors).")
+@click.option("--out", type=FILE, help="File for the neuron set (.safetensors).")
 @json_option
-def command(
-    model: str,
-    corpus_path: Path,
-    languages: tuple[str, ...] | None,
-    part: str,
-    method: str,
-    top_rate: float,
-    tokens: int | None,
-    block: int | None,
-    device: str,
-    dtype: str,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Find the neurons of MODEL (hub id or directory) that carry each language of a corpus.
+def command(**options: Any) -> None:
+    """Find the neurons of MODEL (hub id or directory) that carry each language.
 
     \b
-    Example:
+    Examples:
       broca identify artifacts/demo/model --corpus artifacts/demo/corpus --out neurons.safetensors
+      broca identify --method list
+      broca identify --statistics statistics.safetensors --method lape --out neurons.safetensors
     """
+    asked = SimpleNamespace(**options)
+    screen = Screen(asked.as_json)
+    if asked.method == LIST:
+        _list(screen)
+        return
+    from neurons.corpus_recording import finished
+    from neurons.errors import UsageError
+    from neurons.methods import PROMPTS, method_of
+    from neurons.processes import is_first
+
+    method = method_of(asked.method)
+    if asked.out is None:
+        raise UsageError("--out is missing: name the file for the neuron set")
+    _refuse_foreign(asked, method)
+    if method.score is None:
+        found = _control(screen, asked, method)
+    elif asked.statistics is not None:
+        found = _from_statistics(asked)
+    elif asked.model is None:
+        raise UsageError("name the MODEL, or give --statistics")
+    elif method.reads == PROMPTS:
+        found = _by_prompts(screen, asked)
+    else:
+        found = _by_text(screen, asked)
+    if not is_first():
+        return
+    found.save(asked.out)
+    finished(asked.out)
+    _show(screen, found, asked)
+
+
+def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
     from neurons.corpus import read_corpus
-    from neurons.identify import identify
+    from neurons.errors import UsageError
+    from neurons.identify import identify, require_parallel
     from neurons.source import load_model
 
-    screen = Screen(as_json)
-    corpus = read_corpus(corpus_path, languages, part)
-    loaded = load_model(model, device, dtype)
+    if asked.corpus is None:
+        raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
+    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    require_parallel(asked.method, corpus)
+    loaded = load_model(asked.model, asked.device, asked.dtype)
     with screen.progress("Recording activations", None, "tokens") as advance:
-        found = identify(loaded, corpus, method, top_rate, tokens, block, advance)
-    found.save(out)
-    counts = {language: [len(rows) for rows in found.by_layer(language)] for language in found.languages}
+        return identify(
+            loaded,
+            corpus,
+            asked.method,
+            asked.top_rate,
+            asked.tokens,
+            asked.block,
+            advance,
+            _settings(asked),
+            _selection(asked),
+            asked.out,
+        )
+
+
+def _from_statistics(asked: SimpleNamespace) -> NeuronSet:
+    from neurons.identify import neurons_from
+    from neurons.statistics import load_statistics
+
+    statistics = load_statistics(asked.statistics)
+    return neurons_from(statistics, asked.method, asked.top_rate, _settings(asked), _selection(asked))
+
+
+def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
+    from neurons.identify import identify_by_prompts, require_prompts
+    from neurons.prompts import read_prompts
+    from neurons.source import load_model
+
+    prompts, control, recognition = (
+        None if path is None else read_prompts(path, asked.languages)
+        for path in (asked.prompts, asked.control, asked.recognition)
+    )
+    require_prompts(asked.method, prompts, control)
+    loaded = load_model(asked.model, asked.device, asked.dtype)
+    with screen.progress("Tracing answers", None, "prompts") as advance:
+        return identify_by_prompts(
+            loaded,
+            prompts,
+            asked.method,
+            control,
+            recognition,
+            asked.top_rate,
+            _settings(asked),
+            _selection(asked),
+            advance,
+        )
+
+
+def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSet:
+    from neurons.corpus import read_corpus
+    from neurons.corpus_recording import record_corpus
+    from neurons.errors import UsageError
+    from neurons.identify import random_of, random_set
+    from neurons.neuron_set import load_neuron_set
+    from neurons.source import load_model, open_model
+    from neurons.statistics import load_statistics
+
+    seed = asked.seed or 0
+    if asked.like is None:
+        if method.moments or asked.model is None or asked.languages is None:
+            without = "" if method.moments else ", or MODEL and --languages for a set that follows none"
+            raise UsageError(
+                f"--method {asked.method} needs --like neurons.safetensors, the set to follow{without}"
+            )
+        rate = method.selection.top_rate if asked.top_rate is None else asked.top_rate
+        return random_of(open_model(asked.model), asked.languages, rate, seed)
+    like = load_neuron_set(asked.like)
+    if not method.moments:
+        return random_set(like, seed)
+    if asked.statistics is not None:
+        return random_set(like, seed, load_statistics(asked.statistics))
+    if asked.model is None or asked.corpus is None:
+        raise UsageError(
+            f"--method {asked.method} needs to know how active neurons are: give MODEL and --corpus, or --statistics"
+        )
+    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    loaded = load_model(asked.model, asked.device, asked.dtype)
+    with screen.progress("Recording activations", None, "tokens") as advance:
+        statistics = record_corpus(
+            loaded, corpus, method.moments, method.reads, asked.tokens, asked.block, None, advance, asked.out
+        )
+    return random_set(like, seed, statistics)
+
+
+def _refuse_foreign(asked: SimpleNamespace, method: Method) -> None:
+    """An option that a method would not look at is an error, not a silence."""
+    from neurons.errors import UsageError
+    from neurons.methods import NOTHING, PROMPTS
+
+    by_statistics = asked.statistics is not None
+    reads_text = not by_statistics and method.reads not in (PROMPTS, NOTHING)
+    reads_prompts = not by_statistics and method.reads == PROMPTS
+    control = method.score is None
+    meant = {
+        "corpus": reads_text,
+        "tokens": reads_text,
+        "block": reads_text,
+        "prompts": reads_prompts,
+        "control": reads_prompts and "mlp_act:answer_control" in method.moments,
+        "recognition": reads_prompts and "mlp_act:answer_control" in method.moments,
+        "languages": not by_statistics,
+        "model": not by_statistics,
+        "statistics": bool(method.moments),
+        "like": control,
+        "seed": control,
+        **dict.fromkeys(("scope", "ends", "threshold", "min_exclusivity", "layers", "kinds"), not control),
+        "top_rate": not control or asked.like is None,
+    }
+    for name, means_something in meant.items():
+        if getattr(asked, name) is not None and not means_something:
+            option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
+            where = f"--method {asked.method}" + (" with --statistics" if by_statistics else "")
+            raise UsageError(f"{option} means nothing to {where}: leave it out")
+
+
+def _settings(asked: SimpleNamespace) -> dict[str, Any]:
+    """``--set name=value`` as numbers."""
+    from neurons.errors import UsageError
+
+    found = {}
+    for assignment in asked.assignments:
+        name, equals, value = assignment.partition("=")
+        try:
+            found[name.strip().replace("-", "_")] = float(value)
+        except ValueError as error:
+            raise UsageError(f"--set {assignment}: write a name and a number, as filter_rate=0.9") from error
+        if not equals:
+            raise UsageError(f"--set {assignment}: write a name and a number, as filter_rate=0.9")
+    return found
+
+
+def _selection(asked: SimpleNamespace) -> dict[str, Any]:
+    from neurons.selection import parse_layers
+
+    chosen = {
+        name: getattr(asked, name) for name in ("scope", "ends", "threshold", "min_exclusivity", "kinds")
+    }
+    chosen["layers"] = None if asked.layers is None else parse_layers(asked.layers)
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _list(screen: Screen) -> None:
+    from neurons.methods import METHODS
+
     screen.table(
-        f"{method}: neurons of {found.layers} x {found.neurons}",
-        ["language", "tokens", "neurons", *(f"layer {i}" for i in range(found.layers))]
-        if found.layers <= 12
-        else ["language", "tokens", "neurons"],
+        "methods",
+        ["method", "what it ranks neurons by", "source", "reads"],
+        [[name, method.line, method.source, method.reads] for name, method in METHODS.items()],
+        words=4,
+    )
+    screen.result(
+        {
+            name: {
+                "line": method.line,
+                "source": method.source,
+                "reads": method.reads,
+                "moments": list(method.moments),
+                "settings": dict(method.settings),
+                "selection": method.selection.as_json(),
+            }
+            for name, method in METHODS.items()
+        }
+    )
+
+
+def _show(screen: Screen, found: NeuronSet, asked: SimpleNamespace) -> None:
+    counts = {language: [len(rows) for rows in found.by_layer(language)] for language in found.languages}
+    by_layer = found.layers <= MOST_LAYERS_SHOWN
+    kinds = {language: found.kind_counts(language) for language in found.languages}
+    screen.table(
+        f"{asked.method}: neurons of {found.layers} x {found.neurons}"
+        + (f" ({found.experts} experts)" if found.experts > 1 else ""),
         [
-            [language, found.metadata["tokens"][language], sum(layers)]
-            + (layers if found.layers <= 12 else [])
+            "language",
+            "neurons",
+            *next(iter(kinds.values())),
+            *(f"layer {i}" for i in range(found.layers) if by_layer),
+        ],
+        [
+            [language, sum(layers), *kinds[language].values(), *(layers if by_layer else [])]
             for language, layers in counts.items()
         ],
     )
+    for language, share in found.metadata.get("unknown", {}).items():
+        screen.warn(
+            f"the tokenizer does not know {share:.0%} of the tokens of {language!r}: its neurons say little"
+        )
     if found.empty_languages:
         screen.warn(
-            f"{method} found no neuron for {', '.join(found.empty_languages)}: "
-            + (
-                "no neuron of theirs passes the published thresholds; try --method gradient-contrast"
-                if method == "lape"
-                else "raise --top-rate"
-            )
+            f"{asked.method} found no neuron for {', '.join(found.empty_languages)}: none passes its thresholds; "
+            "try --method gradient-contrast, a larger --top-rate, or other settings (--set)"
         )
     screen.result(
         {
-            "out": out,
-            "method": method,
-            "fingerprint": found.metadata["fingerprint"],
-            "tokens": found.metadata["tokens"],
+            "out": asked.out,
+            "method": asked.method,
+            "fingerprint": found.metadata.get("fingerprint"),
+            "tokens": found.metadata.get("tokens"),
             "neurons": {language: sum(layers) for language, layers in counts.items()},
             "by_layer": counts,
+            "kinds": kinds,
+            "notes": found.metadata.get("notes", {}),
             "empty": list(found.empty_languages),
         },
-        out,
+        asked.out,
     )

@@ -11,12 +11,17 @@ import click
 COMMANDS = {
     "demo": "Find neurons, edit, export and measure on the model that Broca ships.",
     "run": "Do a whole job from one recipe.",
+    "record": "Record what a model does with text, to find neurons in it later.",
     "identify": "Find the neurons that carry each language.",
     "direction": "Take the direction from one language to another.",
     "edit": "Turn a direction or a neuron set into a plan of weight edits.",
     "export": "Write the permanently steered checkpoint.",
     "evaluate": "Measure a steered model beside the unedited one.",
     "inspect": "Show what a Broca file or a checkpoint holds.",
+    "compare": "Show how far neuron sets agree.",
+    "plot": "Draw a neuron set or statistics.",
+    "merge": "Add up statistics of several recordings.",
+    "convert": "Read or write other projects' masks and counts.",
 }
 
 
@@ -97,3 +102,7 @@ def _failed(error: Exception) -> int:
     what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     click.echo(f"broca: unexpected {what} (--debug shows where)", err=True)
     return 1
+
+
+if __name__ == "__main__":
+    main()

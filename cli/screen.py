@@ -79,13 +79,15 @@ class Screen:
             task = bar.add_task(title, total=total, unit=unit)
             yield lambda count: bar.advance(task, count)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print a table; the first column is text, the others are numbers."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], words: int = 1
+    ) -> None:
+        """Print a table; the first ``words`` columns are text, the others are numbers."""
         if self.as_json:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
-            table.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(Text(column), justify="left" if i < words else "right", overflow="fold")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
         self._out.print(table)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
 from editing.generation import Continuation
 from neurons.batches import TokenBatch, row_batches
 from neurons.recording import forward
+from neurons.sites import logits
 from neurons.source import LoadedModel
 
 LOGIT_BYTES_AT_ONCE = 64 * 2**20
@@ -32,17 +34,15 @@ def _rows_at_once(loaded: LoadedModel) -> int:
 
 def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
     """Mean negative log-likelihood of the counted tokens that follow another token, nats a token."""
-    head, rows = loaded.model.get_output_embeddings(), _rows_at_once(loaded)
+    rows = _rows_at_once(loaded)
     total, tokens = 0.0, 0
     for batch in batches:
-        wanted = batch.ids[:, 1:][batch.counted[:, 1:]].to(loaded.device)
+        wanted = batch.ids[:, 1:][batch.counted[:, 1:]].to(loaded.device).long()
         with torch.no_grad():
             for hidden, some in zip(_hidden(loaded, batch).split(rows), wanted.split(rows), strict=True):
-                total += float(
-                    torch.nn.functional.cross_entropy(head(hidden).float(), some, reduction="none").sum(
-                        dtype=torch.float64
-                    )
-                )
+                predicted = logits(loaded.model, hidden).float()
+                losses = torch.nn.functional.cross_entropy(predicted, some, reduction="none")
+                total += float(losses.sum(dtype=torch.float64))
                 tokens += len(some)
     return total / tokens if tokens else float("nan")
 
@@ -59,7 +59,7 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
     """
     # A context may exchange all weights, the head's too: the unedited head is held on to.
     head = loaded.model.get_output_embeddings()
-    own_weight, own_bias = head.weight.detach(), head.bias
+    own_head = partial(torch.nn.functional.linear, weight=head.weight.detach(), bias=head.bias)
     base = [_hidden(loaded, batch) for batch in batches]
     rows = _rows_at_once(loaded)
     total, positions = 0.0, 0
@@ -67,8 +67,8 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
         for batch, before in zip(batches, base, strict=True):
             after = _hidden(loaded, batch)
             for own, other in zip(before.split(rows), after.split(rows), strict=True):
-                p = torch.log_softmax(torch.nn.functional.linear(own, own_weight, own_bias).float(), -1)
-                q = torch.log_softmax(head(other).float(), -1)
+                p = torch.log_softmax(logits(loaded.model, own, own_head).float(), -1)
+                q = torch.log_softmax(logits(loaded.model, other).float(), -1)
                 total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
                 positions += len(own)
     return total / positions if positions else float("nan")

@@ -31,7 +31,7 @@ from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
 from editing.live import exchanged
-from editing.plan import load_plan, parse_layers
+from editing.plan import load_plan
 from editing.recipe import Recipe
 from editing.report import Report, report_files, report_from_json
 from editing.stages import Stages, digest
@@ -39,8 +39,10 @@ from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
 from neurons.errors import UsageError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
-from neurons.identify import METHODS, identify
+from neurons.identify import identify
+from neurons.methods import METHODS
 from neurons.neuron_set import load_neuron_set
+from neurons.selection import parse_layers
 from neurons.source import LoadedModel, ModelSource, load_model, open_model, pick_device
 
 # Below this share of its own language, what an edit reaches cannot be told from noise.

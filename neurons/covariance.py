@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from neurons.batches import TokenBatch
-from neurons.recording import Progress, Reader, forward, reading
+from neurons.errors import BrocaError
+from neurons.recording import Progress, forward
+from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
 
 
@@ -67,7 +69,9 @@ def language_moments(
     k = 0
 
     def reader_of(layer: int, index: torch.Tensor) -> Reader:
-        def read(values: torch.Tensor) -> None:
+        def read(values: torch.Tensor, routed: Routed | None) -> None:
+            if routed is not None:
+                raise BrocaError("the covariance of experts' neurons is not taken: choose a dense model")
             rows = values.detach()[current["counted"]].double()[:, index]
             sums[layer][:, k] += rows.sum(0)
             squares[layer].addmm_(rows.T, rows)

@@ -1,46 +1,34 @@
-"""One pass over the text: hooks at sites, streaming sums; no activation outlives its batch."""
+"""One pass over the text: collectors at sites, streaming sums; no activation outlives its batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from neurons.anatomy import Anatomy, first, site_module
+from neurons.anatomy import Anatomy
 from neurons.batches import TokenBatch
-from neurons.errors import BrocaError
+from neurons.collectors import (
+    ATTRIBUTION,
+    OF_TEXTS,
+    OF_TOKENS,
+    RESPONSES,
+    Attribution,
+    Collector,
+    Reading,
+    TextSums,
+    TokenSums,
+)
+from neurons.processes import together, world
+from neurons.resume import Unfinished
+from neurons.sites import Reader, Routed, logits, reading
 from neurons.source import LoadedModel
-from neurons.statistics import Statistics, moment_dtype, parse_moment
+from neurons.statistics import Statistics, combine_of, moment_dtype, parse_moment
+from neurons.totals import Totals
 
-Reader = Callable[[torch.Tensor], None]
 Progress = Callable[[int], None]
-
-
-@contextmanager
-def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
-    """Call ``readers[site, layer]`` with that site's values [rows, length, width] at every forward pass."""
-    handles = []
-    try:
-        for (site, layer), reader in readers.items():
-            module, is_input = site_module(anatomy, site, layer)
-            if is_input:
-
-                def before(_: Any, inputs: Any, reader: Reader = reader) -> None:
-                    reader(first(inputs))
-
-                handles.append(module.register_forward_pre_hook(before))
-            else:
-
-                def after(_: Any, __: Any, output: Any, reader: Reader = reader) -> None:
-                    reader(first(output))
-
-                handles.append(module.register_forward_hook(after))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+CHECKED_EVERY = 64  # batches between two looks for values that are not finite
 
 
 def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
@@ -52,25 +40,37 @@ def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
     return hidden
 
 
+def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
+    """Negative log-likelihood (nats) of the counted tokens given those before them, summed."""
+    predicted = logits(model, forward(model, batch)[:, :-1])
+    wanted = batch.ids[:, 1:].masked_fill(~batch.counted[:, 1:], -100)
+    return torch.nn.functional.cross_entropy(
+        predicted.flatten(0, 1).float(),
+        wanted.flatten().to(predicted.device),
+        ignore_index=-100,
+        reduction="sum",
+    )
+
+
 def record(
     loaded: LoadedModel,
     batches: Mapping[str, Sequence[TokenBatch]],
     moments: Sequence[str],
     progress: Progress | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Statistics:
     """Sum moments of activations over all counted tokens, per language.
+
+    Under a launcher of several processes each takes its share of the batches, and all get the same sums.
 
     Args:
         loaded: the model.
         batches: language -> its batches.
-        moments: what to sum, as ``site:moment``:
-            ``mlp_act:positive``   int64, tokens with activation > 0;
-            ``SITE:sum``           float64, sum over tokens;
-            ``SITE:text_mean``     float64, sum over texts (rows) of the mean over the text's tokens;
-            ``mlp_in:attribution`` float64, sum over tokens of |h * dLoss/dh|, where Loss is the sum of
-                                   the negative log-likelihoods (nats) of a row's tokens.  Needs a
-                                   backward pass.
+        moments: what to sum, as ``site:moment`` (``neurons.statistics.MOMENTS``).  ``mlp_in:attribution``
+            needs a backward pass; its Loss is the sum of the negative log-likelihoods (nats) of a row's
+            tokens.  ``mlp_in:responses`` keeps each text's mean, float32, which grows with the texts.
         progress: called with the number of tokens of each batch that is done.
+        unfinished: where to keep the state; a state of the same recording is gone on with.
 
     Returns:
         Statistics with every moment [layers, width, languages].
@@ -78,93 +78,120 @@ def record(
     Raises:
         BrocaError: an activation that is not finite, by layer and site.
     """
-    anatomy, model, device = loaded.anatomy, loaded.model, loaded.device
-    languages = tuple(batches)
-    parsed = [parse_moment(moment) for moment in moments]
-    sums = {
-        f"{site}:{moment}": torch.zeros(
-            anatomy.layers, anatomy.width(site), len(languages), dtype=moment_dtype(moment), device=device
-        )
-        for site, moment in parsed
+    anatomy, model, languages = loaded.anatomy, loaded.model, tuple(batches)
+    kept = f"mlp_in:{RESPONSES}" in moments
+    parsed = [parse_moment(moment) for moment in moments if moment != f"mlp_in:{RESPONSES}"]
+    lines = {
+        language: torch.cat([batch.line_numbers for batch in some]).sort().values
+        for language, some in (batches.items() if kept else ())
     }
-    tokens = torch.zeros(len(languages), dtype=torch.int64)
-    texts = torch.zeros(len(languages), dtype=torch.int64)
-    backward = any(moment == "attribution" for _, moment in parsed)
-    witness = torch.zeros(anatomy.layers, dtype=torch.float64, device=device)
-    current: dict[str, Any] = {}
+    responses = {
+        language: torch.zeros(len(own), anatomy.layers, anatomy.neurons) for language, own in lines.items()
+    }
+    for site, moment in parsed:
+        if moment not in (*OF_TOKENS, *OF_TEXTS, ATTRIBUTION):
+            raise ValueError(f"{site}:{moment} is recorded from prompts (neurons.answers), not from text")
+    totals = _totals(anatomy, len(languages), parsed)
+    collectors = _collectors(anatomy, parsed, totals, [responses[k] for k in lines])
+    backward = any(moment == ATTRIBUTION for _, moment in parsed)
+    counts = torch.zeros(2, len(languages), dtype=torch.int64)  # tokens, texts
+    current: list[Reading] = []
 
     def reader_of(site: str, layer: int) -> Reader:
-        wanted = [moment for at, moment in parsed if at == site]
-
-        def read(values: torch.Tensor) -> None:
-            counted, k = current["counted"], current["k"]
-            for moment in wanted:
-                total = sums[f"{site}:{moment}"][layer, :, k]
-                if moment == "positive":
-                    total += ((values > 0) & counted[..., None]).sum((0, 1))
-                    # NaN > 0 is False: a count alone would hide it.
-                    inside = values.detach().masked_fill(~counted[..., None], 0.0)
-                    witness[layer] += inside.sum(dtype=torch.float64)
-                elif moment == "sum":
-                    total += values.detach()[counted].sum(0, dtype=torch.float64)
-                elif moment == "text_mean":
-                    inside = values.detach().double().masked_fill(~counted[..., None], 0.0)
-                    total += (inside.sum(1) / counted.sum(1)[:, None]).sum(0)
-                else:
-                    _attribute(values, counted, total)
+        def read(values: torch.Tensor, routed: Routed | None) -> None:
+            for collector in collectors.get(site, ()):
+                collector.add(layer, values, routed, current[0])
+            if site == "mlp_out" and anatomy.experts > 1:
+                for collector in (c for some in collectors.values() for c in some):
+                    collector.finish(layer, current[0])
 
         return read
 
-    readers = {
-        (site, layer): reader_of(site, layer)
-        for site in dict.fromkeys(site for site, _ in parsed)
-        for layer in range(anatomy.layers)
-    }
+    sites = [*collectors, *(["mlp_out"] if anatomy.experts > 1 and "mlp_out" not in collectors else [])]
+    readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
+    own = _own_batches(batches)
+    done, state = (0, {}) if unfinished is None else unfinished.load()
+    if state:
+        counts = state.pop("counts")
+        for language in responses:
+            responses[language].copy_(state.pop(f"responses {language}"))
+        totals.restore(state)
+        if progress is not None:
+            progress(int(sum(int(batch.counted.sum()) for _, batch in own[:done])))
     with reading(anatomy, readers), torch.set_grad_enabled(backward):
-        for k, language in enumerate(languages):
-            for batch in batches[language]:
-                on_device = batch.to(device)
-                current.update(counted=on_device.counted, k=k)
-                if backward:
-                    loss_sum(model, on_device).backward()
-                else:
-                    forward(model, on_device)
-                tokens[k] += int(batch.counted.sum())
-                texts[k] += len(batch.ids)
-                if progress is not None:
-                    progress(int(batch.counted.sum()))
-    for name, total in {**sums, "mlp_act": witness}.items():
-        if not bool(torch.isfinite(total).all()):
-            layer = int((~torch.isfinite(total)).nonzero()[0, 0])
-            raise BrocaError(
-                f"{loaded.name}: {name} is not finite in layer {layer}: try --dtype float32 or bfloat16"
-            )
+        for at, (k, batch) in enumerate(own[done:], start=done + 1):
+            on_device = batch.to(loaded.device)
+            places = torch.searchsorted(lines[languages[k]], batch.line_numbers) if kept else None
+            current[:] = [Reading(k, on_device.counted, batch.padded, places)]
+            if backward:
+                loss_sum(model, on_device).backward()
+            else:
+                forward(model, on_device)
+            counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
+            if at % CHECKED_EVERY == 0:
+                totals.require_finite(loaded.name)
+            if progress is not None:
+                progress(int(batch.counted.sum()))
+            if unfinished is not None and unfinished.is_due():
+                kept_responses = {f"responses {language}": values for language, values in responses.items()}
+                unfinished.save(at, {**totals.state(), "counts": counts, **kept_responses})
+    totals.require_finite(loaded.name)
+    tokens, texts = together(counts, torch.add)
     return Statistics(
         languages=languages,
         tokens=tokens,
         texts=texts,
-        moments={name: total.cpu() for name, total in sums.items()},
+        moments={
+            f"{site}:{moment}": together(totals.stacked(f"{site}:{moment}"), combine_of(f"{site}:{moment}"))
+            for site, moment in parsed
+        },
         fingerprint=loaded.fingerprint,
+        routed=together(totals.stacked("routed"), torch.add) if anatomy.experts > 1 else None,
+        responses={language: together(values, torch.add) for language, values in responses.items()},
+        lines=lines,
     )
 
 
-def _attribute(values: torch.Tensor, counted: torch.Tensor, total: torch.Tensor) -> None:
-    """Add |h * dLoss/dh| to ``total`` when the backward pass reaches ``values``."""
-    if not values.requires_grad:
-        # The weights are frozen, so nothing below the first site asks for a gradient.
-        values.requires_grad_(True)
-
-    def on_gradient(gradient: torch.Tensor) -> None:
-        product = (values.detach() * gradient).abs()
-        total.add_(product[counted].sum(0, dtype=torch.float64))
-
-    values.register_hook(on_gradient)
+def _own_batches(batches: Mapping[str, Sequence[TokenBatch]]) -> list[tuple[int, TokenBatch]]:
+    """(language number, batch) of this process, in the order that a single process would take them."""
+    number, processes = world()
+    everyone = [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
+    return everyone[number::processes]
 
 
-def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """Negative log-likelihood (nats) of the counted tokens given those before them, summed."""
-    logits = model.get_output_embeddings()(forward(model, batch)[:, :-1])
-    wanted = batch.ids[:, 1:].masked_fill(~batch.counted[:, 1:], -100)
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"
-    )
+def _totals(anatomy: Anatomy, languages: int, parsed: Sequence[tuple[str, str]]) -> Totals:
+    widths = {f"{site}:{moment}": anatomy.width(site) for site, moment in parsed}
+    dtypes = {f"{site}:{moment}": moment_dtype(moment) for site, moment in parsed}
+    for site, moment in parsed:
+        if moment == "positive":
+            widths[site], dtypes[site] = 1, torch.float64
+    if anatomy.experts > 1:
+        widths["routed"], dtypes["routed"] = anatomy.experts, torch.int64
+    return Totals(languages, anatomy.layers, widths, dtypes)
+
+
+def _collectors(
+    anatomy: Anatomy, parsed: Sequence[tuple[str, str]], totals: Totals, responses: Sequence[torch.Tensor]
+) -> dict[str, list[Collector]]:
+    """Site -> what collects there."""
+    sites = dict.fromkeys(site for site, _ in parsed)
+    if responses:
+        sites["mlp_in"] = None
+    if anatomy.experts > 1 and not any(site in ("mlp_act", "mlp_in") for site in sites):
+        sites["mlp_in"] = None
+    routing_site = next((site for site in sites if site in ("mlp_act", "mlp_in", "mlp_up")), None)
+    found: dict[str, list[Collector]] = {}
+    for site in sites:
+        own = [moment for at, moment in parsed if at == site]
+        of_tokens = [moment for moment in own if moment in OF_TOKENS]
+        of_texts = [moment for moment in own if moment in OF_TEXTS]
+        counts_routed = anatomy.experts > 1 and site == routing_site
+        found[site] = []
+        if of_tokens or counts_routed:
+            found[site].append(TokenSums(site, of_tokens, anatomy, totals, counts_routed))
+        if of_texts or (responses and site == "mlp_in"):
+            kept = responses if site == "mlp_in" else ()
+            found[site].append(TextSums(site, of_texts, anatomy, totals, kept))
+        if ATTRIBUTION in own:
+            found[site].append(Attribution(site, anatomy, totals))
+    return found

@@ -1,0 +1,160 @@
+"""What recording costs beside the bare passes that it rides on, as ratios within one run.
+
+    recording   counts, sums and squares at every MLP, against the forward pass without logits
+    gradients   |h * dLoss/dh| at every MLP, against the forward and backward pass
+
+The passes are taken in turn, repeat after repeat, and the ratio is the median over repeats of recorded time
+to bare time.  Two models: the one given, on its corpus, and a random Llama of a billion-parameter model's
+widths with few layers.  Beside it the memory that recording adds, which must not grow with the text.
+
+    python benchmarks/identify.py artifacts/demo/model --corpus artifacts/demo/corpus
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+
+from neurons.batches import TokenBatch, packed_corpus
+from neurons.corpus import read_corpus
+from neurons.recording import forward, loss_sum, record
+from neurons.sites import reading
+from neurons.source import LoadedModel, load_model
+
+MOMENTS = ("mlp_act:positive", "mlp_in:sum", "mlp_in:square")
+LIMITS = {"recording": 1.05, "gradients": 1.15}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def bare_forward(loaded: LoadedModel, batches: list[TokenBatch]) -> None:
+    with torch.no_grad():
+        for batch in batches:
+            forward(loaded.model, batch.to(loaded.device))
+
+
+def bare_backward(loaded: LoadedModel, batches: list[TokenBatch]) -> None:
+    """The gradient goes as far down as recording needs it: to the first MLP's hidden values."""
+
+    def ask(values: torch.Tensor, _: Any) -> None:
+        values.requires_grad_(True)
+
+    with reading(loaded.anatomy, {("mlp_in", 0): ask}), torch.enable_grad():
+        for batch in batches:
+            loss_sum(loaded.model, batch.to(loaded.device)).backward()
+
+
+def measure(loaded: LoadedModel, batches: list[TokenBatch], repeats: int) -> dict[str, Any]:
+    """Ratios of recorded to bare passes, and bare tokens a second."""
+    tokens = sum(int(batch.counted.sum()) for batch in batches)
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "recording": (
+            lambda: bare_forward(loaded, batches),
+            lambda: record(loaded, {"all": batches}, MOMENTS),
+        ),
+        "gradients": (
+            lambda: bare_backward(loaded, batches),
+            lambda: record(loaded, {"all": batches}, ["mlp_in:attribution"]),
+        ),
+    }
+    found: dict[str, Any] = {"tokens": tokens}
+    for name, (bare, recorded) in pairs.items():
+        bare(), recorded()
+        ratios, bare_times = [], []
+        for repeat in range(repeats):
+            order = (bare, recorded) if repeat % 2 == 0 else (recorded, bare)
+            times = {work: seconds(work) for work in order}
+            ratios.append(times[recorded] / times[bare])
+            bare_times.append(times[bare])
+        found[name] = {
+            "ratio": statistics.median(ratios),
+            "least": min(ratios),
+            "most": max(ratios),
+            "bare tokens a second": tokens / statistics.median(bare_times),
+        }
+    return found
+
+
+def random_llama(folder: Path, hidden: int, inner: int, layers: int, tokenizer: Path) -> Path:
+    """A checkpoint of random weights with a billion-parameter model's widths."""
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=8,
+        vocab_size=8192,
+        max_position_embeddings=2048,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def memory_growth(loaded: LoadedModel, batches: list[TokenBatch]) -> tuple[float, float]:
+    """Peak memory in MiB after recording the batches once, and after eight times as many."""
+    record(loaded, {"all": batches}, MOMENTS)
+    once = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    record(loaded, {"all": batches * 8}, MOMENTS)
+    return once, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@click.command()
+@click.argument("model")
+@click.option("--corpus", type=click.Path(path_type=Path), required=True)
+@click.option("--repeats", type=int, default=9)
+@click.option("--hidden", type=int, default=2048)
+@click.option("--inner", type=int, default=8192)
+@click.option("--layers", type=int, default=2)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
+def main(
+    model: str, corpus: Path, repeats: int, hidden: int, inner: int, layers: int, json_path: Path | None
+) -> None:
+    """Print the ratios as a Markdown table."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_model(model)
+        batches = [b for some in packed_corpus(loaded, read_corpus(corpus)).values() for b in some][:6]
+        growth = memory_growth(loaded, batches)
+        found[loaded.label] = measure(loaded, batches, repeats)
+        large = load_model(str(random_llama(Path(folder), hidden, inner, layers, Path(model))))
+        name = f"random Llama, d {hidden}, {inner} neurons, {layers} layers"
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, 5000, (2, 1024), generator=generator)
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        counted = everywhere.clone()
+        counted[:, 0] = False
+        found[name] = measure(large, [TokenBatch(ids, everywhere, counted)], repeats)
+    print("| model | pass | ratio | least to most | bare tokens/s | limit |\n|---|---|---|---|---|---|")
+    for name, numbers in found.items():
+        for what, limit in LIMITS.items():
+            row = numbers[what]
+            print(
+                f"| {name} | {what} | {row['ratio']:.3f} | {row['least']:.3f} to {row['most']:.3f} | "
+                f"{row['bare tokens a second']:,.0f} | {limit} |"
+            )
+    print(f"\npeak memory: {growth[0]:,.0f} MiB, with eight times the text {growth[1]:,.0f} MiB")
+    if json_path is not None:
+        json_path.write_text(json.dumps({**found, "peak_mib": growth}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""``broca record``: one pass over the text, kept as statistics that any method can be computed from."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from cli.options import (
+    CommaSeparated,
+    corpus_options,
+    device_options,
+    json_option,
+    model_argument,
+    out_option,
+)
+from cli.screen import Screen
+
+DEFAULT = ("lape", "lape-general", "random-matched")
+
+
+@click.command("record")
+@model_argument
+@corpus_options
+@click.option(
+    "--for",
+    "methods",
+    type=CommaSeparated(),
+    default=DEFAULT,
+    help="Methods of `broca identify --method list` to record for, in one pass; all: every one that reads text.  "
+    f"[default: {','.join(DEFAULT)}]",
+)
+@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
+@click.option(
+    "--block",
+    type=int,
+    help="Tokens a block, where no method reads single texts.  [default: the model's context, at most 2048]",
+)
+@click.option(
+    "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
+)
+@device_options
+@out_option("File for the statistics (.safetensors).")
+@json_option
+def command(**options: Any) -> None:
+    """Record what MODEL (hub id or directory) does with the text of a corpus.
+
+    A run that is stopped goes on where it was when the same command is given again.  Under
+    `accelerate launch --num-processes N -m cli.main record ...` the text is shared by N processes.
+
+    \b
+    Example:
+      broca record artifacts/demo/model --corpus artifacts/demo/corpus --out statistics.safetensors
+      broca identify --statistics statistics.safetensors --method lape --out neurons.safetensors
+    """
+    from neurons.corpus import read_corpus
+    from neurons.corpus_recording import finished, record_corpus
+    from neurons.methods import METHODS, NOTHING, PROMPTS, moments_of
+    from neurons.processes import is_first
+    from neurons.source import load_model
+
+    asked = SimpleNamespace(**options)
+    screen = Screen(asked.as_json)
+    readable = [name for name, method in METHODS.items() if method.reads not in (NOTHING, PROMPTS)]
+    names = (*readable, "random-matched") if asked.methods == ("all",) else asked.methods
+    moments, reads = moments_of(tuple(names))
+    corpus = read_corpus(asked.corpus_path, asked.languages, asked.part)
+    loaded = load_model(asked.model, asked.device, asked.dtype)
+    with screen.progress("Recording", None, "tokens") as advance:
+        statistics = record_corpus(
+            loaded,
+            corpus,
+            moments,
+            reads,
+            asked.tokens,
+            asked.block,
+            asked.batch_tokens,
+            advance,
+            asked.out,
+        )
+    if not is_first():
+        return
+    statistics.save(asked.out)
+    finished(asked.out)
+    for language, share in statistics.metadata["unknown"].items():
+        screen.warn(f"the tokenizer does not know {share:.0%} of the tokens of {language!r}")
+    screen.table(
+        f"statistics of {statistics.metadata['model']}, {reads} of text",
+        ["language", "tokens", reads],
+        [
+            [language, int(tokens), int(texts)]
+            for language, tokens, texts in zip(
+                statistics.languages, statistics.tokens, statistics.texts, strict=True
+            )
+        ],
+    )
+    screen.say("holds " + ", ".join([*statistics.moments, *(["responses"] if statistics.responses else [])]))
+    screen.result(
+        {
+            "out": asked.out,
+            "fingerprint": statistics.fingerprint,
+            "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
+            "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+            "moments": list(statistics.moments),
+            "responses": bool(statistics.responses),
+            "settings": statistics.metadata["settings"],
+        },
+        asked.out,
+    )

@@ -1,0 +1,188 @@
+"""Collectors: what is summed of a site's values, for tokens, for texts and for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from neurons.anatomy import Anatomy
+from neurons.scorers.plnd import document_importance_ranks
+from neurons.sites import Routed
+from neurons.sums import add_texts, add_tokens, counted_pieces, text_sums
+from neurons.totals import Totals
+
+OF_TOKENS = ("positive", "sum", "square", "absolute")
+OF_TEXTS = ("text_mean", "text_square", "text_absolute", "worst_rank")
+ATTRIBUTION = "attribution"
+RESPONSES = "responses"
+# The value of a neuron weighs its effect where the effect is measured, at the input of down_proj only.
+WEIGHTED_SITE = "mlp_in"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a collector must know of the batch that is read.
+
+    Attributes:
+        language: its number k.
+        counted: bool [rows, length].
+        padded: whether rows differ in length.
+        places: int64 [rows], each text's place among the responses of its language; None where none are kept.
+    """
+
+    language: int
+    counted: torch.Tensor
+    padded: bool
+    places: torch.Tensor | None = None
+
+
+class Collector(Protocol):
+    """Adds a layer's values to its totals."""
+
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None: ...
+
+    def finish(self, layer: int, at: Reading) -> None:
+        """The layer's mixture of experts is through: all that was routed has been added."""
+
+
+@dataclass
+class TokenSums:
+    """``OF_TOKENS`` of one site, and how many tokens were routed to each expert."""
+
+    site: str
+    moments: Sequence[str]
+    anatomy: Anatomy
+    totals: Totals
+    counts_routed: bool = False
+
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
+        values, device, k = values.detach(), values.device, at.language
+        counted = at.counted.to(device)
+        units = slice(None)
+        if routed is None:
+            pieces = counted_pieces(values, counted, at.padded)
+        else:
+            units = _units(self.anatomy, routed)
+            pieces = iter((values[counted.flatten()[routed.tokens]],))
+            if self.counts_routed:
+                reached = counted.flatten()[routed.tokens].sum()
+                self.totals.of("routed", layer, device)[k, routed.expert] += reached
+        totals = {
+            moment: self.totals.of(f"{self.site}:{moment}", layer, device)[k, units]
+            for moment in self.moments
+        }
+        for piece in pieces:
+            add_tokens(piece, totals)
+            if "positive" in totals:
+                # NaN > 0 is False: a count alone would hide it.
+                self.totals.of(self.site, layer, device)[k] += piece.sum(dtype=torch.float32)
+
+    def finish(self, layer: int, at: Reading) -> None:
+        pass
+
+
+@dataclass
+class TextSums:
+    """``OF_TEXTS`` and the responses of one site: a text's mean is over its counted tokens."""
+
+    site: str
+    moments: Sequence[str]
+    anatomy: Anatomy
+    totals: Totals
+    responses: Sequence[torch.Tensor] = ()
+    _gathered: dict[bool, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
+        values = values.detach()
+        counted = at.counted.to(values.device)
+        for absolute in self._needed():
+            if routed is None:
+                self._gathered[absolute] = text_sums(values, counted, absolute)
+            else:
+                self._gather(values, routed, counted, absolute)
+        if routed is None:
+            self.finish(layer, at)
+
+    def _needed(self) -> list[bool]:
+        signed = any(moment != "worst_rank" for moment in self.moments) or bool(self.responses)
+        return [*([False] if signed else []), *([True] if "worst_rank" in self.moments else [])]
+
+    def _gather(self, values: torch.Tensor, routed: Routed, counted: torch.Tensor, absolute: bool) -> None:
+        rows, length = counted.shape
+        if absolute not in self._gathered:
+            width = self.anatomy.width(self.site)
+            self._gathered[absolute] = torch.zeros(rows, width, dtype=torch.float64, device=values.device)
+        inside = counted.flatten()[routed.tokens]
+        exact = values[inside].double()
+        self._gathered[absolute][:, _units(self.anatomy, routed)].index_add_(
+            0, routed.tokens[inside] // length, exact.abs() if absolute else exact
+        )
+
+    def finish(self, layer: int, at: Reading) -> None:
+        gathered, self._gathered = self._gathered, {}
+        for absolute, sums in gathered.items():
+            device, k = sums.device, at.language
+            if absolute:
+                ranks = document_importance_ranks(sums * self._weight(layer, device))
+                worst = self.totals.of(f"{self.site}:worst_rank", layer, device)[k]
+                torch.maximum(worst, ranks.amax(0), out=worst)
+                continue
+            means = sums / at.counted.to(device).sum(1)[:, None]
+            add_texts(
+                means,
+                {
+                    moment: self.totals.of(f"{self.site}:{moment}", layer, device)[k]
+                    for moment in self.moments
+                    if moment != "worst_rank"
+                },
+            )
+            if self.responses:
+                self.responses[k][at.places, layer] = means.float().cpu()
+
+    def _weight(self, layer: int, device: torch.device) -> torch.Tensor:
+        """The length of each neuron's value, or 1 where the effect of the values is not in question."""
+        if self.site != WEIGHTED_SITE:
+            return torch.ones((), dtype=torch.float64, device=device)
+        weight = self.anatomy.output_weight(layer, "mlp").detach()
+        lengths: torch.Tensor = weight.double().norm(dim=-2)
+        return lengths.flatten().to(device)
+
+
+@dataclass
+class Attribution:
+    """|x * dLoss/dx| of one site, summed over tokens when the backward pass comes by."""
+
+    site: str
+    anatomy: Anatomy
+    totals: Totals
+
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
+        if not values.requires_grad:
+            # The weights are frozen, so nothing below the first site asks for a gradient.
+            values.requires_grad_(True)
+        units = slice(None) if routed is None else _units(self.anatomy, routed)
+        total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
+        counted = at.counted.to(values.device)
+
+        def on_gradient(gradient: torch.Tensor) -> None:
+            product = values.detach() * gradient
+            if routed is None:
+                pieces = counted_pieces(product, counted, at.padded)
+            else:
+                pieces = iter((product[counted.flatten()[routed.tokens]],))
+            for piece in pieces:
+                add_tokens(piece, {"absolute": total})
+
+        values.register_hook(on_gradient)
+
+    def finish(self, layer: int, at: Reading) -> None:
+        pass
+
+
+def _units(anatomy: Anatomy, routed: Routed) -> slice:
+    """An expert's neurons among those of its layer."""
+    first = routed.expert * anatomy.expert_width
+    return slice(first, first + anatomy.expert_width)
