@@ -11,7 +11,7 @@ import torch
 from neurons.anatomy import Anatomy
 from neurons.scorers.plnd import document_importance_ranks
 from neurons.sites import Routed
-from neurons.sums import add_texts, add_tokens, counted_pieces, text_sums
+from neurons.sums import Scratch, add_texts, add_tokens, counted_pieces, text_sums
 from neurons.totals import Totals
 
 OF_TOKENS = ("positive", "sum", "square", "absolute")
@@ -57,6 +57,7 @@ class TokenSums:
     anatomy: Anatomy
     totals: Totals
     counts_routed: bool = False
+    scratch: Scratch = field(default_factory=Scratch)
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
         values, device, k = values.detach(), values.device, at.language
@@ -75,7 +76,7 @@ class TokenSums:
             for moment in self.moments
         }
         for piece in pieces:
-            add_tokens(piece, totals)
+            add_tokens(piece, totals, self.scratch)
             if "positive" in totals:
                 # NaN > 0 is False: a count alone would hide it.
                 self.totals.of(self.site, layer, device)[k] += piece.sum(dtype=torch.float32)
@@ -158,6 +159,7 @@ class Attribution:
     site: str
     anatomy: Anatomy
     totals: Totals
+    scratch: Scratch = field(default_factory=Scratch)
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
         if not values.requires_grad:
@@ -174,7 +176,7 @@ class Attribution:
             else:
                 pieces = iter((product[counted.flatten()[routed.tokens]],))
             for piece in pieces:
-                add_tokens(piece, {"absolute": total})
+                add_tokens(piece, {"absolute": total}, self.scratch)
 
         values.register_hook(on_gradient)
 

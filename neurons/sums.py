@@ -7,6 +7,7 @@ forward pass that makes the activations.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,6 +16,20 @@ PIECE = 2**18  # values
 # The moments of single tokens, and those of a text's mean (``neurons.statistics.MOMENTS``).
 OF_TOKENS = ("positive", "sum", "square", "absolute")
 OF_TEXTS = ("text_mean", "text_square", "text_absolute")
+
+
+@dataclass
+class Scratch:
+    """Memory that is used again for every piece: fresh memory costs more time than the sums themselves."""
+
+    _held: dict[tuple[torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def like(self, piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of a piece's shape with anything in it."""
+        key = (piece.device, dtype)
+        if key not in self._held or self._held[key].numel() < piece.numel():
+            self._held[key] = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
+        return self._held[key][: piece.numel()].view(piece.shape)
 
 
 def counted_pieces(values: torch.Tensor, counted: torch.Tensor, padded: bool) -> Iterator[torch.Tensor]:
@@ -36,22 +51,22 @@ def counted_pieces(values: torch.Tensor, counted: torch.Tensor, padded: bool) ->
         yield from several.flatten(0, 1).split(max(1, PIECE // units))
 
 
-def add_tokens(piece: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
+def add_tokens(piece: torch.Tensor, totals: Mapping[str, torch.Tensor], scratch: Scratch) -> None:
     """Add a piece [n, units] to the totals [units] that are there, by name of the moment.
 
     ``positive`` is int64, the others float64.  A value that is not a number makes ``sum`` not a number.
     """
     if "positive" in totals:
         # Whole numbers below 2^24 are exact in float32, and the sum of floats is the fast one.
-        positive = torch.empty_like(piece, dtype=torch.float32)
+        positive = scratch.like(piece, torch.float32)
         totals["positive"].add_(torch.gt(piece, 0, out=positive).sum(0).long())
     if not totals.keys() & {"sum", "square", "absolute"}:
         return
-    exact = piece.double()
+    exact = scratch.like(piece, torch.float64).copy_(piece)
     if "sum" in totals:
         totals["sum"].add_(exact.sum(0))
     if "absolute" in totals:
-        totals["absolute"].add_(exact.abs().sum(0))
+        totals["absolute"].add_(exact.abs_().sum(0))
     if "square" in totals:
         totals["square"].add_(exact.mul_(exact).sum(0))
 
