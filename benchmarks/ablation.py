@@ -26,8 +26,9 @@ from editing.likelihood import nll_by_language
 from neurons.batches import language_batches
 from neurons.corpus import PARTS, read_corpus
 from neurons.errors import BrocaError
-from neurons.identify import METHODS, identify, random_neurons
+from neurons.identify import identify
 from neurons.neuron_set import NeuronSet, neuron_set
+from neurons.scorers.random_control import random_like
 from neurons.source import LoadedModel, load_model, open_model
 
 
@@ -57,7 +58,14 @@ def matrix(
         own = ablated_nll(loaded, neurons, language, batches)
         controls = [
             ablated_nll(
-                loaded, as_set(neurons, language, random_neurons(neurons, language, seed)), language, batches
+                loaded,
+                as_set(
+                    neurons,
+                    language,
+                    random_like(neurons.of(language), neurons.layers, neurons.neurons, seed),
+                ),
+                language,
+                batches,
             )
             for seed in range(seeds)
         ]
@@ -76,7 +84,7 @@ def matrix(
 @click.option("--held-out", type=click.Path(path_type=Path), required=True, help="To measure on.")
 @click.option("--held-out-part", type=click.Choice(list(PARTS)), default="all")
 @click.option("--languages", type=CommaSeparated())
-@click.option("--methods", type=CommaSeparated(), default=tuple(METHODS))
+@click.option("--methods", type=CommaSeparated(), default=("lape", "gradient-contrast"))
 @click.option("--top-rate", type=float, default=0.01)
 @click.option("--seeds", type=int, default=3, help="Random draws a language.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
