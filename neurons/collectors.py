@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from neurons.anatomy import Anatomy
+from neurons.errors import BrocaError
 from neurons.scorers.plnd import document_importance_ranks
 from neurons.sites import Routed
 from neurons.sums import Scratch, add_texts, add_tokens, counted_pieces, text_sums
@@ -126,6 +127,10 @@ class TextSums:
         gathered, self._gathered = self._gathered, {}
         for absolute, sums in gathered.items():
             device, k = sums.device, at.language
+            if not bool(torch.isfinite(sums).all()):
+                raise BrocaError(
+                    f"{self.site}: a text's mean is not finite in layer {layer}: try --dtype float32 or bfloat16"
+                )
             if absolute:
                 ranks = document_importance_ranks(sums * self._weight(layer, device))
                 worst = self.totals.of(f"{self.site}:worst_rank", layer, device)[k]

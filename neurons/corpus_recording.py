@@ -23,7 +23,7 @@ from neurons.batches import (
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.methods import BLOCKS, TEXTS
-from neurons.processes import is_first
+from neurons.processes import is_first, world
 from neurons.recording import Progress, record
 from neurons.resume import Unfinished
 from neurons.source import LoadedModel
@@ -84,8 +84,9 @@ def record_corpus(
         share = {k: unknown_share(some, loaded.tokenizer) for k, some in batches.items()}
         return replace(found, metadata=_metadata(loaded, corpus, found, reads, block, size, share))
 
-    if batch_tokens is not None:
-        return attempt(batch_tokens)
+    if batch_tokens is not None or world()[1] > 1:
+        # Processes that cut the text differently would count some of it twice: running out stops them all.
+        return attempt(planned)
     halves = iter([planned // 2**i for i in range(1, 32)])
     found: Statistics = find_executable_batch_size(
         lambda batch_size: attempt(batch_size),

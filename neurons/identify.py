@@ -178,13 +178,13 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
     for k, language in enumerate(like.languages):
         rows = like.of(language)
         if statistics is None:
-            members[language] = random_like(rows, like.layers, like.neurons, seed + k)
+            members[language] = random_like(rows, like.layers, like.neurons, seed * len(like.languages) + k)
         else:
             # Activity over all languages together: what is matched must not be the language itself.
             # Where an expert saw no token, nothing was active.
             seen = statistics.seen().sum(-1).clamp(min=1)
             activity = statistics.moment("mlp_in:absolute").sum(-1) / seen
-            members[language] = random_matched(rows, activity, seed + k)
+            members[language] = random_matched(rows, activity, seed * len(like.languages) + k)
     metadata = {
         **{
             k: v
