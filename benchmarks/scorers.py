@@ -1,0 +1,286 @@
+"""All scorers at one set size: zero each language's neurons in the model, read every language with it.
+
+For each method that has a scorer and each language: the N best of the language's members by the method's
+own values (as many as there are where there are fewer: the size stands beside it), their ``down_proj``
+columns zeroed in the loaded model, and the rise of each language's negative log-likelihood (nats a token)
+on another text.  Beside it as many random neurons of the same layers.  A row a method:
+
+    own rise         of the language whose neurons are zeroed, mean over languages
+    other rise       the largest of any other language, mean over languages
+    specificity      own rise / largest other rise, median over languages (inf: no other rises; 0: own
+                     does not)
+    over random      own rise less that of the random neurons, mean over languages and draws
+    own is largest   languages whose own rise is the largest of its row
+
+    python benchmarks/scorers.py artifacts/demo/model --corpus artifacts/demo/corpus --part estimate \\
+        --held-out artifacts/demo/corpus --held-out-part report \\
+        --prompts artifacts/demo/prompts --control artifacts/demo/control
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics as summary
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.options import CommaSeparated
+from editing.edits.scale import scale_plan
+from editing.likelihood import nll_by_language
+from editing.live import applied
+from neurons.answers import record_answers, together
+from neurons.batches import TokenBatch, language_batches
+from neurons.corpus import PARTS, Corpus, read_corpus
+from neurons.corpus_recording import record_corpus
+from neurons.errors import BrocaError, UsageError
+from neurons.identify import DEFAULT_METHOD, random_set, require_parallel
+from neurons.methods import METHODS, PROMPTS, Method, moments_of
+from neurons.neuron_set import NeuronSet, neuron_set
+from neurons.prompts import Prompts, read_prompts
+from neurons.selection import Selected, select
+from neurons.source import LoadedModel, load_model
+from neurons.statistics import Statistics
+
+HEADER = (
+    "method",
+    "neurons a language",
+    "own rise",
+    "other rise",
+    "specificity",
+    "over random",
+    "own is largest",
+)
+Batches = Mapping[str, Sequence[TokenBatch]]
+Rises = dict[str, dict[str, float]]  # ablated language -> evaluated language -> nats a token
+
+
+def best_members(method: Method, statistics: Statistics, size: int, rate: float) -> list[Selected]:
+    """Each language's ``size`` best members, fewer where the method leaves fewer.
+
+    Where the rate is the scorer's business, it is doubled until every language has enough members.
+    """
+    how = method.selection.changed(scope="language", ends="top", top_rate=1.0)
+    fullest: list[Selected] = []
+    while True:
+        found = [
+            Selected(one.rows[:size], one.scores[:size], one.kinds[:size])
+            for one in select(method.scores(statistics, rate, {}), how)
+        ]
+        if not fullest or sum(len(one.rows) for one in found) > sum(len(one.rows) for one in fullest):
+            fullest = found
+        enough = all(len(one.rows) == size for one in fullest)
+        if enough or not method.rate_in_score or rate == 1.0:
+            return fullest
+        rate = min(1.0, 2 * rate)
+
+
+def prompt_statistics(loaded: LoadedModel, prompts: Prompts, control: Prompts | None) -> Statistics:
+    recorded = [record_answers(loaded, prompts, moment) for moment in ("answer", "integrated")]
+    if control is not None:
+        recorded.append(record_answers(loaded, control, "answer_control"))
+    return together(recorded)
+
+
+def ablated(
+    loaded: LoadedModel, neurons: NeuronSet, language: str, batches: Batches, base: Mapping[str, float]
+) -> dict[str, float]:
+    """The rise of each language's NLL without a language's neurons."""
+    with applied(loaded, scale_plan(loaded, neurons, [language], 0.0)):
+        return {k: nll - base[k] for k, nll in nll_by_language(loaded, batches).items()}
+
+
+def matrix(loaded: LoadedModel, neurons: NeuronSet, batches: Batches, base: Mapping[str, float]) -> Rises:
+    """A row for each language that has neurons."""
+    return {
+        language: ablated(loaded, neurons, language, batches, base)
+        for language in neurons.languages
+        if len(neurons.of(language))
+    }
+
+
+def own_rises(
+    loaded: LoadedModel, neurons: NeuronSet, batches: Batches, base: Mapping[str, float]
+) -> dict[str, float]:
+    return {
+        k: ablated(loaded, neurons, k, {k: batches[k]}, base)[k]
+        for k in neurons.languages
+        if len(neurons.of(k))
+    }
+
+
+def other_rise(row: Mapping[str, float], language: str) -> float:
+    return max(rise for k, rise in row.items() if k != language)
+
+
+def specificity(row: Mapping[str, float], language: str) -> float:
+    own, other = row[language], other_rise(row, language)
+    if own <= 0:
+        return 0.0
+    return own / other if other > 0 else math.inf
+
+
+def summarised(
+    sizes: Mapping[str, int], draws: Sequence[Rises], random: Sequence[Mapping[str, float]]
+) -> Any:
+    """The numbers of a method's row.
+
+    Args:
+        sizes: neurons by language.
+        draws: the matrix, or one a seed where the method itself draws.
+        random: own rises of random neurons by language, one a seed.
+    """
+    rows = [(row, language) for rises in draws for language, row in rises.items()]
+    if not rows:
+        return {"sizes": dict(sizes)}
+    own = summary.mean(row[language] for row, language in rows)
+    chance = [rise for rises in random for rise in rises.values()]
+    return {
+        "sizes": dict(sizes),
+        "own": own,
+        "other": summary.mean(other_rise(row, language) for row, language in rows),
+        # inf is no JSON.
+        "specificity": str(summary.median(specificity(row, language) for row, language in rows)),
+        "over_random": own - summary.mean(chance) if chance else None,
+        "own_is_largest": sum(row[k] > other_rise(row, k) for row, k in rows) / len(draws),
+        "languages": len(rows) // len(draws),
+        "rises": list(draws),
+    }
+
+
+def row_of(name: str, found: Mapping[str, Any]) -> str:
+    sizes = list(found["sizes"].values())
+    size = str(sizes[0]) if len(set(sizes)) == 1 else f"{summary.mean(sizes):.1f} ({min(sizes)}-{max(sizes)})"
+    if "own" not in found:
+        return f"| {name} | {size} |" + " - |" * (len(HEADER) - 2)
+    over = "-" if found["over_random"] is None else f"{found['over_random']:+.3f}"
+    return (
+        f"| {name} | {size} | {found['own']:+.3f} | {found['other']:+.3f} | {float(found['specificity']):.2f} "
+        f"| {over} | {found['own_is_largest']:.3g} of {found['languages']} |"
+    )
+
+
+def first_lines(corpus: Corpus, lines: int) -> Corpus:
+    return replace(corpus, texts={language: texts[:lines] for language, texts in corpus.texts.items()})
+
+
+def runnable(text: Corpus, prompts: Prompts | None, control: Prompts | None) -> tuple[str, ...]:
+    """The methods that what was given suffices for; why the others are left out goes to stderr."""
+    names = []
+    for name, method in METHODS.items():
+        if method.score is None:
+            continue
+        if method.reads == PROMPTS:
+            needs_control = any(moment.endswith(":answer_control") for moment in method.moments)
+            if prompts is None or (needs_control and control is None):
+                print(
+                    f"{name} is left out: it needs --prompts{' and --control' * needs_control}",
+                    file=sys.stderr,
+                )
+                continue
+        else:
+            try:
+                require_parallel(name, text)
+            except UsageError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                continue
+        names.append(name)
+    return tuple(names)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--corpus", type=click.Path(path_type=Path), required=True, help="To identify on.")
+@click.option("--part", type=click.Choice(list(PARTS)), default="all")
+@click.option("--held-out", type=click.Path(path_type=Path), required=True, help="To measure on.")
+@click.option("--held-out-part", type=click.Choice(list(PARTS)), default="all")
+@click.option("--lines", type=click.IntRange(min=1), default=30, help="Held-out lines a language, at most.")
+@click.option("--languages", type=CommaSeparated())
+@click.option("--prompts", "prompts_path", type=click.Path(path_type=Path), help="Prompts with answers.")
+@click.option("--control", "control_path", type=click.Path(path_type=Path), help="CULNIG's control prompts.")
+@click.option("--top-rate", type=click.FloatRange(0, 1, min_open=True), default=0.01, help="Size of a set.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Random draws a language.")
+@click.option("--like", default=DEFAULT_METHOD, help="Whose neurons the two random rows follow.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
+def main(
+    model: str,
+    corpus: Path,
+    part: str,
+    held_out: Path,
+    held_out_part: str,
+    lines: int,
+    languages: tuple[str, ...] | None,
+    prompts_path: Path | None,
+    control_path: Path | None,
+    top_rate: float,
+    seeds: int,
+    like: str,
+    json_path: Path | None,
+) -> None:
+    """Print a Markdown table, a row a method."""
+    loaded = load_model(model)
+    text = read_corpus(corpus, languages, part)
+    batches = language_batches(
+        loaded, first_lines(read_corpus(held_out, text.languages, held_out_part), lines)
+    )
+    prompts = None if prompts_path is None else read_prompts(prompts_path, text.languages)
+    control = None if control_path is None else read_prompts(control_path, text.languages)
+    names = runnable(text, prompts, control)
+    if like not in names:
+        raise UsageError(f"--like {like}: choose from {', '.join(names)}")
+    from_text = tuple(name for name in names if METHODS[name].reads != PROMPTS)
+    moments, reads = moments_of((*from_text, "random-matched"))
+    recorded = record_corpus(loaded, text, moments, reads)
+    answers = None if prompts is None else prompt_statistics(loaded, prompts, control)
+
+    layers, width = loaded.anatomy.layers, loaded.anatomy.neurons
+    size = round(top_rate * layers * width)
+    base = nll_by_language(loaded, batches)
+    numbers: dict[str, Any] = {"base": base, "size": size, "methods": {}}
+    # Each language of a set draws from its own seed, counted up from the set's.
+    draws = [seed * len(text.languages) for seed in range(seeds)]
+    print(f"Rise of NLL, nats a token; at most {size} neurons a language, top rate {top_rate}\n")
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+
+    def show(name: str, neurons: NeuronSet, rises: Sequence[Rises], random: Sequence[Any]) -> None:
+        sizes = {language: len(neurons.of(language)) for language in neurons.languages}
+        numbers["methods"][name] = summarised(sizes, rises, random)
+        print(row_of(name, numbers["methods"][name]), flush=True)
+
+    followed = None
+    for name in names:
+        statistics = answers if METHODS[name].reads == PROMPTS else recorded
+        assert statistics is not None
+        found = dict(
+            zip(text.languages, best_members(METHODS[name], statistics, size, top_rate), strict=True)
+        )
+        neurons = neuron_set(
+            {language: one.rows for language, one in found.items()},
+            {language: one.scores for language, one in found.items()},
+            layers,
+            width,
+            {"method": name, "fingerprint": loaded.fingerprint},
+        )
+        random = [own_rises(loaded, random_set(neurons, seed), batches, base) for seed in draws]
+        show(name, neurons, [matrix(loaded, neurons, batches, base)], random)
+        if name == like:
+            followed = neurons, random
+    assert followed is not None
+    neurons, random = followed
+    for name, activity in (("random", None), ("random-matched", recorded)):
+        rises = [matrix(loaded, random_set(neurons, seed, activity), batches, base) for seed in draws]
+        show(name, neurons, rises, [] if activity is None else random)
+    if json_path is not None:
+        json_path.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrocaError as error:
+        raise SystemExit(f"scorers: {error}") from error
