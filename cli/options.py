@@ -27,6 +27,33 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
         return items
 
 
+class Many(click.Command):
+    """A command whose repeatable options take several values at once: ``--compose a b --out c``.
+
+    Click itself wants the option's name before each value.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        many = {
+            name
+            for option in self.params
+            if isinstance(option, click.Option) and option.multiple
+            for name in option.opts
+        }
+        spread: list[str] = []
+        repeated = None  # the option whose further values come next
+        for i, argument in enumerate(args):
+            if argument == "--":
+                spread += args[i:]
+                break
+            if argument.startswith("-"):
+                repeated = argument if argument in many else None
+            elif repeated is not None and spread[-1] != repeated:
+                spread.append(repeated)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
 model_argument = click.argument("model")
 
 

@@ -28,13 +28,14 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
             edit.block if anatomy is None else anatomy.layout.outputs[edit.block],
             len(edit.components),
             edit.rank,
-            notes["change_norm"],
-            notes["change_norm"] / notes["weight_norm"],
+            notes.get("change_norm"),
+            edit.relative_change,
         ]
         rows.append(row + ([notes["spread"]] if spreads else []))
+    change = plan.relative_change()
+    share = "" if change is None else f", ||dW||/||W|| {change:.3g}"
     screen.table(
-        f"{metadata['method']}, {what}: {plan.components:,} components, ||dW||/||W|| "
-        f"{plan.relative_change():.3g}",
+        f"{metadata['method']}, {what}: {plan.components:,} components{share}",
         [
             "layer",
             "module",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from editing.export import check_shape
-from editing.plan import Plan
+from editing.plan import ModuleEdit, Plan
 from editing.rounding import round_once
 from editing.weights import Weights
 from neurons.errors import BrocaError
 from neurons.source import LoadedModel
+from neurons.tensor_files import read_tensor
 
 
 @contextmanager
@@ -30,27 +32,46 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
         return
     loaded.require_fingerprint(plan.metadata, "the plan")
     weights = Weights(loaded)
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
+    with ExitStack() as undo:
         for edit in plan.edits:
             if edit.layer >= loaded.anatomy.layers:
                 raise BrocaError(f"the plan edits layer {edit.layer}: the model has {loaded.anatomy.layers}")
-            pieces = weights.pieces(edit.layer, edit.block)
-            check_shape(edit, pieces, loaded.anatomy.residual)
-            live = loaded.anatomy.output_weight(edit.layer, edit.block)
-            for piece, entry in pieces:
-                # Of a mixture's experts, only those that change need a second copy.
-                if not edit.changes(piece.columns):
-                    continue
-                stored = weights.read_piece(piece, entry)
-                edited = round_once(edit.apply(stored, 0, piece.columns.start), stored.dtype)
-                own = loaded.anatomy.columns(edit.block, live, piece.columns)
-                kept.append((own, own.clone()))
-                own.copy_(edited)
+            _apply_weight(loaded, weights, edit, undo)
+            if edit.bias is not None:
+                _apply_bias(loaded, weights, edit, edit.bias, undo)
         yield
-    finally:
-        for own, original in reversed(kept):
-            own.copy_(original)
+
+
+def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo: ExitStack) -> None:
+    pieces = weights.pieces(edit.layer, edit.block)
+    check_shape(edit, pieces, loaded.anatomy.residual)
+    live = loaded.anatomy.output_weight(edit.layer, edit.block)
+    for piece, entry in pieces:
+        # Of a mixture's experts, only those that change need a second copy.
+        if not edit.changes(piece.columns):
+            continue
+        stored = weights.read_piece(piece, entry)
+        edited = round_once(edit.apply(stored, 0, piece.columns.start), stored.dtype)
+        own = loaded.anatomy.columns(edit.block, live, piece.columns)
+        undo.callback(own.copy_, own.clone())
+        own.copy_(edited)
+
+
+def _apply_bias(
+    loaded: LoadedModel, weights: Weights, edit: ModuleEdit, bias: torch.Tensor, undo: ExitStack
+) -> None:
+    own = loaded.anatomy.output_bias(edit.layer, edit.block)
+    entry = weights.bias(edit.layer, edit.block)
+    if own is not None and entry is not None:
+        stored = read_tensor(entry)
+        undo.callback(own.copy_, own.clone())
+        own.copy_(round_once(stored.double() + bias.double(), stored.dtype))
+        return
+    weights.switched_biases(edit.block)  # refuses a model whose checkpoint could not hold it
+    module: Any = loaded.anatomy.outputs[edit.block][edit.layer]
+    rounded = round_once(bias.double(), weights.stored_dtype(edit.layer, edit.block))
+    undo.callback(setattr, module, "bias", None)
+    module.bias = torch.nn.Parameter(rounded.to(module.weight), requires_grad=False)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from editing.plan import Plan
+from editing.plan import ModuleEdit, Plan
 from neurons.artifact import package_versions
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.source import ModelSource
@@ -71,7 +71,7 @@ def _section(source: ModelSource, plan: Plan) -> str:
     settings = ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())
     rows = "\n".join(
         f"| `{source.anatomy.tensor_name(edit.layer, edit.block)}` | {len(edit.components)} "
-        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit.notes)} |"
+        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit)} |"
         for edit in plan.edits
     )
     return f"""# {name}, steered by Broca
@@ -90,7 +90,7 @@ All other tensors are byte for byte those of the base model.
 
 **To undo the edit**, use the base model. The plan, with every number of the edit, is in \
 `{PLAN_IN_CHECKPOINT.as_posix()}` (`broca inspect` prints it): each tensor W above became \
-diag(r) W diag(c) + U K^T, so W can be had back from it up to the rounding of the stored dtype \
+diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W can be had back from it up to the rounding of the stored dtype \
 (where no scale is 0).
 """
 
@@ -103,5 +103,5 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _share(notes: Any) -> str:
-    return f"{notes['change_norm'] / notes['weight_norm']:.3g}"
+def _share(edit: ModuleEdit) -> str:
+    return "-" if edit.relative_change is None else f"{edit.relative_change:.3g}"

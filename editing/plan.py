@@ -5,7 +5,11 @@ neurons),
 
     W' = diag(r) W diag(c) + U K^T
 
-with r [d] and c [n] scales (absent: ones) and U [d, rank], K [n, rank] (absent: zeros).
+with r [d] and c [n] scales (absent: ones) and U [d, rank], K [n, rank] (absent: zeros), and for its bias
+
+    b' = b + d
+
+How plans are composed, inverted and restricted is in ``editing.algebra``.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from neurons.artifact import artifact_bytes, load_artifact, write_atomically
 from neurons.errors import BrocaError, NothingToChangeError
 from neurons.source import ModelSource
 
+# The tensors of a module's edit, by their names here and in files.
+FACTORS = ("row_scale", "column_scale", "left", "right", "bias")
+
 
 @dataclass(frozen=True)
 class ModuleEdit:
@@ -36,6 +43,7 @@ class ModuleEdit:
         column_scale: float32 [n] or None.
         left: U, float32 [d, rank] or None.
         right: K, float32 [n, rank] or None, together with ``left``.
+        bias: float32 [d] or None, added to the module's bias.
         details: per component, name -> float64 [len(components)]: the method's g, lambda, c, ...
         notes: JSON values for the whole module: ||dW||, ||W||, the key's spread, ...
     """
@@ -47,6 +55,7 @@ class ModuleEdit:
     column_scale: torch.Tensor | None = None
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     details: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +89,17 @@ class ModuleEdit:
             edited = torch.addmm(edited, left, right.T)
         return edited
 
+    @property
+    def relative_change(self) -> float | None:
+        """||dW||_F / ||W||_F as the constructor noted them; None where it did not."""
+        change, whole = self.notes.get("change_norm"), self.notes.get("weight_norm")
+        return None if change is None or not whole else float(change) / float(whole)
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether W changes at all: an edit may be of the bias alone."""
+        return self.row_scale is not None or self.column_scale is not None or self.left is not None
+
     def changes(self, columns: slice) -> bool:
         """Whether the edit does anything to these columns of W."""
         return (
@@ -89,7 +109,17 @@ class ModuleEdit:
         )
 
     def scaled(self, strength: float) -> ModuleEdit:
-        """The same edit with its distance from the identity multiplied by ``strength``."""
+        """The same edit with its distance from the identity multiplied by ``strength``.
+
+        Raises:
+            BrocaError: rows and columns are both scaled: what lies between such an edit and none is not
+                of this form.
+        """
+        if self.row_scale is not None and self.column_scale is not None:
+            raise BrocaError(
+                f"layer {self.layer}, {self.block}: scales rows and columns, so has no strength: make the edit "
+                "again with other settings"
+            )
         return ModuleEdit(
             layer=self.layer,
             block=self.block,
@@ -98,6 +128,7 @@ class ModuleEdit:
             column_scale=None if self.column_scale is None else 1 + strength * (self.column_scale - 1),
             left=self.left,
             right=None if self.right is None else self.right * strength,
+            bias=None if self.bias is None else self.bias * strength,
             details={name: _scaled_detail(name, values, strength) for name, values in self.details.items()},
             notes={
                 name: abs(strength) * value if name == "change_norm" else value
@@ -130,8 +161,13 @@ class Plan:
         """How many heads and neurons change."""
         return sum(len(edit.components) for edit in self.edits)
 
-    def relative_change(self) -> float:
-        """||dW||_F / ||W||_F over the edited modules together, from what the constructor noted."""
+    def relative_change(self) -> float | None:
+        """||dW||_F / ||W||_F over the edited modules together; None where a module does not know it.
+
+        What the constructor noted: a plan composed without its model has no such notes.
+        """
+        if any(edit.relative_change is None for edit in self.edits):
+            return None
         change = sum(float(edit.notes["change_norm"]) ** 2 for edit in self.edits)
         whole = sum(float(edit.notes["weight_norm"]) ** 2 for edit in self.edits)
         return float((change / whole) ** 0.5) if whole else 0.0
@@ -151,10 +187,11 @@ class Plan:
         for edit in self.edits:
             prefix = f"{edit.layer}.{edit.block}"
             tensors[f"{prefix}.components"] = torch.tensor(edit.components, dtype=torch.int64)
-            for name in ("row_scale", "column_scale", "left", "right"):
+            for name in FACTORS:
                 value = getattr(edit, name)
                 if value is not None:
-                    tensors[f"{prefix}.{name}"] = value.float()
+                    # A copy: the file format refuses two names for one memory.
+                    tensors[f"{prefix}.{name}"] = value.float().clone()
             for name, values in edit.details.items():
                 tensors[f"{prefix}.details.{name}"] = values.double()
             modules.append({"layer": edit.layer, "block": edit.block, "notes": dict(edit.notes)})
@@ -169,7 +206,7 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
 
     Raises:
         NothingToChangeError: no edits.
-        BrocaError: a module named twice, or values that are not finite.
+        BrocaError: a module named twice, an edit without a factor, or values that are not finite.
     """
     if not edits:
         raise NothingToChangeError(
@@ -180,7 +217,9 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
     if len(set(places)) != len(places):
         raise BrocaError("the plan names a module twice")
     for edit in ordered:
-        for name in ("row_scale", "column_scale", "left", "right"):
+        if all(getattr(edit, name) is None for name in FACTORS):
+            raise BrocaError(f"layer {edit.layer}, {edit.block}: the plan names it and changes nothing in it")
+        for name in FACTORS:
             value = getattr(edit, name)
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise BrocaError(f"layer {edit.layer}, {edit.block}: the edit's {name} is not finite")
@@ -203,10 +242,7 @@ def load_plan(path: Path) -> Plan:
                 layer=module["layer"],
                 block=module["block"],
                 components=tuple(tensors["components"].tolist()),
-                row_scale=tensors.get("row_scale"),
-                column_scale=tensors.get("column_scale"),
-                left=tensors.get("left"),
-                right=tensors.get("right"),
+                **{name: tensors.get(name) for name in FACTORS},
                 details={
                     name.removeprefix("details."): values
                     for name, values in tensors.items()

@@ -7,7 +7,7 @@ import torch
 from neurons.anatomy import StoredPiece
 from neurons.errors import BrocaError
 from neurons.source import ModelSource
-from neurons.tensor_files import TensorEntry, read_tensor, tensor_entries
+from neurons.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
 
 
 class Weights:
@@ -45,6 +45,45 @@ class Weights:
     def read_piece(self, piece: StoredPiece, entry: TensorEntry) -> torch.Tensor:
         """One piece as [d, columns] in its stored dtype; of a fused tensor, only this expert is read."""
         return piece.of(read_tensor(entry, piece.rows))
+
+    def bias(self, layer: int, block: str) -> TensorEntry | None:
+        """Where the output module's bias lies on disk; None where the checkpoint has none.
+
+        Raises:
+            BrocaError: a mixture's experts, or a bias of another shape.
+        """
+        anatomy = self._source.anatomy
+        if anatomy.output_bias(layer, block) is None:
+            return None
+        name = anatomy.stored_bias(layer, block, self._entries.keys())
+        entry = self._entries.get(name)
+        if entry is None or entry.shape != (anatomy.residual,):
+            fault = "is missing" if entry is None else f"has shape {list(entry.shape)}"
+            raise BrocaError(
+                f"{self._source.name}: tensor {name} {fault} where the model has {anatomy.residual} numbers"
+            )
+        return entry
+
+    def switched_biases(self, block: str) -> dict[str, int]:
+        """Names and lengths of the tensors that a checkpoint needs once its config asks for the block's bias.
+
+        Raises:
+            BrocaError: the architecture has no setting for that.
+        """
+        anatomy = self._source.anatomy
+        return {
+            name: length
+            for layer in range(anatomy.layers)
+            for name, length in anatomy.switched_biases(layer, block, self._entries.keys()).items()
+        }
+
+    def bias_name(self, layer: int, block: str) -> str:
+        """The tensor that holds the output module's bias, or would."""
+        return self._source.anatomy.stored_bias(layer, block, self._entries.keys())
+
+    def stored_dtype(self, layer: int, block: str) -> torch.dtype:
+        """The dtype in which the checkpoint keeps W, and would keep a bias beside it."""
+        return READABLE_DTYPES[self.pieces(layer, block)[0][1].dtype]
 
     def read(self, layer: int, block: str) -> torch.Tensor:
         """W in float64 [d, n]."""

@@ -152,6 +152,53 @@ class Anatomy:
         """
         return self.oriented(block, self.output_parameter(layer, block).data)
 
+    def output_bias(self, layer: int, block: str) -> torch.Tensor | None:
+        """The bias [d] of a block's output module as a view of the live parameter; None where it has none.
+
+        Raises:
+            BrocaError: the experts of a mixture, which have no bias in common.
+        """
+        if self._fused(block):
+            raise BrocaError(
+                f"{self.model_type}: the experts of a mixture have no bias in common: choose the attention's"
+            )
+        bias = getattr(self.outputs[block][layer], "bias", None)
+        return bias.data if isinstance(bias, nn.Parameter) else None
+
+    def can_carry_bias(self, block: str) -> bool:
+        """Whether a checkpoint of this architecture can hold a bias of the block's output module."""
+        if self._fused(block):
+            return False
+        return self.output_bias(0, block) is not None or block in self.layout.bias_switches
+
+    def stored_bias(self, layer: int, block: str, names: Collection[str]) -> str:
+        """The name of the tensor that holds a block's output bias, which need not be in the checkpoint.
+
+        It lies beside the weight: the same name with another ending.
+        """
+        (piece,) = self.stored(layer, block, names)
+        return f"{piece.tensor.removesuffix('.weight')}.bias"
+
+    def switched_biases(self, layer: int, block: str, names: Collection[str]) -> dict[str, int]:
+        """Tensors that the block's bias switch asks for in one layer, by name, and their lengths.
+
+        Raises:
+            BrocaError: the architecture has no such switch.
+        """
+        switch = self.layout.bias_switches.get(block)
+        if switch is None:
+            raise BrocaError(
+                f"{self.model_type}: its {self.layout.outputs[block]} has no bias, and its config cannot ask "
+                "for one: bake the vector into the weights instead"
+            )
+        own = self.layout.outputs[block]
+        stem = self.stored_bias(layer, block, names).removesuffix(f"{own}.bias")
+        lengths = {}
+        for path in switch.modules:
+            module = _part(self.blocks[layer], path, layer)
+            lengths[f"{stem}{path}.bias"] = int(module.get_parameter("weight").shape[0])
+        return lengths
+
     def columns(self, block: str, weight: torch.Tensor, chosen: slice) -> torch.Tensor:
         """A view of columns of W, which lie in one expert, in what ``output_weight`` or ``oriented`` gave."""
         if not self._fused(block):

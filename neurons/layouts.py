@@ -7,7 +7,7 @@ An architecture that is not in the table is examined by its structure (``neurons
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -24,6 +24,19 @@ class StoredForm:
     name: str
     transposed: bool = False
     fused: bool = False
+
+
+@dataclass(frozen=True)
+class BiasSwitch:
+    """A setting that gives an output module a bias which transformers and vLLM both read.
+
+    Attributes:
+        setting: of the config, False in the usual checkpoint.
+        modules: paths of all modules that get a bias with it: each must then be in the file.
+    """
+
+    setting: str
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Layout:
         softcap: the config's attribute with the logits' soft cap, None where the head has none.
         logit_scale: the config's attribute that the logits are multiplied with.
         logit_divisor: the config's attribute that the logits are divided by.
+        bias_switches: block -> the setting that gives its output module a bias, where the family has one.
         examined: found by structure, not from the table: accepted only with a self-check.
     """
 
@@ -66,6 +80,7 @@ class Layout:
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
+    bias_switches: Mapping[str, BiasSwitch] = field(default_factory=dict)
     examined: bool = False
 
     def for_config(self, text: Any) -> Layout:
@@ -127,7 +142,17 @@ _GEMMA = replace(_GATED, activation="hidden_activation", residual=False, softcap
 
 # model_type of the config -> layout
 LAYOUTS: dict[str, Layout] = {
-    "llama": _GATED,
+    # Of the gated families, the only one whose biases vLLM reads wherever the config asks for them.
+    "llama": replace(
+        _GATED,
+        bias_switches={
+            "attn": BiasSwitch(
+                "attention_bias",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+            ),
+            "mlp": BiasSwitch("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+        },
+    ),
     "mistral": _GATED,
     "qwen2": _GATED,
     "qwen3": _GATED,

@@ -11,7 +11,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.selection import parse_layers
 
 ROWS, COLUMNS = 5, 7
-PARTS = ("row_scale", "column_scale", "left", "right")
+PARTS = ("row_scale", "column_scale", "left", "right", "bias")
 
 
 def random_edit(layer=0, block="mlp", wanted=PARTS, rank=2, seed=0):
@@ -21,6 +21,7 @@ def random_edit(layer=0, block="mlp", wanted=PARTS, rank=2, seed=0):
         "column_scale": (COLUMNS,),
         "left": (ROWS, rank),
         "right": (COLUMNS, rank),
+        "bias": (ROWS,),
     }
     parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return ModuleEdit(
@@ -92,7 +93,7 @@ def test_scaled_multiplies_the_change(wanted, strength):
 
 
 def test_scaled_plan_says_so():
-    plan = make_plan([random_edit(0), random_edit(1)], {"settings": {"strength": 2.0}, "method": "m"})
+    plan = make_plan([random_edit(0, wanted=("left", "right")), random_edit(1, wanted=("row_scale",))], {"settings": {"strength": 2.0}, "method": "m"})
     found = plan.scaled(0.25)
     assert found.relative_change() == pytest.approx(0.25 * plan.relative_change())
     assert found.metadata["settings"]["strength"] == 0.5
@@ -102,7 +103,9 @@ def test_scaled_plan_says_so():
 
 def test_relative_change_is_over_all_modules():
     one = random_edit(0)
-    other = ModuleEdit(1, "mlp", (0, 1, 2), notes={"change_norm": 4.0, "weight_norm": 3.0})
+    other = ModuleEdit(
+        1, "mlp", (0, 1, 2), bias=torch.ones(ROWS), notes={"change_norm": 4.0, "weight_norm": 3.0}
+    )
     plan = make_plan([one, other], {})
     assert plan.relative_change() == pytest.approx(math.sqrt((0.5**2 + 4**2) / (2**2 + 3**2)))
     assert plan.components == 5
@@ -115,6 +118,7 @@ def full_plan():
         random_edit(1, "mlp", ("left", "right"), rank=1, seed=2),
         random_edit(1, "attn", PARTS, seed=3),
         random_edit(2, "attn", ("row_scale",), seed=4),
+        random_edit(3, "mlp", ("bias",), seed=5),
     ]
     return make_plan(
         edits, {"method": "m", "settings": {"rho": 0.1}, "fingerprint": "f", "languages": ["qaa"]}
@@ -123,7 +127,7 @@ def full_plan():
 
 def test_modules_are_in_order():
     places = [(edit.layer, edit.block) for edit in full_plan().edits]
-    assert places == [(1, "attn"), (1, "mlp"), (2, "attn"), (11, "mlp")]
+    assert places == [(1, "attn"), (1, "mlp"), (2, "attn"), (3, "mlp"), (11, "mlp")]
 
 
 def test_save_and_load(tmp_path):
@@ -153,7 +157,23 @@ def test_equal_plans_have_equal_bytes(tmp_path):
     load_plan(tmp_path / "a.safetensors").save(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == full_plan().to_bytes()
     assert (tmp_path / "b.safetensors").read_bytes() == full_plan().to_bytes()
-    assert full_plan().scaled(2).to_bytes() != full_plan().to_bytes()
+    assert full_plan().to_bytes() != make_plan(list(full_plan().edits[1:]), {}).to_bytes()
+
+
+def test_refuses_a_strength_between_rows_and_columns():
+    with pytest.raises(BrocaError, match=r"layer 0, mlp.*rows and columns"):
+        random_edit(wanted=("row_scale", "column_scale")).scaled(0.5)
+
+
+def test_refuses_an_edit_without_a_factor():
+    with pytest.raises(BrocaError, match=r"layer 0, mlp.*changes nothing"):
+        make_plan([random_edit(wanted=())], {})
+
+
+def test_tensors_may_share_memory():
+    shared = torch.ones(ROWS, 1)
+    edits = [ModuleEdit(layer, "mlp", (0,), left=shared, right=torch.ones(COLUMNS, 1)) for layer in (0, 1)]
+    assert make_plan(edits, {"method": "m"}).to_bytes()
 
 
 def test_refuses_an_empty_plan():
