@@ -1,4 +1,4 @@
-"""``broca compare``: how far neuron sets agree."""
+"""``broca compare``: how far neuron sets, or plans, agree."""
 
 from __future__ import annotations
 
@@ -12,24 +12,63 @@ from cli.screen import Screen
 
 
 @click.command("compare")
-@click.argument("files", metavar="NEURONS...", type=FILE, nargs=-1, required=True)
-@click.option("--plot", type=FILE, help="File for a picture (.png or .svg).")
+@click.argument("files", metavar="FILE...", type=FILE, nargs=-1, required=True)
+@click.option("--plot", type=FILE, help="Neuron sets: file for a picture (.png or .svg).")
+@click.option("--model", help="Edits: their model, for the cosines of edits that scale weights.")
 @json_option
-def command(files: tuple[Path, ...], plot: Path | None, as_json: bool) -> None:
-    """Compare two or more NEURONS files of one model, language by language.
+def command(files: tuple[Path, ...], plot: Path | None, model: str | None, as_json: bool) -> None:
+    """Compare two or more neuron sets of one model, language by language, or two edits, module by module.
 
-    Jaccard: neurons in both, as a share of those in either.  Rank correlation: Spearman's, of the scores
-    of the neurons in both.
+    Jaccard: neurons (components) in both, as a share of those in either.  Rank correlation: Spearman's, of
+    the scores of the neurons in both.  Cosine: of the two changes of a module's weight.
 
     \b
-    Example:
+    Examples:
       broca compare lape.safetensors gradient.safetensors --plot overlap.png
+      broca compare keyed.safetensors steer2edit.safetensors
     """
+    from neurons.artifact import load_artifact
+    from neurons.errors import UsageError
+
+    screen = Screen(as_json)
+    if all(load_artifact(file).kind == "edit" for file in files):
+        if plot is not None:
+            raise UsageError("--plot means nothing to edits: draw one with `broca plot`")
+        _plans(screen, files, model)
+        return
+    if model is not None:
+        raise UsageError("--model means nothing to neuron sets: leave it out")
+    _neuron_sets(screen, files, plot)
+
+
+def _plans(screen: Screen, files: tuple[Path, ...], model: str | None) -> None:
+    from editing.plan import load_plan
+    from editing.plan_comparison import compare_plans
+    from neurons.errors import UsageError
+    from neurons.source import open_model
+
+    if len(files) != 2:
+        raise UsageError(f"edits are compared two at a time, and there are {len(files)}")
+    found = compare_plans(
+        load_plan(files[0]), load_plan(files[1]), None if model is None else open_model(model)
+    )
+    screen.table(
+        f"first: {files[0].name}; second: {files[1].name}",
+        ["layer", "block", "first", "second", "shared", "Jaccard", "cosine"],
+        [
+            [str(row.layer), row.block, row.first, row.second, row.shared, row.jaccard, row.cosine]
+            for row in found
+        ],
+        words=2,
+    )
+    screen.result({"edits": list(files), "modules": [vars(row) for row in found]})
+
+
+def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None) -> None:
     from neurons.comparison import compare
     from neurons.neuron_set import load_neuron_set
     from neurons.pictures import comparison_figure, picture_format, save_figure
 
-    screen = Screen(as_json)
     if plot is not None:
         picture_format(plot)
     names = _names(files)

@@ -1,4 +1,4 @@
-"""``broca plot``: a picture of a neuron set or of statistics."""
+"""``broca plot``: a picture of a neuron set, of statistics or of an edit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from cli.options import FILE, json_option, out_option
 from cli.screen import Screen
 
 # kind of file -> what can be drawn of it, the default first
-PICTURES = {"neurons": ("layers", "overlap"), "statistics": ("entropy", "routing")}
+PICTURES = {
+    "neurons": ("layers", "overlap"),
+    "statistics": ("entropy", "routing"),
+    "edit": ("components",),
+}
 
 
 @click.command("plot")
@@ -19,18 +23,20 @@ PICTURES = {"neurons": ("layers", "overlap"), "statistics": ("entropy", "routing
     "--what",
     type=click.Choice([what for pictures in PICTURES.values() for what in pictures]),
     help="neurons: layers (neurons of each language by layer) or overlap (that languages share); "
-    "statistics: entropy (of every neuron over languages) or routing (of tokens to experts).  "
-    "[default: layers or entropy]",
+    "statistics: entropy (of every neuron over languages) or routing (of tokens to experts); "
+    "edit: components (how far each goes, by layer).  [default: layers, entropy or components]",
 )
 @out_option("File for the picture (.png or .svg).")
 @json_option
 def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
-    """Draw FILE, a neuron set or statistics.
+    """Draw FILE, a neuron set, statistics or an edit.
 
     \b
     Example:
       broca plot neurons.safetensors --out layers.png
     """
+    from editing.plan import load_plan
+    from editing.plan_pictures import plan_figure
     from neurons import pictures
     from neurons.artifact import load_artifact
     from neurons.errors import UsageError
@@ -52,6 +58,8 @@ def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
     if kind == "neurons":
         neurons = load_neuron_set(file)
         figure = pictures.layers_figure(neurons) if what == "layers" else pictures.overlap_figure(neurons)
+    elif kind == "edit":
+        figure = plan_figure(load_plan(file))
     else:
         statistics = load_statistics(file)
         figure = (

@@ -274,12 +274,17 @@ def layout_of(config: Any) -> Layout | None:
     """The layout of a config, before any weight is read; None for an architecture that is not in the table.
 
     Raises:
-        BrocaError: an activation whose sign says nothing; by name.
+        BrocaError: an activation whose sign says nothing, or a setting that hides the modules; by name.
     """
     layout = LAYOUTS.get(config.model_type)
     if layout is None:
         return None
     text = config.get_text_config()
+    if layout.bypassed_by is not None and getattr(text, layout.bypassed_by, False):
+        raise BrocaError(
+            f"{config.model_type} with {layout.bypassed_by}: it computes without calling its modules, so "
+            f"activations cannot be read: set {layout.bypassed_by} to false in config.json"
+        )
     _check_activation(text, layout)
     return layout.for_config(text)
 

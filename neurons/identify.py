@@ -129,7 +129,8 @@ def neurons_from(
         selection: fields of ``Selection`` that differ from the method's own.
 
     Raises:
-        UsageError: an unknown method or setting, or statistics that lack what it needs.
+        UsageError: an unknown method or setting, statistics that lack what it needs, or a top rate that
+            keeps no neuron.
     """
     chosen = method_of(method)
     if chosen.score is None:
@@ -143,6 +144,11 @@ def neurons_from(
     scores = chosen.scores(statistics, how.top_rate, settings or {})
     found = select(scores, how.changed(top_rate=1.0) if chosen.rate_in_score else how)
     layers, width, _ = scores.values.shape
+    if round(how.top_rate * layers * width) == 0:
+        raise UsageError(
+            f"the top rate {how.top_rate} keeps none of {layers * width:,} neurons: take at least "
+            f"{1 / (layers * width):.1g}"
+        )
     languages = statistics.languages
     metadata = {
         **{key: value for key, value in statistics.metadata.items() if key not in ("settings", "unknown")},

@@ -62,6 +62,8 @@ class Layout:
         softcap: the config's attribute with the logits' soft cap, None where the head has none.
         logit_scale: the config's attribute that the logits are multiplied with.
         logit_divisor: the config's attribute that the logits are divided by.
+        bypassed_by: the config's attribute that, where it is true, lets the model compute without calling
+            its modules, so that hooks see nothing; None where there is none.
         bias_switches: block -> the setting that gives its output module a bias, where the family has one.
         examined: found by structure, not from the table: accepted only with a self-check.
     """
@@ -80,6 +82,7 @@ class Layout:
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
+    bypassed_by: str | None = None
     bias_switches: Mapping[str, BiasSwitch] = field(default_factory=dict)
     examined: bool = False
 
@@ -196,6 +199,7 @@ LAYOUTS: dict[str, Layout] = {
         "mlp.dense_h_to_4h",
         activation=None,
         residual_unless=("apply_residual_connection_post_layernorm", True),
+        bypassed_by="slow_but_exact",
     ),
     "gpt_neox": _dense("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
     "gptj": _dense(

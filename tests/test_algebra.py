@@ -13,7 +13,6 @@ from editing.live import applied
 from editing.plan import FACTORS, ModuleEdit, make_plan
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.source import load_model
-from tests.models import build_checkpoint
 
 ROWS, COLUMNS, WIDTH = 4, 6, 2
 GROUPS = [("row_scale",), ("column_scale",), ("left", "right"), ("bias",)]
@@ -150,9 +149,9 @@ def test_what_is_no_ones_component_cannot_be_restricted(factor):
         on_components(random_edit(0, (factor, "left", "right")), range(COLUMNS), 1)
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load_model(str(build_checkpoint(tmp_path_factory.mktemp("model") / "llama")))
+@pytest.fixture
+def loaded(checkpoint_of):
+    return load_model(str(checkpoint_of("llama")))
 
 
 def plan_for(loaded, seed, rank=1):

@@ -422,3 +422,9 @@ def test_a_model_without_a_causal_head_is_refused(tmp_path, checkpoint_of):
     for look in (open_model, lambda path: load_model(path, device="cpu")):
         with pytest.raises(BrocaError, match="'t5' is not known"):
             look(str(target))
+
+
+def test_a_model_that_bypasses_its_modules_is_refused(tmp_path):
+    models.build_checkpoint(tmp_path / "bloom", "bloom", slow_but_exact=True, pretraining_tp=2)
+    with pytest.raises(BrocaError, match="slow_but_exact"):
+        load_model(str(tmp_path / "bloom"))

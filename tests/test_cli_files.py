@@ -83,7 +83,7 @@ def files(tmp_path):
     saved_statistics(tmp_path / "statistics")
     saved_statistics(tmp_path / "more", digest="e")
     saved_statistics(tmp_path / "routed", experts=2)
-    save_artifact(tmp_path / "edit", "edit", {}, {})
+    save_artifact(tmp_path / "direction", "direction", {}, {})
     (tmp_path / "text").write_text("no file of ours\n")
     return tmp_path
 
@@ -287,7 +287,8 @@ REFUSALS = {
     "layers of statistics": (lambda f: ["plot", f / "statistics", "--what", "layers"], 2, "--what layers"),
     "routing without experts": (
         lambda f: ["plot", f / "statistics", "--what", "routing"], 2, "no experts"),
-    "a picture of an edit": (lambda f: ["plot", f / "edit"], 2, "'edit'"),
+    "a picture of a direction": (lambda f: ["plot", f / "direction"], 2, "'direction'"),
+    "a neuron set's model": (lambda f: ["compare", f / "first", f / "second", "--model", "m"], 2, "--model"),
     "one file": (lambda f: ["merge", f / "statistics"], 2, "at least two"),
     "the same file twice": (lambda f: ["merge", f / "statistics", f / "statistics"], 2, "twice"),
     "neurons as statistics": (lambda f: ["merge", f / "statistics", f / "first"], 1, "'statistics'"),

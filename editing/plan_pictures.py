@@ -1,0 +1,84 @@
+"""A picture of a plan: how strongly each component of each layer changes."""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from editing.plan import ModuleEdit, Plan
+from neurons.anatomy import BLOCKS
+
+MOST_COLUMNS = 240  # more would be thinner than a dot on a screen
+_NAMES = {"attn": "head", "mlp": "neuron"}
+
+
+def component_sizes(edit: ModuleEdit, count: int) -> torch.Tensor:
+    """How far each of a module's components goes, float64 [count].
+
+    ||U K_i^T||_F of what is added to component i, or, where nothing is added, the largest |c - 1| by which
+    its columns are scaled.
+
+    Args:
+        edit: of a module.
+        count: how many components the module has.
+    """
+    if edit.left is not None and edit.right is not None:
+        # ||U k||^2 = k^T (U^T U) k, summed over the component's columns.
+        right = edit.right.double()
+        squares = ((right @ (edit.left.double().T @ edit.left.double())) * right).sum(1).clamp(min=0)
+        return squares.view(count, -1).sum(1).sqrt()
+    if edit.column_scale is not None:
+        return (edit.column_scale.double() - 1).abs().view(count, -1).amax(1)
+    return torch.zeros(count, dtype=torch.float64)
+
+
+def plan_figure(plan: Plan) -> Figure:
+    """Heat maps layer by component, one for each block that the plan edits.
+
+    Neurons that are too many to be seen are drawn in groups of neighbours: the strongest of each.
+    """
+    blocks = [block for block in BLOCKS if any(edit.block == block for edit in plan.edits)]
+    layers = 1 + max(edit.layer for edit in plan.edits)
+    figure = Figure(figsize=(10, (1.2 + min(8.0, 0.8 + 0.22 * layers)) * len(blocks)), layout="constrained")
+    for axis, block in zip(figure.subplots(len(blocks), squeeze=False)[:, 0], blocks, strict=True):
+        rows = {edit.layer: edit for edit in plan.edits if edit.block == block}
+        count = max(_components(edit) for edit in rows.values())
+        sizes = torch.zeros(layers, count, dtype=torch.float64)
+        added = False
+        for layer, edit in rows.items():
+            whole = component_sizes(edit, _components(edit))
+            sizes[layer, : len(whole)] = whole
+            added = added or edit.left is not None
+        group = -(-count // MOST_COLUMNS)
+        padded = torch.nn.functional.pad(sizes, (0, -count % group)).view(layers, -1, group).amax(-1)
+        image = axis.imshow(
+            padded.numpy(),
+            aspect="auto",
+            cmap="magma_r",
+            vmin=0,
+            interpolation="nearest",
+            extent=(-0.5, padded.shape[1] * group - 0.5, layers - 0.5, -0.5),
+        )
+        what = "||change||" if added else "|factor - 1|"
+        figure.colorbar(image, ax=axis, label=what)
+        each = "" if group == 1 else f" (the strongest of every {group})"
+        axis.set(
+            title=f"{plan.metadata['method']}: {_NAMES[block]}s{each}", ylabel="layer", xlabel=_NAMES[block]
+        )
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
+
+
+def _components(edit: ModuleEdit) -> int:
+    """How many components the module has; of heads, from where the last changed column lies."""
+    factor = edit.right if edit.right is not None else edit.column_scale
+    highest = 1 + max(edit.components, default=0)
+    if factor is None:
+        return highest
+    if edit.block == "mlp":
+        return len(factor)
+    changed = (factor != 0).any(1) if edit.right is not None else factor != 1
+    width, rest = divmod(1 + int(changed.nonzero().max()), highest) if bool(changed.any()) else (0, 1)
+    return len(factor) // width if not rest and len(factor) % width == 0 else highest

@@ -1,0 +1,56 @@
+"""Sizes of components against sums written out, and a heat map that shows them where they are."""
+
+import pytest
+import torch
+
+from editing.plan import ModuleEdit, make_plan
+from editing.plan_pictures import MOST_COLUMNS, component_sizes, plan_figure
+from neurons.pictures import save_figure
+
+D, HEADS, WIDTH = 6, 4, 3
+
+
+def head_edit(layer=0, chosen=(1, 2)):
+    generator = torch.Generator().manual_seed(layer)
+    right = torch.zeros(HEADS, WIDTH, 2)
+    right[list(chosen)] = torch.randn(len(chosen), WIDTH, 2, generator=generator)
+    return ModuleEdit(
+        layer,
+        "attn",
+        tuple(chosen),
+        left=torch.randn(D, 2, generator=generator),
+        right=right.view(HEADS * WIDTH, 2),
+    )
+
+
+def neuron_edit(layer, count, chosen, factor=0.25):
+    scale = torch.ones(count)
+    scale[list(chosen)] = factor
+    return ModuleEdit(layer, "mlp", tuple(chosen), column_scale=scale)
+
+
+def test_size_is_the_norm_of_what_is_added():
+    edit = head_edit()
+    change = edit.left.double() @ edit.right.double().T
+    expected = [float(change[:, i * WIDTH : (i + 1) * WIDTH].norm()) for i in range(HEADS)]
+    assert component_sizes(edit, HEADS).tolist() == pytest.approx(expected)
+
+
+def test_size_of_a_scale_is_its_distance_from_one():
+    assert component_sizes(neuron_edit(0, 5, (1, 3)), 5).tolist() == [0, 0.75, 0, 0.75, 0]
+
+
+def test_heat_map_shows_each_component_in_its_place(tmp_path):
+    plan = make_plan(
+        [head_edit(0), head_edit(2, (0, 3)), neuron_edit(1, 2 * MOST_COLUMNS, (0, 7))],
+        {"method": "made"},
+    )
+    figure = plan_figure(plan)
+    heads, neurons = (axis.images[0].get_array() for axis in figure.axes if axis.images)
+    assert heads.shape == (3, HEADS)
+    assert (heads > 0).tolist() == [[False, True, True, False], [False] * 4, [True, False, False, True]]
+    assert neurons.shape == (3, MOST_COLUMNS)
+    assert neurons.nonzero()[1].tolist() == [0, 3]
+    assert neurons.nonzero()[0].tolist() == [1, 1]
+    save_figure(figure, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 1000
