@@ -1,84 +1,76 @@
-"""``broca edit``: a direction or a neuron set becomes a plan."""
+"""``broca edit``: a direction, a vector, a neuron set or other plans become a plan."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import (
-    FILE,
-    PARTS,
-    CommaSeparated,
-    device_options,
-    json_option,
-    model_argument,
-    out_option,
-)
+from cli.options import FILE, PARTS, CommaSeparated, Many, device_options, json_option
 from cli.screen import Screen
 from cli.tables import plan_table
 
+if TYPE_CHECKING:
+    from editing.edits.methods import EditMethod
+    from editing.plan import Plan
 
-@click.command("edit")
-@model_argument
+LIST = "list"
+# Options that are settings of a method by another spelling.
+SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
+
+
+@click.command("edit", cls=Many)
+@click.argument("model", required=False)
+@click.option("--method", default="keyed", show_default=True, help="One of `broca edit --method list`.")
+@click.option("--direction", "directions", type=FILE, multiple=True, help="From `broca direction`.")
 @click.option(
-    "--method",
-    type=click.Choice(["keyed", "steer2edit", "scale"]),
-    default="keyed",
-    show_default=True,
-    help="keyed: speaks only where the source language is read (needs --corpus); steer2edit: arXiv "
-    "2602.09870; scale: neurons times --factor.",
+    "--vector",
+    type=FILE,
+    help="bake: steering vectors of another library (.safetensors, .gguf, .pt or .npy).",
 )
-@click.option("--direction", "direction_path", type=FILE, help="From `broca direction`.")
-@click.option("--neurons", "neurons_path", type=FILE, help="From `broca identify`; restricts the edit.")
-@click.option("--corpus", "corpus_path", type=FILE, help="keyed: text of source, target and others to keep.")
+@click.option("--neurons", type=FILE, help="From `broca identify`; restricts the edit, or is what is scaled.")
+@click.option("--statistics", type=FILE, help="From `broca record`, for clas and austeer.")
+@click.option("--corpus", type=FILE, help="Text: for keyed of source, target and all others to keep.")
 @click.option(
     "--languages",
     type=CommaSeparated(),
-    help="keyed: which of the corpus; scale: whose neurons.  [default: all of the corpus; scale: required]",
+    help="Which of the corpus; with --neurons, whose neurons.  [default: all]",
 )
-@click.option(
-    "--part", type=click.Choice(PARTS), default="all", show_default=True, help="keyed: lines to read."
-)
-@click.option("--layers", help="As 1-3 or 1,2,5.  [default: all]")
+@click.option("--part", type=click.Choice(PARTS), help="Which lines of the corpus.  [default: all]")
+@click.option("--layers", help="As 1-3 or 1,2,5.  [default: the method's]")
+@click.option("--blocks", type=CommaSeparated(), help="attn, mlp or both.  [default: the method's]")
 @click.option(
     "--strength",
     type=float,
     help="keyed: the shift in multiples of the direction, shared by the layers; else multiplies the edit.  "
     "[default: keyed 3.5, else 1]",
 )
+@click.option("--heads-rho", help="steer2edit: penalty on heads; off if only the neurons' is given.")
+@click.option("--neurons-rho", help="steer2edit: penalty on neurons; off if only the heads' is given.")
+@click.option("--alpha", help="steer2edit: sparsity in [0, 1).  [default: 0.2]")
+@click.option("--eps", help="keyed, bake: ridge, a share of the mean variance.  [default: 0.01]")
+@click.option("--factor", help="scale: 0 ablates, 2 doubles.")
 @click.option(
-    "--heads-rho", type=float, help="steer2edit: penalty on heads; off if only the neurons' is given."
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another setting of the method (--method list shows them).",
 )
+@click.option("--compose", type=FILE, multiple=True, metavar="EDIT...", help="Plans to do one after another.")
+@click.option("--invert", type=FILE, metavar="EDIT", help="A plan to take back.")
 @click.option(
-    "--neurons-rho", type=float, help="steer2edit: penalty on neurons; off if only the heads' is given."
+    "--restrict",
+    type=FILE,
+    metavar="EDIT",
+    help="A plan to cut to --layers, --heads and --neurons.",
 )
-@click.option("--alpha", type=float, help="steer2edit: sparsity in [0, 1).  [default: 0.2]")
-@click.option("--eps", type=float, help="keyed: ridge, a share of the mean variance.  [default: 0.01]")
-@click.option("--factor", type=float, help="scale: 0 ablates, 2 doubles.")
+@click.option("--heads", help="--restrict: heads that may change, as 0,3.")
 @device_options
-@out_option("File for the plan (.safetensors).")
+@click.option("--out", type=FILE, help="File for the plan (.safetensors).")
 @json_option
-def command(
-    model: str,
-    method: str,
-    direction_path: Path | None,
-    neurons_path: Path | None,
-    corpus_path: Path | None,
-    languages: tuple[str, ...] | None,
-    part: str,
-    layers: str | None,
-    strength: float | None,
-    heads_rho: float | None,
-    neurons_rho: float | None,
-    alpha: float | None,
-    eps: float | None,
-    factor: float | None,
-    device: str,
-    dtype: str,
-    out: Path,
-    as_json: bool,
-) -> None:
+def command(**options: Any) -> None:
     """Plan which weights of MODEL (hub id or directory) change, and how.
 
     \b
@@ -87,107 +79,236 @@ def command(
           --corpus artifacts/demo/corpus --out edit.safetensors
       broca edit artifacts/demo/model --method scale --neurons neurons.safetensors \\
           --languages fr --factor 0 --out edit.safetensors
+      broca edit artifacts/demo/model --method bake --direction direction.safetensors \\
+          --layers 3 --corpus artifacts/demo/corpus --out edit.safetensors
+      broca edit --compose first.safetensors second.safetensors --out both.safetensors
+      broca edit --method list
     """
+    asked = SimpleNamespace(**options)
+    screen = Screen(asked.as_json)
+    if asked.method == LIST:
+        _list(screen)
+        return
+    from neurons.errors import UsageError
+
+    if asked.out is None:
+        raise UsageError("--out is missing: name the file for the plan")
+    operations = [name for name in ("compose", "invert", "restrict") if getattr(asked, name)]
+    if len(operations) > 1:
+        raise UsageError(f"--{' and --'.join(operations)} exclude each other: do one after the other")
+    plan = _of_plans(asked, operations[0]) if operations else _by_method(screen, asked)
+    plan.save(asked.out)
+    _show(screen, plan, asked)
+
+
+def _by_method(screen: Screen, asked: SimpleNamespace) -> Plan:
     from editing.direction import load_direction
-    from editing.edits import keyed, scale, steer2edit
+    from editing.edits.methods import Request, method_of
     from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.neuron_set import load_neuron_set
     from neurons.selection import parse_layers
-    from neurons.source import load_model, open_model
+    from neurons.statistics import load_statistics
 
-    screen = Screen(as_json)
-    _refuse_foreign(
-        method,
-        {
-            **{f"--{name}": (_given(name), ("keyed",)) for name in ("part", "device", "dtype")},
-            "--direction": (direction_path, ("keyed", "steer2edit")),
-            "--corpus": (corpus_path, ("keyed",)),
-            "--languages": (languages, ("keyed", "scale")),
-            "--layers": (layers, ("keyed", "steer2edit")),
-            "--heads-rho": (heads_rho, ("steer2edit",)),
-            "--neurons-rho": (neurons_rho, ("steer2edit",)),
-            "--alpha": (alpha, ("steer2edit",)),
-            "--eps": (eps, ("keyed",)),
-            "--factor": (factor, ("scale",)),
-        },
+    method = method_of(asked.method)
+    if asked.model is None:
+        raise UsageError("name the MODEL that is to be edited")
+    _refuse_foreign(asked, method)
+    settings = method.read_settings(_assignments(asked))
+    by_corpus = asked.languages if asked.neurons is None and asked.corpus is not None else None
+    request = Request(
+        asked.model,
+        asked.device,
+        asked.dtype,
+        directions=tuple(load_direction(path) for path in asked.directions),
+        vector=asked.vector,
+        neurons=None if asked.neurons is None else load_neuron_set(asked.neurons),
+        statistics=None if asked.statistics is None else load_statistics(asked.statistics),
+        corpus=None if asked.corpus is None else read_corpus(asked.corpus, by_corpus, asked.part or "all"),
+        languages=asked.languages,
+        blocks=asked.blocks,
+        strength=asked.strength,
+        settings=settings,
     )
-    if strength is None:
-        strength = keyed.STRENGTH if method == "keyed" else 1.0
-    source = open_model(model)
-    neurons = None if neurons_path is None else load_neuron_set(neurons_path)
-    if neurons is not None:
-        neurons.require_model(source)
-    if method == "scale":
-        if neurons is None or languages is None or factor is None:
-            raise UsageError("--method scale needs --neurons, --languages and --factor")
-        plan = scale.scale_plan(source, neurons, languages, factor)
-        if strength != 1.0:
-            plan = plan.scaled(strength)
+    source = request.source
+    for path, direction in zip(asked.directions, request.directions, strict=True):
+        source.require_fingerprint(direction.metadata, path)
+    if request.neurons is not None:
+        request.neurons.require_model(source)
+    if asked.layers is not None:
+        request.layers = parse_layers(asked.layers, source.anatomy.layers)
+    with screen.progress("Recording activations", None, "tokens") as advance:
+        request.progress = advance
+        return method.make(request)
+
+
+def _of_plans(asked: SimpleNamespace, operation: str) -> Plan:
+    """Plans composed, inverted or restricted."""
+    from editing.algebra import compose, inverted, restricted
+    from editing.plan import load_plan
+    from neurons.errors import UsageError
+    from neurons.neuron_set import load_neuron_set
+    from neurons.selection import parse_layers
+    from neurons.source import open_model
+
+    meant = {"model", "strength", operation, "out", "as_json"}
+    meant |= {"layers", "heads", "neurons", "languages"} if operation == "restrict" else set()
+    for name, value in vars(asked).items():
+        if name not in meant and _was_given(name, value):
+            raise UsageError(f"{_spelled(name)} means nothing to --{operation}: leave it out")
+    source = None if asked.model is None else open_model(asked.model)
+    if operation == "compose":
+        plan = compose([load_plan(path) for path in asked.compose], source)
+    elif source is None:
+        raise UsageError(f"--{operation} needs MODEL, the one that the plan was made for")
+    elif operation == "invert":
+        plan = inverted(source, load_plan(asked.invert))
     else:
-        if direction_path is None:
-            raise UsageError(f"--method {method} needs --direction (from `broca direction`)")
-        direction = load_direction(direction_path)
-        source.require_fingerprint(direction.metadata, direction_path)
-        chosen = None if layers is None else parse_layers(layers, source.anatomy.layers)
-        if method == "steer2edit":
-            if heads_rho is None and neurons_rho is None:
-                heads_rho, neurons_rho = steer2edit.HEADS_RHO, steer2edit.NEURONS_RHO
-            plan = steer2edit.steer2edit_plan(
-                source,
-                direction,
-                range(source.anatomy.layers) if chosen is None else chosen,
-                heads_rho,
-                neurons_rho,
-                steer2edit.ALPHA if alpha is None else alpha,
-                strength,
-                neurons,
-            )
-        else:
-            if corpus_path is None:
-                raise UsageError("--method keyed needs --corpus: text of every language that matters")
-            corpus = read_corpus(corpus_path, languages, part)
-            loaded = load_model(model, device, dtype)
-            with screen.progress("Recording the keys", None, "tokens") as advance:
-                plan = keyed.keyed_plan(
-                    loaded,
-                    corpus,
-                    direction,
-                    chosen,
-                    strength,
-                    neurons,
-                    keyed.EPS if eps is None else eps,
-                    advance,
-                )
-    plan.save(out)
-    plan_table(screen, plan, source.anatomy)
+        layers = None if asked.layers is None else parse_layers(asked.layers, source.anatomy.layers)
+        components: dict[int, dict[str, Any]] | None = None
+        if asked.heads is not None or asked.neurons is not None:
+            components = {layer: {} for layer in range(source.anatomy.layers)}
+            for own in components.values():
+                if asked.heads is not None:
+                    own["attn"] = parse_layers(asked.heads, source.anatomy.heads)
+            if asked.neurons is not None:
+                neurons = load_neuron_set(asked.neurons)
+                neurons.require_model(source)
+                for layer, own in components.items():
+                    own["mlp"] = {
+                        neuron
+                        for language in asked.languages or neurons.languages
+                        for neuron in neurons.by_layer(language)[layer].tolist()
+                    }
+        plan = restricted(source, load_plan(asked.restrict), layers, components)
+    return plan if asked.strength is None else plan.scaled(asked.strength)
+
+
+def _assignments(asked: SimpleNamespace) -> dict[str, str]:
+    """``--set name=value`` and the settings that have options of their own."""
+    from neurons.errors import UsageError
+
+    found = {name: value for name in SPELLED_OUT if (value := getattr(asked, name)) is not None}
+    for assignment in asked.assignments:
+        name, equals, value = assignment.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise UsageError(f"--set {assignment}: write a name and a value, as jointly=yes")
+        if name in found:
+            raise UsageError(f"--set {assignment}: {name} is given twice")
+        found[name] = value.strip()
+    return found
+
+
+def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:
+    """An option that a method would not look at is an error, not a silence; one that it needs must be there."""
+    from neurons.errors import UsageError
+
+    fields = {"direction": "directions"}
+    for need in method.needs:
+        if not _was_given(fields.get(need, need), getattr(asked, fields.get(need, need))):
+            raise UsageError(f"--method {asked.method} needs {_spelled(need)} ({_WHERE_FROM[need]})")
+    meant = {fields.get(name, name) for name in (*method.needs, *method.takes)}
+    for name in _SHARED:
+        if name not in meant and _was_given(name, getattr(asked, name)):
+            raise UsageError(f"{_spelled(name)} means nothing to --method {asked.method}: leave it out")
+    if asked.heads is not None:
+        raise UsageError("--heads is for --restrict")
+    for name in SPELLED_OUT:
+        if getattr(asked, name) is not None and name not in method.settings:
+            raise UsageError(f"{_spelled(name)} means nothing to --method {asked.method}: leave it out")
+
+
+_SHARED = (
+    "directions",
+    "vector",
+    "neurons",
+    "statistics",
+    "corpus",
+    "languages",
+    "part",
+    "layers",
+    "blocks",
+    "strength",
+    "device",
+    "dtype",
+)
+_WHERE_FROM = {
+    "direction": "from `broca direction`",
+    "corpus": "a directory of <language>.txt with every language that matters",
+    "neurons": "from `broca identify`",
+    "languages": "as en,fr",
+}
+
+
+def _spelled(name: str) -> str:
+    names = {"model": "MODEL", "directions": "--direction", "assignments": "--set", "as_json": "--json"}
+    return names.get(name, "--" + name.replace("_", "-"))
+
+
+def _was_given(name: str, value: Any) -> bool:
+    """Whether the user wrote an option, be it with the value that it has by default."""
+    from click.core import ParameterSource
+
+    source = click.get_current_context().get_parameter_source(name)
+    return value not in (None, ()) and source is ParameterSource.COMMANDLINE
+
+
+def _list(screen: Screen) -> None:
+    from editing.edits.methods import METHODS
+
+    screen.table(
+        "methods",
+        ["method", "what it does", "source", "needs"],
+        [
+            [name, method.line, method.source, " ".join(f"--{need}" for need in method.needs) or "-"]
+            for name, method in METHODS.items()
+        ],
+        words=4,
+    )
+    screen.table(
+        "settings (--set name=value)",
+        ["method", "setting", "what it does", "default"],
+        [
+            [name, key, setting.line, "-" if setting.default in (None, ()) else str(setting.default)]
+            for name, method in METHODS.items()
+            for key, setting in method.settings.items()
+        ],
+        words=4,
+    )
     screen.result(
         {
-            "out": out,
-            "method": method,
+            name: {
+                "line": method.line,
+                "source": method.source,
+                "needs": list(method.needs),
+                "takes": list(method.takes),
+                "settings": {key: setting.default for key, setting in method.settings.items()},
+            }
+            for name, method in METHODS.items()
+        }
+    )
+
+
+def _show(screen: Screen, plan: Plan, asked: SimpleNamespace) -> None:
+    from editing.plan_warnings import plan_warnings
+    from neurons.source import open_model
+
+    plan_table(screen, plan, None if asked.model is None else open_model(asked.model).anatomy)
+    warnings = plan_warnings(plan)
+    for warning in warnings:
+        screen.warn(warning)
+    screen.result(
+        {
+            "out": asked.out,
+            "method": plan.metadata["method"],
             "components": plan.components,
             "relative_change": plan.relative_change(),
+            "warnings": warnings,
             "modules": [
                 {"layer": edit.layer, "block": edit.block, "rank": edit.rank, **edit.notes}
                 for edit in plan.edits
             ],
         },
-        out,
+        asked.out,
     )
-
-
-def _given(name: str) -> bool | None:
-    """Whether an option that has a default was written by the user."""
-    from click.core import ParameterSource
-
-    source = click.get_current_context().get_parameter_source(name)
-    return True if source is ParameterSource.COMMANDLINE else None
-
-
-def _refuse_foreign(method: str, options: dict[str, tuple[object, tuple[str, ...]]]) -> None:
-    """An option that a method would not look at is an error, not a silence."""
-    from neurons.errors import UsageError
-
-    for name, (value, methods) in options.items():
-        if value is not None and method not in methods:
-            raise UsageError(f"{name} means nothing to --method {method}: it is for {' and '.join(methods)}")

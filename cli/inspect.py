@@ -12,12 +12,9 @@ from cli.screen import Screen
 from cli.tables import plan_table
 
 if TYPE_CHECKING:
-    from editing.plan import Plan
     from neurons.neuron_set import NeuronSet
 
 STRONGEST = 10
-# Beyond this share of a weight's length, what the model knows apart from the language tends to go too.
-LARGE_CHANGE = 1.0
 LARGEST = 3
 
 
@@ -169,12 +166,13 @@ def _direction(screen: Screen, file: Path) -> None:
 
 def _edit(screen: Screen, file: Path) -> None:
     from editing.plan import load_plan
+    from editing.plan_warnings import plan_warnings
 
     plan = load_plan(file)
     _header(screen, plan.metadata)
     plan_table(screen, plan)
     names = list(dict.fromkeys(name for edit in plan.edits for name in edit.details))
-    for warning in _warnings(plan):
+    for warning in plan_warnings(plan):
         screen.warn(warning)
     strongest = sorted(
         (
@@ -197,32 +195,13 @@ def _edit(screen: Screen, file: Path) -> None:
             **plan.metadata,
             "components": plan.components,
             "relative_change": plan.relative_change(),
-            "warnings": _warnings(plan),
+            "warnings": plan_warnings(plan),
             "strongest": [
                 {"layer": layer, "block": block, "component": component, **values}
                 for layer, block, component, values in strongest
             ],
         }
     )
-
-
-def _warnings(plan: Plan) -> list[str]:
-    """Edits that do more than their user may think."""
-    found = []
-    for edit in plan.edits:
-        where = f"layer {edit.layer}, {edit.block}"
-        reversed_ = 0 if "c" not in edit.details else int((edit.details["c"] < -1).sum())
-        if reversed_:
-            found.append(
-                f"{where}: {reversed_} of {len(edit.components)} components have c < -1: the direction is reversed "
-                "there, not removed"
-            )
-        if edit.relative_change is not None and edit.relative_change > LARGE_CHANGE:
-            found.append(
-                f"{where}: ||dW|| is {edit.relative_change:.2f} of ||W||, above {LARGE_CHANGE}: measure other "
-                "languages before it is served"
-            )
-    return found
 
 
 def _size(details: dict[str, float]) -> float:

@@ -1,0 +1,204 @@
+"""``broca edit`` as a user types it: every method and every operation on plans, on a tiny model."""
+
+import json
+import sys
+
+import models
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cli.main import main
+from editing.edits.methods import METHODS
+from editing.plan import load_plan
+from neurons.source import load_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model, a parallel corpus, and what the commands before ``edit`` leave."""
+    folder = tmp_path_factory.mktemp("edit")
+    models.build_checkpoint(folder / "model", "gpt2")
+    models.write_corpus(folder / "text", lines=40)
+    run = [
+        ["direction", "--corpus", "text", "--source", "qaa", "--target", "qab", "--out", "direction"],
+        [
+            "direction", "--corpus", "text", "--source", "qaa", "--target", "qab", "--method",
+            "language-subspace", "--out", "subspace",
+        ],
+        ["identify", "--corpus", "text", "--top-rate", "0.3", "--out", "neurons"],
+        ["identify", "--corpus", "text", "--method", "clas", "--kinds", "specific,related", "--top-rate", "1",
+         "--out", "classes"],
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, *arguments in run:
+            given = [str(folder / word) if word in ("text",) else word for word in arguments]
+            given[-1] = str(folder / f"{given[-1]}.safetensors")
+            patch.setattr(sys, "argv", ["broca", name, str(folder / "model"), *given])
+            main()
+    return folder
+
+
+@pytest.fixture
+def broca(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["broca", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+WAYS = {
+    "keyed": ["--direction", "direction", "--corpus", "text"],
+    "steer2edit": ["--direction", "direction", "--neurons-rho", "0.1", "--alpha", "0.1"],
+    "ablate": ["--direction", "direction", "--set", "form=norm-preserving", "--set", "from_layer=1"],
+    "ablate-subspace": ["--direction", "subspace", "--strength", "0.5"],
+    "scale": ["--neurons", "neurons", "--languages", "qab", "--factor", "0"],
+    "clas": ["--neurons", "classes", "--layers", "0-2", "--set", "specific_loss=0.1"],
+    "austeer": ["--corpus", "text", "--languages", "qaa,qab", "--set", "channels=7"],
+    "bake": ["--direction", "direction", "--layers", "1", "--corpus", "text"],
+    "bake-bias": ["--direction", "direction", "--layers", "1"],
+    "language-arithmetic": [
+        "--neurons", "neurons", "--corpus", "text", "--set", "target=qab", "--set", "deactivate=qaa",
+    ],
+}  # fmt: skip
+
+
+def arguments_of(files, words):
+    kinds = {
+        name: str(files / f"{name}.safetensors") for name in ("direction", "subspace", "neurons", "classes")
+    }
+    kinds["text"] = str(files / "text")
+    out = []
+    for i, word in enumerate(words):
+        named = i > 0 and words[i - 1] in ("--direction", "--neurons", "--corpus")
+        out.append(kinds[word] if named else word)
+    return out
+
+
+def test_every_method_is_tried():
+    assert set(WAYS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_every_method_makes_a_plan_that_exports(broca, files, tmp_path, method):
+    edit = tmp_path / "edit.safetensors"
+    status, out, err = broca(
+        "edit", files / "model", "--method", method, *arguments_of(files, WAYS[method]), "--out", edit
+    )
+    assert status == 0, err
+    assert out.rstrip().endswith(str(edit))
+    plan = load_plan(edit)
+    loaded = load_model(str(files / "model"))
+    assert plan.metadata["fingerprint"] == loaded.fingerprint and plan.metadata["method"]
+    status, _, err = broca(
+        "export", files / "model", "--edit", edit, "--verify", "--out", tmp_path / "out", "--json"
+    )
+    assert status == 0, err
+    exported = load_model(str(tmp_path / "out"))
+    ids = torch.tensor([[0, 5, 80, 33, 200, 7]])
+    with torch.no_grad():
+        difference = exported.model(ids).logits - loaded.model(ids).logits
+    assert float(difference.abs().max()) > 1e-4
+    assert broca("inspect", edit)[0] == 0
+
+
+@pytest.fixture
+def two(broca, files, tmp_path):
+    plans = []
+    for name, words in (("scale", WAYS["scale"]), ("keyed", WAYS["keyed"])):
+        path = tmp_path / f"{name}.safetensors"
+        assert (
+            broca("edit", files / "model", "--method", name, *arguments_of(files, words), "--out", path)[0]
+            == 0
+        )
+        plans.append(path)
+    return plans
+
+
+def test_plans_compose_in_one_option(broca, files, two, tmp_path):
+    out = tmp_path / "both.safetensors"
+    status, _, err = broca("edit", "--compose", *two, "--out", out)
+    assert status == 0, err
+    assert load_plan(out).metadata["settings"]["of"][0]["method"] == "scale"
+    status, said, err = broca("edit", files / "model", "--compose", *two, "--out", out, "--json")
+    assert status == 0, err
+    assert json.loads(said)["relative_change"] > 0
+
+
+def test_a_plan_is_scaled_inverted_and_restricted(broca, files, two, tmp_path):
+    half, back, cut = (tmp_path / f"{name}.safetensors" for name in ("half", "back", "cut"))
+    whole = load_plan(two[1])
+    assert broca("edit", "--compose", two[1], "--strength", "0.5", "--out", half)[0] == 0
+    torch.testing.assert_close(load_plan(half).edits[0].right, whole.edits[0].right * 0.5)
+    assert broca("edit", files / "model", "--invert", two[1], "--out", back)[0] == 0
+    torch.testing.assert_close(load_plan(back).edits[0].left, -whole.edits[0].left)
+    status, _, err = broca(
+        "edit", files / "model", "--restrict", two[1], "--layers", "2", "--neurons",
+        files / "neurons.safetensors", "--languages", "qab", "--out", cut,
+    )  # fmt: skip
+    assert status == 0, err
+    assert [edit.layer for edit in load_plan(cut).edits] == [2]
+    assert 0 < load_plan(cut).components < whole.components
+
+
+def test_two_plans_are_compared_and_drawn(broca, two, tmp_path):
+    status, out, err = broca("compare", *two, "--json")
+    assert status == 0, err
+    assert {row["layer"] for row in json.loads(out)["modules"]} == {0, 1, 2}
+    assert broca("plot", two[1], "--out", tmp_path / "plan.svg")[0] == 0
+    assert (tmp_path / "plan.svg").stat().st_size > 1000
+
+
+def test_the_list_says_what_each_needs(broca):
+    status, out, _ = broca("edit", "--method", "list")
+    assert status == 0 and all(name in out for name in METHODS)
+    listed = json.loads(broca("edit", "--method", "list", "--json")[1])
+    assert listed["keyed"]["needs"] == ["direction", "corpus"]
+    assert listed["scale"]["settings"] == {"factor": None}
+
+
+def test_anothers_vector_is_baked(broca, files, tmp_path):
+    vector = tmp_path / "control.safetensors"
+    save_file({"direction.1": torch.randn(64)}, vector)
+    status, _, err = broca(
+        "edit", files / "model", "--method", "bake", "--vector", vector, "--corpus", files / "text", "--out",
+        tmp_path / "edit.safetensors",
+    )  # fmt: skip
+    assert status == 0, err
+    assert [edit.layer for edit in load_plan(tmp_path / "edit.safetensors").edits] == [1]
+
+
+REFUSALS = {
+    "an unknown method": (["--method", "magic"], "magic"),
+    "a setting of another method": (["--direction", "direction", "--corpus", "text", "--factor", "0"], "--factor"),
+    "an unknown setting": (["--direction", "direction", "--corpus", "text", "--set", "rho=1"], "rho"),
+    "a setting of the wrong kind": (
+        ["--direction", "direction", "--corpus", "text", "--set", "jointly=perhaps"], "yes or no"),
+    "a word that is none of them": (["--method", "ablate", "--direction", "direction", "--set", "form=x"], "plain"),
+    "no layer for a vector": (["--method", "bake", "--direction", "direction", "--corpus", "text"], "--layers"),
+    "no languages": (["--method", "scale", "--neurons", "neurons", "--factor", "0"], "--languages"),
+    "no factor": (["--method", "scale", "--neurons", "neurons", "--languages", "qaa"], "--factor"),
+    "no neurons": (["--method", "scale", "--languages", "qaa", "--factor", "0"], "--neurons"),
+    "heads of a method": (["--direction", "direction", "--corpus", "text", "--heads", "1"], "--heads"),
+    "a setting twice": (
+        ["--direction", "direction", "--corpus", "text", "--eps", "1", "--set", "eps=1"], "twice"),
+    "a method's option while composing": (["--compose", "a", "--corpus", "text"], "--corpus"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_gets_one_sentence(broca, files, tmp_path, name):
+    words, said = REFUSALS[name]
+    status, _, err = broca(
+        "edit", files / "model", *arguments_of(files, words), "--out", tmp_path / "edit.safetensors"
+    )
+    assert status == 2, err
+    assert said in err and "Traceback" not in err
+    assert not (tmp_path / "edit.safetensors").exists()
