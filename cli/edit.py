@@ -205,9 +205,6 @@ def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:
     from neurons.errors import UsageError
 
     fields = {"direction": "directions"}
-    for need in method.needs:
-        if not _was_given(fields.get(need, need), getattr(asked, fields.get(need, need))):
-            raise UsageError(f"--method {asked.method} needs {_spelled(need)} ({_WHERE_FROM[need]})")
     meant = {fields.get(name, name) for name in (*method.needs, *method.takes)}
     for name in _SHARED:
         if name not in meant and _was_given(name, getattr(asked, name)):
@@ -217,6 +214,9 @@ def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:
     for name in SPELLED_OUT:
         if getattr(asked, name) is not None and name not in method.settings:
             raise UsageError(f"{_spelled(name)} means nothing to --method {asked.method}: leave it out")
+    for need in method.needs:
+        if not _was_given(fields.get(need, need), getattr(asked, fields.get(need, need))):
+            raise UsageError(f"--method {asked.method} needs {_spelled(need)} ({_WHERE_FROM[need]})")
 
 
 _SHARED = (

@@ -95,7 +95,8 @@ def test_inspect_shows_every_kind_of_file(broca, files, name):
     assert status == 0
     assert "┃" in out
     status, out, err = broca("inspect", path, "--json")
-    assert status == 0 and err == ""
+    # The tiny model's edit is larger than its weights, which is warned about.
+    assert status == 0 and all(line.startswith("broca: warning: layer") for line in err.splitlines())
     assert "fingerprint" in json.loads(out)
 
 

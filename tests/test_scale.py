@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from editing.edits.scale import scale_plan
+from editing.edits.scale import column_scaling, scale_plan
 from editing.live import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.neuron_set import neuron_set
@@ -103,3 +103,53 @@ def test_refuses_a_language_without_neurons(llama, chosen):
 def test_refuses_factors_that_change_nothing_or_all(llama, chosen, factor):
     with pytest.raises(UsageError, match="factor"):
         scale_plan(llama, chosen, ["qaa"], factor)
+
+
+def test_layers_restrict_which_neurons_are_scaled(llama, chosen):
+    plan = scale_plan(llama, chosen, ["qaa", "qab"], 0.0, [0, 2])
+    assert [(edit.layer, edit.components) for edit in plan.edits] == [(0, (3, 40)), (2, (7,))]
+    assert plan.metadata["settings"]["layers"] == [0, 2]
+    with neurons_scaled(llama.model, [(0, 3), (0, 40), (2, 7)], 0.0):
+        expected = logits(llama)
+    with applied(llama, plan):
+        torch.testing.assert_close(logits(llama), expected, rtol=1e-4, atol=1e-4)
+    whole = scale_plan(llama, chosen, ["qaa", "qab"], 0.0)
+    same = scale_plan(llama, chosen, ["qaa", "qab"], 0.0, [0, 1, 2])
+    assert "layers" not in whole.metadata["settings"]
+    assert [edit.components for edit in same.edits] == [edit.components for edit in whole.edits]
+
+
+def test_refuses_layers_without_the_languages_neurons(llama, chosen):
+    with pytest.raises(BrocaError, match="no neuron for qaa in these layers"):
+        scale_plan(llama, chosen, ["qab", "qaa"], 0.0, [1])
+    with pytest.raises(UsageError, match="layer 3"):
+        scale_plan(llama, chosen, ["qaa"], 0.0, [0, 3])
+    with pytest.raises(UsageError, match="at least one layer"):
+        scale_plan(llama, chosen, ["qaa"], 0.0, [])
+
+
+def test_refuses_neurons_of_a_model_of_another_size(llama):
+    foreign = neuron_set({"qaa": torch.tensor([[0, 50]])}, {"qaa": torch.zeros(1)}, 3, 64, {})
+    with pytest.raises(BrocaError, match="3 x 64 neurons where the model has 3 x 48"):
+        scale_plan(llama, foreign, ["qaa"], 0.0)
+
+
+def test_refuses_a_factor_that_float32_has_as_one(llama, chosen):
+    with pytest.raises(UsageError, match="layer 0, mlp: the factor of channel 3 is too near 1"):
+        scale_plan(llama, chosen, ["qaa"], 1 + 1e-12)
+
+
+def test_channels_of_a_head_are_scaled_one_by_one(llama):
+    scale = torch.ones(3, 64, dtype=torch.float64)
+    scale[1, [33, 40]] = torch.tensor([3.0, -1.0]).double()
+    (edit,) = column_scaling(llama, "attn", scale)
+    assert (edit.layer, edit.block, edit.components) == (1, "attn", (1,))
+    weight = llama.model.model.layers[1].self_attn.o_proj.weight.double()
+    expected = weight.clone()
+    for row in range(64):
+        expected[row, 33] *= 3
+        expected[row, 40] *= -1
+    torch.testing.assert_close(edit.apply(weight), expected)
+    assert edit.notes["change_norm"] == pytest.approx(float((expected - weight).norm()))
+    assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()))
+    assert edit.details["factor"].tolist() == pytest.approx([(30 + 3 - 1) / 32])

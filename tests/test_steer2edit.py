@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 
 from editing.direction import Direction, load_direction
 from editing.directions.diffmean import diffmean_direction
-from editing.edits.steer2edit import steer2edit, steer2edit_plan
+from editing.edits.steer2edit import relative_activity, steer2edit, steer2edit_plan
+from editing.live import applied
 from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
 from neurons.neuron_set import neuron_set
-from neurons.source import open_model
+from neurons.sites import reading
+from neurons.source import load_model, open_model
 
 NAMES = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
@@ -22,7 +24,7 @@ def length(values):
     return math.sqrt(sum(value * value for value in values))
 
 
-def naive(weight, direction, mean, width, rho, alpha):
+def naive(weight, direction, mean, width, rho, alpha, activity=False):
     """g, lambda, c of each component and the edited weight, number by number."""
     weight, direction, mean = weight.tolist(), direction.tolist(), mean.tolist()
     rows, columns = range(len(weight)), range(len(weight[0]))
@@ -33,6 +35,8 @@ def naive(weight, direction, mean, width, rho, alpha):
         own = range(first, first + width)
         output = [sum(weight[r][i] * mean[i] for i in own) for r in rows]
         g = sum(unit[r] * output[r] for r in rows) / length(output) if length(output) else 0.0
+        if activity:
+            g *= min(1.0, abs(mean[first]) / (length(mean) / math.sqrt(len(mean))))
         magnitude = math.copysign(max(abs(g) - rho * alpha, 0.0) / (rho * (1 - alpha)), g)
         key = {i: sum(weight[r][i] * unit[r] for r in rows) for i in own}
         for r in rows:
@@ -124,6 +128,48 @@ def test_refuses_a_direction_of_no_length():
         steer2edit(weight, direction * 0, mean, 1, 0.5, 0.2)
 
 
+def test_activity_weighs_the_importance():
+    weight, direction, mean = random_case(4, columns=24)
+    loudest, quietest = torch.cosine_similarity(weight, direction[:, None], dim=0).abs().topk(2).indices
+    mean[3], mean[loudest], mean[quietest] = 0, 40, 0.001
+    found = steer2edit(weight, direction, mean, 1, 0.4, 0.3, "activity")
+    expected, edited = naive(weight, direction, mean, 1, 0.4, 0.3, activity=True)
+    torch.testing.assert_close(found.importance, expected["g"])
+    torch.testing.assert_close(found.magnitude, expected["lambda"])
+    torch.testing.assert_close(found.amplification, expected["c"])
+    torch.testing.assert_close(weight + torch.outer(found.left, found.right), edited)
+    by_sign = steer2edit(weight, direction, mean, 1, 0.4, 0.3)
+    assert (found.importance.abs() <= by_sign.importance.abs()).all()
+    assert found.magnitude[loudest] == by_sign.magnitude[loudest] != 0
+    assert found.magnitude[quietest] == 0 != by_sign.magnitude[quietest]
+
+
+def test_activity_spares_the_quiet_one_of_two_equal_neurons():
+    # Both columns write v; the root mean square of mu is 1, the quiet one's |mu| .1.
+    direction, weight = torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    mean = torch.tensor([-math.sqrt(3 - 0.01 - 1), 0.1, 1.0], dtype=torch.float64)
+    found = steer2edit(weight, direction, mean, 1, 0.5, 0.4, "activity")
+    assert found.importance.tolist() == pytest.approx([-1, 0.1, 0])
+    assert found.magnitude.tolist() == pytest.approx([-0.8 / 0.3, 0, 0])
+    assert steer2edit(weight, direction, mean, 1, 0.5, 0.4).magnitude[1] == pytest.approx(0.8 / 0.3)
+
+
+def test_a_layer_without_activity_has_no_weight():
+    assert relative_activity(torch.zeros(4)).tolist() == [0] * 4
+    assert relative_activity(torch.tensor([3.0, -4.0, 0.0, 0.0])).tolist() == [1, 1, 0, 0]
+
+
+def test_sign_is_the_published_weighting():
+    weight, direction, mean = random_case(5)
+    published, named = (steer2edit(weight, direction, mean, 1, 0.4, 0.3, *w) for w in ((), ("sign",)))
+    for name in ("importance", "magnitude", "amplification", "left", "right"):
+        assert torch.equal(getattr(published, name), getattr(named, name))
+    with pytest.raises(UsageError, match="weighting 'size'"):
+        steer2edit(weight, direction, mean, 1, 0.4, 0.3, "size")
+    with pytest.raises(UsageError, match="only neurons"):
+        steer2edit(weight, direction, mean, 3, 0.4, 0.3, "activity")
+
+
 @pytest.fixture(scope="module")
 def qwen(checkpoint_of):
     """Grouped-query attention whose head_dim (48) is not hidden / heads (32)."""
@@ -203,6 +249,123 @@ def test_only_neurons_of_the_set_change(qwen, direction):
             assert len(edit.details["g"]) == len(edit.details["c"]) == len(allowed[edit.layer])
             assert edit.notes["change_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
         torch.testing.assert_close(found[edit.layer, edit.block], expected)
+
+
+def test_only_neurons_of_the_named_languages_change(qwen, direction):
+    rows = {
+        "qaa": torch.tensor([[0, 3], [1, 4]]),
+        "qab": torch.tensor([[1, 4], [1, 40]]),
+        "qac": torch.zeros(0, 2, dtype=torch.int64),
+    }
+    chosen = neuron_set(rows, {k: torch.zeros(len(v)) for k, v in rows.items()}, 3, 48, {"method": "lape"})
+
+    def neurons_of(languages, layers=(0, 1, 2), heads=None):
+        plan = steer2edit_plan(qwen, direction, layers, heads, 0.01, 0.0, 1.0, chosen, languages)
+        assert plan.metadata["settings"].get("languages") == languages
+        return {(edit.layer, j) for edit in plan.edits for j in edit.components if edit.block == "mlp"}
+
+    assert neurons_of(None) == {(0, 3), (1, 4), (1, 40)}
+    assert neurons_of(["qab"]) == {(1, 4), (1, 40)}
+    assert neurons_of(["qab"], heads=0.01) == {(1, 4), (1, 40)}
+    assert neurons_of(["qaa"]) == {(0, 3), (1, 4)}
+    assert neurons_of(["qaa"], [1]) == {(1, 4)}
+    for languages, layers, message in (
+        (["qac"], [0], "no neuron for qac in these layers"),
+        (["qab"], [0, 2], "no neuron for qab in these layers"),
+    ):
+        with pytest.raises(BrocaError, match=message):
+            neurons_of(languages, layers)
+    with pytest.raises(UsageError, match="'xx'"):
+        neurons_of(["xx"])
+    with pytest.raises(UsageError, match="at least one language"):
+        neurons_of([])
+    with pytest.raises(UsageError, match="give --neurons"):
+        steer2edit_plan(qwen, direction, [0], languages=["qaa"])
+    foreign = neuron_set({"qaa": torch.tensor([[0, 50]])}, {"qaa": torch.zeros(1)}, 3, 64, {})
+    with pytest.raises(BrocaError, match="3 x 64 neurons where the model has 3 x 48"):
+        steer2edit_plan(qwen, direction, [0], neurons=foreign)
+
+
+def test_the_plan_weighs_neurons_and_leaves_heads(qwen, direction):
+    by_sign = steer2edit_plan(qwen, direction, [1], 0.05, 0.3, 0.3)
+    plan = steer2edit_plan(qwen, direction, [1], 0.05, 0.3, 0.3, weigh="activity")
+    (heads, neurons), (plain_heads, plain_neurons) = plan.edits, by_sign.edits
+    assert torch.equal(heads.right, plain_heads.right)
+    stored = load_file(qwen.checkpoint / "model.safetensors")
+    weight = stored["model.layers.1.mlp.down_proj.weight"].double()
+    vector, mean = direction.vectors["mlp_out"][1], direction.input_means["mlp_in"][1]
+    expected, edited = naive(weight, vector, mean, 1, 0.3, 0.3, activity=True)
+    assert neurons.components == tuple(expected["lambda"].nonzero()[:, 0].tolist())
+    assert 0 < len(neurons.components) < len(plain_neurons.components)
+    torch.testing.assert_close(neurons.apply(weight), edited, rtol=1e-6, atol=1e-6)
+    assert neurons.notes["change_norm"] == pytest.approx(float((edited - weight).norm()), rel=1e-5)
+    assert plan.metadata["settings"]["weigh"] == "activity"
+    assert set(by_sign.metadata["settings"]) == {
+        "layers", "heads_rho", "neurons_rho", "alpha", "strength", "neurons"
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="neurons are off"):
+        steer2edit_plan(qwen, direction, [1], 0.05, None, weigh="activity")
+    with pytest.raises(UsageError, match="weighting 'size'"):
+        steer2edit_plan(qwen, direction, [1], weigh="size")
+
+
+def test_refuses_layers_and_directions_that_lack_something(qwen, direction):
+    with pytest.raises(UsageError, match="layer 3"):
+        steer2edit_plan(qwen, direction, [0, 3])
+    bare = Direction("qaa", "qab", {"mlp_out": direction.vectors["mlp_out"]}, {}, {})
+    with pytest.raises(UsageError, match="no mean at mlp_in"):
+        steer2edit_plan(qwen, bare, [0], None, 0.3)
+    means = Direction("qaa", "qab", {}, direction.input_means, {})
+    with pytest.raises(UsageError, match="no vectors at attn_out"):
+        steer2edit_plan(qwen, means, [0])
+
+
+@pytest.fixture(scope="module")
+def loaded_qwen(qwen):
+    return load_model(str(qwen.checkpoint), device="cpu")
+
+
+@pytest.mark.parametrize("weigh", ["sign", "activity"])
+def test_the_edited_model_computes_what_a_hook_would(loaded_qwen, direction, weigh):
+    # W_i' = (I + c_i v v^T) W_i: to the output, each component adds c_i (v . its output) v.
+    plan = steer2edit_plan(loaded_qwen, direction, [0, 2], 0.05, 0.3, 0.3, weigh=weigh)
+    ids = torch.tensor([[0, 5, 80, 33, 200, 7]])
+    kept = {}
+
+    def before(place):
+        def read(values, _):
+            kept[place] = values.double()
+
+        return read
+
+    def after(edit, module):
+        width = 48 if edit.block == "attn" else 1
+        unit = direction.vectors[f"{edit.block}_out"][edit.layer]
+        unit = unit / unit.norm()
+
+        def read(values, _):
+            inputs, added = kept[edit.layer, edit.block], torch.zeros(values.shape).double()
+            for component, c in zip(edit.components, edit.details["c"].tolist(), strict=True):
+                own = slice(component * width, (component + 1) * width)
+                output = inputs[..., own] @ module.weight[:, own].double().T
+                added += c * (output @ unit)[..., None] * unit
+            return values + added.float()
+
+        return read
+
+    readers = {}
+    for edit in plan.edits:
+        layer = loaded_qwen.model.model.layers[edit.layer]
+        module = layer.self_attn.o_proj if edit.block == "attn" else layer.mlp.down_proj
+        readers[f"{edit.block}_in", edit.layer] = before((edit.layer, edit.block))
+        readers[f"{edit.block}_out", edit.layer] = after(edit, module)
+    with torch.no_grad():
+        with reading(loaded_qwen.anatomy, readers):
+            expected = loaded_qwen.model(ids).logits
+        with applied(loaded_qwen, plan):
+            found = loaded_qwen.model(ids).logits
+        assert (found - loaded_qwen.model(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_strength_scales_every_lambda(qwen, direction):

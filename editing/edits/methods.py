@@ -277,6 +277,10 @@ def _austeer(request: Request) -> Plan:
     if pair is None or len(pair) != 2:
         raise UsageError("--method austeer needs --languages SOURCE,TARGET")
     if request.statistics is not None:
+        if request.blocks not in (None, ("mlp",)):
+            raise UsageError(
+                "--statistics know neurons only: leave --blocks out, or give --corpus in place of --statistics"
+            )
         rates = {"mlp": austeer.neuron_rates(request.source, request.statistics, pair[0], pair[1])}
     elif request.corpus is not None:
         rates = austeer.corpus_rates(
