@@ -2,55 +2,210 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import corpus_options, device_options, json_option, model_argument, out_option
+from cli.options import FILE, PARTS, CommaSeparated, device_options, json_option
 from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from editing.direction import Direction
+    from editing.directions.sae import Autoencoder
+
+LIST = "list"
+SHOWN_SITE = "block_out"
 
 
 @click.command("direction")
-@model_argument
-@corpus_options
-@click.option("--source", required=True, help="Language to steer from.")
-@click.option("--target", required=True, help="Language to steer to.")
+@click.argument("model", required=False)
+@click.option(
+    "--corpus", type=FILE, help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row."
+)
+@click.option("--languages", type=CommaSeparated(), help="Which of the corpus, as en,fr,de.  [default: all]")
+@click.option(
+    "--part",
+    type=click.Choice(PARTS),
+    default="all",
+    show_default=True,
+    help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter to report, by "
+    "line number.",
+)
+@click.option("--source", help="Language to steer from.")
+@click.option("--target", help="Language to steer to.")
+@click.option(
+    "--method", default="diffmean", show_default=True, help="One of `broca direction --method list`."
+)
+@click.option(
+    "--winsorise",
+    type=float,
+    metavar="Q",
+    help="Clip each coordinate of the texts' means to its quantiles 1-Q to Q before averaging, as 0.995.",
+)
+@click.option("--project-neutral", is_flag=True, help="Take off what lies along the mean of both languages.")
+@click.option(
+    "--unit-length", is_flag=True, help="Vectors of length 1.  [default: as long as DiffMean along it]"
+)
+@click.option(
+    "--sae", "saes", type=FILE, multiple=True, help="sae: autoencoder, SAE-Lens or Gemma-Scope; repeat."
+)
+@click.option(
+    "--sae-layer",
+    "sae_layers",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="sae: the layer that each --sae reads, in order.  [default: what its configuration says]",
+)
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @device_options
-@out_option("File for the direction (.safetensors).")
+@click.option("--out", type=FILE, help="File for the direction (.safetensors).")
 @json_option
-def command(
-    model: str,
-    corpus_path: Path,
-    languages: tuple[str, ...] | None,
-    part: str,
-    source: str,
-    target: str,
-    device: str,
-    dtype: str,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Take the DiffMean direction from one language to another in MODEL (hub id or directory).
+def command(**options: Any) -> None:
+    """Take the direction from one language to another in MODEL (hub id or directory).
 
     \b
-    Example:
+    Examples:
       broca direction artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr \\
           --out direction.safetensors
+      broca direction artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr \\
+          --method low-rank-shift --winsorise 0.995 --out direction.safetensors
+      broca direction --method list
     """
-    from editing.directions.diffmean import diffmean_direction
+    asked = SimpleNamespace(**options)
+    screen = Screen(asked.as_json)
+    if asked.method == LIST:
+        _list(screen)
+        return
+    from editing.directions.methods import method_of
+    from editing.directions.take import direction_of
     from neurons.corpus import read_corpus
+    from neurons.processes import is_first
     from neurons.source import load_model
 
-    screen = Screen(as_json)
-    corpus = read_corpus(corpus_path, languages, part)
-    loaded = load_model(model, device, dtype)
+    method_of(asked.method)
+    _require(asked)
+    settings = _settings(asked)
+    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    autoencoders = _autoencoders(asked)
+    loaded = load_model(asked.model, asked.device, asked.dtype)
     with screen.progress("Recording the direction", None, "tokens") as advance:
-        found = diffmean_direction(loaded, corpus, source, target, advance)
-    found.save(out)
-    norms = {site: vectors.norm(dim=1).tolist() for site, vectors in found.vectors.items()}
+        found = direction_of(
+            loaded,
+            corpus,
+            asked.source,
+            asked.target,
+            asked.method,
+            winsorised=asked.winsorise,
+            project_neutral=asked.project_neutral,
+            unit_length=asked.unit_length,
+            tokens=asked.tokens,
+            settings=settings,
+            autoencoders=autoencoders,
+            progress=advance,
+        )
+    if not is_first():
+        return
+    found.save(asked.out)
+    _show(screen, found, asked)
+
+
+def _require(asked: SimpleNamespace) -> None:
+    from neurons.errors import UsageError
+
+    for name, what in (
+        ("corpus", "a directory of <language>.txt"),
+        ("source", "the language to steer from"),
+        ("target", "the language to steer to"),
+        ("out", "the file for the direction"),
+    ):
+        if getattr(asked, name) is None:
+            raise UsageError(f"--{name} is missing: {what}")
+    if asked.model is None:
+        raise UsageError("name the MODEL: a hub id or a directory")
+
+
+def _settings(asked: SimpleNamespace) -> dict[str, float]:
+    """``--set name=value`` as numbers."""
+    from neurons.errors import UsageError
+
+    found = {}
+    for assignment in asked.assignments:
+        name, _, value = assignment.partition("=")
+        try:
+            found[name.strip().replace("-", "_")] = float(value)
+        except ValueError as error:
+            raise UsageError(f"--set {assignment}: write a name and a number, as penalty=0.1") from error
+    return found
+
+
+def _autoencoders(asked: SimpleNamespace) -> list[Autoencoder]:
+    from editing.directions.sae_files import read_autoencoder
+    from neurons.errors import UsageError
+
+    if asked.sae_layers and len(asked.sae_layers) != len(asked.saes):
+        raise UsageError(
+            f"{len(asked.saes)} --sae and {len(asked.sae_layers)} --sae-layer: give a layer for each "
+            "autoencoder, or for none"
+        )
+    layers = asked.sae_layers or [None] * len(asked.saes)
+    return [read_autoencoder(path, layer) for path, layer in zip(asked.saes, layers, strict=True)]
+
+
+def _list(screen: Screen) -> None:
+    from editing.directions.methods import METHODS
+
     screen.table(
-        f"DiffMean, {source} to {target}: length of the direction",
-        ["layer", *norms],
-        [[str(layer), *values] for layer, values in enumerate(zip(*norms.values(), strict=True))],
+        "methods",
+        ["method", "what it is", "source", "needs", "settings"],
+        [
+            [
+                name,
+                method.line,
+                method.source,
+                method.needs,
+                ", ".join(
+                    f"{key}={'-' if value is None else value}" for key, value in method.settings.items()
+                ),
+            ]
+            for name, method in METHODS.items()
+        ],
+        words=5,
     )
-    screen.result({"out": out, "source": source, "target": target, "norms": norms, **found.metadata}, out)
+    screen.result(
+        {
+            name: {
+                "line": method.line,
+                "source": method.source,
+                "needs": method.needs,
+                "settings": dict(method.settings),
+            }
+            for name, method in METHODS.items()
+        }
+    )
+
+
+def _show(screen: Screen, found: Direction, asked: SimpleNamespace) -> None:
+    norms = {site: vectors.norm(dim=1).tolist() for site, vectors in found.vectors.items()}
+    measures = found.metadata.get("measures", {}).get(SHOWN_SITE, {})
+    title = "DiffMean" if asked.method == "diffmean" else asked.method
+    screen.table(
+        f"{title}, {found.source} to {found.target}: length of the direction"
+        + (f", and its measures at {SHOWN_SITE}" if measures else ""),
+        ["layer", *norms, *measures],
+        [
+            [str(layer), *values]
+            for layer, values in enumerate(zip(*norms.values(), *measures.values(), strict=True))
+        ],
+    )
+    for site, (first, last) in found.metadata.get("window", {}).items():
+        screen.say(f"{site}: strongest and most stable in layers {first}-{last}")
+    for one in found.metadata.get("autoencoders", []):
+        screen.say(
+            f"{one['name']}: {len(one['features'])} features are {found.target}'s own: {one['features'][:20]}"
+        )
+    screen.result(
+        {"out": asked.out, "source": found.source, "target": found.target, "norms": norms, **found.metadata},
+        asked.out,
+    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neurons.artifact import load_artifact, save_artifact
+from neurons.errors import BrocaError
 from neurons.source import ModelSource
+
+_GROUPS = ("vectors", "input_means", "subspaces")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,11 @@ class Direction:
         target: language name.
         vectors: site ("attn_out", "mlp_out", "block_out") -> float64 [L, d], not normalised.
         input_means: site ("attn_in", "mlp_in") -> float64 [L, width], the mean of both languages.
-        metadata: method, model, fingerprint, corpus digest, tokens.
+        metadata: method, model, fingerprint, corpus digest, tokens, settings; where the method has them,
+            ``measures`` (site -> name -> a number a layer, such as explained, mass, stability, rank) and
+            ``window`` (site -> the layers to act in).
+        subspaces: site -> float64 [L, d, r], orthonormal columns; those past a layer's own rank are 0, so
+            that B B^T is the layer's projection all the same.  Empty where the method has none.
     """
 
     source: str
@@ -29,6 +36,7 @@ class Direction:
     vectors: dict[str, torch.Tensor]
     input_means: dict[str, torch.Tensor]
     metadata: dict[str, Any]
+    subspaces: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def require_model(self, source: ModelSource) -> None:
         """Refuse a model that the direction was not taken from.
@@ -39,24 +47,45 @@ class Direction:
         if "fingerprint" in self.metadata:
             source.require_fingerprint(self.metadata, "the direction")
 
+    def subspace(self, site: str, layer: int) -> torch.Tensor:
+        """The subspace's basis at a site of a layer, float64 [d, rank of the layer].
+
+        Raises:
+            BrocaError: the direction has no subspace there.
+        """
+        if site not in self.subspaces:
+            raise BrocaError(
+                f"the direction has no subspace at {site}: take one with `broca direction --method "
+                "low-rank-shift` or language-subspace"
+            )
+        basis = self.subspaces[site][layer]
+        return basis[:, basis.any(0)]
+
     def save(self, path: Path) -> None:
-        tensors = {f"vectors.{site}": value for site, value in self.vectors.items()}
-        tensors |= {f"input_means.{site}": value for site, value in self.input_means.items()}
+        groups = {name: getattr(self, name) for name in _GROUPS}
+        tensors = {
+            f"{group}.{site}": value for group, values in groups.items() for site, value in values.items()
+        }
         fields = {"source": self.source, "target": self.target, "languages": [self.source, self.target]}
         save_artifact(path, "direction", tensors, {**self.metadata, **fields})
 
 
 def load_direction(path: Path) -> Direction:
-    """Read what ``Direction.save`` wrote."""
+    """Read what ``Direction.save`` wrote.
+
+    Raises:
+        BrocaError: no direction, or one that holds something that a direction has not.
+    """
     artifact = load_artifact(path, "direction")
-    groups: dict[str, dict[str, torch.Tensor]] = {"vectors": {}, "input_means": {}}
+    groups: dict[str, dict[str, torch.Tensor]] = {group: {} for group in _GROUPS}
     for name, tensor in artifact.tensors.items():
         group, _, site = name.partition(".")
+        if group not in groups:
+            raise BrocaError(f"{path}: not a readable direction (what is {name!r}?): take it again")
         groups[group][site] = tensor
     return Direction(
         source=artifact.metadata["source"],
         target=artifact.metadata["target"],
-        vectors=groups["vectors"],
-        input_means=groups["input_means"],
         metadata=artifact.metadata,
+        **groups,
     )

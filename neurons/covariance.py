@@ -49,37 +49,61 @@ def language_moments(
         site: a site of ``neurons.anatomy.SITES``.
         units: layer -> int64 [S], which units.
         progress: called with the number of tokens done.
+
+    Raises:
+        BrocaError: as ``site_moments``.
+    """
+    found = site_moments(loaded, batches, {(site, layer): index for layer, index in units.items()}, progress)
+    return {layer: moments for (_, layer), moments in found.items()}
+
+
+def site_moments(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    units: Mapping[tuple[str, int], torch.Tensor],
+    progress: Progress | None = None,
+) -> dict[tuple[str, int], Moments]:
+    """Moments of several sites, in one pass.
+
+    Args:
+        loaded: the model.
+        batches: language -> its batches.
+        units: (site, layer) -> int64 [S], which units of it.
+        progress: called with the number of tokens done.
+
+    Raises:
+        BrocaError: neurons of a mixture of experts, or moments that are not finite, by site and layer.
     """
     languages = tuple(batches)
     device = loaded.device
     sums = {
-        layer: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
-        for layer, index in units.items()
+        place: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
+        for place, index in units.items()
     }
     squares = {
-        layer: torch.zeros(len(index), len(index), dtype=torch.float64, device=device)
-        for layer, index in units.items()
+        place: torch.zeros(len(index), len(index), dtype=torch.float64, device=device)
+        for place, index in units.items()
     }
     starts = {
-        layer: torch.zeros(len(index), dtype=torch.float64, device=device) for layer, index in units.items()
+        place: torch.zeros(len(index), dtype=torch.float64, device=device) for place, index in units.items()
     }
     start_tokens = 0
     current: dict[str, torch.Tensor] = {}
     tokens = torch.zeros(len(languages), dtype=torch.float64, device=device)
     k = 0
 
-    def reader_of(layer: int, index: torch.Tensor) -> Reader:
+    def reader_of(place: tuple[str, int], index: torch.Tensor) -> Reader:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             if routed is not None:
                 raise BrocaError("the covariance of experts' neurons is not taken: choose a dense model")
             rows = values.detach()[current["counted"]].double()[:, index]
-            sums[layer][:, k] += rows.sum(0)
-            squares[layer].addmm_(rows.T, rows)
-            starts[layer] += values.detach()[current["start"]].double()[:, index].sum(0)
+            sums[place][:, k] += rows.sum(0)
+            squares[place].addmm_(rows.T, rows)
+            starts[place] += values.detach()[current["start"]].double()[:, index].sum(0)
 
         return read
 
-    readers = {(site, layer): reader_of(layer, index.to(device)) for layer, index in units.items()}
+    readers = {place: reader_of(place, index.to(device)) for place, index in units.items()}
     with reading(loaded.anatomy, readers), torch.no_grad():
         for k, language in enumerate(languages):
             for batch in batches[language]:
@@ -92,9 +116,15 @@ def language_moments(
                 if progress is not None:
                     progress(int(batch.counted.sum()))
     found = {}
-    for layer, index in units.items():
-        mean = sums[layer] / tokens
-        within = squares[layer] - (mean * tokens) @ mean.T
-        start = (starts[layer] / start_tokens).cpu() if start_tokens else None
-        found[layer] = Moments(languages, index, mean.cpu(), (within / tokens.sum()).cpu(), start)
+    for place, index in units.items():
+        mean = sums[place] / tokens
+        within = squares[place] - (mean * tokens) @ mean.T
+        start = (starts[place] / start_tokens).cpu() if start_tokens else None
+        found[place] = Moments(languages, index, mean.cpu(), (within / tokens.sum()).cpu(), start)
+        of_start = torch.zeros(1) if start is None else start
+        if not bool(torch.isfinite(found[place].covariance).all() & torch.isfinite(of_start).all()):
+            site, layer = place
+            raise BrocaError(
+                f"{loaded.name}: layer {layer}, {site}: activations that are not finite: load it in float32"
+            )
     return found

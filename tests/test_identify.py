@@ -24,7 +24,7 @@ def recorded():
 
 @pytest.mark.parametrize("method", ["lape", "gradient"])
 def test_a_rate_that_keeps_no_neuron_is_refused(method):
-    with pytest.raises(UsageError, match="top rate 0.01"):
+    with pytest.raises(UsageError, match=r"top rate 0\.01"):
         neurons_from(recorded(), method, 0.01)
 
 

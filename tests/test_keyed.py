@@ -9,7 +9,8 @@ import torch
 from scipy.linalg import null_space
 
 from editing.direction import Direction
-from editing.edits.keyed import key, keyed_plan
+from editing.edits.key import key
+from editing.edits.keyed import keyed_plan
 from editing.live import applied
 from neurons.anatomy import first
 from neurons.batches import language_batches, text_batches

@@ -1,0 +1,58 @@
+"""LDA: the line that separates two languages best beside the spread within them (Fisher's discriminant).
+
+    u ~ S_w^-1 (mean_target - mean_source)
+
+S_w is the covariance of the texts' means about their own language's mean, over both languages, shrunk to a
+multiple of the identity by Ledoit and Wolf's rule (J. Multivariate Analysis 88, 2004; scikit-learn), which
+also makes it invertible where there are fewer texts than coordinates:
+
+    S_w = (1 - shrinkage) C + shrinkage * tr(C)/d * I
+
+A line only: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from neurons.errors import BrocaError
+
+
+@dataclass(frozen=True)
+class Discriminant:
+    """The line.
+
+    Attributes:
+        unit: float64 [d], of length 1, pointing to the target.
+        shrinkage: in [0, 1], how much of S_w is the identity's.
+    """
+
+    unit: torch.Tensor
+    shrinkage: float
+
+
+def lda(source: torch.Tensor, target: torch.Tensor) -> Discriminant:
+    """Fisher's discriminant of texts' means [n_source, d] and [n_target, d].
+
+    Raises:
+        BrocaError: the languages' means are the same, or texts that hardly differ from their language's.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    source, target = source.double(), target.double()
+    means = source.mean(0), target.mean(0)
+    if torch.equal(means[0], means[1]):
+        raise BrocaError("source and target do not differ: their means are the same")
+    within = torch.cat([source - means[0], target - means[1]])
+    few = BrocaError("the texts hardly differ from their language's mean: LDA needs more texts a language")
+    if not within.any():
+        raise few
+    covariance, shrinkage = ledoit_wolf(within.numpy(), assume_centered=True)
+    try:
+        vector = torch.linalg.solve(torch.from_numpy(covariance), means[1] - means[0])
+    except LinAlgError as error:
+        raise few from error
+    return Discriminant(vector / vector.norm(), float(shrinkage))

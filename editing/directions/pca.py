@@ -1,0 +1,45 @@
+"""PCA of paired differences: the line along which translations differ most (arXiv 2310.01405, RepE).
+
+With D [n, d] the differences d_i = target_i - source_i of line-parallel texts' means, taken in both orders,
++d_i and -d_i, as RepE does so that neither language comes first, the mean is 0 and the first principal
+component is the first right singular vector of D, not centred:
+
+    u = argmax_{||u|| = 1} sum_i (d_i . u)^2              explained = s_1^2 / sum_i s_i^2
+
+PCA fixes a line only: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from neurons.errors import BrocaError
+
+
+@dataclass(frozen=True)
+class PrincipalDifference:
+    """The line.
+
+    Attributes:
+        unit: float64 [d], of length 1; its largest coordinate is positive.
+        explained: the line's share of the squared differences.
+    """
+
+    unit: torch.Tensor
+    explained: float
+
+
+def pca(differences: torch.Tensor) -> PrincipalDifference:
+    """The first principal component of paired differences [n, d].
+
+    Raises:
+        BrocaError: all differences are 0.
+    """
+    _, values, right = torch.linalg.svd(differences.double(), full_matrices=False)
+    energy = values.square()
+    if not energy.sum() > 0:
+        raise BrocaError("source and target do not differ: the differences of all texts are 0")
+    unit = right[0]
+    return PrincipalDifference(unit * unit[unit.abs().argmax()].sign(), float(energy[0] / energy.sum()))

@@ -1,0 +1,65 @@
+"""Probe: the weights of a logistic classifier that tells target texts from source texts.
+
+On x' = (x - m) / s, with m the mean of the two languages' means and s the root of the mean variance about
+m, one number for all coordinates, so that the penalty means the same at every layer and the geometry stays:
+
+    w, b = argmin  1/2 ||w||^2 + C sum_i log(1 + exp(-y_i (w . x'_i + b)))      y = +1 target, -1 source
+    u = w / ||w||
+
+Each language weighs the same, however many texts it has (class weights n / (2 n_language)).  C = 1 is
+scikit-learn's default.  A line only: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
+CLaS-Bench (arXiv 2601.08331) compares it with DiffMean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from neurons.errors import BrocaError
+
+PENALTY = 1.0  # C of scikit-learn, its default
+MOST_ITERATIONS = 10_000
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The line.
+
+    Attributes:
+        unit: float64 [d], of length 1, pointing to the target.
+        accuracy: share of the texts it was fitted to that it tells right, each language weighing the same.
+    """
+
+    unit: torch.Tensor
+    accuracy: float
+
+
+def probe(source: torch.Tensor, target: torch.Tensor, penalty: float = PENALTY) -> Classifier:
+    """The classifier's weights on texts' means [n_source, d] and [n_target, d].
+
+    Raises:
+        BrocaError: all texts are the same.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    source, target = source.double(), target.double()
+    both = torch.cat([source, target]) - (source.mean(0) + target.mean(0)) / 2
+    scale = both.square().mean().sqrt()
+    if not scale > 0:
+        raise BrocaError("source and target do not differ: all texts' means are the same")
+    is_target = torch.arange(len(both)) >= len(source)
+    classifier = LogisticRegression(
+        C=penalty, class_weight="balanced", max_iter=MOST_ITERATIONS, tol=TOLERANCE
+    )
+    inputs = (both / scale).numpy()
+    classifier.fit(inputs, is_target.numpy())
+    right = torch.from_numpy(classifier.predict(inputs)) == is_target
+    weights = torch.from_numpy(classifier.coef_[0])
+    length = weights.norm()
+    if not length > 0:
+        raise BrocaError("source and target cannot be told apart: their means are the same")
+    accuracy = (right[is_target].double().mean() + right[~is_target].double().mean()) / 2
+    return Classifier(weights / length, float(accuracy))

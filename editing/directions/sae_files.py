@@ -1,0 +1,186 @@
+"""Sparse autoencoders on disk: SAE-Lens directories and Gemma-Scope archives, never unpickled.
+
+SAE-Lens      directory of cfg.json and sae_weights.safetensors: W_enc [d, F], b_enc [F], W_dec [F, d],
+              b_dec [d], with jumprelu also threshold [F]; the file of weights itself names it as well
+Gemma-Scope   params.npz (arXiv 2408.05147) of the same names, always jumprelu, b_dec not taken off the
+              input; which layer it reads stands in no file, so it must be said
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from editing.directions.sae import Autoencoder
+from neurons.errors import BrocaError, UsageError, first_line
+
+CONFIG, WEIGHTS, ARCHIVE = "cfg.json", "sae_weights.safetensors", "params.npz"
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+# Where a hook of TransformerLens reads, as Broca names it.
+HOOKS = {"hook_resid_post": "block_out", "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out"}
+
+
+def read_autoencoder(path: Path, layer: int | None = None) -> Autoencoder:
+    """Read an autoencoder.
+
+    Args:
+        path: a SAE-Lens directory, its sae_weights.safetensors, a Gemma-Scope directory or its params.npz.
+        layer: which layer it reads; None takes what the configuration says.
+
+    Raises:
+        UsageError: no autoencoder there, or a layer that must be said, or another than the configuration's.
+        BrocaError: a file that cannot be read, or a kind of autoencoder that is not known.
+    """
+    if path.is_dir():
+        found = [path / name for name in (WEIGHTS, ARCHIVE) if (path / name).is_file()]
+        if not found:
+            raise UsageError(f"{path}: holds no autoencoder ({CONFIG} and {WEIGHTS}, or {ARCHIVE})")
+        path = found[0]
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such autoencoder")
+    if path.suffix == ".npz":
+        return _gemma_scope(path, layer)
+    return _sae_lens(path, layer)
+
+
+def _gemma_scope(path: Path, layer: int | None) -> Autoencoder:
+    if layer is None:
+        raise UsageError(f"{path}: the file does not say which layer it reads: give --sae-layer")
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BrocaError(f"{path}: not a readable archive of arrays ({first_line(error)})") from error
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+    _require(path, tensors, (*NAMES, "threshold"))
+    return _autoencoder(path, tensors, layer, "block_out", threshold=tensors["threshold"].float())
+
+
+def _sae_lens(path: Path, layer: int | None) -> Autoencoder:
+    config = _config(path.parent / CONFIG)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BrocaError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    _require(path, tensors, NAMES)
+    architecture = config.get("architecture") or "standard"
+    activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
+    if architecture == "standard" and activation == "topk":
+        architecture = "topk"
+    if architecture not in ("standard", "jumprelu", "topk"):
+        raise BrocaError(
+            f"{path}: an autoencoder of architecture {architecture!r}: Broca reads standard, jumprelu and topk"
+        )
+    if architecture != "topk" and activation != "relu":
+        raise BrocaError(f"{path}: features by {activation!r}: Broca reads those by relu, jumprelu and topk")
+    for name, plain in (
+        ("normalize_activations", (None, "none")),
+        ("rescale_acts_by_decoder_norm", (None, False)),
+        ("finetuning_scaling_factor", (None, False)),
+        ("reshape_activations", (None, "none")),
+    ):
+        if config.get(name) not in plain:
+            raise BrocaError(
+                f"{path.parent / CONFIG}: {name} is {config[name]!r}, which Broca does not compute: fold it "
+                "into the weights with SAE-Lens and save it again"
+            )
+    threshold = largest = None
+    if architecture == "jumprelu":
+        _require(path, tensors, ("threshold",))
+        threshold = tensors["threshold"].float()
+    if architecture == "topk":
+        largest = config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
+        if not isinstance(largest, int) or not 1 <= largest <= len(tensors["b_enc"]):
+            raise BrocaError(
+                f"{path.parent / CONFIG}: k is {largest!r}: topk needs how many features may fire"
+            )
+    said, site = _place(path.parent / CONFIG, config)
+    if said is None and layer is None:
+        raise UsageError(f"{path.parent / CONFIG}: does not say which layer it reads: give --sae-layer")
+    if said is not None and layer is not None and said != layer:
+        raise UsageError(f"{path.parent / CONFIG}: reads layer {said}, and --sae-layer says {layer}")
+    at = said if layer is None else layer
+    assert at is not None
+    centred = bool(config.get("apply_b_dec_to_input", True))
+    return _autoencoder(path, tensors, at, site, threshold, largest, centred)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"{path}: is missing: it says how the autoencoder beside it computes")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BrocaError(f"{path}: not valid JSON ({first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise BrocaError(f"{path}: not a JSON object")
+    return config
+
+
+def _place(path: Path, config: Mapping[str, Any]) -> tuple[int | None, str]:
+    """(layer or None where it is not said, site)."""
+    inner = config.get("metadata") or config.get("meta") or {}
+    hook = config.get("hook_name") or config.get("hook_point") or inner.get("hook_name")
+    if hook is None:
+        return None, "block_out"
+    matched = re.fullmatch(r"blocks\.(\d+)\.(\w+)", hook)
+    if matched and matched[2] in HOOKS:
+        return int(matched[1]), HOOKS[matched[2]]
+    if matched and matched[2] == "hook_resid_pre" and int(matched[1]) > 0:
+        # What enters a layer is what left the one before.
+        return int(matched[1]) - 1, "block_out"
+    named = re.fullmatch(r"(?:model\.)?layers\.(\d+)", hook)
+    if named:
+        return int(named[1]), "block_out"
+    raise BrocaError(
+        f"{path}: reads at {hook!r}: Broca can use blocks.L.hook_resid_post, hook_attn_out and hook_mlp_out"
+    )
+
+
+def _require(path: Path, tensors: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise BrocaError(
+            f"{path}: has no array of numbers {', '.join(missing)}: no autoencoder of a known layout"
+        )
+
+
+def _autoencoder(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    layer: int,
+    site: str,
+    threshold: torch.Tensor | None = None,
+    largest: int | None = None,
+    centred: bool = False,
+) -> Autoencoder:
+    encoder, encoder_bias, decoder, decoder_bias = (tensors[name].float() for name in NAMES)
+    parts = [encoder, encoder_bias, decoder, decoder_bias, *([] if threshold is None else [threshold])]
+    d, features = encoder.shape if encoder.ndim == 2 else (0, 0)
+    shapes = [(d, features), (features,), (features, d), (d,), (features,)]
+    if any(tuple(part.shape) != shape for part, shape in zip(parts, shapes, strict=False)) or not features:
+        found = ", ".join(f"{name} {list(tensors[name].shape)}" for name in NAMES)
+        raise BrocaError(f"{path}: shapes that do not fit together: {found}")
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise BrocaError(f"{path}: holds numbers that are not finite: fetch the file again")
+    return Autoencoder(
+        encoder,
+        encoder_bias,
+        decoder,
+        decoder_bias,
+        layer,
+        site,
+        threshold,
+        largest,
+        centred,
+        path.parent.name,
+    )

@@ -1,0 +1,103 @@
+"""How autoencoders' features fire while the model reads texts, and random-token sequences to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from editing.directions.sae import Autoencoder, Firing
+from neurons.batches import TokenBatch, row_batches
+from neurons.errors import UsageError
+from neurons.recording import Progress, forward
+from neurons.sites import Reader, Routed, reading
+from neurons.source import LoadedModel
+
+PIECE = 2**26  # features of tokens held at once
+
+
+def require_fit(loaded: LoadedModel, autoencoder: Autoencoder) -> None:
+    """
+    Raises:
+        UsageError: a layer or a width that the model does not have.
+    """
+    anatomy = loaded.anatomy
+    if not 0 <= autoencoder.layer < anatomy.layers:
+        raise UsageError(
+            f"{autoencoder.name} reads layer {autoencoder.layer}, and {loaded.name} has layers 0-{anatomy.layers - 1}"
+        )
+    if len(autoencoder.encoder) != anatomy.residual:
+        raise UsageError(
+            f"{autoencoder.name} reads {len(autoencoder.encoder)} numbers, and the residual of {loaded.name} is "
+            f"{anatomy.residual} wide: it was trained on another model"
+        )
+
+
+def firing(
+    loaded: LoadedModel,
+    batches: Sequence[TokenBatch],
+    autoencoders: Sequence[Autoencoder],
+    progress: Progress | None = None,
+) -> list[Firing]:
+    """How the features of each autoencoder fire on the texts, in one pass.
+
+    Args:
+        loaded: the model.
+        batches: a text a row.
+        autoencoders: each at a place of its own.
+        progress: called with the number of tokens done.
+
+    Raises:
+        UsageError: no text, an autoencoder that does not fit the model, or two at one place.
+    """
+    if not batches:
+        raise UsageError("no text has more than one token: give more text")
+    places = [(one.site, one.layer) for one in autoencoders]
+    if len(set(places)) < len(places):
+        raise UsageError("two autoencoders read the same layer: give one a layer")
+    for one in autoencoders:
+        require_fit(loaded, one)
+    moved = [one.to(loaded.device) for one in autoencoders]
+    fired = [torch.zeros(one.features, dtype=torch.int64, device=loaded.device) for one in moved]
+    sums = [torch.zeros(one.features, dtype=torch.float64, device=loaded.device) for one in moved]
+    current: list[torch.Tensor] = []
+
+    def reader_of(at: int) -> Reader:
+        def read(values: torch.Tensor, _: Routed | None) -> None:
+            counted = current[0]
+            rows = max(1, PIECE // (values.shape[1] * moved[at].features))
+            for first in range(0, len(values), rows):
+                inside = counted[first : first + rows, :, None]
+                active = torch.where(inside, moved[at].encode(values[first : first + rows]), 0.0)
+                fired[at] += (active > 0).any(1).sum(0)
+                sums[at] += (active.sum(1, dtype=torch.float64) / inside.sum(1)).sum(0)
+
+        return read
+
+    readers = {place: reader_of(at) for at, place in enumerate(places)}
+    with reading(loaded.anatomy, readers), torch.no_grad():
+        for batch in batches:
+            on_device = batch.to(loaded.device)
+            current[:] = [on_device.counted]
+            forward(loaded.model, on_device)
+            if progress is not None:
+                progress(int(batch.counted.sum()))
+    texts = sum(len(batch.ids) for batch in batches)
+    return [Firing(texts, fired[at].cpu(), (sums[at] / texts).cpu()) for at in range(len(moved))]
+
+
+def random_batches(loaded: LoadedModel, like: Sequence[TokenBatch], seed: int = 0) -> list[TokenBatch]:
+    """Sequences of random tokens, as many and as long as the texts ``like``.
+
+    Tokens are drawn evenly from the vocabulary without its special tokens; a start token stays in its place.
+    """
+    tokenizer = loaded.tokenizer
+    special = set(tokenizer.all_special_ids)
+    width = min(len(tokenizer), loaded.model.get_input_embeddings().weight.shape[0])
+    allowed = torch.tensor([token for token in range(width) if token not in special])
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.cat([batch.attention.sum(1) for batch in like]) - len(start)
+    drawn = allowed[torch.randint(len(allowed), (int(lengths.sum()),), generator=generator)]
+    rows = [start + row.tolist() for row in drawn.split(lengths.tolist())]
+    return row_batches(rows, uncounted=1)

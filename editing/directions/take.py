@@ -1,0 +1,258 @@
+"""A model and a corpus in, a direction out, by any method: read the text once, find, set the length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from editing.direction import Direction
+from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES, diffmean_direction
+from editing.directions.length import along, unit, without_neutral
+from editing.directions.low_rank_shift import window
+from editing.directions.methods import DIFFMEAN, SAE, Finder, method_of
+from editing.directions.recorded import Recorded, record_texts
+from editing.directions.sae import Autoencoder, LanguageFeatures, language_features
+from editing.directions.sae_recording import firing, random_batches, require_fit
+from editing.directions.texts import Found, Texts
+from editing.directions.winsorise import require_quantile, winsorise
+from neurons.batches import TokenBatch, language_batches
+from neurons.corpus import Corpus
+from neurons.errors import BrocaError, UsageError
+from neurons.recording import Progress
+from neurons.source import LoadedModel
+
+
+def direction_of(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    source: str,
+    target: str,
+    method: str = DIFFMEAN,
+    *,
+    winsorised: float | None = None,
+    project_neutral: bool = False,
+    unit_length: bool = False,
+    tokens: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    autoencoders: Sequence[Autoencoder] = (),
+    progress: Progress | None = None,
+) -> Direction:
+    """Take a direction.
+
+    Args:
+        loaded: the model.
+        corpus: text of source and target; language-subspace reads its other languages too.
+        source: language name.
+        target: language name.
+        method: a key of ``editing.directions.methods.METHODS``.
+        winsorised: clip each coordinate of the texts' means to the quantiles 1 - q to q
+            (``editing.directions.winsorise``); None clips nothing.  The inputs' means are never clipped.
+        project_neutral: take the component along the mean of both languages off each vector
+            (``editing.directions.length``); subspaces stay as they are.
+        unit_length: vectors of length 1 instead of the method's own length.
+        tokens: most tokens a language; None takes all.
+        settings: of the method, those that differ from its defaults.
+        autoencoders: of ``sae``.
+        progress: called with the number of tokens done.
+
+    Returns:
+        A direction with vectors at attn_out, mlp_out and block_out of every layer and the inputs' means;
+        ``metadata["measures"]`` holds, by site and layer, what the method tells of itself and the
+        ``cosine`` of its vector with DiffMean, before the neutral mean is projected off.
+
+    Raises:
+        UsageError: an unknown method, language or setting, text that is not parallel where it must be,
+            autoencoders missing, not fitting or not meant.
+        BrocaError: languages that do not differ, or a method that finds nothing.
+    """
+    chosen = method_of(method)
+    known = chosen.with_settings(settings or {})
+    _require_languages(corpus, source, target)
+    if chosen.parallel:
+        _require_parallel(method, corpus, source, target)
+    if winsorised is not None:
+        require_quantile(winsorised)
+    if (method == SAE) != bool(autoencoders):
+        raise UsageError(
+            "method 'sae' needs an autoencoder: give --sae PATH (SAE-Lens or Gemma-Scope)"
+            if method == SAE
+            else f"method {method!r} reads no autoencoder: leave --sae out, or give --method sae"
+        )
+    for one in autoencoders:
+        require_fit(loaded, one)
+    plain = winsorised is None and not project_neutral and not unit_length and tokens is None
+    if method == DIFFMEAN and plain:
+        return diffmean_direction(loaded, corpus, source, target, progress)
+    languages = corpus.languages if chosen.all_languages else (source, target)
+    wanted = Corpus({k: corpus.texts[k] for k in languages}, corpus.digest, corpus.part)
+    batches = language_batches(loaded, wanted, tokens)
+    recorded = record_texts(loaded, batches, progress)
+    finders: Mapping[tuple[str, int], Finder] = {}
+    notes: dict[str, Any] = {}
+    if chosen.find is None:
+        features = _features(loaded, batches[target], autoencoders, known, progress)
+        finders = _by_autoencoders(autoencoders, features, loaded.anatomy.layers)
+        notes["autoencoders"] = [
+            {"name": one.name, "layer": one.layer, "site": one.site, "features": found.features.tolist()}
+            for one, found in zip(autoencoders, features, strict=True)
+        ]
+    places = [(site, layer) for site in OUTPUT_SITES for layer in range(loaded.anatomy.layers)]
+    results: dict[tuple[str, int], Found] = {}
+    for site, layer in places:
+        texts = _texts(recorded, source, target, site, layer, chosen.parallel, winsorised)
+        finder = finders[site, layer] if chosen.find is None else chosen.find
+        try:
+            found = finder(texts, known)
+        except BrocaError as error:
+            raise type(error)(f"{error} (at {site} of layer {layer})") from error
+        vector = found.vector
+        cosine = float(unit(vector) @ unit(texts.diffmean))
+        if project_neutral:
+            s, t = languages.index(source), languages.index(target)
+            vector = without_neutral(vector, (texts.means[s] + texts.means[t]) / 2)
+        if unit_length:
+            vector = unit(vector)
+        results[site, layer] = Found(vector, found.basis, {**found.measures, "cosine": cosine})
+    metadata = {
+        "model": loaded.label,
+        "fingerprint": loaded.fingerprint,
+        "method": method,
+        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "tokens": dict(zip(recorded.languages, recorded.tokens.tolist(), strict=True)),
+        "texts": recorded.texts,
+        "settings": {
+            **known,
+            "winsorised": winsorised,
+            "project_neutral": project_neutral,
+            "unit_length": unit_length,
+            "most_tokens": tokens,
+        },
+        **notes,
+    }
+    return _assembled(source, target, results, recorded, metadata)
+
+
+def _assembled(
+    source: str,
+    target: str,
+    results: Mapping[tuple[str, int], Found],
+    recorded: Recorded,
+    metadata: dict[str, Any],
+) -> Direction:
+    layers = 1 + max(layer for _, layer in results)
+    measures: dict[str, dict[str, list[float]]] = {}
+    vectors, subspaces = {}, {}
+    for site in OUTPUT_SITES:
+        own = [results[site, layer] for layer in range(layers)]
+        vectors[site] = torch.stack([found.vector for found in own])
+        measures[site] = {name: [found.measures[name] for found in own] for name in own[0].measures}
+        bases = [found.basis for found in own if found.basis is not None]
+        if bases:
+            subspaces[site] = _padded(bases)
+    windows = {
+        site: list(window([m * s for m, s in zip(of["mass"], of["stability"], strict=True)]))
+        for site, of in measures.items()
+        if "stability" in of
+    }
+    return Direction(
+        source=source,
+        target=target,
+        vectors=vectors,
+        input_means={
+            site: ((recorded.mean(site, source) + recorded.mean(site, target)) / 2).contiguous()
+            for site in INPUT_SITES
+        },
+        metadata={**metadata, "measures": measures, **({"window": windows} if windows else {})},
+        subspaces=subspaces,
+    )
+
+
+def _padded(bases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[L, d, largest rank], zeros past a layer's own rank."""
+    rank = max(basis.shape[1] for basis in bases)
+    padded = torch.zeros(len(bases), bases[0].shape[0], rank, dtype=torch.float64)
+    for into, basis in zip(padded, bases, strict=True):
+        into[:, : basis.shape[1]] = basis
+    return padded
+
+
+def _texts(
+    recorded: Recorded,
+    source: str,
+    target: str,
+    site: str,
+    layer: int,
+    parallel: bool,
+    winsorised: float | None,
+) -> Texts:
+    values = {language: own[site][:, layer].double() for language, own in recorded.outputs.items()}
+    means = recorded.means[site][layer].T
+    if winsorised is not None:
+        values = {language: winsorise(of_texts, winsorised) for language, of_texts in values.items()}
+        means = torch.stack([values[language].mean(0) for language in recorded.languages])
+    s, t = recorded.languages.index(source), recorded.languages.index(target)
+    differences = None
+    if parallel:
+        at_source, at_target = recorded.common(source, target)
+        differences = values[target][at_target] - values[source][at_source]
+    return Texts(values[source], values[target], differences, means[t] - means[s], means)
+
+
+def _features(
+    loaded: LoadedModel,
+    on_target: Sequence[TokenBatch],
+    autoencoders: Sequence[Autoencoder],
+    settings: Mapping[str, Any],
+    progress: Progress | None,
+) -> list[LanguageFeatures]:
+    """The target's own features of each autoencoder."""
+    of_target = firing(loaded, on_target, autoencoders, progress)
+    at_random = random_batches(loaded, on_target, settings["seed"])
+    of_random = firing(loaded, at_random, autoencoders, progress)
+    return [
+        language_features(own, others, one.decoder, settings["target_rate"], settings["random_rate"])
+        for one, own, others in zip(autoencoders, of_target, of_random, strict=True)
+    ]
+
+
+def _by_autoencoders(
+    autoencoders: Sequence[Autoencoder], found: Sequence[LanguageFeatures], layers: int
+) -> dict[tuple[str, int], Finder]:
+    """At an autoencoder's own place its vector, elsewhere the nearest one's as a line; the lower of equals."""
+    by_layer = sorted(range(len(autoencoders)), key=lambda at: autoencoders[at].layer)
+    finders: dict[tuple[str, int], Finder] = {}
+    for site in OUTPUT_SITES:
+        for layer in range(layers):
+            nearest = min(
+                by_layer,
+                key=lambda at: (abs(autoencoders[at].layer - layer), autoencoders[at].site != site),
+            )
+            one, vector = autoencoders[nearest], found[nearest].vector
+            own = (one.site, one.layer) == (site, layer)
+            finders[site, layer] = partial(_given, vector, own)
+    return finders
+
+
+def _given(vector: torch.Tensor, own: bool, texts: Texts, settings: Mapping[str, Any]) -> Found:
+    return Found(vector if own else along(unit(vector), texts.diffmean), measures={"read": float(own)})
+
+
+def _require_languages(corpus: Corpus, source: str, target: str) -> None:
+    for language in (source, target):
+        if language not in corpus.languages:
+            raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    if source == target:
+        raise UsageError(f"source and target are both {source!r}")
+
+
+def _require_parallel(method: str, corpus: Corpus, source: str, target: str) -> None:
+    lines = {language: len(corpus.texts[language]) for language in (source, target)}
+    if len(set(lines.values())) > 1:
+        counts = ", ".join(f"{language} {count}" for language, count in lines.items())
+        raise UsageError(
+            f"method {method!r} needs parallel text, line i of both files the same text, for example NTREX-128; "
+            f"here the files have different numbers of lines: {counts}"
+        )
