@@ -4,30 +4,47 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from editing.rounding import round_once
+from editing.staging import check_room, place_apart, staging
+from editing.staging import check_target as check_target
 from neurons.errors import BrocaError
+from neurons.quantisation import is_quantised, way_out
 from neurons.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
 Replacement = Callable[[torch.Tensor, int], torch.Tensor]
 Progress = Callable[[int, int], None]
 
+BLOCK_BYTES = 64 * 2**20
+
 _NOT_COPIED = {".git", ".cache"}
 _FICLONE = 0x40049409
-# What lies in the temporary directory beside the target: the mark of the process at work, the new
-# checkpoint and, for the moment of an overwrite, the old one.
-_OWNER, _STAGED, _PREVIOUS = "owner", "checkpoint", "previous"
 _ROUNDED_AT_ONCE = 1 << 20
+_SINGLE, _INDEX_ENDING = "model.safetensors", ".safetensors.index.json"
+# Readers of GGUF converters' kind look for files that begin with "model".
+_ADDED = "model-added.safetensors"
+_FIRST_OF_TWO, _SECOND_OF_TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What a checkpoint's files become when tensors are added to it; paths relative to the checkpoint.
+
+    Attributes:
+        renamed: file of the source -> its name in the copy: ``model.safetensors`` would hide an index.
+        files: content of the new shard and of the index.
+    """
+
+    renamed: dict[str, str]
+    files: dict[str, bytes]
 
 
 def write_checkpoint(
@@ -36,8 +53,12 @@ def write_checkpoint(
     replacements: Mapping[str, Replacement],
     extra_files: Mapping[str, bytes],
     *,
+    added: Mapping[str, torch.Tensor] | None = None,
+    left_out: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
+    complete: Callable[[Path], None] | None = None,
     overwrite: bool = False,
-    block_bytes: int = 64 * 2**20,
+    block_bytes: int = BLOCK_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Copy ``source`` to ``target`` with the named tensors' values replaced; ``source`` is only read.
@@ -54,25 +75,34 @@ def write_checkpoint(
             It is rounded once, to nearest even, to the stored dtype.  A tensor without dimensions
             comes as one block of shape ``[]``.
         extra_files: content by path relative to ``target``; it takes the place of a copied file.
+        added: small tensors that the source lacks, in a shard of their own (see ``additions``).
+        left_out: files of the source that the copy shall not have.
+        renamed: file of the source -> its path in the copy.
+        complete: called with the directory when all is in it and before it takes its place; it may add
+            files, and what it raises stops the run.
         overwrite: replace a target that is a checkpoint (has a ``config.json``).
         block_bytes: stored bytes per block; a single row larger than this is one block.
         progress: called with (bytes done, bytes in all) after each file and each block.
 
     Raises:
         BrocaError: before anything is written, if the target may not be replaced or lies in the source
-            (or the other way round), the source is quantised or damaged, a name is unknown, or there
-            is no room or no permission; later, if a new block is not finite, has another shape or
-            less than float32 precision, or the disk fails.
+            (or the other way round), the source is quantised or damaged, a name is unknown or, of an
+            added tensor, there already, or there is no room or no permission; later, if a new block is
+            not finite, has another shape or less than float32 precision, or the disk fails.
     """
-    target = _place(source, target)
+    target = place_apart(source, target)
     entries = tensor_entries(source)
     _check_source(source, entries, replacements)
+    found = additions(source, added or {})
+    placed = {Path(old): Path(new) for old, new in {**found.renamed, **(renamed or {})}.items()}
     directories, sizes = _tree(source, target)
     extras = _checked_extras(source, extra_files)
-    _clear_leftovers(target)
-    _check_target(target, overwrite)
-    copied = {path: size for path, size in sizes.items() if path not in extras}
-    _check_room(target, sum(copied.values()) + sum(map(len, extras.values())))
+    extras |= {Path(name): content for name, content in found.files.items()}
+    check_target(target, overwrite)
+    dropped = {*extras, *map(Path, left_out)}
+    copied = {path: size for path, size in sizes.items() if path not in dropped}
+    directories = _still_needed(directories, sizes.keys(), copied.keys())
+    check_room(target, sum(copied.values()) + sum(map(len, extras.values())))
 
     edited = sorted((entries[name] for name in replacements), key=lambda e: (e.file, e.begin))
     total = sum(copied.values()) + sum(e.end - e.begin for e in edited)
@@ -84,28 +114,91 @@ def write_checkpoint(
         if progress is not None:
             progress(done, total)
 
-    with _staging(target, overwrite) as staged:
+    with staging(target, overwrite) as staged:
         for directory in directories:
             (staged / directory).mkdir()
         for path, size in copied.items():
-            _copy(source / path, staged / path)
+            _copy(source / path, staged / placed.get(path, path))
             advance(size)
         for entry in edited:
-            _patch(entry, replacements[entry.name], staged / entry.file.name, block_bytes, advance)
+            file = Path(entry.file.name)
+            _patch(entry, replacements[entry.name], staged / placed.get(file, file), block_bytes, advance)
         for path, content in extras.items():
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             (staged / path).write_bytes(content)
+        if complete is not None:
+            complete(staged)
 
 
-def _place(source: Path, target: Path) -> Path:
-    """The resolved target, once it is known that neither directory lies in the other."""
-    if target.is_symlink():
-        raise BrocaError(f"{target} is a symbolic link: name the directory to write itself.")
-    origin, place = source.resolve(), target.resolve()
-    if place.is_relative_to(origin) or origin.is_relative_to(place):
-        relation = "is the source itself" if origin == place else "and the source lie one inside the other"
-        raise BrocaError(f"{target} {relation} ({source}): write to a directory of its own.")
-    return place
+def blocks(entry: TensorEntry, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, slice | None]]:
+    """(index of the first row, rows to read) of the blocks in which a tensor is worked on, in order.
+
+    Args:
+        entry: the tensor; one without dimensions is one block, read whole.
+        block_bytes: stored bytes per block; a single row larger than this is one block.
+    """
+    if entry.begin == entry.end:
+        return
+    if not entry.shape:
+        yield 0, None
+        return
+    step = max(1, block_bytes // ((entry.end - entry.begin) // entry.shape[0]))
+    for first in range(0, entry.shape[0], step):
+        yield first, slice(first, first + step)
+
+
+def additions(source: Path, added: Mapping[str, torch.Tensor]) -> Additions:
+    """How the files of a checkpoint change when tensors are added to it.
+
+    The new tensors get a shard of their own, and the index names them.  A checkpoint of one file becomes
+    one of two shards; shards that are there keep their names.
+
+    Raises:
+        BrocaError: a tensor that is there already, of a dtype that cannot be stored, not finite, or a
+            file that is in the way.
+    """
+    if not added:
+        return Additions({}, {})
+    entries = tensor_entries(source)
+    for name, tensor in added.items():
+        if name in entries:
+            raise BrocaError(f"{source} has a tensor {name} already: replace it instead of adding it.")
+        if tensor.dtype not in READABLE_DTYPES.values() or not bool(torch.isfinite(tensor).all()):
+            raise BrocaError(
+                f"the new tensor {name} is {tensor.dtype} or not finite: give finite numbers in one of "
+                f"{', '.join(READABLE_DTYPES)}."
+            )
+    files = {file.name for file in weight_files(source)}
+    single = files == {_SINGLE}
+    shard = _SECOND_OF_TWO if single else _ADDED
+    renamed = {_SINGLE: _FIRST_OF_TWO} if single else {}
+    for name in (shard, *renamed.values()):
+        if (source / name).exists():
+            raise BrocaError(f"{source / name} is in the way of the tensors to add: remove or rename it.")
+    index, content = _index(source, single)
+    sizes = [entry.end - entry.begin for entry in entries.values()]
+    metadata = content.get("metadata") if isinstance(content.get("metadata"), dict) else {}
+    total = (metadata or {}).get("total_size", sum(sizes))
+    new = sum(tensor.numel() * tensor.element_size() for tensor in added.values())
+    weight_map = {name: renamed.get(entry.file.name, entry.file.name) for name, entry in entries.items()}
+    document = {
+        **content,
+        "metadata": {**(metadata or {}), "total_size": total + new},
+        "weight_map": dict(sorted({**weight_map, **dict.fromkeys(added, shard)}.items())),
+    }
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(added.items())}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return Additions(renamed, {shard: save(stored, metadata={"format": "pt"}), index: text.encode()})
+
+
+def _index(source: Path, single: bool) -> tuple[str, dict[str, Any]]:
+    """Name and content of the index in use; of the usual one to make where there is none."""
+    usual = f"model{_INDEX_ENDING}"
+    found = sorted(file.name for file in source.iterdir() if file.name.endswith(_INDEX_ENDING))
+    if single or not found:
+        return usual, {}
+    name = usual if usual in found else found[0]
+    return name, json.loads((source / name).read_bytes())
 
 
 def _check_source(source: Path, entries: Mapping[str, TensorEntry], names: Mapping[str, Replacement]) -> None:
@@ -114,10 +207,10 @@ def _check_source(source: Path, entries: Mapping[str, TensorEntry], names: Mappi
         settings = json.loads(config.read_bytes()) if config.exists() else {}
     except ValueError as error:
         raise BrocaError(f"{config} is not valid JSON ({error}): download it again.") from error
-    if _is_quantised(settings):
+    if is_quantised(settings):
         raise BrocaError(
             f"{source} is quantised (quantization_config in config.json), and its stored numbers are not its "
-            "weights: start from the unquantised checkpoint."
+            f"weights: {way_out(settings)}."
         )
     for name in names:
         if name not in entries:
@@ -131,11 +224,13 @@ def _check_source(source: Path, entries: Mapping[str, TensorEntry], names: Mappi
             )
 
 
-def _is_quantised(settings: Any) -> bool:
-    # Models of several parts keep the setting in the part, for example under text_config.
-    if not isinstance(settings, dict):
-        return False
-    return settings.get("quantization_config") is not None or any(map(_is_quantised, settings.values()))
+def _still_needed(directories: list[Path], before: Collection[Path], after: Collection[Path]) -> list[Path]:
+    """The directories without those that lose all their files."""
+
+    def filled(directory: Path, files: Collection[Path]) -> bool:
+        return any(directory in file.parents for file in files)
+
+    return [folder for folder in directories if filled(folder, after) or not filled(folder, before)]
 
 
 def _tree(source: Path, target: Path) -> tuple[list[Path], dict[Path, int]]:
@@ -181,108 +276,6 @@ def _checked_extras(source: Path, extra_files: Mapping[str, bytes]) -> dict[Path
     return extras
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not overwrite:
-        raise BrocaError(f"{target} exists already: add --overwrite, or write to another directory.")
-    if not (target / "config.json").is_file():
-        raise BrocaError(
-            f"{target} is not a checkpoint (it has no config.json) and is not overwritten: "
-            "write to another directory."
-        )
-
-
-def _check_room(target: Path, size: int) -> None:
-    folder = next(folder for folder in target.parents if folder.exists())
-    if not folder.is_dir():
-        raise BrocaError(f"{folder} is a file, so {target} cannot be made in it: write to another directory.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BrocaError(f"{folder} cannot be written to, so {target} cannot be made: choose another place.")
-    needed, free = size + size // 100, shutil.disk_usage(folder).free
-    if free < needed:
-        raise BrocaError(
-            f"{target} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: make room there, "
-            "or write to another disk."
-        )
-
-
-def _shelter_prefix(target: Path) -> str:
-    return f".{target.name}.broca-"
-
-
-def _clear_leftovers(target: Path) -> None:
-    """Remove what killed runs left beside the target, and put back an old target they had moved away."""
-    if not target.parent.is_dir():
-        return
-    # Exactly the endings of mkdtemp: a target called "x.broca-y" has its own, longer ones.
-    ours = re.compile(re.escape(_shelter_prefix(target)) + r"[a-z0-9_]{8}")
-    for shelter in [item for item in target.parent.iterdir() if ours.fullmatch(item.name)]:
-        # The system drops a lock with the process that held it, whatever killed that; a process number
-        # alone may belong to another container or to a later process.
-        with suppress(OSError), (shelter / _OWNER).open("r+") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Empty: its owner is at this moment between making the file and locking it.
-            if owner.read():
-                _discard(shelter, target)
-
-
-def _discard(shelter: Path, target: Path) -> None:
-    previous = shelter / _PREVIOUS
-    if previous.exists() and not target.exists():
-        try:
-            previous.rename(target)
-        except OSError as error:
-            raise BrocaError(
-                f"the old {target} could not be put back ({error.strerror}): move it back from {previous}."
-            ) from error
-    shutil.rmtree(shelter, ignore_errors=True)
-
-
-@contextmanager
-def _staging(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill, which becomes the target when the block ends well and is gone when it does not."""
-    made = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shelter = Path(tempfile.mkdtemp(prefix=_shelter_prefix(target), dir=target.parent))
-        try:
-            with _owned(shelter):
-                staged = shelter / _STAGED
-                # Made by mkdir, not mkdtemp: the checkpoint gets the user's usual permissions.
-                staged.mkdir()
-                yield staged
-                _sync(staged)
-                if overwrite and target.exists():
-                    target.rename(shelter / _PREVIOUS)
-                staged.rename(target)
-                _sync_directory(target.parent)
-        finally:
-            _discard(shelter, target)
-    except BaseException as error:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise BrocaError(
-                f"{target} could not be written ({error}); what was there before is unchanged: mend the cause "
-                "and run again."
-            ) from error
-        raise
-
-
-@contextmanager
-def _owned(shelter: Path) -> Iterator[None]:
-    """Mark the directory as in use by this process for as long as the block runs."""
-    with (shelter / _OWNER).open("w") as owner:
-        # Where a network disk has no locks, the directory of a killed run is never cleared, which is safe.
-        with suppress(OSError):
-            fcntl.flock(owner, fcntl.LOCK_EX)
-        owner.write(f"{os.getpid()}\n")
-        owner.flush()
-        yield
-
-
 def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as reader, target.open("xb") as writer:
         try:
@@ -297,14 +290,10 @@ def _copy(source: Path, target: Path) -> None:
 def _patch(
     entry: TensorEntry, replace: Replacement, file: Path, block_bytes: int, advance: Callable[[int], None]
 ) -> None:
-    if entry.begin == entry.end:
-        return
-    rows = entry.shape[0] if entry.shape else 1
-    step = max(1, block_bytes // ((entry.end - entry.begin) // rows))
     with file.open("r+b") as stream:
         stream.seek(entry.begin)
-        for first in range(0, rows, step):
-            block = read_tensor(entry, slice(first, first + step) if entry.shape else None)
+        for first, rows in blocks(entry, block_bytes):
+            block = read_tensor(entry, rows)
             new = _stored(entry, block, replace(block, first))
             stream.write(new.view(torch.uint8).numpy().data)
             advance(new.nbytes)
@@ -334,23 +323,3 @@ def _stored(entry: TensorEntry, block: torch.Tensor, result: torch.Tensor) -> to
                 "use a weaker edit, or start from a checkpoint stored in a wider dtype."
             )
     return new
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            _sync_directory(path)
-        else:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    _sync_directory(folder)
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems cannot; the names are then as safe as those make them.
-        with suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)

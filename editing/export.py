@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from editing.checkpoint import write_checkpoint
+from editing.checkpoint import additions, write_checkpoint
 from editing.model_card import model_card
-from editing.plan import ModuleEdit, Plan
+from editing.plan import Plan
 from editing.rounding import round_once
-from editing.weights import Weights
-from neurons.anatomy import StoredPiece
+from editing.tensor_edits import AddedBiases, TensorEdit, added_biases, tensor_edits
+from editing.tensor_edits import check_shape as check_shape
+from editing.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
+from editing.verification import Verified, verify
 from neurons.errors import BrocaError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.source import ModelSource
-from neurons.tensor_files import OTHER_WEIGHT_SUFFIXES, TensorEntry, weight_files
+from neurons.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,25 @@ class Exported:
         path: of the checkpoint.
         tensors: names of the tensors whose bytes were replaced.
         components: heads and neurons edited.
-        relative_change: ||dW||_F / ||W||_F over these tensors.
+        relative_change: ||dW||_F / ||W||_F over these tensors; None where the plan does not know it.
         survived: tensor name -> (norm ratio, cosine) of the change that is on disk to the change that
             was meant: a small edit can vanish in the rounding to the stored dtype.
         unedited_copies: files of the output that hold the source's weights in another format; a loader
             that prefers them would run the unsteered model.
+        added: names of the tensors that the source does not have: biases.
+        verified: what was read back, where that was asked for.
+        remainder_bytes: size of what undoing needs, where that was asked for.
     """
 
     path: Path
     tensors: tuple[str, ...]
     components: int
-    relative_change: float
+    relative_change: float | None
     survived: dict[str, tuple[float, float]]
     unedited_copies: tuple[str, ...]
+    added: tuple[str, ...] = ()
+    verified: Verified | None = None
+    remainder_bytes: int | None = None
 
 
 def export(
@@ -49,11 +58,14 @@ def export(
     out: Path,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    verified: bool = False,
+    undoable: bool = False,
 ) -> Exported:
     """Write the steered checkpoint.
 
     All files of the source are copied and only the edited tensors' bytes differ; the plan travels as
-    ``broca/edit.safetensors`` and the model card says what was edited.
+    ``broca/edit.safetensors`` and the model card says what was edited.  Biases that the source has no
+    place for come in a shard of their own, and its config then asks for them.
 
     Args:
         source: the unedited model.
@@ -61,102 +73,73 @@ def export(
         out: directory to make.
         overwrite: replace a checkpoint that is there.
         progress: called with (bytes done, bytes in all).
+        verified: read all tensors back before the checkpoint takes its place (``editing.verification``).
+        undoable: add ``broca/remainder.safetensors``, from which ``editing.undo`` restores the source.
 
     Raises:
-        BrocaError: the plan was made for another model, the source was edited before, or what
-            ``write_checkpoint`` refuses.
+        BrocaError: the plan was made for another model, the source was edited before, what
+            ``write_checkpoint`` refuses, or a tensor that is not what it should be when read back.
     """
     source.require_fingerprint(plan.metadata, "the plan")
     if (source.checkpoint / PLAN_IN_CHECKPOINT).exists():
         raise BrocaError(
             f"{source.name}: was edited by Broca already and holds one plan: edit its base model instead"
         )
-    weights = Weights(source)
-    sums: dict[str, torch.Tensor] = {}
-    replacements = {}
-    for edit in plan.edits:
-        pieces = weights.pieces(edit.layer, edit.block)
-        check_shape(edit, pieces, source.anatomy.residual)
-        # The experts of a mixture may lie in one tensor or in one each.
-        by_tensor: dict[str, list[StoredPiece]] = {}
-        for piece, entry in pieces:
-            if len(pieces) > 1 and piece.index is None and not edit.changes(piece.columns):
-                continue
-            by_tensor.setdefault(entry.name, []).append(piece)
-        for name, own in by_tensor.items():
-            sums[name] = torch.zeros(3, dtype=torch.float64)
-            replacements[name] = _replacement(edit, own, sums[name])
-    card = model_card(source, plan)
+    edits = tensor_edits(source, plan)
+    biases = added_biases(source, plan)
+    sums = {edit.entry.name: torch.zeros(3, dtype=torch.float64) for edit in edits}
+    files = {
+        "README.md": model_card(source, plan, tuple(biases.tensors), undoable).encode(),
+        PLAN_IN_CHECKPOINT.as_posix(): plan.to_bytes(),
+    }
+    if biases.settings:
+        files["config.json"] = _config_with(source, biases)
+    checks: list[Verified] = []
+    sizes: list[int] = []
+
+    def complete(staged: Path) -> None:
+        if verified:
+            checks.append(verify(source, plan, staged))
+        if undoable:
+            sizes.append(write_remainder(source, edits, _changes(source, files, biases), staged))
+
     write_checkpoint(
         source.checkpoint,
         out,
-        replacements,
-        {"README.md": card.encode(), PLAN_IN_CHECKPOINT.as_posix(): plan.to_bytes()},
+        {edit.entry.name: _replacement(edit, sums[edit.entry.name]) for edit in edits},
+        files,
+        added=biases.tensors,
+        complete=complete,
         overwrite=overwrite,
         progress=progress,
     )
     return Exported(
         path=out,
-        tensors=tuple(replacements),
+        tensors=tuple(sums),
         components=plan.components,
         relative_change=plan.relative_change(),
         survived={name: _survival(found) for name, found in sums.items()},
         unedited_copies=_other_weights(out),
+        added=tuple(biases.tensors),
+        verified=checks[0] if checks else None,
+        remainder_bytes=sizes[0] if sizes else None,
     )
 
 
-def check_shape(edit: ModuleEdit, pieces: Sequence[tuple[StoredPiece, TensorEntry]], rows: int) -> None:
-    """Refuse an edit whose sizes are not those of its weight W [rows, n].
-
-    Raises:
-        BrocaError: by tensor name.
-    """
-    columns = pieces[-1][0].columns.stop
-    name = pieces[0][1].name
-    for tensor, size in (
-        (edit.row_scale, rows),
-        (edit.left, rows),
-        (edit.column_scale, columns),
-        (edit.right, columns),
-    ):
-        if tensor is not None and len(tensor) != size:
-            raise BrocaError(
-                f"the plan does not fit tensor {name} of shape {list(pieces[0][1].shape)}: it has "
-                f"{len(tensor)} entries where {size} are needed"
-            )
-
-
-def _replacement(
-    edit: ModuleEdit, pieces: Sequence[StoredPiece], sums: torch.Tensor
-) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """The edit of a block of a stored tensor's rows.
 
     It adds <meant, meant>, <stored, stored>, <meant, stored> to ``sums``.
     """
 
     def replace(block: torch.Tensor, first: int) -> torch.Tensor:
-        edited = _edited(edit, pieces, block, first)
+        edited = edit.edited(block, first)
         meant = edited - block.double()
         stored = round_once(edited, block.dtype).double() - block.double()
         sums.add_(torch.stack([(meant * meant).sum(), (stored * stored).sum(), (meant * stored).sum()]))
         return edited
 
     return replace
-
-
-def _edited(edit: ModuleEdit, pieces: Sequence[StoredPiece], block: torch.Tensor, first: int) -> torch.Tensor:
-    """W' for rows of a stored tensor: rows of W, columns of it where transposed, experts where fused."""
-    if pieces[0].index is not None:
-        edited = torch.empty(block.shape, dtype=torch.float64)
-        for row, piece in enumerate(pieces[first : first + len(block)]):
-            own = block[row].T if piece.transposed else block[row]
-            new = edit.apply(own, 0, piece.columns.start)
-            edited[row] = new.T if piece.transposed else new
-        return edited
-    (piece,) = pieces
-    if piece.transposed:
-        return edit.apply(block.T, 0, piece.columns.start + first).T
-    return edit.apply(block, first, piece.columns.start)
 
 
 def _survival(sums: torch.Tensor) -> tuple[float, float]:
@@ -167,9 +150,25 @@ def _survival(sums: torch.Tensor) -> tuple[float, float]:
     return ratio, product / (meant * stored) ** 0.5 if stored else 0.0
 
 
+def _config_with(source: ModelSource, biases: AddedBiases) -> bytes:
+    """The source's config.json with the settings that ask for the biases."""
+    settings = json.loads((source.checkpoint / "config.json").read_bytes())
+    return (json.dumps({**settings, **biases.settings}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _changes(source: ModelSource, files: dict[str, bytes], biases: AddedBiases) -> FileChanges:
+    found = additions(source.checkpoint, biases.tensors)
+    written = [*files, *found.files]
+    return FileChanges(
+        replaced=tuple(name for name in written if (source.checkpoint / name).is_file()),
+        made=tuple(name for name in written if not (source.checkpoint / name).is_file()),
+        renamed=found.renamed,
+    )
+
+
 def _other_weights(checkpoint: Path) -> tuple[str, ...]:
     """Files with weights that the edit did not reach, relative to the checkpoint."""
-    known = {*weight_files(checkpoint), checkpoint / PLAN_IN_CHECKPOINT}
+    known = {*weight_files(checkpoint), checkpoint / PLAN_IN_CHECKPOINT, checkpoint / REMAINDER_IN_CHECKPOINT}
     return tuple(
         path.relative_to(checkpoint).as_posix()
         for path in sorted(checkpoint.rglob("*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.source import ModelSource
 
 
-def model_card(source: ModelSource, plan: Plan) -> str:
-    """README.md of the output: Broca's section, then the source's own card, whose front matter is kept."""
+def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoable: bool = False) -> str:
+    """README.md of the output: Broca's section, then the source's own card, whose front matter is kept.
+
+    Args:
+        source: the model that was edited.
+        plan: what was done.
+        added: names of tensors that the source does not have.
+        undoable: whether the checkpoint holds what ``broca export --undo`` needs.
+    """
     readme = source.checkpoint / "README.md"
     fields: dict[str, Any] = {}
     original = ""
@@ -26,7 +34,7 @@ def model_card(source: ModelSource, plan: Plan) -> str:
     if not Path(source.name).expanduser().exists():
         fields["base_model"] = source.name  # a hub id; a local path would mean nothing to a reader
     front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
-    parts = [f"---\n{front}\n---\n", _section(source, plan)]
+    parts = [f"---\n{front}\n---\n", _section(source, plan, added, undoable)]
     if original:
         parts += ["---\n", "# The card of the base model\n", original + "\n"]
     return "\n".join(parts)
@@ -61,7 +69,7 @@ def split_front_matter(card: str) -> tuple[dict[str, Any], str]:
     return {}, card.strip()
 
 
-def _section(source: ModelSource, plan: Plan) -> str:
+def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bool) -> str:
     name = source.name.rstrip("/").split("/")[-1]
     method = plan.metadata["method"]
     if "target" in plan.metadata:
@@ -73,6 +81,16 @@ def _section(source: ModelSource, plan: Plan) -> str:
         f"| `{source.anatomy.tensor_name(edit.layer, edit.block)}` | {len(edit.components)} "
         f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit)} |"
         for edit in plan.edits
+    )
+    also = (
+        f"Added, with the config's setting for it: {len(added)} biases, {added[0]} the first.\n\n"
+        if added
+        else ""
+    )
+    undo = (
+        "`broca export THIS --undo --out BASE` restores the base model to the bit."
+        if undoable
+        else "use the base model."
     )
     return f"""# {name}, steered by Broca
 
@@ -86,9 +104,9 @@ Settings: {settings}.
 |---|---|---|---|
 {rows}
 
-All other tensors are byte for byte those of the base model.
+{also}All other tensors are byte for byte those of the base model.
 
-**To undo the edit**, use the base model. The plan, with every number of the edit, is in \
+**To undo the edit**, {undo} The plan, with every number of the edit, is in \
 `{PLAN_IN_CHECKPOINT.as_posix()}` (`broca inspect` prints it): each tensor W above became \
 diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W can be had back from it up to the rounding of the stored dtype \
 (where no scale is 0).

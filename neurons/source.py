@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
+from neurons.quantisation import way_out
 from neurons.self_check import checked, checked_by_likeness
 from neurons.tensor_files import read_tensor, tensor_entries
 
@@ -258,6 +260,7 @@ def _config(model: str, checkpoint: Path) -> Any:
     layout_of(config)
     if getattr(config, "quantization_config", None):
         raise BrocaError(
-            f"{model}: a quantised checkpoint; its weights cannot be edited: use the unquantised one"
+            f"{model}: a quantised checkpoint; its weights cannot be edited: "
+            f"{way_out(json.loads((checkpoint / 'config.json').read_bytes()))}"
         )
     return config

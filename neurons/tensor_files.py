@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import reprlib
 from dataclasses import dataclass
-from itertools import pairwise
-from math import prod
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 
@@ -24,6 +26,11 @@ _SINGLE = "model.safetensors"
 _INDEX_ENDING = ".safetensors.index.json"
 # The limit of the safetensors library itself: a longer header is a damaged length, not a model.
 _LONGEST_HEADER = 100_000_000
+# What a tensor in memory can have: sizes of 63 bits, and no more dimensions than torch computes with.
+_LARGEST_SIZE = 2**63 - 1
+_MOST_DIMENSIONS = 64
+# Of a name or a value that may be of any length, as much as a sentence can carry.
+_MOST_SHOWN = 120
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -33,6 +40,9 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+# How the format spells its dtypes, known and yet to come.
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 OTHER_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -60,18 +70,20 @@ def tensor_entries(checkpoint: Path) -> dict[str, TensorEntry]:
 
     Raises:
         BrocaError: no safetensors weights, several without an index, a missing shard, a tensor that the
-            index promises and its shard lacks, or a file that is cut short or damaged.
+            index promises and its shard lacks or that lies in two of the index's shards, or a file that is
+            cut short or damaged; always by the name of the file, and of the tensor where there is one.
     """
     files, weight_map = _layout(checkpoint)
     headers = {file.name: _header(file) for file in files}
     if weight_map is None:
         found = headers[files[0].name]
     else:
+        _each_once(files, headers)
         found = {}
         for name, shard in weight_map.items():
             if name not in headers[shard]:
                 raise BrocaError(
-                    f"tensor {name} is not in {checkpoint / shard}, where the index of the checkpoint "
+                    f"tensor {_shown(name)} is not in {checkpoint / shard}, where the index of the checkpoint "
                     "places it: download the checkpoint again."
                 )
             found[name] = headers[shard][name]
@@ -87,27 +99,31 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return _layout(checkpoint)[0]
 
 
-def read_tensor(entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
+def read_tensor(
+    entry: TensorEntry, rows: slice | None = None, into: torch.Tensor | None = None
+) -> torch.Tensor:
     """The values of one tensor in their stored dtype, on the CPU, read from its bytes alone.
 
     Args:
         entry: where the tensor lies.
         rows: a slice without a step that picks entries of the first dimension; None reads all.
+        into: uint8 [at least the bytes to be read], contiguous: memory for the values, which the result
+            then shares.  Default: new memory, whose first use costs more than the reading.
 
     Raises:
-        BrocaError: the dtype is not F64, F32, F16 or BF16, the tensor has no rows to slice, or the file
-            ends early.
+        BrocaError: the dtype is not F64, F32, F16 or BF16, the tensor has no rows to slice, the file
+            ends early or cannot be read, or the values do not fit in memory.
     """
     if entry.dtype not in READABLE_DTYPES:
         raise BrocaError(
-            f"tensor {entry.name} in {entry.file} is stored as {entry.dtype}, and only "
+            f"tensor {_shown(entry.name)} in {entry.file} is stored as {_shown(entry.dtype)}, and only "
             f"{', '.join(READABLE_DTYPES)} can be read: start from an unquantised checkpoint."
         )
     shape, begin, end = entry.shape, entry.begin, entry.end
     if rows is not None:
         if not shape or rows.step not in (None, 1):
             raise BrocaError(
-                f"tensor {entry.name} of shape {list(shape)} cannot be read by the rows {rows}: "
+                f"tensor {_shown(entry.name)} of shape {list(shape)} cannot be read by the rows {rows}: "
                 "rows need a first dimension and no step."
             )
         first, last, _ = rows.indices(shape[0])
@@ -116,12 +132,42 @@ def read_tensor(entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
         begin += first * row_bytes
         end = begin + count * row_bytes
         shape = (count, *shape[1:])
-    content = torch.empty(end - begin, dtype=torch.uint8)
-    with entry.file.open("rb") as stream:
+    content = _room(entry, end - begin) if into is None else into[: end - begin]
+    with _opened(entry.file) as stream:
         stream.seek(begin)
-        if stream.readinto(content.numpy().data) != end - begin:
-            raise BrocaError(f"{entry.file} ends inside tensor {entry.name}: download the checkpoint again.")
+        try:
+            filled = stream.readinto(content.numpy().data)
+        except OSError as error:
+            _unreadable(entry.file, error)
+    if filled != end - begin:
+        raise BrocaError(
+            f"{entry.file} ends inside tensor {_shown(entry.name)}: download the checkpoint again."
+        )
     return content.view(READABLE_DTYPES[entry.dtype]).reshape(shape)
+
+
+def _room(entry: TensorEntry, size: int) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        # What torch raises where the system refuses; a sparse file can claim terabytes and hold them.
+        raise BrocaError(
+            f"tensor {_shown(entry.name)} in {entry.file} has {size / 1e9:.1f} GB, which do not fit in memory: "
+            "use a machine with more of it."
+        ) from error
+
+
+def _opened(file: Path) -> BufferedReader:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        _unreadable(file, error)
+
+
+def _unreadable(file: Path, error: OSError) -> NoReturn:
+    raise BrocaError(
+        f"{file} cannot be read ({error.strerror}): mend its permissions or its disk, then run again."
+    ) from error
 
 
 def _layout(checkpoint: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -170,17 +216,77 @@ def _names(files: list[Path], most: int = 5) -> str:
 
 def _present(file: Path) -> Path:
     # A hub cache whose blob was deleted, or whose download broke off, leaves a link that leads nowhere.
-    if not file.is_file():
-        fault = "is a link to a file that is gone" if file.is_symlink() else "is missing or not a file"
-        raise BrocaError(f"{file} {fault}: download the checkpoint again.")
+    # A link that leads out of the directory is no fault: a hub cache is made of such links.
+    try:
+        found, linked = file.is_file(), file.is_symlink()
+    except OSError:
+        # A name longer than any file's, for one: an index may hold it.
+        found = linked = False
+    if not found:
+        fault = "is a link to a file that is gone" if linked else "is missing or not a file"
+        raise BrocaError(f"{file.parent / _shown(file.name)} {fault}: download the checkpoint again.")
     return file
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _each_once(files: list[Path], headers: dict[str, dict[str, TensorEntry]]) -> None:
+    """Refuse a tensor that lies in two shards: transformers loads the later file's, whatever the index says."""
+    holder: dict[str, Path] = {}
+    for file in files:
+        for name in headers[file.name]:
+            if name in holder:
+                raise BrocaError(
+                    f"tensor {_shown(name)} lies in {holder[name]} and in {file.name}, and which of them a loader "
+                    "takes is open: leave it in one of them."
+                )
+            holder[name] = file
+
+
+def _shown(text: object) -> str:
+    """A name or value from a file as a sentence can carry it: short, printable, in a terminal harmless."""
+    plain = text if isinstance(text, str) else reprlib.repr(text)
+    plain = plain if plain.isprintable() else ascii(plain)
+    return plain if len(plain) <= _MOST_SHOWN else f"{plain[:_MOST_SHOWN]}..."
+
+
+def _parsed(content: bytes) -> Any:
+    """The value of a JSON text in UTF-8, read as strictly as the loaders of other languages read it.
+
+    Raises:
+        ValueError: it is none, or names something twice, in one sentence.
+    """
+
+    def told_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in members:
+                raise ValueError(f"the name {_shown(name)} is there twice")
+            # JSON can spell half of a surrogate pair, which no encoding can write.
+            for text in (name, value):
+                if isinstance(text, str) and _SURROGATE.search(text):
+                    raise ValueError(f"{_shown(text)} is no text")
+            members[name] = value
+        return members
+
+    def no_number(text: str) -> NoReturn:
+        raise ValueError(f"{text} is no number of JSON")
+
     try:
-        content = json.loads(index.read_bytes())
-    except ValueError as error:
-        raise BrocaError(f"{index} is not valid JSON ({error}): download it again.") from error
+        return json.loads(content.decode("utf-8"), object_pairs_hook=told_once, parse_constant=no_number)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("it is nested too deeply or too large to be read") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    with _opened(index) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            if size > _LONGEST_HEADER:
+                raise BrocaError(f"{index} ({size} bytes) is too large to be an index: download it again.")
+            content = _parsed(stream.read())
+        except ValueError as error:
+            raise BrocaError(f"{index} is not valid JSON ({error}): download it again.") from error
+        except OSError as error:
+            _unreadable(index, error)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise BrocaError(f"{index} has no weight_map that names its tensors: download it again.")
@@ -188,60 +294,100 @@ def _weight_map(index: Path) -> dict[str, str]:
         # A shard elsewhere would be read, and later written, outside the checkpoint directory.
         if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
             raise BrocaError(
-                f"{index} places tensor {name} in {shard!r}, which is not the name of a file beside it: "
-                "put all shards into the checkpoint directory."
+                f"{index} places tensor {_shown(name)} in {_shown(repr(shard))}, which is not the name of a file "
+                "beside it: put all shards into the checkpoint directory."
             )
     return weight_map
 
 
 def _header(file: Path) -> dict[str, TensorEntry]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise BrocaError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull.")
-        if len(start) < 8 or length > size - 8 or length > _LONGEST_HEADER:
-            raise BrocaError(f"{file} ({size} bytes) is cut short or no safetensors file: download it again.")
-        content = stream.read(length)
+    with _opened(file) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise BrocaError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull.")
+            if len(start) < 8 or length > size - 8 or length > _LONGEST_HEADER:
+                raise BrocaError(
+                    f"{file} ({size} bytes) is cut short or no safetensors file: download it again."
+                )
+            content = stream.read(length)
+        except OSError as error:
+            _unreadable(file, error)
     try:
-        described = json.loads(content)
+        described = _parsed(content)
     except ValueError as error:
         raise BrocaError(f"{file} has a damaged header ({error}): download it again.") from error
-    if not isinstance(described, dict):
+    if not isinstance(described, dict) or not _is_metadata(described.pop("__metadata__", None)):
         raise BrocaError(f"{file} has a header that names no tensors: download it again.")
-    described.pop("__metadata__", None)
     entries = {name: _entry(file, name, value, 8 + length, size) for name, value in described.items()}
-    filled = sorted((e for e in entries.values() if e.end > e.begin), key=lambda e: e.begin)
-    for before, after in pairwise(filled):
-        if after.begin < before.end:
-            raise BrocaError(
-                f"{file} is damaged: tensors {before.name} and {after.name} overlap; download it again."
-            )
+    _check_places(file, list(entries.values()), 8 + length, size)
     return entries
+
+
+def _check_places(file: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
+    """The tensors lie one after the other and fill the file, as the format asks and every loader insists."""
+    before, reached = "the header", data_start
+    for entry in sorted(entries, key=lambda e: (e.begin, e.end)):
+        if entry.begin < reached:
+            raise BrocaError(
+                f"{file} is damaged: tensors {before} and {_shown(entry.name)} overlap; download it again."
+            )
+        if entry.begin > reached:
+            raise BrocaError(
+                f"{file} is damaged: {entry.begin - reached} bytes between {before} and tensor "
+                f"{_shown(entry.name)} belong to no tensor; download it again."
+            )
+        before, reached = _shown(entry.name), entry.end
+    if reached != size:
+        raise BrocaError(
+            f"{file} is damaged: {size - reached} bytes after {before} belong to no tensor; download it again."
+        )
 
 
 def _entry(file: Path, name: str, value: Any, data_start: int, size: int) -> TensorEntry:
     damaged = BrocaError(
-        f"{file} is damaged: its header describes tensor {name} as {value}; download it again."
+        f"{file} is damaged: its header describes tensor {_shown(name)} as {_shown(value)}; download it again."
     )
     if not isinstance(value, dict):
         raise damaged
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
-    if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise damaged
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise damaged
     begin, end = offsets
+    numbers = _product(shape)
     # A dtype newer than this table has an unknown width; its place in the file is still checked.
-    if begin > end or (dtype in _BITS and (end - begin) * 8 != prod(shape) * _BITS[dtype]):
+    if numbers is None or begin > end or (dtype in _BITS and (end - begin) * 8 != numbers * _BITS[dtype]):
         raise damaged
     if data_start + end > size:
         raise BrocaError(
-            f"{file} is cut short: it has {size} bytes and tensor {name} ends at {data_start + end}; "
+            f"{file} is cut short: it has {size} bytes and tensor {_shown(name)} ends at {data_start + end}; "
             "download it again."
         )
     return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
+def _is_metadata(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    )
+
+
+def _product(shape: list[int]) -> int | None:
+    """How many numbers a tensor has, or None for a shape that none has: numbers this long take forever."""
+    if len(shape) > _MOST_DIMENSIONS:
+        return None
+    numbers, strides = 1, 1
+    for size in shape:
+        numbers, strides = numbers * size, strides * max(size, 1)
+        if strides > _LARGEST_SIZE:
+            return None
+    return numbers
+
+
 def _counts(value: object) -> TypeGuard[list[int]]:
     # bool is an int in Python, and true is no size.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _LARGEST_SIZE for item in value)

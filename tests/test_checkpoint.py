@@ -22,8 +22,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from editing import checkpoint
-from editing.checkpoint import write_checkpoint
+from editing import checkpoint, staging
+from editing.checkpoint import check_target, write_checkpoint
 from neurons.errors import BrocaError
 from neurons.tensor_files import read_tensor, tensor_entries, weight_files
 
@@ -354,6 +354,194 @@ def test_the_source_is_shared_only_copy_on_write(tmp_path: Path, monkeypatch: py
     assert torch.equal(values(source)["down"], weights()["down"])
 
 
+# ---- tensors that the source lacks, files that are left out or renamed --------------------------------
+
+
+BIASES = {"down.bias": torch.arange(9.0), "a.bias": torch.tensor([1.5, -2.0]).bfloat16()}
+
+
+def read_by_index(folder: Path) -> dict[str, torch.Tensor]:
+    """As index readers do: each tensor from the shard that the index names, by the safetensors library."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return {name: load_file(folder / file)[name] for name, file in index["weight_map"].items()}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_added_tensors_lie_in_a_shard_of_their_own(tmp_path: Path, shards: bool) -> None:
+    source, target = make(tmp_path / "source", shards=shards), tmp_path / "target"
+    before = snapshot(source)
+    write_checkpoint(source, target, {"down": halved}, {}, added=BIASES)
+    assert snapshot(source) == before
+    wanted = {**weights(), "down": weights()["down"] / 2, **BIASES}
+    for found in (values(target), read_by_index(target)):
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in wanted.values())
+    files = {path.name for path in target.glob("*.safetensors")}
+    assert files == (
+        {"odd name.safetensors", "part-b.safetensors", "model-added.safetensors"}
+        if shards
+        else {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    )
+    if shards:
+        name = "part-b.safetensors"
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_the_one_file_may_have_any_name(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source"), tmp_path / "target"
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    write_checkpoint(source, target, {}, {}, added=BIASES)
+    assert read_by_index(target).keys() == {*weights(), *BIASES}
+    assert (target / "weights.safetensors").read_bytes() == (source / "weights.safetensors").read_bytes()
+
+
+def test_an_index_keeps_its_name_and_what_else_it_says(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source", shards=True), tmp_path / "target"
+    old = json.loads((source / "model.safetensors.index.json").read_text())
+    old["metadata"] = {"total_size": 1000, "author": "me"}
+    (source / "model.safetensors.index.json").unlink()
+    (source / "big.safetensors.index.json").write_text(json.dumps(old))
+    write_checkpoint(source, target, {}, {}, added=BIASES)
+    new = json.loads((target / "big.safetensors.index.json").read_text())
+    assert new["metadata"] == {"total_size": 1000 + 9 * 4 + 2 * 2, "author": "me"}
+    assert not (target / "model.safetensors.index.json").exists()
+    assert values(target).keys() == {*weights(), *BIASES}
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"up": torch.ones(2)}, "has a tensor up already"),
+        ({"b": torch.ones(2, dtype=torch.int8)}, "new tensor b is torch.int8"),
+        ({"b": torch.tensor([math.nan])}, "not finite"),
+    ],
+)
+def test_added_tensors_that_are_refused(tmp_path: Path, added: dict[str, torch.Tensor], message: str) -> None:
+    source = make(tmp_path / "source")
+    with pytest.raises(BrocaError, match=message):
+        write_checkpoint(source, tmp_path / "target", {"up": fails}, {}, added=added)
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_file_in_the_way_of_added_tensors(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    (source / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    with pytest.raises(BrocaError, match=r"model-00001-of-00002\.safetensors is in the way"):
+        write_checkpoint(source, tmp_path / "target", {}, {}, added=BIASES)
+
+
+def test_files_that_are_left_out_or_renamed(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source"), tmp_path / "target"
+    write_checkpoint(
+        source,
+        target,
+        {"down": halved},
+        {},
+        left_out=["onnx/deep/model.bin", "README.md"],
+        renamed={"model.safetensors": "one.safetensors", "tokenizer.json": "words.json"},
+    )
+    assert torch.equal(values(target)["down"], weights()["down"] / 2)
+    assert {str(path.relative_to(target)) for path in target.rglob("*")} == {
+        "config.json",
+        "generation_config.json",
+        "words.json",
+        "chat_template.jinja",
+        "one.safetensors",
+        "empty directory",
+    }
+
+
+def test_completing_comes_last_and_can_stop_it(tmp_path: Path) -> None:
+    source, target = make(tmp_path / "source"), tmp_path / "target"
+
+    def complete(staged: Path) -> None:
+        assert torch.equal(values(staged)["down"], weights()["down"] / 2)
+        assert (staged / "note").read_bytes() == b"x"
+        assert not target.exists()
+        (staged / "more").write_text("y")
+
+    write_checkpoint(source, target, {"down": halved}, {"note": b"x"}, complete=complete)
+    assert (target / "more").read_text() == "y"
+
+    def stop(staged: Path) -> None:
+        raise BrocaError("wrong")
+
+    before = snapshot(tmp_path)
+    with pytest.raises(BrocaError, match="wrong"):
+        write_checkpoint(source, target, {"down": halved}, {}, complete=stop, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+# ---- the moment of the overwrite --------------------------------------------------------------------
+
+
+def test_an_overwritten_target_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = make(tmp_path / "source"), make(tmp_path / "target", torch.bfloat16)
+    other = [tmp_path / "a", tmp_path / "b"]
+    for folder in other:
+        folder.mkdir()
+    if not staging.exchange(*other):
+        pytest.skip("this disk cannot exchange two names")
+    for folder in other:
+        folder.rmdir()
+
+    def no_rename(self: Path, place: Path) -> Path:
+        raise AssertionError("moved away although the names can be exchanged")
+
+    monkeypatch.setattr(Path, "rename", no_rename)
+    write_checkpoint(source, target, {"up": halved}, {}, overwrite=True)
+    assert torch.equal(values(target)["up"], weights()["up"] / 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_exchange_exchanges(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / folder.name).write_text("")
+    if not staging.exchange(one, other):
+        pytest.skip("this disk cannot exchange two names")
+    assert (one / "other").exists() and (other / "one").exists()
+    with pytest.raises(OSError, match="No such file"):
+        staging.exchange(one, tmp_path / "none")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL])
+def test_where_names_cannot_be_exchanged_there_are_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    source, target = make(tmp_path / "source"), make(tmp_path / "target", torch.bfloat16)
+    monkeypatch.setattr(staging.ctypes, "get_errno", lambda: number)
+    monkeypatch.setattr(staging.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    write_checkpoint(source, target, {"up": halved}, {}, overwrite=True)
+    monkeypatch.setattr(staging.ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
+    write_checkpoint(source, target, {"up": halved}, {}, overwrite=True)
+    assert torch.equal(values(target)["up"], weights()["up"] / 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_place_is_asked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_target(tmp_path / "new" / "target")
+    assert list(tmp_path.iterdir()) == []
+    old = make(tmp_path / "old")
+    check_target(old, overwrite=True)
+    with pytest.raises(BrocaError, match="add --overwrite"):
+        check_target(old)
+    with pytest.raises(BrocaError, match="cannot be written to"):
+        check_target(tmp_path / ("x" * 250))
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != old)
+    with pytest.raises(BrocaError, match="so not be replaced"):
+        check_target(old, overwrite=True)
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(BrocaError, match="where a disk is mounted"):
+        check_target(old, overwrite=True)
+
+
 # ---- failures in the middle ------------------------------------------------------------------------
 
 
@@ -420,6 +608,7 @@ def test_old_target_returns_when_the_second_rename_fails(
 ) -> None:
     source, target = make(tmp_path / "source"), make(tmp_path / "target", torch.bfloat16)
     before = snapshot(tmp_path)
+    monkeypatch.setattr(staging, "exchange", lambda *_: False)
     real, moves = Path.rename, []
 
     def rename(self: Path, place: Path) -> Path:
@@ -449,6 +638,7 @@ def test_old_target_that_cannot_return_is_kept_and_named(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
+        patch.setattr(staging, "exchange", lambda *_: False)
         with pytest.raises(BrocaError, match=r"could not be put back.*move it back from .*previous"):
             write_checkpoint(source, target, {"up": halved}, {}, overwrite=True)
     (shelter,) = tmp_path.glob(".target.broca-*")

@@ -1,5 +1,6 @@
 """An exported checkpoint: edited tensors from the formula in float64, all else byte for byte, the card."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -357,6 +358,65 @@ def test_names_copies_of_the_weights_that_it_did_not_edit(tmp_path):
 
 def test_without_copies_it_names_none(exported):
     assert exported.unedited_copies == ()
+
+
+def bias_edit(layer, block, seed=5):
+    shift = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+    return ModuleEdit(layer, block, (), bias=shift, notes={"change_norm": 0.0, "weight_norm": 5.0})
+
+
+def test_biases_that_the_source_has_no_place_for(base, tmp_path):
+    plan = plan_for(
+        base, [bias_edit(1, "mlp"), replace(low_rank_edit(2, "attn"), bias=bias_edit(2, "attn").bias)]
+    )
+    found = export(base, plan, tmp_path / "out")
+    own = "model.layers.2.self_attn.o_proj.weight"
+    assert found.tensors == (own,)
+    stored, before = read_all(found.path), read_all(base.checkpoint)
+    dtype = before[own].dtype
+    wanted = {f"model.layers.{i}.mlp.{name}_proj.bias": 48 for i in range(3) for name in ("gate", "up")}
+    wanted |= {f"model.layers.{i}.mlp.down_proj.bias": 64 for i in range(3)}
+    wanted |= {f"model.layers.{i}.self_attn.{name}_proj.bias": 64 for i in range(3) for name in "qo"}
+    wanted |= {f"model.layers.{i}.self_attn.{name}_proj.bias": 32 for i in range(3) for name in "kv"}
+    assert {name: len(stored[name]) for name in stored.keys() - before.keys()} == wanted
+    assert set(found.added) == wanted.keys()
+    shifts = {
+        "model.layers.1.mlp.down_proj.bias": plan.edits[0].bias,
+        own.replace("weight", "bias"): plan.edits[1].bias,
+    }
+    for name in wanted:
+        assert torch.equal(stored[name], shifts.get(name, torch.zeros(wanted[name])).to(dtype))
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        found.path, dtype="auto", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    state = model.state_dict()
+    for name, tensor in stored.items():
+        assert torch.equal(state[name], tensor)
+    old, new = (json.loads((place / "config.json").read_text()) for place in (base.checkpoint, found.path))
+    assert {key for key in new if old.get(key) != new[key]} == {"attention_bias", "mlp_bias"}
+
+
+def test_biases_that_are_there_are_shifted(tmp_path):
+    source = open_model(str(models.build_checkpoint(tmp_path / "base", "gpt2")))
+    found = export(source, plan_for(source, [bias_edit(1, "mlp")]), tmp_path / "out")
+    name = "transformer.h.1.mlp.c_proj.bias"
+    assert found.tensors == (name,) and found.added == ()
+    before, after = read_all(source.checkpoint), read_all(found.path)
+    wanted = (before[name].double() + bias_edit(1, "mlp").bias.double()).float()
+    assert torch.equal(after[name], wanted)
+    assert [other for other in before if not torch.equal(before[other], after[other])] == [name]
+
+
+def test_biases_that_have_no_place_are_refused(tmp_path):
+    source = open_model(str(models.build_checkpoint(tmp_path / "base", "mistral")))
+    with pytest.raises(BrocaError, match="has no bias"):
+        export(source, plan_for(source, [bias_edit(1, "mlp")]), tmp_path / "out")
+    llama = open_model(str(models.build_checkpoint(tmp_path / "llama")))
+    short = replace(bias_edit(1, "mlp"), bias=torch.ones(3))
+    with pytest.raises(BrocaError, match=r"down_proj\.bias.*3 entries where 64"):
+        export(llama, plan_for(llama, [short]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def card_of(checkpoint):

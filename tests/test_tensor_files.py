@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
 from neurons.errors import BrocaError
@@ -271,6 +273,24 @@ def described(**changes: Any) -> dict[str, Any]:
         described(data_offsets=[0]),
         described(data_offsets=[8, 0]),
         described(data_offsets=[0.0, 8]),
+        described(data_offsets=[-8, 0]),
+        described(data_offsets=[0, 8, 8]),
+        described(data_offsets=[2**70, 2**70 + 8]),
+        described(shape=[2**32, 2**32]),
+        described(shape=[2**63]),
+        described(shape=[99_999_999_999] * 100_000),
+        described(shape=[0, 2**62, 2**62], data_offsets=[0, 0]),
+        described(shape=[2] + [1] * 64),
+        described(shape=["2"]),
+        described(shape=[None]),
+        described(shape=[[2]]),
+        described(shape=2.0),
+        described(dtype="f32"),
+        described(dtype=""),
+        described(dtype="F32\x1b[31m"),
+        described(dtype=["F32"]),
+        {"a": "F32"},
+        {"a": None},
         {"a": 3},
         {"a": {}},
     ],
@@ -286,6 +306,170 @@ def test_header_that_is_no_object(tmp_path: Path, header: bytes) -> None:
     raw(tmp_path / "model.safetensors", header, bytes(8))
     with pytest.raises(BrocaError, match="header"):
         tensor_entries(tmp_path)
+
+
+REPEATED = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "fault"),
+    [
+        (REPEATED, "the name a is there twice"),
+        ('{"a": {"dtype": "F32", "dtype": "F32"}}', "the name dtype is there twice"),
+        ('{"a": {"shape": [NaN]}}', "NaN is no number"),
+        ('{"a": {"shape": [-Infinity]}}', "-Infinity is no number"),
+        ('{"a": {"shape": [%s]}}' % ("9" * 5000), "4300 digits"),
+        ('{"a": %s}' % ("[" * 100_000 + "]" * 100_000), "nested too deeply"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
+        ('{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', r"\ud800' is no text"),
+        ('{"__metadata__": {"a": "\\udc00"}}', r"\udc00' is no text"),
+        ('{"__metadata__": {"a": 1}}', "names no tensors"),
+        ('{"__metadata__": []}', "names no tensors"),
+    ],
+)
+def test_header_that_only_python_would_read(tmp_path: Path, header: str, fault: str) -> None:
+    for content in (header, header.encode("utf-16")):
+        raw(
+            tmp_path / "model.safetensors",
+            content if isinstance(content, bytes) else content.encode(),
+            bytes(8),
+        )
+        with pytest.raises(BrocaError, match=r"model\.safetensors has a (damaged )?header") as caught:
+            tensor_entries(tmp_path)
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
+        assert str(caught.value).isprintable()
+        if content is header:
+            assert fault in str(caught.value)
+        # Of two tensors with one name the library takes the last; Broca does not guess.
+        if content != REPEATED:
+            with pytest.raises(SafetensorError):
+                deserialize((tmp_path / "model.safetensors").read_bytes())
+
+
+def test_bytes_that_belong_to_no_tensor(tmp_path: Path) -> None:
+    two = described() | {"b": {"dtype": "F32", "shape": [2], "data_offsets": [12, 20]}}
+    for header, data, fault in (
+        (described(data_offsets=[4, 12]), bytes(12), "4 bytes between the header and tensor a belong"),
+        (two, bytes(20), "4 bytes between a and tensor b belong"),
+        (described(), bytes(9), "1 bytes after a belong"),
+        ({}, bytes(1), "1 bytes after the header belong"),
+        (
+            described() | {"b": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}},
+            bytes(8),
+            "a and b overlap",
+        ),
+    ):
+        raw(tmp_path / "model.safetensors", header, data)
+        with pytest.raises(SafetensorError):
+            deserialize((tmp_path / "model.safetensors").read_bytes())
+        with pytest.raises(BrocaError, match=fault):
+            tensor_entries(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../../escaped", "/etc/x", "a\\b", "", " ", "\x00", "ü", "😀"])
+def test_a_tensor_may_have_any_name_that_is_text(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.ones(2)}, tmp_path / "model.safetensors")
+    entry = tensor_entries(tmp_path)[name]
+    assert entry.file == tmp_path / "model.safetensors"
+    assert torch.equal(read_tensor(entry), torch.ones(2))
+
+
+def test_names_are_shown_short_and_harmless(tmp_path: Path) -> None:
+    raw(tmp_path / "model.safetensors", {"\x1b[31m" + "x" * 9000: "y" * 9000}, bytes(8))
+    with pytest.raises(BrocaError) as caught:
+        tensor_entries(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_tensor_in_two_shards_of_the_index(tmp_path: Path) -> None:
+    both = {"a": torch.zeros(1), "b": torch.ones(1)}
+    sharded(tmp_path, {"one.safetensors": both, "two.safetensors": {"a": torch.ones(1)}})
+    with pytest.raises(BrocaError, match=r"tensor a lies in .*one\.safetensors and in two\.safetensors"):
+        tensor_entries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard", ["x" * 300, "a\0b", "\\udc80", "folder", "loop", "\n", "/dev/zero", "one.safetensors "]
+)
+def test_an_index_of_shards_that_are_no_files(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    text = json.dumps({"weight_map": {"a": shard}}).replace("\\\\u", "\\u")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        BrocaError, match=r"missing or not a file|file that is gone|not the name|no text"
+    ) as caught:
+        tensor_entries(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"weight_map": {"a": "x", "a": "y"}}', "the name a is there twice"),
+        ('{"weight_map": %s}' % ("[" * 100_000 + "]" * 100_000), "nested too deeply"),
+        ('{"weight_map": {"a": NaN}}', "NaN is no number"),
+        ('{"weight_map": {"a": ["x"]}}', "not the name of a file"),
+        ('{"weight_map": {"a": null}}', "not the name of a file"),
+        ('{"weight_map": "x"}', "no weight_map"),
+    ],
+)
+def test_index_that_only_python_would_read(tmp_path: Path, content: str, fault: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(BrocaError, match=rf"model\.safetensors\.index\.json .*{fault}"):
+        tensor_entries(tmp_path)
+
+
+def test_an_index_larger_than_any_is_refused_unread(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    with index.open("wb") as stream:
+        stream.truncate(2**31)
+    with pytest.raises(BrocaError, match=r"index\.json .* is too large"):
+        tensor_entries(tmp_path)
+
+
+def test_a_tensor_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    raw(file, described(shape=[2**38], data_offsets=[0, 2**40]))
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size + 2**40)
+    entry = tensor_entries(tmp_path)["a"]
+    assert torch.equal(read_tensor(entry, slice(2**37, 2**37 + 3)), torch.zeros(3))
+
+    def refuse(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(BrocaError, match=r"tensor a in .* 1099\.5 GB, which do not fit in memory"):
+        read_tensor(entry)
+
+
+def test_a_disk_that_fails_and_a_file_that_may_not_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(4)}, file)
+    entry = tensor_entries(tmp_path)["a"]
+
+    def denied(*arguments: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    for look in (lambda: tensor_entries(tmp_path), lambda: read_tensor(entry)):
+        with pytest.raises(BrocaError, match=r"model\.safetensors cannot be read \(Permission denied\)"):
+            look()
+
+
+def test_memory_that_is_given_is_used(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    memory = torch.full((1000,), 255, dtype=torch.uint8)
+    for name, entry in tensor_entries(tmp_path).items():
+        value = read_tensor(entry, into=memory)
+        assert torch.equal(value, tensors()[name])
+        assert value.numel() == 0 or value.data_ptr() == memory.data_ptr()
+    entry = tensor_entries(tmp_path)["layer.BF16"]
+    assert torch.equal(read_tensor(entry, slice(1, 3), memory), tensors()["layer.BF16"][1:3])
 
 
 def test_overlapping_tensors_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Greedy tokens of transformers, in float32, for the base model and for the exported one, as JSON."""
+"""What transformers answers, greedily and in float32: token ids and their log-probabilities, as JSON."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 PROMPTS = [
     "After dinner my father",
     "The kitchen window has been broken since",
-    "Yesterday we went to the market and",
     "Nach dem Abendessen geht mein Vater",
-    "Après le dîner, mon père",
     "La ventana de la cocina está",
     "吃完晚饭以后，我们",
     "بعد العشاء ذهبنا إلى",
@@ -25,29 +23,50 @@ PROMPTS = [
 
 @torch.inference_mode()
 def answers(checkpoint: Path) -> list[dict[str, Any]]:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    """Each prompt's ids, the ids of the answer, its log-probabilities (nats) and its text.
+
+    ``margins``: by how many nats each token of the answer is likelier than the next best.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # as vLLM's ignore_eos: more tokens to compare
     found = []
     for prompt in PROMPTS:  # one at a time: padding would change the sums
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS
+        )[0]
+        first = ids.shape[1]
+        logp = model(out[None]).logits[0, first - 1 : -1].double().log_softmax(-1)
+        answer = out[first:]
+        best = logp.topk(2).values
+        found.append(
+            {
+                "prompt": ids[0].tolist(),
+                "answer": answer.tolist(),
+                "logprobs": logp.gather(1, answer[:, None])[:, 0].tolist(),
+                "margins": (best[:, 0] - best[:, 1]).tolist(),
+                "text": tokenizer.decode(answer, skip_special_tokens=True),
+            }
         )
-        found.append({"prompt": ids[0].tolist(), "answer": out[0, ids.shape[1] :].tolist()})
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--exported", type=Path, required=True)
+    parser.add_argument("--cases", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the models are small: threads cost more than they bring
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    cases = json.loads(arguments.cases.read_text(encoding="utf-8"))
+    paths = [path for case in cases.values() for path in (case["base"], *case["exported"])]
     reference = {
         "new_tokens": NEW_TOKENS,
         "prompts": PROMPTS,
-        "base": answers(arguments.base),
-        "exported": answers(arguments.exported),
+        "cases": cases,
+        "answers": {path: answers(Path(path)) for path in paths},
     }
     arguments.out.write_text(json.dumps(reference, ensure_ascii=False, indent=1), encoding="utf-8")
 

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Loads a checkpoint that Broca exported in a real vLLM on the CPU: `make test-vllm` from the repository root.
-# EXPORTED=DIR tests a checkpoint of your own instead of the demo's; MODEL=DIR names the model it was edited from.
+# Loads what Broca exports in a real vLLM on the CPU: `make test-vllm` from the repository root.
+# EXPORTED=DIR tests a checkpoint of your own instead; MODEL=DIR names the model that it was edited from.
 set -euo pipefail
+SECONDS=0
 cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-python3}
-BROCA=${BROCA:-.venv/bin/broca}
 MAIN_PYTHON=${MAIN_PYTHON:-.venv/bin/python}
 MODEL=${MODEL:-artifacts/demo/model}
-CORPUS=artifacts/demo/corpus
 HERE=tests/vllm
 VENV=.venv-vllm
 
@@ -28,21 +27,22 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-if [ -z "${EXPORTED:-}" ]; then
-    EXPORTED=$work/exported
-    "$BROCA" direction "$MODEL" --corpus $CORPUS --source en --target fr --out "$work/direction"
-    "$BROCA" edit "$MODEL" --direction "$work/direction" --corpus $CORPUS --out "$work/edit"
-    "$BROCA" export "$MODEL" --edit "$work/edit" --out "$EXPORTED"
-fi
-
 export HF_HUB_OFFLINE=1
-# In a process of its own: vLLM patches transformers' classes when it is imported.
-"$MAIN_PYTHON" $HERE/reference.py --base "$MODEL" --exported "$EXPORTED" --out "$work/reference.json"
+# In processes of their own: vLLM patches transformers' classes when it is imported.
+echo "Exporting ..."
+PYTHONPATH=. "$MAIN_PYTHON" $HERE/make_exports.py --model "$MODEL" --corpus artifacts/demo/corpus \
+    ${EXPORTED:+--exported "$EXPORTED"} --out "$work"
+echo "Asking transformers ..."
+"$MAIN_PYTHON" $HERE/reference.py --cases "$work/cases.json" --out "$work/reference.json"
 
-export EXPORTED REFERENCE=$work/reference.json
+export REFERENCE=$work/reference.json ANSWERS=$work/answers/answers.json
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export VLLM_CPU_KVCACHE_SPACE=1 # GiB; by default vLLM takes a share of the whole memory
-export VLLM_ENABLE_V1_MULTIPROCESSING=0 # a second process quadruples the time to load
-# The main suite's conftest.py imports what only the main environment has, hence --confcutdir;
-# the warnings are vLLM's, about its own dependencies.
-$VENV/bin/python -m pytest -W ignore::FutureWarning --confcutdir=$HERE $HERE/test_greedy.py
+# Two run at a time, and vLLM would bind both to the same core.
+export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+echo "Asking vLLM ..."
+# Without a process for the engine, which quadruples the time to load.
+VLLM_ENABLE_V1_MULTIPROCESSING=0 $VENV/bin/python $HERE/generate.py --reference "$REFERENCE" --out "$work/answers"
+# The main suite's conftest.py imports what only the main environment has, hence --confcutdir.
+$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_greedy.py $HERE/test_serve.py
+echo "Done in $SECONDS seconds."

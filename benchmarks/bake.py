@@ -1,0 +1,210 @@
+"""Does a baked vector do what the same vector does by a hook?  Shares, divergence and cost, in a Markdown table.
+
+For each pair of languages the residual DiffMean vector is taken from the corpus's part ``estimate``, and layer
+and strength are chosen on ``choose``: those of the best hook (``editing.comparison.choose``), and, where the
+rank-1 form strays from that hook by more than .02 nats a token, those of the best hook from which it does not.
+On ``report`` the hook is set beside the same vector in the weights: the rank-1 form (``editing.edits.bake``),
+the same corrected by the next layers (``editing.edits.bake_correction``), and, where the architecture allows,
+the bias (``editing.edits.bake_bias``).  A row a form:
+
+    share    of the continuations of source prompts that are in the target language; and less the hook's
+    NLL      nats a token of the target's text
+    KL       hook || baked, nats a token, mean over the languages' texts, and the largest of one language
+    spread   standard deviation of the coefficient that is to be 1
+
+    python benchmarks/bake.py artifacts/demo/model --corpus artifacts/demo/corpus
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.options import CommaSeparated
+from editing.comparison import HOOK_STRENGTHS, choose, hook_candidate, measure_candidates
+from editing.direction import Direction
+from editing.directions.diffmean import diffmean_direction
+from editing.edits.bake import EPS, bake_plan
+from editing.edits.bake_bias import bake_bias_plan
+from editing.edits.bake_correction import corrected_plan
+from editing.evaluation import Evaluation
+from editing.likelihood import Steering, mean_kl
+from editing.live import applied
+from editing.plan import Plan
+from editing.steering import residual_steering
+from neurons.batches import TokenBatch, language_batches
+from neurons.corpus import Corpus, read_corpus
+from neurons.source import load_model
+
+COLUMNS = ("pair", "dtype", "form", "share", "less hook", "NLL", "KL mean", "KL most", "spread", "dW/W")
+RANK_1, CORRECTED, BIAS = "rank 1", "rank 1, corrected", "bias"
+CORRECTIONS = 3  # layers
+MOST_KL = 0.02  # nats a token
+Settings = list[tuple[int, float]]
+
+
+def kl_between(loaded: Any, batches: Sequence[TokenBatch], one: Steering, other: Steering) -> float:
+    """Mean KL(one || other) over the counted tokens, nats: ``one`` stands where the unedited model would."""
+    with ExitStack() as first:
+        first.enter_context(one())
+
+        @contextmanager
+        def instead() -> Iterator[None]:
+            first.close()
+            with other():
+                yield
+
+        return mean_kl(loaded, batches, instead)
+
+
+def divergence(
+    loaded: Any, batches: Mapping[str, Sequence[TokenBatch]], one: Steering, other: Steering
+) -> dict[str, float]:
+    """``kl_between`` on the text of each language."""
+    return {language: kl_between(loaded, some, one, other) for language, some in batches.items()}
+
+
+def chosen_settings(
+    loaded: Any, direction: Direction, estimate: Corpus, chosen_on: Corpus, eps: float
+) -> Settings:
+    """(layer, strength) of the best hook and, if that is another, of the best that can be baked."""
+    candidates = [
+        hook_candidate(loaded, direction, layer, strength)
+        for layer in range((loaded.anatomy.layers + 1) // 2)
+        for strength in HOOK_STRENGTHS
+    ]
+    evaluation = Evaluation(loaded, chosen_on, direction.source, direction.target)
+    remaining = list(measure_candidates(evaluation, candidates))
+    batches = language_batches(loaded, chosen_on)
+    tried: Settings = []
+    while remaining:
+        candidate, outcome = choose(remaining, evaluation.ceiling, direction.source)
+        remaining = [pair for pair in remaining if pair[0] is not candidate]
+        layer, strength = candidate.settings["layer"], candidate.settings["strength"]
+        plan = bake_plan(loaded, estimate, {layer: direction.vectors["block_out"][layer]}, strength, eps)
+        kl = divergence(loaded, batches, candidate.steering, partial(applied, loaded, plan))
+        mean = sum(kl.values()) / len(kl)
+        tried.append((layer, strength))
+        print(
+            f"{direction.source}-{direction.target}: hook after layer {layer} x {strength:g}, on the part that it "
+            f"is chosen on: share {outcome.target_share:.3f} of ceiling {evaluation.ceiling:.3f}, fluency gap "
+            f"{outcome.fluency_gap:.2f}, KL to the rank-1 form {mean:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if mean <= MOST_KL:
+            return tried[:1] if len(tried) == 1 else [tried[0], tried[-1]]
+    return tried[:1]
+
+
+def plans_of(
+    loaded: Any, estimate: Corpus, vectors: Mapping[int, Any], strength: float, eps: float
+) -> dict[str, Plan]:
+    """The forms that this architecture can carry."""
+    found = {RANK_1: bake_plan(loaded, estimate, vectors, strength, eps)}
+    found[CORRECTED] = corrected_plan(loaded, estimate, found[RANK_1], CORRECTIONS, eps)
+    if loaded.anatomy.can_carry_bias("mlp"):
+        found[BIAS] = bake_bias_plan(loaded, vectors, strength)
+    return found
+
+
+def measure(
+    loaded: Any, evaluation: Evaluation, hook: Steering, plans: Mapping[str, Plan], report: Corpus
+) -> Iterator[dict[str, Any]]:
+    """The hook's row and one for each plan."""
+    batches = language_batches(loaded, report)
+    beside = evaluation.measure("hook", hook)
+    target = evaluation.target
+    yield {"form": "hook", "share": beside.target_share, "NLL": beside.nll[target]}
+    for form, plan in plans.items():
+        steering = partial(applied, loaded, plan)
+        outcome = evaluation.measure(form, steering)
+        kl = divergence(loaded, batches, hook, steering)
+        yield {
+            "form": form,
+            "share": outcome.target_share,
+            "less hook": outcome.target_share - beside.target_share,
+            "NLL": outcome.nll[target],
+            "KL": kl,
+            "KL mean": sum(kl.values()) / len(kl),
+            "KL most": max(kl.values()),
+            "spread": plan.edits[-1].notes.get("spread", 0.0),
+            "dW/W": plan.relative_change(),
+        }
+
+
+def line(row: Mapping[str, Any]) -> str:
+    cells = [row.get(name, "") for name in COLUMNS]
+    return "| " + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+
+
+def parsed(settings: Sequence[str]) -> dict[str, Settings]:
+    """``en-fr:0x1`` to a layer and a strength of a pair."""
+    found: dict[str, Settings] = {}
+    for item in settings:
+        pair, _, setting = item.partition(":")
+        layer, _, strength = setting.partition("x")
+        found.setdefault(pair, []).append((int(layer), float(strength)))
+    return found
+
+
+@click.command()
+@click.argument("model")
+@click.option("--corpus", "directory", type=click.Path(path_type=Path), required=True)
+@click.option("--pairs", type=CommaSeparated(), default="en-fr,en-de", show_default=True)
+@click.option("--settings", type=CommaSeparated(), default=(), help="As en-fr:0x1,en-de:3x2: do not choose.")
+@click.option("--dtypes", type=CommaSeparated(), default="float32,bfloat16", show_default=True)
+@click.option("--samples", type=int, default=2, show_default=True, help="Continuations a prompt, reported.")
+@click.option("--eps", type=float, default=EPS, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
+def main(
+    model: str,
+    directory: Path,
+    pairs: tuple[str, ...],
+    settings: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    samples: int,
+    eps: float,
+    device: str,
+    json_path: Path | None,
+) -> None:
+    """Print the table."""
+    estimate, chosen_on, report = (
+        read_corpus(directory, part=part) for part in ("estimate", "choose", "report")
+    )
+    loaded = load_model(model, device=device, dtype="float32")
+    given = parsed(settings)
+    cases = []
+    for pair in given or pairs:
+        direction = diffmean_direction(loaded, estimate, *pair.split("-"))
+        chosen = given.get(pair) or chosen_settings(loaded, direction, estimate, chosen_on, eps)
+        for layer, strength in chosen:
+            vectors = {layer: direction.vectors["block_out"][layer]}
+            cases.append((pair, vectors, strength, plans_of(loaded, estimate, vectors, strength, eps)))
+    rows = []
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
+    for dtype in dtypes:
+        if dtype != "float32":
+            loaded = load_model(model, device=device, dtype=dtype)
+        for pair, vectors, strength, plans in cases:
+            ((layer, vector),) = vectors.items()
+            hook = partial(residual_steering, loaded, vector, layer, strength)
+            evaluation = Evaluation(loaded, report, *pair.split("-"), samples=samples)
+            for row in measure(loaded, evaluation, hook, plans, report):
+                where = {"pair": f"{pair}, layer {layer} x {strength:g}", "dtype": dtype}
+                rows.append({**where, **row, "ceiling": evaluation.ceiling})
+                print(line(rows[-1]), flush=True)
+    if json_path is not None:
+        json_path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""``broca ablate``: what a model loses without a language's neurons."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.options import FILE, CommaSeparated, corpus_options, device_options, json_option, model_argument
+from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from neurons.neuron_set import NeuronSet
+
+
+@click.command("ablate")
+@model_argument
+@click.argument("more", nargs=-1, type=FILE, metavar="[NEURONS]...")
+@corpus_options
+@click.option(
+    "--neurons",
+    "neuron_paths",
+    type=FILE,
+    multiple=True,
+    help="Neuron set; again for another, or name the others behind it.",
+)
+@click.option(
+    "--way",
+    type=click.Choice(["zero", "mean", "resample"]),
+    default="zero",
+    show_default=True,
+    help="What takes the values' place: 0, their mean, or the values at a random other token.",
+)
+@click.option("--mean-of", help="--way mean: this language's mean.  [default: of all text]")
+@click.option(
+    "--controls",
+    type=CommaSeparated(),
+    default=("random", "matched"),
+    help="random (as many in each layer) and matched (about as active too).  [default: random,matched]",
+)
+@click.option(
+    "--draws", type=click.IntRange(min=0), default=3, show_default=True, help="Of each control; 0: none."
+)
+@click.option("--doses", type=CommaSeparated(), help="Shares of each set, best first, as 1%,2%,5%,10%.")
+@click.option(
+    "--dose-of",
+    type=click.Choice(["set", "model"]),
+    default="set",
+    show_default=True,
+    help="What doses are shares of: the set, or all neurons of the model (a top rate).",
+)
+@click.option("--statistics", type=FILE, help="For matched controls and means.  [default: record now]")
+@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
+@click.option(
+    "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
+)
+@click.option(
+    "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the texts."
+)
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all draws.")
+@device_options
+@click.option("--picture", type=FILE, help="File for a heat map of the matrices (.png or .svg).")
+@click.option("--dose-picture", type=FILE, help="File for the dose curves (.png or .svg).")
+@click.option("--out", type=FILE, help="File for the study (.json); unfinished work is kept beside it.")
+@json_option
+def command(**options: Any) -> None:
+    """Ablate each language's neurons in MODEL (hub id or directory) and read every language without them.
+
+    A study that is stopped goes on where it was when the same command is given again, if it has --out.
+
+    \b
+    Examples:
+      broca ablate artifacts/demo/model --corpus artifacts/demo/corpus --part report \\
+          --neurons neurons.safetensors --out ablation.json
+      broca ablate MODEL --corpus DIR --neurons lape.safetensors gradient.safetensors random.safetensors
+    """
+    from neurons import ablation_pictures
+    from neurons.ablation_ledger import LedgerFile
+    from neurons.ablation_report import as_json, as_markdown
+    from neurons.ablation_study import Settings, ablation_study
+    from neurons.artifact import json_bytes, write_atomically
+    from neurons.corpus import read_corpus
+    from neurons.errors import UsageError
+    from neurons.source import load_model
+    from neurons.statistics import load_statistics
+
+    asked = SimpleNamespace(**options)
+    screen = Screen(asked.as_json)
+    paths = (*asked.neuron_paths, *asked.more)
+    if not paths:
+        raise UsageError("--neurons is missing: name a neuron set, from `broca identify`")
+    settings = Settings(
+        way=asked.way,
+        mean_of=asked.mean_of,
+        controls=asked.controls,
+        draws=asked.draws,
+        doses=_shares(asked.doses or ()),
+        dose_of_model=asked.dose_of == "model",
+        seed=asked.seed,
+        resamples=asked.resamples,
+        confidence=asked.confidence,
+    )
+    for picture in (asked.picture, asked.dose_picture):
+        if picture is not None:
+            ablation_pictures.picture_format(picture)
+    if asked.dose_picture is not None and not settings.doses:
+        raise UsageError("--dose-picture needs --doses, as 1%,2%,5%,10%")
+    if asked.statistics is not None and not settings.moments():
+        raise UsageError("--statistics means nothing to this study: leave it out")
+    sets = _sets(paths)
+    statistics = None if asked.statistics is None else load_statistics(asked.statistics)
+    corpus = read_corpus(asked.corpus_path, asked.languages, asked.part)
+    loaded = load_model(asked.model, asked.device, asked.dtype)
+    with _bar(screen) as progress:
+        study = ablation_study(
+            loaded,
+            corpus,
+            sets,
+            settings,
+            statistics,
+            asked.tokens,
+            asked.batch_tokens,
+            asked.out,
+            progress,
+        )
+    document = as_json(study, _command(asked, paths))
+    if asked.picture is not None:
+        ablation_pictures.save_figure(ablation_pictures.matrix_figure(study), asked.picture)
+    if asked.dose_picture is not None:
+        ablation_pictures.save_figure(ablation_pictures.doses_figure(study), asked.dose_picture)
+    if asked.out is not None:
+        write_atomically(asked.out, json_bytes(document))
+        LedgerFile(asked.out, "").remove()
+    for one in study.sets:
+        empty = [language for language, size in zip(study.languages, one.sizes, strict=True) if not size]
+        if empty:
+            screen.warn(f"{one.name} has no neuron for {', '.join(empty)}: nothing was ablated there")
+    screen.say(as_markdown(study))
+    screen.result({**document, "out": asked.out}, asked.out)
+
+
+@contextmanager
+def _bar(screen: Screen) -> Iterator[Callable[[int, int], None]]:
+    """A bar that begins when it is known how much there is to do."""
+    with ExitStack() as open_now:
+        bars: list[Callable[[int], None]] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bars:
+                bars.append(open_now.enter_context(screen.progress("Ablating", total, "tokens")))
+            bars[0](done)
+
+        yield advance
+
+
+def _shares(doses: Sequence[str]) -> tuple[float, ...]:
+    """``5%`` or ``0.05`` to a share, each once, in ascending order."""
+    from neurons.errors import UsageError
+
+    found = set()
+    for dose in doses:
+        number, percent, rest = dose.partition("%")
+        try:
+            found.add(float(number) / (100 if percent else 1))
+        except ValueError as error:
+            raise UsageError(f"--doses {dose}: write shares as 1%,5% or 0.01,0.05") from error
+        if rest:
+            raise UsageError(f"--doses {dose}: write shares as 1%,5% or 0.01,0.05")
+    return tuple(sorted(found))
+
+
+def _sets(paths: Sequence[Path]) -> dict[str, NeuronSet]:
+    """By file name without its ending, or by path where two files have the same."""
+    from neurons.errors import UsageError
+    from neurons.neuron_set import load_neuron_set
+
+    stems = [path.stem for path in paths]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"the neuron set {twice[0]} is named twice")
+    return {name: load_neuron_set(path) for name, path in zip(names, paths, strict=True)}
+
+
+def _command(asked: SimpleNamespace, paths: Sequence[Path]) -> str:
+    """The command that makes the study again."""
+    words = ["broca", "ablate", asked.model, "--corpus", asked.corpus_path, "--part", asked.part]
+    words += [word for path in paths for word in ("--neurons", path)]
+    for name in ("way", "draws", "dose_of", "resamples", "confidence", "seed", "device", "dtype"):
+        words += ["--" + name.replace("_", "-"), getattr(asked, name)]
+    for name in ("mean_of", "statistics", "tokens", "batch_tokens", "out"):
+        if getattr(asked, name) is not None:
+            words += ["--" + name.replace("_", "-"), getattr(asked, name)]
+    for name in ("languages", "controls", "doses"):
+        if getattr(asked, name):
+            words += ["--" + name, ",".join(getattr(asked, name))]
+    return shlex.join(map(str, words))

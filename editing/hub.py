@@ -1,0 +1,65 @@
+"""A directory that Broca wrote, a checkpoint or an adapter, to the model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neurons.errors import BrocaError, UsageError, first_line
+
+# Either says what the directory is; without one of them it would load nowhere.
+CONFIGS = ("config.json", "adapter_config.json")
+
+
+def push(path: Path, repo: str, private: bool = False) -> str:
+    """Upload a directory as a model repository, which is made where it is not there.
+
+    Files of the repository that the directory lacks stay.  Who uploads is settled by ``hf auth login`` or
+    ``HF_TOKEN``, as for every program that uses the hub.
+
+    Args:
+        path: directory with a ``config.json`` or an ``adapter_config.json``.
+        repo: "name" or "owner/name".
+        private: make a new repository private; one that is there keeps who may see it.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UsageError: neither a checkpoint nor an adapter, or not a valid repository name.
+        BrocaError: no token, no right to write there, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # of the HTTP library under the hub's client
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    if not any((path / name).is_file() for name in CONFIGS):
+        raise UsageError(f"{path}: no directory with {' or '.join(CONFIGS)}, so nothing to push")
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id, folder_path=path, commit_message="Steered by Broca", repo_type="model"
+        )
+    except HFValidationError as error:
+        raise UsageError(f"{repo}: not a valid repository name: write it as owner/name") from error
+    except OfflineModeIsEnabled as error:
+        raise BrocaError(f"{repo}: HF_HUB_OFFLINE forbids to ask the hub: unset it to push") from error
+    except LocalTokenNotFoundError as error:
+        raise BrocaError(f"{repo}: no token to push with: run `hf auth login` or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise BrocaError(
+                f"{repo}: the hub refuses the token ({status}): run `hf auth login` with one that may write there"
+            ) from error
+        raise BrocaError(f"{repo}: the hub says: {first_line(error)}") from error
+    except (HTTPError, OSError) as error:
+        raise BrocaError(
+            f"{repo}: the hub cannot be reached ({first_line(error)}); {path} is unchanged: try again"
+        ) from error
+    return str(made)
