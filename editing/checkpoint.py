@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,20 +12,20 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from editing.rounding import round_once
+from editing.file_copy import copies
+from editing.rounding import EditedBlock, round_once
 from editing.staging import check_room, place_apart, staging
 from editing.staging import check_target as check_target
 from neurons.errors import BrocaError
 from neurons.quantisation import is_quantised, way_out
 from neurons.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
-Replacement = Callable[[torch.Tensor, int], torch.Tensor]
+Replacement = Callable[[torch.Tensor, int], torch.Tensor | EditedBlock]
 Progress = Callable[[int, int], None]
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 2 * 2**20  # larger ones leave the processor's cache, and fresh pages are dear
 
 _NOT_COPIED = {".git", ".cache"}
-_FICLONE = 0x40049409
 _ROUNDED_AT_ONCE = 1 << 20
 _SINGLE, _INDEX_ENDING = "model.safetensors", ".safetensors.index.json"
 # Readers of GGUF converters' kind look for files that begin with "model".
@@ -71,9 +70,9 @@ def write_checkpoint(
         source: checkpoint directory with safetensors weights (stored as F32, F16, BF16 or F64).
         target: directory to make; missing parents are made too.
         replacements: by tensor name, a function of (a block of whole rows ``[n, ...]`` in the stored
-            dtype, index of its first row) that gives the new block: same shape, float32 or float64.
-            It is rounded once, to nearest even, to the stored dtype.  A tensor without dimensions
-            comes as one block of shape ``[]``.
+            dtype, index of its first row) that gives the new block, same shape: float32 or float64,
+            which is rounded once, to nearest even, to the stored dtype, or an ``EditedBlock`` that is
+            rounded already.  A tensor without dimensions comes as one block of shape ``[]``.
         extra_files: content by path relative to ``target``; it takes the place of a copied file.
         added: small tensors that the source lacks, in a shard of their own (see ``additions``).
         left_out: files of the source that the copy shall not have.
@@ -82,7 +81,7 @@ def write_checkpoint(
             files, and what it raises stops the run.
         overwrite: replace a target that is a checkpoint (has a ``config.json``).
         block_bytes: stored bytes per block; a single row larger than this is one block.
-        progress: called with (bytes done, bytes in all) after each file and each block.
+        progress: called with (bytes done, bytes in all) after each block, from several threads, never at once.
 
     Raises:
         BrocaError: before anything is written, if the target may not be replaced or lies in the source
@@ -107,22 +106,30 @@ def write_checkpoint(
     edited = sorted((entries[name] for name in replacements), key=lambda e: (e.file, e.begin))
     total = sum(copied.values()) + sum(e.end - e.begin for e in edited)
     done = 0
+    lock = threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+        with lock:
+            done += count
+            if progress is not None and count:
+                progress(done, total)
 
     with staging(target, overwrite) as staged:
         for directory in directories:
             (staged / directory).mkdir()
-        for path, size in copied.items():
-            _copy(source / path, staged / placed.get(path, path))
-            advance(size)
-        for entry in edited:
-            file = Path(entry.file.name)
-            _patch(entry, replacements[entry.name], staged / placed.get(file, file), block_bytes, advance)
+        # Unchanged bytes are copied, and finished files put on the disk, while changed ones are computed.
+        with copies(advance) as under_way:
+            own = {path: [entry for entry in edited if entry.file == source / path] for path in copied}
+            for path, changed in own.items():
+                spans = [(entry.begin, entry.end) for entry in changed]
+                under_way.begin(source / path, staged / placed.get(path, path), spans)
+            for path, changed in own.items():
+                file = staged / placed.get(path, path)
+                for entry in changed:
+                    under_way.check()
+                    _patch(entry, replacements[entry.name], file, block_bytes, advance)
+                under_way.written(file)
         for path, content in extras.items():
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             (staged / path).write_bytes(content)
@@ -276,17 +283,6 @@ def _checked_extras(source: Path, extra_files: Mapping[str, bytes]) -> dict[Path
     return extras
 
 
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("xb") as writer:
-        try:
-            # Copy-on-write: the blocks are shared until an edit, which then stays in the copy.
-            fcntl.ioctl(writer, _FICLONE, reader.fileno())
-            return
-        except OSError:
-            pass
-    shutil.copyfile(source, target)
-
-
 def _patch(
     entry: TensorEntry, replace: Replacement, file: Path, block_bytes: int, advance: Callable[[int], None]
 ) -> None:
@@ -299,13 +295,16 @@ def _patch(
             advance(new.nbytes)
 
 
-def _stored(entry: TensorEntry, block: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+def _stored(entry: TensorEntry, block: torch.Tensor, given: torch.Tensor | EditedBlock) -> torch.Tensor:
     """The checked result, rounded to the stored dtype, as one flat tensor."""
+    result = given.stored if isinstance(given, EditedBlock) else given
     if result.shape != block.shape:
         raise BrocaError(
             f"the new values of tensor {entry.name} have shape {list(result.shape)} and not {list(block.shape)}: "
             "the edit does not fit this model."
         )
+    if isinstance(given, EditedBlock):
+        return _finite(entry, result.contiguous().reshape(-1))
     if result.dtype not in (torch.float32, torch.float64):
         raise BrocaError(
             f"the new values of tensor {entry.name} are {result.dtype}, which rounds before the one rounding "
@@ -316,10 +315,15 @@ def _stored(entry: TensorEntry, block: torch.Tensor, result: torch.Tensor) -> to
     for first in range(0, flat.numel(), _ROUNDED_AT_ONCE):
         piece = slice(first, first + _ROUNDED_AT_ONCE)
         new[piece] = round_once(flat[piece], block.dtype)
-        # Looked at after rounding: a finite number may be too large for the stored dtype.
-        if not torch.isfinite(new[piece]).all():
-            raise BrocaError(
-                f"the new values of tensor {entry.name} are not all finite in {entry.dtype}: "
-                "use a weaker edit, or start from a checkpoint stored in a wider dtype."
-            )
+        _finite(entry, new[piece])
+    return new
+
+
+def _finite(entry: TensorEntry, new: torch.Tensor) -> torch.Tensor:
+    """The values, looked at after rounding: a finite number may be too large for the stored dtype."""
+    if not torch.isfinite(new).all():
+        raise BrocaError(
+            f"the new values of tensor {entry.name} are not all finite in {entry.dtype}: "
+            "use a weaker edit, or start from a checkpoint stored in a wider dtype."
+        )
     return new

@@ -12,7 +12,7 @@ import torch
 from editing.checkpoint import additions, write_checkpoint
 from editing.model_card import model_card
 from editing.plan import Plan
-from editing.rounding import round_once
+from editing.rounding import EditedBlock
 from editing.tensor_edits import AddedBiases, TensorEdit, added_biases, tensor_edits
 from editing.tensor_edits import check_shape as check_shape
 from editing.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
@@ -126,18 +126,19 @@ def export(
     )
 
 
-def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], EditedBlock]:
     """The edit of a block of a stored tensor's rows.
 
     It adds <meant, meant>, <stored, stored>, <meant, stored> to ``sums``.
     """
 
-    def replace(block: torch.Tensor, first: int) -> torch.Tensor:
-        edited = edit.edited(block, first)
-        meant = edited - block.double()
-        stored = round_once(edited, block.dtype).double() - block.double()
-        sums.add_(torch.stack([(meant * meant).sum(), (stored * stored).sum(), (meant * stored).sum()]))
-        return edited
+    def replace(block: torch.Tensor, first: int) -> EditedBlock:
+        found = edit.rounded(block, first)
+        meant = found.change.flatten()
+        stored = found.stored.to(meant.dtype).sub_(block.to(meant.dtype)).flatten()
+        # Of one block in the precision of the change; over blocks in float64.
+        sums.add_(torch.stack([meant.dot(meant), stored.dot(stored), meant.dot(stored)]).double())
+        return found
 
     return replace
 

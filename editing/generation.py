@@ -42,7 +42,7 @@ class Continuation:
 
 def generate(
     loaded: LoadedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     new_tokens: int = NEW_TOKENS,
     temperature: float = TEMPERATURE,
     seed: int = 0,
@@ -51,7 +51,8 @@ def generate(
 
     Args:
         loaded: the model, edited or steered as the caller likes.
-        prompts: read as they are, after the beginning-of-sequence token where there is one.
+        prompts: texts are read as they are, after the beginning-of-sequence token where there is one;
+            token ids are read with nothing before them (a chat template has put its own there).
         new_tokens: at most so many.
         temperature: 0 takes the likeliest token always.
         seed: of the sampling; the same seed, prompts and weights give the same text.
@@ -70,12 +71,7 @@ def generate(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for first in range(0, len(prompts), PROMPTS_A_BATCH):
-            encoded = [
-                start + ids
-                for ids in tokenizer(
-                    list(prompts[first : first + PROMPTS_A_BATCH]), add_special_tokens=False
-                )["input_ids"]
-            ]
+            encoded = _encoded(tokenizer, prompts[first : first + PROMPTS_A_BATCH], start)
             longest = max(map(len, encoded))
             ids = torch.full((len(encoded), longest), padding or 0, dtype=torch.int64)
             mask = torch.zeros_like(ids)
@@ -96,3 +92,10 @@ def generate(
                 kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
                 found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
     return found
+
+
+def _encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]], start: list[int]) -> list[list[int]]:
+    """The tokens of each prompt; texts are tokenised together."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    of_texts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    return [start + next(of_texts) if isinstance(prompt, str) else list(prompt) for prompt in prompts]

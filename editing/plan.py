@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
+from editing.rounding import EditedBlock, edited_and_rounded
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
 from neurons.errors import BrocaError, NothingToChangeError
@@ -88,6 +89,22 @@ class ModuleEdit:
             left, right = self.left[rows].to(where, exact), self.right[columns].to(where, exact)
             edited = torch.addmm(edited, left, right.T)
         return edited
+
+    def rounded(self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0) -> EditedBlock:
+        """``apply``, rounded once to the weight's dtype: the same bits at a fraction of the time."""
+        rows = slice(first_row, first_row + weight.shape[0])
+        columns = slice(first_column, first_column + weight.shape[1])
+
+        def part(factor: torch.Tensor | None, places: slice) -> torch.Tensor | None:
+            return None if factor is None else factor[places].to(weight.device, torch.float32)
+
+        return edited_and_rounded(
+            weight,
+            part(self.row_scale, rows),
+            part(self.column_scale, columns),
+            part(self.left, rows),
+            part(self.right, columns),
+        )
 
     @property
     def relative_change(self) -> float | None:

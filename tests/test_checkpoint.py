@@ -346,7 +346,7 @@ def test_the_source_is_shared_only_copy_on_write(tmp_path: Path, monkeypatch: py
         raise AssertionError("copied although the disk can share")
 
     monkeypatch.setattr(fcntl, "ioctl", clone)
-    monkeypatch.setattr(shutil, "copyfile", no_copy)
+    monkeypatch.setattr(os, "sendfile", no_copy)
     source = make(tmp_path / "source")
     write_checkpoint(source, tmp_path / "target", {"down": halved}, {})
     assert len(shared) == 7
@@ -585,17 +585,17 @@ def test_failure_in_the_middle_leaves_what_was_there(
 def test_full_disk_while_copying_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path / "source")
     before = snapshot(tmp_path)
-    real = shutil.copyfile
+    real = os.sendfile
 
-    def copy(origin: Path, place: Path) -> None:
-        if origin.name == "model.safetensors":
+    def copy(place: int, origin: int, begin: int, count: int) -> int:
+        if os.path.samestat(os.fstat(origin), (source / "model.safetensors").stat()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(origin, place)
+        return real(place, origin, begin, count)
 
     def cannot_share(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    monkeypatch.setattr(shutil, "copyfile", copy)
+    monkeypatch.setattr(os, "sendfile", copy)
     monkeypatch.setattr(fcntl, "ioctl", cannot_share)
     with pytest.raises(BrocaError, match=r"target could not be written \(.*No space left"):
         write_checkpoint(source, tmp_path / "target", {}, {})

@@ -31,21 +31,22 @@ _SIZES = {
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
-    "num_key_value_heads": 1,
     "max_position_embeddings": 128,
 }
 _OLD = {"n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 2, "n_positions": 128}
-_EXPERTS = {"num_experts_per_tok": 2}
+# Only where the architecture has it: vLLM believes the config.
+_GROUPED = {"num_key_value_heads": 1}
+_EXPERTS = _GROUPED | {"num_experts_per_tok": 2}
 # name -> (config class, what differs from _SIZES); vLLM's CPU kernels want heads of 32 or 64.
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama": (transformers.LlamaConfig, {}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 64}),
+    "llama": (transformers.LlamaConfig, _GROUPED),
+    "qwen3": (transformers.Qwen3Config, _GROUPED | {"head_dim": 64}),
     "gemma3": (
         transformers.Gemma3TextConfig,
-        {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16},
+        _GROUPED | {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16},
     ),
-    "mistral": (transformers.MistralConfig, {"head_dim": 64, "sliding_window": None}),
-    "phi3": (transformers.Phi3Config, {}),
+    "mistral": (transformers.MistralConfig, _GROUPED | {"head_dim": 64, "sliding_window": None}),
+    "phi3": (transformers.Phi3Config, _GROUPED),
     "gpt2": (transformers.GPT2Config, _OLD),
     "opt": (transformers.OPTConfig, {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "bloom": (transformers.BloomConfig, {"n_layer": 3, "n_head": 2}),

@@ -1,0 +1,82 @@
+"""What a model is given to write on: openings of lines, or questions by chat template or completion style.
+
+An opening is read as it is.  A question goes through the tokenizer's chat template where there is one, as
+the only message of the user; otherwise it is read as a line of its own, ``"{question}\\n"``, words in no other
+language around it.  An instruction stands before an opening, on a line before a question of completion
+style, and after the question in a chat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from editing.questions import Questions
+from editing.text import opening
+from neurons.corpus import Corpus
+from neurons.source import LoadedModel
+
+OPENING, COMPLETION, CHAT = "opening", "completion", "chat"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One thing to write on.
+
+    Attributes:
+        text: the opening or the question.
+        style: OPENING, COMPLETION or CHAT.
+        reference: what stands there in the target language; None where that is not known.
+    """
+
+    text: str
+    style: str
+    reference: str | None = None
+
+    def given(self, loaded: LoadedModel, instruction: str | None = None) -> str | tuple[int, ...]:
+        """What ``editing.generation.generate`` is called with: text, or the tokens of a chat."""
+        if self.style == CHAT:
+            content = self.text if instruction is None else f"{self.text} {instruction}"
+            chat = [{"role": "user", "content": content}]
+            ids = loaded.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return tuple(ids)
+        if self.style == COMPLETION:
+            return f"{self.text}\n" if instruction is None else f"{instruction}\n{self.text}\n"
+        return self.text if instruction is None else f"{instruction} {self.text}"
+
+
+def openings(corpus: Corpus, language: str, target: str, most: int | None = None) -> list[Asked]:
+    """The openings of a language's lines; in parallel text with the rest of the target's line as reference."""
+    texts, others = corpus.texts[language], corpus.texts[target]
+    parallel = is_parallel(corpus, language, target)
+    lines = [i for i, text in enumerate(texts) if text][:most]
+    return [
+        Asked(opening(texts[i]), OPENING, _rest(others[i]) if parallel and others[i] else None) for i in lines
+    ]
+
+
+def is_parallel(corpus: Corpus, source: str, target: str) -> bool:
+    """Whether both have as many lines: then line i is taken for the same text."""
+    return len(corpus.texts[source]) == len(corpus.texts[target])
+
+
+def questions_asked(
+    loaded: LoadedModel, questions: Questions, language: str, most: int | None = None
+) -> list[Asked]:
+    """A language's questions, in a chat where the tokenizer has a template for one."""
+    style = CHAT if getattr(loaded.tokenizer, "chat_template", None) else COMPLETION
+    return [Asked(one.text, style, one.reference) for one in questions.of[language][:most]]
+
+
+def _rest(text: str) -> str | None:
+    whole = " ".join(text.split())
+    return whole[len(opening(whole)) :].strip() or None
+
+
+def given(
+    loaded: LoadedModel, asked: Sequence[Asked], instruction: str | None = None
+) -> list[str | tuple[int, ...]]:
+    """``Asked.given`` of each."""
+    return [one.given(loaded, instruction) for one in asked]

@@ -1,0 +1,222 @@
+"""What a trial of the search costs and brings: the figures of ``editing.evaluation``, with all that does not
+change from trial to trial computed once.
+
+* **share**, **fluency gap** and **ceiling** as there, of continuations of source-language prompts.
+* **harm**: the mean over third languages (neither source nor target) of KL(unedited || edited) of what is
+  predicted for each token, nats.
+* **rise**: the largest rise of the negative log-likelihood of a third language's text, nats a token.
+
+The unedited model's final hidden states of the third languages' text are kept, so that a trial reads that text
+once, through the edited model, for likelihood and KL together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
+from editing.language_id import check_languages, identify_language
+from editing.likelihood import Steering, continuation_nll
+from editing.text import opening
+from neurons.batches import TokenBatch, language_batches
+from neurons.corpus import Corpus
+from neurons.errors import BrocaError, UsageError
+from neurons.recording import forward
+from neurons.sites import logits
+from neurons.source import LoadedModel
+
+POSITIONS_AT_ONCE = 1024
+LEAST_CEILING = 0.2  # as in editing.pipeline: below it, what an edit reaches cannot be told from noise
+
+
+@dataclass(frozen=True)
+class Score:
+    """One edit, measured.
+
+    Attributes:
+        share: of the continuations, identified as the target.
+        continuations: how many the share is over.
+        fluency_gap: nats a token; NaN where nothing was written.
+        nll_rise: third language -> nats a token, edited minus unedited.
+        kl: third language -> nats a position.
+    """
+
+    share: float
+    continuations: int
+    fluency_gap: float
+    nll_rise: Mapping[str, float]
+    kl: Mapping[str, float]
+
+    @property
+    def rise(self) -> float:
+        """The largest NLL rise of a third language."""
+        return max(self.nll_rise.values())
+
+    @property
+    def harm(self) -> float:
+        """The third languages' mean KL."""
+        return sum(self.kl.values()) / len(self.kl)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rise": self.rise, "harm": self.harm}
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One third language's text and what the unedited model makes of it.
+
+    Attributes:
+        batches: the text.
+        hidden: for each batch [n, d], from which the counted tokens that follow another are predicted.
+        nll: nats a token.
+    """
+
+    batches: Sequence[TokenBatch]
+    hidden: Sequence[torch.Tensor]
+    nll: float
+
+
+class Scoring:
+    """Measures edits of one model from a source to a target language on one part of a corpus.
+
+    Args:
+        loaded: the unedited model.
+        corpus: text that the edits were not made from; its lines' openings are the prompts.
+        source, target: languages; every other language of the corpus is a third one.
+        prompts: at most so many.
+        samples: continuations a prompt.
+        lines: of a third language's text, at most so many are read.
+        seed: of the sampling, the same for every edit.
+
+    Attributes:
+        ceiling: share of the target among the unedited model's continuations of target prompts.
+
+    Raises:
+        UsageError: a language that the corpus lacks or the identifier does not know, or no third language.
+        BrocaError: a model that hardly writes the target.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        corpus: Corpus,
+        source: str,
+        target: str,
+        prompts: int = 50,
+        samples: int = 1,
+        lines: int | None = None,
+        seed: int = 0,
+        new_tokens: int = NEW_TOKENS,
+        temperature: float = TEMPERATURE,
+    ) -> None:
+        self.source, self.target = source, target
+        self.third = third_languages(corpus, source, target)
+        check_languages(corpus.languages)
+        self._loaded, self._languages = loaded, corpus.languages
+        self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
+        openings = {
+            language: [opening(text) for text in corpus.non_empty(language)[:prompts]]
+            for language in (source, target)
+        }
+        self._few = openings[source]
+        self._prompts = openings[source] * samples
+        own = self._continue(openings[target] * samples, seed)
+        self.ceiling = self._share(own)
+        if self.ceiling < LEAST_CEILING:
+            raise BrocaError(
+                f"the unedited model answers {target} prompts in {target} only {self.ceiling:.0%} of the time, so "
+                "no edit can be told from another: choose another target, or a model that writes it"
+            )
+        self._own_nll = continuation_nll(loaded, own)
+        some = Corpus({k: corpus.non_empty(k)[:lines] for k in self.third}, corpus.digest, corpus.part)
+        self._texts = {name: self._read(items) for name, items in language_batches(loaded, some).items()}
+
+    def few(self, steering: Steering, prompts: int) -> tuple[int, int]:
+        """(continuations in the target, continuations) of the first few prompts."""
+        some = self._few[:prompts]
+        with steering():
+            answers = self._continue(some, self._seed)
+        return round(self._share(answers) * len(answers)), len(answers)
+
+    def score(self, steering: Steering, seed: int | None = None) -> Score:
+        """All figures while ``steering()`` is entered.
+
+        Args:
+            steering: makes a context in which the model is edited; entered once.
+            seed: of the sampling, in place of the search's own.
+        """
+        with steering():
+            answers = self._continue(self._prompts, self._seed if seed is None else seed)
+            read = {language: self._compare(text) for language, text in self._texts.items()}
+        return Score(
+            share=self._share(answers),
+            continuations=len(answers),
+            fluency_gap=continuation_nll(self._loaded, answers) - self._own_nll,
+            nll_rise={name: nll - self._texts[name].nll for name, (nll, _) in read.items()},
+            kl={name: kl for name, (_, kl) in read.items()},
+        )
+
+    def share(self, steering: Steering, seed: int) -> tuple[int, int]:
+        """(continuations in the target, continuations) with another seed."""
+        with steering():
+            answers = self._continue(self._prompts, seed)
+        return round(self._share(answers) * len(answers)), len(answers)
+
+    def _share(self, answers: Sequence[Continuation]) -> float:
+        labels = [identify_language(item.text, self._languages) for item in answers]
+        return labels.count(self.target) / len(labels)
+
+    def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
+        return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)
+
+    def _read(self, batches: Sequence[TokenBatch]) -> _Text:
+        """The unedited model's hidden states and likelihood."""
+        text = _Text(batches, [self._hidden(batch) for batch in batches], 0.0)
+        nll, _ = self._compare(text)
+        return _Text(batches, text.hidden, nll)
+
+    def _hidden(self, batch: TokenBatch) -> torch.Tensor:
+        on_device = batch.to(self._loaded.device)
+        with torch.no_grad():
+            return forward(self._loaded.model, on_device)[:, :-1][on_device.counted[:, 1:]]
+
+    def _compare(self, text: _Text) -> tuple[float, float]:
+        """(nats a token of the text now, KL from the unedited model)."""
+        model = self._loaded.model
+        nll = kl = 0.0
+        tokens = 0
+        for batch, before in zip(text.batches, text.hidden, strict=True):
+            after = self._hidden(batch)
+            wanted = batch.ids[:, 1:][batch.counted[:, 1:]].to(after.device).long()
+            parts = (some.split(POSITIONS_AT_ONCE) for some in (before, after, wanted))
+            with torch.no_grad():
+                for own, other, ids in zip(*parts, strict=True):
+                    p = logits(model, own).float().log_softmax(-1)
+                    q = logits(model, other).float().log_softmax(-1)
+                    nll -= float(q.gather(1, ids[:, None]).sum(dtype=torch.float64))
+                    kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                    tokens += len(ids)
+        return nll / tokens, kl / tokens
+
+
+def third_languages(corpus: Corpus, source: str, target: str) -> tuple[str, ...]:
+    """The corpus's other languages.
+
+    Raises:
+        UsageError: source and target are the same or not there, or there is no third.
+    """
+    for language in (source, target):
+        if language not in corpus.languages:
+            raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    if source == target:
+        raise UsageError(f"source and target are both {source!r}")
+    third = tuple(name for name in corpus.languages if name not in (source, target))
+    if not third:
+        raise UsageError(
+            "the corpus has no language beside source and target, so harm cannot be seen: give text of a third"
+        )
+    return third

@@ -1,0 +1,409 @@
+"""What the search can tell each edit method, and the plan that it gets for it.
+
+What is expensive is done once for all trials: the keys of the keyed edit in every module (``Keys``),
+Steer2Edit's importances (``Importances``), the constant keys of bake (``ConstantKeys``).  A trial's plan is then
+made of these by multiplying what modules write, without a forward pass and without reading weights; only a norm
+after the output (Gemma 2 and 3, OLMo 2) has its value solved anew at each strength, on tokens that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from editing.direction import Direction
+from editing.edits.bake import bake_plan
+from editing.edits.keyed import keyed_plan
+from editing.edits.norm_value import value_through_norm
+from editing.edits.output_norm import OutputNorm, output_norm, source_tokens
+from editing.edits.steer2edit import ALPHA, steer2edit_plan
+from editing.plan import ModuleEdit, Plan, make_plan
+from neurons.anatomy import BLOCKS
+from neurons.batches import language_batches
+from neurons.corpus import Corpus
+from neurons.errors import NothingToChangeError, UsageError
+from neurons.recording import Progress
+from neurons.source import LoadedModel
+
+Value = float | int | str
+Settings = Mapping[str, Value]
+
+# Blocks that a key may be over, by the search's names for them.
+KEY_BLOCKS = {"attn+mlp": BLOCKS, "mlp": ("mlp",), "attn": ("attn",)}
+# Layers that write, as shares of the depth.
+LAYERS = {"all": (0.0, 1.0), "lower half": (0.0, 0.5), "lower 3/4": (0.0, 0.75), "upper 3/4": (0.25, 1.0)}
+COMPONENTS = ("heads and neurons", "heads", "neurons")
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One thing that a method can be told.
+
+    Attributes:
+        low, high: of a number's range.
+        whole: whether the number is whole.
+        log: whether the range is searched by ratios.
+        words: in place of a range, what to choose from.
+        given: (another knob, words of it): searched only then; None: always.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    whole: bool = False
+    log: bool = False
+    words: tuple[str, ...] = ()
+    given: tuple[str, tuple[str, ...]] | None = None
+
+    def applies(self, chosen: Settings) -> bool:
+        return self.given is None or chosen[self.given[0]] in self.given[1]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What one method can be told.
+
+    Attributes:
+        knobs: name -> knob; a knob comes after the one that it is given by.
+        known: settings that are tried first.
+        make: the plan of some settings.
+
+    ``make`` raises NothingToChangeError where the settings change nothing.
+    """
+
+    knobs: Mapping[str, Knob]
+    known: tuple[Settings, ...]
+    make: Callable[[Settings], Plan]
+
+    def as_json(self) -> dict[str, Any]:
+        """What decides the trials: two searches may be joined only if they agree in it."""
+        return {
+            name: {"words": list(knob.words)} if knob.words else {"low": knob.low, "high": knob.high}
+            for name, knob in self.knobs.items()
+        }
+
+
+class Keys:
+    """The keyed edit of one direction with any layers, blocks and strength, from keys solved once.
+
+    Args:
+        loaded: the model.
+        corpus: text of all the languages that matter; what keys are solved on.
+        direction: from this model.
+        layers: that may write; None allows all.
+        progress: called with the number of tokens done.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        corpus: Corpus,
+        direction: Direction,
+        layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._loaded, self._corpus, self._direction = loaded, corpus, direction
+        self.layers = tuple(range(loaded.anatomy.layers) if layers is None else sorted(layers))
+        self._progress = progress
+        self._through: dict[tuple[int, str], _Through] = {}
+
+    @cached_property
+    def _whole(self) -> Plan:
+        """Every module at the same share of strength 1."""
+        return keyed_plan(
+            self._loaded,
+            self._corpus,
+            self._direction,
+            self.layers,
+            1.0,
+            progress=self._progress,
+            blocks=BLOCKS,
+        )
+
+    def plan(self, layers: Sequence[int], blocks: Sequence[str], strength: float) -> Plan:
+        """What ``keyed_plan`` makes of the same, up to the last bits of float32."""
+        share = 1 / (len(layers) * len(blocks))
+        edits = []
+        for edit in self._whole.edits:
+            if edit.layer not in layers or edit.block not in blocks:
+                continue
+            own = share * strength * len(self._whole.edits)
+            if self._loaded.anatomy.residual_output:
+                made = edit.scaled(own)
+            else:
+                made = self._written_through(edit, share * strength)
+            edits.append(replace(made, notes={**made.notes, "value_share": share}))
+        settings = {
+            **self._whole.metadata["settings"],
+            "layers": list(layers),
+            "blocks": list(blocks),
+            "strength": strength,
+        }
+        return make_plan(edits, {**self._whole.metadata, "settings": settings})
+
+    def _written_through(self, edit: ModuleEdit, strength: float) -> ModuleEdit:
+        """The module's edit at a strength of its own, solved through the norm after it."""
+        place = edit.layer, edit.block
+        assert edit.right is not None
+        key = edit.right[:, 0].double()
+        if place not in self._through:
+            batches = language_batches(self._loaded, self._corpus)[self._direction.source]
+            tokens = source_tokens(self._loaded, *place, batches)
+            norm = output_norm(self._loaded, *place, batches[0])
+            self._through[place] = _Through(norm, tokens.outputs, tokens.inputs @ key)
+        at = self._through[place]
+        value = self._direction.vectors["block_out"][edit.layer] * strength
+        found = value_through_norm(at.outputs, at.norm.gain, at.norm.eps, value, at.coefficients)
+        notes = {
+            **edit.notes,
+            "change_norm": float(found.vector.norm() * key.norm()),
+            "value_through_norm": found.through,
+            "value_error": found.error,
+        }
+        return replace(edit, left=found.vector[:, None].float(), notes=notes)
+
+
+@dataclass(frozen=True)
+class _Through:
+    """A module before a norm, on tokens of the source: outputs [T, d] and the key's coefficients [T]."""
+
+    norm: OutputNorm
+    outputs: torch.Tensor
+    coefficients: torch.Tensor
+
+
+class Importances:
+    """Steer2Edit of one direction with any rho and alpha, from importances computed once.
+
+    At rho 1 and alpha 0 a component's lambda is its importance g, so the plan made there holds, as
+    right = g k, all that the elastic net needs.
+
+    Args:
+        loaded: the model.
+        direction: from this model.
+        layers: that may change; None allows all.
+    """
+
+    def __init__(self, loaded: LoadedModel, direction: Direction, layers: Sequence[int] | None = None) -> None:
+        self._loaded, self._direction = loaded, direction
+        self._layers = tuple(range(loaded.anatomy.layers) if layers is None else sorted(layers))
+
+    @cached_property
+    def _whole(self) -> Plan:
+        return steer2edit_plan(self._loaded, self._direction, self._layers, 1.0, 1.0, 0.0)
+
+    def plan(self, heads_rho: float | None, neurons_rho: float | None, alpha: float) -> Plan:
+        """What ``steer2edit_plan`` makes of the same, up to the last bits of float32.
+
+        Raises:
+            NothingToChangeError: no component passes the threshold.
+        """
+        edits = []
+        for edit in self._whole.edits:
+            rho = heads_rho if edit.block == "attn" else neurons_rho
+            if rho is not None:
+                edits += self._shrunk(edit, rho, alpha)
+        if not edits:
+            raise NothingToChangeError("Steer2Edit: no component's importance passes rho * alpha")
+        settings = {
+            **self._whole.metadata["settings"],
+            "heads_rho": heads_rho,
+            "neurons_rho": neurons_rho,
+            "alpha": alpha,
+        }
+        return make_plan(edits, {**self._whole.metadata, "settings": settings})
+
+    def _shrunk(self, edit: ModuleEdit, rho: float, alpha: float) -> list[ModuleEdit]:
+        assert edit.right is not None
+        importance = edit.details["g"]
+        size = (importance.abs() - rho * alpha).clamp(min=0) / (rho * (1 - alpha))
+        ratio = size / importance.abs()
+        kept = ratio.nonzero()[:, 0]
+        if not len(kept):
+            return []
+        components = torch.tensor(edit.components)
+        width = self._loaded.anatomy.component_width(edit.block)
+        of_all = torch.zeros(len(edit.right) // width, dtype=torch.float64)
+        of_all[components] = ratio
+        right = edit.right.double() * of_all.repeat_interleave(width)[:, None]
+        details = {
+            "g": importance[kept],
+            "lambda": (importance * ratio)[kept],
+            "c": (edit.details["c"] * ratio)[kept],
+        }
+        return [
+            replace(
+                edit,
+                components=tuple(components[kept].tolist()),
+                right=right.float(),
+                details=details,
+                notes={**edit.notes, "change_norm": float(right.norm())},
+            )
+        ]
+
+
+class ConstantKeys:
+    """A direction baked in after any layer at any strength, each layer's key solved once.
+
+    Args:
+        loaded: the model.
+        corpus: what keys are solved on.
+        direction: from this model.
+        progress: called with the number of tokens done.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, corpus: Corpus, direction: Direction, progress: Progress | None = None
+    ) -> None:
+        self._loaded, self._corpus, self._direction = loaded, corpus, direction
+        self._progress = progress
+        self._at: dict[int, Plan] = {}
+
+    def plan(self, layer: int, strength: float) -> Plan:
+        """What ``bake_plan`` makes of the same, up to the last bits of float32."""
+        direction = self._direction
+        if layer not in self._at:
+            self._at[layer] = bake_plan(
+                self._loaded,
+                self._corpus,
+                {layer: direction.vectors["block_out"][layer]},
+                progress=self._progress,
+                origin={
+                    "source": direction.source,
+                    "target": direction.target,
+                    "method": direction.metadata.get("method"),
+                },
+            )
+        return self._at[layer].scaled(strength)
+
+
+def keyed_space(keys: Keys) -> Space:
+    """The keyed edit: where it writes and how much; its other options made no difference (docs/keyed.md)."""
+    windows = {name: _window(keys.layers, *ends) for name, ends in LAYERS.items()}
+    # Of a model of few layers several windows are the same.
+    named = {name: own for name, own in windows.items() if own and own not in _before(windows, name)}
+
+    def make(settings: Settings) -> Plan:
+        return keys.plan(
+            named[str(settings["layers"])],
+            KEY_BLOCKS[str(settings["blocks"])],
+            float(settings["strength"]),
+        )
+
+    knobs = {
+        "blocks": Knob(words=tuple(KEY_BLOCKS)),
+        "layers": Knob(words=tuple(named)),
+        "strength": Knob(1.0, 4.5),
+    }
+    known: list[Settings] = [
+        {"blocks": "attn+mlp", "layers": "all", "strength": strength} for strength in (2.0, 2.5, 3.0)
+    ]
+    known.append({"blocks": "mlp", "layers": "all", "strength": 3.0})
+    return Space(knobs, tuple(known), make)
+
+
+def steer2edit_space(importances: Importances) -> Space:
+    """Steer2Edit; rho is absolute, so the range is that of importances, which are cosines."""
+    heads, neurons = (("edits", (COMPONENTS[0], own)) for own in COMPONENTS[1:])
+
+    def make(settings: Settings) -> Plan:
+        rhos = (settings.get("heads_rho"), settings.get("neurons_rho"))
+        return importances.plan(
+            *(None if rho is None else float(rho) for rho in rhos), float(settings["alpha"])
+        )
+
+    knobs = {
+        "edits": Knob(words=COMPONENTS),
+        "heads_rho": Knob(0.02, 2.0, log=True, given=heads),
+        "neurons_rho": Knob(0.02, 2.0, log=True, given=neurons),
+        "alpha": Knob(0.0, 0.9),
+    }
+    known: tuple[Settings, ...] = (
+        {"edits": COMPONENTS[0], "heads_rho": 0.3, "neurons_rho": 0.9, "alpha": ALPHA},
+        {"edits": COMPONENTS[0], "heads_rho": 0.1, "neurons_rho": 0.3, "alpha": 0.4},
+        {"edits": COMPONENTS[2], "neurons_rho": 0.8, "alpha": 0.05},
+    )
+    return Space(knobs, known, make)
+
+
+def bake_space(keys: ConstantKeys, layers: Sequence[int]) -> Space:
+    """DiffMean baked in after one layer."""
+
+    def make(settings: Settings) -> Plan:
+        return keys.plan(int(str(settings["layer"])), float(settings["strength"]))
+
+    middle = sorted(layers)[len(layers) // 3]
+    knobs = {"layer": Knob(words=tuple(map(str, sorted(layers)))), "strength": Knob(0.25, 4.0, log=True)}
+    known: tuple[Settings, ...] = tuple({"layer": str(middle), "strength": own} for own in (1.0, 2.0))
+    return Space(knobs, known, make)
+
+
+def _keyed(loaded: LoadedModel, corpus: Corpus, direction: Direction, layers: Any, progress: Any) -> Space:
+    return keyed_space(Keys(loaded, corpus, direction, layers, progress))
+
+
+def _steer2edit(
+    loaded: LoadedModel, corpus: Corpus, direction: Direction, layers: Any, progress: Any
+) -> Space:
+    return steer2edit_space(Importances(loaded, direction, layers))
+
+
+def _bake(loaded: LoadedModel, corpus: Corpus, direction: Direction, layers: Any, progress: Any) -> Space:
+    chosen = range(loaded.anatomy.layers) if layers is None else layers
+    return bake_space(ConstantKeys(loaded, corpus, direction, progress), chosen)
+
+
+METHODS: dict[str, Callable[[LoadedModel, Corpus, Direction, Any, Any], Space]] = {
+    "keyed": _keyed,
+    "steer2edit": _steer2edit,
+    "bake": _bake,
+}
+
+
+def spaces(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    direction: Direction,
+    methods: Sequence[str],
+    layers: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Space]:
+    """Each method's space; nothing is computed before a plan is asked for.
+
+    Args:
+        loaded: the model.
+        corpus: the text that the direction is from, of all languages.
+        direction: from source to target.
+        methods: keys of ``METHODS``.
+        layers: that may change; None allows all.
+        progress: called with the number of tokens done.
+
+    Raises:
+        UsageError: no method, one that cannot be searched or that is named twice.
+    """
+    check_methods(methods)
+    return {name: METHODS[name](loaded, corpus, direction, layers, progress) for name in methods}
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: no method, one that cannot be searched or that is named twice.
+    """
+    if not methods or len(set(methods)) < len(methods):
+        raise UsageError("methods: name at least one, each once")
+    for name in methods:
+        if name not in METHODS:
+            raise UsageError(f"method {name!r} cannot be searched: choose from {', '.join(METHODS)}")
+
+
+def _window(layers: Sequence[int], first: float, last: float) -> tuple[int, ...]:
+    return tuple(layers[round(first * len(layers)) : round(last * len(layers))])
+
+
+def _before(windows: Mapping[str, tuple[int, ...]], name: str) -> list[tuple[int, ...]]:
+    names = list(windows)
+    return [windows[other] for other in names[: names.index(name)]]

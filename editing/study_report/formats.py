@@ -1,0 +1,48 @@
+"""Numbers as a reader wants them: so many digits, a sign where it tells, a dash where nothing was measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+NOTHING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+
+def number(value: float | None, form: str) -> str:
+    """By a format specification such as ``+.2f``; with a real minus, none before zero, and a dash for no number."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    if math.isinf(value):
+        return "\N{INFINITY}" if value > 0 else MINUS + "\N{INFINITY}"
+    written = format(value, form)
+    if not any(digit in written for digit in "123456789"):
+        written = written.lstrip("+-")
+    return written.replace("-", MINUS, 1) if written.startswith("-") else written
+
+
+def count(value: int | None) -> str:
+    return NOTHING if value is None else f"{value:,}"
+
+
+def span(sizes: tuple[int, ...]) -> str:
+    """One count, or the least to the most."""
+    if not sizes:
+        return NOTHING
+    low, high = min(sizes), max(sizes)
+    return count(low) if low == high else f"{count(low)} to {count(high)}"
+
+
+def plain(value: Any) -> str:
+    """A JSON value of a settings table: short, and readable without being JSON."""
+    if value is None or value == "":
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value, ".6g")
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or NOTHING
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or NOTHING
+    return str(value)

@@ -1,0 +1,52 @@
+"""Where a result comes from: the model, the text, the packages and the command, as its file names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a file says of its own making.
+
+    Attributes:
+        model: as it was named; None where the file does not say.
+        fingerprint: of the model.
+        texts: (digest, part) of the text.
+        packages: name -> version.
+        settings: JSON values.
+        command: that makes it again.
+    """
+
+    model: str | None = None
+    fingerprint: str | None = None
+    texts: tuple[tuple[str, str], ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
+
+
+def provenance(metadata: Mapping[str, Any]) -> Provenance:
+    """Of a JSON document or a Broca file's metadata; what is missing or of another form is left out."""
+    corpora = metadata.get("corpora")
+    found = corpora if isinstance(corpora, list) else [metadata.get("corpus")]
+    texts = [
+        (str(one["digest"]), str(one.get("part") or "all"))
+        for one in found
+        if isinstance(one, Mapping) and "digest" in one
+    ]
+    packages, settings = metadata.get("packages"), metadata.get("settings")
+    return Provenance(
+        model=_text(metadata.get("model")),
+        fingerprint=_text(metadata.get("fingerprint")),
+        texts=tuple(dict.fromkeys(texts)),
+        packages={str(k): str(v) for k, v in packages.items()} if isinstance(packages, Mapping) else {},
+        settings=dict(settings) if isinstance(settings, Mapping) else {},
+        command=_text(metadata.get("command")),
+    )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,62 @@
+"""Tables that scroll in a box of their own where a screen is narrower than they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from editing.study_report.markup import Content, Markup, element, joined
+
+
+def table(
+    caption: Content,
+    head: Sequence[Content],
+    rows: Sequence[Sequence[Content]],
+    words: int = 1,
+    marked: Sequence[int] = (),
+) -> Markup:
+    """A table whose first column names the rows.
+
+    Args:
+        caption: says what it shows.
+        head: a name a column.
+        rows: their cells; what is not Markup is escaped.
+        words: columns, from the left, that hold words; the others hold numbers.
+        marked: numbers of rows to set off.
+    """
+    top = element("tr", *(cell("th", name, i >= words, scope="col") for i, name in enumerate(head)))
+    body = [
+        element(
+            "tr",
+            *(
+                cell("th", value, i >= words, scope="row") if i == 0 else cell("td", value, i >= words)
+                for i, value in enumerate(row)
+            ),
+            class_="marked" if place in marked else None,
+        )
+        for place, row in enumerate(rows)
+    ]
+    return boxed(caption, element("thead", top), element("tbody", *body))
+
+
+def boxed(caption: Content, *parts: Markup, class_: str | None = None) -> Markup:
+    """A table's parts, in the box that scrolls; the caption stays where it is."""
+    inner = element("table", *parts, class_=class_)
+    # A box that scrolls must be reachable by keyboard, and say what it is.
+    box = element("div", inner, class_="scroll", tabindex=0, role="group", aria_label="table")
+    return element("figure", element("figcaption", caption), box)
+
+
+def cell(name: str, value: Content, numeric: bool, scope: str | None = None) -> Markup:
+    return element(name, value, scope=scope, class_="n" if numeric else None)
+
+
+def settings_table(caption: Content, values: Sequence[tuple[str, Content]]) -> Markup:
+    """Names and what they are set to, as a list of pairs."""
+    pairs = [joined((element("dt", name), element("dd", value))) for name, value in values]
+    return element("figure", element("figcaption", caption), element("dl", *pairs))
+
+
+def share_bar(share: float, text: str) -> Markup:
+    """A share as its number over a bar of its length."""
+    percent = max(0.0, min(1.0, share if share == share else 0.0)) * 100
+    return element("span", text, class_="bar", style=f"--share:{percent:.1f}%")
