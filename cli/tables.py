@@ -18,7 +18,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
     if "target" in metadata:
         what = f"{metadata['source']} to {metadata['target']}"
     else:
-        what = ", ".join(metadata.get("languages", []))
+        what = ", ".join(metadata.get("languages", [])) or "no language named"
     spreads = any("spread" in edit.notes for edit in plan.edits)
     rows = []
     for edit in plan.edits:

@@ -122,7 +122,7 @@ def write_checkpoint(
         with copies(advance) as under_way:
             own = {path: [entry for entry in edited if entry.file == source / path] for path in copied}
             for path, changed in own.items():
-                spans = [(entry.begin, entry.end) for entry in changed]
+                spans = [(entry.begin, entry.end) for entry in changed if entry.begin < entry.end]
                 under_way.begin(source / path, staged / placed.get(path, path), spans)
             for path, changed in own.items():
                 file = staged / placed.get(path, path)
@@ -212,7 +212,7 @@ def _check_source(source: Path, entries: Mapping[str, TensorEntry], names: Mappi
     config = source / "config.json"
     try:
         settings = json.loads(config.read_bytes()) if config.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrocaError(f"{config} is not valid JSON ({error}): download it again.") from error
     if is_quantised(settings):
         raise BrocaError(

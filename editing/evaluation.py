@@ -1,31 +1,56 @@
 """Does it steer, does it still write well, and what else changed: every figure beside the unedited model.
 
-* **share**: continuations of source-language prompts identified as the target, or as the source.
-* **ceiling**: the share of the target among the unedited model's own continuations of target prompts.
-* **fluency gap**: mean negative log-likelihood a token (nats) of the steered continuations, read without
-  their prompts by the unedited model, minus that of the unedited model's continuations of target
+The model writes on prompts of the source language: questions (CLaS-Bench's protocol, arXiv 2601.08331), or the
+openings of held-out lines.  Of what it writes:
+
+* **share**: answers identified as the target (CLaS-Bench's language-forcing share), or as the source.  An
+  empty answer and one that goes round in circles (``editing.repetition``) are failures: no share counts them.
+* **ceiling**: the share of the target among the unedited model's own answers to target prompts.
+* **agreement**: share of answers of which a second detector says the same; **sentence share**: mean share
+  of an answer's sentences that are in the target.
+* **fluency gap**: mean negative log-likelihood a token (nats) of the steered answers, read without
+  their prompts by the unedited model, minus that of the unedited model's answers to target
   prompts.  0: as fluent as the model ever is in that language; above 1: word salad.
-* **distinct**: mean share of distinct words in a continuation.
+* **distinct**: mean share of distinct words in an answer; **distinct pairs**: of runs of two words;
+  **longest repeat**: mean share of an answer's words in the longest passage that it repeats.
+* **relevance**, where a scorer is given (``editing.relevance``), and its harmonic means with the share.
 * **NLL rise**: of held-out text in each language, nats a token, steered minus unedited.
 * **KL**: of next-token distributions, unedited to steered, on the text of each language but source and target.
+* **others**: the same of answers to prompts of every other language, where that language is wanted; with
+  SteeringControl's effectiveness and entanglement (``editing.entanglement``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
+from editing.asking import Asked, given, openings, questions_asked
+from editing.entanglement import effectiveness, entanglement
 from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
-from editing.language_id import check_languages, identify_language
+from editing.language_id import (
+    EMPTY,
+    agreement,
+    check_languages,
+    identify_language,
+    second_opinion,
+    sentence_share,
+)
 from editing.likelihood import Steering, continuation_nll, mean_kl, nll_by_language
-from editing.text import distinct_share, opening
+from editing.questions import Questions
+from editing.relevance import Scorer, relevance
+from editing.repetition import distinct_ngrams, longest_repeat, loops
+from editing.text import distinct_share, words
 from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.source import LoadedModel
 
 SAMPLES_SHOWN = 5
+LOOPING = "looping"
 
 
 @dataclass(frozen=True)
@@ -34,15 +59,25 @@ class Outcome:
 
     Attributes:
         name: of the way.
-        target_share, source_share: of the continuations.
-        distinct: mean share of distinct words in a continuation.
+        target_share, source_share: of the answers; failures count to neither.
+        distinct: mean share of distinct words in an answer.
         fluency_gap: nats a token; NaN where nothing was written.
         nll: language -> nats a token, steered.
         nll_rise: language -> nats a token, steered minus unedited.
         kl: third language -> nats a position; empty where it was not asked for.
-        languages_found: label -> number of continuations.
+        languages_found: label -> number of answers, failures by their label too.
         samples: the first few {"prompt", "continuation", "language"}.
         details: what else is known of it: settings, components edited, ||dW||/||W||.
+        failures: "empty" and "looping" -> number of answers.
+        agreement: share of answers of which the second detector says the same.
+        sentence_share: mean share of an answer's sentences that are in the target.
+        distinct_pairs: mean distinct-2.
+        longest_repeat: mean share of an answer's words in the longest passage that it repeats.
+        answer_words: mean number of words.
+        relevance: "scorer", "mean", "steering_score", "item_score"; empty without a scorer.
+        others: language -> "share", "ceiling", "fluency_gap" (None where nothing was written),
+            "distinct_pairs", "longest_repeat", "answer_words"; empty where it was not asked for.
+        effectiveness, entanglement: None where ``others`` were not asked for, or nothing was to be gained.
     """
 
     name: str
@@ -56,9 +91,55 @@ class Outcome:
     languages_found: dict[str, int]
     samples: tuple[dict[str, str], ...]
     details: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    agreement: float = 1.0
+    sentence_share: float = 0.0
+    distinct_pairs: float = 0.0
+    longest_repeat: float = 0.0
+    answer_words: float = 0.0
+    relevance: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    effectiveness: float | None = None
+    entanglement: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What was written on the prompts of one language."""
+
+    items: tuple[Continuation, ...]
+    labels: tuple[str, ...]
+    looping: tuple[bool, ...]
+
+    def are(self, language: str) -> list[bool]:
+        """Which of them are in a language and no failure."""
+        return [
+            label == language and not loop for label, loop in zip(self.labels, self.looping, strict=True)
+        ]
+
+    def share(self, language: str) -> float:
+        return sum(self.are(language)) / len(self.items)
+
+    @property
+    def distinct_pairs(self) -> float:
+        return self._mean([distinct_ngrams(item.text, 2) for item in self.items])
+
+    @property
+    def longest_repeat(self) -> float:
+        return self._mean(
+            [longest_repeat(item.text) / max(len(words(item.text)), 1) for item in self.items]
+        )
+
+    @property
+    def words(self) -> float:
+        return self._mean([len(words(item.text)) for item in self.items])
+
+    @staticmethod
+    def _mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
 
 
 class Evaluation:
@@ -66,19 +147,24 @@ class Evaluation:
 
     Args:
         loaded: the unedited model.
-        corpus: held-out text; its lines' openings are the prompts.
+        corpus: held-out text; its lines' openings are the prompts where there are no questions.
         source: language of the prompts.
         target: language that the answers are to be in.
-        samples: continuations a prompt.
+        samples: answers a prompt.
         most_prompts: at most so many prompts.
         seed: of the sampling.
+        new_tokens: an answer's at most.
+        temperature: 0 takes the likeliest token always.
+        questions: what is asked in place of openings; languages that have none are given openings.
+        scorer: of relevance; None measures none.
 
     Attributes:
-        ceiling: share of the target among the unedited model's continuations of target prompts.
+        ceiling: share of the target among the unedited model's answers to target prompts.
         base: the unedited model's Outcome.
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know.
+        UsageError: a language that the corpus lacks or the identifier does not know, or no question in the
+            source language.
     """
 
     def __init__(
@@ -92,6 +178,9 @@ class Evaluation:
         seed: int = 0,
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
+        *,
+        questions: Questions | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         for language in (source, target):
             if language not in corpus.languages:
@@ -101,28 +190,49 @@ class Evaluation:
         if source == target:
             raise UsageError(f"source and target are both {source!r}")
         check_languages(corpus.languages)
+        if questions is not None and source not in questions.of:
+            raise UsageError(f"there is no question in the source language {source!r}")
         self._loaded, self._corpus = loaded, corpus
         self.source, self.target = source, target
         self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
-        self._prompts = {
-            language: [opening(text) for text in corpus.non_empty(language)[:most_prompts]] * samples
-            for language in (source, target)
-        }
+        self._questions, self._scorer = questions, scorer
+        self._samples, self._most = samples, most_prompts
+        self._asked = {language: self._prompts_of(language) for language in (source, target)}
         self._batches = language_batches(loaded, corpus)
-        own = self._continue(target)
-        labels = [identify_language(item.text, corpus.languages) for item in own]
-        self.ceiling = labels.count(target) / len(labels)
-        self._own_nll = continuation_nll(loaded, own)
+        own = self._answers(target)
+        self.ceiling = own.share(target)
+        self._own = {target: own}
+        self._own_nll = {target: continuation_nll(loaded, own.items)}
         self._base_nll = nll_by_language(loaded, self._batches)
+        self._base_share: float | None = None
         self.base = self.measure("base", nullcontext)
+        self._base_share = self.base.target_share
 
     @property
     def continuations(self) -> int:
-        """Number of continuations that each share is over."""
-        return len(self._prompts[self.source])
+        """Number of answers that each share is over."""
+        return len(self._asked[self.source])
+
+    @property
+    def ceiling_from(self) -> str:
+        """What the unedited model's own answers in the target language are on: "opening", "completion" or
+        "chat"."""
+        return self._asked[self.target][0].style
+
+    @property
+    def prompt_style(self) -> str:
+        """How the source language is asked: "opening", "completion" or "chat"."""
+        return self._asked[self.source][0].style
 
     def measure(
-        self, name: str, steering: Steering, details: dict[str, Any] | None = None, kl: bool = False
+        self,
+        name: str,
+        steering: Steering,
+        details: dict[str, Any] | None = None,
+        kl: bool = False,
+        *,
+        others: bool = False,
+        instruction: str | None = None,
     ) -> Outcome:
         """Measure the model while ``steering()`` is entered.
 
@@ -131,35 +241,101 @@ class Evaluation:
             steering: makes a context in which the model is steered; entered several times.
             details: kept in the Outcome.
             kl: measure KL too.
+            others: let it answer prompts of every other language too.
+            instruction: put to every prompt of the source language, and to nothing else.
         """
+        elsewhere = self._other_languages if others else ()
         with steering():
-            answers = self._continue(self.source)
+            answers = self._answers(self.source, instruction)
             nll = nll_by_language(self._loaded, self._batches)
-        labels = [identify_language(item.text, self._corpus.languages) for item in answers]
-        found = {label: labels.count(label) for label in sorted(set(labels))}
+            of_others = {language: self._answers(language) for language in elsewhere}
+        own = {language: self._own_answers(language) for language in elsewhere}
+        forced = answers.are(self.target)
+        labels = answers.labels
+        asked = self._asked[self.source]
+        texts = [item.text for item in answers.items]
+        second = [second_opinion(text, self._corpus.languages) for text in texts]
+        score = None
+        if self._scorer is not None:
+            score = relevance(self._scorer.name, forced, self._scorer(asked, answers.items))
+        base_share = answers.share(self.target) if self._base_share is None else self._base_share
         return Outcome(
             name=name,
-            target_share=labels.count(self.target) / len(labels),
-            source_share=labels.count(self.source) / len(labels),
-            distinct=sum(distinct_share(item.text) for item in answers) / len(answers),
-            fluency_gap=continuation_nll(self._loaded, answers) - self._own_nll,
+            target_share=answers.share(self.target),
+            source_share=answers.share(self.source),
+            distinct=sum(distinct_share(text) for text in texts) / len(texts),
+            fluency_gap=continuation_nll(self._loaded, answers.items) - self._own_nll[self.target],
             nll=nll,
             nll_rise={language: value - self._base_nll[language] for language, value in nll.items()},
             kl=self._kl(steering) if kl else {},
-            languages_found=found,
+            languages_found={label: labels.count(label) for label in sorted(set(labels))},
             samples=tuple(
-                {"prompt": prompt, "continuation": item.text, "language": label}
-                for prompt, item, label in zip(
-                    self._prompts[self.source][:SAMPLES_SHOWN], answers, labels, strict=False
-                )
+                {"prompt": one.text, "continuation": item.text, "language": label}
+                for one, item, label in zip(asked[:SAMPLES_SHOWN], answers.items, labels, strict=False)
             ),
             details=details or {},
+            failures={EMPTY: labels.count(EMPTY), LOOPING: sum(answers.looping)},
+            agreement=agreement(labels, second),
+            sentence_share=sum(self._sentence_share(text) for text in texts) / len(texts),
+            distinct_pairs=answers.distinct_pairs,
+            longest_repeat=answers.longest_repeat,
+            answer_words=answers.words,
+            relevance={} if score is None else asdict(score),
+            others={
+                language: self._other(language, found, own[language]) for language, found in of_others.items()
+            },
+            effectiveness=effectiveness(answers.share(self.target), base_share) if others else None,
+            entanglement=entanglement(
+                {language: found.share(language) for language, found in of_others.items()},
+                {language: found.share(language) for language, found in own.items()},
+            ),
         )
 
-    def _continue(self, language: str) -> list[Continuation]:
-        return generate(
-            self._loaded, self._prompts[language], self._new_tokens, self._temperature, self._seed
+    @cached_property
+    def _other_languages(self) -> tuple[str, ...]:
+        return tuple(language for language in self._corpus.languages if language != self.source)
+
+    def _prompts_of(self, language: str) -> list[Asked]:
+        if self._questions is not None and language in self._questions.of:
+            found = questions_asked(self._loaded, self._questions, language, self._most)
+        else:
+            found = openings(self._corpus, language, self.target, self._most)
+        return found * self._samples
+
+    def _answers(self, language: str, instruction: str | None = None) -> _Answers:
+        if language not in self._asked:
+            self._asked[language] = self._prompts_of(language)
+        found = generate(
+            self._loaded,
+            given(self._loaded, self._asked[language], instruction),
+            self._new_tokens,
+            self._temperature,
+            self._seed,
         )
+        texts = [item.text for item in found]
+        labels = tuple(identify_language(text, self._corpus.languages) for text in texts)
+        return _Answers(tuple(found), labels, tuple(map(loops, texts)))
+
+    def _own_answers(self, language: str) -> _Answers:
+        """The unedited model's."""
+        if language not in self._own:
+            self._own[language] = self._answers(language)
+            self._own_nll[language] = continuation_nll(self._loaded, self._own[language].items)
+        return self._own[language]
+
+    def _other(self, language: str, found: _Answers, own: _Answers) -> dict[str, float | None]:
+        gap = continuation_nll(self._loaded, found.items) - self._own_nll[language]
+        return {
+            "share": found.share(language),
+            "ceiling": own.share(language),
+            "fluency_gap": None if gap != gap else gap,
+            "distinct_pairs": found.distinct_pairs,
+            "longest_repeat": found.longest_repeat,
+            "answer_words": found.words,
+        }
+
+    def _sentence_share(self, text: str) -> float:
+        return sentence_share(text, self.target, self._corpus.languages)
 
     def _kl(self, steering: Steering) -> dict[str, float]:
         third = [k for k in self._corpus.languages if k not in (self.source, self.target)]

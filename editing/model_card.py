@@ -74,6 +74,8 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
     method = plan.metadata["method"]
     if "target" in plan.metadata:
         what = f"from `{plan.metadata['source']}` to `{plan.metadata['target']}`"
+    elif not plan.metadata.get("languages"):
+        what = "which names no language"
     else:
         what = f"the neurons of {', '.join(f'`{k}`' for k in plan.metadata.get('languages', []))}"
     settings = ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())

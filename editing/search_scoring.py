@@ -13,14 +13,13 @@ once, through the edited model, for likelihood and KL together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
 from editing.language_id import check_languages, identify_language
-from editing.likelihood import Steering, continuation_nll
+from editing.likelihood import continuation_nll
 from editing.text import opening
 from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
@@ -34,20 +33,14 @@ LEAST_CEILING = 0.2  # as in editing.pipeline: below it, what an edit reaches ca
 
 
 @dataclass(frozen=True)
-class Score:
-    """One edit, measured.
+class Harm:
+    """What an edit does to languages that it is not about.
 
     Attributes:
-        share: of the continuations, identified as the target.
-        continuations: how many the share is over.
-        fluency_gap: nats a token; NaN where nothing was written.
         nll_rise: third language -> nats a token, edited minus unedited.
         kl: third language -> nats a position.
     """
 
-    share: float
-    continuations: int
-    fluency_gap: float
     nll_rise: Mapping[str, float]
     kl: Mapping[str, float]
 
@@ -57,12 +50,18 @@ class Score:
         return max(self.nll_rise.values())
 
     @property
-    def harm(self) -> float:
+    def mean_kl(self) -> float:
         """The third languages' mean KL."""
         return sum(self.kl.values()) / len(self.kl)
 
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rise": self.rise, "harm": self.harm}
+
+@dataclass(frozen=True)
+class Written:
+    """What an edited model wrote: continuations in the target, of how many, and all of them."""
+
+    found: int
+    continuations: int
+    answers: tuple[Continuation, ...]
 
 
 @dataclass(frozen=True)
@@ -125,50 +124,40 @@ class Scoring:
         self._few = openings[source]
         self._prompts = openings[source] * samples
         own = self._continue(openings[target] * samples, seed)
-        self.ceiling = self._share(own)
+        self.ceiling = self._found(own) / len(own)
         if self.ceiling < LEAST_CEILING:
             raise BrocaError(
                 f"the unedited model answers {target} prompts in {target} only {self.ceiling:.0%} of the time, so "
                 "no edit can be told from another: choose another target, or a model that writes it"
             )
         self._own_nll = continuation_nll(loaded, own)
-        some = Corpus({k: corpus.non_empty(k)[:lines] for k in self.third}, corpus.digest, corpus.part)
+        some = Corpus({k: tuple(corpus.non_empty(k)[:lines]) for k in self.third}, corpus.digest, corpus.part)
         self._texts = {name: self._read(items) for name, items in language_batches(loaded, some).items()}
 
-    def few(self, steering: Steering, prompts: int) -> tuple[int, int]:
-        """(continuations in the target, continuations) of the first few prompts."""
-        some = self._few[:prompts]
-        with steering():
-            answers = self._continue(some, self._seed)
-        return round(self._share(answers) * len(answers)), len(answers)
+    def few(self, prompts: int) -> tuple[int, int]:
+        """(continuations in the target, continuations) of the first few prompts, as the model is now."""
+        answers = self._continue(self._few[:prompts], self._seed)
+        return self._found(answers), len(answers)
 
-    def score(self, steering: Steering, seed: int | None = None) -> Score:
-        """All figures while ``steering()`` is entered.
-
-        Args:
-            steering: makes a context in which the model is edited; entered once.
-            seed: of the sampling, in place of the search's own.
-        """
-        with steering():
-            answers = self._continue(self._prompts, self._seed if seed is None else seed)
-            read = {language: self._compare(text) for language, text in self._texts.items()}
-        return Score(
-            share=self._share(answers),
-            continuations=len(answers),
-            fluency_gap=continuation_nll(self._loaded, answers) - self._own_nll,
-            nll_rise={name: nll - self._texts[name].nll for name, (nll, _) in read.items()},
-            kl={name: kl for name, (_, kl) in read.items()},
+    def harm(self) -> Harm:
+        """What the model, as it is now, makes of the third languages' text."""
+        read = {language: self._compare(text) for language, text in self._texts.items()}
+        return Harm(
+            {name: nll - self._texts[name].nll for name, (nll, _) in read.items()},
+            {name: kl for name, (_, kl) in read.items()},
         )
 
-    def share(self, steering: Steering, seed: int) -> tuple[int, int]:
-        """(continuations in the target, continuations) with another seed."""
-        with steering():
-            answers = self._continue(self._prompts, seed)
-        return round(self._share(answers) * len(answers)), len(answers)
+    def written(self, seed: int | None = None) -> Written:
+        """What the model, as it is now, writes; a seed in place of the search's own."""
+        answers = self._continue(self._prompts, self._seed if seed is None else seed)
+        return Written(self._found(answers), len(answers), tuple(answers))
 
-    def _share(self, answers: Sequence[Continuation]) -> float:
-        labels = [identify_language(item.text, self._languages) for item in answers]
-        return labels.count(self.target) / len(labels)
+    def fluency_gap(self, written: Written) -> float:
+        """Of what an edited model wrote, read by the unedited one, which the model must be now."""
+        return continuation_nll(self._loaded, written.answers) - self._own_nll
+
+    def _found(self, answers: Sequence[Continuation]) -> int:
+        return [identify_language(item.text, self._languages) for item in answers].count(self.target)
 
     def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
         return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)

@@ -32,8 +32,6 @@ from neurons.source import LoadedModel
 Value = float | int | str
 Settings = Mapping[str, Value]
 
-# Blocks that a key may be over, by the search's names for them.
-KEY_BLOCKS = {"attn+mlp": BLOCKS, "mlp": ("mlp",), "attn": ("attn",)}
 # Layers that write, as shares of the depth.
 LAYERS = {"all": (0.0, 1.0), "lower half": (0.0, 0.5), "lower 3/4": (0.0, 0.75), "upper 3/4": (0.25, 1.0)}
 COMPONENTS = ("heads and neurons", "heads", "neurons")
@@ -123,23 +121,31 @@ class Keys:
             blocks=BLOCKS,
         )
 
-    def plan(self, layers: Sequence[int], blocks: Sequence[str], strength: float) -> Plan:
-        """What ``keyed_plan`` makes of the same, up to the last bits of float32."""
-        share = 1 / (len(layers) * len(blocks))
+    def plan(self, layers: Sequence[int], heads: float, strength: float) -> Plan:
+        """What ``keyed_plan`` makes of the same layers, up to the last bits of float32.
+
+        Args:
+            layers: that write, evenly.
+            heads: share of the strength that ``o_proj`` writes, in [0, 1]; ``down_proj`` writes the rest.
+                ``keyed_plan`` knows 0, 1/2 and 1.
+            strength: of all together.
+        """
+        of_block = {"attn": heads, "mlp": 1 - heads}
         edits = []
         for edit in self._whole.edits:
-            if edit.layer not in layers or edit.block not in blocks:
+            share = of_block[edit.block] / len(layers)
+            if edit.layer not in layers or not share:
                 continue
-            own = share * strength * len(self._whole.edits)
             if self._loaded.anatomy.residual_output:
-                made = edit.scaled(own)
+                made = edit.scaled(share * strength * len(self._whole.edits))
             else:
                 made = self._written_through(edit, share * strength)
             edits.append(replace(made, notes={**made.notes, "value_share": share}))
         settings = {
             **self._whole.metadata["settings"],
             "layers": list(layers),
-            "blocks": list(blocks),
+            "blocks": [block for block in BLOCKS if of_block[block]],
+            "heads": heads,
             "strength": strength,
         }
         return make_plan(edits, {**self._whole.metadata, "settings": settings})
@@ -187,7 +193,9 @@ class Importances:
         layers: that may change; None allows all.
     """
 
-    def __init__(self, loaded: LoadedModel, direction: Direction, layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, direction: Direction, layers: Sequence[int] | None = None
+    ) -> None:
         self._loaded, self._direction = loaded, direction
         self._layers = tuple(range(loaded.anatomy.layers) if layers is None else sorted(layers))
 
@@ -281,7 +289,10 @@ class ConstantKeys:
 
 
 def keyed_space(keys: Keys) -> Space:
-    """The keyed edit: where it writes and how much; its other options made no difference (docs/keyed.md)."""
+    """The keyed edit: where it writes and how much.
+
+    Its other options made no difference or were worse (docs/keyed.md).
+    """
     windows = {name: _window(keys.layers, *ends) for name, ends in LAYERS.items()}
     # Of a model of few layers several windows are the same.
     named = {name: own for name, own in windows.items() if own and own not in _before(windows, name)}
@@ -289,20 +300,28 @@ def keyed_space(keys: Keys) -> Space:
     def make(settings: Settings) -> Plan:
         return keys.plan(
             named[str(settings["layers"])],
-            KEY_BLOCKS[str(settings["blocks"])],
+            float(settings["heads"]),
             float(settings["strength"]),
         )
 
     knobs = {
-        "blocks": Knob(words=tuple(KEY_BLOCKS)),
+        "heads": Knob(0.0, 1.0),
         "layers": Knob(words=tuple(named)),
         "strength": Knob(1.0, 4.5),
     }
-    known: list[Settings] = [
-        {"blocks": "attn+mlp", "layers": "all", "strength": strength} for strength in (2.0, 2.5, 3.0)
-    ]
-    known.append({"blocks": "mlp", "layers": "all", "strength": 3.0})
-    return Space(knobs, tuple(known), make)
+    tried = (
+        (0.5, "all", 2.0),
+        (0.25, "upper 3/4", 2.25),
+        (0.5, "all", 2.5),
+        (0.25, "all", 1.75),
+        (0.0, "all", 3.0),
+    )
+    known: tuple[Settings, ...] = tuple(
+        {"heads": heads, "layers": layers, "strength": strength}
+        for heads, layers, strength in tried
+        if layers in named
+    )
+    return Space(knobs, known, make)
 
 
 def steer2edit_space(importances: Importances) -> Space:
@@ -310,10 +329,9 @@ def steer2edit_space(importances: Importances) -> Space:
     heads, neurons = (("edits", (COMPONENTS[0], own)) for own in COMPONENTS[1:])
 
     def make(settings: Settings) -> Plan:
-        rhos = (settings.get("heads_rho"), settings.get("neurons_rho"))
-        return importances.plan(
-            *(None if rho is None else float(rho) for rho in rhos), float(settings["alpha"])
-        )
+        rhos = [settings.get("heads_rho"), settings.get("neurons_rho")]
+        heads_rho, neurons_rho = (None if rho is None else float(rho) for rho in rhos)
+        return importances.plan(heads_rho, neurons_rho, float(settings["alpha"]))
 
     knobs = {
         "edits": Knob(words=COMPONENTS),

@@ -62,7 +62,9 @@ WAYS = {
     "scale": ["--neurons", "neurons", "--languages", "qab", "--factor", "0"],
     "clas": ["--neurons", "classes", "--layers", "0-2", "--set", "specific_loss=0.1"],
     "austeer": ["--corpus", "text", "--languages", "qaa,qab", "--set", "channels=7"],
-    "bake": ["--direction", "direction", "--layers", "1", "--corpus", "text"],
+    "bake": [
+        "--direction", "direction", "--layers", "1", "--corpus", "text", "--set", "correct_layers=1",
+    ],
     "bake-bias": ["--direction", "direction", "--layers", "1"],
     "language-arithmetic": [
         "--neurons", "neurons", "--corpus", "text", "--set", "target=qab", "--set", "deactivate=qaa",

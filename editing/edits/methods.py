@@ -11,6 +11,7 @@ from typing import Any
 from editing.direction import Direction
 from editing.edits import austeer, bake, keyed, steer2edit
 from editing.edits.bake_bias import bake_bias_plan
+from editing.edits.bake_correction import corrected_plan
 from editing.edits.clas import SHARED_GAIN, SPECIFIC_LOSS, clas_plan
 from editing.edits.directional_ablation import FORMS, directional_ablation_plan
 from editing.edits.key import EPS, SOFT_WEIGHT
@@ -312,7 +313,8 @@ def _vectors(request: Request) -> tuple[dict[int, Any], dict[str, Any]]:
     return {layer: vectors[layer] for layer in request.layers}, {
         "source": direction.source,
         "target": direction.target,
-        "method": direction.metadata.get("method"),
+        "languages": [direction.source, direction.target],
+        "direction": {"method": direction.metadata.get("method")},
     }
 
 
@@ -324,17 +326,23 @@ def _block(request: Request) -> str:
 
 def _bake(request: Request) -> Plan:
     vectors, origin = _vectors(request)
-    return bake.bake_plan(
+    own = request.settings
+    plan = bake.bake_plan(
         request.loaded,
         request.text,
         vectors,
         _strength(request),
-        request.settings["eps"],
-        request.settings["shrinkage"],
+        own["eps"],
+        own["shrinkage"],
         _block(request),
         request.progress,
-        request.settings["constrain_start"],
+        own["constrain_start"],
         origin,
+    )
+    if own["correct_layers"] == 0:
+        return plan
+    return corrected_plan(
+        request.loaded, request.text, plan, own["correct_layers"], own["eps"], request.progress
     )
 
 
@@ -467,6 +475,7 @@ METHODS: dict[str, EditMethod] = {
         {
             "eps": _EPS,
             "shrinkage": Setting(YES_NO, False, "Ledoit-Wolf's ridge in place of eps"),
+            "correct_layers": Setting(WHOLE, 0, "so many later layers write what the key missed"),
             "constrain_start": Setting(YES_NO, True, "the beginning-of-sequence token too"),
         },
     ),

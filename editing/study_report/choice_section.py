@@ -1,0 +1,70 @@
+"""The settings that were tried on the choosing part: a picture and a table, set apart from results."""
+
+from __future__ import annotations
+
+import math
+
+from editing.study_report.curves import Point, trade_off
+from editing.study_report.formats import number, plain
+from editing.study_report.markup import Content, Markup, joined, paragraph
+from editing.study_report.steering_results import Choice, Way
+from editing.study_report.tables import share_bar, table
+
+
+def choice_content(choice: Choice, source: str | None) -> Markup:
+    """What was tried for one target.
+
+    Args:
+        source: language whose rise is no harm; None where it is not known.
+    """
+    points = [
+        Point(way.name, _harm(way, source), way.target_share, _is_chosen(choice, way))
+        for way in choice.tried
+        if not way.refused
+    ]
+    rows: list[list[Content]] = []
+    marked = []
+    for way in choice.tried:
+        if _is_chosen(choice, way):
+            marked.append(len(rows))
+        rows.append(
+            [
+                way.name,
+                plain(way.details.get("settings")) + (f" ({way.refused})" if way.refused else ""),
+                share_bar(way.target_share, number(way.target_share, ".2f")),
+                number(way.fluency_gap, "+.2f"),
+                number(_harm(way, source), "+.3f"),
+            ]
+        )
+    return joined(
+        (
+            paragraph(
+                "Measured on the choosing part of the text, to choose by; the results are those on the report "
+                f"part. Ceiling there: {number(choice.ceiling, '.2f')}."
+            ),
+            trade_off(
+                f"Target share against harm, settings for {choice.target}; larger marks were chosen",
+                points,
+                choice.ceiling,
+                f"share {choice.target}",
+                "largest NLL rise of a language but the source, nats a token",
+                f"choice-{choice.target}",
+            ),
+            table(
+                "Settings tried; those set off were chosen",
+                ["way", "settings", f"share {choice.target}", "fluency gap", "largest NLL rise"],
+                rows,
+                words=2,
+                marked=marked,
+            ),
+        )
+    )
+
+
+def _harm(way: Way, source: str | None) -> float:
+    rises = [rise for k, rise in way.nll_rise.items() if k != source and not math.isnan(rise)]
+    return max(rises, default=math.nan)
+
+
+def _is_chosen(choice: Choice, way: Way) -> bool:
+    return not way.refused and choice.chosen.get(way.name) == way.details.get("settings")

@@ -1,0 +1,162 @@
+"""Ways of steering side by side: a table, NLL rises and KL as heat maps, and what each of them writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from editing.study_report.formats import count, number, plain
+from editing.study_report.markup import Content, Markup, element, joined, paragraph
+from editing.study_report.matrix import Cell, heat_map
+from editing.study_report.samples import sample_list
+from editing.study_report.steering_results import Steering, Way
+from editing.study_report.tables import share_bar, table
+
+MEANINGS = (
+    ("share", "continuations identified as the language"),
+    ("ceiling", "share of the target when the unedited model continues target-language prompts"),
+    ("distinct", "mean share of distinct words in a continuation"),
+    (
+        "fluency gap",
+        "nats a token by which the continuations are less likely to the unedited model than its own in the "
+        "target language; above 1 is word salad",
+    ),
+    ("NLL rise", "rise of the negative log-likelihood of held-out text, nats a token"),
+    ("KL", "of next-token distributions, unedited to steered, nats a position; the largest third language's"),
+)
+
+
+def steering_content(result: Steering) -> Markup:
+    """Everything that is known of one pair of languages."""
+    part = [part for _, part in result.origin.texts if part not in ("report", "all")]
+    warned = [
+        paragraph(
+            f"Measured on the part “{part[0]}”, which directions or settings come from: not a result.",
+            class_="warning",
+        )
+        for _ in part[:1]
+    ]
+    samples = [(way.name, way.samples) for way in result.ways if way.samples]
+    parts: list[Markup] = [
+        paragraph(
+            f"{count(result.continuations)} continuations of {result.source} prompts; ceiling of "
+            f"{result.target}: {number(result.ceiling, '.2f')}."
+        ),
+        *warned,
+        *(paragraph(note, class_="warning") for note in result.notes),
+        _table(result),
+        _rises(result),
+        _divergences(result),
+    ]
+    if samples:
+        parts += [element("h3", "What they write"), sample_list(result.source, samples)]
+    settings = [(way.name, way.details["settings"]) for way in result.ways if way.details.get("settings")]
+    if settings:
+        parts.append(
+            table("Settings of each way", ["way", "settings"], [[k, plain(v)] for k, v in settings], words=2)
+        )
+    return joined(parts)
+
+
+def meanings() -> Markup:
+    """What the figures are."""
+    terms = [joined((element("dt", name), element("dd", meaning))) for name, meaning in MEANINGS]
+    return element("dl", *terms, class_="meanings")
+
+
+def _table(result: Steering) -> Markup:
+    further = list(dict.fromkeys(name for way in result.ways for name in way.further))
+    edited = any(way.details.get("components") for way in result.ways)
+    head: list[Content] = [
+        "way",
+        f"share {result.target}",
+        f"share {result.source}",
+        "distinct",
+        "fluency gap",
+        "largest third NLL rise",
+        "KL",
+        *(name.replace("_", " ") for name in further),
+        *(["components", "‖ΔW‖/‖W‖"] if edited else []),
+    ]
+    rows: list[list[Content]] = []
+    for way in result.ways:
+        row: list[Content] = [
+            way.name,
+            share_bar(way.target_share, number(way.target_share, ".2f")),
+            number(way.source_share, ".2f"),
+            number(way.distinct, ".2f"),
+            number(way.fluency_gap, "+.2f"),
+            number(_largest(way.nll_rise, (result.source, result.target)), "+.2f"),
+            number(_largest(way.kl, ()), ".3f"),
+            *(number(way.further.get(name), ".3g") for name in further),
+        ]
+        if edited:
+            row += [_components(way), _change(way)]
+        rows.append(row)
+    return table(f"{result.source} to {result.target}, all ways", head, rows)
+
+
+def _rises(result: Steering) -> Markup:
+    ways = [way for way in result.ways if way.nll_rise]
+    if not ways:
+        return joined(())
+    rows = [
+        (
+            way.name,
+            [
+                Cell(
+                    value=way.nll_rise.get(language, math.nan),
+                    text=number(way.nll_rise.get(language), "+.3f"),
+                    plain=language == result.source,
+                )
+                for language in result.languages
+            ],
+        )
+        for way in ways
+    ]
+    return heat_map(
+        f"NLL rise on held-out text. The last column is {result.source}'s own text, which steering is meant "
+        "to make less likely: it is left out of the scale.",
+        "way",
+        result.languages,
+        rows,
+        "nats a token",
+    )
+
+
+def _divergences(result: Steering) -> Markup:
+    ways = [way for way in result.ways if way.kl]
+    if not ways:
+        return joined(())
+    languages = list(dict.fromkeys(language for way in ways for language in way.kl))
+    rows: list[tuple[Content, Sequence[Cell]]] = [
+        (
+            way.name,
+            [Cell(way.kl.get(k, math.nan), number(way.kl.get(k), ".3f")) for k in languages],
+        )
+        for way in ways
+    ]
+    return heat_map(
+        "KL of next-token distributions on third languages, unedited to steered",
+        "way",
+        languages,
+        rows,
+        "nats a position",
+        signed=False,
+        form=".3f",
+    )
+
+
+def _largest(values: Mapping[str, float], without: Sequence[str]) -> float:
+    kept = [value for language, value in values.items() if language not in without and not math.isnan(value)]
+    return max(kept, default=math.nan)
+
+
+def _components(way: Way) -> str:
+    found = way.details.get("components")
+    return count(found) if isinstance(found, int) and found else number(None, "")
+
+
+def _change(way: Way) -> str:
+    found = way.details.get("relative_change")
+    return number(found if isinstance(found, float) and found else None, ".2f")
