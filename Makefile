@@ -1,6 +1,6 @@
 # make demo       find language neurons, edit, export and measure on the shipped model
 # make test       lint, types and the whole test suite
-# make test-vllm  load the demo's export in a real vLLM on the CPU
+# make test-vllm  load exports of many architectures, and adapters, in a real vLLM on the CPU
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ test: lint
 	$(BIN)/pytest
 
 test-vllm: $(VENV)/installed
-	PYTHON=$(PYTHON) BROCA=$(BIN)/broca MAIN_PYTHON=$(BIN)/python bash tests/vllm/run.sh
+	PYTHON=$(PYTHON) MAIN_PYTHON=$(BIN)/python bash tests/vllm/run.sh
 
 clean:
 	rm -rf build dist .venv .venv-vllm

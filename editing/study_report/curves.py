@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from editing.study_report.inline_svg import inline_svg, picture
+from editing.study_report.inline_svg import inline_svg, label, picture
 from editing.study_report.markup import Markup, joined
 
 # Colours that stay apart for colour-blind eyes and in grey (Okabe and Ito), each with a mark of its own.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#000000")
 MARKS = "osD^vPX"
+# Inches: on a phone it fills the width with letters that can still be read.
+SIZE = (5.0, 3.7)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def trade_off(
     if not points:
         return joined(())
     groups = list(dict.fromkeys(one.group for one in points))
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
     front = sorted((one.cost, one.reach) for one in points if one.front)
     if front:
@@ -100,7 +102,9 @@ def trade_off(
             axis.axhline(ceiling, color="0.3", linestyle="--", linewidth=1, label="ceiling", zorder=0)
         )
     _plainly(axis)
-    axis.set(xlabel=cost_label, ylabel=reach_label, ylim=(min(0.0, *(p.reach for p in points)), 1.05))
+    axis.set(
+        xlabel=label(cost_label), ylabel=label(reach_label), ylim=(min(0.0, *(p.reach for p in points)), 1.05)
+    )
     if max(one.cost for one in points) > 10 * max(1e-9, _median([abs(one.cost) for one in points])):
         # A few settings that break the model would press all others against the axis.
         axis.set_xscale("symlog", linthresh=max(1e-3, _median([abs(one.cost) for one in points])))
@@ -111,7 +115,7 @@ def trade_off(
 
 
 def doses_picture(
-    caption: str, shares: Sequence[float], curves: Sequence[Curve], label: str, name: str
+    caption: str, shares: Sequence[float], curves: Sequence[Curve], dose_label: str, name: str
 ) -> Markup:
     """The curves of one neuron set, doses in percent.
 
@@ -119,10 +123,10 @@ def doses_picture(
         caption: says what it shows.
         shares: the doses.
         curves: a language each.
-        label: of the horizontal axis, without its unit.
+        dose_label: of the horizontal axis, without its unit.
         name: of the figure in the page.
     """
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
     doses = [100 * share for share in shares]
     for place, curve in enumerate(curves):
@@ -134,14 +138,14 @@ def doses_picture(
             markersize=5,
             linewidth=1.6,
             color=colour,
-            label=curve.name,
+            label=label(curve.name),
         )
         axis.plot(doses, curve.others, color=colour, linewidth=1, linestyle="--")
         if all(map(math.isfinite, [*curve.low, *curve.high])):
             axis.fill_between(doses, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     _plainly(axis)
-    axis.set(xlabel=f"{label}, %", ylabel="NLL rise, nats a token")
+    axis.set(xlabel=f"{label(dose_label)}, %", ylabel="NLL rise, nats a token")
     if len(doses) > 1 and doses[-1] > 8 * doses[0]:
         axis.set_xscale("log")
         axis.minorticks_off()

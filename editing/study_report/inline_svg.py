@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from editing.study_report.markup import Content, Markup, element, joined, trusted
+from editing.study_report.markup import Content, Markup, clean, element, trusted
 
 # Words stay words (they can be searched, read aloud, and take the page's fonts), and the same figure
 # gives the same bytes.
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "broca"}
-_PROLOGUE = re.compile(r"^.*?(?=<svg)", re.DOTALL)
-_METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_NAMESPACE = re.compile(r'\s+xmlns(:\w+)?="[^"]*"')
-_SIZE = re.compile(r'^<svg([^>]*?)\swidth="([\d.]+)pt"([^>]*)>', re.DOTALL)
-_HEIGHT = re.compile(r'\sheight="[\d.]+pt"')
-_FONT = re.compile(r"(font(?:-family)?:[^;\"]*?)'[^;\"]*(?=[;\"])")
-_NAME = re.compile(r'(\sid="|href="#|url\(#)')
+_WHOLE = re.compile(r'<svg[^>]*viewBox="([\d. ]+)"[^>]*>(.*)</svg>', re.DOTALL)
+# A style sheet inside an inline SVG would be the whole page's.
+_DROPPED = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\s*\n(?=\s*<)", re.DOTALL)
+_FONTS = re.compile(r"font-family: [^;\"]*|(font: [^;\"']*)'[^;\"]*")
+_NAME = re.compile(r'(<[^<>]*\b(?:id="|href="#|clip-path="url\(#))')
+_PIXELS_AN_INCH = 96
 
 
 def inline_svg(figure: Figure, name: str, says: str) -> Markup:
@@ -31,26 +30,33 @@ def inline_svg(figure: Figure, name: str, says: str) -> Markup:
         says: what it shows, for those who do not see it.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        # Whoever reads the page has the fonts of their language; that this machine lacks one is no matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    for pattern in (_PROLOGUE, _METADATA, _COMMENT, _NAMESPACE):
-        text = pattern.sub("", text)
-    text = text.replace("xlink:href", "href")
-    text = _NAME.sub(rf"\g<1>{name}-", text)
-    text = _FONT.sub(r"\g<1>sans-serif", text)
-    head, body = text.split(">", 1)
-    width = float(_SIZE.match(head + ">").group(2)) if _SIZE.match(head + ">") else 480.0  # type: ignore[union-attr]
-    head = _HEIGHT.sub("", re.sub(r'\swidth="[\d.]+pt"', "", head))
-    label = element("x", aria_label=says)[2:].split(">", 1)[0]
-    style = f' style="width:{width * 4 / 3:.0f}px"'
-    return trusted(f'{head} role="img"{label}{style}>{body.strip()}')
+    found = _WHOLE.search(buffer.getvalue())
+    assert found is not None  # matplotlib always writes one
+    view, body = found.groups()
+    body = _DROPPED.sub("", body).replace("xlink:href=", "href=")
+    body = _FONTS.sub(lambda font: (font.group(1) or "font-family: ") + "sans-serif", body)
+    body = _NAME.sub(rf"\g<1>{name}-", body)
+    return element(
+        "svg",
+        trusted(body.strip()),
+        viewBox=view,
+        role="img",
+        aria_label=says,
+        style=f"width:{figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px",
+    )
+
+
+def label(text: str) -> str:
+    """Words from a file as matplotlib shows them: never a formula, and never left out of a legend."""
+    # A leading underscore hides a legend's entry.
+    words = " ".join(clean(text).split()).replace("$", r"\$")
+    return f" {words}" if words.startswith("_") else words
 
 
 def picture(caption: Content, drawn: Markup) -> Markup:
-    """A drawing with its caption, in a box that scrolls where a screen is too narrow for it."""
-    return element(
-        "figure",
-        element("figcaption", caption),
-        element("div", joined((drawn,)), class_="scroll picture", tabindex=0, role="group"),
-    )
+    """A drawing with its caption."""
+    return element("figure", element("figcaption", caption), element("div", drawn, class_="picture"))

@@ -21,11 +21,16 @@ class Markup(str):
 Content = str | Markup
 
 
+def clean(text: str) -> str:
+    """Text without what no HTML or XML document may hold."""
+    return _FORBIDDEN.sub(REPLACEMENT, text)
+
+
 def escaped(text: str) -> Markup:
     """Text as HTML shows it, in an element or in a quoted attribute; Markup as it is."""
     if isinstance(text, Markup):
         return text
-    return Markup(html.escape(_FORBIDDEN.sub(REPLACEMENT, text), quote=True))
+    return Markup(html.escape(clean(text), quote=True))
 
 
 def trusted(text: str) -> Markup:

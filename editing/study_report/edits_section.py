@@ -1,0 +1,63 @@
+"""Plans of weight edits: every module that changes and by how much, and a map of the components."""
+
+from __future__ import annotations
+
+from editing.plan import Plan
+from editing.plan_pictures import plan_figure
+from editing.plan_warnings import plan_warnings
+from editing.study_report.formats import count, number, plain
+from editing.study_report.inline_svg import inline_svg, picture
+from editing.study_report.markup import Content, Markup, joined, paragraph
+from editing.study_report.tables import table
+
+
+def edit_content(plan: Plan, name: str) -> Markup:
+    """Everything of one plan.
+
+    Args:
+        name: tells its picture from another plan's.
+    """
+    change = plan.relative_change()
+    share = "" if change is None else f", ‖ΔW‖/‖W‖ {number(change, '.3g')} over the modules edited"
+    settings = plan.metadata.get("settings") or {}
+    parts = [
+        paragraph(
+            f"{plan.metadata.get('method', 'an edit')}{_languages(plan)}: {count(plan.components)} components "
+            f"of {count(len(plan.edits))} modules{share}."
+        )
+    ]
+    if settings:
+        parts.append(paragraph(f"Settings: {plain(settings)}."))
+    parts += [paragraph(warning, class_="warning") for warning in plan_warnings(plan)]
+    if plan.edits:
+        parts += [_modules(plan), _map(plan, name)]
+    return joined(parts)
+
+
+def _languages(plan: Plan) -> str:
+    if "target" in plan.metadata:
+        return f", {plan.metadata.get('source')} to {plan.metadata['target']}"
+    languages = plan.metadata.get("languages") or []
+    return f", {', '.join(languages)}" if languages else ""
+
+
+def _modules(plan: Plan) -> Markup:
+    rows: list[list[Content]] = [
+        [
+            str(edit.layer),
+            {"attn": "attention output", "mlp": "MLP output"}.get(edit.block, edit.block),
+            count(len(edit.components)),
+            count(edit.rank),
+            number(edit.notes.get("change_norm"), ".4g"),
+            number(edit.relative_change, ".3f"),
+        ]
+        for edit in plan.edits
+    ]
+    return table(
+        "Modules that change", ["layer", "module", "components", "rank", "‖ΔW‖", "‖ΔW‖/‖W‖"], rows, words=2
+    )
+
+
+def _map(plan: Plan, name: str) -> Markup:
+    caption = "How strongly each component of each layer changes"
+    return picture(caption, inline_svg(plan_figure(plan), name, caption))
