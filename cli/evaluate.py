@@ -1,24 +1,64 @@
-"""``broca evaluate``: a steered model beside the unedited one."""
+"""``broca evaluate``: a steered model beside the unedited one, or every way of steering in one table."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, corpus_options, device_options, json_option, model_argument, out_option
+from cli.options import (
+    FILE,
+    CommaSeparated,
+    corpus_options,
+    device_options,
+    json_option,
+    model_argument,
+    out_option,
+)
 from cli.screen import Screen
 from cli.tables import report_table
+
+if TYPE_CHECKING:
+    from editing.questions import Questions
+    from editing.relevance import Scorer
+    from neurons.source import LoadedModel
+
+RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 
 
 @click.command("evaluate")
 @model_argument
 @click.option("--edit", "edit_path", type=FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint of the same architecture: hub id or directory.")
+@click.option(
+    "--methods",
+    type=CommaSeparated(),
+    help="Ways of steering to compare, as keyed,diffmean or all: made from part estimate, settings chosen on part "
+    "choose, reported on part report.",
+)
 @corpus_options
 @click.option("--source", required=True, help="Language of the prompts.")
 @click.option("--target", required=True, help="Language that the answers are to be in.")
+@click.option(
+    "--questions",
+    "questions_path",
+    type=FILE,
+    help="Questions to answer instead of openings of lines: .jsonl, .csv or .parquet with question_id and text, "
+    "or a directory of them by language.",
+)
+@click.option("--judge", help="A model that judges relevance: hub id or directory.")
+@click.option(
+    "--relevance",
+    type=click.Choice(RELEVANCE),
+    default="auto",
+    show_default=True,
+    help="What relevance is measured by; auto: the judge if one is given, else chrF where there are references, "
+    "else the unedited model's likelihood.",
+)
+@click.option("--others/--no-others", default=False, help="Answers to prompts of every other language too.")
 @click.option(
     "--prompts", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many."
 )
@@ -26,7 +66,11 @@ from cli.tables import report_table
     "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Continuations a prompt."
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help="0 takes the likeliest token always.  [default: 0.7; 0 with --questions]",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @device_options
 @out_option("File for the numbers (.json).")
@@ -35,65 +79,137 @@ def command(
     model: str,
     edit_path: Path | None,
     against: str | None,
+    methods: tuple[str, ...] | None,
     corpus_path: Path,
     languages: tuple[str, ...] | None,
     part: str,
     source: str,
     target: str,
+    questions_path: Path | None,
+    judge: str | None,
+    relevance: str,
+    others: bool,
     prompts: int,
     samples: int,
     new_tokens: int,
-    temperature: float,
+    temperature: float | None,
     seed: int,
     device: str,
     dtype: str,
     out: Path,
     as_json: bool,
 ) -> None:
-    """Measure MODEL (hub id or directory), and a plan or a steered checkpoint beside it.
+    """Measure MODEL (hub id or directory), and a plan or a steered checkpoint beside it; or compare all ways.
 
     \b
     Example:
       broca evaluate artifacts/demo/model --edit edit.safetensors --corpus artifacts/demo/corpus \\
           --part report --source en --target fr --out report.json
+      broca evaluate artifacts/demo/model --corpus artifacts/demo/corpus --methods all --prompts 30 \\
+          --source en --target fr --out methods.json
     """
     from editing.evaluation import Evaluation
+    from editing.generation import TEMPERATURE
     from editing.live import applied, exchanged
     from editing.plan import load_plan
-    from editing.report import report_from_json
+    from editing.questions import read_questions
+    from editing.report import methods_markdown, report_from_json
     from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import read_corpus
+    from neurons.corpus import Corpus, read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
 
     screen = Screen(as_json)
     if edit_path is not None and against is not None:
         raise UsageError("--edit and --against are two ways to name the steered model: give one")
-    corpus = read_corpus(corpus_path, languages, part)
+    if methods is not None and (edit_path is not None or against is not None):
+        raise UsageError("--methods makes its edits itself: leave --edit and --against out")
+    if methods is not None and part not in ("all", "report"):
+        raise UsageError("--methods estimates, chooses and reports on parts of their own: leave --part out")
+    if judge is not None and relevance not in ("auto", "judge"):
+        raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
+    if relevance == "judge" and judge is None:
+        raise UsageError("--relevance judge needs a model: --judge MODEL")
+    ways = {}
+    if methods is not None:
+        from editing.ways import ways_named
+
+        ways = ways_named(methods)
+    if temperature is None:
+        temperature = TEMPERATURE if questions_path is None else 0.0
+    questions = None if questions_path is None else read_questions(questions_path, source)
+    corpora = {
+        name: read_corpus(corpus_path, languages, name)
+        for name in ((part,) if methods is None else ("estimate", "choose", "report"))
+    }
+    reported = corpora["report" if methods is not None else part]
     plan = None if edit_path is None else load_plan(edit_path)
     loaded = load_model(model, device, dtype)
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, edit_path)
-    other = None if against is None else load_model(against, device, dtype)
-    with screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance:
-        evaluation = Evaluation(
-            loaded, corpus, source, target, samples, prompts, seed, new_tokens, temperature
+    judging = None if judge is None else load_model(judge, device, dtype)
+    scorer = _scorer(relevance, loaded, judging, reported, questions, source, target)
+
+    def evaluation(corpus: Corpus, asked: Questions | None) -> Evaluation:
+        return Evaluation(
+            loaded,
+            corpus,
+            source,
+            target,
+            samples,
+            prompts,
+            seed,
+            new_tokens,
+            temperature,
+            questions=asked,
+            scorer=scorer,
         )
-        advance(1)
-        outcomes = [evaluation.base]
-        if plan is not None:
-            details = {"components": plan.components, "relative_change": plan.relative_change()}
-            outcomes.append(evaluation.measure("edited", partial(applied, loaded, plan), details, kl=True))
+
+    extra: dict[str, Any] = {}
+    if methods is not None:
+        from editing.protocol import compare_ways
+        from editing.ways import Material
+
+        material = Material(loaded, corpora["estimate"], source, target)
+        halves = {name: None if questions is None else questions.half(name) for name in ("choose", "report")}
+        with screen.progress(f"Comparing, {source} to {target}", len(ways) + 1, "ways") as advance:
+            choosing, measuring = (evaluation(corpora[name], halves[name]) for name in ("choose", "report"))
+
+            def tell(title: str) -> None:
+                screen.stage(title, "choosing, then measuring")
+                advance(1)
+
+            compared = compare_ways(ways, material, choosing, measuring, tell)
+        outcomes = list(compared.outcomes)
+        extra = {"methods": list(ways), "tried": list(compared.tried), "notes": list(compared.notes)}
+    else:
+        other = None if against is None else load_model(against, device, dtype)
+        with screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance:
+            measuring = evaluation(reported, questions)
+            outcomes = [measuring.measure("base", nullcontext, others=True) if others else measuring.base]
             advance(1)
-        elif other is not None:
-            outcomes.append(evaluation.measure("against", partial(exchanged, loaded, other), kl=True))
-            advance(1)
+            if plan is not None:
+                details = {"components": plan.components, "relative_change": plan.relative_change()}
+                steering, name = partial(applied, loaded, plan), "edited"
+                outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
+                advance(1)
+            elif other is not None:
+                exchange = partial(exchanged, loaded, other)
+                outcomes.append(measuring.measure("against", exchange, kl=True, others=others))
+                advance(1)
     value = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
         "edit": edit_path,
         "against": against,
-        "corpus": {"digest": corpus.digest, "part": corpus.part, "languages": list(corpus.languages)},
+        "corpus": {
+            "digest": reported.digest,
+            "part": reported.part,
+            "languages": list(reported.languages),
+        },
+        "questions": None if questions is None else {"file": questions_path, "digest": questions.digest},
+        "prompts": {"style": measuring.prompt_style, "ceiling_on": measuring.ceiling_from},
+        "relevance": None if scorer is None else {"scorer": scorer.name, "judge": judge},
         "settings": {
             "samples": samples,
             "new_tokens": new_tokens,
@@ -102,12 +218,55 @@ def command(
         },
         "source": source,
         "target": target,
-        "ceiling": evaluation.ceiling,
-        "continuations": evaluation.continuations,
+        "ceiling": measuring.ceiling,
+        "continuations": measuring.continuations,
         "outcomes": [outcome.as_json() for outcome in outcomes],
+        **extra,
     }
     write_atomically(out, json_bytes(value))
-    report_table(screen, report_from_json(value))
-    for sample in outcomes[-1].samples[:3]:
-        screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
+    report = report_from_json(value)
+    if methods is not None:
+        table = out.with_suffix(".md")
+        write_atomically(table, methods_markdown(report).encode())
+        screen.table(report.title, report.method_columns(), report.method_rows())
+        for note in report.notes:
+            screen.say(note)
+        screen.say(f"the same as Markdown: {table}")
+    else:
+        report_table(screen, report)
+        _say_more(screen, report.details_of(outcomes[-1]))
+        for sample in outcomes[-1].samples[:3]:
+            screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
     screen.result({"out": out, **value}, out)
+
+
+def _scorer(
+    relevance: str,
+    loaded: LoadedModel,
+    judge: LoadedModel | None,
+    corpus: Any,
+    questions: Questions | None,
+    source: str,
+    target: str,
+) -> Scorer | None:
+    """What measures relevance here."""
+    from editing.asking import is_parallel
+    from editing.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
+
+    if relevance == "none":
+        return None
+    if judge is not None:
+        return JudgeScorer(judge)
+    if relevance == "auto":
+        referenced = (
+            is_parallel(corpus, source, target) and all(corpus.texts[target])
+            if questions is None
+            else all(one.reference is not None for one in questions.of[source])
+        )
+        relevance = "chrf" if referenced else "likelihood"
+    return ChrfScorer() if relevance == "chrf" else LikelihoodScorer(loaded)
+
+
+def _say_more(screen: Screen, lines: list[str]) -> None:
+    for line in lines:
+        screen.say(line)

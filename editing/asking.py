@@ -8,13 +8,12 @@ style, and after the question in a chat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from editing.questions import Questions
 from editing.text import opening
 from neurons.corpus import Corpus
-from neurons.source import LoadedModel
 
 OPENING, COMPLETION, CHAT = "opening", "completion", "chat"
 
@@ -33,12 +32,12 @@ class Asked:
     style: str
     reference: str | None = None
 
-    def given(self, loaded: LoadedModel, instruction: str | None = None) -> str | tuple[int, ...]:
+    def given(self, tokenizer: Any, instruction: str | None = None) -> str | tuple[int, ...]:
         """What ``editing.generation.generate`` is called with: text, or the tokens of a chat."""
         if self.style == CHAT:
             content = self.text if instruction is None else f"{self.text} {instruction}"
             chat = [{"role": "user", "content": content}]
-            ids = loaded.tokenizer.apply_chat_template(
+            ids = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=True, return_dict=False
             )
             return tuple(ids)
@@ -62,21 +61,19 @@ def is_parallel(corpus: Corpus, source: str, target: str) -> bool:
     return len(corpus.texts[source]) == len(corpus.texts[target])
 
 
+def question_style(tokenizer: Any) -> str:
+    """CHAT where the tokenizer has a template for one, else COMPLETION."""
+    return CHAT if getattr(tokenizer, "chat_template", None) else COMPLETION
+
+
 def questions_asked(
-    loaded: LoadedModel, questions: Questions, language: str, most: int | None = None
+    tokenizer: Any, questions: Questions, language: str, most: int | None = None
 ) -> list[Asked]:
     """A language's questions, in a chat where the tokenizer has a template for one."""
-    style = CHAT if getattr(loaded.tokenizer, "chat_template", None) else COMPLETION
+    style = question_style(tokenizer)
     return [Asked(one.text, style, one.reference) for one in questions.of[language][:most]]
 
 
 def _rest(text: str) -> str | None:
     whole = " ".join(text.split())
     return whole[len(opening(whole)) :].strip() or None
-
-
-def given(
-    loaded: LoadedModel, asked: Sequence[Asked], instruction: str | None = None
-) -> list[str | tuple[int, ...]]:
-    """``Asked.given`` of each."""
-    return [one.given(loaded, instruction) for one in asked]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from editing.file_copy import copies
-from editing.rounding import EditedBlock, round_once
+from editing.rounding import EditedBlock, all_finite, round_once
 from editing.staging import check_room, place_apart, staging
 from editing.staging import check_target as check_target
 from neurons.errors import BrocaError
@@ -23,7 +25,7 @@ from neurons.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tens
 Replacement = Callable[[torch.Tensor, int], torch.Tensor | EditedBlock]
 Progress = Callable[[int, int], None]
 
-BLOCK_BYTES = 2 * 2**20  # larger ones leave the processor's cache, and fresh pages are dear
+BLOCK_BYTES = 2**18  # larger ones leave the processor's cache, and fresh pages are dear
 
 _NOT_COPIED = {".git", ".cache"}
 _ROUNDED_AT_ONCE = 1 << 20
@@ -124,17 +126,48 @@ def write_checkpoint(
             for path, changed in own.items():
                 spans = [(entry.begin, entry.end) for entry in changed if entry.begin < entry.end]
                 under_way.begin(source / path, staged / placed.get(path, path), spans)
-            for path, changed in own.items():
-                file = staged / placed.get(path, path)
-                for entry in changed:
-                    under_way.check()
-                    _patch(entry, replacements[entry.name], file, block_bytes, advance)
-                under_way.written(file)
+            with _workers() as pool:
+                patches = {
+                    path: [
+                        pool.submit(
+                            _patch,
+                            entry,
+                            replacements[entry.name],
+                            staged / placed.get(path, path),
+                            block_bytes,
+                            advance,
+                        )
+                        for entry in changed
+                    ]
+                    for path, changed in own.items()
+                }
+                for path, under_work in patches.items():
+                    for patch in under_work:
+                        patch.result()
+                        under_way.check()
+                    under_way.written(staged / placed.get(path, path))
         for path, content in extras.items():
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             (staged / path).write_bytes(content)
         if complete is not None:
             complete(staged)
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute a tensor each, on one core each: blocks are too small to be shared by cores.
+
+    Where one fails or the user stops, the tensors under work are the last.
+    """
+    cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+    stopped = True
+    try:
+        yield pool
+        stopped = False
+    finally:
+        pool.shutdown(wait=True, cancel_futures=stopped)
+        torch.set_num_threads(cores)
 
 
 def blocks(entry: TensorEntry, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, slice | None]]:
@@ -321,7 +354,7 @@ def _stored(entry: TensorEntry, block: torch.Tensor, given: torch.Tensor | Edite
 
 def _finite(entry: TensorEntry, new: torch.Tensor) -> torch.Tensor:
     """The values, looked at after rounding: a finite number may be too large for the stored dtype."""
-    if not torch.isfinite(new).all():
+    if not all_finite(new):
         raise BrocaError(
             f"the new values of tensor {entry.name} are not all finite in {entry.dtype}: "
             "use a weaker edit, or start from a checkpoint stored in a wider dtype."

@@ -42,16 +42,18 @@ class Candidate:
     """One setting of one way of steering.
 
     Attributes:
-        way: HOOK, STEER2EDIT or KEYED.
+        way: HOOK, STEER2EDIT, KEYED or another of ``editing.ways``.
         settings: that make it, JSON values.
-        plan: of a permanent edit; None for a hook.
+        plan: of a permanent edit; None for a hook or a prompt.
         steering: enters it on the loaded model.
+        instruction: what is put to every prompt; None but for prompting.
     """
 
     way: str
     settings: dict[str, Any]
     plan: Plan | None
     steering: Callable[[], AbstractContextManager[None]]
+    instruction: str | None = None
 
     def details(self) -> dict[str, Any]:
         """For the Outcome: settings, components edited, ||dW||/||W||."""
@@ -74,12 +76,17 @@ def hook_candidate(loaded: LoadedModel, direction: Direction, layer: int, streng
     )
 
 
+def hook_layers(depth: int) -> list[int]:
+    """Layers at a quarter, three eighths and half of the depth, each once."""
+    return sorted({min(round(depth * share), depth - 1) for share in (1 / 4, 3 / 8, 1 / 2)})
+
+
 def hook_candidates(loaded: LoadedModel, direction: Direction) -> list[Candidate]:
-    """Residual DiffMean after a layer at a quarter, three eighths or half of the depth, once or twice."""
-    depth = loaded.anatomy.layers
-    layers = sorted({min(round(depth * share), depth - 1) for share in (1 / 4, 3 / 8, 1 / 2)})
+    """Residual DiffMean after each of ``hook_layers``, once or twice."""
     return [
-        hook_candidate(loaded, direction, layer, strength) for layer in layers for strength in HOOK_STRENGTHS
+        hook_candidate(loaded, direction, layer, strength)
+        for layer in hook_layers(loaded.anatomy.layers)
+        for strength in HOOK_STRENGTHS
     ]
 
 
@@ -139,7 +146,9 @@ def measure_candidates(
     for candidate in candidates:
         yield (
             candidate,
-            evaluation.measure(candidate.way, candidate.steering, candidate.details()),
+            evaluation.measure(
+                candidate.way, candidate.steering, candidate.details(), instruction=candidate.instruction
+            ),
         )
 
 

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from editing.asking import Asked, given, openings, questions_asked
+from editing.asking import Asked, openings, questions_asked
 from editing.entanglement import effectiveness, entanglement
 from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
 from editing.language_id import (
@@ -116,9 +116,7 @@ class _Answers:
 
     def are(self, language: str) -> list[bool]:
         """Which of them are in a language and no failure."""
-        return [
-            label == language and not loop for label, loop in zip(self.labels, self.looping, strict=True)
-        ]
+        return [label == language and not loop for label, loop in zip(self.labels, self.looping, strict=True)]
 
     def share(self, language: str) -> float:
         return sum(self.are(language)) / len(self.items)
@@ -129,9 +127,7 @@ class _Answers:
 
     @property
     def longest_repeat(self) -> float:
-        return self._mean(
-            [longest_repeat(item.text) / max(len(words(item.text)), 1) for item in self.items]
-        )
+        return self._mean([longest_repeat(item.text) / max(len(words(item.text)), 1) for item in self.items])
 
     @property
     def words(self) -> float:
@@ -297,7 +293,7 @@ class Evaluation:
 
     def _prompts_of(self, language: str) -> list[Asked]:
         if self._questions is not None and language in self._questions.of:
-            found = questions_asked(self._loaded, self._questions, language, self._most)
+            found = questions_asked(self._loaded.tokenizer, self._questions, language, self._most)
         else:
             found = openings(self._corpus, language, self.target, self._most)
         return found * self._samples
@@ -307,7 +303,7 @@ class Evaluation:
             self._asked[language] = self._prompts_of(language)
         found = generate(
             self._loaded,
-            given(self._loaded, self._asked[language], instruction),
+            [one.given(self._loaded.tokenizer, instruction) for one in self._asked[language]],
             self._new_tokens,
             self._temperature,
             self._seed,

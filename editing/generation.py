@@ -64,18 +64,17 @@ def generate(
         if temperature > 0
         else {"do_sample": False}
     )
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     found: list[Continuation] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     # The caller's own random numbers go on as if nothing had been drawn.
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for first in range(0, len(prompts), PROMPTS_A_BATCH):
-            encoded = _encoded(tokenizer, prompts[first : first + PROMPTS_A_BATCH], start)
-            longest = max(map(len, encoded))
-            ids = torch.full((len(encoded), longest), padding or 0, dtype=torch.int64)
+            rows = encoded(tokenizer, prompts[first : first + PROMPTS_A_BATCH])
+            longest = max(map(len, rows))
+            ids = torch.full((len(rows), longest), padding or 0, dtype=torch.int64)
             mask = torch.zeros_like(ids)
-            for i, row in enumerate(encoded):
+            for i, row in enumerate(rows):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
             with torch.no_grad(), _plain_settings(model):
@@ -94,8 +93,9 @@ def generate(
     return found
 
 
-def _encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]], start: list[int]) -> list[list[int]]:
-    """The tokens of each prompt; texts are tokenised together."""
+def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """The tokens of each prompt: a text's after the beginning-of-sequence token, or those given."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     of_texts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     return [start + next(of_texts) if isinstance(prompt, str) else list(prompt) for prompt in prompts]

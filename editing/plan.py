@@ -90,20 +90,32 @@ class ModuleEdit:
             edited = torch.addmm(edited, left, right.T)
         return edited
 
-    def rounded(self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0) -> EditedBlock:
-        """``apply``, rounded once to the weight's dtype: the same bits at a fraction of the time."""
+    def rounded(
+        self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0, transposed: bool = False
+    ) -> EditedBlock:
+        """``apply``, rounded once to the weight's dtype: the same bits at a fraction of the time.
+
+        Args:
+            weight: [rows, columns], or with ``transposed`` a block of W^T.
+            first_row: index of the block's first row in W, or in W^T.
+            first_column: likewise.
+            transposed: (W')^T = diag(c) W^T diag(r) + K U^T.
+        """
         rows = slice(first_row, first_row + weight.shape[0])
         columns = slice(first_column, first_column + weight.shape[1])
 
         def part(factor: torch.Tensor | None, places: slice) -> torch.Tensor | None:
             return None if factor is None else factor[places].to(weight.device, torch.float32)
 
+        of_rows, of_columns = (self.row_scale, self.left), (self.column_scale, self.right)
+        if transposed:
+            of_rows, of_columns = of_columns, of_rows
         return edited_and_rounded(
             weight,
-            part(self.row_scale, rows),
-            part(self.column_scale, columns),
-            part(self.left, rows),
-            part(self.right, columns),
+            part(of_rows[0], rows),
+            part(of_columns[0], columns),
+            part(of_rows[1], rows),
+            part(of_columns[1], columns),
         )
 
     @property

@@ -58,25 +58,29 @@ class Questions:
             for language, some in self.of.items()
         }
         if not all(kept.values()):
-            raise UsageError("settings are chosen on one half of the questions: give two or more in every language")
+            raise UsageError(
+                "settings are chosen on one half of the questions: give two or more in every language"
+            )
         return Questions(kept, self.digest, part)
 
 
-def read_questions(path: Path, source: str) -> Questions:
+def read_questions(path: Path, source: str | None = None) -> Questions:
     """Read questions.
 
     Args:
         path: a ``.jsonl``, ``.csv`` or ``.parquet`` with ``question_id`` and ``text`` and, if it likes,
             ``reference`` and ``language``; without ``language`` all of it is in the source language.  Or a
             directory of such files named by language, ``en.jsonl``, ``fr.jsonl``, ...
-        source: the language that is asked in; it must be there.
+        source: the language that is asked in; it must be there.  None: whatever is there will do.
 
     Raises:
         UsageError: no such file, another ending, a row without ``question_id`` or ``text``, an id twice in
             a language, or nothing in the source language.
     """
     if path.is_dir():
-        files = sorted(one for one in path.iterdir() if one.suffix in SUFFIXES and not one.name.startswith("."))
+        files = sorted(
+            one for one in path.iterdir() if one.suffix in SUFFIXES and not one.name.startswith(".")
+        )
     elif path.is_file():
         files = [path]
     else:
@@ -85,13 +89,16 @@ def read_questions(path: Path, source: str) -> Questions:
     digest = hashlib.sha256()
     for file in files:
         digest.update(json.dumps(file.name).encode() + file.read_bytes())
-        fallback = file.stem if path.is_dir() else source
+        fallback = file.stem if path.is_dir() else source or ""
         for number, row in enumerate(_rows(file), start=1):
             language = row.get("language") or fallback
             found.setdefault(str(language), []).append(_question(file, number, row))
-    if source not in found:
-        there = ", ".join(found) or "nothing"
-        raise UsageError(f"{path}: no question in the source language {source!r} (there is {there})")
+    if (not found) if source is None else (source not in found):
+        there, which = (
+            ", ".join(found) or "nothing",
+            "" if source is None else f" in {source!r}, the source language",
+        )
+        raise UsageError(f"{path}: no question{which} (there is {there})")
     for language, some in found.items():
         ids = [one.question_id for one in some]
         repeated = next((one for one in ids if ids.count(one) > 1), None)

@@ -20,8 +20,8 @@ from typing import Protocol
 
 import torch
 
-from editing.asking import CHAT, COMPLETION, Asked
-from editing.generation import Continuation
+from editing.asking import CHAT, Asked, question_style
+from editing.generation import Continuation, encoded
 from neurons.batches import row_batches
 from neurons.errors import UsageError
 from neurons.recording import forward
@@ -65,8 +65,10 @@ class JudgeScorer:
         yes, no = _first_tokens(self.judge, _YES), _first_tokens(self.judge, _NO)
         both = yes & no
         if not yes - both or not no - both:
-            raise UsageError(f"{self.judge.name}: its tokenizer cannot tell Yes from No: choose another judge")
-        style = CHAT if getattr(self.judge.tokenizer, "chat_template", None) else COMPLETION
+            raise UsageError(
+                f"{self.judge.name}: its tokenizer cannot tell Yes from No: choose another judge"
+            )
+        style = question_style(self.judge.tokenizer)
         rows, places = [], []
         for place, (one, answer) in enumerate(zip(asked, answers, strict=True)):
             if answer.text.strip():
@@ -77,23 +79,23 @@ class JudgeScorer:
             on_device = batch.to(self.judge.device)
             last = on_device.attention.sum(1) - 1
             with torch.no_grad():
-                hidden = forward(self.judge.model, on_device)[torch.arange(len(last), device=last.device), last]
+                hidden = forward(self.judge.model, on_device)[
+                    torch.arange(len(last), device=last.device), last
+                ]
                 found = logits(self.judge.model, hidden).double().softmax(-1).cpu()
             of_yes = found[:, sorted(yes - both)].sum(1)
             of_no = found[:, sorted(no - both)].sum(1)
-            for row, score in zip(batch.line_numbers.tolist(), (of_yes / (of_yes + of_no)).tolist(), strict=True):
+            for row, score in zip(
+                batch.line_numbers.tolist(), (of_yes / (of_yes + of_no)).tolist(), strict=True
+            ):
                 scores[places[row]] = score
         return scores
 
     def _row(self, question: str, answer: str, style: str) -> list[int]:
         text = JUDGE_PROMPT.format(question=question, answer=answer)
-        if style == CHAT:
-            found = Asked(text, CHAT).given(self.judge)
-            assert not isinstance(found, str)
-            return list(found)
-        start = self.judge.tokenizer.bos_token_id
-        ids: list[int] = self.judge.tokenizer(text + JUDGE_COMPLETION, add_special_tokens=False)["input_ids"]
-        return ids if start is None else [start, *ids]
+        tokenizer = self.judge.tokenizer
+        prompt = Asked(text, CHAT).given(tokenizer) if style == CHAT else text + JUDGE_COMPLETION
+        return encoded(tokenizer, [prompt])[0]
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ class ChrfScorer:
                 "with a column reference"
             )
         return [
-            metric.sentence_score(answer.text, [one.reference or ""]).score / 100 if answer.text.strip() else 0.0
+            metric.sentence_score(answer.text, [one.reference or ""]).score / 100
+            if answer.text.strip()
+            else 0.0
             for one, answer in zip(asked, answers, strict=True)
         ]
 
@@ -131,14 +135,11 @@ class LikelihoodScorer:
 
     def __call__(self, asked: Sequence[Asked], answers: Sequence[Continuation]) -> list[float]:
         tokenizer = self.loaded.tokenizer
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         rows, before, places = [], [], []
         for place, (one, answer) in enumerate(zip(asked, answers, strict=True)):
             if not answer.ids:
                 continue
-            prompt = one.given(self.loaded)
-            ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else [*prompt]
-            # A prompt without a token would leave the answer's first without anything to follow.
+            ids = encoded(tokenizer, [one.given(tokenizer)])[0]
             rows.append([*ids, *answer.ids])
             before.append(len(ids))
             places.append(place)
@@ -148,6 +149,7 @@ class LikelihoodScorer:
             with torch.no_grad():
                 hidden = forward(self.loaded.model, on_device)
             for i, row in enumerate(batch.line_numbers.tolist()):
+                # After a prompt without a token the answer's first has nothing to follow.
                 first, last = max(before[row], 1), len(rows[row])
                 with torch.no_grad():
                     found = logits(self.loaded.model, hidden[i, first - 1 : last - 1]).float().log_softmax(-1)

@@ -40,10 +40,7 @@ def loops(text: str) -> bool:
     count = len(words(text))
     if count < LEAST_WORDS:
         return False
-    return (
-        longest_repeat(text) >= MOST_REPEATED * count
-        or distinct_ngrams(text, 2) < LEAST_DISTINCT_PAIRS
-    )
+    return longest_repeat(text) >= MOST_REPEATED * count or distinct_ngrams(text, 2) < LEAST_DISTINCT_PAIRS
 
 
 def _runs(found: Sequence[str], n: int) -> list[tuple[str, ...]]:

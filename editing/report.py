@@ -85,11 +85,118 @@ class Report:
             )
         return found
 
+    def method_columns(self) -> list[str]:
+        """Of the table that compares many ways: one figure for all third languages."""
+        relevance = self._scorer
+        return [
+            "",
+            f"share {self.target}",
+            "fluency gap",
+            f"NLL {self.target}",
+            "NLL third, largest",
+            "KL, largest",
+            *([f"relevance ({relevance})", "steering score"] if relevance else []),
+            "effectiveness",
+            "entanglement",
+            "failures",
+            "||dW||/||W||",
+            "settings",
+        ]
+
+    def method_rows(self) -> list[list[str]]:
+        """A row an outcome, formatted; the ceiling is in the title."""
+        found = []
+        for outcome in self.outcomes:
+            third = [outcome.nll_rise[language] for language in self.third_languages]
+            scores = outcome.relevance
+            change = outcome.details.get("relative_change")
+            settings = outcome.details.get("settings", {})
+            found.append(
+                [
+                    outcome.name,
+                    f"{outcome.target_share:.2f}",
+                    _number(outcome.fluency_gap, "+.2f"),
+                    f"{outcome.nll_rise[self.target]:+.3f}",
+                    f"{max(third):+.3f}" if third else "-",
+                    f"{max(outcome.kl.values()):.3f}" if outcome.kl else "-",
+                    *([f"{scores['mean']:.2f}", f"{scores['steering_score']:.2f}"] if scores else []),
+                    _number(outcome.effectiveness, ".2f"),
+                    _number(outcome.entanglement, ".3f"),
+                    str(sum(outcome.failures.values())),
+                    f"{change:.2f}" if change else "-",
+                    ", ".join(f"{name} {_word(value)}" for name, value in settings.items()) or "-",
+                ]
+            )
+        return found
+
+    def details_of(self, outcome: Outcome) -> list[str]:
+        """What the table has no room for, a line each."""
+        lines = [
+            f"{outcome.name}: sentences in {self.target} {outcome.sentence_share:.2f}, second detector agrees "
+            f"{outcome.agreement:.2f}, empty {outcome.failures.get('empty', 0)}, looping "
+            f"{outcome.failures.get('looping', 0)}, {outcome.answer_words:.0f} words an answer"
+        ]
+        if outcome.relevance:
+            found = outcome.relevance
+            lines.append(
+                f"relevance ({found['scorer']}) {found['mean']:.2f}, steering score {found['steering_score']:.2f} "
+                f"(by item {found['item_score']:.2f})"
+            )
+        if outcome.others:
+            lines.append(
+                f"effectiveness {_number(outcome.effectiveness, '.2f')}, entanglement "
+                f"{_number(outcome.entanglement, '.3f')}"
+            )
+        for language, own in outcome.others.items():
+            lines.append(
+                f"on {language} prompts: share {language} {own['share']:.2f} (unedited {own['ceiling']:.2f}), "
+                f"fluency gap {_number(own['fluency_gap'], '+.2f')}, longest repeat "
+                f"{own['longest_repeat']:.2f}, {own['answer_words']:.0f} words"
+            )
+        return lines
+
+    @property
+    def _scorer(self) -> str | None:
+        named = [outcome.relevance["scorer"] for outcome in self.outcomes if outcome.relevance]
+        return named[0] if named else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _word(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
 
 def outcome_from_json(value: dict[str, Any]) -> Outcome:
     """The inverse of ``Outcome.as_json``."""
     gap = math.nan if value["fluency_gap"] is None else value["fluency_gap"]
     return Outcome(**{**value, "samples": tuple(value["samples"]), "fluency_gap": gap})
+
+
+def methods_markdown(report: Report) -> str:
+    """The table that compares many ways, with what its columns mean."""
+    columns = [name.replace("|", "\\|") for name in report.method_columns()]
+    return "\n".join(
+        [
+            f"# {report.title}\n",
+            f"Model {report.model}. Everything was estimated on one part of the text, each way's settings chosen on "
+            "another and reported here on a third, all ways on the same prompts.\n",
+            "| " + " | ".join(columns) + " |",
+            "|---|" + "---:|" * (len(columns) - 2) + "---|",
+            *("| " + " | ".join(row) + " |" for row in report.method_rows()),
+            "",
+            *(f"{note}\n" for note in report.notes),
+            "Share: answers identified as the target; empty and looping ones are failures and do not count. "
+            "Ceiling: that share for the unedited model on target prompts. Fluency gap: nats a token by which "
+            "the answers are less likely to the unedited model than its own in the target language. NLL: rise on "
+            "held-out text, nats a token; third: of the languages that are neither source nor target. KL: of "
+            "next-token distributions, the largest of the third languages. Effectiveness: the part of the "
+            "possible rise in share that was reached; entanglement: root mean square change of the shares of "
+            "all languages but the source on their own prompts.\n",
+        ]
+    )
 
 
 def report_from_json(value: dict[str, Any]) -> Report:

@@ -10,7 +10,7 @@ import torch
 # Numbers beyond this are left to float64, in which nothing on the way to the result overflows.
 _NO_OVERFLOW = 2.0**120
 # Float64 for single numbers costs about this many times what it costs for whole blocks.
-_FEW = 8
+_FEW = 4
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -24,6 +24,13 @@ def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     even = (middle.view(torch.int32) & 1) == 0
     towards = torch.where(values > back, torch.inf, -torch.inf).to(torch.float32)
     return torch.where((back != values) & even, torch.nextafter(middle, towards), middle).to(dtype)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no number is infinite or none; of 16-bit numbers by their bits, several times as fast."""
+    if values.dtype in (torch.bfloat16, torch.float16) and values.numel():
+        return math.isfinite(_largest_stored(values))
+    return bool(torch.isfinite(values).all())
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ def edited_and_rounded(
     """
     if weight.dtype in (torch.bfloat16, torch.float16) and weight.numel():
         base = weight.to(torch.float32)
-        most, rows_most, columns_most = (_largest(values) for values in (base, row_scale, column_scale))
+        most = _largest_stored(weight)
+        rows_most, columns_most = _largest(row_scale), _largest(column_scale)
         # r w c - w = w (c - 1) + w (r - 1) c.
         change = torch.zeros_like(base) if column_scale is None else base * (column_scale - 1)
         size = most * (2 + columns_most)
@@ -78,16 +86,14 @@ def edited_and_rounded(
             for column, key in zip(left.T, right.T, strict=True):
                 change.addcmul_(column[:, None], key)
                 size += _largest(column) * _largest(key)
-        # More than all roundings together (six of scales and sums, two for each rank, one for the shift), and
+        # More than all roundings together (six of scales and sums, two for each rank, two for the shifts), and
         # than what is lost below the smallest numbers.
-        slack = size * (2 * rank + 8) * 2.0**-24 + 2.0**-140 * (1 + columns_most)
+        slack = size * (2 * rank + 9) * 2.0**-24 + 2.0**-140 * (1 + columns_most)
         if size < _NO_OVERFLOW:
-            near = base.add_(change)
-            stored, above = (near - slack).to(weight.dtype), near.add_(slack).to(weight.dtype)
-            # By their bits: 0 and -0 are different numbers on disk.
-            unsure = (stored.view(torch.int16) != above.view(torch.int16)).nonzero()
-            if len(unsure) * _FEW < weight.numel():
-                rows, columns = unsure.unbind(1)
+            near = base.add_(change).sub_(slack)
+            stored, above = near.to(weight.dtype), near.add_(2 * slack).to(weight.dtype)
+            rows, columns = _different(stored, above)
+            if len(rows) * _FEW < weight.numel():
                 single = weight[rows, columns].double()
                 if row_scale is not None:
                     single *= row_scale[rows].double()
@@ -106,6 +112,26 @@ def edited_and_rounded(
     if left is not None and right is not None:
         whole = torch.addmm(whole, left.double(), right.double().T)
     return EditedBlock(round_once(whole, weight.dtype), whole - exact)
+
+
+def _different(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns at which two blocks of 16-bit numbers differ by a bit, 0 and -0 too; in order.
+
+    Four numbers are looked at in one: most fours are the same.
+    """
+    columns = first.shape[1]
+    bits = (first.view(torch.int16) ^ second.view(torch.int16)).reshape(-1)
+    padded = torch.nn.functional.pad(bits, (0, -len(bits) % 4))
+    fours = padded.view(torch.int64).nonzero()[:, 0]
+    group, place = padded.view(-1, 4)[fours].nonzero().unbind(1)
+    where = fours[group] * 4 + place
+    return where // columns, where % columns
+
+
+def _largest_stored(weight: torch.Tensor) -> float:
+    """The largest magnitude of 16-bit numbers, by their bits without the sign; not finite where one is not."""
+    bits = int((weight.view(torch.int16) & 0x7FFF).max())
+    return float(torch.tensor(bits, dtype=torch.int16).view(weight.dtype))
 
 
 def _largest(values: torch.Tensor | None) -> float:

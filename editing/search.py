@@ -175,7 +175,8 @@ class Search:
         self.goals = goals or Goals()
         self._seed, self._few_prompts = seed, few_prompts
         self._stopping = False
-        self._study = _open_study(path, dict(identity or {}))
+        self.identity = dict(identity or {})
+        self._study = _open_study(path, self.identity)
         self._known = _known(spaces)
 
     @property

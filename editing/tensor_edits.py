@@ -56,8 +56,7 @@ class TensorEdit:
             return EditedBlock(round_once(whole, block.dtype), whole - block.double())
         (piece,) = self.pieces
         if piece.transposed:
-            found = self.edit.rounded(block.T, 0, piece.columns.start + first)
-            return EditedBlock(found.stored.T, found.change.T)
+            return self.edit.rounded(block, piece.columns.start + first, 0, transposed=True)
         return self.edit.rounded(block, first, piece.columns.start)
 
     def restored(self, block: torch.Tensor, first: int) -> torch.Tensor:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from editing.language_id import check_languages, identify_language
+from editing.language_id import (
+    agreement,
+    check_languages,
+    identify_language,
+    second_opinion,
+    sentence_share,
+    sentences,
+)
 from neurons.errors import UsageError
 
 TEXTS = {
@@ -55,3 +62,56 @@ def test_varieties_count_to_their_macrolanguage(monkeypatch, label, asked):
     assert identify_language("text", ["en", asked]) == asked
     assert identify_language("text", ["en", asked, label]) == label
     assert identify_language("text", ["en", "fr"]) == "other"
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_the_second_detector_tells_languages_apart_offline(language, monkeypatch):
+    def no_network(*_, **__):
+        raise AssertionError("the second detector went to the network")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    others = tuple(name for name in TEXTS if name != language)
+    assert second_opinion(TEXTS[language], tuple(TEXTS)) == language
+    assert second_opinion(TEXTS[language] + "\n" + TEXTS[language], tuple(TEXTS)) == language
+    assert second_opinion(TEXTS[language], others) == "other"
+    assert second_opinion("12 345 ... !", others) == "empty"
+
+
+@pytest.mark.parametrize(("label", "asked"), [("wuu", "zh"), ("arz", "ar")])
+def test_varieties_count_to_their_macrolanguage_for_the_second_too(monkeypatch, label, asked):
+    class Fixed:
+        def detect(self, text, model, k):
+            assert model == "lite"
+            return [{"lang": label, "score": 0.6}, {"lang": "en", "score": 0.4}]
+
+    monkeypatch.setattr("editing.language_id._second_identifier", Fixed)
+    assert second_opinion("text", ["en", asked]) == asked
+    assert second_opinion("text", ["en", "fr"]) == "other"
+
+
+def test_agreement():
+    assert agreement(["en", "fr", "empty", "de"], ["en", "other", "empty", "fr"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The dog sleeps here. The cat does not.", ["The dog sleeps here.", "The cat does not."]),
+        ("Yes. The dog sleeps in the house.", ["Yes. The dog sleeps in the house."]),
+        ("The dog sleeps here. No.", ["The dog sleeps here. No."]),
+        ("孩子们在花园里玩。天开始下雨了。", ["孩子们在花园里玩。", "天开始下雨了。"]),
+        ("The dog sleeps here\nwhile the cat is out", ["The dog sleeps here", "while the cat is out"]),
+        ("Oui.", ["Oui."]),
+        ("... 12 !", []),
+        ("", []),
+    ],
+)
+def test_sentences(text, expected):
+    assert sentences(text) == expected
+
+
+def test_sentence_share_sees_a_change_of_language():
+    mixed = f"{TEXTS['fr']} {TEXTS['en']} {TEXTS['fr']} {TEXTS['de']}"
+    assert sentence_share(mixed, "fr", tuple(TEXTS)) == 0.5
+    assert sentence_share(mixed, "en", tuple(TEXTS)) == 0.25
+    assert sentence_share("... !", "fr", tuple(TEXTS)) == 0.0

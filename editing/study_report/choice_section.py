@@ -11,11 +11,12 @@ from editing.study_report.steering_results import Choice, Way
 from editing.study_report.tables import share_bar, table
 
 
-def choice_content(choice: Choice, source: str | None) -> Markup:
+def choice_content(choice: Choice, source: str | None, name: str) -> Markup:
     """What was tried for one target.
 
     Args:
         source: language whose rise is no harm; None where it is not known.
+        name: tells its picture from another choice's.
     """
     points = [
         Point(way.name, _harm(way, source), way.target_share, _is_chosen(choice, way))
@@ -48,7 +49,7 @@ def choice_content(choice: Choice, source: str | None) -> Markup:
                 choice.ceiling,
                 f"share {choice.target}",
                 "largest NLL rise of a language but the source, nats a token",
-                f"choice-{choice.target}",
+                f"{name}-settings",
             ),
             table(
                 "Settings tried; those set off were chosen",

@@ -49,7 +49,7 @@ def trade_off(
     cost_label: str,
     name: str,
 ) -> Markup:
-    """Reach over cost, a colour and mark a group, the front joined; nothing where no point has both numbers.
+    """Reach over cost, a colour and mark a group, the best at each cost joined; nothing where no point has both numbers.
 
     Args:
         caption: says what it shows.
@@ -62,19 +62,12 @@ def trade_off(
     points = [one for one in points if math.isfinite(one.cost) and math.isfinite(one.reach)]
     if not points:
         return joined(())
+    ringed = any(one.front for one in points)
     groups = list(dict.fromkeys(one.group for one in points))
     figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
-    front = sorted((one.cost, one.reach) for one in points if one.front)
-    if front:
-        axis.plot(
-            [cost for cost, _ in front],
-            [reach for _, reach in front],
-            color="0.4",
-            linewidth=1.2,
-            drawstyle="steps-post",
-            zorder=1,
-        )
+    best = _envelope(points)
+    axis.plot(*zip(*best, strict=True), color="0.55", linewidth=1.2, drawstyle="steps-post", zorder=1)
     for place, group in enumerate(groups):
         for one in (one for one in points if one.group == group):
             axis.plot(
@@ -85,7 +78,7 @@ def trade_off(
                 markersize=11 if one.chosen else 6,
                 markeredgecolor="black" if one.chosen or one.front else "white",
                 markeredgewidth=1.6 if one.chosen else 0.8,
-                alpha=1 if one.chosen or one.front or not front else 0.5,
+                alpha=1 if one.chosen or one.front or not ringed else 0.55,
                 zorder=3 if one.chosen else 2,
                 clip_on=False,
             )
@@ -95,8 +88,7 @@ def trade_off(
         )
         for i, group in enumerate(groups)
     ]
-    if front:
-        keys.append(Line2D([], [], color="0.4", linewidth=1.2, label="Pareto front"))
+    keys.append(Line2D([], [], color="0.55", linewidth=1.2, label="most reached at that cost"))
     if math.isfinite(ceiling):
         keys.append(
             axis.axhline(ceiling, color="0.3", linestyle="--", linewidth=1, label="ceiling", zorder=0)
@@ -109,7 +101,7 @@ def trade_off(
         # A few settings that break the model would press all others against the axis.
         axis.set_xscale("symlog", linthresh=max(1e-3, _median([abs(one.cost) for one in points])))
     figure.legend(
-        handles=keys, loc="outside upper center", ncols=min(4, len(keys)), frameon=False, fontsize=9
+        handles=keys, loc="outside upper center", ncols=min(3, len(keys)), frameon=False, fontsize=9
     )
     return picture(caption, inline_svg(figure, name, caption))
 
@@ -152,6 +144,14 @@ def doses_picture(
     axis.set_xticks(doses, [f"{dose:.4g}" for dose in doses])
     figure.legend(loc="outside upper center", ncols=min(7, max(1, len(curves))), frameon=False, fontsize=9)
     return picture(caption, inline_svg(figure, name, caption))
+
+
+def _envelope(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """The most that is reached at each cost or less, from the least cost to the largest."""
+    best: list[tuple[float, float]] = []
+    for cost, reach in sorted((one.cost, one.reach) for one in points):
+        best.append((cost, max(reach, best[-1][1]) if best else reach))
+    return best
 
 
 def _plainly(axis: object) -> None:

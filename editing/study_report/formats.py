@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 NOTHING = "\N{EN DASH}"
+SHOWN_OF_DIGEST = 12
+_DIGEST = re.compile("[0-9a-f]{32,}")
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -36,13 +39,19 @@ def span(sizes: tuple[int, ...]) -> str:
 def plain(value: Any) -> str:
     """A JSON value of a settings table: short, and readable without being JSON."""
     if value is None or value == "":
-        return NOTHING
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return number(value, ".6g")
     if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or NOTHING
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value)) or NOTHING
-    return str(value)
+        if len(value) > 2 and all(type(item) is int for item in value):
+            low, high = value[0], value[-1]
+            if list(value) == list(range(low, high + 1)):
+                return f"{low} to {high}"
+        return ", ".join(map(plain, value)) or "none"
+    text = str(value)
+    # A digest is told apart by its beginning, and fills a line with all of it.
+    return f"{text[:SHOWN_OF_DIGEST]}\N{HORIZONTAL ELLIPSIS}" if _DIGEST.fullmatch(text) else text

@@ -20,6 +20,8 @@ _DROPPED = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\s
 _FONTS = re.compile(r"font-family: [^;\"]*|(font: [^;\"']*)'[^;\"]*")
 _NAME = re.compile(r'(<[^<>]*\b(?:id="|href="#|clip-path="url\(#))')
 _PIXELS_AN_INCH = 96
+# Smaller than this share of its size, a figure's letters cannot be read: it scrolls instead.
+_SMALLEST = 0.62
 
 
 def inline_svg(figure: Figure, name: str, says: str) -> Markup:
@@ -40,13 +42,14 @@ def inline_svg(figure: Figure, name: str, says: str) -> Markup:
     body = _DROPPED.sub("", body).replace("xlink:href=", "href=")
     body = _FONTS.sub(lambda font: (font.group(1) or "font-family: ") + "sans-serif", body)
     body = _NAME.sub(rf"\g<1>{name}-", body)
+    width = figure.get_figwidth() * _PIXELS_AN_INCH
     return element(
         "svg",
         trusted(body.strip()),
         viewBox=view,
         role="img",
         aria_label=says,
-        style=f"width:{figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px",
+        style=f"width:{width:.0f}px;min-width:{_SMALLEST * width:.0f}px",
     )
 
 

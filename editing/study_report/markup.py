@@ -43,11 +43,11 @@ def joined(parts: Iterable[Content], between: str = "") -> Markup:
     return Markup(between.join(escaped(part) for part in parts))
 
 
-def element(name: str, *children: Content, **attributes: str | int | None) -> Markup:
-    """``<name attributes>children</name>``.
+def element(tag: str, /, *children: Content, **attributes: str | int | None) -> Markup:
+    """``<tag attributes>children</tag>``.
 
     Args:
-        name: of the element.
+        tag: of the element.
         children: its content; what is not Markup is escaped.
         attributes: in this order; ``class_`` is written as class and ``data_label`` as data-label, and
             one whose value is None is left out.
@@ -57,9 +57,9 @@ def element(name: str, *children: Content, **attributes: str | int | None) -> Ma
         for key, value in attributes.items()
         if value is not None
     )
-    if name in _VOID:
-        return Markup(f"<{name}{written}>")
-    return Markup(f"<{name}{written}>{joined(children)}</{name}>")
+    if tag in _VOID:
+        return Markup(f"<{tag}{written}>")
+    return Markup(f"<{tag}{written}>{joined(children)}</{tag}>")
 
 
 def paragraph(*children: Content, class_: str | None = None) -> Markup:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from editing.study_report.formats import number
 from editing.study_report.markup import Content, Markup, element, joined
-from editing.study_report.tables import boxed
+from editing.study_report.tables import boxed, row_name
 
 # Ends of the scales, light enough for dark text at a contrast of 7 to 1 or more.
 WARM, COOL, FULL = (239, 138, 98), (103, 169, 207), (116, 173, 209)
@@ -72,7 +72,7 @@ def heat_map(
         body.append(
             element(
                 "tr",
-                element("th", name, scope="row"),
+                row_name(name),
                 *(_cell(one, most, signed) for one in cells),
                 *(element("td", value, class_="n") for value in extra),
             )

@@ -67,8 +67,8 @@ def _layers(neurons: NeuronSet) -> Markup:
         # Empty layers are many, and the missing colour says it.
         rows.append((language, [Cell(float(size), count(size) if size else "") for size in sizes]))
     return heat_map(
-        "Where they lie: neurons of each language (rows) in each layer (columns)",
-        "layer",
+        "Where they lie: neurons of each language (rows) in each layer (columns, from 0)",
+        "language",
         [str(layer) for layer in range(neurons.layers)],
         rows,
         "neurons",

@@ -46,8 +46,8 @@ tbody tr:last-child > * {{ border-bottom: 0 }}
 thead th {{ background: var(--back); font-weight: 600; vertical-align: bottom }}
 th.n, td.n {{ text-align: end; white-space: nowrap }}
 thead th.n {{ white-space: normal; min-width: 4.2rem }}
-tbody th {{ font-weight: 600; background: #fff; position: sticky; left: 0; max-width: 12rem;
-  overflow-wrap: anywhere; box-shadow: 1px 0 var(--line) }}
+tbody th {{ font-weight: 600; background: #fff; position: sticky; left: 0; max-width: 14rem;
+  box-shadow: 1px 0 var(--line) }}
 td:not(.n) {{ min-width: 8rem; max-width: 30rem; overflow-wrap: anywhere }}
 .marked > * {{ background: #fff6e5 }}
 .heat td.n, .heat thead th.n {{ text-align: center; min-width: 3.4rem }}
@@ -59,7 +59,9 @@ td small {{ display: block; font-size: .72rem; color: #3a434b }}
 .ramp {{ display: inline-block; width: 9rem; height: .8rem; border: 1px solid var(--line);
   background: linear-gradient(to right, #fff, #74add1) }}
 .ramp.signed {{ background: linear-gradient(to right, #67a9cf, #fff, #ef8a62) }}
+.picture {{ overflow-x: auto }}
 .picture svg {{ display: block; max-width: 100%; height: auto }}
+svg text {{ font-family: {_FONTS} !important }}
 svg * {{ stroke-linejoin: round; stroke-linecap: butt }}
 .samples {{ padding-inline-start: 1.4rem }}
 .samples > li {{ margin: 0 0 1.5rem; break-inside: avoid }}
@@ -94,6 +96,7 @@ pre {{ background: var(--back); border: 1px solid var(--line); border-radius: 6p
   tbody th {{ position: static }}
   thead th.n, td:not(.n), .heat td.n, .heat thead th.n {{ min-width: 0 }}
   .bar {{ min-width: 2.6rem }}
+  .picture svg {{ min-width: 0 !important }}
   tr, .picture, .scale {{ break-inside: avoid }}
 }}
 """

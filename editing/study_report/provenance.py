@@ -30,6 +30,16 @@ class Provenance:
 
 def provenance(metadata: Mapping[str, Any]) -> Provenance:
     """Of a JSON document or a Broca file's metadata; what is missing or of another form is left out."""
+    identity = metadata.get("identity")
+    if isinstance(identity, Mapping):  # a search's, which keeps them together
+        corpora = identity.get("corpus")
+        parts = corpora.items() if isinstance(corpora, Mapping) else ()
+        metadata = {
+            **metadata,
+            "fingerprint": identity.get("model"),
+            "corpora": [{"digest": digest, "part": part} for part, digest in parts],
+            "settings": {k: v for k, v in identity.items() if k not in ("model", "corpus", "knobs")},
+        }
     corpora = metadata.get("corpora")
     found = corpora if isinstance(corpora, list) else [metadata.get("corpus")]
     texts = [

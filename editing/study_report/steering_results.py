@@ -28,6 +28,9 @@ class Way:
         samples: what it wrote.
         details: settings and what else is known.
         further: figure -> value, of those that have no place of their own.
+        failures: label -> how many answers count as nothing.
+        relevance: name of the scorer, and figure -> value; "" and none where it was not measured.
+        others: other language -> figure -> value, of answers to its own prompts.
         refused: why there is nothing to measure; empty where there is.
     """
 
@@ -41,6 +44,9 @@ class Way:
     samples: tuple[Sample, ...]
     details: Mapping[str, Any]
     further: Mapping[str, float]
+    failures: Mapping[str, int]
+    relevance: tuple[str, Mapping[str, float]]
+    others: Mapping[str, Mapping[str, float]]
     refused: str = ""
 
 
@@ -88,8 +94,8 @@ class Choice:
     """The settings that were tried to choose from.
 
     Attributes:
-        target: language, as the file's name has it.
-        ceiling: on the text that settings were chosen on.
+        target: language.
+        ceiling: on the text that settings were chosen on; NaN where it is not known.
         chosen: way -> its settings.
         tried: every setting, measured.
     """
@@ -131,6 +137,23 @@ def read_choice(value: Mapping[str, Any], target: str) -> Choice:
     )
 
 
+def read_tried(value: Mapping[str, Any]) -> Choice | None:
+    """The settings that ``broca evaluate --methods`` tried; None where it compared nothing.
+
+    Raises:
+        KeyError, TypeError, ValueError: something else.
+    """
+    if not value.get("tried"):
+        return None
+    outcomes = map(read_way, value["outcomes"])
+    return Choice(
+        target=str(value["target"]),
+        ceiling=math.nan,
+        chosen={way.name: way.details.get("settings") for way in outcomes},
+        tried=tuple(map(read_way, value["tried"])),
+    )
+
+
 def read_way(value: Mapping[str, Any]) -> Way:
     """One outcome, or a setting that was refused."""
     details = dict(value.get("details") or {})
@@ -156,8 +179,15 @@ def read_way(value: Mapping[str, Any]) -> Way:
         ),
         details=details,
         further=further,
+        failures={str(key): int(item) for key, item in (value.get("failures") or {}).items()},
+        relevance=_relevance(value.get("relevance") or {}),
+        others={str(key): by_name(item) for key, item in (value.get("others") or {}).items()},
         refused=refused,
     )
+
+
+def _relevance(value: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+    return str(value.get("scorer", "")), by_name({k: v for k, v in value.items() if k != "scorer"})
 
 
 def measured(value: Any) -> float:

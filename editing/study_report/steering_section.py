@@ -15,7 +15,11 @@ from editing.study_report.tables import share_bar, table
 MEANINGS = (
     ("share", "continuations identified as the language"),
     ("ceiling", "share of the target when the unedited model continues target-language prompts"),
-    ("distinct", "mean share of distinct words in a continuation"),
+    (
+        "distinct words, pairs",
+        "mean share of distinct words, or of runs of two words, in a continuation; longest repeat: mean share of "
+        "its words in the longest passage that it repeats",
+    ),
     (
         "fluency gap",
         "nats a token by which the continuations are less likely to the unedited model than its own in the "
@@ -23,7 +27,20 @@ MEANINGS = (
     ),
     ("NLL rise", "rise of the negative log-likelihood of held-out text, nats a token"),
     ("KL", "of next-token distributions, unedited to steered, nats a position; the largest third language's"),
+    (
+        "effectiveness, entanglement",
+        "the part of the possible rise in share that was reached; root mean square change of the shares of all "
+        "languages but the source on their own prompts (after arXiv 2509.13450)",
+    ),
+    ("relevance", "of answers, by the scorer that is named; figures of different scorers do not compare"),
 )
+FIGURES = {
+    "agreement": "second detector agrees",
+    "sentence_share": "sentences in the target",
+    "distinct_pairs": "distinct pairs",
+    "answer_words": "words an answer",
+}
+_OF_FIRST_TABLE = ("effectiveness", "entanglement")
 
 
 def steering_content(result: Steering) -> Markup:
@@ -45,8 +62,10 @@ def steering_content(result: Steering) -> Markup:
         *warned,
         *(paragraph(note, class_="warning") for note in result.notes),
         _table(result),
+        _writing(result),
         _rises(result),
         _divergences(result),
+        _others(result),
     ]
     if samples:
         parts += [element("h3", "What they write"), sample_list(result.source, samples)]
@@ -65,17 +84,18 @@ def meanings() -> Markup:
 
 
 def _table(result: Steering) -> Markup:
-    further = list(dict.fromkeys(name for way in result.ways for name in way.further))
+    """What is reached and what it costs."""
     edited = any(way.details.get("components") for way in result.ways)
+    effective = any("effectiveness" in way.further for way in result.ways)
     head: list[Content] = [
         "way",
         f"share {result.target}",
         f"share {result.source}",
-        "distinct",
         "fluency gap",
+        f"NLL rise {result.target}",
         "largest third NLL rise",
-        "KL",
-        *(name.replace("_", " ") for name in further),
+        "largest KL",
+        *(["effectiveness", "entanglement"] if effective else []),
         *(["components", "‖ΔW‖/‖W‖"] if edited else []),
     ]
     rows: list[list[Content]] = []
@@ -84,16 +104,81 @@ def _table(result: Steering) -> Markup:
             way.name,
             share_bar(way.target_share, number(way.target_share, ".2f")),
             number(way.source_share, ".2f"),
-            number(way.distinct, ".2f"),
             number(way.fluency_gap, "+.2f"),
-            number(_largest(way.nll_rise, (result.source, result.target)), "+.2f"),
+            number(way.nll_rise.get(result.target), "+.3f"),
+            number(_largest(way.nll_rise, (result.source, result.target)), "+.3f"),
             number(_largest(way.kl, ()), ".3f"),
-            *(number(way.further.get(name), ".3g") for name in further),
         ]
+        if effective:
+            row += [number(way.further.get(name), ".2f") for name in ("effectiveness", "entanglement")]
         if edited:
             row += [_components(way), _change(way)]
         rows.append(row)
-    return table(f"{result.source} to {result.target}, all ways", head, rows)
+    return table(
+        f"{result.source} to {result.target}, all ways: what they reach and what it costs", head, rows
+    )
+
+
+def _writing(result: Steering) -> Markup:
+    """How the answers are written."""
+    further = list(
+        dict.fromkeys(name for way in result.ways for name in way.further if name not in _OF_FIRST_TABLE)
+    )
+    failures = list(dict.fromkeys(name for way in result.ways for name in way.failures))
+    relevance = list(
+        dict.fromkeys((way.relevance[0], name) for way in result.ways for name in way.relevance[1])
+    )
+    head: list[Content] = [
+        "way",
+        "distinct words",
+        *(FIGURES.get(name, name.replace("_", " ")) for name in further),
+        *failures,
+        *(f"relevance ({scorer}): {name.replace('_', ' ')}" for scorer, name in relevance),
+    ]
+    rows: list[list[Content]] = [
+        [
+            way.name,
+            number(way.distinct, ".2f"),
+            *(number(way.further.get(name), ".3g") for name in further),
+            *(count(way.failures.get(name)) for name in failures),
+            # Figures of different scorers are never put into one column.
+            *(
+                number(way.relevance[1].get(name) if way.relevance[0] == scorer else None, ".2f")
+                for scorer, name in relevance
+            ),
+        ]
+        for way in result.ways
+    ]
+    return table("How they write", head, rows)
+
+
+def _others(result: Steering) -> Markup:
+    """What becomes of answers in the other languages."""
+    ways = [way for way in result.ways if way.others]
+    if not ways:
+        return joined(())
+    languages = list(dict.fromkeys(language for way in ways for language in way.others))
+    ceilings = {k: way.others[k].get("ceiling", math.nan) for way in ways for k in way.others}
+    rows: list[tuple[Content, Sequence[Cell]]] = [
+        (
+            way.name,
+            [
+                Cell(share - ceilings[k], number(share, ".2f"))
+                for k in languages
+                for share in [way.others.get(k, {}).get("share", math.nan)]
+            ],
+        )
+        for way in ways
+    ]
+    unedited = ", ".join(f"{k} {number(ceilings[k], '.2f')}" for k in languages)
+    return heat_map(
+        "Share of answers in the prompt's own language, on prompts of the other languages; coloured by the "
+        f"change from the unedited model ({unedited})",
+        "way",
+        languages,
+        rows,
+        "change of the share",
+    )
 
 
 def _rises(result: Steering) -> Markup:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from editing.study_report.markup import Content, Markup, element, joined
+from editing.study_report.markup import Content, Markup, element, joined, trusted
+
+LONGEST = 18  # letters of a word in the head of a row
 
 
 def table(
@@ -27,10 +29,7 @@ def table(
     body = [
         element(
             "tr",
-            *(
-                cell("th", value, i >= words, scope="row") if i == 0 else cell("td", value, i >= words)
-                for i, value in enumerate(row)
-            ),
+            *(row_name(value) if i == 0 else cell("td", value, i >= words) for i, value in enumerate(row)),
             class_="marked" if place in marked else None,
         )
         for place, row in enumerate(rows)
@@ -46,8 +45,19 @@ def boxed(caption: Content, *parts: Markup, class_: str | None = None) -> Markup
     return element("figure", element("figcaption", caption), box)
 
 
-def cell(name: str, value: Content, numeric: bool, scope: str | None = None) -> Markup:
-    return element(name, value, scope=scope, class_="n" if numeric else None)
+def cell(tag: str, value: Content, numeric: bool, scope: str | None = None) -> Markup:
+    return element(tag, value, scope=scope, class_="n" if numeric else None)
+
+
+def row_name(value: Content) -> Markup:
+    """The head of a row: it stays in sight while the row scrolls, so a long word may break."""
+    if isinstance(value, Markup):
+        return element("th", value, scope="row")
+    words = (
+        joined((word[i : i + LONGEST] for i in range(0, len(word), LONGEST)), trusted("<wbr>"))
+        for word in value.split(" ")
+    )
+    return element("th", joined(words, " "), scope="row")
 
 
 def settings_table(caption: Content, values: Sequence[tuple[str, Content]]) -> Markup:

@@ -1,0 +1,230 @@
+"""``broca generate``: what a model writes, unedited and edited side by side."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.options import FILE, Many, device_options, json_option, model_argument
+from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from editing.asking import Asked
+    from editing.generation import Continuation
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+UNEDITED, EDITED = "unedited", "edited"
+
+
+@click.command("generate", cls=Many)
+@model_argument
+@click.option("--edit", "edit_path", type=FILE, help="A plan, applied in memory.")
+@click.option("--against", help="A steered checkpoint: hub id or directory.")
+@click.option(
+    "--prompts",
+    multiple=True,
+    required=True,
+    help="Texts, or files: .txt (a prompt a line), or .jsonl, .csv and .parquet with question_id and text.",
+)
+@click.option("--compare", is_flag=True, help="The unedited model's text beside the edited one's.")
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Through the tokenizer's chat template, or as plain text to go on with.  [default: as the tokenizer has it]",
+)
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True
+)
+@click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token always.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@device_options
+@click.option("--out", type=FILE, help="File for the texts (.json).")
+@json_option
+def command(
+    model: str,
+    edit_path: Path | None,
+    against: str | None,
+    prompts: tuple[str, ...],
+    compare: bool,
+    chat: bool | None,
+    engine: str,
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    dtype: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Write with MODEL (hub id or directory), with a plan applied to it, or with a steered checkpoint.
+
+    \b
+    Example:
+      broca generate artifacts/demo/model --edit edit.safetensors --compare \\
+          --prompts "After dinner my father" "The kitchen window"
+    """
+    from neurons.artifact import json_bytes, write_atomically
+    from neurons.errors import UsageError
+
+    screen = Screen(as_json)
+    if edit_path is not None and against is not None:
+        raise UsageError("--edit and --against are two ways to name the steered model: give one")
+    if compare and edit_path is None and against is None:
+        raise UsageError("--compare needs something to compare with: --edit PLAN or --against CHECKPOINT")
+    asked = _prompts(prompts)
+    settings = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    if engine == "vllm":
+        if edit_path is not None:
+            raise UsageError(
+                "vLLM reads checkpoints: `broca export` the plan and name the result with --against"
+            )
+        texts = _by_vllm(model, against, asked, compare, chat, dtype, settings)
+    else:
+        texts = _by_transformers(
+            screen, model, edit_path, against, asked, compare, chat, (device, dtype), settings
+        )
+    rows = [
+        {"prompt": prompt, **{name: found[i].text for name, found in texts.items()}}
+        for i, prompt in enumerate(asked)
+    ]
+    value = {
+        "model": model,
+        "edit": edit_path,
+        "against": against,
+        "engine": engine,
+        "settings": {**settings, "chat": chat},
+        "texts": rows,
+    }
+    if out is not None:
+        write_atomically(out, json_bytes(value))
+    screen.table(
+        f"{len(rows)} prompts",
+        ["prompt", *texts],
+        [[_line(row[column]) for column in ("prompt", *texts)] for row in rows],
+        words=1 + len(texts),
+    )
+    screen.result(value, out)
+
+
+def _by_transformers(
+    screen: Screen,
+    model: str,
+    edit_path: Path | None,
+    against: str | None,
+    asked: list[str],
+    compare: bool,
+    chat: bool | None,
+    place: tuple[str, str],
+    settings: dict[str, Any],
+) -> dict[str, list[Continuation]]:
+    from editing.generation import generate
+    from editing.live import applied
+    from editing.plan import load_plan
+    from neurons.source import load_model
+
+    plan = None if edit_path is None else load_plan(edit_path)
+    alone = plan is None and against is None
+    found: dict[str, list[Continuation]] = {}
+    with screen.progress("Writing", len(asked) * (1 + compare), "prompts") as advance:
+        if alone or plan is not None or compare:
+            loaded = load_model(model, *place)
+            if plan is not None:
+                loaded.require_fingerprint(plan.metadata, edit_path)
+            write = partial(generate, loaded, _given(loaded.tokenizer, asked, chat), **settings)
+            if alone or compare:
+                found[UNEDITED] = write()
+                advance(len(asked))
+            if plan is not None:
+                with applied(loaded, plan):
+                    found[EDITED] = write()
+                advance(len(asked))
+            del loaded, write
+        if against is not None:
+            other = load_model(against, *place)
+            found[EDITED] = generate(other, _given(other.tokenizer, asked, chat), **settings)
+            advance(len(asked))
+    return found
+
+
+def _by_vllm(
+    model: str,
+    against: str | None,
+    asked: list[str],
+    compare: bool,
+    chat: bool | None,
+    dtype: str,
+    settings: dict[str, Any],
+) -> dict[str, list[Continuation]]:
+    from editing.vllm_generation import generate_by_vllm, require_vllm
+    from neurons.source import locate
+
+    require_vllm()
+    import transformers
+
+    wanted = {UNEDITED: model} if against is None or compare else {}
+    if against is not None:
+        wanted[EDITED] = against
+    found = {}
+    for name, checkpoint in wanted.items():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(checkpoint))
+        given = _given(tokenizer, asked, chat)
+        found[name] = generate_by_vllm(checkpoint, tokenizer, given, dtype=dtype, **settings)
+    return found
+
+
+def _given(tokenizer: Any, asked: list[str], chat: bool | None) -> list[str | tuple[int, ...]]:
+    """What the engine is given for each prompt.
+
+    Raises:
+        UsageError: a chat is asked for, and the tokenizer has no template.
+    """
+    from editing.asking import CHAT, OPENING, Asked, question_style
+    from neurons.errors import UsageError
+
+    has_template = question_style(tokenizer) == CHAT
+    if chat and not has_template:
+        raise UsageError("this model's tokenizer has no chat template: leave --chat out")
+    style = CHAT if has_template and chat is not False else OPENING
+    found: list[Asked] = [Asked(text, style) for text in asked]
+    return [one.given(tokenizer) for one in found]
+
+
+def _prompts(given: tuple[str, ...]) -> list[str]:
+    """The prompts, files read.
+
+    Raises:
+        UsageError: none at all, or a file that is not there or holds none.
+    """
+    from editing.questions import read_questions
+    from neurons.errors import UsageError
+
+    found: list[str] = []
+    for one in given:
+        path = Path(one)
+        if path.suffix not in SUFFIXES or " " in one:
+            found.append(one)
+        elif not path.is_file():
+            raise UsageError(f"{one}: there is no such file of prompts")
+        elif path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            found += [line.strip() for line in lines if line.strip()]
+        else:
+            questions = read_questions(path)
+            found += [question.text for some in questions.of.values() for question in some]
+    if not any(text.strip() for text in found):
+        raise UsageError("there is no prompt to write on: give texts, or a file with a prompt a line")
+    return found
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

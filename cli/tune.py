@@ -1,0 +1,342 @@
+"""``broca tune``: search for the best edit."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.options import FILE, CommaSeparated, device_options, json_option, model_argument, out_option
+from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from editing.evaluation import Outcome
+    from editing.plan import Plan
+    from editing.search import Search, Trial
+    from editing.search_report import Choice
+    from neurons.corpus import Corpus
+    from neurons.source import LoadedModel
+
+PARTS = ("estimate", "choose", "report")
+RESULT, PLAN = "tune.json", "edit.safetensors"
+
+
+@click.command("tune")
+@model_argument
+@click.option(
+    "--corpus",
+    "corpus_path",
+    type=FILE,
+    required=True,
+    help="Directory of <language>.txt, .jsonl or .parquet of source, target and at least one more language.",
+)
+@click.option("--languages", type=CommaSeparated(), help="Which of the corpus, as en,fr,de.  [default: all]")
+@click.option("--source", required=True, help="Language of the prompts.")
+@click.option("--target", required=True, help="Language that the answers are to be in.")
+@click.option(
+    "--methods",
+    type=CommaSeparated(),
+    default="keyed",
+    show_default=True,
+    help="Of keyed, steer2edit and bake; several are searched together.",
+)
+@click.option("--layers", help="Layers that may change, as 1-3 or 1,2,5.  [default: all]")
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Edits to try, earlier runs included.",
+)
+@click.option(
+    "--prompts", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many a trial."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Continuations a prompt."
+)
+@click.option(
+    "--lines",
+    type=click.IntRange(min=1),
+    default=25,
+    show_default=True,
+    help="Of each third language, read in a trial.",
+)
+@click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True)
+@click.option(
+    "--goal-share", type=click.FloatRange(min=0, min_open=True), default=0.95, show_default=True,
+    help="Of what the model reaches on target prompts, at least.",
+)  # fmt: skip
+@click.option(
+    "--goal-gap", type=click.FloatRange(min=0, min_open=True), default=0.3, show_default=True,
+    help="Fluency gap, nats a token, at most.",
+)  # fmt: skip
+@click.option(
+    "--goal-rise", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True,
+    help="NLL rise of any third language, nats a token, at most.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@device_options
+@out_option("Directory of the results; a search that was stopped goes on there.")
+@json_option
+def command(**options: Any) -> None:
+    """Search for the edit of MODEL that steers best at the least harm.
+
+    The direction is taken from one half of the text, edits are tried on a quarter, and the chosen one is
+    reported on the last quarter.  Ctrl-C ends the search with what it has found so far; the same command goes on.
+
+    \b
+    Example:
+      broca tune artifacts/demo/model --corpus artifacts/demo/corpus \\
+          --source en --target fr --out tuned
+    """
+    from editing.directions.diffmean import diffmean_direction
+    from editing.language_id import check_languages
+    from editing.live import applied
+    from editing.search import STUDY, Goals, Search
+    from editing.search_report import choose, confirmed
+    from editing.search_scoring import Scoring, third_languages
+    from editing.search_space import check_methods, spaces
+    from neurons.corpus import read_corpus
+    from neurons.selection import parse_layers
+    from neurons.source import load_model
+
+    asked = SimpleNamespace(**options)
+    screen = Screen(asked.as_json)
+    check_methods(asked.methods)
+    _require_own_directory(asked.out, STUDY)
+    corpora = {part: read_corpus(asked.corpus_path, asked.languages, part) for part in PARTS}
+    third_languages(corpora["choose"], asked.source, asked.target)
+    check_languages(corpora["choose"].languages)
+    loaded = load_model(asked.model, asked.device, asked.dtype)
+    layers = None if asked.layers is None else parse_layers(asked.layers, loaded.anatomy.layers)
+    goals = Goals(asked.goal_share, asked.goal_gap, asked.goal_rise)
+    with screen.progress("Reading", None, "tokens") as advance:
+        direction = diffmean_direction(loaded, corpora["estimate"], asked.source, asked.target, advance)
+    found = spaces(loaded, corpora["estimate"], direction, asked.methods, layers)
+    scoring = Scoring(
+        loaded,
+        corpora["choose"],
+        asked.source,
+        asked.target,
+        asked.prompts,
+        asked.samples,
+        asked.lines,
+        asked.seed,
+        asked.new_tokens,
+        asked.temperature,
+    )
+    search = Search(
+        scoring,
+        found,
+        partial(applied, loaded),
+        asked.out / STUDY,
+        _identity(asked, loaded, corpora, {name: space.as_json() for name, space in found.items()}),
+        goals,
+        asked.seed,
+    )
+    already = len(search.trials)
+    if already:
+        screen.stage("search", f"{already} trials of an earlier run are kept")
+    with screen.progress("Searching", asked.trials, "trials") as advance:
+        advance(min(already, asked.trials))
+        ended = search.run(asked.trials, lambda trial: advance(1))
+    if not search.trials:
+        raise click.exceptions.Abort
+    if ended:
+        screen.stage("confirm", "...")
+    trials = confirmed(search, seeds=[asked.seed + 1, asked.seed + 2]) if ended else search.trials
+    choice = choose(trials, goals, scoring.ceiling)
+    plan = search.plan(choice.trial)
+    outcomes, ceiling = _measured(screen, asked, loaded, corpora["report"], plan) if ended else ([], None)
+    value = _result(asked, search, trials, choice, outcomes, ceiling)
+    value |= {"model": loaded.label, "finished": ended}
+    _write(asked.out, value, plan, trials, choice, search)
+    _show(screen, asked, value, trials, choice, search, outcomes)
+    if not ended:
+        raise click.exceptions.Abort
+
+
+def _require_own_directory(out: Path, study: str) -> None:
+    from neurons.errors import BrocaError
+
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / study).is_file())):
+        raise BrocaError(f"{out}: exists and is not the directory of an earlier search: choose another --out")
+
+
+def _identity(
+    asked: SimpleNamespace, loaded: LoadedModel, corpora: dict[str, Corpus], knobs: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides what a trial measures; keys are what a refusal calls them."""
+    return {
+        "model": loaded.fingerprint,
+        "corpus": {part: corpus.digest for part, corpus in corpora.items()},
+        "source": asked.source,
+        "target": asked.target,
+        "methods": list(asked.methods),
+        "layers": asked.layers,
+        "knobs": knobs,
+        "prompts": asked.prompts,
+        "samples": asked.samples,
+        "lines": asked.lines,
+        "new tokens": asked.new_tokens,
+        "temperature": asked.temperature,
+        "goals": [asked.goal_share, asked.goal_gap, asked.goal_rise],
+        "seed": asked.seed,
+        "device": str(loaded.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    }
+
+
+def _measured(
+    screen: Screen, asked: SimpleNamespace, loaded: LoadedModel, corpus: Corpus, plan: Plan
+) -> tuple[list[Outcome], float]:
+    """The unedited and the edited model on text that nothing was chosen on, and the ceiling there."""
+    from editing.evaluation import Evaluation
+    from editing.live import applied
+
+    with screen.progress("Reporting", 2, "models") as advance:
+        evaluation = Evaluation(
+            loaded,
+            corpus,
+            asked.source,
+            asked.target,
+            asked.samples,
+            asked.prompts,
+            asked.seed,
+            asked.new_tokens,
+            asked.temperature,
+        )
+        advance(1)
+        details = {
+            "settings": plan.metadata["settings"],
+            "components": plan.components,
+            "relative_change": plan.relative_change(),
+        }
+        edited = evaluation.measure("tuned edit", partial(applied, loaded, plan), details, kl=True)
+        advance(1)
+    return [evaluation.base, edited], evaluation.ceiling
+
+
+def _result(
+    asked: SimpleNamespace,
+    search: Search,
+    trials: list[Trial],
+    choice: Choice,
+    outcomes: list[Outcome],
+    ceiling: float | None,
+) -> dict[str, Any]:
+    """tune.json but for the model's name."""
+    from importlib.metadata import version
+
+    from editing.search_report import front, goals_met
+    from neurons.artifact import package_versions
+
+    report = None
+    if outcomes and ceiling is not None:
+        met = goals_met(outcomes[-1], ceiling, asked.source, asked.target, search.goals)
+        report = {
+            "ceiling": ceiling,
+            "continuations": sum(outcomes[-1].languages_found.values()),
+            "goals_met": met,
+            "outcomes": [outcome.as_json() for outcome in outcomes],
+        }
+    return {
+        "source": asked.source,
+        "target": asked.target,
+        "identity": search.identity,
+        "goals": {
+            "share": search.goals.share,
+            "fluency_gap": search.goals.fluency_gap,
+            "rise": search.goals.rise,
+        },
+        "ceiling": search.ceiling,
+        "trials": [
+            {**trial.as_json(), "share": trial.share, "rise": trial.rise, "harm": trial.harm}
+            for trial in trials
+        ],
+        "front": [trial.number for trial in front(trials)],
+        "chosen": choice.trial.number,
+        "chosen_meets_goals": choice.met,
+        "why": choice.why,
+        "report": report,
+        "packages": {**package_versions(), "optuna": version("optuna")},
+        "command": _command(asked),
+        "edit": PLAN,
+    }
+
+
+def _command(asked: SimpleNamespace) -> str:
+    """What repeats the search."""
+    words = ["broca", "tune", asked.model]
+    for name, value in vars(asked).items():
+        if name in ("model", "as_json") or value is None:
+            continue
+        shown = ",".join(value) if isinstance(value, tuple) else str(value)
+        words += ["--corpus" if name == "corpus_path" else "--" + name.replace("_", "-"), shown]
+    return shlex.join(words)
+
+
+def _write(
+    out: Path, value: dict[str, Any], plan: Plan, trials: list[Trial], choice: Choice, search: Search
+) -> None:
+    from editing.search_report import pictures
+    from neurons.artifact import json_bytes, write_atomically
+
+    title = f"{value['source']} to {value['target']}, {len(trials)} edits on the choosing part"
+    plan.save(out / PLAN)
+    drawn = pictures(trials, search.goals, search.ceiling, choice.trial, title)
+    for name, content in drawn.items():
+        write_atomically(out / name, content)
+    write_atomically(out / RESULT, json_bytes(value))
+
+
+def _show(
+    screen: Screen,
+    asked: SimpleNamespace,
+    value: dict[str, Any],
+    trials: list[Trial],
+    choice: Choice,
+    search: Search,
+    outcomes: list[Outcome],
+) -> None:
+    from cli.tables import report_table
+    from editing.report import Report
+    from editing.search_report import COLUMNS, front, rows
+
+    best = front(trials) or [choice.trial]
+    if choice.trial.number not in {trial.number for trial in best}:
+        best = [choice.trial, *best]
+    early = sum(trial.state != "measured" for trial in trials)
+    screen.table(
+        f"front of {len(trials)} edits ({early} given up early), on the part that edits are chosen on",
+        COLUMNS,
+        rows(best, search.goals, search.ceiling, choice.trial.number),
+        words=3,
+    )
+    screen.say(f"* trial {choice.trial.number}: {choice.why}")
+    if outcomes:
+        report = value["report"]
+        report_table(
+            screen,
+            Report(
+                value["model"],
+                asked.source,
+                asked.target,
+                report["ceiling"],
+                report["continuations"],
+                tuple(outcomes),
+            ),
+        )
+        missed = [name for name, met in report["goals_met"].items() if not met]
+        screen.say(f"goals on this part: {'not met: ' + ', '.join(missed) if missed else 'all met'}")
+        for sample in outcomes[-1].samples[:3]:
+            screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
+    else:
+        screen.say("the search was stopped, so nothing is reported: the same command goes on")
+    screen.say(f"all trials and front: {asked.out / RESULT} {asked.out / 'front.png'}")
+    screen.result({"out": asked.out, **value}, asked.out / PLAN)
