@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, CommaSeparated, corpus_options, device_options, json_option, model_argument
+from cli.options import (
+    FILE,
+    OUT_FILE,
+    CommaSeparated,
+    corpus_options,
+    device_options,
+    json_option,
+    model_argument,
+)
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -67,7 +75,7 @@ if TYPE_CHECKING:
 @device_options
 @click.option("--picture", type=FILE, help="File for a heat map of the matrices (.png or .svg).")
 @click.option("--dose-picture", type=FILE, help="File for the dose curves (.png or .svg).")
-@click.option("--out", type=FILE, help="File for the study (.json); unfinished work is kept beside it.")
+@click.option("--out", type=OUT_FILE, help="File for the study (.json); unfinished work is kept beside it.")
 @json_option
 def command(**options: Any) -> None:
     """Ablate each language's neurons in MODEL (hub id or directory) and read every language without them.

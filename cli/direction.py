@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, PARTS, CommaSeparated, device_options, json_option
+from cli.options import FILE, OUT_FILE, PARTS, CommaSeparated, device_options, json_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ SHOWN_SITE = "block_out"
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @device_options
-@click.option("--out", type=FILE, help="File for the direction (.safetensors).")
+@click.option("--out", type=OUT_FILE, help="File for the direction (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
     """Take the direction from one language to another in MODEL (hub id or directory).

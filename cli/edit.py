@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, PARTS, CommaSeparated, Many, device_options, json_option
+from cli.options import FILE, OUT_FILE, PARTS, CommaSeparated, Many, device_options, json_option
 from cli.screen import Screen
 from cli.tables import plan_table
 
@@ -68,7 +68,7 @@ SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 )
 @click.option("--heads", help="--restrict: heads that may change, as 0,3.")
 @device_options
-@click.option("--out", type=FILE, help="File for the plan (.safetensors).")
+@click.option("--out", type=OUT_FILE, help="File for the plan (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
     """Plan which weights of MODEL (hub id or directory) change, and how.

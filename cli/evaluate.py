@@ -37,7 +37,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     "--methods",
     type=CommaSeparated(),
     help="Ways of steering to compare, as keyed,diffmean or all: made from part estimate, settings chosen on part "
-    "choose, reported on part report.",
+    "choose, reported on part report; the table is also written as .md beside --out.",
 )
 @corpus_options
 @click.option("--source", required=True, help="Language of the prompts.")
@@ -126,6 +126,8 @@ def command(
         raise UsageError("--methods makes its edits itself: leave --edit and --against out")
     if methods is not None and part not in ("all", "report"):
         raise UsageError("--methods estimates, chooses and reports on parts of their own: leave --part out")
+    if methods is not None and out.suffix == ".md":
+        raise UsageError(f"{out}: --methods writes its table there, and the numbers to --out: name a .json")
     if judge is not None and relevance not in ("auto", "judge"):
         raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
     if relevance == "judge" and judge is None:
@@ -148,7 +150,7 @@ def command(
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, edit_path)
     judging = None if judge is None else load_model(judge, device, dtype)
-    scorer = _scorer(relevance, loaded, judging, reported, questions, source, target)
+    scorer = _scorer(relevance, loaded, judging, reported, questions, source, target, prompts)
 
     def evaluation(corpus: Corpus, asked: Questions | None) -> Evaluation:
         return Evaluation(
@@ -209,7 +211,7 @@ def command(
         },
         "questions": None if questions is None else {"file": questions_path, "digest": questions.digest},
         "prompts": {"style": measuring.prompt_style, "ceiling_on": measuring.ceiling_from},
-        "relevance": None if scorer is None else {"scorer": scorer.name, "judge": judge},
+        "relevance": None if scorer is None else _scorer_told(scorer.name, judging),
         "settings": {
             "samples": samples,
             "new_tokens": new_tokens,
@@ -248,9 +250,10 @@ def _scorer(
     questions: Questions | None,
     source: str,
     target: str,
+    prompts: int,
 ) -> Scorer | None:
     """What measures relevance here."""
-    from editing.asking import is_parallel
+    from editing.asking import openings
     from editing.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
 
     if relevance == "none":
@@ -259,12 +262,21 @@ def _scorer(
         return JudgeScorer(judge)
     if relevance == "auto":
         referenced = (
-            is_parallel(corpus, source, target) and all(corpus.texts[target])
+            all(one.reference for one in openings(corpus, source, target, prompts))
             if questions is None
             else all(one.reference is not None for one in questions.of[source])
         )
         relevance = "chrf" if referenced else "likelihood"
     return ChrfScorer() if relevance == "chrf" else LikelihoodScorer(loaded)
+
+
+def _scorer_told(name: str, judge: LoadedModel | None) -> dict[str, Any]:
+    """What a reader needs to know of the scorer."""
+    from editing.relevance import JUDGE_PROMPT
+
+    if judge is None:
+        return {"scorer": name}
+    return {"scorer": name, "judge": judge.label, "fingerprint": judge.fingerprint, "prompt": JUDGE_PROMPT}
 
 
 def _say_more(screen: Screen, lines: list[str]) -> None:

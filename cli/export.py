@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--undoable", is_flag=True, help="Keep what the rounding takes, for --undo.")
 @click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result as this hub repository.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
-@out_option("Directory for the checkpoint.")
+@out_option("Directory for the checkpoint.", directory=True)
 @json_option
 def command(
     model: str,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, PARTS, CommaSeparated, device_options, json_option
+from cli.options import FILE, OUT_FILE, PARTS, CommaSeparated, device_options, json_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ MOST_LAYERS_SHOWN = 12
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @click.option("--block", type=int, help="Tokens a block.  [default: the model's context, at most 2048]")
 @device_options
-@click.option("--out", type=FILE, help="File for the neuron set (.safetensors).")
+@click.option("--out", type=OUT_FILE, help="File for the neuron set (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
     """Find the neurons of MODEL (hub id or directory) that carry each language.

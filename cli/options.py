@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,26 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
         if not all(items):
             self.fail(f"{value!r} has an empty item: write en,fr,de", param, ctx)
         return items
+
+
+class OutFile(click.ParamType[Path]):
+    """A file that a command is to write: refused before any work where it could not be."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        path = Path(value)
+        if path.is_dir():
+            self.fail(f"{path} is a directory: name a file", param, ctx)
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if not folder.is_dir():
+            self.fail(f"{folder} is a file, so {path} cannot be made in it", param, ctx)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            self.fail(f"{folder} cannot be written to: choose another place", param, ctx)
+        return path
+
+
+OUT_FILE = OutFile()
 
 
 class Many(click.Command):
@@ -105,5 +126,5 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def out_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option("--out", type=FILE, required=True, help=what)
+def out_option(what: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--out", type=FILE if directory else OUT_FILE, required=True, help=what)

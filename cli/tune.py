@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
+REPORTED_SAMPLES = 2  # continuations a prompt, at least
 
 
 @click.command("tune")
@@ -81,7 +82,7 @@ RESULT, PLAN = "tune.json", "edit.safetensors"
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @device_options
-@out_option("Directory of the results; a search that was stopped goes on there.")
+@out_option("Directory of the results; a search that was stopped goes on there.", directory=True)
 @json_option
 def command(**options: Any) -> None:
     """Search for the edit of MODEL that steers best at the least harm.
@@ -205,7 +206,7 @@ def _measured(
             corpus,
             asked.source,
             asked.target,
-            asked.samples,
+            max(asked.samples, REPORTED_SAMPLES),
             asked.prompts,
             asked.seed,
             asked.new_tokens,

@@ -238,7 +238,7 @@ def markdown(reports: Sequence[Report]) -> str:
             parts.append("")
     parts.append(
         "Settings were chosen on one part of the text and are reported on another. Share: continuations "
-        "identified as the language. Ceiling: that share for the unedited model on target prompts. Fluency "
+        "identified as the language, those that go round in circles counting to none. Ceiling: that share for the unedited model on target prompts. Fluency "
         "gap: nats a token by which the continuations are less likely to the unedited model than its own "
         "in the target language. NLL: rise on held-out text, nats a token; the source's own is last. KL: the largest of the third "
         "languages. The keyed edit is measured on the exported checkpoint, loaded again.\n"

@@ -84,6 +84,7 @@ class Trial:
         settings: of the method.
         state: MEASURED, HOPELESS or NOTHING.
         found, continuations: in the target, of how many; of the first few prompts where it is hopeless.
+        prompts: how many different ones were continued.
         fluency_gap: nats a token; None where it was not measured.
         nll_rise, kl: third language -> nats; empty where they were not measured.
         why: it is hopeless, in words.
@@ -95,6 +96,7 @@ class Trial:
     state: str
     found: int = 0
     continuations: int = 0
+    prompts: int = 0
     fluency_gap: float | None = None
     nll_rise: Mapping[str, float] = field(default_factory=dict)
     kl: Mapping[str, float] = field(default_factory=dict)
@@ -106,10 +108,14 @@ class Trial:
 
     @property
     def share_error(self) -> float:
-        """Standard error of the share, as if a continuation more had failed."""
-        n = self.continuations
-        share = self.found / (n + 1)
-        return math.sqrt(share * (1 - share) / n) if n else 1.0
+        """Standard error of the share over prompts, as if one more had failed.
+
+        A prompt's continuations are alike, so several of them count as one: the error is rather too large.
+        """
+        if not self.prompts:
+            return 1.0
+        share = self.share * self.prompts / (self.prompts + 1)
+        return math.sqrt(share * (1 - share) / self.prompts)
 
     @property
     def rise(self) -> float:
@@ -277,14 +283,16 @@ class Search:
                 wanted = min(self.goals.share * self.ceiling, max(trial.share for trial in measured))
                 if at_most(found, of, wanted) < UNLIKELY:
                     why = f"{found} of {of} in the target"
-                    return Trial(**known, state=HOPELESS, found=found, continuations=of, why=why)
+                    return Trial(**known, state=HOPELESS, found=found, continuations=of, prompts=of, why=why)
             if self._stopping:
                 return None
             harm = self._scorer.harm()
             reads: dict[str, Any] = {"nll_rise": dict(harm.nll_rise), "kl": dict(harm.kl)}
             if measured and harm.rise > HOPELESS_RISE * self.goals.rise:
                 why = f"a third language's NLL rises by {harm.rise:.2f}"
-                return Trial(**known, state=HOPELESS, found=found, continuations=of, why=why, **reads)
+                return Trial(
+                    **known, state=HOPELESS, found=found, continuations=of, prompts=of, why=why, **reads
+                )
             if self._stopping:
                 return None
             written = self._scorer.written()
@@ -295,6 +303,7 @@ class Search:
             state=MEASURED,
             found=written.found,
             continuations=written.continuations,
+            prompts=written.prompts,
             fluency_gap=self._scorer.fluency_gap(written),
             **reads,
         )

@@ -57,10 +57,18 @@ class Harm:
 
 @dataclass(frozen=True)
 class Written:
-    """What an edited model wrote: continuations in the target, of how many, and all of them."""
+    """What an edited model wrote.
+
+    Attributes:
+        found: continuations in the target.
+        continuations: how many there are.
+        prompts: how many different prompts they continue.
+        answers: all of them.
+    """
 
     found: int
     continuations: int
+    prompts: int
     answers: tuple[Continuation, ...]
 
 
@@ -150,7 +158,7 @@ class Scoring:
     def written(self, seed: int | None = None) -> Written:
         """What the model, as it is now, writes; a seed in place of the search's own."""
         answers = self._continue(self._prompts, self._seed if seed is None else seed)
-        return Written(self._found(answers), len(answers), tuple(answers))
+        return Written(self._found(answers), len(answers), len(self._few), tuple(answers))
 
     def fluency_gap(self, written: Written) -> float:
         """Of what an edited model wrote, read by the unedited one, which the model must be now."""

@@ -48,14 +48,16 @@ def generate_by_vllm(
     vllm = require_vllm()
     if not prompts:
         return []
+    ends = _end_tokens(model, tokenizer)
     try:
         # Without what the checkpoint's generation_config.json advises, as with transformers.
         engine = vllm.LLM(model=str(locate(model)), dtype=dtype, seed=seed, generation_config="vllm")
     except (RuntimeError, ValueError, OSError) as error:
         raise BrocaError(f"{model}: vLLM cannot load it ({first_line(error)})") from error
-    settings = vllm.SamplingParams(temperature=temperature, max_tokens=new_tokens, seed=seed)
+    settings = vllm.SamplingParams(
+        temperature=temperature, max_tokens=new_tokens, seed=seed, stop_token_ids=ends
+    )
     rows = [{"prompt_token_ids": ids} for ids in encoded(tokenizer, prompts)]
-    ends = {tokenizer.eos_token_id}
     found = []
     for answer in engine.generate(rows, settings, use_tqdm=False):
         ids = list(answer.outputs[0].token_ids)
@@ -63,3 +65,15 @@ def generate_by_vllm(
             ids.pop()
         found.append(Continuation(tuple(ids), tokenizer.decode(ids, skip_special_tokens=True)))
     return found
+
+
+def _end_tokens(model: str, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, as transformers has them: a chat model's may differ from its tokenizer's."""
+    import transformers
+
+    checkpoint = locate(model)
+    found = tokenizer.eos_token_id
+    if (checkpoint / "generation_config.json").is_file():
+        advised = transformers.GenerationConfig.from_pretrained(checkpoint).eos_token_id
+        found = found if advised is None else advised
+    return sorted(found if isinstance(found, list) else [] if found is None else [found])

@@ -14,9 +14,12 @@ from test_language_id import TEXTS
 from editing.comparison import choose, largest_rise
 from editing.evaluation import Evaluation
 from editing.generation import generate
-from editing.language_id import identify_language
+from editing.language_id import identify_language, second_opinion, sentence_share
+from editing.questions import Question, Questions
+from editing.relevance import ChrfScorer, LikelihoodScorer
+from editing.repetition import distinct_ngrams, longest_repeat, loops
 from editing.steering import residual_steering
-from editing.text import distinct_share, opening
+from editing.text import distinct_share, opening, words
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 
@@ -242,6 +245,152 @@ def test_choose(evaluation):
     assert choose([weak, salad, worse], 0.8, "en") is worse
     assert choose([outcome_of(evaluation, 0.1, 0.0, 0.0), weak], 0.8, "en") is weak
     assert choose([well[1], well[1]], 0.8, "en") is well[1]
+
+
+def share_of(texts, language):
+    return mean([identify_language(text, LANGUAGES) == language and not loops(text) for text in texts])
+
+
+def test_failures_count_to_no_share(llama, evaluation):
+    token, _ = spaced_word()
+    found = evaluation.measure("forced", partial(always, llama, token))
+    assert found.failures == {"empty": 0, "looping": 6}
+    assert (found.target_share, found.source_share) == (0, 0)
+    assert sum(found.languages_found.values()) == 6
+    assert (found.distinct_pairs, found.longest_repeat) == (
+        pytest.approx(1 / (NEW_TOKENS - 1)),
+        pytest.approx((NEW_TOKENS - 1) / NEW_TOKENS),
+    )
+    silent = evaluation.measure("silent", partial(always, llama, models.tiny_tokenizer().eos_token_id))
+    assert silent.failures == {"empty": 6, "looping": 0}
+    assert silent.answer_words == silent.longest_repeat == silent.sentence_share == 0
+
+
+def test_what_else_is_told_of_the_answers(llama, evaluation):
+    texts = [item.text for item in generate(llama, prompts("en"), NEW_TOKENS, seed=5)]
+    base = evaluation.base
+    labels = [identify_language(text, LANGUAGES) for text in texts]
+    assert base.agreement == mean(
+        [second_opinion(t, LANGUAGES) == label for t, label in zip(texts, labels, strict=True)]
+    )
+    assert base.sentence_share == pytest.approx(mean([sentence_share(t, "fr", LANGUAGES) for t in texts]))
+    assert base.distinct_pairs == pytest.approx(mean([distinct_ngrams(t, 2) for t in texts]))
+    assert base.longest_repeat == pytest.approx(
+        mean([longest_repeat(t) / max(len(words(t)), 1) for t in texts])
+    )
+    assert base.answer_words == pytest.approx(mean([len(words(t)) for t in texts]))
+    assert (base.relevance, base.others, base.effectiveness, base.entanglement) == ({}, {}, None, None)
+
+
+def test_side_effects_on_every_other_language(llama, corpus):
+    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=12, seed=5)
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    steering = partial(residual_steering, llama, vector, 1, 2.0)
+    found = fresh.measure("steered", steering, others=True)
+    assert set(found.others) == {"de", "es", "fr"}
+    squares = []
+    for language, told in found.others.items():
+        asked = [opening(line) for line in LINES[language] if line]
+        own = generate(llama, asked, 12, seed=5)
+        with steering():
+            steered = generate(llama, asked, 12, seed=5)
+        texts = [item.text for item in steered]
+        shares = [share_of([item.text for item in some], language) for some in (steered, own)]
+        squares.append((shares[0] - shares[1]) ** 2)
+        gap = mean(naive_nlls(llama.model, [[0, *item.ids] for item in steered])) - mean(
+            naive_nlls(llama.model, [[0, *item.ids] for item in own])
+        )
+        assert told == {
+            "share": shares[0],
+            "ceiling": shares[1],
+            "fluency_gap": pytest.approx(gap, rel=1e-3, abs=1e-4),
+            "distinct_pairs": pytest.approx(mean([distinct_ngrams(t, 2) for t in texts])),
+            "longest_repeat": pytest.approx(mean([longest_repeat(t) / max(len(words(t)), 1) for t in texts])),
+            "answer_words": pytest.approx(mean([len(words(t)) for t in texts])),
+        }
+    assert found.entanglement == pytest.approx(math.sqrt(mean(squares)))
+    base, share = fresh.base.target_share, found.target_share
+    assert found.effectiveness == pytest.approx((share - base) / (1 - base))
+    same = fresh.measure("identity", nullcontext, others=True)
+    assert (same.effectiveness, same.entanglement) == (0, 0)
+    silent = fresh.measure("silent", partial(always, llama, 1), others=True)
+    assert all(told["fluency_gap"] is None and told["share"] == 0 for told in silent.others.values())
+
+
+QUESTIONS = Questions(
+    {
+        "en": (
+            Question("1", "How long does the dog sleep?", "Toute la journée."),
+            Question("2", "Where do we go?", "Au cinéma."),
+        ),
+        "fr": (Question("1", "Combien de temps le chien dort-il ?"),),
+    },
+    "digest",
+)
+
+
+def test_questions_are_answered_in_completion_style(llama, corpus):
+    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, temperature=0, questions=QUESTIONS)
+    asked = ["How long does the dog sleep?\n", "Where do we go?\n"]
+    answers = generate(llama, asked, NEW_TOKENS, temperature=0)
+    assert (fresh.continuations, fresh.prompt_style, fresh.ceiling_from) == (2, "completion", "completion")
+    assert [sample["continuation"] for sample in fresh.base.samples] == [item.text for item in answers]
+    assert fresh.base.samples[0]["prompt"] == "How long does the dog sleep?"
+    own = generate(llama, ["Combien de temps le chien dort-il ?\n"], NEW_TOKENS, temperature=0)
+    assert fresh.ceiling == share_of([item.text for item in own], "fr")
+    only = Questions({"en": QUESTIONS.of["en"]}, "digest")
+    openings_too = Evaluation(llama, corpus, "en", "fr", new_tokens=2, questions=only)
+    assert (openings_too.prompt_style, openings_too.ceiling_from) == ("completion", "opening")
+    with pytest.raises(UsageError, match="no question in the source language 'de'"):
+        Evaluation(llama, corpus, "de", "fr", questions=only)
+
+
+def test_an_instruction_stands_before_every_prompt_of_the_source(llama, corpus):
+    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, seed=5, most_prompts=2)
+    found = fresh.measure("prompt", nullcontext, others=True, instruction="En français.")
+    asked = [f"En français. {opening(line)}" for line in LINES["en"] if line][:2]
+    answers = generate(llama, asked, NEW_TOKENS, seed=5)
+    assert [sample["continuation"] for sample in found.samples] == [item.text for item in answers]
+    assert found.samples[0]["prompt"] == "The dog sleeps in the big"
+    assert found.nll_rise == dict.fromkeys(LANGUAGES, 0.0)
+    assert found.entanglement == 0
+
+
+def test_relevance_is_scored_and_named(llama, corpus):
+    class Loud:
+        name = "judge"
+
+        def __call__(self, asked, answers):
+            assert [one.text for one in asked] == ["The dog sleeps in the big", "We go to the cinema early"]
+            assert all(item.text for item in answers)
+            return [0.5, 1.0]
+
+    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, most_prompts=2, scorer=Loud())
+    assert fresh.base.relevance["scorer"] == "judge"
+    assert fresh.base.relevance["mean"] == 0.75
+    share = fresh.base.target_share
+    assert fresh.base.relevance["steering_score"] == pytest.approx(2 * share * 0.75 / (share + 0.75))
+
+
+def test_likelihood_is_always_the_unedited_models(llama, corpus):
+    scorer = LikelihoodScorer(llama)
+    fresh = Evaluation(
+        llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, questions=QUESTIONS, scorer=scorer, temperature=0
+    )
+    token, _ = spaced_word()
+    found = fresh.measure("forced", partial(always, llama, token))
+    # Under the forced model these answers would be certain.
+    assert found.relevance["mean"] < 0.05
+    with always(llama, token):
+        forced = generate(llama, ["Where do we go?\n"], NEW_TOKENS, temperature=0)
+        assert scorer(fresh._asked["en"][1:], forced)[0] > 0.99
+
+
+def test_references_are_the_rest_of_the_parallel_line(llama):
+    even = Corpus({"en": LINES["en"], "fr": (*LINES["fr"], "")}, "digest", "report")
+    fresh = Evaluation(llama, even, "en", "fr", new_tokens=2, most_prompts=1, scorer=ChrfScorer())
+    assert fresh._asked["en"][0].reference == "grande maison."
+    assert fresh.base.relevance["scorer"] == "chrf"
 
 
 def test_refuses_languages_it_cannot_measure(llama, corpus):

@@ -93,7 +93,10 @@ def test_scaled_multiplies_the_change(wanted, strength):
 
 
 def test_scaled_plan_says_so():
-    plan = make_plan([random_edit(0, wanted=("left", "right")), random_edit(1, wanted=("row_scale",))], {"settings": {"strength": 2.0}, "method": "m"})
+    plan = make_plan(
+        [random_edit(0, wanted=("left", "right")), random_edit(1, wanted=("row_scale",))],
+        {"settings": {"strength": 2.0}, "method": "m"},
+    )
     found = plan.scaled(0.25)
     assert found.relative_change() == pytest.approx(0.25 * plan.relative_change())
     assert found.metadata["settings"]["strength"] == 0.5

@@ -11,6 +11,8 @@ from editing.study_report.markup import Content, Markup, element, joined, paragr
 from editing.study_report.matrix import Cell, heat_map
 from editing.study_report.tables import table
 
+LEAST_RISE = 0.1  # nats a token; less is no cause for a strong colour
+
 
 def ablation_content(study: Ablation, name: str) -> Markup:
     """Everything of one study.
@@ -62,7 +64,7 @@ def _sets(study: Ablation) -> Markup:
         "Neuron sets side by side; specificity is the mean rise of the ablated language over that of the others",
         ["neuron set", "method", "neurons", "own rise", "others' rise", "specificity", "own is largest"],
         rows,
-        words=2,
+        words=(0, 1),
     )
 
 
@@ -98,7 +100,8 @@ def _matrix(study: Ablation, one: AblatedSet, most: float) -> Markup:
         rows,
         "nats a token",
         most=most,
-        beside=["neurons", *(f"{control} neurons, own language" for control in one.controls)],
+        least=LEAST_RISE,
+        beside=["neurons", *(f"own rise, {control} neurons" for control in one.controls)],
         beside_rows=beside,
     )
 

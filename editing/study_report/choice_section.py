@@ -31,17 +31,18 @@ def choice_content(choice: Choice, source: str | None, name: str) -> Markup:
         rows.append(
             [
                 way.name,
-                plain(way.details.get("settings")) + (f" ({way.refused})" if way.refused else ""),
                 share_bar(way.target_share, number(way.target_share, ".2f")),
                 number(way.fluency_gap, "+.2f"),
                 number(_harm(way, source), "+.3f"),
+                plain(way.details.get("settings")) + (f" ({way.refused})" if way.refused else ""),
             ]
         )
+    ceiling = "" if math.isnan(choice.ceiling) else f" Ceiling there: {number(choice.ceiling, '.2f')}."
     return joined(
         (
             paragraph(
                 "Measured on the choosing part of the text, to choose by; the results are those on the report "
-                f"part. Ceiling there: {number(choice.ceiling, '.2f')}."
+                f"part.{ceiling}"
             ),
             trade_off(
                 f"Target share against harm, settings for {choice.target}; larger marks were chosen",
@@ -53,9 +54,9 @@ def choice_content(choice: Choice, source: str | None, name: str) -> Markup:
             ),
             table(
                 "Settings tried; those set off were chosen",
-                ["way", "settings", f"share {choice.target}", "fluency gap", "largest NLL rise"],
+                ["way", f"share {choice.target}", "fluency gap", "largest NLL rise", "settings"],
                 rows,
-                words=2,
+                words=(0, 4),
                 marked=marked,
             ),
         )

@@ -17,6 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#0
 MARKS = "osD^vPX"
 # Inches: on a phone it fills the width with letters that can still be read.
 SIZE = (5.0, 3.7)
+OUTLYING = 6  # times the median cost
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ def trade_off(
             )
     keys = [
         Line2D(
-            [], [], linestyle="", marker=MARKS[i % len(MARKS)], color=COLOURS[i % len(COLOURS)], label=group
+            [],
+            [],
+            linestyle="",
+            marker=MARKS[i % len(MARKS)],
+            color=COLOURS[i % len(COLOURS)],
+            label=label(group),
         )
         for i, group in enumerate(groups)
     ]
@@ -95,11 +101,14 @@ def trade_off(
         )
     _plainly(axis)
     axis.set(
-        xlabel=label(cost_label), ylabel=label(reach_label), ylim=(min(0.0, *(p.reach for p in points)), 1.05)
+        xlabel=label(cost_label),
+        ylabel=label(reach_label),
+        ylim=(min(one.reach for one in points) - 0.05, 1.05),
     )
-    if max(one.cost for one in points) > 10 * max(1e-9, _median([abs(one.cost) for one in points])):
+    usual = max(1e-3, _median([abs(one.cost) for one in points]))
+    if max(one.cost for one in points) > OUTLYING * usual:
         # A few settings that break the model would press all others against the axis.
-        axis.set_xscale("symlog", linthresh=max(1e-3, _median([abs(one.cost) for one in points])))
+        axis.set_xscale("symlog", linthresh=usual)
     figure.legend(
         handles=keys, loc="outside upper center", ncols=min(3, len(keys)), frameon=False, fontsize=9
     )
@@ -138,7 +147,7 @@ def doses_picture(
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     _plainly(axis)
     axis.set(xlabel=f"{label(dose_label)}, %", ylabel="NLL rise, nats a token")
-    if len(doses) > 1 and doses[-1] > 8 * doses[0]:
+    if len(doses) > 1 and doses[-1] > 8 * doses[0] > 0:
         axis.set_xscale("log")
         axis.minorticks_off()
     axis.set_xticks(doses, [f"{dose:.4g}" for dose in doses])

@@ -6,7 +6,7 @@ from editing.plan import Plan
 from editing.plan_pictures import plan_figure
 from editing.plan_warnings import plan_warnings
 from editing.study_report.formats import count, number, plain
-from editing.study_report.inline_svg import inline_svg, picture
+from editing.study_report.inline_svg import inline_svg, label, picture
 from editing.study_report.markup import Content, Markup, joined, paragraph
 from editing.study_report.tables import table
 
@@ -54,10 +54,14 @@ def _modules(plan: Plan) -> Markup:
         for edit in plan.edits
     ]
     return table(
-        "Modules that change", ["layer", "module", "components", "rank", "‖ΔW‖", "‖ΔW‖/‖W‖"], rows, words=2
+        "Modules that change",
+        ["layer", "module", "components", "rank", "‖ΔW‖", "‖ΔW‖/‖W‖"],
+        rows,
+        words=(0, 1),
     )
 
 
 def _map(plan: Plan, name: str) -> Markup:
     caption = "How strongly each component of each layer changes"
-    return picture(caption, inline_svg(plan_figure(plan), name, caption))
+    named = Plan(plan.edits, {**plan.metadata, "method": label(str(plan.metadata.get("method", "edit")))})
+    return picture(caption, inline_svg(plan_figure(named), name, caption))

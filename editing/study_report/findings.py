@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from editing.plan import Plan, load_plan
 from editing.study_report.ablation_results import Ablation, read_ablation
+from editing.study_report.page import GENERATOR
 from editing.study_report.provenance import Provenance, provenance
 from editing.study_report.search_results import SearchResult, read_search
 from editing.study_report.steering_results import Choice, Steering, read_choice, read_steering, read_tried
@@ -21,9 +22,18 @@ from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.neuron_set import NeuronSet, load_neuron_set
 
 # Files that say again, or for other eyes, what the files beside them say.
-_FOR_PEOPLE = {".md": "text", ".html": "page", ".png": "picture", ".svg": "picture", ".pdf": "picture"}
+_FOR_PEOPLE = {
+    ".md": "text",
+    ".html": "page",
+    ".htm": "page",
+    ".png": "picture",
+    ".svg": "picture",
+    ".pdf": "picture",
+}
 _LINE_FILES = {".jsonl": "lines of a program's own memory", ".log": "log", ".txt": "text", ".toml": "recipe"}
 
+
+_BEGINNING = 1000  # bytes of a page that name what made it
 
 Result = TypeVar("Result")
 
@@ -114,11 +124,18 @@ def _enter(top: Path, directory: Path, found: Findings) -> None:
             found.files.append(_json(path, name, found))
         elif path.suffix == ".safetensors":
             found.files.append(_artifact(path, name, found))
+        elif path.suffix in (".html", ".htm") and _is_ours(path):
+            continue  # an earlier page of this study is no part of it
         elif path.suffix in _FOR_PEOPLE or path.suffix in _LINE_FILES:
             what = _FOR_PEOPLE.get(path.suffix) or _LINE_FILES[path.suffix]
             found.files.append(File(name, f"{what}, not read"))
         else:
             found.files.append(File(name, "not understood: no file of Broca's", understood=False))
+
+
+def _is_ours(page: Path) -> bool:
+    with page.open("rb") as stream:
+        return GENERATOR.encode() in stream.read(_BEGINNING)
 
 
 def _checkpoint(path: Path) -> str:
@@ -130,11 +147,11 @@ def _json(path: Path, name: str, found: Findings) -> File:
     try:
         content = path.read_bytes()
         value = json.loads(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return File(name, f"not understood: not readable as JSON ({error})", understood=False)
     try:
         what = _document(value, path, name, found)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         missing = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         return File(name, f"not understood: {missing}", understood=False)
     if what is None:
@@ -194,8 +211,10 @@ def _artifact(path: Path, name: str, found: Findings) -> File:
         return File(name, f"not understood: {reason}", understood=False)
     except (KeyError, TypeError, ValueError) as error:
         return File(name, f"not understood: damaged ({error})", understood=False)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = ""
+    if kind in ("neurons", "edit", "direction"):
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
     what = {
         "neurons": "neuron set",
         "edit": "plan of weight edits",

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from editing.study_report.formats import number
-from editing.study_report.markup import Content, Markup, element, joined
+from editing.study_report.markup import Content, Markup, element
 from editing.study_report.tables import boxed, row_name
 
-# Ends of the scales, light enough for dark text at a contrast of 7 to 1 or more.
+# Ends of the scales, light enough for the page's dark text.
 WARM, COOL, FULL = (239, 138, 98), (103, 169, 207), (116, 173, 209)
 
 
@@ -40,6 +40,7 @@ def heat_map(
     rows: Sequence[tuple[Content, Sequence[Cell]]],
     unit: str,
     most: float | None = None,
+    least: float = 0.0,
     signed: bool = True,
     form: str = ".2f",
     beside: Sequence[Content] = (),
@@ -54,12 +55,13 @@ def heat_map(
         rows: name and cells.
         unit: of the values, for the scale.
         most: largest absolute value of the scale; None takes the cells' own.
+        least: it is never below: differences that mean nothing are to look like nothing.
         signed: whether values below 0 have a colour of their own.
         form: of the scale's numbers.
         beside: heads of further columns without colour.
         beside_rows: their cells, for each row.
     """
-    most = scale_end(rows) if most is None else most
+    most = max(least, scale_end(rows) if most is None else most)
     head = element(
         "tr",
         element("th", corner, scope="col"),
@@ -77,8 +79,13 @@ def heat_map(
                 *(element("td", value, class_="n") for value in extra),
             )
         )
-    grid = boxed(caption, element("thead", head), element("tbody", *body), class_="heat")
-    return joined((grid, scale(most, unit, signed, form)))
+    return boxed(
+        caption,
+        element("thead", head),
+        element("tbody", *body),
+        class_="heat",
+        below=scale(most, unit, signed, form),
+    )
 
 
 def scale_end(rows: Sequence[tuple[Content, Sequence[Cell]]]) -> float:

@@ -97,5 +97,6 @@ def _overlap(neurons: NeuronSet) -> Markup:
         list(neurons.languages),
         rows,
         "Jaccard index",
+        least=0.2,
         signed=False,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from editing.study_report.markup import element, joined, trusted
 from editing.study_report.sections import Section
 
+GENERATOR = "broca report"
 # Each system's own fonts, then Noto's for the scripts that those may lack.
 _FONTS = (
     'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", "Noto Sans Arabic", '
@@ -46,16 +47,18 @@ tbody tr:last-child > * {{ border-bottom: 0 }}
 thead th {{ background: var(--back); font-weight: 600; vertical-align: bottom }}
 th.n, td.n {{ text-align: end; white-space: nowrap }}
 thead th.n {{ white-space: normal; min-width: 4.2rem }}
-tbody th {{ font-weight: 600; background: #fff; position: sticky; left: 0; max-width: 14rem;
+tbody th {{ font-weight: 600; background: #fff; position: sticky; left: 0; min-width: 5.5rem;
+  max-width: 14rem;
   box-shadow: 1px 0 var(--line) }}
+.heat tbody th {{ min-width: 4rem }}
 td:not(.n) {{ min-width: 8rem; max-width: 30rem; overflow-wrap: anywhere }}
 .marked > * {{ background: #fff6e5 }}
 .heat td.n, .heat thead th.n {{ text-align: center; min-width: 3.4rem }}
-td small {{ display: block; font-size: .72rem; color: #3a434b }}
+td small {{ display: block; font-size: .72rem }}
 .bar {{ display: inline-block; min-width: 4.5rem; padding: 0 .3rem; border-radius: 3px;
   background: linear-gradient(to right, #bcd9ef var(--share), #edf1f4 var(--share)) }}
 .scale {{ display: flex; align-items: center; gap: .5rem; font-size: .8rem; color: var(--soft);
-  margin: -.75rem 0 1.25rem; font-variant-numeric: tabular-nums }}
+  margin: .4rem 0 0; font-variant-numeric: tabular-nums }}
 .ramp {{ display: inline-block; width: 9rem; height: .8rem; border: 1px solid var(--line);
   background: linear-gradient(to right, #fff, #74add1) }}
 .ramp.signed {{ background: linear-gradient(to right, #67a9cf, #fff, #ef8a62) }}
@@ -93,11 +96,12 @@ pre {{ background: var(--back); border: 1px solid var(--line); border-radius: 6p
   table {{ font-size: 7.5pt }}
   th, td {{ padding: 2pt 4pt }}
   td small {{ font-size: 5.5pt }}
-  tbody th {{ position: static }}
+  tbody th, .heat tbody th {{ position: static; min-width: 0 }}
   thead th.n, td:not(.n), .heat td.n, .heat thead th.n {{ min-width: 0 }}
   .bar {{ min-width: 2.6rem }}
   .picture svg {{ min-width: 0 !important }}
-  tr, .picture, .scale {{ break-inside: avoid }}
+  tr, figure, .picture, .scale {{ break-inside: avoid }}
+  .picture svg {{ max-width: 78% }}
 }}
 """
 
@@ -114,6 +118,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="generator", content=GENERATOR),
         # The browser would ask the server for an icon, were there none.
         trusted('<link rel="icon" href="data:,">'),
         element("title", title),

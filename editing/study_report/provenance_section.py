@@ -74,7 +74,9 @@ def files_content(found: Findings) -> Markup:
         [file.name, file.what, _code(file.digest[:16]) if file.digest else NOTHING] for file in order
     ]
     parts.append(
-        table("Files of the directory", ["file", "what it is", "sha256, its beginning"], rows, words=3)
+        table(
+            "Files of the directory", ["file", "what it is", "sha256, its beginning"], rows, words=(0, 1, 2)
+        )
     )
     return joined(parts)
 
@@ -85,7 +87,7 @@ def _settings(found: Findings) -> list[Markup]:
         for file in found.files
         if file.origin is not None and file.origin.settings
     ]
-    return [table("Settings, by file", ["file", "settings"], rows, words=2)] if rows else []
+    return [table("Settings, by file", ["file", "settings"], rows, words=(0, 1))] if rows else []
 
 
 def _code(text: str) -> Markup:

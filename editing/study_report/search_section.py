@@ -86,18 +86,18 @@ def _table(search: SearchResult, trials: list[Trial], caption: str) -> Markup:
         [
             str(trial.number),
             trial.method,
-            plain(trial.settings) + ("" if trial.whole else f" ({trial.why or trial.state})"),
             share_bar(trial.share, number(trial.share, ".2f")),
             number(trial.fluency_gap, "+.2f"),
             number(trial.rise, "+.3f"),
             number(trial.harm, ".4f"),
+            plain(trial.settings) + ("" if trial.whole else f" ({trial.why or trial.state})"),
         ]
         for trial in trials
     ]
     return table(
         caption,
-        ["trial", "method", "settings", "share", "fluency gap", "largest third NLL rise", "mean third KL"],
+        ["trial", "method", "share", "fluency gap", "largest third NLL rise", "mean third KL", "settings"],
         rows,
-        words=3,
+        words=(0, 1, 6),
         marked=[place for place, trial in enumerate(trials) if trial.number == search.chosen],
     )

@@ -34,12 +34,16 @@ MEANINGS = (
     ),
     ("relevance", "of answers, by the scorer that is named; figures of different scorers do not compare"),
 )
+# figure -> its head, and how it is written
 FIGURES = {
-    "agreement": "second detector agrees",
-    "sentence_share": "sentences in the target",
-    "distinct_pairs": "distinct pairs",
-    "answer_words": "words an answer",
+    "agreement": ("second detector agrees", ".2f"),
+    "sentence_share": ("sentences in the target", ".2f"),
+    "distinct_pairs": ("distinct pairs", ".2f"),
+    "longest_repeat": ("longest repeat", ".2f"),
+    "answer_words": ("words an answer", ".1f"),
 }
+# Where the scales end at the least: less than this is no cause for a strong colour.
+LEAST_RISE, LEAST_KL, LEAST_SHARE = 0.1, 0.1, 0.2
 _OF_FIRST_TABLE = ("effectiveness", "entanglement")
 
 
@@ -72,7 +76,12 @@ def steering_content(result: Steering) -> Markup:
     settings = [(way.name, way.details["settings"]) for way in result.ways if way.details.get("settings")]
     if settings:
         parts.append(
-            table("Settings of each way", ["way", "settings"], [[k, plain(v)] for k, v in settings], words=2)
+            table(
+                "Settings of each way",
+                ["way", "settings"],
+                [[k, plain(v)] for k, v in settings],
+                words=(0, 1),
+            )
         )
     return joined(parts)
 
@@ -131,7 +140,7 @@ def _writing(result: Steering) -> Markup:
     head: list[Content] = [
         "way",
         "distinct words",
-        *(FIGURES.get(name, name.replace("_", " ")) for name in further),
+        *(_figure(name)[0] for name in further),
         *failures,
         *(f"relevance ({scorer}): {name.replace('_', ' ')}" for scorer, name in relevance),
     ]
@@ -139,7 +148,7 @@ def _writing(result: Steering) -> Markup:
         [
             way.name,
             number(way.distinct, ".2f"),
-            *(number(way.further.get(name), ".3g") for name in further),
+            *(number(way.further.get(name), _figure(name)[1]) for name in further),
             *(count(way.failures.get(name)) for name in failures),
             # Figures of different scorers are never put into one column.
             *(
@@ -150,6 +159,10 @@ def _writing(result: Steering) -> Markup:
         for way in result.ways
     ]
     return table("How they write", head, rows)
+
+
+def _figure(name: str) -> tuple[str, str]:
+    return FIGURES.get(name, (name.replace("_", " "), ".3g"))
 
 
 def _others(result: Steering) -> Markup:
@@ -178,6 +191,7 @@ def _others(result: Steering) -> Markup:
         languages,
         rows,
         "change of the share",
+        least=LEAST_SHARE,
     )
 
 
@@ -206,6 +220,7 @@ def _rises(result: Steering) -> Markup:
         result.languages,
         rows,
         "nats a token",
+        least=LEAST_RISE,
     )
 
 
@@ -227,8 +242,8 @@ def _divergences(result: Steering) -> Markup:
         languages,
         rows,
         "nats a position",
+        least=LEAST_KL,
         signed=False,
-        form=".3f",
     )
 
 

@@ -17,12 +17,17 @@ from editing.study_report.search_section import search_content
 from editing.study_report.sections import Section
 from editing.study_report.steering_results import Choice, Steering
 from editing.study_report.steering_section import meanings, steering_content
+from neurons.errors import BrocaError, first_line
 
 Result = TypeVar("Result")
 
 
 def study_page(found: Findings) -> bytes:
-    """The whole page, UTF-8; equal findings give equal bytes."""
+    """The whole page, UTF-8; equal findings give equal bytes.
+
+    Raises:
+        BrocaError: a Broca file whose metadata is not what its kind has, by name.
+    """
     sections = [
         *_each("steering", found.steering, _steering_title, lambda one, _: steering_content(one.result)),
         *_each(
@@ -76,8 +81,16 @@ def _each(
     title: Callable[[Named[Result]], str],
     content: Callable[[Named[Result], str], Markup],
 ) -> list[Section]:
-    names = [f"{kind}-{place}" for place, _ in enumerate(results, start=1)]
-    return [Section(name, title(one), content(one, name)) for name, one in zip(names, results, strict=True)]
+    sections = []
+    for place, one in enumerate(results, start=1):
+        name = f"{kind}-{place}"
+        try:
+            sections.append(Section(name, title(one), content(one, name)))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise BrocaError(
+                f"{one.file}: cannot be shown ({first_line(error)}): move it out of the directory, or make it again"
+            ) from error
+    return sections
 
 
 def _steering_title(one: Named[Steering]) -> str:

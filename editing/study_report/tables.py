@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from editing.study_report.markup import Content, Markup, element, joined, trusted
 
@@ -13,7 +13,7 @@ def table(
     caption: Content,
     head: Sequence[Content],
     rows: Sequence[Sequence[Content]],
-    words: int = 1,
+    words: Collection[int] = (0,),
     marked: Sequence[int] = (),
 ) -> Markup:
     """A table whose first column names the rows.
@@ -22,14 +22,17 @@ def table(
         caption: says what it shows.
         head: a name a column.
         rows: their cells; what is not Markup is escaped.
-        words: columns, from the left, that hold words; the others hold numbers.
+        words: numbers of the columns that hold words; the others hold numbers.
         marked: numbers of rows to set off.
     """
-    top = element("tr", *(cell("th", name, i >= words, scope="col") for i, name in enumerate(head)))
+    top = element("tr", *(cell("th", name, i not in words, scope="col") for i, name in enumerate(head)))
     body = [
         element(
             "tr",
-            *(row_name(value) if i == 0 else cell("td", value, i >= words) for i, value in enumerate(row)),
+            *(
+                row_name(value) if i == 0 else cell("td", value, i not in words)
+                for i, value in enumerate(row)
+            ),
             class_="marked" if place in marked else None,
         )
         for place, row in enumerate(rows)
@@ -37,12 +40,12 @@ def table(
     return boxed(caption, element("thead", top), element("tbody", *body))
 
 
-def boxed(caption: Content, *parts: Markup, class_: str | None = None) -> Markup:
-    """A table's parts, in the box that scrolls; the caption stays where it is."""
+def boxed(caption: Content, *parts: Markup, class_: str | None = None, below: Markup | None = None) -> Markup:
+    """A table's parts, in the box that scrolls; the caption, and what stands below, stay where they are."""
     inner = element("table", *parts, class_=class_)
     # A box that scrolls must be reachable by keyboard, and say what it is.
     box = element("div", inner, class_="scroll", tabindex=0, role="group", aria_label="table")
-    return element("figure", element("figcaption", caption), box)
+    return element("figure", element("figcaption", caption), box, *([] if below is None else [below]))
 
 
 def cell(tag: str, value: Content, numeric: bool, scope: str | None = None) -> Markup:

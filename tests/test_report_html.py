@@ -1,0 +1,327 @@
+"""The page of a study: what its numbers are, what it escapes, what it asks of a browser, what it refuses."""
+
+import json
+import re
+import shutil
+
+import pytest
+import studies
+import torch
+from click.testing import CliRunner
+
+from cli.report import command
+from editing.plan import ModuleEdit, make_plan
+from editing.study_report.findings import read_findings
+from editing.study_report.provenance_section import files_content, provenance_content
+from editing.study_report.study import study_page
+from neurons.artifact import json_bytes
+from neurons.errors import BrocaError, UsageError
+from neurons.neuron_set import neuron_set
+
+
+def page_of(directory):
+    text = study_page(read_findings(directory)).decode()
+    return text, studies.Page(text)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A directory with one of everything, which stays as it is."""
+    directory = tmp_path_factory.mktemp("made") / "study"
+    directory.mkdir()
+    studies.write_run(directory)
+    (directory / "ablation.json").write_bytes(json_bytes(studies.ablation()))
+    (directory / "tuned").mkdir()
+    (directory / "tuned" / "tune.json").write_bytes(json_bytes(studies.tuned()))
+    return directory
+
+
+@pytest.fixture
+def study(made, tmp_path):
+    """A copy of it, to be changed."""
+    shutil.copytree(made, tmp_path / "study")
+    return tmp_path / "study"
+
+
+@pytest.fixture(scope="module")
+def shown(made):
+    """(text of its page, the page)."""
+    return page_of(made)
+
+
+def numbers(row):
+    """Cells as numbers, None where there is none."""
+    found = (re.search(r"[+−]?\d[\d,]*\.?\d*", cell) for cell in row)
+    return [None if one is None else float(one[0].replace("−", "-").replace(",", "")) for one in found]
+
+
+def test_every_element_is_closed_and_named_once(shown):
+    _, page = shown
+    assert page.faults == [] and page.comments == []
+    names = [one["attributes"]["id"] for one in page.elements if "id" in one["attributes"]]
+    assert len(names) == len(set(names))
+    links = [one["attributes"]["href"] for one in page.all("a")]
+    assert links and all(link.startswith("#") and link[1:] in names for link in links)
+    # What a drawing refers to within itself is there.
+    assert all(
+        one["attributes"]["href"][1:] in names
+        for one in page.elements
+        if one["tag"] == "use" and one["attributes"]["href"].startswith("#")
+    )
+    assert page.all("use")
+
+
+def test_nothing_is_asked_from_anywhere(shown):
+    text, page = shown
+    assert "http" not in text.lower() and "//" not in re.sub(r"base64,[^\"]*", "", text)
+    assert "@import" not in text and not page.all("script")
+    sources = [one["attributes"].get(name, "") for one in page.elements for name in ("src", "href")]
+    assert all(source == "" or source.startswith(("#", "data:")) for source in sources)
+    assert not [name for one in page.elements for name in one["attributes"] if name.startswith("on")]
+    assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", text)
+
+
+def test_steering_figures_are_those_of_the_file(shown):
+    _, page = shown
+    head, *rows = page.texts("en to ar, all ways")
+    assert head[:3] == ["way", "share ar", "share en"]
+    assert [row[0] for row in rows] == ["base", "keyed edit", "hook"]
+    by_name = dict(zip(head, rows[1], strict=True))
+    assert by_name["share ar"] == "0.97" and by_name["fluency gap"] == "+0.25"
+    assert by_name["NLL rise ar"] == "+0.012" and by_name["largest third NLL rise"] == "−0.034"
+    assert by_name["largest KL"] == "0.021"
+    assert by_name["components"] == "12" and by_name["‖ΔW‖/‖W‖"] == "0.31"
+    assert dict(zip(head, rows[0], strict=True))["fluency gap"] == "–"
+    head, _, keyed, _ = page.texts("NLL rise on held-out text")
+    assert head == ["way", "ar", "zh", "en"]
+    assert numbers(keyed[1:]) == [0.012, -0.034, 1.5]
+
+
+def test_a_run_is_shown_once_though_its_report_json_says_it_again(shown, study):
+    _, page = shown
+    titles = [one["text"] for one in page.all("h2")]
+    assert titles.count("Steering: en to ar (measured-ar.json)") == 1
+    assert not any("report.json" in title for title in titles)
+    (study / "measured-ar.json").unlink()
+    assert [one.file for one in read_findings(study).steering] == ["report.json"]
+
+
+def test_the_sources_own_rise_does_not_set_the_scale(shown):
+    _, page = shown
+    cells = page.table("NLL rise on held-out text")[2]
+    assert "style" not in cells[3]["attributes"]
+    # 0.034 of 0.1, where the scale ends at the least, of the way from white to #67a9cf.
+    expected = [round(255 + 0.34 * (end - 255)) for end in (0x67, 0xA9, 0xCF)]
+    assert cells[2]["attributes"]["style"] == "background:#{:02x}{:02x}{:02x}".format(*expected)
+
+
+def test_text_is_in_its_own_direction(shown):
+    _, page = shown
+    (arabic,) = [one for one in page.all("dd") if one["text"] == studies.ARABIC][:1]
+    assert arabic["attributes"]["lang"] == "ar" and arabic["attributes"]["dir"] == "rtl"
+    (chinese,) = [one for one in page.all("dd") if one["text"] == studies.CHINESE]
+    assert chinese["attributes"]["lang"] == "zh" and chinese["attributes"]["dir"] == "ltr"
+    prompts = page.all("p", **{"class": "prompt"})
+    assert prompts and all(
+        (one["attributes"]["lang"], one["attributes"]["dir"]) == ("en", "ltr") for one in prompts
+    )
+    assert page.all("html")[0]["attributes"]["lang"] == "en"
+
+
+def test_ablation_figures_are_those_of_the_file(shown, made):
+    document = json.loads((made / "ablation.json").read_text())
+    (one,) = document["sets"]
+    _, page = shown
+    head, *rows = page.texts("neurons: rise of each language's NLL")
+    assert head[1:4] == list(studies.LANGUAGES)
+    for language, row in zip(studies.LANGUAGES, rows, strict=True):
+        assert row[0] == f"{language} ablated"
+        expected = [one["change"][language][other] for other in studies.LANGUAGES]
+        assert numbers(row[1:4]) == pytest.approx(expected, abs=5.1e-4)
+        low, high = one["intervals"][language][language]
+        assert f"[{low:+.3f}, {high:+.3f}]" in row[1 + studies.LANGUAGES.index(language)]
+        draws = [draw["change"][language][language] for draw in one["random_draws"]]
+        assert numbers(row[4:]) == pytest.approx([one["neurons"][language], sum(draws) / 2], abs=5.1e-5)
+    head, first, second = page.texts("neurons: own language (mean of the others)")
+    change = one["doses"][0]["change"]
+    others = (change["ar"]["en"] + change["ar"]["zh"]) / 2
+    assert first[0] == "50 %" and first[2] == f"{change['ar']['ar']:+.3f} ({others:+.3f})"
+    assert second[0] == "100 %"
+    assert "20.00 [15.00, 25.00]" in page.texts("Neuron sets side by side")[1]
+
+
+def test_search_figures_are_those_of_the_file(shown):
+    _, page = shown
+    _, *rows = page.texts("All trials")
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[1][2:] == ["0.98", "+0.20", "+0.020", "0.0060", "strength 4"]
+    assert rows[3][2:] == ["0.06", "–", "–", "–", "strength 1 (1 of 16)"]
+    front = page.table("The Pareto front")
+    assert [row[0]["text"] for row in front[1:]] == ["0", "1"]
+    text = " ".join(one["text"] for one in page.all("p"))
+    assert "4 trials, 1 of them given up" in text and "Trial 1 was chosen: the least harmful" in text
+    assert "Goals not met there: rise." in text
+    marked = [one for one in page.all("tr", **{"class": "marked"}) if one["text"].startswith("1keyed")]
+    assert len(marked) == 2
+
+
+def test_choices_are_told_apart_from_results(shown):
+    _, page = shown
+    _, *rows = page.texts("Settings tried; those set off were chosen")
+    assert [[row[0], row[4]] for row in rows] == [
+        ["keyed edit", "strength 2"],
+        ["keyed edit", "strength 3.5"],
+        ["Steer2Edit", "alpha 0.8 (nothing changes)"],
+    ]
+    table = page.table("Settings tried; those set off were chosen")
+    marked = [one["text"] for one in page.all("tr", **{"class": "marked"})]
+    assert (
+        any(text.startswith("keyed edit") and text.endswith("strength 3.5") for text in marked)
+        and len(table) == 4
+    )
+    # The source's own rise, 1.5, is no harm.
+    assert rows[1][3] == "+0.012"
+
+
+def test_neuron_maps(shown):
+    _, page = shown
+    head, *rows = page.texts("Where they lie")
+    assert head == ["language", "0", "1"]
+    assert rows == [["ar", "1", "1"], ["en", "1", ""], ["zh", "", ""]]
+    assert page.texts("What languages share")[1] == ["ar", "2", "0.50", "0.00"]
+    warnings = [one["text"] for one in page.all("p", **{"class": "warning"})]
+    assert "No neuron was found for zh." in warnings
+    assert page.texts("Modules that change")[1] == ["1", "MLP output", "1", "0", "1.5", "0.500"]
+
+
+def test_settings_fingerprints_and_commands(shown):
+    text, page = shown
+    assert text.count("0123456789abcdef") >= 1 and "d" * 64 in text and "f" * 64 in text
+    commands = [one["text"] for one in page.all("pre")]
+    assert "broca ablate model --neurons neurons.safetensors" in commands
+    assert "broca tune model --source en --target ar" in commands
+    assert any('source = "en"\ntargets = ["ar"]' in one for one in commands)
+    files = {row[0]: row[1] for row in page.texts("Files of the directory")[1:]}
+    assert files["checkpoint-ar/"] == "checkpoint" and files["tuned/tune.json"] == "search"
+    assert files["report.md"] == "text, not read" and files["run.json"] == "stages of a run: measure ar"
+
+
+def test_files_of_two_models_are_not_passed_over(study):
+    value = {**studies.ablation(), "fingerprint": "another"}
+    (study / "other.json").write_bytes(json_bytes(value))
+    page = studies.Page(provenance_content(read_findings(study)))
+    assert any("more than one model" in one["text"] for one in page.all("p", **{"class": "warning"}))
+
+
+def test_hostile_text_stays_text(tmp_path):
+    directory = tmp_path / "<b>study & co"
+    directory.mkdir()
+    hostile = studies.HOSTILE
+    studies.write_run(directory, name=hostile, edited=hostile, text=hostile, prompt=hostile)
+    (directory / "ablation.json").write_bytes(json_bytes(studies.ablation(hostile, hostile)))
+    (directory / "tune.json").write_bytes(json_bytes(studies.tuned(hostile)))
+    (directory / "<i>.json").write_text("{")
+    _, page = page_of(directory)
+    assert page.faults == [] and page.comments == []
+    assert not page.all("script") and not page.all("img") and not page.all("b") and not page.all("i")
+    assert not [name for one in page.elements for name in one["attributes"] if name.startswith("on")]
+    assert page.all("h1")[0]["text"] == "Study: <b>study & co"
+    words = " ".join(hostile.split())
+    assert any(one["text"] == words for one in page.all("dd"))
+    assert any(one["text"] == hostile for one in page.all("pre"))
+
+
+def test_control_characters_and_surrogates_do_not_get_in(tmp_path):
+    studies.write_run(tmp_path, text="one\x00two\x1b[31m three\x85")
+    path = tmp_path / "measured-ar.json"
+    path.write_text(path.read_text().replace("want to sleep.", r"\ud800 tail ￾"))
+    content = study_page(read_findings(tmp_path))
+    text = content.decode("utf-8")
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff￾]", text)
+    assert "one�two�[31m three" in text and "� tail �" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("broken.json", "{", "not readable as JSON"),
+        ("other.json", '{"a": 1}', "JSON of another kind"),
+        ("list.json", "[]", "JSON of another kind"),
+        ("half.json", '{"outcomes": [{"name": "x"}], "target": "fr"}', "'source' is missing"),
+        ("shape.json", '{"sets": 3, "baseline": [], "languages": []}', "not understood"),
+        (
+            "endless.json",
+            '{"source":"a","target":"b","ceiling":1,"continuations":1e999,"outcomes":[]}',
+            "infinity",
+        ),
+        ("trials.json", '{"trials": [3], "front": []}', "not understood"),
+        ("weights.safetensors", "nonsense", "not a readable safetensors file"),
+        ("notes.docx", "", "no file of Broca's"),
+    ],
+)
+def test_what_is_not_understood_is_named(study, name, content, reason):
+    (study / name).write_text(content)
+    found = read_findings(study)
+    (file,) = [file for file in found.files if not file.understood]
+    assert file.name == name and file.what.startswith("not understood") and reason in file.what
+    page = studies.Page(files_content(found))
+    (warning,) = page.all("p", **{"class": "warning"})
+    assert warning["text"] == f"Not understood, and not on this page: {name}."
+    assert page.texts("Files of the directory")[1][0] == name
+
+
+def test_equal_studies_give_equal_bytes(study, tmp_path):
+    first = study_page(read_findings(study))
+    (study / "report.html").write_bytes(first)
+    assert study_page(read_findings(study)) == first
+    moved = tmp_path / "elsewhere" / "study"
+    moved.parent.mkdir()
+    study.rename(moved)
+    assert study_page(read_findings(moved)) == first
+
+
+def test_a_file_that_cannot_be_shown_is_named(tmp_path):
+    members = {"fr": torch.tensor([[0, 1]])}
+    found = neuron_set(members, {"fr": torch.ones(1)}, 1, 4, {"method": "lape", "settings": 3})
+    found.save(tmp_path / "odd.safetensors")
+    with pytest.raises(BrocaError, match=r"^odd.safetensors: cannot be shown"):
+        study_page(read_findings(tmp_path))
+
+
+def test_a_method_is_no_formula(tmp_path):
+    edit = ModuleEdit(0, "mlp", (1,), column_scale=torch.tensor([1.0, 0.0]))
+    make_plan([edit], {"method": "$\\frac$ <b>", "fingerprint": "f"}).save(tmp_path / "edit.safetensors")
+    _, page = page_of(tmp_path)
+    assert page.faults == [] and not page.all("b")
+    assert any(one["text"].startswith("$\\frac$ <b>: neurons") for one in page.all("text"))
+
+
+@pytest.mark.parametrize("content", [None, "", "a picture"])
+def test_a_directory_without_results_is_refused(tmp_path, content):
+    directory = tmp_path / "nothing"
+    if content is not None:
+        directory.mkdir()
+    if content:
+        (directory / "picture.png").write_text(content)
+    with pytest.raises(UsageError, match="nothing: "):
+        read_findings(directory)
+
+
+def test_command(study, tmp_path):
+    (study / "strange.json").write_text("{}")
+    done = CliRunner().invoke(command, [str(study)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(study / "report.html")
+    assert "strange.json: not understood" in done.stderr
+    first = (study / "report.html").read_bytes()
+    done = CliRunner().invoke(command, [str(study), "--out", str(tmp_path / "page.html"), "--json"])
+    value = json.loads(done.stdout)
+    assert value["not_understood"] == ["strange.json"] and value["bytes"] == len(first)
+    assert value["shown"]["searches"] == ["tuned/tune.json"]
+    # The first page in the directory is no part of the study.
+    assert (tmp_path / "page.html").read_bytes() == first
+
+
+def test_command_refuses_another_ending(study):
+    done = CliRunner().invoke(command, [str(study), "--out", "page.pdf"])
+    assert isinstance(done.exception, UsageError) and "page.pdf" in str(done.exception)
