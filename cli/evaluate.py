@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from cli.screen import Screen
 from cli.tables import report_table
 
 if TYPE_CHECKING:
+    from editing.evaluation import Outcome
     from editing.questions import Questions
     from editing.relevance import Scorer
     from neurons.source import LoadedModel
@@ -167,79 +169,89 @@ def command(
             scorer=scorer,
         )
 
-    extra: dict[str, Any] = {}
+    def told(measuring: Evaluation, outcomes: list[Outcome]) -> dict[str, Any]:
+        return {
+            "model": loaded.label,
+            "fingerprint": loaded.fingerprint,
+            "edit": edit_path,
+            "against": against,
+            "corpus": {
+                "digest": reported.digest,
+                "part": reported.part,
+                "languages": list(reported.languages),
+            },
+            "questions": (
+                None if questions is None else {"file": questions_path, "digest": questions.digest}
+            ),
+            "prompts": {"style": measuring.prompt_style, "ceiling_on": measuring.ceiling_from},
+            "relevance": None if scorer is None else _scorer_told(scorer.name, judging),
+            "settings": {
+                "samples": samples,
+                "new_tokens": new_tokens,
+                "temperature": temperature,
+                "seed": seed,
+            },
+            "source": source,
+            "target": target,
+            "ceiling": measuring.ceiling,
+            "continuations": measuring.continuations,
+            "outcomes": [outcome.as_json() for outcome in outcomes],
+        }
+
     if methods is not None:
         from editing.protocol import compare_ways
         from editing.ways import Material
 
         material = Material(loaded, corpora["estimate"], source, target)
         halves = {name: None if questions is None else questions.half(name) for name in ("choose", "report")}
-        with screen.progress(f"Comparing, {source} to {target}", len(ways) + 1, "ways") as advance:
-            choosing, measuring = (evaluation(corpora[name], halves[name]) for name in ("choose", "report"))
-
-            def tell(title: str) -> None:
-                screen.stage(title, "choosing, then measuring")
-                advance(1)
-
-            compared = compare_ways(ways, material, choosing, measuring, tell)
-        outcomes = list(compared.outcomes)
-        extra = {"methods": list(ways), "tried": list(compared.tried), "notes": list(compared.notes)}
-    else:
-        other = None if against is None else load_model(against, device, dtype)
-        with screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance:
-            measuring = evaluation(reported, questions)
-            outcomes = [measuring.measure("base", nullcontext, others=True) if others else measuring.base]
-            advance(1)
-            if plan is not None:
-                details = {"components": plan.components, "relative_change": plan.relative_change()}
-                steering, name = partial(applied, loaded, plan), "edited"
-                outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
-                advance(1)
-            elif other is not None:
-                exchange = partial(exchanged, loaded, other)
-                outcomes.append(measuring.measure("against", exchange, kl=True, others=others))
-                advance(1)
-    value = {
-        "model": loaded.label,
-        "fingerprint": loaded.fingerprint,
-        "edit": edit_path,
-        "against": against,
-        "corpus": {
-            "digest": reported.digest,
-            "part": reported.part,
-            "languages": list(reported.languages),
-        },
-        "questions": None if questions is None else {"file": questions_path, "digest": questions.digest},
-        "prompts": {"style": measuring.prompt_style, "ceiling_on": measuring.ceiling_from},
-        "relevance": None if scorer is None else _scorer_told(scorer.name, judging),
-        "settings": {
-            "samples": samples,
-            "new_tokens": new_tokens,
-            "temperature": temperature,
-            "seed": seed,
-        },
-        "source": source,
-        "target": target,
-        "ceiling": measuring.ceiling,
-        "continuations": measuring.continuations,
-        "outcomes": [outcome.as_json() for outcome in outcomes],
-        **extra,
-    }
-    write_atomically(out, json_bytes(value))
-    report = report_from_json(value)
-    if methods is not None:
         table = out.with_suffix(".md")
-        write_atomically(table, methods_markdown(report).encode())
+        with screen.progress(f"Comparing, {source} to {target}", len(ways), "ways") as advance:
+            choosing, measuring = (evaluation(corpora[name], halves[name]) for name in ("choose", "report"))
+            for compared in compare_ways(ways, material, choosing, measuring, _stage(screen)):
+                value = {
+                    **told(measuring, list(compared.outcomes)),
+                    "methods": list(ways),
+                    "tried": list(compared.tried),
+                    "notes": list(compared.notes),
+                }
+                # After every way: whoever stops it here keeps what was measured.
+                write_atomically(out, json_bytes(value))
+                write_atomically(table, methods_markdown(report_from_json(value)).encode())
+                advance(1)
+        report = report_from_json(value)
         screen.table(report.title, report.method_columns(), report.method_rows())
         for note in report.notes:
             screen.say(note)
         screen.say(f"the same as Markdown: {table}")
-    else:
-        report_table(screen, report)
-        _say_more(screen, report.details_of(outcomes[-1]))
-        for sample in outcomes[-1].samples[:3]:
-            screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
+        screen.result({"out": out, **value}, out)
+        return
+    other = None if against is None else load_model(against, device, dtype)
+    with screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance:
+        measuring = evaluation(reported, questions)
+        outcomes = [measuring.measure("base", nullcontext, others=True) if others else measuring.base]
+        advance(1)
+        if plan is not None:
+            details = {"components": plan.components, "relative_change": plan.relative_change()}
+            steering, name = partial(applied, loaded, plan), "edited"
+            outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
+            advance(1)
+        elif other is not None:
+            exchange = partial(exchanged, loaded, other)
+            outcomes.append(measuring.measure("against", exchange, kl=True, others=others))
+            advance(1)
+    value = told(measuring, outcomes)
+    write_atomically(out, json_bytes(value))
+    report = report_from_json(value)
+    report_table(screen, report)
+    for line in report.details_of(outcomes[-1]):
+        screen.say(line)
+    for sample in outcomes[-1].samples[:3]:
+        screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
     screen.result({"out": out, **value}, out)
+
+
+def _stage(screen: Screen) -> Callable[[str], None]:
+    return lambda title: screen.stage(title, "choosing, then measuring")
 
 
 def _scorer(
@@ -277,8 +289,3 @@ def _scorer_told(name: str, judge: LoadedModel | None) -> dict[str, Any]:
     if judge is None:
         return {"scorer": name}
     return {"scorer": name, "judge": judge.label, "fingerprint": judge.fingerprint, "prompt": JUDGE_PROMPT}
-
-
-def _say_more(screen: Screen, lines: list[str]) -> None:
-    for line in lines:
-        screen.say(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from neurons.errors import BrocaError
 
 @dataclass(frozen=True)
 class Compared:
-    """What came out.
+    """What came out so far.
 
     Attributes:
         outcomes: the base first, then each way's chosen setting, on the part that is reported.
@@ -34,8 +34,8 @@ def compare_ways(
     choosing: Evaluation,
     reporting: Evaluation,
     tell: Callable[[str], None] | None = None,
-) -> Compared:
-    """Choose and report.
+) -> Iterator[Compared]:
+    """Choose and report, way by way.
 
     Args:
         ways: by name.
@@ -43,6 +43,9 @@ def compare_ways(
         choosing: where a setting is chosen (``editing.comparison.choose``).
         reporting: what is reported, other text, with KL and side effects on the other languages.
         tell: called with a way's title before it is tried.
+
+    Yields:
+        All that is known after each way, so that what was measured can be kept when the rest is not awaited.
 
     Raises:
         BrocaError: no way could be tried.
@@ -58,6 +61,7 @@ def compare_ways(
         if not candidates:
             reason = refused[0]["refused"] if refused else "it has no setting for these languages"
             notes.append(f"{way.title}: not tried: {reason}")
+            yield Compared(tuple(outcomes), tuple(tried), tuple(notes))
             continue
         measured = list(measure_candidates(choosing, candidates))
         tried += [outcome.as_json() for _, outcome in measured]
@@ -68,6 +72,6 @@ def compare_ways(
                 way.title, best.steering, details, kl=True, others=True, instruction=best.instruction
             )
         )
+        yield Compared(tuple(outcomes), tuple(tried), tuple(notes))
     if len(outcomes) == 1:
         raise BrocaError(f"no way could be tried: {'; '.join(notes)}")
-    return Compared(tuple(outcomes), tuple(tried), tuple(notes))

@@ -64,6 +64,8 @@ CLAS_STRENGTHS = (-5.0, -2.0, 2.0, 5.0)
 AUSTEER_ALPHAS = (1.0, 2.0, 4.0)
 REMOVAL_STRENGTHS = (0.2, 0.5, 1.0)
 ABLATION_STRENGTHS = (1.0, 2.0, -1.0)
+# Within a few neurons only the published settings with the lowest thresholds rho * alpha leave much to edit.
+MOST_THRESHOLD = 0.2
 # Factors of the source's and of the target's neurons; 1 leaves them alone.
 SCALE_FACTORS = ((0.0, 1.0), (1.0, 3.0), (0.0, 3.0), (0.0, 6.0))
 
@@ -288,7 +290,7 @@ def _steer2edit(title: str, neurons: str | None) -> Way:
         return [
             {"heads_rho": heads, "neurons_rho": of_neurons, "alpha": alpha}
             for heads, of_neurons, alpha in STEER2EDIT_SETTINGS
-            if neurons is None or of_neurons is not None
+            if neurons is None or (of_neurons is not None and of_neurons * alpha < MOST_THRESHOLD)
         ]
 
     def make(material: Material, settings: Settings) -> Candidate:

@@ -89,22 +89,25 @@ def test_ways_named():
         ways_named(["keyd"])
 
 
+def _refuse(material, settings):
+    raise BrocaError("not in this model")
+
+
+NEVER = Way("never", "", "", False, lambda _: [{}], _refuse)
+
+
 @pytest.fixture(scope="module")
 def compared(llama, material, parts):
     choosing, reporting = (
         Evaluation(llama, parts[part], "en", "fr", most_prompts=3, new_tokens=8)
         for part in ("choose", "report")
     )
-    never = Way("never", "", "", False, lambda _: [{}], _refuse)
-    ways = {**ways_named(["prompt-target", "diffmean", "keyed"]), "never": never}
+    ways = {**ways_named(["prompt-target", "diffmean", "keyed"]), "never": NEVER}
     told = []
-    found = compare_ways(ways, material, choosing, reporting, told.append)
+    *earlier, found = compare_ways(ways, material, choosing, reporting, told.append)
+    assert [len(one.outcomes) for one in earlier] == [2, 3, 4]
     assert told == [way.title for way in ways.values()]
     return found, choosing, reporting
-
-
-def _refuse(material, settings):
-    raise BrocaError("not in this model")
 
 
 def test_settings_are_chosen_on_one_part_and_reported_on_another(compared, material):
@@ -133,12 +136,10 @@ def test_the_estimate_is_not_measured_on(compared, material, parts, monkeypatch)
     """What is measured does not change with the text that is estimated from, for a way that needs none."""
     found, choosing, reporting = compared
     other = Material(material.loaded, Corpus(LINES, "other", "estimate"), "en", "fr")
-    again = compare_ways(ways_named(["prompt-target"]), other, choosing, reporting)
+    (again,) = compare_ways(ways_named(["prompt-target"]), other, choosing, reporting)
     assert again.outcomes == found.outcomes[:2]
     with pytest.raises(BrocaError, match="no way could be tried"):
-        compare_ways(
-            {"never": Way("never", "", "", False, lambda _: [{}], _refuse)}, other, choosing, reporting
-        )
+        list(compare_ways({"never": NEVER}, other, choosing, reporting))
     assert editing.protocol.choose is choose
 
 
@@ -154,7 +155,7 @@ def test_an_instruction_is_used_to_choose_too(llama, parts):
         Noting(llama, parts[part], "en", "fr", most_prompts=1, new_tokens=2) for part in ("choose", "report")
     ]
     asked.clear()
-    compare_ways(ways_named(["prompt-source"]), Material(llama, parts["estimate"], "en", "fr"), *both)
+    list(compare_ways(ways_named(["prompt-source"]), Material(llama, parts["estimate"], "en", "fr"), *both))
     assert asked == [None, "Respond in French.", "Respond in French."]
 
 
