@@ -73,6 +73,9 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None) -> 
         picture_format(plot)
     names = _names(files)
     found = compare([load_neuron_set(file) for file in files], names)
+    if plot is not None:
+        # Before anything is printed: the reader of a pipe may leave early.
+        save_figure(comparison_figure(found), plot)
     for name, languages in zip(found.names, found.left_out, strict=True):
         if languages:
             screen.warn(f"{name}: {', '.join(languages)} left out, as not every set has it")
@@ -114,8 +117,6 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None) -> 
             ["", *found.languages],
             [[k, *row] for k, row in zip(found.languages, found.across[i, :, i].tolist(), strict=True)],
         )
-    if plot is not None:
-        save_figure(comparison_figure(found), plot)
     left_out = {name: list(languages) for name, languages in zip(found.names, found.left_out, strict=True)}
     screen.result(
         {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, OUT_FILE, PARTS, CommaSeparated, Many, device_options, json_option
+from cli.options import FILE, FINITE, OUT_FILE, PARTS, CommaSeparated, Many, device_options, json_option
 from cli.screen import Screen
 from cli.tables import plan_table
 
@@ -42,7 +42,7 @@ SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 @click.option("--blocks", type=CommaSeparated(), help="attn, mlp or both.  [default: the method's]")
 @click.option(
     "--strength",
-    type=float,
+    type=FINITE,
     help="keyed: the shift in multiples of the direction, shared by the layers; else multiplies the edit.  "
     "[default: keyed 3.5, else 1]",
 )
@@ -59,12 +59,12 @@ SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     help="Another setting of the method (--method list shows them).",
 )
 @click.option("--compose", type=FILE, multiple=True, metavar="EDIT...", help="Plans to do one after another.")
-@click.option("--invert", type=FILE, metavar="EDIT", help="A plan to take back.")
+@click.option("--invert", type=FILE, metavar="EDIT", help="A plan to take back; needs MODEL.")
 @click.option(
     "--restrict",
     type=FILE,
     metavar="EDIT",
-    help="A plan to cut to --layers, --heads and --neurons.",
+    help="A plan to cut to --layers, --heads and --neurons; needs MODEL.",
 )
 @click.option("--heads", help="--restrict: heads that may change, as 0,3.")
 @device_options
@@ -82,6 +82,7 @@ def command(**options: Any) -> None:
       broca edit artifacts/demo/model --method bake --direction direction.safetensors \\
           --layers 3 --corpus artifacts/demo/corpus --out edit.safetensors
       broca edit --compose first.safetensors second.safetensors --out both.safetensors
+      broca edit artifacts/demo/model --restrict edit.safetensors --layers 2-5 --out cut.safetensors
       broca edit --method list
     """
     asked = SimpleNamespace(**options)
@@ -114,6 +115,8 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> Plan:
     if asked.model is None:
         raise UsageError("name the MODEL that is to be edited")
     _refuse_foreign(asked, method)
+    for name in SPELLED_OUT:
+        _finite(name, getattr(asked, name))
     settings = method.read_settings(_assignments(asked))
     by_corpus = asked.languages if asked.neurons is None and asked.corpus is not None else None
     request = Request(
@@ -156,14 +159,18 @@ def _of_plans(asked: SimpleNamespace, operation: str) -> Plan:
     for name, value in vars(asked).items():
         if name not in meant and _was_given(name, value):
             raise UsageError(f"{_spelled(name)} means nothing to --{operation}: leave it out")
+    if operation != "compose" and asked.model is None:
+        raise UsageError(f"--{operation} needs MODEL, the one that the plan was made for")
+    if operation == "compose" and len(asked.compose) == 1 and asked.strength is None:
+        raise UsageError("--compose: name two plans or more, or a --strength for the one")
     source = None if asked.model is None else open_model(asked.model)
     if operation == "compose":
         plan = compose([load_plan(path) for path in asked.compose], source)
-    elif source is None:
-        raise UsageError(f"--{operation} needs MODEL, the one that the plan was made for")
     elif operation == "invert":
+        assert source is not None
         plan = inverted(source, load_plan(asked.invert))
     else:
+        assert source is not None
         layers = None if asked.layers is None else parse_layers(asked.layers, source.anatomy.layers)
         components: dict[int, dict[str, Any]] | None = None
         if asked.heads is not None or asked.neurons is not None:
@@ -198,6 +205,18 @@ def _assignments(asked: SimpleNamespace) -> dict[str, str]:
             raise UsageError(f"--set {assignment}: {name} is given twice")
         found[name] = value.strip()
     return found
+
+
+def _finite(name: str, value: str | None) -> None:
+    """Say of an option what ``--set`` would say of the setting that it is."""
+    from neurons.errors import UsageError
+
+    if value is None:
+        return
+    try:
+        float(value)
+    except ValueError as error:
+        raise UsageError(f"{_spelled(name)} {value}: give a number") from error
 
 
 def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:
@@ -260,10 +279,7 @@ def _list(screen: Screen) -> None:
     screen.table(
         "methods",
         ["method", "what it does", "source", "needs"],
-        [
-            [name, method.line, method.source, " ".join(f"--{need}" for need in method.needs) or "-"]
-            for name, method in METHODS.items()
-        ],
+        [[name, method.line, method.source, _inputs(method)] for name, method in METHODS.items()],
         words=4,
     )
     screen.table(
@@ -290,11 +306,22 @@ def _list(screen: Screen) -> None:
     )
 
 
+def _inputs(method: EditMethod) -> str:
+    """Options that a method must be given, and in brackets those that it may."""
+    may = [name for name in method.takes if name in _INPUTS]
+    return " ".join([*(f"--{name}" for name in method.needs), *(f"[--{name}]" for name in may)])
+
+
+_INPUTS = ("direction", "vector", "neurons", "statistics", "corpus")
+
+
 def _show(screen: Screen, plan: Plan, asked: SimpleNamespace) -> None:
     from editing.plan_warnings import plan_warnings
     from neurons.source import open_model
 
     plan_table(screen, plan, None if asked.model is None else open_model(asked.model).anatomy)
+    if plan.relative_change() is None:
+        screen.say("give MODEL to see how large the changes are beside its weights")
     warnings = plan_warnings(plan)
     for warning in warnings:
         screen.warn(warning)

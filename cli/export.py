@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, json_option, model_argument, out_option
+from cli.options import FILE, FINITE, json_option, model_argument, out_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="checkpoint: the whole model; lora: an adapter for PEFT and vLLM on top of MODEL.",
 )
-@click.option("--strength", type=float, help="Multiplies the edit, on top of the plan's own.  [default: 1]")
+@click.option("--strength", type=FINITE, help="Multiplies the edit, on top of the plan's own.  [default: 1]")
 @click.option("--verify", is_flag=True, help="Read every tensor back and compare it with MODEL and plan.")
 @click.option("--undoable", is_flag=True, help="Keep what the rounding takes, for --undo.")
 @click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result as this hub repository.")
@@ -60,12 +60,14 @@ def command(
       broca export artifacts/demo/model --edit edit.safetensors --undoable --out steered
       broca export steered --undo --out base
     """
-    from editing.staging import check_target
+    from editing.staging import check_target, place_apart
 
     _refuse_combinations(edit_path, undo, dequantise, form, strength, verify, undoable)
     screen = Screen(as_json)
-    if form == "checkpoint":
+    if form == "checkpoint" or not out.exists():
         check_target(out, overwrite)
+    if Path(model).is_dir():
+        place_apart(Path(model), out)
     if edit_path is None:
         result = (
             _undone(screen, model, out, overwrite) if undo else _dequantised(screen, model, out, overwrite)
@@ -82,8 +84,14 @@ def command(
             result = _exported(screen, model, plan, out, overwrite, verify, undoable)
     if repo is not None:
         from editing.hub import push
+        from neurons.errors import BrocaError
 
-        result["pushed"] = push(out, repo)
+        try:
+            result["pushed"] = push(out, repo)
+        except BrocaError as error:
+            raise BrocaError(
+                f"{out} is written, only the upload failed: {error}; then `hf upload {repo} {out}`"
+            ) from error
         screen.say(result["pushed"])
     screen.result({"out": out, **result}, out)
 

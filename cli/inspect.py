@@ -48,7 +48,9 @@ def command(file: Path, as_json: bool) -> None:
 
 
 def _header(screen: Screen, metadata: dict[str, Any]) -> None:
-    settings = ", ".join(f"{key} {value}" for key, value in metadata.get("settings", {}).items())
+    settings = ", ".join(
+        f"{key} {value}" for key, value in metadata.get("settings", {}).items() if value is not None
+    )
     packages = ", ".join(f"{key} {value}" for key, value in metadata["packages"].items())
     model = metadata.get("model") or "a model that the file does not name"
     screen.say(f"{metadata['kind']} of {model} (fingerprint {metadata.get('fingerprint') or 'unknown'})")
@@ -222,7 +224,9 @@ def _measured(screen: Screen, file: Path) -> None:
         value = json.loads(file.read_text(encoding="utf-8"))
         reports = [report_from_json(item) for item in (value if isinstance(value, list) else [value])]
     except (ValueError, KeyError, TypeError) as error:
-        raise BrocaError(f"{file}: not a report of broca evaluate or broca run") from error
+        raise BrocaError(
+            f"{file}: not a report of broca evaluate or broca run (of a checkpoint, name the directory)"
+        ) from error
     for report in reports:
         report_table(screen, report)
     screen.result({"reports": value})
@@ -246,7 +250,7 @@ def _checkpoint(screen: Screen, directory: Path) -> None:
         ["layers", anatomy.layers],
         ["residual width", anatomy.residual],
         ["neurons a layer", anatomy.neurons],
-        ["heads a layer", f"{anatomy.heads} of {anatomy.head_dim}"],
+        ["heads a layer", f"{anatomy.heads}, of width {anatomy.head_dim}"],
         ["tensors", len(entries)],
         ["bytes", ", ".join(f"{size:,} {dtype}" for dtype, size in sorted(dtypes.items()))],
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,24 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
         if not all(items):
             self.fail(f"{value!r} has an empty item: write en,fr,de", param, ctx)
         return items
+
+
+class Finite(click.ParamType[float]):
+    """A number, not NaN and not infinite."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+FINITE = Finite()
 
 
 class OutFile(click.ParamType[Path]):

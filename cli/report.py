@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from cli.options import FILE, json_option
+from cli.options import FILE, OUT_FILE, json_option
 from cli.screen import Screen
 
 
 @click.command("report")
 @click.argument("directory", metavar="DIR", type=FILE)
-@click.option("--out", type=FILE, help="File for the page (.html).  [default: DIR/report.html]")
+@click.option("--out", type=OUT_FILE, help="File for the page (.html).  [default: DIR/report.html]")
 @json_option
 def command(directory: Path, out: Path | None, as_json: bool) -> None:
     """Show all results that lie in DIR on one page: tables, heat maps, curves, text, settings and commands.

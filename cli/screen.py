@@ -85,7 +85,9 @@ class Screen:
         """Print a table; the first ``words`` columns are text, the others are numbers."""
         if self.as_json:
             return
-        table = Table(title=title, title_justify="left", title_style="bold")
+        # Not as the table's own title, which is folded at the width of the table.
+        self._out.print(Text(title, style="bold"), soft_wrap=True)
+        table = Table()
         for i, column in enumerate(columns):
             table.add_column(Text(column), justify="left" if i < words else "right", overflow="fold")
         for row in rows:

@@ -20,6 +20,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
     else:
         what = ", ".join(metadata.get("languages", [])) or "no language named"
     spreads = any("spread" in edit.notes for edit in plan.edits)
+    biases = any(edit.bias is not None for edit in plan.edits)
     rows = []
     for edit in plan.edits:
         notes = edit.notes
@@ -31,7 +32,8 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
             notes.get("change_norm"),
             edit.relative_change,
         ]
-        rows.append(row + ([notes["spread"]] if spreads else []))
+        own = [None if edit.bias is None else float(edit.bias.double().norm())] if biases else []
+        rows.append(row + ([notes.get("spread")] if spreads else []) + own)
     change = plan.relative_change()
     share = "" if change is None else f", ||dW||/||W|| {change:.3g}"
     screen.table(
@@ -44,6 +46,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
             "||dW||",
             "||dW||/||W||",
             *(["key spread"] if spreads else []),
+            *(["||bias||"] if biases else []),
         ],
         rows,
     )

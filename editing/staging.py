@@ -54,6 +54,8 @@ def check_target(target: Path, overwrite: bool = False) -> None:
     target = target.resolve()
     _clear_leftovers(target)
     if target.exists():
+        if not target.is_dir():
+            raise BrocaError(f"{target} is a file: name a directory to write.")
         if not overwrite:
             raise BrocaError(f"{target} exists already: add --overwrite, or write to another directory.")
         if not (target / "config.json").is_file():

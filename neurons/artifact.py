@@ -120,6 +120,8 @@ def load_artifact(path: Path, kind: str | None = None) -> Artifact:
     Raises:
         BrocaError: no such file, not a Broca file, another kind, or a newer format version.
     """
+    if path.is_dir():
+        raise BrocaError(f"{path}: is a directory: name the file in it")
     if not path.is_file():
         raise BrocaError(f"{path}: there is no such file")
     try:
@@ -130,7 +132,7 @@ def load_artifact(path: Path, kind: str | None = None) -> Artifact:
             metadata = json.loads(text)
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise BrocaError(f"{path}: not a readable Broca file ({error})") from error
+        raise BrocaError(f"{path}: not a file that Broca wrote, or a damaged one") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("format_version"), int):
         raise BrocaError(f"{path}: not a readable Broca file (its metadata is damaged)")
     found = str(metadata.get("kind"))

@@ -97,13 +97,13 @@ def test_a_newer_version_is_refused(tmp_path):
 def test_a_truncated_file_is_refused(saved, left):
     content = saved.read_bytes()
     saved.write_bytes(content[:left])
-    with pytest.raises(BrocaError, match="file: not a readable Broca file"):
+    with pytest.raises(BrocaError, match="file: not a file that Broca wrote"):
         load_artifact(saved)
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path):
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(BrocaError, match="there is no such file"):
+    for path, said in ((tmp_path / "nothing", "there is no such file"), (tmp_path, "is a directory")):
+        with pytest.raises(BrocaError, match=said):
             load_artifact(path)
 
 

@@ -275,7 +275,7 @@ REFUSALS = {
         2, "--subtract"),
     "neurons with names": (lambda f: ["convert", f / "first", "--languages", "en"], 2, "--languages"),
     "statistics to masks": (lambda f: ["convert", f / "statistics"], 1, "'neurons' is needed"),
-    "text": (lambda f: ["convert", f / "text"], 1, "not a readable Broca file"),
+    "text": (lambda f: ["convert", f / "text"], 1, "not a file that Broca wrote"),
     "no file": (lambda f: ["convert", f / "none"], 1, "no such file"),
     "no counts": (lambda f: ["convert", f"en={f / 'none'}"], 1, "no such file"),
     "one set": (lambda f: ["compare", f / "first"], 2, "two"),

@@ -13,6 +13,7 @@ from editing.study_report.markup import Markup
 from editing.study_report.neurons_section import neurons_content
 from editing.study_report.page import page
 from editing.study_report.provenance_section import again_content, files_content, provenance_content
+from editing.study_report.search_results import SearchResult
 from editing.study_report.search_section import search_content
 from editing.study_report.sections import Section
 from editing.study_report.steering_results import Choice, Steering
@@ -33,11 +34,7 @@ def study_page(found: Findings) -> bytes:
         *_each(
             "search",
             found.searches,
-            lambda one: (
-                f"Search: {one.result.source} to {one.result.target}"
-                if one.result.target
-                else f"Search: {one.file}"
-            ),
+            _search_title,
             lambda one, name: search_content(one.result, name),
         ),
         *_each(
@@ -95,6 +92,11 @@ def _each(
 
 def _steering_title(one: Named[Steering]) -> str:
     return f"Steering: {one.result.source} to {one.result.target} ({one.file})"
+
+
+def _search_title(one: Named[SearchResult]) -> str:
+    pair = f"{one.result.source} to {one.result.target} " if one.result.target else ""
+    return f"Search: {pair}({one.file})"
 
 
 def _source(found: Findings, choice: Named[Choice]) -> str | None:
