@@ -254,38 +254,49 @@ class Importances:
 
 
 class ConstantKeys:
-    """A direction baked in after any layer at any strength, each layer's key solved once.
+    """A direction baked in after any layer at any strength, all layers' keys solved once.
 
     Args:
         loaded: the model.
         corpus: what keys are solved on.
         direction: from this model.
+        layers: after which it may be baked; None allows all.
         progress: called with the number of tokens done.
     """
 
     def __init__(
-        self, loaded: LoadedModel, corpus: Corpus, direction: Direction, progress: Progress | None = None
+        self,
+        loaded: LoadedModel,
+        corpus: Corpus,
+        direction: Direction,
+        layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._loaded, self._corpus, self._direction = loaded, corpus, direction
+        self.layers = tuple(range(loaded.anatomy.layers) if layers is None else sorted(layers))
         self._progress = progress
-        self._at: dict[int, Plan] = {}
+
+    @cached_property
+    def _whole(self) -> Plan:
+        """After every layer, which no trial does."""
+        direction = self._direction
+        return bake_plan(
+            self._loaded,
+            self._corpus,
+            {layer: direction.vectors["block_out"][layer] for layer in self.layers},
+            progress=self._progress,
+            origin={
+                "source": direction.source,
+                "target": direction.target,
+                "method": direction.metadata.get("method"),
+            },
+        )
 
     def plan(self, layer: int, strength: float) -> Plan:
         """What ``bake_plan`` makes of the same, up to the last bits of float32."""
-        direction = self._direction
-        if layer not in self._at:
-            self._at[layer] = bake_plan(
-                self._loaded,
-                self._corpus,
-                {layer: direction.vectors["block_out"][layer]},
-                progress=self._progress,
-                origin={
-                    "source": direction.source,
-                    "target": direction.target,
-                    "method": direction.metadata.get("method"),
-                },
-            )
-        return self._at[layer].scaled(strength)
+        edits = [edit.scaled(strength) for edit in self._whole.edits if edit.layer == layer]
+        settings = {**self._whole.metadata["settings"], "layers": [layer], "strength": strength}
+        return make_plan(edits, {**self._whole.metadata, "settings": settings})
 
 
 def keyed_space(keys: Keys) -> Space:
@@ -347,14 +358,14 @@ def steer2edit_space(importances: Importances) -> Space:
     return Space(knobs, known, make)
 
 
-def bake_space(keys: ConstantKeys, layers: Sequence[int]) -> Space:
+def bake_space(keys: ConstantKeys) -> Space:
     """DiffMean baked in after one layer."""
 
     def make(settings: Settings) -> Plan:
         return keys.plan(int(str(settings["layer"])), float(settings["strength"]))
 
-    middle = sorted(layers)[len(layers) // 3]
-    knobs = {"layer": Knob(words=tuple(map(str, sorted(layers)))), "strength": Knob(0.25, 4.0, log=True)}
+    middle = keys.layers[len(keys.layers) // 3]
+    knobs = {"layer": Knob(words=tuple(map(str, keys.layers))), "strength": Knob(0.25, 4.0, log=True)}
     known: tuple[Settings, ...] = tuple({"layer": str(middle), "strength": own} for own in (1.0, 2.0))
     return Space(knobs, known, make)
 
@@ -370,8 +381,7 @@ def _steer2edit(
 
 
 def _bake(loaded: LoadedModel, corpus: Corpus, direction: Direction, layers: Any, progress: Any) -> Space:
-    chosen = range(loaded.anatomy.layers) if layers is None else layers
-    return bake_space(ConstantKeys(loaded, corpus, direction, progress), chosen)
+    return bake_space(ConstantKeys(loaded, corpus, direction, layers, progress))
 
 
 METHODS: dict[str, Callable[[LoadedModel, Corpus, Direction, Any, Any], Space]] = {
