@@ -59,7 +59,5 @@ def push(path: Path, repo: str, private: bool = False) -> str:
             ) from error
         raise BrocaError(f"{repo}: the hub says: {first_line(error)}") from error
     except (HTTPError, OSError) as error:
-        raise BrocaError(
-            f"{repo}: the hub cannot be reached ({first_line(error)}): try again"
-        ) from error
+        raise BrocaError(f"{repo}: the hub cannot be reached ({first_line(error)}): try again") from error
     return str(made)
