@@ -863,7 +863,7 @@ def test_existing_target(tmp_path: Path) -> None:
     make(tmp_path / "old")
     refused(source, tmp_path / "old", "exists already: add --overwrite")
     (tmp_path / "file").write_text("mine")
-    refused(source, tmp_path / "file", "exists already")
+    refused(source, tmp_path / "file", "is a file")
 
 
 def test_overwrite_spares_what_is_no_checkpoint(tmp_path: Path) -> None:
@@ -874,7 +874,7 @@ def test_overwrite_spares_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(make(tmp_path / "old"))
     (tmp_path / "nowhere").symlink_to("gone")
     refused(source, tmp_path / "documents", "not a checkpoint", overwrite=True)
-    refused(source, tmp_path / "file", "not a checkpoint", overwrite=True)
+    refused(source, tmp_path / "file", "is a file", overwrite=True)
     for name in ("link", "nowhere"):
         for overwrite in (False, True):
             refused(source, tmp_path / name, "symbolic link", overwrite=overwrite)

@@ -1,6 +1,5 @@
 """What the project claims of its shipped model, measured by the commands that a user runs."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -119,34 +118,32 @@ def test_the_same_job_again_gives_the_same_bytes(demo, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def matrix():
-    """The ablation matrix of gradient-contrast, through edit and export, on text not identified on."""
-    from editing.likelihood import nll_by_language
-    from neurons.batches import language_batches
-    from neurons.corpus import read_corpus
-    from neurons.identify import identify
-    from neurons.source import load_model
+def study(tmp_path_factory):
+    """`broca ablate` of gradient-contrast's neurons, on text that they were not found on."""
+    neurons = tmp_path_factory.mktemp("study") / "neurons.safetensors"
+    corpus = [DEMO / "model", "--corpus", DEMO / "corpus"]
+    broca("identify", *corpus, "--part", "estimate", "--out", neurons)
+    return broca(
+        "ablate", *corpus, "--part", "report", "--neurons", neurons, "--controls", "random", "--draws", "2"
+    )
 
-    specification = importlib.util.spec_from_file_location("ablation", ROOT / "benchmarks" / "ablation.py")
-    ablation = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(ablation)
-    loaded = load_model(str(DEMO / "model"), "cpu")
-    batches = language_batches(loaded, read_corpus(DEMO / "corpus", part="report"))
-    neurons = identify(loaded, read_corpus(DEMO / "corpus", part="estimate"), "gradient-contrast", 0.01)
-    base = nll_by_language(loaded, batches)
-    return ablation.matrix(loaded, neurons, batches, base, seeds=2)
+
+def rises(study, language):
+    """Rise of every language's NLL without one language's neurons."""
+    return {k: study["ablated"][language][k] - study["baseline"][k] for k in LANGUAGES}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_ablating_a_language_hurts_it_most(matrix, language):
-    rises = matrix[language]["rise"]
-    assert max(rises, key=rises.get) == language
+def test_ablating_a_language_hurts_it_most(study, language):
+    found = rises(study, language)
+    assert max(found, key=found.get) == language
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_ablating_a_language_hurts_five_times_as_much_as_chance(matrix, language):
-    assert matrix[language]["rise"][language] >= 5 * max(0.0, *matrix[language]["random"])
-    assert matrix[language]["rise"][language] > 0.02
+def test_ablating_a_language_hurts_five_times_as_much_as_chance(study, language):
+    own = rises(study, language)[language]
+    assert own >= 5 * max(0.0, study["random"][language][language] - study["baseline"][language])
+    assert own > 0.02
 
 
 def test_the_model_is_small_enough_to_ship_and_large_enough_to_serve():
