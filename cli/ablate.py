@@ -88,7 +88,7 @@ def command(**options: Any) -> None:
           --neurons neurons.safetensors --out ablation.json
       broca ablate MODEL --corpus DIR --neurons lape.safetensors gradient.safetensors random.safetensors
     """
-    from neurons import ablation_pictures
+    from neurons import ablation_pictures, pictures
     from neurons.ablation_ledger import LedgerFile
     from neurons.ablation_report import as_json, as_markdown
     from neurons.ablation_study import Settings, ablation_study
@@ -116,7 +116,7 @@ def command(**options: Any) -> None:
     )
     for picture in (asked.picture, asked.dose_picture):
         if picture is not None:
-            ablation_pictures.picture_format(picture)
+            pictures.picture_format(picture)
     if asked.dose_picture is not None and not settings.doses:
         raise UsageError("--dose-picture needs --doses, as 1%,2%,5%,10%")
     if asked.statistics is not None and not settings.moments():
@@ -139,9 +139,9 @@ def command(**options: Any) -> None:
         )
     document = as_json(study, _command(asked, paths))
     if asked.picture is not None:
-        ablation_pictures.save_figure(ablation_pictures.matrix_figure(study), asked.picture)
+        pictures.save_figure(ablation_pictures.matrix_figure(study), asked.picture)
     if asked.dose_picture is not None:
-        ablation_pictures.save_figure(ablation_pictures.doses_figure(study), asked.dose_picture)
+        pictures.save_figure(ablation_pictures.doses_figure(study), asked.dose_picture)
     if asked.out is not None:
         write_atomically(asked.out, json_bytes(document))
         LedgerFile(asked.out, "").remove()

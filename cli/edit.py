@@ -14,6 +14,7 @@ from cli.tables import plan_table
 if TYPE_CHECKING:
     from editing.edits.methods import EditMethod
     from editing.plan import Plan
+    from neurons.source import ModelSource
 
 LIST = "list"
 # Options that are settings of a method by another spelling.
@@ -35,7 +36,7 @@ SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 @click.option(
     "--languages",
     type=CommaSeparated(),
-    help="Which of the corpus; with --neurons, whose neurons.  [default: all]",
+    help="Which of the corpus; without one, whose neurons.  [default: all]",
 )
 @click.option("--part", type=click.Choice(PARTS), help="Which lines of the corpus.  [default: all]")
 @click.option("--layers", help="As 1-3 or 1,2,5.  [default: the method's]")
@@ -97,12 +98,12 @@ def command(**options: Any) -> None:
     operations = [name for name in ("compose", "invert", "restrict") if getattr(asked, name)]
     if len(operations) > 1:
         raise UsageError(f"--{' and --'.join(operations)} exclude each other: do one after the other")
-    plan = _of_plans(asked, operations[0]) if operations else _by_method(screen, asked)
+    plan, source = _of_plans(asked, operations[0]) if operations else _by_method(screen, asked)
     plan.save(asked.out)
-    _show(screen, plan, asked)
+    _show(screen, plan, source, asked)
 
 
-def _by_method(screen: Screen, asked: SimpleNamespace) -> Plan:
+def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSource]:
     from editing.direction import load_direction
     from editing.edits.methods import Request, method_of
     from neurons.corpus import read_corpus
@@ -118,7 +119,6 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> Plan:
     for name in SPELLED_OUT:
         _finite(name, getattr(asked, name))
     settings = method.read_settings(_assignments(asked))
-    by_corpus = asked.languages if asked.neurons is None and asked.corpus is not None else None
     request = Request(
         asked.model,
         asked.device,
@@ -127,7 +127,9 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> Plan:
         vector=asked.vector,
         neurons=None if asked.neurons is None else load_neuron_set(asked.neurons),
         statistics=None if asked.statistics is None else load_statistics(asked.statistics),
-        corpus=None if asked.corpus is None else read_corpus(asked.corpus, by_corpus, asked.part or "all"),
+        corpus=None
+        if asked.corpus is None
+        else read_corpus(asked.corpus, asked.languages, asked.part or "all"),
         languages=asked.languages,
         blocks=asked.blocks,
         strength=asked.strength,
@@ -142,10 +144,10 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> Plan:
         request.layers = parse_layers(asked.layers, source.anatomy.layers)
     with screen.progress("Recording activations", None, "tokens") as advance:
         request.progress = advance
-        return method.make(request)
+        return method.make(request), source
 
 
-def _of_plans(asked: SimpleNamespace, operation: str) -> Plan:
+def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource | None]:
     """Plans composed, inverted or restricted."""
     from editing.algebra import compose, inverted, restricted
     from editing.plan import load_plan
@@ -188,7 +190,7 @@ def _of_plans(asked: SimpleNamespace, operation: str) -> Plan:
                         for neuron in neurons.by_layer(language)[layer].tolist()
                     }
         plan = restricted(source, load_plan(asked.restrict), layers, components)
-    return plan if asked.strength is None else plan.scaled(asked.strength)
+    return plan if asked.strength is None else plan.scaled(asked.strength), source
 
 
 def _assignments(asked: SimpleNamespace) -> dict[str, str]:
@@ -315,11 +317,10 @@ def _inputs(method: EditMethod) -> str:
 _INPUTS = ("direction", "vector", "neurons", "statistics", "corpus")
 
 
-def _show(screen: Screen, plan: Plan, asked: SimpleNamespace) -> None:
+def _show(screen: Screen, plan: Plan, source: ModelSource | None, asked: SimpleNamespace) -> None:
     from editing.plan_warnings import plan_warnings
-    from neurons.source import open_model
 
-    plan_table(screen, plan, None if asked.model is None else open_model(asked.model).anatomy)
+    plan_table(screen, plan, None if source is None else source.anatomy)
     if plan.relative_change() is None:
         screen.say("give MODEL to see how large the changes are beside its weights")
     warnings = plan_warnings(plan)

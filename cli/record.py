@@ -83,6 +83,11 @@ def command(**options: Any) -> None:
         return
     statistics.save(asked.out)
     finished(asked.out)
+    in_blocks = [name for name in names if METHODS[name].reads not in (reads, NOTHING)]
+    if in_blocks:
+        screen.say(
+            f"read text by text for all methods; {', '.join(in_blocks)} alone would read it joined into full blocks"
+        )
     for language, share in statistics.metadata["unknown"].items():
         screen.warn(f"the tokenizer does not know {share:.0%} of the tokens of {language!r}")
     screen.table(

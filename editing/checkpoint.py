@@ -16,8 +16,7 @@ from safetensors.torch import save
 
 from editing.file_copy import copies
 from editing.rounding import EditedBlock, all_finite, round_once
-from editing.staging import check_room, place_apart, staging
-from editing.staging import check_target as check_target
+from editing.staging import check_room, check_target, place_apart, staging
 from neurons.errors import BrocaError
 from neurons.quantisation import is_quantised, way_out
 from neurons.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from editing.direction import Direction
-from editing.edits.keyed import keyed_plan
+from editing.edits.keyed import keyed_plans
 from editing.edits.steer2edit import steer2edit_plan
 from editing.evaluation import Evaluation, Outcome
 from editing.live import applied
@@ -130,13 +130,11 @@ def keyed_candidates(
     layers: Sequence[int] | None = None,
     neurons: NeuronSet | None = None,
 ) -> list[Candidate]:
-    """The keyed edit at some strengths; the keys are solved once."""
-    whole = keyed_plan(loaded, corpus, direction, layers, 1.0, neurons)
-    found = []
-    for strength in strengths:
-        plan = whole.scaled(strength)
-        found.append(Candidate(KEYED, plan.metadata["settings"], plan, partial(applied, loaded, plan)))
-    return found
+    """The keyed edit at some strengths."""
+    return [
+        Candidate(KEYED, plan.metadata["settings"], plan, partial(applied, loaded, plan))
+        for plan in keyed_plans(loaded, corpus, direction, strengths, layers, neurons)
+    ]
 
 
 def measure_candidates(

@@ -1,4 +1,4 @@
-"""SteeringControl's two numbers (arXiv 2509.13450) for languages: what is reached, and what else moves.
+"""What is reached, and what else moves: two numbers in the terms of SteeringControl (arXiv 2509.13450).
 
 With y the share of answers that are in the language that is wanted and no failure, base and steered, all in
 [0, 1]:
@@ -9,7 +9,8 @@ With y the share of answers that are in the language that is wanted and no failu
 y_target is taken on prompts of the source language, where the target is wanted; y_k on prompts of every
 language k but the source, where k itself is wanted, steered or not.  Effectiveness is the part of the way
 that was possible, and below 0 where steering takes away; entanglement is 0 where no other language moves.
-The paper's behaviours are answers of data sets; these definitions put languages in their place.
+The paper's behaviours are answers of data sets.  These definitions are Broca's, for languages, and not checked
+against the paper's own formulas.
 """
 
 from __future__ import annotations

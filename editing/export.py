@@ -14,7 +14,6 @@ from editing.model_card import model_card
 from editing.plan import Plan
 from editing.rounding import EditedBlock
 from editing.tensor_edits import AddedBiases, TensorEdit, added_biases, tensor_edits
-from editing.tensor_edits import check_shape as check_shape
 from editing.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
 from editing.verification import Verified, verify
 from neurons.errors import BrocaError

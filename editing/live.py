@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from editing.export import check_shape
 from editing.plan import ModuleEdit, Plan
 from editing.rounding import round_once
+from editing.tensor_edits import check_shape
 from editing.weights import Weights
 from neurons.errors import BrocaError
 from neurons.source import LoadedModel

@@ -10,9 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from neurons.ablation_study import SetOutcome, Study
-from neurons.pictures import MOST_NUMBERED, WIDEST, picture_format, save_figure
-
-__all__ = ["doses_figure", "matrix_figure", "picture_format", "save_figure"]
+from neurons.pictures import MOST_NUMBERED, WIDEST
 
 COLOURS = "RdBu_r"
 _COLUMNS = 3

@@ -1,14 +1,34 @@
 """Checkpoints, loaded models and a corpus that all tests share; none of them may be changed."""
 
+import sys
+
 import models
 import pytest
 import torch
 
+from cli.main import main
 from neurons.corpus import read_corpus
 from neurons.source import load_model
 
 # The models are tiny: threads cost more than they bring, above all on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def broca(monkeypatch, capsys):
+    """Run ``broca ARGUMENTS`` in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["broca", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from click.exceptions import Abort
 from click.testing import CliRunner
 
 from cli.ablate import command
-from neurons import ablation_pictures
+from neurons import ablation_pictures, pictures
 from neurons.ablation import TextLosses
 from neurons.ablation_matrix import Changes, bootstrapped, clear_of, largest_is_own, specificity
 from neurons.ablation_report import as_json, as_markdown
@@ -311,8 +311,8 @@ def test_pictures_hold_every_number(small, tmp_path):
     curves = ablation_pictures.doses_figure(study)
     assert len(curves.axes[0].lines) == 2 * 3 + 1
     for suffix in ("png", "svg"):
-        ablation_pictures.save_figure(figure, tmp_path / f"m.{suffix}")
-        ablation_pictures.save_figure(curves, tmp_path / f"d.{suffix}")
+        pictures.save_figure(figure, tmp_path / f"m.{suffix}")
+        pictures.save_figure(curves, tmp_path / f"d.{suffix}")
 
 
 @pytest.fixture

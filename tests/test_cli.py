@@ -11,23 +11,6 @@ import pytest
 from cli.main import COMMANDS, main
 
 
-@pytest.fixture
-def broca(monkeypatch, capsys):
-    """Run ``broca ARGUMENTS`` in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["broca", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """The invented languages under names that the language identifier knows."""

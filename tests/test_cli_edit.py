@@ -39,21 +39,6 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def broca(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["broca", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 WAYS = {
     "keyed": ["--direction", "direction", "--corpus", "text"],
     "steer2edit": ["--direction", "direction", "--neurons-rho", "0.1", "--alpha", "0.1"],
@@ -156,6 +141,17 @@ def test_two_plans_are_compared_and_drawn(broca, two, tmp_path):
     assert {row["layer"] for row in json.loads(out)["modules"]} == {0, 1, 2}
     assert broca("plot", two[1], "--out", tmp_path / "plan.svg")[0] == 0
     assert (tmp_path / "plan.svg").stat().st_size > 1000
+
+
+def test_languages_choose_the_corpus_also_beside_a_neuron_set(broca, files, tmp_path):
+    given = arguments_of(files, [*WAYS["keyed"], "--neurons", "neurons"])
+    kept = []
+    for extra in ([], ["--languages", "qaa,qab"]):
+        out = tmp_path / "edit.safetensors"
+        status, _, err = broca("edit", files / "model", *given, *extra, "--out", out)
+        assert status == 0, err
+        kept.append(set(load_plan(out).edits[0].notes["key_means"]))
+    assert kept == [{"qaa", "qab", "qac"}, {"qaa", "qab"}]
 
 
 def test_the_list_says_what_each_needs(broca):

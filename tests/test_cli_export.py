@@ -1,35 +1,16 @@
 """``broca export`` as a user types it: verified, undone, dequantised, as an adapter, and nonsense refused."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from cli.main import main
 from editing.plan import ModuleEdit, make_plan
 from neurons.fingerprint import fingerprint
 from neurons.source import open_model
 from neurons.tensor_files import read_tensor, tensor_entries
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture
-def broca(monkeypatch, capsys):
-    """Run ``broca ARGUMENTS`` in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["broca", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

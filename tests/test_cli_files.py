@@ -1,34 +1,15 @@
 """The commands over files, without a model: convert, compare, plot, merge and inspect, as a user types them."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from cli.main import main
 from neurons.artifact import save_artifact
 from neurons.neuron_set import load_neuron_set, neuron_set
 from neurons.statistics import Statistics, load_statistics
 
 LAYERS, WIDTH = 2, 8
-
-
-@pytest.fixture
-def broca(monkeypatch, capsys):
-    """Run ``broca ARGUMENTS`` in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["broca", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def rows(*pairs):

@@ -242,6 +242,26 @@ def _edit(
     )
 
 
+def keyed_plans(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    direction: Direction,
+    strengths: Sequence[float],
+    layers: Sequence[int] | None = None,
+    neurons: NeuronSet | None = None,
+) -> tuple[Plan, ...]:
+    """``keyed_plan`` at several strengths: solved once, and anew for each where a norm follows.
+
+    A norm bends what the strength multiplies, so there a plan at twice the strength is not twice the plan.
+    """
+    if not loaded.anatomy.residual_output:
+        return tuple(
+            keyed_plan(loaded, corpus, direction, layers, strength, neurons) for strength in strengths
+        )
+    whole = keyed_plan(loaded, corpus, direction, layers, 1.0, neurons)
+    return tuple(whole.scaled(strength) for strength in strengths)
+
+
 def _key(place: Place, moments: Moments, wanted: _Wanted) -> tuple[Key, dict[str, Any]]:
     """The key, and notes of how it was made sparse."""
     problem = key_problem(
