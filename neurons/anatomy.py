@@ -313,9 +313,42 @@ def anatomy_of(model: Any) -> Anatomy:
     if layout is None:
         layout = examine(model)
         _check_activation(config, layout)
-    blocks = tuple(_submodule(model, layout.layers).children())
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return assembled(
+        layout,
+        model.config.model_type,
+        tuple(_submodule(model, layout.layers).children()),
+        residual=config.hidden_size,
+        heads=heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def assembled(
+    layout: Layout,
+    model_type: str,
+    blocks: tuple[nn.Module, ...],
+    *,
+    residual: int,
+    heads: int,
+    head_dim: int,
+) -> Anatomy:
+    """The anatomy of decoder layers whose layout is known, once their parts are found and measured.
+
+    Args:
+        layout: of the family, settled for this model.
+        model_type: the config's.
+        blocks: the decoder layers; of each, at least the modules that the layout names.
+        residual: width d of the residual stream.
+        heads: query heads A a layer.
+        head_dim: width D of a head.
+
+    Raises:
+        BrocaError: no layers, or a module that is missing, of an unexpected shape or unlike the other
+            layers'; by name.
+    """
+    if not blocks:
+        raise BrocaError(f"{model_type} without layers: set their number in config.json")
     paths = dict(layout.outputs)
     if layout.mixture is not None:
         paths["mlp"] = layout.gate
@@ -331,9 +364,9 @@ def anatomy_of(model: Any) -> Anatomy:
         else tuple(_part(block, layout.mixture, layer) for layer, block in enumerate(blocks))
     )
     found = Anatomy(
-        model_type=model.config.model_type,
+        model_type=model_type,
         layers=len(blocks),
-        residual=config.hidden_size,
+        residual=residual,
         neurons=0,
         heads=heads,
         head_dim=head_dim,

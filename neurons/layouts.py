@@ -40,6 +40,29 @@ class BiasSwitch:
 
 
 @dataclass(frozen=True)
+class ConfigNames:
+    """What a dense family's config.json says of its shapes, and under which names (transformers' own first).
+
+    Attributes:
+        layers: names of the number of layers; where several are there, they must agree (here and below).
+        heads: of the number of query heads.
+        residual: of the width d.
+        width: of the number of neurons I.
+        widening: I / d where config.json leaves I open; None where it must say it.
+        biases: block -> whether its output module has a bias, or the setting that says so; no entry: none.
+        part: the key that the language model's settings lie under in a wrapper's config.json.
+    """
+
+    layers: tuple[str, ...] = ("num_hidden_layers",)
+    heads: tuple[str, ...] = ("num_attention_heads",)
+    residual: tuple[str, ...] = ("hidden_size",)
+    width: tuple[str, ...] = ("intermediate_size",)
+    widening: int | None = None
+    biases: Mapping[str, bool | str] = field(default_factory=dict)
+    part: str | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """How one family names its parts.
 
@@ -66,6 +89,7 @@ class Layout:
             its modules, so that hooks see nothing; None where there is none.
         bias_switches: block -> the setting that gives its output module a bias, where the family has one.
         examined: found by structure, not from the table: accepted only with a self-check.
+        names: how its config.json is read where transformers is not asked; None: it always is.
     """
 
     layers: str
@@ -85,6 +109,7 @@ class Layout:
     bypassed_by: str | None = None
     bias_switches: Mapping[str, BiasSwitch] = field(default_factory=dict)
     examined: bool = False
+    names: ConfigNames | None = None
 
     def for_config(self, text: Any) -> Layout:
         """The layout of one model: what depends on its (text) config is settled."""
@@ -108,6 +133,7 @@ def _dense(
     up: str | None = None,
     transposed: bool = False,
     prefixes: tuple[str, ...] = (),
+    names: ConfigNames = ConfigNames(),
     **rest: Any,
 ) -> Layout:
     """A family without experts; old files may lack the first part of ``layers``, the base model's name."""
@@ -119,6 +145,7 @@ def _dense(
         prefixes=prefixes or (f"{layers}.", f"{layers.partition('.')[2]}."),
         stored=_plain(attn, mlp, transposed),
         transposed=("attn", "mlp") if transposed else (),
+        names=names,
         **rest,
     )
 
@@ -138,10 +165,25 @@ def _mixture(*down: StoredForm, **rest: Any) -> Layout:
 
 
 _GATED = _dense("model.layers", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
+_BIAS_IN_ATTENTION = ConfigNames(biases={"attn": "attention_bias"})
+_GPT2_NAMES = ConfigNames(
+    layers=("num_hidden_layers", "n_layer"),
+    heads=("num_attention_heads", "n_head"),
+    residual=("hidden_size", "n_embd"),
+    width=("n_inner",),
+    widening=4,
+    biases={"attn": True, "mlp": True},
+)
 _EACH_EXPERT = StoredForm("mlp.experts.{expert}.down_proj.weight")
 _ALL_EXPERTS = StoredForm("mlp.experts.down_proj", fused=True)
 # Gemma 2 and 3 normalise what attention and MLP return before they add it.
-_GEMMA = replace(_GATED, activation="hidden_activation", residual=False, softcap="final_logit_softcapping")
+_GEMMA = replace(
+    _GATED,
+    activation="hidden_activation",
+    residual=False,
+    softcap="final_logit_softcapping",
+    names=_BIAS_IN_ATTENTION,
+)
 
 # model_type of the config -> layout
 LAYOUTS: dict[str, Layout] = {
@@ -155,11 +197,12 @@ LAYOUTS: dict[str, Layout] = {
             ),
             "mlp": BiasSwitch("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
         },
+        names=ConfigNames(biases={"attn": "attention_bias", "mlp": "mlp_bias"}),
     ),
     "mistral": _GATED,
     "qwen2": _GATED,
-    "qwen3": _GATED,
-    "gemma": _GATED,
+    "qwen3": replace(_GATED, names=_BIAS_IN_ATTENTION),
+    "gemma": replace(_GATED, names=_BIAS_IN_ATTENTION),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     # The vision-language wrapper, which leaves the soft cap out.
@@ -173,9 +216,16 @@ LAYOUTS: dict[str, Layout] = {
             "language_model.model.model.layers.",
         ),
         softcap=None,
+        names=replace(_BIAS_IN_ATTENTION, part="text_config"),
     ),
     "phi3": replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
-    "phi": _dense("model.layers", "self_attn.dense", "mlp.fc2", "mlp.fc1"),
+    "phi": _dense(
+        "model.layers",
+        "self_attn.dense",
+        "mlp.fc2",
+        "mlp.fc1",
+        names=ConfigNames(biases={"attn": True, "mlp": True}),
+    ),
     "gpt2": _dense(
         "transformer.h",
         "attn.c_proj",
@@ -183,6 +233,7 @@ LAYOUTS: dict[str, Layout] = {
         "mlp.c_fc",
         transposed=True,
         activation="activation_function",
+        names=_GPT2_NAMES,
     ),
     "opt": _dense(
         "model.decoder.layers",
@@ -191,6 +242,7 @@ LAYOUTS: dict[str, Layout] = {
         "fc1",
         activation="activation_function",
         residual_unless=("do_layer_norm_before", False),
+        names=ConfigNames(width=("ffn_dim",), biases={"attn": "enable_bias", "mlp": "enable_bias"}),
     ),
     "bloom": _dense(
         "transformer.h",
@@ -200,10 +252,22 @@ LAYOUTS: dict[str, Layout] = {
         activation=None,
         residual_unless=("apply_residual_connection_post_layernorm", True),
         bypassed_by="slow_but_exact",
+        names=replace(_GPT2_NAMES, residual=("hidden_size", "n_embed"), width=()),
     ),
-    "gpt_neox": _dense("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
+    "gpt_neox": _dense(
+        "gpt_neox.layers",
+        "attention.dense",
+        "mlp.dense_4h_to_h",
+        "mlp.dense_h_to_4h",
+        names=ConfigNames(biases={"attn": "attention_bias", "mlp": True}),
+    ),
     "gptj": _dense(
-        "transformer.h", "attn.out_proj", "mlp.fc_out", "mlp.fc_in", activation="activation_function"
+        "transformer.h",
+        "attn.out_proj",
+        "mlp.fc_out",
+        "mlp.fc_in",
+        activation="activation_function",
+        names=replace(_GPT2_NAMES, biases={"mlp": True}),
     ),
     "falcon": _dense(
         "transformer.h",
@@ -211,9 +275,15 @@ LAYOUTS: dict[str, Layout] = {
         "mlp.dense_4h_to_h",
         "mlp.dense_h_to_4h",
         activation="activation",
+        names=ConfigNames(
+            residual=("hidden_size", "n_embed"),
+            width=("ffn_hidden_size",),
+            widening=4,
+            biases={"attn": "bias", "mlp": "bias"},
+        ),
     ),
-    "olmo2": replace(_GATED, residual=False),
-    "cohere": replace(_GATED, logit_scale="logit_scale"),
+    "olmo2": replace(_GATED, residual=False, names=_BIAS_IN_ATTENTION),
+    "cohere": replace(_GATED, logit_scale="logit_scale", names=_BIAS_IN_ATTENTION),
     "mixtral": _mixture(
         StoredForm("block_sparse_moe.experts.{expert}.w2.weight"),
         StoredForm("mlp.experts.{expert}.w2.weight"),

@@ -18,6 +18,7 @@ from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
 from neurons.quantisation import way_out
 from neurons.self_check import checked, checked_by_likeness
+from neurons.stored_anatomy import stored_anatomy
 from neurons.tensor_files import read_tensor, tensor_entries
 
 # Second copies of the weights, in layouts that transformers does not read.
@@ -130,6 +131,9 @@ def pick_device(device: str = "auto") -> torch.device:
 def open_model(model: str) -> ModelSource:
     """Look at a checkpoint without reading its weights.
 
+    Of most known architectures, config.json and the tensors' headers say enough (``neurons.stored_anatomy``);
+    transformers, whose classes cost seconds and 150 MB to import, is asked only about the others.
+
     An architecture that Broca does not know is examined by its structure and must pass the self-check on
     a small random model of the same config class: two layers, a few hundred tokens, narrow where the
     architecture lets itself be.  ``load_model`` repeats the check on the model itself.
@@ -139,10 +143,12 @@ def open_model(model: str) -> ModelSource:
         BrocaError: quantised, or an unknown architecture that does not pass.
     """
     checkpoint = locate(model)
-    config = _config(model, checkpoint)
-    anatomy = anatomy_of(_empty(config))
-    if anatomy.layout.examined:
-        anatomy = replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+    anatomy = _from_files(checkpoint)
+    if anatomy is None:
+        config = _config(model, checkpoint)
+        anatomy = anatomy_of(_empty(config))
+        if anatomy.layout.examined:
+            anatomy = replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
     return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy)
 
 
@@ -218,6 +224,16 @@ def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:
                 )
 
 
+def _from_files(checkpoint: Path) -> Anatomy | None:
+    """None also where a file is damaged: what is wrong with it is then said on the way through transformers."""
+    try:
+        settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        entries = tensor_entries(checkpoint)
+    except (OSError, ValueError, RecursionError, BrocaError):
+        return None
+    return stored_anatomy(settings, entries) if isinstance(settings, dict) else None
+
+
 def _empty(config: Any) -> Any:
     """The model without its weights, on the meta device.
 
@@ -233,6 +249,12 @@ def _empty(config: Any) -> Any:
         raise BrocaError(
             f"architecture {config.model_type!r} is not known to Broca, nor to transformers as a causal "
             f"language model ({first_line(error)})"
+        ) from error
+    # Sizes that pass a config class, and are none: what building stumbles over them with may be anything.
+    except Exception as error:
+        raise BrocaError(
+            f"architecture {config.model_type!r}: no model can be built as its config.json says "
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -255,8 +277,19 @@ def _config(model: str, checkpoint: Path) -> Any:
 
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint)
+        text = config.get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise BrocaError(f"{model}: its config.json cannot be read ({first_line(error)})") from error
+    # A config class may refuse a value in any way, and takes lines to say which.
+    except Exception as error:
+        raise BrocaError(
+            f"{model}: its config.json cannot be read ({' '.join(str(error).split())})"
+        ) from error
+    if not isinstance(text, transformers.PreTrainedConfig):
+        raise BrocaError(
+            f"{model}: its config.json cannot be read (it has a part for the language model, which "
+            f"{config.model_type!r} has not)"
+        )
     layout_of(config)
     if getattr(config, "quantization_config", None):
         raise BrocaError(
