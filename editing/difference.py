@@ -4,7 +4,8 @@ For each output weight, W [d, n] in the base and W' in the edited checkpoint, wh
 multiples of a spacing t(W'_ij), the first of these that holds is taken:
 
     column scale   every column that differs is c_j W_j up to one rounding: the intervals
-                   [W'_ij -+ t/2] / W_ij have a number c_j in common (0 for a column of zeros)
+                   [W'_ij -+ t/2] / W_ij have a number c_j in common (0 for a column of zeros);
+                   16-bit numbers may come from float32, whose own roundings widen them a little
     row scale      the same, of rows
     low rank       W' - W on the columns that are not scaled is U K^T: its singular values above the noise
 
@@ -43,6 +44,7 @@ _NAMED_AT_MOST = 3
 # Columns are fitted in groups: the intervals take several times the room of the weight.
 _NUMBERS_AT_ONCE = 1 << 22
 _FIRST_ROWS = 32
+_FLOAT32, _SMALL = 2.0**-24, 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,12 @@ def _proportional(
     # Below a power of two the numbers lie twice as close.
     inner = torch.where(torch.frexp(changed.abs())[0] == 0.5, spacing / 4, spacing / 2)
     outer = spacing / 2
+    if dtype.itemsize == 2:
+        # Of c W, or of W + (c - 1) W, before the cast; small scales are computed in float64.
+        before = torch.where(
+            changed.abs() < _SMALL * weight.abs(), 0.0, changed.abs() + 2 * (changed - weight).abs()
+        )
+        inner, outer = inner + _FLOAT32 * before, outer + _FLOAT32 * before
     low = changed - torch.where(changed > 0, inner, outer)
     high = changed + torch.where(changed < 0, inner, outer)
     ends = torch.stack([low / weight, high / weight])

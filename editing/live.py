@@ -51,7 +51,7 @@ def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo:
         if not edit.changes(piece.columns):
             continue
         stored = weights.read_piece(piece, entry)
-        edited = round_once(edit.apply(stored, 0, piece.columns.start), stored.dtype)
+        edited = edit.rounded(stored, 0, piece.columns.start).stored
         own = loaded.anatomy.columns(edit.block, live, piece.columns)
         undo.callback(own.copy_, own.clone())
         own.copy_(edited)

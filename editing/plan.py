@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
-from editing.rounding import EditedBlock, edited_and_rounded
+from editing.rounding import EditedBlock, edited_and_rounded, float32_is_enough
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
 from neurons.errors import BrocaError, NothingToChangeError
@@ -73,8 +73,7 @@ class ModuleEdit:
             first_column: index of the block's first column in W.
 
         Returns:
-            [rows, columns] in float64: the cast to the stored dtype is the only rounding that shows, and
-            the report of what survives it is right even for edits that are too small to survive.
+            [rows, columns] in float64.
         """
         exact = torch.float64
         rows = slice(first_row, first_row + weight.shape[0])
@@ -93,10 +92,10 @@ class ModuleEdit:
     def rounded(
         self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0, transposed: bool = False
     ) -> EditedBlock:
-        """``apply``, rounded once to the weight's dtype: the same bits at a fraction of the time.
+        """W' as a checkpoint holds it, for a block of rows and columns: computed in float32, cast once.
 
         Args:
-            weight: [rows, columns], or with ``transposed`` a block of W^T.
+            weight: [rows, columns] in its stored dtype, or with ``transposed`` a block of W^T.
             first_row: index of the block's first row in W, or in W^T.
             first_column: likewise.
             transposed: (W')^T = diag(c) W^T diag(r) + K U^T.
@@ -116,6 +115,7 @@ class ModuleEdit:
             part(of_columns[0], columns),
             part(of_rows[1], rows),
             part(of_columns[1], columns),
+            in_float32=float32_is_enough(self.row_scale, self.column_scale),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Numbers cast to a stored dtype with one rounding, and edited weights at the speed of float32 with the same bits."""
+"""Numbers cast to a stored dtype with one rounding, and edited weights computed in float32 and cast once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Numbers beyond this are left to float64, in which nothing on the way to the result overflows.
-_NO_OVERFLOW = 2.0**120
-# Float64 for single numbers costs about this many times what it costs for whole blocks.
-_FEW = 4
+# Scales nearer to 0 than this, but not 0, are left to float64: W (c - 1) + W keeps the size of W's roundings.
+_SMALLEST_SCALE = 2.0**-6
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -27,9 +25,10 @@ def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no number is infinite or none; of 16-bit numbers by their bits, several times as fast."""
-    if values.dtype in (torch.bfloat16, torch.float16) and values.numel():
-        return math.isfinite(_largest_stored(values))
+    """Whether no number is infinite or none."""
+    # Nothing that is not finite adds up to something finite; what is finite can, rarely, overflow.
+    if math.isfinite(float(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))):
+        return True
     return bool(torch.isfinite(values).all())
 
 
@@ -47,98 +46,69 @@ class EditedBlock:
     change: torch.Tensor
 
 
+def float32_is_enough(row_scale: torch.Tensor | None, column_scale: torch.Tensor | None) -> bool:
+    """Whether ``edited_and_rounded`` may compute in float32: no scale is tiny without being 0.
+
+    To be asked of a whole edit, so that its blocks are computed alike.
+
+    Args:
+        row_scale: r [d] or None.
+        column_scale: c [n] or None.
+    """
+    smallest = 1.0
+    for scale in (row_scale, column_scale):
+        if scale is not None and scale.numel():
+            smallest *= float(torch.where(scale == 0, 1, scale.abs()).min().clamp(max=1))
+    return smallest >= _SMALLEST_SCALE
+
+
 def edited_and_rounded(
     weight: torch.Tensor,
     row_scale: torch.Tensor | None = None,
     column_scale: torch.Tensor | None = None,
     left: torch.Tensor | None = None,
     right: torch.Tensor | None = None,
+    in_float32: bool = True,
 ) -> EditedBlock:
-    """``round_once(diag(r) W diag(c) + U K^T)`` of the float64 values, computed in float32 wherever that is enough.
+    """diag(r) W diag(c) + U K^T, computed in float32 as W + (W (r c - 1) + U K^T) and cast once.
 
-    With |x - x64| <= e for the float32 value x, the stored numbers of x - e and x + e are the same nearly
-    everywhere, and are then that of x64, because rounding is monotone.  The rest, some per mille, is computed
-    in float64.  A plain cast of x would round twice: it gives the other neighbour wherever a tie lies between
-    x and x64, and more where U K^T all but cancels W.
+    With e = 2^-24 (|W| + |W (r c - 1)| + sum over ranks of |U K^T|), a number before the cast is within
+    (4 + 2 rank) e of the float64 answer.  Each product and each sum is rounded by itself and in the order
+    of the rank, so that the bits are the same on every machine.  Where float32 overflows, and for weights
+    stored as float32 or float64, all is computed in float64.
 
     Args:
-        weight: W [rows, columns] in its stored dtype; for float32 and float64 all is computed in float64.
+        weight: W [rows, columns] in its stored dtype.
         row_scale: r, float32 [rows] or None.
         column_scale: c, float32 [columns] or None.
         left: U, float32 [rows, rank] or None.
         right: K, float32 [columns, rank] or None, together with ``left``.
+        in_float32: False to compute in float64 (see ``float32_is_enough``).
     """
-    if weight.dtype in (torch.bfloat16, torch.float16) and weight.numel():
-        base = weight.to(torch.float32)
-        most = _largest_stored(weight)
-        rows_most, columns_most = _largest(row_scale), _largest(column_scale)
-        # r w c - w = w (c - 1) + w (r - 1) c.
-        change = torch.zeros_like(base) if column_scale is None else base * (column_scale - 1)
-        size = most * (2 + columns_most)
-        if row_scale is not None:
-            turned = base * (row_scale - 1)[:, None]
-            change += turned if column_scale is None else turned.mul_(column_scale)
-            size += most * (1 + rows_most) * columns_most
-        rank = 0
-        if left is not None and right is not None:
-            rank = left.shape[1]
-            # One after another, not a matrix product: its precision is a setting of the process.
-            for column, key in zip(left.T, right.T, strict=True):
-                change.addcmul_(column[:, None], key)
-                size += _largest(column) * _largest(key)
-        # More than all roundings together (six of scales and sums, two for each rank, two for the shifts), and
-        # than what is lost below the smallest numbers.
-        slack = size * (2 * rank + 9) * 2.0**-24 + 2.0**-140 * (1 + columns_most)
-        if size < _NO_OVERFLOW:
-            near = base.add_(change).sub_(slack)
-            stored, above = near.to(weight.dtype), near.add_(2 * slack).to(weight.dtype)
-            rows, columns = _different(stored, above)
-            if len(rows) * _FEW < weight.numel():
-                single = weight[rows, columns].double()
-                if row_scale is not None:
-                    single *= row_scale[rows].double()
-                if column_scale is not None:
-                    single *= column_scale[columns].double()
-                if left is not None and right is not None:
-                    single += (left[rows].double() * right[columns].double()).sum(dim=1)
-                stored[rows, columns] = round_once(single, weight.dtype)
-                return EditedBlock(stored, change)
-    exact = weight.double()
-    whole = exact
+    if in_float32 and weight.dtype in (torch.bfloat16, torch.float16):
+        found = _edited(weight, torch.float32, row_scale, column_scale, left, right)
+        if all_finite(found.stored):
+            return found
+    return _edited(weight, torch.float64, row_scale, column_scale, left, right)
+
+
+def _edited(
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+) -> EditedBlock:
+    base = weight.to(dtype)
+    scale = None if column_scale is None else column_scale.to(dtype)
     if row_scale is not None:
-        whole = whole * row_scale.double()[:, None]
-    if column_scale is not None:
-        whole = whole * column_scale.double()
+        rows = row_scale.to(dtype)[:, None]
+        scale = rows if scale is None else rows * scale
+    # What is nowhere edited keeps its bits, those of -0 too.
+    change = torch.full_like(base, -0.0) if scale is None else base * (scale - 1)
     if left is not None and right is not None:
-        whole = torch.addmm(whole, left.double(), right.double().T)
-    return EditedBlock(round_once(whole, weight.dtype), whole - exact)
-
-
-def _different(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns at which two blocks of 16-bit numbers differ by a bit, 0 and -0 too; in order.
-
-    Four numbers are looked at in one: most fours are the same.
-    """
-    columns = first.shape[1]
-    bits = (first.view(torch.int16) ^ second.view(torch.int16)).reshape(-1)
-    padded = torch.nn.functional.pad(bits, (0, -len(bits) % 4))
-    fours = padded.view(torch.int64).nonzero()[:, 0]
-    group, place = padded.view(-1, 4)[fours].nonzero().unbind(1)
-    where = fours[group] * 4 + place
-    return where // columns, where % columns
-
-
-def _largest_stored(weight: torch.Tensor) -> float:
-    """The largest magnitude of 16-bit numbers, by their bits without the sign; not finite where one is not."""
-    bits = int((weight.view(torch.int16) & 0x7FFF).max())
-    return float(torch.tensor(bits, dtype=torch.int16).view(weight.dtype))
-
-
-def _largest(values: torch.Tensor | None) -> float:
-    """The largest magnitude, 1 of a scale that is absent; not a number where one of them is none."""
-    if values is None:
-        return 1.0
-    if not values.numel():
-        return 0.0
-    low, high = (float(value) for value in values.aminmax())
-    return math.nan if math.isnan(low) or math.isnan(high) else max(abs(low), abs(high))
+        # Not a matrix product, whose precision and order are settings of the process and the machine.
+        for column, key in zip(left.to(dtype).T, right.to(dtype).T, strict=True):
+            change += column[:, None] * key
+    return EditedBlock(round_once(base + change, weight.dtype), change)

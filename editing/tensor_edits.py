@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,31 +30,28 @@ class TensorEdit:
     edit: ModuleEdit
     pieces: tuple[StoredPiece, ...]
 
-    def edited(self, block: torch.Tensor, first: int) -> torch.Tensor:
-        """The new values of a block of the tensor's rows.
-
-        Args:
-            block: rows of the stored tensor, of any float dtype.
-            first: index of its first row.
-
-        Returns:
-            float64, of the same shape.
-        """
-        if not self.pieces:
-            return block.double() + self._bias(block, first)
-        return self._on_weight(block, first, ModuleEdit.apply)
-
     def rounded(self, block: torch.Tensor, first: int) -> EditedBlock:
-        """``edited`` in the stored dtype, rounded once: the same bits at a fraction of the time.
+        """The new values of a block of the tensor's rows, rounded to the stored dtype.
 
         Args:
             block: rows of the stored tensor, in its stored dtype.
             first: index of its first row.
         """
-        if len(self.pieces) != 1 or self.pieces[0].index is not None:
-            whole = self.edited(block, first)
-            return EditedBlock(round_once(whole, block.dtype), whole - block.double())
-        (piece,) = self.pieces
+        if not self.pieces:
+            change = self._bias(block, first)
+            return EditedBlock(round_once(block.double() + change, block.dtype), change)
+        if self.pieces[0].index is None:
+            return self._rounded_piece(self.pieces[0], block, first)
+        experts = [
+            self._rounded_piece(piece, own, 0)
+            for piece, own in zip(self.pieces[first : first + len(block)], block, strict=True)
+        ]
+        return EditedBlock(
+            torch.stack([expert.stored for expert in experts]),
+            torch.stack([expert.change.float() for expert in experts]),
+        )
+
+    def _rounded_piece(self, piece: StoredPiece, block: torch.Tensor, first: int) -> EditedBlock:
         if piece.transposed:
             return self.edit.rounded(block, piece.columns.start + first, 0, transposed=True)
         return self.edit.rounded(block, first, piece.columns.start)
@@ -73,31 +70,20 @@ class TensorEdit:
         """
         if not self.pieces:
             return block.double() - self._bias(block, first)
-        return self._on_weight(block, first, taken_back)
+        if self.pieces[0].index is None:
+            return self._restored_piece(self.pieces[0], block, first)
+        experts = zip(self.pieces[first : first + len(block)], block, strict=True)
+        return torch.stack([self._restored_piece(piece, own, 0) for piece, own in experts])
+
+    def _restored_piece(self, piece: StoredPiece, block: torch.Tensor, first: int) -> torch.Tensor:
+        if piece.transposed:
+            return taken_back(self.edit, block.T, 0, piece.columns.start + first).T
+        return taken_back(self.edit, block, first, piece.columns.start)
 
     def _bias(self, block: torch.Tensor, first: int) -> torch.Tensor:
         if self.edit.bias is None:
             raise BrocaError(f"{self.entry.name}: the plan has no bias for it")
         return _part(self.edit.bias, first, len(block))
-
-    def _on_weight(
-        self,
-        block: torch.Tensor,
-        first: int,
-        change: Callable[[ModuleEdit, torch.Tensor, int, int], torch.Tensor],
-    ) -> torch.Tensor:
-        """The change on rows of a stored tensor: rows of W, columns of it where transposed, experts where fused."""
-        if self.pieces[0].index is not None:
-            changed = torch.empty(block.shape, dtype=torch.float64)
-            for row, piece in enumerate(self.pieces[first : first + len(block)]):
-                own = block[row].T if piece.transposed else block[row]
-                new = change(self.edit, own, 0, piece.columns.start)
-                changed[row] = new.T if piece.transposed else new
-            return changed
-        (piece,) = self.pieces
-        if piece.transposed:
-            return change(self.edit, block.T, 0, piece.columns.start + first).T
-        return change(self.edit, block, first, piece.columns.start)
 
 
 def taken_back(edit: ModuleEdit, weight: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:

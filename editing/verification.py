@@ -10,7 +10,6 @@ import torch
 
 from editing.checkpoint import BLOCK_BYTES, blocks
 from editing.plan import Plan
-from editing.rounding import round_once
 from editing.tensor_edits import added_biases, tensor_edits
 from neurons.errors import BrocaError
 from neurons.source import ModelSource
@@ -46,7 +45,7 @@ def verify(
         plan: that was exported.
         checkpoint: what the export wrote.
         progress: called with (bytes done, bytes in all).
-        block_bytes: stored bytes per block: as the export's, so that sums are taken in the same order.
+        block_bytes: stored bytes per block.
 
     Raises:
         BrocaError: a tensor that is missing, too many, or not what it should be, by name.
@@ -70,7 +69,7 @@ def verify(
         elif name in edits:
             for first, rows in blocks(entry, block_bytes):
                 base = read_tensor(before[name], rows)
-                expected = round_once(edits[name].edited(base, first), base.dtype)
+                expected = edits[name].rounded(base, first).stored
                 if not _same_bits(read_tensor(entry, rows), expected):
                     raise _wrong(
                         checkpoint, f"tensor {name} is not what source and plan give (from row {first} on)"
