@@ -96,6 +96,9 @@ def synthetic(folder: Path, gigabytes: float, tokenizer: Path) -> Path:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
         "num_hidden_layers": layers,

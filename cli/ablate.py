@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.command_line import command_line, loaded_as
 from cli.options import (
     FILE,
     OUT_FILE,
@@ -80,6 +80,10 @@ if TYPE_CHECKING:
 def command(**options: Any) -> None:
     """Ablate each language's neurons in MODEL (hub id or directory) and read every language without them.
 
+    It reads the text once unedited and once for each language, draw of a control and dose: six languages with
+    the default controls take some 45 forward passes over it at most; --draws and --tokens say how many and
+    how long.  The file is small.
+
     A study that is stopped goes on where it was when the same command is given again, if it has --out.
 
     \b
@@ -88,6 +92,7 @@ def command(**options: Any) -> None:
           --neurons neurons.safetensors --out ablation.json
       broca ablate MODEL --corpus DIR --neurons lape.safetensors gradient.safetensors random.safetensors
     """
+    from editing.origin import file_read, processor
     from neurons import ablation_pictures, pictures
     from neurons.ablation_ledger import LedgerFile
     from neurons.ablation_report import as_json, as_markdown
@@ -123,6 +128,9 @@ def command(**options: Any) -> None:
         raise UsageError("--statistics means nothing to this study: leave it out")
     sets = _sets(paths)
     statistics = None if asked.statistics is None else load_statistics(asked.statistics)
+    inputs = [file_read("--neurons", path) for path in paths]
+    if asked.statistics is not None:
+        inputs.append(file_read("--statistics", asked.statistics))
     corpus = read_corpus(asked.corpus_path, asked.languages, asked.part)
     loaded = load_model(asked.model, asked.device, asked.dtype)
     with _bar(screen) as progress:
@@ -137,7 +145,14 @@ def command(**options: Any) -> None:
             asked.out,
             progress,
         )
-    document = as_json(study, _command(asked, paths))
+    repeats = command_line(
+        neuron_paths=paths,
+        more=None,
+        languages=study.languages,
+        batch_tokens=study.metadata["settings"]["batch_tokens"],
+        **loaded_as(loaded),
+    )
+    document = {**as_json(study, repeats), "inputs": inputs, "processor": processor(loaded.device)}
     if asked.picture is not None:
         pictures.save_figure(ablation_pictures.matrix_figure(study), asked.picture)
     if asked.dose_picture is not None:
@@ -194,18 +209,3 @@ def _sets(paths: Sequence[Path]) -> dict[str, NeuronSet]:
     if twice:
         raise UsageError(f"the neuron set {twice[0]} is named twice")
     return {name: load_neuron_set(path) for name, path in zip(names, paths, strict=True)}
-
-
-def _command(asked: SimpleNamespace, paths: Sequence[Path]) -> str:
-    """The command that makes the study again."""
-    words = ["broca", "ablate", asked.model, "--corpus", asked.corpus_path, "--part", asked.part]
-    words += [word for path in paths for word in ("--neurons", path)]
-    for name in ("way", "draws", "dose_of", "resamples", "confidence", "seed", "device", "dtype"):
-        words += ["--" + name.replace("_", "-"), getattr(asked, name)]
-    for name in ("mean_of", "statistics", "tokens", "batch_tokens", "out"):
-        if getattr(asked, name) is not None:
-            words += ["--" + name.replace("_", "-"), getattr(asked, name)]
-    for name in ("languages", "controls", "doses"):
-        if getattr(asked, name):
-            words += ["--" + name, ",".join(getattr(asked, name))]
-    return shlex.join(map(str, words))

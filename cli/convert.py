@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import CommaSeparated, json_option, out_option
+from cli.options import IN_FILE, CommaSeparated, json_option, out_option
 from cli.screen import Screen
 
 
@@ -64,7 +64,7 @@ def command(
         raise UsageError(
             f"{len(files)} files: give one mask file, one neuron set, or count files as LANGUAGE=FILE"
         )
-    file = Path(files[0])
+    file = _there(Path(files[0]))
     if is_torch_file(file):
         if languages is None or width is None:
             raise UsageError(
@@ -94,8 +94,17 @@ def _by_language(files: Sequence[str]) -> dict[str, Path]:
             raise UsageError(f"{file!r} is not LANGUAGE=FILE")
         if language in found:
             raise UsageError(f"language {language!r} is given twice: {found[language]} and {path}")
-        found[language] = Path(path)
+        found[language] = _there(Path(path))
     return found
+
+
+def _there(path: Path) -> Path:
+    """What an option for a file says of a path, said of one that is written LANGUAGE=FILE."""
+    from neurons.errors import UsageError
+
+    if fault := IN_FILE.fault(path):
+        raise UsageError(fault)
+    return path
 
 
 def _counts(screen: Screen, files: dict[str, Path], prefixes: dict[str, Path], out: Path) -> None:

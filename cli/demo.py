@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from cli.command_line import command_line
 from cli.options import FILE, CommaSeparated, json_option
-from cli.run import run_recipe
+from cli.run import recipe_read, run_recipe
 from cli.screen import Screen
 
 
@@ -40,9 +41,11 @@ def command(source: str | None, targets: tuple[str, ...] | None, out: Path | Non
     """
     from editing.recipe import check_recipe, read_recipe
 
-    recipe = read_recipe(shipped() / "recipe.toml")
+    path = shipped() / "recipe.toml"
+    recipe = read_recipe(path)
     if source is not None and targets is None:
         targets = tuple(target for target in recipe.targets if target != source)
     recipe = recipe.with_options(source=source, targets=targets, out=out)
     check_recipe(recipe)
-    run_recipe(recipe, Screen(as_json))
+    repeats = command_line(source=recipe.source, targets=recipe.targets, out=recipe.out)
+    run_recipe(recipe, Screen(as_json), {"command": repeats, **recipe_read(path, f"Broca's own {path.name}")})

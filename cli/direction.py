@@ -7,21 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, OUT_FILE, PARTS, CommaSeparated, device_options, json_option
+from cli.options import (
+    IN_DIRECTORY,
+    IN_PATH,
+    OUT_FILE,
+    PARTS,
+    CommaSeparated,
+    device_options,
+    json_option,
+)
 from cli.screen import Screen
+from cli.tables import direction_table
 
 if TYPE_CHECKING:
     from editing.direction import Direction
     from editing.directions.sae import Autoencoder
 
 LIST = "list"
-SHOWN_SITE = "block_out"
 
 
 @click.command("direction")
 @click.argument("model", required=False)
 @click.option(
-    "--corpus", type=FILE, help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row."
+    "--corpus",
+    type=IN_DIRECTORY,
+    help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
 )
 @click.option("--languages", type=CommaSeparated(), help="Which of the corpus, as en,fr,de.  [default: all]")
 @click.option(
@@ -48,7 +58,7 @@ SHOWN_SITE = "block_out"
     "--unit-length", is_flag=True, help="Vectors of length 1.  [default: as long as DiffMean along it]"
 )
 @click.option(
-    "--sae", "saes", type=FILE, multiple=True, help="sae: autoencoder, SAE-Lens or Gemma-Scope; repeat."
+    "--sae", "saes", type=IN_PATH, multiple=True, help="sae: autoencoder, SAE-Lens or Gemma-Scope; repeat."
 )
 @click.option(
     "--sae-layer",
@@ -187,24 +197,7 @@ def _list(screen: Screen) -> None:
 
 
 def _show(screen: Screen, found: Direction, asked: SimpleNamespace) -> None:
-    norms = {site: vectors.norm(dim=1).tolist() for site, vectors in found.vectors.items()}
-    measures = found.metadata.get("measures", {}).get(SHOWN_SITE, {})
-    title = "DiffMean" if asked.method == "diffmean" else asked.method
-    screen.table(
-        f"{title}, {found.source} to {found.target}: length of the direction"
-        + (f", and its measures at {SHOWN_SITE}" if measures else ""),
-        ["layer", *norms, *measures],
-        [
-            [str(layer), *values]
-            for layer, values in enumerate(zip(*norms.values(), *measures.values(), strict=True))
-        ],
-    )
-    for site, (first, last) in found.metadata.get("window", {}).items():
-        screen.say(f"{site}: strongest and most stable in layers {first}-{last}")
-    for one in found.metadata.get("autoencoders", []):
-        screen.say(
-            f"{one['name']}: {len(one['features'])} features are {found.target}'s own: {one['features'][:20]}"
-        )
+    norms = direction_table(screen, found)
     screen.result(
         {"out": asked.out, "source": found.source, "target": found.target, "norms": norms, **found.metadata},
         asked.out,

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, FINITE, OUT_FILE, PARTS, CommaSeparated, Many, device_options, json_option
+from cli.options import (
+    FINITE,
+    IN_DIRECTORY,
+    IN_FILE,
+    OUT_FILE,
+    PARTS,
+    CommaSeparated,
+    Many,
+    device_options,
+    json_option,
+)
 from cli.screen import Screen
 from cli.tables import plan_table
 
@@ -24,15 +34,21 @@ SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 @click.command("edit", cls=Many)
 @click.argument("model", required=False)
 @click.option("--method", default="keyed", show_default=True, help="One of `broca edit --method list`.")
-@click.option("--direction", "directions", type=FILE, multiple=True, help="From `broca direction`.")
+@click.option("--direction", "directions", type=IN_FILE, multiple=True, help="From `broca direction`.")
 @click.option(
     "--vector",
-    type=FILE,
+    type=IN_FILE,
     help="bake: steering vectors of another library (.safetensors, .gguf, .pt or .npy).",
 )
-@click.option("--neurons", type=FILE, help="From `broca identify`; restricts the edit, or is what is scaled.")
-@click.option("--statistics", type=FILE, help="From `broca record`, for clas and austeer.")
-@click.option("--corpus", type=FILE, help="Text: for keyed of source, target and all others to keep.")
+@click.option(
+    "--neurons", type=IN_FILE, help="From `broca identify`; restricts the edit, or is what is scaled."
+)
+@click.option("--statistics", type=IN_FILE, help="From `broca record`, for clas and austeer.")
+@click.option(
+    "--corpus",
+    type=IN_DIRECTORY,
+    help="Text: for keyed of source, target and all others to keep; for bake and biprojected ablate neutral text.",
+)
 @click.option(
     "--languages",
     type=CommaSeparated(),
@@ -59,11 +75,13 @@ SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     metavar="NAME=VALUE",
     help="Another setting of the method (--method list shows them).",
 )
-@click.option("--compose", type=FILE, multiple=True, metavar="EDIT...", help="Plans to do one after another.")
-@click.option("--invert", type=FILE, metavar="EDIT", help="A plan to take back; needs MODEL.")
+@click.option(
+    "--compose", type=IN_FILE, multiple=True, metavar="EDIT...", help="Plans to do one after another."
+)
+@click.option("--invert", type=IN_FILE, metavar="EDIT", help="A plan to take back; needs MODEL.")
 @click.option(
     "--restrict",
-    type=FILE,
+    type=IN_FILE,
     metavar="EDIT",
     help="A plan to cut to --layers, --heads and --neurons; needs MODEL.",
 )
@@ -82,6 +100,9 @@ def command(**options: Any) -> None:
           --languages fr --factor 0 --out edit.safetensors
       broca edit artifacts/demo/model --method bake --direction direction.safetensors \\
           --layers 3 --corpus artifacts/demo/corpus --out edit.safetensors
+      broca edit artifacts/demo/model --method ablate --set form=biprojected \\
+          --direction direction.safetensors --corpus artifacts/demo/corpus --languages en \\
+          --out edit.safetensors
       broca edit --compose first.safetensors second.safetensors --out both.safetensors
       broca edit artifacts/demo/model --restrict edit.safetensors --layers 2-5 --out cut.safetensors
       broca edit --method list
@@ -129,7 +150,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         statistics=None if asked.statistics is None else load_statistics(asked.statistics),
         corpus=None
         if asked.corpus is None
-        else read_corpus(asked.corpus, asked.languages, asked.part or "all"),
+        else read_corpus(asked.corpus, asked.languages, asked.part or "all", method.least_languages),
         languages=asked.languages,
         blocks=asked.blocks,
         strength=asked.strength,
@@ -238,6 +259,8 @@ def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:
     for need in method.needs:
         if not _was_given(fields.get(need, need), getattr(asked, fields.get(need, need))):
             raise UsageError(f"--method {asked.method} needs {_spelled(need)} ({_WHERE_FROM[need]})")
+    if asked.part is not None and asked.corpus is None:
+        raise UsageError("--part chooses lines of --corpus, which is not given: leave it out")
 
 
 _SHARED = (

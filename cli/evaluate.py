@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.command_line import command_line, loaded_as
 from cli.options import (
     FILE,
     CommaSeparated,
@@ -113,6 +114,7 @@ def command(
     from editing.evaluation import Evaluation
     from editing.generation import TEMPERATURE
     from editing.live import applied, exchanged
+    from editing.origin import file_read, measured_by, model_read, processor, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
@@ -151,8 +153,24 @@ def command(
     loaded = load_model(model, device, dtype)
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, edit_path)
+    inputs = [] if edit_path is None else [file_read("--edit", edit_path)]
+    if questions is not None:
+        inputs.append({"option": "--questions", "file": str(questions_path), "digest": questions.digest})
     judging = None if judge is None else load_model(judge, device, dtype)
+    other = None if against is None else load_model(against, device, dtype)
+    inputs += [
+        model_read(option, one)
+        for option, one in (("--against", other), ("--judge", judging))
+        if one is not None
+    ]
     scorer = _scorer(relevance, loaded, judging, reported, questions, source, target, prompts)
+    repeats = command_line(
+        methods=tuple(ways) or None,
+        languages=reported.languages,
+        relevance="none" if scorer is None else scorer.name,
+        temperature=temperature,
+        **loaded_as(loaded, judging, other),
+    )
 
     def evaluation(corpus: Corpus, asked: Questions | None) -> Evaluation:
         return Evaluation(
@@ -180,6 +198,11 @@ def command(
                 "part": reported.part,
                 "languages": list(reported.languages),
             },
+            "corpora": texts_read(corpora.values()),
+            "inputs": inputs,
+            "packages": measured_by(),
+            "processor": processor(loaded.device),
+            "command": repeats,
             "questions": (
                 None if questions is None else {"file": questions_path, "digest": questions.digest}
             ),
@@ -190,6 +213,7 @@ def command(
                 "new_tokens": new_tokens,
                 "temperature": temperature,
                 "seed": seed,
+                "dtype": str(loaded.model.dtype).removeprefix("torch."),
             },
             "source": source,
             "target": target,
@@ -225,7 +249,6 @@ def command(
         screen.say(f"the same as Markdown: {table}")
         screen.result({"out": out, **value}, out)
         return
-    other = None if against is None else load_model(against, device, dtype)
     with screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance:
         measuring = evaluation(reported, questions)
         outcomes = [measuring.measure("base", nullcontext, others=True) if others else measuring.base]

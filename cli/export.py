@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, FINITE, json_option, model_argument, out_option
+from cli.options import FINITE, IN_FILE, json_option, model_argument, out_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("export")
 @model_argument
-@click.option("--edit", "edit_path", type=FILE, help="A plan, from `broca edit` or `broca diff`.")
+@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, from `broca edit` or `broca diff`.")
 @click.option("--undo", is_flag=True, help="Restore the base of MODEL, exported with --undoable, to the bit.")
 @click.option(
     "--dequantise",
@@ -54,6 +54,9 @@ def command(
 ) -> None:
     """Copy the checkpoint of MODEL (hub id or directory) with a plan's tensors replaced.
 
+    It needs as much free disk as MODEL takes and two to three times as long as copying it, and memory that
+    does not grow with the model; --verify reads all of it once more.  An adapter is small and done at once.
+
     \b
     Examples:
       broca export artifacts/demo/model --edit edit.safetensors --out steered
@@ -64,6 +67,14 @@ def command(
 
     _refuse_combinations(edit_path, undo, dequantise, form, strength, verify, undoable)
     screen = Screen(as_json)
+    if repo is not None:
+        from editing.hub import require_pushable
+
+        require_pushable(repo)
+    if undo:
+        from editing.undo import refuse_adapter
+
+        refuse_adapter(Path(model))
     if form == "checkpoint" or not out.exists():
         check_target(out, overwrite)
     if Path(model).is_dir():

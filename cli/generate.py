@@ -36,7 +36,11 @@ UNEDITED, EDITED = "unedited", "edited"
     help="Through the tokenizer's chat template, or as plain text to go on with.  [default: as the tokenizer has it]",
 )
 @click.option(
-    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What runs the model; vllm must be installed beside Broca, and reads checkpoints only.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option(
@@ -88,6 +92,8 @@ def command(
             raise UsageError(
                 "vLLM reads checkpoints: `broca export` the plan and name the result with --against"
             )
+        if device != "auto":
+            raise UsageError("vLLM runs on the device that it was built for: leave --device out")
         texts = _by_vllm(model, against, asked, compare, chat, dtype, settings)
     else:
         texts = _by_transformers(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, OUT_FILE, PARTS, CommaSeparated, device_options, json_option
+from cli.options import IN_DIRECTORY, IN_FILE, OUT_FILE, PARTS, CommaSeparated, device_options, json_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ MOST_LAYERS_SHOWN = 12
 @click.argument("model", required=False)
 @click.option(
     "--corpus",
-    type=FILE,
+    type=IN_DIRECTORY,
     help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
 )
-@click.option("--statistics", type=FILE, help="From `broca record`: no model and no text are read.")
-@click.option("--prompts", type=FILE, help="culnig, integrated-gradients: <language>.jsonl.")
-@click.option("--control", type=FILE, help="culnig: the same without the question.")
-@click.option("--recognition", type=FILE, help="culnig: a second control.")
-@click.option("--like", type=FILE, help="random, random-matched: the neuron set to follow.")
+@click.option("--statistics", type=IN_FILE, help="From `broca record`: no model and no text are read.")
+@click.option("--prompts", type=IN_DIRECTORY, help="culnig, integrated-gradients: <language>.jsonl.")
+@click.option("--control", type=IN_DIRECTORY, help="culnig: the same without the question.")
+@click.option("--recognition", type=IN_DIRECTORY, help="culnig: a second control.")
+@click.option("--like", type=IN_FILE, help="random, random-matched: the neuron set to follow.")
 @click.option("--languages", type=CommaSeparated(), help="Which, as en,fr,de.  [default: all]")
 @click.option(
     "--part",
@@ -62,6 +62,9 @@ MOST_LAYERS_SHOWN = 12
 @json_option
 def command(**options: Any) -> None:
     """Find the neurons of MODEL (hub id or directory) that carry each language.
+
+    The text is read once, forward and back for the gradient methods, forward alone for lape and most others;
+    --tokens reads less.  From --statistics it takes seconds.  The file is small: some bytes a neuron found.
 
     \b
     Examples:
@@ -162,7 +165,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
 def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSet:
     from neurons.corpus import read_corpus
     from neurons.corpus_recording import record_corpus
-    from neurons.errors import UsageError
+    from neurons.errors import BrocaError, UsageError
     from neurons.identify import random_of, random_set
     from neurons.neuron_set import load_neuron_set
     from neurons.source import load_model, open_model
@@ -181,13 +184,21 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
     if not method.moments:
         return random_set(like, seed)
     if asked.statistics is not None:
-        return random_set(like, seed, load_statistics(asked.statistics))
+        statistics = load_statistics(asked.statistics)
+        made_for = like.metadata.get("fingerprint")
+        if made_for and statistics.fingerprint and made_for != statistics.fingerprint:
+            raise BrocaError(
+                f"{asked.statistics}: recorded from a model with fingerprint {statistics.fingerprint}, but "
+                f"{asked.like} is of one with {made_for}: record that model"
+            )
+        return random_set(like, seed, statistics)
     if asked.model is None or asked.corpus is None:
         raise UsageError(
             f"--method {asked.method} needs to know how active neurons are: give MODEL and --corpus, or --statistics"
         )
     corpus = read_corpus(asked.corpus, asked.languages, asked.part)
     loaded = load_model(asked.model, asked.device, asked.dtype)
+    like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:
         statistics = record_corpus(
             loaded, corpus, method.moments, method.reads, asked.tokens, asked.block, None, advance, asked.out
@@ -257,9 +268,9 @@ def _list(screen: Screen) -> None:
 
     screen.table(
         "methods",
-        ["method", "what it ranks neurons by", "source", "reads"],
-        [[name, method.line, method.source, method.reads] for name, method in METHODS.items()],
-        words=4,
+        ["method", "what it ranks neurons by", "source", "reads", "needs"],
+        [[name, method.line, method.source, method.reads, method.needs] for name, method in METHODS.items()],
+        words=5,
     )
     screen.result(
         {
@@ -267,6 +278,7 @@ def _list(screen: Screen) -> None:
                 "line": method.line,
                 "source": method.source,
                 "reads": method.reads,
+                "needs": method.needs,
                 "moments": list(method.moments),
                 "settings": dict(method.settings),
                 "selection": method.selection.as_json(),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, json_option
+from cli.options import IN_PATH, json_option
 from cli.screen import Screen
-from cli.tables import plan_table
+from cli.tables import direction_table, plan_table
 
 if TYPE_CHECKING:
     from neurons.neuron_set import NeuronSet
@@ -19,7 +19,7 @@ LARGEST = 3
 
 
 @click.command("inspect")
-@click.argument("file", type=FILE)
+@click.argument("file", type=IN_PATH)
 @json_option
 def command(file: Path, as_json: bool) -> None:
     """Show what FILE holds: statistics, neurons, direction, edit, measured report, or a checkpoint's directory.
@@ -29,11 +29,9 @@ def command(file: Path, as_json: bool) -> None:
       broca inspect edit.safetensors
     """
     from neurons.artifact import load_artifact
-    from neurons.errors import BrocaError, UsageError
+    from neurons.errors import BrocaError
 
     screen = Screen(as_json)
-    if not file.exists():
-        raise UsageError(f"{file}: there is no such file or directory")
     if file.is_dir():
         _checkpoint(screen, file)
         return
@@ -157,12 +155,7 @@ def _direction(screen: Screen, file: Path) -> None:
 
     found = load_direction(file)
     _header(screen, found.metadata)
-    norms = {site: vectors.norm(dim=1).tolist() for site, vectors in found.vectors.items()}
-    screen.table(
-        f"direction {found.source} to {found.target}: length",
-        ["layer", *norms],
-        [[str(layer), *values] for layer, values in enumerate(zip(*norms.values(), strict=True))],
-    )
+    norms = direction_table(screen, found)
     screen.result({**found.metadata, "norms": norms})
 
 

@@ -41,6 +41,8 @@ class Commands(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = import_module(f"cli.{name}").command
+        if not any(parameter.name == "debug" for parameter in command.params):
+            command.params.append(_debug())
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -48,7 +50,14 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _debug() -> click.Option:
+    """For every help; ``main`` takes it from wherever it stands."""
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, help="Show a traceback where something fails."
+    )
+
+
+@click.command(cls=Commands, params=[_debug()], context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="broca", message="broca %(version)s")
 def broca() -> None:
     """Find the neurons that carry a language and steer a checkpoint for good by editing its weights.
@@ -60,7 +69,11 @@ def broca() -> None:
 
 
 def main() -> None:
-    """Run the command; exit 0, 1 for failure, 2 for usage, 130 when interrupted."""
+    """Run the command; exit 0, 1 for failure, 2 for usage, 130 when interrupted.
+
+    Usage is what a user can see in the command line, or wrote himself: options, names, paths that are not
+    there, lines of a corpus.  Failure is what lies in a file that a program wrote, or happens on the way.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     # Before torch and transformers are imported: what they say is not what the user asked for.
@@ -74,7 +87,7 @@ def main() -> None:
     except click.ClickException as error:
         if debug:
             raise
-        error.show()
+        _refused(error)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -93,6 +106,17 @@ def main() -> None:
 def _stopped() -> int:
     click.echo("broca: stopped; what was finished is kept, nothing is left half written", err=True)
     return 130
+
+
+def _refused(error: click.ClickException) -> None:
+    """One sentence like every other, in place of click's three lines."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    context = getattr(error, "ctx", None)
+    said = " ".join(error.format_message().split()).rstrip(".").replace(". (", " (")
+    hint = "" if context is None else f" (`{context.command_path} --help` shows how)"
+    click.echo(f"broca: {said[:1].lower()}{said[1:]}{hint}", err=True)
 
 
 def _failed(error: Exception) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from pathlib import Path
 
 import click
 
-from cli.options import FILE, json_option, out_option
+from cli.options import IN_FILE, json_option, out_option
 from cli.screen import Screen
 
 
 @click.command("merge")
-@click.argument("files", metavar="STATISTICS...", type=FILE, nargs=-1, required=True)
+@click.argument("files", metavar="STATISTICS...", type=IN_FILE, nargs=-1, required=True)
 @out_option("File for the statistics (.safetensors).")
 @json_option
 def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
@@ -22,13 +21,22 @@ def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     Example:
       broca merge monday.safetensors tuesday.safetensors --out statistics.safetensors
     """
-    from neurons.errors import UsageError
+    from neurons.errors import BrocaError, UsageError
     from neurons.statistics import load_statistics, merge
 
     screen = Screen(as_json)
     if len(files) < 2:
         raise UsageError("give at least two files of statistics to merge")
-    merged = reduce(merge, map(load_statistics, files))
+    twice = [file for file in files if files.count(file) > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is named twice, and its text would count twice: name it once")
+    merged = load_statistics(files[0])
+    for file in files[1:]:
+        try:
+            merged = merge(merged, load_statistics(file))
+        except UsageError as error:
+            # What the files hold is not seen in the command line.
+            raise BrocaError(f"{file} and {files[0]} cannot be added up: {error}") from error
     merged.save(out)
     tokens = dict(zip(merged.languages, merged.tokens.tolist(), strict=True))
     texts = dict(zip(merged.languages, merged.texts.tolist(), strict=True))

@@ -1,4 +1,9 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what a path must be before any work is done.
+
+What is wrong in the command line itself is refused here, with status 2: a path that is not there, a directory
+in place of a file, a place that cannot be written to.  What is wrong inside a file shows when it is read:
+status 1.
+"""
 
 from __future__ import annotations
 
@@ -47,24 +52,63 @@ class Finite(click.ParamType[float]):
 FINITE = Finite()
 
 
-class OutFile(click.ParamType[Path]):
-    """A file that a command is to write: refused before any work where it could not be."""
+class InPath(click.ParamType[Path]):
+    """What a command reads: refused before any work where it is not there or not of this kind."""
 
     name = "path"
 
+    def __init__(self, file: bool = True, directory: bool = True) -> None:
+        self.file, self.directory = file, directory
+
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         path = Path(value)
-        if path.is_dir():
+        if fault := self.fault(path):
+            self.fail(fault, param, ctx)
+        return path
+
+    def fault(self, path: Path) -> str | None:
+        """What is wrong with a path and the mend; None where nothing is."""
+        try:
+            there, folder = path.exists(), path.is_dir()
+        except OSError as error:
+            # A name longer than any file's, for one.
+            return f"{path} cannot be read ({error.strerror}): name another"
+        if not there:
+            kind = (
+                "file or directory" if self.file and self.directory else "file" if self.file else "directory"
+            )
+            return f"{path}: there is no such {kind}"
+        if folder and not self.directory:
+            return f"{path} is a directory: name a file"
+        if not folder and not self.file:
+            return f"{path} is a file: name a directory"
+        return None if os.access(path, os.R_OK) else f"{path} cannot be read: mend its permissions"
+
+
+class OutPath(click.ParamType[Path]):
+    """What a command is to write: refused before any work where it could not be."""
+
+    name = "path"
+
+    def __init__(self, directory: bool = False) -> None:
+        self.directory = directory
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        path = Path(value)
+        if path.is_dir() and not self.directory:
             self.fail(f"{path} is a directory: name a file", param, ctx)
+        if path.is_file() and self.directory:
+            self.fail(f"{path} is a file: name a directory", param, ctx)
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if not folder.is_dir():
-            self.fail(f"{folder} is a file, so {path} cannot be made in it", param, ctx)
+            self.fail(f"{folder} is a file, so {path} cannot be made in it: choose another place", param, ctx)
         if not os.access(folder, os.W_OK | os.X_OK):
-            self.fail(f"{folder} cannot be written to: choose another place", param, ctx)
+            self.fail(f"{folder} cannot be written to: choose another place than {path}", param, ctx)
         return path
 
 
-OUT_FILE = OutFile()
+IN_FILE, IN_DIRECTORY, IN_PATH = InPath(directory=False), InPath(file=False), InPath()
+OUT_FILE, OUT_DIRECTORY = OutPath(), OutPath(directory=True)
 
 
 class Many(click.Command):
@@ -109,7 +153,7 @@ def corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--corpus",
                 "corpus_path",
-                type=FILE,
+                type=IN_DIRECTORY,
                 required=True,
                 help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
             ),
@@ -146,4 +190,4 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def out_option(what: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option("--out", type=FILE if directory else OUT_FILE, required=True, help=what)
+    return click.option("--out", type=OUT_DIRECTORY if directory else OUT_FILE, required=True, help=what)

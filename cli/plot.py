@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import FILE, json_option, out_option
+from cli.options import IN_FILE, json_option, out_option
 from cli.screen import Screen
 
 # kind of file -> what can be drawn of it, the default first
@@ -18,7 +18,7 @@ PICTURES = {
 
 
 @click.command("plot")
-@click.argument("file", type=FILE)
+@click.argument("file", type=IN_FILE)
 @click.option(
     "--what",
     type=click.Choice([what for pictures in PICTURES.values() for what in pictures]),
@@ -39,7 +39,7 @@ def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
     from editing.plan_pictures import plan_figure
     from neurons import pictures
     from neurons.artifact import load_artifact
-    from neurons.errors import UsageError
+    from neurons.errors import BrocaError, UsageError
     from neurons.neuron_set import load_neuron_set
     from neurons.statistics import load_statistics
 
@@ -47,13 +47,13 @@ def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
     pictures.picture_format(out)
     kind = load_artifact(file).kind
     if kind not in PICTURES:
-        raise UsageError(
-            f"{file}: holds {kind!r}, of which there is no picture: {' or '.join(PICTURES)} have"
+        raise BrocaError(
+            f"{file}: holds {kind!r}, of which there is no picture: name a file of {' or '.join(PICTURES)}"
         )
     what = PICTURES[kind][0] if what is None else what
     if what not in PICTURES[kind]:
         raise UsageError(
-            f"{file}: holds {kind!r}, which --what {what} is not for: {', '.join(PICTURES[kind])}"
+            f"{file}: holds {kind!r}, which --what {what} is not for: choose {' or '.join(PICTURES[kind])}"
         )
     if kind == "neurons":
         neurons = load_neuron_set(file)

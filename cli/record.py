@@ -46,6 +46,10 @@ DEFAULT = ("lape", "lape-general", "random-matched")
 def command(**options: Any) -> None:
     """Record what MODEL (hub id or directory) does with the text of a corpus.
 
+    It takes about as long as a forward pass over the text, three times that with gradient methods.  The file
+    has 8 bytes a neuron, language and moment, whatever the amount of text; average-precision and momentum add
+    4 bytes a neuron and text, so give them few.
+
     A run that is stopped goes on where it was when the same command is given again.  Under
     `accelerate launch --num-processes N -m cli.main record ...` the text is shared by N processes.
 

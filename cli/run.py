@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.command_line import command_line
 from cli.options import FILE, json_option
 from cli.screen import Screen
 from cli.tables import report_table
@@ -30,14 +32,26 @@ def command(recipe_path: Path, out: Path | None, as_json: bool) -> None:
     """
     from editing.recipe import read_recipe
 
-    run_recipe(read_recipe(recipe_path).with_options(out=out), Screen(as_json))
+    recipe = read_recipe(recipe_path).with_options(out=out)
+    asked = {"command": command_line(out=recipe.out), **recipe_read(recipe_path, str(recipe_path))}
+    run_recipe(recipe, Screen(as_json), asked)
 
 
-def run_recipe(recipe: Recipe, screen: Screen) -> None:
+def recipe_read(path: Path, name: str) -> dict[str, Any]:
+    """What files of figures keep of the recipe: its text, and its file by this name, with a digest."""
+    from editing.origin import file_read
+
+    return {
+        "inputs": [{**file_read("RECIPE.toml", path), "file": name}],
+        "recipe": path.read_text(encoding="utf-8"),
+    }
+
+
+def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
     """Run, print the tables, some text of base and checkpoint, and the paths last."""
     from editing.pipeline import run
 
-    result = run(recipe, screen)
+    result = run(recipe, screen, asked)
     screen.table(
         f"{recipe.method}: language neurons",
         ["language", "neurons"],

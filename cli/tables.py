@@ -7,9 +7,47 @@ from typing import TYPE_CHECKING
 from cli.screen import Screen
 
 if TYPE_CHECKING:
+    from editing.direction import Direction
     from editing.plan import Plan
     from editing.report import Report
     from neurons.anatomy import Anatomy
+
+
+SHOWN_SITE = "block_out"
+
+
+def direction_table(screen: Screen, direction: Direction) -> dict[str, list[float]]:
+    """A row a layer: how long the direction is at each site, and what its method measured.
+
+    Returns:
+        Site -> the lengths.
+    """
+    from editing.directions.diffmean import OUTPUT_SITES
+
+    # A file has its tensors and its metadata by name: one order for both.
+    sites = [site for site in OUTPUT_SITES if site in direction.vectors]
+    norms = {site: direction.vectors[site].norm(dim=1).tolist() for site in sites}
+    measures = dict(sorted(direction.metadata.get("measures", {}).get(SHOWN_SITE, {}).items()))
+    method = direction.metadata.get("method") or "direction"
+    title = "DiffMean" if method == "diffmean" else method
+    screen.table(
+        f"{title}, {direction.source} to {direction.target}: length of the direction"
+        + (f", and its measures at {SHOWN_SITE}" if measures else ""),
+        ["layer", *norms, *measures],
+        [
+            [str(layer), *values]
+            for layer, values in enumerate(zip(*norms.values(), *measures.values(), strict=True))
+        ],
+    )
+    windows = direction.metadata.get("window", {})
+    for site in [site for site in sites if site in windows]:
+        first, last = windows[site]
+        screen.say(f"{site}: strongest and most stable in layers {first}-{last}")
+    for one in direction.metadata.get("autoencoders", []):
+        screen.say(
+            f"{one['name']}: {len(one['features'])} features are {direction.target}'s own: {one['features'][:20]}"
+        )
+    return norms
 
 
 def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> None:
@@ -49,6 +87,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
             *(["||bias||"] if biases else []),
         ],
         rows,
+        words=2,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.command_line import command_line, loaded_as
 from cli.options import FILE, CommaSeparated, device_options, json_option, model_argument, out_option
 from cli.screen import Screen
 
@@ -88,7 +88,9 @@ def command(**options: Any) -> None:
     """Search for the edit of MODEL that steers best at the least harm.
 
     The direction is taken from one half of the text, edits are tried on a quarter, and the chosen one is
-    reported on the last quarter.  Ctrl-C ends the search with what it has found so far; the same command goes on.
+    reported on the last quarter.  A trial takes as long as --prompts times --samples continuations of
+    --new-tokens tokens; hopeless ones are given up early.  The disk holds plans, pictures and numbers, no
+    checkpoint.  Ctrl-C ends the search with what it has found so far; the same command goes on.
 
     \b
     Example:
@@ -98,6 +100,7 @@ def command(**options: Any) -> None:
     from editing.directions.diffmean import diffmean_direction
     from editing.language_id import check_languages
     from editing.live import applied
+    from editing.origin import measured_by, processor, texts_read
     from editing.search import STUDY, Goals, Search
     from editing.search_report import choose, confirmed
     from editing.search_scoring import Scoring, third_languages
@@ -155,7 +158,15 @@ def command(**options: Any) -> None:
     plan = search.plan(choice.trial)
     outcomes, ceiling = _measured(screen, asked, loaded, corpora["report"], plan) if ended else ([], None)
     value = _result(asked, search, trials, choice, outcomes, ceiling)
-    value |= {"model": loaded.label, "finished": ended}
+    value |= {
+        "model": loaded.label,
+        "fingerprint": loaded.fingerprint,
+        "corpora": texts_read(corpora.values()),
+        "packages": measured_by("optuna"),
+        "processor": processor(loaded.device),
+        "command": command_line(languages=corpora["report"].languages, **loaded_as(loaded)),
+        "finished": ended,
+    }
     _write(asked.out, value, plan, trials, choice, search)
     _show(screen, asked, value, trials, choice, search, outcomes)
     if not ended:
@@ -231,11 +242,8 @@ def _result(
     outcomes: list[Outcome],
     ceiling: float | None,
 ) -> dict[str, Any]:
-    """tune.json but for the model's name."""
-    from importlib.metadata import version
-
+    """tune.json but for what it says of its making."""
     from editing.search_report import front, goals_met
-    from neurons.artifact import package_versions
 
     report = None
     if outcomes and ceiling is not None:
@@ -265,21 +273,8 @@ def _result(
         "chosen_meets_goals": choice.met,
         "why": choice.why,
         "report": report,
-        "packages": {**package_versions(), "optuna": version("optuna")},
-        "command": _command(asked),
         "edit": PLAN,
     }
-
-
-def _command(asked: SimpleNamespace) -> str:
-    """What repeats the search."""
-    words = ["broca", "tune", asked.model]
-    for name, value in vars(asked).items():
-        if name in ("model", "as_json") or value is None:
-            continue
-        shown = ",".join(value) if isinstance(value, tuple) else str(value)
-        words += ["--corpus" if name == "corpus_path" else "--" + name.replace("_", "-"), shown]
-    return shlex.join(words)
 
 
 def _write(

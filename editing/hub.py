@@ -1,4 +1,4 @@
-"""A directory that Broca wrote, a checkpoint or an adapter, to the model hub."""
+"""A directory that Broca wrote, a checkpoint or an adapter, to the model hub; first, whether it can get there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,30 @@ from neurons.errors import BrocaError, UsageError, first_line
 
 # Either says what the directory is; without one of them it would load nowhere.
 CONFIGS = ("config.json", "adapter_config.json")
+_BAD_NAME = "{}: not a valid repository name: write it as owner/name"
+_OFFLINE = "{}: HF_HUB_OFFLINE forbids to ask the hub: unset it to push"
+_NO_TOKEN = "{}: no token to push with: run `hf auth login` or set HF_TOKEN"
+
+
+def require_pushable(repo: str) -> None:
+    """Refuse what could not be pushed, before any work and without asking the hub.
+
+    Raises:
+        UsageError: not a valid repository name.
+        BrocaError: nobody is logged in, or the hub is forbidden.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(_BAD_NAME.format(repo)) from error
+    if constants.HF_HUB_OFFLINE:
+        raise BrocaError(_OFFLINE.format(repo))
+    if get_token() is None:
+        raise BrocaError(_NO_TOKEN.format(repo))
 
 
 def push(path: Path, repo: str, private: bool = False) -> str:
@@ -46,11 +70,11 @@ def push(path: Path, repo: str, private: bool = False) -> str:
             repo_id=made.repo_id, folder_path=path, commit_message="Steered by Broca", repo_type="model"
         )
     except HFValidationError as error:
-        raise UsageError(f"{repo}: not a valid repository name: write it as owner/name") from error
+        raise UsageError(_BAD_NAME.format(repo)) from error
     except OfflineModeIsEnabled as error:
-        raise BrocaError(f"{repo}: HF_HUB_OFFLINE forbids to ask the hub: unset it to push") from error
+        raise BrocaError(_OFFLINE.format(repo)) from error
     except LocalTokenNotFoundError as error:
-        raise BrocaError(f"{repo}: no token to push with: run `hf auth login` or set HF_TOKEN") from error
+        raise BrocaError(_NO_TOKEN.format(repo)) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):

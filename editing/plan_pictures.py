@@ -8,7 +8,9 @@ from matplotlib.ticker import MaxNLocator
 
 from editing.plan import ModuleEdit, Plan
 from neurons.anatomy import BLOCKS
+from neurons.pictures import LINE, TITLE, titled
 
+WIDE = 10.0  # inches
 MOST_COLUMNS = 240  # more would be thinner than a dot on a screen
 _NAMES = {"attn": "head", "mlp": "neuron"}
 
@@ -40,7 +42,15 @@ def plan_figure(plan: Plan) -> Figure:
     """
     blocks = [block for block in BLOCKS if any(edit.block == block for edit in plan.edits)]
     layers = 1 + max(edit.layer for edit in plan.edits)
-    figure = Figure(figsize=(10, (1.2 + min(8.0, 0.8 + 0.22 * layers)) * len(blocks)), layout="constrained")
+    about = plan.metadata
+    pair = f", {about['source']} to {about['target']}" if "target" in about else ""
+    languages = () if pair else about.get("languages", ())
+    title = titled("how far the edit changes each component" + pair, about, languages, WIDE - 1)
+    high = 1.2 + min(8.0, 0.8 + 0.22 * layers)
+    figure = Figure(
+        figsize=(WIDE, high * len(blocks) + 0.25 + LINE * title.count("\n")), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=TITLE)
     for axis, block in zip(figure.subplots(len(blocks), squeeze=False)[:, 0], blocks, strict=True):
         rows = {edit.layer: edit for edit in plan.edits if edit.block == block}
         count = max(_components(edit) for edit in rows.values())
@@ -63,9 +73,7 @@ def plan_figure(plan: Plan) -> Figure:
         what = "||change||" if added else "|factor - 1|"
         figure.colorbar(image, ax=axis, label=what)
         each = "" if group == 1 else f" (the strongest of every {group})"
-        axis.set(
-            title=f"{plan.metadata['method']}: {_NAMES[block]}s{each}", ylabel="layer", xlabel=_NAMES[block]
-        )
+        axis.set(title=f"{_NAMES[block]}s{each}", ylabel="layer", xlabel=_NAMES[block])
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure

@@ -23,7 +23,7 @@ from editing.plan import load_plan
 from editing.remainder import decoded, encoded, integers_of, packed, unpacked
 from editing.rounding import round_once
 from editing.tensor_edits import TensorEdit, tensor_edits
-from neurons.artifact import FORMAT_VERSION, package_versions
+from neurons.artifact import FORMAT_VERSION, load_artifact, package_versions
 from neurons.errors import BrocaError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT, fingerprint
 from neurons.source import ModelSource
@@ -46,6 +46,18 @@ class FileChanges:
     replaced: tuple[str, ...]
     made: tuple[str, ...]
     renamed: dict[str, str]
+
+
+def refuse_adapter(directory: Path) -> None:
+    """
+    Raises:
+        BrocaError: an adapter, beside whose base there is nothing to restore.
+    """
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise BrocaError(
+            f"{directory}: an adapter, which leaves its base model as it is, so there is nothing to undo: "
+            "load the base model without it"
+        )
 
 
 @dataclass(frozen=True)
@@ -197,11 +209,14 @@ class _Remainder:
     def __init__(self, edited: ModelSource) -> None:
         self._path = edited.checkpoint / REMAINDER_IN_CHECKPOINT
         if not (edited.checkpoint / PLAN_IN_CHECKPOINT).is_file():
-            raise BrocaError(f"{edited.name}: holds no edit of Broca's, so there is nothing to undo")
+            raise BrocaError(
+                f"{edited.name}: holds no edit of Broca's, so there is nothing to undo: name a checkpoint that "
+                "`broca export --undoable` wrote"
+            )
         if not self._path.is_file():
             raise BrocaError(
-                f"{edited.name}: was exported without --undoable, so what the rounding took is not kept: use the "
-                "base model"
+                f"{edited.name}: was exported without --undoable, so what the rounding took is not kept: use its "
+                f"base model, {_base(edited)}"
             )
         with self._opened() as stream:
             text = (stream.metadata() or {}).get("broca", "null")
@@ -241,6 +256,12 @@ class _Remainder:
             return safe_open(str(self._path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise BrocaError(f"{self._path}: cannot be read ({error}): use the base model") from error
+
+
+def _base(edited: ModelSource) -> str:
+    """What the plan in an edited checkpoint calls its base."""
+    about = load_artifact(edited.checkpoint / PLAN_IN_CHECKPOINT, "edit").metadata
+    return f"{about.get('model', 'unnamed')} (fingerprint {about.get('fingerprint', 'unknown')})"
 
 
 def _header(sizes: dict[str, int], about: dict[str, Any]) -> bytes:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 
 FORMAT_VERSION = 1
 KINDS = ("statistics", "neurons", "direction", "edit", "unfinished")
@@ -118,12 +118,13 @@ def load_artifact(path: Path, kind: str | None = None) -> Artifact:
         kind: the kind that is expected, or None for any.
 
     Raises:
-        BrocaError: no such file, not a Broca file, another kind, or a newer format version.
+        UsageError: no such file, or a directory.
+        BrocaError: not a Broca file, another kind, or a newer format version.
     """
     if path.is_dir():
-        raise BrocaError(f"{path}: is a directory: name the file in it")
+        raise UsageError(f"{path}: is a directory: name the file in it")
     if not path.is_file():
-        raise BrocaError(f"{path}: there is no such file")
+        raise UsageError(f"{path}: there is no such file")
     try:
         with safe_open(str(path), framework="pt") as stream:
             text = (stream.metadata() or {}).get("broca")

@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 from scipy.stats import spearmanr
 
-from neurons.errors import UsageError
+from neurons.errors import BrocaError, UsageError
 from neurons.neuron_set import NeuronSet
 
 # Spearman's correlation of two neurons is 1 or -1 whatever the scores.
@@ -28,6 +28,7 @@ class Pair:
     Attributes:
         first, second: places in ``Comparison.names``.
         shared: int64 [K], neurons that both have.
+        either: int64 [K], neurons that one of them has, or both.
         jaccard: float64 [K].
         by_layer: float64 [L, K], Jaccard within each layer.
         first_in_second: float64 [K], share of the first's neurons that the second has too.
@@ -39,11 +40,27 @@ class Pair:
     first: int
     second: int
     shared: torch.Tensor
+    either: torch.Tensor
     jaccard: torch.Tensor
     by_layer: torch.Tensor
     first_in_second: torch.Tensor
     second_in_first: torch.Tensor
     rank_correlation: tuple[float | None, ...]
+
+    @property
+    def overall_jaccard(self) -> float | None:
+        """Jaccard of all languages together, a neuron counted once for each language that it is in.
+
+        None where neither set has a neuron.
+        """
+        either = int(self.either.sum())
+        return int(self.shared.sum()) / either if either else None
+
+    @property
+    def mean_rank_correlation(self) -> float | None:
+        """Over the languages that have one; None where none has."""
+        found = [value for value in self.rank_correlation if value is not None]
+        return sum(found) / len(found) if found else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,8 @@ class Comparison:
         sizes: int64 [S, K], neurons.
         across: float64 [S, K, S, K], Jaccard of every language of every set with every other.
         pairs: every two sets, in order.
+        methods: of the sets; None where a set does not say.
+        model: "model" and "fingerprint" of all sets, as far as one of them says.
     """
 
     names: tuple[str, ...]
@@ -65,6 +84,8 @@ class Comparison:
     sizes: torch.Tensor
     across: torch.Tensor
     pairs: tuple[Pair, ...]
+    methods: tuple[str | None, ...]
+    model: dict[str, str]
 
 
 def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
@@ -75,7 +96,8 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
         names: what to call them.
 
     Raises:
-        UsageError: fewer than two, sets of different models or shapes, or no language in common.
+        UsageError: fewer than two.
+        BrocaError: sets of different models or shapes, or no language in common.
     """
     if len(sets) < 2:
         raise UsageError("a comparison needs at least two neuron sets")
@@ -85,7 +107,9 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
     languages = tuple(k for k in sets[0].languages if all(k in other.members for other in sets))
     if not languages:
         held = "; ".join(f"{name}: {', '.join(s.languages)}" for name, s in zip(names, sets, strict=True))
-        raise UsageError(f"the neuron sets have no language in common ({held})")
+        raise BrocaError(
+            f"the neuron sets have no language in common ({held}): identify them with one --languages"
+        )
     rows = [[s.of(language) for language in languages] for s in sets]
     places = [[_places(of, sets[0].neurons) for of in languages_] for languages_ in rows]
     flat = [of for languages_ in places for of in languages_]
@@ -97,6 +121,13 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
         sizes=torch.tensor([[len(of) for of in languages_] for languages_ in places]),
         across=_every_jaccard(flat).reshape(len(sets), count, len(sets), count),
         pairs=tuple(_pair(sets, languages, i, j) for i, j in combinations(range(len(sets)), 2)),
+        methods=tuple(s.metadata.get("method") for s in sets),
+        model={
+            name: s.metadata[name]
+            for s in reversed(sets)
+            for name in ("model", "fingerprint")
+            if s.metadata.get(name)
+        },
     )
 
 
@@ -119,14 +150,14 @@ def _require_one_model(sets: Sequence[NeuronSet], names: Sequence[str]) -> None:
     for (name, one), (other_name, other) in combinations(zip(names, sets, strict=True), 2):
         marks = [s.metadata.get("fingerprint") for s in (one, other)]
         if all(marks) and marks[0] != marks[1]:
-            raise UsageError(
+            raise BrocaError(
                 f"{name} and {other_name} are of two models, fingerprints {marks[0]} and {marks[1]}: "
-                "a neuron's number means nothing in another model"
+                "a neuron's number means nothing in another model, so compare sets of one"
             )
         if (one.layers, one.neurons) != (other.layers, other.neurons):
-            raise UsageError(
+            raise BrocaError(
                 f"{name} is of {one.layers} layers x {one.neurons} neurons, {other_name} of "
-                f"{other.layers} x {other.neurons}: these are two models"
+                f"{other.layers} x {other.neurons}: these are two models, so compare sets of one"
             )
 
 
@@ -160,11 +191,13 @@ def _pair(sets: Sequence[NeuronSet], languages: Sequence[str], first: int, secon
         correlations.append(spearman(a.scores[language][also_b], b.scores[language][also_a]))
     both = torch.tensor(shared)
     sizes = [torch.tensor([len(s.of(language)) for language in languages]) for s in (a, b)]
+    either = sizes[0] + sizes[1] - both
     return Pair(
         first=first,
         second=second,
         shared=both,
-        jaccard=both.double() / (sizes[0] + sizes[1] - both),
+        either=either,
+        jaccard=both.double() / either,
         by_layer=torch.stack(by_layer, dim=1),
         first_in_second=both.double() / sizes[0],
         second_in_first=both.double() / sizes[1],

@@ -59,6 +59,18 @@ class Method:
     rate_in_score: bool = False
     parallel: bool = False
 
+    @property
+    def needs(self) -> str:
+        """What ``broca identify`` must be given, as options; in brackets what it may."""
+        if self.reads == NOTHING:
+            return "--like, or MODEL --languages"
+        if self.score is None:
+            return "--like, and --statistics or MODEL --corpus"
+        if self.reads == PROMPTS:
+            control = " --control [--recognition]" if "mlp_act:answer_control" in self.moments else ""
+            return f"MODEL --prompts{control}"
+        return f"MODEL --corpus, or --statistics{'; parallel text' if self.parallel else ''}"
+
     def scores(self, statistics: Statistics, top_rate: float, settings: Mapping[str, Any]) -> Scores:
         """Score every neuron.
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ RESOLUTION = 150  # dots an inch
 WIDEST = 16.0  # inches
 MOST_NUMBERED = 24  # rows or columns of a heat map whose cells hold numbers
 BINS = 60
+MOST_NAMED = 8  # languages in a title
+TITLE = 10  # points
+LETTER, LINE = 0.082, 0.17  # inches, of a title: a letter's mean width, generously, and a line's height
 
 
 def picture_format(path: Path) -> str:
@@ -58,6 +62,37 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def titled(what: str, about: Mapping[str, Any], languages: Sequence[str], wide: float) -> str:
+    """A title: what is shown, and beneath it by which method, of which model and of which languages.
+
+    Args:
+        what: the first line.
+        about: a file's metadata: method, model, fingerprint, each where it is known.
+        languages: all of them.
+        wide: inches that the title has.
+    """
+    model = about.get("model")
+    if model and about.get("fingerprint"):
+        # A directory's name is not much of a name.
+        model = f"{model} ({about['fingerprint'][:8]})"
+    some = ", ".join(languages) if len(languages) <= MOST_NAMED else f"{len(languages)} languages"
+    most = max(20, int(wide / LETTER))
+    lines = textwrap.wrap(what, most)
+    told = ""
+    for part in (part for part in (about.get("method"), model, some) if part):
+        joined = f"{told}; {part}" if told else part
+        if told and len(joined) > most:
+            lines += textwrap.wrap(told, most)
+            joined = part
+        told = joined
+    return "\n".join([*lines, *textwrap.wrap(told, most)])
+
+
+def _more(title: str) -> float:
+    """Inches that a title takes beyond its first line."""
+    return LINE * title.count("\n")
+
+
 def layers_figure(neurons: NeuronSet) -> Figure:
     """How many neurons each language has in each layer: a heat map, languages down, layers across."""
     languages = neurons.languages
@@ -67,14 +102,16 @@ def layers_figure(neurons: NeuronSet) -> Figure:
     cell = 0.2 + 0.1 * len(f"{int(counts.max()):,}")
     names = [f"{k}  ({int(total):,})" for k, total in zip(languages, counts.sum(1), strict=True)]
     width = min(WIDEST, max(4.5, 2.0 + max(map(len, names)) * 0.08 + cell * neurons.layers))
-    figure = Figure(figsize=(width, 1.5 + 0.32 * len(languages)), layout="constrained")
+    title = titled("neurons of each language by layer", neurons.metadata, languages, width - 1)
+    figure = Figure(figsize=(width, 1.5 + 0.32 * len(languages) + _more(title)), layout="constrained")
     axis = figure.subplots()
     numbered = cell * neurons.layers <= WIDEST - 3
     _heat_map(figure, axis, counts, "neurons", "{:,.0f}" if numbered else None)
     for text in axis.texts:
         # Empty layers are many, and the colour says it.
         text.set_visible(text.get_text() != "0")
-    axis.set(title=f"{_method(neurons)}neurons of each language by layer", xlabel="layer")
+    axis.set(xlabel="layer")
+    axis.set_title(title, fontsize=TITLE)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=max(4, round(width * 2)), integer=True, min_n_ticks=1))
     axis.set_yticks(range(len(languages)), names)
     return figure
@@ -85,7 +122,9 @@ def overlap_figure(neurons: NeuronSet) -> Figure:
     languages = neurons.languages
     overlap = language_overlap(neurons)
     side = min(WIDEST - 1.5, 1.6 + 0.45 * len(languages))
-    figure = Figure(figsize=(max(4.2, side + 1.2), max(3.0, side)), layout="constrained")
+    wide = max(4.2, side + 1.2)
+    title = titled("neurons that languages share", neurons.metadata, languages, wide - 1)
+    figure = Figure(figsize=(wide, max(3.0, side) + _more(title)), layout="constrained")
     axis = figure.subplots()
     shown = overlap.clone().fill_diagonal_(math.nan)
     _heat_map(figure, axis, shown, "Jaccard index", "{:.2f}" if len(languages) <= MOST_NUMBERED else None)
@@ -94,7 +133,8 @@ def overlap_figure(neurons: NeuronSet) -> Figure:
         axis.text(i, i, f"{size:,}", ha="center", va="center", fontsize=8, color="black")
     axis.set_xticks(range(len(languages)), languages, **_slanted(languages))
     axis.set_yticks(range(len(languages)), languages)
-    axis.set_title(f"{_method(neurons)}neurons that languages share\n(diagonal: how many each has)")
+    axis.set_xlabel("diagonal: how many each has")
+    axis.set_title(title, fontsize=TITLE)
     return figure
 
 
@@ -119,7 +159,11 @@ def entropy_figure(statistics: Statistics) -> Figure:
     found = entropies(statistics)
     layers, width, languages = statistics.moment("mlp_act:positive").shape
     most = math.log(languages)
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    silent = layers * width - len(found)
+    what = f"entropy of {len(found):,} neurons over {languages} languages"
+    what += f"; {silent:,} never fire" if silent else ""
+    title = titled(what, _about(statistics), statistics.languages, 6.5)
+    figure = Figure(figsize=(7.5, 4 + _more(title)), layout="constrained")
     axis = figure.subplots()
     # Rounding may carry an even neuron just past ln K, and out of the last bin.
     axis.hist(found.clamp(0, most).numpy(), bins=BINS, range=(0, most), color="C0")
@@ -128,14 +172,12 @@ def entropy_figure(statistics: Statistics) -> Figure:
         axis.axvline(math.log(count), color="black", linewidth=0.8, linestyle=":", zorder=0)
     axis.set_yscale("log")
     axis.set_ylim(bottom=0.7)
-    silent = layers * width - len(found)
     axis.set(
-        title=f"entropy of {len(found):,} neurons over {languages} languages"
-        + (f"; {silent:,} never fire" if silent else ""),
         xlabel="entropy, nats",
         ylabel="neurons",
         xlim=(-0.02 * most, 1.02 * most),
     )
+    axis.set_title(title, fontsize=TITLE)
     top = axis.secondary_xaxis("top")
     top.set_xticks([math.log(count) for count in marks], [str(count) for count in marks], fontsize=8)
     top.set_xlabel("as if this many languages shared the neuron evenly", fontsize=8)
@@ -162,7 +204,11 @@ def routing_figure(statistics: Statistics) -> Figure:
     rows = math.ceil(count / columns)
     wide = min((WIDEST - 1.5) / columns, max(1.7, 0.5 + 0.1 * experts))
     high = min(2.6, max(1.3, 0.5 + 0.1 * layers))
-    figure = Figure(figsize=(max(5.5, wide * columns + 1.5), high * rows + 0.9), layout="constrained")
+    across = max(5.5, wide * columns + 1.5)
+    even = float(share.nanmean())
+    what = f"where each language's tokens are routed (evenly: {even:.3g})"
+    title = titled(what, _about(statistics), (), across)
+    figure = Figure(figsize=(across, high * rows + 0.9 + _more(title)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     image = None
     largest = float(share[torch.isfinite(share)].max()) if bool(torch.isfinite(share).any()) else 1.0
@@ -180,8 +226,7 @@ def routing_figure(statistics: Statistics) -> Figure:
         axis.tick_params(labelsize=8, labelbottom=k + columns >= count)
     figure.supxlabel("expert", fontsize=9)
     figure.supylabel("layer", fontsize=9)
-    even = float(share.nanmean())
-    figure.suptitle(f"where each language's tokens are routed (evenly: {even:.3g})", fontsize=11)
+    figure.suptitle(title, fontsize=TITLE)
     _scale(figure, image, axes, "share of tokens")
     return figure
 
@@ -207,7 +252,15 @@ def comparison_figure(comparison: Comparison) -> Figure:
         labels, across_label = list(comparison.languages), "sets"
         beside_title = "the same language in two sets"
         beside_width = min(5.5, max(2.6, 0.45 * len(comparison.pairs) + 0.8))
-    figure = Figure(figsize=(map_side + beside_width + 3.2, map_side + 1.5), layout="constrained")
+    wide = map_side + beside_width + 3.2
+    told = "; ".join(
+        f"{_short(name, 40)}: {method}"
+        for name, method in zip(comparison.names, comparison.methods, strict=True)
+        if method and method != name
+    )
+    title = titled("neurons that sets and languages share", comparison.model, (told,) if told else (), wide)
+    figure = Figure(figsize=(wide, map_side + 1.7 + _more(title)), layout="constrained")
+    figure.suptitle(title, fontsize=TITLE)
     left, right = figure.subplots(1, 2, width_ratios=[map_side + 1, beside_width + 0.6])
 
     across = comparison.across.reshape(side, side).clone().fill_diagonal_(math.nan)
@@ -294,9 +347,8 @@ def _slanted(labels: Sequence[str]) -> dict[str, Any]:
     return {"rotation": 45, "ha": "right"} if max(map(len, labels)) > 3 else {}
 
 
-def _method(neurons: NeuronSet) -> str:
-    method = neurons.metadata.get("method")
-    return f"{method}: " if method else ""
+def _about(statistics: Statistics) -> dict[str, Any]:
+    return {"model": statistics.metadata.get("model"), "fingerprint": statistics.fingerprint}
 
 
 def _short(name: str, most: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PIECE = 2**18  # values
+PIECE = 2**17  # values: with its float64 copy, what a core's own cache holds
 
 # The moments of single tokens, and those of a text's mean (``neurons.statistics.MOMENTS``).
 OF_TOKENS = ("positive", "sum", "square", "absolute")

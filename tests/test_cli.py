@@ -83,6 +83,40 @@ def test_inspect_shows_every_kind_of_file(broca, files, name):
     assert "fingerprint" in json.loads(out)
 
 
+def test_a_direction_looks_the_same_when_it_is_inspected(broca, model, text, files):
+    out = files / "shift.safetensors"
+    shown = broca(
+        "direction", model, "--corpus", text, "--source", "en", "--target", "fr", "--method", "low-rank-shift",
+        "--out", out,
+    )[1]  # fmt: skip
+    table = shown.strip().splitlines()[:-1]
+    inspected = broca("inspect", out)[1].strip().splitlines()
+    assert inspected[2:] == table
+    header = [cell.strip() for cell in table[2].strip("┃").split("┃")]
+    assert header[:4] == ["layer", "attn_out", "mlp_out", "block_out"] and len(header) > 5
+
+
+def test_the_list_says_what_each_needs(broca):
+    found = json.loads(broca("identify", "--method", "list", "--json")[1])
+    assert found["random"]["needs"] == "--like, or MODEL --languages"
+    assert found["random-matched"]["needs"] == "--like, and --statistics or MODEL --corpus"
+    assert found["lape"]["needs"] == "MODEL --corpus, or --statistics"
+    assert found["culnig"]["needs"] == "MODEL --prompts --control [--recognition]"
+    out = broca("identify", "--method", "list")[1]
+    assert all(method["needs"] in out for method in found.values())
+
+
+def test_statistics_of_another_model_match_nothing(broca, model, text, files, checkpoint_of):
+    other = checkpoint_of("gpt2")
+    statistics, out = files / "others.safetensors", files / "none.safetensors"
+    assert broca("record", other, "--corpus", text, "--for", "random-matched", "--out", statistics)[0] == 0
+    like = ["identify", "--method", "random-matched", "--like", files / "neurons.safetensors", "--out", out]
+    for given in (["--statistics", statistics], [other, "--corpus", text]):
+        status, _, err = broca(*like, *given)
+        assert status == 1 and "fingerprint" in one_sentence(err)
+        assert not out.exists()
+
+
 def test_json_is_one_object_and_nothing_else(broca, model, text, files):
     neurons, edit = files / "neurons.safetensors", files / "scaled.safetensors"
     steps = ["--source", "en", "--target", "fr"]
@@ -108,10 +142,13 @@ def test_the_same_command_twice_gives_the_same_bytes(broca, model, text, files):
         ["edit", model, "--corpus", text, "--direction", files / "direction.safetensors"],
         ["evaluate", model, "--corpus", text, "--source", "en", "--target", "fr", "--prompts", "3"],
     ):
-        first, second = files / "first", files / "second"
-        assert broca(*command, "--out", first)[0] == 0
-        assert broca(*command, "--out", second)[0] == 0
-        assert first.read_bytes() == second.read_bytes(), command[0]
+        # One place for both: what is written may tell the command that wrote it.
+        out, found = files / "again", []
+        for _ in range(2):
+            assert broca(*command, "--out", out)[0] == 0
+            found.append(out.read_bytes())
+            out.unlink()
+        assert found[0] == found[1], command[0]
 
 
 def test_lape_says_which_language_has_no_neurons(broca, model, text, files):
@@ -153,7 +190,7 @@ REFUSALS = {
     "no model": (lambda m, t, f, d: ["identify", "no/such", "--corpus", t], 2, "no/such"),
     "no model directory": (lambda m, t, f, d: ["identify", "./none", "--corpus", t], 2, "./none"),
     "not a model": (lambda m, t, f, d: ["identify", t, "--corpus", t], 2, "config.json"),
-    "no corpus": (lambda m, t, f, d: ["identify", m, "--corpus", d / "none"], 2, "no such corpus"),
+    "no corpus": (lambda m, t, f, d: ["identify", m, "--corpus", d / "none"], 2, "no such directory"),
     "one language": (lambda m, t, f, d: ["identify", m, "--corpus", alone(t, d)], 2, "(en)"),
     "empty file": (lambda m, t, f, d: ["identify", m, "--corpus", changed(t, d, "de", b"")], 2, "'de'"),
     "bad UTF-8": (
@@ -178,7 +215,7 @@ REFUSALS = {
         2, "layers"),
     "wrong kind of file": (
         lambda m, t, f, d: ["edit", m, "--direction", f / "edit.safetensors", "--corpus", t], 1, "'direction'"),
-    "no such plan": (lambda m, t, f, d: ["export", m, "--edit", d / "none"], 1, "none"),
+    "no such plan": (lambda m, t, f, d: ["export", m, "--edit", d / "none"], 2, "none"),
     "already edited": (
         lambda m, t, f, d: ["export", f / "steered", "--edit", f / "edit.safetensors"], 1, "fingerprint"),
     "two steered models": (
@@ -223,6 +260,20 @@ def test_debug_shows_where(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["broca", "inspect", str(tmp_path / "none"), "--debug"])
     with pytest.raises(Exception, match="no such file"):
         main()
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_every_help_names_debug(broca, name):
+    for _ in range(2):  # a command that is asked for twice has the option once
+        status, out, _ = broca(*([name] if name else []), "--help")
+        assert status == 0 and out.count("--debug") == 1
+
+
+@pytest.mark.parametrize("name", ["record", "identify", "export"])
+def test_help_of_what_is_slow_or_large_says_so(broca, name):
+    out = " ".join(broca(name, "--help")[1].split())
+    assert re.search(r"as long as|takes seconds", out)
+    assert re.search(r"disk|bytes a neuron", out)
 
 
 def test_usage_errors_exit_with_2(broca):

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from cli.main import main
 from editing.edits.methods import METHODS
+from editing.edits.neutral_mean import neutral_means
 from editing.plan import load_plan
+from neurons.corpus import read_corpus
 from neurons.source import load_model
 
 
@@ -64,7 +66,7 @@ def arguments_of(files, words):
     kinds["text"] = str(files / "text")
     out = []
     for i, word in enumerate(words):
-        named = i > 0 and words[i - 1] in ("--direction", "--neurons", "--corpus")
+        named = i > 0 and words[i - 1] in ("--direction", "--neurons", "--corpus", "--compose")
         out.append(kinds[word] if named else word)
     return out
 
@@ -173,6 +175,34 @@ def test_anothers_vector_is_baked(broca, files, tmp_path):
     assert [edit.layer for edit in load_plan(tmp_path / "edit.safetensors").edits] == [1]
 
 
+@pytest.mark.parametrize("site", ["block_out", "own"])
+def test_the_ablation_spares_the_mean_of_a_neutral_language(broca, files, tmp_path, site):
+    found = {}
+    for languages in (["qaa"], ["qaa", "qab"]):
+        out = tmp_path / f"{len(languages)}.safetensors"
+        status, _, err = broca(
+            "edit", files / "model", "--method", "ablate", "--set", "form=biprojected", "--set", f"site={site}",
+            "--direction", files / "direction.safetensors", "--corpus", files / "text", "--languages", ",".join(languages),
+            "--part", "choose", "--out", out,
+        )  # fmt: skip
+        assert status == 0, err
+        found[len(languages)] = load_plan(out)
+        origin = found[len(languages)].metadata["neutral"]
+        assert origin["languages"] == languages and origin["corpus"]["part"] == "choose"
+    loaded = load_model(str(files / "model"), device="cpu")
+    corpus = read_corpus(files / "text", ["qaa"], "choose", least=1)
+    sites = ("attn_out", "mlp_out", "block_out")
+    means = neutral_means(loaded, corpus, sites)
+    for edit in found[1].edits:
+        mean = means[f"{edit.block}_out" if site == "own" else site][edit.layer]
+        # What the edit adds has nothing along the mean: U^T m = 0.
+        assert float((edit.left.double().T @ mean).abs().max()) < 1e-5 * float(mean.norm())
+    assert any(
+        not torch.equal(one.left, other.left)
+        for one, other in zip(found[1].edits, found[2].edits, strict=True)
+    )
+
+
 REFUSALS = {
     "an unknown method": (["--method", "magic"], "magic"),
     "a setting of another method": (["--direction", "direction", "--corpus", "text", "--factor", "0"], "--factor"),
@@ -187,7 +217,14 @@ REFUSALS = {
     "heads of a method": (["--direction", "direction", "--corpus", "text", "--heads", "1"], "--heads"),
     "a setting twice": (
         ["--direction", "direction", "--corpus", "text", "--eps", "1", "--set", "eps=1"], "twice"),
-    "a method's option while composing": (["--compose", "a", "--corpus", "text"], "--corpus"),
+    "a method's option while composing": (["--compose", "direction", "--corpus", "text"], "--corpus"),
+    "neutral text that nothing reads": (
+        ["--method", "ablate", "--direction", "direction", "--corpus", "text"], "form=biprojected"),
+    "a neutral language of no text": (
+        ["--method", "ablate", "--direction", "direction", "--languages", "qaa"], "--corpus, which is not given"),
+    "a part of no text": (["--method", "steer2edit", "--direction", "direction", "--part", "report"], "--part"),
+    "a biprojection without neutral text": (
+        ["--method", "ablate", "--direction", "direction", "--set", "form=biprojected"], "neutral text (--corpus)"),
 }  # fmt: skip
 
 

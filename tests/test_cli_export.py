@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -89,11 +90,25 @@ def test_what_is_pushed(broca, model, edit, tmp_path, monkeypatch):
     import editing.hub
 
     calls = []
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr(editing.hub, "push", lambda path, repo: calls.append((path, repo)) or "https://hub/x")
     out = tmp_path / "out"
     status, said, err = broca("export", model, "--edit", edit, "--push-to-hub", "me/x", "--out", out)
     assert status == 0, err
     assert calls == [(out, "me/x")] and "https://hub/x" in said
+
+
+def test_what_could_not_be_pushed_is_refused_before_any_work(broca, model, edit, tmp_path, monkeypatch):
+    for token, repo, status, said in (
+        ("hf_none", "me/x/y", 2, "me/x/y: not a valid repository name"),
+        ("hf_none", "--", 2, "not a valid repository name"),
+        ("", "me/x", 1, "me/x: no token to push with"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda token=token: token or None)
+        out = tmp_path / "out"
+        found, shown, err = broca("export", model, "--edit", edit, f"--push-to-hub={repo}", "--out", out)
+        assert (found, shown) == (status, "") and said in err and err.count("\n") == 1, err
+        assert not out.exists()
 
 
 COMBINATIONS = {
@@ -122,15 +137,21 @@ def test_combinations_without_sense(broca, model, edit, tmp_path, name):
 def test_a_place_that_cannot_be_written_is_found_before_the_model_is_looked_at(broca, edit, tmp_path):
     (tmp_path / "file").write_text("mine")
     status, _, err = broca("export", tmp_path / "none", "--edit", edit, "--out", tmp_path / "file" / "out")
-    assert status == 1 and "is a file, so" in err
+    assert status == 2 and "is a file, so" in err
 
 
 def test_undo_of_what_cannot_be_undone(broca, model, edit, tmp_path):
     assert broca("export", model, "--edit", edit, "--out", tmp_path / "steered")[0] == 0
     status, _, err = broca("export", tmp_path / "steered", "--undo", "--out", tmp_path / "base")
     assert status == 1 and "without --undoable" in err
+    assert f"its base model, {model.name} (fingerprint {fingerprint(model)})" in err
     status, _, err = broca("export", model, "--undo", "--out", tmp_path / "base")
-    assert status == 1 and "nothing to undo" in err
+    assert status == 1 and "nothing to undo" in err and "export --undoable" in err
+    assert broca("export", model, "--edit", edit, "--format", "lora", "--out", tmp_path / "adapter")[0] == 0
+    status, _, err = broca("export", tmp_path / "adapter", "--undo", "--out", tmp_path / "base")
+    assert status == 1 and err.count("\n") == 1
+    assert "adapter: an adapter" in err and "nothing to undo" in err
+    assert not (tmp_path / "base").exists()
 
 
 def test_dequantise_what_is_not_quantised(broca, model, tmp_path):

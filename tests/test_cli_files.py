@@ -136,7 +136,21 @@ def test_compare_shows_and_draws(broca, files):
     assert "first: zh left out" in err and "second: sw left out" in err
     assert out.strip().splitlines()[-1] == str(files / "o.png")
     assert (files / "o.png").read_bytes().startswith(b"\x89PNG")
-    assert "Jaccard" in out and "0.6667" in out
+    assert "Jaccard" in out and out.count("┏") == 1 and "0.6667" not in out
+    # Both have (0, 1) and (1, 5) of en, of the six that either has.
+    (row,) = [line for line in out.splitlines() if line.startswith("│ first")]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "first",
+        "second",
+        "4",
+        "4",
+        "2",
+        "0.3333",
+        "-",
+    ]
+
+    status, out, _ = broca("compare", files / "first", files / "second", "--details")
+    assert status == 0 and "0.6667" in out and "Jaccard of languages within second" in out
 
     status, out, _ = broca("compare", files / "first", files / "second", "--json")
     found = json.loads(out)
@@ -146,6 +160,7 @@ def test_compare_shows_and_draws(broca, files):
     assert found["sizes"] == [[3, 1], [3, 1]]
     (pair,) = found["pairs"]
     assert pair["jaccard"] == [0.5, 0.0]
+    assert pair["overall_jaccard"] == 2 / 6 and pair["mean_rank_correlation"] is None
     assert pair["first_in_second"] == [2 / 3, 0.0]
     assert pair["rank_correlation"] == [None, None]
     assert pair["by_layer"] == [[0.5, 0.5], [0.0, 0.0]]
@@ -257,10 +272,10 @@ REFUSALS = {
     "neurons with names": (lambda f: ["convert", f / "first", "--languages", "en"], 2, "--languages"),
     "statistics to masks": (lambda f: ["convert", f / "statistics"], 1, "'neurons' is needed"),
     "text": (lambda f: ["convert", f / "text"], 1, "not a file that Broca wrote"),
-    "no file": (lambda f: ["convert", f / "none"], 1, "no such file"),
-    "no counts": (lambda f: ["convert", f"en={f / 'none'}"], 1, "no such file"),
+    "no file": (lambda f: ["convert", f / "none"], 2, "no such file"),
+    "no counts": (lambda f: ["convert", f"en={f / 'none'}"], 2, "no such file"),
     "one set": (lambda f: ["compare", f / "first"], 2, "two"),
-    "two models": (lambda f: ["compare", f / "first", f / "other"], 2, "fingerprints f and g"),
+    "two models": (lambda f: ["compare", f / "first", f / "other"], 1, "fingerprints f and g"),
     "statistics as neurons": (lambda f: ["compare", f / "first", f / "statistics"], 1, "'neurons'"),
     "a picture of another kind": (
         lambda f: ["compare", f / "first", f / "second", "--plot", f / "p.pdf"], 2, ".png or .svg"),
@@ -268,7 +283,7 @@ REFUSALS = {
     "layers of statistics": (lambda f: ["plot", f / "statistics", "--what", "layers"], 2, "--what layers"),
     "routing without experts": (
         lambda f: ["plot", f / "statistics", "--what", "routing"], 2, "no experts"),
-    "a picture of a direction": (lambda f: ["plot", f / "direction"], 2, "'direction'"),
+    "a picture of a direction": (lambda f: ["plot", f / "direction"], 1, "'direction'"),
     "a neuron set's model": (lambda f: ["compare", f / "first", f / "second", "--model", "m"], 2, "--model"),
     "one file": (lambda f: ["merge", f / "statistics"], 2, "at least two"),
     "the same file twice": (lambda f: ["merge", f / "statistics", f / "statistics"], 2, "twice"),
@@ -290,7 +305,7 @@ def test_bad_input_gets_one_sentence(broca, files, name):
 
 
 def test_a_picture_of_no_known_kind_is_refused_before_any_file_is_read(broca, files):
-    status, _, err = broca("plot", files / "none", "--out", files / "p.gif")
+    status, _, err = broca("plot", files / "text", "--out", files / "p.gif")
     assert status == 2
     assert ".png or .svg" in one_sentence(err)
 

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from neurons.comparison import compare, language_overlap, spearman
-from neurons.errors import UsageError
+from neurons.errors import BrocaError, UsageError
 from neurons.neuron_set import neuron_set
 
 LAYERS, WIDTH = 3, 10
@@ -114,6 +114,19 @@ def test_languages_of_one_set():
         close(row, wanted)
 
 
+def test_all_languages_of_a_pair_together():
+    one = made({"en": [(0, 1), (0, 2), (1, 0), (1, 1)], "fr": [(0, 2)], "zh": []})
+    other = made({"en": [(0, 1), (0, 2), (1, 0), (2, 2)], "fr": [(1, 0), (1, 1)], "zh": []})
+    pair = compare([one, other], "ab").pairs[0]
+    assert pair.either.tolist() == [5, 3, 0]
+    # Not the mean of the languages' 3/5 and 0.
+    close(pair.overall_jaccard, 3 / 8)
+    own = [value for value in pair.rank_correlation if value is not None]
+    assert len(own) <= 1 and pair.mean_rank_correlation == (own[0] if own else None)
+    empty = compare([made({"en": []}), made({"en": []})], "ab").pairs[0]
+    assert empty.overall_jaccard is None and empty.mean_rank_correlation is None
+
+
 def test_the_neuron_of_one_layer_is_not_that_of_another():
     pair = compare([made({"en": [(0, 9)]}), made({"en": [(1, 0), (1, 9)]})], "ab").pairs[0]
     assert pair.shared.tolist() == [0]
@@ -123,18 +136,18 @@ def test_only_common_languages_are_compared():
     found = compare([drawn(1, ("en", "fr", "zh")), drawn(2, ("zh", "sw", "en"))], ["a", "b"])
     assert found.languages == ("en", "zh")
     assert found.left_out == (("fr",), ("sw",))
-    with pytest.raises(UsageError, match=r"no language in common \(a: en; b: fr\)"):
+    with pytest.raises(BrocaError, match=r"no language in common \(a: en; b: fr\)"):
         compare([drawn(1, ("en",)), drawn(2, ("fr",))], ["a", "b"])
 
 
 def test_sets_of_two_models_are_refused():
     one, other, unknown = (made({"en": []}, **m) for m in ({"fingerprint": "1"}, {"fingerprint": "2"}, {}))
     assert len(compare([one, unknown], "ab").pairs) == 1
-    with pytest.raises(UsageError, match="a and c are of two models, fingerprints 1 and 2"):
+    with pytest.raises(BrocaError, match="a and c are of two models, fingerprints 1 and 2"):
         compare([one, unknown, other], "abc")
-    with pytest.raises(UsageError, match="a is of 3 layers x 10 neurons, b of 3 x 11"):
+    with pytest.raises(BrocaError, match="a is of 3 layers x 10 neurons, b of 3 x 11"):
         compare([made({"en": []}), made({"en": []}, neurons=11)], "ab")
-    with pytest.raises(UsageError, match="3 layers"):
+    with pytest.raises(BrocaError, match="3 layers"):
         compare([made({"en": []}), made({"en": []}, layers=4)], "ab")
     with pytest.raises(UsageError, match="at least two"):
         compare([one], "a")

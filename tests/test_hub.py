@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from editing.hub import push
+from editing.hub import push, require_pushable
 from neurons.errors import BrocaError, UsageError
 
 
@@ -80,6 +80,24 @@ def test_refuses_what_is_no_model_before_it_asks(hub, tmp_path):
         push(tmp_path, "someone/steered")
     with pytest.raises(UsageError, match="nothing to push"):
         push(tmp_path / "absent", "someone/steered")
+    assert hub.asked == []
+
+
+def test_what_can_be_pushed_is_told_without_asking(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_none")
+    for repo in ("steered", "someone/steered-1.5_b"):
+        require_pushable(repo)
+    for repo in ("", "a/b/c", "someone/", "some one/steered", "someone/-steered", "someone/steered.git"):
+        with pytest.raises(UsageError, match="owner/name"):
+            require_pushable(repo)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BrocaError, match="HF_HUB_OFFLINE"):
+        require_pushable("steered")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(BrocaError, match="hf auth login"):
+        require_pushable("steered")
     assert hub.asked == []
 
 

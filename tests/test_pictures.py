@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,6 +30,9 @@ def neurons(layers, languages, seed=0, names=NAMES):
     return neuron_set(members, scores, layers, WIDTH, {"method": "lape"})
 
 
+ABOUT = {"method": "gradient-contrast", "model": "meta-llama/Llama-3.2-1B", "fingerprint": "e0d05e15935ec39e"}
+
+
 def statistics(layers=3, languages=4, experts=0, tokens=50, seed=0):
     generator = torch.Generator().manual_seed(seed)
     seen = torch.full((languages,), tokens)
@@ -42,6 +46,11 @@ def statistics(layers=3, languages=4, experts=0, tokens=50, seed=0):
         positive = torch.minimum(positive, routed.repeat_interleave(WIDTH // experts, 1))
     names = tuple(NAMES[:languages])
     return Statistics(names, seen, seen, {"mlp_act:positive": positive}, "", routed=routed)
+
+
+def about(chosen):
+    """The same set with all that a title tells."""
+    return replace(chosen, metadata=ABOUT)
 
 
 def shown(axis):
@@ -138,6 +147,11 @@ FIGURES = {
     "layers, long names": lambda: pictures.layers_figure(
         neurons(12, 5, names=[f"{k}_Latn-and-more" for k in NAMES])
     ),
+    "layers, told": lambda: pictures.layers_figure(about(neurons(2, 8))),
+    "overlap, told": lambda: pictures.overlap_figure(about(neurons(2, 2))),
+    "two sets, told": lambda: pictures.comparison_figure(
+        compare([about(neurons(2, 2, s)) for s in range(2)], ["one", "a-name-that-is-rather-long-for-a-set"])
+    ),
     "overlap 2": lambda: pictures.overlap_figure(neurons(2, 2)),
     "overlap 20": lambda: pictures.overlap_figure(neurons(6, 20)),
     "overlap, long names": lambda: pictures.overlap_figure(
@@ -161,16 +175,35 @@ FIGURES = {
 }
 
 
+def test_titles_tell_method_model_and_languages():
+    title = pictures.layers_figure(about(neurons(12, 3))).axes[0].get_title()
+    first, told = title.split("\n", 1)
+    assert first == "neurons of each language by layer"
+    assert (
+        " ".join(told.replace("\n", "; ").split())
+        == "gradient-contrast; meta-llama/Llama-3.2-1B (e0d05e15); en, de, fr"
+    )
+    assert "20 languages" in pictures.layers_figure(about(neurons(2, 20))).axes[0].get_title()
+    compared = compare([about(neurons(2, 2, s)) for s in range(2)], ["one", "gradient-contrast"])
+    told = "; ".join(pictures.comparison_figure(compared).get_suptitle().splitlines())
+    assert told.endswith("meta-llama/Llama-3.2-1B (e0d05e15); one: gradient-contrast")
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_nothing_is_cut_off_and_no_label_covers_another(name):
     figure = FIGURES[name]()
     figure.draw_without_rendering()
     width, height = figure.bbox.size
     assert max(figure.get_size_inches()) <= 20
+    if figure._suptitle is not None:
+        above = figure._suptitle.get_window_extent()
+        assert above.x0 >= 0 and above.x1 <= width and above.y1 <= height
     for axis in figure.axes:
         if not axis.get_visible():
             continue
         box = axis.get_tightbbox()
+        title = axis.title.get_window_extent()
+        assert title.x0 >= 0 and title.x1 <= width and title.y1 <= height
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
         for line in (axis.xaxis, axis.yaxis):
             view = sorted(line.get_view_interval())

@@ -162,7 +162,7 @@ def directional_ablation_plan(
         site: "block_out", the direction of the residual stream, or "own", each block's at its output.
         strength: s, 1 removes the direction.
         from_layer: the layer whose direction serves all layers, as published; None takes each layer's own.
-        neutral: for the biprojected forms, site -> [L, d], the mean there.  What is not given is taken from
+        neutral: for the biprojected forms, site -> [L, d], the mean there (``neutral_means`` takes it).  What is not given is taken from
             the direction: its mean at the site, or, at a block's own output, W mu + b, the mean of what the
             block writes on both languages.
 
@@ -280,8 +280,8 @@ def _neutral_mean(
     inputs = f"{block}_in"
     if inputs not in direction.input_means or (block == "mlp" and source.anatomy.mixed):
         raise UsageError(
-            f"the biprojected form needs the neutral mean at {site}, which the direction does not have: give it, "
-            "or use the form plain or norm-preserving"
+            f"the biprojected form needs the neutral mean at {site}, which the direction does not have: give "
+            "neutral text (--corpus), or use the form plain or norm-preserving"
         )
     mean = weights.read(layer, block) @ direction.input_means[inputs][layer].double()
     bias = output_bias(source, weights, layer, block)

