@@ -7,7 +7,8 @@ report.  What is reported of the edit is measured on the checkpoint that was wri
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,10 +32,11 @@ from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
 from editing.live import exchanged
+from editing.origin import measured_by, processor, texts_read
 from editing.plan import load_plan
 from editing.recipe import Recipe
 from editing.report import Report, report_files, report_from_json
-from editing.stages import Stages, digest
+from editing.stages import RUNS, UNCHANGED, Stages, digest
 from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
 from neurons.errors import UsageError
@@ -77,19 +79,26 @@ class Result:
     neurons: dict[str, int]
 
 
-def run(recipe: Recipe, screen: Screen) -> Result:
+def run(recipe: Recipe, screen: Screen, asked: Mapping[str, Any] | None = None) -> Result:
     """Do what the recipe says, skipping the stages that are done and unchanged.
+
+    Args:
+        recipe: the job.
+        screen: where progress is told.
+        asked: JSON values that files of figures keep beside what the recipe says: the command that was given,
+            the recipe's text, its file and digest.
 
     Raises:
         UsageError: a recipe that names languages or files that are not there.
         BrocaError: whatever a stage refuses.
     """
-    return _Run(recipe, screen).all()
+    return _Run(recipe, screen, asked or {}).all()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, screen: Screen) -> None:
-        self.recipe, self.screen = recipe, screen
+    def __init__(self, recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
+        self.recipe, self.screen, self.asked = recipe, screen, asked
+        self.kept: list[str] = []
         self.source: ModelSource = open_model(recipe.model)
         self.corpora: dict[str, Corpus] = {
             part: read_corpus(recipe.corpus, recipe.languages, part)
@@ -111,11 +120,33 @@ class _Run:
             None if recipe.layers is None else parse_layers(recipe.layers, self.source.anatomy.layers)
         )
         self.out = recipe.out
-        self.stages = Stages(recipe.out, screen.stage)
+        self.stages = Stages(recipe.out, self.stage)
 
     @cached_property
     def loaded(self) -> LoadedModel:
         return load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
+
+    def stage(self, name: str, state: str) -> None:
+        if state not in (RUNS, UNCHANGED):
+            self.kept.append(f"{name}: {state}")
+        self.screen.stage(name, state)
+
+    def origin(self, *parts: str) -> dict[str, Any]:
+        """What figures measured after these parts of the text were read say of their making."""
+        elsewhere = ("model", "corpus", "out", "source", "targets")
+        return {
+            "model": self.source.label,
+            "fingerprint": self.source.fingerprint,
+            "corpora": texts_read(self.corpora[part] for part in parts),
+            "packages": measured_by(),
+            "processor": processor(self.loaded.device),
+            "settings": {
+                **{key: value for key, value in asdict(self.recipe).items() if key not in elsewhere},
+                "device": str(self.loaded.device),
+                "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            },
+            **self.asked,
+        }
 
     def all(self) -> Result:
         recipe = self.recipe
@@ -260,7 +291,14 @@ class _Run:
         assert plan is not None  # a keyed candidate always has one
         plan.save(self.out / f"edit-{target}.safetensors")
         settings = {way: candidate.settings for way, candidate in chosen.items()}
-        content = {"ceiling": evaluation.ceiling, "chosen": settings, "tried": tried}
+        content = {
+            **self.origin("estimate", "choose"),
+            "source": self.recipe.source,
+            "target": target,
+            "ceiling": evaluation.ceiling,
+            "chosen": settings,
+            "tried": tried,
+        }
         write_atomically(self.out / f"choice-{target}.json", json_bytes(content))
 
     def export(self, target: str) -> None:
@@ -296,9 +334,12 @@ class _Run:
                 f"The unedited model hardly writes {target} on {target} prompts (ceiling "
                 f"{evaluation.ceiling:.2f}): shares say little here."
             )
+        if self.kept:
+            notes.append(
+                f"The command alone does not repeat these figures: {'; '.join(self.kept)}; put these files there too."
+            )
         content = {
-            "model": self.source.label,
-            "fingerprint": self.source.fingerprint,
+            **self.origin("estimate", "choose", "report"),
             "source": self.recipe.source,
             "target": target,
             "ceiling": evaluation.ceiling,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from editing.comparison import choose, measure_candidates
+from editing.comparison import Candidate, choose, measure_candidates
+from editing.doses import weaker
 from editing.evaluation import Evaluation, Outcome
 from editing.ways import Material, Way, candidates_of
 from neurons.errors import BrocaError
@@ -20,12 +21,15 @@ class Compared:
     Attributes:
         outcomes: the base first, then each way's chosen setting, on the part that is reported.
         tried: every setting on the part that is chosen on, or the reason why it was refused.
-        notes: ways that could not be tried at all, with the reason.
+        notes: ways that could not be tried at all, or at other doses, with the reason.
+        curves: title -> the chosen setting at each dose, ascending, on the part that is reported; each
+            outcome's details tell the dose.  Empty where no doses were asked for.
     """
 
     outcomes: tuple[Outcome, ...]
     tried: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    curves: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
 
 
 def compare_ways(
@@ -34,6 +38,7 @@ def compare_ways(
     choosing: Evaluation,
     reporting: Evaluation,
     tell: Callable[[str], None] | None = None,
+    doses: Sequence[float] = (),
 ) -> Iterator[Compared]:
     """Choose and report, way by way.
 
@@ -43,6 +48,7 @@ def compare_ways(
         choosing: where a setting is chosen (``editing.comparison.choose``).
         reporting: what is reported, other text, with KL and side effects on the other languages.
         tell: called with a way's title before it is tried.
+        doses: parts of the chosen strength at which each way is reported besides (``editing.doses``).
 
     Yields:
         All that is known after each way, so that what was measured can be kept when the rest is not awaited.
@@ -52,7 +58,8 @@ def compare_ways(
     """
     outcomes = [reporting.measure("base", nullcontext, others=True)]
     tried: list[dict[str, Any]] = []
-    notes = []
+    notes: list[str] = []
+    curves: dict[str, tuple[Outcome, ...]] = {}
     for way in ways.values():
         if tell is not None:
             tell(way.title)
@@ -61,7 +68,7 @@ def compare_ways(
         if not candidates:
             reason = refused[0]["refused"] if refused else "it has no setting for these languages"
             notes.append(f"{way.title}: not tried: {reason}")
-            yield Compared(tuple(outcomes), tuple(tried), tuple(notes))
+            yield Compared(tuple(outcomes), tuple(tried), tuple(notes), dict(curves))
             continue
         measured = list(measure_candidates(choosing, candidates))
         tried += [outcome.as_json() for _, outcome in measured]
@@ -72,6 +79,24 @@ def compare_ways(
                 way.title, best.steering, details, kl=True, others=True, instruction=best.instruction
             )
         )
-        yield Compared(tuple(outcomes), tuple(tried), tuple(notes))
+        if doses:
+            curve, reason = _curve(way, material, best, doses, reporting)
+            curves[way.title] = (*curve, replace(outcomes[-1], details={**details, "dose": 1.0}))
+            notes += [f"{way.title}: not at other doses: {reason}"] if reason else []
+        yield Compared(tuple(outcomes), tuple(tried), tuple(notes), dict(curves))
     if len(outcomes) == 1:
         raise BrocaError(f"no way could be tried: {'; '.join(notes)}")
+
+
+def _curve(
+    way: Way, material: Material, best: Candidate, doses: Sequence[float], reporting: Evaluation
+) -> tuple[list[Outcome], str]:
+    """The outcomes of the doses, and why there are none where the way cannot be made weaker."""
+    found = []
+    try:
+        for dose, candidate in weaker(way, material, best, sorted(doses)):
+            details = {**candidate.details(), "permanent": way.permanent, "dose": dose}
+            found.append(reporting.measure(way.title, candidate.steering, details))
+    except BrocaError as error:
+        return [], str(error)
+    return found, "" if found else "it has no strength"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from editing.evaluation import Outcome
+from editing.origin import origin_of
 from neurons.artifact import json_bytes
 
 
@@ -23,6 +24,7 @@ class Report:
         continuations: how many each share is over.
         outcomes: the base first.
         notes: what a reader should know beside the numbers.
+        origin: what the figures were made of and by which command (``editing.origin``), as JSON values.
     """
 
     model: str
@@ -32,6 +34,7 @@ class Report:
     continuations: int
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -209,16 +212,22 @@ def report_from_json(value: dict[str, Any]) -> Report:
         continuations=value["continuations"],
         outcomes=tuple(map(outcome_from_json, value["outcomes"])),
         notes=tuple(value.get("notes", ())),
+        origin=origin_of(value),
     )
 
 
 def report_files(reports: Sequence[Report]) -> dict[str, bytes]:
     """report.json, report.md, report.png and report.svg, by name; equal reports give equal bytes."""
     return {
-        "report.json": json_bytes([asdict(report) for report in reports]),
+        "report.json": json_bytes(list(map(_as_json, reports))),
         "report.md": markdown(reports).encode(),
         **plots(reports),
     }
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    value = asdict(report)
+    return {**value.pop("origin"), **value}
 
 
 def markdown(reports: Sequence[Report]) -> str:

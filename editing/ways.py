@@ -166,6 +166,7 @@ class Way:
         permanent: whether it is in the weights.
         grid: the settings that are tried.
         make: the candidate of one of them.
+        strength: the setting that says how strongly a hook steers; None: there is none, or the whole plan is scaled.
     """
 
     title: str
@@ -174,6 +175,7 @@ class Way:
     permanent: bool
     grid: Callable[[Material], Sequence[Settings]]
     make: Callable[[Material, Settings], Candidate]
+    strength: str | None = None
 
 
 def ways_named(names: Sequence[str]) -> dict[str, Way]:
@@ -257,7 +259,7 @@ def _arithmetic(mode: str) -> Way:
         return Candidate(title, settings, None, steering)
 
     line = "the source's neurons off, the target's raised"
-    return Way(title, line, "arXiv 2507.22608", False, grid, make)
+    return Way(title, line, "arXiv 2507.22608", False, grid, make, "strength")
 
 
 def _clas(material: Material, settings: Settings) -> Candidate:
@@ -347,7 +349,13 @@ WAYS: Mapping[str, Way] = {
     "prompt-source": _prompting("prompt, source language", in_target=False),
     "prompt-target": _prompting("prompt, target language", in_target=True),
     "diffmean": Way(
-        HOOK, "h += strength v after a layer", "arXiv 2601.08331", False, _diffmean_grid, _diffmean
+        HOOK,
+        "h += strength v after a layer",
+        "arXiv 2601.08331",
+        False,
+        _diffmean_grid,
+        _diffmean,
+        "strength",
     ),
     **{f"arithmetic-{mode}": _arithmetic(mode) for mode in MODES},
     "clas": Way(
@@ -357,6 +365,7 @@ WAYS: Mapping[str, Way] = {
         False,
         _one("strength", CLAS_STRENGTHS),
         _clas,
+        "strength",
     ),
     "austeer": Way(
         "AUSteer hook",
@@ -365,6 +374,7 @@ WAYS: Mapping[str, Way] = {
         False,
         _one("alpha", AUSTEER_ALPHAS, channels=CHANNELS),
         _austeer,
+        "alpha",
     ),
     "subspace-removal": Way(
         "subspace removal hook",
@@ -373,6 +383,7 @@ WAYS: Mapping[str, Way] = {
         False,
         _one("strength", REMOVAL_STRENGTHS),
         _removal,
+        "strength",
     ),
     "keyed": Way(
         KEYED,

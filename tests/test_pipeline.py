@@ -130,6 +130,9 @@ def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
     run(mine, screen)
     assert screen.ran == ["export to fr", "measure fr", "report"]
     assert screen.states["edit to fr"] == KEPT.format("edit-fr.safetensors")
+    notes = [json.loads((mine.out / f"measured-{k}.json").read_text())["notes"] for k in ("fr", "de")]
+    told = [any("command alone does not repeat" in note for note in some) for some in notes]
+    assert told == [True, False] and any("edit-fr.safetensors" in note for note in notes[0])
     files = contents(mine.out)
     assert files["edit-fr.safetensors"] == plan.to_bytes()
     assert files["checkpoint-fr/broca/edit.safetensors"] == plan.to_bytes()

@@ -156,7 +156,9 @@ def _json(path: Path, name: str, found: Findings) -> File:
         return File(name, f"not understood: {missing}", understood=False)
     if what is None:
         return File(name, "not understood: JSON of another kind", understood=False)
-    origin = provenance(value) if isinstance(value, Mapping) else None
+    # A run's report.json is a list whose entries are of one making.
+    one = value[0] if isinstance(value, list) else value
+    origin = provenance(one) if isinstance(one, Mapping) else None
     return File(name, what, hashlib.sha256(content).hexdigest(), origin)
 
 

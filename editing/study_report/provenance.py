@@ -15,17 +15,23 @@ class Provenance:
         model: as it was named; None where the file does not say.
         fingerprint: of the model.
         texts: (digest, part) of the text.
+        inputs: (option, file, digest) of what was read beside the text; of a model the digest is its fingerprint.
         packages: name -> version.
         settings: JSON values.
         command: that makes it again.
+        recipe: text of the recipe that the command reads.
+        processor: what computed the figures, in words; empty where the file does not say.
     """
 
     model: str | None = None
     fingerprint: str | None = None
     texts: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[tuple[str, str, str], ...] = ()
     packages: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: str | None = None
+    recipe: str | None = None
+    processor: str = ""
 
 
 def provenance(metadata: Mapping[str, Any]) -> Provenance:
@@ -47,15 +53,31 @@ def provenance(metadata: Mapping[str, Any]) -> Provenance:
         for one in found
         if isinstance(one, Mapping) and "digest" in one
     ]
-    packages, settings = metadata.get("packages"), metadata.get("settings")
+    packages, settings, inputs = (metadata.get(key) for key in ("packages", "settings", "inputs"))
     return Provenance(
         model=_text(metadata.get("model")),
         fingerprint=_text(metadata.get("fingerprint")),
         texts=tuple(dict.fromkeys(texts)),
+        inputs=tuple(
+            (str(one["option"]), str(one["file"]), str(one["digest"]))
+            for one in (inputs if isinstance(inputs, list) else ())
+            if isinstance(one, Mapping) and {"option", "file", "digest"} <= one.keys()
+        ),
         packages={str(k): str(v) for k, v in packages.items()} if isinstance(packages, Mapping) else {},
         settings=dict(settings) if isinstance(settings, Mapping) else {},
         command=_text(metadata.get("command")),
+        recipe=_text(metadata.get("recipe")),
+        processor=_processor(metadata.get("processor")),
     )
+
+
+def _processor(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return ""
+    known = {key: str(value[key]) for key in ("device", "name", "instructions") if key in value}
+    threads = value.get("threads")
+    counted = [] if threads is None else [f"{threads} thread{'' if threads == 1 else 's'}"]
+    return ", ".join([*known.values(), *counted])
 
 
 def _text(value: Any) -> str | None:

@@ -98,12 +98,14 @@ class Choice:
         ceiling: on the text that settings were chosen on; NaN where it is not known.
         chosen: way -> its settings.
         tried: every setting, measured.
+        source: language; empty where the file does not say.
     """
 
     target: str
     ceiling: float
     chosen: Mapping[str, Any]
     tried: tuple[Way, ...]
+    source: str = ""
 
 
 def read_steering(value: Mapping[str, Any]) -> Steering:
@@ -134,6 +136,7 @@ def read_choice(value: Mapping[str, Any], target: str) -> Choice:
         ceiling=measured(value["ceiling"]),
         chosen=dict(value["chosen"]),
         tried=tuple(map(read_way, value["tried"])),
+        source=str(value.get("source") or ""),
     )
 
 

@@ -100,7 +100,9 @@ def _search_title(one: Named[SearchResult]) -> str:
 
 
 def _source(found: Findings, choice: Named[Choice]) -> str | None:
-    """The source language of the measurement that lies beside a choice."""
+    """The source language of a choice: as it says, or of the measurement that lies beside it."""
+    if choice.result.source:
+        return choice.result.source
     place = choice.file.rpartition("/")[0]
     sources = {
         one.result.source
