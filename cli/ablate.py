@@ -12,9 +12,10 @@ import click
 
 from cli.command_line import command_line, loaded_as
 from cli.options import (
-    FILE,
+    IN_FILE,
     OUT_FILE,
     CommaSeparated,
+    Shares,
     corpus_options,
     device_options,
     json_option,
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 
 @click.command("ablate")
 @model_argument
-@click.argument("more", nargs=-1, type=FILE, metavar="[NEURONS]...")
+@click.argument("more", nargs=-1, type=IN_FILE, metavar="[NEURONS]...")
 @corpus_options
 @click.option(
     "--neurons",
     "neuron_paths",
-    type=FILE,
+    type=IN_FILE,
     multiple=True,
     help="Neuron set; again for another, or name the others behind it.",
 )
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 @click.option(
     "--draws", type=click.IntRange(min=0), default=3, show_default=True, help="Of each control; 0: none."
 )
-@click.option("--doses", type=CommaSeparated(), help="Shares of each set, best first, as 1%,2%,5%,10%.")
+@click.option("--doses", type=Shares(), help="Shares of each set, best first, as 1%,2%,5%,10%.")
 @click.option(
     "--dose-of",
     type=click.Choice(["set", "model"]),
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What doses are shares of: the set, or all neurons of the model (a top rate).",
 )
-@click.option("--statistics", type=FILE, help="For matched controls and means.  [default: record now]")
+@click.option("--statistics", type=IN_FILE, help="For matched controls and means.  [default: record now]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
@@ -73,8 +74,8 @@ if TYPE_CHECKING:
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all draws.")
 @device_options
-@click.option("--picture", type=FILE, help="File for a heat map of the matrices (.png or .svg).")
-@click.option("--dose-picture", type=FILE, help="File for the dose curves (.png or .svg).")
+@click.option("--picture", type=OUT_FILE, help="File for a heat map of the matrices (.png or .svg).")
+@click.option("--dose-picture", type=OUT_FILE, help="File for the dose curves (.png or .svg).")
 @click.option("--out", type=OUT_FILE, help="File for the study (.json); unfinished work is kept beside it.")
 @json_option
 def command(**options: Any) -> None:
@@ -113,7 +114,7 @@ def command(**options: Any) -> None:
         mean_of=asked.mean_of,
         controls=asked.controls,
         draws=asked.draws,
-        doses=_shares(asked.doses or ()),
+        doses=asked.doses or (),
         dose_of_model=asked.dose_of == "model",
         seed=asked.seed,
         resamples=asked.resamples,
@@ -180,22 +181,6 @@ def _bar(screen: Screen) -> Iterator[Callable[[int, int], None]]:
             bars[0](done)
 
         yield advance
-
-
-def _shares(doses: Sequence[str]) -> tuple[float, ...]:
-    """``5%`` or ``0.05`` to a share, each once, in ascending order."""
-    from neurons.errors import UsageError
-
-    found = set()
-    for dose in doses:
-        number, percent, rest = dose.partition("%")
-        try:
-            found.add(float(number) / (100 if percent else 1))
-        except ValueError as error:
-            raise UsageError(f"--doses {dose}: write shares as 1%,5% or 0.01,0.05") from error
-        if rest:
-            raise UsageError(f"--doses {dose}: write shares as 1%,5% or 0.01,0.05")
-    return tuple(sorted(found))
 
 
 def _sets(paths: Sequence[Path]) -> dict[str, NeuronSet]:

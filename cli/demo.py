@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cli.command_line import command_line
-from cli.options import FILE, CommaSeparated, json_option
+from cli.options import OUT_DIRECTORY, CommaSeparated, json_option
 from cli.run import recipe_read, run_recipe
 from cli.screen import Screen
 
@@ -30,7 +30,7 @@ def shipped() -> Path:
 @click.command("demo")
 @click.option("--source", help="Language of the prompts.  [default: en]")
 @click.option("--target", "targets", type=CommaSeparated(), help="Languages to steer to, as fr,de.")
-@click.option("--out", type=FILE, help="Directory of the results.  [default: broca-demo]")
+@click.option("--out", type=OUT_DIRECTORY, help="Directory of the results.  [default: broca-demo]")
 @json_option
 def command(source: str | None, targets: tuple[str, ...] | None, out: Path | None, as_json: bool) -> None:
     """Steer the shipped model to other languages and measure it.

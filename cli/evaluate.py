@@ -12,8 +12,10 @@ import click
 
 from cli.command_line import command_line, loaded_as
 from cli.options import (
-    FILE,
+    IN_FILE,
+    IN_PATH,
     CommaSeparated,
+    Shares,
     corpus_options,
     device_options,
     json_option,
@@ -34,7 +36,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 
 @click.command("evaluate")
 @model_argument
-@click.option("--edit", "edit_path", type=FILE, help="A plan, applied in memory.")
+@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint of the same architecture: hub id or directory.")
 @click.option(
     "--methods",
@@ -42,13 +44,18 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     help="Ways of steering to compare, as keyed,diffmean or all: made from part estimate, settings chosen on part "
     "choose, reported on part report; the table is also written as .md beside --out.",
 )
+@click.option(
+    "--doses",
+    type=Shares(),
+    help="--methods: report each way at these parts of its chosen strength too, as 25%,50%,75%.",
+)
 @corpus_options
 @click.option("--source", required=True, help="Language of the prompts.")
 @click.option("--target", required=True, help="Language that the answers are to be in.")
 @click.option(
     "--questions",
     "questions_path",
-    type=FILE,
+    type=IN_PATH,
     help="Questions to answer instead of openings of lines: .jsonl, .csv or .parquet with question_id and text, "
     "or a directory of them by language.",
 )
@@ -83,6 +90,7 @@ def command(
     edit_path: Path | None,
     against: str | None,
     methods: tuple[str, ...] | None,
+    doses: tuple[float, ...] | None,
     corpus_path: Path,
     languages: tuple[str, ...] | None,
     part: str,
@@ -132,6 +140,12 @@ def command(
         raise UsageError("--methods estimates, chooses and reports on parts of their own: leave --part out")
     if methods is not None and out.suffix == ".md":
         raise UsageError(f"{out}: --methods writes its table there, and the numbers to --out: name a .json")
+    if doses is not None and methods is None:
+        raise UsageError("--doses are of the ways that --methods compares: give --methods too")
+    if doses is not None and not all(0 < dose < 1 for dose in doses):
+        raise UsageError(
+            f"--doses are parts of a strength, between 0 and 1: {doses[0]:g} to {doses[-1]:g} are not"
+        )
     if judge is not None and relevance not in ("auto", "judge"):
         raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
     if relevance == "judge" and judge is None:
@@ -231,12 +245,16 @@ def command(
         table = out.with_suffix(".md")
         with screen.progress(f"Comparing, {source} to {target}", len(ways), "ways") as advance:
             choosing, measuring = (evaluation(corpora[name], halves[name]) for name in ("choose", "report"))
-            for compared in compare_ways(ways, material, choosing, measuring, _stage(screen)):
+            for compared in compare_ways(ways, material, choosing, measuring, _stage(screen), doses or ()):
                 value = {
                     **told(measuring, list(compared.outcomes)),
                     "methods": list(ways),
                     "tried": list(compared.tried),
                     "notes": list(compared.notes),
+                    "curves": {
+                        title: [outcome.as_json() for outcome in outcomes]
+                        for title, outcomes in compared.curves.items()
+                    },
                 }
                 # After every way: whoever stops it here keeps what was measured.
                 write_atomically(out, json_bytes(value))

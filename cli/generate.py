@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, Many, device_options, json_option, model_argument
+from cli.options import IN_FILE, OUT_FILE, Many, device_options, json_option, model_argument
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ UNEDITED, EDITED = "unedited", "edited"
 
 @click.command("generate", cls=Many)
 @model_argument
-@click.option("--edit", "edit_path", type=FILE, help="A plan, applied in memory.")
+@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint: hub id or directory.")
 @click.option(
     "--prompts",
@@ -52,7 +52,7 @@ UNEDITED, EDITED = "unedited", "edited"
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @device_options
-@click.option("--out", type=FILE, help="File for the texts (.json).")
+@click.option("--out", type=OUT_FILE, help="File for the texts (.json).")
 @json_option
 def command(
     model: str,

@@ -17,8 +17,6 @@ import click
 
 PARTS = ("all", "estimate", "choose", "report")
 
-FILE = click.Path(path_type=Path)
-
 
 class CommaSeparated(click.ParamType[tuple[str, ...]]):
     """``a,b,c`` to a tuple of strings."""
@@ -32,6 +30,27 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
         if not all(items):
             self.fail(f"{value!r} has an empty item: write en,fr,de", param, ctx)
         return items
+
+
+class Shares(click.ParamType[tuple[float, ...]]):
+    """``5%,10%`` or ``0.05,0.1`` to shares, each once, in ascending order."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        found = set()
+        for item in str(value).split(","):
+            number, percent, rest = item.strip().partition("%")
+            try:
+                share = float(number) / (100 if percent else 1)
+            except ValueError:
+                share = math.nan
+            if rest or not math.isfinite(share):
+                self.fail(f"{item!r} is no share: write shares as 1%,5% or 0.01,0.05", param, ctx)
+            found.add(share)
+        return tuple(sorted(found))
 
 
 class Finite(click.ParamType[float]):

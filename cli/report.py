@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from cli.options import FILE, OUT_FILE, json_option
+from cli.options import IN_DIRECTORY, OUT_FILE, json_option
 from cli.screen import Screen
 
 
 @click.command("report")
-@click.argument("directory", metavar="DIR", type=FILE)
+@click.argument("directory", metavar="DIR", type=IN_DIRECTORY)
 @click.option("--out", type=OUT_FILE, help="File for the page (.html).  [default: DIR/report.html]")
 @json_option
 def command(directory: Path, out: Path | None, as_json: bool) -> None:

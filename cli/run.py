@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line
-from cli.options import FILE, json_option
+from cli.options import IN_FILE, OUT_DIRECTORY, json_option
 from cli.screen import Screen
 from cli.tables import report_table
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("recipe_path", metavar="RECIPE.toml", type=FILE)
-@click.option("--out", type=FILE, help="Directory of the results, in place of the recipe's.")
+@click.argument("recipe_path", metavar="RECIPE.toml", type=IN_FILE)
+@click.option("--out", type=OUT_DIRECTORY, help="Directory of the results, in place of the recipe's.")
 @json_option
 def command(recipe_path: Path, out: Path | None, as_json: bool) -> None:
     """Identify, take directions, edit, export and measure, as RECIPE.toml says.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.options import FILE, CommaSeparated, device_options, json_option, model_argument, out_option
+from cli.options import IN_DIRECTORY, CommaSeparated, device_options, json_option, model_argument, out_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
 @click.option(
     "--corpus",
     "corpus_path",
-    type=FILE,
+    type=IN_DIRECTORY,
     required=True,
     help="Directory of <language>.txt, .jsonl or .parquet of source, target and at least one more language.",
 )

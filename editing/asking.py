@@ -48,6 +48,7 @@ class Asked:
 
 def openings(corpus: Corpus, language: str, target: str, most: int | None = None) -> list[Asked]:
     """The openings of a language's lines; in parallel text with the rest of the target's line as reference."""
+    corpus.require(language, target)
     texts, others = corpus.texts[language], corpus.texts[target]
     parallel = is_parallel(corpus, language, target)
     lines = [i for i, text in enumerate(texts) if text][:most]

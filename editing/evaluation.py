@@ -178,11 +178,7 @@ class Evaluation:
         questions: Questions | None = None,
         scorer: Scorer | None = None,
     ) -> None:
-        for language in (source, target):
-            if language not in corpus.languages:
-                raise UsageError(
-                    f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}"
-                )
+        corpus.require(source, target)
         if source == target:
             raise UsageError(f"source and target are both {source!r}")
         check_languages(corpus.languages)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from editing.comparison import KEYED
+from editing.doses import costs, harm
 from editing.evaluation import Outcome
 from editing.origin import origin_of
 from neurons.artifact import json_bytes
@@ -25,6 +27,7 @@ class Report:
         outcomes: the base first.
         notes: what a reader should know beside the numbers.
         origin: what the figures were made of and by which command (``editing.origin``), as JSON values.
+        curves: title -> the outcomes of a way's doses, ascending (``editing.doses``); empty where none were asked for.
     """
 
     model: str
@@ -35,6 +38,7 @@ class Report:
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...] = ()
     origin: Mapping[str, Any] = field(default_factory=dict)
+    curves: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -132,6 +136,39 @@ class Report:
             )
         return found
 
+    def dose_columns(self) -> list[str]:
+        return [
+            "",
+            "dose",
+            f"share {self.target}",
+            "fluency gap",
+            "NLL third, largest",
+            *([f"{KEYED}'s at that share"] if KEYED in self.curves else []),
+        ]
+
+    def dose_rows(self) -> list[list[str]]:
+        """A row a dose of each way, formatted; of the keyed edit, the least harm that steers at least as far."""
+        beside: dict[tuple[str, float], float | None] = {}
+        if KEYED in self.curves:
+            found = costs(self.curves, KEYED, self.source, self.target, self.outcomes[0].target_share)
+            beside = {(cost.way, cost.dose): cost.other for cost in found}
+        return [
+            [
+                title,
+                f"{one.details['dose']:g}",
+                f"{one.target_share:.2f}",
+                _number(one.fluency_gap, "+.2f"),
+                f"{harm(one, self.source, self.target):+.3f}",
+                *(
+                    [_number(beside.get((title, one.details["dose"])), "+.3f")]
+                    if KEYED in self.curves
+                    else []
+                ),
+            ]
+            for title in dict.fromkeys([*(one.name for one in self.outcomes), *self.curves])
+            for one in self.curves.get(title, ())
+        ]
+
     def details_of(self, outcome: Outcome) -> list[str]:
         """What the table has no room for, a line each."""
         lines = [
@@ -190,6 +227,7 @@ def methods_markdown(report: Report) -> str:
             "|---|" + "---:|" * (len(columns) - 2) + "---|",
             *("| " + " | ".join(row) + " |" for row in report.method_rows()),
             "",
+            *_doses_markdown(report),
             *(f"{note}\n" for note in report.notes),
             "Share: answers identified as the target; empty and looping ones are failures and do not count. "
             "Ceiling: that share for the unedited model on target prompts. Fluency gap: nats a token by which "
@@ -200,6 +238,19 @@ def methods_markdown(report: Report) -> str:
             "all languages but the source on their own prompts.\n",
         ]
     )
+
+
+def _doses_markdown(report: Report) -> list[str]:
+    if not report.curves:
+        return []
+    columns = report.dose_columns()
+    return [
+        "Each way at parts of its chosen strength:\n",
+        "| " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * (len(columns) - 1),
+        *("| " + " | ".join(row) + " |" for row in report.dose_rows()),
+        "",
+    ]
 
 
 def report_from_json(value: dict[str, Any]) -> Report:
@@ -213,6 +264,9 @@ def report_from_json(value: dict[str, Any]) -> Report:
         outcomes=tuple(map(outcome_from_json, value["outcomes"])),
         notes=tuple(value.get("notes", ())),
         origin=origin_of(value),
+        curves={
+            title: tuple(map(outcome_from_json, some)) for title, some in value.get("curves", {}).items()
+        },
     )
 
 

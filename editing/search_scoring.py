@@ -206,9 +206,7 @@ def third_languages(corpus: Corpus, source: str, target: str) -> tuple[str, ...]
     Raises:
         UsageError: source and target are the same or not there, or there is no third.
     """
-    for language in (source, target):
-        if language not in corpus.languages:
-            raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    corpus.require(source, target)
     if source == target:
         raise UsageError(f"source and target are both {source!r}")
     third = tuple(name for name in corpus.languages if name not in (source, target))

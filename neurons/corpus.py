@@ -36,6 +36,18 @@ class Corpus:
     def languages(self) -> tuple[str, ...]:
         return tuple(self.texts)
 
+    def require(self, *languages: str) -> None:
+        """Refuse languages that have no text here.
+
+        Raises:
+            UsageError: the first of them, by name.
+        """
+        for language in languages:
+            if language not in self.texts:
+                raise UsageError(
+                    f"the corpus has no language {language!r}: it has {', '.join(self.languages)}"
+                )
+
     def non_empty(self, language: str) -> list[str]:
         return [text for text in self.texts[language] if text]
 

@@ -377,16 +377,20 @@ def test_the_command_streams_resumes_and_repeats(arguments, small, tmp_path, mon
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--doses", "many"], "write shares as"),
-        (["--doses", "5%x"], "write shares as"),
         (["--dose-picture", "d.png"], "needs --doses"),
         (["--picture", "m.jpg"], "ends in .png or .svg"),
-        (["--controls", "random", "--statistics", "s.safetensors"], "means nothing"),
+        (["--controls", "random", "--statistics", __file__], "means nothing"),
     ],
 )
 def test_the_command_refuses(arguments, extra, message):
     with pytest.raises(UsageError, match=message):
         run([*arguments, *extra])
+
+
+@pytest.mark.parametrize("doses", ["many", "5%x", "1%,,2%", "nan"])
+def test_doses_are_shares(arguments, doses):
+    refused = run([*arguments, "--doses", doses])
+    assert refused.exit_code == 2 and "write shares as" in refused.output
 
 
 def test_a_set_named_twice_or_none_is_refused(arguments):

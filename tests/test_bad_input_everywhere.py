@@ -198,22 +198,6 @@ UNKNOWN = {
 }
 
 
-# What is not yet refused so, with where the mend belongs.
-PENDING = {
-    "evaluate --source": "editing.asking meets the language before editing.evaluation refuses it",
-}
-
-
-def each(places, *pending):
-    """The places as parameters, some of which are expected to fail."""
-    return [
-        pytest.param(
-            place, marks=pytest.mark.xfail(reason=PENDING[place], strict=True) if place in pending else ()
-        )
-        for place in places
-    ]
-
-
 @pytest.fixture(scope="module")
 def model(checkpoint_of):
     return checkpoint_of()
@@ -297,7 +281,7 @@ def everything(directory):
 
 
 @pytest.mark.parametrize("fault", ["missing", "a directory"])
-@pytest.mark.parametrize("place", each(FILES, *PENDING))
+@pytest.mark.parametrize("place", FILES)
 def test_a_path_that_is_no_file(refused, bad, place, fault):
     if (place, fault) == ("inspect", "a directory"):
         pytest.skip("a checkpoint's directory is shown")
@@ -361,7 +345,7 @@ def test_a_place_that_cannot_be_written_to(refused, bad, tmp_path, monkeypatch, 
     refused(command, tmp_path / "new" / "out.png", 2)
 
 
-@pytest.mark.parametrize("place", each(UNKNOWN, *PENDING))
+@pytest.mark.parametrize("place", UNKNOWN)
 def test_an_unknown_language(refused, bad, place):
     refused(UNKNOWN[place], bad / "unused", 2, "xx")
 

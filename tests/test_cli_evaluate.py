@@ -115,13 +115,14 @@ def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_pat
     ("arguments", "named"),
     [
         (["--methods", "keyd"], "'keyd'"),
-        (["--methods", "all", "--edit", "e"], "--methods makes"),
+        (["--methods", "all", "--edit", __file__], "--methods makes"),
         (["--methods", "all", "--part", "choose"], "--part"),
         (["--methods", "all", "--out", "table.md"], "name a .json"),
         (["--relevance", "judge"], "--judge MODEL"),
         (["--judge", "m", "--relevance", "chrf"], "--judge judges"),
         (["--relevance", "chrf", "--prompts", "30"], "no reference"),
-        (["--questions", "none.jsonl"], "no such questions"),
+        (["--doses", "50%"], "--methods too"),
+        (["--methods", "all", "--doses", "50%,120%"], "between 0 and 1"),
     ],
 )
 def test_what_is_refused(evaluate, arguments, named):

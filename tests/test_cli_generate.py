@@ -110,8 +110,9 @@ def test_sampling_has_a_seed(llama):
     ("arguments", "named"),
     [
         (["--compare"], "--compare needs"),
-        (["--edit", "e", "--against", "c"], "give one"),
-        (["--engine", "vllm", "--edit", "e"], "export"),
+        (["--edit", __file__, "--against", "c"], "give one"),
+        (["--engine", "vllm", "--edit", __file__], "export"),
+        (["--engine", "vllm", "--device", "cpu"], "--device"),
         (["--chat"], "chat template"),
     ],
 )

@@ -1,5 +1,8 @@
 """Steering at part of its strength, and ways set beside each other at the share that they reach."""
 
+import json
+from dataclasses import replace
+
 import models
 import pytest
 import torch
@@ -8,7 +11,9 @@ from test_ways import NEVER
 from editing.doses import Cost, costs, harm, weaker
 from editing.evaluation import Evaluation, Outcome
 from editing.protocol import compare_ways
+from editing.report import Report, methods_markdown, outcome_from_json
 from editing.ways import WAYS, Material, candidates_of, ways_named
+from neurons.artifact import json_bytes
 from neurons.corpus import read_corpus
 
 
@@ -86,6 +91,16 @@ def test_the_protocol_reports_each_dose(llama, material, parts):
         expected = [1.0] if outcome.name.startswith("prompt") else [0.25, 0.5, 1.0]
         assert [one.details["dose"] for one in curve] == expected
     assert "prompt, target language: not at other doses: it has no strength" in found.notes
+    value = json.loads(
+        json_bytes({title: [one.as_json() for one in outcomes] for title, outcomes in found.curves.items()})
+    )
+    read = {title: tuple(map(outcome_from_json, some)) for title, some in value.items()}
+    report = Report("tiny", "en", "fr", 1.0, 2, found.outcomes, curves=read)
+    assert [row[:2] for row in report.dose_rows()][:4] == [
+        ["prompt, target language", "1"], ["DiffMean hook", "0.25"], ["DiffMean hook", "0.5"], ["DiffMean hook", "1"],
+    ]  # fmt: skip
+    assert "| baked DiffMean | 0.25 |" in methods_markdown(report)
+    assert "parts of its chosen" not in methods_markdown(replace(report, curves={}))
     baked = found.curves["baked DiffMean"]
     assert baked[0].nll != baked[1].nll != baked[2].nll
     *_, without = compare_ways(ways_named(["prompt-target"]), material, choosing, reporting)
@@ -106,6 +121,20 @@ def outcome(share, rises, dose):
         samples=(),
         details={"dose": dose},
     )
+
+
+def test_the_table_sets_the_keyed_edit_beside_each_dose():
+    def at(share, de, dose):
+        return outcome(share, {"en": 9.0, "fr": 8.0, "de": de}, dose)
+
+    curves = {
+        "keyed edit": (at(0.5, 0.01, 0.5), at(0.9, 0.02, 1.0)),
+        "other": (at(0.0, 0.3, 0.25), at(0.4, 0.3, 0.5), at(1.0, 0.4, 1.0)),
+    }
+    report = Report("tiny", "en", "fr", 1.0, 2, (at(0.0, 0.0, 0.0),), curves=curves)
+    assert report.dose_columns()[-1] == "keyed edit's at that share"
+    assert [row[-1] for row in report.dose_rows()] == ["-", "-", "-", "+0.010", "-"]
+    assert report.dose_rows()[3] == ["other", "0.5", "0.40", "+0.00", "+0.300", "+0.010"]
 
 
 def test_costs_at_the_same_share():

@@ -55,9 +55,7 @@ def diffmean_direction(
     Raises:
         UsageError: as ``diffmean``.
     """
-    for language in (source, target):
-        if language not in corpus.languages:
-            raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    corpus.require(source, target)
     both = Corpus({k: corpus.texts[k] for k in (source, target)}, corpus.digest, corpus.part)
     sites = OUTPUT_SITES + INPUT_SITES
     statistics = record(

@@ -241,9 +241,7 @@ def _given(vector: torch.Tensor, own: bool, texts: Texts, settings: Mapping[str,
 
 
 def _require_languages(corpus: Corpus, source: str, target: str) -> None:
-    for language in (source, target):
-        if language not in corpus.languages:
-            raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    corpus.require(source, target)
     if source == target:
         raise UsageError(f"source and target are both {source!r}")
 

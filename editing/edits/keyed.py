@@ -295,9 +295,7 @@ def _through_norm(
 
 
 def _check_languages(corpus: Corpus, direction: Direction, sources: Sequence[str]) -> None:
-    for language in (*sources, direction.source, direction.target):
-        if language not in corpus.languages:
-            raise UsageError(f"the corpus has no language {language!r}: it has {', '.join(corpus.languages)}")
+    corpus.require(*sources, direction.source, direction.target)
     if direction.source not in sources:
         raise UsageError(f"the direction leads away from {direction.source!r}: name it among the sources")
     if direction.target in sources:

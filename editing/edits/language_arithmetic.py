@@ -328,8 +328,8 @@ def _check(
     neurons.require_model(loaded)
     if target is None and not deactivate:
         raise UsageError("name a target whose neurons are raised, or languages to deactivate")
-    if target is not None and target not in corpus.languages:
-        raise UsageError(f"the corpus has no language {target!r}: it has {', '.join(corpus.languages)}")
+    if target is not None:
+        corpus.require(target)
     if mode not in MODES:
         raise UsageError(f"mode {mode!r} is unknown: choose from {', '.join(MODES)}")
     if not math.isfinite(strength) or (strength == 0 and target is not None):

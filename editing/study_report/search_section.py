@@ -28,7 +28,7 @@ def search_content(search: SearchResult, name: str) -> Markup:
         parts += [
             element("h3", "The chosen edit, on the report part"),
             _met(search),
-            steering_content(result),
+            steering_content(result, f"{name}-steering"),
         ]
     parts += [
         element("h3", "The search"),

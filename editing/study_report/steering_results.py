@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from editing.evaluation import Outcome
 from editing.study_report.provenance import Provenance, provenance
 from editing.study_report.samples import Sample
 
@@ -61,6 +62,8 @@ class Steering:
         ways: the base first.
         notes: what a reader should know beside the numbers.
         origin: where it comes from.
+        curves: way -> its outcomes at parts of its strength, ascending, each with ``details["dose"]``; empty
+            where no doses were asked for.
     """
 
     source: str
@@ -70,6 +73,7 @@ class Steering:
     ways: tuple[Way, ...]
     notes: tuple[str, ...]
     origin: Provenance
+    curves: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
 
     @property
     def languages(self) -> list[str]:
@@ -86,6 +90,7 @@ class Steering:
             self.target,
             self.continuations,
             tuple(repr((way.name, way.target_share, way.fluency_gap, way.nll_rise)) for way in self.ways),
+            tuple((name, *(one.details["dose"] for one in doses)) for name, doses in self.curves.items()),
         )
 
 
@@ -122,6 +127,7 @@ def read_steering(value: Mapping[str, Any]) -> Steering:
         ways=tuple(map(read_way, value["outcomes"])),
         notes=tuple(map(str, value.get("notes") or ())),
         origin=provenance(value),
+        curves=_curves(value.get("curves") or {}, [str(one["name"]) for one in value["outcomes"]]),
     )
 
 
@@ -186,6 +192,31 @@ def read_way(value: Mapping[str, Any]) -> Way:
         relevance=_relevance(value.get("relevance") or {}),
         others={str(key): by_name(item) for key, item in (value.get("others") or {}).items()},
         refused=refused,
+    )
+
+
+def _curves(value: Mapping[str, Any], ways: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
+    """Way -> its doses, in the ways' own order: JSON has its keys in the alphabet's."""
+    order = {name: place for place, name in enumerate(ways)}
+    names = sorted(map(str, value), key=lambda name: (order.get(name, len(order)), name))
+    return {name: tuple(map(_read_dose, value[name])) for name in names}
+
+
+def _read_dose(value: Mapping[str, Any]) -> Outcome:
+    """One outcome at part of the strength: the figures that doses are set side by side by, and its details."""
+    way = read_way(value)
+    return Outcome(
+        name=way.name,
+        target_share=way.target_share,
+        source_share=way.source_share,
+        distinct=way.distinct,
+        fluency_gap=way.fluency_gap,
+        nll={},
+        nll_rise=dict(way.nll_rise),
+        kl=dict(way.kl),
+        languages_found={},
+        samples=(),
+        details={**way.details, "dose": float(way.details["dose"])},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from editing.study_report.doses_section import doses_content
 from editing.study_report.formats import count, number, plain
 from editing.study_report.markup import Content, Markup, element, joined, paragraph
 from editing.study_report.matrix import Cell, heat_map
@@ -47,8 +48,12 @@ LEAST_RISE, LEAST_KL, LEAST_SHARE = 0.1, 0.1, 0.2
 _OF_FIRST_TABLE = ("effectiveness", "entanglement")
 
 
-def steering_content(result: Steering) -> Markup:
-    """Everything that is known of one pair of languages."""
+def steering_content(result: Steering, name: str) -> Markup:
+    """Everything that is known of one pair of languages.
+
+    Args:
+        name: tells its picture from another pair's.
+    """
     part = [part for _, part in result.origin.texts if part not in ("report", "all")]
     warned = [
         paragraph(
@@ -71,6 +76,8 @@ def steering_content(result: Steering) -> Markup:
         _divergences(result),
         _others(result),
     ]
+    if result.curves:
+        parts += [element("h3", "At parts of the strength"), doses_content(result, name)]
     if samples:
         parts += [element("h3", "What they write"), sample_list(result.source, samples)]
     settings = [(way.name, way.details["settings"]) for way in result.ways if way.details.get("settings")]

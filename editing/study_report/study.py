@@ -30,7 +30,12 @@ def study_page(found: Findings) -> bytes:
         BrocaError: a Broca file whose metadata is not what its kind has, by name.
     """
     sections = [
-        *_each("steering", found.steering, _steering_title, lambda one, _: steering_content(one.result)),
+        *_each(
+            "steering",
+            found.steering,
+            _steering_title,
+            lambda one, name: steering_content(one.result, name),
+        ),
         *_each(
             "search",
             found.searches,
