@@ -96,6 +96,7 @@ class TextSums:
     totals: Totals
     responses: Sequence[torch.Tensor] = ()
     _gathered: dict[bool, torch.Tensor] = field(default_factory=dict)
+    _lengths: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
         values = values.detach()
@@ -152,9 +153,14 @@ class TextSums:
         """The length of each neuron's value, or 1 where the effect of the values is not in question."""
         if self.site != WEIGHTED_SITE:
             return torch.ones((), dtype=torch.float64, device=device)
-        weight = self.anatomy.output_weight(layer, "mlp").detach()
-        lengths: torch.Tensor = weight.double().norm(dim=-2)
-        return lengths.flatten().to(device)
+        if layer not in self._lengths:
+            from accelerate.utils import align_module_device
+
+            # Of an offloaded layer the weights are not there until its module runs.
+            with align_module_device(self.anatomy.outputs["mlp"][layer]):
+                weight = self.anatomy.output_weight(layer, "mlp").detach()
+                self._lengths[layer] = weight.double().norm(dim=-2).flatten().to(device)
+        return self._lengths[layer]
 
 
 @dataclass

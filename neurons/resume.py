@@ -14,6 +14,8 @@ from neurons.errors import BrocaError
 from neurons.processes import world
 
 EVERY = 30.0  # seconds
+# Share of the time: what a recording keeps of every text takes long to write.
+MOST_FOR_WRITING = 0.02
 
 
 @dataclass
@@ -23,13 +25,14 @@ class Unfinished:
     Attributes:
         path: of the output; the state is ``.NAME.unfinished`` beside it, one for each process.
         key: names the recording: model, text, moments, batches.  A state of another is not used.
-        every: seconds between two writes.
+        every: seconds between two writes, more where writing takes more than ``MOST_FOR_WRITING`` of the time.
     """
 
     path: Path
     key: str
     every: float = EVERY
     _written: float = field(default_factory=time.monotonic)
+    _took: float = 0.0
 
     @property
     def file(self) -> Path:
@@ -48,11 +51,14 @@ class Unfinished:
         return int(artifact.metadata["batches"]), artifact.tensors
 
     def is_due(self) -> bool:
-        return time.monotonic() - self._written >= self.every
+        longer = max(1.0, self._took / (MOST_FOR_WRITING * EVERY))
+        return time.monotonic() - self._written >= longer * self.every
 
     def save(self, batches: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        begun = time.monotonic()
         save_artifact(self.file, "unfinished", tensors, {"key": self.key, "batches": batches})
         self._written = time.monotonic()
+        self._took = self._written - begun
 
     def remove(self) -> None:
         self.file.unlink(missing_ok=True)

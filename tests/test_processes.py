@@ -87,7 +87,7 @@ def test_only_the_first_process_speaks_and_nothing_is_left(one_and_two):
 
 
 def test_a_model_partly_on_disk_counts_the_same(checkpoint_of, corpus_directory, tmp_path):
-    moments = ["mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean"]
+    moments = ["mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean", "mlp_in:worst_rank"]
     corpus = read_corpus(corpus_directory)
     whole = load_model(str(checkpoint_of()), device="cpu")
     batches = {

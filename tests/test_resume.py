@@ -147,6 +147,29 @@ def test_nothing_is_kept_before_it_is_due(llama, tmp_path):
     assert unfinished.load() == (0, {})
 
 
+def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    import neurons.resume as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def slow(*_):
+        now[0] += 5.0
+
+    monkeypatch.setattr(module, "save_artifact", slow)
+    unfinished = Unfinished(tmp_path / "out.safetensors", "one", every=30.0, _written=0.0)
+    now[0] = 29.0
+    assert not unfinished.is_due()
+    now[0] = 30.0
+    assert unfinished.is_due()
+    unfinished.save(1, {})
+    assert now[0] == 35.0
+    now[0] = 35.0 + 249.0
+    assert not unfinished.is_due()
+    now[0] = 35.0 + 251.0
+    assert unfinished.is_due()
+
+
 def test_finished_removes_the_state_and_nothing_else(llama, tmp_path):
     batches = make_batches(llama.tokenizer)
     out, other = tmp_path / "out.safetensors", tmp_path / "other.safetensors"
