@@ -101,6 +101,48 @@ def outcome(name, share, target="ar", text=ARABIC, **changes):
     return Outcome(**{**fields, **changes})
 
 
+# way -> (dose, share, NLL rise of zh) of each of its doses; the keyed edit is cheapest below a share of 0.9.
+DOSES = {
+    "keyed edit": ((0.25, 0.1, 0.002), (0.5, 0.6, 0.03), (1.0, 0.9, 0.01)),
+    "hook": ((0.25, 0.0, 0.001), (0.5, 0.3, 0.1), (1.0, 0.95, 0.4)),
+    "baked $x$": ((0.25, 0.05, -0.02), (0.5, 0.6, 0.01), (1.0, 0.9, 0.2)),
+    "a prompt": ((1.0, 0.7, 0.005),),
+}
+LASTING = ("keyed edit", "baked $x$")
+
+
+def dose_curves(doses=DOSES, lasting=LASTING):
+    """Way -> its outcomes; the own and the target's text become much less likely, which is no harm."""
+    return {
+        way: tuple(
+            outcome(
+                way,
+                share,
+                nll_rise={"ar": 7.0, "en": 9.0, "zh": rise},
+                fluency_gap=dose / 10,
+                details={"dose": dose, "permanent": way in lasting, "settings": {"strength": 2.0}},
+            )
+            for dose, share, rise in one
+        )
+        for way, one in doses.items()
+    }
+
+
+def dosed(doses=DOSES, base=0.05):
+    """The JSON of ``broca evaluate --methods --doses`` with known numbers."""
+    curves = dose_curves(doses)
+    ways = [outcome("base", base), *(one[-1] for one in curves.values())]
+    return {
+        "source": "en",
+        "target": "ar",
+        "ceiling": 0.96,
+        "continuations": 100,
+        "notes": [],
+        "outcomes": [one.as_json() for one in ways],
+        "curves": {way: [one.as_json() for one in some] for way, some in curves.items()},
+    }
+
+
 def write_run(directory, name="model", edited="keyed edit", text=ARABIC, prompt="The children did not"):
     """What ``broca run`` leaves, but for the checkpoint's weights."""
     sample = {"prompt": prompt, "continuation": "want to sleep.", "language": "en"}

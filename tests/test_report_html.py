@@ -296,6 +296,191 @@ def test_a_method_is_no_formula(tmp_path):
     assert any("$\\frac$ <b>" in one["text"] for one in page.all("text"))
 
 
+def dosed_page(directory, value):
+    (directory / "methods.json").write_bytes(json_bytes(value))
+    return page_of(directory)
+
+
+def section(page):
+    """What stands beneath the heading of the doses: the texts of its paragraphs."""
+    heads = [one["text"] for one in page.elements if one["tag"] in ("h2", "h3", "p")]
+    return heads[heads.index("At parts of the strength") + 1 :]
+
+
+def beside_keyed(base=0.05):
+    """The rows as they are defined, and at how many the keyed edit costs less, the same, more, or falls short."""
+    rows, counted = [], [0, 0, 0, 0]
+    for way, doses in studies.DOSES.items():
+        for dose, share, rise in doses if way != "keyed edit" else ():
+            if share <= base:
+                continue
+            own = [cost for _, reached, cost in studies.DOSES["keyed edit"] if reached >= share]
+            counted[3 if not own else 0 if min(own) < rise else 2 if min(own) > rise else 1] += 1
+            rows.append([way, 100 * dose, share, dose / 10, rise, min(own) if own else None])
+    return rows, counted
+
+
+def test_doses_stand_beside_the_keyed_edit(tmp_path):
+    _, page = dosed_page(tmp_path, studies.dosed())
+    assert page.faults == []
+    head, *rows = page.texts("Every dose beside the keyed edit's")
+    assert head == ["way", "dose", "share ar", "fluency gap", "harm", "keyed edit's harm"]
+    own = [
+        ["keyed edit", 100 * dose, share, dose / 10, rise, None]
+        for dose, share, rise in studies.DOSES["keyed edit"]
+    ]
+    others, (less, same, more, missed) = beside_keyed()
+    assert [row[0] for row in rows] == [row[0] for row in own + others]
+    for row, expected in zip(rows, own + others, strict=True):
+        found = numbers(row[1:])
+        # The gap has two digits.
+        assert found[2] == pytest.approx(expected[3], abs=5.1e-3)
+        del found[2], expected[3]
+        assert found == pytest.approx(expected[1:])
+    assert [row[5] for row in rows][: len(own)] == [""] * len(own)
+    assert [row[5] for row in rows].count("not reached") == missed == 1
+    assert len(page.all("tr", **{"class": "marked"})) == len(own)
+    assert (
+        f"{len(others)} doses of other ways reach a larger share than the unedited model: the keyed edit, at the "
+        f"same share or more, costs less at {less}, the same at {same}, more at {more}, does not reach the share at {missed}."
+    ) in section(page)
+    (svg,) = page.all("svg")
+    assert "Harm against the share of answers in ar" in svg["attributes"]["aria-label"]
+    words = [one["text"].strip() for one in page.all("text")]
+    assert all(words.count(way) == 1 for way in studies.DOSES)
+
+
+def test_the_ways_keep_their_order_though_json_sorts_them(tmp_path):
+    ways = ("hook", "baked $x$", "keyed edit", "a prompt")
+    value = studies.dosed({way: studies.DOSES[way] for way in ways})
+    (tmp_path / "methods.json").write_bytes(json_bytes(value))
+    (found,) = read_findings(tmp_path).steering
+    assert list(found.result.curves) == list(ways)
+    assert [one.details["dose"] for one in found.result.curves["hook"]] == [0.25, 0.5, 1.0]
+
+
+def test_one_dose_is_one(tmp_path):
+    doses = {way: studies.DOSES[way] for way in ("keyed edit", "a prompt")}
+    _, page = dosed_page(tmp_path, studies.dosed(doses))
+    expected = (
+        "1 dose of another way reaches a larger share than the unedited model: the keyed edit, at the same "
+    )
+    assert expected + "share or more, costs less at 0, more at 1." in section(page)
+    _, page = dosed_page(tmp_path, studies.dosed(doses, base=0.99))
+    assert "No dose of another way reaches a larger share than the unedited model." in section(page)
+
+
+def test_doses_without_the_keyed_edit(tmp_path):
+    doses = {way: one for way, one in studies.DOSES.items() if way != "keyed edit"}
+    _, page = dosed_page(tmp_path, studies.dosed(doses))
+    head, *rows = page.texts("Every dose; those that")
+    assert head == ["way", "dose", "share ar", "fluency gap", "harm"]
+    expected = [(way, share) for way, one in doses.items() for _, share, _ in one if share > 0.05]
+    assert [(row[0], float(row[2])) for row in rows] == expected
+    assert "keyed" not in " ".join(section(page)) and len(page.all("svg")) == 1
+
+
+def test_without_doses_the_page_stays_as_it_was(tmp_path):
+    value = studies.dosed()
+    _, page = dosed_page(tmp_path, value)
+    dosed = [one["text"] for one in page.elements if one["tag"] in ("h3", "figcaption", "dt")]
+    pages = set()
+    for curves in ({}, None, "absent"):
+        changed = {key: one for key, one in value.items() if key != "curves"}
+        (tmp_path / "methods.json").write_bytes(
+            json_bytes(changed if curves == "absent" else {**changed, "curves": curves})
+        )
+        text, page = page_of(tmp_path)
+        pages.add(re.sub("[0-9a-f]{16,}", "", text))
+        assert not page.all("svg")
+        plain = [one["text"] for one in page.elements if one["tag"] in ("h3", "figcaption", "dt")]
+        added = [one for one in dosed if one not in plain]
+        assert added[0] == "At parts of the strength" and len(added) == 3
+        assert [one for one in dosed if one not in added] == plain
+    assert len(pages) == 1
+
+
+def test_doses_with_figures_missing(tmp_path):
+    value = studies.dosed()
+    value["curves"]["hook"][1]["target_share"] = None
+    value["curves"]["hook"][2]["nll_rise"]["zh"] = None
+    value["curves"]["a prompt"][0]["fluency_gap"] = None
+    _, page = dosed_page(tmp_path, value)
+    assert "Left out, since a figure of them is missing: 2 of 10 doses." in section(page)
+    rows = page.texts("Every dose beside the keyed edit's")
+    assert not [row for row in rows if row[0] == "hook"]
+    assert [row[3] for row in rows if row[0] == "a prompt"] == ["–"]
+    for doses in value["curves"].values():
+        for one in doses:
+            one["target_share"] = None
+    _, page = dosed_page(tmp_path, value)
+    assert "Left out, since a figure of them is missing: 10 of 10 doses." in section(page)
+    assert page.faults == [] and not page.all("svg")
+    value["curves"] = {"hook": [], "keyed edit": []}
+    _, page = dosed_page(tmp_path, value)
+    assert page.faults == [] and not page.all("svg")
+
+
+def test_a_ceiling_and_a_base_that_were_not_measured(tmp_path):
+    value = {**studies.dosed(), "ceiling": None}
+    value["outcomes"][0]["target_share"] = None
+    _, page = dosed_page(tmp_path, value)
+    rows = page.texts("Every dose beside the keyed edit's")
+    # Any share at all is then more than nothing.
+    assert [row[1] for row in rows if row[0] == "hook"] == ["50 %", "100 %"]
+    words = [one["text"].strip() for one in page.all("text")]
+    assert "ceiling" not in words and "unedited model" not in words and "keyed edit" in words
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda one: one["details"].pop("dose"), "'dose' is missing"),
+        (lambda one: one["details"].update(dose="all"), "could not convert"),
+        (lambda one: one.pop("target_share"), "'target_share' is missing"),
+    ],
+)
+def test_doses_that_are_none_are_named(tmp_path, spoil, reason):
+    studies.write_run(tmp_path)
+    value = studies.dosed()
+    spoil(value["curves"]["hook"][0])
+    (tmp_path / "methods.json").write_bytes(json_bytes(value))
+    (file,) = [file for file in read_findings(tmp_path).files if not file.understood]
+    assert file.name == "methods.json" and reason in file.what
+
+
+def test_hostile_words_among_doses_stay_words(tmp_path):
+    hostile = studies.HOSTILE
+    value = studies.dosed(
+        {**studies.DOSES, hostile: ((0.5, 0.3, 0.1), (1.0, 0.9, 0.2)), "_": ((1.0, 0.4, 0.1),)}
+    )
+    value["source"] = hostile
+    _, page = dosed_page(tmp_path, value)
+    assert page.faults == [] and page.comments == []
+    assert not page.all("script") and not page.all("img")
+    assert not [name for one in page.elements for name in one["attributes"] if name.startswith("on")]
+    assert hostile in [row[0] for row in page.texts("Every dose beside the keyed edit's")]
+    words = [one["text"].strip() for one in page.all("text")]
+    assert [one for one in words if one.endswith("…")] and "_" in words
+
+
+def test_the_same_ways_with_doses_are_another_measurement(tmp_path):
+    value = studies.dosed()
+    for name, one in (("a", {**value, "curves": {}}), ("b", value), ("c", value)):
+        (tmp_path / f"{name}.json").write_bytes(json_bytes(one))
+    assert [one.file for one in read_findings(tmp_path).steering] == ["a.json", "b.json"]
+    _, page = page_of(tmp_path)
+    assert page.faults == [] and len(page.all("svg")) == 1
+
+
+def test_two_pictures_of_doses_do_not_share_names(tmp_path):
+    (tmp_path / "a.json").write_bytes(json_bytes(studies.dosed()))
+    (tmp_path / "b.json").write_bytes(json_bytes({**studies.dosed(), "continuations": 50}))
+    _, page = page_of(tmp_path)
+    names = [one["attributes"]["id"] for one in page.elements if "id" in one["attributes"]]
+    assert len(page.all("svg")) == 2 and len(names) == len(set(names))
+
+
 @pytest.mark.parametrize("content", [None, "", "a picture"])
 def test_a_directory_without_results_is_refused(tmp_path, content):
     directory = tmp_path / "nothing"

@@ -28,6 +28,8 @@ def page(tmp_path_factory):
     studies.write_run(directory, name=long, text=f"{long} {studies.HOSTILE}", prompt=long)
     (directory / "ablation.json").write_bytes(json_bytes(studies.ablation(command=f"broca ablate {long}")))
     (directory / "tune.json").write_bytes(json_bytes(studies.tuned()))
+    doses = {**studies.DOSES, long: studies.DOSES["hook"]}
+    (directory / "methods.json").write_bytes(json_bytes(studies.dosed(doses)))
     return study_page(read_findings(directory)).decode()
 
 

@@ -70,7 +70,7 @@ svg * {{ stroke-linejoin: round; stroke-linecap: butt }}
 .samples > li {{ margin: 0 0 1.5rem; break-inside: avoid }}
 .prompt {{ font-weight: 600; margin: 0 0 .35rem }}
 .samples dl {{ margin: 0; border-inline-start: 3px solid var(--line); padding-inline-start: .75rem }}
-.samples dt {{ font-size: .8rem; color: var(--soft) }}
+.samples dt {{ font-size: .8rem; color: var(--soft); overflow-wrap: anywhere }}
 .samples dd {{ margin: 0 0 .55rem; overflow-wrap: anywhere }}
 .tag {{ display: inline-block; padding: 0 .4rem; border-radius: 999px; background: #e7edf2; color: var(--ink);
   font-size: .75rem }}
