@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,8 +28,11 @@ from cli.tables import report_table
 
 if TYPE_CHECKING:
     from editing.evaluation import Outcome
+    from editing.likelihood import Steering
+    from editing.plan import Plan
     from editing.questions import Questions
     from editing.relevance import Scorer
+    from editing.vllm_generation import VllmWriter
     from neurons.source import LoadedModel
 
 RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
@@ -47,7 +51,8 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 @click.option(
     "--doses",
     type=Shares(),
-    help="--methods: report each way at these parts of its chosen strength too, as 25%,50%,75%.",
+    help="--methods: report each way at these parts of its chosen strength too, as 25%,50%,75%; drawn as .png "
+    "beside --out.",
 )
 @corpus_options
 @click.option("--source", required=True, help="Language of the prompts.")
@@ -67,6 +72,14 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     show_default=True,
     help="What relevance is measured by; auto: the judge if one is given, else chrF where there are references, "
     "else the unedited model's likelihood.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What writes the answers; all else is measured with transformers. vllm must be installed beside Broca; "
+    "a plan is exported for it, for as long as it takes.",
 )
 @click.option("--others/--no-others", default=False, help="Answers to prompts of every other language too.")
 @click.option(
@@ -99,6 +112,7 @@ def command(
     questions_path: Path | None,
     judge: str | None,
     relevance: str,
+    engine: str,
     others: bool,
     prompts: int,
     samples: int,
@@ -146,10 +160,17 @@ def command(
         raise UsageError(
             f"--doses are parts of a strength, between 0 and 1: {doses[0]:g} to {doses[-1]:g} are not"
         )
+    if methods is not None and engine == "vllm":
+        raise UsageError("--methods compares hooks too, which vLLM cannot run: leave --engine vllm out")
     if judge is not None and relevance not in ("auto", "judge"):
         raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
     if relevance == "judge" and judge is None:
         raise UsageError("--relevance judge needs a model: --judge MODEL")
+    if engine == "vllm":
+        from editing.vllm_generation import require_vllm
+
+        # Before minutes are spent on loading.
+        require_vllm()
     ways = {}
     if methods is not None:
         from editing.ways import ways_named
@@ -186,7 +207,7 @@ def command(
         **loaded_as(loaded, judging, other),
     )
 
-    def evaluation(corpus: Corpus, asked: Questions | None) -> Evaluation:
+    def evaluation(corpus: Corpus, asked: Questions | None, writer: VllmWriter | None = None) -> Evaluation:
         return Evaluation(
             loaded,
             corpus,
@@ -199,9 +220,12 @@ def command(
             temperature,
             questions=asked,
             scorer=scorer,
+            write=writer,
         )
 
-    def told(measuring: Evaluation, outcomes: list[Outcome]) -> dict[str, Any]:
+    def told(
+        measuring: Evaluation, outcomes: list[Outcome], writer: VllmWriter | None = None
+    ) -> dict[str, Any]:
         return {
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
@@ -214,7 +238,7 @@ def command(
             },
             "corpora": texts_read(corpora.values()),
             "inputs": inputs,
-            "packages": measured_by(),
+            "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},
             "processor": processor(loaded.device),
             "command": repeats,
             "questions": (
@@ -223,6 +247,7 @@ def command(
             "prompts": {"style": measuring.prompt_style, "ceiling_on": measuring.ceiling_from},
             "relevance": None if scorer is None else _scorer_told(scorer.name, judging),
             "settings": {
+                "engine": engine,
                 "samples": samples,
                 "new_tokens": new_tokens,
                 "temperature": temperature,
@@ -265,22 +290,34 @@ def command(
         for note in report.notes:
             screen.say(note)
         screen.say(f"the same as Markdown: {table}")
+        if report.curves:
+            from editing.dose_pictures import dose_figure
+            from neurons.pictures import save_figure
+
+            picture = out.with_suffix(".png")
+            least = report.outcomes[0].target_share
+            save_figure(dose_figure(report.curves, source, target, report.ceiling, least), picture)
+            screen.say(f"what each way costs at the share that it reaches: {picture}")
         screen.result({"out": out, **value}, out)
         return
-    with screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance:
-        measuring = evaluation(reported, questions)
+    models = 1 if plan is None and other is None else 2
+    with (
+        _writer(screen, engine, loaded, plan, other) as (writer, writing_steered),
+        screen.progress("Measuring", models, "models") as advance,
+    ):
+        measuring = evaluation(reported, questions, writer)
         outcomes = [measuring.measure("base", nullcontext, others=True) if others else measuring.base]
         advance(1)
         if plan is not None:
             details = {"components": plan.components, "relative_change": plan.relative_change()}
-            steering, name = partial(applied, loaded, plan), "edited"
+            steering, name = _both(partial(applied, loaded, plan), writing_steered), "edited"
             outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
             advance(1)
         elif other is not None:
-            exchange = partial(exchanged, loaded, other)
+            exchange = _both(partial(exchanged, loaded, other), writing_steered)
             outcomes.append(measuring.measure("against", exchange, kl=True, others=others))
             advance(1)
-    value = told(measuring, outcomes)
+    value = told(measuring, outcomes, writer)
     write_atomically(out, json_bytes(value))
     report = report_from_json(value)
     report_table(screen, report)
@@ -289,6 +326,38 @@ def command(
     for sample in outcomes[-1].samples[:3]:
         screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
     screen.result({"out": out, **value}, out)
+
+
+@contextmanager
+def _writer(
+    screen: Screen, engine: str, loaded: LoadedModel, plan: Plan | None, other: LoadedModel | None
+) -> Iterator[tuple[VllmWriter | None, Steering]]:
+    """What writes in place of the model in memory, and the context in which it writes steered."""
+    if engine == "transformers":
+        yield None, nullcontext
+        return
+    from editing.export import export
+    from editing.vllm_generation import VllmWriter
+
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    with (
+        TemporaryDirectory(prefix="broca-") as made,
+        VllmWriter(str(loaded.checkpoint), loaded.tokenizer, dtype) as writer,
+    ):
+        steered = None if other is None else other.checkpoint
+        if plan is not None:
+            with screen.copying("Exporting for vLLM") as tell:
+                steered = export(loaded, plan, Path(made) / "steered", progress=tell).path
+        yield writer, nullcontext if steered is None else partial(writer.writing_with, str(steered))
+
+
+def _both(first: Steering, second: Steering) -> Steering:
+    @contextmanager
+    def entered() -> Iterator[None]:
+        with first(), second():
+            yield
+
+    return entered
 
 
 def _stage(screen: Screen) -> Callable[[str], None]:

@@ -22,10 +22,10 @@ openings of held-out lines.  Of what it writes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from editing.asking import Asked, openings, questions_asked
@@ -51,6 +51,9 @@ from neurons.source import LoadedModel
 
 SAMPLES_SHOWN = 5
 LOOPING = "looping"
+
+# Prompts, most new tokens, temperature and seed to one continuation a prompt, as ``generate`` has them.
+Writer = Callable[[Sequence[str | Sequence[int]], int, float, int], list[Continuation]]
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class Evaluation:
         temperature: 0 takes the likeliest token always.
         questions: what is asked in place of openings; languages that have none are given openings.
         scorer: of relevance; None measures none.
+        write: writes the answers, unedited or as the steering around the call has it; None writes with
+            ``loaded``.  All else is measured on ``loaded``.
 
     Attributes:
         ceiling: share of the target among the unedited model's answers to target prompts.
@@ -177,6 +182,7 @@ class Evaluation:
         *,
         questions: Questions | None = None,
         scorer: Scorer | None = None,
+        write: Writer | None = None,
     ) -> None:
         corpus.require(source, target)
         if source == target:
@@ -188,6 +194,7 @@ class Evaluation:
         self.source, self.target = source, target
         self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
         self._questions, self._scorer = questions, scorer
+        self._write: Writer = partial(generate, loaded) if write is None else write
         self._samples, self._most = samples, most_prompts
         self._asked = {language: self._prompts_of(language) for language in (source, target)}
         self._batches = language_batches(loaded, corpus)
@@ -297,8 +304,7 @@ class Evaluation:
     def _answers(self, language: str, instruction: str | None = None) -> _Answers:
         if language not in self._asked:
             self._asked[language] = self._prompts_of(language)
-        found = generate(
-            self._loaded,
+        found = self._write(
             [one.given(self._loaded.tokenizer, instruction) for one in self._asked[language]],
             self._new_tokens,
             self._temperature,

@@ -1,14 +1,23 @@
 """``broca evaluate`` with questions, relevance, side effects and all methods."""
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import pytest
 from click.testing import CliRunner
 
 from cli.evaluate import command
+from editing.directions.diffmean import diffmean_direction
+from editing.edits.directional_ablation import directional_ablation_plan
+from editing.export import export
+from editing.generation import generate
 from editing.relevance import JUDGE_PROMPT
+from neurons.corpus import read_corpus
 from neurons.errors import UsageError
+from neurons.source import load_model, open_model
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +115,112 @@ def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_pat
     assert "keyed edit" in output
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| keyed edit |" in table and "ceiling" in table.splitlines()[0]
+    output, dosed = evaluate("--methods", "prompt-source,keyed", "--doses", "50%")
+    assert [one["details"]["dose"] for one in dosed["curves"]["keyed edit"]] == [0.5, 1.0]
+    assert "| keyed edit | 0.5 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG") and "report.png" in output
     _, asked = evaluate("--methods", "prompt-source", "--questions", questions)
     assert asked["continuations"] == 2  # the other half was chosen on
     assert {one["prompt"] for one in asked["outcomes"][0]["samples"]} == {"beef cab 1?", "beef cab 3?"}
+
+
+@pytest.fixture(scope="module")
+def plan(llama, text):
+    direction = diffmean_direction(llama, read_corpus(text), "en", "fr")
+    return directional_ablation_plan(llama, direction, strength=-3.0)
+
+
+@pytest.fixture(scope="module")
+def edit(plan, tmp_path_factory):
+    path = tmp_path_factory.mktemp("edit") / "edit.safetensors"
+    plan.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def steered(llama, plan, tmp_path_factory):
+    path = tmp_path_factory.mktemp("steered") / "checkpoint"
+    export(open_model(llama.name), plan, path)
+    return path
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A stand-in for the package vllm, by transformers; it tells what ran, and fails if asked to."""
+    told = SimpleNamespace(started=[], stopped=[], dtypes=[], fails=lambda: None)
+
+    class LLM:
+        def __init__(self, **settings):
+            told.started.append(settings["model"])
+            told.dtypes.append(settings["dtype"])
+            self.loaded = load_model(settings["model"], "cpu", settings["dtype"])
+            core = SimpleNamespace(shutdown=lambda: told.stopped.append(settings["model"]))
+            self.llm_engine = SimpleNamespace(engine_core=core)
+
+        def generate(self, rows, settings, use_tqdm):
+            if len(told.started) == 2:
+                told.fails()
+            assert all(one["temperature"] == 0 for one in settings)
+            asked = [row["prompt_token_ids"] for row in rows]
+            found = generate(self.loaded, asked, settings[0]["max_tokens"], temperature=0)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=item.ids)]) for item in found]
+
+    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=dict, __version__="9.9")
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    return told
+
+
+GREEDY = ("--prompts", 3, "--temperature", 0, "--others")
+
+
+@pytest.mark.parametrize("option", ["--edit", "--against"])
+def test_vllm_writes_the_answers(evaluate, vllm, llama, edit, steered, option):
+    """Answers of either checkpoint, of one engine each; figures are those of its answers by transformers."""
+    few = (option, edit if option == "--edit" else steered, *GREEDY)
+    _, expected = evaluate(*few)
+    assert vllm.started == []
+    _, found = evaluate(*few, "--engine", "vllm")
+    own, changed = found["outcomes"]
+    assert own["samples"] != changed["samples"]
+    assert found["outcomes"] == expected["outcomes"] and found["ceiling"] == expected["ceiling"]
+    assert vllm.started == vllm.stopped and vllm.dtypes == ["float32"] * 2
+    base, other = vllm.started
+    assert base == str(llama.checkpoint)
+    if option == "--against":
+        assert other == str(steered)
+    else:
+        assert not Path(other).exists() and not Path(other).parent.exists()
+    assert (expected["settings"]["engine"], found["settings"]["engine"]) == ("transformers", "vllm")
+    assert "--engine vllm" in found["command"] and "--engine transformers" in expected["command"]
+    assert found["packages"] == {**expected["packages"], "vllm": "9.9"}
+
+
+def test_vllm_writes_for_the_base_alone(evaluate, vllm, llama):
+    _, found = evaluate(*GREEDY, "--engine", "vllm")
+    assert [one["name"] for one in found["outcomes"]] == ["base"]
+    assert vllm.started == vllm.stopped == [str(llama.checkpoint)]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "named"),
+    [(OSError("no space"), OSError, "no space"), (KeyboardInterrupt(), AssertionError, "Aborted")],
+)
+def test_nothing_is_left_of_vllm_where_it_is_stopped(evaluate, vllm, edit, tmp_path, error, raised, named):
+    def fails():
+        raise error
+
+    vllm.fails = fails
+    with pytest.raises(raised, match=named):
+        evaluate("--edit", edit, *GREEDY, "--engine", "vllm")
+    assert len(vllm.started) == 2 and vllm.stopped == vllm.started
+    assert not Path(vllm.started[1]).parent.exists()
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_vllm_that_is_not_installed_is_one_sentence(evaluate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UsageError, match="pip install vllm"):
+        evaluate("--engine", "vllm")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +235,7 @@ def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_pat
         (["--relevance", "chrf", "--prompts", "30"], "no reference"),
         (["--doses", "50%"], "--methods too"),
         (["--methods", "all", "--doses", "50%,120%"], "between 0 and 1"),
+        (["--methods", "all", "--engine", "vllm"], "hooks"),
     ],
 )
 def test_what_is_refused(evaluate, arguments, named):

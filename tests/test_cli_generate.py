@@ -1,11 +1,15 @@
 """``broca generate``, called as a command."""
 
 import json
+import shutil
+import signal
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import models
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cli.generate import command
@@ -14,7 +18,7 @@ from editing.edits.directional_ablation import directional_ablation_plan
 from editing.export import export
 from editing.generation import generate
 from editing.live import applied
-from editing.vllm_generation import generate_by_vllm
+from editing.vllm_generation import VllmWriter, generate_by_vllm
 from neurons.errors import UsageError
 from neurons.source import open_model
 
@@ -133,26 +137,126 @@ def test_vllm_that_is_not_installed_is_one_sentence(llama, monkeypatch):
         run(llama.name, "--prompts", "beef", "--engine", "vllm")
 
 
-def test_vllm_is_asked_for_the_same_tokens(llama, steered, monkeypatch):
-    """With a stand-in that writes down what it is asked."""
-    asked = {}
+class StandIn:
+    """For the package vllm: writes " high" always, and down what it is asked."""
 
-    class LLM:
-        def __init__(self, **settings):
-            asked.setdefault("models", []).append(settings["model"])
+    __version__ = "0"
 
-        def generate(self, rows, settings, use_tqdm):
-            asked["rows"], asked["settings"] = rows, settings
-            ids = [llama.tokenizer(" high")["input_ids"] + [1]] * len(rows)
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=one)]) for one in ids]
+    def __init__(self, tokenizer):
+        self.started, self.stopped, self.rows, self.settings = [], [], None, None
+        asked = self
 
-    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=lambda **settings: settings)
+        class LLM:
+            def __init__(self, **settings):
+                asked.started.append(settings)
+                core = SimpleNamespace(shutdown=lambda: asked.stopped.append(settings["model"]))
+                self.llm_engine = SimpleNamespace(engine_core=core)
+
+            def generate(self, rows, settings, use_tqdm):
+                asked.rows, asked.settings = rows, settings
+                ids = [tokenizer(" high")["input_ids"] + [1]] * len(rows)
+                return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=one)]) for one in ids]
+
+        self.LLM, self.SamplingParams = LLM, dict
+
+    @property
+    def models(self):
+        return [settings["model"] for settings in self.started]
+
+
+@pytest.fixture
+def asked(llama, monkeypatch):
+    stand_in = StandIn(llama.tokenizer)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    return stand_in
+
+
+def test_vllm_is_asked_for_the_same_tokens(llama, steered, asked):
     few = ["--prompts", *TEXTS, "--new-tokens", 6, "--engine", "vllm", "--json"]
     found = texts_of(run(llama.name, "--against", steered, "--compare", *few))
     assert found == [{"prompt": prompt, "unedited": " high", "edited": " high"} for prompt in TEXTS]
-    assert asked["models"] == [str(llama.checkpoint), str(steered)]
+    assert asked.models == asked.stopped == [str(llama.checkpoint), str(steered)]
     tokens = [[0, *models.tiny_tokenizer()(text)["input_ids"]] for text in TEXTS]
-    assert asked["rows"] == [{"prompt_token_ids": ids} for ids in tokens]
-    assert asked["settings"] == {"temperature": 0.0, "max_tokens": 6, "seed": 0, "stop_token_ids": [1]}
+    assert asked.rows == [{"prompt_token_ids": ids} for ids in tokens]
+    for settings in asked.settings:
+        del settings["seed"]
+        assert settings == {"temperature": 0.0, "max_tokens": 6, "stop_token_ids": [1]}
     assert generate_by_vllm(llama.name, llama.tokenizer, []) == []
+    assert len(asked.started) == 2
+
+
+def test_an_engine_of_vllm_serves_until_another_checkpoint_or_a_longer_text_comes(llama, steered, asked):
+    """The tiny model reads 128 tokens."""
+    a_hundred = [5] * 100
+    with VllmWriter(llama.name, llama.tokenizer) as write:
+        assert asked.started == []
+        write(["beef"], 6)
+        with write.writing_with(str(steered)):
+            pass
+        write([a_hundred], 28)
+        assert [settings["max_model_len"] for settings in asked.started] == [128]
+        # Whether so much can be read is vLLM's to say.
+        write([a_hundred, [5]], 50)
+        assert [settings["max_model_len"] for settings in asked.started] == [128, 150]
+        assert asked.stopped == [llama.name]
+        with write.writing_with(str(steered)):
+            write(["beef"], 6)
+            write(["cab"], 6)
+        write(["beef"], 6)
+        assert asked.models == [llama.name, llama.name, str(steered), llama.name]
+        assert asked.stopped == asked.models[:3]
+    assert asked.stopped == asked.models
+    with pytest.raises(KeyboardInterrupt), VllmWriter(llama.name, llama.tokenizer) as write:
+        write(["beef"], 6)
+        raise KeyboardInterrupt
+    assert asked.stopped == asked.models
+
+
+def test_a_model_that_reads_on_has_room_for_longer_texts_to_come(llama, asked, tmp_path):
+    long = tmp_path / "long"
+    shutil.copytree(llama.checkpoint, long)
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    with VllmWriter(str(long), llama.tokenizer) as write:
+        for length, started in ((10, [512]), (506, [512]), (507, [512, 1026]), (4090, [512, 1026, 4096])):
+            write([[5] * length], 6)
+            assert [settings["max_model_len"] for settings in asked.started] == started
+
+
+def test_a_prompt_asked_twice_has_two_seeds_and_another_seed_has_others(llama, asked):
+    found = []
+    with VllmWriter(llama.name, llama.tokenizer) as write:
+        for seed in (0, 0, 1):
+            write(["beef", "beef", "cab"], 6, 0.7, seed)
+            found.append([settings["seed"] for settings in asked.settings])
+    first, again, other = found
+    assert first == again
+    assert len({*first, *other}) == 6
+    assert all(0 <= seed < 2**63 for seed in (*first, *other))
+
+
+def test_vllm_takes_of_the_memory_what_the_model_in_it_leaves(llama, asked, monkeypatch):
+    free = SimpleNamespace(available=6, total=24)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(virtual_memory=lambda: free))
+    generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+    monkeypatch.setattr("editing.vllm_generation.pick_device", lambda: torch.device("cuda"))
+    generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (30, 80))
+    generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+    shares = [settings.get("gpu_memory_utilization") for settings in asked.started]
+    assert shares == [pytest.approx(0.2), None, pytest.approx(0.3)]
+
+
+def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, asked):
+    """vLLM swallows one there."""
+
+    def deaf(**settings):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    asked.LLM = deaf
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+    assert signal.getsignal(signal.SIGINT) is before

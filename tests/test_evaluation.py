@@ -13,7 +13,7 @@ from test_language_id import TEXTS
 
 from editing.comparison import choose, largest_rise
 from editing.evaluation import Evaluation
-from editing.generation import generate
+from editing.generation import Continuation, generate
 from editing.language_id import identify_language, second_opinion, sentence_share
 from editing.questions import Question, Questions
 from editing.relevance import ChrfScorer, LikelihoodScorer
@@ -370,6 +370,40 @@ def test_relevance_is_scored_and_named(llama, corpus):
     assert fresh.base.relevance["mean"] == 0.75
     share = fresh.base.target_share
     assert fresh.base.relevance["steering_score"] == pytest.approx(2 * share * 0.75 / (share + 0.75))
+
+
+def test_another_may_write_the_answers_while_all_else_is_measured_on_the_model(llama, corpus):
+    token, text = spaced_word()
+    asked, steered = [], []
+
+    def write(prompts, new_tokens, temperature, seed):
+        asked.append((list(prompts), new_tokens, temperature, seed, bool(steered)))
+        return [Continuation((token,) * (2 + bool(steered)), text * (2 + bool(steered)))] * len(prompts)
+
+    @contextmanager
+    def steering():
+        steered.append(True)
+        with always(llama, token):
+            yield
+        steered.pop()
+
+    settings = {"most_prompts": 2, "new_tokens": 3, "temperature": 0.5, "seed": 7}
+    fresh = Evaluation(llama, corpus, "en", "fr", **settings, write=write)
+    found = fresh.measure("steered", steering, kl=True)
+    openings_of = {language: list(dict.fromkeys(prompts(language)))[:2] for language in ("en", "fr")}
+    assert asked == [
+        (openings_of["fr"], 3, 0.5, 7, False),
+        (openings_of["en"], 3, 0.5, 7, False),
+        (openings_of["en"], 3, 0.5, 7, True),
+    ]
+    assert {sample["continuation"] for sample in fresh.base.samples} == {text * 2}
+    assert {sample["continuation"] for sample in found.samples} == {text * 3}
+    nlls = [mean(naive_nlls(llama.model, [[0, *[token] * count]])) for count in (2, 3)]
+    assert found.fluency_gap == pytest.approx(nlls[1] - nlls[0], rel=1e-3, abs=1e-4)
+    own = Evaluation(llama, corpus, "en", "fr", **settings)
+    expected = own.measure("steered", partial(always, llama, token), kl=True)
+    assert (found.nll, found.kl) == (expected.nll, expected.kl)
+    assert own.base.samples != fresh.base.samples
 
 
 def test_likelihood_is_always_the_unedited_models(llama, corpus):

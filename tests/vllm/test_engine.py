@@ -1,10 +1,16 @@
-"""`broca generate --engine vllm`, Broca installed beside vLLM, writes what transformers does; run.sh prepares it."""
+"""`broca generate` and `broca evaluate` with `--engine vllm`, Broca installed beside vLLM, write what transformers does.
+
+run.sh prepares what is read here.
+"""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
 
 REFERENCE = json.loads(Path(os.environ["REFERENCE"]).read_text(encoding="utf-8"))
 # The demo's, or the one that was given.
@@ -13,9 +19,10 @@ BASE, (STEERED,) = CASE["base"], CASE["exported"]
 SECONDS = 600
 
 
-def broca(*arguments):
+def broca(*arguments, **environment):
     command = [str(Path(sys.executable).parent / "broca"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    where = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=where)
 
 
 def texts(engine):
@@ -42,3 +49,33 @@ def test_more_than_the_model_has_room_for_is_one_sentence():
     (said,) = [line for line in done.stderr.splitlines() if "vLLM cannot load it" in line]
     assert "1000000" in said
     assert "Traceback" not in done.stderr
+
+
+def evaluated(out, engine, temporary):
+    plan = Path(STEERED) / "broca" / "edit.safetensors"
+    asked = ["--corpus", "artifacts/demo/corpus", "--part", "report", "--source", "en", "--target", "fr"]
+    few = ["--prompts", 6, "--new-tokens", REFERENCE["new_tokens"], "--temperature", 0]
+    told = ["--engine", engine, "--out", out, "--json"]
+    done = broca("evaluate", BASE, "--edit", plan, *asked, *few, *told, TMPDIR=temporary)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert json.loads(done.stdout)["settings"]["engine"] == engine
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_a_plan_is_evaluated_by_the_answers_of_its_export_as_in_memory(tmp_path):
+    # Sockets lie in there, whose paths may not be as long as those that pytest makes.
+    with TemporaryDirectory() as temporary:
+        found = evaluated(tmp_path / "vllm.json", "vllm", temporary)
+        assert not list(Path(temporary).glob("broca-*"))
+        expected = evaluated(tmp_path / "transformers.json", "transformers", temporary)
+    assert found["packages"]["vllm"] and "vllm" not in expected["packages"]
+    assert found["ceiling"] == expected["ceiling"]
+    for own, other in zip(found["outcomes"], expected["outcomes"], strict=True):
+        assert own["samples"] == other["samples"]
+        for name, value in other.items():
+            if isinstance(value, float):
+                assert own[name] == pytest.approx(value, abs=1e-4), name
+        # All that is not written: by transformers in both, beside vLLM's own changes to it.
+        assert (own["nll"], own["kl"]) == (other["nll"], other["kl"])
+    base, edited = found["outcomes"]
+    assert base["samples"] != edited["samples"]
