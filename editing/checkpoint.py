@@ -186,6 +186,13 @@ def blocks(entry: TensorEntry, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple
         yield first, slice(first, first + step)
 
 
+def _largest_block(entry: TensorEntry, block_bytes: int) -> int:
+    """Bytes of the largest of ``blocks``."""
+    size = entry.end - entry.begin
+    row = size // entry.shape[0] if entry.shape and entry.shape[0] else size
+    return min(size, max(block_bytes, row))
+
+
 def additions(source: Path, added: Mapping[str, torch.Tensor]) -> Additions:
     """How the files of a checkpoint change when tensors are added to it.
 
@@ -320,8 +327,9 @@ def _patch(
 ) -> None:
     with file.open("r+b") as stream:
         stream.seek(entry.begin)
+        room = torch.empty(_largest_block(entry, block_bytes), dtype=torch.uint8)
         for first, rows in blocks(entry, block_bytes):
-            block = read_tensor(entry, rows)
+            block = read_tensor(entry, rows, room)
             new = _stored(entry, block, replace(block, first))
             stream.write(new.view(torch.uint8).numpy().data)
             advance(new.nbytes)

@@ -134,7 +134,7 @@ def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor
     def replace(block: torch.Tensor, first: int) -> EditedBlock:
         found = edit.rounded(block, first)
         meant = found.change.flatten()
-        stored = (found.stored.to(meant.dtype) - block.to(meant.dtype)).flatten()
+        stored = found.stored.to(meant.dtype, copy=True).sub_(block.to(meant.dtype)).flatten()
         # Of one block in the precision of the change; over blocks in float64.
         sums.add_(torch.stack([meant.dot(meant), stored.dot(stored), meant.dot(stored)]).double())
         return found

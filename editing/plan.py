@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,12 @@ class ModuleEdit:
             part(of_columns[0], columns),
             part(of_rows[1], rows),
             part(of_columns[1], columns),
-            in_float32=float32_is_enough(self.row_scale, self.column_scale),
+            in_float32=self._in_float32,
         )
+
+    @cached_property
+    def _in_float32(self) -> bool:
+        return float32_is_enough(self.row_scale, self.column_scale)
 
     @property
     def relative_change(self) -> float | None:

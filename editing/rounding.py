@@ -85,11 +85,13 @@ def edited_and_rounded(
         right: K, float32 [columns, rank] or None, together with ``left``.
         in_float32: False to compute in float64 (see ``float32_is_enough``).
     """
+    factors = row_scale, column_scale, left, right
     if in_float32 and weight.dtype in (torch.bfloat16, torch.float16):
-        found = _edited(weight, torch.float32, row_scale, column_scale, left, right)
-        if all_finite(found.stored):
-            return found
-    return _edited(weight, torch.float64, row_scale, column_scale, left, right)
+        edited, change = _edited(weight, torch.float32, *factors)
+        if all_finite(edited):
+            return EditedBlock(edited.to(weight.dtype), change)
+    edited, change = _edited(weight, torch.float64, *factors)
+    return EditedBlock(round_once(edited, weight.dtype), change)
 
 
 def _edited(
@@ -99,8 +101,10 @@ def _edited(
     column_scale: torch.Tensor | None,
     left: torch.Tensor | None,
     right: torch.Tensor | None,
-) -> EditedBlock:
-    base = weight.to(dtype)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The edited numbers before they are rounded, and what was added to get them."""
+    # Changed in place below: fresh memory costs as much as the arithmetic.
+    base = weight.to(dtype, copy=True)
     scale = None if column_scale is None else column_scale.to(dtype)
     if row_scale is not None:
         rows = row_scale.to(dtype)[:, None]
@@ -111,4 +115,4 @@ def _edited(
         # Not a matrix product, whose precision and order are settings of the process and the machine.
         for column, key in zip(left.to(dtype).T, right.to(dtype).T, strict=True):
             change += column[:, None] * key
-    return EditedBlock(round_once(base + change, weight.dtype), change)
+    return base.add_(change), change
