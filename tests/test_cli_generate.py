@@ -248,7 +248,15 @@ def test_vllm_takes_of_the_memory_what_the_model_in_it_leaves(llama, asked, monk
     assert shares == [pytest.approx(0.2), None, pytest.approx(0.3)]
 
 
-def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, asked):
+@pytest.fixture
+def heard():
+    """Interrupts are heard as in a terminal: a job in the background is born deaf to them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, asked, heard):
     """vLLM swallows one there."""
 
     def deaf(**settings):
@@ -256,7 +264,6 @@ def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, asked):
             signal.raise_signal(signal.SIGINT)
 
     asked.LLM = deaf
-    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is heard
