@@ -1,4 +1,7 @@
-"""A pass over prompts with answers: how the answer's probability leans on each neuron, summed over prompts."""
+"""A pass over prompts with answers: how the answer's probability leans on each neuron, summed over prompts.
+
+A neuron of an expert is 0 at tokens that its expert is not asked about, and nothing leans on it there.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
+from neurons.anatomy import Anatomy
 from neurons.batches import TOKENS_A_BATCH, TokenBatch, block_length, row_batches
 from neurons.errors import BrocaError, UsageError
 from neurons.prompts import Prompts, answer_token
 from neurons.recording import Progress, forward
 from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
-from neurons.sites import Reader, Routed, logits, reading
+from neurons.sites import Reader, Routed, expert_units, logits, reading
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics
 
@@ -31,7 +35,7 @@ def record_answers(
     """Sum a moment over the prompts of each language.
 
     Args:
-        loaded: a model without experts.
+        loaded: the model.
         prompts: with their answers; only an answer's first token is looked at.
         moment: ``answer`` or ``answer_recognition`` (CULNIG's s at the output of the gate),
             ``answer_control`` (the same, negative scores as 0) or ``integrated`` (the integrated gradient
@@ -43,20 +47,18 @@ def record_answers(
         Statistics with ``mlp_act:answer...`` or ``mlp_in:integrated`` [L, I, K], and the counts in ``prompts``.
 
     Raises:
-        UsageError: a mixture of experts, or a prompt longer than the model's context.
+        UsageError: a prompt longer than the model's context.
         BrocaError: a sum that is not finite, by layer.
     """
     anatomy, languages = loaded.anatomy, tuple(prompts.of)
-    if anatomy.experts > 1:
-        raise UsageError(f"{loaded.name}: answers are not traced through experts: choose another --method")
     site = INTEGRATED_SITE if moment == "integrated" else CULNIG_SITE
     name = f"{site}:{moment}"
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
     counts = torch.tensor([len(some) for some in prompts.of.values()])
     for k, language in enumerate(languages):
         rows, answers = _tokens(loaded, prompts, language)
-        # Every step of the integral is a row of its own.
-        at_once = TOKENS_A_BATCH // (steps if moment == "integrated" else 1)
+        # Every step of the integral is a row of its own, and every expert has a place for every token.
+        at_once = TOKENS_A_BATCH // (steps if moment == "integrated" else 1) // anatomy.experts
         for batch in row_batches(rows, uncounted=0, tokens_a_batch=at_once):
             on_device = batch.to(loaded.device)
             wanted = answers[batch.line_numbers].to(loaded.device)
@@ -111,12 +113,22 @@ def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> tor
     held: dict[int, torch.Tensor] = {}
     gradients: dict[int, torch.Tensor] = {}
 
+    def keep(into: dict[int, torch.Tensor], layer: int, values: torch.Tensor, routed: Routed | None) -> None:
+        if routed is None:
+            into[layer] = values.clone()
+            return
+        if layer not in into:
+            into[layer] = values.new_zeros(*batch.ids.shape, loaded.anatomy.neurons)
+        into[layer].view(-1, loaded.anatomy.neurons)[routed.tokens, expert_units(loaded.anatomy, routed)] = (
+            values
+        )
+
     def reader_of(layer: int) -> Reader:
-        def read(values: torch.Tensor, _: Routed | None) -> None:
+        def read(values: torch.Tensor, routed: Routed | None) -> None:
             if not values.requires_grad:
                 values.requires_grad_(True)
-            held[layer] = values.detach().clone()
-            values.register_hook(lambda gradient: gradients.__setitem__(layer, gradient))
+            keep(held, layer, values.detach(), routed)
+            values.register_hook(lambda gradient: keep(gradients, layer, gradient, routed))
 
         return read
 
@@ -144,7 +156,8 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, st
     last = batch.attention.sum(1) - 1
     given: dict[int, torch.Tensor] = {}
     readers: dict[tuple[str, int], Reader] = {
-        (INTEGRATED_SITE, layer): _keep(given, layer, rows, last) for layer in range(loaded.anatomy.layers)
+        (INTEGRATED_SITE, layer): _keep(loaded.anatomy, given, layer, last, batch.ids.shape[1])
+        for layer in range(loaded.anatomy.layers)
     }
     with reading(loaded.anatomy, readers), torch.no_grad():
         forward(loaded.model, batch)
@@ -153,7 +166,7 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, st
     found = []
     for layer, activation in given.items():
         scaled = (share.to(activation)[:, None, None] * activation).flatten(0, 1).requires_grad_(True)
-        replaced = _replace(scaled, rows.repeat(steps).numel(), last.repeat(steps))
+        replaced = _replace(loaded.anatomy, scaled, last.repeat(steps), batch.ids.shape[1])
         with reading(loaded.anatomy, {(INTEGRATED_SITE, layer): replaced}), torch.enable_grad():
             _probability(loaded, many, wanted.repeat(steps)).sum().backward()
         assert scaled.grad is not None
@@ -161,19 +174,42 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, st
     return torch.stack(found)
 
 
-def _keep(given: dict[int, torch.Tensor], layer: int, rows: torch.Tensor, last: torch.Tensor) -> Reader:
-    def read(values: torch.Tensor, _: Routed | None) -> None:
-        given[layer] = values[rows.to(values.device), last.to(values.device)].clone()
+def _keep(
+    anatomy: Anatomy, given: dict[int, torch.Tensor], layer: int, last: torch.Tensor, length: int
+) -> Reader:
+    """Keeps the values at each row's last token, [rows, I]."""
+
+    def read(values: torch.Tensor, routed: Routed | None) -> None:
+        at = last.to(values.device)
+        if routed is None:
+            given[layer] = values[torch.arange(len(at), device=values.device), at].clone()
+            return
+        if layer not in given:
+            given[layer] = values.new_zeros(len(at), anatomy.neurons)
+        row, here = _at_last(routed, at, length)
+        given[layer][row, expert_units(anatomy, routed)] = values[here]
 
     return read
 
 
-def _replace(scaled: torch.Tensor, rows: int, last: torch.Tensor) -> Reader:
-    def read(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
-        where = (torch.arange(rows, device=values.device), last.to(values.device))
-        return values.index_put(where, scaled)
+def _replace(anatomy: Anatomy, scaled: torch.Tensor, last: torch.Tensor, length: int) -> Reader:
+    """Puts other values, [rows, I], at each row's last token."""
+
+    def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor:
+        at = last.to(values.device)
+        if routed is None:
+            return values.index_put((torch.arange(len(at), device=values.device), at), scaled)
+        row, here = _at_last(routed, at, length)
+        return values.index_put((here,), scaled[row, expert_units(anatomy, routed)])
 
     return read
+
+
+def _at_last(routed: Routed, last: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose last token reached the expert, and where among its tokens these are."""
+    row = routed.tokens // length
+    here = (routed.tokens % length == last[row]).nonzero()[:, 0]
+    return row[here], here
 
 
 def together(recorded: Sequence[Statistics]) -> Statistics:

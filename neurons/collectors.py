@@ -11,7 +11,7 @@ import torch
 from neurons.anatomy import Anatomy
 from neurons.errors import BrocaError
 from neurons.scorers.plnd import document_importance_ranks
-from neurons.sites import Routed
+from neurons.sites import Routed, expert_units
 from neurons.sums import Scratch, add_texts, add_tokens, counted_pieces, text_sums
 from neurons.totals import Totals
 
@@ -67,7 +67,7 @@ class TokenSums:
         if routed is None:
             pieces = counted_pieces(values, counted, at.padded)
         else:
-            units = _units(self.anatomy, routed)
+            units = expert_units(self.anatomy, routed)
             pieces = iter((values[counted.flatten()[routed.tokens]],))
             if self.counts_routed:
                 reached = counted.flatten()[routed.tokens].sum()
@@ -120,7 +120,7 @@ class TextSums:
             self._gathered[absolute] = torch.zeros(rows, width, dtype=torch.float64, device=values.device)
         inside = counted.flatten()[routed.tokens]
         exact = values[inside].double()
-        self._gathered[absolute][:, _units(self.anatomy, routed)].index_add_(
+        self._gathered[absolute][:, expert_units(self.anatomy, routed)].index_add_(
             0, routed.tokens[inside] // length, exact.abs() if absolute else exact
         )
 
@@ -176,7 +176,7 @@ class Attribution:
         if not values.requires_grad:
             # The weights are frozen, so nothing below the first site asks for a gradient.
             values.requires_grad_(True)
-        units = slice(None) if routed is None else _units(self.anatomy, routed)
+        units = slice(None) if routed is None else expert_units(self.anatomy, routed)
         total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
         counted = at.counted.to(values.device)
 
@@ -193,9 +193,3 @@ class Attribution:
 
     def finish(self, layer: int, at: Reading) -> None:
         pass
-
-
-def _units(anatomy: Anatomy, routed: Routed) -> slice:
-    """An expert's neurons among those of its layer."""
-    first = routed.expert * anatomy.expert_width
-    return slice(first, first + anatomy.expert_width)

@@ -39,6 +39,12 @@ class Routed:
 Reader = Callable[[torch.Tensor, Routed | None], torch.Tensor | None]
 
 
+def expert_units(anatomy: Anatomy, routed: Routed) -> slice:
+    """An expert's neurons among those of its layer."""
+    first_unit = routed.expert * anatomy.expert_width
+    return slice(first_unit, first_unit + anatomy.expert_width)
+
+
 @contextmanager
 def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
     """Hand a site's values to ``readers[site, layer]`` at every forward pass inside the block.

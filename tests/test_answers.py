@@ -173,10 +173,92 @@ def test_moments_stand_side_by_side(llama):
         together([recorded[0], other])
 
 
-def test_what_cannot_be_traced_is_refused(llama, checkpoint_of):
-    experts = load_model(str(checkpoint_of("mixtral")), device="cpu")
-    with pytest.raises(UsageError, match="not traced through experts"):
-        record_answers(experts, prompts_of(OF), "answer")
+def probability_with(loaded, row, answer, site, layer, change):
+    """The answer's probability while ``change(values, expert, tokens)`` is what one layer's experts have."""
+
+    def read(values, routed):
+        return change(values.clone(), routed.expert, routed.tokens)
+
+    # The stock way through layers that nobody reads has no float64.
+    others = {(site, other): lambda values, routed: None for other in range(loaded.anatomy.layers)}
+    with reading(loaded.anatomy, others | {(site, layer): read}), torch.no_grad():
+        return float(loaded.model(torch.tensor([row])).logits[0, -1].softmax(-1)[answer])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_answers_are_traced_through_experts(checkpoint_of, family):
+    """Against differences of the probability, one neuron of one expert at one token after the other."""
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    exact = load_model(str(checkpoint_of(family)), device="cpu")
+    exact.model.double()
+    anatomy = loaded.anatomy
+    width, some, steps = anatomy.expert_width, prompts_of({"qaa": OF["qaa"]}), 4
+    leans = record_answers(loaded, some, "answer").moments["mlp_act:answer"][..., 0]
+    integrated = record_answers(loaded, some, "integrated", steps).moments["mlp_in:integrated"][..., 0]
+    layer, bump = anatomy.layers - 1, 3e-2  # norms compute in float32, which smaller ones drown in
+    expected = torch.zeros(2, anatomy.neurons, dtype=torch.float64)
+    for prompt in OF["qaa"]:
+        row, answer = answer_token(loaded.tokenizer, prompt)
+        values = {site: torch.zeros(len(row), anatomy.neurons).double() for site in ("mlp_act", "mlp_in")}
+
+        def keep(given, expert, tokens, into):
+            into[tokens, expert * width : (expert + 1) * width] = given
+            return given
+
+        for site, into in values.items():
+            p = probability_with(
+                exact, row, answer, site, layer, lambda g, e, t, into=into: keep(g, e, t, into)
+            )
+
+        def slope(site, t, unit, share, row=row, answer=answer):
+            """dp/da at a share of the activation at token t, all neurons of the layer there scaled alike."""
+            ends = []
+            for sign in (1, -1):
+
+                def change(given, expert, tokens, sign=sign):
+                    here = tokens == t
+                    given[here] *= share
+                    if expert == unit // width:
+                        given[here, unit % width] += sign * bump
+                    return given
+
+                ends.append(probability_with(exact, row, answer, site, layer, change))
+            return (ends[0] - ends[1]) / (2 * bump)
+
+        for unit in range(0, anatomy.neurons, 7):
+            a = values["mlp_act"][:, unit]
+            expected[0, unit] += p * max(
+                float(a[t]) * slope("mlp_act", t, unit, 1.0) if a[t] else 0.0 for t in range(len(row))
+            )
+            end = float(values["mlp_in"][-1, unit])
+            slopes = [slope("mlp_in", len(row) - 1, unit, i / steps) for i in range(1, steps + 1)]
+            expected[1, unit] += end * sum(slopes) / steps if end else 0.0
+    looked = torch.arange(0, anatomy.neurons, 7)
+    for found, naive in ((leans, expected[0]), (integrated, expected[1])):
+        size = float(naive.abs().max())
+        assert size > 0
+        torch.testing.assert_close(found[layer, looked], naive[looked], rtol=2e-3, atol=2e-3 * size)
+    (one, *_) = OF["qaa"]
+    alone = record_answers(loaded, prompts_of({"qaa": (one,)}), "integrated", steps).moments[
+        "mlp_in:integrated"
+    ]
+    silent = (alone.view(anatomy.layers, anatomy.experts, width) == 0).all(2).sum(1)
+    # Nothing leans on experts that the last token is not sent to.
+    assert silent.tolist() == [anatomy.experts - loaded.model.config.num_experts_per_tok] * anatomy.layers
+
+
+def test_experts_in_a_batch_are_those_of_each_prompt_alone(checkpoint_of):
+    loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
+    for moment in ("answer", "integrated"):
+        (together_,) = record_answers(loaded, prompts_of({"qac": OF["qac"]}), moment, 3).moments.values()
+        alone = [
+            next(iter(record_answers(loaded, prompts_of({"qac": (one,)}), moment, 3).moments.values()))
+            for one in OF["qac"]
+        ]
+        torch.testing.assert_close(together_, sum(alone), rtol=1e-4, atol=1e-9)
+
+
+def test_what_cannot_be_traced_is_refused(llama):
     long = Prompt("nut " * 200, " pop")
     with pytest.raises(UsageError, match=r"'qac': a prompt has .* tokens, and the model reads 128"):
         record_answers(llama, prompts_of({"qac": (long,)}), "answer")
