@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PIECE = 2**19  # values: smaller pieces cost calls, larger ones the cache
+PIECE = 2**18  # values: smaller pieces cost calls, larger ones the cache
 
 # The moments of single tokens, and those of a text's mean (``neurons.statistics.MOMENTS``).
 OF_TOKENS = ("positive", "sum", "square", "absolute")
