@@ -40,8 +40,8 @@ def dose_figure(
 ) -> Figure:
     """Harm (``editing.doses``) over the share of the answers in the target language, a line a way.
 
-    Solid: permanent edits; dashed: hooks and prompts, which steer only while they run.  Marks are hollow at parts of the strength
-    and filled at all of it.  Doses of which a figure was not measured are left out.
+    Solid: permanent edits; dashed: hooks and prompts, which steer only while they run.  Marks are hollow at
+    parts of the strength and filled at all of it.  Doses of which a figure was not measured are left out.
 
     Args:
         curves: title -> outcomes of its doses, ascending, each with ``details["dose"]`` and

@@ -27,7 +27,8 @@ class Report:
         outcomes: the base first.
         notes: what a reader should know beside the numbers.
         origin: what the figures were made of and by which command (``editing.origin``), as JSON values.
-        curves: title -> the outcomes of a way's doses, ascending (``editing.doses``); empty where none were asked for.
+        curves: title -> the outcomes of a way's doses, ascending (``editing.doses``); empty where none were
+            asked for.
     """
 
     model: str

@@ -8,7 +8,7 @@ import torch
 
 from cli.main import main
 from neurons.corpus import read_corpus
-from neurons.source import load_model
+from neurons.source import load_model, open_model
 
 # The models are tiny: threads cost more than they bring, above all on a busy machine.
 torch.set_num_threads(1)
@@ -56,6 +56,47 @@ def llama(checkpoint_of):
 def corpus_directory(tmp_path_factory):
     """<language>.txt of three languages."""
     return models.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def known_text(tmp_path_factory):
+    """<language>.txt of invented text under the names of languages that can be identified: en, de, fr."""
+    written = models.write_corpus(tmp_path_factory.mktemp("text"), lines=40)
+    for invented, known in zip(models.LANGUAGES, ("en", "de", "fr"), strict=True):
+        (written / f"{invented}.txt").rename(written / f"{known}.txt")
+    return written
+
+
+@pytest.fixture(scope="session")
+def parts(known_text):
+    """part -> Corpus of three known languages."""
+    return {part: read_corpus(known_text, part=part) for part in ("estimate", "choose", "report")}
+
+
+@pytest.fixture(scope="module")
+def material(llama, parts):
+    """What ways of steering from en to fr are made of."""
+    from editing.ways import Material
+
+    return Material(llama, parts["estimate"], "en", "fr")
+
+
+@pytest.fixture(scope="module")
+def edit(plan, tmp_path_factory):
+    """A file of the plan that the module makes for the llama."""
+    path = tmp_path_factory.mktemp("edit") / "edit.safetensors"
+    plan.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def steered(llama, plan, tmp_path_factory):
+    """A checkpoint with that plan."""
+    from editing.export import export
+
+    path = tmp_path_factory.mktemp("steered") / "checkpoint"
+    export(open_model(llama.name), plan, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -5,27 +5,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import models
 import pytest
 from click.testing import CliRunner
 
 from cli.evaluate import command
 from editing.directions.diffmean import diffmean_direction
 from editing.edits.directional_ablation import directional_ablation_plan
-from editing.export import export
 from editing.generation import generate
 from editing.relevance import JUDGE_PROMPT
 from neurons.corpus import read_corpus
 from neurons.errors import UsageError
-from neurons.source import load_model, open_model
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    written = models.write_corpus(tmp_path_factory.mktemp("text"), lines=40)
-    for invented, known in zip(models.LANGUAGES, ("en", "de", "fr"), strict=True):
-        (written / f"{invented}.txt").rename(written / f"{known}.txt")
-    return written
+from neurons.source import load_model
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +31,13 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(llama, text, tmp_path):
+def evaluate(llama, known_text, tmp_path):
     def run(*arguments):
         out = tmp_path / "report.json"
         common = [
             llama.name,
             "--corpus",
-            text,
+            known_text,
             "--source",
             "en",
             "--target",
@@ -96,7 +86,7 @@ def test_a_judge_is_named(evaluate, questions, llama):
     assert 0 < found["outcomes"][0]["relevance"]["mean"] < 1
 
 
-def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_path, text):
+def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_path):
     lines = {k: [f"{k} one two three four five six seven {i}" for i in range(8)] for k in ("en", "fr", "de")}
     (tmp_path / "long").mkdir()
     for language, some in lines.items():
@@ -125,23 +115,9 @@ def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def plan(llama, text):
-    direction = diffmean_direction(llama, read_corpus(text), "en", "fr")
+def plan(llama, known_text):
+    direction = diffmean_direction(llama, read_corpus(known_text), "en", "fr")
     return directional_ablation_plan(llama, direction, strength=-3.0)
-
-
-@pytest.fixture(scope="module")
-def edit(plan, tmp_path_factory):
-    path = tmp_path_factory.mktemp("edit") / "edit.safetensors"
-    plan.save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def steered(llama, plan, tmp_path_factory):
-    path = tmp_path_factory.mktemp("steered") / "checkpoint"
-    export(open_model(llama.name), plan, path)
-    return path
 
 
 @pytest.fixture

@@ -15,12 +15,10 @@ from click.testing import CliRunner
 from cli.generate import command
 from editing.directions.diffmean import diffmean_direction
 from editing.edits.directional_ablation import directional_ablation_plan
-from editing.export import export
 from editing.generation import generate
 from editing.live import applied
 from editing.vllm_generation import VllmWriter, generate_by_vllm
 from neurons.errors import UsageError
-from neurons.source import open_model
 
 TEXTS = ["beef cab", "stop milk"]
 
@@ -29,20 +27,6 @@ TEXTS = ["beef cab", "stop milk"]
 def plan(llama, corpus):
     direction = diffmean_direction(llama, corpus, "qaa", "qab")
     return directional_ablation_plan(llama, direction, strength=-3.0)
-
-
-@pytest.fixture(scope="module")
-def edit(plan, tmp_path_factory):
-    path = tmp_path_factory.mktemp("edit") / "edit.safetensors"
-    plan.save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def steered(llama, plan, tmp_path_factory):
-    path = tmp_path_factory.mktemp("steered") / "checkpoint"
-    export(open_model(llama.name), plan, path)
-    return path
 
 
 def run(*arguments):

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import models
 import pytest
 import torch
 from test_ways import NEVER
@@ -12,22 +11,8 @@ from editing.doses import Cost, costs, harm, weaker
 from editing.evaluation import Evaluation, Outcome
 from editing.protocol import compare_ways
 from editing.report import Report, methods_markdown, outcome_from_json
-from editing.ways import WAYS, Material, candidates_of, ways_named
+from editing.ways import WAYS, candidates_of, ways_named
 from neurons.artifact import json_bytes
-from neurons.corpus import read_corpus
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    written = models.write_corpus(tmp_path_factory.mktemp("text"), lines=40)
-    for invented, known in zip(models.LANGUAGES, ("en", "de", "fr"), strict=True):
-        (written / f"{invented}.txt").rename(written / f"{known}.txt")
-    return {part: read_corpus(written, part=part) for part in ("estimate", "choose", "report")}
-
-
-@pytest.fixture(scope="module")
-def material(llama, parts):
-    return Material(llama, parts["estimate"], "en", "fr")
 
 
 def logits(loaded):

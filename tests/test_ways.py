@@ -2,7 +2,6 @@
 
 import json
 
-import models
 import pytest
 import torch
 from test_evaluation import LINES
@@ -14,7 +13,7 @@ from editing.protocol import compare_ways
 from editing.report import Report, methods_markdown, outcome_from_json
 from editing.ways import WAYS, Material, Way, candidates_of, ways_named
 from neurons.artifact import json_bytes
-from neurons.corpus import Corpus, read_corpus
+from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
 
 NEEDED = {
@@ -22,20 +21,6 @@ NEEDED = {
     "arithmetic-difference", "clas", "austeer", "subspace-removal", "keyed", "steer2edit", "steer2edit-lape",
     "steer2edit-gradient", "ablate", "bake", "scale",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """part -> Corpus of three known languages."""
-    written = models.write_corpus(tmp_path_factory.mktemp("text"), lines=40)
-    for invented, known in zip(models.LANGUAGES, ("en", "de", "fr"), strict=True):
-        (written / f"{invented}.txt").rename(written / f"{known}.txt")
-    return {part: read_corpus(written, part=part) for part in ("estimate", "choose", "report")}
-
-
-@pytest.fixture(scope="module")
-def material(llama, parts):
-    return Material(llama, parts["estimate"], "en", "fr")
 
 
 def logits(loaded):

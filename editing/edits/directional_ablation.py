@@ -162,9 +162,9 @@ def directional_ablation_plan(
         site: "block_out", the direction of the residual stream, or "own", each block's at its output.
         strength: s, 1 removes the direction.
         from_layer: the layer whose direction serves all layers, as published; None takes each layer's own.
-        neutral: for the biprojected forms, site -> [L, d], the mean there (``neutral_means`` takes it).  What is not given is taken from
-            the direction: its mean at the site, or, at a block's own output, W mu + b, the mean of what the
-            block writes on both languages.
+        neutral: for the biprojected forms, site -> [L, d], the mean there (``neutral_means`` takes it).  What
+            is not given is taken from the direction: its mean at the site, or, at a block's own output,
+            W mu + b, the mean of what the block writes on both languages.
 
     Raises:
         UsageError: an unknown form, site, block or layer, no vectors or no neutral mean at the site, or a
