@@ -156,10 +156,8 @@ def command(
         raise UsageError(f"{out}: --methods writes its table there, and the numbers to --out: name a .json")
     if doses is not None and methods is None:
         raise UsageError("--doses are of the ways that --methods compares: give --methods too")
-    if doses is not None and not all(0 < dose < 1 for dose in doses):
-        raise UsageError(
-            f"--doses are parts of a strength, between 0 and 1: {doses[0]:g} to {doses[-1]:g} are not"
-        )
+    if wrong := [f"{dose:g}" for dose in doses or () if not 0 < dose < 1]:
+        raise UsageError(f"--doses {', '.join(wrong)}: give parts of a strength, between 0 and 1, as 25%,50%")
     if methods is not None and engine == "vllm":
         raise UsageError("--methods compares hooks too, which vLLM cannot run: leave --engine vllm out")
     if judge is not None and relevance not in ("auto", "judge"):
