@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from neurons.anatomy import Anatomy
 from neurons.errors import BrocaError
 from neurons.scorers.plnd import document_importance_ranks
 from neurons.sites import Routed, expert_units
-from neurons.sums import Scratch, add_texts, add_tokens, counted_pieces, text_sums
+from neurons.sums import add_texts, add_tokens, text_sums
 from neurons.totals import Totals
 
 OF_TOKENS = ("positive", "sum", "square", "absolute")
@@ -30,14 +31,22 @@ class Reading:
     Attributes:
         language: its number k.
         counted: bool [rows, length].
-        padded: whether rows differ in length.
         places: int64 [rows], each text's place among the responses of its language; None where none are kept.
     """
 
     language: int
     counted: torch.Tensor
-    padded: bool
     places: torch.Tensor | None = None
+
+    @cached_property
+    def _positions(self) -> torch.Tensor:
+        return self.counted.flatten().nonzero().flatten()
+
+    def positions(self, routed: Routed | None, device: torch.device) -> torch.Tensor:
+        """int64 [n], the counted tokens among the batch's, or among those that reached an expert."""
+        if routed is None:
+            return self._positions.to(device)
+        return self.counted.flatten().to(device)[routed.tokens].nonzero().flatten()
 
 
 class Collector(Protocol):
@@ -58,29 +67,21 @@ class TokenSums:
     anatomy: Anatomy
     totals: Totals
     counts_routed: bool = False
-    scratch: Scratch = field(default_factory=Scratch)
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
-        values, device, k = values.detach(), values.device, at.language
-        counted = at.counted.to(device)
-        units = slice(None)
-        if routed is None:
-            pieces = counted_pieces(values, counted, at.padded)
-        else:
-            units = expert_units(self.anatomy, routed)
-            pieces = iter((values[counted.flatten()[routed.tokens]],))
-            if self.counts_routed:
-                reached = counted.flatten()[routed.tokens].sum()
-                self.totals.of("routed", layer, device)[k, routed.expert] += reached
+        device, k = values.device, at.language
+        positions = at.positions(routed, device)
+        units = slice(None) if routed is None else expert_units(self.anatomy, routed)
+        if routed is not None and self.counts_routed:
+            self.totals.of("routed", layer, device)[k, routed.expert] += len(positions)
         totals = {
             moment: self.totals.of(f"{self.site}:{moment}", layer, device)[k, units]
             for moment in self.moments
         }
-        for piece in pieces:
-            add_tokens(piece, totals, self.scratch)
-            if "positive" in totals:
-                # NaN > 0 is False: a count alone would hide it.
-                self.totals.of(self.site, layer, device)[k] += piece.sum(dtype=torch.float32)
+        if "positive" in totals and "sum" not in totals:
+            # NaN > 0 is False: a count alone would hide it.
+            totals["sum"] = self.totals.of(self.site, layer, device)[k, units]
+        add_tokens(values, positions, totals)
 
     def finish(self, layer: int, at: Reading) -> None:
         pass
@@ -170,7 +171,6 @@ class Attribution:
     site: str
     anatomy: Anatomy
     totals: Totals
-    scratch: Scratch = field(default_factory=Scratch)
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
         if not values.requires_grad:
@@ -178,16 +178,10 @@ class Attribution:
             values.requires_grad_(True)
         units = slice(None) if routed is None else expert_units(self.anatomy, routed)
         total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
-        counted = at.counted.to(values.device)
+        positions = at.positions(routed, values.device)
 
         def on_gradient(gradient: torch.Tensor) -> None:
-            product = values.detach() * gradient
-            if routed is None:
-                pieces = counted_pieces(product, counted, at.padded)
-            else:
-                pieces = iter((product[counted.flatten()[routed.tokens]],))
-            for piece in pieces:
-                add_tokens(piece, {"absolute": total}, self.scratch)
+            add_tokens(values.detach() * gradient, positions, {"absolute": total})
 
         values.register_hook(on_gradient)
 

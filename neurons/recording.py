@@ -122,7 +122,7 @@ def record(
         for at, (k, batch) in enumerate(own[done:], start=done + 1):
             on_device = batch.to(loaded.device)
             places = torch.searchsorted(lines[languages[k]], batch.line_numbers) if kept else None
-            current[:] = [Reading(k, on_device.counted, batch.padded, places)]
+            current[:] = [Reading(k, on_device.counted, places)]
             if backward:
                 loss_sum(model, on_device).backward()
             else:
@@ -164,7 +164,7 @@ def _totals(anatomy: Anatomy, languages: int, parsed: Sequence[tuple[str, str]])
     dtypes = {f"{site}:{moment}": moment_dtype(moment) for site, moment in parsed}
     for site, moment in parsed:
         if moment == "positive":
-            widths[site], dtypes[site] = 1, torch.float64
+            widths[site], dtypes[site] = anatomy.width(site), torch.float64
     if anatomy.experts > 1:
         widths["routed"], dtypes["routed"] = anatomy.experts, torch.int64
     return Totals(languages, anatomy.layers, widths, dtypes)

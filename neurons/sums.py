@@ -1,74 +1,49 @@
-"""Sums of activations over tokens and over texts: exact counts, float64 sums.
-
-Done piece by piece, so that a piece stays in the processor's cache and the sums cost little beside the
-forward pass that makes the activations.
-"""
+"""Sums of activations over tokens and over texts: exact counts, float64 sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 
-PIECE = 2**18  # values: smaller pieces cost calls, larger ones the cache
+from neurons.fused_sums import add_fused
+
+EXACT = (torch.float32, torch.float64)  # what the fused sums take; half precision fits in float32
+PIECE = 2**18  # values: smaller pieces cost calls, larger ones memory
 
 # The moments of single tokens, and those of a text's mean (``neurons.statistics.MOMENTS``).
 OF_TOKENS = ("positive", "sum", "square", "absolute")
 OF_TEXTS = ("text_mean", "text_square", "text_absolute")
 
 
-@dataclass
-class Scratch:
-    """Memory that is used again for every piece: fresh memory costs more time than the sums themselves."""
-
-    _held: dict[tuple[torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
-
-    def like(self, piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of a piece's shape with anything in it."""
-        key = (piece.device, dtype)
-        if key not in self._held or self._held[key].numel() < piece.numel():
-            self._held[key] = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
-        return self._held[key][: piece.numel()].view(piece.shape)
-
-
-def counted_pieces(values: torch.Tensor, counted: torch.Tensor, padded: bool) -> Iterator[torch.Tensor]:
-    """The values of the counted positions, [n, units] at a time.
+def add_tokens(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
+    """Add the values of the counted tokens to the totals that are there, by name of the moment.
 
     Args:
-        values: [rows, length, units].
-        counted: bool [rows, length]; without padding, the same positions in every row.
-        padded: whether rows differ in length.
+        values: [..., units], any floating-point type.
+        positions: int64 [n], which tokens, counted through all dimensions but the last.
+        totals: moment (``OF_TOKENS``) -> [units]; ``positive`` is int64, the others float64.
     """
-    units = values.shape[-1]
-    if padded:
-        yield from values[counted].split(max(1, PIECE // units))
-        return
-    # Views: the start tokens are the only ones that do not count.
-    inside = values[:, int((~counted[0]).sum()) :]
-    rows = max(1, PIECE // max(1, inside.shape[1] * units))
-    for several in inside.split(rows):
-        yield from several.flatten(0, 1).split(max(1, PIECE // units))
+    values = values.detach().flatten(0, -2)
+    if values.device.type != "cpu":
+        add_piecewise(values, positions, totals)
+    else:
+        add_fused(values if values.dtype in EXACT else values.float(), positions, totals)
 
 
-def add_tokens(piece: torch.Tensor, totals: Mapping[str, torch.Tensor], scratch: Scratch) -> None:
-    """Add a piece [n, units] to the totals [units] that are there, by name of the moment.
-
-    ``positive`` is int64, the others float64.  A value that is not a number makes ``sum`` not a number.
-    """
-    if "positive" in totals:
-        # Whole numbers below 2^24 are exact in float32, and the sum of floats is the fast one.
-        positive = scratch.like(piece, torch.float32)
-        totals["positive"].add_(torch.gt(piece, 0, out=positive).sum(0).long())
-    if not totals.keys() & {"sum", "square", "absolute"}:
-        return
-    exact = scratch.like(piece, torch.float64).copy_(piece)
-    if "sum" in totals:
-        totals["sum"].add_(exact.sum(0))
-    if "absolute" in totals:
-        totals["absolute"].add_(exact.abs_().sum(0))
-    if "square" in totals:
-        totals["square"].add_(exact.mul_(exact).sum(0))
+def add_piecewise(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
+    """``neurons.fused_sums.add_fused`` by tensor operations, on any device."""
+    for some in positions.split(max(1, PIECE // values.shape[-1])):
+        piece = values[some]
+        exact = piece.double()
+        if "sum" in totals:
+            totals["sum"].add_(exact.sum(0))
+        if "positive" in totals:
+            totals["positive"].add_((piece > 0).sum(0))
+        if "absolute" in totals:
+            totals["absolute"].add_(exact.abs().sum(0))
+        if "square" in totals:
+            totals["square"].add_((exact * exact).sum(0))
 
 
 def text_sums(values: torch.Tensor, counted: torch.Tensor, absolute: bool = False) -> torch.Tensor:

@@ -134,7 +134,7 @@ def record_texts(
         for k, batch in everyone[number::processes]:
             on_device = batch.to(loaded.device)
             places = torch.searchsorted(lines[languages[k]], batch.line_numbers)
-            current[:] = [Reading(k, on_device.counted, batch.padded, places)]
+            current[:] = [Reading(k, on_device.counted, places)]
             forward(loaded.model, on_device)
             counted[k] += batch.counted.sum()
             if progress is not None:

@@ -302,7 +302,7 @@ def _responses(
             for batch in batches[language]:
                 on_device = batch.to(loaded.device)
                 places = torch.searchsorted(lines[language], batch.line_numbers)
-                current[:] = [Reading(k, on_device.counted, batch.padded, places)]
+                current[:] = [Reading(k, on_device.counted, places)]
                 forward(loaded.model, on_device)
                 if progress is not None:
                     progress(int(batch.counted.sum()))
