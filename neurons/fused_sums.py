@@ -9,6 +9,7 @@ their order, so the sums do not depend on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numba
@@ -26,12 +27,20 @@ def add_fused(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str
         positions: int64 [n], which tokens.
         totals: of ``sum``, ``square`` and ``absolute``, float64 [units], and ``positive``, int64 [units].
     """
-    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(torch.get_num_threads(), most))
+    numba.set_num_threads(min(torch.get_num_threads(), _most_threads()))
     own = [totals[m].numpy() if m in totals else None for m in ("sum", "square", "absolute", "positive")]
     shape = (-(-len(positions) // TOKENS_A_BLOCK), values.shape[1])
     of_blocks = (None if total is None else np.zeros(shape, total.dtype) for total in own)
     _add_blocks(values.contiguous().numpy(), positions.numpy(), *of_blocks, *own)
+
+
+@cache
+def _most_threads() -> int:
+    """Starts numba's threads, which changes how many torch uses where both have one OpenMP between them."""
+    own = torch.get_num_threads()
+    most: int = numba.get_num_threads()
+    torch.set_num_threads(own)
+    return most
 
 
 def _compiled(parallel: bool) -> Any:

@@ -123,3 +123,13 @@ def test_works_where_nothing_can_be_written(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split("\n")[0] == "[3.0, 3.0] NullCache", done.stderr
+
+
+def test_torch_keeps_its_threads(tmp_path):
+    code = (
+        "import torch; torch.set_num_threads(1); from neurons.fused_sums import add_fused\n"
+        "add_fused(torch.ones(600, 2), torch.arange(600), {'sum': torch.zeros(2, dtype=torch.float64)})\n"
+        "print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "1\n", done.stderr
