@@ -1,7 +1,7 @@
 """What the search can tell each edit method, and the plan that it gets for it.
 
-What is expensive is done once for all trials: the keys of the keyed edit in every module (``Keys``),
-Steer2Edit's importances (``Importances``), the constant keys of bake (``ConstantKeys``).  A trial's plan is then
+What is expensive is done once for all trials: the keys of the keyed edit in every module and its learned
+values (``Keys``), Steer2Edit's importances (``Importances``), the constant keys of bake (``ConstantKeys``).  A trial's plan is then
 made of these by multiplying what modules write, without a forward pass and without reading weights; only a norm
 after the output (Gemma 2 and 3, OLMo 2) has its value solved anew at each strength, on tokens that are kept.
 """
@@ -18,6 +18,7 @@ import torch
 from editing.direction import Direction
 from editing.edits.bake import bake_plan
 from editing.edits.keyed import keyed_plan
+from editing.edits.learned_values import enough_text, learned_values
 from editing.edits.norm_value import value_through_norm
 from editing.edits.output_norm import OutputNorm, output_norm, source_tokens
 from editing.edits.steer2edit import ALPHA, steer2edit_plan
@@ -35,6 +36,9 @@ Settings = Mapping[str, Value]
 # Layers that write, as shares of the depth.
 LAYERS = {"all": (0.0, 1.0), "lower half": (0.0, 0.5), "lower 3/4": (0.0, 0.75), "upper 3/4": (0.25, 1.0)}
 COMPONENTS = ("heads and neurons", "heads", "neurons")
+# What the keyed edit's modules write: the direction, or what was learned from it.
+MEANS, LEARNED = VALUES = ("means", "learned")
+LEARNED_AT = 2.0  # the strength at which heads and neurons together do best with the means (docs/keyed.md)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,14 @@ class Keys:
         self._progress = progress
         self._through: dict[tuple[int, str], _Through] = {}
 
+    @property
+    def can_learn(self) -> bool:
+        """Whether values learned once hold for all strengths, and there is text enough to learn from."""
+        texts, direction = self._corpus.texts, self._direction
+        return self._loaded.anatomy.residual_output and enough_text(
+            texts[direction.source], texts[direction.target]
+        )
+
     @cached_property
     def _whole(self) -> Plan:
         """Every module at the same share of strength 1."""
@@ -121,7 +133,17 @@ class Keys:
             blocks=BLOCKS,
         )
 
-    def plan(self, layers: Sequence[int], heads: float, strength: float) -> Plan:
+    @cached_property
+    def _learned(self) -> Plan:
+        """``_whole`` with values learned where all its modules write, at ``LEARNED_AT``."""
+        texts, direction = self._corpus.texts, self._direction
+        plan = self._whole.scaled(LEARNED_AT)
+        found = learned_values(
+            self._loaded, plan, texts[direction.source], texts[direction.target], progress=self._progress
+        )
+        return found.plan.scaled(1 / LEARNED_AT)
+
+    def plan(self, layers: Sequence[int], heads: float, strength: float, learned: bool = False) -> Plan:
         """What ``keyed_plan`` makes of the same layers, up to the last bits of float32.
 
         Args:
@@ -129,26 +151,36 @@ class Keys:
             heads: share of the strength that ``o_proj`` writes, in [0, 1]; ``down_proj`` writes the rest.
                 ``keyed_plan`` knows 0, 1/2 and 1.
             strength: of all together.
+            learned: values learned once for all settings (``editing.edits.learned_values``), in place of
+                the direction's.
+
+        Raises:
+            UsageError: values learned for a model with a norm behind its modules, which do not scale.
         """
+        if learned and not self._loaded.anatomy.residual_output:
+            raise UsageError(
+                "values behind a norm are learned at one strength: --method keyed --set learn=yes"
+            )
+        whole = self._learned if learned else self._whole
         of_block = {"attn": heads, "mlp": 1 - heads}
         edits = []
-        for edit in self._whole.edits:
+        for edit in whole.edits:
             share = of_block[edit.block] / len(layers)
             if edit.layer not in layers or not share:
                 continue
             if self._loaded.anatomy.residual_output:
-                made = edit.scaled(share * strength * len(self._whole.edits))
+                made = edit.scaled(share * strength * len(whole.edits))
             else:
                 made = self._written_through(edit, share * strength)
             edits.append(replace(made, notes={**made.notes, "value_share": share}))
         settings = {
-            **self._whole.metadata["settings"],
+            **whole.metadata["settings"],
             "layers": list(layers),
             "blocks": [block for block in BLOCKS if of_block[block]],
             "heads": heads,
             "strength": strength,
         }
-        return make_plan(edits, {**self._whole.metadata, "settings": settings})
+        return make_plan(edits, {**whole.metadata, "settings": settings})
 
     def _written_through(self, edit: ModuleEdit, strength: float) -> ModuleEdit:
         """The module's edit at a strength of its own, solved through the norm after it."""
@@ -300,7 +332,7 @@ class ConstantKeys:
 
 
 def keyed_space(keys: Keys) -> Space:
-    """The keyed edit: where it writes and how much.
+    """The keyed edit: what it writes, where and how much.
 
     Its other options made no difference or were worse (docs/keyed.md).
     """
@@ -313,24 +345,29 @@ def keyed_space(keys: Keys) -> Space:
             named[str(settings["layers"])],
             float(settings["heads"]),
             float(settings["strength"]),
+            settings["values"] == LEARNED,
         )
 
     knobs = {
+        "values": Knob(words=VALUES if keys.can_learn else VALUES[:1]),
         "heads": Knob(0.0, 1.0),
         "layers": Knob(words=tuple(named)),
         "strength": Knob(1.0, 4.5),
     }
     tried = (
-        (0.5, "all", 2.0),
-        (0.25, "upper 3/4", 2.25),
-        (0.5, "all", 2.5),
-        (0.25, "all", 1.75),
-        (0.0, "all", 3.0),
+        (LEARNED, 0.5, "all", 2.0),
+        (LEARNED, 0.5, "all", 1.5),
+        (MEANS, 0.5, "all", 2.0),
+        (MEANS, 0.25, "upper 3/4", 2.25),
+        (LEARNED, 0.5, "all", 2.5),
+        (MEANS, 0.5, "all", 2.5),
+        (MEANS, 0.25, "all", 1.75),
+        (MEANS, 0.0, "all", 3.0),
     )
     known: tuple[Settings, ...] = tuple(
-        {"heads": heads, "layers": layers, "strength": strength}
-        for heads, layers, strength in tried
-        if layers in named
+        {"values": values, "heads": heads, "layers": layers, "strength": strength}
+        for values, heads, layers, strength in tried
+        if layers in named and values in knobs["values"].words
     )
     return Space(knobs, known, make)
 

@@ -162,7 +162,7 @@ def test_layers_that_may_change(llama, corpus, direction):
     space = keyed_space(Keys(llama, corpus, direction, (2, 1)))
     # Of two layers the windows of three quarters are all of them.
     assert space.knobs["layers"].words == ("all", "lower half")
-    plan = space.make({"heads": 0.0, "layers": "lower half", "strength": 1.0})
+    plan = space.make({"values": "means", "heads": 0.0, "layers": "lower half", "strength": 1.0})
     assert [edit.layer for edit in plan.edits] == [1]
     only = steer2edit_space(Importances(llama, direction, (1,)))
     assert {edit.layer for edit in only.make(only.known[0]).edits} == {1}

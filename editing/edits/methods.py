@@ -16,6 +16,7 @@ from editing.edits.clas import SHARED_GAIN, SPECIFIC_LOSS, clas_plan
 from editing.edits.directional_ablation import FORMS, directional_ablation_plan
 from editing.edits.key import EPS, SOFT_WEIGHT
 from editing.edits.language_arithmetic import MODES, language_arithmetic_plan
+from editing.edits.learned_values import learned_values
 from editing.edits.neutral_mean import neutral_means
 from editing.edits.reach import site_of
 from editing.edits.scale import scale_plan
@@ -182,7 +183,7 @@ def _strength(request: Request, default: float = 1.0) -> float:
 
 def _keyed(request: Request) -> Plan:
     own = request.settings
-    return keyed.keyed_plan(
+    plan = keyed.keyed_plan(
         request.loaded,
         request.text,
         request.direction,
@@ -199,6 +200,16 @@ def _keyed(request: Request) -> Plan:
         sparse=own["sparse"],
         jointly=own["jointly"],
     )
+    if not own["learn"]:
+        return plan
+    sources = own["sources"] or (request.direction.source,)
+    return learned_values(
+        request.loaded,
+        plan,
+        [text for source in sources for text in request.text.texts[source]],
+        request.text.texts[request.direction.target],
+        progress=request.progress,
+    ).plan
 
 
 def _steer2edit(request: Request) -> Plan:
@@ -417,6 +428,9 @@ METHODS: dict[str, EditMethod] = {
             "soft_weight": Setting(NUMBER, SOFT_WEIGHT, "weight of that penalty"),
             "sparse": Setting(NUMBER, None, "share of the neurons that a key may use"),
             "jointly": Setting(YES_NO, False, "layers see the edits below them"),
+            "learn": Setting(
+                YES_NO, False, "values by gradient: the target's text is to follow the source's"
+            ),
         },
     ),
     "steer2edit": EditMethod(
