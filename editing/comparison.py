@@ -129,11 +129,12 @@ def keyed_candidates(
     strengths: Sequence[float],
     layers: Sequence[int] | None = None,
     neurons: NeuronSet | None = None,
+    learned: bool = False,
 ) -> list[Candidate]:
-    """The keyed edit at some strengths."""
+    """The keyed edit at some strengths, with the direction as value or with learned ones."""
     return [
         Candidate(KEYED, plan.metadata["settings"], plan, partial(applied, loaded, plan))
-        for plan in keyed_plans(loaded, corpus, direction, strengths, layers, neurons)
+        for plan in keyed_plans(loaded, corpus, direction, strengths, layers, neurons, learned)
     ]
 
 

@@ -34,7 +34,7 @@ from editing.language_id import check_languages
 from editing.live import exchanged
 from editing.origin import measured_by, processor, texts_read
 from editing.plan import load_plan
-from editing.recipe import Recipe
+from editing.recipe import LEARNED, Recipe
 from editing.report import Report, report_files, report_from_json
 from editing.stages import RUNS, UNCHANGED, Stages, digest
 from neurons.artifact import json_bytes, write_atomically
@@ -167,7 +167,8 @@ class _Run:
             "source": recipe.source,
             "layers": recipe.layers,
             "key_neurons": recipe.key_neurons,
-            "strengths": recipe.strengths,
+            "values": recipe.values,
+            "strengths": recipe.keyed_strengths,
             "prompts": recipe.prompts,
             "samples": recipe.samples,
             "seed": recipe.seed,
@@ -251,9 +252,10 @@ class _Run:
             self.loaded,
             direction,
             self.corpora["estimate"],
-            self.recipe.strengths,
+            self.recipe.keyed_strengths,
             self.layers,
             neurons,
+            self.recipe.values == LEARNED,
         )
 
     def evaluation(self, target: str, part: str) -> Evaluation:

@@ -9,6 +9,13 @@ from typing import Any
 
 from neurons.errors import UsageError
 
+# What the keyed edit's modules write: the direction, or what was learned from it; and the strengths that suit.
+MEANS, LEARNED = VALUES = ("means", "learned")
+STRENGTHS = {
+    MEANS: (3.5,),
+    LEARNED: (2.0,),
+}  # ``editing.edits.keyed`` and ``learned_values`` have them from docs/keyed.md
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -25,7 +32,10 @@ class Recipe:
         top_rate: share of neurons kept.
         key_neurons: "all" lets a key use every neuron of a layer, "identified" only the source's.
         layers: layers that are edited ("1-3"); None is the method's default.
-        strengths: of the keyed edit; the best on the choosing part is taken.
+        values: what the keyed edit writes: "means" (the direction, by keys over neurons) or "learned"
+            (by gradient, by keys over heads and neurons).
+        strengths: of the keyed edit; the best on the choosing part is taken.  None: the one that suits
+            the values.
         prompts: at most so many lines of a part are prompted with.
         samples: continuations a prompt.
         seed: of the sampling.
@@ -42,12 +52,18 @@ class Recipe:
     top_rate: float = 0.01
     key_neurons: str = "all"
     layers: str | None = None
-    strengths: tuple[float, ...] = (3.5,)
+    values: str = MEANS
+    strengths: tuple[float, ...] | None = None
     prompts: int = 100
     samples: int = 2
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+
+    @property
+    def keyed_strengths(self) -> tuple[float, ...]:
+        """``strengths``, or those of the values."""
+        return STRENGTHS[self.values] if self.strengths is None else self.strengths
 
     def with_options(self, **options: Any) -> Recipe:
         """The recipe with the options that are not None in place of its own."""
@@ -87,6 +103,8 @@ def read_recipe(path: Path) -> Recipe:
         if name in content:
             content[name] = tuple(content[name])
     recipe = Recipe(**content)
+    if recipe.values not in VALUES:
+        raise UsageError(f"{path}: values is {MEANS!r} or {LEARNED!r}, not {recipe.values!r}")
     if recipe.key_neurons not in ("all", "identified"):
         raise UsageError(f"{path}: key_neurons is 'all' or 'identified', not {recipe.key_neurons!r}")
     check_recipe(recipe)
@@ -99,7 +117,8 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UsageError: as said.
     """
-    if len(set(recipe.strengths)) != len(recipe.strengths):
+    strengths = recipe.keyed_strengths
+    if len(set(strengths)) != len(strengths):
         raise UsageError("strengths: name each once")
     if not recipe.targets or len(set(recipe.targets)) != len(recipe.targets):
         raise UsageError("targets: name at least one language, each once")
@@ -109,7 +128,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 _KINDS = {
     **dict.fromkeys(
-        ("model", "corpus", "source", "out", "method", "key_neurons", "layers", "device", "dtype"),
+        ("model", "corpus", "source", "out", "method", "key_neurons", "layers", "values", "device", "dtype"),
         "a string",
     ),
     **dict.fromkeys(("targets", "languages"), "a list of strings"),

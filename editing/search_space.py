@@ -18,11 +18,12 @@ import torch
 from editing.direction import Direction
 from editing.edits.bake import bake_plan
 from editing.edits.keyed import keyed_plan
-from editing.edits.learned_values import enough_text, learned_values
+from editing.edits.learned_values import LEARNED_AT, enough_text, learned_values
 from editing.edits.norm_value import value_through_norm
 from editing.edits.output_norm import OutputNorm, output_norm, source_tokens
 from editing.edits.steer2edit import ALPHA, steer2edit_plan
 from editing.plan import ModuleEdit, Plan, make_plan
+from editing.recipe import LEARNED, MEANS, VALUES
 from neurons.anatomy import BLOCKS
 from neurons.batches import language_batches
 from neurons.corpus import Corpus
@@ -36,9 +37,6 @@ Settings = Mapping[str, Value]
 # Layers that write, as shares of the depth.
 LAYERS = {"all": (0.0, 1.0), "lower half": (0.0, 0.5), "lower 3/4": (0.0, 0.75), "upper 3/4": (0.25, 1.0)}
 COMPONENTS = ("heads and neurons", "heads", "neurons")
-# What the keyed edit's modules write: the direction, or what was learned from it.
-MEANS, LEARNED = VALUES = ("means", "learned")
-LEARNED_AT = 2.0  # the strength at which heads and neurons together do best with the means (docs/keyed.md)
 
 
 @dataclass(frozen=True)

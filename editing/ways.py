@@ -31,8 +31,9 @@ from editing.directions.take import direction_of
 from editing.edits.austeer import CHANNELS, corpus_rates
 from editing.edits.bake import bake_plan
 from editing.edits.directional_ablation import directional_ablation_plan
-from editing.edits.keyed import keyed_plan
+from editing.edits.keyed import keyed_plan, keyed_plans
 from editing.edits.language_arithmetic import MODES, activation_means
+from editing.edits.learned_values import LEARNED_AT
 from editing.edits.scale import scale_plan
 from editing.edits.steer2edit import steer2edit_plan
 from editing.instructions import instructions
@@ -58,6 +59,7 @@ Settings = dict[str, Any]
 # The published method of finding neurons, and Broca's.
 NEURON_METHODS = ("lape", "gradient-contrast")
 # (strength, blocks): where keys over heads and neurons together reach as far as neurons alone do at more.
+LEARNED_STRENGTHS = (1.5, 2.0, 2.5)
 KEYED_SETTINGS = ((3.5, ("mlp",)), (2.0, ("attn", "mlp")), (2.5, ("attn", "mlp")))
 ARITHMETIC_STRENGTHS = (1.0, 3.0)
 CLAS_STRENGTHS = (-5.0, -2.0, 2.0, 5.0)
@@ -139,6 +141,13 @@ class Material:
             return make(strength=strength)
         whole: Plan = self._once(("keyed", tuple(blocks)), lambda: make(strength=1.0))
         return whole.scaled(strength)
+
+    def learned(self, strength: float) -> Plan:
+        """The keyed edit over heads and neurons with learned values, learned once where they scale."""
+        at = LEARNED_AT if self.loaded.anatomy.residual_output else strength
+        make = partial(keyed_plans, self.loaded, self.corpus, self.direction, (at,), learned=True)
+        found: tuple[Plan] = self._once(("learned", at), make)
+        return found[0].scaled(strength / at)
 
     def baked(self, layer: int, strength: float) -> Plan:
         """DiffMean baked into a layer; the key is solved once."""
@@ -287,6 +296,10 @@ def _keyed(material: Material, settings: Settings) -> Candidate:
     return _edit(KEYED, material, settings, material.keyed(settings["strength"], settings["blocks"]))
 
 
+def _learned(material: Material, settings: Settings) -> Candidate:
+    return _edit(WAYS["keyed-learned"].title, material, settings, material.learned(settings["strength"]))
+
+
 def _steer2edit(title: str, neurons: str | None) -> Way:
     def grid(_: Material) -> list[Settings]:
         return [
@@ -392,6 +405,14 @@ WAYS: Mapping[str, Way] = {
         True,
         lambda _: [{"strength": strength, "blocks": list(blocks)} for strength, blocks in KEYED_SETTINGS],
         _keyed,
+    ),
+    "keyed-learned": Way(
+        "keyed edit, learned values",
+        "what it writes makes the target's text follow the source's",
+        "Broca",
+        True,
+        _one("strength", LEARNED_STRENGTHS),
+        _learned,
     ),
     "steer2edit": _steer2edit(STEER2EDIT, None),
     "steer2edit-lape": _steer2edit("Steer2Edit in LAPE neurons", "lape"),

@@ -5,7 +5,27 @@ import torch
 
 from editing.directions.diffmean import diffmean_direction
 from editing.edits.keyed import keyed_plan, keyed_plans
+from editing.edits.learned_values import LEARNED_AT, learned_values
 from neurons.source import load_model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_learned_ones_are_learned_at_one_strength_or_at_each(checkpoint_of, corpus, model_type, monkeypatch):
+    def quick(*given):
+        return learned_values(*given, passes=1)
+
+    monkeypatch.setattr("editing.edits.keyed.learned_values", quick)
+    loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
+    direction = diffmean_direction(loaded, corpus, "qaa", "qab")
+    sources, targets = corpus.texts["qaa"], corpus.texts["qab"]
+    found = keyed_plans(loaded, corpus, direction, (1.0, 3.0), learned=True)
+    for plan, strength in zip(found, (1.0, 3.0), strict=True):
+        at = LEARNED_AT if model_type == "llama" else strength
+        plain = keyed_plan(loaded, corpus, direction, None, at, blocks=("attn", "mlp"))
+        expected = quick(loaded, plain, sources, targets).plan.scaled(strength / at)
+        for own, other in zip(plan.edits, expected.edits, strict=True):
+            assert torch.equal(own.left, other.left) and torch.equal(own.right, other.right)
+        assert plan.metadata["settings"]["strength"] == strength
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])

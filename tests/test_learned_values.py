@@ -10,10 +10,10 @@ import torch
 from editing.directions.diffmean import diffmean_direction
 from editing.edits.crossings import crossing_batch, crossings, openings_and_rests
 from editing.edits.keyed import keyed_plan
-from editing.edits.learned_values import HELD_OUT, LearnedValues, _loss, _values, learned_values
+from editing.edits.learned_values import HELD_OUT, LEARNED_AT, LearnedValues, _loss, _values, learned_values
 from editing.live import applied
 from editing.plan import ModuleEdit, make_plan
-from editing.search_space import LEARNED_AT, Keys, keyed_space
+from editing.search_space import Keys, keyed_space
 from neurons.errors import BrocaError, UsageError
 from neurons.recording import forward
 from neurons.sites import logits

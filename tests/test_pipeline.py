@@ -9,6 +9,8 @@ from pathlib import Path
 import models
 import pytest
 
+from editing.edits.keyed import STRENGTH
+from editing.edits.learned_values import LEARNED_AT
 from editing.evaluation import Evaluation
 from editing.live import applied
 from editing.pipeline import run
@@ -215,6 +217,7 @@ def test_a_hub_id_stays_a_hub_id(tmp_path):
         ("samples = 0", "samples"),
         ("targets = 'fr'", "targets"),
         ("key_neurons = 'some'", "key_neurons"),
+        ("values = 'guessed'", "values is 'means' or 'learned'"),
         ("targets = ['en']", "'en'"),
         ("targets = []", "targets"),
         ("not toml", "TOML"),
@@ -225,6 +228,13 @@ def test_recipes_that_are_refused(tmp_path, line, named):
     lines = [f"{k} = {v}" for k, v in base.items() if not line.startswith(k)]
     with pytest.raises(UsageError, match=named):
         read_recipe(written(tmp_path, "\n".join([*lines, line]) + "\n"))
+
+
+def test_strengths_suit_the_values():
+    recipe = Recipe("m", Path("c"), "en", ("fr",))
+    assert recipe.keyed_strengths == (STRENGTH,)
+    assert recipe.with_options(values="learned").keyed_strengths == (LEARNED_AT,)
+    assert recipe.with_options(values="learned", strengths=(1.0, 3.0)).keyed_strengths == (1.0, 3.0)
 
 
 def test_a_recipe_without_a_source_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from neurons.errors import BrocaError, UsageError
 
 NEEDED = {
     "prompt-source", "prompt-target", "diffmean", "arithmetic-additive", "arithmetic-replacement",
-    "arithmetic-difference", "clas", "austeer", "subspace-removal", "keyed", "steer2edit", "steer2edit-lape",
+    "arithmetic-difference", "clas", "austeer", "subspace-removal", "keyed", "keyed-learned", "steer2edit", "steer2edit-lape",
     "steer2edit-gradient", "ablate", "bake", "scale",
 }  # fmt: skip
 

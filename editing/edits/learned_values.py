@@ -34,6 +34,9 @@ from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, logits, reading
 from neurons.source import LoadedModel
 
+# The strength at which keys over heads and neurons do best with the means (docs/keyed.md): where several
+# strengths are tried, values are learned at this one and scaled.
+LEARNED_AT = 2.0
 PASSES = 15
 RATE = 0.03  # found on the demo model, English to Arabic, with PASSES (docs/keyed.md)
 ROWS_A_STEP = 32
