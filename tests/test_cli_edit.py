@@ -98,6 +98,21 @@ def test_every_method_makes_a_plan_that_exports(broca, files, tmp_path, method):
     assert broca("inspect", edit)[0] == 0
 
 
+def test_keyed_learns_what_it_writes(broca, files, tmp_path):
+    plans = {}
+    for learn in ("no", "yes"):
+        edit = tmp_path / f"{learn}.safetensors"
+        words = [*WAYS["keyed"], "--blocks", "attn,mlp", "--strength", "2", "--set", f"learn={learn}"]
+        status, _, err = broca("edit", files / "model", *arguments_of(files, words), "--out", edit)
+        assert status == 0, err
+        plans[learn] = load_plan(edit)
+    learned = plans["yes"].metadata["settings"]["learned"]
+    assert min(learned["held_out"]) < learned["held_out"][0]
+    for own, other in zip(plans["yes"].edits, plans["no"].edits, strict=True):
+        assert torch.equal(own.right, other.right) and not torch.equal(own.left, other.left)
+    assert "learned" not in plans["no"].metadata["settings"]
+
+
 @pytest.fixture
 def two(broca, files, tmp_path):
     plans = []
