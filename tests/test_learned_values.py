@@ -168,6 +168,18 @@ def test_the_same_input_gives_the_same_bytes(llama, plan, texts):
     assert not torch.equal(first.edits[0].left, other.edits[0].left)
 
 
+def test_the_work_does_not_grow_with_the_text(llama, plan, texts, monkeypatch):
+    monkeypatch.setattr("editing.edits.learned_values.MOST_LINES", 20)
+    read = []
+    few = learned_values(llama, plan, *(some[:20] for some in texts), passes=1, progress=read.append)
+    openings, rests = (openings_and_rests(some)[i][:20] for i, some in enumerate(texts))
+    assert len(openings) == 20 == len(rests)
+    whole = []
+    much = learned_values(llama, plan, texts[0] * 50, texts[1] * 50, passes=1, progress=whole.append)
+    assert len(whole) == len(read) == 1
+    assert len(much.held_out) == len(few.held_out)
+
+
 def test_memory_for_a_row_at_a_time_changes_little(llama, plan, texts, monkeypatch):
     whole = learned_values(llama, plan, *texts, passes=1)
     monkeypatch.setattr("editing.edits.learned_values.tokens_a_batch", lambda loaded, backward: 1)

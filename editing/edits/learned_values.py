@@ -6,9 +6,11 @@ root mean square of the coordinates of v_m as the plan had it.  From there Adam 
     minimise over z   mean over tokens u of the rest of  -log p'(u | opening in the source, rest so far)
 
 p' being the edited model's, every edit in its place, so that the modules share the work as they do when the
-plan is used: a module above sees what those below wrote.  Openings and rests are lines of text in the source and in the target, joined
-anew in every pass, so text needs no parallel.  One line in ``HELD_OUT`` of each is not learned from: the z of
-the pass that makes their joints likeliest is taken, the plan's own values if no pass betters them.
+plan is used: a module above sees what those below wrote.  Openings and rests are lines of text in the source
+and in the target, joined anew in every pass, so text needs no parallel.  One line in ``HELD_OUT`` of each is
+not learned from: the z of the pass that makes their joints likeliest is taken, the plan's own values if no
+pass betters them.  However much text there is, the first ``MOST_LINES`` lines and ``LONGEST`` tokens of a
+joint are read: the work does not grow with the corpus.
 
 Why: a difference of means says where the target's tokens lie on average.  Text has to be joined at one
 point, behind the opening's last token, where the average token does not stand: the first words then are
@@ -40,6 +42,8 @@ LEARNED_AT = 2.0
 PASSES = 15
 RATE = 0.03  # found on the demo model, English to Arabic, with PASSES (docs/keyed.md)
 ROWS_A_STEP = 32
+MOST_LINES = 512
+LONGEST = 256
 HELD_OUT = 5
 HELD_OUT_TURNS = 4  # rests that each opening kept out is tried with
 
@@ -80,7 +84,7 @@ def learned_values(
     Args:
         loaded: the unedited model; its weights do not change.
         plan: every module's edit a left and a right factor of rank 1 and nothing else, as ``keyed_plan`` has it.
-        sources: texts in a language where the keys speak.
+        sources: texts in a language where the keys speak; of several languages, mixed.
         targets: texts in the language that is to follow.
         passes: over all openings.
         rate: Adam's, of z: about how far a coordinate moves in a step, in parts of r_m.
@@ -94,7 +98,7 @@ def learned_values(
         UsageError: too few texts to learn from some and keep others out, no pass or no rate, or a plan of another kind.
         BrocaError: a loss that is not finite.
     """
-    openings, rests = openings_and_rests(sources)[0], openings_and_rests(targets)[1]
+    openings, rests = openings_and_rests(sources)[0][:MOST_LINES], openings_and_rests(targets)[1][:MOST_LINES]
     if not enough_text(sources, targets):
         raise UsageError(
             f"{len(openings)} openings and {len(rests)} texts to follow them are too few to learn from: give "
@@ -138,7 +142,7 @@ def learned_values(
             raise BrocaError(
                 f"{loaded.name}: learned values are not finite: learn at a lower rate or in float32"
             )
-        if found[-1] == min(found):
+        if found[-1] < min(found[:-1]):
             best = z.detach().clone()
     seen = found.index(min(found))
     learned = best.cpu().double() * size
@@ -176,7 +180,7 @@ def _parted(texts: Sequence[str], out: bool) -> list[str]:
 
 def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[TokenBatch]:
     """Rows in order, as many at a time as the memory holds with their gradients."""
-    most = block_length(loaded.model)
+    most = min(LONGEST, block_length(loaded.model))
     longest = min(most, max(len(row.ids) for row in rows))
     at_once = max(1, tokens_a_batch(loaded, backward=True) // longest)
     return [crossing_batch(rows[i : i + at_once], most) for i in range(0, len(rows), at_once)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,12 @@ def _keyed(request: Request) -> Plan:
     return learned_values(
         request.loaded,
         plan,
-        [text for source in sources for text in request.text.texts[source]],
+        [
+            text
+            for lines in zip_longest(*(request.text.texts[name] for name in sources))
+            for text in lines
+            if text
+        ],
         request.text.texts[request.direction.target],
         progress=request.progress,
     ).plan
