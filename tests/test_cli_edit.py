@@ -106,8 +106,8 @@ def test_keyed_learns_what_it_writes(broca, files, tmp_path):
         status, _, err = broca("edit", files / "model", *arguments_of(files, words), "--out", edit)
         assert status == 0, err
         plans[learn] = load_plan(edit)
-    learned = plans["yes"].metadata["settings"]["learned"]
-    assert min(learned["held_out"]) < learned["held_out"][0]
+    held_out = plans["yes"].metadata["learning"]["held_out"]
+    assert min(held_out) < held_out[0]
     for own, other in zip(plans["yes"].edits, plans["no"].edits, strict=True):
         assert torch.equal(own.right, other.right) and not torch.equal(own.left, other.left)
     assert "learned" not in plans["no"].metadata["settings"]

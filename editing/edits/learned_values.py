@@ -92,7 +92,8 @@ def learned_values(
         progress: called with the number of tokens of each step.
 
     Returns:
-        The plan at its own strength; it can be scaled as the given one can.
+        The plan at its own strength; it can be scaled as the given one can.  ``metadata["learning"]`` holds
+        what is beside the plan here.
 
     Raises:
         UsageError: too few texts to learn from some and keep others out, no pass or no rate, or a plan of another kind.
@@ -147,8 +148,8 @@ def learned_values(
     seen = found.index(min(found))
     learned = best.cpu().double() * size
     edits = [_with_value(edit, value) for edit, value in zip(plan.edits, learned, strict=True)]
-    noted = {"passes": passes, "rate": rate, "seed": seed, "held_out": found, "passes_seen": seen}
-    metadata = {**plan.metadata, "settings": {**plan.metadata["settings"], "learned": noted}}
+    settings = {**plan.metadata["settings"], "learned": {"passes": passes, "rate": rate, "seed": seed}}
+    metadata = {**plan.metadata, "settings": settings, "learning": {"held_out": found, "passes": seen}}
     return LearnedValues(make_plan(edits, metadata), tuple(found), seen)
 
 
