@@ -47,6 +47,10 @@ def naive_loss(model, rows):
     return total, count
 
 
+def hooks_of(model):
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+
 def change(edit):
     return edit.left.double() @ edit.right.double().T
 
@@ -255,10 +259,11 @@ def test_an_interrupted_loss_leaves_no_hook(llama, plan, texts, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("editing.edits.learned_values.logits", stopped)
+    before = hooks_of(llama.model)
     with pytest.raises(KeyboardInterrupt):
         learned_values(llama, plan, *texts)
     batch = crossing_batch(joined_rows(llama, texts)[:1], 512)
     with torch.no_grad():
         plain = llama.model.base_model(input_ids=batch.ids).last_hidden_state
     assert torch.equal(forward(llama.model, batch), plain)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.model.modules())
+    assert hooks_of(llama.model) == before
