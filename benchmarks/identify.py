@@ -4,8 +4,9 @@
     gradients   |h * dLoss/dh| at every MLP, against the forward and backward pass
 
 The two passes over a batch follow each other, each first in half of the turns, and the ratio is the median
-over all turns of recorded time to bare time: a machine that is busy by the minute slows both.  Two models: the one given, on its corpus, and a random Llama of a billion-parameter model's
-widths with few layers.  Beside it the memory that recording adds, which must not grow with the text.
+over all turns of recorded time to bare time: a machine that is busy by the minute slows both.  Two models: the
+one given, on its corpus, and a random Llama of a billion-parameter model's widths with few layers.  Beside it
+the memory that recording adds, which must not grow with the text.
 
     python benchmarks/identify.py artifacts/demo/model --corpus artifacts/demo/corpus
 """

@@ -31,9 +31,9 @@ from editing.directions.take import direction_of
 from editing.edits.austeer import CHANNELS, corpus_rates
 from editing.edits.bake import bake_plan
 from editing.edits.directional_ablation import directional_ablation_plan
-from editing.edits.keyed import keyed_plan, keyed_plans
+from editing.edits.keyed import keyed_plan
 from editing.edits.language_arithmetic import MODES, activation_means
-from editing.edits.learned_values import LEARNED_AT
+from editing.edits.learned_values import LEARNED_AT, learned_values
 from editing.edits.scale import scale_plan
 from editing.edits.steer2edit import steer2edit_plan
 from editing.instructions import instructions
@@ -44,6 +44,7 @@ from editing.steering_ways.clas import Clas
 from editing.steering_ways.language_arithmetic import LanguageArithmetic
 from editing.steering_ways.residual import ResidualDiffMean
 from editing.steering_ways.subspace_removal import SubspaceRemoval, middle_layers, top_layers
+from neurons.anatomy import BLOCKS
 from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.corpus_recording import record_corpus
@@ -145,9 +146,16 @@ class Material:
     def learned(self, strength: float) -> Plan:
         """The keyed edit over heads and neurons with learned values, learned once where they scale."""
         at = LEARNED_AT if self.loaded.anatomy.residual_output else strength
-        make = partial(keyed_plans, self.loaded, self.corpus, self.direction, (at,), learned=True)
-        found: tuple[Plan] = self._once(("learned", at), make)
-        return found[0].scaled(strength / at)
+        texts = self.corpus.texts
+        found: Plan = self._once(
+            ("learned", at),
+            lambda: (
+                learned_values(
+                    self.loaded, self.keyed(at, BLOCKS), texts[self.source], texts[self.target]
+                ).plan
+            ),
+        )
+        return found.scaled(strength / at)
 
     def baked(self, layer: int, strength: float) -> Plan:
         """DiffMean baked into a layer; the key is solved once."""

@@ -150,6 +150,24 @@ def test_learning_betters_text_that_it_has_not_seen(llama, plan, texts):
     assert min(found.held_out) < found.held_out[0] - 0.05
 
 
+def test_a_planted_continuation_is_learned(llama, plan, texts):
+    """Where one word always follows, the model that learned it says it behind openings it has not seen."""
+    sources, word = texts[0], " milk"
+    wanted = llama.tokenizer(word, add_special_tokens=False)["input_ids"][0]
+    found = learned_values(llama, plan, sources, ["a b c d e f" + word * 3] * 20, passes=15, rate=0.1).plan
+    unseen = [[llama.tokenizer.bos_token_id, *row.ids[1 : row.crosses]] for row in joined_rows(llama, texts)]
+    unseen = unseen[HELD_OUT - 1 :: HELD_OUT]
+
+    def right(own):
+        with applied(llama, own), torch.no_grad():
+            return sum(
+                int(llama.model(torch.tensor([row])).logits[0, -1].argmax()) == wanted for row in unseen
+            )
+
+    assert right(plan) < 0.2 * len(unseen)
+    assert right(found) > 0.9 * len(unseen)
+
+
 def test_keys_and_everything_else_stay(llama, plan, texts):
     found = learned_values(llama, plan, *texts, passes=1).plan
     assert found.metadata["settings"]["learned"]["passes"] == 1
@@ -182,6 +200,13 @@ def test_the_work_does_not_grow_with_the_text(llama, plan, texts, monkeypatch):
     much = learned_values(llama, plan, texts[0] * 50, texts[1] * 50, passes=1, progress=whole.append)
     assert len(whole) == len(read) == 1
     assert len(much.held_out) == len(few.held_out)
+    monkeypatch.setattr("editing.edits.learned_values.LONGEST", 26)
+    cut = []
+    learned_values(llama, plan, *texts, passes=1, progress=cut.append)
+    assert 0 < cut[0] < whole[0] and cut[0] <= 16 * 26
+    monkeypatch.setattr("editing.edits.learned_values.LONGEST", 6)
+    with pytest.raises(UsageError, match="nothing follows the openings within 6 tokens"):
+        learned_values(llama, plan, *texts, passes=1)
 
 
 def test_memory_for_a_row_at_a_time_changes_little(llama, plan, texts, monkeypatch):

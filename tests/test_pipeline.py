@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import models
 import pytest
 
 from editing.edits.keyed import STRENGTH
@@ -40,18 +39,10 @@ class Quiet:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    written = models.write_corpus(tmp_path_factory.mktemp("text"), lines=40)
-    for invented, known in zip(models.LANGUAGES, ("en", "de", "fr"), strict=True):
-        (written / f"{invented}.txt").rename(written / f"{known}.txt")
-    return written
-
-
-@pytest.fixture(scope="module")
-def recipe(checkpoint_of, text, tmp_path_factory):
+def recipe(checkpoint_of, known_text, tmp_path_factory):
     return Recipe(
         model=str(checkpoint_of("llama", True, "bfloat16")),
-        corpus=text,
+        corpus=known_text,
         source="en",
         targets=("fr", "de"),
         out=tmp_path_factory.mktemp("run") / "out",

@@ -65,7 +65,7 @@ class LearnedValues:
 
 def enough_text(sources: Sequence[str], targets: Sequence[str]) -> bool:
     """Whether there is something to learn from and something to keep out."""
-    return min(len(openings_and_rests(sources)[0]), len(openings_and_rests(targets)[1])) >= 2 * HELD_OUT
+    return _enough(*_read(sources, targets))
 
 
 def learned_values(
@@ -96,11 +96,12 @@ def learned_values(
         what is beside the plan here.
 
     Raises:
-        UsageError: too few texts to learn from some and keep others out, no pass or no rate, or a plan of another kind.
+        UsageError: too few texts to learn from some and keep others out, openings that fill the model's context,
+            no pass or no rate, or a plan of another kind.
         BrocaError: a loss that is not finite.
     """
-    openings, rests = openings_and_rests(sources)[0][:MOST_LINES], openings_and_rests(targets)[1][:MOST_LINES]
-    if not enough_text(sources, targets):
+    openings, rests = _read(sources, targets)
+    if not _enough(openings, rests):
         raise UsageError(
             f"{len(openings)} openings and {len(rests)} texts to follow them are too few to learn from: give "
             f"{2 * HELD_OUT} lines or more of each language, longer than an opening of six words"
@@ -116,12 +117,15 @@ def learned_values(
     unit = size.float().to(loaded.device)
     optimizer = torch.optim.Adam([z], lr=rate)
     own, kept_out = ((_parted(openings, out), _parted(rests, out)) for out in (False, True))
-    joints = [row for turn in range(HELD_OUT_TURNS) for row in crossings(loaded.tokenizer, *kept_out, turn)]
+    joints = _batches(
+        loaded,
+        [row for turn in range(HELD_OUT_TURNS) for row in crossings(loaded.tokenizer, *kept_out, turn)],
+    )
 
     def held_out() -> float:
         with torch.no_grad():
-            losses = [float(_loss(loaded, plan, batch, z * unit)) for batch in _batches(loaded, joints)]
-        return sum(losses) / sum(map(_tokens, _batches(loaded, joints)))
+            losses = [float(_loss(loaded, plan, batch, z * unit)) for batch in joints]
+        return sum(losses) / _tokens(joints)
 
     found, best = [held_out()], z.detach().clone()
     for _ in range(passes):
@@ -130,7 +134,7 @@ def learned_values(
         order = torch.randperm(len(rows), generator=generator).tolist()
         for first in range(0, len(rows), ROWS_A_STEP):
             batches = _batches(loaded, [rows[i] for i in order[first : first + ROWS_A_STEP]])
-            tokens = sum(map(_tokens, batches))
+            tokens = _tokens(batches)
             optimizer.zero_grad()
             for batch in batches:
                 with torch.enable_grad():
@@ -151,6 +155,15 @@ def learned_values(
     settings = {**plan.metadata["settings"], "learned": {"passes": passes, "rate": rate, "seed": seed}}
     metadata = {**plan.metadata, "settings": settings, "learning": {"held_out": found, "passes": seen}}
     return LearnedValues(make_plan(edits, metadata), tuple(found), seen)
+
+
+def _read(sources: Sequence[str], targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The openings of the ones and the rests of the others."""
+    return openings_and_rests(sources)[0][:MOST_LINES], openings_and_rests(targets)[1][:MOST_LINES]
+
+
+def _enough(openings: Sequence[str], rests: Sequence[str]) -> bool:
+    return min(len(openings), len(rests)) >= 2 * HELD_OUT
 
 
 def _values(plan: Plan) -> torch.Tensor:
@@ -187,8 +200,15 @@ def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[TokenBatch]:
     return [crossing_batch(rows[i : i + at_once], most) for i in range(0, len(rows), at_once)]
 
 
-def _tokens(batch: TokenBatch) -> int:
-    return int(batch.counted[:, 1:].sum())
+def _tokens(batches: Sequence[TokenBatch]) -> int:
+    """How many follow the openings."""
+    found = sum(int(batch.counted[:, 1:].sum()) for batch in batches)
+    if not found:
+        raise UsageError(
+            f"nothing follows the openings within {batches[0].ids.shape[1]} tokens: give text of shorter words, or a model "
+            "of more context"
+        )
+    return found
 
 
 def _loss(loaded: LoadedModel, plan: Plan, batch: TokenBatch, values: torch.Tensor) -> torch.Tensor:
