@@ -3,10 +3,11 @@
     recording   counts, sums and squares at every MLP, against the forward pass without logits
     gradients   |h * dLoss/dh| at every MLP, against the forward and backward pass
 
-The two passes over a batch follow each other, each first in half of the turns, and the ratio is the median
-over all turns of recorded time to bare time: a machine that is busy by the minute slows both.  Two models: the
-one given, on its corpus, and a random Llama of a billion-parameter model's widths with few layers.  Beside it
-the memory that recording adds, which must not grow with the text.
+The two passes over a batch follow each other, each first in half of the turns: a machine that is busy by the
+minute slows both.  The ratio is the mean over the middle half of all turns, with its bootstrapped 95 %
+interval.  Memory is kept for both as every command keeps it.  Two models: the one given, on its corpus, and a
+random Llama of a billion-parameter model's widths with few layers.  Beside it the memory that recording adds,
+which must not grow with the text.
 
     python benchmarks/identify.py artifacts/demo/model --corpus artifacts/demo/corpus
 """
@@ -23,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 import transformers
+from scipy import stats
 
 from neurons.batches import TokenBatch, packed_corpus
 from neurons.corpus import read_corpus
+from neurons.freed_memory import keep_freed_memory
 from neurons.recording import forward, loss_sum, record
 from neurons.sites import reading
 from neurons.source import LoadedModel, load_model
@@ -44,6 +48,11 @@ def seconds(work: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin
+
+
+def middle_mean(values: Any, axis: int = -1) -> Any:
+    """Without the lowest and the highest quarter."""
+    return stats.trim_mean(values, 0.25, axis=axis)
 
 
 def bare_forward(loaded: LoadedModel, batches: list[TokenBatch]) -> None:
@@ -79,15 +88,15 @@ def measure(loaded: LoadedModel, batches: list[TokenBatch], repeats: int) -> dic
     for name, (bare, recorded) in pairs.items():
         bare(batches[:1]), recorded(batches[:1])
         ratios, rates = [], []
-        for turn, batch in enumerate(batches * repeats):
+        for turn, batch in enumerate(batches * (repeats if name == "recording" else repeats // 3)):
             order = (bare, recorded) if turn % 2 == 0 else (recorded, bare)
             times = {work: seconds(lambda work=work, batch=batch: work([batch])) for work in order}
-            ratios.append(times[recorded] / times[bare])
+            ratios.append(np.log(times[recorded] / times[bare]))
             rates.append(int(batch.counted.sum()) / times[bare])
-        lower, median, upper = statistics.quantiles(ratios, n=4)
+        interval = stats.bootstrap((ratios,), middle_mean, method="percentile", rng=0).confidence_interval
         found[name] = {
-            "ratio": median,
-            "quartiles": [lower, upper],
+            "ratio": np.exp(middle_mean(ratios)).item(),
+            "interval": np.exp([interval.low, interval.high]).tolist(),
             "bare tokens a second": statistics.median(rates),
         }
     return found
@@ -121,7 +130,7 @@ def memory_growth(loaded: LoadedModel, batches: list[TokenBatch]) -> tuple[float
 @click.command()
 @click.argument("model")
 @click.option("--corpus", type=click.Path(path_type=Path), required=True)
-@click.option("--repeats", type=int, default=12)
+@click.option("--repeats", type=click.IntRange(3), default=36, help="Turns a batch; of gradients a third.")
 @click.option("--hidden", type=int, default=2048)
 @click.option("--inner", type=int, default=8192)
 @click.option("--layers", type=int, default=2)
@@ -130,6 +139,7 @@ def main(
     model: str, corpus: Path, repeats: int, hidden: int, inner: int, layers: int, json_path: Path | None
 ) -> None:
     """Print the ratios as a Markdown table."""
+    keep_freed_memory()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(model)
@@ -147,12 +157,12 @@ def main(
             for _ in range(2)
         ]
         found[name] = measure(large, long, repeats)
-    print("| model | pass | ratio | quartiles | bare tokens/s | limit |\n|---|---|---|---|---|---|")
+    print("| model | pass | ratio | 95 % | bare tokens/s | limit |\n|---|---|---|---|---|---|")
     for name, numbers in found.items():
         for what, limit in LIMITS.items():
             row = numbers[what]
             print(
-                f"| {name} | {what} | {row['ratio']:.3f} | {row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f} | "
+                f"| {name} | {what} | {row['ratio']:.3f} | {row['interval'][0]:.3f} to {row['interval'][1]:.3f} | "
                 f"{row['bare tokens a second']:,.0f} | {limit} |"
             )
     print(f"\npeak memory: {growth[0]:,.0f} MiB, with eight times the text {growth[1]:,.0f} MiB")

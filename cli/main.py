@@ -8,6 +8,8 @@ from importlib import import_module
 
 import click
 
+from neurons.freed_memory import keep_freed_memory
+
 COMMANDS = {
     "demo": "Find neurons, edit, export and measure on the model that Broca ships.",
     "run": "Do a whole job from one recipe.",
@@ -80,6 +82,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    keep_freed_memory()
     try:
         broca.main(args=arguments, prog_name="broca", standalone_mode=False)
     except click.exceptions.Abort:

@@ -67,21 +67,28 @@ class TokenSums:
     anatomy: Anatomy
     totals: Totals
     counts_routed: bool = False
+    _own: dict[tuple[int, int, int | None, torch.device], dict[str, torch.Tensor]] = field(
+        default_factory=dict
+    )
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
-        device, k = values.device, at.language
-        positions = at.positions(routed, device)
-        units = slice(None) if routed is None else expert_units(self.anatomy, routed)
+        positions = at.positions(routed, values.device)
         if routed is not None and self.counts_routed:
-            self.totals.of("routed", layer, device)[k, routed.expert] += len(positions)
-        totals = {
-            moment: self.totals.of(f"{self.site}:{moment}", layer, device)[k, units]
-            for moment in self.moments
-        }
-        if "positive" in totals and "sum" not in totals:
+            self.totals.of("routed", layer, values.device)[at.language, routed.expert] += len(positions)
+        key = (layer, at.language, None if routed is None else routed.expert, values.device)
+        if key not in self._own:
+            units = slice(None) if routed is None else expert_units(self.anatomy, routed)
+            self._own[key] = self._rows(layer, at.language, units, values.device)
+        add_tokens(values, positions, self._own[key])
+
+    def _rows(self, layer: int, language: int, units: slice, device: torch.device) -> dict[str, torch.Tensor]:
+        names = {moment: f"{self.site}:{moment}" for moment in self.moments}
+        if "positive" in names and "sum" not in names:
             # NaN > 0 is False: a count alone would hide it.
-            totals["sum"] = self.totals.of(self.site, layer, device)[k, units]
-        add_tokens(values, positions, totals)
+            names["sum"] = self.site
+        return {
+            moment: self.totals.of(name, layer, device)[language, units] for moment, name in names.items()
+        }
 
     def finish(self, layer: int, at: Reading) -> None:
         pass

@@ -27,7 +27,9 @@ def add_fused(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str
         positions: int64 [n], which tokens.
         totals: of ``sum``, ``square`` and ``absolute``, float64 [units], and ``positive``, int64 [units].
     """
-    numba.set_num_threads(min(torch.get_num_threads(), _most_threads()))
+    threads = min(torch.get_num_threads(), _most_threads())
+    if numba.get_num_threads() != threads:
+        numba.set_num_threads(threads)
     own = [totals[m].numpy() if m in totals else None for m in ("sum", "square", "absolute", "positive")]
     shape = (-(-len(positions) // TOKENS_A_BLOCK), values.shape[1])
     of_blocks = (None if total is None else np.zeros(shape, total.dtype) for total in own)
@@ -57,35 +59,38 @@ def _compiled(parallel: bool) -> Any:
 
 # What is None is left out when these are compiled.
 @_compiled(parallel=False)
-def _add_block(values: Any, positions: Any, total: Any, square: Any, absolute: Any, positive: Any) -> None:
-    # Four tokens a turn, because reading and writing the sums costs as much as the values.
-    fours = len(positions) - len(positions) % 4
-    for i in range(0, fours, 4):
-        first, second = values[positions[i]], values[positions[i + 1]]
-        third, fourth = values[positions[i + 2]], values[positions[i + 3]]
-        for j in range(values.shape[1]):
-            a, b = np.float64(first[j]), np.float64(second[j])
-            c, d = np.float64(third[j]), np.float64(fourth[j])
-            if total is not None:
-                total[j] += (a + b) + (c + d)
-            if square is not None:
-                square[j] += (a * a + b * b) + (c * c + d * d)
-            if absolute is not None:
-                absolute[j] += (abs(a) + abs(b)) + (abs(c) + abs(d))
-            if positive is not None:
-                positive[j] += np.int64(a > 0) + np.int64(b > 0) + np.int64(c > 0) + np.int64(d > 0)
-    for i in range(fours, len(positions)):
-        row = values[positions[i]]
-        for j in range(values.shape[1]):
-            a = np.float64(row[j])
-            if total is not None:
-                total[j] += a
-            if square is not None:
-                square[j] += a * a
-            if absolute is not None:
-                absolute[j] += abs(a)
-            if positive is not None:
-                positive[j] += np.int64(a > 0)
+def _add_rows(rows: Any, sums: Any, squares: Any, absolutes: Any, positives: Any, block: Any) -> None:
+    for j in range(rows[0].size):
+        summed = squared = size = 0.0
+        above = np.int64(0)
+        for i in range(len(rows)):
+            value = np.float64(rows[i][j])
+            summed += value
+            squared += value * value
+            size += abs(value)
+            above += np.int64(value > 0)
+        if sums is not None:
+            sums[block, j] += summed
+        if squares is not None:
+            squares[block, j] += squared
+        if absolutes is not None:
+            absolutes[block, j] += size
+        if positives is not None:
+            positives[block, j] += above
+
+
+@_compiled(parallel=False)
+def _add_block(
+    values: Any, at: Any, sums: Any, squares: Any, absolutes: Any, positives: Any, block: Any
+) -> None:
+    # Eight tokens a turn, because reading and writing the sums costs as much as the values.
+    eights = len(at) - len(at) % 8
+    for i in range(0, eights, 8):
+        a, b, c, d = values[at[i]], values[at[i + 1]], values[at[i + 2]], values[at[i + 3]]
+        e, f, g, h = values[at[i + 4]], values[at[i + 5]], values[at[i + 6]], values[at[i + 7]]
+        _add_rows((a, b, c, d, e, f, g, h), sums, squares, absolutes, positives, block)
+    for i in range(eights, len(at)):
+        _add_rows((values[at[i]],), sums, squares, absolutes, positives, block)
 
 
 @_compiled(parallel=False)
@@ -99,7 +104,7 @@ def _add_up(of_blocks: Any, total: Any) -> None:
 def _add_blocks(
     values: Any,
     positions: Any,
-    totals: Any,
+    sums: Any,
     squares: Any,
     absolutes: Any,
     positives: Any,
@@ -109,16 +114,10 @@ def _add_blocks(
     positive: Any,
 ) -> None:
     for block in numba.prange((len(positions) + TOKENS_A_BLOCK - 1) // TOKENS_A_BLOCK):
-        _add_block(
-            values,
-            positions[block * TOKENS_A_BLOCK : (block + 1) * TOKENS_A_BLOCK],
-            None if totals is None else totals[block],
-            None if squares is None else squares[block],
-            None if absolutes is None else absolutes[block],
-            None if positives is None else positives[block],
-        )
+        at = positions[block * TOKENS_A_BLOCK : (block + 1) * TOKENS_A_BLOCK]
+        _add_block(values, at, sums, squares, absolutes, positives, block)
     if total is not None:
-        _add_up(totals, total)
+        _add_up(sums, total)
     if square is not None:
         _add_up(squares, square)
     if absolute is not None:

@@ -70,15 +70,17 @@ def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iter
             )
     with ExitStack() as open_now:
         routed: dict[int, dict[str, Reader]] = {}
+        shapes: dict[int, _RowShape] = {}
         for (site, layer), reader in readers.items():
             if anatomy.mixed and site in EXPERT_SITES:
                 routed.setdefault(layer, {})[site] = reader
                 continue
-            shapes = _RowShape()
-            handle = anatomy.blocks[layer].register_forward_pre_hook(shapes.note, with_kwargs=True)
-            open_now.callback(handle.remove)
+            if layer not in shapes:
+                shapes[layer] = _RowShape()
+                handle = anatomy.blocks[layer].register_forward_pre_hook(shapes[layer].note, with_kwargs=True)
+                open_now.callback(handle.remove)
             module, is_input = site_module(anatomy, site, layer)
-            hook = _Hook(reader, shapes, _half(anatomy, site))
+            hook = _Hook(reader, shapes[layer], _half(anatomy, site))
             handle = (
                 module.register_forward_pre_hook(hook.before)
                 if is_input

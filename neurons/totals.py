@@ -28,7 +28,7 @@ class Totals:
     _sums: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     def of(self, name: str, layer: int, device: torch.device) -> torch.Tensor:
-        """[K, width] to add to; zeros when first asked for."""
+        """[K, width] to add to, the same tensor for as long as the device is the same; first zeros."""
         key = (name, layer)
         if key not in self._sums:
             shape = (self.languages, self.widths[name])
@@ -39,12 +39,9 @@ class Totals:
 
     def stacked(self, name: str) -> torch.Tensor:
         """[L, width, K] on the CPU."""
-        cpu = torch.device("cpu")
-        return (
-            torch.stack([self.of(name, layer, cpu).cpu() for layer in range(self.layers)])
-            .transpose(1, 2)
-            .contiguous()
-        )
+        nothing = torch.zeros(self.languages, self.widths[name], dtype=self.dtypes[name])
+        sums = [self._sums.get((name, layer), nothing).cpu() for layer in range(self.layers)]
+        return torch.stack(sums).transpose(1, 2).contiguous()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything, for a file."""

@@ -39,7 +39,7 @@ def some_values(tokens, units, dtype=torch.float32):
 
 @pytest.mark.parametrize("add", [add_fused, add_piecewise])
 @pytest.mark.parametrize("moments", [("positive",), ("sum",), ("square", "absolute"), OF_TOKENS])
-@pytest.mark.parametrize("tokens", [1, 3, 4, TOKENS_A_BLOCK + 5, 2 * TOKENS_A_BLOCK])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, TOKENS_A_BLOCK + 5, 2 * TOKENS_A_BLOCK])
 def test_equals_a_loop(add, moments, tokens, monkeypatch):
     monkeypatch.setattr("neurons.sums.PIECE", 7 * 100)
     values = some_values(tokens + 9, 7)
