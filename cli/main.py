@@ -8,6 +8,7 @@ from importlib import import_module
 
 import click
 
+from cli.termination import Terminated, terminable
 from neurons.freed_memory import keep_freed_memory
 
 COMMANDS = {
@@ -71,7 +72,7 @@ def broca() -> None:
 
 
 def main() -> None:
-    """Run the command; exit 0, 1 for failure, 2 for usage, 130 when interrupted.
+    """Run the command; exit 0, 1 for failure, 2 for usage, 130 when interrupted, 143 when terminated.
 
     Usage is what a user can see in the command line, or wrote himself: options, names, paths that are not
     there, lines of a corpus.  Failure is what lies in a file that a program wrote, or happens on the way.
@@ -84,9 +85,14 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
     try:
-        broca.main(args=arguments, prog_name="broca", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(_stopped())
+        with terminable():
+            broca.main(args=arguments, prog_name="broca", standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _stopped()
+        sys.exit(130)
+    except Terminated as error:
+        _stopped()
+        sys.exit(error.code)
     except click.ClickException as error:
         if debug:
             raise
@@ -94,8 +100,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(_stopped())
     except BrokenPipeError:
         # The reader of a pipe has left; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,9 +110,8 @@ def main() -> None:
         sys.exit(_failed(error))
 
 
-def _stopped() -> int:
+def _stopped() -> None:
     click.echo("broca: stopped; what was finished is kept, nothing is left half written", err=True)
-    return 130
 
 
 def _refused(error: click.ClickException) -> None:

@@ -110,7 +110,7 @@ def as_markdown(study: Study) -> str:
         ),
     ]
     for one in study.sets:
-        parts += ["", f"**{one.name}** ({one.method})", "", _matrix(study, one)]
+        parts += ["", f"**{one.title}**", "", _matrix(study, one)]
         if one.doses:
             parts += ["", f"**{one.name}**, doses: own language (mean of the others)", "", _doses(study, one)]
     return "\n".join(parts)

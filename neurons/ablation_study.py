@@ -116,6 +116,11 @@ class SetOutcome:
     doses: tuple[Dose, ...]
     specificity: Specificity
 
+    @property
+    def title(self) -> str:
+        """The name, and the method where the name does not say it."""
+        return self.name if self.name == self.method else f"{self.name} ({self.method})"
+
 
 @dataclass(frozen=True)
 class Study:

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from dataclasses import replace
 
 import models
 import numpy as np
@@ -309,6 +310,11 @@ def test_pictures_hold_every_number(small, tmp_path):
     assert panels[0].images[0].get_array().shape == (3, 5)
     assert float(panels[0].images[0].get_array()[1, 1]) == float(study.sets[0].own.change[1, 1])
     curves = ablation_pictures.doses_figure(study)
+    one = study.sets[0]
+    for named, title in (("mine", f"mine ({one.method})"), (one.method, one.method)):
+        renamed = replace(study, sets=(replace(one, name=named),))
+        drawn = (ablation_pictures.matrix_figure(renamed), ablation_pictures.doses_figure(renamed))
+        assert [picture.axes[0].get_title().split("\n")[0] for picture in drawn] == [title, title]
     assert len(curves.axes[0].lines) == 2 * 3 + 1
     for suffix in ("png", "svg"):
         pictures.save_figure(figure, tmp_path / f"m.{suffix}")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -111,6 +112,30 @@ def test_keyed_learns_what_it_writes(broca, files, tmp_path):
     for own, other in zip(plans["yes"].edits, plans["no"].edits, strict=True):
         assert torch.equal(own.right, other.right) and not torch.equal(own.left, other.left)
     assert "learned" not in plans["no"].metadata["settings"]
+
+
+def test_learning_takes_openings_of_every_source_in_turn(broca, files, tmp_path, monkeypatch):
+    """Learning reads only so many lines: with one source after the other, the last would not be heard."""
+    folder = tmp_path / "text"
+    models.write_corpus(folder, lines=12)
+    shortened = (folder / "qac.txt").read_text().splitlines()[:4]
+    (folder / "qac.txt").write_text("\n".join(shortened) + "\n")
+    seen = []
+
+    def heard(loaded, plan, sources, target, **_):
+        seen.append((sources, target))
+        return SimpleNamespace(plan=plan)
+
+    monkeypatch.setattr("editing.edits.methods.learned_values", heard)
+    words = ["--direction", str(files / "direction.safetensors"), "--corpus", str(folder), "--strength", "2"]
+    status, _, err = broca(
+        "edit", files / "model", *words, "--set", "learn=yes", "--set", "sources=qaa,qac",
+        "--out", tmp_path / "edit.safetensors",
+    )  # fmt: skip
+    assert status == 0, err
+    texts = read_corpus(folder).texts
+    openings = [line for pair in zip(texts["qaa"], texts["qac"], strict=False) for line in pair]
+    assert seen == [([*openings, *texts["qaa"][4:]], texts["qab"])]
 
 
 @pytest.fixture

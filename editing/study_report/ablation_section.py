@@ -31,7 +31,7 @@ def ablation_content(study: Ablation, name: str) -> Markup:
     ]
     most = max((abs(rise) for one in study.sets for rise in _rises(one)), default=0.0) or 1.0
     for one in study.sets:
-        parts += [element("h3", f"{one.name} ({one.method})"), _matrix(study, one, most)]
+        parts += [element("h3", one.title), _matrix(study, one, most)]
     if any(one.doses for one in study.sets):
         parts += [element("h3", "Dose curves"), *_doses(study, name)]
     return joined(parts)
