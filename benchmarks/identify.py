@@ -3,8 +3,8 @@
     recording   counts, sums and squares at every MLP, against the forward pass without logits
     gradients   |h * dLoss/dh| at every MLP, against the forward and backward pass
 
-The two passes over a batch follow each other, each first in half of the turns: a machine that is busy by the
-minute slows both.  The ratio is the mean over the middle half of all turns, with its bootstrapped 95 %
+The two passes over three batches follow each other, each first in half of the turns: a machine that is busy by
+the minute slows both.  The ratio is the mean over the middle half of all turns, with its bootstrapped 95 %
 interval.  Memory is kept for both as every command keeps it.  Two models: the one given, on its corpus, and a
 random Llama of a billion-parameter model's widths with few layers.  Beside it the memory that recording adds,
 which must not grow with the text.
@@ -37,6 +37,7 @@ from neurons.sites import reading
 from neurons.source import LoadedModel, load_model
 
 MOMENTS = ("mlp_act:positive", "mlp_in:sum", "mlp_in:square")
+BATCHES_A_TURN = 3
 LIMITS = {"recording": 1.05, "gradients": 1.15}
 
 
@@ -88,11 +89,12 @@ def measure(loaded: LoadedModel, batches: list[TokenBatch], repeats: int) -> dic
     for name, (bare, recorded) in pairs.items():
         bare(batches[:1]), recorded(batches[:1])
         ratios, rates = [], []
-        for turn, batch in enumerate(batches * (repeats if name == "recording" else repeats // 3)):
-            order = (bare, recorded) if turn % 2 == 0 else (recorded, bare)
-            times = {work: seconds(lambda work=work, batch=batch: work([batch])) for work in order}
+        parts = [batches[i : i + BATCHES_A_TURN] for i in range(0, len(batches), BATCHES_A_TURN)]
+        for turn, some in enumerate(parts * (repeats if name == "recording" else repeats // 3)):
+            order = (bare, recorded) if (turn + turn // len(parts)) % 2 == 0 else (recorded, bare)
+            times = {work: seconds(lambda work=work, some=some: work(some)) for work in order}
             ratios.append(np.log(times[recorded] / times[bare]))
-            rates.append(int(batch.counted.sum()) / times[bare])
+            rates.append(sum(int(batch.counted.sum()) for batch in some) / times[bare])
         interval = stats.bootstrap((ratios,), middle_mean, method="percentile", rng=0).confidence_interval
         found[name] = {
             "ratio": np.exp(middle_mean(ratios)).item(),
@@ -130,7 +132,7 @@ def memory_growth(loaded: LoadedModel, batches: list[TokenBatch]) -> tuple[float
 @click.command()
 @click.argument("model")
 @click.option("--corpus", type=click.Path(path_type=Path), required=True)
-@click.option("--repeats", type=click.IntRange(3), default=36, help="Turns a batch; of gradients a third.")
+@click.option("--repeats", type=click.IntRange(3), default=36, help="Turns; of gradients a third.")
 @click.option("--hidden", type=int, default=2048)
 @click.option("--inner", type=int, default=8192)
 @click.option("--layers", type=int, default=2)
@@ -143,7 +145,9 @@ def main(
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(model)
-        batches = [b for some in packed_corpus(loaded, read_corpus(corpus)).values() for b in some][:6]
+        batches = [b for some in packed_corpus(loaded, read_corpus(corpus)).values() for b in some][
+            : 2 * BATCHES_A_TURN
+        ]
         growth = memory_growth(loaded, batches)
         found[loaded.label] = measure(loaded, batches, repeats)
         large = load_model(str(random_llama(Path(folder), hidden, inner, layers, Path(model))))

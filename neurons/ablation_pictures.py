@@ -9,7 +9,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from neurons.ablation_study import SetOutcome, Study
+from neurons.ablation_study import SetOutcome, Study, set_title
 from neurons.pictures import MOST_NUMBERED, WIDEST
 
 COLOURS = "RdBu_r"
@@ -60,7 +60,7 @@ def matrix_figure(study: Study) -> Figure:
         axis.set_yticks(range(count), study.languages)
         figures = one.specificity
         axis.set_title(
-            f"{one.title}\nspecificity {figures.value:.1f} [{figures.low:.1f}, {figures.high:.1f}]",
+            f"{set_title(one.name, one.method)}\nspecificity {figures.value:.1f} [{figures.low:.1f}, {figures.high:.1f}]",
             fontsize=9,
         )
         axis.set_xlabel("measured language")
@@ -98,7 +98,7 @@ def doses_figure(study: Study) -> Figure:
         axis.set_xticks([], minor=True)
         whole = "the model's neurons" if study.settings.dose_of_model else "each language's neurons"
         axis.set_xlabel(f"ablated, % of {whole}, best first")
-        axis.set_title(one.title, fontsize=9)
+        axis.set_title(set_title(one.name, one.method), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("rise of the loss, nats a token\n(solid: own language, dashed: the others)")
     axes[0, 0].legend(fontsize=8, frameon=False, ncols=2 if len(study.languages) > 5 else 1)

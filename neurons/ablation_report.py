@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from neurons.ablation_matrix import Changes, by_language, clear_of, largest_is_own, perplexity
-from neurons.ablation_study import SetOutcome, Study
+from neurons.ablation_study import SetOutcome, Study, set_title
 
 
 def as_json(study: Study, command: str | None = None) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def as_markdown(study: Study) -> str:
         ),
     ]
     for one in study.sets:
-        parts += ["", f"**{one.title}**", "", _matrix(study, one)]
+        parts += ["", f"**{set_title(one.name, one.method)}**", "", _matrix(study, one)]
         if one.doses:
             parts += ["", f"**{one.name}**, doses: own language (mean of the others)", "", _doses(study, one)]
     return "\n".join(parts)

@@ -94,6 +94,11 @@ class Dose:
     changes: Changes
 
 
+def set_title(name: str, method: str) -> str:
+    """What a neuron set is headed with: its name, and the method where the name does not say it."""
+    return name if name == method else f"{name} ({method})"
+
+
 @dataclass(frozen=True)
 class SetOutcome:
     """What ablating one neuron set does.
@@ -115,11 +120,6 @@ class SetOutcome:
     controls: dict[str, tuple[Changes, ...]]
     doses: tuple[Dose, ...]
     specificity: Specificity
-
-    @property
-    def title(self) -> str:
-        """The name, and the method where the name does not say it."""
-        return self.name if self.name == self.method else f"{self.name} ({self.method})"
 
 
 @dataclass(frozen=True)

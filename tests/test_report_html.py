@@ -301,6 +301,13 @@ def dosed_page(directory, value):
     return page_of(directory)
 
 
+@pytest.mark.parametrize(("name", "heading"), [("mine", "mine (lape)"), ("lape", "lape")])
+def test_a_set_is_headed_by_its_name_and_what_the_name_does_not_say(tmp_path, name, heading):
+    (tmp_path / "ablation.json").write_bytes(json_bytes(studies.ablation(name)))
+    _, page = page_of(tmp_path)
+    assert heading in [one["text"] for one in page.all("h3")]
+
+
 def section(page):
     """What stands beneath the heading of the doses: the texts of its paragraphs."""
     heads = [one["text"] for one in page.elements if one["tag"] in ("h2", "h3", "p")]

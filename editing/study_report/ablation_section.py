@@ -10,6 +10,7 @@ from editing.study_report.formats import count, number, span
 from editing.study_report.markup import Content, Markup, element, joined, paragraph
 from editing.study_report.matrix import Cell, heat_map
 from editing.study_report.tables import table
+from neurons.ablation_study import set_title
 
 LEAST_RISE = 0.1  # nats a token; less is no cause for a strong colour
 
@@ -31,7 +32,7 @@ def ablation_content(study: Ablation, name: str) -> Markup:
     ]
     most = max((abs(rise) for one in study.sets for rise in _rises(one)), default=0.0) or 1.0
     for one in study.sets:
-        parts += [element("h3", one.title), _matrix(study, one, most)]
+        parts += [element("h3", set_title(one.name, one.method)), _matrix(study, one, most)]
     if any(one.doses for one in study.sets):
         parts += [element("h3", "Dose curves"), *_doses(study, name)]
     return joined(parts)
