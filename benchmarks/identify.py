@@ -132,7 +132,9 @@ def memory_growth(loaded: LoadedModel, batches: list[TokenBatch]) -> tuple[float
 @click.command()
 @click.argument("model")
 @click.option("--corpus", type=click.Path(path_type=Path), required=True)
-@click.option("--repeats", type=click.IntRange(3), default=36, help="Turns; of gradients a third.")
+@click.option(
+    "--repeats", type=click.IntRange(3), default=36, help="Rounds over the batches; for gradients a third."
+)
 @click.option("--hidden", type=int, default=2048)
 @click.option("--inner", type=int, default=8192)
 @click.option("--layers", type=int, default=2)

@@ -2,7 +2,7 @@
 
 A forward pass on a CPU frees and allocates the same tens of megabytes at every layer.  glibc returns what is
 free at the heap's end, and allocations above a size that it guesses anew; the system then has to clear every
-page again, up to a tenth of a small model's pass, and more on a virtual machine.
+page again, which a small model's pass feels.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Totals:
     _sums: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     def of(self, name: str, layer: int, device: torch.device) -> torch.Tensor:
-        """[K, width] to add to, the same tensor for as long as the device is the same; first zeros."""
+        """[K, width] to add to, first zeros; the same tensor until another device asks, or a ``restore``."""
         key = (name, layer)
         if key not in self._sums:
             shape = (self.languages, self.widths[name])
