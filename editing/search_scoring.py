@@ -24,11 +24,10 @@ from editing.text import opening
 from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
+from neurons.next_token import token_divergences, token_losses
 from neurons.recording import forward
-from neurons.sites import logits
 from neurons.source import LoadedModel
 
-POSITIONS_AT_ONCE = 1024
 LEAST_CEILING = 0.2  # as in editing.pipeline: below it, what an edit reaches cannot be told from noise
 
 
@@ -188,15 +187,10 @@ class Scoring:
         tokens = 0
         for batch, before in zip(text.batches, text.hidden, strict=True):
             after = self._hidden(batch)
-            wanted = batch.ids[:, 1:][batch.counted[:, 1:]].to(after.device).long()
-            parts = (some.split(POSITIONS_AT_ONCE) for some in (before, after, wanted))
-            with torch.no_grad():
-                for own, other, ids in zip(*parts, strict=True):
-                    p = logits(model, own).float().log_softmax(-1)
-                    q = logits(model, other).float().log_softmax(-1)
-                    nll -= float(q.gather(1, ids[:, None]).sum(dtype=torch.float64))
-                    kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                    tokens += len(ids)
+            wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
+            nll += float(token_losses(model, after, wanted).sum(dtype=torch.float64))
+            kl += float(token_divergences(model, before, after).sum())
+            tokens += len(wanted)
         return nll / tokens, kl / tokens
 
 

@@ -12,11 +12,12 @@ import torch
 from neurons.anatomy import Anatomy
 from neurons.batches import TOKENS_A_BATCH, TokenBatch, block_length, row_batches
 from neurons.errors import BrocaError, UsageError
+from neurons.next_token import token_losses
 from neurons.prompts import Prompts, answer_token
 from neurons.recording import Progress, forward
 from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
-from neurons.sites import Reader, Routed, expert_units, logits, reading
+from neurons.sites import Reader, Routed, expert_units, reading
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics
 
@@ -104,8 +105,7 @@ def _probability(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -
     """[rows]: the probability of each row's answer after its last token."""
     last = batch.attention.sum(1) - 1
     hidden = forward(loaded.model, batch)[torch.arange(len(last), device=last.device), last]
-    probabilities = logits(loaded.model, hidden).float().softmax(-1)
-    return probabilities.gather(1, wanted.to(hidden.device)[:, None])[:, 0]
+    return token_losses(loaded.model, hidden, wanted).neg().exp()
 
 
 def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> torch.Tensor:

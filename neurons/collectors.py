@@ -187,8 +187,11 @@ class Attribution:
         total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
         positions = at.positions(routed, values.device)
 
+        # A hook that holds the values themselves holds their graph, which holds the hook: nothing would free it.
+        held = values.detach()
+
         def on_gradient(gradient: torch.Tensor) -> None:
-            add_tokens(values.detach() * gradient, positions, {"absolute": total})
+            add_tokens(held * gradient, positions, {"absolute": total})
 
         values.register_hook(on_gradient)
 

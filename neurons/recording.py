@@ -20,9 +20,10 @@ from neurons.collectors import (
     TextSums,
     TokenSums,
 )
+from neurons.next_token import token_losses
 from neurons.processes import together, world
 from neurons.resume import Unfinished
-from neurons.sites import Reader, Routed, logits, reading
+from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics, combine_of, moment_dtype, parse_moment
 from neurons.totals import Totals
@@ -42,14 +43,9 @@ def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
 
 def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Negative log-likelihood (nats) of the counted tokens given those before them, summed."""
-    predicted = logits(model, forward(model, batch)[:, :-1])
-    wanted = batch.ids[:, 1:].masked_fill(~batch.counted[:, 1:], -100)
-    return torch.nn.functional.cross_entropy(
-        predicted.flatten(0, 1).float(),
-        wanted.flatten().to(predicted.device),
-        ignore_index=-100,
-        reduction="sum",
-    )
+    wanted = batch.counted[:, 1:]
+    hidden = forward(model, batch)[:, :-1]
+    return token_losses(model, hidden[wanted.to(hidden.device)], batch.ids[:, 1:][wanted]).sum()
 
 
 def record(

@@ -274,7 +274,7 @@ def test_refuses(llama, plan, texts):
 
 
 def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch):
-    monkeypatch.setattr("editing.edits.learned_values.logits", lambda *given: logits(*given) * math.inf)
+    monkeypatch.setattr("neurons.next_token.logits", lambda *given: logits(*given) * math.inf)
     with pytest.raises(BrocaError, match="learned values are not finite"):
         learned_values(llama, plan, *texts, passes=1)
 
@@ -283,7 +283,7 @@ def test_an_interrupted_loss_leaves_no_hook(llama, plan, texts, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("editing.edits.learned_values.logits", stopped)
+    monkeypatch.setattr("neurons.next_token.logits", stopped)
     before = hooks_of(llama.model)
     with pytest.raises(KeyboardInterrupt):
         learned_values(llama, plan, *texts)

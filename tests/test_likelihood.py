@@ -55,7 +55,7 @@ def texts(count=5, seed=1):
 
 def padded_batches(loaded, monkeypatch):
     monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 60)
-    monkeypatch.setattr("editing.likelihood.LOGIT_BYTES_AT_ONCE", 5000)  # four positions
+    monkeypatch.setattr("neurons.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # four positions
     batches = text_batches(texts(), loaded.tokenizer, 128)
     assert len(batches) > 1 and any(batch.padded for batch in batches)
     return batches
@@ -141,7 +141,7 @@ def shifted(model):
 @pytest.mark.parametrize("change", [blurred, other_head, shifted])
 def test_mean_kl(llama, monkeypatch, change):
     batches = padded_batches(llama, monkeypatch)
-    monkeypatch.setattr("editing.likelihood.LOGIT_BYTES_AT_ONCE", 5000)  # a few positions at a time
+    monkeypatch.setattr("neurons.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # a few positions at a time
     expected = naive_kl(llama, lambda: change(llama.model))
     found = mean_kl(llama, batches, lambda: change(llama.model))
     assert found == pytest.approx(expected, rel=1e-3)

@@ -83,7 +83,8 @@ def test_budgets(llama, anything_is_french):
 @pytest.mark.parametrize("at_once", [1, 7])
 def test_logits_are_made_a_few_at_a_time(llama, anything_is_french, monkeypatch, at_once):
     whole = Scoring(llama, CORPUS, "en", "fr", new_tokens=4)
-    monkeypatch.setattr("editing.search_scoring.POSITIONS_AT_ONCE", at_once)
+    vocabulary = llama.model.config.vocab_size
+    monkeypatch.setattr("neurons.next_token.LOGIT_BYTES_AT_ONCE", 4 * vocabulary * at_once)
     parts = Scoring(llama, CORPUS, "en", "fr", new_tokens=4)
     with applied(llama, plan_of(llama)):
         assert parts.harm().kl == pytest.approx(whole.harm().kl, rel=1e-4)

@@ -32,8 +32,9 @@ from editing.edits.crossings import Crossing, crossing_batch, crossings, opening
 from editing.plan import ModuleEdit, Plan, make_plan
 from neurons.batches import TokenBatch, block_length, tokens_a_batch
 from neurons.errors import BrocaError, UsageError
+from neurons.next_token import token_losses
 from neurons.recording import Progress, forward
-from neurons.sites import Reader, Routed, logits, reading
+from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
 
 # The strength at which keys over heads and neurons do best with the means (docs/keyed.md): where several
@@ -216,9 +217,8 @@ def _loss(loaded: LoadedModel, plan: Plan, batch: TokenBatch, values: torch.Tens
     batch = batch.to(loaded.device)
     wanted = batch.counted[:, 1:]
     with _edited(loaded, plan, values):
-        predicted = logits(loaded.model, forward(loaded.model, batch)[:, :-1][wanted])
-    ids = batch.ids[:, 1:][wanted].to(predicted.device)
-    return torch.nn.functional.cross_entropy(predicted.float(), ids, reduction="sum")
+        hidden = forward(loaded.model, batch)[:, :-1][wanted]
+    return token_losses(loaded.model, hidden, batch.ids[:, 1:][wanted]).sum()
 
 
 @contextmanager
