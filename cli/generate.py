@@ -182,7 +182,7 @@ def _by_vllm(
         wanted[EDITED] = against
     found = {}
     for name, checkpoint in wanted.items():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(checkpoint))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(checkpoint), trust_remote_code=False)
         given = _given(tokenizer, asked, chat)
         found[name] = generate_by_vllm(checkpoint, tokenizer, given, dtype=dtype, **settings)
     return found

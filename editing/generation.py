@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from neurons.source import LoadedModel
+from neurons.start_tokens import start_tokens
 
 PROMPTS_A_BATCH = 64
 TEMPERATURE = 0.7
@@ -51,7 +52,7 @@ def generate(
 
     Args:
         loaded: the model, edited or steered as the caller likes.
-        prompts: texts are read as they are, after the beginning-of-sequence token where there is one;
+        prompts: texts are read as they are, after the tokenizer's start tokens where it adds any;
             token ids are read with nothing before them (a chat template has put its own there).
         new_tokens: at most so many.
         temperature: 0 takes the likeliest token always.
@@ -94,8 +95,8 @@ def generate(
 
 
 def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """The tokens of each prompt: a text's after the beginning-of-sequence token, or those given."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    """The tokens of each prompt: a text's after the start tokens, or those given."""
+    start = [*start_tokens(tokenizer)]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     of_texts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     return [start + next(of_texts) if isinstance(prompt, str) else list(prompt) for prompt in prompts]

@@ -13,6 +13,7 @@ from neurons.batches import TokenBatch, row_batches
 from neurons.next_token import token_divergences, token_losses
 from neurons.recording import forward
 from neurons.source import LoadedModel
+from neurons.start_tokens import start_tokens
 
 Steering = Callable[[], AbstractContextManager[None]]
 
@@ -63,9 +64,9 @@ def continuation_nll(loaded: LoadedModel, continuations: Sequence[Continuation])
     The fluency gap is this of one model's continuations minus this of the unedited model's own in the
     target language, both read by the unedited model.  NaN where there is nothing to read.
     """
-    start = loaded.tokenizer.bos_token_id
-    rows = [([] if start is None else [start]) + list(item.ids) for item in continuations if item.ids]
-    return mean_nll(loaded, row_batches(rows, uncounted=1))
+    start = start_tokens(loaded.tokenizer)
+    rows = [[*start, *item.ids] for item in continuations if item.ids]
+    return mean_nll(loaded, row_batches(rows, uncounted=max(1, len(start))))
 
 
 def nll_by_language(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> dict[str, float]:

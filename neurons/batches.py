@@ -12,6 +12,7 @@ import torch
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.source import LoadedModel
+from neurons.start_tokens import start_tokens
 
 LONGEST_BLOCK = 2048
 TOKENS_A_BATCH = 4096  # on a CPU: more brings no speed
@@ -25,8 +26,8 @@ class TokenBatch:
     Attributes:
         ids: integers [rows, length], padded on the right; int64 once they are on a device (``to``).
         attention: bool [rows, length], False on padding.
-        counted: bool [rows, length], False on padding and on the beginning-of-sequence token, which is
-            the same in every language.
+        counted: bool [rows, length], False on padding and on the tokenizer's start tokens, which are the
+            same in every language, and on what stands first where it adds none.
         lines: int64 [rows], which line of its corpus each row is; None where rows are not lines.
     """
 
@@ -80,12 +81,14 @@ def packed_batches(
 ) -> list[TokenBatch]:
     """Texts joined by newlines and cut into full blocks; no padding, a rest shorter than a block is left.
 
-    Each block begins with the tokenizer's beginning-of-sequence token where it has one.
+    Each block begins with the tokenizer's start tokens where it adds any.  The first position is not counted
+    either way, as in ``text_batches``: a block begins in the middle of a text, and what stands first serves
+    the model as an attention sink there too, with activations that would weigh in a mean like thousands.
 
     Args:
         texts: of one language.
         tokenizer: a transformers tokenizer.
-        length: tokens a block, the beginning-of-sequence token included.
+        length: tokens a block, start tokens included.
         language: their name, for the error.
         most_tokens: stop after this many tokens (rounded up to whole blocks).
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
@@ -93,7 +96,7 @@ def packed_batches(
     Raises:
         UsageError: less than one block of text.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = start_tokens(tokenizer)
     body = length - len(start)
     stream = array("i")
     wanted = None if most_tokens is None else -(-most_tokens // body) * body
@@ -112,11 +115,11 @@ def packed_batches(
         )
     ids = torch.frombuffer(stream, dtype=torch.int32)[: whole * body].view(whole, body)
     if start:
-        ids = torch.cat([torch.full((whole, 1), start[0], dtype=torch.int32), ids], dim=1)
+        ids = torch.cat([torch.tensor([start], dtype=torch.int32).expand(whole, -1), ids], dim=1)
     # One row stands for all: no token takes more memory than its number.
     attention = torch.ones(1, length, dtype=torch.bool)
     counted = attention.clone()
-    counted[:, : len(start)] = False
+    counted[:, : max(1, len(start))] = False
     rows = max(1, (TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch) // length)
     return [
         TokenBatch(some, attention.expand(len(some), -1), counted.expand(len(some), -1))
@@ -133,7 +136,7 @@ def text_batches(
 ) -> list[TokenBatch]:
     """One text a row, cut at ``length`` tokens, texts of like length together.
 
-    The first position is not counted, also where the tokenizer has no beginning-of-sequence token: what
+    The first position is not counted, also where the tokenizer adds no start token: what
     stands there serves the model as an attention sink, with activations unlike any other token's.  Texts
     that leave nothing to count are left out.
 
@@ -145,16 +148,17 @@ def text_batches(
         most_tokens: leave out the texts after this many tokens.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = start_tokens(tokenizer)
+    uncounted = max(1, len(start))
     lines = [line for line, text in enumerate(texts) if text]
     rows, used = [], 0
     for first in range(0, len(lines), 1000):
         some = [texts[line] for line in lines[first : first + 1000]]
         for tokens in tokenizer(some, add_special_tokens=False)["input_ids"]:
             if most_tokens is None or used < most_tokens:
-                rows.append((start + tokens)[:length])
-                used += max(0, len(rows[-1]) - 1)
-    return row_batches(rows, uncounted=1, lines=lines[: len(rows)], tokens_a_batch=tokens_a_batch)
+                rows.append([*start, *tokens][:length])
+                used += max(0, len(rows[-1]) - uncounted)
+    return row_batches(rows, uncounted, lines=lines[: len(rows)], tokens_a_batch=tokens_a_batch)
 
 
 def row_batches(

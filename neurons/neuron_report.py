@@ -15,6 +15,7 @@ from neurons.lens import lens_logits
 from neurons.recording import forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
+from neurons.start_tokens import start_tokens
 
 SNIPPETS, TOKENS = 10, 10
 BEFORE, AFTER = 24, 12  # tokens of a snippet on either side
@@ -206,7 +207,7 @@ def _snippet(
 ) -> Snippet:
     length = int(batch.attention[row].sum())
     ids = batch.ids[row, :length].tolist()
-    start = max(int(ids[0] == loaded.tokenizer.bos_token_id), place - BEFORE)
+    start = max(len(start_tokens(loaded.tokenizer)), place - BEFORE)
     # Cut out of longer texts, since a letter may lie in several tokens and a space in none.
     before = _text(loaded, ids[start:place])
     upto = _text(loaded, ids[start : place + 1])

@@ -138,7 +138,7 @@ class StandIn:
 
             def generate(self, rows, settings, use_tqdm):
                 asked.rows, asked.settings = rows, settings
-                ids = [tokenizer(" high")["input_ids"] + [1]] * len(rows)
+                ids = [tokenizer(" high", add_special_tokens=False)["input_ids"] + [1]] * len(rows)
                 return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=one)]) for one in ids]
 
         self.LLM, self.SamplingParams = LLM, dict
@@ -160,7 +160,7 @@ def test_vllm_is_asked_for_the_same_tokens(llama, steered, asked):
     found = texts_of(run(llama.name, "--against", steered, "--compare", *few))
     assert found == [{"prompt": prompt, "unedited": " high", "edited": " high"} for prompt in TEXTS]
     assert asked.models == asked.stopped == [str(llama.checkpoint), str(steered)]
-    tokens = [[0, *models.tiny_tokenizer()(text)["input_ids"]] for text in TEXTS]
+    tokens = [models.tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
     assert asked.rows == [{"prompt_token_ids": ids} for ids in tokens]
     for settings in asked.settings:
         del settings["seed"]

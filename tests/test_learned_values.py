@@ -71,9 +71,7 @@ def test_a_token_across_the_joint_follows_it():
     class Tokenizer:
         """Takes two letters at a time."""
 
-        bos_token_id = None
-
-        def __call__(self, texts, add_special_tokens):
+        def __call__(self, texts, add_special_tokens=True):
             return {"input_ids": [[hash(t[i : i + 2]) for i in range(0, len(t), 2)] for t in texts]}
 
     (row,) = crossings(Tokenizer(), ["abc"], ["defg"], 0)

@@ -6,7 +6,7 @@ In the output module of one block of a layer, with input h,
 
 The coefficient k^T h is to be 1 on every token and to waver as little as possible.  With mu the mean of h over
 the text of all languages together, S its covariance about mu and mu_start its mean on the beginning-of-sequence
-token (the first position, where the tokenizer has none), to which a hook adds v as well,
+token (the first position, where the tokenizer adds none), to which a hook adds v as well,
 
     k = argmin k^T S_eps k   subject to   k^T mu = 1,  k^T mu_start = 1        S_eps = S + eps * mean(diag S) * I
       = S_eps^-1 M (M^T S_eps^-1 M)^-1 1                                       M = [mu, mu_start]

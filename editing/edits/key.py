@@ -1,7 +1,8 @@
 """A key: the linear coefficient k^T h that is 1 where some languages are read, 0 where others are, and steady.
 
 With h the input of an output module, mu_j its mean on language j, C its pooled within-language covariance
-and mu_start its mean on the beginning-of-sequence token, which every text has, of whatever language:
+and mu_start its mean on the start token, which every text has, of whatever language (on the first position, where
+the tokenizer adds none):
 
     k = argmin k^T F k    F = C + eps * mean(diag C) * I + weight * sum over soft languages of mu_j mu_j^T
         subject to        k^T mu_j = 1 for every source, 0 for every kept language, k^T mu_start = 0
