@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
+from neurons.complete_weights import require_complete
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
 from neurons.quantisation import way_out
@@ -186,17 +187,15 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
         with _no_progress_bar():
             loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=wanted, device_map={"": where}, output_loading_info=True
+                checkpoint,
+                dtype=wanted,
+                device_map={"": where},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with both sizes
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BrocaError(f"{model}: cannot be loaded ({first_line(error)})") from error
-    # transformers would fill these with random numbers and go on.
-    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if lacking:
-        raise BrocaError(
-            f"{model}: the checkpoint lacks {len(lacking)} of the model's weights or has them in another shape, "
-            f"{lacking[0]} first: download it again"
-        )
+    require_complete(model, loaded, report)
     loaded.eval().requires_grad_(False)
     anatomy = anatomy_of(loaded)
     if anatomy.layout.examined:
