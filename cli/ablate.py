@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.corpora import read
 from cli.options import (
     IN_FILE,
     OUT_FILE,
@@ -99,7 +100,6 @@ def command(**options: Any) -> None:
     from neurons.ablation_report import as_json, as_markdown
     from neurons.ablation_study import Settings, ablation_study
     from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
     from neurons.statistics import load_statistics
@@ -132,7 +132,7 @@ def command(**options: Any) -> None:
     inputs = [file_read("--neurons", path) for path in paths]
     if asked.statistics is not None:
         inputs.append(file_read("--statistics", asked.statistics))
-    corpus = read_corpus(asked.corpus_path, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
     loaded = load_model(asked.model, asked.device, asked.dtype)
     with _bar(screen) as progress:
         study = ablation_study(
@@ -149,7 +149,7 @@ def command(**options: Any) -> None:
     repeats = command_line(
         neuron_paths=paths,
         more=None,
-        languages=study.languages,
+        languages=asked.languages or study.languages,
         batch_tokens=study.metadata["settings"]["batch_tokens"],
         **loaded_as(loaded),
     )

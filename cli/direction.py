@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.corpora import read
 from cli.options import (
     IN_DIRECTORY,
     IN_PATH,
+    LANGUAGE,
     OUT_FILE,
     PARTS,
     CommaSeparated,
@@ -42,8 +44,8 @@ LIST = "list"
     help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter to report, by "
     "line number.",
 )
-@click.option("--source", help="Language to steer from.")
-@click.option("--target", help="Language to steer to.")
+@click.option("--source", type=LANGUAGE, help="Language to steer from.")
+@click.option("--target", type=LANGUAGE, help="Language to steer to.")
 @click.option(
     "--method", default="diffmean", show_default=True, help="One of `broca direction --method list`."
 )
@@ -90,14 +92,13 @@ def command(**options: Any) -> None:
         return
     from editing.directions.methods import method_of
     from editing.directions.take import direction_of
-    from neurons.corpus import read_corpus
     from neurons.processes import is_first
     from neurons.source import load_model
 
     method_of(asked.method)
     _require(asked)
     settings = _settings(asked)
-    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
     loaded = load_model(asked.model, asked.device, asked.dtype)
     with screen.progress("Recording the direction", None, "tokens") as advance:

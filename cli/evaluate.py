@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.corpora import tell
 from cli.options import (
     IN_FILE,
     IN_PATH,
+    LANGUAGE,
     CommaSeparated,
     Shares,
     corpus_options,
@@ -55,8 +57,8 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     "beside --out.",
 )
 @corpus_options
-@click.option("--source", required=True, help="Language of the prompts.")
-@click.option("--target", required=True, help="Language that the answers are to be in.")
+@click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
+@click.option("--target", type=LANGUAGE, required=True, help="Language that the answers are to be in.")
 @click.option(
     "--questions",
     "questions_path",
@@ -135,6 +137,7 @@ def command(
     """
     from editing.evaluation import Evaluation
     from editing.generation import TEMPERATURE
+    from editing.language_id import check_languages
     from editing.live import applied, exchanged
     from editing.origin import file_read, measured_by, model_read, processor, texts_read
     from editing.plan import load_plan
@@ -181,7 +184,9 @@ def command(
         name: read_corpus(corpus_path, languages, name)
         for name in ((part,) if methods is None else ("estimate", "choose", "report"))
     }
+    tell(screen, corpus_path, languages)
     reported = corpora["report" if methods is not None else part]
+    check_languages(reported.languages)
     plan = None if edit_path is None else load_plan(edit_path)
     loaded = load_model(model, device, dtype)
     if plan is not None:
@@ -199,7 +204,7 @@ def command(
     scorer = _scorer(relevance, loaded, judging, reported, questions, source, target, prompts)
     repeats = command_line(
         methods=tuple(ways) or None,
-        languages=reported.languages,
+        languages=languages or reported.languages,
         relevance="none" if scorer is None else scorer.name,
         temperature=temperature,
         **loaded_as(loaded, judging, other),

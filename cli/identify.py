@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.corpora import read
 from cli.options import IN_DIRECTORY, IN_FILE, OUT_FILE, PARTS, CommaSeparated, device_options, json_option
 from cli.screen import Screen
 
@@ -104,14 +105,13 @@ def command(**options: Any) -> None:
 
 
 def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
-    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.identify import identify, require_parallel
     from neurons.source import load_model
 
     if asked.corpus is None:
         raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
-    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus, asked.languages, asked.part)
     require_parallel(asked.method, corpus)
     loaded = load_model(asked.model, asked.device, asked.dtype)
     with screen.progress("Recording activations", None, "tokens") as advance:
@@ -163,7 +163,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
 
 
 def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSet:
-    from neurons.corpus import read_corpus
+    from neurons.corpus_files import language_label
     from neurons.corpus_recording import record_corpus
     from neurons.errors import BrocaError, UsageError
     from neurons.identify import random_of, random_set
@@ -179,7 +179,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
                 f"--method {asked.method} needs --like neurons.safetensors, the set to follow{without}"
             )
         rate = method.selection.top_rate if asked.top_rate is None else asked.top_rate
-        return random_of(open_model(asked.model), asked.languages, rate, seed)
+        return random_of(open_model(asked.model), tuple(map(language_label, asked.languages)), rate, seed)
     like = load_neuron_set(asked.like)
     if not method.moments:
         return random_set(like, seed)
@@ -196,7 +196,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
         raise UsageError(
             f"--method {asked.method} needs to know how active neurons are: give MODEL and --corpus, or --statistics"
         )
-    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus, asked.languages, asked.part)
     loaded = load_model(asked.model, asked.device, asked.dtype)
     like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:

@@ -8,6 +8,7 @@ from importlib import import_module
 
 import click
 
+from cli.encodings import escaping
 from cli.termination import Terminated, terminable
 from neurons.freed_memory import keep_freed_memory
 
@@ -85,7 +86,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
     try:
-        with terminable():
+        with escaping(), terminable():
             broca.main(args=arguments, prog_name="broca", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _stopped()

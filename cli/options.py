@@ -32,6 +32,20 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
         return items
 
 
+class Language(click.ParamType[str]):
+    """A language as a corpus names it: EN, eng and eng_Latn are en."""
+
+    name = "language"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        from neurons.corpus_files import language_label
+
+        return language_label(str(value))
+
+
+LANGUAGE = Language()
+
+
 class Shares(click.ParamType[tuple[float, ...]]):
     """``5%,10%`` or ``0.05,0.1`` to shares, each once, in ascending order."""
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.options import IN_DIRECTORY, CommaSeparated, device_options, json_option, model_argument, out_option
+from cli.corpora import tell
+from cli.options import (
+    IN_DIRECTORY,
+    LANGUAGE,
+    CommaSeparated,
+    device_options,
+    json_option,
+    model_argument,
+    out_option,
+)
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -36,8 +45,8 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
     help="Directory of <language>.txt, .jsonl or .parquet of source, target and at least one more language.",
 )
 @click.option("--languages", type=CommaSeparated(), help="Which of the corpus, as en,fr,de.  [default: all]")
-@click.option("--source", required=True, help="Language of the prompts.")
-@click.option("--target", required=True, help="Language that the answers are to be in.")
+@click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
+@click.option("--target", type=LANGUAGE, required=True, help="Language that the answers are to be in.")
 @click.option(
     "--methods",
     type=CommaSeparated(),
@@ -114,6 +123,7 @@ def command(**options: Any) -> None:
     check_methods(asked.methods)
     _require_own_directory(asked.out, STUDY)
     corpora = {part: read_corpus(asked.corpus_path, asked.languages, part) for part in PARTS}
+    tell(screen, asked.corpus_path, asked.languages)
     third_languages(corpora["choose"], asked.source, asked.target)
     check_languages(corpora["choose"].languages)
     loaded = load_model(asked.model, asked.device, asked.dtype)
@@ -164,7 +174,9 @@ def command(**options: Any) -> None:
         "corpora": texts_read(corpora.values()),
         "packages": measured_by("optuna"),
         "processor": processor(loaded.device),
-        "command": command_line(languages=corpora["report"].languages, **loaded_as(loaded)),
+        "command": command_line(
+            languages=asked.languages or corpora["report"].languages, **loaded_as(loaded)
+        ),
         "finished": ended,
     }
     _write(asked.out, value, plan, trials, choice, search)

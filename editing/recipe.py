@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from neurons.corpus_files import language_label
 from neurons.errors import UsageError
 
 # What the keyed edit's modules write: the direction, or what was learned from it; and the strengths that suit.
@@ -102,6 +103,8 @@ def read_recipe(path: Path) -> Recipe:
     for name in ("targets", "languages", "strengths"):
         if name in content:
             content[name] = tuple(content[name])
+    content["source"] = language_label(content["source"])
+    content["targets"] = tuple(map(language_label, content["targets"]))
     recipe = Recipe(**content)
     if recipe.values not in VALUES:
         raise UsageError(f"{path}: values is {MEANS!r} or {LEARNED!r}, not {recipe.values!r}")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
 from neurons.checkpoint_files import check_architecture, check_directory, check_tied, quantised_sentence
+from neurons.complete_weights import require_complete
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
 from neurons.quantisation import way_out
@@ -195,17 +196,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
                 device_map={"": where},
                 output_loading_info=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, with both sizes
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         _refuse_code(model, error)
         raise BrocaError(f"{model}: cannot be loaded ({first_line(error)})") from error
-    # transformers would fill these with random numbers and go on.
-    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if lacking:
-        raise BrocaError(
-            f"{model}: the checkpoint lacks {len(lacking)} of the model's weights or has them in another shape, "
-            f"{lacking[0]} first: download it again"
-        )
+    require_complete(model, loaded, report)
     loaded.eval().requires_grad_(False)
     anatomy = anatomy_of(loaded)
     if anatomy.layout.examined:

@@ -33,11 +33,10 @@ def test_the_three_formats_read_alike(tmp_path):
         bb__jsonl="\n".join(json.dumps({"id": 1, "text": line}) if line else " " for line in lines) + "\n",
     )
     parquet(tmp_path / "cc.parquet", other=[1, 2, 3, 4], text=[line or None for line in lines])
-    corpus = read_corpus(tmp_path)
-    assert corpus.languages == ("aa", "bb", "cc")
-    assert [list(texts) for texts in corpus.texts.values()] == [lines] * 3
-    assert corpus.non_empty("bb") == [line for line in lines if line]
-    assert corpus.part == "all"
+    read = [read_corpus(tmp_path, [language], least=1) for language in ("aa", "bb", "cc")]
+    assert [list(corpus.texts.values()) for corpus in read] == [[tuple(lines)]] * 3
+    assert read[1].non_empty("bb") == [line for line in lines if line]
+    assert read[1].part == "all"
 
 
 def test_blank_lines_keep_their_place(tmp_path):
@@ -138,21 +137,35 @@ def test_one_language_is_refused_unless_one_is_enough(tmp_path):
 
 def test_duplicates_are_refused(tmp_path):
     directory_of(tmp_path, aa__txt="a", bb__txt="b", aa__jsonl='{"text": "a"}')
-    with pytest.raises(UsageError, match=r"'aa' has two files, aa\.jsonl and aa\.txt"):
+    with pytest.raises(UsageError, match=r"'aa'.*aa\.jsonl and aa\.txt"):
         read_corpus(tmp_path)
     (tmp_path / "aa.jsonl").unlink()
     with pytest.raises(UsageError, match="language aa is named twice"):
         read_corpus(tmp_path, ["aa", "bb", "aa"])
 
 
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("copy", [b"1\n2\n3\n4\n", b"\xef\xbb\xbf1\r\n\r\n2\n3 \n4"], ids=["bytes", "lines"])
+def test_the_same_text_under_two_names_is_refused(tmp_path, part, copy):
+    directory_of(tmp_path, aa__txt="4\n3\n2\n1\n", de__txt=copy, en__txt="1\n2\n3\n4\n")
+    with pytest.raises(UsageError, match=r"de\.txt and en\.txt"):
+        read_corpus(tmp_path, part=part)
+    assert read_corpus(tmp_path, ["aa", "en"]).languages == ("aa", "en")
+
+
+def test_parts_that_are_alike_are_no_copies(tmp_path):
+    directory_of(tmp_path, aa__txt="1\n2\n3\n4\n", bb__txt="1\n5\n6\n7\n")
+    assert set(read_corpus(tmp_path, part="all").texts) == {"aa", "bb"}
+
+
 def test_the_digest_says_what_was_read(tmp_path):
-    directory_of(tmp_path, aa__txt="a\nb\n", bb__txt="b\n", cc__txt="b\n")
+    directory_of(tmp_path, aa__txt="a\nb\n", bb__txt="b\n", cc__txt="c\n")
     first = read_corpus(tmp_path, ["aa", "bb"])
     assert first.languages == ("aa", "bb")
     assert read_corpus(tmp_path, ["bb", "aa"]).languages == ("bb", "aa")
     assert read_corpus(tmp_path, ["aa", "bb"]).digest == first.digest
     others = [read_corpus(tmp_path, wanted).digest for wanted in (["aa", "cc"], ["bb", "aa"], None)]
-    (tmp_path / "bb.txt").write_text("c\n")
+    (tmp_path / "bb.txt").write_text("d\n")
     others.append(read_corpus(tmp_path, ["aa", "bb"]).digest)
     assert len({first.digest, *others}) == 5
 
