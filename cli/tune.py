@@ -127,12 +127,12 @@ def command(**options: Any) -> None:
         corpora["choose"],
         asked.source,
         asked.target,
-        asked.prompts,
-        asked.samples,
-        asked.lines,
-        asked.seed,
-        asked.new_tokens,
-        asked.temperature,
+        prompts=asked.prompts,
+        samples=asked.samples,
+        lines=asked.lines,
+        seed=asked.seed,
+        new_tokens=asked.new_tokens,
+        temperature=asked.temperature,
     )
     search = Search(
         scoring,
@@ -217,11 +217,11 @@ def _measured(
             corpus,
             asked.source,
             asked.target,
-            max(asked.samples, REPORTED_SAMPLES),
-            asked.prompts,
-            asked.seed,
-            asked.new_tokens,
-            asked.temperature,
+            samples=max(asked.samples, REPORTED_SAMPLES),
+            most_prompts=asked.prompts,
+            seed=asked.seed,
+            new_tokens=asked.new_tokens,
+            temperature=asked.temperature,
         )
         advance(1)
         details = {

@@ -113,6 +113,7 @@ class Scoring:
         corpus: Corpus,
         source: str,
         target: str,
+        *,
         prompts: int = 50,
         samples: int = 1,
         lines: int | None = None,

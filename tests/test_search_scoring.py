@@ -118,6 +118,13 @@ def test_weights_are_the_same_bits_after_a_search(llama, anything_is_french):
     assert set(after) == set(before)
 
 
+@pytest.mark.parametrize("kind", [Evaluation, Scoring])
+def test_numbers_are_named(llama, kind):
+    """Prompts and samples are told apart by name alone: the one has them the other way round."""
+    with pytest.raises(TypeError, match="positional"):
+        kind(llama, CORPUS, "en", "fr", 2)
+
+
 def test_refuses_what_cannot_be_searched(llama):
     with pytest.raises(BrocaError, match="answers fr prompts in fr only"):
         Scoring(llama, CORPUS, "en", "fr", new_tokens=4)
