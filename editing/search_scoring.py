@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from editing.answers import identified
 from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
-from editing.language_id import check_languages, identify_language
+from editing.language_id import check_languages
 from editing.likelihood import continuation_nll
 from editing.text import opening
 from neurons.batches import TokenBatch, language_batches
@@ -60,7 +61,7 @@ class Written:
     """What an edited model wrote.
 
     Attributes:
-        found: continuations in the target.
+        found: continuations in the target that are no failures.
         continuations: how many there are.
         prompts: how many different prompts they continue.
         answers: all of them.
@@ -166,7 +167,7 @@ class Scoring:
         return continuation_nll(self._loaded, written.answers) - self._own_nll
 
     def _found(self, answers: Sequence[Continuation]) -> int:
-        return [identify_language(item.text, self._languages) for item in answers].count(self.target)
+        return sum(identified(answers, self._languages).are(self.target))
 
     def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
         return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)
