@@ -140,6 +140,7 @@ def command(
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
+    from editing.same_model import require_same_settings
     from neurons.artifact import json_bytes, write_atomically
     from neurons.corpus import Corpus, read_corpus
     from neurons.errors import UsageError
@@ -191,6 +192,8 @@ def command(
         inputs.append({"option": "--questions", "file": str(questions_path), "digest": questions.digest})
     judging = None if judge is None else load_model(judge, device, dtype)
     other = None if against is None else load_model(against, device, dtype)
+    if other is not None:
+        require_same_settings(loaded, other)
     inputs += [
         model_read(option, one)
         for option, one in (("--against", other), ("--judge", judging))
