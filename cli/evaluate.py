@@ -134,7 +134,7 @@ def command(
           --source en --target fr --out methods.json
     """
     from editing.evaluation import Evaluation
-    from editing.generation import TEMPERATURE
+    from editing.generation import TEMPERATURE, check_samples
     from editing.live import applied, exchanged
     from editing.origin import file_read, measured_by, model_read, processor, texts_read
     from editing.plan import load_plan
@@ -177,6 +177,8 @@ def command(
         ways = ways_named(methods)
     if temperature is None:
         temperature = TEMPERATURE if questions_path is None else 0.0
+    # Before minutes are spent on loading.
+    check_samples(samples, temperature)
     questions = None if questions_path is None else read_questions(questions_path, source)
     corpora = {
         name: read_corpus(corpus_path, languages, name)

@@ -31,7 +31,7 @@ from typing import Any
 from editing.answers import Answers, identified
 from editing.asking import Asked, openings, questions_asked
 from editing.entanglement import effectiveness, entanglement
-from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
+from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
 from editing.language_id import (
     EMPTY,
     agreement,
@@ -131,8 +131,8 @@ class Evaluation:
         base: the unedited model's Outcome.
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know, or no question in the
-            source language.
+        UsageError: a language that the corpus lacks or the identifier does not know, no question in the
+            source language, or several samples at temperature 0.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class Evaluation:
         scorer: Scorer | None = None,
         write: Writer | None = None,
     ) -> None:
+        check_samples(samples, temperature)
         corpus.require(source, target)
         if source == target:
             raise UsageError(f"source and target are both {source!r}")

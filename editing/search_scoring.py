@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from editing.answers import identified
-from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
+from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
 from editing.language_id import check_languages
 from editing.likelihood import continuation_nll
 from editing.text import opening
@@ -104,7 +104,8 @@ class Scoring:
         ceiling: share of the target among the unedited model's continuations of target prompts.
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know, or no third language.
+        UsageError: a language that the corpus lacks or the identifier does not know, no third language, or
+            several samples at temperature 0.
         BrocaError: a model that hardly writes the target.
     """
 
@@ -122,6 +123,7 @@ class Scoring:
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
     ) -> None:
+        check_samples(samples, temperature)
         self.source, self.target = source, target
         self.third = third_languages(corpus, source, target)
         check_languages(corpus.languages)

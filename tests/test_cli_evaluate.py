@@ -212,6 +212,7 @@ def test_vllm_that_is_not_installed_is_one_sentence(evaluate, monkeypatch):
         (["--doses", "50%"], "--methods too"),
         (["--methods", "all", "--doses", "50%,120%"], "between 0 and 1"),
         (["--methods", "all", "--engine", "vllm"], "hooks"),
+        (["--samples", "2", "--temperature", "0"], "2 samples"),
     ],
 )
 def test_what_is_refused(evaluate, arguments, named):

@@ -134,6 +134,12 @@ def test_numbers_are_named(llama, kind):
         kind(llama, CORPUS, "en", "fr", 2)
 
 
+@pytest.mark.parametrize("kind", [Evaluation, Scoring])
+def test_the_likeliest_answer_is_not_counted_twice(llama, kind):
+    with pytest.raises(UsageError, match="2 samples"):
+        kind(llama, CORPUS, "en", "fr", samples=2, temperature=0)
+
+
 def test_refuses_what_cannot_be_searched(llama):
     with pytest.raises(BrocaError, match="answers fr prompts in fr only"):
         Scoring(llama, CORPUS, "en", "fr", new_tokens=4)
