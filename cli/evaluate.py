@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from editing.questions import Questions
     from editing.relevance import Scorer
     from editing.vllm_generation import VllmWriter
+    from neurons.corpus import Corpus
     from neurons.source import LoadedModel
 
 RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
@@ -142,7 +143,7 @@ def command(
     from editing.report import methods_markdown, report_from_json
     from editing.same_model import require_same_settings
     from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import Corpus, read_corpus
+    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
 
@@ -201,7 +202,9 @@ def command(
         for option, one in (("--against", other), ("--judge", judging))
         if one is not None
     ]
-    scorer = _scorer(relevance, loaded, judging, reported, questions, source, target, prompts)
+    # The same scorer on the text that is chosen on and on that which is reported.
+    measured = [reported] if methods is None else [corpora["choose"], reported]
+    scorer = _scorer(relevance, loaded, judging, measured, questions, source, target, prompts)
     repeats = command_line(
         methods=tuple(ways) or None,
         languages=reported.languages,
@@ -371,7 +374,7 @@ def _scorer(
     relevance: str,
     loaded: LoadedModel,
     judge: LoadedModel | None,
-    corpus: Any,
+    measured: list[Corpus],
     questions: Questions | None,
     source: str,
     target: str,
@@ -387,7 +390,7 @@ def _scorer(
         return JudgeScorer(judge)
     if relevance == "auto":
         referenced = (
-            all(one.reference for one in openings(corpus, source, target, prompts))
+            all(one.reference for corpus in measured for one in openings(corpus, source, target, prompts))
             if questions is None
             else all(one.reference is not None for one in questions.of[source])
         )
