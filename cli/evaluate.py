@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from editing.questions import Questions
     from editing.relevance import Scorer
     from editing.vllm_generation import VllmWriter
+    from neurons.corpus import Corpus
     from neurons.source import LoadedModel
 
 RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
@@ -136,15 +137,16 @@ def command(
           --source en --target fr --out methods.json
     """
     from editing.evaluation import Evaluation
-    from editing.generation import TEMPERATURE
+    from editing.generation import TEMPERATURE, check_samples
     from editing.language_id import check_languages
     from editing.live import applied, exchanged
     from editing.origin import file_read, measured_by, model_read, processor, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
+    from editing.same_model import require_same_settings
     from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import Corpus, read_corpus
+    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
 
@@ -179,6 +181,8 @@ def command(
         ways = ways_named(methods)
     if temperature is None:
         temperature = TEMPERATURE if questions_path is None else 0.0
+    # Before minutes are spent on loading.
+    check_samples(samples, temperature)
     questions = None if questions_path is None else read_questions(questions_path, source)
     corpora = {
         name: read_corpus(corpus_path, languages, name)
@@ -196,12 +200,16 @@ def command(
         inputs.append({"option": "--questions", "file": str(questions_path), "digest": questions.digest})
     judging = None if judge is None else load_model(judge, device, dtype)
     other = None if against is None else load_model(against, device, dtype)
+    if other is not None:
+        require_same_settings(loaded, other)
     inputs += [
         model_read(option, one)
         for option, one in (("--against", other), ("--judge", judging))
         if one is not None
     ]
-    scorer = _scorer(relevance, loaded, judging, reported, questions, source, target, prompts)
+    # The same scorer on the text that is chosen on and on that which is reported.
+    measured = [reported] if methods is None else [corpora["choose"], reported]
+    scorer = _scorer(relevance, loaded, judging, measured, questions, source, target, prompts)
     repeats = command_line(
         methods=tuple(ways) or None,
         languages=languages or reported.languages,
@@ -216,11 +224,11 @@ def command(
             corpus,
             source,
             target,
-            samples,
-            prompts,
-            seed,
-            new_tokens,
-            temperature,
+            samples=samples,
+            most_prompts=prompts,
+            seed=seed,
+            new_tokens=new_tokens,
+            temperature=temperature,
             questions=asked,
             scorer=scorer,
             write=writer,
@@ -371,7 +379,7 @@ def _scorer(
     relevance: str,
     loaded: LoadedModel,
     judge: LoadedModel | None,
-    corpus: Any,
+    measured: list[Corpus],
     questions: Questions | None,
     source: str,
     target: str,
@@ -387,7 +395,7 @@ def _scorer(
         return JudgeScorer(judge)
     if relevance == "auto":
         referenced = (
-            all(one.reference for one in openings(corpus, source, target, prompts))
+            all(one.reference for corpus in measured for one in openings(corpus, source, target, prompts))
             if questions is None
             else all(one.reference is not None for one in questions.of[source])
         )

@@ -217,9 +217,11 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
     found: list[str] = []
     for one in given:
         path = Path(one)
-        if path.suffix not in SUFFIXES or " " in one:
+        is_file = path.suffix in SUFFIXES and _is_file(path)
+        # A text may end in the name of a file.
+        if path.suffix not in SUFFIXES or (" " in one and not is_file):
             found.append(one)
-        elif not path.is_file():
+        elif not is_file:
             raise UsageError(f"{one}: there is no such file of prompts")
         elif path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -230,6 +232,13 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
     if not any(text.strip() for text in found):
         raise UsageError("there is no prompt to write on: give texts, or a file with a prompt a line")
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text may be longer than a name can be
+        return False
 
 
 def _line(text: str) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
-REPORTED_SAMPLES = 2  # continuations a prompt, at least
+SAMPLES = 2  # continuations a prompt; of what is reported, at least
 
 
 @click.command("tune")
@@ -66,7 +66,9 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
     "--prompts", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many a trial."
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Continuations a prompt."
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Continuations a prompt.  [default: 2; 1 at temperature 0]",
 )
 @click.option(
     "--lines",
@@ -107,6 +109,7 @@ def command(**options: Any) -> None:
           --source en --target fr --out tuned
     """
     from editing.directions.diffmean import diffmean_direction
+    from editing.generation import check_samples
     from editing.language_id import check_languages
     from editing.live import applied
     from editing.origin import measured_by, processor, texts_read
@@ -120,6 +123,9 @@ def command(**options: Any) -> None:
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
+    if asked.samples is None:
+        asked.samples = 1 if asked.temperature == 0 else SAMPLES
+    check_samples(asked.samples, asked.temperature)
     check_methods(asked.methods)
     _require_own_directory(asked.out, STUDY)
     corpora = {part: read_corpus(asked.corpus_path, asked.languages, part) for part in PARTS}
@@ -137,12 +143,12 @@ def command(**options: Any) -> None:
         corpora["choose"],
         asked.source,
         asked.target,
-        asked.prompts,
-        asked.samples,
-        asked.lines,
-        asked.seed,
-        asked.new_tokens,
-        asked.temperature,
+        prompts=asked.prompts,
+        samples=asked.samples,
+        lines=asked.lines,
+        seed=asked.seed,
+        new_tokens=asked.new_tokens,
+        temperature=asked.temperature,
     )
     search = Search(
         scoring,
@@ -163,7 +169,9 @@ def command(**options: Any) -> None:
         raise click.exceptions.Abort
     if ended:
         screen.stage("confirm", "...")
-    trials = confirmed(search, seeds=[asked.seed + 1, asked.seed + 2]) if ended else search.trials
+    # Without sampling, another seed writes the same again.
+    seeds = [] if asked.temperature == 0 else [asked.seed + 1, asked.seed + 2]
+    trials = confirmed(search, seeds=seeds) if ended else search.trials
     choice = choose(trials, goals, scoring.ceiling)
     plan = search.plan(choice.trial)
     outcomes, ceiling = _measured(screen, asked, loaded, corpora["report"], plan) if ended else ([], None)
@@ -175,7 +183,9 @@ def command(**options: Any) -> None:
         "packages": measured_by("optuna"),
         "processor": processor(loaded.device),
         "command": command_line(
-            languages=asked.languages or corpora["report"].languages, **loaded_as(loaded)
+            languages=asked.languages or corpora["report"].languages,
+            samples=asked.samples,
+            **loaded_as(loaded),
         ),
         "finished": ended,
     }
@@ -229,11 +239,11 @@ def _measured(
             corpus,
             asked.source,
             asked.target,
-            max(asked.samples, REPORTED_SAMPLES),
-            asked.prompts,
-            asked.seed,
-            asked.new_tokens,
-            asked.temperature,
+            samples=asked.samples if asked.temperature == 0 else max(asked.samples, SAMPLES),
+            most_prompts=asked.prompts,
+            seed=asked.seed,
+            new_tokens=asked.new_tokens,
+            temperature=asked.temperature,
         )
         advance(1)
         details = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from neurons.errors import UsageError
 from neurons.source import LoadedModel
 from neurons.start_tokens import start_tokens
 
@@ -92,6 +93,19 @@ def generate(
                 kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
                 found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
     return found
+
+
+def check_samples(samples: int, temperature: float) -> None:
+    """Refuse several answers a prompt where the likeliest token is always taken: they are one, counted again.
+
+    Raises:
+        UsageError: more than one sample at temperature 0.
+    """
+    if samples > 1 and temperature == 0:
+        raise UsageError(
+            f"{samples} samples a prompt at temperature 0 are the same answer {samples} times: take 1, or a "
+            f"temperature above 0 such as {TEMPERATURE}"
+        )
 
 
 def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:

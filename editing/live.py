@@ -10,6 +10,7 @@ import torch
 
 from editing.plan import ModuleEdit, Plan
 from editing.rounding import round_once
+from editing.same_model import require_same_settings, with_biases_of
 from editing.tensor_edits import check_shape
 from editing.weights import Weights
 from neurons.errors import BrocaError
@@ -79,8 +80,16 @@ def exchanged(loaded: LoadedModel, other: LoadedModel) -> Iterator[None]:
     """The model computes with another's weights inside the block and with its own after it.
 
     Raises:
-        BrocaError: the two do not have the same parameters.
+        BrocaError: the two do not have the same parameters, the other's added biases aside, or their configs
+            have them compute otherwise.
     """
+    require_same_settings(loaded, other)
+    with with_biases_of(loaded, other), _exchanged(loaded, other):
+        yield
+
+
+@contextmanager
+def _exchanged(loaded: LoadedModel, other: LoadedModel) -> Iterator[None]:
     theirs = dict(other.model.named_parameters())
     ours = dict(loaded.model.named_parameters())
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
-from editing.language_id import check_languages, identify_language
+from editing.answers import identified
+from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
+from editing.language_id import check_languages
 from editing.likelihood import continuation_nll
 from editing.text import opening
 from neurons.batches import TokenBatch, language_batches
@@ -59,7 +60,7 @@ class Written:
     """What an edited model wrote.
 
     Attributes:
-        found: continuations in the target.
+        found: continuations in the target that are no failures.
         continuations: how many there are.
         prompts: how many different prompts they continue.
         answers: all of them.
@@ -102,7 +103,8 @@ class Scoring:
         ceiling: share of the target among the unedited model's continuations of target prompts.
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know, or no third language.
+        UsageError: a language that the corpus lacks or the identifier does not know, no third language, or
+            several samples at temperature 0.
         BrocaError: a model that hardly writes the target.
     """
 
@@ -112,6 +114,7 @@ class Scoring:
         corpus: Corpus,
         source: str,
         target: str,
+        *,
         prompts: int = 50,
         samples: int = 1,
         lines: int | None = None,
@@ -119,6 +122,7 @@ class Scoring:
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
     ) -> None:
+        check_samples(samples, temperature)
         self.source, self.target = source, target
         self.third = third_languages(corpus, source, target)
         check_languages(corpus.languages)
@@ -164,7 +168,7 @@ class Scoring:
         return continuation_nll(self._loaded, written.answers) - self._own_nll
 
     def _found(self, answers: Sequence[Continuation]) -> int:
-        return [identify_language(item.text, self._languages) for item in answers].count(self.target)
+        return sum(identified(answers, self._languages).are(self.target))
 
     def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
         return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)
