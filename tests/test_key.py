@@ -154,6 +154,14 @@ def test_refuses_bad_settings(settings, words):
         key_problem(random_moments(), **{"source": "qaa", **settings})
 
 
+def test_an_indefinite_covariance_has_no_least_spread():
+    """A general solver gives a saddle point for it."""
+    moments = random_moments()
+    indefinite = moments.covariance - 2 * torch.linalg.eigvalsh(moments.covariance)[1] * torch.eye(11)
+    with pytest.raises(BrocaError, match="tell"):
+        key(replace(moments, covariance=indefinite), "qaa", eps=0)
+
+
 def test_refuses_sources_that_another_language_equals():
     moments = random_moments()
     mean = moments.mean.clone()

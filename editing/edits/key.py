@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.covariance import Moments
 from neurons.errors import BrocaError, UsageError
 
@@ -160,14 +160,13 @@ def least_spread(problem: KeyProblem) -> torch.Tensor:
         "neurons, more text or fewer languages"
     )
     try:
-        whitened = torch.linalg.solve(problem.form, problem.constraints)
-    except LinAlgError as error:
+        whitened = solve_positive_definite(problem.form, problem.constraints)
+        gram = problem.constraints.T @ whitened
+        if int(torch.linalg.matrix_rank(gram)) < len(gram):
+            raise apart
+        return whitened @ solve_positive_definite(gram, problem.wanted)
+    except NotPositiveDefiniteError as error:
         raise apart from error
-    gram = problem.constraints.T @ whitened
-    if not bool(torch.isfinite(gram).all()) or int(torch.linalg.matrix_rank(gram)) < len(gram):
-        raise apart
-    found: torch.Tensor = whitened @ torch.linalg.solve(gram, problem.wanted)
-    return found
 
 
 def described(moments: Moments, source: str | Sequence[str], vector: torch.Tensor) -> Key:
