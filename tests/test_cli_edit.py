@@ -2,6 +2,8 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from types import SimpleNamespace
 
 import models
@@ -72,6 +74,22 @@ def arguments_of(files, words):
     return out
 
 
+@pytest.fixture(scope="module")
+def plan_of(files):
+    """Method -> the file of its plan, made once."""
+
+    def make(method):
+        path = files / f"edit-{method}.safetensors"
+        if not path.exists():
+            words = ["--method", method, *arguments_of(files, WAYS[method]), "--out", str(path)]
+            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()):
+                patch.setattr(sys, "argv", ["broca", "edit", str(files / "model"), *words])
+                main()
+        return path
+
+    return make
+
+
 def test_every_method_is_tried():
     assert set(WAYS) == set(METHODS)
 
@@ -97,6 +115,28 @@ def test_every_method_makes_a_plan_that_exports(broca, files, tmp_path, method):
         difference = exported.model(ids).logits - loaded.model(ids).logits
     assert float(difference.abs().max()) > 1e-4
     assert broca("inspect", edit)[0] == 0
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_inspect_shows_the_components_that_change_most(broca, files, plan_of, method):
+    plan, loaded = load_plan(plan_of(method)), load_model(str(files / "model"))
+    changes, scaled = {}, any(edit.column_scale is not None for edit in plan.edits)
+    for edit in plan.edits:
+        weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
+        change = (edit.apply(weight) - weight).view(
+            len(weight), -1, loaded.anatomy.component_width(edit.block)
+        )
+        norms = change.norm(dim=(0, 2))
+        changes |= {(edit.layer, edit.block, i): float(norms[i]) for i in edit.components}
+    shown = json.loads(broca("inspect", plan_of(method), "--json")[1])["strongest"]
+    largest = sorted(changes.values(), reverse=True)[:10]
+    exact = [changes[row["layer"], row["block"], row["component"]] for row in shown]
+    if scaled:
+        # Estimated, as a plan does not hold the weights.
+        assert sum(exact) >= 0.9 * sum(largest)
+    else:
+        assert exact == pytest.approx(largest, rel=1e-5)
+        assert [row["change"] for row in shown] == pytest.approx(exact, rel=1e-5)
 
 
 def test_keyed_learns_what_it_writes(broca, files, tmp_path):
