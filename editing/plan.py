@@ -145,6 +145,8 @@ class ModuleEdit:
     def scaled(self, strength: float) -> ModuleEdit:
         """The same edit with its distance from the identity multiplied by ``strength``.
 
+        What is added is multiplied on the side of the values, so that keys stay what the notes say of them.
+
         Raises:
             BrocaError: rows and columns are both scaled: what lies between such an edit and none is not
                 of this form.
@@ -160,22 +162,24 @@ class ModuleEdit:
             components=self.components,
             row_scale=None if self.row_scale is None else 1 + strength * (self.row_scale - 1),
             column_scale=None if self.column_scale is None else 1 + strength * (self.column_scale - 1),
-            left=self.left,
-            right=None if self.right is None else self.right * strength,
+            left=None if self.left is None else self.left * strength,
+            right=self.right,
             bias=None if self.bias is None else self.bias * strength,
             details={name: _scaled_detail(name, values, strength) for name, values in self.details.items()},
             notes={
-                name: abs(strength) * value if name == "change_norm" else value
+                name: abs(strength) * value if name in ("change_norm", "bias_norm") else value
                 for name, value in self.notes.items()
+                # Of the weights that a difference was taken from.
+                if name != "worst_in_spacings"
             },
         )
 
 
 def _scaled_detail(name: str, values: torch.Tensor, strength: float) -> torch.Tensor:
     """What a detail says of the component once the edit is scaled; g and the key itself stay."""
-    if name in ("lambda", "c"):
+    if name in ("lambda", "c", "offset"):
         return values * strength
-    return 1 + strength * (values - 1) if name == "factor" else values
+    return 1 + strength * (values - 1) if name in ("factor", "scale") else values
 
 
 @dataclass(frozen=True)
@@ -207,12 +211,22 @@ class Plan:
         return float((change / whole) ** 0.5) if whole else 0.0
 
     def scaled(self, strength: float) -> Plan:
-        """Every edit at ``strength`` times its size, on top of the strength that it has."""
-        settings = dict(self.metadata["settings"])
-        settings["strength"] = settings.get("strength", 1.0) * strength
-        return Plan(
-            tuple(edit.scaled(strength) for edit in self.edits), {**self.metadata, "settings": settings}
-        )
+        """Every edit at ``strength`` times its size, on top of the strength that it has.
+
+        Of a method whose own strength is no multiple of its whole edit the settings say it as "scaled_by".
+
+        Raises:
+            BrocaError: as ``ModuleEdit.scaled``, or numbers that float32 does not hold.
+        """
+        if strength == 1:
+            return self
+        # What learning measured, and what a file noted of its modules, is of the strength that they had.
+        stale = ("learning", "modules")
+        metadata = {name: value for name, value in self.metadata.items() if name not in stale}
+        settings = dict(metadata["settings"])
+        name = "scaled_by" if _strength_is_of_a_part(metadata) else "strength"
+        settings[name] = settings.get(name, 1.0) * strength
+        return make_plan([edit.scaled(strength) for edit in self.edits], {**metadata, "settings": settings})
 
     def to_bytes(self) -> bytes:
         """The plan as a Broca file."""
@@ -233,6 +247,12 @@ class Plan:
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.to_bytes())
+
+
+def _strength_is_of_a_part(metadata: Mapping[str, Any]) -> bool:
+    """Whether twice a plan is another than the plan that its method makes at twice the strength."""
+    renormalised = "norm-preserving" in str(metadata["settings"].get("form"))
+    return renormalised or metadata.get("method") == "language-arithmetic"
 
 
 def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
