@@ -26,7 +26,7 @@ from editing.direction import Direction
 from editing.rounding import EditedBlock, edited_and_rounded, float32_is_enough
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
-from neurons.errors import BrocaError, NothingToChangeError
+from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.source import ModelSource
 
 # The tensors of a module's edit, by their names here and in files.
@@ -130,6 +130,11 @@ class ModuleEdit:
         return None if change is None or not whole else float(change) / float(whole)
 
     @property
+    def through_norm(self) -> bool:
+        """Whether what is added was solved through the norm after the module, for one strength alone."""
+        return "value_through_norm" in self.notes
+
+    @property
     def changes_weight(self) -> bool:
         """Whether W changes at all: an edit may be of the bias alone."""
         return self.row_scale is not None or self.column_scale is not None or self.left is not None
@@ -148,9 +153,16 @@ class ModuleEdit:
         What is added is multiplied on the side of the values, so that keys stay what the notes say of them.
 
         Raises:
+            UsageError: the norm after the module bends what is added (``through_norm``).
             BrocaError: rows and columns are both scaled: what lies between such an edit and none is not
                 of this form.
         """
+        if self.through_norm and strength != 1:
+            raise UsageError(
+                f"layer {self.layer}, {self.block}: what it adds was solved through the norm after it, so {strength:g} times "
+                "as much does not do as much more: make the edit again at the strength that it is to have "
+                "(broca edit --strength)"
+            )
         if self.row_scale is not None and self.column_scale is not None:
             raise BrocaError(
                 f"layer {self.layer}, {self.block}: scales rows and columns, so has no strength: make the edit "
@@ -195,6 +207,11 @@ class Plan:
     metadata: dict[str, Any]
 
     @property
+    def through_norm(self) -> bool:
+        """Whether any edit holds for one strength alone (``ModuleEdit.through_norm``)."""
+        return any(edit.through_norm for edit in self.edits)
+
+    @property
     def components(self) -> int:
         """How many heads and neurons change."""
         return sum(len(edit.components) for edit in self.edits)
@@ -216,7 +233,7 @@ class Plan:
         Of a method whose own strength is no multiple of its whole edit the settings say it as "scaled_by".
 
         Raises:
-            BrocaError: as ``ModuleEdit.scaled``, or numbers that float32 does not hold.
+            UsageError, BrocaError: as ``ModuleEdit.scaled``, or numbers that float32 does not hold.
         """
         if strength == 1:
             return self

@@ -181,11 +181,9 @@ def _values(plan: Plan) -> torch.Tensor:
 def _with_value(edit: ModuleEdit, value: torch.Tensor) -> ModuleEdit:
     assert edit.right is not None
     # What was found for another value through a norm does not hold for this one.
-    kept = {
-        name: note for name, note in edit.notes.items() if name not in ("value_through_norm", "value_error")
-    }
+    unknown = dict.fromkeys({"value_through_norm", "value_error"} & edit.notes.keys())
     change = float(value.norm() * edit.right.double().norm())
-    return replace(edit, left=value[:, None].float(), notes={**kept, "change_norm": change})
+    return replace(edit, left=value[:, None].float(), notes={**edit.notes, **unknown, "change_norm": change})
 
 
 def _parted(texts: Sequence[str], out: bool) -> list[str]:
