@@ -147,6 +147,8 @@ def test_carriers_of_known_shares(carried, expected):
         ({"eps": -0.1}, "negative"),
         ({"eps": float("nan")}, "negative"),
         ({"keep_softly": ["qab"], "soft_weight": -1.0}, "negative"),
+        ({"keep_softly": ["qab"], "soft_weight": float("inf")}, "inf"),
+        ({"eps": float("inf")}, "inf"),
     ],
 )
 def test_refuses_bad_settings(settings, words):
