@@ -98,7 +98,7 @@ def learned_values(
     Raises:
         UsageError: too few texts to learn from some and keep others out, openings that fill the model's context,
             no pass or no rate, or a plan of another kind.
-        BrocaError: a loss that is not finite.
+        BrocaError: a loss that is not finite, with the plan's own values or with learned ones.
     """
     openings, rests = _read(sources, targets)
     if not _enough(openings, rests):
@@ -128,6 +128,11 @@ def learned_values(
         return sum(losses) / _tokens(joints)
 
     found, best = [held_out()], z.detach().clone()
+    if not found[0] < float("inf"):
+        raise BrocaError(
+            f"{loaded.name}: the plan's own values already make the loss {found[0]}: lower its strength, or load the "
+            "model in float32 (--dtype float32)"
+        )
     for _ in range(passes):
         turn = int(torch.randint(len(own[1]), (), generator=generator))
         rows = crossings(loaded.tokenizer, *own, turn)
