@@ -176,13 +176,17 @@ class Many(click.Command):
         }
         spread: list[str] = []
         repeated = None  # the option whose further values come next
+        named = False  # whether its name has just been read: what follows is a value, whatever it looks like
         for i, argument in enumerate(args):
-            if argument == "--":
+            if named:
+                named = False
+            elif argument == "--":
                 spread += args[i:]
                 break
-            if argument.startswith("-"):
+            elif argument.startswith("-"):
                 repeated = argument if argument in many else None
-            elif repeated is not None and spread[-1] != repeated:
+                named = repeated is not None
+            elif repeated is not None:
                 spread.append(repeated)
             spread.append(argument)
         return super().parse_args(ctx, spread)
