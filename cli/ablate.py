@@ -13,6 +13,7 @@ import click
 from cli.command_line import command_line, loaded_as
 from cli.corpora import read
 from cli.options import (
+    FINITE,
     IN_FILE,
     OUT_FILE,
     CommaSeparated,
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the texts."
 )
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Of the intervals.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all draws.")
 @device_options
 @click.option("--picture", type=OUT_FILE, help="File for a heat map of the matrices (.png or .svg).")

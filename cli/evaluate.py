@@ -18,6 +18,7 @@ from cli.options import (
     IN_PATH,
     LANGUAGE,
     CommaSeparated,
+    FiniteRange,
     Shares,
     corpus_options,
     device_options,
@@ -94,7 +95,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="0 takes the likeliest token always.  [default: 0.7; 0 with --questions]",
 )
 @click.option("--seed", type=int, default=0, show_default=True)

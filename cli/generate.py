@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import IN_FILE, OUT_FILE, Many, device_options, json_option, model_argument
+from cli.options import IN_FILE, OUT_FILE, FiniteRange, Many, device_options, json_option, model_argument
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ UNEDITED, EDITED = "unedited", "edited"
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="0 takes the likeliest token always.",

@@ -15,6 +15,7 @@ from cli.options import (
     IN_DIRECTORY,
     LANGUAGE,
     CommaSeparated,
+    FiniteRange,
     device_options,
     json_option,
     model_argument,
@@ -78,17 +79,17 @@ SAMPLES = 2  # continuations a prompt; of what is reported, at least
     help="Of each third language, read in a trial.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True)
+@click.option("--temperature", type=FiniteRange(min=0), default=0.7, show_default=True)
 @click.option(
-    "--goal-share", type=click.FloatRange(min=0, min_open=True), default=0.95, show_default=True,
+    "--goal-share", type=FiniteRange(min=0, min_open=True), default=0.95, show_default=True,
     help="Of what the model reaches on target prompts, at least.",
 )  # fmt: skip
 @click.option(
-    "--goal-gap", type=click.FloatRange(min=0, min_open=True), default=0.3, show_default=True,
+    "--goal-gap", type=FiniteRange(min=0, min_open=True), default=0.3, show_default=True,
     help="Fluency gap, nats a token, at most.",
 )  # fmt: skip
 @click.option(
-    "--goal-rise", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True,
+    "--goal-rise", type=FiniteRange(min=0, min_open=True), default=0.05, show_default=True,
     help="NLL rise of any third language, nats a token, at most.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)

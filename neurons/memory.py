@@ -21,14 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from neurons.errors import UsageError
 from neurons.next_token import LOGIT_BYTES_AT_ONCE
-from neurons.tensor_files import tensor_entries
 
 LIBRARIES = 500 * 2**20
 MARGIN = 0.1  # of what is free, left alone
@@ -118,7 +112,9 @@ def solving_bytes(units: int) -> int:
     return 24 * units**2
 
 
-def batch_plan(sizes: Sizes, room: int, backward: bool, row: int, most: int = MOST_TOKENS) -> tuple[int, bool]:
+def batch_plan(
+    sizes: Sizes, room: int, backward: bool, row: int, most: int = MOST_TOKENS
+) -> tuple[int, bool]:
     """How many tokens to read at once, a power of two, and whether activations are recomputed.
 
     Args:

@@ -16,7 +16,6 @@ from editing.plan import ModuleEdit, make_plan
 from editing.search_space import Keys, keyed_space
 from neurons.errors import BrocaError, UsageError
 from neurons.recording import forward
-from neurons.sites import logits
 from neurons.source import load_model
 
 
@@ -271,10 +270,23 @@ def test_refuses(llama, plan, texts):
         learned_values(llama, make_plan([wide, *others], plan.metadata), *texts)
 
 
-def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch):
-    monkeypatch.setattr("neurons.next_token.logits", lambda *given: logits(*given) * math.inf)
-    with pytest.raises(BrocaError, match="learned values are not finite"):
-        learned_values(llama, plan, *texts, passes=1)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [("always", "own values"), ("at first", "own values"), ("later", "learned values are not finite")],
+)
+def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch, value, fails, said):
+    learning = False
+
+    def loss(*given):
+        nonlocal learning
+        learning = learning or torch.is_grad_enabled()
+        whole = _loss(*given)
+        return whole * value if fails == "always" or learning == (fails == "later") else whole
+
+    monkeypatch.setattr("editing.edits.learned_values._loss", loss)
+    with pytest.raises(BrocaError, match=said):
+        learned_values(llama, plan, *texts, passes=2)
 
 
 def test_an_interrupted_loss_leaves_no_hook(llama, plan, texts, monkeypatch):

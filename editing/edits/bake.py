@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from editing.edits.reach import chosen_blocks, chosen_layers
 from editing.plan import ModuleEdit, Plan, make_plan
 from editing.weights import Weights
 from neurons.batches import TokenBatch, language_batches
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.corpus import Corpus
 from neurons.covariance import Moments, language_moments
 from neurons.errors import BrocaError, UsageError
@@ -130,14 +130,13 @@ def _least_spread(covariance: torch.Tensor, constraints: torch.Tensor, eps: floa
     ridged = covariance.clone()
     ridged.diagonal().add_(eps * float(covariance.diagonal().mean()))
     try:
-        whitened = torch.linalg.solve(ridged, constraints)
-    except LinAlgError as error:
+        whitened = solve_positive_definite(ridged, constraints)
+        gram = constraints.T @ whitened
+        if int(torch.linalg.matrix_rank(gram)) < len(gram):
+            raise refused
+        return whitened @ solve_positive_definite(gram, torch.ones(len(gram), dtype=torch.float64))
+    except NotPositiveDefiniteError as error:
         raise refused from error
-    gram = constraints.T @ whitened
-    if not bool(torch.isfinite(gram).all()) or int(torch.linalg.matrix_rank(gram)) < len(gram):
-        raise refused
-    found: torch.Tensor = whitened @ torch.linalg.solve(gram, torch.ones(len(gram), dtype=torch.float64))
-    return found
 
 
 def _deviation(covariance: torch.Tensor, vector: torch.Tensor) -> float:

@@ -99,7 +99,7 @@ def learned_values(
     Raises:
         UsageError: too few texts to learn from some and keep others out, openings that fill the model's context,
             no pass or no rate, or a plan of another kind.
-        BrocaError: a loss that is not finite.
+        BrocaError: a loss that is not finite, with the plan's own values or with learned ones.
     """
     openings, rests = _read(sources, targets)
     if not _enough(openings, rests):
@@ -129,6 +129,11 @@ def learned_values(
         return sum(losses) / _tokens(joints)
 
     found, best = [held_out()], z.detach().clone()
+    if not found[0] < float("inf"):
+        raise BrocaError(
+            f"{loaded.name}: the plan's own values already make the loss {found[0]}: lower its strength, or load the "
+            "model in float32 (--dtype float32)"
+        )
     for _ in range(passes):
         turn = int(torch.randint(len(own[1]), (), generator=generator))
         rows = crossings(loaded.tokenizer, *own, turn)
@@ -182,11 +187,9 @@ def _values(plan: Plan) -> torch.Tensor:
 def _with_value(edit: ModuleEdit, value: torch.Tensor) -> ModuleEdit:
     assert edit.right is not None
     # What was found for another value through a norm does not hold for this one.
-    kept = {
-        name: note for name, note in edit.notes.items() if name not in ("value_through_norm", "value_error")
-    }
+    unknown = dict.fromkeys({"value_through_norm", "value_error"} & edit.notes.keys())
     change = float(value.norm() * edit.right.double().norm())
-    return replace(edit, left=value[:, None].float(), notes={**kept, "change_norm": change})
+    return replace(edit, left=value[:, None].float(), notes={**edit.notes, **unknown, "change_norm": change})
 
 
 def _parted(texts: Sequence[str], out: bool) -> list[str]:
