@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from editing.rounding import round_once
 from editing.tensor_edits import check_shape
 from editing.weights import Weights
 from neurons.errors import BrocaError
+from neurons.offload import has_offloaded, replaced, with_bias
 from neurons.source import LoadedModel
 from neurons.tensor_files import read_tensor
 
@@ -45,7 +45,11 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
 def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo: ExitStack) -> None:
     pieces = weights.pieces(edit.layer, edit.block)
     check_shape(edit, pieces, loaded.anatomy.residual)
-    live = loaded.anatomy.output_weight(edit.layer, edit.block)
+    module, name = loaded.anatomy.outputs[edit.block][edit.layer], loaded.anatomy.parameter_name(edit.block)
+    elsewhere = has_offloaded(module)
+    live = loaded.anatomy.weight_values(edit.layer, edit.block)
+    if elsewhere:
+        live = live.clone()
     for piece, entry in pieces:
         # Of a mixture's experts, only those that change need a second copy.
         if not edit.changes(piece.columns):
@@ -53,25 +57,26 @@ def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo:
         stored = weights.read_piece(piece, entry)
         edited = edit.rounded(stored, 0, piece.columns.start).stored
         own = loaded.anatomy.columns(edit.block, live, piece.columns)
-        undo.callback(own.copy_, own.clone())
+        if not elsewhere:
+            undo.callback(own.copy_, own.clone())
         own.copy_(edited)
+    if elsewhere:
+        undo.enter_context(replaced(module, name, loaded.anatomy.oriented(edit.block, live)))
 
 
 def _apply_bias(
     loaded: LoadedModel, weights: Weights, edit: ModuleEdit, bias: torch.Tensor, undo: ExitStack
 ) -> None:
-    own = loaded.anatomy.output_bias(edit.layer, edit.block)
     entry = weights.bias(edit.layer, edit.block)
-    if own is not None and entry is not None:
+    module = loaded.anatomy.outputs[edit.block][edit.layer]
+    if entry is not None:
         stored = read_tensor(entry)
-        undo.callback(own.copy_, own.clone())
-        own.copy_(round_once(stored.double() + bias.double(), stored.dtype))
+        edited = round_once(stored.double() + bias.double(), stored.dtype)
+        undo.enter_context(replaced(module, "bias", edited))
         return
     weights.switched_biases(edit.block)  # refuses a model whose checkpoint could not hold it
-    module: Any = loaded.anatomy.outputs[edit.block][edit.layer]
     rounded = round_once(bias.double(), weights.stored_dtype(edit.layer, edit.block))
-    undo.callback(setattr, module, "bias", None)
-    module.bias = torch.nn.Parameter(rounded.to(module.weight), requires_grad=False)
+    undo.enter_context(with_bias(module, rounded))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from torch import nn
 from neurons.errors import BrocaError
 from neurons.examination import examine
 from neurons.layouts import LAYOUTS, Layout, StoredForm
+from neurons.offload import parameter_value
 
 SITES = ("mlp_act", "mlp_up", "mlp_in", "attn_in", "mlp_out", "attn_out", "block_out")
 # Sites that each expert of a mixture has of its own.
@@ -136,9 +137,12 @@ class Anatomy:
 
     def output_parameter(self, layer: int, block: str) -> nn.Parameter:
         """The parameter that holds W, shaped as the model has it."""
-        name = self.layout.outputs[block].rpartition(".")[2] if self._fused(block) else "weight"
-        found: nn.Parameter = getattr(self.outputs[block][layer], name)
+        found: nn.Parameter = getattr(self.outputs[block][layer], self.parameter_name(block))
         return found
+
+    def parameter_name(self, block: str) -> str:
+        """What the module in ``outputs`` calls the parameter that holds W."""
+        return self.layout.outputs[block].rpartition(".")[2] if self._fused(block) else "weight"
 
     def oriented(self, block: str, tensor: torch.Tensor) -> torch.Tensor:
         """A view [d, n], or [E, d, I] of fused experts, of a tensor shaped like the block's parameter."""
@@ -151,6 +155,11 @@ class Anatomy:
             [d, n]; for the MLP of a mixture [E, d, I].
         """
         return self.oriented(block, self.output_parameter(layer, block).data)
+
+    def weight_values(self, layer: int, block: str) -> torch.Tensor:
+        """W as ``output_weight`` has it, to be read alone: of an offloaded module, from where it waits."""
+        module = self.outputs[block][layer]
+        return self.oriented(block, parameter_value(module, self.parameter_name(block)))
 
     def output_bias(self, layer: int, block: str) -> torch.Tensor | None:
         """The bias [d] of a block's output module as a view of the live parameter; None where it has none.

@@ -162,12 +162,8 @@ class TextSums:
         if self.site != WEIGHTED_SITE:
             return torch.ones((), dtype=torch.float64, device=device)
         if layer not in self._lengths:
-            from accelerate.utils import align_module_device
-
-            # Of an offloaded layer the weights are not there until its module runs.
-            with align_module_device(self.anatomy.outputs["mlp"][layer]):
-                weight = self.anatomy.output_weight(layer, "mlp").detach()
-                self._lengths[layer] = weight.double().norm(dim=-2).flatten().to(device)
+            weight = self.anatomy.weight_values(layer, "mlp")
+            self._lengths[layer] = weight.double().norm(dim=-2).flatten().to(device)
         return self._lengths[layer]
 
 

@@ -136,7 +136,8 @@ def neuron_report(
             if progress is not None:
                 progress(int(batch.counted.sum()))
         activity[language] = _activity(seen)
-    value = anatomy.value(layer, neuron).detach()
+    own = slice(neuron, neuron + 1)
+    value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), own)[:, 0].to(loaded.device)
     promoted, suppressed = _tokens(loaded, value, tokens)
     return NeuronReport(
         layer, neuron, float(value.float().norm()), tuple(best), promoted, suppressed, activity

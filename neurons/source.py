@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from safetensors import SafetensorError
 from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
+from neurons.offload import execution_device, is_offloaded, let_gradients_read_again
+from neurons.placement import memory_to_spread_over
+from neurons.processes import own_gpu
 from neurons.quantisation import way_out
 from neurons.self_check import checked, checked_by_likeness
 from neurons.stored_anatomy import stored_anatomy
@@ -77,8 +83,8 @@ class LoadedModel(ModelSource):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        """Where a batch is put: that of the embeddings, wherever the layers compute."""
+        return execution_device(self.model.get_input_embeddings())
 
 
 def locate(model: str) -> Path:
@@ -113,13 +119,15 @@ def locate(model: str) -> Path:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU.
+    """ "auto" is CUDA where there is one, else the CPU; of several processes on a machine, each gets its own GPU.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: no such device here, or fewer GPUs than processes.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_gpu() if torch.cuda.is_available() else torch.device("cpu")
+    if device == "cuda" and torch.cuda.is_available():
+        return own_gpu()
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
@@ -152,8 +160,14 @@ def open_model(model: str) -> ModelSource:
     return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy)
 
 
-def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    model: str, device: str = "auto", dtype: str = "auto", max_memory: int | None = None
+) -> LoadedModel:
     """Load a causal language model and its tokenizer.
+
+    With "auto", weights that do not fit on one device lie on several: GPUs, then main memory, then the disk,
+    from where they are read whenever their module runs.  Figures are the same, and the memory is kept to in
+    backward passes too.
 
     An architecture that Broca does not know is examined by its structure and must pass the self-check.
 
@@ -162,9 +176,11 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere; or "float32",
             "bfloat16", "float16".
+        max_memory: most bytes of weights on each GPU and in main memory; 0 leaves all on disk.  Default: 90 %
+            of what is free.
 
     Raises:
-        UsageError: no such model or device.
+        UsageError: no such model or device, or weights of more than ``max_memory`` on a device that was named.
         BrocaError: quantised, an unknown architecture that does not pass, or files that cannot be loaded.
     """
     import transformers
@@ -182,11 +198,24 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         # Refused here, if at all, before any weight is read.
         anatomy_of(_empty(config))
     digest = fingerprint(checkpoint)
+    stored = None if wanted == "auto" else wanted
+    spread = memory_to_spread_over(checkpoint, where, stored, max_memory)
+    place: dict[str, Any] = {"device_map": {"": where}}
+    folder: TemporaryDirectory[str] | None = None
+    if device == "auto" and spread is not None:
+        # For what is to wait on disk, and is not there as the model needs it: experts that it has fused.
+        folder = TemporaryDirectory(prefix="broca-")
+        place = {"device_map": "auto", "max_memory": spread, "offload_folder": folder.name}
+    elif spread is not None and max_memory is not None:
+        raise UsageError(
+            f"{model}: its weights take more than the {max_memory / 1e9:.1f} GB allowed on {where}: choose "
+            "--device auto, which leaves the rest in main memory or on disk"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        with _no_progress_bar():
+        with _quietly():
             loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=wanted, device_map={"": where}, output_loading_info=True
+                checkpoint, dtype=wanted, output_loading_info=True, **place
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BrocaError(f"{model}: cannot be loaded ({first_line(error)})") from error
@@ -198,9 +227,19 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
             f"{lacking[0]} first: download it again"
         )
     loaded.eval().requires_grad_(False)
+    if folder is not None:
+        weakref.finalize(loaded, folder.cleanup)
+    offloaded = is_offloaded(loaded)
+    if offloaded:
+        let_gradients_read_again(loaded)
     anatomy = anatomy_of(loaded)
     if anatomy.layout.examined:
-        anatomy = checked(loaded, anatomy)
+        # The check silences weights, which offloaded modules do not hold: there it is done on a small likeness.
+        anatomy = (
+            replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+            if offloaded
+            else checked(loaded, anatomy)
+        )
         _compare_with_disk(model, checkpoint, anatomy)
     return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer)
 
@@ -213,7 +252,7 @@ def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:
     """
     entries = tensor_entries(checkpoint)
     for layer, block in itertools.product(sorted({0, anatomy.layers - 1}), BLOCKS):
-        live = anatomy.output_weight(layer, block)
+        live = anatomy.weight_values(layer, block)
         for piece in anatomy.stored(layer, block, entries):
             own = anatomy.columns(block, live, piece.columns)
             stored = piece.of(read_tensor(entries[piece.tensor], piece.rows))
@@ -259,17 +298,21 @@ def _empty(config: Any) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers' bar over the tensors that it loads would stand between a command and its reader."""
-    from transformers.utils import logging
+def _quietly() -> Iterator[None]:
+    """transformers' bar over the tensors that it loads, and accelerate's word on those that it leaves on disk,
+    would stand between a command and its reader."""
+    from transformers.utils import logging as bars
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown, dispatch = bars.is_progress_bar_enabled(), logging.getLogger("accelerate.big_modeling")
+    bars.disable_progress_bar()
+    before = dispatch.level
+    dispatch.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        dispatch.setLevel(before)
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def _config(model: str, checkpoint: Path) -> Any:
