@@ -135,11 +135,12 @@ def command(
     """
     from editing.evaluation import Evaluation
     from editing.generation import TEMPERATURE
-    from editing.live import applied, exchanged
+    from editing.live import applied
     from editing.origin import file_read, measured_by, model_read, processor, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
+    from editing.weight_exchange import exchange
     from neurons.artifact import json_bytes, write_atomically
     from neurons.corpus import Corpus, read_corpus
     from neurons.errors import UsageError
@@ -190,7 +191,8 @@ def command(
     if questions is not None:
         inputs.append({"option": "--questions", "file": str(questions_path), "digest": questions.digest})
     judging = None if judge is None else load_model(judge, device, dtype)
-    other = None if against is None else load_model(against, device, dtype)
+    # Left on disk: what differs is exchanged in the one model that is in memory.
+    other = None if against is None else load_model(against, dtype=dtype, max_memory=0)
     inputs += [
         model_read(option, one)
         for option, one in (("--against", other), ("--judge", judging))
@@ -312,8 +314,8 @@ def command(
             outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
             advance(1)
         elif other is not None:
-            exchange = _both(partial(exchanged, loaded, other), writing_steered)
-            outcomes.append(measuring.measure("against", exchange, kl=True, others=others))
+            steering = _both(exchange(loaded, other), writing_steered)
+            outcomes.append(measuring.measure("against", steering, kl=True, others=others))
             advance(1)
     value = told(measuring, outcomes, writer)
     write_atomically(out, json_bytes(value))

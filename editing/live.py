@@ -77,26 +77,3 @@ def _apply_bias(
     weights.switched_biases(edit.block)  # refuses a model whose checkpoint could not hold it
     rounded = round_once(bias.double(), weights.stored_dtype(edit.layer, edit.block))
     undo.enter_context(with_bias(module, rounded))
-
-
-@contextmanager
-def exchanged(loaded: LoadedModel, other: LoadedModel) -> Iterator[None]:
-    """The model computes with another's weights inside the block and with its own after it.
-
-    Raises:
-        BrocaError: the two do not have the same parameters.
-    """
-    theirs = dict(other.model.named_parameters())
-    ours = dict(loaded.model.named_parameters())
-    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise BrocaError(
-            f"{other.name} and {loaded.name} do not have the same weights, so cannot be compared"
-        )
-    kept = {name: parameter.data for name, parameter in ours.items()}
-    try:
-        for name, parameter in ours.items():
-            parameter.data = theirs[name].data.to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for name, parameter in ours.items():
-            parameter.data = kept[name]

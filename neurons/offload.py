@@ -39,34 +39,33 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
-    """The values of a parameter wherever they are: the live ones, or read from where they wait.
+    """The values of a parameter or buffer wherever they are: the live ones, or read from where they wait.
 
     Args:
         model: any module.
-        name: of the parameter, from the model.
+        name: of the tensor, from the model.
     """
     module, own = _owner(model, name)
-    found: torch.Tensor = (
-        module._hf_hook.weights_map[own] if has_offloaded(module) else module.get_parameter(own).data
-    )
-    return found
+    live: torch.Tensor = getattr(module, own).data
+    waiting: torch.Tensor = module._hf_hook.weights_map[own] if live.is_meta else live
+    return waiting
 
 
 @contextmanager
 def replaced(model: nn.Module, name: str, values: torch.Tensor) -> Iterator[None]:
-    """The model computes with other values of a parameter inside the block, with its own after it.
+    """The model computes with other values of a parameter or buffer inside the block, with its own after it.
 
     Of an offloaded parameter the values wait in a temporary file, so they cost memory only while their
     module runs.
 
     Args:
         model: any module.
-        name: of the parameter, from the model; of a tied one, one of its names.
-        values: of the parameter's shape; brought to its dtype and device.
+        name: of the tensor, from the model; of tied ones that are offloaded, each waits for itself.
+        values: of its shape; brought to its dtype and device.
     """
     module, own = _owner(model, name)
-    parameter = module.get_parameter(own)
-    if not has_offloaded(module):
+    parameter: torch.Tensor = getattr(module, own)
+    if not parameter.is_meta:
         kept = parameter.data
         parameter.data = values.to(kept.device, kept.dtype)
         try:
