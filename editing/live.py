@@ -25,12 +25,14 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
     disk and rounded to their stored dtype.  None applies nothing.
 
     Raises:
-        BrocaError: the plan was made for another model or names a layer that this one lacks.
+        BrocaError: the plan was made for another model or names a layer that this one lacks, or the model's
+            weights are quantised.
     """
     if plan is None:
         yield
         return
     loaded.require_fingerprint(plan.metadata, "the plan")
+    loaded.require_exact("an edit")
     weights = Weights(loaded)
     with ExitStack() as undo:
         for edit in plan.edits:

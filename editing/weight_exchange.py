@@ -29,8 +29,9 @@ def exchange(loaded: LoadedModel, other: LoadedModel) -> Steering:
         other: of the same architecture and sizes; it may be closed to memory but not deleted from disk.
 
     Raises:
-        BrocaError: the two do not have the same weights, by name.
+        BrocaError: the two do not have the same weights, by name, or the model's are quantised.
     """
+    loaded.require_exact("a comparison")
     ours, theirs = (one.model.state_dict(keep_vars=True) for one in (loaded, other))
     added = [name for name in theirs if name not in ours and _can_be_added(loaded.model, name)]
     odd = ours.keys() ^ theirs.keys() - set(added)

@@ -231,6 +231,7 @@ def ablation_study(
         metadata={
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
+            **loaded.told,
             "corpus": {"digest": corpus.digest, "part": corpus.part},
             "packages": package_versions(),
             "settings": {
@@ -371,7 +372,13 @@ def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> st
 
 
 def _key_pieces(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> Iterator[bytes]:
-    model = [loaded.fingerprint, str(loaded.model.dtype), loaded.device.type, package_versions()]
+    model = [
+        loaded.fingerprint,
+        str(loaded.model.dtype),
+        loaded.device.type,
+        package_versions(),
+        *loaded.told.values(),
+    ]
     yield json.dumps(model, sort_keys=True).encode()
     for language, some in batches.items():
         yield language.encode()

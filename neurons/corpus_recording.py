@@ -122,6 +122,7 @@ def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], momen
     named = {
         "fingerprint": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),
+        **loaded.told,
         "device": loaded.device.type,
         "moments": list(moments),
         "packages": package_versions(),
@@ -148,6 +149,7 @@ def _metadata(
         "layers": loaded.anatomy.layers,
         "neurons": loaded.anatomy.neurons,
         "experts": loaded.anatomy.experts,
+        **loaded.told,
         "corpora": [
             {
                 "digest": corpus.digest,

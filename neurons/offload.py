@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from neurons.low_bits import dequantised
+
 
 def has_offloaded(module: nn.Module) -> bool:
     """Whether a module's own weights are taken away when it has run."""
@@ -46,7 +48,7 @@ def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
         name: of the tensor, from the model.
     """
     module, own = _owner(model, name)
-    live: torch.Tensor = getattr(module, own).data
+    live: torch.Tensor = dequantised(module, getattr(module, own)).data
     waiting: torch.Tensor = module._hf_hook.weights_map[own] if live.is_meta else live
     return waiting
 

@@ -15,20 +15,20 @@ FOR_WEIGHTS = 0.9
 
 
 def memory_to_spread_over(
-    checkpoint: Path, where: torch.device, dtype: torch.dtype | None, max_memory: int | None = None
+    checkpoint: Path, where: torch.device, each: float | None, max_memory: int | None = None
 ) -> dict[int | str, int] | None:
     """The bytes of each device that weights may take, as accelerate's ``max_memory``; the rest goes to disk.
 
     Args:
         checkpoint: a local directory.
         where: the device that is to compute.
-        dtype: of the weights in memory; None: as they are stored.
+        each: bytes of a weight in memory; None: as it is stored.
         max_memory: most bytes of weights on each GPU and in main memory.  Default: 90 % of what is free.
 
     Returns:
         GPU number or "cpu" -> bytes; None where all weights fit on ``where``.
     """
-    if _size(checkpoint, dtype) <= _allowed(_free(where), max_memory):
+    if _size(checkpoint, each) <= _allowed(_free(where), max_memory):
         return None
     from accelerate.utils import get_max_memory
 
@@ -41,11 +41,11 @@ def memory_to_spread_over(
     return {device: _allowed(size, max_memory) for device, size in free.items()}
 
 
-def _size(checkpoint: Path, dtype: torch.dtype | None) -> int:
+def _size(checkpoint: Path, each: float | None) -> float:
     return sum(
         entry.end - entry.begin
-        if dtype is None or entry.dtype not in READABLE_DTYPES
-        else prod(entry.shape) * dtype.itemsize
+        if each is None or entry.dtype not in READABLE_DTYPES
+        else prod(entry.shape) * each
         for entry in tensor_entries(checkpoint).values()
     )
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
+from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, in_model, layout_of
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
+from neurons.low_bits import keep_layout, quantisation_config, quantised_settings
 from neurons.offload import execution_device, is_offloaded, let_gradients_read_again
 from neurons.placement import memory_to_spread_over
 from neurons.processes import own_gpu
@@ -76,10 +77,30 @@ class LoadedModel(ModelSource):
     Attributes:
         model: the transformers causal language model, in eval mode, without gradients on its weights.
         tokenizer: its tokenizer.
+        quantised: where its weights were quantised on loading: bits, type and bitsandbytes' version, for files
+            to tell; else None.  The fingerprint is the checkpoint's all the same, for that is what gets edited.
     """
 
     model: Any
     tokenizer: Any
+    quantised: Mapping[str, Any] | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the metadata of files holds where weights were quantised."""
+        return {} if self.quantised is None else {"quantised": dict(self.quantised)}
+
+    def require_exact(self, what: str) -> None:
+        """Refuse weights that are not the checkpoint's.
+
+        Raises:
+            BrocaError: they were quantised on loading.
+        """
+        if self.quantised is not None:
+            raise BrocaError(
+                f"{self.name} is loaded in {self.quantised['bits']} bits, and {what} needs its exact weights: "
+                "load it unquantised"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +182,11 @@ def open_model(model: str) -> ModelSource:
 
 
 def load_model(
-    model: str, device: str = "auto", dtype: str = "auto", max_memory: int | None = None
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: int | None = None,
+    bits: int | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -178,13 +203,16 @@ def load_model(
             "bfloat16", "float16".
         max_memory: most bytes of weights on each GPU and in main memory; 0 leaves all on disk.  Default: 90 %
             of what is free.
+        bits: 4 or 8 quantises the linear modules' weights by bitsandbytes, to read activations and directions
+            off them; they cannot be edited, and must fit on one device.
 
     Raises:
-        UsageError: no such model or device, or weights of more than ``max_memory`` on a device that was named.
+        UsageError: no such model or device, bitsandbytes missing, or weights that do not fit where they must.
         BrocaError: quantised, an unknown architecture that does not pass, or files that cannot be loaded.
     """
     import transformers
 
+    quantised = None if bits is None else quantised_settings(bits)
     checkpoint = locate(model)
     where = pick_device(device)
     if dtype == "auto":
@@ -198,11 +226,18 @@ def load_model(
         # Refused here, if at all, before any weight is read.
         anatomy_of(_empty(config))
     digest = fingerprint(checkpoint)
-    stored = None if wanted == "auto" else wanted
-    spread = memory_to_spread_over(checkpoint, where, stored, max_memory)
+    each = None if wanted == "auto" else wanted.itemsize
+    spread = memory_to_spread_over(checkpoint, where, each if bits is None else bits / 8, max_memory)
     place: dict[str, Any] = {"device_map": {"": where}}
     folder: TemporaryDirectory[str] | None = None
-    if device == "auto" and spread is not None:
+    if bits is not None:
+        place["quantization_config"] = quantisation_config(bits, config.dtype if wanted == "auto" else wanted)
+        if spread is not None:
+            raise UsageError(
+                f"{model}: in {bits} bits its weights do not fit on {where}, and quantised weights cannot wait "
+                "elsewhere: leave the quantisation out, then --device auto leaves on disk what does not fit"
+            )
+    elif device == "auto" and spread is not None:
         # For what is to wait on disk, and is not there as the model needs it: experts that it has fused.
         folder = TemporaryDirectory(prefix="broca-")
         place = {"device_map": "auto", "max_memory": spread, "offload_folder": folder.name}
@@ -232,16 +267,20 @@ def load_model(
     offloaded = is_offloaded(loaded)
     if offloaded:
         let_gradients_read_again(loaded)
-    anatomy = anatomy_of(loaded)
+    if bits is not None:
+        keep_layout(loaded)
+    anatomy = anatomy_of(loaded) if bits is None else in_model(anatomy_of(_empty(config)), loaded)
     if anatomy.layout.examined:
-        # The check silences weights, which offloaded modules do not hold: there it is done on a small likeness.
+        # The check silences weights, which other modules than plain ones in memory do not hold: of those it is
+        # done on a small likeness.
         anatomy = (
             replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
-            if offloaded
+            if offloaded or bits is not None
             else checked(loaded, anatomy)
         )
-        _compare_with_disk(model, checkpoint, anatomy)
-    return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer)
+        if bits is None:
+            _compare_with_disk(model, checkpoint, anatomy)
+    return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
 
 
 def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:
