@@ -16,9 +16,11 @@ from cli.options import (
     OUT_FILE,
     PARTS,
     CommaSeparated,
+    bits_asked,
     device_options,
     json_option,
     numbers_set,
+    quantised_options,
 )
 from cli.screen import Screen
 from cli.tables import direction_table
@@ -74,6 +76,7 @@ LIST = "list"
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @device_options
+@quantised_options
 @click.option("--out", type=OUT_FILE, help="File for the direction (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
@@ -102,7 +105,7 @@ def command(**options: Any) -> None:
     settings = numbers_set(asked.assignments, "penalty=0.1")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with screen.progress("Recording the direction", None, "tokens") as advance:
         found = direction_of(
             loaded,

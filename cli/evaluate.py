@@ -140,12 +140,12 @@ def command(
     from editing.evaluation import Evaluation
     from editing.generation import TEMPERATURE, check_samples
     from editing.language_id import check_languages
-    from editing.live import applied, exchanged
+    from editing.live import applied
     from editing.origin import file_read, measured_by, model_read, processor, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
-    from editing.same_model import require_same_settings
+    from editing.weight_exchange import exchange
     from neurons.artifact import json_bytes, write_atomically
     from neurons.corpus import read_corpus
     from neurons.errors import UsageError
@@ -200,9 +200,9 @@ def command(
     if questions is not None:
         inputs.append({"option": "--questions", "file": str(questions_path), "digest": questions.digest})
     judging = None if judge is None else load_model(judge, device, dtype)
-    other = None if against is None else load_model(against, device, dtype)
-    if other is not None:
-        require_same_settings(loaded, other)
+    # Left on disk: what differs is exchanged in the one model that is in memory.
+    other = None if against is None else load_model(against, dtype=dtype, max_memory=0)
+    with_others = None if other is None else exchange(loaded, other)
     inputs += [
         model_read(option, one)
         for option, one in (("--against", other), ("--judge", judging))
@@ -325,9 +325,9 @@ def command(
             steering, name = _both(partial(applied, loaded, plan), writing_steered), "edited"
             outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
             advance(1)
-        elif other is not None:
-            exchange = _both(partial(exchanged, loaded, other), writing_steered)
-            outcomes.append(measuring.measure("against", exchange, kl=True, others=others))
+        elif with_others is not None:
+            steering = _both(with_others, writing_steered)
+            outcomes.append(measuring.measure("against", steering, kl=True, others=others))
             advance(1)
     value = told(measuring, outcomes, writer)
     write_atomically(out, json_bytes(value))

@@ -15,9 +15,11 @@ from cli.options import (
     OUT_FILE,
     PARTS,
     CommaSeparated,
+    bits_asked,
     device_options,
     json_option,
     numbers_set,
+    quantised_options,
 )
 from cli.screen import Screen
 
@@ -69,6 +71,7 @@ MOST_LAYERS_SHOWN = 12
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @click.option("--block", type=int, help="Tokens a block.  [default: the model's context, at most 2048]")
 @device_options
+@quantised_options
 @click.option("--out", type=OUT_FILE, help="File for the neuron set (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
@@ -124,7 +127,7 @@ def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
         raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     require_parallel(asked.method, corpus)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with screen.progress("Recording activations", None, "tokens") as advance:
         return identify(
             loaded,
@@ -158,7 +161,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
         for path in (asked.prompts, asked.control, asked.recognition)
     )
     require_prompts(asked.method, prompts, control)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with screen.progress("Tracing answers", None, "prompts") as advance:
         return identify_by_prompts(
             loaded,
@@ -208,7 +211,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
             f"--method {asked.method} needs to know how active neurons are: give MODEL and --corpus, or --statistics"
         )
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:
         statistics = record_corpus(

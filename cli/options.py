@@ -257,5 +257,29 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def quantised_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_in_4bit`` and ``load_in_8bit``, for commands that only read activations (``bits_asked``)."""
+    for bits in (8, 4):
+        command = click.option(
+            f"--load-in-{bits}bit",
+            is_flag=True,
+            help=f"Quantise the linear modules' weights to {bits} bits on loading (bitsandbytes).",
+        )(command)
+    return command
+
+
+def bits_asked(asked: Any) -> int | None:
+    """What ``load_model`` takes as ``bits``, from the values of ``quantised_options``.
+
+    Raises:
+        UsageError: both were asked for.
+    """
+    from neurons.errors import UsageError
+
+    if asked.load_in_4bit and asked.load_in_8bit:
+        raise UsageError("--load-in-4bit and --load-in-8bit cannot both be: give one")
+    return 4 if asked.load_in_4bit else 8 if asked.load_in_8bit else None
+
+
 def out_option(what: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option("--out", type=OUT_DIRECTORY if directory else OUT_FILE, required=True, help=what)

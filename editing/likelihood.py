@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 
 from editing.generation import Continuation
 from neurons.batches import TokenBatch, row_batches
 from neurons.next_token import token_divergences, token_losses
+from neurons.offload import execution_device, parameter_value
 from neurons.recording import forward
 from neurons.source import LoadedModel
 from neurons.start_tokens import start_tokens
@@ -47,7 +49,7 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
     """
     # A context may exchange all weights, the head's too: the unedited head is held on to.
     head = loaded.model.get_output_embeddings()
-    own_head = partial(torch.nn.functional.linear, weight=head.weight.detach(), bias=head.bias)
+    own_head = partial(torch.nn.functional.linear, **_held(head))
     base = [_hidden(loaded, batch) for batch in batches]
     total, positions = 0.0, 0
     with steering():
@@ -56,6 +58,13 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
             total += float(found.sum())
             positions += len(found)
     return total / positions if positions else float("nan")
+
+
+def _held(head: Any) -> dict[str, Any]:
+    """The weight and bias of a module on its device, wherever they wait."""
+    where = execution_device(head)
+    names = [name for name, _ in head.named_parameters(recurse=False)]
+    return {"bias": None, **{name: parameter_value(head, name).to(where) for name in names}}
 
 
 def continuation_nll(loaded: LoadedModel, continuations: Sequence[Continuation]) -> float:

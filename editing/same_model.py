@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-
-import torch
 
 from neurons.errors import BrocaError
 from neurons.fingerprint import VOLATILE
-from neurons.source import LoadedModel, ModelSource
+from neurons.source import ModelSource
 
 # Settings that say nothing of what a trained model computes, those of dropout besides.
 DROPOUT = ("dropout", "pdrop", "layerdrop")
@@ -27,8 +23,7 @@ SHOWN = 3  # settings that are named of many
 def require_same_settings(ours: ModelSource, theirs: ModelSource) -> None:
     """Refuse a model whose config has it compute otherwise, whatever its weights are.
 
-    Biases that its config asks for and ours does not are weights, where the family has a switch for them
-    (``with_biases_of``).
+    Biases that its config asks for and ours does not are weights, where the family has a switch for them.
 
     Raises:
         BrocaError: by setting, with both values.
@@ -46,20 +41,6 @@ def require_same_settings(ours: ModelSource, theirs: ModelSource) -> None:
             f"{theirs.name}: its config.json has it compute otherwise than {ours.name}, whatever its weights are "
             f"({', '.join(told)}{more}): measure each by itself"
         )
-
-
-@contextmanager
-def with_biases_of(loaded: LoadedModel, other: ModelSource) -> Iterator[None]:
-    """Inside, the model has a bias, of zeros, wherever the other's config alone asks for one."""
-    with ExitStack() as undo:
-        for block in _switched(loaded, _settings(loaded), _settings(other)).values():
-            for path in loaded.anatomy.layout.bias_switches[block].modules:
-                for layer in loaded.anatomy.blocks:
-                    module: Any = layer.get_submodule(path)
-                    undo.callback(setattr, module, "bias", None)
-                    zeros = torch.zeros_like(module.weight[:, 0])
-                    module.bias = torch.nn.Parameter(zeros, requires_grad=False)
-        yield
 
 
 def _settings(source: ModelSource) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from neurons.anatomy import Anatomy
-from neurons.batches import TOKENS_A_BATCH, TokenBatch, block_length, row_batches
+from neurons.batches import TokenBatch, block_length, row_batches
 from neurons.errors import BrocaError, UsageError
+from neurons.memory import batches_for
 from neurons.next_token import token_losses
 from neurons.prompts import Prompts, answer_token
 from neurons.recording import Progress, forward
@@ -59,7 +60,8 @@ def record_answers(
     for k, language in enumerate(languages):
         rows, answers = _tokens(loaded, prompts, language)
         # Every step of the integral is a row of its own, and every expert has a place for every token.
-        at_once = TOKENS_A_BATCH // (steps if moment == "integrated" else 1) // anatomy.experts
+        fitting, _ = batches_for(loaded, True, max(map(len, rows)))
+        at_once = fitting // (steps if moment == "integrated" else 1) // anatomy.experts
         for batch in row_batches(rows, uncounted=0, tokens_a_batch=at_once):
             on_device = batch.to(loaded.device)
             wanted = answers[batch.line_numbers].to(loaded.device)

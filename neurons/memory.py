@@ -19,10 +19,22 @@ Freed memory is not all used again: what is computed is multiplied by ``FRAGMENT
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from neurons.errors import BrocaError
 from neurons.next_token import LOGIT_BYTES_AT_ONCE
+from neurons.tensor_files import READABLE_DTYPES, tensor_entries
+
+if TYPE_CHECKING:
+    from neurons.source import LoadedModel, ModelSource
 
 LIBRARIES = 500 * 2**20
 MARGIN = 0.1  # of what is free, left alone
@@ -33,6 +45,41 @@ FRAGMENTATION = 1.4
 LOGIT_COPIES, LOGIT_COPIES_BACKWARD = 3, 5
 MOST_TOKENS, MOST_TOKENS_ON_GPU = 4096, 32768
 LEAST_TOKENS = 256  # below, a batch is too small to be quick: activations are recomputed instead
+
+
+_limit: int | None = None
+
+
+def limit_memory(size: int | None) -> None:
+    """Set the most bytes that this process is to take, weights and all; None: what is free, less a margin."""
+    global _limit
+    _limit = size
+
+
+def memory_limit() -> int:
+    """The most bytes that this process is to take."""
+    return _free() if _limit is None else _limit
+
+
+@cache
+def _free() -> int:
+    """What was free when it was first asked, and what this process had, less the margin; of a container, its part."""
+    import psutil
+
+    process = psutil.Process().memory_info()
+    own = process.rss - getattr(process, "shared", 0)
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such limit, or the word "max"
+            continue
+    # Processes that share the work share the machine.
+    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return int((1 - MARGIN) * (max(free, 0) + own) / here)
 
 
 @dataclass(frozen=True)
@@ -99,7 +146,7 @@ def backward_bytes(sizes: Sizes, tokens: int, recomputes: bool = False) -> int:
 def logit_bytes(sizes: Sizes, positions: int, backward: bool) -> int:
     """Logits of as many positions as are made at once, in all their copies."""
     at_once = min(max(4 * sizes.vocabulary, LOGIT_BYTES_AT_ONCE), 4 * sizes.vocabulary * positions)
-    return at_once * (LOGIT_COPIES_BACKWARD if backward else LOGIT_COPIES)
+    return int(at_once * (LOGIT_COPIES_BACKWARD if backward else LOGIT_COPIES))
 
 
 def covariance_bytes(units: int) -> int:
@@ -139,3 +186,111 @@ def batch_plan(
         if again > plain:
             return again, True
     return plain, False
+
+
+def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
+    """The sizes of a model, in memory or still on disk.
+
+    Args:
+        source: the model.
+        value: bytes of a value that it is to be computed in; None: of a loaded model its own, else as stored.
+    """
+    anatomy, model = source.anatomy, getattr(source, "model", None)
+    config = (_config(source.checkpoint) if model is None else model.config).get_text_config()
+    if model is not None:
+        value, weights = model.dtype.itemsize, sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    else:
+        stored, parameters = _stored(source.checkpoint)
+        value = stored if value is None else value
+        weights = parameters * value
+    reached = anatomy.expert_width * max(1, getattr(config, "num_experts_per_tok", 1) or 1)
+    return Sizes(
+        layers=anatomy.layers,
+        residual=anatomy.residual,
+        inner=min(anatomy.neurons, reached),
+        neurons=anatomy.neurons,
+        attention=anatomy.heads * anatomy.head_dim,
+        vocabulary=config.vocab_size,
+        value=value,
+        weights=weights,
+    )
+
+
+def room(loaded: LoadedModel) -> int:
+    """Bytes for the work on a loaded model: what is allowed, less libraries and weights, and no more than helps.
+
+    Raises:
+        BrocaError: the weights leave nothing.
+    """
+    if loaded.device.type == "cuda":
+        return int(GPU_SHARE * torch.cuda.get_device_properties(loaded.device).total_memory)
+    return min(WORK, most_room(loaded))
+
+
+def most_room(loaded: LoadedModel) -> int:
+    """Bytes for the work on a loaded model, all that is allowed.
+
+    Raises:
+        BrocaError: the weights leave nothing.
+    """
+    if loaded.device.type == "cuda":
+        return room(loaded)
+    weights = sizes_of(loaded).weights
+    left = memory_limit() - LIBRARIES - weights
+    if left <= 0:
+        raise BrocaError(
+            f"{loaded.name}: its weights take {weights / 1e9:.1f} GB and libraries {LIBRARIES / 1e9:.1f} GB, and "
+            f"{memory_limit() / 1e9:.1f} GB are allowed: give more (--max-memory), or --dtype bfloat16"
+        )
+    return left
+
+
+def batches_for(loaded: LoadedModel, backward: bool, row: int) -> tuple[int, bool]:
+    """Tokens to read at once and whether activations are recomputed, for rows of up to ``row`` tokens.
+
+    Raises:
+        BrocaError: one row does not fit; it says what would.
+    """
+    sizes, most = sizes_of(loaded), MOST_TOKENS_ON_GPU if loaded.device.type == "cuda" else MOST_TOKENS
+    tokens, recomputes = batch_plan(sizes, room(loaded), backward, row, most)
+    if tokens < row:
+        # More than helps, but a row cannot be parted.
+        tokens, recomputes = batch_plan(sizes, most_room(loaded), backward, row, max(most, row))
+        needed = row_bytes(sizes, backward, row)
+        if tokens < row and needed > most_room(loaded):
+            most_tokens = batch_plan(sizes, most_room(loaded), backward, 1, most)[0]
+            raise BrocaError(
+                f"{loaded.name}: a row of {row} tokens needs {needed / 1e9:.1f} GB beside weights and libraries, and "
+                f"{most_room(loaded) / 1e9:.1f} GB are left of what is allowed: rows of {most_tokens} tokens fit, or "
+                f"allow {(needed + LIBRARIES + sizes.weights) / 1e9:.1f} GB (--max-memory)"
+            )
+        tokens = max(tokens, row)
+    return tokens, recomputes
+
+
+def row_bytes(sizes: Sizes, backward: bool, row: int) -> int:
+    """The least that a row takes."""
+    if not backward:
+        return forward_bytes(sizes, row)
+    return backward_bytes(sizes, row, recomputes=True) + logit_bytes(sizes, row, True)
+
+
+def kept_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """Hidden states between two layers of so many tokens."""
+    sizes = sizes_of(loaded)
+    return sizes.value * sizes.residual * tokens
+
+
+def _config(checkpoint: Path) -> Any:
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+def _stored(checkpoint: Path) -> tuple[int, int]:
+    """Bytes of a value of the widest floating-point tensor, and number of all values."""
+    entries = tensor_entries(checkpoint).values()
+    return (
+        max(READABLE_DTYPES[entry.dtype].itemsize for entry in entries if entry.dtype in READABLE_DTYPES),
+        sum(prod(entry.shape) for entry in entries),
+    )

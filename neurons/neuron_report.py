@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from neurons.anatomy import Anatomy
-from neurons.batches import TokenBatch, language_batches, tokens_a_batch
+from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.lens import lens_logits
@@ -126,10 +126,9 @@ def neuron_report(
             f"there is no neuron {neuron} in layer {layer}: layers are 0-{anatomy.layers - 1}, neurons "
             f"0-{anatomy.neurons - 1}"
         )
-    size = tokens_a_batch(loaded, backward=False)
     activity: dict[str, Activity] = {}
     best: list[Snippet] = []
-    for language, batches in language_batches(loaded, corpus, most_tokens, size).items():
+    for language, batches in language_batches(loaded, corpus, most_tokens).items():
         seen = []
         for batch in batches:
             seen.append(_values(loaded, batch, layer, neuron))
@@ -137,7 +136,8 @@ def neuron_report(
             if progress is not None:
                 progress(int(batch.counted.sum()))
         activity[language] = _activity(seen)
-    value = anatomy.value(layer, neuron).detach()
+    own = slice(neuron, neuron + 1)
+    value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), own)[:, 0].to(loaded.device)
     promoted, suppressed = _tokens(loaded, value, tokens)
     return NeuronReport(
         layer, neuron, float(value.float().norm()), tuple(best), promoted, suppressed, activity

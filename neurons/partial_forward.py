@@ -17,6 +17,7 @@ from torch import nn
 from neurons.anatomy import Anatomy, first
 from neurons.batches import TokenBatch
 from neurons.errors import BrocaError
+from neurons.offload import execution_device
 from neurons.recording import forward
 from neurons.self_check import example_ids
 
@@ -160,7 +161,7 @@ def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.T
     Returns:
         [n, d], which ``neurons.sites.logits`` takes.
     """
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     ids = torch.zeros(len(vectors), 1, dtype=torch.int64, device=device)
     seen = torch.ones_like(ids, dtype=torch.bool)
     batch = TokenBatch(ids, seen, seen)
@@ -176,7 +177,7 @@ def starts_in_the_middle(model: Any, anatomy: Anatomy) -> bool:
 
     It does not where layers hand each other more than hidden states, as where they share keys and values.
     """
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     ids = example_ids(model.config.get_text_config().vocab_size, device)
     seen = torch.ones_like(ids, dtype=torch.bool)
     batch = TokenBatch(ids, seen, seen)

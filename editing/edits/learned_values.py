@@ -30,8 +30,9 @@ import torch
 
 from editing.edits.crossings import Crossing, crossing_batch, crossings, openings_and_rests
 from editing.plan import ModuleEdit, Plan, make_plan
-from neurons.batches import TokenBatch, block_length, tokens_a_batch
+from neurons.batches import TokenBatch, block_length
 from neurons.errors import BrocaError, UsageError
+from neurons.memory import batches_for
 from neurons.next_token import token_losses
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
@@ -200,7 +201,7 @@ def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[TokenBatch]:
     """Rows in order, as many at a time as the memory holds with their gradients."""
     most = min(LONGEST, block_length(loaded.model))
     longest = min(most, max(len(row.ids) for row in rows))
-    at_once = max(1, tokens_a_batch(loaded, backward=True) // longest)
+    at_once = max(1, batches_for(loaded, True, longest)[0] // longest)
     return [crossing_batch(rows[i : i + at_once], most) for i in range(0, len(rows), at_once)]
 
 
