@@ -159,7 +159,7 @@ class TextSums:
             if self.responses and at.shares is None:
                 self.responses[k][at.places, layer] = means.float().cpu()
             elif self.responses:
-                assert at.places is not None
+                assert at.places is not None and at.shares is not None
                 parts = (means.cpu() * at.shares[:, None]).float()
                 self.responses[k][:, layer].index_add_(0, at.places, parts)
 

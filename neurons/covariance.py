@@ -15,7 +15,7 @@ import torch
 from neurons.batches import TokenBatch
 from neurons.errors import BrocaError
 from neurons.gram import Gram
-from neurons.memory import covariance_bytes, kept_bytes, room
+from neurons.memory import covariance_bytes, kept_bytes, most_room, room, solving_bytes
 from neurons.partial_forward import Kept, forward_between, starts_in_the_middle
 from neurons.recording import Progress
 from neurons.sites import Reader, Routed, reading
@@ -183,15 +183,26 @@ class _Sums:
 
 
 def _groups(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
-    """Places in order of their layers, as many together as memory has room for; a layer is never parted."""
+    """Places in order of their layers, as many together as memory has room for; a layer is never parted.
+
+    Raises:
+        BrocaError: one layer is more than is allowed.
+    """
     groups: list[dict[Place, torch.Tensor]] = []
+    solving = max(solving_bytes(len(index)) for index in units.values())
     left = 0
     for layer in sorted({layer for _, layer in units}):
         own = {place: index for place, index in units.items() if place[1] == layer}
         size = sum(covariance_bytes(len(index)) for index in own.values())
+        if size + solving > most_room(loaded):
+            raise BrocaError(
+                f"{loaded.name}: the covariances of layer {layer} and what is solved with them take "
+                f"{(size + solving) / 1e9:.1f} GB beside weights and libraries, and {most_room(loaded) / 1e9:.1f} GB are "
+                "left of what is allowed: allow more (--max-memory), or let the key use some neurons only (--neurons)"
+            )
         if not groups or size > left:
             groups.append({})
-            left = room(loaded)
+            left = room(loaded) - solving
         groups[-1].update(own)
         left -= size
     return groups

@@ -100,8 +100,9 @@ def record(
     def reader_of(site: str, layer: int) -> Reader:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             for collector in collectors.get(site, ()):
-                # Where activations are recomputed each site is passed twice, first without gradients.
-                if not recomputes or isinstance(collector, Attribution) == torch.is_grad_enabled():
+                # Where activations are recomputed each site in a layer is passed twice, first without gradients.
+                once = not recomputes or site == "block_out"
+                if once or isinstance(collector, Attribution) == torch.is_grad_enabled():
                     collector.add(layer, values, routed, current[0])
             if site == "mlp_out" and anatomy.experts > 1:
                 for collector in (c for some in collectors.values() for c in some):

@@ -46,7 +46,7 @@ from editing.weights import Weights
 from neurons.anatomy import BLOCKS
 from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
-from neurons.covariance import Moments, site_moments
+from neurons.covariance import Moments, each_moments, site_moments
 from neurons.errors import BrocaError, UsageError
 from neurons.neuron_set import NeuronSet
 from neurons.recording import Progress
@@ -55,7 +55,6 @@ from neurons.source import LoadedModel
 # Found on the demo model, English to French and German: from 3 on as far as the ceiling; more is more fluent
 # and does more to other languages.  Keys over heads too reach as far from 2 on (docs/keyed.md).
 STRENGTH = 3.5
-COVARIANCE_BYTES = 4 * 2**30
 
 Place = tuple[int, str]  # layer, block
 
@@ -171,12 +170,10 @@ def _independently(
     metadata: Mapping[str, Any],
     progress: Progress | None,
 ) -> Iterator[ModuleEdit]:
-    """Every module's edit from the unedited model, with as few passes as the covariances' memory allows."""
-    for group in _groups(units):
-        at_sites = {(f"{block}_in", layer): index for (layer, block), index in group.items()}
-        found = site_moments(loaded, batches, at_sites, progress)
-        for layer, block in group:
-            yield _edit(loaded, batches, (layer, block), found[f"{block}_in", layer], wanted)
+    """Every module's edit from the unedited model, in the order of the layers."""
+    at_sites = {(f"{block}_in", layer): index for (layer, block), index in units.items()}
+    for (site, layer), moments in each_moments(loaded, batches, at_sites, progress):
+        yield _edit(loaded, batches, (layer, site.removesuffix("_in")), moments, wanted)
 
 
 def _jointly(
@@ -378,17 +375,3 @@ def _units(
             )
         units[layer, block] = index
     return units
-
-
-def _groups(units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
-    """Modules whose covariances fit in COVARIANCE_BYTES together: a pass over the text each."""
-    groups: list[dict[Place, torch.Tensor]] = []
-    room = 0
-    for place, index in units.items():
-        size = 8 * len(index) ** 2
-        if not groups or size > room:
-            groups.append({})
-            room = COVARIANCE_BYTES
-        groups[-1][place] = index
-        room -= size
-    return groups
