@@ -11,6 +11,7 @@ import torch
 
 from neurons.anatomy import Anatomy
 from neurons.batches import TOKENS_A_BATCH, TokenBatch, block_length, row_batches
+from neurons.embedded import require_embedded
 from neurons.errors import BrocaError, UsageError
 from neurons.prompts import Prompts, answer_token
 from neurons.recording import Progress, forward
@@ -47,7 +48,7 @@ def record_answers(
         Statistics with ``mlp_act:answer...`` or ``mlp_in:integrated`` [L, I, K], and the counts in ``prompts``.
 
     Raises:
-        UsageError: a prompt longer than the model's context.
+        UsageError: a prompt longer than the model's context, or with a token that it has no embedding of.
         BrocaError: a sum that is not finite, by layer.
     """
     anatomy, languages = loaded.anatomy, tuple(prompts.of)
@@ -55,8 +56,8 @@ def record_answers(
     name = f"{site}:{moment}"
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
     counts = torch.tensor([len(some) for some in prompts.of.values()])
-    for k, language in enumerate(languages):
-        rows, answers = _tokens(loaded, prompts, language)
+    tokens = [_tokens(loaded, prompts, language) for language in languages]
+    for k, (rows, answers) in enumerate(tokens):
         # Every step of the integral is a row of its own, and every expert has a place for every token.
         at_once = TOKENS_A_BATCH // (steps if moment == "integrated" else 1) // anatomy.experts
         for batch in row_batches(rows, uncounted=0, tokens_a_batch=at_once):
@@ -95,6 +96,7 @@ def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[
             raise UsageError(
                 f"language {language!r}: a prompt has {len(row)} tokens, and the model reads {longest}: shorten it"
             )
+        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedded)
         rows.append(row)
         answers.append(answer)
     return rows, torch.tensor(answers)

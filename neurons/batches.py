@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from neurons.corpus import Corpus
+from neurons.embedded import require_embedded
 from neurons.errors import UsageError
 from neurons.source import LoadedModel
 from neurons.start_tokens import start_tokens
@@ -186,12 +187,18 @@ def row_batches(
 def language_batches(
     loaded: LoadedModel, corpus: Corpus, tokens: int | None = None, tokens_a_batch: int | None = None
 ) -> dict[str, list[TokenBatch]]:
-    """Each language's texts, one a row."""
+    """Each language's texts, one a row.
+
+    Raises:
+        UsageError: a text with a token that the model has no embedding of.
+    """
     length = block_length(loaded.model)
-    return {
+    found = {
         language: text_batches(corpus.texts[language], loaded.tokenizer, length, tokens, tokens_a_batch)
         for language in corpus.languages
     }
+    _require_embedded(loaded, found)
+    return found
 
 
 def tokens_a_batch(loaded: LoadedModel, backward: bool) -> int:
@@ -232,14 +239,25 @@ def packed_corpus(
     tokens: int | None = None,
     tokens_a_batch: int | None = None,
 ) -> dict[str, list[TokenBatch]]:
-    """Each language's text in full blocks."""
+    """Each language's text in full blocks.
+
+    Raises:
+        UsageError: as ``packed_batches``, or a text with a token that the model has no embedding of.
+    """
     length = block_length(loaded.model, block)
-    return {
+    found = {
         language: packed_batches(
             corpus.non_empty(language), loaded.tokenizer, length, language, tokens, tokens_a_batch
         )
         for language in corpus.languages
     }
+    _require_embedded(loaded, found)
+    return found
+
+
+def _require_embedded(loaded: LoadedModel, found: Mapping[str, Sequence[TokenBatch]]) -> None:
+    highest = max((int(batch.ids.max()) for batches in found.values() for batch in batches), default=0)
+    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedded)
 
 
 def _groups(

@@ -81,6 +81,12 @@ class LoadedModel(ModelSource):
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    @property
+    def embedded(self) -> int:
+        """Rows of the embedding: a tokenizer may know more tokens, or fewer."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
 
 def locate(model: str) -> Path:
     """The local checkpoint directory of a hub id (downloaded where it is not cached) or a local path.
