@@ -68,6 +68,9 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     help="Questions to answer instead of openings of lines: .jsonl, .csv or .parquet with question_id and text, "
     "or a directory of them by language.",
 )
+@click.option(
+    "--no-chat", is_flag=True, help="Questions as plain text, not through the tokenizer's chat template."
+)
 @click.option("--judge", help="A model that judges relevance: hub id or directory.")
 @click.option(
     "--relevance",
@@ -114,6 +117,7 @@ def command(
     source: str,
     target: str,
     questions_path: Path | None,
+    no_chat: bool,
     judge: str | None,
     relevance: str,
     engine: str,
@@ -170,6 +174,10 @@ def command(
         raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
     if relevance == "judge" and judge is None:
         raise UsageError("--relevance judge needs a model: --judge MODEL")
+    if no_chat and questions_path is None:
+        raise UsageError(
+            "--no-chat is about questions, and openings of lines are plain text anyway: leave it out"
+        )
     if engine == "vllm":
         from editing.vllm_generation import require_vllm
 
@@ -231,6 +239,7 @@ def command(
             new_tokens=new_tokens,
             temperature=temperature,
             questions=asked,
+            chat=not no_chat,
             scorer=scorer,
             write=writer,
         )

@@ -109,6 +109,12 @@ class LoadedModel(ModelSource):
         """Where a batch is put: that of the embeddings, wherever the layers compute."""
         return execution_device(self.model.get_input_embeddings())
 
+    @property
+    def embedded(self) -> int:
+        """Rows of the embedding: a tokenizer may know more tokens, or fewer."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
 
 def locate(model: str) -> Path:
     """The local checkpoint directory of a hub id (downloaded where it is not cached) or a local path.
