@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from neurons.errors import NotFiniteError
+from neurons.not_finite import explained
 from neurons.source import LoadedModel
 
 PROMPTS_A_BATCH = 64
@@ -56,6 +58,9 @@ def generate(
         new_tokens: at most so many.
         temperature: 0 takes the likeliest token always.
         seed: of the sampling; the same seed, prompts and weights give the same text.
+
+    Raises:
+        BrocaError: a likelihood that is not finite.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -77,12 +82,13 @@ def generate(
             for i, row in enumerate(rows):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
-            with torch.no_grad(), _plain_settings(model):
+            with explained(loaded), torch.no_grad(), _plain_settings(model):
                 output = model.generate(
                     input_ids=ids.to(loaded.device),
                     attention_mask=mask.to(loaded.device),
                     max_new_tokens=new_tokens,
                     pad_token_id=padding,
+                    logits_processor=[_require_numbers],
                     **sampling,
                 )
             ends = model.generation_config.eos_token_id
@@ -91,6 +97,13 @@ def generate(
                 kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
                 found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
     return found
+
+
+def _require_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest of NaNs would be taken for a token like any other."""
+    if bool(logits.isnan().any()):
+        raise NotFiniteError("the likelihood of the next token")
+    return logits
 
 
 def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:

@@ -9,6 +9,7 @@ import torch
 
 from neurons.batches import TokenBatch
 from neurons.errors import BrocaError
+from neurons.not_finite import not_finite
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
@@ -124,7 +125,5 @@ def site_moments(
         of_start = torch.zeros(1) if start is None else start
         if not bool(torch.isfinite(found[place].covariance).all() & torch.isfinite(of_start).all()):
             site, layer = place
-            raise BrocaError(
-                f"{loaded.name}: layer {layer}, {site}: activations that are not finite: load it in float32"
-            )
+            raise not_finite(loaded, f"{site} in layer {layer}")
     return found
