@@ -34,6 +34,11 @@ class Moments:
     covariance: torch.Tensor
     start: torch.Tensor | None = None
 
+    @property
+    def silent(self) -> bool:
+        """Whether every unit is 0 on every token: of a dead layer, or of neurons that never fire."""
+        return not bool(self.mean.any() | self.covariance.any())
+
 
 def language_moments(
     loaded: LoadedModel,
@@ -96,7 +101,10 @@ def site_moments(
     def reader_of(place: tuple[str, int], index: torch.Tensor) -> Reader:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             if routed is not None:
-                raise BrocaError("the covariance of experts' neurons is not taken: choose a dense model")
+                raise BrocaError(
+                    f"{loaded.anatomy.model_type}: each expert's neurons see other tokens, so they have no covariance "
+                    "in common: read attn_in"
+                )
             rows = values.detach()[current["counted"]].double()[:, index]
             sums[place][:, k] += rows.sum(0)
             squares[place].addmm_(rows.T, rows)
