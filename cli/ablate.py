@@ -13,14 +13,17 @@ import click
 from cli.command_line import command_line, loaded_as
 from cli.corpora import read
 from cli.options import (
+    FINITE,
     IN_FILE,
     OUT_FILE,
     CommaSeparated,
     Shares,
+    bits_asked,
     corpus_options,
     device_options,
     json_option,
     model_argument,
+    quantised_options,
 )
 from cli.screen import Screen
 
@@ -72,9 +75,10 @@ if TYPE_CHECKING:
 @click.option(
     "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the texts."
 )
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Of the intervals.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all draws.")
 @device_options
+@quantised_options
 @click.option("--picture", type=OUT_FILE, help="File for a heat map of the matrices (.png or .svg).")
 @click.option("--dose-picture", type=OUT_FILE, help="File for the dose curves (.png or .svg).")
 @click.option("--out", type=OUT_FILE, help="File for the study (.json); unfinished work is kept beside it.")
@@ -133,7 +137,7 @@ def command(**options: Any) -> None:
     if asked.statistics is not None:
         inputs.append(file_read("--statistics", asked.statistics))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with _bar(screen) as progress:
         study = ablation_study(
             loaded,

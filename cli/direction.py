@@ -9,14 +9,18 @@ import click
 
 from cli.corpora import read
 from cli.options import (
+    FINITE,
     IN_DIRECTORY,
     IN_PATH,
     LANGUAGE,
     OUT_FILE,
     PARTS,
     CommaSeparated,
+    bits_asked,
     device_options,
     json_option,
+    numbers_set,
+    quantised_options,
 )
 from cli.screen import Screen
 from cli.tables import direction_table
@@ -51,7 +55,7 @@ LIST = "list"
 )
 @click.option(
     "--winsorise",
-    type=float,
+    type=FINITE,
     metavar="Q",
     help="Clip each coordinate of the texts' means to its quantiles 1-Q to Q before averaging, as 0.995.",
 )
@@ -72,6 +76,7 @@ LIST = "list"
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @device_options
+@quantised_options
 @click.option("--out", type=OUT_FILE, help="File for the direction (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
@@ -97,10 +102,10 @@ def command(**options: Any) -> None:
 
     method_of(asked.method)
     _require(asked)
-    settings = _settings(asked)
+    settings = numbers_set(asked.assignments, "penalty=0.1")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with screen.progress("Recording the direction", None, "tokens") as advance:
         found = direction_of(
             loaded,
@@ -135,20 +140,6 @@ def _require(asked: SimpleNamespace) -> None:
             raise UsageError(f"--{name} is missing: {what}")
     if asked.model is None:
         raise UsageError("name the MODEL: a hub id or a directory")
-
-
-def _settings(asked: SimpleNamespace) -> dict[str, float]:
-    """``--set name=value`` as numbers."""
-    from neurons.errors import UsageError
-
-    found = {}
-    for assignment in asked.assignments:
-        name, _, value = assignment.partition("=")
-        try:
-            found[name.strip().replace("-", "_")] = float(value)
-        except ValueError as error:
-            raise UsageError(f"--set {assignment}: write a name and a number, as penalty=0.1") from error
-    return found
 
 
 def _autoencoders(asked: SimpleNamespace) -> list[Autoencoder]:

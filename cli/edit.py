@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -241,9 +242,11 @@ def _finite(name: str, value: str | None) -> None:
     if value is None:
         return
     try:
-        float(value)
-    except ValueError as error:
-        raise UsageError(f"{_spelled(name)} {value}: give a number") from error
+        finite = math.isfinite(float(value))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise UsageError(f"{_spelled(name)} {value}: give a finite number")
 
 
 def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:

@@ -18,6 +18,7 @@ from cli.options import (
     IN_PATH,
     LANGUAGE,
     CommaSeparated,
+    FiniteRange,
     Shares,
     corpus_options,
     device_options,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from editing.questions import Questions
     from editing.relevance import Scorer
     from editing.vllm_generation import VllmWriter
+    from neurons.corpus import Corpus
     from neurons.source import LoadedModel
 
 RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
@@ -93,7 +95,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="0 takes the likeliest token always.  [default: 0.7; 0 with --questions]",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -136,15 +138,16 @@ def command(
           --source en --target fr --out methods.json
     """
     from editing.evaluation import Evaluation
-    from editing.generation import TEMPERATURE
+    from editing.generation import TEMPERATURE, check_samples
     from editing.language_id import check_languages
-    from editing.live import applied, exchanged
+    from editing.live import applied
     from editing.origin import file_read, measured_by, model_read, processor, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
+    from editing.weight_exchange import exchange
     from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import Corpus, read_corpus
+    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
 
@@ -179,6 +182,8 @@ def command(
         ways = ways_named(methods)
     if temperature is None:
         temperature = TEMPERATURE if questions_path is None else 0.0
+    # Before minutes are spent on loading.
+    check_samples(samples, temperature)
     questions = None if questions_path is None else read_questions(questions_path, source)
     corpora = {
         name: read_corpus(corpus_path, languages, name)
@@ -195,13 +200,17 @@ def command(
     if questions is not None:
         inputs.append({"option": "--questions", "file": str(questions_path), "digest": questions.digest})
     judging = None if judge is None else load_model(judge, device, dtype)
-    other = None if against is None else load_model(against, device, dtype)
+    # Left on disk: what differs is exchanged in the one model that is in memory.
+    other = None if against is None else load_model(against, dtype=dtype, max_memory=0)
+    with_others = None if other is None else exchange(loaded, other)
     inputs += [
         model_read(option, one)
         for option, one in (("--against", other), ("--judge", judging))
         if one is not None
     ]
-    scorer = _scorer(relevance, loaded, judging, reported, questions, source, target, prompts)
+    # The same scorer on the text that is chosen on and on that which is reported.
+    measured = [reported] if methods is None else [corpora["choose"], reported]
+    scorer = _scorer(relevance, loaded, judging, measured, questions, source, target, prompts)
     repeats = command_line(
         methods=tuple(ways) or None,
         languages=languages or reported.languages,
@@ -216,11 +225,11 @@ def command(
             corpus,
             source,
             target,
-            samples,
-            prompts,
-            seed,
-            new_tokens,
-            temperature,
+            samples=samples,
+            most_prompts=prompts,
+            seed=seed,
+            new_tokens=new_tokens,
+            temperature=temperature,
             questions=asked,
             scorer=scorer,
             write=writer,
@@ -316,9 +325,9 @@ def command(
             steering, name = _both(partial(applied, loaded, plan), writing_steered), "edited"
             outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
             advance(1)
-        elif other is not None:
-            exchange = _both(partial(exchanged, loaded, other), writing_steered)
-            outcomes.append(measuring.measure("against", exchange, kl=True, others=others))
+        elif with_others is not None:
+            steering = _both(with_others, writing_steered)
+            outcomes.append(measuring.measure("against", steering, kl=True, others=others))
             advance(1)
     value = told(measuring, outcomes, writer)
     write_atomically(out, json_bytes(value))
@@ -371,7 +380,7 @@ def _scorer(
     relevance: str,
     loaded: LoadedModel,
     judge: LoadedModel | None,
-    corpus: Any,
+    measured: list[Corpus],
     questions: Questions | None,
     source: str,
     target: str,
@@ -387,7 +396,7 @@ def _scorer(
         return JudgeScorer(judge)
     if relevance == "auto":
         referenced = (
-            all(one.reference for one in openings(corpus, source, target, prompts))
+            all(one.reference for corpus in measured for one in openings(corpus, source, target, prompts))
             if questions is None
             else all(one.reference is not None for one in questions.of[source])
         )

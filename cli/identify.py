@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.corpora import read
-from cli.options import IN_DIRECTORY, IN_FILE, OUT_FILE, PARTS, CommaSeparated, device_options, json_option
+from cli.options import (
+    FINITE,
+    IN_DIRECTORY,
+    IN_FILE,
+    OUT_FILE,
+    PARTS,
+    CommaSeparated,
+    bits_asked,
+    device_options,
+    json_option,
+    numbers_set,
+    quantised_options,
+)
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -43,15 +55,15 @@ MOST_LAYERS_SHOWN = 12
 @click.option(
     "--method", default="gradient-contrast", show_default=True, help="One of `broca identify --method list`."
 )
-@click.option("--top-rate", type=float, help="Share of all neurons kept.  [default: the method's own]")
+@click.option("--top-rate", type=FINITE, help="Share of all neurons kept.  [default: the method's own]")
 @click.option(
     "--scope", type=click.Choice(["language", "global"]), help="Best neurons of each language, or of all."
 )
 @click.option(
     "--ends", type=click.Choice(["top", "bottom", "both"]), help="Largest scores, smallest or both."
 )
-@click.option("--threshold", type=float, help="Only scores of at least this.")
-@click.option("--min-exclusivity", type=float, help="Least share of its language in what a neuron does.")
+@click.option("--threshold", type=FINITE, help="Only scores of at least this.")
+@click.option("--min-exclusivity", type=FINITE, help="Least share of its language in what a neuron does.")
 @click.option("--layers", help="Only these, as 1-3 or 1,2,5.  [default: all]")
 @click.option("--kinds", type=CommaSeparated(), help="Only these of specific,related,general.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
@@ -59,6 +71,7 @@ MOST_LAYERS_SHOWN = 12
 @click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
 @click.option("--block", type=int, help="Tokens a block.  [default: the model's context, at most 2048]")
 @device_options
+@quantised_options
 @click.option("--out", type=OUT_FILE, help="File for the neuron set (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
@@ -87,6 +100,7 @@ def command(**options: Any) -> None:
     if asked.out is None:
         raise UsageError("--out is missing: name the file for the neuron set")
     _refuse_foreign(asked, method)
+    asked.settings = _settings(asked, method)
     if method.score is None:
         found = _control(screen, asked, method)
     elif asked.statistics is not None:
@@ -113,7 +127,7 @@ def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
         raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     require_parallel(asked.method, corpus)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with screen.progress("Recording activations", None, "tokens") as advance:
         return identify(
             loaded,
@@ -123,7 +137,7 @@ def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
             asked.tokens,
             asked.block,
             advance,
-            _settings(asked),
+            asked.settings,
             _selection(asked),
             asked.out,
         )
@@ -134,7 +148,7 @@ def _from_statistics(asked: SimpleNamespace) -> NeuronSet:
     from neurons.statistics import load_statistics
 
     statistics = load_statistics(asked.statistics)
-    return neurons_from(statistics, asked.method, asked.top_rate, _settings(asked), _selection(asked))
+    return neurons_from(statistics, asked.method, asked.top_rate, asked.settings, _selection(asked))
 
 
 def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
@@ -147,7 +161,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
         for path in (asked.prompts, asked.control, asked.recognition)
     )
     require_prompts(asked.method, prompts, control)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with screen.progress("Tracing answers", None, "prompts") as advance:
         return identify_by_prompts(
             loaded,
@@ -156,7 +170,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
             control,
             recognition,
             asked.top_rate,
-            _settings(asked),
+            asked.settings,
             _selection(asked),
             advance,
         )
@@ -197,7 +211,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
             f"--method {asked.method} needs to know how active neurons are: give MODEL and --corpus, or --statistics"
         )
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:
         statistics = record_corpus(
@@ -237,19 +251,10 @@ def _refuse_foreign(asked: SimpleNamespace, method: Method) -> None:
             raise UsageError(f"{option} means nothing to {where}: leave it out")
 
 
-def _settings(asked: SimpleNamespace) -> dict[str, Any]:
-    """``--set name=value`` as numbers."""
-    from neurons.errors import UsageError
-
-    found = {}
-    for assignment in asked.assignments:
-        name, equals, value = assignment.partition("=")
-        try:
-            found[name.strip().replace("-", "_")] = float(value)
-        except ValueError as error:
-            raise UsageError(f"--set {assignment}: write a name and a number, as filter_rate=0.9") from error
-        if not equals:
-            raise UsageError(f"--set {assignment}: write a name and a number, as filter_rate=0.9")
+def _settings(asked: SimpleNamespace, method: Method) -> dict[str, float]:
+    """``--set name=value``, refused before any text is read where the method does not know it."""
+    found = numbers_set(asked.assignments, "filter_rate=0.9")
+    method.require_settings(found)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,37 @@ class Finite(click.ParamType[float]):
 
 
 FINITE = Finite()
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; click's own takes NaN to lie in every range."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        return float(super().convert(FINITE.convert(value, param, ctx), param, ctx))
+
+
+def numbers_set(assignments: Sequence[str], example: str) -> dict[str, float]:
+    """``--set name=value`` as numbers.
+
+    Raises:
+        UsageError: no name, no finite number, or a name twice.
+    """
+    from neurons.errors import UsageError
+
+    found: dict[str, float] = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        name = name.strip().replace("-", "_")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not name or not math.isfinite(number):
+            raise UsageError(f"--set {assignment}: write a name and a number that is finite, as {example}")
+        if name in found:
+            raise UsageError(f"--set {assignment}: {name} is given twice")
+        found[name] = number
+    return found
 
 
 class InPath(click.ParamType[Path]):
@@ -159,13 +190,17 @@ class Many(click.Command):
         }
         spread: list[str] = []
         repeated = None  # the option whose further values come next
+        named = False  # whether its name has just been read: what follows is a value, whatever it looks like
         for i, argument in enumerate(args):
-            if argument == "--":
+            if named:
+                named = False
+            elif argument == "--":
                 spread += args[i:]
                 break
-            if argument.startswith("-"):
+            elif argument.startswith("-"):
                 repeated = argument if argument in many else None
-            elif repeated is not None and spread[-1] != repeated:
+                named = repeated is not None
+            elif repeated is not None:
                 spread.append(repeated)
             spread.append(argument)
         return super().parse_args(ctx, spread)
@@ -220,6 +255,30 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
     )(command)
+
+
+def quantised_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_in_4bit`` and ``load_in_8bit``, for commands that only read activations (``bits_asked``)."""
+    for bits in (8, 4):
+        command = click.option(
+            f"--load-in-{bits}bit",
+            is_flag=True,
+            help=f"Quantise the linear modules' weights to {bits} bits on loading (bitsandbytes).",
+        )(command)
+    return command
+
+
+def bits_asked(asked: Any) -> int | None:
+    """What ``load_model`` takes as ``bits``, from the values of ``quantised_options``.
+
+    Raises:
+        UsageError: both were asked for.
+    """
+    from neurons.errors import UsageError
+
+    if asked.load_in_4bit and asked.load_in_8bit:
+        raise UsageError("--load-in-4bit and --load-in-8bit cannot both be: give one")
+    return 4 if asked.load_in_4bit else 8 if asked.load_in_8bit else None
 
 
 def out_option(what: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

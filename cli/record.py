@@ -10,11 +10,13 @@ import click
 from cli.corpora import read
 from cli.options import (
     CommaSeparated,
+    bits_asked,
     corpus_options,
     device_options,
     json_option,
     model_argument,
     out_option,
+    quantised_options,
 )
 from cli.screen import Screen
 
@@ -42,6 +44,7 @@ DEFAULT = ("lape", "lape-general", "random-matched")
     "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
 )
 @device_options
+@quantised_options
 @out_option("File for the statistics (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
@@ -70,7 +73,7 @@ def command(**options: Any) -> None:
     names = (*readable, "random-matched") if asked.methods == ("all",) else asked.methods
     moments, reads = moments_of(tuple(names))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
     with screen.progress("Recording", None, "tokens") as advance:
         statistics = record_corpus(
             loaded,

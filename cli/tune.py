@@ -15,6 +15,7 @@ from cli.options import (
     IN_DIRECTORY,
     LANGUAGE,
     CommaSeparated,
+    FiniteRange,
     device_options,
     json_option,
     model_argument,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
-REPORTED_SAMPLES = 2  # continuations a prompt, at least
+SAMPLES = 2  # continuations a prompt; of what is reported, at least
 
 
 @click.command("tune")
@@ -66,7 +67,9 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
     "--prompts", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many a trial."
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Continuations a prompt."
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Continuations a prompt.  [default: 2; 1 at temperature 0]",
 )
 @click.option(
     "--lines",
@@ -76,17 +79,17 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
     help="Of each third language, read in a trial.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True)
+@click.option("--temperature", type=FiniteRange(min=0), default=0.7, show_default=True)
 @click.option(
-    "--goal-share", type=click.FloatRange(min=0, min_open=True), default=0.95, show_default=True,
+    "--goal-share", type=FiniteRange(min=0, min_open=True), default=0.95, show_default=True,
     help="Of what the model reaches on target prompts, at least.",
 )  # fmt: skip
 @click.option(
-    "--goal-gap", type=click.FloatRange(min=0, min_open=True), default=0.3, show_default=True,
+    "--goal-gap", type=FiniteRange(min=0, min_open=True), default=0.3, show_default=True,
     help="Fluency gap, nats a token, at most.",
 )  # fmt: skip
 @click.option(
-    "--goal-rise", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True,
+    "--goal-rise", type=FiniteRange(min=0, min_open=True), default=0.05, show_default=True,
     help="NLL rise of any third language, nats a token, at most.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -107,6 +110,7 @@ def command(**options: Any) -> None:
           --source en --target fr --out tuned
     """
     from editing.directions.diffmean import diffmean_direction
+    from editing.generation import check_samples
     from editing.language_id import check_languages
     from editing.live import applied
     from editing.origin import measured_by, processor, texts_read
@@ -120,6 +124,9 @@ def command(**options: Any) -> None:
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
+    if asked.samples is None:
+        asked.samples = 1 if asked.temperature == 0 else SAMPLES
+    check_samples(asked.samples, asked.temperature)
     check_methods(asked.methods)
     _require_own_directory(asked.out, STUDY)
     corpora = {part: read_corpus(asked.corpus_path, asked.languages, part) for part in PARTS}
@@ -137,12 +144,12 @@ def command(**options: Any) -> None:
         corpora["choose"],
         asked.source,
         asked.target,
-        asked.prompts,
-        asked.samples,
-        asked.lines,
-        asked.seed,
-        asked.new_tokens,
-        asked.temperature,
+        prompts=asked.prompts,
+        samples=asked.samples,
+        lines=asked.lines,
+        seed=asked.seed,
+        new_tokens=asked.new_tokens,
+        temperature=asked.temperature,
     )
     search = Search(
         scoring,
@@ -163,7 +170,9 @@ def command(**options: Any) -> None:
         raise click.exceptions.Abort
     if ended:
         screen.stage("confirm", "...")
-    trials = confirmed(search, seeds=[asked.seed + 1, asked.seed + 2]) if ended else search.trials
+    # Without sampling, another seed writes the same again.
+    seeds = [] if asked.temperature == 0 else [asked.seed + 1, asked.seed + 2]
+    trials = confirmed(search, seeds=seeds) if ended else search.trials
     choice = choose(trials, goals, scoring.ceiling)
     plan = search.plan(choice.trial)
     outcomes, ceiling = _measured(screen, asked, loaded, corpora["report"], plan) if ended else ([], None)
@@ -175,7 +184,9 @@ def command(**options: Any) -> None:
         "packages": measured_by("optuna"),
         "processor": processor(loaded.device),
         "command": command_line(
-            languages=asked.languages or corpora["report"].languages, **loaded_as(loaded)
+            languages=asked.languages or corpora["report"].languages,
+            samples=asked.samples,
+            **loaded_as(loaded),
         ),
         "finished": ended,
     }
@@ -229,11 +240,11 @@ def _measured(
             corpus,
             asked.source,
             asked.target,
-            max(asked.samples, REPORTED_SAMPLES),
-            asked.prompts,
-            asked.seed,
-            asked.new_tokens,
-            asked.temperature,
+            samples=asked.samples if asked.temperature == 0 else max(asked.samples, SAMPLES),
+            most_prompts=asked.prompts,
+            seed=asked.seed,
+            new_tokens=asked.new_tokens,
+            temperature=asked.temperature,
         )
         advance(1)
         details = {

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from neurons.errors import NotFiniteError
+from neurons.errors import NotFiniteError, UsageError
 from neurons.not_finite import explained
 from neurons.source import LoadedModel
+from neurons.start_tokens import start_tokens
 
 PROMPTS_A_BATCH = 64
 TEMPERATURE = 0.7
@@ -53,7 +54,7 @@ def generate(
 
     Args:
         loaded: the model, edited or steered as the caller likes.
-        prompts: texts are read as they are, after the beginning-of-sequence token where there is one;
+        prompts: texts are read as they are, after the tokenizer's start tokens where it adds any;
             token ids are read with nothing before them (a chat template has put its own there).
         new_tokens: at most so many.
         temperature: 0 takes the likeliest token always.
@@ -106,9 +107,22 @@ def _require_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def check_samples(samples: int, temperature: float) -> None:
+    """Refuse several answers a prompt where the likeliest token is always taken: they are one, counted again.
+
+    Raises:
+        UsageError: more than one sample at temperature 0.
+    """
+    if samples > 1 and temperature == 0:
+        raise UsageError(
+            f"{samples} samples a prompt at temperature 0 are the same answer {samples} times: take 1, or a "
+            f"temperature above 0 such as {TEMPERATURE}"
+        )
+
+
 def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """The tokens of each prompt: a text's after the beginning-of-sequence token, or those given."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    """The tokens of each prompt: a text's after the start tokens, or those given."""
+    start = [*start_tokens(tokenizer)]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     of_texts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     return [start + next(of_texts) if isinstance(prompt, str) else list(prompt) for prompt in prompts]

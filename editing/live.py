@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from editing.rounding import round_once
 from editing.tensor_edits import check_shape
 from editing.weights import Weights
 from neurons.errors import BrocaError
+from neurons.offload import has_offloaded, replaced, with_bias
 from neurons.source import LoadedModel
 from neurons.tensor_files import read_tensor
 
@@ -25,12 +25,14 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
     disk and rounded to their stored dtype.  None applies nothing.
 
     Raises:
-        BrocaError: the plan was made for another model or names a layer that this one lacks.
+        BrocaError: the plan was made for another model or names a layer that this one lacks, or the model's
+            weights are quantised.
     """
     if plan is None:
         yield
         return
     loaded.require_fingerprint(plan.metadata, "the plan")
+    loaded.require_exact("an edit")
     weights = Weights(loaded)
     with ExitStack() as undo:
         for edit in plan.edits:
@@ -45,7 +47,11 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
 def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo: ExitStack) -> None:
     pieces = weights.pieces(edit.layer, edit.block)
     check_shape(edit, pieces, loaded.anatomy.residual)
-    live = loaded.anatomy.output_weight(edit.layer, edit.block)
+    module, name = loaded.anatomy.outputs[edit.block][edit.layer], loaded.anatomy.parameter_name(edit.block)
+    elsewhere = has_offloaded(module)
+    live = loaded.anatomy.weight_values(edit.layer, edit.block)
+    if elsewhere:
+        live = live.clone()
     for piece, entry in pieces:
         # Of a mixture's experts, only those that change need a second copy.
         if not edit.changes(piece.columns):
@@ -53,45 +59,23 @@ def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo:
         stored = weights.read_piece(piece, entry)
         edited = edit.rounded(stored, 0, piece.columns.start).stored
         own = loaded.anatomy.columns(edit.block, live, piece.columns)
-        undo.callback(own.copy_, own.clone())
+        if not elsewhere:
+            undo.callback(own.copy_, own.clone())
         own.copy_(edited)
+    if elsewhere:
+        undo.enter_context(replaced(module, name, loaded.anatomy.oriented(edit.block, live)))
 
 
 def _apply_bias(
     loaded: LoadedModel, weights: Weights, edit: ModuleEdit, bias: torch.Tensor, undo: ExitStack
 ) -> None:
-    own = loaded.anatomy.output_bias(edit.layer, edit.block)
     entry = weights.bias(edit.layer, edit.block)
-    if own is not None and entry is not None:
+    module = loaded.anatomy.outputs[edit.block][edit.layer]
+    if entry is not None:
         stored = read_tensor(entry)
-        undo.callback(own.copy_, own.clone())
-        own.copy_(round_once(stored.double() + bias.double(), stored.dtype))
+        edited = round_once(stored.double() + bias.double(), stored.dtype)
+        undo.enter_context(replaced(module, "bias", edited))
         return
     weights.switched_biases(edit.block)  # refuses a model whose checkpoint could not hold it
-    module: Any = loaded.anatomy.outputs[edit.block][edit.layer]
     rounded = round_once(bias.double(), weights.stored_dtype(edit.layer, edit.block))
-    undo.callback(setattr, module, "bias", None)
-    module.bias = torch.nn.Parameter(rounded.to(module.weight), requires_grad=False)
-
-
-@contextmanager
-def exchanged(loaded: LoadedModel, other: LoadedModel) -> Iterator[None]:
-    """The model computes with another's weights inside the block and with its own after it.
-
-    Raises:
-        BrocaError: the two do not have the same parameters.
-    """
-    theirs = dict(other.model.named_parameters())
-    ours = dict(loaded.model.named_parameters())
-    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise BrocaError(
-            f"{other.name} and {loaded.name} do not have the same weights, so cannot be compared"
-        )
-    kept = {name: parameter.data for name, parameter in ours.items()}
-    try:
-        for name, parameter in ours.items():
-            parameter.data = theirs[name].data.to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for name, parameter in ours.items():
-            parameter.data = kept[name]
+    undo.enter_context(with_bias(module, rounded))

@@ -32,12 +32,12 @@ from editing.edits.keyed import require_common_inputs
 from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
-from editing.live import exchanged
 from editing.origin import measured_by, processor, texts_read
 from editing.plan import load_plan
 from editing.recipe import LEARNED, Recipe
 from editing.report import Report, report_files, report_from_json
 from editing.stages import RUNS, UNCHANGED, Stages, digest
+from editing.weight_exchange import exchange
 from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
 from neurons.errors import UsageError
@@ -314,16 +314,15 @@ class _Run:
         direction = load_direction(self.out / f"direction-{target}.safetensors")
         chosen = json.loads((self.out / f"choice-{target}.json").read_text(encoding="utf-8"))["chosen"]
         plan = load_plan(self.out / f"checkpoint-{target}" / PLAN_IN_CHECKPOINT)
-        exported = load_model(str(self.out / f"checkpoint-{target}"), self.recipe.device, self.recipe.dtype)
+        # Left on disk: one model in memory is enough.
+        exported = load_model(str(self.out / f"checkpoint-{target}"), dtype=self.recipe.dtype, max_memory=0)
         ways = [hook_candidate(self.loaded, direction, **chosen[HOOK])]
         notes = []
         if STEER2EDIT in chosen:
             ways.append(steer2edit_candidate(self.loaded, direction, **chosen[STEER2EDIT]))
         else:
             notes.append("Steer2Edit: none of the published settings changes anything in this model.")
-        ways.append(
-            Candidate(KEYED, plan.metadata["settings"], plan, partial(exchanged, self.loaded, exported))
-        )
+        ways.append(Candidate(KEYED, plan.metadata["settings"], plan, exchange(self.loaded, exported)))
         with self.screen.progress(
             f"Measuring {self.recipe.source} to {target}", len(ways) + 1, "ways"
         ) as advance:

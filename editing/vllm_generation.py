@@ -233,7 +233,7 @@ def _room(checkpoint: Path, tokenizer: Any, tokens: int) -> int:
     """For texts of how many tokens an engine starts: memory for those asked, and some for longer ones to come."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint).get_text_config()
+    config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config()
     # A model that does not say how much it reads may read no more than is asked.
     longest: int = getattr(config, "max_position_embeddings", None) or tokens
     return max(tokens, min(max(ROOM, 2 * tokens), longest, int(tokenizer.model_max_length)))
@@ -261,7 +261,7 @@ def _dtype(checkpoint: Path, dtype: str) -> str:
         return dtype
     if pick_device().type == "cpu":
         return "float32"
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     stored = config.get_text_config().dtype or config.dtype
     return "auto" if stored is None else str(stored).removeprefix("torch.")
 
@@ -273,7 +273,7 @@ def _end_tokens(checkpoint: Path, tokenizer: Any) -> list[int]:
     if (checkpoint / "generation_config.json").is_file():
         advised = transformers.GenerationConfig.from_pretrained(checkpoint).eos_token_id
     else:
-        config = transformers.AutoConfig.from_pretrained(checkpoint)
+        config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         advised = transformers.GenerationConfig.from_model_config(config).eos_token_id
     found = tokenizer.eos_token_id if advised is None else advised
     return sorted(found if isinstance(found, list) else [] if found is None else [found])

@@ -23,7 +23,7 @@ What differs between families is in ``neurons.layouts``.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch import nn
 from neurons.errors import BrocaError
 from neurons.examination import examine
 from neurons.layouts import LAYOUTS, Layout, StoredForm
+from neurons.offload import parameter_value
 
 SITES = ("mlp_act", "mlp_up", "mlp_in", "attn_in", "mlp_out", "attn_out", "block_out")
 # Sites that each expert of a mixture has of its own.
@@ -136,9 +137,12 @@ class Anatomy:
 
     def output_parameter(self, layer: int, block: str) -> nn.Parameter:
         """The parameter that holds W, shaped as the model has it."""
-        name = self.layout.outputs[block].rpartition(".")[2] if self._fused(block) else "weight"
-        found: nn.Parameter = getattr(self.outputs[block][layer], name)
+        found: nn.Parameter = getattr(self.outputs[block][layer], self.parameter_name(block))
         return found
+
+    def parameter_name(self, block: str) -> str:
+        """What the module in ``outputs`` calls the parameter that holds W."""
+        return self.layout.outputs[block].rpartition(".")[2] if self._fused(block) else "weight"
 
     def oriented(self, block: str, tensor: torch.Tensor) -> torch.Tensor:
         """A view [d, n], or [E, d, I] of fused experts, of a tensor shaped like the block's parameter."""
@@ -151,6 +155,12 @@ class Anatomy:
             [d, n]; for the MLP of a mixture [E, d, I].
         """
         return self.oriented(block, self.output_parameter(layer, block).data)
+
+    def weight_values(self, layer: int, block: str) -> torch.Tensor:
+        """W as ``output_weight`` has it, to be read alone: of an offloaded module, from where it waits;
+        of a quantised one, what its numbers stand for."""
+        module = self.outputs[block][layer]
+        return self.oriented(block, parameter_value(module, self.parameter_name(block)))
 
     def output_bias(self, layer: int, block: str) -> torch.Tensor | None:
         """The bias [d] of a block's output module as a view of the live parameter; None where it has none.
@@ -349,6 +359,36 @@ def assembled(
     """
     if not blocks:
         raise BrocaError(f"{model_type} without layers: set their number in config.json")
+    return _measured(
+        Anatomy(
+            model_type=model_type,
+            layers=len(blocks),
+            residual=residual,
+            neurons=0,
+            heads=heads,
+            head_dim=head_dim,
+            experts=1,
+            expert_width=0,
+            gated=layout.up is not None,
+            layout=layout,
+            **_modules(layout, blocks),
+        )
+    )
+
+
+def in_model(anatomy: Anatomy, model: Any) -> Anatomy:
+    """The anatomy of the same model with other modules: one whose weights do not show their shapes.
+
+    Args:
+        anatomy: of the model as its config builds it.
+        model: the same, its linear modules quantised.
+    """
+    blocks = tuple(_submodule(model, anatomy.layout.layers).children())
+    return replace(anatomy, **_modules(anatomy.layout, blocks))
+
+
+def _modules(layout: Layout, blocks: tuple[nn.Module, ...]) -> dict[str, Any]:
+    """The modules of an Anatomy, by its fields."""
     paths = dict(layout.outputs)
     if layout.mixture is not None:
         paths["mlp"] = layout.gate
@@ -363,24 +403,7 @@ def assembled(
         if layout.mixture is None
         else tuple(_part(block, layout.mixture, layer) for layer, block in enumerate(blocks))
     )
-    found = Anatomy(
-        model_type=model_type,
-        layers=len(blocks),
-        residual=residual,
-        neurons=0,
-        heads=heads,
-        head_dim=head_dim,
-        experts=1,
-        expert_width=0,
-        gated=layout.up is not None,
-        blocks=blocks,
-        gates=gates,
-        ups=ups,
-        outputs=outputs,
-        mixtures=mixtures,
-        layout=layout,
-    )
-    return _measured(found)
+    return {"blocks": blocks, "gates": gates, "ups": ups, "outputs": outputs, "mixtures": mixtures}
 
 
 def _measured(anatomy: Anatomy) -> Anatomy:

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 import torch
 
 from neurons.anatomy import Anatomy
-from neurons.batches import TOKENS_A_BATCH, TokenBatch, block_length, row_batches
+from neurons.batches import TokenBatch, block_length, row_batches
 from neurons.errors import UsageError
+from neurons.memory import batches_for
+from neurons.next_token import token_losses
 from neurons.not_finite import not_finite
 from neurons.prompts import Prompts, answer_token
 from neurons.recording import Progress, forward
 from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
-from neurons.sites import Reader, Routed, expert_units, logits, reading
+from neurons.sites import Reader, Routed, expert_units, reading
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics
 
@@ -59,7 +61,8 @@ def record_answers(
     for k, language in enumerate(languages):
         rows, answers = _tokens(loaded, prompts, language)
         # Every step of the integral is a row of its own, and every expert has a place for every token.
-        at_once = TOKENS_A_BATCH // (steps if moment == "integrated" else 1) // anatomy.experts
+        fitting, _ = batches_for(loaded, True, max(map(len, rows)))
+        at_once = fitting // (steps if moment == "integrated" else 1) // anatomy.experts
         for batch in row_batches(rows, uncounted=0, tokens_a_batch=at_once):
             on_device = batch.to(loaded.device)
             wanted = answers[batch.line_numbers].to(loaded.device)
@@ -103,8 +106,7 @@ def _probability(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -
     """[rows]: the probability of each row's answer after its last token."""
     last = batch.attention.sum(1) - 1
     hidden = forward(loaded.model, batch)[torch.arange(len(last), device=last.device), last]
-    probabilities = logits(loaded.model, hidden).float().softmax(-1)
-    return probabilities.gather(1, wanted.to(hidden.device)[:, None])[:, 0]
+    return token_losses(loaded.model, hidden, wanted).neg().exp()
 
 
 def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> torch.Tensor:

@@ -32,11 +32,13 @@ class Reading:
         language: its number k.
         counted: bool [rows, length].
         places: int64 [rows], each text's place among the responses of its language; None where none are kept.
+        shares: float64 [rows], which part of its text a row is; None where each is a whole one.
     """
 
     language: int
     counted: torch.Tensor
     places: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
 
     @cached_property
     def _positions(self) -> torch.Tensor:
@@ -152,20 +154,20 @@ class TextSums:
                     if moment != "worst_rank"
                 },
             )
-            if self.responses:
+            if self.responses and at.shares is None:
                 self.responses[k][at.places, layer] = means.float().cpu()
+            elif self.responses:
+                assert at.places is not None
+                parts = (means.cpu() * at.shares[:, None]).float()
+                self.responses[k][:, layer].index_add_(0, at.places, parts)
 
     def _weight(self, layer: int, device: torch.device) -> torch.Tensor:
         """The length of each neuron's value, or 1 where the effect of the values is not in question."""
         if self.site != WEIGHTED_SITE:
             return torch.ones((), dtype=torch.float64, device=device)
         if layer not in self._lengths:
-            from accelerate.utils import align_module_device
-
-            # Of an offloaded layer the weights are not there until its module runs.
-            with align_module_device(self.anatomy.outputs["mlp"][layer]):
-                weight = self.anatomy.output_weight(layer, "mlp").detach()
-                self._lengths[layer] = weight.double().norm(dim=-2).flatten().to(device)
+            weight = self.anatomy.weight_values(layer, "mlp")
+            self._lengths[layer] = weight.double().norm(dim=-2).flatten().to(device)
         return self._lengths[layer]
 
 
@@ -185,8 +187,11 @@ class Attribution:
         total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
         positions = at.positions(routed, values.device)
 
+        # A hook that holds the values themselves holds their graph, which holds the hook: nothing would free it.
+        held = values.detach()
+
         def on_gradient(gradient: torch.Tensor) -> None:
-            add_tokens(values.detach() * gradient, positions, {"absolute": total})
+            add_tokens(held * gradient, positions, {"absolute": total})
 
         values.register_hook(on_gradient)
 

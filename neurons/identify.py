@@ -108,6 +108,7 @@ def identify_by_prompts(
         neurons=loaded.anatomy.neurons,
         experts=loaded.anatomy.experts,
         prompts={moment: some.digest for moment, some in given.items() if some is not None},
+        **loaded.told,
     )
     return neurons_from(statistics, method, top_rate, settings, selection)
 

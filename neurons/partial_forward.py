@@ -1,4 +1,4 @@
-"""Start a forward pass in the middle: the layers below are skipped, what they gave is kept from before.
+"""Start a forward pass in the middle, or stop it there: layers are skipped, what they gave is kept from before.
 
 No architecture is taken apart: the model runs as it is, with its own embeddings, masks and positions, and
 only the layers to skip have their ``forward`` exchanged for one that returns the hidden states kept.
@@ -7,7 +7,7 @@ only the layers to skip have their ``forward`` exchanged for one that returns th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from neurons.anatomy import Anatomy, first
 from neurons.batches import TokenBatch
 from neurons.errors import BrocaError
+from neurons.offload import execution_device
 from neurons.recording import forward
 from neurons.self_check import example_ids
 
@@ -100,6 +101,57 @@ def forward_from(
         return forward(model, batch)
 
 
+@torch.no_grad()
+def forward_between(
+    model: Any, anatomy: Anatomy, batch: TokenBatch, start: int, stop: int, kept: Kept | None
+) -> Kept | None:
+    """Run only the layers ``start`` to ``stop - 1``.
+
+    Args:
+        model: causal language model.
+        anatomy: of the model.
+        batch: on the model's device.
+        start: the first layer that runs; 0 needs nothing kept.
+        stop: the first that does not run any more, start + 1 to L.
+        kept: what an earlier call that stopped at ``start`` gave.
+
+    Returns:
+        What the next call needs to start at ``stop``, on the CPU; None after the last layer.
+
+    Raises:
+        BrocaError: nothing was kept for the layer that starts.
+    """
+    if stop == anatomy.layers:
+        forward_from(model, anatomy, batch, start, kept)
+        return None
+    entering: list[torch.Tensor] = []
+    beside: dict[int, tuple[Any, ...] | None] = {} if kept is None else dict(kept.beside)
+
+    def end(_: nn.Module, arguments: Any, named: Any) -> None:
+        hidden = arguments[0] if arguments else named["hidden_states"]
+        entering.append(hidden.to("cpu", copy=True))
+        raise _StopError
+
+    def note(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            beside[layer] = tuple(output[1:]) if isinstance(output, tuple) else None
+
+        return after
+
+    with ExitStack() as open_now:
+        handle = anatomy.blocks[stop].register_forward_pre_hook(end, with_kwargs=True)
+        open_now.callback(handle.remove)
+        for layer in range(start, stop):
+            open_now.callback(anatomy.blocks[layer].register_forward_hook(note(layer)).remove)
+        with suppress(_StopError):
+            forward_from(model, anatomy, batch, start, kept)
+    return Kept({stop: entering[0]}, beside)
+
+
+class _StopError(Exception):
+    """The layers that are wanted have run."""
+
+
 def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.Tensor:
     """What the model makes of vectors in the residual stream after its last layer: the final norm.
 
@@ -109,7 +161,7 @@ def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.T
     Returns:
         [n, d], which ``neurons.sites.logits`` takes.
     """
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     ids = torch.zeros(len(vectors), 1, dtype=torch.int64, device=device)
     seen = torch.ones_like(ids, dtype=torch.bool)
     batch = TokenBatch(ids, seen, seen)
@@ -125,7 +177,7 @@ def starts_in_the_middle(model: Any, anatomy: Anatomy) -> bool:
 
     It does not where layers hand each other more than hidden states, as where they share keys and values.
     """
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     ids = example_ids(model.config.get_text_config().vocab_size, device)
     seen = torch.ones_like(ids, dtype=torch.bool)
     batch = TokenBatch(ids, seen, seen)

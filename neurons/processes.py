@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from neurons.errors import UsageError
+
 
 def world() -> tuple[int, int]:
     """(number of this process, how many there are); (0, 1) without a launcher."""
@@ -16,6 +18,33 @@ def world() -> tuple[int, int]:
 
     state = accelerate.PartialState(cpu=not torch.cuda.is_available())
     return int(state.process_index), int(state.num_processes)
+
+
+def local_processes() -> tuple[int, int]:
+    """(number of this process on this machine, how many are here); (0, 1) without a launcher."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    # torchrun and accelerate set it; another launcher may not.
+    return number, max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def own_gpu() -> torch.device:
+    """The GPU of this process: each on a machine takes one of its own.
+
+    Raises:
+        UsageError: more processes than GPUs.
+    """
+    number, here = local_processes()
+    if here == 1:
+        return torch.device("cuda")
+    gpus = torch.cuda.device_count()
+    if here > gpus:
+        raise UsageError(
+            f"{here} processes were started on a machine with {gpus} GPU{'s' * (gpus != 1)}, and each takes one of "
+            f"its own: start at most {gpus}, or choose --device cpu"
+        )
+    return torch.device("cuda", number)
 
 
 def is_first() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from neurons.corpus_files import corpus_files
 from neurons.errors import UsageError
+from neurons.start_tokens import start_tokens
 
 EXAMPLE = '{"prompt": "The capital of France is", "answer": " Paris"}'
 
@@ -91,7 +92,7 @@ def answer_token(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
     Raises:
         UsageError: a prompt or an answer that the tokenizer makes nothing of.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = [*start_tokens(tokenizer)]
     read = tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"]
     whole = tokenizer(prompt.prompt + prompt.answer, add_special_tokens=False)["input_ids"]
     rest = whole[len(read) :] if whole[: len(read)] == read else []

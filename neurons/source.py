@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
+from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, in_model, layout_of
+from neurons.checkpoint_files import check_architecture, check_directory, check_tied, quantised_sentence
 from neurons.complete_weights import require_complete
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
+from neurons.low_bits import keep_layout, quantisation_config, quantised_settings
+from neurons.offload import execution_device, is_offloaded, let_gradients_read_again
+from neurons.placement import memory_to_spread_over
+from neurons.processes import own_gpu
 from neurons.quantisation import way_out
 from neurons.self_check import checked, checked_by_likeness
 from neurons.stored_anatomy import stored_anatomy
@@ -71,27 +79,48 @@ class LoadedModel(ModelSource):
     Attributes:
         model: the transformers causal language model, in eval mode, without gradients on its weights.
         tokenizer: its tokenizer.
+        quantised: where its weights were quantised on loading: bits, type and bitsandbytes' version, for files
+            to tell; else None.  The fingerprint is the checkpoint's all the same, for that is what gets edited.
     """
 
     model: Any
     tokenizer: Any
+    quantised: Mapping[str, Any] | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the metadata of files holds where weights were quantised."""
+        return {} if self.quantised is None else {"quantised": dict(self.quantised)}
+
+    def require_exact(self, what: str) -> None:
+        """Refuse weights that are not the checkpoint's.
+
+        Raises:
+            BrocaError: they were quantised on loading.
+        """
+        if self.quantised is not None:
+            raise BrocaError(
+                f"{self.name} is loaded in {self.quantised['bits']} bits, and {what} needs its exact weights: "
+                "load it unquantised"
+            )
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        """Where a batch is put: that of the embeddings, wherever the layers compute."""
+        return execution_device(self.model.get_input_embeddings())
 
 
 def locate(model: str) -> Path:
     """The local checkpoint directory of a hub id (downloaded where it is not cached) or a local path.
 
     Raises:
-        UsageError: neither a directory with a ``config.json`` nor something the hub has or can be asked.
+        UsageError: neither a directory with a ``config.json`` nor something the hub has or can be asked, or
+            an adapter without its base model.
+        BrocaError: more than one model (``neurons.checkpoint_files``).
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{model}: a directory without config.json, so not a model checkpoint")
+        check_directory(model, path)
         return path
     if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise UsageError(f"{model}: there is no such model directory")
@@ -108,19 +137,20 @@ def locate(model: str) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise UsageError(f"{model}: not a local directory, and the hub says: {first_line(error)}") from error
-    if not (found / "config.json").is_file():
-        raise UsageError(f"{model}: this hub repository has no config.json, so it holds no model checkpoint")
+    check_directory(model, found)
     return found
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU.
+    """ "auto" is CUDA where there is one, else the CPU; of several processes on a machine, each gets its own GPU.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: no such device here, or fewer GPUs than processes.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_gpu() if torch.cuda.is_available() else torch.device("cpu")
+    if device == "cuda" and torch.cuda.is_available():
+        return own_gpu()
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
@@ -150,11 +180,22 @@ def open_model(model: str) -> ModelSource:
         anatomy = anatomy_of(_empty(config))
         if anatomy.layout.examined:
             anatomy = replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+    check_tied(model, checkpoint)
     return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy)
 
 
-def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: int | None = None,
+    bits: int | None = None,
+) -> LoadedModel:
     """Load a causal language model and its tokenizer.
+
+    With "auto", weights that do not fit on one device lie on several: GPUs, then main memory, then the disk,
+    from where they are read whenever their module runs.  Figures are the same, and the memory is kept to in
+    backward passes too.
 
     An architecture that Broca does not know is examined by its structure and must pass the self-check.
 
@@ -163,13 +204,18 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere; or "float32",
             "bfloat16", "float16".
+        max_memory: most bytes of weights on each GPU and in main memory; 0 leaves all on disk.  Default: 90 %
+            of what is free.
+        bits: 4 or 8 quantises the linear modules' weights by bitsandbytes, to read activations and directions
+            off them; they cannot be edited, and must fit on one device.
 
     Raises:
-        UsageError: no such model or device.
+        UsageError: no such model or device, bitsandbytes missing, or weights that do not fit where they must.
         BrocaError: quantised, an unknown architecture that does not pass, or files that cannot be loaded.
     """
     import transformers
 
+    quantised = None if bits is None else quantised_settings(bits)
     checkpoint = locate(model)
     where = pick_device(device)
     if dtype == "auto":
@@ -182,26 +228,64 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     if layout_of(config) is None:
         # Refused here, if at all, before any weight is read.
         anatomy_of(_empty(config))
+    check_architecture(model, config)
+    check_tied(model, checkpoint, bool(getattr(config, "tie_word_embeddings", False)))
     digest = fingerprint(checkpoint)
+    each = None if wanted == "auto" else wanted.itemsize
+    spread = memory_to_spread_over(checkpoint, where, each if bits is None else bits / 8, max_memory)
+    place: dict[str, Any] = {"device_map": {"": where}}
+    folder: TemporaryDirectory[str] | None = None
+    if bits is not None:
+        place["quantization_config"] = quantisation_config(bits, config.dtype if wanted == "auto" else wanted)
+        if spread is not None:
+            raise UsageError(
+                f"{model}: in {bits} bits its weights do not fit on {where}, and quantised weights cannot wait "
+                "elsewhere: leave the quantisation out, then --device auto leaves on disk what does not fit"
+            )
+    elif device == "auto" and spread is not None:
+        # For what is to wait on disk, and is not there as the model needs it: experts that it has fused.
+        folder = TemporaryDirectory(prefix="broca-")
+        place = {"device_map": "auto", "max_memory": spread, "offload_folder": folder.name}
+    elif spread is not None and max_memory is not None:
+        raise UsageError(
+            f"{model}: its weights take more than the {max_memory / 1e9:.1f} GB allowed on {where}: choose "
+            "--device auto, which leaves the rest in main memory or on disk"
+        )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        with _no_progress_bar():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        with _quietly():
             loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint,
                 dtype=wanted,
-                device_map={"": where},
                 output_loading_info=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # refused below, with both sizes
+                **place,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        _refuse_code(model, error)
         raise BrocaError(f"{model}: cannot be loaded ({first_line(error)})") from error
     require_complete(model, loaded, report)
     loaded.eval().requires_grad_(False)
-    anatomy = anatomy_of(loaded)
+    if folder is not None:
+        weakref.finalize(loaded, folder.cleanup)
+    offloaded = is_offloaded(loaded)
+    if offloaded:
+        let_gradients_read_again(loaded)
+    if bits is not None:
+        keep_layout(loaded)
+    anatomy = anatomy_of(loaded) if bits is None else in_model(anatomy_of(_empty(config)), loaded)
     if anatomy.layout.examined:
-        anatomy = checked(loaded, anatomy)
-        _compare_with_disk(model, checkpoint, anatomy)
-    return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer)
+        # The check silences weights, which other modules than plain ones in memory do not hold: of those it is
+        # done on a small likeness.
+        anatomy = (
+            replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+            if offloaded or bits is not None
+            else checked(loaded, anatomy)
+        )
+        if bits is None:
+            _compare_with_disk(model, checkpoint, anatomy)
+    return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
 
 
 def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:
@@ -212,7 +296,7 @@ def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:
     """
     entries = tensor_entries(checkpoint)
     for layer, block in itertools.product(sorted({0, anatomy.layers - 1}), BLOCKS):
-        live = anatomy.output_weight(layer, block)
+        live = anatomy.weight_values(layer, block)
         for piece in anatomy.stored(layer, block, entries):
             own = anatomy.columns(block, live, piece.columns)
             stored = piece.of(read_tensor(entries[piece.tensor], piece.rows))
@@ -243,8 +327,9 @@ def _empty(config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
+        _refuse_code(config.model_type, error)
         raise BrocaError(
             f"architecture {config.model_type!r} is not known to Broca, nor to transformers as a causal "
             f"language model ({first_line(error)})"
@@ -257,27 +342,41 @@ def _empty(config: Any) -> Any:
         ) from error
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers' bar over the tensors that it loads would stand between a command and its reader."""
-    from transformers.utils import logging
+def _refuse_code(name: str, error: Exception) -> None:
+    """Say so where transformers wants to be allowed a checkpoint's own code; what else is wrong, others say."""
+    if "trust_remote_code" in str(error):
+        raise BrocaError(
+            f"{name}: comes with code of its own (auto_map), without which transformers does not know it, and Broca "
+            "runs no code from checkpoints: use a release of transformers that has this model, or another checkpoint"
+        ) from error
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers' bar over the tensors that it loads, and accelerate's word on those that it leaves on disk,
+    would stand between a command and its reader."""
+    from transformers.utils import logging as bars
+
+    shown, dispatch = bars.is_progress_bar_enabled(), logging.getLogger("accelerate.big_modeling")
+    bars.disable_progress_bar()
+    before = dispatch.level
+    dispatch.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        dispatch.setLevel(before)
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def _config(model: str, checkpoint: Path) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint)
+        config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         text = config.get_text_config()
     except (OSError, ValueError, KeyError) as error:
+        _refuse_code(model, error)
         raise BrocaError(f"{model}: its config.json cannot be read ({first_line(error)})") from error
     # A config class may refuse a value in any way, and takes lines to say which.
     except Exception as error:
@@ -291,8 +390,6 @@ def _config(model: str, checkpoint: Path) -> Any:
         )
     layout_of(config)
     if getattr(config, "quantization_config", None):
-        raise BrocaError(
-            f"{model}: a quantised checkpoint; its weights cannot be edited: "
-            f"{way_out(json.loads((checkpoint / 'config.json').read_bytes()))}"
-        )
+        settings = json.loads((checkpoint / "config.json").read_bytes())
+        raise BrocaError(quantised_sentence(model, checkpoint, way_out(settings)))
     return config

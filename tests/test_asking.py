@@ -66,12 +66,12 @@ def test_questions_are_asked_as_the_tokenizer_has_it(chatting):
 
 def test_a_chat_is_read_without_a_second_start_token(chatting):
     ids = Asked("beef", CHAT).given(chatting)
-    assert encoded(chatting, [ids, "beef"]) == [list(ids), [0, *chatting("beef")["input_ids"]]]
+    assert encoded(chatting, [ids, "beef"]) == [list(ids), chatting("beef")["input_ids"]]
 
 
 def test_token_prompts_and_texts_are_written_on_alike(llama):
     text = "beef cab"
-    ids = [0, *llama.tokenizer(text)["input_ids"]]
+    ids = llama.tokenizer(text)["input_ids"]
     found = generate(llama, [text, ids, "a"], 6, temperature=0)
     assert found[0] == found[1] != found[2]
 

@@ -96,6 +96,23 @@ def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_p
     assert evaluate("--prompts", 2, "--relevance", "none")[1]["relevance"] is None
 
 
+@pytest.mark.parametrize(("part", "scorer"), [(1, "chrf"), (2, "likelihood"), (3, "likelihood")])
+def test_one_scorer_for_the_text_that_is_chosen_on_and_for_that_which_is_reported(
+    evaluate, tmp_path, part, scorer
+):
+    """A line of one part (0 and 1: estimate, 2: choose, 3: report) has no more than its opening."""
+    (tmp_path / "text").mkdir()
+    for language in ("en", "fr", "de"):
+        lines = [
+            f"{language} one two three four five" + ("" if i == 4 + part else f" six seven {i}")
+            for i in range(12)
+        ]
+        (tmp_path / "text" / f"{language}.txt").write_text("\n".join(lines), encoding="utf-8")
+    _, found = evaluate("--corpus", tmp_path / "text", "--methods", "prompt-source")
+    assert found["relevance"]["scorer"] == scorer
+    assert {one["relevance"]["scorer"] for one in found["tried"]} == {scorer}
+
+
 def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_path):
     output, found = evaluate("--methods", "prompt-source,keyed", "--prompts", 2)
     assert [one["name"] for one in found["outcomes"]] == ["base", "prompt, source language", "keyed edit"]
@@ -212,6 +229,7 @@ def test_vllm_that_is_not_installed_is_one_sentence(evaluate, monkeypatch):
         (["--doses", "50%"], "--methods too"),
         (["--methods", "all", "--doses", "50%,120%"], "between 0 and 1"),
         (["--methods", "all", "--engine", "vllm"], "hooks"),
+        (["--samples", "2", "--temperature", "0"], "2 samples"),
     ],
 )
 def test_what_is_refused(evaluate, arguments, named):

@@ -1,21 +1,17 @@
-"""Two real processes, and a model partly on disk, record what one process in memory records."""
+"""Two real processes record what one process records."""
 
 import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 
-from neurons.batches import text_batches
 from neurons.corpus import read_corpus
 from neurons.corpus_recording import record_corpus
 from neurons.methods import moments_of
-from neurons.recording import record
 from neurons.source import load_model
 from neurons.statistics import load_statistics
 
@@ -84,25 +80,3 @@ def test_only_the_first_process_speaks_and_nothing_is_left(one_and_two):
     assert printed.count("statistics of") == 1
     assert two.metadata["corpora"][0]["tokens"] == dict(zip(two.languages, two.tokens.tolist(), strict=True))
     assert {path.name for path in directory.iterdir()} == {"command.py", "two.safetensors"}
-
-
-def test_a_model_partly_on_disk_counts_the_same(checkpoint_of, corpus_directory, tmp_path):
-    moments = ["mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean", "mlp_in:worst_rank"]
-    corpus = read_corpus(corpus_directory)
-    whole = load_model(str(checkpoint_of()), device="cpu")
-    batches = {
-        language: text_batches(corpus.texts[language][:8], whole.tokenizer, 64, tokens_a_batch=128)
-        for language in corpus.languages
-    }
-    expected = record(whole, batches, moments)
-    other = load_model(str(checkpoint_of()), device="cpu")
-    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places |= {f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)}
-    model = accelerate.dispatch_model(
-        other.model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True
-    )
-    assert model.model.layers[1].mlp.down_proj.weight.device.type == "meta"
-    found = record(replace(other, model=model), batches, moments)
-    assert torch.equal(found.tokens, expected.tokens)
-    for name in moments:
-        assert torch.equal(found.moments[name], expected.moments[name])

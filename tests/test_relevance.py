@@ -38,7 +38,7 @@ def test_likelihood_is_the_geometric_mean_of_the_answers_tokens(llama):
         if not answer.ids:
             assert score == 0
             continue
-        read = [0, *llama.tokenizer(one.text + ("\n" if one.style == COMPLETION else ""))["input_ids"]]
+        read = llama.tokenizer(one.text + ("\n" if one.style == COMPLETION else ""))["input_ids"]
         product, ids = 1.0, [*read, *answer.ids]
         for i in range(len(read), len(ids)):
             with torch.no_grad():
@@ -81,7 +81,6 @@ def test_the_judges_prompt_shows_question_and_answer():
 
 def test_a_judge_that_cannot_say_yes_is_refused(llama):
     class OneToken:
-        bos_token_id = None
         chat_template = None
 
         def __call__(self, *_, **__):

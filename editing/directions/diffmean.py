@@ -65,6 +65,7 @@ def diffmean_direction(
     metadata = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
+        **loaded.told,
         "method": "diffmean",
         "corpus": {"digest": corpus.digest, "part": corpus.part},
         "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),

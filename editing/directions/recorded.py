@@ -92,7 +92,7 @@ def record_texts(
         if not some:
             raise UsageError(f"language {language!r} has no text of more than one token: give more text")
     lines = {
-        language: torch.cat([batch.line_numbers for batch in some]).sort().values
+        language: torch.cat([batch.line_numbers for batch in some]).unique()
         for language, some in batches.items()
     }
     outputs = {
@@ -135,14 +135,14 @@ def record_texts(
         for k, batch in everyone[number::processes]:
             on_device = batch.to(loaded.device)
             places = torch.searchsorted(lines[languages[k]], batch.line_numbers)
-            current[:] = [Reading(k, on_device.counted, places)]
+            current[:] = [Reading(k, on_device.counted, places, batch.shares)]
             forward(loaded.model, on_device)
             counted[k] += batch.counted.sum()
             if progress is not None:
                 progress(int(batch.counted.sum()))
     with explained(loaded):
         totals.require_finite()
-    texts = torch.tensor([len(lines[language]) for language in languages])
+    texts = torch.tensor([sum(len(batch.ids) for batch in some) for some in batches.values()])
     return Recorded(
         languages=languages,
         tokens=together(counted, torch.add),

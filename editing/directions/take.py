@@ -119,6 +119,7 @@ def direction_of(
     metadata = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
+        **loaded.told,
         "method": method,
         "corpus": {"digest": corpus.digest, "part": corpus.part},
         "tokens": dict(zip(recorded.languages, recorded.tokens.tolist(), strict=True)),

@@ -6,7 +6,7 @@ In the output module of one block of a layer, with input h,
 
 The coefficient k^T h is to be 1 on every token and to waver as little as possible.  With mu the mean of h over
 the text of all languages together, S its covariance about mu and mu_start its mean on the beginning-of-sequence
-token (the first position, where the tokenizer has none), to which a hook adds v as well,
+token (the first position, where the tokenizer adds none), to which a hook adds v as well,
 
     k = argmin k^T S_eps k   subject to   k^T mu = 1,  k^T mu_start = 1        S_eps = S + eps * mean(diag S) * I
       = S_eps^-1 M (M^T S_eps^-1 M)^-1 1                                       M = [mu, mu_start]
@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from editing.edits.reach import chosen_blocks, chosen_layers
 from editing.plan import ModuleEdit, Plan, make_plan
 from editing.weights import Weights
 from neurons.batches import TokenBatch, language_batches
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.corpus import Corpus
 from neurons.covariance import Moments, language_moments
 from neurons.errors import BrocaError, UsageError
@@ -130,14 +130,13 @@ def _least_spread(covariance: torch.Tensor, constraints: torch.Tensor, eps: floa
     ridged = covariance.clone()
     ridged.diagonal().add_(eps * float(covariance.diagonal().mean()))
     try:
-        whitened = torch.linalg.solve(ridged, constraints)
-    except LinAlgError as error:
+        whitened = solve_positive_definite(ridged, constraints)
+        gram = constraints.T @ whitened
+        if int(torch.linalg.matrix_rank(gram)) < len(gram):
+            raise refused
+        return whitened @ solve_positive_definite(gram, torch.ones(len(gram), dtype=torch.float64))
+    except NotPositiveDefiniteError as error:
         raise refused from error
-    gram = constraints.T @ whitened
-    if not bool(torch.isfinite(gram).all()) or int(torch.linalg.matrix_rank(gram)) < len(gram):
-        raise refused
-    found: torch.Tensor = whitened @ torch.linalg.solve(gram, torch.ones(len(gram), dtype=torch.float64))
-    return found
 
 
 def _deviation(covariance: torch.Tensor, vector: torch.Tensor) -> float:

@@ -1,0 +1,189 @@
+"""A model that is larger than what is allowed: partly or wholly on disk, it gives the very same figures."""
+
+import gc
+import tempfile
+from functools import partial
+
+import pytest
+import torch
+from accelerate.utils.offload import OffloadedWeightsLoader
+from test_anatomy import logits_of, silencing_plan
+from test_self_check import NEW, save_new
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from editing.directions.diffmean import diffmean_direction
+from editing.edits.bake_bias import bake_bias_plan
+from editing.edits.keyed import keyed_plan
+from editing.edits.learned_values import learned_values
+from editing.evaluation import Evaluation
+from editing.live import applied
+from neurons.batches import text_batches
+from neurons.errors import UsageError
+from neurons.neuron_report import neuron_report
+from neurons.recording import loss_sum, record
+from neurons.source import load_model
+
+FAMILIES = ["llama", "gpt2", "mixtral", "gpt_oss", "gemma3"]
+MOMENTS = ["mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean", "mlp_in:worst_rank", "mlp_in:attribution"]
+
+
+def size_of(loaded):
+    return sum(parameter.nbytes for parameter in loaded.model.parameters())
+
+
+def batches_of(loaded, corpus):
+    return {
+        language: text_batches(corpus.texts[language][:8], loaded.tokenizer, 64, tokens_a_batch=128)
+        for language in corpus.languages
+    }
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where everything temporary of this test goes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module", params=["all on disk", "half on disk"])
+def both(request, checkpoint_of):
+    """family, dtype on disk -> (the model in memory, the same with a part on disk), float32."""
+
+    def load(family="llama", dtype="bfloat16"):
+        path = str(checkpoint_of(family, family == "gpt2", dtype))
+        whole = load_model(path, device="cpu")
+        allowed = 0 if request.param == "all on disk" else size_of(whole) // 2
+        other = load_model(path, max_memory=allowed)
+        places = set(other.model.hf_device_map.values())
+        assert places == ({"cpu", "disk"} if allowed else {"disk"})
+        return whole, other
+
+    return load
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_and_gradients_are_the_same(both, corpus, family):
+    whole, other = both(family)
+    batches = batches_of(whole, corpus)
+    expected, found = (record(loaded, batches, MOMENTS) for loaded in (whole, other))
+    for name in MOMENTS:
+        assert torch.equal(found.moments[name], expected.moments[name]), name
+        assert expected.moments[name].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_edit_is_applied_and_taken_back(both, family, temporary):
+    whole, other = both(family)
+    before = set(temporary.iterdir())
+    plain = logits_of(other)
+    assert torch.equal(plain, logits_of(whole))
+    plan, readers = silencing_plan(whole)
+    with applied(whole, plan), applied(other, plan):
+        edited = logits_of(other)
+        assert torch.equal(edited, logits_of(whole))
+    assert torch.equal(edited, logits_of(other, readers))
+    assert not torch.equal(edited, plain)
+    assert torch.equal(logits_of(other), plain)
+    assert set(temporary.iterdir()) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_bias_is_added_or_changed_and_taken_back(both, family):
+    """A llama's modules have none, a GPT-2's do."""
+    whole, other = both(family)
+    plain = logits_of(other)
+    plan = bake_bias_plan(whole, {1: torch.linspace(-1, 1, whole.anatomy.residual)}, 2.0, "attn")
+    with applied(whole, plan), applied(other, plan):
+        assert torch.equal(logits_of(other), logits_of(whole))
+        assert not torch.equal(logits_of(other), plain)
+    assert torch.equal(logits_of(other), plain)
+    assert (other.anatomy.output_bias(1, "attn") is None) == (family == "llama")
+
+
+def test_directions_plans_and_evaluations_are_the_same(both, parts):
+    whole, other = both()
+    figures = []
+    for loaded in (whole, other):
+        direction = diffmean_direction(loaded, parts["estimate"], "en", "fr")
+        plan = keyed_plan(loaded, parts["estimate"], direction, jointly=True)
+        texts = parts["estimate"].texts
+        learned = learned_values(loaded, plan, texts["en"], texts["fr"], passes=1).plan
+        evaluation = Evaluation(loaded, parts["report"], "en", "fr", samples=1, new_tokens=6)
+        outcomes = [
+            evaluation.base,
+            evaluation.measure("edited", partial(applied, loaded, learned), kl=True),
+        ]
+        figures.append((direction, plan, learned, outcomes))
+    (direction, plan, learned, outcomes), other_figures = figures
+    for site, vectors in direction.vectors.items():
+        assert torch.equal(vectors, other_figures[0].vectors[site]), site
+    for expected, found in ((plan, other_figures[1]), (learned, other_figures[2])):
+        for own, theirs in zip(expected.edits, found.edits, strict=True):
+            assert torch.equal(own.left, theirs.left) and torch.equal(own.right, theirs.right)
+    assert [one.as_json() for one in outcomes] == [one.as_json() for one in other_figures[3]]
+    assert outcomes[1].kl["de"] > 0
+
+
+def test_a_neuron_is_told_the_same(both, corpus):
+    whole, other = both()
+    assert neuron_report(other, corpus, 1, 3) == neuron_report(whole, corpus, 1, 3)
+
+
+def test_an_unknown_architecture_is_checked_too(tmp_path):
+    save_new(tmp_path, *NEW["stablelm"][:2])
+    whole, other = load_model(str(tmp_path), device="cpu"), load_model(str(tmp_path), max_memory=0)
+    assert other.anatomy.layout == whole.anatomy.layout
+
+
+def test_a_backward_pass_does_not_hold_the_weights_since_the_forward(checkpoint_of, corpus, monkeypatch):
+    loaded = load_model(str(checkpoint_of(dtype="bfloat16")), max_memory=0)
+    batch = batches_of(loaded, corpus)["qaa"][0]
+    read = []
+    own = OffloadedWeightsLoader.__getitem__
+
+    def noted(self, key):
+        values = own(self, key)
+        read.append(StorageWeakRef(values.untyped_storage()))
+        return values
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", noted)
+    values = loaded.anatomy.outputs["mlp"][0].register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].detach().requires_grad_(True),)
+    )
+    loss = loss_sum(loaded.model, batch)
+    values.remove()
+    gc.collect()
+    assert len(read) > 20 and all(storage.expired() for storage in read)
+    forward = len(read)
+    loss.backward()
+    assert len(read) > forward
+
+
+def test_what_fits_stays_on_one_device(checkpoint_of, temporary):
+    loaded = load_model(str(checkpoint_of()), max_memory=10**9)
+    assert {parameter.device.type for parameter in loaded.model.parameters()} == {"cpu"}
+    assert not any(hasattr(module, "_hf_hook") for module in loaded.model.modules())
+    assert not list(temporary.iterdir())
+
+
+def test_the_folder_of_fused_experts_goes_with_the_model(checkpoint_of, temporary):
+    loaded = load_model(str(checkpoint_of("mixtral")), max_memory=0)
+    (folder,) = temporary.iterdir()
+    assert list(folder.iterdir())
+    del loaded
+    gc.collect()
+    assert not list(temporary.iterdir())
+
+
+def test_a_device_that_was_named_is_not_left_for_the_disk(checkpoint_of):
+    with pytest.raises(UsageError, match="--device auto"):
+        load_model(str(checkpoint_of()), device="cpu", max_memory=1000)
+
+
+def test_little_free_memory_is_no_death(checkpoint_of, monkeypatch):
+    free = 250_000
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": free})
+    loaded = load_model(str(checkpoint_of()))
+    assert set(loaded.model.hf_device_map.values()) == {"cpu", "disk"}
+    live = sum(p.nbytes for p in loaded.model.parameters() if p.device.type == "cpu")
+    assert 0 < live <= free

@@ -1,0 +1,124 @@
+"""One model with another checkpoint's weights: the other's logits, its own bits after, and one model in memory."""
+
+import json
+
+import models
+import pytest
+import torch
+from accelerate.utils.offload import OffloadedWeightsLoader
+from safetensors.torch import load_file, save_file
+from test_anatomy import logits_of, silencing_plan
+from test_biases import bias_plan
+from test_live import assert_untouched, state
+
+from editing.export import export
+from editing.weight_exchange import exchange
+from neurons.errors import BrocaError
+from neurons.source import load_model
+
+# Dense, with names that differ on disk, tied, and mixtures whose experts are fused in memory.
+CASES = [
+    ("llama", False, "bfloat16"),
+    ("gpt2", True, "float32"),
+    ("gemma3", True, "float32"),
+    ("mixtral", False, "bfloat16"),
+    ("qwen3_moe", False, "float32"),
+    ("gpt_oss", False, "float32"),
+]
+
+
+def on_disk(path):
+    other = load_model(str(path), max_memory=0)
+    assert all(parameter.is_meta for parameter in other.model.parameters())
+    return other
+
+
+def edited(loaded, directory):
+    """A checkpoint of the model with an edit of three of its weights."""
+    plan, _ = silencing_plan(loaded)
+    return export(loaded, plan, directory).path
+
+
+@pytest.mark.parametrize(("family", "tied", "dtype"), CASES)
+def test_an_export_is_exchanged_and_taken_back(checkpoint_of, tmp_path, monkeypatch, family, tied, dtype):
+    loaded = load_model(str(checkpoint_of(family, tied, dtype)), device="cpu")
+    path = edited(loaded, tmp_path / "out")
+    before, plain = state(loaded), logits_of(loaded)
+    expected = logits_of(load_model(str(path), device="cpu"))
+    steering = exchange(loaded, on_disk(path))
+    read, own = [], OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", lambda *at: read.append(at[1]) or own(*at))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), steering():
+            assert torch.equal(logits_of(loaded), expected)
+            raise ZeroDivisionError
+        assert_untouched(loaded, before)
+        assert torch.equal(logits_of(loaded), plain)
+    assert not torch.equal(plain, expected)
+    # Nothing but the three modules' weights came into memory.
+    assert len(set(read)) == 3 and len(read) == 6
+
+
+@pytest.mark.parametrize(("family", "tied", "dtype"), CASES)
+def test_a_fine_tune_that_differs_everywhere(checkpoint_of, tmp_path, family, tied, dtype):
+    loaded = load_model(str(checkpoint_of(family, tied, dtype)), device="cpu")
+    path = models.build_checkpoint(tmp_path / "tuned", family, tied, dtype, seed=9)
+    before = state(loaded)
+    with exchange(loaded, on_disk(path))():
+        assert torch.equal(logits_of(loaded), logits_of(load_model(str(path), device="cpu")))
+    assert_untouched(loaded, before)
+
+
+def test_a_model_that_is_partly_on_disk_itself(checkpoint_of, tmp_path):
+    whole = load_model(str(checkpoint_of("gpt2", True)), device="cpu")
+    size = sum(parameter.nbytes for parameter in whole.model.parameters())
+    path = models.build_checkpoint(tmp_path / "tuned", "gpt2", True, seed=9)
+    expected = logits_of(load_model(str(path), device="cpu"))
+    for allowed in (0, size // 2):
+        loaded = load_model(whole.name, max_memory=allowed)
+        with exchange(loaded, on_disk(path))():
+            assert torch.equal(logits_of(loaded), expected)
+        assert torch.equal(logits_of(loaded), logits_of(whole))
+
+
+def test_a_bias_that_the_other_alone_has(llama, tmp_path):
+    export(llama, bias_plan(llama), tmp_path / "out")
+    expected = logits_of(load_model(str(tmp_path / "out"), device="cpu"))
+    before = state(llama)
+    with exchange(llama, on_disk(tmp_path / "out"))():
+        assert torch.equal(logits_of(llama), expected)
+    assert not torch.equal(logits_of(llama), expected)
+    assert state(llama).keys() == before.keys()
+    assert_untouched(llama, before)
+
+
+def test_a_bias_that_the_other_lacks_is_refused(llama, tmp_path):
+    export(llama, bias_plan(llama), tmp_path / "out")
+    with pytest.raises(BrocaError, match=r"_proj\.bias"):
+        exchange(load_model(str(tmp_path / "out"), device="cpu"), on_disk(llama.checkpoint))
+
+
+@pytest.mark.parametrize("shape", [{"num_hidden_layers": 2}, {"intermediate_size": 40}])
+def test_other_sizes_are_refused(llama, tmp_path, shape):
+    other = models.build_checkpoint(tmp_path / "other", **shape)
+    with pytest.raises(BrocaError, match="same weights"):
+        exchange(llama, on_disk(other))
+
+
+def test_tied_weights_that_the_other_has_apart_are_refused(checkpoint_of, tmp_path):
+    tied = load_model(str(checkpoint_of("llama", True)), device="cpu")
+    path = models.build_checkpoint(tmp_path / "apart", "llama", tied=False)
+    with pytest.raises(BrocaError, match=r"lm_head\.weight"):
+        exchange(tied, on_disk(path))
+
+
+def test_the_head_is_exchanged_where_the_embeddings_stay(checkpoint_of, tmp_path):
+    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
+    path = models.build_checkpoint(tmp_path / "other")
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 2
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert json.loads((path / "config.json").read_text())["tie_word_embeddings"] is False
+    with exchange(loaded, on_disk(path))():
+        doubled = logits_of(loaded)
+    assert torch.equal(doubled, 2 * logits_of(loaded))
