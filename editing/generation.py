@@ -11,7 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from neurons.embedded import require_embedded
-from neurons.errors import UsageError
+from neurons.errors import NotFiniteError, UsageError
+from neurons.not_finite import explained
 from neurons.source import LoadedModel
 from neurons.start_tokens import start_tokens
 
@@ -62,6 +63,7 @@ def generate(
 
     Raises:
         UsageError: as ``prompt_rows``.
+        BrocaError: a likelihood that is not finite.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     known = [tokenizer.pad_token_id, tokenizer.eos_token_id]
@@ -86,12 +88,13 @@ def generate(
             for i, row in enumerate(some):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
-            with torch.no_grad(), _plain_settings(model):
+            with explained(loaded), torch.no_grad(), _plain_settings(model):
                 output = model.generate(
                     input_ids=ids.to(loaded.device),
                     attention_mask=mask.to(loaded.device),
                     max_new_tokens=new_tokens,
                     pad_token_id=padding or 0,
+                    logits_processor=[_require_numbers],
                     **sampling,
                 )
             ends = model.generation_config.eos_token_id
@@ -100,6 +103,13 @@ def generate(
                 kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
                 found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
     return found
+
+
+def _require_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest of NaNs would be taken for a token like any other."""
+    if bool(logits.isnan().any()):
+        raise NotFiniteError("the likelihood of the next token")
+    return logits
 
 
 def check_samples(samples: int, temperature: float) -> None:

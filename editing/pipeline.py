@@ -28,6 +28,7 @@ from editing.comparison import (
 )
 from editing.direction import Direction, load_direction
 from editing.directions.diffmean import diffmean_direction
+from editing.edits.keyed import require_common_inputs
 from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
@@ -111,6 +112,7 @@ class _Run:
                     f"{', '.join(self.corpora['report'].languages)})"
                 )
         check_languages(self.corpora["report"].languages)
+        require_common_inputs(self.source.anatomy, ("mlp",))
         if recipe.method not in METHODS:
             raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
         if not 0 < recipe.top_rate <= 1:

@@ -12,9 +12,10 @@ import torch
 from neurons.anatomy import Anatomy
 from neurons.batches import TokenBatch, block_length, row_batches
 from neurons.embedded import require_embedded
-from neurons.errors import BrocaError, UsageError
+from neurons.errors import UsageError
 from neurons.memory import batches_for
 from neurons.next_token import token_losses
+from neurons.not_finite import not_finite
 from neurons.prompts import Prompts, answer_token
 from neurons.recording import Progress, forward
 from neurons.scorers.culnig import answer_scores
@@ -77,9 +78,7 @@ def record_answers(
                 progress(len(batch.ids))
     if not bool(torch.isfinite(total).all()):
         layer = int((~torch.isfinite(total)).nonzero()[0, 0])
-        raise BrocaError(
-            f"{loaded.name}: {name} is not finite in layer {layer}: try --dtype float32 or bfloat16"
-        )
+        raise not_finite(loaded, f"{name} in layer {layer}")
     return Statistics(
         languages=languages,
         tokens=torch.zeros(len(languages), dtype=torch.int64),

@@ -22,6 +22,7 @@ from neurons.collectors import (
     TokenSums,
 )
 from neurons.next_token import token_losses
+from neurons.not_finite import explained
 from neurons.processes import together, world
 from neurons.recomputation import recomputing
 from neurons.resume import Unfinished
@@ -122,7 +123,7 @@ def record(
         if progress is not None:
             progress(int(sum(int(batch.counted.sum()) for _, batch in own[:done])))
     again = recomputing(anatomy) if recomputes and backward else nullcontext()
-    with again, reading(anatomy, readers), torch.set_grad_enabled(backward):
+    with explained(loaded), again, reading(anatomy, readers), torch.set_grad_enabled(backward):
         for at, (k, batch) in enumerate(own[done:], start=done + 1):
             on_device = batch.to(loaded.device)
             places = torch.searchsorted(lines[languages[k]], batch.line_numbers) if kept else None
@@ -133,13 +134,14 @@ def record(
                 forward(model, on_device)
             counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
             if at % CHECKED_EVERY == 0:
-                totals.require_finite(loaded.name)
+                totals.require_finite()
             if progress is not None:
                 progress(int(batch.counted.sum()))
             if unfinished is not None and unfinished.is_due():
                 kept_responses = {f"responses {language}": values for language, values in responses.items()}
                 unfinished.save(at, {**totals.state(), "counts": counts, **kept_responses})
-    totals.require_finite(loaded.name)
+    with explained(loaded):
+        totals.require_finite()
     tokens, texts = together(counts, torch.add)
     return Statistics(
         languages=languages,

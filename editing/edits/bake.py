@@ -230,7 +230,7 @@ def constant_keys(
     if block == "mlp" and loaded.anatomy.mixed:
         raise BrocaError(
             f"{loaded.anatomy.model_type}: no neuron of a mixture of experts sees every token, so the MLP cannot "
-            "write a constant: choose --block attn"
+            "write a constant: choose --blocks attn"
         )
     everything = torch.arange(loaded.anatomy.width(site))
     batches = language_batches(loaded, corpus)
@@ -251,6 +251,11 @@ def constant_keys(
                     ridges[layer] = ledoit_wolf_eps(totals[layer][1], fourth, int(tokens.sum()))
         for layer, own in moments.items():
             with _in_layer(layer, block):
+                if own.silent:
+                    raise BrocaError(
+                        f"its {len(own.units)} inputs are 0 on every token, so nothing can be written by them: choose "
+                        "another layer"
+                    )
                 found[layer] = constant_key(own, tokens, ridges[layer], constrain_start)
     return found
 

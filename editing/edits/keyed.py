@@ -43,7 +43,7 @@ from editing.edits.sparse_key import sparse_key
 from editing.live import applied
 from editing.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.weights import Weights
-from neurons.anatomy import BLOCKS
+from neurons.anatomy import BLOCKS, Anatomy
 from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
 from neurons.covariance import Moments, each_moments, site_moments
@@ -114,7 +114,7 @@ def keyed_plan(
 
     Raises:
         UsageError: a language that the corpus lacks or that is in two lists, blocks, layers or shares that
-            there are not, or a strength of 0.
+            there are not, the MLP of a mixture of experts, or a strength of 0.
         BrocaError: a layer in which the set has too few neurons of the sources, or whose inputs cannot tell
             the languages apart.
     """
@@ -275,6 +275,11 @@ def keyed_plans(
 
 def _key(place: Place, moments: Moments, wanted: _Wanted) -> tuple[Key, dict[str, Any]]:
     """The key, and notes of how it was made sparse."""
+    if moments.silent:
+        raise BrocaError(
+            f"layer {place[0]}, {place[1]}: its {len(moments.units)} inputs are 0 on every token, so no key can tell "
+            f"languages by them: leave layer {place[0]} out with --layers"
+        )
     problem = key_problem(
         moments, wanted.sources, wanted.eps, wanted.keep, wanted.keep_softly, wanted.soft_weight
     )
@@ -305,6 +310,19 @@ def _through_norm(
     return solved.vector, {"value_through_norm": solved.through, "value_error": solved.error}
 
 
+def require_common_inputs(anatomy: Anatomy, blocks: Sequence[str]) -> None:
+    """Refuse modules whose inputs no token has in common.
+
+    Raises:
+        UsageError: the MLP of a mixture of experts, with the methods that edit it.
+    """
+    if "mlp" in blocks and anatomy.mixed:
+        raise UsageError(
+            f"{anatomy.model_type}: each expert's neurons see other tokens, so no key can be solved over them: take "
+            "`broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, austeer)"
+        )
+
+
 def _check_languages(corpus: Corpus, direction: Direction, sources: Sequence[str]) -> None:
     corpus.require(*sources, direction.source, direction.target)
     if direction.source not in sources:
@@ -322,6 +340,7 @@ def _shares(
     """(layer, block) -> its share of the strength, the shares' sum being 1; and the strength."""
     if not blocks or len(set(blocks)) < len(blocks) or any(block not in BLOCKS for block in blocks):
         raise UsageError(f"blocks {', '.join(blocks) or '(none)'}: choose from {', '.join(BLOCKS)}")
+    require_common_inputs(loaded.anatomy, blocks)
     if isinstance(strength, Mapping):
         if layers is not None and sorted(layers) != sorted(strength):
             raise UsageError("a strength for each layer names the layers: leave layers out, or name the same")

@@ -185,6 +185,11 @@ def steer2edit_plan(
             if f"{block}_in" not in direction.input_means:
                 raise UsageError(f"the direction has no mean at {block}_in, which Steer2Edit needs")
             vector = vector_at(direction, f"{block}_out", layer)
+            if not bool(vector.any()):
+                raise BrocaError(
+                    f"layer {layer}, {block}: the direction has length 0, as the module writes the same in both "
+                    f"languages: leave layer {layer} out with --layers"
+                )
             weight = weights.read(layer, block)
             found = steer2edit(
                 weight,
