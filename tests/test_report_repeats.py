@@ -199,7 +199,7 @@ def test_the_page_says_which_part_the_figures_are_of(shown):
     for one in shown.elements:
         if one["tag"] == "h2":
             section = one["text"]
-        elif one["tag"] == "p" and one["text"].startswith("Measured on"):
+        elif one["tag"] == "p" and section in said and one["text"].startswith("Measured on"):
             said[section].append(one["text"])
         elif one["tag"] == "p" and section is not None and section not in said:
             said[section] = [" ".join(re.findall(r" of (?:the part “\w+”|all parts)", one["text"]))]
