@@ -145,7 +145,7 @@ def command(
     from editing.generation import TEMPERATURE, check_samples
     from editing.language_id import check_languages
     from editing.live import applied
-    from editing.origin import file_read, measured_by, model_read, processor, texts_read
+    from editing.origin import file_read, measured_by, model_read, processor, text_measured, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
@@ -252,11 +252,7 @@ def command(
             "fingerprint": loaded.fingerprint,
             "edit": edit_path,
             "against": against,
-            "corpus": {
-                "digest": reported.digest,
-                "part": reported.part,
-                "languages": list(reported.languages),
-            },
+            "corpus": text_measured(reported),
             "corpora": texts_read(corpora.values()),
             "inputs": inputs,
             "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},

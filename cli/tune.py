@@ -332,7 +332,7 @@ def _show(
         best = [choice.trial, *best]
     early = sum(trial.state != "measured" for trial in trials)
     screen.table(
-        f"front of {len(trials)} edits ({early} given up early), on the part that edits are chosen on",
+        f"front of {len(trials)} edits ({early} not measured in full), on the part that edits are chosen on",
         COLUMNS,
         rows(best, search.goals, search.ceiling, choice.trial.number),
         words=3,

@@ -32,7 +32,7 @@ from editing.edits.keyed import require_common_inputs
 from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
-from editing.origin import measured_by, processor, texts_read
+from editing.origin import measured_by, processor, text_measured, texts_read
 from editing.plan import load_plan
 from editing.recipe import LEARNED, Recipe
 from editing.report import Report, report_files, report_from_json
@@ -297,6 +297,7 @@ class _Run:
         settings = {way: candidate.settings for way, candidate in chosen.items()}
         content = {
             **self.origin("estimate", "choose"),
+            "corpus": text_measured(self.corpora["choose"]),
             "source": self.recipe.source,
             "target": target,
             "ceiling": evaluation.ceiling,
@@ -343,6 +344,7 @@ class _Run:
             )
         content = {
             **self.origin("estimate", "choose", "report"),
+            "corpus": text_measured(self.corpora["report"]),
             "source": self.recipe.source,
             "target": target,
             "ceiling": evaluation.ceiling,
