@@ -266,6 +266,12 @@ class Plan:
         write_atomically(path, self.to_bytes())
 
 
+def language_pair(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(source, target) of a plan; None where it has not both: of several directions one end may differ."""
+    source, target = metadata.get("source"), metadata.get("target")
+    return None if source is None or target is None else (str(source), str(target))
+
+
 def _strength_is_of_a_part(metadata: Mapping[str, Any]) -> bool:
     """Whether twice a plan is another than the plan that its method makes at twice the strength."""
     renormalised = "norm-preserving" in str(metadata["settings"].get("form"))

@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from cli.main import main
 from editing.edits.methods import METHODS
 from editing.edits.neutral_mean import neutral_means
 from editing.plan import load_plan
+from editing.study_report.edits_section import edit_content
 from neurons.corpus import read_corpus
 from neurons.source import load_model
 
@@ -262,6 +264,25 @@ def test_plans_compose_in_one_option(broca, files, two, tmp_path):
     status, said, err = broca("edit", files / "model", "--compose", *two, "--out", out, "--json")
     assert status == 0, err
     assert json.loads(said)["relative_change"] > 0
+
+
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_plans_with_one_end_in_common_are_shown_exported_and_drawn(broca, files, plan_of, tmp_path, end):
+    first = load_plan(plan_of("steer2edit"))
+    other, both, out = (tmp_path / name for name in ("other.safetensors", "both.safetensors", "out"))
+    replace(first, metadata={**first.metadata, end: "qac", "languages": ["qac"]}).save(other)
+    for words in (
+        ["edit", "--compose", plan_of("steer2edit"), other, "--out", both],
+        ["inspect", both],
+        ["export", files / "model", "--edit", both, "--out", out],
+        ["inspect", out],
+        ["plot", both, "--out", tmp_path / "plan.svg"],
+    ):
+        status, said, err = broca(*words)
+        assert status == 0, err
+        assert words[0] != "inspect" or "qaa, qab, qac" in said
+    assert "`qac`" in (out / "README.md").read_text()
+    assert "qac" in str(edit_content(load_plan(both), "both"))
 
 
 def test_a_plan_is_scaled_inverted_and_restricted(broca, files, two, tmp_path):
