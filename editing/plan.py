@@ -233,10 +233,15 @@ class Plan:
         Of a method whose own strength is no multiple of its whole edit the settings say it as "scaled_by".
 
         Raises:
-            UsageError, BrocaError: as ``ModuleEdit.scaled``, or numbers that float32 does not hold.
+            UsageError: a strength of 0, or as ``ModuleEdit.scaled``.
+            BrocaError: likewise, or numbers that float32 does not hold.
         """
         if strength == 1:
             return self
+        if strength == 0:
+            raise UsageError(
+                "a strength of 0 leaves nothing of the edit: give another, or use the unedited model"
+            )
         # What learning measured, and what a file noted of its modules, is of the strength that they had.
         stale = ("learning", "modules")
         metadata = {name: value for name, value in self.metadata.items() if name not in stale}

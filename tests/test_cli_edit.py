@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
@@ -84,7 +84,11 @@ def plan_of(files):
         path = files / f"edit-{method}.safetensors"
         if not path.exists():
             words = ["--method", method, *arguments_of(files, WAYS[method]), "--out", str(path)]
-            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()):
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                redirect_stdout(StringIO()),
+                redirect_stderr(StringIO()),
+            ):
                 patch.setattr(sys, "argv", ["broca", "edit", str(files / "model"), *words])
                 main()
         return path
@@ -391,6 +395,41 @@ REFUSALS = {
     "a biprojection without neutral text": (
         ["--method", "ablate", "--direction", "direction", "--set", "form=biprojected"], "neutral text (--corpus)"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_strength_of_nothing_is_refused(broca, files, tmp_path, method):
+    """By its own name, and not with the remedy for too high a threshold."""
+    out = tmp_path / "edit.safetensors"
+    words = arguments_of(files, [word for word in WAYS[method] if word not in ("--strength", "0.5")])
+    status, _, err = broca(
+        "edit", files / "model", "--method", method, *words, "--strength", "0", "--out", out
+    )
+    assert status == 2 and "strength" in err and err.count("\n") == 1, err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("words", [["export", "MODEL", "--edit", "PLAN"], ["edit", "--compose", "PLAN"]])
+def test_nothing_of_a_plan_is_no_plan(broca, files, plan_of, tmp_path, words):
+    places = {"MODEL": files / "model", "PLAN": plan_of("scale")}
+    words = [places.get(word, word) for word in words]
+    status, _, err = broca(*words, "--strength", "0", "--out", tmp_path / "out")
+    assert status == 2 and "strength of 0" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("heads", ["99", "2-1", "x"])
+def test_heads_are_called_heads(broca, files, plan_of, tmp_path, heads):
+    status, _, err = broca(
+        "edit",
+        files / "model",
+        "--restrict",
+        plan_of("steer2edit"),
+        "--heads",
+        heads,
+        "--out",
+        tmp_path / "x",
+    )
+    assert status == 2 and f"heads {heads!r}" in err and "layer" not in err
 
 
 @pytest.mark.parametrize("name", REFUSALS)
