@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
+from editing.plan_content import require_plan_content
 from editing.rounding import EditedBlock, edited_and_rounded, float32_is_enough
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
@@ -309,8 +310,13 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read what ``Plan.save`` wrote."""
+    """Read what ``Plan.save`` wrote.
+
+    Raises:
+        UsageError, BrocaError: as ``load_artifact``, ``require_plan_content`` and ``make_plan``.
+    """
     artifact = load_artifact(path, "edit")
+    require_plan_content(artifact, path)
     edits = []
     for module in artifact.metadata["modules"]:
         prefix = f"{module['layer']}.{module['block']}"
