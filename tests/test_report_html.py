@@ -336,7 +336,9 @@ def test_a_file_that_cannot_be_shown_is_named(tmp_path):
 
 def test_a_method_is_no_formula(tmp_path):
     edit = ModuleEdit(0, "mlp", (1,), column_scale=torch.tensor([1.0, 0.0]))
-    make_plan([edit], {"method": "$\\frac$ <b>", "fingerprint": "f"}).save(tmp_path / "edit.safetensors")
+    make_plan([edit], {"method": "$\\frac$ <b>", "settings": {}, "fingerprint": "f"}).save(
+        tmp_path / "edit.safetensors"
+    )
     _, page = page_of(tmp_path)
     assert page.faults == [] and not page.all("b")
     assert {"$\\frac$ <b>", "neurons"} <= {one["text"] for one in page.all("text")}
