@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.loading import announced
 from cli.options import (
     IN_FILE,
     OUT_FILE,
@@ -136,7 +137,7 @@ def command(**options: Any) -> None:
     if asked.statistics is not None:
         inputs.append(file_read("--statistics", asked.statistics))
     corpus = read_corpus(asked.corpus_path, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with _bar(screen) as progress:
         study = ablation_study(
             loaded,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.loading import announced
 from cli.options import (
     IN_DIRECTORY,
     IN_PATH,
@@ -102,7 +103,7 @@ def command(**options: Any) -> None:
     settings = _settings(asked)
     corpus = read_corpus(asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording the direction", None, "tokens") as advance:
         found = direction_of(
             loaded,

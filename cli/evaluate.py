@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.loading import announced
 from cli.options import (
     IN_FILE,
     IN_PATH,
@@ -184,7 +185,7 @@ def command(
     }
     reported = corpora["report" if methods is not None else part]
     plan = None if edit_path is None else load_plan(edit_path)
-    loaded = load_model(model, device, dtype)
+    loaded = announced(screen, load_model(model, device, dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, edit_path)
     inputs = [] if edit_path is None else [file_read("--edit", edit_path)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.loading import announced
 from cli.options import IN_DIRECTORY, CommaSeparated, device_options, json_option, model_argument, out_option
 from cli.screen import Screen
 
@@ -116,7 +117,7 @@ def command(**options: Any) -> None:
     corpora = {part: read_corpus(asked.corpus_path, asked.languages, part) for part in PARTS}
     third_languages(corpora["choose"], asked.source, asked.target)
     check_languages(corpora["choose"].languages)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
     layers = None if asked.layers is None else parse_layers(asked.layers, loaded.anatomy.layers)
     goals = Goals(asked.goal_share, asked.goal_gap, asked.goal_rise)
     with screen.progress("Reading", None, "tokens") as advance:
