@@ -98,7 +98,7 @@ class LoadedModel(ModelSource):
             return None
         total = sum(parameter.nbytes for parameter in self.model.parameters())
         return (
-            f"{apart / 1e9:.2f} of the {total / 1e9:.2f} GB of {self.name}'s weights do not fit on {self.device} and "
+            f"{apart / total:.0%} of the {total / 1e9:.3g} GB of {self.name}'s weights do not fit on {self.device} and "
             "are read from main memory or disk whenever they are needed, which takes longer"
         )
 
