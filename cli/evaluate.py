@@ -13,6 +13,7 @@ import click
 
 from cli.command_line import command_line, loaded_as
 from cli.corpora import tell
+from cli.loading import announced
 from cli.options import (
     IN_FILE,
     IN_PATH,
@@ -201,7 +202,7 @@ def command(
     reported = corpora["report" if methods is not None else part]
     check_languages(reported.languages)
     plan = None if edit_path is None else load_plan(edit_path)
-    loaded = load_model(model, device, dtype)
+    loaded = announced(screen, load_model(model, device, dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, edit_path)
     inputs = [] if edit_path is None else [file_read("--edit", edit_path)]

@@ -126,7 +126,10 @@ class _Run:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
+        found = load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
+        if found.waiting is not None:
+            self.screen.stage("model", found.waiting)
+        return found
 
     def stage(self, name: str, state: str) -> None:
         if state not in (RUNS, UNCHANGED):

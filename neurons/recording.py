@@ -36,12 +36,12 @@ CHECKED_EVERY = 64  # batches between two looks for values that are not finite
 
 
 def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """Hidden states [rows, length, d] of a batch; no logits are made."""
+    """Hidden states [rows, length, d] of a batch, on its device; no logits are made."""
     mask = batch.attention.long() if batch.padded else None
     hidden: torch.Tensor = model.base_model(
         input_ids=batch.ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
-    return hidden
+    return hidden.to(batch.ids.device)
 
 
 def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
