@@ -22,9 +22,11 @@ from cli.options import (
     bits_asked,
     corpus_options,
     device_options,
+    dry_run_option,
     json_option,
     model_argument,
     quantised_options,
+    tokens_option,
 )
 from cli.screen import Screen
 
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
     help="What doses are shares of: the set, or all neurons of the model (a top rate).",
 )
 @click.option("--statistics", type=IN_FILE, help="For matched controls and means.  [default: record now]")
-@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
+@tokens_option
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
 )
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
 @click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Of the intervals.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all draws.")
 @device_options
+@dry_run_option
 @quantised_options
 @click.option("--picture", type=OUT_FILE, help="File for a heat map of the matrices (.png or .svg).")
 @click.option("--dose-picture", type=OUT_FILE, help="File for the dose curves (.png or .svg).")
@@ -138,6 +141,18 @@ def command(**options: Any) -> None:
     if asked.statistics is not None:
         inputs.append(file_read("--statistics", asked.statistics))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
+    if asked.dry_run:
+        from cli.dry_run import dry_run
+        from neurons.needs import ablation_need, text_of
+
+        dry_run(
+            screen,
+            asked.model,
+            asked.device,
+            asked.dtype,
+            lambda planned: [ablation_need(planned, text_of(planned, corpus, asked.tokens))],
+        )
+        return
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with _bar(screen) as progress:
         study = ablation_study(

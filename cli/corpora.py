@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.screen import Screen
 
@@ -58,3 +58,25 @@ def tell(screen: Screen, directory: Path, languages: Sequence[str] | None) -> No
             f"the language identifier does not know {', '.join(unknown)}: neurons can be found, but evaluate, "
             "tune and run will refuse it"
         )
+
+
+def tell_read(screen: Screen, read: Mapping[str, Mapping[str, Any]], least: int) -> None:
+    """Say what of the text was read, and warn of languages with fewer tokens than the figures need."""
+    screen.table(
+        "text read",
+        ["language", "tokens", "texts", "of", "left out"],
+        [
+            [
+                language,
+                own["tokens"],
+                own["texts"],
+                own["of"],
+                None if own["cut"] is None else f"{own['cut']:.0%}",
+            ]
+            for language, own in read.items()
+        ],
+    )
+    few = {language: own["tokens"] for language, own in read.items() if own["tokens"] < least}
+    if few:
+        told = ", ".join(f"{language} {tokens:,}" for language, tokens in few.items())
+        screen.warn(f"few tokens ({told}): with less than {least:,} of a language these figures say little")

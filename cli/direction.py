@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.corpora import read
+from cli.corpora import read, tell_read
 from cli.loading import announced
 from cli.options import (
     FINITE,
@@ -19,9 +19,11 @@ from cli.options import (
     CommaSeparated,
     bits_asked,
     device_options,
+    dry_run_option,
     json_option,
     numbers_set,
     quantised_options,
+    tokens_option,
 )
 from cli.screen import Screen
 from cli.tables import direction_table
@@ -75,8 +77,9 @@ LIST = "list"
     help="sae: the layer that each --sae reads, in order.  [default: what its configuration says]",
 )
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
+@tokens_option
 @device_options
+@dry_run_option
 @quantised_options
 @click.option("--out", type=OUT_FILE, help="File for the direction (.safetensors).")
 @json_option
@@ -100,12 +103,26 @@ def command(**options: Any) -> None:
     from editing.directions.take import direction_of
     from neurons.processes import is_first
     from neurons.source import load_model
+    from neurons.token_budget import DIRECTIONS
 
     method_of(asked.method)
     _require(asked)
     settings = numbers_set(asked.assignments, "penalty=0.1")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
+    if asked.dry_run:
+        from cli.dry_run import dry_run
+        from editing.needs import direction_need
+        from neurons.needs import text_of
+
+        dry_run(
+            screen,
+            asked.model,
+            asked.device,
+            asked.dtype,
+            lambda planned: [direction_need(planned, text_of(planned, corpus, asked.tokens))],
+        )
+        return
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording the direction", None, "tokens") as advance:
         found = direction_of(
@@ -125,6 +142,7 @@ def command(**options: Any) -> None:
     if not is_first():
         return
     found.save(asked.out)
+    tell_read(screen, found.metadata["read"], DIRECTIONS.least)
     _show(screen, found, asked)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.corpora import read
+from cli.corpora import read, tell_read
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
@@ -18,15 +19,18 @@ from cli.options import (
     CommaSeparated,
     Many,
     device_options,
+    dry_run_option,
     json_option,
+    tokens_option,
 )
 from cli.screen import Screen
 from cli.tables import plan_table
 
 if TYPE_CHECKING:
-    from editing.edits.methods import EditMethod
+    from editing.edits.methods import EditMethod, Request
     from editing.plan import Plan
-    from neurons.source import ModelSource
+    from neurons.memory import Need
+    from neurons.source import LoadedModel, ModelSource
 
 LIST = "list"
 # Options that are settings of a method by another spelling.
@@ -88,7 +92,9 @@ SPELLED_OUT = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     help="A plan to cut to --layers, --heads and --neurons; needs MODEL.",
 )
 @click.option("--heads", help="--restrict: heads that may change, as 0,3.")
+@tokens_option
 @device_options
+@dry_run_option
 @click.option("--out", type=OUT_FILE, help="File for the plan (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
@@ -121,12 +127,15 @@ def command(**options: Any) -> None:
     operations = [name for name in ("compose", "invert", "restrict") if getattr(asked, name)]
     if len(operations) > 1:
         raise UsageError(f"--{' and --'.join(operations)} exclude each other: do one after the other")
-    plan, source = _of_plans(asked, operations[0]) if operations else _by_method(screen, asked)
+    found = _of_plans(asked, operations[0]) if operations else _by_method(screen, asked)
+    if found is None:
+        return
+    plan, source = found
     plan.save(asked.out)
     _show(screen, plan, source, asked)
 
 
-def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSource]:
+def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSource] | None:
     from editing.direction import load_direction
     from editing.edits.methods import Request, method_of
     from neurons.corpus_files import language_label
@@ -153,7 +162,10 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         statistics=None if asked.statistics is None else load_statistics(asked.statistics),
         corpus=None
         if asked.corpus is None
-        else read(screen, asked.corpus, asked.languages, asked.part or "all", method.least_languages),
+        else replace(
+            read(screen, asked.corpus, asked.languages, asked.part or "all", method.least_languages),
+            tokens=asked.tokens,
+        ),
         languages=labels,
         blocks=asked.blocks,
         strength=asked.strength,
@@ -166,9 +178,34 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         request.neurons.require_model(source)
     if asked.layers is not None:
         request.layers = parse_layers(asked.layers, source.anatomy.layers)
+    if asked.dry_run:
+        _dry_run(screen, asked, request)
+        return None
     with screen.progress("Recording activations", None, "tokens") as advance:
         request.progress = advance
-        return method.make(request), source
+        plan = method.make(request)
+    if read_of := plan.metadata.get("read"):
+        from neurons.token_budget import KEYS
+
+        tell_read(screen, read_of, KEYS.least)
+    return plan, source
+
+
+def _dry_run(screen: Screen, asked: SimpleNamespace, request: Request) -> None:
+    """What the method needs, where it reads text; others read the weights a tensor at a time."""
+    from cli.dry_run import dry_run
+    from editing.needs import key_need, learning_need, writing_need
+    from neurons.needs import text_of
+
+    def needs(planned: LoadedModel) -> list[Need]:
+        if request.corpus is None or asked.method not in ("keyed", "bake"):
+            return [writing_need(planned, "plan")]
+        text = text_of(planned, request.corpus)
+        blocks = request.blocks or (("mlp",) if asked.method == "keyed" else (request.settings["block"],))
+        learn = [learning_need(planned)] if request.settings.get("learn") else []
+        return [key_need(planned, text, blocks), *learn]
+
+    dry_run(screen, asked.model, asked.device, asked.dtype, needs)
 
 
 def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource | None]:

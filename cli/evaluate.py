@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +24,11 @@ from cli.options import (
     Shares,
     corpus_options,
     device_options,
+    dry_run_option,
     json_option,
     model_argument,
     out_option,
+    tokens_option,
 )
 from cli.screen import Screen
 from cli.tables import report_table
@@ -103,7 +106,9 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     help="0 takes the likeliest token always.  [default: 0.7; 0 with --questions]",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
+@tokens_option
 @device_options
+@dry_run_option
 @out_option("File for the numbers (.json).")
 @json_option
 def command(
@@ -128,8 +133,10 @@ def command(
     new_tokens: int,
     temperature: float | None,
     seed: int,
+    tokens: int | None,
     device: str,
     dtype: str,
+    dry_run: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -195,13 +202,26 @@ def command(
     check_samples(samples, temperature)
     questions = None if questions_path is None else read_questions(questions_path, source)
     corpora = {
-        name: read_corpus(corpus_path, languages, name)
+        name: replace(read_corpus(corpus_path, languages, name), tokens=tokens)
         for name in ((part,) if methods is None else ("estimate", "choose", "report"))
     }
     tell(screen, corpus_path, languages)
     reported = corpora["report" if methods is not None else part]
     check_languages(reported.languages)
     plan = None if edit_path is None else load_plan(edit_path)
+    if dry_run:
+        from cli.dry_run import dry_run as show
+        from editing.needs import evaluation_need
+        from neurons.needs import text_of
+
+        show(
+            screen,
+            model,
+            device,
+            dtype,
+            lambda planned: [evaluation_need(planned, text_of(planned, reported))],
+        )
+        return
     loaded = announced(screen, load_model(model, device, dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, edit_path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.corpora import read
+from cli.corpora import read, tell_read
 from cli.loading import announced
 from cli.options import (
     FINITE,
@@ -18,15 +18,19 @@ from cli.options import (
     CommaSeparated,
     bits_asked,
     device_options,
+    dry_run_option,
     json_option,
     numbers_set,
     quantised_options,
+    tokens_option,
 )
 from cli.screen import Screen
 
 if TYPE_CHECKING:
+    from neurons.memory import Need
     from neurons.methods import Method
     from neurons.neuron_set import NeuronSet
+    from neurons.source import LoadedModel
 
 LIST = "list"
 MOST_LAYERS_SHOWN = 12
@@ -69,9 +73,10 @@ MOST_LAYERS_SHOWN = 12
 @click.option("--kinds", type=CommaSeparated(), help="Only these of specific,related,general.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--seed", type=int, help="random, random-matched: of the draw.  [default: 0]")
-@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
+@tokens_option
 @click.option("--block", type=int, help="Tokens a block.  [default: the model's context, at most 2048]")
 @device_options
+@dry_run_option
 @quantised_options
 @click.option("--out", type=OUT_FILE, help="File for the neuron set (.safetensors).")
 @json_option
@@ -94,13 +99,16 @@ def command(**options: Any) -> None:
         return
     from neurons.corpus_recording import finished
     from neurons.errors import UsageError
-    from neurons.methods import PROMPTS, method_of
+    from neurons.methods import NOTHING, PROMPTS, method_of
     from neurons.processes import is_first
 
     method = method_of(asked.method)
     if asked.out is None:
         raise UsageError("--out is missing: name the file for the neuron set")
+    if asked.dry_run and (method.reads in (NOTHING, PROMPTS) or asked.statistics is not None):
+        raise UsageError("--dry-run is about text that is read by a model: leave it out here")
     _refuse_foreign(asked, method)
+    found: NeuronSet | None
     asked.settings = _settings(asked, method)
     if method.score is None:
         found = _control(screen, asked, method)
@@ -112,22 +120,34 @@ def command(**options: Any) -> None:
         found = _by_prompts(screen, asked)
     else:
         found = _by_text(screen, asked)
-    if not is_first():
+    if found is None or not is_first():
         return
     found.save(asked.out)
     finished(asked.out)
     _show(screen, found, asked)
 
 
-def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
+def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet | None:
     from neurons.errors import UsageError
     from neurons.identify import identify, require_parallel
+    from neurons.methods import method_of
     from neurons.source import load_model
 
     if asked.corpus is None:
         raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     require_parallel(asked.method, corpus)
+    method = method_of(asked.method)
+    if asked.dry_run:
+        from cli.dry_run import dry_run
+        from neurons.needs import recording_need, text_of
+
+        def needs(planned: LoadedModel) -> list[Need]:
+            text = text_of(planned, corpus, asked.tokens)
+            return [recording_need(planned, text, method.moments, method.reads, asked.block)]
+
+        dry_run(screen, asked.model, asked.device, asked.dtype, needs)
+        return None
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording activations", None, "tokens") as advance:
         return identify(
@@ -296,6 +316,13 @@ def _list(screen: Screen) -> None:
 
 def _show(screen: Screen, found: NeuronSet, asked: SimpleNamespace) -> None:
     counts = {language: [len(rows) for rows in found.by_layer(language)] for language in found.languages}
+    read_by = [corpus["read"] for corpus in found.metadata.get("corpora", []) if "read" in corpus]
+    if read_by and asked.statistics is None:
+        from neurons.methods import method_of
+        from neurons.token_budget import budget_of
+
+        method = method_of(asked.method)
+        tell_read(screen, read_by[-1], budget_of(method.moments, method.reads).least)
     by_layer = found.layers <= MOST_LAYERS_SHOWN
     kinds = {language: found.kind_counts(language) for language in found.languages}
     screen.table(

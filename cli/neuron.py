@@ -10,7 +10,7 @@ import click
 
 from cli.corpora import read
 from cli.loading import announced
-from cli.options import corpus_options, device_options, json_option, model_argument
+from cli.options import corpus_options, device_options, json_option, model_argument, tokens_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--top", type=click.IntRange(min=1), default=10, show_default=True, help="Tokens promoted and suppressed."
 )
-@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
+@tokens_option
 @device_options
 @json_option
 def command(**options: Any) -> None:

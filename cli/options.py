@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,7 @@ def corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = max_memory_option(command)
     command = click.option(
         "--dtype",
         default="auto",
@@ -279,6 +282,54 @@ def bits_asked(asked: Any) -> int | None:
     if asked.load_in_4bit and asked.load_in_8bit:
         raise UsageError("--load-in-4bit and --load-in-8bit cannot both be: give one")
     return 4 if asked.load_in_4bit else 8 if asked.load_in_8bit else None
+
+
+class MemorySize(click.ParamType[int]):
+    """``8GB``, ``24GiB`` or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
+        try:
+            number = float(found.group(1)) if found else math.nan
+        except ValueError:
+            number = math.nan
+        if found is None or not math.isfinite(number) or number <= 0:
+            self.fail(f"{value!r} is no size: write it as 8GB or 24GiB", param, ctx)
+        power = "kmgt".find(found.group(2).lower()) + 1 if found.group(2) else 0
+        return int(number * (1024 if found.group(3) else 1000) ** power)
+
+
+def max_memory_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    def limit(_: Any, __: Any, value: int | None) -> None:
+        # torch is not imported for nothing; what an earlier command of the same process allowed is over.
+        if value is not None or "neurons.memory" in sys.modules:
+            from neurons.memory import limit_memory
+
+            limit_memory(value)
+
+    return click.option(
+        "--max-memory",
+        type=MemorySize(),
+        expose_value=False,
+        callback=limit,
+        help="Most that the process may take, weights and all, as 8GB.  [default: what is free, less a tenth]",
+    )(command)
+
+
+def tokens_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--tokens",
+        type=click.IntRange(min=1),
+        help="Most tokens of a language to read, evenly from the whole text.  [default: what the method needs]",
+    )(command)
+
+
+def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--dry-run", is_flag=True, help="Say what memory each stage needs, and do nothing.")(
+        command
+    )
 
 
 def out_option(what: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -7,17 +7,19 @@ from typing import Any
 
 import click
 
-from cli.corpora import read
+from cli.corpora import read, tell_read
 from cli.loading import announced
 from cli.options import (
     CommaSeparated,
     bits_asked,
     corpus_options,
     device_options,
+    dry_run_option,
     json_option,
     model_argument,
     out_option,
     quantised_options,
+    tokens_option,
 )
 from cli.screen import Screen
 
@@ -35,7 +37,7 @@ DEFAULT = ("lape", "lape-general", "random-matched")
     help="Methods of `broca identify --method list` to record for, in one pass; all: every one that reads text.  "
     f"[default: {','.join(DEFAULT)}]",
 )
-@click.option("--tokens", type=click.IntRange(min=1), help="Most tokens a language.  [default: all]")
+@tokens_option
 @click.option(
     "--block",
     type=int,
@@ -45,6 +47,7 @@ DEFAULT = ("lape", "lape-general", "random-matched")
     "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
 )
 @device_options
+@dry_run_option
 @quantised_options
 @out_option("File for the statistics (.safetensors).")
 @json_option
@@ -67,6 +70,7 @@ def command(**options: Any) -> None:
     from neurons.methods import METHODS, NOTHING, PROMPTS, moments_of
     from neurons.processes import is_first
     from neurons.source import load_model
+    from neurons.token_budget import budget_of
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
@@ -74,6 +78,20 @@ def command(**options: Any) -> None:
     names = (*readable, "random-matched") if asked.methods == ("all",) else asked.methods
     moments, reads = moments_of(tuple(names))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
+    if asked.dry_run:
+        from cli.dry_run import dry_run
+        from neurons.needs import recording_need, text_of
+
+        dry_run(
+            screen,
+            asked.model,
+            asked.device,
+            asked.dtype,
+            lambda planned: [
+                recording_need(planned, text_of(planned, corpus, asked.tokens), moments, reads, asked.block)
+            ],
+        )
+        return
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording", None, "tokens") as advance:
         statistics = record_corpus(
@@ -91,6 +109,7 @@ def command(**options: Any) -> None:
         return
     statistics.save(asked.out)
     finished(asked.out)
+    tell_read(screen, statistics.metadata["corpora"][-1]["read"], budget_of(moments, reads).least)
     in_blocks = [name for name in names if METHODS[name].reads not in (reads, NOTHING)]
     if in_blocks:
         screen.say(
@@ -118,6 +137,7 @@ def command(**options: Any) -> None:
             "moments": list(statistics.moments),
             "responses": bool(statistics.responses),
             "settings": statistics.metadata["settings"],
+            "read": statistics.metadata["corpora"][-1]["read"],
         },
         asked.out,
     )

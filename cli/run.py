@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 
 from cli.command_line import command_line
 from cli.corpora import tell
-from cli.options import IN_FILE, OUT_DIRECTORY, json_option
+from cli.options import IN_FILE, OUT_DIRECTORY, dry_run_option, json_option, max_memory_option
 from cli.screen import Screen
 from cli.tables import report_table
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("recipe_path", metavar="RECIPE.toml", type=IN_FILE)
 @click.option("--out", type=OUT_DIRECTORY, help="Directory of the results, in place of the recipe's.")
+@max_memory_option
+@dry_run_option
 @json_option
-def command(recipe_path: Path, out: Path | None, as_json: bool) -> None:
+def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -> None:
     """Identify, take directions, edit, export and measure, as RECIPE.toml says.
 
     Stages that are done and unchanged are skipped, so an interrupted run goes on where it stopped.
@@ -34,6 +37,12 @@ def command(recipe_path: Path, out: Path | None, as_json: bool) -> None:
     from editing.recipe import read_recipe
 
     recipe = read_recipe(recipe_path).with_options(out=out)
+    if dry_run:
+        from cli.dry_run import dry_run as show
+        from editing.pipeline import needs
+
+        show(Screen(as_json), recipe.model, recipe.device, recipe.dtype, partial(needs, recipe))
+        return
     asked = {"command": command_line(out=recipe.out), **recipe_read(recipe_path, str(recipe_path))}
     run_recipe(recipe, Screen(as_json), asked)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from cli.options import (
     json_option,
     model_argument,
     out_option,
+    tokens_option,
 )
 from cli.screen import Screen
 
@@ -94,6 +96,7 @@ SAMPLES = 2  # continuations a prompt; of what is reported, at least
     help="NLL rise of any third language, nats a token, at most.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
+@tokens_option
 @device_options
 @out_option("Directory of the results; a search that was stopped goes on there.", directory=True)
 @json_option
@@ -130,7 +133,10 @@ def command(**options: Any) -> None:
     check_samples(asked.samples, asked.temperature)
     check_methods(asked.methods)
     _require_own_directory(asked.out, STUDY)
-    corpora = {part: read_corpus(asked.corpus_path, asked.languages, part) for part in PARTS}
+    corpora = {
+        part: replace(read_corpus(asked.corpus_path, asked.languages, part), tokens=asked.tokens)
+        for part in PARTS
+    }
     tell(screen, asked.corpus_path, asked.languages)
     third_languages(corpora["choose"], asked.source, asked.target)
     check_languages(corpora["choose"].languages)

@@ -47,6 +47,7 @@ from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.source import LoadedModel
+from neurons.token_budget import LOSSES, text_read
 
 SAMPLES_SHOWN = 5
 LOOPING = "looping"
@@ -130,6 +131,7 @@ class Evaluation:
     Attributes:
         ceiling: share of the target among the unedited model's answers to target prompts.
         base: the unedited model's Outcome.
+        read: what of each language likelihoods are measured on (``neurons.token_budget.text_read``).
 
     Raises:
         UsageError: a language that the corpus lacks or the identifier does not know, no question in the
@@ -167,7 +169,8 @@ class Evaluation:
         self._write: Writer = partial(generate, loaded) if write is None else write
         self._samples, self._most = samples, most_prompts
         self._asked = {language: self._prompts_of(language) for language in (source, target)}
-        self._batches = language_batches(loaded, corpus)
+        self._batches = language_batches(loaded, corpus, default=LOSSES.tokens)
+        self.read = text_read(corpus, self._batches)
         own = self._answers(target)
         self.ceiling = own.share(target)
         self._own = {target: own}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,18 +32,22 @@ from editing.edits.keyed import require_common_inputs
 from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
+from editing.needs import direction_need, evaluation_need, key_need, learning_need, writing_need
 from editing.origin import measured_by, processor, text_measured, texts_read
 from editing.plan import load_plan
 from editing.recipe import LEARNED, Recipe
 from editing.report import Report, report_files, report_from_json
 from editing.stages import RUNS, UNCHANGED, Stages, digest
 from editing.weight_exchange import exchange
+from neurons.anatomy import BLOCKS
 from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
 from neurons.errors import UsageError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.identify import identify
-from neurons.methods import METHODS
+from neurons.memory import Need
+from neurons.methods import METHODS, method_of
+from neurons.needs import recording_need, text_of
 from neurons.neuron_set import load_neuron_set
 from neurons.selection import parse_layers
 from neurons.source import LoadedModel, ModelSource, load_model, open_model, pick_device
@@ -96,13 +100,37 @@ def run(recipe: Recipe, screen: Screen, asked: Mapping[str, Any] | None = None) 
     return _Run(recipe, screen, asked or {}).all()
 
 
+def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
+    """What the stages of a recipe need of the memory; nothing is done.
+
+    Raises:
+        BrocaError: the weights, or a row of text, do not fit.
+    """
+    texts = {
+        part: text_of(
+            planned, replace(read_corpus(recipe.corpus, recipe.languages, part), tokens=recipe.tokens)
+        )
+        for part in ("estimate", "report")
+    }
+    method = method_of(recipe.method)
+    learned = recipe.values == LEARNED
+    return [
+        recording_need(planned, texts["estimate"], method.moments, method.reads),
+        direction_need(planned, texts["estimate"]),
+        key_need(planned, texts["estimate"], BLOCKS if learned else ("mlp",)),
+        *([learning_need(planned)] if learned else []),
+        writing_need(planned, "export"),
+        evaluation_need(planned, texts["report"]),
+    ]
+
+
 class _Run:
     def __init__(self, recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
         self.recipe, self.screen, self.asked = recipe, screen, asked
         self.kept: list[str] = []
         self.source: ModelSource = open_model(recipe.model)
         self.corpora: dict[str, Corpus] = {
-            part: read_corpus(recipe.corpus, recipe.languages, part)
+            part: replace(read_corpus(recipe.corpus, recipe.languages, part), tokens=recipe.tokens)
             for part in ("estimate", "choose", "report")
         }
         for language in (recipe.source, *recipe.targets):
@@ -160,7 +188,10 @@ class _Run:
             "device": recipe.device,
             "dtype": recipe.dtype,
         }
-        text = {part: corpus.digest for part, corpus in self.corpora.items()}
+        text = {
+            part: corpus.digest if corpus.tokens is None else f"{corpus.digest} {corpus.tokens}"
+            for part, corpus in self.corpora.items()
+        }
         self.stages.run(
             "identify",
             {**common, "method": recipe.method, "top_rate": recipe.top_rate, "text": text["estimate"]},

@@ -41,6 +41,7 @@ class Recipe:
         prompts: at most so many lines of a part are prompted with.
         samples: continuations a prompt.
         seed: of the sampling.
+        tokens: most tokens of a language that are read, evenly from the whole text; None: what each stage needs.
         device, dtype: as ``broca identify`` takes them.
     """
 
@@ -59,6 +60,7 @@ class Recipe:
     prompts: int = 100
     samples: int = 2
     seed: int = 0
+    tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -138,7 +140,7 @@ _KINDS = {
     **dict.fromkeys(("targets", "languages"), "a list of strings"),
     "strengths": "a list of finite numbers other than 0",
     "top_rate": "a finite number",
-    **dict.fromkeys(("prompts", "samples"), "a whole number above 0"),
+    **dict.fromkeys(("prompts", "samples", "tokens"), "a whole number above 0"),
     "seed": "a whole number",
 }
 

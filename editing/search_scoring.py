@@ -13,7 +13,7 @@ once, through the edited model, for likelihood and KL together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -142,7 +142,7 @@ class Scoring:
                 "no edit can be told from another: choose another target, or a model that writes it"
             )
         self._own_nll = continuation_nll(loaded, own)
-        some = Corpus({k: tuple(corpus.non_empty(k)[:lines]) for k in self.third}, corpus.digest, corpus.part)
+        some = replace(corpus, texts={k: tuple(corpus.non_empty(k)[:lines]) for k in self.third})
         self._texts = {name: self._read(items) for name, items in language_batches(loaded, some).items()}
 
     def few(self, prompts: int) -> tuple[int, int]:

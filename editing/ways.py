@@ -55,6 +55,7 @@ from neurons.neuron_set import NeuronSet
 from neurons.scorers.clas import clas_classes
 from neurons.scorers.momentum import MomentumRates
 from neurons.source import LoadedModel
+from neurons.token_budget import MEANS
 
 Settings = dict[str, Any]
 # The published method of finding neurons, and Broca's.
@@ -110,7 +111,7 @@ class Material:
     @cached_property
     def means(self) -> dict[str, torch.Tensor]:
         """Language -> float64 [L, I], mean of s = act(gate) on source and target."""
-        batches = language_batches(self.loaded, self.corpus)
+        batches = language_batches(self.loaded, self.corpus, default=MEANS.tokens)
         wanted = {language: batches[language] for language in (self.source, self.target)}
         found = activation_means(self.loaded, wanted, range(self.loaded.anatomy.layers))
         return {

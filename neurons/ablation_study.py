@@ -27,6 +27,7 @@ from neurons.neuron_set import NeuronSet
 from neurons.replacement import WAYS, Replacement
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics
+from neurons.token_budget import LOSSES, text_read
 
 CONTROLS = ("random", "matched")
 ACTIVITY, SUM = "mlp_in:absolute", "mlp_in:sum"
@@ -190,7 +191,7 @@ def ablation_study(
         settings: None takes the defaults.
         statistics: with ``mlp_in:absolute`` for matched controls and ``mlp_in:sum`` for means; None
             records them from the corpus, text by text.
-        tokens: most tokens a language; None takes all.
+        tokens: most tokens a language; None: the corpus's, else ``LOSSES.tokens``.
         batch_tokens: tokens read at once; None takes what memory allows.
         out: where the study will be written: unfinished work is kept beside it, and gone on with.
         progress: called with (tokens done, tokens in all), counting each condition's tokens.
@@ -212,7 +213,7 @@ def ablation_study(
     plans = {name: _planned(plan, one, languages, replacement, how, statistics) for name, one in sets.items()}
 
     size = batches_for(loaded, False, 1)[0] if batch_tokens is None else batch_tokens
-    batches = language_batches(loaded, corpus, tokens, size)
+    batches = language_batches(loaded, corpus, tokens, size, LOSSES.tokens)
     for language, some in batches.items():
         if not some:
             raise UsageError(f"language {language!r} has no text of two tokens or more")
@@ -234,6 +235,7 @@ def ablation_study(
             "fingerprint": loaded.fingerprint,
             **loaded.told,
             "corpus": {"digest": corpus.digest, "part": corpus.part},
+            "read": text_read(corpus, batches),
             "packages": package_versions(),
             "settings": {
                 **asdict(how),

@@ -199,25 +199,30 @@ def row_batches(
 
 
 def language_batches(
-    loaded: LoadedModel, corpus: Corpus, tokens: int | None = None, tokens_a_batch: int | None = None
+    loaded: LoadedModel,
+    corpus: Corpus,
+    tokens: int | None = None,
+    tokens_a_batch: int | None = None,
+    default: int | None = None,
 ) -> dict[str, list[TokenBatch]]:
     """Each language's texts, one a row.
 
     Args:
         loaded: the model.
         corpus: text by language.
-        tokens: most of a language, evenly from the whole text; None takes all.
+        tokens: most of a language, evenly from the whole text; None: the corpus's own number, else the default.
         tokens_a_batch: None takes what memory allows for a pass without gradients.
+        default: where neither says so; None takes all.
 
     Raises:
         UsageError: a text with a token that the model has no embedding of.
     """
-    length = block_length(loaded.model)
+    length, most = block_length(loaded.model), _most(corpus, tokens, default)
     at_once = (
         min(TOKENS_A_BATCH, batches_for(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
     )
     found = {
-        language: text_batches(corpus.texts[language], loaded.tokenizer, length, tokens, at_once)
+        language: text_batches(corpus.texts[language], loaded.tokenizer, length, most, at_once)
         for language in corpus.languages
     }
     _require_embedded(loaded, found)
@@ -244,16 +249,17 @@ def packed_corpus(
     block: int | None = None,
     tokens: int | None = None,
     tokens_a_batch: int | None = None,
+    default: int | None = None,
 ) -> dict[str, list[TokenBatch]]:
     """Each language's text in full blocks.
 
     Raises:
         UsageError: as ``packed_batches``, or a text with a token that the model has no embedding of.
     """
-    length = block_length(loaded.model, block)
+    length, most = block_length(loaded.model, block), _most(corpus, tokens, default)
     found = {
         language: packed_batches(
-            corpus.non_empty(language), loaded.tokenizer, length, language, tokens, tokens_a_batch
+            corpus.non_empty(language), loaded.tokenizer, length, language, most, tokens_a_batch
         )
         for language in corpus.languages
     }
@@ -277,6 +283,10 @@ def _groups(
         group.append(row)
     if group:
         yield group
+
+
+def _most(corpus: Corpus, tokens: int | None, default: int | None) -> int | None:
+    return next((number for number in (tokens, corpus.tokens) if number is not None), default)
 
 
 def _drawn(

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neurons.corpus_files import corpus_files
@@ -26,11 +26,14 @@ class Corpus:
             one language stays beside line i of another.
         digest: sha256 over languages and texts, hexadecimal.
         part: which lines: "all", "estimate", "choose" or "report" (``PARTS``, by line number modulo 4).
+        tokens: most tokens of a language to read, evenly from the whole text; None: as many as what reads it needs
+            (``neurons.token_budget``).
     """
 
     texts: dict[str, tuple[str, ...]]
     digest: str
     part: str
+    tokens: int | None = None
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -47,6 +50,10 @@ class Corpus:
                 raise UsageError(
                     f"the corpus has no language {language!r}: it has {', '.join(self.languages)}"
                 )
+
+    def only(self, *languages: str) -> Corpus:
+        """The same without its other languages."""
+        return replace(self, texts={language: self.texts[language] for language in languages})
 
     def non_empty(self, language: str) -> list[str]:
         return [text for text in self.texts[language] if text]

@@ -29,6 +29,7 @@ from neurons.recording import Progress, record
 from neurons.resume import Unfinished
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics
+from neurons.token_budget import budget_of, text_read
 
 MOST_UNKNOWN = 0.2
 RESPONSE_BYTES = 8 * 2**30
@@ -52,7 +53,7 @@ def record_corpus(
         corpus: text by language.
         moments: as ``neurons.recording.record``.
         reads: "blocks" (joined text in full blocks) or "texts" (a text a row).
-        tokens: most tokens a language; None takes all.
+        tokens: most tokens a language; None: the corpus's, else what the moments need (``neurons.token_budget``).
         block: tokens a block; None takes the model's context, at most 2048.  Texts are cut at the context.
         batch_tokens: tokens read at once; None takes what the memory allows, and less after running out.
         progress: called with the number of tokens done.
@@ -70,12 +71,13 @@ def record_corpus(
         raise UsageError("a text is read as it is, so --block means nothing to a method that reads texts")
     backward = any(moment.endswith(":attribution") for moment in moments)
     _require_room(loaded, corpus, moments)
+    budget = budget_of(moments, reads)
     planned = batches_for(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
 
     def cut(size: int) -> dict[str, list[TokenBatch]]:
         if reads == TEXTS:
-            return language_batches(loaded, corpus, tokens, size)
-        return packed_corpus(loaded, corpus, block, tokens, size)
+            return language_batches(loaded, corpus, tokens, size, budget.tokens)
+        return packed_corpus(loaded, corpus, block, tokens, size, budget.tokens)
 
     def attempt(size: int) -> Statistics:
         batches = cut(size)
@@ -89,7 +91,10 @@ def record_corpus(
         unfinished = None if out is None else Unfinished(out, _key(loaded, batches, moments))
         found = record(loaded, batches, moments, progress, unfinished, recomputes)
         share = {k: unknown_share(some, loaded.tokenizer) for k, some in batches.items()}
-        return replace(found, metadata=_metadata(loaded, corpus, found, reads, block, size, share))
+        return replace(
+            found,
+            metadata=_metadata(loaded, corpus, found, reads, block, size, share, text_read(corpus, batches)),
+        )
 
     if batch_tokens is not None or world()[1] > 1:
         # Processes that cut the text differently would count some of it twice: running out stops them all.
@@ -150,6 +155,7 @@ def _metadata(
     block: int | None,
     size: int,
     unknown: Mapping[str, float],
+    read: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "model": loaded.label,
@@ -163,6 +169,7 @@ def _metadata(
                 "part": corpus.part,
                 "tokens": dict(zip(found.languages, found.tokens.tolist(), strict=True)),
                 "lines": {language: len(texts) for language, texts in corpus.texts.items()},
+                "read": read,
             }
         ],
         "settings": {

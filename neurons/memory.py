@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 LIBRARIES = 500 * 2**20
 MARGIN = 0.1  # of what is free, left alone
 WORK = 3 * 2**29  # on a CPU: larger batches bring no speed
+LEAST_WORK = 2**29  # with less, weights are better left on disk
 GPU_SHARE = 0.4  # of a GPU's memory, the same whatever else is on it
 FRAGMENTATION = 1.4
 # Copies of a piece's logits: the model's own, float32, their softmax, and with a gradient those of two of them.
@@ -92,6 +93,7 @@ class Sizes:
         inner: I, MLP neurons that one token reaches in a layer.
         neurons: MLP neurons of a layer in all.
         attention: A D.
+        keys: width of a layer's keys, and of its values.
         vocabulary: V.
         value: bytes of a value of the activations, b.
         weights: bytes of all weights.
@@ -102,6 +104,7 @@ class Sizes:
     inner: int
     neurons: int
     attention: int
+    keys: int
     vocabulary: int
     value: int
     weights: int
@@ -198,11 +201,14 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
     anatomy, model = source.anatomy, getattr(source, "model", None)
     config = (_config(source.checkpoint) if model is None else model.config).get_text_config()
     if model is not None:
-        value, weights = model.dtype.itemsize, sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        value, parameters = model.dtype.itemsize, list(model.parameters())
+        # Of an offloaded model some weights wait elsewhere; a model that is planned with has none anywhere.
+        planned = all(p.is_meta for p in parameters)
+        weights = sum(p.nbytes for p in parameters if planned or not p.is_meta)
     else:
-        stored, parameters = _stored(source.checkpoint)
+        stored, count = _stored(source.checkpoint)
         value = stored if value is None else value
-        weights = parameters * value
+        weights = count * value
     reached = anatomy.expert_width * max(1, getattr(config, "num_experts_per_tok", 1) or 1)
     return Sizes(
         layers=anatomy.layers,
@@ -210,6 +216,7 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
         inner=min(anatomy.neurons, reached),
         neurons=anatomy.neurons,
         attention=anatomy.heads * anatomy.head_dim,
+        keys=anatomy.head_dim * (getattr(config, "num_key_value_heads", None) or anatomy.heads),
         vocabulary=config.vocab_size,
         value=value,
         weights=weights,
@@ -225,6 +232,11 @@ def room(loaded: LoadedModel) -> int:
     if loaded.device.type == "cuda":
         return int(GPU_SHARE * torch.cuda.get_device_properties(loaded.device).total_memory)
     return min(WORK, most_room(loaded))
+
+
+def memory_for_weights() -> int | None:
+    """Bytes that weights may take in main memory where a limit was set: what is left beside libraries and work."""
+    return None if _limit is None else max(0, _limit - LIBRARIES - LEAST_WORK)
 
 
 def most_room(loaded: LoadedModel) -> int:

@@ -18,6 +18,7 @@ from neurons.recording import forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
 from neurons.start_tokens import start_tokens
+from neurons.token_budget import MEANS
 
 SNIPPETS, TOKENS = 10, 10
 BEFORE, AFTER = 24, 12  # tokens of a snippet on either side
@@ -131,7 +132,7 @@ def neuron_report(
         )
     activity: dict[str, Activity] = {}
     best: list[Snippet] = []
-    for language, batches in language_batches(loaded, corpus, most_tokens).items():
+    for language, batches in language_batches(loaded, corpus, most_tokens, default=MEANS.tokens).items():
         seen = []
         for batch in batches:
             seen.append(_values(loaded, batch, layer, neuron))

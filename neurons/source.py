@@ -22,6 +22,7 @@ from neurons.complete_weights import require_complete
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
 from neurons.low_bits import keep_layout, quantisation_config, quantised_settings
+from neurons.memory import memory_for_weights
 from neurons.offload import execution_device, let_gradients_read_again, waiting_bytes
 from neurons.placement import memory_to_spread_over
 from neurons.processes import own_gpu
@@ -222,8 +223,8 @@ def load_model(
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype elsewhere; or "float32",
             "bfloat16", "float16".
-        max_memory: most bytes of weights on each GPU and in main memory; 0 leaves all on disk.  Default: 90 %
-            of what is free.
+        max_memory: most bytes of weights on each GPU and in main memory; 0 leaves all on disk.  Default: what
+            ``neurons.memory.limit_memory`` leaves, else 90 % of what is free.
         bits: 4 or 8 quantises the linear modules' weights by bitsandbytes, to read activations and directions
             off them; they cannot be edited, and must fit on one device.
 
@@ -250,6 +251,8 @@ def load_model(
     check_tied(model, checkpoint, bool(getattr(config, "tie_word_embeddings", False)))
     digest = fingerprint(checkpoint)
     each = None if wanted == "auto" else wanted.itemsize
+    if max_memory is None:
+        max_memory = memory_for_weights()
     spread = memory_to_spread_over(checkpoint, where, each if bits is None else bits / 8, max_memory)
     place: dict[str, Any] = {"device_map": {"": where}}
     folder: TemporaryDirectory[str] | None = None
@@ -306,6 +309,34 @@ def load_model(
     if "max_memory" in place:
         anatomy = replace(anatomy, gathered_on=execution_device(loaded.get_input_embeddings()))
     return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
+
+
+def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """A model without its weights, on the meta device, to plan with: its sizes, its tokenizer.
+
+    A local directory needs no more than ``config.json``; without a tokenizer its ``tokenizer`` is None.
+
+    Args:
+        model: hub id or local directory.
+        device, dtype: as ``load_model`` is to be given.
+
+    Raises:
+        UsageError: no such model or device.
+        BrocaError: quantised, or an architecture that Broca does not know.
+    """
+    import transformers
+
+    checkpoint = locate(model)
+    config = _config(model, checkpoint)
+    where = pick_device(device)
+    stored = getattr(config, "dtype", None) or torch.float32
+    own = (torch.float32 if where.type == "cpu" else stored) if dtype == "auto" else getattr(torch, dtype)
+    empty = _empty(config).to(own).eval().requires_grad_(False)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError):
+        tokenizer = None
+    return LoadedModel(model, checkpoint, "", anatomy_of(empty), empty, tokenizer)
 
 
 def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:

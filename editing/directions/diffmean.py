@@ -18,6 +18,7 @@ from neurons.errors import UsageError
 from neurons.recording import Progress, record
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics
+from neurons.token_budget import DIRECTIONS, text_read
 
 OUTPUT_SITES = ("attn_out", "mlp_out", "block_out")
 INPUT_SITES = ("attn_in", "mlp_in")
@@ -56,11 +57,10 @@ def diffmean_direction(
         UsageError: as ``diffmean``.
     """
     corpus.require(source, target)
-    both = Corpus({k: corpus.texts[k] for k in (source, target)}, corpus.digest, corpus.part)
+    both = corpus.only(source, target)
     sites = OUTPUT_SITES + INPUT_SITES
-    statistics = record(
-        loaded, language_batches(loaded, both), [f"{site}:text_mean" for site in sites], progress
-    )
+    batches = language_batches(loaded, both, default=DIRECTIONS.tokens)
+    statistics = record(loaded, batches, [f"{site}:text_mean" for site in sites], progress)
     found = diffmean(statistics, source, target)
     metadata = {
         "model": loaded.label,
@@ -71,5 +71,6 @@ def diffmean_direction(
         "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
         "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
         "settings": {},
+        "read": text_read(both, batches),
     }
     return Direction(found.source, found.target, found.vectors, found.input_means, metadata)

@@ -23,6 +23,7 @@ from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
 from neurons.recording import Progress
 from neurons.source import LoadedModel
+from neurons.token_budget import DIRECTIONS, text_read
 
 
 def direction_of(
@@ -53,7 +54,7 @@ def direction_of(
         project_neutral: take the component along the mean of both languages off each vector
             (``editing.directions.length``); subspaces stay as they are.
         unit_length: vectors of length 1 instead of the method's own length.
-        tokens: most tokens a language; None takes all.
+        tokens: most tokens a language; None: the corpus's, else ``DIRECTIONS.tokens``.
         settings: of the method, those that differ from its defaults.
         autoencoders: of ``sae``.
         progress: called with the number of tokens done.
@@ -87,8 +88,8 @@ def direction_of(
     if method == DIFFMEAN and plain:
         return diffmean_direction(loaded, corpus, source, target, progress)
     languages = corpus.languages if chosen.all_languages else (source, target)
-    wanted = Corpus({k: corpus.texts[k] for k in languages}, corpus.digest, corpus.part)
-    batches = language_batches(loaded, wanted, tokens)
+    wanted = corpus.only(*languages)
+    batches = language_batches(loaded, wanted, tokens, default=DIRECTIONS.tokens)
     recorded = record_texts(loaded, batches, progress)
     finders: Mapping[tuple[str, int], Finder] = {}
     notes: dict[str, Any] = {}
@@ -131,6 +132,7 @@ def direction_of(
             "unit_length": unit_length,
             "most_tokens": tokens,
         },
+        "read": text_read(wanted, batches),
         **notes,
     }
     return _assembled(source, target, results, recorded, metadata)

@@ -38,6 +38,7 @@ from neurons.scorers.momentum import MomentumRates, momentum_rates
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel, ModelSource
 from neurons.statistics import Statistics
+from neurons.token_budget import MEANS
 from neurons.totals import Totals
 
 # At alpha 1 a channel that goes the target's way in every pair is doubled and one that goes the other way is
@@ -175,7 +176,7 @@ def corpus_rates(
     """
     _require_pair(corpus.languages, source, target)
     named = chosen_blocks(blocks)
-    both = Corpus({k: corpus.texts[k] for k in (source, target)}, corpus.digest, corpus.part)
+    both = corpus.only(source, target)
     responses, lines = _responses(loaded, both, [f"{block}_in" for block in named], progress)
     return {block: _rates(responses[f"{block}_in"], lines, source, target) for block in named}
 
@@ -261,7 +262,7 @@ def _responses(
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """(site -> language -> float32 [texts, L, width], language -> int64 [texts], its lines)."""
     anatomy, languages = loaded.anatomy, tuple(corpus.languages)
-    batches = language_batches(loaded, corpus)
+    batches = language_batches(loaded, corpus, default=MEANS.tokens)
     for language, some in batches.items():
         if not some:
             raise UsageError(f"language {language!r} has no text of more than one token: give more text")

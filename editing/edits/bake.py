@@ -46,6 +46,7 @@ from neurons.memory import covariance_bytes, room, solving_bytes
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel, ModelSource
+from neurons.token_budget import KEYS
 
 # Less lowers the spread a little and makes ||dW|| several times as large: this is the choice for the smaller change.
 EPS = 1e-2
@@ -233,7 +234,7 @@ def constant_keys(
             "write a constant: choose --blocks attn"
         )
     everything = torch.arange(loaded.anatomy.width(site))
-    batches = language_batches(loaded, corpus)
+    batches = language_batches(loaded, corpus, default=KEYS.tokens)
     tokens = torch.tensor([sum(int(batch.counted.sum()) for batch in some) for some in batches.values()])
     left = room(loaded) - solving_bytes(len(everything))
     at_once = max(1, left // covariance_bytes(len(everything)))

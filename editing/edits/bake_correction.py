@@ -30,6 +30,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
+from neurons.token_budget import KEYS
 
 
 @dataclass
@@ -128,7 +129,9 @@ def corrected_plan(
         )
     if first.right is None or first.left is None:
         raise BrocaError("the baked plan has no rank-1 factors: make it again")
-    batches = [batch for some in language_batches(loaded, corpus).values() for batch in some]
+    batches = [
+        batch for some in language_batches(loaded, corpus, default=KEYS.tokens).values() for batch in some
+    ]
     weights = Weights(loaded)
     edits = [first]
     for layer in range(first.layer + 1, min(first.layer + 1 + layers, loaded.anatomy.layers)):

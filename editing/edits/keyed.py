@@ -51,6 +51,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.neuron_set import NeuronSet
 from neurons.recording import Progress
 from neurons.source import LoadedModel
+from neurons.token_budget import KEYS, text_read
 
 # Found on the demo model, English to French and German: from 3 on as far as the ceiling; more is more fluent
 # and does more to other languages.  Keys over heads too reach as far from 2 on (docs/keyed.md).
@@ -156,7 +157,8 @@ def keyed_plan(
         "jointly": jointly,
     }
     metadata = plan_metadata(loaded, "keyed", direction, settings)
-    batches = language_batches(loaded, corpus)
+    batches = language_batches(loaded, corpus, default=KEYS.tokens)
+    metadata["read"] = text_read(corpus, batches)
     found = _jointly if jointly else _independently
     edits = list(found(loaded, batches, units, wanted, metadata, progress))
     return make_plan(edits, metadata)

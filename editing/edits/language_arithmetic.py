@@ -44,6 +44,7 @@ from neurons.neuron_set import NeuronSet
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
+from neurons.token_budget import MEANS
 
 MODES = ("additive", "replacement", "difference")
 
@@ -207,7 +208,7 @@ def language_arithmetic_plan(
     on = _mask(neurons, [] if target is None else [target])
     off = _mask(neurons, deactivate)
     layers = (on | off).any(1).nonzero()[:, 0].tolist()
-    batches = language_batches(loaded, corpus)
+    batches = language_batches(loaded, corpus, default=MEANS.tokens)
     means = {} if target is None else activation_means(loaded, batches, layers)
     zeros = torch.zeros(loaded.anatomy.neurons, dtype=torch.float64)
     maps = {
@@ -282,7 +283,7 @@ def _shifts(
     if not units:
         return {}, {}
     weights, shifts, shares = Weights(loaded), {}, {}
-    batches = language_batches(loaded, corpus)
+    batches = language_batches(loaded, corpus, default=MEANS.tokens)
     tokens = torch.tensor([sum(int(batch.counted.sum()) for batch in some) for some in batches.values()])
     moments = language_moments(loaded, batches, "mlp_up", units, progress) if loaded.anatomy.gated else {}
     for layer, index in units.items():

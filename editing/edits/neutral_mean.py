@@ -16,6 +16,7 @@ from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.recording import Progress, record
 from neurons.source import LoadedModel
+from neurons.token_budget import DIRECTIONS
 
 
 def neutral_means(
@@ -33,6 +34,9 @@ def neutral_means(
         Site -> float64 [L, d].
     """
     statistics = record(
-        loaded, language_batches(loaded, corpus), [f"{site}:text_mean" for site in sites], progress
+        loaded,
+        language_batches(loaded, corpus, default=DIRECTIONS.tokens),
+        [f"{site}:text_mean" for site in sites],
+        progress,
     )
     return {site: statistics.text_mean(site).mean(-1) for site in sites}

@@ -1,0 +1,53 @@
+"""``--dry-run``: what each stage needs of the memory, beside what it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cli.screen import Screen
+    from neurons.memory import Need
+    from neurons.source import LoadedModel
+
+
+def dry_run(
+    screen: Screen, model: str, device: str, dtype: str, needs: Callable[[LoadedModel], Sequence[Need]]
+) -> None:
+    """Print the needs of a model that is not loaded, in GB; with --json in bytes."""
+    from neurons.memory import memory_limit
+    from neurons.source import plan_model
+
+    planned = plan_model(model, device, dtype)
+    limit, found = memory_limit(), needs(planned)
+    parts = list(dict.fromkeys(part for need in found for part in need.parts))
+    screen.table(
+        f"{planned.label}: memory in GB; the process may take {limit / 1e9:.1f}",
+        ["stage", *parts, "peak", "tokens at once", "activations", "fits"],
+        [
+            [
+                need.stage,
+                *(need.parts[part] / 1e9 if part in need.parts else None for part in parts),
+                need.total / 1e9,
+                need.tokens or None,
+                "-" if not need.tokens else "computed again" if need.recomputes else "kept",
+                "yes" if need.total <= limit else "no",
+            ]
+            for need in found
+        ],
+    )
+    screen.result(
+        {
+            "limit": limit,
+            "stages": {
+                need.stage: {
+                    "parts": dict(need.parts),
+                    "peak": need.total,
+                    "tokens_at_once": need.tokens,
+                    "recomputes": need.recomputes,
+                    "fits": need.total <= limit,
+                }
+                for need in found
+            },
+        }
+    )
