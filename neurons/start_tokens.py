@@ -1,7 +1,7 @@
 """What a tokenizer puts before a text of its own accord, as every engine that serves the model has it.
 
-Many define a beginning-of-sequence token that they never add (SmolLM2's, Qwen's): a model that has not seen
-it there in training writes worse after it, and is not served with it.
+Many define a beginning-of-sequence token that they never add (SmolLM2's, Qwen's): no engine serves the model with
+it, so figures taken with it are of another use.
 """
 
 from __future__ import annotations

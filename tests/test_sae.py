@@ -1,6 +1,7 @@
 """SAE directions: encoding, files and features against loops over numbers and tokens, and planted features."""
 
 import json
+from dataclasses import replace
 
 import models
 import numpy
@@ -213,18 +214,20 @@ def test_firing_is_counted_by_text(llama, uneven):
         firing(llama, batches, [one, one])
 
 
-def test_random_sequences_are_as_long_as_the_texts(llama, uneven):
-    like = language_batches(llama, uneven)["qaa"]
-    made = random_batches(llama, like, seed=1)
+@pytest.mark.parametrize("adds_start", [True, False])
+def test_random_sequences_are_as_long_as_the_texts(llama, uneven, adds_start):
+    loaded = replace(llama, tokenizer=models.tiny_tokenizer(adds_start))
+    like = language_batches(loaded, uneven)["qaa"]
+    made = random_batches(loaded, like, seed=1)
     lengths = [
         sorted(n for batch in batches for n in batch.attention.sum(1).tolist()) for batches in (like, made)
     ]
     assert lengths[0] == lengths[1]
     for batch in made:
-        assert (batch.ids[:, 0] == llama.tokenizer.bos_token_id).all()
+        assert set((batch.ids[:, 0] == llama.tokenizer.bos_token_id).tolist()) == {adds_start}
         inside = batch.ids[batch.counted]
         assert not set(inside.tolist()) & set(llama.tokenizer.all_special_ids)
-    first, again, other = (random_batches(llama, like, seed)[-1].ids for seed in (1, 1, 2))
+    first, again, other = (random_batches(loaded, like, seed)[-1].ids for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
