@@ -170,8 +170,10 @@ def command(
         raise UsageError("--methods makes its edits itself: leave --edit and --against out")
     if methods is not None and part not in ("all", "report"):
         raise UsageError("--methods estimates, chooses and reports on parts of their own: leave --part out")
-    if methods is not None and out.suffix == ".md":
-        raise UsageError(f"{out}: --methods writes its table there, and the numbers to --out: name a .json")
+    if methods is not None and out.suffix in (".md", ".png"):
+        raise UsageError(
+            f"{out}: --methods writes its table to .md and its picture to .png, and the numbers to --out: name a .json"
+        )
     if doses is not None and methods is None:
         raise UsageError("--doses are of the ways that --methods compares: give --methods too")
     if wrong := [f"{dose:g}" for dose in doses or () if not 0 < dose < 1]:

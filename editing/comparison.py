@@ -157,10 +157,14 @@ def choose(
     """The least harmful setting among those that steer well, the most fluent of those that steer at all,
     else the one that steers most.
 
-    To steer is a target share of at least 0.9 x the ceiling; to steer well, a fluency gap of at most 0.5
-    besides; harm is the largest NLL rise of a language other than the source.  Ties fall to the first.
+    To steer is a target share above 0 and of at least 0.9 x the ceiling; to steer well, a fluency gap of at
+    most 0.5 besides; harm is the largest NLL rise of a language other than the source.  Ties fall to the first.
     """
-    steering = [pair for pair in measured if pair[1].target_share >= ENOUGH_OF_CEILING * ceiling]
+    steering = [
+        pair
+        for pair in measured
+        if pair[1].target_share > 0 and pair[1].target_share >= ENOUGH_OF_CEILING * ceiling
+    ]
     well = [pair for pair in steering if pair[1].fluency_gap <= MOST_FLUENCY_GAP]
     if well:
         return min(well, key=lambda pair: largest_rise(pair[1], source))

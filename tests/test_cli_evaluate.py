@@ -242,6 +242,7 @@ def test_vllm_that_is_not_installed_is_one_sentence(evaluate, monkeypatch):
         (["--methods", "all", "--edit", __file__], "--methods makes"),
         (["--methods", "all", "--part", "choose"], "--part"),
         (["--methods", "all", "--out", "table.md"], "name a .json"),
+        (["--methods", "all", "--doses", "50%", "--out", "doses.png"], "name a .json"),
         (["--relevance", "judge"], "--judge MODEL"),
         (["--judge", "m", "--relevance", "chrf"], "--judge judges"),
         (["--relevance", "chrf", "--prompts", "30"], "no reference"),

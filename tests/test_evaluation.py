@@ -245,6 +245,9 @@ def test_choose(evaluation):
     assert choose([weak, salad, worse], 0.8, "en") is worse
     assert choose([outcome_of(evaluation, 0.1, 0.0, 0.0), weak], 0.8, "en") is weak
     assert choose([well[1], well[1]], 0.8, "en") is well[1]
+    # Nothing written is no steering, also where the model itself reaches nothing.
+    silent = outcome_of(evaluation, 0.0, math.nan, 0.0)
+    assert choose([silent, outcome_of(evaluation, 0.0, 0.1, 0.0), salad], 0.0, "en") is salad
 
 
 def share_of(texts, language):

@@ -209,6 +209,7 @@ def test_a_trial_that_changes_nothing_was_not_given_up(tmp_path):
     _, page = page_of(tmp_path)
     (told,) = [one["text"] for one in page.all("p") if one["text"].startswith("4 trials")]
     assert "0 of them given up" in told and "1 without any change" in told
+    assert page.texts("All trials")[4][2] == "–"
 
 
 def test_choices_are_told_apart_from_results(shown):

@@ -118,7 +118,7 @@ def _results(value: Mapping[str, Any]) -> list[Steering]:
 def _trial(value: Mapping[str, Any], place: int) -> Trial:
     rises, divergences = by_name(value.get("nll_rise")), by_name(value.get("kl"))
     continuations = int(value.get("continuations") or 0)
-    share = measured(value.get("share"))
+    share = measured(value.get("share")) if continuations else math.nan
     if math.isnan(share) and continuations:
         share = float(value["found"]) / continuations
     return Trial(
