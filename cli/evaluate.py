@@ -141,7 +141,7 @@ def command(
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
-    from editing.weight_exchange import exchange
+    from editing.weight_exchange import Exchange
     from neurons.artifact import json_bytes, write_atomically
     from neurons.corpus import Corpus, read_corpus
     from neurons.errors import UsageError
@@ -315,7 +315,7 @@ def command(
             outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
             advance(1)
         elif other is not None:
-            steering = _both(exchange(loaded, other), writing_steered)
+            steering = _both(Exchange(loaded, other), writing_steered)
             outcomes.append(measuring.measure("against", steering, kl=True, others=others))
             advance(1)
     value = told(measuring, outcomes, writer)
