@@ -86,7 +86,7 @@ def main(
     loaded = load_model(model)
     estimate, choose = (read_corpus(corpus_path, part=part) for part in ("estimate", "choose"))
     direction = diffmean_direction(loaded, estimate, source, target)
-    timed = Timed(Scoring(loaded, choose, source, target, prompts, samples, lines))
+    timed = Timed(Scoring(loaded, choose, source, target, prompts=prompts, samples=samples, lines=lines))
     print("| method | once, s | trial, s | trial / generation and scoring | range | given up early | limit |")
     print("|---|---|---|---|---|---|---|")
     found: dict[str, Any] = {}

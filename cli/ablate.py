@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.corpora import read
 from cli.loading import announced
 from cli.options import (
+    FINITE,
     IN_FILE,
     OUT_FILE,
     CommaSeparated,
@@ -74,7 +76,7 @@ if TYPE_CHECKING:
 @click.option(
     "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the texts."
 )
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Of the intervals.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all draws.")
 @device_options
 @quantised_options
@@ -103,7 +105,6 @@ def command(**options: Any) -> None:
     from neurons.ablation_report import as_json, as_markdown
     from neurons.ablation_study import Settings, ablation_study
     from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
     from neurons.statistics import load_statistics
@@ -136,7 +137,7 @@ def command(**options: Any) -> None:
     inputs = [file_read("--neurons", path) for path in paths]
     if asked.statistics is not None:
         inputs.append(file_read("--statistics", asked.statistics))
-    corpus = read_corpus(asked.corpus_path, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with _bar(screen) as progress:
         study = ablation_study(
@@ -153,7 +154,7 @@ def command(**options: Any) -> None:
     repeats = command_line(
         neuron_paths=paths,
         more=None,
-        languages=study.languages,
+        languages=asked.languages or study.languages,
         batch_tokens=study.metadata["settings"]["batch_tokens"],
         **loaded_as(loaded),
     )

@@ -44,6 +44,7 @@ def command(
       broca convert en=en.pth zh=zh.pth --out statistics.safetensors \\
           --subtract en=prefix-en.pth --subtract zh=prefix-zh.pth
     """
+    from neurons.corpus_files import language_label
     from neurons.errors import UsageError
     from neurons.exchange import is_torch_file
 
@@ -71,7 +72,7 @@ def command(
                 f"{file}: a mask file names neither its languages nor its width: give --languages and "
                 "--width (a count file is written LANGUAGE=FILE)"
             )
-        _masks(screen, file, languages, width, out)
+        _masks(screen, file, tuple(map(language_label, languages)), width, out)
         return
     if languages is not None or width is not None:
         raise UsageError(f"{file}: --languages and --width are for a mask file, which this is not")
@@ -85,11 +86,13 @@ def _is_named(file: str) -> bool:
 
 
 def _by_language(files: Sequence[str]) -> dict[str, Path]:
+    from neurons.corpus_files import language_label
     from neurons.errors import UsageError
 
     found: dict[str, Path] = {}
     for file in files:
-        language, _, path = file.partition("=")
+        name, _, path = file.partition("=")
+        language = language_label(name)
         if not _is_named(file) or not language or not path:
             raise UsageError(f"{file!r} is not LANGUAGE=FILE")
         if language in found:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cli.command_line import command_line
-from cli.options import OUT_DIRECTORY, CommaSeparated, json_option
+from cli.options import LANGUAGE, OUT_DIRECTORY, CommaSeparated, json_option
 from cli.run import recipe_read, run_recipe
 from cli.screen import Screen
 
@@ -28,7 +28,7 @@ def shipped() -> Path:
 
 
 @click.command("demo")
-@click.option("--source", help="Language of the prompts.  [default: en]")
+@click.option("--source", type=LANGUAGE, help="Language of the prompts.  [default: en]")
 @click.option("--target", "targets", type=CommaSeparated(), help="Languages to steer to, as fr,de.")
 @click.option("--out", type=OUT_DIRECTORY, help="Directory of the results.  [default: broca-demo]")
 @json_option
@@ -40,9 +40,11 @@ def command(source: str | None, targets: tuple[str, ...] | None, out: Path | Non
       broca demo --source en --target fr --out demo
     """
     from editing.recipe import check_recipe, read_recipe
+    from neurons.corpus_files import language_label
 
     path = shipped() / "recipe.toml"
     recipe = read_recipe(path)
+    targets = None if targets is None else tuple(map(language_label, targets))
     if source is not None and targets is None:
         targets = tuple(target for target in recipe.targets if target != source)
     recipe = recipe.with_options(source=source, targets=targets, out=out)

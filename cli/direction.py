@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.corpora import read
 from cli.loading import announced
 from cli.options import (
+    FINITE,
     IN_DIRECTORY,
     IN_PATH,
+    LANGUAGE,
     OUT_FILE,
     PARTS,
     CommaSeparated,
     bits_asked,
     device_options,
     json_option,
+    numbers_set,
     quantised_options,
 )
 from cli.screen import Screen
@@ -45,14 +49,14 @@ LIST = "list"
     help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter to report, by "
     "line number.",
 )
-@click.option("--source", help="Language to steer from.")
-@click.option("--target", help="Language to steer to.")
+@click.option("--source", type=LANGUAGE, help="Language to steer from.")
+@click.option("--target", type=LANGUAGE, help="Language to steer to.")
 @click.option(
     "--method", default="diffmean", show_default=True, help="One of `broca direction --method list`."
 )
 @click.option(
     "--winsorise",
-    type=float,
+    type=FINITE,
     metavar="Q",
     help="Clip each coordinate of the texts' means to its quantiles 1-Q to Q before averaging, as 0.995.",
 )
@@ -94,14 +98,13 @@ def command(**options: Any) -> None:
         return
     from editing.directions.methods import method_of
     from editing.directions.take import direction_of
-    from neurons.corpus import read_corpus
     from neurons.processes import is_first
     from neurons.source import load_model
 
     method_of(asked.method)
     _require(asked)
-    settings = _settings(asked)
-    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    settings = numbers_set(asked.assignments, "penalty=0.1")
+    corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording the direction", None, "tokens") as advance:
@@ -138,20 +141,6 @@ def _require(asked: SimpleNamespace) -> None:
             raise UsageError(f"--{name} is missing: {what}")
     if asked.model is None:
         raise UsageError("name the MODEL: a hub id or a directory")
-
-
-def _settings(asked: SimpleNamespace) -> dict[str, float]:
-    """``--set name=value`` as numbers."""
-    from neurons.errors import UsageError
-
-    found = {}
-    for assignment in asked.assignments:
-        name, _, value = assignment.partition("=")
-        try:
-            found[name.strip().replace("-", "_")] = float(value)
-        except ValueError as error:
-            raise UsageError(f"--set {assignment}: write a name and a number, as penalty=0.1") from error
-    return found
 
 
 def _autoencoders(asked: SimpleNamespace) -> list[Autoencoder]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.corpora import read
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
@@ -127,7 +129,7 @@ def command(**options: Any) -> None:
 def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSource]:
     from editing.direction import load_direction
     from editing.edits.methods import Request, method_of
-    from neurons.corpus import read_corpus
+    from neurons.corpus_files import language_label
     from neurons.errors import UsageError
     from neurons.neuron_set import load_neuron_set
     from neurons.selection import parse_layers
@@ -140,6 +142,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
     for name in SPELLED_OUT:
         _finite(name, getattr(asked, name))
     settings = method.read_settings(_assignments(asked))
+    labels = None if asked.languages is None else tuple(map(language_label, asked.languages))
     request = Request(
         asked.model,
         asked.device,
@@ -150,8 +153,8 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         statistics=None if asked.statistics is None else load_statistics(asked.statistics),
         corpus=None
         if asked.corpus is None
-        else read_corpus(asked.corpus, asked.languages, asked.part or "all", method.least_languages),
-        languages=asked.languages,
+        else read(screen, asked.corpus, asked.languages, asked.part or "all", method.least_languages),
+        languages=labels,
         blocks=asked.blocks,
         strength=asked.strength,
         settings=settings,
@@ -172,6 +175,7 @@ def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource
     """Plans composed, inverted or restricted."""
     from editing.algebra import compose, inverted, restricted
     from editing.plan import load_plan
+    from neurons.corpus_files import language_label
     from neurons.errors import UsageError
     from neurons.neuron_set import load_neuron_set
     from neurons.selection import parse_layers
@@ -200,14 +204,15 @@ def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource
             components = {layer: {} for layer in range(source.anatomy.layers)}
             for own in components.values():
                 if asked.heads is not None:
-                    own["attn"] = parse_layers(asked.heads, source.anatomy.heads)
+                    own["attn"] = parse_layers(asked.heads, source.anatomy.heads, "heads")
             if asked.neurons is not None:
                 neurons = load_neuron_set(asked.neurons)
                 neurons.require_model(source)
+                languages = [*map(language_label, asked.languages or ())] or neurons.languages
                 for layer, own in components.items():
                     own["mlp"] = {
                         neuron
-                        for language in asked.languages or neurons.languages
+                        for language in languages
                         for neuron in neurons.by_layer(language)[layer].tolist()
                     }
         plan = restricted(source, load_plan(asked.restrict), layers, components)
@@ -237,9 +242,11 @@ def _finite(name: str, value: str | None) -> None:
     if value is None:
         return
     try:
-        float(value)
-    except ValueError as error:
-        raise UsageError(f"{_spelled(name)} {value}: give a number") from error
+        finite = math.isfinite(float(value))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise UsageError(f"{_spelled(name)} {value}: give a finite number")
 
 
 def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:

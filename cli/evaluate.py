@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.corpora import tell
 from cli.loading import announced
 from cli.options import (
     IN_FILE,
     IN_PATH,
+    LANGUAGE,
     CommaSeparated,
+    FiniteRange,
     Shares,
     corpus_options,
     device_options,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from editing.questions import Questions
     from editing.relevance import Scorer
     from editing.vllm_generation import VllmWriter
+    from neurons.corpus import Corpus
     from neurons.source import LoadedModel
 
 RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
@@ -56,14 +60,17 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     "beside --out.",
 )
 @corpus_options
-@click.option("--source", required=True, help="Language of the prompts.")
-@click.option("--target", required=True, help="Language that the answers are to be in.")
+@click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
+@click.option("--target", type=LANGUAGE, required=True, help="Language that the answers are to be in.")
 @click.option(
     "--questions",
     "questions_path",
     type=IN_PATH,
     help="Questions to answer instead of openings of lines: .jsonl, .csv or .parquet with question_id and text, "
     "or a directory of them by language.",
+)
+@click.option(
+    "--no-chat", is_flag=True, help="Questions as plain text, not through the tokenizer's chat template."
 )
 @click.option("--judge", help="A model that judges relevance: hub id or directory.")
 @click.option(
@@ -92,7 +99,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="0 takes the likeliest token always.  [default: 0.7; 0 with --questions]",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -111,6 +118,7 @@ def command(
     source: str,
     target: str,
     questions_path: Path | None,
+    no_chat: bool,
     judge: str | None,
     relevance: str,
     engine: str,
@@ -135,15 +143,16 @@ def command(
           --source en --target fr --out methods.json
     """
     from editing.evaluation import Evaluation
-    from editing.generation import TEMPERATURE
+    from editing.generation import TEMPERATURE, check_samples
+    from editing.language_id import check_languages
     from editing.live import applied
-    from editing.origin import file_read, measured_by, model_read, processor, texts_read
+    from editing.origin import file_read, measured_by, model_read, processor, text_measured, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
     from editing.weight_exchange import Exchange
     from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import Corpus, read_corpus
+    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
 
@@ -166,6 +175,10 @@ def command(
         raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
     if relevance == "judge" and judge is None:
         raise UsageError("--relevance judge needs a model: --judge MODEL")
+    if no_chat and questions_path is None:
+        raise UsageError(
+            "--no-chat is about questions, and openings of lines are plain text anyway: leave it out"
+        )
     if engine == "vllm":
         from editing.vllm_generation import require_vllm
 
@@ -178,12 +191,16 @@ def command(
         ways = ways_named(methods)
     if temperature is None:
         temperature = TEMPERATURE if questions_path is None else 0.0
+    # Before minutes are spent on loading.
+    check_samples(samples, temperature)
     questions = None if questions_path is None else read_questions(questions_path, source)
     corpora = {
         name: read_corpus(corpus_path, languages, name)
         for name in ((part,) if methods is None else ("estimate", "choose", "report"))
     }
+    tell(screen, corpus_path, languages)
     reported = corpora["report" if methods is not None else part]
+    check_languages(reported.languages)
     plan = None if edit_path is None else load_plan(edit_path)
     loaded = announced(screen, load_model(model, device, dtype))
     if plan is not None:
@@ -194,15 +211,18 @@ def command(
     judging = None if judge is None else load_model(judge, device, dtype)
     # Left on disk: what differs is exchanged in the one model that is in memory.
     other = None if against is None else load_model(against, dtype=dtype, max_memory=0)
+    with_others = None if other is None else Exchange(loaded, other)
     inputs += [
         model_read(option, one)
         for option, one in (("--against", other), ("--judge", judging))
         if one is not None
     ]
-    scorer = _scorer(relevance, loaded, judging, reported, questions, source, target, prompts)
+    # The same scorer on the text that is chosen on and on that which is reported.
+    measured = [reported] if methods is None else [corpora["choose"], reported]
+    scorer = _scorer(relevance, loaded, judging, measured, questions, source, target, prompts)
     repeats = command_line(
         methods=tuple(ways) or None,
-        languages=reported.languages,
+        languages=languages or reported.languages,
         relevance="none" if scorer is None else scorer.name,
         temperature=temperature,
         **loaded_as(loaded, judging, other),
@@ -214,12 +234,13 @@ def command(
             corpus,
             source,
             target,
-            samples,
-            prompts,
-            seed,
-            new_tokens,
-            temperature,
+            samples=samples,
+            most_prompts=prompts,
+            seed=seed,
+            new_tokens=new_tokens,
+            temperature=temperature,
             questions=asked,
+            chat=not no_chat,
             scorer=scorer,
             write=writer,
         )
@@ -232,11 +253,7 @@ def command(
             "fingerprint": loaded.fingerprint,
             "edit": edit_path,
             "against": against,
-            "corpus": {
-                "digest": reported.digest,
-                "part": reported.part,
-                "languages": list(reported.languages),
-            },
+            "corpus": text_measured(reported),
             "corpora": texts_read(corpora.values()),
             "inputs": inputs,
             "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},
@@ -314,8 +331,8 @@ def command(
             steering, name = _both(partial(applied, loaded, plan), writing_steered), "edited"
             outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
             advance(1)
-        elif other is not None:
-            steering = _both(Exchange(loaded, other), writing_steered)
+        elif with_others is not None:
+            steering = _both(with_others, writing_steered)
             outcomes.append(measuring.measure("against", steering, kl=True, others=others))
             advance(1)
     value = told(measuring, outcomes, writer)
@@ -369,7 +386,7 @@ def _scorer(
     relevance: str,
     loaded: LoadedModel,
     judge: LoadedModel | None,
-    corpus: Any,
+    measured: list[Corpus],
     questions: Questions | None,
     source: str,
     target: str,
@@ -385,7 +402,7 @@ def _scorer(
         return JudgeScorer(judge)
     if relevance == "auto":
         referenced = (
-            all(one.reference for one in openings(corpus, source, target, prompts))
+            all(one.reference for corpus in measured for one in openings(corpus, source, target, prompts))
             if questions is None
             else all(one.reference is not None for one in questions.of[source])
         )

@@ -163,7 +163,7 @@ def _exported(
     if found.remainder_bytes is not None:
         screen.say(f"undoable: {found.remainder_bytes:,} bytes keep what the rounding took")
     for name in found.unedited_copies:
-        screen.warn(f"{out / name} still holds the unedited weights in another format: remove it")
+        screen.warn(f"{out / name} still holds the unedited weights: remove it")
     verified = found.verified
     return {
         "tensors": list(found.tensors),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.loading import announced
-from cli.options import IN_FILE, OUT_FILE, Many, device_options, json_option, model_argument
+from cli.options import IN_FILE, OUT_FILE, FiniteRange, Many, device_options, json_option, model_argument
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ UNEDITED, EDITED = "unedited", "edited"
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="0 takes the likeliest token always.",
@@ -183,7 +183,7 @@ def _by_vllm(
         wanted[EDITED] = against
     found = {}
     for name, checkpoint in wanted.items():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(checkpoint))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(checkpoint), trust_remote_code=False)
         given = _given(tokenizer, asked, chat)
         found[name] = generate_by_vllm(checkpoint, tokenizer, given, dtype=dtype, **settings)
     return found
@@ -218,9 +218,11 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
     found: list[str] = []
     for one in given:
         path = Path(one)
-        if path.suffix not in SUFFIXES or " " in one:
+        is_file = path.suffix in SUFFIXES and _is_file(path)
+        # A text may end in the name of a file.
+        if path.suffix not in SUFFIXES or (" " in one and not is_file):
             found.append(one)
-        elif not path.is_file():
+        elif not is_file:
             raise UsageError(f"{one}: there is no such file of prompts")
         elif path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -231,6 +233,13 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
     if not any(text.strip() for text in found):
         raise UsageError("there is no prompt to write on: give texts, or a file with a prompt a line")
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text may be longer than a name can be
+        return False
 
 
 def _line(text: str) -> str:

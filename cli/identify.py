@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.corpora import read
 from cli.loading import announced
 from cli.options import (
+    FINITE,
     IN_DIRECTORY,
     IN_FILE,
     OUT_FILE,
@@ -17,6 +19,7 @@ from cli.options import (
     bits_asked,
     device_options,
     json_option,
+    numbers_set,
     quantised_options,
 )
 from cli.screen import Screen
@@ -53,15 +56,15 @@ MOST_LAYERS_SHOWN = 12
 @click.option(
     "--method", default="gradient-contrast", show_default=True, help="One of `broca identify --method list`."
 )
-@click.option("--top-rate", type=float, help="Share of all neurons kept.  [default: the method's own]")
+@click.option("--top-rate", type=FINITE, help="Share of all neurons kept.  [default: the method's own]")
 @click.option(
     "--scope", type=click.Choice(["language", "global"]), help="Best neurons of each language, or of all."
 )
 @click.option(
     "--ends", type=click.Choice(["top", "bottom", "both"]), help="Largest scores, smallest or both."
 )
-@click.option("--threshold", type=float, help="Only scores of at least this.")
-@click.option("--min-exclusivity", type=float, help="Least share of its language in what a neuron does.")
+@click.option("--threshold", type=FINITE, help="Only scores of at least this.")
+@click.option("--min-exclusivity", type=FINITE, help="Least share of its language in what a neuron does.")
 @click.option("--layers", help="Only these, as 1-3 or 1,2,5.  [default: all]")
 @click.option("--kinds", type=CommaSeparated(), help="Only these of specific,related,general.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
@@ -98,6 +101,7 @@ def command(**options: Any) -> None:
     if asked.out is None:
         raise UsageError("--out is missing: name the file for the neuron set")
     _refuse_foreign(asked, method)
+    asked.settings = _settings(asked, method)
     if method.score is None:
         found = _control(screen, asked, method)
     elif asked.statistics is not None:
@@ -116,14 +120,13 @@ def command(**options: Any) -> None:
 
 
 def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
-    from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.identify import identify, require_parallel
     from neurons.source import load_model
 
     if asked.corpus is None:
         raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
-    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus, asked.languages, asked.part)
     require_parallel(asked.method, corpus)
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording activations", None, "tokens") as advance:
@@ -135,7 +138,7 @@ def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
             asked.tokens,
             asked.block,
             advance,
-            _settings(asked),
+            asked.settings,
             _selection(asked),
             asked.out,
         )
@@ -146,7 +149,7 @@ def _from_statistics(asked: SimpleNamespace) -> NeuronSet:
     from neurons.statistics import load_statistics
 
     statistics = load_statistics(asked.statistics)
-    return neurons_from(statistics, asked.method, asked.top_rate, _settings(asked), _selection(asked))
+    return neurons_from(statistics, asked.method, asked.top_rate, asked.settings, _selection(asked))
 
 
 def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
@@ -168,14 +171,14 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
             control,
             recognition,
             asked.top_rate,
-            _settings(asked),
+            asked.settings,
             _selection(asked),
             advance,
         )
 
 
 def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSet:
-    from neurons.corpus import read_corpus
+    from neurons.corpus_files import language_label
     from neurons.corpus_recording import record_corpus
     from neurons.errors import BrocaError, UsageError
     from neurons.identify import random_of, random_set
@@ -191,7 +194,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
                 f"--method {asked.method} needs --like neurons.safetensors, the set to follow{without}"
             )
         rate = method.selection.top_rate if asked.top_rate is None else asked.top_rate
-        return random_of(open_model(asked.model), asked.languages, rate, seed)
+        return random_of(open_model(asked.model), tuple(map(language_label, asked.languages)), rate, seed)
     like = load_neuron_set(asked.like)
     if not method.moments:
         return random_set(like, seed)
@@ -208,7 +211,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
         raise UsageError(
             f"--method {asked.method} needs to know how active neurons are: give MODEL and --corpus, or --statistics"
         )
-    corpus = read_corpus(asked.corpus, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus, asked.languages, asked.part)
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:
@@ -249,19 +252,10 @@ def _refuse_foreign(asked: SimpleNamespace, method: Method) -> None:
             raise UsageError(f"{option} means nothing to {where}: leave it out")
 
 
-def _settings(asked: SimpleNamespace) -> dict[str, Any]:
-    """``--set name=value`` as numbers."""
-    from neurons.errors import UsageError
-
-    found = {}
-    for assignment in asked.assignments:
-        name, equals, value = assignment.partition("=")
-        try:
-            found[name.strip().replace("-", "_")] = float(value)
-        except ValueError as error:
-            raise UsageError(f"--set {assignment}: write a name and a number, as filter_rate=0.9") from error
-        if not equals:
-            raise UsageError(f"--set {assignment}: write a name and a number, as filter_rate=0.9")
+def _settings(asked: SimpleNamespace, method: Method) -> dict[str, float]:
+    """``--set name=value``, refused before any text is read where the method does not know it."""
+    found = numbers_set(asked.assignments, "filter_rate=0.9")
+    method.require_settings(found)
     return found
 
 

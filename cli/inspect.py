@@ -12,6 +12,7 @@ from cli.screen import Screen
 from cli.tables import direction_table, plan_table
 
 if TYPE_CHECKING:
+    from editing.plan import ModuleEdit
     from neurons.neuron_set import NeuronSet
 
 STRONGEST = 10
@@ -171,18 +172,19 @@ def _edit(screen: Screen, file: Path) -> None:
         screen.warn(warning)
     strongest = sorted(
         (
-            (edit.layer, edit.block, component, {k: float(v[i]) for k, v in edit.details.items()})
+            (change, edit.layer, edit.block, component, {k: float(v[i]) for k, v in edit.details.items()})
             for edit in plan.edits
-            for i, component in enumerate(edit.components)
+            if edit.components
+            for i, (component, change) in enumerate(_changes(edit))
         ),
-        key=lambda row: (-_size(row[3]), row[:3]),
+        key=lambda row: (-row[0], row[1:4]),
     )[:STRONGEST]
     screen.table(
         "strongest components",
-        ["layer", "block", "component", *names],
+        ["layer", "block", "component", "||dW||", *names],
         [
-            [str(layer), block, component, *(values.get(k) for k in names)]
-            for layer, block, component, values in strongest
+            [str(layer), block, component, change, *(values.get(k) for k in names)]
+            for change, layer, block, component, values in strongest
         ],
     )
     screen.result(
@@ -192,18 +194,19 @@ def _edit(screen: Screen, file: Path) -> None:
             "relative_change": plan.relative_change(),
             "warnings": plan_warnings(plan),
             "strongest": [
-                {"layer": layer, "block": block, "component": component, **values}
-                for layer, block, component, values in strongest
+                {"layer": layer, "block": block, "component": component, "change": change, **values}
+                for change, layer, block, component, values in strongest
             ],
         }
     )
 
 
-def _size(details: dict[str, float]) -> float:
-    """How far a component's weights go, by what its method says of it."""
-    if "factor" in details:
-        return abs(details["factor"] - 1)
-    return abs(details.get("lambda", details.get("key", 0.0)))
+def _changes(edit: ModuleEdit) -> list[tuple[int, float]]:
+    """Each component and how far its weights go, whatever the method says of it."""
+    from editing.component_changes import component_changes, component_count
+
+    changes = component_changes(edit, component_count(edit))[list(edit.components)]
+    return list(zip(edit.components, changes.tolist(), strict=True))
 
 
 def _measured(screen: Screen, file: Path) -> None:

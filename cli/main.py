@@ -8,6 +8,7 @@ from importlib import import_module
 
 import click
 
+from cli.encodings import escaping
 from cli.termination import Terminated, terminable
 from neurons.freed_memory import keep_freed_memory
 
@@ -54,9 +55,19 @@ class Commands(click.Group):
 
 
 def _debug() -> click.Option:
-    """For every help; ``main`` takes it from wherever it stands."""
+    """Of every command: it may stand wherever an option may."""
+
+    def note(context: click.Context, _: click.Parameter, given: bool) -> None:
+        if given:
+            context.ensure_object(dict)["debug"] = True
+
     return click.Option(
-        ["--debug"], is_flag=True, expose_value=False, help="Show a traceback where something fails."
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=note,
+        help="Show a traceback where something fails.",
     )
 
 
@@ -77,16 +88,15 @@ def main() -> None:
     Usage is what a user can see in the command line, or wrote himself: options, names, paths that are not
     there, lines of a corpus.  Failure is what lies in a file that a program wrote, or happens on the way.
     """
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    asked: dict[str, bool] = {}
     # Before torch and transformers are imported: what they say is not what the user asked for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
     try:
-        with terminable():
-            broca.main(args=arguments, prog_name="broca", standalone_mode=False)
+        with escaping(), terminable():
+            broca.main(args=sys.argv[1:], prog_name="broca", standalone_mode=False, obj=asked)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _stopped()
         sys.exit(130)
@@ -94,7 +104,7 @@ def main() -> None:
         _stopped()
         sys.exit(error.code)
     except click.ClickException as error:
-        if debug:
+        if asked.get("debug"):
             raise
         _refused(error)
         sys.exit(error.exit_code)
@@ -105,7 +115,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if debug:
+        if asked.get("debug"):
             raise
         sys.exit(_failed(error))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.corpora import read
 from cli.loading import announced
 from cli.options import corpus_options, device_options, json_option, model_argument
 from cli.screen import Screen
@@ -40,13 +41,12 @@ def command(**options: Any) -> None:
     Example:
       broca neuron artifacts/demo/model 5 42 --corpus artifacts/demo/corpus
     """
-    from neurons.corpus import read_corpus
     from neurons.neuron_report import neuron_report
     from neurons.source import load_model
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
-    corpus = read_corpus(asked.corpus_path, asked.languages, asked.part, least=1)
+    corpus = read(screen, asked.corpus_path, asked.languages, asked.part, least=1)
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
     with screen.progress("Reading", None, "tokens") as advance:
         found = neuron_report(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,20 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
         if not all(items):
             self.fail(f"{value!r} has an empty item: write en,fr,de", param, ctx)
         return items
+
+
+class Language(click.ParamType[str]):
+    """A language as a corpus names it: EN, eng and eng_Latn are en."""
+
+    name = "language"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        from neurons.corpus_files import language_label
+
+        return language_label(str(value))
+
+
+LANGUAGE = Language()
 
 
 class Shares(click.ParamType[tuple[float, ...]]):
@@ -69,6 +83,37 @@ class Finite(click.ParamType[float]):
 
 
 FINITE = Finite()
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; click's own takes NaN to lie in every range."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        return float(super().convert(FINITE.convert(value, param, ctx), param, ctx))
+
+
+def numbers_set(assignments: Sequence[str], example: str) -> dict[str, float]:
+    """``--set name=value`` as numbers.
+
+    Raises:
+        UsageError: no name, no finite number, or a name twice.
+    """
+    from neurons.errors import UsageError
+
+    found: dict[str, float] = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        name = name.strip().replace("-", "_")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not name or not math.isfinite(number):
+            raise UsageError(f"--set {assignment}: write a name and a number that is finite, as {example}")
+        if name in found:
+            raise UsageError(f"--set {assignment}: {name} is given twice")
+        found[name] = number
+    return found
 
 
 class InPath(click.ParamType[Path]):
@@ -145,13 +190,17 @@ class Many(click.Command):
         }
         spread: list[str] = []
         repeated = None  # the option whose further values come next
+        named = False  # whether its name has just been read: what follows is a value, whatever it looks like
         for i, argument in enumerate(args):
-            if argument == "--":
+            if named:
+                named = False
+            elif argument == "--":
                 spread += args[i:]
                 break
-            if argument.startswith("-"):
+            elif argument.startswith("-"):
                 repeated = argument if argument in many else None
-            elif repeated is not None and spread[-1] != repeated:
+                named = repeated is not None
+            elif repeated is not None:
                 spread.append(repeated)
             spread.append(argument)
         return super().parse_args(ctx, spread)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cli.corpora import read
 from cli.loading import announced
 from cli.options import (
     CommaSeparated,
@@ -62,7 +63,6 @@ def command(**options: Any) -> None:
       broca record artifacts/demo/model --corpus artifacts/demo/corpus --out statistics.safetensors
       broca identify --statistics statistics.safetensors --method lape --out neurons.safetensors
     """
-    from neurons.corpus import read_corpus
     from neurons.corpus_recording import finished, record_corpus
     from neurons.methods import METHODS, NOTHING, PROMPTS, moments_of
     from neurons.processes import is_first
@@ -73,7 +73,7 @@ def command(**options: Any) -> None:
     readable = [name for name, method in METHODS.items() if method.reads not in (NOTHING, PROMPTS)]
     names = (*readable, "random-matched") if asked.methods == ("all",) else asked.methods
     moments, reads = moments_of(tuple(names))
-    corpus = read_corpus(asked.corpus_path, asked.languages, asked.part)
+    corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording", None, "tokens") as advance:
         statistics = record_corpus(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line
+from cli.corpora import tell
 from cli.options import IN_FILE, OUT_DIRECTORY, json_option
 from cli.screen import Screen
 from cli.tables import report_table
@@ -51,6 +52,7 @@ def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None
     """Run, print the tables, some text of base and checkpoint, and the paths last."""
     from editing.pipeline import run
 
+    tell(screen, recipe.corpus, recipe.languages)
     result = run(recipe, screen, asked)
     screen.table(
         f"{recipe.method}: language neurons",

@@ -103,6 +103,10 @@ class Screen:
         """A line on stderr that the user should not miss."""
         click.echo(f"broca: warning: {text}", err=True)
 
+    def note(self, text: str) -> None:
+        """A line on stderr that explains what was done, with --json too."""
+        click.echo(f"broca: note: {text}", err=True)
+
     def result(self, value: dict[str, Any], path: Any = None) -> None:
         """The end of a command: the object with --json, else the path of what was written."""
         if self.as_json:

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
+from cli.corpora import tell
 from cli.loading import announced
-from cli.options import IN_DIRECTORY, CommaSeparated, device_options, json_option, model_argument, out_option
+from cli.options import (
+    IN_DIRECTORY,
+    LANGUAGE,
+    CommaSeparated,
+    FiniteRange,
+    device_options,
+    json_option,
+    model_argument,
+    out_option,
+)
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -24,7 +34,7 @@ if TYPE_CHECKING:
 
 PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
-REPORTED_SAMPLES = 2  # continuations a prompt, at least
+SAMPLES = 2  # continuations a prompt; of what is reported, at least
 
 
 @click.command("tune")
@@ -37,8 +47,8 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
     help="Directory of <language>.txt, .jsonl or .parquet of source, target and at least one more language.",
 )
 @click.option("--languages", type=CommaSeparated(), help="Which of the corpus, as en,fr,de.  [default: all]")
-@click.option("--source", required=True, help="Language of the prompts.")
-@click.option("--target", required=True, help="Language that the answers are to be in.")
+@click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
+@click.option("--target", type=LANGUAGE, required=True, help="Language that the answers are to be in.")
 @click.option(
     "--methods",
     type=CommaSeparated(),
@@ -58,7 +68,9 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
     "--prompts", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many a trial."
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=2, show_default=True, help="Continuations a prompt."
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Continuations a prompt.  [default: 2; 1 at temperature 0]",
 )
 @click.option(
     "--lines",
@@ -68,17 +80,17 @@ REPORTED_SAMPLES = 2  # continuations a prompt, at least
     help="Of each third language, read in a trial.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True)
+@click.option("--temperature", type=FiniteRange(min=0), default=0.7, show_default=True)
 @click.option(
-    "--goal-share", type=click.FloatRange(min=0, min_open=True), default=0.95, show_default=True,
+    "--goal-share", type=FiniteRange(min=0, min_open=True), default=0.95, show_default=True,
     help="Of what the model reaches on target prompts, at least.",
 )  # fmt: skip
 @click.option(
-    "--goal-gap", type=click.FloatRange(min=0, min_open=True), default=0.3, show_default=True,
+    "--goal-gap", type=FiniteRange(min=0, min_open=True), default=0.3, show_default=True,
     help="Fluency gap, nats a token, at most.",
 )  # fmt: skip
 @click.option(
-    "--goal-rise", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True,
+    "--goal-rise", type=FiniteRange(min=0, min_open=True), default=0.05, show_default=True,
     help="NLL rise of any third language, nats a token, at most.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -99,6 +111,7 @@ def command(**options: Any) -> None:
           --source en --target fr --out tuned
     """
     from editing.directions.diffmean import diffmean_direction
+    from editing.generation import check_samples
     from editing.language_id import check_languages
     from editing.live import applied
     from editing.origin import measured_by, processor, texts_read
@@ -112,9 +125,13 @@ def command(**options: Any) -> None:
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
+    if asked.samples is None:
+        asked.samples = 1 if asked.temperature == 0 else SAMPLES
+    check_samples(asked.samples, asked.temperature)
     check_methods(asked.methods)
     _require_own_directory(asked.out, STUDY)
     corpora = {part: read_corpus(asked.corpus_path, asked.languages, part) for part in PARTS}
+    tell(screen, asked.corpus_path, asked.languages)
     third_languages(corpora["choose"], asked.source, asked.target)
     check_languages(corpora["choose"].languages)
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
@@ -128,12 +145,12 @@ def command(**options: Any) -> None:
         corpora["choose"],
         asked.source,
         asked.target,
-        asked.prompts,
-        asked.samples,
-        asked.lines,
-        asked.seed,
-        asked.new_tokens,
-        asked.temperature,
+        prompts=asked.prompts,
+        samples=asked.samples,
+        lines=asked.lines,
+        seed=asked.seed,
+        new_tokens=asked.new_tokens,
+        temperature=asked.temperature,
     )
     search = Search(
         scoring,
@@ -154,7 +171,9 @@ def command(**options: Any) -> None:
         raise click.exceptions.Abort
     if ended:
         screen.stage("confirm", "...")
-    trials = confirmed(search, seeds=[asked.seed + 1, asked.seed + 2]) if ended else search.trials
+    # Without sampling, another seed writes the same again.
+    seeds = [] if asked.temperature == 0 else [asked.seed + 1, asked.seed + 2]
+    trials = confirmed(search, seeds=seeds) if ended else search.trials
     choice = choose(trials, goals, scoring.ceiling)
     plan = search.plan(choice.trial)
     outcomes, ceiling = _measured(screen, asked, loaded, corpora["report"], plan) if ended else ([], None)
@@ -165,7 +184,11 @@ def command(**options: Any) -> None:
         "corpora": texts_read(corpora.values()),
         "packages": measured_by("optuna"),
         "processor": processor(loaded.device),
-        "command": command_line(languages=corpora["report"].languages, **loaded_as(loaded)),
+        "command": command_line(
+            languages=asked.languages or corpora["report"].languages,
+            samples=asked.samples,
+            **loaded_as(loaded),
+        ),
         "finished": ended,
     }
     _write(asked.out, value, plan, trials, choice, search)
@@ -218,11 +241,11 @@ def _measured(
             corpus,
             asked.source,
             asked.target,
-            max(asked.samples, REPORTED_SAMPLES),
-            asked.prompts,
-            asked.seed,
-            asked.new_tokens,
-            asked.temperature,
+            samples=asked.samples if asked.temperature == 0 else max(asked.samples, SAMPLES),
+            most_prompts=asked.prompts,
+            seed=asked.seed,
+            new_tokens=asked.new_tokens,
+            temperature=asked.temperature,
         )
         advance(1)
         details = {
@@ -310,7 +333,7 @@ def _show(
         best = [choice.trial, *best]
     early = sum(trial.state != "measured" for trial in trials)
     screen.table(
-        f"front of {len(trials)} edits ({early} given up early), on the part that edits are chosen on",
+        f"front of {len(trials)} edits ({early} not measured in full), on the part that edits are chosen on",
         COLUMNS,
         rows(best, search.goals, search.ceiling, choice.trial.number),
         words=3,

@@ -37,7 +37,7 @@ def _scaled_rows(factor: torch.Tensor, scale: torch.Tensor | None) -> torch.Tens
 
 
 def after(first: ModuleEdit, second: ModuleEdit) -> ModuleEdit:
-    """The edit that does ``first``, then ``second``, to the same module; without details and notes."""
+    """The edit that does ``first``, then ``second``, to the same module; without details and figures."""
     lefts, rights = [], []
     if first.left is not None and first.right is not None:
         lefts.append(_scaled_rows(first.left, second.row_scale))
@@ -55,7 +55,13 @@ def after(first: ModuleEdit, second: ModuleEdit) -> ModuleEdit:
         left=torch.cat(lefts, dim=1) if lefts else None,
         right=torch.cat(rights, dim=1) if rights else None,
         bias=torch.stack(biases).double().sum(0).float() if biases else None,
+        notes=_no_figures(first, second),
     )
+
+
+def _no_figures(*edits: ModuleEdit) -> dict[str, None]:
+    """Notes of what is made of edits: not their figures, but that they hold for one strength alone."""
+    return {"value_through_norm": None} if any(edit.through_norm for edit in edits) else {}
 
 
 def inverse(edit: ModuleEdit) -> ModuleEdit:
@@ -82,6 +88,7 @@ def inverse(edit: ModuleEdit) -> ModuleEdit:
         left=None if edit.left is None else _scaled_rows(-edit.left, rows),
         right=None if edit.right is None else _scaled_rows(edit.right, columns),
         bias=None if edit.bias is None else -edit.bias,
+        notes=_no_figures(edit),
     )
 
 
@@ -119,7 +126,7 @@ def on_components(edit: ModuleEdit, components: Collection[int], width: int) -> 
         column_scale=None if scale is None else scale.masked_fill(outside(scale), 1.0),
         right=None if right is None else right.masked_fill(outside(right)[:, None], 0.0),
         details={name: values[kept] for name, values in edit.details.items()},
-        notes={},
+        notes=_no_figures(edit),
     )
 
 
@@ -193,7 +200,7 @@ def inverted(source: ModelSource, plan: Plan) -> Plan:
             "change_norm": float((back.apply(edited) - edited).norm()),
             "weight_norm": float(edited.norm()),
         }
-        edits.append(replace(back, notes=norms))
+        edits.append(replace(back, notes={**back.notes, **norms}))
     return make_plan(edits, {**_common([plan]), "method": "invert", "settings": {"of": [_origin(plan)]}})
 
 

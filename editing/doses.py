@@ -43,6 +43,8 @@ def weaker(
 ) -> Iterator[tuple[float, Candidate]]:
     """The chosen candidate at parts of its strength: a permanent edit's plan scaled, a hook's strength multiplied.
 
+    A plan that was solved through norms is solved again, as no multiple of it does what its strength says.
+
     Args:
         way: that the candidate is of.
         material: what it was made of.
@@ -56,11 +58,12 @@ def weaker(
         BrocaError: an edit that cannot be scaled (``editing.plan.ModuleEdit.scaled``).
     """
     for dose in doses:
-        if chosen.plan is not None:
+        strength = way.strength if chosen.plan is None else "strength"
+        if chosen.plan is not None and not chosen.plan.through_norm:
             plan = chosen.plan.scaled(dose)
             yield dose, Candidate(chosen.way, chosen.settings, plan, partial(applied, material.loaded, plan))
-        elif way.strength is not None:
-            settings = {**chosen.settings, way.strength: dose * chosen.settings[way.strength]}
+        elif strength is not None:
+            settings = {**chosen.settings, strength: dose * chosen.settings[strength]}
             yield dose, way.make(material, settings)
 
 

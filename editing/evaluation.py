@@ -28,22 +28,21 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+from editing.answers import Answers, identified
 from editing.asking import Asked, openings, questions_asked
 from editing.entanglement import effectiveness, entanglement
-from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
+from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
 from editing.language_id import (
     EMPTY,
     agreement,
     check_languages,
-    identify_language,
     second_opinion,
     sentence_share,
 )
 from editing.likelihood import Steering, continuation_nll, mean_kl, nll_by_language
 from editing.questions import Questions
 from editing.relevance import Scorer, relevance
-from editing.repetition import distinct_ngrams, longest_repeat, loops
-from editing.text import distinct_share, words
+from editing.text import distinct_share
 from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
@@ -109,38 +108,6 @@ class Outcome:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What was written on the prompts of one language."""
-
-    items: tuple[Continuation, ...]
-    labels: tuple[str, ...]
-    looping: tuple[bool, ...]
-
-    def are(self, language: str) -> list[bool]:
-        """Which of them are in a language and no failure."""
-        return [label == language and not loop for label, loop in zip(self.labels, self.looping, strict=True)]
-
-    def share(self, language: str) -> float:
-        return sum(self.are(language)) / len(self.items)
-
-    @property
-    def distinct_pairs(self) -> float:
-        return self._mean([distinct_ngrams(item.text, 2) for item in self.items])
-
-    @property
-    def longest_repeat(self) -> float:
-        return self._mean([longest_repeat(item.text) / max(len(words(item.text)), 1) for item in self.items])
-
-    @property
-    def words(self) -> float:
-        return self._mean([len(words(item.text)) for item in self.items])
-
-    @staticmethod
-    def _mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
-
 class Evaluation:
     """Measures ways of steering one model from a source to a target language on one corpus.
 
@@ -155,6 +122,7 @@ class Evaluation:
         new_tokens: an answer's at most.
         temperature: 0 takes the likeliest token always.
         questions: what is asked in place of openings; languages that have none are given openings.
+        chat: ask them through the tokenizer's chat template where it has one.
         scorer: of relevance; None measures none.
         write: writes the answers, unedited or as the steering around the call has it; None writes with
             ``loaded``.  All else is measured on ``loaded``.
@@ -164,8 +132,8 @@ class Evaluation:
         base: the unedited model's Outcome.
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know, or no question in the
-            source language.
+        UsageError: a language that the corpus lacks or the identifier does not know, no question in the
+            source language, several samples at temperature 0, or a chat template that cannot be used.
     """
 
     def __init__(
@@ -174,16 +142,18 @@ class Evaluation:
         corpus: Corpus,
         source: str,
         target: str,
+        *,
         samples: int = 1,
         most_prompts: int | None = None,
         seed: int = 0,
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
-        *,
         questions: Questions | None = None,
+        chat: bool = True,
         scorer: Scorer | None = None,
         write: Writer | None = None,
     ) -> None:
+        check_samples(samples, temperature)
         corpus.require(source, target)
         if source == target:
             raise UsageError(f"source and target are both {source!r}")
@@ -193,7 +163,7 @@ class Evaluation:
         self._loaded, self._corpus = loaded, corpus
         self.source, self.target = source, target
         self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
-        self._questions, self._scorer = questions, scorer
+        self._questions, self._chat, self._scorer = questions, chat, scorer
         self._write: Writer = partial(generate, loaded) if write is None else write
         self._samples, self._most = samples, most_prompts
         self._asked = {language: self._prompts_of(language) for language in (source, target)}
@@ -296,12 +266,12 @@ class Evaluation:
 
     def _prompts_of(self, language: str) -> list[Asked]:
         if self._questions is not None and language in self._questions.of:
-            found = questions_asked(self._loaded.tokenizer, self._questions, language, self._most)
+            found = questions_asked(self._loaded.tokenizer, self._questions, language, self._most, self._chat)
         else:
             found = openings(self._corpus, language, self.target, self._most)
         return found * self._samples
 
-    def _answers(self, language: str, instruction: str | None = None) -> _Answers:
+    def _answers(self, language: str, instruction: str | None = None) -> Answers:
         if language not in self._asked:
             self._asked[language] = self._prompts_of(language)
         found = self._write(
@@ -310,18 +280,16 @@ class Evaluation:
             self._temperature,
             self._seed,
         )
-        texts = [item.text for item in found]
-        labels = tuple(identify_language(text, self._corpus.languages) for text in texts)
-        return _Answers(tuple(found), labels, tuple(map(loops, texts)))
+        return identified(found, self._corpus.languages)
 
-    def _own_answers(self, language: str) -> _Answers:
+    def _own_answers(self, language: str) -> Answers:
         """The unedited model's."""
         if language not in self._own:
             self._own[language] = self._answers(language)
             self._own_nll[language] = continuation_nll(self._loaded, self._own[language].items)
         return self._own[language]
 
-    def _other(self, language: str, found: _Answers, own: _Answers) -> dict[str, float | None]:
+    def _other(self, language: str, found: Answers, own: Answers) -> dict[str, float | None]:
         gap = continuation_nll(self._loaded, found.items) - self._own_nll[language]
         return {
             "share": found.share(language),

@@ -33,8 +33,8 @@ class Exported:
         relative_change: ||dW||_F / ||W||_F over these tensors; None where the plan does not know it.
         survived: tensor name -> (norm ratio, cosine) of the change that is on disk to the change that
             was meant: a small edit can vanish in the rounding to the stored dtype.
-        unedited_copies: files of the output that hold the source's weights in another format; a loader
-            that prefers them would run the unsteered model.
+        unedited_copies: files of the output that hold the source's weights again; a loader that prefers
+            them would run the unsteered model.
         added: names of the tensors that the source does not have: biases.
         verified: what was read back, where that was asked for.
         remainder_bytes: size of what undoing needs, where that was asked for.

@@ -17,6 +17,18 @@ from neurons.errors import UsageError
 # Varieties that the detectors tell apart and ISO 639-3 counts to a macrolanguage: a Chinese text is often
 # "Wu" to them. They count to the macrolanguage unless they are asked for by name.
 MACROLANGUAGES = {"wuu": "zh", "yue": "zh", "arz": "ar", "ary": "ar", "nn": "no"}
+# py3langid's labels ("zxx": no language), so that a command can check a name without loading its model.
+IDENTIFIED = frozenset({
+    "ace", "af", "am", "an", "ar", "ary", "arz", "as", "az", "ba", "bcl", "be", "bg", "bn", "br", "bs",
+    "ca", "crh", "cs", "cy", "da", "de", "dz", "el", "en", "eo", "es", "et", "eu", "ext", "fa", "fi", "fo",
+    "fr", "fuv", "fy", "ga", "gcf", "gcr", "gd", "gl", "gom", "grc", "gu", "gug", "guw", "ha", "hbo", "he",
+    "hi", "hr", "ht", "hu", "hy", "id", "ig", "is", "it", "ja", "jv", "ka", "kab", "kik", "kk", "km", "kn",
+    "ko", "ku", "ky", "la", "lb", "lg", "lij", "ln", "lo", "lt", "ltg", "lv", "mg", "mk", "ml", "mn", "mr",
+    "ms", "mt", "my", "ne", "nl", "nn", "no", "nso", "oc", "om", "or", "pa", "pcm", "pl", "ps", "pt", "qu",
+    "ro", "ru", "rw", "sa", "sdh", "se", "si", "sk", "sl", "sn", "so", "sq", "sr", "st", "sv", "sw", "ta",
+    "te", "tg", "th", "tk", "tl", "tr", "tt", "ug", "uk", "ur", "uz", "uzs", "vec", "vi", "vo", "wa", "wuu",
+    "xh", "yo", "yue", "zh", "zu", "zxx",
+})  # fmt: skip
 OTHER = "other"
 EMPTY = "empty"
 # A shorter piece between two full stops tells no language reliably: it is read with the next one.
@@ -42,18 +54,21 @@ def _second_identifier() -> Any:
     return LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
 
 
+def unidentified(languages: Sequence[str]) -> list[str]:
+    """Those of the languages that py3langid has no label for, so that nothing can be measured in them."""
+    return [language for language in languages if language not in IDENTIFIED]
+
+
 def check_languages(languages: Sequence[str]) -> None:
-    """Refuse language names that the identifier does not know (it uses ISO 639-1 codes).
+    """Refuse languages that the identifier does not know.
 
     Raises:
         UsageError: by name.
     """
-    known = set(_identifier().labels)
-    unknown = [language for language in languages if language not in known]
-    if unknown:
+    if unknown := unidentified(languages):
         raise UsageError(
             f"the language identifier does not know {', '.join(unknown)}: name corpus files by ISO 639-1 "
-            "codes (en, fr, zh, ...)"
+            "codes (en, fr, zh, ...), or leave these out with --languages"
         )
 
 

@@ -11,12 +11,11 @@ import torch
 
 from editing.generation import Continuation
 from neurons.batches import TokenBatch, row_batches
+from neurons.next_token import token_divergences, token_losses
 from neurons.offload import parameter_value
 from neurons.recording import forward
-from neurons.sites import logits
 from neurons.source import LoadedModel
-
-LOGIT_BYTES_AT_ONCE = 64 * 2**20
+from neurons.start_tokens import start_tokens
 
 Steering = Callable[[], AbstractContextManager[None]]
 
@@ -28,24 +27,13 @@ def _hidden(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
         return forward(loaded.model, on_device)[:, :-1][on_device.counted[:, 1:]]
 
 
-def _rows_at_once(loaded: LoadedModel) -> int:
-    """So many positions' logits fit in LOGIT_BYTES_AT_ONCE; a batch's can be larger than the model."""
-    vocabulary: int = loaded.model.get_output_embeddings().weight.shape[0]
-    return max(1, LOGIT_BYTES_AT_ONCE // (4 * vocabulary))
-
-
 def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
     """Mean negative log-likelihood of the counted tokens that follow another token, nats a token."""
-    rows = _rows_at_once(loaded)
     total, tokens = 0.0, 0
     for batch in batches:
-        wanted = batch.ids[:, 1:][batch.counted[:, 1:]].to(loaded.device).long()
-        with torch.no_grad():
-            for hidden, some in zip(_hidden(loaded, batch).split(rows), wanted.split(rows), strict=True):
-                predicted = logits(loaded.model, hidden).float()
-                losses = torch.nn.functional.cross_entropy(predicted, some, reduction="none")
-                total += float(losses.sum(dtype=torch.float64))
-                tokens += len(some)
+        wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
+        total += float(token_losses(loaded.model, _hidden(loaded, batch), wanted).sum(dtype=torch.float64))
+        tokens += len(wanted)
     return total / tokens if tokens else float("nan")
 
 
@@ -63,16 +51,12 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
     head = loaded.model.get_output_embeddings()
     own_head = partial(torch.nn.functional.linear, **_held(head, loaded.device))
     base = [_hidden(loaded, batch) for batch in batches]
-    rows = _rows_at_once(loaded)
     total, positions = 0.0, 0
-    with steering(), torch.no_grad():
+    with steering():
         for batch, before in zip(batches, base, strict=True):
-            after = _hidden(loaded, batch)
-            for own, other in zip(before.split(rows), after.split(rows), strict=True):
-                p = torch.log_softmax(logits(loaded.model, own, own_head).float(), -1)
-                q = torch.log_softmax(logits(loaded.model, other).float(), -1)
-                total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                positions += len(own)
+            found = token_divergences(loaded.model, before, _hidden(loaded, batch), own_head)
+            total += float(found.sum())
+            positions += len(found)
     return total / positions if positions else float("nan")
 
 
@@ -88,9 +72,9 @@ def continuation_nll(loaded: LoadedModel, continuations: Sequence[Continuation])
     The fluency gap is this of one model's continuations minus this of the unedited model's own in the
     target language, both read by the unedited model.  NaN where there is nothing to read.
     """
-    start = loaded.tokenizer.bos_token_id
-    rows = [([] if start is None else [start]) + list(item.ids) for item in continuations if item.ids]
-    return mean_nll(loaded, row_batches(rows, uncounted=1))
+    start = start_tokens(loaded.tokenizer)
+    rows = [[*start, *item.ids] for item in continuations if item.ids]
+    return mean_nll(loaded, row_batches(rows, uncounted=max(1, len(start))))
 
 
 def nll_by_language(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> dict[str, float]:

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
+from editing.plan_content import require_plan_content
 from editing.rounding import EditedBlock, edited_and_rounded, float32_is_enough
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
-from neurons.errors import BrocaError, NothingToChangeError
+from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.source import ModelSource
 
 # The tensors of a module's edit, by their names here and in files.
@@ -130,6 +131,11 @@ class ModuleEdit:
         return None if change is None or not whole else float(change) / float(whole)
 
     @property
+    def through_norm(self) -> bool:
+        """Whether what is added was solved through the norm after the module, for one strength alone."""
+        return "value_through_norm" in self.notes
+
+    @property
     def changes_weight(self) -> bool:
         """Whether W changes at all: an edit may be of the bias alone."""
         return self.row_scale is not None or self.column_scale is not None or self.left is not None
@@ -145,10 +151,19 @@ class ModuleEdit:
     def scaled(self, strength: float) -> ModuleEdit:
         """The same edit with its distance from the identity multiplied by ``strength``.
 
+        What is added is multiplied on the side of the values, so that keys stay what the notes say of them.
+
         Raises:
+            UsageError: the norm after the module bends what is added (``through_norm``).
             BrocaError: rows and columns are both scaled: what lies between such an edit and none is not
                 of this form.
         """
+        if self.through_norm and strength != 1:
+            raise UsageError(
+                f"layer {self.layer}, {self.block}: what it adds was solved through the norm after it, so {strength:g} times "
+                "as much does not do as much more: make the edit again at the strength that it is to have "
+                "(broca edit --strength)"
+            )
         if self.row_scale is not None and self.column_scale is not None:
             raise BrocaError(
                 f"layer {self.layer}, {self.block}: scales rows and columns, so has no strength: make the edit "
@@ -160,22 +175,24 @@ class ModuleEdit:
             components=self.components,
             row_scale=None if self.row_scale is None else 1 + strength * (self.row_scale - 1),
             column_scale=None if self.column_scale is None else 1 + strength * (self.column_scale - 1),
-            left=self.left,
-            right=None if self.right is None else self.right * strength,
+            left=None if self.left is None else self.left * strength,
+            right=self.right,
             bias=None if self.bias is None else self.bias * strength,
             details={name: _scaled_detail(name, values, strength) for name, values in self.details.items()},
             notes={
-                name: abs(strength) * value if name == "change_norm" else value
+                name: abs(strength) * value if name in ("change_norm", "bias_norm") else value
                 for name, value in self.notes.items()
+                # Of the weights that a difference was taken from.
+                if name != "worst_in_spacings"
             },
         )
 
 
 def _scaled_detail(name: str, values: torch.Tensor, strength: float) -> torch.Tensor:
     """What a detail says of the component once the edit is scaled; g and the key itself stay."""
-    if name in ("lambda", "c"):
+    if name in ("lambda", "c", "offset"):
         return values * strength
-    return 1 + strength * (values - 1) if name == "factor" else values
+    return 1 + strength * (values - 1) if name in ("factor", "scale") else values
 
 
 @dataclass(frozen=True)
@@ -189,6 +206,11 @@ class Plan:
 
     edits: tuple[ModuleEdit, ...]
     metadata: dict[str, Any]
+
+    @property
+    def through_norm(self) -> bool:
+        """Whether any edit holds for one strength alone (``ModuleEdit.through_norm``)."""
+        return any(edit.through_norm for edit in self.edits)
 
     @property
     def components(self) -> int:
@@ -207,12 +229,27 @@ class Plan:
         return float((change / whole) ** 0.5) if whole else 0.0
 
     def scaled(self, strength: float) -> Plan:
-        """Every edit at ``strength`` times its size, on top of the strength that it has."""
-        settings = dict(self.metadata["settings"])
-        settings["strength"] = settings.get("strength", 1.0) * strength
-        return Plan(
-            tuple(edit.scaled(strength) for edit in self.edits), {**self.metadata, "settings": settings}
-        )
+        """Every edit at ``strength`` times its size, on top of the strength that it has.
+
+        Of a method whose own strength is no multiple of its whole edit the settings say it as "scaled_by".
+
+        Raises:
+            UsageError: a strength of 0, or as ``ModuleEdit.scaled``.
+            BrocaError: likewise, or numbers that float32 does not hold.
+        """
+        if strength == 1:
+            return self
+        if strength == 0:
+            raise UsageError(
+                "a strength of 0 leaves nothing of the edit: give another, or use the unedited model"
+            )
+        # What learning measured, and what a file noted of its modules, is of the strength that they had.
+        stale = ("learning", "modules")
+        metadata = {name: value for name, value in self.metadata.items() if name not in stale}
+        settings = dict(metadata["settings"])
+        name = "scaled_by" if _strength_is_of_a_part(metadata) else "strength"
+        settings[name] = settings.get(name, 1.0) * strength
+        return make_plan([edit.scaled(strength) for edit in self.edits], {**metadata, "settings": settings})
 
     def to_bytes(self) -> bytes:
         """The plan as a Broca file."""
@@ -233,6 +270,18 @@ class Plan:
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.to_bytes())
+
+
+def language_pair(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(source, target) of a plan; None where it has not both: of several directions one end may differ."""
+    source, target = metadata.get("source"), metadata.get("target")
+    return None if source is None or target is None else (str(source), str(target))
+
+
+def _strength_is_of_a_part(metadata: Mapping[str, Any]) -> bool:
+    """Whether twice a plan is another than the plan that its method makes at twice the strength."""
+    renormalised = "norm-preserving" in str(metadata["settings"].get("form"))
+    return renormalised or metadata.get("method") == "language-arithmetic"
 
 
 def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
@@ -261,8 +310,13 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read what ``Plan.save`` wrote."""
+    """Read what ``Plan.save`` wrote.
+
+    Raises:
+        UsageError, BrocaError: as ``load_artifact``, ``require_plan_content`` and ``make_plan``.
+    """
     artifact = load_artifact(path, "edit")
+    require_plan_content(artifact, path)
     edits = []
     for module in artifact.metadata["modules"]:
         prefix = f"{module['layer']}.{module['block']}"

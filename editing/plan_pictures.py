@@ -6,7 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from editing.plan import ModuleEdit, Plan
+from editing.component_changes import component_changes, component_count
+from editing.plan import ModuleEdit, Plan, language_pair
 from neurons.anatomy import BLOCKS
 from neurons.pictures import LINE, TITLE, titled
 
@@ -18,18 +19,15 @@ _NAMES = {"attn": "head", "mlp": "neuron"}
 def component_sizes(edit: ModuleEdit, count: int) -> torch.Tensor:
     """How far each of a module's components goes, float64 [count].
 
-    ||U K_i^T||_F of what is added to component i, or, where nothing is added, the largest |c - 1| by which
-    its columns are scaled.
+    ||dW_i||_F of component i (``component_changes``), or, where nothing is added, the largest |c - 1| by
+    which its columns are scaled.
 
     Args:
         edit: of a module.
         count: how many components the module has.
     """
-    if edit.left is not None and edit.right is not None:
-        # ||U k||^2 = k^T (U^T U) k, summed over the component's columns.
-        right = edit.right.double()
-        squares = ((right @ (edit.left.double().T @ edit.left.double())) * right).sum(1).clamp(min=0)
-        return squares.view(count, -1).sum(1).sqrt()
+    if edit.left is not None:
+        return component_changes(edit, count)
     if edit.column_scale is not None:
         return (edit.column_scale.double() - 1).abs().view(count, -1).amax(1)
     return torch.zeros(count, dtype=torch.float64)
@@ -43,7 +41,8 @@ def plan_figure(plan: Plan) -> Figure:
     blocks = [block for block in BLOCKS if any(edit.block == block for edit in plan.edits)]
     layers = 1 + max(edit.layer for edit in plan.edits)
     about = plan.metadata
-    pair = f", {about['source']} to {about['target']}" if "target" in about else ""
+    ends = language_pair(about)
+    pair = "" if ends is None else f", {ends[0]} to {ends[1]}"
     languages = () if pair else about.get("languages", ())
     title = titled("how far the edit changes each component" + pair, about, languages, WIDE - 1)
     high = 1.2 + min(8.0, 0.8 + 0.22 * layers)
@@ -53,11 +52,11 @@ def plan_figure(plan: Plan) -> Figure:
     figure.suptitle(title, fontsize=TITLE)
     for axis, block in zip(figure.subplots(len(blocks), squeeze=False)[:, 0], blocks, strict=True):
         rows = {edit.layer: edit for edit in plan.edits if edit.block == block}
-        count = max(_components(edit) for edit in rows.values())
+        count = max(component_count(edit) for edit in rows.values())
         sizes = torch.zeros(layers, count, dtype=torch.float64)
         added = False
         for layer, edit in rows.items():
-            whole = component_sizes(edit, _components(edit))
+            whole = component_sizes(edit, component_count(edit))
             sizes[layer, : len(whole)] = whole
             added = added or edit.left is not None
         group = -(-count // MOST_COLUMNS)
@@ -77,16 +76,3 @@ def plan_figure(plan: Plan) -> Figure:
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
-
-
-def _components(edit: ModuleEdit) -> int:
-    """How many components the module has; of heads, from where the last changed column lies."""
-    factor = edit.right if edit.right is not None else edit.column_scale
-    highest = 1 + max(edit.components, default=0)
-    if factor is None:
-        return highest
-    if edit.block == "mlp":
-        return len(factor)
-    changed = (factor != 0).any(1) if edit.right is not None else factor != 1
-    width, rest = divmod(1 + int(changed.nonzero().max()), highest) if bool(changed.any()) else (0, 1)
-    return len(factor) // width if not rest and len(factor) % width == 0 else highest

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neurons.corpus_files import language_label
 from neurons.errors import UsageError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -91,8 +92,8 @@ def read_questions(path: Path, source: str | None = None) -> Questions:
         digest.update(json.dumps(file.name).encode() + file.read_bytes())
         fallback = file.stem if path.is_dir() else source or ""
         for number, row in enumerate(_rows(file), start=1):
-            language = row.get("language") or fallback
-            found.setdefault(str(language), []).append(_question(file, number, row))
+            language = language_label(str(row.get("language") or fallback))
+            found.setdefault(language, []).append(_question(file, number, row))
     if (not found) if source is None else (source not in found):
         there, which = (
             ", ".join(found) or "nothing",

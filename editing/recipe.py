@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from neurons.corpus_files import language_label
 from neurons.errors import UsageError
 
 # What the keyed edit's modules write: the direction, or what was learned from it; and the strengths that suit.
@@ -102,6 +104,8 @@ def read_recipe(path: Path) -> Recipe:
     for name in ("targets", "languages", "strengths"):
         if name in content:
             content[name] = tuple(content[name])
+    content["source"] = language_label(content["source"])
+    content["targets"] = tuple(map(language_label, content["targets"]))
     recipe = Recipe(**content)
     if recipe.values not in VALUES:
         raise UsageError(f"{path}: values is {MEANS!r} or {LEARNED!r}, not {recipe.values!r}")
@@ -132,8 +136,8 @@ _KINDS = {
         "a string",
     ),
     **dict.fromkeys(("targets", "languages"), "a list of strings"),
-    "strengths": "a list of numbers",
-    "top_rate": "a number",
+    "strengths": "a list of finite numbers other than 0",
+    "top_rate": "a finite number",
     **dict.fromkeys(("prompts", "samples"), "a whole number above 0"),
     "seed": "a whole number",
 }
@@ -144,9 +148,10 @@ def _is(value: Any, kind: str) -> bool:
         return isinstance(value, str)
     if kind == "a list of strings":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind == "a list of numbers":
-        return isinstance(value, list) and bool(value) and all(_is(item, "a number") for item in value)
-    if kind == "a number":
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "a list of finite numbers other than 0":
+        numbers = isinstance(value, list) and all(_is(item, "a finite number") for item in value)
+        return numbers and bool(value) and 0 not in value
+    if kind == "a finite number":
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and (kind == "a whole number" or value > 0)

@@ -20,10 +20,11 @@ from typing import Protocol
 
 import torch
 
-from editing.asking import CHAT, Asked, question_style
-from editing.generation import Continuation, encoded
+from editing.asking import CHAT, Asked, chat_tokens, question_style
+from editing.generation import Continuation, encoded, prompt_rows
 from neurons.batches import row_batches
 from neurons.errors import UsageError
+from neurons.next_token import positions_at_once, token_losses
 from neurons.recording import forward
 from neurons.sites import logits
 from neurons.source import LoadedModel
@@ -63,16 +64,15 @@ class JudgeScorer:
 
     def __call__(self, asked: Sequence[Asked], answers: Sequence[Continuation]) -> list[float]:
         yes, no = _first_tokens(self.judge, _YES), _first_tokens(self.judge, _NO)
-        both = yes & no
-        if not yes - both or not no - both:
+        only_yes, only_no = sorted(yes - no), sorted(no - yes)
+        if not only_yes or not only_no:
             raise UsageError(
                 f"{self.judge.name}: its tokenizer cannot tell Yes from No: choose another judge"
             )
-        style = question_style(self.judge.tokenizer)
         rows, places = [], []
         for place, (one, answer) in enumerate(zip(asked, answers, strict=True)):
             if answer.text.strip():
-                rows.append(self._row(one.text, answer.text.strip(), style))
+                rows.append(self._row(one.text, answer.text.strip()))
                 places.append(place)
         scores = [0.0] * len(asked)
         for batch in row_batches(rows, uncounted=0):
@@ -82,20 +82,25 @@ class JudgeScorer:
                 hidden = forward(self.judge.model, on_device)[
                     torch.arange(len(last), device=last.device), last
                 ]
-                found = logits(self.judge.model, hidden).double().softmax(-1).cpu()
-            of_yes = found[:, sorted(yes - both)].sum(1)
-            of_no = found[:, sorted(no - both)].sum(1)
-            for row, score in zip(
-                batch.line_numbers.tolist(), (of_yes / (of_yes + of_no)).tolist(), strict=True
-            ):
+                found = torch.cat(
+                    [
+                        logits(self.judge.model, some)[:, [*only_yes, *only_no]].double().cpu()
+                        for some in hidden.split(positions_at_once(self.judge.model))
+                    ]
+                )
+            of_yes = found.softmax(-1)[:, : len(only_yes)].sum(1)
+            for row, score in zip(batch.line_numbers.tolist(), of_yes.tolist(), strict=True):
                 scores[places[row]] = score
         return scores
 
-    def _row(self, question: str, answer: str, style: str) -> list[int]:
+    def _row(self, question: str, answer: str) -> list[int]:
         text = JUDGE_PROMPT.format(question=question, answer=answer)
         tokenizer = self.judge.tokenizer
-        prompt = Asked(text, CHAT).given(tokenizer) if style == CHAT else text + JUDGE_COMPLETION
-        return encoded(tokenizer, [prompt])[0]
+        asked_in_chat = question_style(tokenizer) == CHAT
+        prompt = (
+            chat_tokens(tokenizer, text, "choose another judge") if asked_in_chat else text + JUDGE_COMPLETION
+        )
+        return prompt_rows(self.judge.name, tokenizer, [prompt], self.judge.embedded)[0]
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,11 @@ class LikelihoodScorer:
             for i, row in enumerate(batch.line_numbers.tolist()):
                 # After a prompt without a token the answer's first has nothing to follow.
                 first, last = max(before[row], 1), len(rows[row])
-                with torch.no_grad():
-                    found = logits(self.loaded.model, hidden[i, first - 1 : last - 1]).float().log_softmax(-1)
-                wanted = on_device.ids[i, first:last].long()[:, None].to(found.device)
-                mean = float(found.gather(1, wanted).double().mean()) if last > first else -math.inf
-                scores[places[row]] = math.exp(mean)
+                if last > first:
+                    losses = token_losses(
+                        self.loaded.model, hidden[i, first - 1 : last - 1], on_device.ids[i, first:last]
+                    )
+                    scores[places[row]] = math.exp(-float(losses.double().mean()))
         return scores
 
 

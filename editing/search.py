@@ -14,8 +14,10 @@ A trial is measured in three steps, the cheapest first, and given up as soon as 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import signal
 import threading
 import warnings
@@ -163,7 +165,7 @@ class Search:
         few_prompts: of a trial's first step.
 
     Raises:
-        BrocaError: the file is of another search, or is none.
+        BrocaError: the file is of another search, or is none, or a search is running in it.
     """
 
     def __init__(
@@ -182,7 +184,9 @@ class Search:
         self._seed, self._few_prompts = seed, few_prompts
         self._stopping = False
         self.identity = dict(identity or {})
-        self._study = _open_study(path, self.identity)
+        self._path = path
+        with _alone(path):
+            self._study = _open_study(path, self.identity)
         self._known = _known(spaces)
 
     @property
@@ -207,8 +211,11 @@ class Search:
 
         Returns:
             Whether it came to the end.
+
+        Raises:
+            BrocaError: another search is running in the same file.
         """
-        with _quiet(), self._interruptible():
+        with _alone(self._path), _quiet(), self._interruptible():
             while len(before := self.trials) < trials and not self._stopping:
                 found = self._next(before)
                 if found is not None and tell is not None:
@@ -365,7 +372,6 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
     storage = None
     with _quiet():
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             _drop_torn_line(path)
             storage = JournalStorage(JournalFileBackend(str(path)))
         study = optuna.create_study(
@@ -390,23 +396,47 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
     return study
 
 
+@contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    """Inside, no other search opens the file or adds to it: it would take this one's trial for a dead one's.
+
+    The system gives the lock back when the process ends, however it ends.
+
+    Raises:
+        BrocaError: another one is at it.
+    """
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BrocaError(
+                f"{path}: a search is running in it: wait for its end, or choose another --out"
+            ) from error
+        except OSError:
+            pass  # a network disk without locks
+        yield
+
+
 def _drop_torn_line(path: Path) -> None:
     """What a crash left half written would make the whole file unreadable.
 
     Raises:
         BrocaError: the file is not a search's.
     """
-    if not path.is_file():
-        return
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
     try:
-        for line in whole.splitlines():
+        # What has no whole line is nobody's to cut.
+        for line in (whole or content).splitlines():
             json.loads(line)["op_code"]
     except (ValueError, KeyError, TypeError) as error:
         raise BrocaError(f"{path}: not the file of a search: choose another --out") from error
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
 
 
 @contextmanager

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 
 import torch
 
-from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, generate
-from editing.language_id import check_languages, identify_language
+from editing.answers import identified
+from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
+from editing.language_id import check_languages
 from editing.likelihood import continuation_nll
 from editing.text import opening
 from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
+from neurons.next_token import token_divergences, token_losses
 from neurons.recording import forward
-from neurons.sites import logits
 from neurons.source import LoadedModel
 
-POSITIONS_AT_ONCE = 1024
 LEAST_CEILING = 0.2  # as in editing.pipeline: below it, what an edit reaches cannot be told from noise
 
 
@@ -60,7 +60,7 @@ class Written:
     """What an edited model wrote.
 
     Attributes:
-        found: continuations in the target.
+        found: continuations in the target that are no failures.
         continuations: how many there are.
         prompts: how many different prompts they continue.
         answers: all of them.
@@ -103,7 +103,8 @@ class Scoring:
         ceiling: share of the target among the unedited model's continuations of target prompts.
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know, or no third language.
+        UsageError: a language that the corpus lacks or the identifier does not know, no third language, or
+            several samples at temperature 0.
         BrocaError: a model that hardly writes the target.
     """
 
@@ -113,6 +114,7 @@ class Scoring:
         corpus: Corpus,
         source: str,
         target: str,
+        *,
         prompts: int = 50,
         samples: int = 1,
         lines: int | None = None,
@@ -120,6 +122,7 @@ class Scoring:
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
     ) -> None:
+        check_samples(samples, temperature)
         self.source, self.target = source, target
         self.third = third_languages(corpus, source, target)
         check_languages(corpus.languages)
@@ -165,7 +168,7 @@ class Scoring:
         return continuation_nll(self._loaded, written.answers) - self._own_nll
 
     def _found(self, answers: Sequence[Continuation]) -> int:
-        return [identify_language(item.text, self._languages) for item in answers].count(self.target)
+        return sum(identified(answers, self._languages).are(self.target))
 
     def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
         return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)
@@ -188,15 +191,10 @@ class Scoring:
         tokens = 0
         for batch, before in zip(text.batches, text.hidden, strict=True):
             after = self._hidden(batch)
-            wanted = batch.ids[:, 1:][batch.counted[:, 1:]].to(after.device).long()
-            parts = (some.split(POSITIONS_AT_ONCE) for some in (before, after, wanted))
-            with torch.no_grad():
-                for own, other, ids in zip(*parts, strict=True):
-                    p = logits(model, own).float().log_softmax(-1)
-                    q = logits(model, other).float().log_softmax(-1)
-                    nll -= float(q.gather(1, ids[:, None]).sum(dtype=torch.float64))
-                    kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                    tokens += len(ids)
+            wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
+            nll += float(token_losses(model, after, wanted).sum(dtype=torch.float64))
+            kl += float(token_divergences(model, before, after).sum())
+            tokens += len(wanted)
         return nll / tokens, kl / tokens
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from neurons.artifact import json_bytes, package_versions, write_atomically
 from neurons.errors import BrocaError
+from neurons.file_states import OncePerState
 
 RECORD = "run.json"
+DIGESTS = OncePerState()
 RUNS, UNCHANGED, KEPT = "...", "unchanged", "kept as changed by hand: {}"
 
 
@@ -87,7 +89,10 @@ class Stages:
 
 
 def digest(path: Path) -> str | None:
-    """sha256 of a file, or of a directory's file names and contents; None where there is nothing."""
+    """sha256 of a file, or of a directory's file names and contents; None where there is nothing.
+
+    A file is read once in a process while it stays as it is (``neurons.file_states``).
+    """
     if path.is_dir():
         inside = {
             item.relative_to(path).as_posix(): digest(item)
@@ -97,6 +102,10 @@ def digest(path: Path) -> str | None:
         return _digest_of(inside)
     if not path.is_file():
         return None
+    return DIGESTS.get(path, [path], lambda: _digest_of_file(path))
+
+
+def _digest_of_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from neurons.errors import BrocaError
 
@@ -112,11 +113,14 @@ def _clear_leftovers(target: Path) -> None:
     for shelter in [item for item in target.parent.iterdir() if ours.fullmatch(item.name)]:
         # The system drops a lock with the process that held it, whatever killed that; a process number
         # alone may belong to another container or to a later process.
+        if not (shelter / _OWNER).exists():
+            # Killed before the mark was made or after it was removed: then there is nothing in it.
+            with suppress(OSError):
+                shelter.rmdir()
+            continue
         with suppress(OSError), (shelter / _OWNER).open("r+") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Empty: its owner is at this moment between making the file and locking it.
-            if owner.read():
-                _discard(shelter, target)
+            _discard(shelter, target)
 
 
 def _discard(shelter: Path, target: Path) -> None:
@@ -128,6 +132,9 @@ def _discard(shelter: Path, target: Path) -> None:
             raise BrocaError(
                 f"the old {target} could not be put back ({error.strerror}): move it back from {previous}."
             ) from error
+    # The mark goes last: what a kill leaves here must still be known for a killed run's.
+    for name in (_STAGED, _PREVIOUS):
+        shutil.rmtree(shelter / name, ignore_errors=True)
     shutil.rmtree(shelter, ignore_errors=True)
 
 
@@ -147,22 +154,18 @@ def staging(target: Path, overwrite: bool) -> Iterator[Path]:
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shelter = Path(tempfile.mkdtemp(prefix=_shelter_prefix(target), dir=target.parent))
-        try:
-            with _owned(shelter):
-                staged = shelter / _STAGED
-                # Made by mkdir, not mkdtemp: the checkpoint gets the user's usual permissions.
-                staged.mkdir()
-                yield staged
-                _sync(staged)
-                if not (overwrite and target.exists()):
-                    staged.rename(target)
-                elif not exchange(staged, target):
-                    target.rename(shelter / _PREVIOUS)
-                    staged.rename(target)
-                _sync_directory(target.parent)
-        finally:
-            _discard(shelter, target)
+        with _shelter(target) as shelter:
+            staged = shelter / _STAGED
+            # Made by mkdir, not mkdtemp: the checkpoint gets the user's usual permissions.
+            staged.mkdir()
+            yield staged
+            _sync(staged)
+            if not (overwrite and target.exists()):
+                staged.rename(target)
+            elif not exchange(staged, target):
+                target.rename(shelter / _PREVIOUS)
+                staged.rename(target)
+            _sync_directory(target.parent)
     except BaseException as error:
         for folder in made:
             with suppress(OSError):
@@ -194,15 +197,33 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 @contextmanager
-def _owned(shelter: Path) -> Iterator[None]:
-    """Mark the directory as in use by this process for as long as the block runs."""
-    with (shelter / _OWNER).open("w") as owner:
+def _shelter(target: Path) -> Iterator[Path]:
+    """A directory beside the target that is marked as in use for as long as the block runs, then gone."""
+    shelter, owner = _marked(target)
+    with owner:
+        owner.write(f"{os.getpid()}\n")
+        owner.flush()
+        try:
+            yield shelter
+        finally:
+            _discard(shelter, target)
+
+
+def _marked(target: Path) -> tuple[Path, TextIO]:
+    """A new directory beside the target, and the file in it by which it is locked."""
+    while True:
+        shelter = Path(tempfile.mkdtemp(prefix=_shelter_prefix(target), dir=target.parent))
+        # Until it is locked, another run may take it for a killed run's, and clear it away.
+        try:
+            owner = (shelter / _OWNER).open("x")
+        except FileNotFoundError:
+            continue
         # Where a network disk has no locks, the directory of a killed run is never cleared, which is safe.
         with suppress(OSError):
             fcntl.flock(owner, fcntl.LOCK_EX)
-        owner.write(f"{os.getpid()}\n")
-        owner.flush()
-        yield
+        if (shelter / _OWNER).exists():
+            return shelter, owner
+        owner.close()
 
 
 def _sync(folder: Path) -> None:

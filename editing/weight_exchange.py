@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from editing.same_model import require_same_settings
 from neurons.errors import BrocaError
 from neurons.offload import overwritten, parameter_value, replaced, with_bias
 from neurons.source import LoadedModel
@@ -31,11 +32,13 @@ class Exchange:
         other: of the same architecture and sizes.
 
     Raises:
-        BrocaError: the two do not have the same weights, by name, or the model's are quantised.
+        BrocaError: the two do not have the same weights, by name, the model's are quantised, or the configs have
+            the two compute otherwise.
     """
 
     def __init__(self, loaded: LoadedModel, other: LoadedModel) -> None:
         loaded.require_exact("a comparison")
+        require_same_settings(loaded, other)
         ours, theirs = (one.model.state_dict(keep_vars=True) for one in (loaded, other))
         added = [name for name in theirs if name not in ours and _can_be_added(loaded.model, name)]
         odd = ours.keys() ^ theirs.keys() - set(added)

@@ -15,12 +15,13 @@ from neurons.ablation import UNTOUCHED, Condition, TextLosses, condition_losses
 from neurons.ablation_ledger import LedgerFile
 from neurons.ablation_matrix import Changes, Specificity, bootstrapped, specificity
 from neurons.artifact import package_versions
-from neurons.batches import TokenBatch, language_batches, tokens_a_batch
+from neurons.batches import TokenBatch, language_batches
 from neurons.bootstrap import CONFIDENCE, DRAWS
 from neurons.corpus import Corpus
 from neurons.corpus_recording import record_corpus
 from neurons.errors import UsageError
 from neurons.identify import random_set
+from neurons.memory import batches_for
 from neurons.methods import TEXTS
 from neurons.neuron_set import NeuronSet
 from neurons.replacement import WAYS, Replacement
@@ -210,7 +211,7 @@ def ablation_study(
     plan = _Plan()
     plans = {name: _planned(plan, one, languages, replacement, how, statistics) for name, one in sets.items()}
 
-    size = tokens_a_batch(loaded, backward=False) if batch_tokens is None else batch_tokens
+    size = batches_for(loaded, False, 1)[0] if batch_tokens is None else batch_tokens
     batches = language_batches(loaded, corpus, tokens, size)
     for language, some in batches.items():
         if not some:

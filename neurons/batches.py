@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from neurons.corpus import Corpus
+from neurons.embedded import require_embedded
 from neurons.errors import UsageError
+from neurons.memory import MOST_TOKENS, batches_for
 from neurons.source import LoadedModel
+from neurons.spread import spread
+from neurons.start_tokens import start_tokens
 
 LONGEST_BLOCK = 2048
-TOKENS_A_BATCH = 4096  # on a CPU: more brings no speed
-MOST_TOKENS_A_BATCH = 32768
+TOKENS_A_BATCH = MOST_TOKENS
+LINES_AT_ONCE = 1000  # that are tokenised
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,17 @@ class TokenBatch:
     Attributes:
         ids: integers [rows, length], padded on the right; int64 once they are on a device (``to``).
         attention: bool [rows, length], False on padding.
-        counted: bool [rows, length], False on padding and on the beginning-of-sequence token, which is
-            the same in every language.
-        lines: int64 [rows], which line of its corpus each row is; None where rows are not lines.
+        counted: bool [rows, length], False on padding and on the tokenizer's start tokens, which are the
+            same in every language, and on what stands first where it adds none.
+        lines: int64 [rows], which line of its corpus each row is of; None where rows are not of lines.
+        shares: float64 [rows], which part of its line's counted tokens a row has; None where rows are whole lines.
     """
 
     ids: torch.Tensor
     attention: torch.Tensor
     counted: torch.Tensor
     lines: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
 
     @property
     def line_numbers(self) -> torch.Tensor:
@@ -52,7 +58,11 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         return TokenBatch(
-            self.ids.long().to(device), self.attention.to(device), self.counted.to(device), self.lines
+            self.ids.long().to(device),
+            self.attention.to(device),
+            self.counted.to(device),
+            self.lines,
+            self.shares,
         )
 
 
@@ -80,43 +90,43 @@ def packed_batches(
 ) -> list[TokenBatch]:
     """Texts joined by newlines and cut into full blocks; no padding, a rest shorter than a block is left.
 
-    Each block begins with the tokenizer's beginning-of-sequence token where it has one.
+    Each block begins with the tokenizer's start tokens where it adds any.  The first position is not counted
+    either way, as in ``text_batches``: a block begins in the middle of a text, and what stands first serves
+    the model as an attention sink there too, with activations that would weigh in a mean like thousands.
 
     Args:
         texts: of one language.
         tokenizer: a transformers tokenizer.
-        length: tokens a block, the beginning-of-sequence token included.
+        length: tokens a block, start tokens included.
         language: their name, for the error.
-        most_tokens: stop after this many tokens (rounded up to whole blocks).
+        most_tokens: read so many (rounded up to whole blocks), evenly from the whole text; None reads all.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
 
     Raises:
         UsageError: less than one block of text.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = start_tokens(tokenizer)
     body = length - len(start)
+    blocks = None if most_tokens is None else -(-most_tokens // body)
     stream = array("i")
-    wanted = None if most_tokens is None else -(-most_tokens // body) * body
-    for first in range(0, len(texts), 1000):
-        chunk = [text + "\n" for text in texts[first : first + 1000] if text]
-        if chunk:
-            for tokens in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
-                stream.extend(tokens)
-        if wanted is not None and len(stream) >= wanted:
-            break
-    whole = len(stream if wanted is None else stream[:wanted]) // body
+    for tokens in _drawn(texts, tokenizer, None if blocks is None else blocks * body, "\n").values():
+        stream.extend(tokens)
+    whole = len(stream) // body
     if whole == 0:
         raise UsageError(
             f"language {language!r} has {len(stream)} tokens, less than one block of {body}: give more "
             "text or a smaller --block"
         )
     ids = torch.frombuffer(stream, dtype=torch.int32)[: whole * body].view(whole, body)
+    if blocks is not None and whole > blocks:
+        ids = ids[sorted(spread(whole)[:blocks])]
+        whole = blocks
     if start:
-        ids = torch.cat([torch.full((whole, 1), start[0], dtype=torch.int32), ids], dim=1)
+        ids = torch.cat([torch.tensor([start], dtype=torch.int32).expand(whole, -1), ids], dim=1)
     # One row stands for all: no token takes more memory than its number.
     attention = torch.ones(1, length, dtype=torch.bool)
     counted = attention.clone()
-    counted[:, : len(start)] = False
+    counted[:, : max(1, len(start))] = False
     rows = max(1, (TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch) // length)
     return [
         TokenBatch(some, attention.expand(len(some), -1), counted.expand(len(some), -1))
@@ -131,9 +141,9 @@ def text_batches(
     most_tokens: int | None = None,
     tokens_a_batch: int | None = None,
 ) -> list[TokenBatch]:
-    """One text a row, cut at ``length`` tokens, texts of like length together.
+    """One text a row, texts of like length together; one longer than ``length`` tokens has several rows.
 
-    The first position is not counted, also where the tokenizer has no beginning-of-sequence token: what
+    The first position is not counted, also where the tokenizer adds no start token: what
     stands there serves the model as an attention sink, with activations unlike any other token's.  Texts
     that leave nothing to count are left out.
 
@@ -142,19 +152,24 @@ def text_batches(
 
     Args:
         texts: of one language; "" keeps a line's place in the count.
-        most_tokens: leave out the texts after this many tokens.
+        most_tokens: read so many (rounded up to whole rows), evenly from the whole text; None reads all.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    lines = [line for line, text in enumerate(texts) if text]
-    rows, used = [], 0
-    for first in range(0, len(lines), 1000):
-        some = [texts[line] for line in lines[first : first + 1000]]
-        for tokens in tokenizer(some, add_special_tokens=False)["input_ids"]:
+    start = start_tokens(tokenizer)
+    uncounted, body = max(1, len(start)), length - len(start)
+    rows: list[list[int]] = []
+    lines: list[int] = []
+    used = 0
+    for line, tokens in _drawn(texts, tokenizer, most_tokens).items():
+        pieces = [[*start, *tokens[first : first + body]] for first in range(0, len(tokens), body)]
+        taken = []
+        for place in spread(len(pieces)):
             if most_tokens is None or used < most_tokens:
-                rows.append((start + tokens)[:length])
-                used += max(0, len(rows[-1]) - 1)
-    return row_batches(rows, uncounted=1, lines=lines[: len(rows)], tokens_a_batch=tokens_a_batch)
+                taken.append(place)
+                used += max(0, len(pieces[place]) - uncounted)
+        rows += [pieces[place] for place in sorted(taken)]
+        lines += [line] * len(taken)
+    return row_batches(rows, uncounted, lines, tokens_a_batch)
 
 
 def row_batches(
@@ -176,40 +191,42 @@ def row_batches(
         ((line, row) for line, row in numbered if len(row) > uncounted), key=lambda item: len(item[1])
     )
     most = TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch
-    return [_padded(group, uncounted) for group in _groups(kept, most)]
+    of_line: dict[int, int] = {}
+    for line, row in kept:
+        of_line[line] = of_line.get(line, 0) + len(row) - uncounted
+    split = len(of_line) < len(kept)
+    return [_padded(group, uncounted, of_line if split else None) for group in _groups(kept, most)]
 
 
 def language_batches(
     loaded: LoadedModel, corpus: Corpus, tokens: int | None = None, tokens_a_batch: int | None = None
 ) -> dict[str, list[TokenBatch]]:
-    """Each language's texts, one a row."""
-    length = block_length(loaded.model)
-    return {
-        language: text_batches(corpus.texts[language], loaded.tokenizer, length, tokens, tokens_a_batch)
-        for language in corpus.languages
-    }
-
-
-def tokens_a_batch(loaded: LoadedModel, backward: bool) -> int:
-    """How many tokens to read at once: a power of two that the memory allows, the same in every run.
-
-    By what the device holds in all, not by what is free at the moment: sums depend in their last bits on
-    how the text is cut.  On a GPU 40 % of the memory is planned with; on a CPU 2 GiB.
+    """Each language's texts, one a row.
 
     Args:
         loaded: the model.
-        backward: whether gradients are taken; then every layer's activations and the logits are held.
+        corpus: text by language.
+        tokens: most of a language, evenly from the whole text; None takes all.
+        tokens_a_batch: None takes what memory allows for a pass without gradients.
+
+    Raises:
+        UsageError: a text with a token that the model has no embedding of.
     """
-    anatomy, config = loaded.anatomy, loaded.model.config.get_text_config()
-    size = loaded.model.dtype.itemsize
-    layer = 16 * anatomy.residual + 6 * anatomy.expert_width * max(
-        1, getattr(config, "num_experts_per_tok", 1) or 1
+    length = block_length(loaded.model)
+    at_once = (
+        min(TOKENS_A_BATCH, batches_for(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
     )
-    needed = size * layer * (anatomy.layers if backward else 2) + (12 * config.vocab_size if backward else 0)
-    on_gpu = loaded.device.type == "cuda"
-    budget = 0.4 * torch.cuda.get_device_properties(loaded.device).total_memory if on_gpu else 2 * 2**30
-    most = MOST_TOKENS_A_BATCH if on_gpu else TOKENS_A_BATCH
-    return int(min(most, 2 ** max(0, int(budget / needed).bit_length() - 1)))
+    found = {
+        language: text_batches(corpus.texts[language], loaded.tokenizer, length, tokens, at_once)
+        for language in corpus.languages
+    }
+    _require_embedded(loaded, found)
+    return found
+
+
+def longest_row(batches: Mapping[str, Sequence[TokenBatch]]) -> int:
+    """Tokens of the longest row; 1 where there is none."""
+    return max((batch.ids.shape[1] for some in batches.values() for batch in some), default=1)
 
 
 def unknown_share(batches: Sequence[TokenBatch], tokenizer: Any) -> float:
@@ -228,14 +245,25 @@ def packed_corpus(
     tokens: int | None = None,
     tokens_a_batch: int | None = None,
 ) -> dict[str, list[TokenBatch]]:
-    """Each language's text in full blocks."""
+    """Each language's text in full blocks.
+
+    Raises:
+        UsageError: as ``packed_batches``, or a text with a token that the model has no embedding of.
+    """
     length = block_length(loaded.model, block)
-    return {
+    found = {
         language: packed_batches(
             corpus.non_empty(language), loaded.tokenizer, length, language, tokens, tokens_a_batch
         )
         for language in corpus.languages
     }
+    _require_embedded(loaded, found)
+    return found
+
+
+def _require_embedded(loaded: LoadedModel, found: Mapping[str, Sequence[TokenBatch]]) -> None:
+    highest = max((int(batch.ids.max()) for batches in found.values() for batch in batches), default=0)
+    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedded)
 
 
 def _groups(
@@ -251,7 +279,29 @@ def _groups(
         yield group
 
 
-def _padded(rows: Sequence[tuple[int, Sequence[int]]], uncounted: int) -> TokenBatch:
+def _drawn(
+    texts: Sequence[str], tokenizer: Any, most_tokens: int | None, ending: str = ""
+) -> dict[int, list[int]]:
+    """Line -> its tokens, in file order: of all lines, or of as many, spread over all, as have so many tokens."""
+    lines = [line for line, text in enumerate(texts) if text]
+    order = lines if most_tokens is None else [line for line in spread(len(texts)) if texts[line]]
+    found: dict[int, list[int]] = {}
+    used = 0
+    for first in range(0, len(order), LINES_AT_ONCE):
+        some = order[first : first + LINES_AT_ONCE]
+        read = tokenizer([texts[line] + ending for line in some], add_special_tokens=False)["input_ids"]
+        for line, tokens in zip(some, read, strict=True):
+            if most_tokens is None or used < most_tokens:
+                found[line] = tokens
+                used += len(tokens)
+        if most_tokens is not None and used >= most_tokens:
+            break
+    return dict(sorted(found.items()))
+
+
+def _padded(
+    rows: Sequence[tuple[int, Sequence[int]]], uncounted: int, of_line: Mapping[int, int] | None = None
+) -> TokenBatch:
     longest = max(len(row) for _, row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     attention = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -260,4 +310,8 @@ def _padded(rows: Sequence[tuple[int, Sequence[int]]], uncounted: int) -> TokenB
         attention[i, : len(row)] = True
     counted = attention.clone()
     counted[:, :uncounted] = False
-    return TokenBatch(ids, attention, counted, torch.tensor([line for line, _ in rows]))
+    lines = torch.tensor([line for line, _ in rows])
+    if of_line is None:
+        return TokenBatch(ids, attention, counted, lines)
+    shares = [(len(row) - uncounted) / of_line[line] for line, row in rows]
+    return TokenBatch(ids, attention, counted, lines, torch.tensor(shares, dtype=torch.float64))

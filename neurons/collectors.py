@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from neurons.anatomy import Anatomy
-from neurons.errors import BrocaError
+from neurons.errors import NotFiniteError
 from neurons.scorers.plnd import document_importance_ranks
 from neurons.sites import Routed, expert_units
 from neurons.sums import add_texts, add_tokens, text_sums
@@ -32,11 +32,13 @@ class Reading:
         language: its number k.
         counted: bool [rows, length].
         places: int64 [rows], each text's place among the responses of its language; None where none are kept.
+        shares: float64 [rows], which part of its text a row is; None where each is a whole one.
     """
 
     language: int
     counted: torch.Tensor
     places: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
 
     @cached_property
     def _positions(self) -> torch.Tensor:
@@ -137,9 +139,7 @@ class TextSums:
         for absolute, sums in gathered.items():
             device, k = sums.device, at.language
             if not bool(torch.isfinite(sums).all()):
-                raise BrocaError(
-                    f"{self.site}: a text's mean is not finite in layer {layer}: try --dtype float32 or bfloat16"
-                )
+                raise NotFiniteError(f"a text's mean of {self.site} in layer {layer}")
             if absolute:
                 ranks = document_importance_ranks(sums * self._weight(layer, device))
                 worst = self.totals.of(f"{self.site}:worst_rank", layer, device)[k]
@@ -154,8 +154,12 @@ class TextSums:
                     if moment != "worst_rank"
                 },
             )
-            if self.responses:
+            if self.responses and at.shares is None:
                 self.responses[k][at.places, layer] = means.float().cpu()
+            elif self.responses:
+                assert at.places is not None and at.shares is not None
+                parts = (means.cpu() * at.shares[:, None]).float()
+                self.responses[k][:, layer].index_add_(0, at.places, parts)
 
     def _weight(self, layer: int, device: torch.device) -> torch.Tensor:
         """The length of each neuron's value, or 1 where the effect of the values is not in question."""
@@ -183,8 +187,11 @@ class Attribution:
         total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
         positions = at.positions(routed, values.device)
 
+        # A hook that holds the values themselves holds their graph, which holds the hook: nothing would free it.
+        held = values.detach()
+
         def on_gradient(gradient: torch.Tensor) -> None:
-            add_tokens(values.detach() * gradient, positions, {"absolute": total})
+            add_tokens(held * gradient, positions, {"absolute": total})
 
         values.register_hook(on_gradient)
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from neurons.corpus_files import corpus_files
 from neurons.errors import UsageError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 # A quarter to choose settings on, a quarter to report, the rest to estimate from: by line number,
 # so that line-parallel files stay parallel.
 PARTS = {"all": (0, 1, 2, 3), "estimate": (0, 1), "choose": (2,), "report": (3,)}
@@ -58,38 +58,21 @@ def read_corpus(
     """Read a corpus directory.
 
     Args:
-        directory: holds one file a language, named ``<language>.txt`` (UTF-8, one text a line),
-            ``<language>.jsonl`` (objects with ``text``) or ``<language>.parquet`` (column ``text``).
+        directory: holds one file a language, named by its code (``neurons.corpus_files``): ``.txt`` (UTF-8,
+            one text a line; FLORES' ``.dev`` and ``.devtest`` too), ``.jsonl`` (objects with ``text``) or
+            ``.parquet`` (column ``text``).
         languages: which to read, in this order; None reads all, sorted by name.
         part: which lines of each file: a key of ``PARTS``.
         least: how many languages there must be.
 
     Raises:
         UsageError: no such directory, a language without a file or with two, an empty file, bad UTF-8,
-            bad JSON, or fewer than ``least`` languages.
+            bad JSON, the same text under two names, or fewer than ``least`` languages.
     """
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: there is no such corpus directory")
     if part not in PARTS:
         raise UsageError(f"part {part!r} is unknown: choose from {', '.join(PARTS)}")
-    files: dict[str, Path] = {}
-    for path in sorted(directory.iterdir()):
-        if path.suffix in SUFFIXES and not path.name.startswith("."):
-            if path.stem in files:
-                raise UsageError(
-                    f"{directory}: language {path.stem!r} has two files, {files[path.stem].name} and "
-                    f"{path.name}: keep one"
-                )
-            files[path.stem] = path
-    if not files:
-        raise UsageError(f"{directory}: holds no <language>.txt, .jsonl or .parquet")
-    wanted = list(languages) if languages is not None else list(files)
-    missing = [language for language in wanted if language not in files]
-    if missing:
-        raise UsageError(f"{directory}: no text for {', '.join(missing)} (there is {', '.join(files)})")
-    repeated = sorted({language for language in wanted if wanted.count(language) > 1})
-    if repeated:
-        raise UsageError(f"language {', '.join(repeated)} is named twice")
+    files = corpus_files(directory, languages).of
+    wanted = list(files)
     if len(wanted) < least:
         raise UsageError(
             f"{directory}: {len(wanted)} language ({', '.join(wanted)}) where at least {least} are "
@@ -97,22 +80,30 @@ def read_corpus(
         )
     digest = hashlib.sha256()
     texts = {}
-    for language in wanted:
-        lines = _read_texts(files[language])
+    of_content: dict[bytes, Path] = {}
+    for language, path in files.items():
+        lines = _read_texts(path)
         if not any(lines):
-            raise UsageError(f"{files[language]}: language {language!r} has no text")
+            raise UsageError(f"{path}: language {language!r} has no text")
+        # Of the whole file: a short part may hold the same few lines by chance.
+        content = hashlib.sha256("\n".join(filter(None, lines)).encode()).digest()
+        same = of_content.setdefault(content, path)
+        if same != path:
+            raise UsageError(
+                f"{directory}: {same.name} and {path.name} hold the same text, and languages are told apart by "
+                "their text alone: leave one out, or give it its own text"
+            )
         kept = tuple(line for i, line in enumerate(lines) if i % 4 in PARTS[part])
         if not any(kept):
-            raise UsageError(
-                f"{files[language]}: language {language!r} has too few lines for its part {part!r}"
-            )
+            raise UsageError(f"{path}: language {language!r} has too few lines for its part {part!r}")
         texts[language] = kept
         digest.update(json.dumps([language, kept], ensure_ascii=False).encode())
     return Corpus(texts=texts, digest=digest.hexdigest(), part=part)
 
 
 def _read_texts(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _read_parquet(path)
     raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
@@ -124,7 +115,7 @@ def _read_texts(path: Path) -> list[str]:
     lines = content.split("\n")
     if lines and not lines[-1]:
         lines.pop()
-    if path.suffix == ".txt":
+    if suffix != ".jsonl":
         return [line.strip() for line in lines]
     texts = []
     for number, row in enumerate(lines, start=1):

@@ -16,12 +16,13 @@ from neurons.batches import (
     TokenBatch,
     block_length,
     language_batches,
+    longest_row,
     packed_corpus,
-    tokens_a_batch,
     unknown_share,
 )
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
+from neurons.memory import batches_for
 from neurons.methods import BLOCKS, TEXTS
 from neurons.processes import is_first, world
 from neurons.recording import Progress, record
@@ -69,18 +70,24 @@ def record_corpus(
         raise UsageError("a text is read as it is, so --block means nothing to a method that reads texts")
     backward = any(moment.endswith(":attribution") for moment in moments)
     _require_room(loaded, corpus, moments)
-    planned = tokens_a_batch(loaded, backward) if batch_tokens is None else batch_tokens
+    planned = batches_for(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
+
+    def cut(size: int) -> dict[str, list[TokenBatch]]:
+        if reads == TEXTS:
+            return language_batches(loaded, corpus, tokens, size)
+        return packed_corpus(loaded, corpus, block, tokens, size)
 
     def attempt(size: int) -> Statistics:
-        if reads == TEXTS:
-            batches = language_batches(loaded, corpus, tokens, size)
-        else:
-            batches = packed_corpus(loaded, corpus, block, tokens, size)
+        batches = cut(size)
+        fitting, recomputes = batches_for(loaded, backward, longest_row(batches))
+        if batch_tokens is None and size == planned and fitting != size:
+            # A longer row than was planned for: activations are recomputed, in other batches.
+            size, batches = fitting, cut(fitting)
         for language, some in batches.items():
             if not some:
                 raise UsageError(f"language {language!r} has no text of two tokens or more")
         unfinished = None if out is None else Unfinished(out, _key(loaded, batches, moments))
-        found = record(loaded, batches, moments, progress, unfinished)
+        found = record(loaded, batches, moments, progress, unfinished, recomputes)
         share = {k: unknown_share(some, loaded.tokenizer) for k, some in batches.items()}
         return replace(found, metadata=_metadata(loaded, corpus, found, reads, block, size, share))
 

@@ -11,16 +11,28 @@ import hashlib
 import json
 from pathlib import Path
 
+from neurons.file_states import OncePerState
 from neurons.tensor_files import tensor_entries
 
 SAMPLES, SAMPLE_BYTES = 64, 64
 PLAN_IN_CHECKPOINT = Path("broca") / "edit.safetensors"
+FINGERPRINTS = OncePerState()
 # Written by whatever saved the model last; says nothing of what the model computes.
 VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Sixteen hexadecimal digits that name the model in a checkpoint directory."""
+    """Sixteen hexadecimal digits that name the model in a checkpoint directory.
+
+    Read once in a process while the directory's files stay as they are (``neurons.file_states``).
+    """
+    plan = checkpoint / PLAN_IN_CHECKPOINT
+    beside = [*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors"), plan]
+    files = sorted(path for path in beside if path.is_file())
+    return FINGERPRINTS.get(checkpoint, files, lambda: _fingerprint(checkpoint, plan))
+
+
+def _fingerprint(checkpoint: Path, plan: Path) -> str:
     digest = hashlib.sha256()
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
@@ -32,7 +44,6 @@ def fingerprint(checkpoint: Path) -> str:
             for i in range(SAMPLES):
                 stream.seek(entry.begin + max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
                 digest.update(stream.read(min(SAMPLE_BYTES, size)))
-    plan = checkpoint / PLAN_IN_CHECKPOINT
     if plan.is_file():
         digest.update(plan.read_bytes())
     return digest.hexdigest()[:16]

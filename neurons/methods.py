@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,16 +71,23 @@ class Method:
             return f"MODEL --prompts{control}"
         return f"MODEL --corpus, or --statistics{'; parallel text' if self.parallel else ''}"
 
+    def require_settings(self, settings: Iterable[str]) -> None:
+        """
+        Raises:
+            UsageError: a setting that the method does not have.
+        """
+        unknown = sorted(set(settings) - set(self.settings))
+        if unknown:
+            known = ", ".join(self.settings) or "none"
+            raise UsageError(f"setting {unknown[0]!r} is not one of this method's: it has {known}")
+
     def scores(self, statistics: Statistics, top_rate: float, settings: Mapping[str, Any]) -> Scores:
         """Score every neuron.
 
         Raises:
             UsageError: a setting that the method does not have, or statistics that lack what it needs.
         """
-        unknown = sorted(set(settings) - set(self.settings))
-        if unknown:
-            known = ", ".join(self.settings) or "none"
-            raise UsageError(f"setting {unknown[0]!r} is not one of this method's: it has {known}")
+        self.require_settings(settings)
         assert self.score is not None
         return self.score(statistics, top_rate, {**self.settings, **settings})
 

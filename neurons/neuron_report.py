@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from neurons.anatomy import Anatomy
-from neurons.batches import TokenBatch, language_batches, tokens_a_batch
+from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.lens import lens_logits
+from neurons.not_finite import not_finite
 from neurons.recording import forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
+from neurons.start_tokens import start_tokens
 
 SNIPPETS, TOKENS = 10, 10
 BEFORE, AFTER = 24, 12  # tokens of a snippet on either side
@@ -118,6 +121,7 @@ def neuron_report(
 
     Raises:
         UsageError: a neuron that the model does not have.
+        BrocaError: an activation that is not finite.
     """
     anatomy = loaded.anatomy
     if not (0 <= layer < anatomy.layers and 0 <= neuron < anatomy.neurons):
@@ -125,10 +129,9 @@ def neuron_report(
             f"there is no neuron {neuron} in layer {layer}: layers are 0-{anatomy.layers - 1}, neurons "
             f"0-{anatomy.neurons - 1}"
         )
-    size = tokens_a_batch(loaded, backward=False)
     activity: dict[str, Activity] = {}
     best: list[Snippet] = []
-    for language, batches in language_batches(loaded, corpus, most_tokens, size).items():
+    for language, batches in language_batches(loaded, corpus, most_tokens).items():
         seen = []
         for batch in batches:
             seen.append(_values(loaded, batch, layer, neuron))
@@ -136,6 +139,11 @@ def neuron_report(
             if progress is not None:
                 progress(int(batch.counted.sum()))
         activity[language] = _activity(seen)
+        read = sum(int(batch.counted.sum()) for batch in batches)
+        if math.isinf(activity[language].absolute) or (
+            not anatomy.mixed and activity[language].tokens < read
+        ):
+            raise not_finite(loaded, f"neuron {neuron} of layer {layer}")
     own = slice(neuron, neuron + 1)
     value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), own)[:, 0].to(loaded.device)
     promoted, suppressed = _tokens(loaded, value, tokens)
@@ -207,7 +215,7 @@ def _snippet(
 ) -> Snippet:
     length = int(batch.attention[row].sum())
     ids = batch.ids[row, :length].tolist()
-    start = max(int(ids[0] == loaded.tokenizer.bos_token_id), place - BEFORE)
+    start = max(len(start_tokens(loaded.tokenizer)), place - BEFORE)
     # Cut out of longer texts, since a letter may lie in several tokens and a space in none.
     before = _text(loaded, ids[start:place])
     upto = _text(loaded, ids[start : place + 1])

@@ -1,4 +1,4 @@
-"""Start a forward pass in the middle: the layers below are skipped, what they gave is kept from before.
+"""Start a forward pass in the middle, or stop it there: layers are skipped, what they gave is kept from before.
 
 No architecture is taken apart: the model runs as it is, with its own embeddings, masks and positions, and
 only the layers to skip have their ``forward`` exchanged for one that returns the hidden states kept.
@@ -7,7 +7,7 @@ only the layers to skip have their ``forward`` exchanged for one that returns th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +99,57 @@ def forward_from(
         raise BrocaError(f"no hidden states were kept that enter layer {layer}")
     with _skipped(anatomy, layer, kept, batch.ids.device):
         return forward(model, batch)
+
+
+@torch.no_grad()
+def forward_between(
+    model: Any, anatomy: Anatomy, batch: TokenBatch, start: int, stop: int, kept: Kept | None
+) -> Kept | None:
+    """Run only the layers ``start`` to ``stop - 1``.
+
+    Args:
+        model: causal language model.
+        anatomy: of the model.
+        batch: on the model's device.
+        start: the first layer that runs; 0 needs nothing kept.
+        stop: the first that does not run any more, start + 1 to L.
+        kept: what an earlier call that stopped at ``start`` gave.
+
+    Returns:
+        What the next call needs to start at ``stop``, on the CPU; None after the last layer.
+
+    Raises:
+        BrocaError: nothing was kept for the layer that starts.
+    """
+    if stop == anatomy.layers:
+        forward_from(model, anatomy, batch, start, kept)
+        return None
+    entering: list[torch.Tensor] = []
+    beside: dict[int, tuple[Any, ...] | None] = {} if kept is None else dict(kept.beside)
+
+    def end(_: nn.Module, arguments: Any, named: Any) -> None:
+        hidden = arguments[0] if arguments else named["hidden_states"]
+        entering.append(hidden.to("cpu", copy=True))
+        raise _StopError
+
+    def note(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            beside[layer] = tuple(output[1:]) if isinstance(output, tuple) else None
+
+        return after
+
+    with ExitStack() as open_now:
+        handle = anatomy.blocks[stop].register_forward_pre_hook(end, with_kwargs=True)
+        open_now.callback(handle.remove)
+        for layer in range(start, stop):
+            open_now.callback(anatomy.blocks[layer].register_forward_hook(note(layer)).remove)
+        with suppress(_StopError):
+            forward_from(model, anatomy, batch, start, kept)
+    return Kept({stop: entering[0]}, beside)
+
+
+class _StopError(Exception):
+    """The layers that are wanted have run."""
 
 
 def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.Tensor:

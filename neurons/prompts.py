@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neurons.corpus_files import corpus_files
 from neurons.errors import UsageError
+from neurons.start_tokens import start_tokens
 
 EXAMPLE = '{"prompt": "The capital of France is", "answer": " Paris"}'
 
@@ -39,7 +41,7 @@ def read_prompts(directory: Path, languages: Sequence[str] | None = None) -> Pro
     """Read a directory of ``<language>.jsonl``.
 
     Args:
-        directory: holds the files.
+        directory: holds the files, named as a corpus' (``neurons.corpus_files``).
         languages: which, in this order; None reads all, sorted by name.
 
     Raises:
@@ -49,25 +51,22 @@ def read_prompts(directory: Path, languages: Sequence[str] | None = None) -> Pro
         raise UsageError(
             f"{directory}: there is no such directory of <language>.jsonl with lines like {EXAMPLE}"
         )
-    files = {path.stem: path for path in sorted(directory.glob("*.jsonl"))}
-    wanted = list(files) if languages is None else list(languages)
-    missing = [language for language in wanted if language not in files]
-    if missing or not wanted:
-        raise UsageError(
-            f"{directory}: no {', '.join(missing) or '<language>'}.jsonl, one object a line like {EXAMPLE}"
-        )
+    try:
+        files = corpus_files(directory, languages, (".jsonl",)).of
+    except UsageError as error:
+        raise UsageError(f"{error}; its lines are objects like {EXAMPLE}") from error
     digest = hashlib.sha256()
     found = {}
-    for language in wanted:
-        content = files[language].read_bytes()
+    for language, path in files.items():
+        content = path.read_bytes()
         digest.update(json.dumps(language).encode() + content)
         found[language] = tuple(
-            _prompt(files[language], number, line)
+            _prompt(path, number, line)
             for number, line in enumerate(content.split(b"\n"), start=1)
             if line.strip()
         )
         if not found[language]:
-            raise UsageError(f"{files[language]}: holds no prompt: write lines like {EXAMPLE}")
+            raise UsageError(f"{path}: holds no prompt: write lines like {EXAMPLE}")
     return Prompts(found, digest.hexdigest())
 
 
@@ -93,7 +92,7 @@ def answer_token(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
     Raises:
         UsageError: a prompt or an answer that the tokenizer makes nothing of.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = [*start_tokens(tokenizer)]
     read = tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"]
     whole = tokenizer(prompt.prompt + prompt.answer, add_special_tokens=False)["input_ids"]
     rest = whole[len(read) :] if whole[: len(read)] == read else []

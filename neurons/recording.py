@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from neurons.collectors import (
     TextSums,
     TokenSums,
 )
+from neurons.next_token import token_losses
+from neurons.not_finite import explained
 from neurons.processes import together, world
+from neurons.recomputation import recomputing
 from neurons.resume import Unfinished
-from neurons.sites import Reader, Routed, logits, reading
+from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics, combine_of, moment_dtype, parse_moment
 from neurons.totals import Totals
@@ -42,14 +46,9 @@ def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
 
 def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Negative log-likelihood (nats) of the counted tokens given those before them, summed."""
-    predicted = logits(model, forward(model, batch)[:, :-1])
-    wanted = batch.ids[:, 1:].masked_fill(~batch.counted[:, 1:], -100)
-    return torch.nn.functional.cross_entropy(
-        predicted.flatten(0, 1).float(),
-        wanted.flatten().to(predicted.device),
-        ignore_index=-100,
-        reduction="sum",
-    )
+    wanted = batch.counted[:, 1:]
+    hidden = forward(model, batch)[:, :-1]
+    return token_losses(model, hidden[wanted.to(hidden.device)], batch.ids[:, 1:][wanted]).sum()
 
 
 def record(
@@ -58,6 +57,7 @@ def record(
     moments: Sequence[str],
     progress: Progress | None = None,
     unfinished: Unfinished | None = None,
+    recomputes: bool = False,
 ) -> Statistics:
     """Sum moments of activations over all counted tokens, per language.
 
@@ -71,6 +71,7 @@ def record(
             tokens.  ``mlp_in:responses`` keeps each text's mean, float32, which grows with the texts.
         progress: called with the number of tokens of each batch that is done.
         unfinished: where to keep the state; a state of the same recording is gone on with.
+        recomputes: have the backward pass compute activations again (``neurons.recomputation``).
 
     Returns:
         Statistics with every moment [layers, width, languages].
@@ -82,7 +83,7 @@ def record(
     kept = f"mlp_in:{RESPONSES}" in moments
     parsed = [parse_moment(moment) for moment in moments if moment != f"mlp_in:{RESPONSES}"]
     lines = {
-        language: torch.cat([batch.line_numbers for batch in some]).sort().values
+        language: torch.cat([batch.line_numbers for batch in some]).unique()
         for language, some in (batches.items() if kept else ())
     }
     responses = {
@@ -100,7 +101,10 @@ def record(
     def reader_of(site: str, layer: int) -> Reader:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             for collector in collectors.get(site, ()):
-                collector.add(layer, values, routed, current[0])
+                # Where activations are recomputed each site in a layer is passed twice, first without gradients.
+                once = not recomputes or site == "block_out"
+                if once or isinstance(collector, Attribution) == torch.is_grad_enabled():
+                    collector.add(layer, values, routed, current[0])
             if site == "mlp_out" and anatomy.experts > 1:
                 for collector in (c for some in collectors.values() for c in some):
                     collector.finish(layer, current[0])
@@ -118,24 +122,26 @@ def record(
         totals.restore(state)
         if progress is not None:
             progress(int(sum(int(batch.counted.sum()) for _, batch in own[:done])))
-    with reading(anatomy, readers), torch.set_grad_enabled(backward):
+    again = recomputing(anatomy) if recomputes and backward else nullcontext()
+    with explained(loaded), again, reading(anatomy, readers), torch.set_grad_enabled(backward):
         for at, (k, batch) in enumerate(own[done:], start=done + 1):
             on_device = batch.to(loaded.device)
             places = torch.searchsorted(lines[languages[k]], batch.line_numbers) if kept else None
-            current[:] = [Reading(k, on_device.counted, places)]
+            current[:] = [Reading(k, on_device.counted, places, batch.shares)]
             if backward:
                 loss_sum(model, on_device).backward()
             else:
                 forward(model, on_device)
             counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
             if at % CHECKED_EVERY == 0:
-                totals.require_finite(loaded.name)
+                totals.require_finite()
             if progress is not None:
                 progress(int(batch.counted.sum()))
             if unfinished is not None and unfinished.is_due():
                 kept_responses = {f"responses {language}": values for language, values in responses.items()}
                 unfinished.save(at, {**totals.state(), "counts": counts, **kept_responses})
-    totals.require_finite(loaded.name)
+    with explained(loaded):
+        totals.require_finite()
     tokens, texts = together(counts, torch.add)
     return Statistics(
         languages=languages,

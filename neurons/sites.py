@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from neurons.anatomy import EXPERT_SITES, SITES, Anatomy, first, site_module
 from neurons.errors import BrocaError
 from neurons.examination import examine
-from neurons.layouts import LAYOUTS
+from neurons.layouts import LAYOUTS, Layout
 
 _EXPERTS_FORWARD = "broca_reading"
 
@@ -130,7 +131,7 @@ def logits(
         head: takes the place of the model's output embeddings.
     """
     text = model.config.get_text_config()
-    layout = LAYOUTS.get(model.config.model_type) or examine(model)
+    layout = LAYOUTS.get(model.config.model_type) or _examined_once(model)
     made: torch.Tensor = (model.get_output_embeddings() if head is None else head)(hidden).to(hidden.device)
     scale, divisor, cap = (
         None if name is None else getattr(text, name, None)
@@ -143,6 +144,16 @@ def logits(
     if cap is not None:
         made = torch.tanh(made / cap) * cap
     return made
+
+
+# What logits take of models of unknown architectures: examined once, as logits are made a chunk at a time.
+_examined: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+
+
+def _examined_once(model: nn.Module) -> Layout:
+    if model not in _examined:
+        _examined[model] = examine(model)
+    return _examined[model]
 
 
 def _half(anatomy: Anatomy, site: str) -> int | None:

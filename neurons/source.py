@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 
 from neurons.anatomy import BLOCKS, Anatomy, anatomy_of, in_model, layout_of
+from neurons.checkpoint_files import check_architecture, check_directory, check_tied, quantised_sentence
+from neurons.complete_weights import require_complete
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
 from neurons.low_bits import keep_layout, quantisation_config, quantised_settings
@@ -119,17 +121,24 @@ class LoadedModel(ModelSource):
         """Where a batch is put: that of the embeddings, wherever the layers compute."""
         return execution_device(self.model.get_input_embeddings())
 
+    @property
+    def embedded(self) -> int:
+        """Rows of the embedding: a tokenizer may know more tokens, or fewer."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
 
 def locate(model: str) -> Path:
     """The local checkpoint directory of a hub id (downloaded where it is not cached) or a local path.
 
     Raises:
-        UsageError: neither a directory with a ``config.json`` nor something the hub has or can be asked.
+        UsageError: neither a directory with a ``config.json`` nor something the hub has or can be asked, or
+            an adapter without its base model.
+        BrocaError: more than one model (``neurons.checkpoint_files``).
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{model}: a directory without config.json, so not a model checkpoint")
+        check_directory(model, path)
         return path
     if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise UsageError(f"{model}: there is no such model directory")
@@ -146,8 +155,7 @@ def locate(model: str) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise UsageError(f"{model}: not a local directory, and the hub says: {first_line(error)}") from error
-    if not (found / "config.json").is_file():
-        raise UsageError(f"{model}: this hub repository has no config.json, so it holds no model checkpoint")
+    check_directory(model, found)
     return found
 
 
@@ -190,6 +198,7 @@ def open_model(model: str) -> ModelSource:
         anatomy = anatomy_of(_empty(config))
         if anatomy.layout.examined:
             anatomy = replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+    check_tied(model, checkpoint)
     return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy)
 
 
@@ -237,6 +246,8 @@ def load_model(
     if layout_of(config) is None:
         # Refused here, if at all, before any weight is read.
         anatomy_of(_empty(config))
+    check_architecture(model, config)
+    check_tied(model, checkpoint, bool(getattr(config, "tie_word_embeddings", False)))
     digest = fingerprint(checkpoint)
     each = None if wanted == "auto" else wanted.itemsize
     spread = memory_to_spread_over(checkpoint, where, each if bits is None else bits / 8, max_memory)
@@ -259,20 +270,20 @@ def load_model(
             "--device auto, which leaves the rest in main memory or on disk"
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         with _quietly():
             loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=wanted, output_loading_info=True, **place
+                checkpoint,
+                dtype=wanted,
+                output_loading_info=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, with both sizes
+                **place,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        _refuse_code(model, error)
         raise BrocaError(f"{model}: cannot be loaded ({first_line(error)})") from error
-    # transformers would fill these with random numbers and go on.
-    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if lacking:
-        raise BrocaError(
-            f"{model}: the checkpoint lacks {len(lacking)} of the model's weights or has them in another shape, "
-            f"{lacking[0]} first: download it again"
-        )
+    require_complete(model, loaded, report)
     loaded.eval().requires_grad_(False)
     if folder is not None:
         weakref.finalize(loaded, folder.cleanup)
@@ -336,8 +347,9 @@ def _empty(config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
+        _refuse_code(config.model_type, error)
         raise BrocaError(
             f"architecture {config.model_type!r} is not known to Broca, nor to transformers as a causal "
             f"language model ({first_line(error)})"
@@ -347,6 +359,15 @@ def _empty(config: Any) -> Any:
         raise BrocaError(
             f"architecture {config.model_type!r}: no model can be built as its config.json says "
             f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _refuse_code(name: str, error: Exception) -> None:
+    """Say so where transformers wants to be allowed a checkpoint's own code; what else is wrong, others say."""
+    if "trust_remote_code" in str(error):
+        raise BrocaError(
+            f"{name}: comes with code of its own (auto_map), without which transformers does not know it, and Broca "
+            "runs no code from checkpoints: use a release of transformers that has this model, or another checkpoint"
         ) from error
 
 
@@ -372,9 +393,10 @@ def _config(model: str, checkpoint: Path) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint)
+        config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         text = config.get_text_config()
     except (OSError, ValueError, KeyError) as error:
+        _refuse_code(model, error)
         raise BrocaError(f"{model}: its config.json cannot be read ({first_line(error)})") from error
     # A config class may refuse a value in any way, and takes lines to say which.
     except Exception as error:
@@ -388,8 +410,6 @@ def _config(model: str, checkpoint: Path) -> Any:
         )
     layout_of(config)
     if getattr(config, "quantization_config", None):
-        raise BrocaError(
-            f"{model}: a quantised checkpoint; its weights cannot be edited: "
-            f"{way_out(json.loads((checkpoint / 'config.json').read_bytes()))}"
-        )
+        settings = json.loads((checkpoint / "config.json").read_bytes())
+        raise BrocaError(quantised_sentence(model, checkpoint, way_out(settings)))
     return config

@@ -23,7 +23,7 @@ READABLE_DTYPES = {
 }
 
 _SINGLE = "model.safetensors"
-_INDEX_ENDING = ".safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
 # The limit of the safetensors library itself: a longer header is a damaged length, not a model.
 _LONGEST_HEADER = 100_000_000
 # What a tensor in memory can have: sizes of 63 bits, and no more dimensions than torch computes with.
@@ -65,11 +65,12 @@ class TensorEntry:
 def tensor_entries(checkpoint: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint directory, in name order, without reading a weight.
 
-    ``model.safetensors`` is taken before an index, as transformers does; without either, the one
-    ``*.safetensors`` file there is.  Only the top level of the directory is looked at.
+    The files are ``model.safetensors`` or those of an index; without either, the one ``*.safetensors`` file
+    there is.  Only the top level of the directory is looked at.
 
     Raises:
-        BrocaError: no safetensors weights, several without an index, a missing shard, a tensor that the
+        BrocaError: no safetensors weights, several without an index, ``model.safetensors`` beside an index of
+            other files or beside a file with tensors of the same names, a missing shard, a tensor that the
             index promises and its shard lacks or that lies in two of the index's shards, or a file that is
             cut short or damaged; always by the name of the file, and of the tensor where there is one.
     """
@@ -77,6 +78,9 @@ def tensor_entries(checkpoint: Path) -> dict[str, TensorEntry]:
     headers = {file.name: _header(file) for file in files}
     if weight_map is None:
         found = headers[files[0].name]
+        others = [file for file in sorted(checkpoint.glob("*.safetensors")) if file not in files]
+        # transformers reads the one file, and vLLM without an index all of them.
+        _each_once([*files, *others], headers | {file.name: _header(_present(file)) for file in others})
     else:
         _each_once(files, headers)
         found = {}
@@ -176,11 +180,15 @@ def _layout(checkpoint: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise BrocaError(
             f"{checkpoint} is not a directory: give the one that holds config.json and the weights."
         )
-    single = checkpoint / _SINGLE
+    single, usual = checkpoint / _SINGLE, checkpoint / f"model{INDEX_ENDING}"
     if single.exists() or single.is_symlink():
+        if usual.exists() and {*_weight_map(usual).values()} != {_SINGLE}:
+            raise BrocaError(
+                f"{checkpoint} has {_SINGLE}, which transformers reads, and an index ({usual.name}) of other files, "
+                f"which vLLM reads: remove {_SINGLE}, or the index and its shards, whichever is not the model."
+            )
         return [_present(single)], None
-    indexes = sorted(file for file in checkpoint.iterdir() if file.name.endswith(_INDEX_ENDING))
-    usual = checkpoint / f"model{_INDEX_ENDING}"
+    indexes = sorted(file for file in checkpoint.iterdir() if file.name.endswith(INDEX_ENDING))
     if usual in indexes:
         indexes = [usual]
     if len(indexes) > 1:
@@ -194,7 +202,7 @@ def _layout(checkpoint: Path) -> tuple[list[Path], dict[str, str] | None]:
     if len(singles) > 1:
         raise BrocaError(
             f"{checkpoint} has several weight files ({_names(singles)}) and no index that says which tensor "
-            f"lies where: add the *{_INDEX_ENDING} of the checkpoint, or keep one file."
+            f"lies where: add the *{INDEX_ENDING} of the checkpoint, or keep one file."
         )
     if singles:
         return [_present(singles[0])], None
@@ -204,7 +212,7 @@ def _layout(checkpoint: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{checkpoint} has no safetensors weights, only {_names(others)}: convert it to safetensors first."
         )
     raise BrocaError(
-        f"{checkpoint} has no weights ({_SINGLE} or *{_INDEX_ENDING}), "
+        f"{checkpoint} has no weights ({_SINGLE} or *{INDEX_ENDING}), "
         f"only {_names(sorted(checkpoint.iterdir())) or 'nothing'}: download the checkpoint completely."
     )
 
@@ -229,14 +237,14 @@ def _present(file: Path) -> Path:
 
 
 def _each_once(files: list[Path], headers: dict[str, dict[str, TensorEntry]]) -> None:
-    """Refuse a tensor that lies in two shards: transformers loads the later file's, whatever the index says."""
+    """Refuse a tensor that lies in two files: transformers loads the later shard's, whatever the index says."""
     holder: dict[str, Path] = {}
     for file in files:
         for name in headers[file.name]:
             if name in holder:
                 raise BrocaError(
                     f"tensor {_shown(name)} lies in {holder[name]} and in {file.name}, and which of them a loader "
-                    "takes is open: leave it in one of them."
+                    "takes is open: leave it in one of them, or remove the file that is not the model's."
                 )
             holder[name] = file
 

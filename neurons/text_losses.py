@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from neurons.batches import TokenBatch
-from neurons.sites import logits
-
-LOGIT_BYTES_AT_ONCE = 64 * 2**20
+from neurons.next_token import token_losses
 
 
 def predicted(batch: TokenBatch) -> torch.Tensor:
@@ -21,8 +19,6 @@ def predicted(batch: TokenBatch) -> torch.Tensor:
 def text_losses(model: Any, hidden: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
     """Negative log-likelihood (nats) of the predicted tokens, summed over each row.
 
-    Logits are made of a few positions at a time: those of a batch can be larger than the model.
-
     Args:
         model: causal language model.
         hidden: last hidden states [rows, length, d] of the batch.
@@ -32,14 +28,8 @@ def text_losses(model: Any, hidden: torch.Tensor, batch: TokenBatch) -> torch.Te
         float64 [rows], on the CPU.
     """
     wanted = predicted(batch)
-    vocabulary: int = model.get_output_embeddings().weight.shape[0]
-    at_once = max(1, LOGIT_BYTES_AT_ONCE // (4 * vocabulary))
-    targets = batch.ids[:, 1:][wanted]
-    losses = [
-        torch.nn.functional.cross_entropy(logits(model, some).float(), right, reduction="none")
-        for some, right in zip(hidden[:, :-1][wanted].split(at_once), targets.split(at_once), strict=True)
-    ]
+    losses = token_losses(model, hidden[:, :-1][wanted], batch.ids[:, 1:][wanted])
     # Put back in their places and summed by rows: adding at indices has no fixed order on a GPU.
     spread = torch.zeros(wanted.shape, dtype=torch.float64, device=hidden.device)
-    spread[wanted] = torch.cat(losses).double()
+    spread[wanted] = losses.double()
     return spread.sum(1).cpu()

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 # Three invented languages (ISO 639's private-use codes) that share no letter.
@@ -160,8 +160,8 @@ def write_corpus(directory, languages=LANGUAGES, lines=60, seed=0):
 
 
 @cache
-def tiny_tokenizer():
-    """Byte-level BPE with <s> and </s>, about 300 entries."""
+def tiny_tokenizer(adds_start=True):
+    """Byte-level BPE with <s> and </s>, about 300 entries; it puts <s> before a text, unless it only has it."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -173,6 +173,10 @@ def tiny_tokenizer():
     )
     lines = [line for language in LANGUAGES for line in sentences(language, 20)]
     tokenizer.train_from_iterator(lines, trainer)
+    if adds_start:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+        )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 

@@ -22,9 +22,9 @@ D, WIDTH, LAYERS = 64, 48, 3
 # What stands in a command for what it is run with.
 BAD, OUT, MODEL, TEXT = "{BAD}", "{OUT}", "{MODEL}", "{TEXT}"
 KINDS = ("neurons", "statistics", "direction", "edit")
-LANGUAGES = ("qaa", "qab", "qac")
+LANGUAGES = ("en", "fr", "de")
 GOOD = {kind: f"{{{kind}}}" for kind in KINDS}
-PAIR = ["--source", "qaa", "--target", "qab"]
+PAIR = ["--source", "en", "--target", "fr"]
 
 # place -> (the command with what is bad in it, kind of file, whether it is made from a model)
 FILES = {
@@ -35,7 +35,7 @@ FILES = {
         "statistics", True),
     "edit --direction": (["edit", MODEL, "--direction", BAD, "--corpus", TEXT, "--out", OUT], "direction", True),
     "edit --neurons": (
-        ["edit", MODEL, "--method", "scale", "--neurons", BAD, "--languages", "qaa", "--factor", "0", "--out", OUT],
+        ["edit", MODEL, "--method", "scale", "--neurons", BAD, "--languages", "en", "--factor", "0", "--out", OUT],
         "neurons", True),
     "edit --statistics": (["edit", MODEL, "--method", "clas", "--statistics", BAD, "--out", OUT], "statistics", True),
     "edit --vector": (
@@ -130,16 +130,16 @@ OUTPUTS = {
     "convert": (["convert", GOOD["neurons"], "--out", BAD], "file"),
 }
 UNKNOWN = {
-    "record": ["record", MODEL, "--corpus", TEXT, "--languages", "qaa,xx", "--out", OUT],
-    "identify": ["identify", MODEL, "--corpus", TEXT, "--languages", "qaa,xx", "--out", OUT],
-    "direction": ["direction", MODEL, "--corpus", TEXT, "--source", "xx", "--target", "qab", "--out", OUT],
+    "record": ["record", MODEL, "--corpus", TEXT, "--languages", "en,xx", "--out", OUT],
+    "identify": ["identify", MODEL, "--corpus", TEXT, "--languages", "en,xx", "--out", OUT],
+    "direction": ["direction", MODEL, "--corpus", TEXT, "--source", "xx", "--target", "fr", "--out", OUT],
     "direction, target": [
         "direction",
         MODEL,
         "--corpus",
         TEXT,
         "--source",
-        "qaa",
+        "en",
         "--target",
         "xx",
         "--out",
@@ -153,7 +153,7 @@ UNKNOWN = {
         "--corpus",
         TEXT,
         "--languages",
-        "qaa,xx",
+        "en,xx",
         "--out",
         OUT,
     ],
@@ -178,7 +178,7 @@ UNKNOWN = {
         "--corpus",
         TEXT,
         "--languages",
-        "qaa,xx",
+        "en,xx",
         "--out",
         OUT,
     ],
@@ -190,11 +190,11 @@ UNKNOWN = {
         "--source",
         "xx",
         "--target",
-        "qab",
+        "fr",
         "--out",
         OUT,
     ],
-    "tune": ["tune", MODEL, "--corpus", TEXT, "--languages", "qaa,xx", *PAIR, "--out", OUT],
+    "tune": ["tune", MODEL, "--corpus", TEXT, "--languages", "en,xx", *PAIR, "--out", OUT],
 }
 
 
@@ -223,7 +223,7 @@ def write_kinds(directory, fingerprint):
     sites = {
         site: torch.ones(LAYERS, D, dtype=torch.float64) for site in ("attn_out", "mlp_out", "block_out")
     }
-    Direction("qaa", "qab", sites, {}, about).save(directory / "direction.safetensors")
+    Direction("en", "fr", sites, {}, about).save(directory / "direction.safetensors")
     scale = torch.ones(WIDTH)
     scale[3] = 0.5
     make_plan([ModuleEdit(1, "mlp", (3,), column_scale=scale)], about).save(directory / "edit.safetensors")
@@ -255,11 +255,11 @@ def bad(tmp_path_factory, good):
 
 
 @pytest.fixture
-def refused(broca, model, good, corpus_directory, tmp_path):
+def refused(broca, model, good, known_text, tmp_path):
     """Run a command that must be refused: its one sentence, once it is known that nothing was written."""
 
     def run(command, bad, expected, named=None):
-        names = {"MODEL": model, "TEXT": corpus_directory, "BAD": bad, "OUT": tmp_path / "results" / "out"}
+        names = {"MODEL": model, "TEXT": known_text, "BAD": bad, "OUT": tmp_path / "results" / "out"}
         names |= {kind: good / f"{kind}.safetensors" for kind in KINDS}
         words = [word.format(**names) for word in command]
         before = everything(tmp_path)

@@ -8,7 +8,7 @@ from editing.edits.bake import bake_plan
 from editing.edits.bake_correction import RemainderMoments, corrected_plan, correction_key
 from editing.live import applied
 from neurons.corpus import Corpus
-from neurons.errors import UsageError
+from neurons.errors import BrocaError, UsageError
 
 LANGUAGES = ("qaa", "qab", "qac")
 VECTOR = torch.linspace(-1, 1, 64).double()
@@ -41,6 +41,14 @@ def test_the_key_equals_a_general_solver():
     torch.testing.assert_close(key, expected, rtol=1e-6, atol=1e-8)
     remaining = [float(r - row @ key) for r, row in zip(left, rows, strict=True)]
     assert rest == pytest.approx((sum(x * x for x in remaining) / 30) ** 0.5)
+
+
+def test_inputs_that_are_all_zero_are_refused():
+    moments = RemainderMoments(
+        torch.zeros(7, 7).double(), torch.zeros(7).double(), 30.0, 30, torch.zeros(7).double()
+    )
+    with pytest.raises(BrocaError, match="30 tokens"):
+        correction_key(moments, 0.1)
 
 
 def tokens_of(loaded, corpus, sites):

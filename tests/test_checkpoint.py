@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -752,21 +753,107 @@ def test_the_directory_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
 
 def test_only_directories_of_killed_runs_for_this_target_are_cleared(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
-    kept = [
-        ".target.broca-notes",
-        ".target.broca-y.broca-abcdefgh",
-        ".other.broca-abcdefgh",
-        ".target.broca-noowner1",
-        ".target.broca-starting",
-    ]
-    for name in kept:
+    kept = [".target.broca-notes", ".target.broca-y.broca-abcdefgh", ".other.broca-abcdefgh"]
+    for name in [*kept, ".target.broca-abcdefgh", ".target.broca-starting"]:
         (tmp_path / name).mkdir()
-        if name != ".target.broca-noowner1":
-            (tmp_path / name / "owner").write_text("" if name == ".target.broca-starting" else "1\n")
-    (tmp_path / ".target.broca-abcdefgh").mkdir()
-    (tmp_path / ".target.broca-abcdefgh" / "owner").write_text("1\n")
+        (tmp_path / name / "owner").write_text("" if name == ".target.broca-starting" else "1\n")
+    (tmp_path / ".target.broca-nomark12").mkdir()
     write_checkpoint(source, tmp_path / "target", {}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "source", "target"])
+
+
+def test_a_place_that_another_run_takes_for_a_killed_runs_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both moments at which a run has no lock yet: before its mark is made, and before it is locked."""
+    source, target = make(tmp_path / "source"), tmp_path / "target"
+    make_directory, lock = tempfile.mkdtemp, fcntl.flock
+    seen: list[str] = []
+
+    def mkdtemp(*args: Any, **options: Any) -> str:
+        found = make_directory(*args, **options)
+        seen.append(found)
+        if len(seen) == 2:  # the first is the trial of check_target
+            check_target(target)
+        return found
+
+    def flock(owner: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX and len(seen) == 4:  # 3 was the trial of the other run
+            monkeypatch.setattr(fcntl, "flock", lock)
+            check_target(target)
+        lock(owner, how)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_checkpoint(source, target, {"down": halved}, {})
+    assert len(seen) == 6  # 5 was the other run's trial again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+# Is killed at every third step that touches the disk; after each kill another run clears up.
+KILLED_EVERYWHERE = textwrap.dedent(
+    """
+    import os
+    import shutil
+    import signal
+    import sys
+    from pathlib import Path
+    from editing.checkpoint import write_checkpoint
+
+    STEPS = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
+    source, target, overwrite = Path(sys.argv[1]), Path(sys.argv[2]), bool(sys.argv[3])
+    left = None
+
+    def step(event, _):
+        global left
+        if left is not None and event.startswith(STEPS):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def write():
+        if not overwrite:
+            shutil.rmtree(target, ignore_errors=True)
+        write_checkpoint(
+            source, target, {"down": lambda block, first: block.float() * 3}, {}, overwrite=overwrite
+        )
+
+    sys.addaudithook(step)
+    write()
+    kills, status = int(overwrite), 1
+    while status:
+        kills += 3
+        child = os.fork()
+        if child == 0:
+            left = kills
+            try:
+                write()
+            finally:
+                os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        kept = len(list(target.parent.iterdir()))
+        write()
+        print(kills, kept, *sorted(path.name for path in target.parent.iterdir()))
+        for left_over in target.parent.glob(".*"):
+            shutil.rmtree(left_over)
+    """
+)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_wherever_a_run_is_killed_the_next_clears_up(tmp_path: Path, overwrite: bool) -> None:
+    source, folder = make(tmp_path / "source", shards=True), tmp_path / "folder"
+    folder.mkdir()
+    told = subprocess.run(
+        [sys.executable, "-c", KILLED_EVERYWHERE, str(source), str(folder / "target"), "yes" * overwrite],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(told) > 40
+    assert any(line.split()[1] == "2" for line in told)
+    assert [line for line in told if line.split()[2:] != ["target"]] == []
 
 
 def test_target_moved_away_by_a_killed_run_is_put_back(tmp_path: Path) -> None:

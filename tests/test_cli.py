@@ -9,6 +9,7 @@ import models
 import pytest
 
 from cli.main import COMMANDS, main
+from neurons.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +261,27 @@ def test_debug_shows_where(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["broca", "inspect", str(tmp_path / "none"), "--debug"])
     with pytest.raises(Exception, match="no such file"):
         main()
+
+
+@pytest.mark.parametrize("place", [1, 3, 6])
+def test_debug_stands_where_an_option_may(monkeypatch, tmp_path, place):
+    words = ["broca", "generate", str(tmp_path / "none"), "--prompts", "a", "--seed=1"]
+    words.insert(place, "--debug")
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UsageError):
+        main()
+
+
+@pytest.mark.parametrize("rest", [["--prompts", "--debug"], ["--prompts", "a", "--", "--debug"]])
+def test_debug_that_is_a_value_is_none_of_mains(broca, monkeypatch, tmp_path, rest):
+    told = []
+    monkeypatch.setattr("cli.generate._prompts", lambda given: told.append(given) or ["text"])
+    status, _, err = broca("generate", tmp_path / "none", *rest)
+    assert status == 2 and "Traceback" not in err
+    if "--" in rest:
+        assert "--debug" in one_sentence(err)  # an argument too many
+    else:
+        assert told == [("--debug",)]
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

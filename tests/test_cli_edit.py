@@ -2,6 +2,9 @@
 
 import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from types import SimpleNamespace
 
 import models
@@ -13,6 +16,7 @@ from cli.main import main
 from editing.edits.methods import METHODS
 from editing.edits.neutral_mean import neutral_means
 from editing.plan import load_plan
+from editing.study_report.edits_section import edit_content
 from neurons.corpus import read_corpus
 from neurons.source import load_model
 
@@ -72,6 +76,26 @@ def arguments_of(files, words):
     return out
 
 
+@pytest.fixture(scope="module")
+def plan_of(files):
+    """Method -> the file of its plan, made once."""
+
+    def make(method):
+        path = files / f"edit-{method}.safetensors"
+        if not path.exists():
+            words = ["--method", method, *arguments_of(files, WAYS[method]), "--out", str(path)]
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                redirect_stdout(StringIO()),
+                redirect_stderr(StringIO()),
+            ):
+                patch.setattr(sys, "argv", ["broca", "edit", str(files / "model"), *words])
+                main()
+        return path
+
+    return make
+
+
 def test_every_method_is_tried():
     assert set(WAYS) == set(METHODS)
 
@@ -97,6 +121,91 @@ def test_every_method_makes_a_plan_that_exports(broca, files, tmp_path, method):
         difference = exported.model(ids).logits - loaded.model(ids).logits
     assert float(difference.abs().max()) > 1e-4
     assert broca("inspect", edit)[0] == 0
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_inspect_shows_the_components_that_change_most(broca, files, plan_of, method):
+    plan, loaded = load_plan(plan_of(method)), load_model(str(files / "model"))
+    changes, scaled = {}, any(edit.column_scale is not None for edit in plan.edits)
+    for edit in plan.edits:
+        weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
+        change = (edit.apply(weight) - weight).view(
+            len(weight), -1, loaded.anatomy.component_width(edit.block)
+        )
+        norms = change.norm(dim=(0, 2))
+        changes |= {(edit.layer, edit.block, i): float(norms[i]) for i in edit.components}
+    shown = json.loads(broca("inspect", plan_of(method), "--json")[1])["strongest"]
+    largest = sorted(changes.values(), reverse=True)[:10]
+    exact = [changes[row["layer"], row["block"], row["component"]] for row in shown]
+    if scaled:
+        # Estimated, as a plan does not hold the weights.
+        assert sum(exact) >= 0.9 * sum(largest)
+    else:
+        assert exact == pytest.approx(largest, rel=1e-5)
+        assert [row["change"] for row in shown] == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_what_a_scaled_plan_says_is_what_it_does(files, plan_of, method):
+    """Each note and detail against the factors; one that this test does not know has to be put here."""
+    plan, loaded = load_plan(plan_of(method)).scaled(2), load_model(str(files / "model"))
+    # Of the key, which stays, of the weights or of both beside each other.
+    of_key = {"spread", "least_spread", "key_means", "carriers", "value_share", "start_coefficient", "eps"}
+    other = {"weight_norm", "share", "constant_share"}
+    for edit in plan.edits:
+        weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
+        width, some = loaded.anatomy.component_width(edit.block), list(edit.components)
+        change = edit.apply(weight) - weight
+        measured = {"change_norm": float(change.norm()), "weight_norm": float(weight.norm())}
+        if edit.bias is not None:
+            measured["bias_norm"] = float(edit.bias.double().norm())
+        for name, value in edit.notes.items():
+            assert name in measured or name in of_key | other
+            assert value == pytest.approx(measured.get(name, value), rel=1e-5)
+        keys = None if edit.right is None else edit.right.double().view(-1, width, edit.rank).flatten(1)
+        parts = change.view(len(change), -1, width)[:, some]
+        for name, values in edit.details.items():
+            if name in ("factor", "scale"):
+                expected = edit.column_scale.double().view(-1, width).mean(1)[some]
+            elif name == "key":
+                expected = keys[some, 0] if width == 1 else keys[some].norm(dim=1)
+            elif name == "lambda":
+                assert float(edit.left.norm()) == pytest.approx(2)
+                expected = parts.norm(dim=(0, 2)) * values.sign()
+            elif name == "c" and edit.column_scale is None:
+                written = edit.left.double().T @ weight.view(len(weight), -1)
+                ratio = (edit.left.double().T @ change) / written
+                expected = ratio.view(edit.rank, -1, width)[0, some, 0]
+            elif name == "offset":
+                shift = edit.left[:, 0].double() if edit.bias is None else edit.bias.double()
+                torch.testing.assert_close(weight[:, some] @ values, shift, rtol=1e-4, atol=1e-6)
+                continue
+            else:
+                assert name in ("g", "c", "share", "carried")
+                continue
+            torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["keyed", "steer2edit", "ablate-subspace", "clas", "bake-bias"])
+def test_a_scaled_plan_says_what_the_plan_of_that_strength_says(broca, files, plan_of, tmp_path, method):
+    words = [word for word in WAYS[method] if word not in ("--strength", "0.5")]
+    whole = load_plan(plan_of(method))
+    strength = 2 * whole.metadata["settings"]["strength"]
+    out = tmp_path / "edit.safetensors"
+    status, _, err = broca(
+        "edit", files / "model", "--method", method, *arguments_of(files, words), "--strength", strength,
+        "--out", out,
+    )  # fmt: skip
+    assert status == 0, err
+    expected, found = load_plan(out), whole.scaled(2)
+    metadata = [{k: v for k, v in plan.metadata.items() if k != "modules"} for plan in (found, expected)]
+    assert metadata[0] == metadata[1]
+    for own, other in zip(found.edits, expected.edits, strict=True):
+        assert own.notes.keys() == other.notes.keys() and own.details.keys() == other.details.keys()
+        for name, value in other.notes.items():
+            assert own.notes[name] == pytest.approx(value, rel=1e-5)
+        for name, values in other.details.items():
+            torch.testing.assert_close(own.details[name], values, rtol=1e-5, atol=1e-9)
 
 
 def test_keyed_learns_what_it_writes(broca, files, tmp_path):
@@ -161,11 +270,31 @@ def test_plans_compose_in_one_option(broca, files, two, tmp_path):
     assert json.loads(said)["relative_change"] > 0
 
 
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_plans_with_one_end_in_common_are_shown_exported_and_drawn(broca, files, plan_of, tmp_path, end):
+    first = load_plan(plan_of("steer2edit"))
+    other, both, out = (tmp_path / name for name in ("other.safetensors", "both.safetensors", "out"))
+    replace(first, metadata={**first.metadata, end: "qac", "languages": ["qac"]}).save(other)
+    for words in (
+        ["edit", "--compose", plan_of("steer2edit"), other, "--out", both],
+        ["inspect", both],
+        ["export", files / "model", "--edit", both, "--out", out],
+        ["inspect", out],
+        ["plot", both, "--out", tmp_path / "plan.svg"],
+    ):
+        status, said, err = broca(*words)
+        assert status == 0, err
+        assert words[0] != "inspect" or "qaa, qab, qac" in said
+    assert "`qac`" in (out / "README.md").read_text()
+    assert "qac" in str(edit_content(load_plan(both), "both"))
+
+
 def test_a_plan_is_scaled_inverted_and_restricted(broca, files, two, tmp_path):
     half, back, cut = (tmp_path / f"{name}.safetensors" for name in ("half", "back", "cut"))
     whole = load_plan(two[1])
     assert broca("edit", "--compose", two[1], "--strength", "0.5", "--out", half)[0] == 0
-    torch.testing.assert_close(load_plan(half).edits[0].right, whole.edits[0].right * 0.5)
+    own, other = load_plan(half).edits[0], whole.edits[0]
+    torch.testing.assert_close(own.left @ own.right.T, 0.5 * other.left @ other.right.T)
     assert broca("edit", files / "model", "--invert", two[1], "--out", back)[0] == 0
     torch.testing.assert_close(load_plan(back).edits[0].left, -whole.edits[0].left)
     status, _, err = broca(
@@ -266,6 +395,41 @@ REFUSALS = {
     "a biprojection without neutral text": (
         ["--method", "ablate", "--direction", "direction", "--set", "form=biprojected"], "neutral text (--corpus)"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_strength_of_nothing_is_refused(broca, files, tmp_path, method):
+    """By its own name, and not with the remedy for too high a threshold."""
+    out = tmp_path / "edit.safetensors"
+    words = arguments_of(files, [word for word in WAYS[method] if word not in ("--strength", "0.5")])
+    status, _, err = broca(
+        "edit", files / "model", "--method", method, *words, "--strength", "0", "--out", out
+    )
+    assert status == 2 and "strength" in err and err.count("\n") == 1, err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("words", [["export", "MODEL", "--edit", "PLAN"], ["edit", "--compose", "PLAN"]])
+def test_nothing_of_a_plan_is_no_plan(broca, files, plan_of, tmp_path, words):
+    places = {"MODEL": files / "model", "PLAN": plan_of("scale")}
+    words = [places.get(word, word) for word in words]
+    status, _, err = broca(*words, "--strength", "0", "--out", tmp_path / "out")
+    assert status == 2 and "strength of 0" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("heads", ["99", "2-1", "x"])
+def test_heads_are_called_heads(broca, files, plan_of, tmp_path, heads):
+    status, _, err = broca(
+        "edit",
+        files / "model",
+        "--restrict",
+        plan_of("steer2edit"),
+        "--heads",
+        heads,
+        "--out",
+        tmp_path / "x",
+    )
+    assert status == 2 and f"heads {heads!r}" in err and "layer" not in err
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import pytest
 from click.testing import CliRunner
 
@@ -75,6 +77,23 @@ def test_questions_are_greedy_and_the_likelihood_stands_in_for_a_judge(evaluate,
     assert "relevance (likelihood)" in output and "second detector agrees" in output
 
 
+def test_questions_without_the_chat_template(evaluate, questions, llama, monkeypatch):
+    monkeypatch.setattr(
+        "neurons.source.load_model", lambda *_: replace(llama, tokenizer=models.tiny_tokenizer.__wrapped__())
+    )
+    plain = evaluate("--questions", questions)[1]
+    broken = models.tiny_tokenizer.__wrapped__()
+    broken.chat_template = "{{ raise_exception('not this way') }}"
+    monkeypatch.setattr("neurons.source.load_model", lambda *_: replace(llama, tokenizer=broken))
+    with pytest.raises(UsageError, match=r"not this way.*--no-chat"):
+        evaluate("--questions", questions)
+    found = evaluate("--questions", questions, "--no-chat")[1]
+    assert found["prompts"]["style"] == "completion"
+    assert found["outcomes"] == plain["outcomes"]
+    with pytest.raises(UsageError, match="--no-chat"):
+        evaluate("--no-chat")
+
+
 def test_a_judge_is_named(evaluate, questions, llama):
     _, found = evaluate("--questions", questions, "--judge", llama.name)
     assert found["relevance"] == {
@@ -94,6 +113,23 @@ def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_p
     assert evaluate("--corpus", tmp_path / "long", "--prompts", 2)[1]["relevance"]["scorer"] == "chrf"
     assert evaluate("--prompts", 30)[1]["relevance"]["scorer"] == "likelihood"
     assert evaluate("--prompts", 2, "--relevance", "none")[1]["relevance"] is None
+
+
+@pytest.mark.parametrize(("part", "scorer"), [(1, "chrf"), (2, "likelihood"), (3, "likelihood")])
+def test_one_scorer_for_the_text_that_is_chosen_on_and_for_that_which_is_reported(
+    evaluate, tmp_path, part, scorer
+):
+    """A line of one part (0 and 1: estimate, 2: choose, 3: report) has no more than its opening."""
+    (tmp_path / "text").mkdir()
+    for language in ("en", "fr", "de"):
+        lines = [
+            f"{language} one two three four five" + ("" if i == 4 + part else f" six seven {i}")
+            for i in range(12)
+        ]
+        (tmp_path / "text" / f"{language}.txt").write_text("\n".join(lines), encoding="utf-8")
+    _, found = evaluate("--corpus", tmp_path / "text", "--methods", "prompt-source")
+    assert found["relevance"]["scorer"] == scorer
+    assert {one["relevance"]["scorer"] for one in found["tried"]} == {scorer}
 
 
 def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_path):
@@ -212,6 +248,7 @@ def test_vllm_that_is_not_installed_is_one_sentence(evaluate, monkeypatch):
         (["--doses", "50%"], "--methods too"),
         (["--methods", "all", "--doses", "50%,120%"], "between 0 and 1"),
         (["--methods", "all", "--engine", "vllm"], "hooks"),
+        (["--samples", "2", "--temperature", "0"], "2 samples"),
     ],
 )
 def test_what_is_refused(evaluate, arguments, named):

@@ -79,13 +79,19 @@ def test_prompts_from_files(llama, tmp_path):
     (tmp_path / "p.txt").write_text("beef cab\n\nstop milk\n", encoding="utf-8")
     rows = [{"question_id": i, "text": text} for i, text in enumerate(TEXTS)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "my prompts").mkdir()
     for name in ("p.txt", "q.jsonl"):
+        shutil.copy(tmp_path / name, tmp_path / "my prompts" / f"own {name}")
+    for name in ("p.txt", "q.jsonl", "my prompts/own p.txt", "my prompts/own q.jsonl"):
         found = texts_of(run(llama.name, "--prompts", tmp_path / name, "--new-tokens", 1, "--json"))
         assert [row["prompt"] for row in found] == TEXTS
     mixed = texts_of(
         run(llama.name, "--prompts", tmp_path / "p.txt", "See a file.txt", "--new-tokens", 1, "--json")
     )
     assert [row["prompt"] for row in mixed] == [*TEXTS, "See a file.txt"]
+    long = " ".join(["beef"] * 200) + ".txt"
+    alone = texts_of(run(llama.name, "--prompts", long, "--new-tokens", 1, "--json"))
+    assert [row["prompt"] for row in alone] == [long]
 
 
 def test_sampling_has_a_seed(llama):
@@ -138,7 +144,7 @@ class StandIn:
 
             def generate(self, rows, settings, use_tqdm):
                 asked.rows, asked.settings = rows, settings
-                ids = [tokenizer(" high")["input_ids"] + [1]] * len(rows)
+                ids = [tokenizer(" high", add_special_tokens=False)["input_ids"] + [1]] * len(rows)
                 return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=one)]) for one in ids]
 
         self.LLM, self.SamplingParams = LLM, dict
@@ -160,7 +166,7 @@ def test_vllm_is_asked_for_the_same_tokens(llama, steered, asked):
     found = texts_of(run(llama.name, "--against", steered, "--compare", *few))
     assert found == [{"prompt": prompt, "unedited": " high", "edited": " high"} for prompt in TEXTS]
     assert asked.models == asked.stopped == [str(llama.checkpoint), str(steered)]
-    tokens = [[0, *models.tiny_tokenizer()(text)["input_ids"]] for text in TEXTS]
+    tokens = [models.tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
     assert asked.rows == [{"prompt_token_ids": ids} for ids in tokens]
     for settings in asked.settings:
         del settings["seed"]

@@ -31,7 +31,7 @@ def text(tmp_path_factory):
     return folder
 
 
-def tune(text, out, *more):
+def tune(text, out, *more, little=LITTLE):
     words = [
         str(DEMO / "model"),
         "--corpus",
@@ -43,7 +43,7 @@ def tune(text, out, *more):
         "--out",
         str(out),
     ]
-    return CliRunner().invoke(command, [*words, *LITTLE, *more])
+    return CliRunner().invoke(command, [*words, *little, *more])
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,17 @@ def test_the_command_that_it_names_goes_on_where_it_stopped(tuned, monkeypatch):
     assert "goals on this part" in result.output
 
 
+def test_without_sampling_every_answer_is_counted_once(text, tmp_path):
+    """LITTLE's 6 prompts, once each: no sample, no seed of the confirmation and no report counts one again."""
+    words = [word for word in LITTLE if word not in ("--samples", "1")]
+    result = tune(text, tmp_path / "out", "--temperature", "0", little=words)
+    assert result.exception is None, result.output
+    value = json.loads((tmp_path / "out" / "tune.json").read_text(encoding="utf-8"))
+    assert value["identity"]["samples"] == 1 and " --samples 1 " in value["command"]
+    assert {trial["continuations"] for trial in value["trials"]} == {6}
+    assert value["report"]["continuations"] == 6
+
+
 def test_refuses_another_search_in_the_same_directory(tuned, text):
     out, _ = tuned
     found = tune(text, out, "--seed", "7").exception
@@ -130,6 +141,7 @@ def test_refusals(text, tmp_path):
         (["--languages", "en,fr"], "no language beside"),
         (["--target", "en"], "both 'en'"),
         (["--target", "it"], "no language 'it'"),
+        (["--samples", "3", "--temperature", "0"], "3 samples"),
     ):
         found = tune(text, tmp_path / "new", *words).exception
         assert isinstance(found, UsageError)

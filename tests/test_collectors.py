@@ -35,7 +35,7 @@ def by_line(llama):
         found[language] = {}
         for line, text in enumerate(make_texts(language)):
             if text:
-                ids = [0, *llama.tokenizer(text)["input_ids"]]
+                ids = llama.tokenizer(text)["input_ids"]
                 _, layers = models.naive_llama(llama.model, ids)
                 found[language][line] = {
                     site: torch.stack([layer[site].detach()[1:] for layer in layers])

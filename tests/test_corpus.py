@@ -33,11 +33,10 @@ def test_the_three_formats_read_alike(tmp_path):
         bb__jsonl="\n".join(json.dumps({"id": 1, "text": line}) if line else " " for line in lines) + "\n",
     )
     parquet(tmp_path / "cc.parquet", other=[1, 2, 3, 4], text=[line or None for line in lines])
-    corpus = read_corpus(tmp_path)
-    assert corpus.languages == ("aa", "bb", "cc")
-    assert [list(texts) for texts in corpus.texts.values()] == [lines] * 3
-    assert corpus.non_empty("bb") == [line for line in lines if line]
-    assert corpus.part == "all"
+    read = [read_corpus(tmp_path, [language], least=1) for language in ("aa", "bb", "cc")]
+    assert [list(corpus.texts.values()) for corpus in read] == [[tuple(lines)]] * 3
+    assert read[1].non_empty("bb") == [line for line in lines if line]
+    assert read[1].part == "all"
 
 
 def test_blank_lines_keep_their_place(tmp_path):
@@ -138,21 +137,35 @@ def test_one_language_is_refused_unless_one_is_enough(tmp_path):
 
 def test_duplicates_are_refused(tmp_path):
     directory_of(tmp_path, aa__txt="a", bb__txt="b", aa__jsonl='{"text": "a"}')
-    with pytest.raises(UsageError, match=r"'aa' has two files, aa\.jsonl and aa\.txt"):
+    with pytest.raises(UsageError, match=r"'aa'.*aa\.jsonl and aa\.txt"):
         read_corpus(tmp_path)
     (tmp_path / "aa.jsonl").unlink()
     with pytest.raises(UsageError, match="language aa is named twice"):
         read_corpus(tmp_path, ["aa", "bb", "aa"])
 
 
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("copy", [b"1\n2\n3\n4\n", b"\xef\xbb\xbf1\r\n\r\n2\n3 \n4"], ids=["bytes", "lines"])
+def test_the_same_text_under_two_names_is_refused(tmp_path, part, copy):
+    directory_of(tmp_path, aa__txt="4\n3\n2\n1\n", de__txt=copy, en__txt="1\n2\n3\n4\n")
+    with pytest.raises(UsageError, match=r"de\.txt and en\.txt"):
+        read_corpus(tmp_path, part=part)
+    assert read_corpus(tmp_path, ["aa", "en"]).languages == ("aa", "en")
+
+
+def test_parts_that_are_alike_are_no_copies(tmp_path):
+    directory_of(tmp_path, aa__txt="1\n2\n3\n4\n", bb__txt="1\n5\n6\n7\n")
+    assert set(read_corpus(tmp_path, part="all").texts) == {"aa", "bb"}
+
+
 def test_the_digest_says_what_was_read(tmp_path):
-    directory_of(tmp_path, aa__txt="a\nb\n", bb__txt="b\n", cc__txt="b\n")
+    directory_of(tmp_path, aa__txt="a\nb\n", bb__txt="b\n", cc__txt="c\n")
     first = read_corpus(tmp_path, ["aa", "bb"])
     assert first.languages == ("aa", "bb")
     assert read_corpus(tmp_path, ["bb", "aa"]).languages == ("bb", "aa")
     assert read_corpus(tmp_path, ["aa", "bb"]).digest == first.digest
     others = [read_corpus(tmp_path, wanted).digest for wanted in (["aa", "cc"], ["bb", "aa"], None)]
-    (tmp_path / "bb.txt").write_text("c\n")
+    (tmp_path / "bb.txt").write_text("d\n")
     others.append(read_corpus(tmp_path, ["aa", "bb"]).digest)
     assert len({first.digest, *others}) == 5
 
@@ -160,11 +173,8 @@ def test_the_digest_says_what_was_read(tmp_path):
 # --- token batches -------------------------------------------------------------------------------
 
 
-class WithoutBos:
-    bos_token_id = None
-
-    def __call__(self, texts, **options):
-        return models.tiny_tokenizer()(texts, **options)
+# The other has a beginning-of-sequence token too, and never adds it, as SmolLM2's and Qwen's.
+TOKENIZERS = pytest.mark.parametrize("adds_start", [True, False], ids=["start", "no start"])
 
 
 def stream_of(texts):
@@ -174,12 +184,12 @@ def stream_of(texts):
     ]
 
 
-@pytest.mark.parametrize("tokenizer", [models.tiny_tokenizer(), WithoutBos()], ids=["bos", "no bos"])
-def test_packed_blocks_are_full(tokenizer, monkeypatch):
+@TOKENIZERS
+def test_packed_blocks_are_full(adds_start, monkeypatch):
     monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 48)
     texts = [*models.sentences("qaa", 12), "", *models.sentences("qaa", 5, seed=1)]
-    batches = packed_batches(texts, tokenizer, 16, "qaa")
-    starts = 0 if tokenizer.bos_token_id is None else 1
+    batches = packed_batches(texts, models.tiny_tokenizer(adds_start), 16, "qaa")
+    starts = int(adds_start)
     stream = stream_of([text for text in texts if text])
     ids = torch.cat([batch.ids for batch in batches])
     counted = torch.cat([batch.counted for batch in batches])
@@ -188,9 +198,10 @@ def test_packed_blocks_are_full(tokenizer, monkeypatch):
     assert all(bool(batch.attention.all()) for batch in batches)
     assert len(ids) == len(stream) // (16 - starts)
     assert ids[:, starts:].flatten().tolist() == stream[: len(ids) * (16 - starts)]
-    assert bool((ids[:, :starts] == (tokenizer.bos_token_id or 0)).all())
-    assert bool(counted[:, starts:].all())
-    assert not counted[:, :starts].any()
+    assert bool((ids[:, :starts] == 0).all())
+    # What stands first is an attention sink with or without a start token.
+    assert bool(counted[:, 1:].all())
+    assert not counted[:, 0].any()
 
 
 @pytest.mark.parametrize(("most", "rows"), [(1, 1), (15, 1), (16, 2), (45, 3), (46, 4), (10**6, None)])
@@ -209,12 +220,12 @@ def test_too_little_text_for_a_block_is_named():
         packed_batches(text, models.tiny_tokenizer(), count + 2, "qac")
 
 
-@pytest.mark.parametrize("tokenizer", [models.tiny_tokenizer(), WithoutBos()], ids=["bos", "no bos"])
-def test_text_batches_hold_a_text_a_row(tokenizer, monkeypatch):
+@TOKENIZERS
+def test_text_batches_hold_a_text_a_row(adds_start, monkeypatch):
     monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 60)
     texts = [*models.sentences("qaa", 14, words=(1, 12)), ""]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    batches = text_batches(texts, tokenizer, 20)
+    start = [0] * adds_start
+    batches = text_batches(texts, models.tiny_tokenizer(adds_start), 20)
     rows = []
     for batch in batches:
         assert batch.ids.numel() <= 60
@@ -225,10 +236,13 @@ def test_text_batches_hold_a_text_a_row(tokenizer, monkeypatch):
             assert counted.tolist() == [False, *attention.tolist()[1:]]
             rows.append(ids[:length].tolist())
     encode = models.tiny_tokenizer()
-    whole = [start + encode(text, add_special_tokens=False)["input_ids"] for text in texts if text]
-    whole = [row for row in whole if len(row) > 1]
-    assert sorted(rows) == sorted(row[:20] for row in whole)
-    assert any(len(row) > 20 for row in whole)
+    # A text longer than a row goes on in the next one.
+    body, whole = 20 - len(start), []
+    for text in texts:
+        tokens = encode(text, add_special_tokens=False)["input_ids"]
+        whole += [start + tokens[first : first + body] for first in range(0, len(tokens), body)]
+    assert sorted(rows) == sorted(row for row in whole if len(row) > 1)
+    assert len(whole) > len(texts)
     assert any(batch.padded for batch in batches)
     assert len(batches) > 1
 

@@ -27,7 +27,7 @@ def test_a_permanent_edit_is_scaled(llama, material):
     for dose, candidate in weaker(WAYS["keyed"], material, chosen, (0.25, 0.5)):
         assert candidate.settings == chosen.settings
         for own, whole in zip(candidate.plan.edits, chosen.plan.edits, strict=True):
-            torch.testing.assert_close(own.right, dose * whole.right)
+            torch.testing.assert_close(own.left @ own.right.T, dose * whole.left @ whole.right.T)
         with candidate.steering():
             moved.append(float((logits(llama) - base).norm()))
         assert torch.equal(logits(llama), base)

@@ -87,7 +87,7 @@ def mean(values):
 
 
 def text_rows(loaded, language):
-    return [[0, *loaded.tokenizer(line)["input_ids"]][:128] for line in LINES[language] if line]
+    return [loaded.tokenizer(line)["input_ids"][:128] for line in LINES[language] if line]
 
 
 def test_prompts_are_openings_of_the_source(llama, evaluation, corpus):

@@ -147,11 +147,21 @@ def test_carriers_of_known_shares(carried, expected):
         ({"eps": -0.1}, "negative"),
         ({"eps": float("nan")}, "negative"),
         ({"keep_softly": ["qab"], "soft_weight": -1.0}, "negative"),
+        ({"keep_softly": ["qab"], "soft_weight": float("inf")}, "inf"),
+        ({"eps": float("inf")}, "inf"),
     ],
 )
 def test_refuses_bad_settings(settings, words):
     with pytest.raises(UsageError, match=words):
         key_problem(random_moments(), **{"source": "qaa", **settings})
+
+
+def test_an_indefinite_covariance_has_no_least_spread():
+    """A general solver gives a saddle point for it."""
+    moments = random_moments()
+    indefinite = moments.covariance - 2 * torch.linalg.eigvalsh(moments.covariance)[1] * torch.eye(11)
+    with pytest.raises(BrocaError, match="tell"):
+        key(replace(moments, covariance=indefinite), "qaa", eps=0)
 
 
 def test_refuses_sources_that_another_language_equals():

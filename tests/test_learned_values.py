@@ -16,7 +16,6 @@ from editing.plan import ModuleEdit, make_plan
 from editing.search_space import Keys, keyed_space
 from neurons.errors import BrocaError, UsageError
 from neurons.recording import forward
-from neurons.sites import logits
 from neurons.source import load_model
 
 
@@ -71,9 +70,7 @@ def test_a_token_across_the_joint_follows_it():
     class Tokenizer:
         """Takes two letters at a time."""
 
-        bos_token_id = None
-
-        def __call__(self, texts, add_special_tokens):
+        def __call__(self, texts, add_special_tokens=True):
             return {"input_ids": [[hash(t[i : i + 2]) for i in range(0, len(t), 2)] for t in texts]}
 
     (row,) = crossings(Tokenizer(), ["abc"], ["defg"], 0)
@@ -273,17 +270,30 @@ def test_refuses(llama, plan, texts):
         learned_values(llama, make_plan([wide, *others], plan.metadata), *texts)
 
 
-def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch):
-    monkeypatch.setattr("editing.edits.learned_values.logits", lambda *given: logits(*given) * math.inf)
-    with pytest.raises(BrocaError, match="learned values are not finite"):
-        learned_values(llama, plan, *texts, passes=1)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [("always", "own values"), ("at first", "own values"), ("later", "learned values are not finite")],
+)
+def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch, value, fails, said):
+    learning = False
+
+    def loss(*given):
+        nonlocal learning
+        learning = learning or torch.is_grad_enabled()
+        whole = _loss(*given)
+        return whole * value if fails == "always" or learning == (fails == "later") else whole
+
+    monkeypatch.setattr("editing.edits.learned_values._loss", loss)
+    with pytest.raises(BrocaError, match=said):
+        learned_values(llama, plan, *texts, passes=2)
 
 
 def test_an_interrupted_loss_leaves_no_hook(llama, plan, texts, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("editing.edits.learned_values.logits", stopped)
+    monkeypatch.setattr("neurons.next_token.logits", stopped)
     before = hooks_of(llama.model)
     with pytest.raises(KeyboardInterrupt):
         learned_values(llama, plan, *texts)

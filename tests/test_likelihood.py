@@ -18,21 +18,6 @@ from editing.likelihood import (
 from neurons.batches import packed_batches, text_batches
 
 
-class WithoutStart:
-    """A tokenizer without a beginning-of-sequence token, as Qwen's."""
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-
-    def __call__(self, *args, **options):
-        return self._tokenizer(*args, **options)
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
-
-
 def log_probabilities(model, ids):
     """[position][token], in float64, of one row without padding."""
     with torch.no_grad():
@@ -55,14 +40,14 @@ def texts(count=5, seed=1):
 
 def padded_batches(loaded, monkeypatch):
     monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 60)
-    monkeypatch.setattr("editing.likelihood.LOGIT_BYTES_AT_ONCE", 5000)  # four positions
+    monkeypatch.setattr("neurons.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # four positions
     batches = text_batches(texts(), loaded.tokenizer, 128)
     assert len(batches) > 1 and any(batch.padded for batch in batches)
     return batches
 
 
 def rows_of(loaded):
-    return [[0, *loaded.tokenizer(text)["input_ids"]] for text in texts()]
+    return [loaded.tokenizer(text)["input_ids"] for text in texts()]
 
 
 def test_mean_nll_is_over_tokens_not_texts(llama, monkeypatch):
@@ -72,7 +57,7 @@ def test_mean_nll_is_over_tokens_not_texts(llama, monkeypatch):
 
 
 def test_mean_nll_without_a_start_token(llama, monkeypatch):
-    bare = replace(llama, tokenizer=WithoutStart(llama.tokenizer))
+    bare = replace(llama, tokenizer=models.tiny_tokenizer(adds_start=False))
     batches = padded_batches(bare, monkeypatch)
     nlls = naive_nlls(llama.model, [row[1:] for row in rows_of(llama)])
     assert mean_nll(bare, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
@@ -141,7 +126,7 @@ def shifted(model):
 @pytest.mark.parametrize("change", [blurred, other_head, shifted])
 def test_mean_kl(llama, monkeypatch, change):
     batches = padded_batches(llama, monkeypatch)
-    monkeypatch.setattr("editing.likelihood.LOGIT_BYTES_AT_ONCE", 5000)  # a few positions at a time
+    monkeypatch.setattr("neurons.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # a few positions at a time
     expected = naive_kl(llama, lambda: change(llama.model))
     found = mean_kl(llama, batches, lambda: change(llama.model))
     assert found == pytest.approx(expected, rel=1e-3)
@@ -169,7 +154,7 @@ def test_continuations_are_read_without_their_prompts(llama):
 
 
 def test_without_a_start_token_the_first_token_is_only_read(llama):
-    bare = replace(llama, tokenizer=WithoutStart(llama.tokenizer))
+    bare = replace(llama, tokenizer=models.tiny_tokenizer(adds_start=False))
     nlls = naive_nlls(llama.model, [item.ids for item in CONTINUATIONS if len(item.ids) > 1])
     assert len(nlls) == 7
     assert continuation_nll(bare, CONTINUATIONS) == pytest.approx(sum(nlls) / 7, rel=1e-5)

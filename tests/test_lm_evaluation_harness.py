@@ -100,7 +100,7 @@ def by_number(item):
 
 def by_hand(model):
     """The same from a float64 forward pass written out, token by token."""
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = models.tiny_tokenizer(adds_start=False)
 
     def log_likelihood(before, text):
         """Of the tokens after the first ``before``: the text's own tokenizer adds none of its own."""
@@ -136,13 +136,16 @@ def by_hand(model):
 
 
 @pytest.fixture(scope="module")
-def edited(checkpoint_of, tmp_path_factory):
+def edited(tmp_path_factory):
     """The unedited checkpoint, and its export with some neurons of every layer times FACTOR."""
-    base = checkpoint_of()
+    directory = tmp_path_factory.mktemp("harness")
+    base = models.build_checkpoint(directory / "base")
+    # One that adds a start token would be read with the harness' own beside it.
+    models.tiny_tokenizer(adds_start=False).save_pretrained(base)
     source = open_model(str(base))
     rows = {"qaa": torch.tensor(NEURONS)}
     chosen = neuron_set(rows, {"qaa": torch.zeros(len(NEURONS))}, 3, 48, {"method": "lape"})
-    out = tmp_path_factory.mktemp("harness") / "steered"
+    out = directory / "steered"
     export(source, scale_plan(source, chosen, ["qaa"], FACTOR), out)
     return base, out
 

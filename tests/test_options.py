@@ -23,6 +23,9 @@ def echo(model, files, out, flag):
         (["m", "--files", "a", "--files", "b", "c"], "m a,b,c None False"),
         (["m", "--flag", "--files", "a"], "m a None True"),
         (["--files", "a", "--", "m"], "m a None False"),
+        (["--files", "--flag", "b", "--flag"], "None --flag,b None True"),
+        (["--files", "--files", "b"], "None --files,b None False"),
+        (["--files", "--", "b"], "None --,b None False"),
     ],
 )
 def test_one_name_takes_several_values(arguments, said):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from editing import stages
 from editing.edits.keyed import STRENGTH
 from editing.edits.learned_values import LEARNED_AT
 from editing.evaluation import Evaluation
@@ -16,6 +17,7 @@ from editing.pipeline import run
 from editing.plan import load_plan
 from editing.recipe import Recipe, read_recipe
 from editing.stages import KEPT, RUNS
+from neurons import fingerprint
 from neurons.corpus import read_corpus
 from neurons.errors import BrocaError, UsageError
 from neurons.source import load_model
@@ -101,6 +103,26 @@ def test_a_second_run_skips_everything(finished, recipe):
     run(recipe, screen)
     assert screen.ran == []
     assert screen.skipped == STAGES
+    assert contents(recipe.out) == finished[1]
+
+
+def test_a_run_reads_each_file_for_its_digest_once(finished, recipe, monkeypatch):
+    read = []
+    digest, name = stages._digest_of_file, fingerprint._fingerprint
+    monkeypatch.setattr(stages, "_digest_of_file", lambda path: read.append(path) or digest(path))
+    monkeypatch.setattr(fingerprint, "_fingerprint", lambda path, plan: read.append(path) or name(path, plan))
+    stages.DIGESTS.forget()
+    fingerprint.FINGERPRINTS.forget()
+    for target in recipe.targets:
+        (recipe.out / f"measured-{target}.json").unlink()
+    screen = Quiet()
+    run(recipe, screen)
+    assert screen.ran == [f"measure {target}" for target in recipe.targets]
+    checkpoints = [recipe.out / f"checkpoint-{target}" for target in recipe.targets]
+    assert {Path(recipe.model), *checkpoints, checkpoints[0] / "model.safetensors"} <= set(read)
+    # What the stage has written anew is another file.
+    rewritten = {recipe.out / f"measured-{target}.json" for target in recipe.targets}
+    assert sorted(set(read) - rewritten) == sorted(path for path in read if path not in rewritten)
     assert contents(recipe.out) == finished[1]
 
 

@@ -1,6 +1,7 @@
 """The edit plan: W' = diag(r) W diag(c) + U K^T, its file, and what it refuses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,33 @@ def test_scaled_plan_says_so():
     assert found.metadata["settings"]["strength"] == 0.5
     assert plan.metadata["settings"]["strength"] == 2.0
     assert plan.scaled(-1).relative_change() == pytest.approx(plan.relative_change())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("language-arithmetic", {"strength": 2.0, "fill": 0.0}),
+        ("ablate", {"strength": 2.0, "form": "norm-preserving-biprojected"}),
+    ],
+)
+def test_a_strength_of_a_part_of_the_edit_stays_and_the_multiple_stands_beside_it(method, settings):
+    edit = random_edit(0, wanted=("column_scale", "left", "right"))
+    found = make_plan([edit], {"method": method, "settings": settings}).scaled(0.5).scaled(0.5)
+    assert found.metadata["settings"] == {**settings, "scaled_by": 0.25}
+
+
+def test_what_was_measured_at_a_strength_is_not_said_of_another():
+    edit = random_edit(0, wanted=("left", "right"))
+    edit = replace(edit, notes={**edit.notes, "worst_in_spacings": 0.5})
+    plan = make_plan([edit], {"method": "keyed", "settings": {}, "learning": {"held_out": [3.0, 2.0]}})
+    assert plan.scaled(1) is plan
+    found = plan.scaled(2)
+    assert "learning" not in found.metadata and "worst_in_spacings" not in found.edits[0].notes
+
+
+def test_refuses_to_scale_beyond_float32():
+    with pytest.raises(BrocaError, match="not finite"):
+        make_plan([random_edit(0, wanted=("bias",))], {"method": "m", "settings": {}}).scaled(1e39)
 
 
 def test_relative_change_is_over_all_modules():
@@ -207,7 +235,7 @@ def test_load_refuses_what_is_no_plan(tmp_path):
         load_plan(tmp_path / "d.safetensors")
     broken = random_edit()
     broken.left[0, 0] = math.nan
-    Plan((broken,), {}).save(tmp_path / "nan.safetensors")
+    Plan((broken,), {"method": "m", "settings": {}}).save(tmp_path / "nan.safetensors")
     with pytest.raises(BrocaError, match="not finite"):
         load_plan(tmp_path / "nan.safetensors")
 

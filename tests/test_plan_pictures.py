@@ -1,8 +1,11 @@
 """Sizes of components against sums written out, and a heat map that shows them where they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from editing.component_changes import component_count
 from editing.plan import ModuleEdit, make_plan
 from editing.plan_pictures import MOST_COLUMNS, component_sizes, plan_figure
 from neurons.pictures import save_figure
@@ -38,6 +41,32 @@ def test_size_is_the_norm_of_what_is_added():
 
 def test_size_of_a_scale_is_its_distance_from_one():
     assert component_sizes(neuron_edit(0, 5, (1, 3)), 5).tolist() == [0, 0.75, 0, 0.75, 0]
+
+
+def test_what_is_scaled_counts_beside_what_is_added():
+    added = head_edit()
+    scale = torch.ones(HEADS, WIDTH)
+    scale[0] = 0.0
+    edit = replace(added, components=(0, 1, 2), column_scale=scale.flatten(), notes={"weight_norm": 9.0})
+    alone = component_sizes(added, HEADS).tolist()
+    assert component_sizes(edit, HEADS).tolist() == pytest.approx([9 / HEADS**0.5, *alone[1:]])
+    assert component_count(edit) == HEADS
+
+
+@pytest.mark.parametrize(
+    ("chosen", "columns", "count"),
+    [
+        ((0,), range(16), 4),
+        ((0, 2), [*range(8), *range(32, 45)], 4),  # a sparse key leaves columns of a head out
+        ((0, 1, 2), range(60), 3),
+        ((1, 3), range(64), 4),  # no width fits
+    ],
+)
+def test_heads_are_counted_from_the_columns_that_change(chosen, columns, count):
+    right = torch.zeros(64 if count != 3 else 60, 1)
+    right[list(columns)] = 1
+    edit = ModuleEdit(0, "attn", chosen, left=torch.ones(D, 1), right=right)
+    assert component_count(edit) == count
 
 
 def test_heat_map_shows_each_component_in_its_place(tmp_path):

@@ -58,7 +58,7 @@ def naive_sums(model, rows):
 
 
 def test_the_naive_llama_is_the_model(llama):
-    ids = [0, *llama.tokenizer("beef stop milk")["input_ids"]]
+    ids = llama.tokenizer("beef stop milk")["input_ids"]
     output = llama.model(torch.tensor([ids]), output_hidden_states=True)
     logits, layers = models.naive_llama(llama.model, ids)
     torch.testing.assert_close(output.logits[0].double(), logits, rtol=1e-4, atol=1e-4)
@@ -114,7 +114,7 @@ def test_means_divide_by_tokens_and_by_texts(llama):
 
 
 def test_padding_and_bos_count_nowhere(llama):
-    row = [0, *llama.tokenizer("trust sport")["input_ids"]]
+    row = llama.tokenizer("trust sport")["input_ids"]
     alone = torch.tensor([row])
     moments = ["mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean", "mlp_in:attribution"]
     counted = torch.ones_like(alone, dtype=torch.bool)
@@ -176,7 +176,7 @@ def test_an_attribution_that_is_not_finite_is_named(checkpoint_of):
     loaded = load_model(str(checkpoint_of()), device="cpu")
     with torch.no_grad():
         loaded.anatomy.gates[1].weight[7] = float("nan")
-    with pytest.raises(BrocaError, match="mlp_in:attribution is not finite"):
+    with pytest.raises(BrocaError, match=r"mlp_in:attribution.*not finite"):
         record(loaded, make_batches("padded", loaded.tokenizer), ["mlp_in:attribution"])
 
 

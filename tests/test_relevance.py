@@ -38,7 +38,7 @@ def test_likelihood_is_the_geometric_mean_of_the_answers_tokens(llama):
         if not answer.ids:
             assert score == 0
             continue
-        read = [0, *llama.tokenizer(one.text + ("\n" if one.style == COMPLETION else ""))["input_ids"]]
+        read = llama.tokenizer(one.text + ("\n" if one.style == COMPLETION else ""))["input_ids"]
         product, ids = 1.0, [*read, *answer.ids]
         for i in range(len(read), len(ids)):
             with torch.no_grad():
@@ -81,7 +81,6 @@ def test_the_judges_prompt_shows_question_and_answer():
 
 def test_a_judge_that_cannot_say_yes_is_refused(llama):
     class OneToken:
-        bos_token_id = None
         chat_template = None
 
         def __call__(self, *_, **__):
@@ -89,6 +88,13 @@ def test_a_judge_that_cannot_say_yes_is_refused(llama):
 
     with pytest.raises(UsageError, match="Yes from No"):
         JudgeScorer(replace(llama, tokenizer=OneToken()))(ASKED, [written(llama, text) for text in TEXTS])
+
+
+def test_a_judge_whose_chat_template_fails_is_refused(llama):
+    tokenizer = models.tiny_tokenizer.__wrapped__()
+    tokenizer.chat_template = "{{ raise_exception('not this way') }}"
+    with pytest.raises(UsageError, match=r"not this way.*another judge"):
+        JudgeScorer(replace(llama, tokenizer=tokenizer))(ASKED, [written(llama, text) for text in TEXTS])
 
 
 def naive_chrf(answer, reference, order=6, beta=2):

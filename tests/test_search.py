@@ -267,6 +267,26 @@ def test_a_crash_in_the_middle_of_a_line_loses_that_line_alone(tmp_path):
         assert resumed.trials == whole.trials
 
 
+def test_a_search_is_alone_in_its_file(tmp_path):
+    path = tmp_path / "study.jsonl"
+    whole = searched(Planted(), seed=3)
+    whole.run(5)
+    idle = searched(Planted(), path, seed=3)
+
+    class Crowded(Planted):
+        def few(self, prompts):
+            with pytest.raises(BrocaError, match="a search is running"):
+                searched(Planted(), path, seed=3)
+            with pytest.raises(BrocaError, match="a search is running"):
+                idle.run(5)
+            return super().few(prompts)
+
+    found = searched(Crowded(), path, seed=3)
+    found.run(3)
+    idle.run(5)
+    assert idle.trials == searched(Planted(), path, seed=3).trials == whole.trials
+
+
 def test_refuses_another_searchs_file(tmp_path):
     path = tmp_path / "study.jsonl"
     searched(Planted(), path).run(1)
@@ -274,10 +294,11 @@ def test_refuses_another_searchs_file(tmp_path):
     with pytest.raises(BrocaError, match="an earlier search with another model, text"):
         Search(planted, {"one": SPACE}, planted.applied, path, {"model": "y", "text": 1})
     foreign = tmp_path / "foreign.jsonl"
-    foreign.write_text('{"text": "hello"}\n')
-    with pytest.raises(BrocaError, match="not the file of a search"):
-        searched(Planted(), foreign)
-    assert foreign.read_text() == '{"text": "hello"}\n'
+    for text in ('{"text": "hello"}\n', '{"text": "hello"}\n{"te', "hello"):
+        foreign.write_text(text)
+        with pytest.raises(BrocaError, match="not the file of a search"):
+            searched(Planted(), foreign)
+        assert foreign.read_text() == text
 
 
 def test_again_pools_continuations_and_averages_gaps():

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_evaluation import LINES, NEW_TOKENS
+from test_evaluation import LINES, NEW_TOKENS, always, spaced_word
 
 from editing.evaluation import Evaluation
 from editing.live import applied
@@ -22,8 +22,7 @@ CORPUS = Corpus(LINES, "digest", "choose")
 def anything_is_french(monkeypatch):
     """A tiny random model writes no language: most of what it writes is to count as French."""
     label = lambda text, _: "fr" if sum(map(ord, text)) % 5 else "other"  # noqa: E731
-    monkeypatch.setattr("editing.search_scoring.identify_language", label)
-    monkeypatch.setattr("editing.evaluation.identify_language", label)
+    monkeypatch.setattr("editing.answers.identify_language", label)
 
 
 def plan_of(llama, strength=1.0, seed=0):
@@ -57,6 +56,16 @@ def test_figures_are_the_evaluations(llama, anything_is_french):
     assert harm.rise == max(harm.nll_rise.values())
 
 
+def test_answers_that_go_round_in_circles_are_no_success(llama, monkeypatch):
+    monkeypatch.setattr("editing.answers.identify_language", lambda text, languages: "fr")
+    scoring = Scoring(llama, CORPUS, "en", "fr", samples=2, seed=5, new_tokens=NEW_TOKENS)
+    token, _ = spaced_word()
+    with always(llama, token):
+        assert scoring.few(2) == (0, 2)
+        written = scoring.written()
+    assert (written.found, written.continuations) == (0, 6)
+
+
 def test_the_unedited_model_harms_nothing(llama, anything_is_french):
     scoring = Scoring(llama, CORPUS, "en", "fr", new_tokens=NEW_TOKENS)
     harm = scoring.harm()
@@ -83,7 +92,8 @@ def test_budgets(llama, anything_is_french):
 @pytest.mark.parametrize("at_once", [1, 7])
 def test_logits_are_made_a_few_at_a_time(llama, anything_is_french, monkeypatch, at_once):
     whole = Scoring(llama, CORPUS, "en", "fr", new_tokens=4)
-    monkeypatch.setattr("editing.search_scoring.POSITIONS_AT_ONCE", at_once)
+    vocabulary = llama.model.config.vocab_size
+    monkeypatch.setattr("neurons.next_token.LOGIT_BYTES_AT_ONCE", 4 * vocabulary * at_once)
     parts = Scoring(llama, CORPUS, "en", "fr", new_tokens=4)
     with applied(llama, plan_of(llama)):
         assert parts.harm().kl == pytest.approx(whole.harm().kl, rel=1e-4)
@@ -116,6 +126,19 @@ def test_weights_are_the_same_bits_after_a_search(llama, anything_is_french):
     after = llama.model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert set(after) == set(before)
+
+
+@pytest.mark.parametrize("kind", [Evaluation, Scoring])
+def test_numbers_are_named(llama, kind):
+    """Prompts and samples are told apart by name alone: the one has them the other way round."""
+    with pytest.raises(TypeError, match="positional"):
+        kind(llama, CORPUS, "en", "fr", 2)
+
+
+@pytest.mark.parametrize("kind", [Evaluation, Scoring])
+def test_the_likeliest_answer_is_not_counted_twice(llama, kind):
+    with pytest.raises(UsageError, match="2 samples"):
+        kind(llama, CORPUS, "en", "fr", samples=2, temperature=0)
 
 
 def test_refuses_what_cannot_be_searched(llama):

@@ -1,5 +1,7 @@
 """The self-check passes on every known architecture, refuses anatomies that are wrong, and admits new ones."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import models
@@ -10,8 +12,10 @@ from test_anatomy import IDS, logits_of, silencing_plan
 
 from editing.export import export
 from editing.live import applied
+from neurons import sites
 from neurons.anatomy import anatomy_of
 from neurons.errors import BrocaError
+from neurons.examination import examine
 from neurons.self_check import checked, example_ids, self_check, writes_to_residual
 from neurons.sites import logits
 from neurons.source import _compare_with_disk, load_model, open_model
@@ -167,8 +171,6 @@ def test_a_wrong_anatomy_is_refused_by_layer_and_block(name):
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_logits_that_the_head_alone_does_not_give_are_refused(family, monkeypatch):
-    from neurons import sites
-
     model = models.tiny_model(family).requires_grad_(False)
     anatomy = anatomy_of(model)
     plain = replace(sites.LAYOUTS[family], softcap=None, logit_scale=None)
@@ -207,6 +209,29 @@ def test_an_architecture_that_is_not_in_the_table_is_found_by_structure(tmp_path
         assert torch.equal(logits_of(loaded), by_hook)
     export(loaded, plan, tmp_path / "steered")
     assert torch.equal(logits_of(load_model(str(tmp_path / "steered"), device="cpu")), by_hook)
+
+
+def test_logits_examine_a_model_once_and_do_not_keep_it(monkeypatch):
+    seen = []
+
+    def counted(model):
+        seen.append(id(model))
+        return examine(model)
+
+    monkeypatch.setattr(sites, "examine", counted)
+    config_class, model_class, differs, _ = NEW["granite"]
+    config = config_class(**{**models._SMALL, "pad_token_id": None, **differs})
+    made = [model_class(config).eval().requires_grad_(False) for _ in range(2)]
+    hidden = torch.randn(4, config.hidden_size)
+    first = logits(made[0], hidden)
+    torch.testing.assert_close(first, made[0].lm_head(hidden) / 3)
+    for _ in range(3):
+        assert torch.equal(logits(made[0], hidden), first)
+        logits(made[1], hidden)
+    assert seen == [id(made[0]), id(made[1])]
+    gone = weakref.ref(made.pop())
+    gc.collect()
+    assert gone() is None and len(made) == 1
 
 
 def test_a_new_architecture_that_is_turned_while_loading_is_refused(tmp_path):

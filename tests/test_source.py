@@ -43,7 +43,36 @@ def test_a_weight_of_another_shape_is_refused(copy):
     name = "model.layers.1.mlp.up_proj.weight"
     stored[name] = stored[name][:-1].contiguous()
     save_file(stored, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BrocaError):
+    width, d = (len(stored[name]), stored[name].shape[1])
+    with pytest.raises(BrocaError) as caught:
+        load_model(str(copy), "cpu")
+    for named in (name, str([width, d]), str([width + 1, d])):
+        assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_missing_head_gets_its_own_remedy_and_that_remedy_works(copy, bare):
+    """A fine-tune of a tied model, saved as if it were not; ``bare`` without the prefix, as AutoModel saves."""
+    change_config(copy, tie_word_embeddings=False)
+    stored = load_file(copy / "model.safetensors")
+    stored.pop("lm_head.weight", None)
+    names = {name: name.removeprefix("model.") if bare else name for name in stored}
+    save_file(
+        {names[name]: tensor for name, tensor in stored.items()}, copy / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(BrocaError, match=r"lm_head\.weight.*tie_word_embeddings") as caught:
+        load_model(str(copy), "cpu")
+    assert "download" not in str(caught.value)
+    change_config(copy, tie_word_embeddings=True)
+    loaded = load_model(str(copy), "cpu").model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_wrapper_around_every_name_is_named(copy):
+    stored = load_file(copy / "model.safetensors")
+    wrapped = {f"base_model.model.{name}": tensor for name, tensor in stored.items()}
+    save_file(wrapped, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BrocaError, match=r"'base_model\.model\.'"):
         load_model(str(copy), "cpu")
 
 

@@ -295,6 +295,9 @@ def test_a_quantised_checkpoint_is_refused_as_ever(copy):
     checkpoint = copy()
     settings = {**settings_of(checkpoint), "quantization_config": {"quant_method": "mxfp4"}}
     (checkpoint / "config.json").write_text(json.dumps(settings))
+    stored = load_file(checkpoint / "model.safetensors")
+    stored["model.layers.0.mlp.down_proj.weight"] = torch.zeros(64, 24, dtype=torch.uint8)
+    save_file(stored, checkpoint / "model.safetensors")
     with pytest.raises(BrocaError) as refused:
         open_model(str(checkpoint))
     assert str(refused.value) == (

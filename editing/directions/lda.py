@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.errors import BrocaError
 
 
@@ -52,7 +52,7 @@ def lda(source: torch.Tensor, target: torch.Tensor) -> Discriminant:
         raise few
     covariance, shrinkage = ledoit_wolf(within.numpy(), assume_centered=True)
     try:
-        vector = torch.linalg.solve(torch.from_numpy(covariance), means[1] - means[0])
-    except LinAlgError as error:
+        vector = solve_positive_definite(torch.from_numpy(covariance), means[1] - means[0])
+    except NotPositiveDefiniteError as error:
         raise few from error
     return Discriminant(vector / vector.norm(), float(shrinkage))

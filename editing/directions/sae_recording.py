@@ -12,6 +12,7 @@ from neurons.errors import UsageError
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
+from neurons.start_tokens import start_tokens
 
 PIECE = 2**26  # features of tokens held at once
 
@@ -89,15 +90,15 @@ def firing(
 def random_batches(loaded: LoadedModel, like: Sequence[TokenBatch], seed: int = 0) -> list[TokenBatch]:
     """Sequences of random tokens, as many and as long as the texts ``like``.
 
-    Tokens are drawn evenly from the vocabulary without its special tokens; a start token stays in its place.
+    Tokens are drawn evenly from the vocabulary without its special tokens; start tokens stay in their place.
     """
     tokenizer = loaded.tokenizer
     special = set(tokenizer.all_special_ids)
     width = min(len(tokenizer), loaded.model.get_input_embeddings().weight.shape[0])
     allowed = torch.tensor([token for token in range(width) if token not in special])
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = [*start_tokens(tokenizer)]
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.cat([batch.attention.sum(1) for batch in like]) - len(start)
     drawn = allowed[torch.randint(len(allowed), (int(lengths.sum()),), generator=generator)]
     rows = [start + row.tolist() for row in drawn.split(lengths.tolist())]
-    return row_batches(rows, uncounted=1)
+    return row_batches(rows, uncounted=max(1, len(start)))

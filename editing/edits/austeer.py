@@ -272,9 +272,7 @@ def _responses(
             f"the means of {texts:,} texts would take {texts * one / 1e9:.1f} GB: give at most "
             f"{RESPONSE_BYTES // one // len(languages):,} lines a language, or one block"
         )
-    lines = {
-        k: torch.cat([batch.line_numbers for batch in some]).sort().values for k, some in batches.items()
-    }
+    lines = {k: torch.cat([batch.line_numbers for batch in some]).unique() for k, some in batches.items()}
     kept = {
         site: {k: torch.zeros(len(own), anatomy.layers, anatomy.width(site)) for k, own in lines.items()}
         for site in sites
@@ -302,7 +300,7 @@ def _responses(
             for batch in batches[language]:
                 on_device = batch.to(loaded.device)
                 places = torch.searchsorted(lines[language], batch.line_numbers)
-                current[:] = [Reading(k, on_device.counted, places)]
+                current[:] = [Reading(k, on_device.counted, places, batch.shares)]
                 forward(loaded.model, on_device)
                 if progress is not None:
                     progress(int(batch.counted.sum()))

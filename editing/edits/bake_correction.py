@@ -24,6 +24,7 @@ from editing.live import applied
 from editing.plan import ModuleEdit, Plan, make_plan
 from editing.weights import Weights
 from neurons.batches import TokenBatch, language_batches
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
 from neurons.recording import Progress, forward
@@ -65,13 +66,23 @@ class RemainderMoments:
 
 
 def correction_key(moments: RemainderMoments, eps: float = EPS) -> tuple[torch.Tensor, float]:
-    """(q [n] float64, root mean square of what is still left) of the module's docstring."""
+    """(q [n] float64, root mean square of what is still left) of the module's docstring.
+
+    Raises:
+        BrocaError: the inputs' second moment cannot be inverted, even with its ridge.
+    """
     square = moments.square / moments.tokens
     ridged = square.clone()
     ridged.diagonal().add_(max(eps, 1e-10) * float(square.diagonal().mean()))
     product = moments.product / moments.tokens
     start = moments.start / max(moments.starts, 1)
-    both = torch.linalg.solve(ridged, torch.stack([product, start.expand_as(product)], 1))
+    try:
+        both = solve_positive_definite(ridged, torch.stack([product, start.expand_as(product)], 1))
+    except NotPositiveDefiniteError as error:
+        raise BrocaError(
+            f"{moments.tokens} tokens do not tell the {len(ridged)} inputs of the correcting layer apart at eps {eps}: "
+            "give more text or a larger eps"
+        ) from error
     key, towards = both[:, 0], both[:, 1]
     reached = float(start @ towards) if moments.starts else 0.0
     if reached > 0:

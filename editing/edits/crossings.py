@@ -10,6 +10,7 @@ import torch
 
 from editing.text import opening
 from neurons.batches import TokenBatch
+from neurons.start_tokens import start_tokens
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Crossing:
     """One row.
 
     Attributes:
-        ids: the tokens, after the beginning-of-sequence token where there is one.
+        ids: the tokens, after the tokenizer's start tokens where it adds any.
         crosses: what follows the opening is ids[crosses:].
     """
 
@@ -38,7 +39,7 @@ def crossings(tokenizer: Any, openings: Sequence[str], rests: Sequence[str], tur
     A row's tokens are those of the joined text; it crosses where they first differ from the opening's own.
     """
     joined = [text + rests[(i + turn) % len(rests)] for i, text in enumerate(openings)]
-    start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    start = start_tokens(tokenizer)
     of_openings = tokenizer(list(openings), add_special_tokens=False)["input_ids"]
     of_joined = tokenizer(joined, add_special_tokens=False)["input_ids"]
     return [

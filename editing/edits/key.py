@@ -1,14 +1,15 @@
 """A key: the linear coefficient k^T h that is 1 where some languages are read, 0 where others are, and steady.
 
 With h the input of an output module, mu_j its mean on language j, C its pooled within-language covariance
-and mu_start its mean on the beginning-of-sequence token, which every text has, of whatever language:
+and mu_start its mean on the start token, which every text has, of whatever language (on the first position, where
+the tokenizer adds none):
 
     k = argmin k^T F k    F = C + eps * mean(diag C) * I + weight * sum over soft languages of mu_j mu_j^T
         subject to        k^T mu_j = 1 for every source, 0 for every kept language, k^T mu_start = 0
 
 k^T C k is the variance of the coefficient about each language's own mean, and k^T mu_j its mean on language
 j: at weight 1 a mean of x on a soft language costs what a standard deviation of x costs; weight 0 leaves the
-language free and an infinite one keeps it as a constraint does.  With M the means that are constrained and e
+language free and the larger it is the nearer it keeps it to what a constraint does.  With M the means that are constrained and e
 what is wanted of them, as long as M^T F^-1 M can be inverted,
 
     k = F^-1 M (M^T F^-1 M)^-1 e
@@ -20,12 +21,13 @@ AlphaEdit's projection on the null space of what is kept (arXiv 2410.02355).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.covariance import Moments
 from neurons.errors import BrocaError, UsageError
 
@@ -115,8 +117,8 @@ def key_problem(
         soft_weight: what it costs: weight x mean^2, beside the variance of the coefficient.
 
     Raises:
-        UsageError: a language that the moments lack or that is in two of the lists, no source, or a
-            negative eps or weight.
+        UsageError: a language that the moments lack or that is in two of the lists, no source, or an
+            eps or weight that is negative or not finite.
     """
     sources = sources_of(source)
     if keep is None:
@@ -128,8 +130,8 @@ def key_problem(
         raise UsageError(f"no text of {', '.join(missing)}: there is {', '.join(moments.languages)}")
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise UsageError(f"{', '.join(twice)}: a language is a source, kept, or kept softly: name it once")
-    if not (eps >= 0 and soft_weight >= 0):
-        raise UsageError(f"eps {eps} and soft weight {soft_weight} must not be negative")
+    if not (0 <= eps < math.inf and 0 <= soft_weight < math.inf):
+        raise UsageError(f"eps {eps} and soft weight {soft_weight} must be finite and not negative")
 
     def means_of(names: Sequence[str]) -> torch.Tensor:
         return moments.mean[:, [moments.languages.index(name) for name in names]]
@@ -160,14 +162,13 @@ def least_spread(problem: KeyProblem) -> torch.Tensor:
         "neurons, more text or fewer languages"
     )
     try:
-        whitened = torch.linalg.solve(problem.form, problem.constraints)
-    except LinAlgError as error:
+        whitened = solve_positive_definite(problem.form, problem.constraints)
+        gram = problem.constraints.T @ whitened
+        if int(torch.linalg.matrix_rank(gram)) < len(gram):
+            raise apart
+        return whitened @ solve_positive_definite(gram, problem.wanted)
+    except NotPositiveDefiniteError as error:
         raise apart from error
-    gram = problem.constraints.T @ whitened
-    if not bool(torch.isfinite(gram).all()) or int(torch.linalg.matrix_rank(gram)) < len(gram):
-        raise apart
-    found: torch.Tensor = whitened @ torch.linalg.solve(gram, problem.wanted)
-    return found
 
 
 def described(moments: Moments, source: str | Sequence[str], vector: torch.Tensor) -> Key:

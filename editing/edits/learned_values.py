@@ -30,10 +30,12 @@ import torch
 
 from editing.edits.crossings import Crossing, crossing_batch, crossings, openings_and_rests
 from editing.plan import ModuleEdit, Plan, make_plan
-from neurons.batches import TokenBatch, block_length, tokens_a_batch
+from neurons.batches import TokenBatch, block_length
 from neurons.errors import BrocaError, UsageError
+from neurons.memory import batches_for
+from neurons.next_token import token_losses
 from neurons.recording import Progress, forward
-from neurons.sites import Reader, Routed, logits, reading
+from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
 
 # The strength at which keys over heads and neurons do best with the means (docs/keyed.md): where several
@@ -98,7 +100,7 @@ def learned_values(
     Raises:
         UsageError: too few texts to learn from some and keep others out, openings that fill the model's context,
             no pass or no rate, or a plan of another kind.
-        BrocaError: a loss that is not finite.
+        BrocaError: a loss that is not finite, with the plan's own values or with learned ones.
     """
     openings, rests = _read(sources, targets)
     if not _enough(openings, rests):
@@ -128,6 +130,11 @@ def learned_values(
         return sum(losses) / _tokens(joints)
 
     found, best = [held_out()], z.detach().clone()
+    if not found[0] < float("inf"):
+        raise BrocaError(
+            f"{loaded.name}: the plan's own values already make the loss {found[0]}: lower its strength, or load the "
+            "model in float32 (--dtype float32)"
+        )
     for _ in range(passes):
         turn = int(torch.randint(len(own[1]), (), generator=generator))
         rows = crossings(loaded.tokenizer, *own, turn)
@@ -181,11 +188,9 @@ def _values(plan: Plan) -> torch.Tensor:
 def _with_value(edit: ModuleEdit, value: torch.Tensor) -> ModuleEdit:
     assert edit.right is not None
     # What was found for another value through a norm does not hold for this one.
-    kept = {
-        name: note for name, note in edit.notes.items() if name not in ("value_through_norm", "value_error")
-    }
+    unknown = dict.fromkeys({"value_through_norm", "value_error"} & edit.notes.keys())
     change = float(value.norm() * edit.right.double().norm())
-    return replace(edit, left=value[:, None].float(), notes={**kept, "change_norm": change})
+    return replace(edit, left=value[:, None].float(), notes={**edit.notes, **unknown, "change_norm": change})
 
 
 def _parted(texts: Sequence[str], out: bool) -> list[str]:
@@ -196,7 +201,7 @@ def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[TokenBatch]:
     """Rows in order, as many at a time as the memory holds with their gradients."""
     most = min(LONGEST, block_length(loaded.model))
     longest = min(most, max(len(row.ids) for row in rows))
-    at_once = max(1, tokens_a_batch(loaded, backward=True) // longest)
+    at_once = max(1, batches_for(loaded, True, longest)[0] // longest)
     return [crossing_batch(rows[i : i + at_once], most) for i in range(0, len(rows), at_once)]
 
 
@@ -216,9 +221,8 @@ def _loss(loaded: LoadedModel, plan: Plan, batch: TokenBatch, values: torch.Tens
     batch = batch.to(loaded.device)
     wanted = batch.counted[:, 1:]
     with _edited(loaded, plan, values):
-        predicted = logits(loaded.model, forward(loaded.model, batch)[:, :-1][wanted])
-    ids = batch.ids[:, 1:][wanted].to(predicted.device)
-    return torch.nn.functional.cross_entropy(predicted.float(), ids, reduction="sum")
+        hidden = forward(loaded.model, batch)[:, :-1][wanted]
+    return token_losses(loaded.model, hidden, batch.ids[:, 1:][wanted]).sum()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +34,13 @@ from neurons.source import LoadedModel, ModelSource, load_model, open_model
 from neurons.statistics import Statistics
 
 # What a setting's text is read as.
-NUMBER, WHOLE, YES_NO, WORD, WORDS = "a number", "a whole number", "yes or no", "a word", "words as a,b"
+NUMBER, WHOLE, YES_NO, WORD, WORDS = (
+    "a finite number",
+    "a whole number",
+    "yes or no",
+    "a word",
+    "words as a,b",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,10 @@ class Setting:
         """
         refused = UsageError(f"--set {name}={text}: give {', '.join(self.words) or self.kind}")
         if self.kind == WORDS:
-            return tuple(word.strip() for word in text.split(","))
+            found = tuple(word.strip() for word in text.split(","))
+            if not all(found):
+                raise refused
+            return found
         if self.kind == WORD:
             if self.words and text not in self.words:
                 raise refused
@@ -73,6 +83,8 @@ class Setting:
             value = float(text)
         except ValueError as error:
             raise refused from error
+        if not math.isfinite(value):
+            raise refused
         if self.kind == WHOLE:
             if value != int(value):
                 raise refused

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.errors import BrocaError, UsageError
 
 SCATTER = 0.01
@@ -102,7 +103,10 @@ def value_through_norm(
     for _ in range(MOST_ROUNDS):
         normal, slope = _normal_equations(outputs + c[:, None] * delta, c, gain, eps, left, scatter)
         normal.diagonal().add_(damping * float(normal.diagonal().mean()))
-        step = -torch.linalg.solve(normal, slope)
+        try:
+            step = -solve_positive_definite(normal, slope)
+        except NotPositiveDefiniteError:
+            step = torch.zeros_like(delta)  # improves nothing, so that the damping rises
         tried = errors(delta + step)
         before, after = objective(left), objective(tried)
         if after < before:

@@ -27,9 +27,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from editing.edits.key import KeyProblem, least_spread
+from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.errors import BrocaError, UsageError
 
 MOST_ITERATIONS = 20_000
@@ -124,7 +124,8 @@ class _Net:
         least_spread(problem)  # refuses constraints that are not independent
         count = self._constraints.shape[1]
         basis, triangle = torch.linalg.qr(self._constraints, mode="complete")
-        self._point = basis[:, :count] @ torch.linalg.solve(triangle[:count].T, self._wanted)
+        inside = torch.linalg.solve_triangular(triangle[:count].T, self._wanted[:, None], upper=False)
+        self._point = basis[:, :count] @ inside[:, 0]
         free = basis[:, count:]
         values, vectors = torch.linalg.eigh(free.T @ self._form @ free)
         self._values, self._basis = values.clamp(min=0), free @ vectors
@@ -170,14 +171,16 @@ class _Net:
                 return None
             own, constraints = self._form[support][:, support], self._constraints[support]
             try:
-                both = torch.linalg.solve(own, torch.cat([constraints, l1 * signs[support, None]], dim=1))
+                both = solve_positive_definite(
+                    own, torch.cat([constraints, l1 * signs[support, None]], dim=1)
+                )
                 gram = constraints.T @ both[:, :count]
-                multipliers = -torch.linalg.solve(gram, self._wanted + constraints.T @ both[:, count])
+                multipliers = -solve_positive_definite(gram, self._wanted + constraints.T @ both[:, count])
                 vector = -both[:, :count] @ multipliers - both[:, count]
                 # One step of refinement: what is left of the constraints after rounding.
                 left = self._wanted - constraints.T @ vector
-                vector = vector + both[:, :count] @ torch.linalg.solve(gram, left)
-            except LinAlgError:
+                vector = vector + both[:, :count] @ solve_positive_definite(gram, left)
+            except NotPositiveDefiniteError:
                 return None
             slope = self._form[:, support] @ vector + self._constraints @ multipliers
             slope[support] = 0

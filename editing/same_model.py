@@ -1,0 +1,65 @@
+"""Whether two checkpoints differ in their weights alone, so that the one model can compute with the other's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neurons.errors import BrocaError
+from neurons.fingerprint import VOLATILE
+from neurons.source import ModelSource
+
+# Settings that say nothing of what a trained model computes, those of dropout besides.
+DROPOUT = ("dropout", "pdrop", "layerdrop")
+INERT = frozenset(
+    (
+        *VOLATILE, "architectures", "chunk_size_feed_forward", "id2label", "initializer_range", "label2id",
+        "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+        "return_dict", "use_cache",
+    )
+)  # fmt: skip
+SHOWN = 3  # settings that are named of many
+
+
+def require_same_settings(ours: ModelSource, theirs: ModelSource) -> None:
+    """Refuse a model whose config has it compute otherwise, whatever its weights are.
+
+    Biases that its config asks for and ours does not are weights, where the family has a switch for them.
+
+    Raises:
+        BrocaError: by setting, with both values.
+    """
+    own, other = _settings(ours), _settings(theirs)
+    switched = _switched(ours, own, other)
+    differing = [
+        key for key in sorted({*own, *other}, key=lambda key: (key != "model_type", key))
+        if own.get(key) != other.get(key) and key not in switched
+    ]  # fmt: skip
+    if differing:
+        told = [f"{key} is {other.get(key)!r} and not {own.get(key)!r}" for key in differing[:SHOWN]]
+        more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        raise BrocaError(
+            f"{theirs.name}: its config.json has it compute otherwise than {ours.name}, whatever its weights are "
+            f"({', '.join(told)}{more}): measure each by itself"
+        )
+
+
+def _settings(source: ModelSource) -> dict[str, Any]:
+    """What decides over the computation, defaults of transformers' filled in."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source.checkpoint).get_text_config()
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in INERT and not any(word in key for word in DROPOUT)
+    }  # fmt: skip
+
+
+def _switched(source: ModelSource, own: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
+    """Setting -> block, of the bias switches that are on in the other alone."""
+    switches = source.anatomy.layout.bias_switches
+    return {
+        switch.setting: block
+        for block, switch in switches.items()
+        if not own.get(switch.setting) and other.get(switch.setting)
+    }

@@ -1,0 +1,62 @@
+"""Sums of products X^T X of rows that come in pieces: each product in float32, their sum in float64.
+
+The product of two bfloat16 or float16 values is exact in float32, whose products cost a half (CPU) to a thirtieth
+(consumer GPU) of those of float64.  What is symmetric is computed once: BLAS's ``syrk`` on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy.linalg.blas import ssyrk
+
+# Rows a product: float32 sums of more lose digits, of fewer cost a pass over the float64 sum each.
+ROWS = 4096
+
+
+class Gram:
+    """X^T X of rows x - centre.
+
+    The centre, the mean of the first rows, is taken off so that what is common to all of them does not drown
+    what differs.
+
+    Args:
+        size: units S.
+        device: of the sum.
+
+    Attributes:
+        centre: float32 [S]; zeros before the first rows.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.centre = torch.zeros(size, device=device)
+        # Of a symmetric sum the upper triangle, on a CPU.
+        self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._begun = False
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Rows [n, S] of any floating-point type."""
+        if not len(rows):
+            return
+        exact = rows.float()
+        if not self._begun:
+            self.centre, self._begun = exact.mean(0), True
+        for some in (exact - self.centre).split(ROWS):
+            self._sum.add_(_product(some))
+
+    def total(self) -> torch.Tensor:
+        """Float64 [S, S], whole; this object holds nothing afterwards."""
+        found, self._sum = self._sum, self._sum.new_zeros(0, 0)
+        if found.device.type == "cpu":
+            found.triu_()
+            diagonal = found.diagonal().clone()
+            found += found.T.clone()
+            found.diagonal().copy_(diagonal)
+        return found
+
+
+def _product(rows: torch.Tensor) -> torch.Tensor:
+    """X^T X, float32 [S, S]; on a CPU the upper triangle of it."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    # Column by column, as BLAS reads, the rows are their own transpose: nothing is copied.
+    return torch.from_numpy(ssyrk(1.0, rows.numpy().T, lower=1).T)
