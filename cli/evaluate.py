@@ -157,7 +157,7 @@ def command(
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
-    from editing.weight_exchange import exchange
+    from editing.weight_exchange import Exchange
     from neurons.artifact import json_bytes, write_atomically
     from neurons.corpus import read_corpus
     from neurons.errors import UsageError
@@ -233,7 +233,7 @@ def command(
     judging = None if judge is None else load_model(judge, device, dtype)
     # Left on disk: what differs is exchanged in the one model that is in memory.
     other = None if against is None else load_model(against, dtype=dtype, max_memory=0)
-    with_others = None if other is None else exchange(loaded, other)
+    with_others = None if other is None else Exchange(loaded, other)
     inputs += [
         model_read(option, one)
         for option, one in (("--against", other), ("--judge", judging))

@@ -38,7 +38,7 @@ from editing.plan import load_plan
 from editing.recipe import LEARNED, Recipe
 from editing.report import Report, report_files, report_from_json
 from editing.stages import RUNS, UNCHANGED, Stages, digest
-from editing.weight_exchange import exchange
+from editing.weight_exchange import Exchange
 from neurons.anatomy import BLOCKS
 from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
@@ -357,7 +357,7 @@ class _Run:
             ways.append(steer2edit_candidate(self.loaded, direction, **chosen[STEER2EDIT]))
         else:
             notes.append("Steer2Edit: none of the published settings changes anything in this model.")
-        ways.append(Candidate(KEYED, plan.metadata["settings"], plan, exchange(self.loaded, exported)))
+        ways.append(Candidate(KEYED, plan.metadata["settings"], plan, Exchange(self.loaded, exported)))
         with self.screen.progress(
             f"Measuring {self.recipe.source} to {target}", len(ways) + 1, "ways"
         ) as advance:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from neurons.low_bits import dequantised
@@ -75,6 +75,7 @@ def replaced(model: nn.Module, name: str, values: torch.Tensor) -> Iterator[None
     if not parameter.is_meta:
         kept = parameter.data
         parameter.data = values.to(kept.device, kept.dtype)
+        del values  # else this frame would hold them besides
         try:
             yield
         finally:
@@ -86,6 +87,7 @@ def replaced(model: nn.Module, name: str, values: torch.Tensor) -> Iterator[None
     with TemporaryDirectory(prefix="broca-") as folder:
         file = Path(folder) / "values.safetensors"
         save_file({own: values.to(parameter.dtype).contiguous()}, file)
+        del values
         dtype = str(parameter.dtype).removeprefix("torch.")
         loader.index[key] = {"safetensors_file": str(file), "weight_name": own, "dtype": dtype}
         try:
@@ -97,6 +99,33 @@ def replaced(model: nn.Module, name: str, values: torch.Tensor) -> Iterator[None
                 loader.index[key] = kept_place
             if kept_values is not None:
                 loader.state_dict[key] = kept_values
+
+
+@contextmanager
+def overwritten(model: nn.Module, name: str, values: torch.Tensor, folder: Path) -> Iterator[None]:
+    """As ``replaced``, but a tensor in memory is written over, and its own values wait in a file.
+
+    Args:
+        model: any module.
+        name: of the tensor, from the model.
+        values: of its shape; brought to its dtype and device.
+        folder: for the file, which is left there: it is not written again when the same is overwritten again.
+    """
+    module, own = _owner(model, name)
+    live: torch.Tensor = getattr(module, own).data
+    if live.is_meta:
+        with replaced(model, name, values):
+            yield
+        return
+    file = folder / f"{name}.safetensors"
+    if not file.exists():
+        save_file({own: live.contiguous()}, file)
+    try:
+        live.copy_(values)
+        del values  # else this frame would hold them
+        yield
+    finally:
+        live.copy_(load_file(file)[own])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 
 from editing.directions.diffmean import diffmean_direction
 from editing.live import applied
-from editing.weight_exchange import exchange
+from editing.weight_exchange import Exchange
 from neurons import low_bits
 from neurons.batches import text_batches
 from neurons.errors import BrocaError, UsageError
@@ -88,7 +88,7 @@ def test_they_are_not_edited(checkpoint_of, steered_like, bits):
     with pytest.raises(BrocaError, match=f"{bits} bits"), applied(small, plan):
         raise AssertionError("entered")
     with pytest.raises(BrocaError, match=f"{bits} bits"):
-        exchange(small, load_model(str(path), max_memory=0))
+        Exchange(small, load_model(str(path), max_memory=0))
 
 
 @pytest.fixture(scope="module")

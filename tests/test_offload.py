@@ -224,3 +224,13 @@ def test_a_person_is_told_what_waits_on_disk(broca, checkpoint_of, corpus_direct
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 250_000})
     status, _, said = broca(*asked)
     assert status == 0 and "disk" in said and str(checkpoint_of().name) in said.replace("\n", "")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_computed_again_give_the_same_gradients(both, corpus, family):
+    whole, other = both(family)
+    batches = batches_of(whole, corpus)
+    expected, found = (record(loaded, batches, MOMENTS, recomputes=True) for loaded in (whole, other))
+    for name in MOMENTS:
+        assert torch.equal(found.moments[name], expected.moments[name]), name
+    assert expected.moments["mlp_in:attribution"].any()

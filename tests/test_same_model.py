@@ -11,7 +11,7 @@ from test_biases import bias_plan, logits
 from cli.evaluate import command
 from editing.export import export
 from editing.same_model import require_same_settings
-from editing.weight_exchange import exchange
+from editing.weight_exchange import Exchange
 from neurons.errors import BrocaError
 from neurons.source import load_model, open_model
 
@@ -42,7 +42,7 @@ def changed(llama, tmp_path):
 def test_added_biases_are_exchanged_and_gone_again(llama, biased):
     other = load_model(str(biased[1]), device="cpu")
     base, before = logits(llama), dict(llama.model.named_parameters())
-    with exchange(llama, other)():
+    with Exchange(llama, other)():
         assert torch.equal(logits(llama), logits(other))
     assert not torch.equal(base, logits(other))
     after = dict(llama.model.named_parameters())
@@ -52,7 +52,7 @@ def test_added_biases_are_exchanged_and_gone_again(llama, biased):
 
 def test_biases_that_the_other_lacks_are_refused(llama, biased):
     other = load_model(str(biased[1]), device="cpu")
-    with pytest.raises(BrocaError, match="_bias is False and not True"), exchange(other, llama)():
+    with pytest.raises(BrocaError, match="_bias is False and not True"), Exchange(other, llama)():
         raise AssertionError("entered")
 
 

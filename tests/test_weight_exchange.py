@@ -1,6 +1,8 @@
 """One model with another checkpoint's weights: the other's logits, its own bits after, and one model in memory."""
 
+import gc
 import json
+import tempfile
 
 import models
 import pytest
@@ -10,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from test_anatomy import logits_of, silencing_plan
 from test_biases import bias_plan
 from test_live import assert_untouched, state
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from editing.export import export
-from editing.weight_exchange import exchange
+from editing.likelihood import mean_kl
+from editing.weight_exchange import Exchange
+from neurons.batches import text_batches
 from neurons.errors import BrocaError
 from neurons.source import load_model
 
@@ -45,7 +50,7 @@ def test_an_export_is_exchanged_and_taken_back(checkpoint_of, tmp_path, monkeypa
     path = edited(loaded, tmp_path / "out")
     before, plain = state(loaded), logits_of(loaded)
     expected = logits_of(load_model(str(path), device="cpu"))
-    steering = exchange(loaded, on_disk(path))
+    steering = Exchange(loaded, on_disk(path))
     read, own = [], OffloadedWeightsLoader.__getitem__
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", lambda *at: read.append(at[1]) or own(*at))
     for _ in range(2):
@@ -64,7 +69,7 @@ def test_a_fine_tune_that_differs_everywhere(checkpoint_of, tmp_path, family, ti
     loaded = load_model(str(checkpoint_of(family, tied, dtype)), device="cpu")
     path = models.build_checkpoint(tmp_path / "tuned", family, tied, dtype, seed=9)
     before = state(loaded)
-    with exchange(loaded, on_disk(path))():
+    with Exchange(loaded, on_disk(path))():
         assert torch.equal(logits_of(loaded), logits_of(load_model(str(path), device="cpu")))
     assert_untouched(loaded, before)
 
@@ -76,7 +81,7 @@ def test_a_model_that_is_partly_on_disk_itself(checkpoint_of, tmp_path):
     expected = logits_of(load_model(str(path), device="cpu"))
     for allowed in (0, size // 2):
         loaded = load_model(whole.name, max_memory=allowed)
-        with exchange(loaded, on_disk(path))():
+        with Exchange(loaded, on_disk(path))():
             assert torch.equal(logits_of(loaded), expected)
         assert torch.equal(logits_of(loaded), logits_of(whole))
 
@@ -85,7 +90,7 @@ def test_a_bias_that_the_other_alone_has(llama, tmp_path):
     export(llama, bias_plan(llama), tmp_path / "out")
     expected = logits_of(load_model(str(tmp_path / "out"), device="cpu"))
     before = state(llama)
-    with exchange(llama, on_disk(tmp_path / "out"))():
+    with Exchange(llama, on_disk(tmp_path / "out"))():
         assert torch.equal(logits_of(llama), expected)
     assert not torch.equal(logits_of(llama), expected)
     assert state(llama).keys() == before.keys()
@@ -94,22 +99,25 @@ def test_a_bias_that_the_other_alone_has(llama, tmp_path):
 
 def test_a_bias_that_the_other_lacks_is_refused(llama, tmp_path):
     export(llama, bias_plan(llama), tmp_path / "out")
-    with pytest.raises(BrocaError, match=r"_proj\.bias"):
-        exchange(load_model(str(tmp_path / "out"), device="cpu"), on_disk(llama.checkpoint))
+    with pytest.raises(BrocaError, match="_bias"):
+        Exchange(load_model(str(tmp_path / "out"), device="cpu"), on_disk(llama.checkpoint))
 
 
-@pytest.mark.parametrize("shape", [{"num_hidden_layers": 2}, {"intermediate_size": 40}])
-def test_other_sizes_are_refused(llama, tmp_path, shape):
-    other = models.build_checkpoint(tmp_path / "other", **shape)
-    with pytest.raises(BrocaError, match="same weights"):
-        exchange(llama, on_disk(other))
+@pytest.mark.parametrize(("name", "size"), [("num_hidden_layers", 2), ("intermediate_size", 40)])
+def test_other_sizes_are_refused(llama, tmp_path, name, size):
+    other = models.build_checkpoint(tmp_path / "other", **{name: size})
+    with pytest.raises(BrocaError, match=f"{name} is {size}"):
+        Exchange(llama, on_disk(other))
 
 
-def test_tied_weights_that_the_other_has_apart_are_refused(checkpoint_of, tmp_path):
+def test_tied_weights_that_the_other_stores_twice_and_different_are_refused(checkpoint_of, tmp_path):
     tied = load_model(str(checkpoint_of("llama", True)), device="cpu")
-    path = models.build_checkpoint(tmp_path / "apart", "llama", tied=False)
+    path = models.build_checkpoint(tmp_path / "apart", "llama", tied=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(BrocaError, match=r"lm_head\.weight"):
-        exchange(tied, on_disk(path))
+        Exchange(tied, on_disk(path))
 
 
 def test_the_head_is_exchanged_where_the_embeddings_stay(checkpoint_of, tmp_path):
@@ -119,6 +127,55 @@ def test_the_head_is_exchanged_where_the_embeddings_stay(checkpoint_of, tmp_path
     tensors["lm_head.weight"] = tensors["lm_head.weight"] * 2
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     assert json.loads((path / "config.json").read_text())["tie_word_embeddings"] is False
-    with exchange(loaded, on_disk(path))():
+    with Exchange(loaded, on_disk(path))():
         doubled = logits_of(loaded)
     assert torch.equal(doubled, 2 * logits_of(loaded))
+
+
+def test_a_divergence_is_taken_from_the_unedited_head(checkpoint_of, tmp_path, corpus):
+    """The head's weight differs too, and is needed beside the other's."""
+    loaded = load_model(str(checkpoint_of("gemma", True)), device="cpu")
+    path = models.build_checkpoint(tmp_path / "tuned", "gemma", True, seed=9)
+    batches = text_batches(corpus.texts["qaa"][:4], loaded.tokenizer, 64)
+    found = mean_kl(loaded, batches, Exchange(loaded, on_disk(path)))
+    other = load_model(str(path), device="cpu")
+    total = tokens = 0
+    for batch in batches:
+        with torch.no_grad():
+            given = {"input_ids": batch.ids, "attention_mask": batch.attention.long()}
+            p, q = (one.model(**given).logits.log_softmax(-1) for one in (loaded, other))
+        kl = (p.exp() * (p - q)).sum(-1)[:, :-1][batch.counted[:, 1:]]
+        total, tokens = total + float(kl.sum()), tokens + len(kl)
+    assert found == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_memory_holds_one_model(checkpoint_of, tmp_path, monkeypatch):
+    """Of a fine-tune that differs everywhere, no tensor of either model is held beside the live ones."""
+    loaded = load_model(str(checkpoint_of("llama", dtype="bfloat16")), device="cpu")
+    path = models.build_checkpoint(tmp_path / "tuned", dtype="bfloat16", seed=9)
+    steering = Exchange(loaded, on_disk(path))
+    read, own = [], OffloadedWeightsLoader.__getitem__
+
+    def noted(*at):
+        values = own(*at)
+        read.append((at[1], StorageWeakRef(values.untyped_storage())))
+        return values
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", noted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with steering():
+        gc.collect()
+        assert len(read) > 20
+        assert [name for name, storage in read if not storage.expired()] == ["lm_head.weight"]
+
+
+def test_nothing_temporary_is_left(llama, tmp_path, monkeypatch):
+    path = models.build_checkpoint(tmp_path / "tuned", seed=9)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "folder"))
+    (tmp_path / "folder").mkdir()
+    steering = Exchange(llama, on_disk(path))
+    with steering():
+        assert list((tmp_path / "folder").iterdir())
+    del steering
+    gc.collect()
+    assert not list((tmp_path / "folder").iterdir())
