@@ -260,7 +260,7 @@ class Anatomy:
             mend = (
                 "its names for this architecture are not known"
                 if self.layout.examined
-                else "download it again"
+                else "download or save it again whole"
             )
             raise BrocaError(f"the checkpoint has no tensor {name!r}: {mend}")
         return complete[0]
