@@ -124,6 +124,7 @@ def command(**options: Any) -> None:
 
     if asked.out is None:
         raise UsageError("--out is missing: name the file for the plan")
+    _keep_inputs(asked)
     operations = [name for name in ("compose", "invert", "restrict") if getattr(asked, name)]
     if len(operations) > 1:
         raise UsageError(f"--{' and --'.join(operations)} exclude each other: do one after the other")
@@ -223,6 +224,11 @@ def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource
     for name, value in vars(asked).items():
         if name not in meant and _was_given(name, value):
             raise UsageError(f"{_spelled(name)} means nothing to --{operation}: leave it out")
+    if operation == "restrict":
+        if all(getattr(asked, name) is None for name in ("layers", "heads", "neurons")):
+            raise UsageError("--restrict: name the --layers, --heads or --neurons that may change")
+        if asked.languages is not None and asked.neurons is None:
+            raise UsageError("--languages chooses among --neurons, which are not given: leave it out")
     if operation != "compose" and asked.model is None:
         raise UsageError(f"--{operation} needs MODEL, the one that the plan was made for")
     if operation == "compose" and len(asked.compose) == 1 and asked.strength is None:
@@ -254,6 +260,17 @@ def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource
                     }
         plan = restricted(source, load_plan(asked.restrict), layers, components)
     return plan if asked.strength is None else plan.scaled(asked.strength), source
+
+
+def _keep_inputs(asked: SimpleNamespace) -> None:
+    """Refuse an --out that would replace a file that the plan is made of."""
+    from neurons.errors import UsageError
+
+    for name in ("directions", "vector", "neurons", "statistics", "compose", "invert", "restrict"):
+        given = getattr(asked, name)
+        for path in given if isinstance(given, tuple) else (given,):
+            if path is not None and asked.out.exists() and path.samefile(asked.out):
+                raise UsageError(f"--out {asked.out} is what {_spelled(name)} reads: name another file")
 
 
 def _assignments(asked: SimpleNamespace) -> dict[str, str]:

@@ -417,6 +417,39 @@ def test_nothing_of_a_plan_is_no_plan(broca, files, plan_of, tmp_path, words):
     assert status == 2 and "strength of 0" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["MODEL", "--method", "steer2edit", "--direction", "FILE"], "--direction"),
+        (
+            ["MODEL", "--method", "scale", "--neurons", "FILE", "--languages", "qab", "--factor", "0"],
+            "--neurons",
+        ),
+        (["MODEL", "--method", "bake", "--vector", "FILE", "--corpus", "TEXT"], "--vector"),
+        (["--compose", "OTHER", "FILE"], "--compose"),
+        (["MODEL", "--invert", "FILE"], "--invert"),
+        (["MODEL", "--restrict", "FILE", "--layers", "1"], "--restrict"),
+    ],
+)
+def test_what_a_plan_is_made_of_is_not_overwritten(broca, files, plan_of, tmp_path, words, named):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(mine)
+    places = {"MODEL": files / "model", "FILE": mine, "OTHER": plan_of("scale"), "TEXT": files / "text"}
+    for out in (mine, tmp_path / "link"):
+        status, said, err = broca("edit", *(places.get(word, word) for word in words), "--out", out)
+        assert (status, said) == (2, "") and named in err and str(out) in err
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("extra", "said"), [([], "--layers"), (["--languages", "qab"], "--layers"),
+                                             (["--layers", "1", "--languages", "qab"], "--languages")])  # fmt: skip
+def test_a_restriction_to_nothing_is_refused(broca, files, plan_of, tmp_path, extra, said):
+    out = tmp_path / "out.safetensors"
+    status, _, err = broca("edit", files / "model", "--restrict", plan_of("scale"), *extra, "--out", out)
+    assert status == 2 and said in err and not out.exists()
+
+
 @pytest.mark.parametrize("heads", ["99", "2-1", "x"])
 def test_heads_are_called_heads(broca, files, plan_of, tmp_path, heads):
     status, _, err = broca(
