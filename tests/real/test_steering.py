@@ -1,6 +1,6 @@
 """English questions in a chat are answered in French; German is answered and read as before.
 
-Of 16 sampled answers in each language; measured: French 0 -> .5, English .9 -> .1, German .6 -> .9.
+Of 16 sampled answers in each language; measured: French 0 -> .62, English 1 -> .12, German .69 -> .94.
 """
 
 import pytest
