@@ -12,6 +12,7 @@ import click
 
 from cli.command_line import command_line, loaded_as
 from cli.corpora import read
+from cli.loading import announced
 from cli.options import (
     FINITE,
     IN_FILE,
@@ -137,7 +138,7 @@ def command(**options: Any) -> None:
     if asked.statistics is not None:
         inputs.append(file_read("--statistics", asked.statistics))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with _bar(screen) as progress:
         study = ablation_study(
             loaded,

@@ -12,6 +12,7 @@ from cli.screen import Screen
 if TYPE_CHECKING:
     from neurons.corpus import Corpus
 
+TOLD = 10  # files of all 204 languages of FLORES would fill the screen
 # ISO 639-2 sets these aside for languages that are somebody's own: no mistake, so no warning.
 _PRIVATE = re.compile("q[a-t][a-z]")
 
@@ -40,6 +41,8 @@ def tell(screen: Screen, directory: Path, languages: Sequence[str] | None) -> No
         return
     files = corpus_files(directory, languages)
     said = [f"{name} is read as {language}" for name, language in files.renamed.items()]
+    if len(said) > TOLD:
+        said[TOLD:] = [f"{len(said) - TOLD} more alike"]
     if files.left_out:
         said.append(f"left out, as no text of a language: {', '.join(files.left_out)}")
     if said:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.corpora import read
+from cli.loading import announced
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
@@ -105,7 +106,7 @@ def command(**options: Any) -> None:
     settings = numbers_set(asked.assignments, "penalty=0.1")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording the direction", None, "tokens") as advance:
         found = direction_of(
             loaded,

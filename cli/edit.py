@@ -204,7 +204,7 @@ def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource
             components = {layer: {} for layer in range(source.anatomy.layers)}
             for own in components.values():
                 if asked.heads is not None:
-                    own["attn"] = parse_layers(asked.heads, source.anatomy.heads)
+                    own["attn"] = parse_layers(asked.heads, source.anatomy.heads, "heads")
             if asked.neurons is not None:
                 neurons = load_neuron_set(asked.neurons)
                 neurons.require_model(source)

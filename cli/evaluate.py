@@ -13,6 +13,7 @@ import click
 
 from cli.command_line import command_line, loaded_as
 from cli.corpora import tell
+from cli.loading import announced
 from cli.options import (
     IN_FILE,
     IN_PATH,
@@ -68,6 +69,9 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     help="Questions to answer instead of openings of lines: .jsonl, .csv or .parquet with question_id and text, "
     "or a directory of them by language.",
 )
+@click.option(
+    "--no-chat", is_flag=True, help="Questions as plain text, not through the tokenizer's chat template."
+)
 @click.option("--judge", help="A model that judges relevance: hub id or directory.")
 @click.option(
     "--relevance",
@@ -114,6 +118,7 @@ def command(
     source: str,
     target: str,
     questions_path: Path | None,
+    no_chat: bool,
     judge: str | None,
     relevance: str,
     engine: str,
@@ -141,7 +146,7 @@ def command(
     from editing.generation import TEMPERATURE, check_samples
     from editing.language_id import check_languages
     from editing.live import applied
-    from editing.origin import file_read, measured_by, model_read, processor, texts_read
+    from editing.origin import file_read, measured_by, model_read, processor, text_measured, texts_read
     from editing.plan import load_plan
     from editing.questions import read_questions
     from editing.report import methods_markdown, report_from_json
@@ -170,6 +175,10 @@ def command(
         raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
     if relevance == "judge" and judge is None:
         raise UsageError("--relevance judge needs a model: --judge MODEL")
+    if no_chat and questions_path is None:
+        raise UsageError(
+            "--no-chat is about questions, and openings of lines are plain text anyway: leave it out"
+        )
     if engine == "vllm":
         from editing.vllm_generation import require_vllm
 
@@ -193,7 +202,7 @@ def command(
     reported = corpora["report" if methods is not None else part]
     check_languages(reported.languages)
     plan = None if edit_path is None else load_plan(edit_path)
-    loaded = load_model(model, device, dtype)
+    loaded = announced(screen, load_model(model, device, dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, edit_path)
     inputs = [] if edit_path is None else [file_read("--edit", edit_path)]
@@ -231,6 +240,7 @@ def command(
             new_tokens=new_tokens,
             temperature=temperature,
             questions=asked,
+            chat=not no_chat,
             scorer=scorer,
             write=writer,
         )
@@ -243,11 +253,7 @@ def command(
             "fingerprint": loaded.fingerprint,
             "edit": edit_path,
             "against": against,
-            "corpus": {
-                "digest": reported.digest,
-                "part": reported.part,
-                "languages": list(reported.languages),
-            },
+            "corpus": text_measured(reported),
             "corpora": texts_read(corpora.values()),
             "inputs": inputs,
             "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},

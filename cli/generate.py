@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.loading import announced
 from cli.options import IN_FILE, OUT_FILE, FiniteRange, Many, device_options, json_option, model_argument
 from cli.screen import Screen
 
@@ -143,7 +144,7 @@ def _by_transformers(
     found: dict[str, list[Continuation]] = {}
     with screen.progress("Writing", len(asked) * (1 + compare), "prompts") as advance:
         if alone or plan is not None or compare:
-            loaded = load_model(model, *place)
+            loaded = announced(screen, load_model(model, *place))
             if plan is not None:
                 loaded.require_fingerprint(plan.metadata, edit_path)
             write = partial(generate, loaded, _given(loaded.tokenizer, asked, chat), **settings)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.corpora import read
+from cli.loading import announced
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
@@ -127,7 +128,7 @@ def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
         raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     require_parallel(asked.method, corpus)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording activations", None, "tokens") as advance:
         return identify(
             loaded,
@@ -161,7 +162,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
         for path in (asked.prompts, asked.control, asked.recognition)
     )
     require_prompts(asked.method, prompts, control)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Tracing answers", None, "prompts") as advance:
         return identify_by_prompts(
             loaded,
@@ -211,7 +212,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
             f"--method {asked.method} needs to know how active neurons are: give MODEL and --corpus, or --statistics"
         )
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:
         statistics = record_corpus(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.corpora import read
+from cli.loading import announced
 from cli.options import corpus_options, device_options, json_option, model_argument
 from cli.screen import Screen
 
@@ -46,7 +47,7 @@ def command(**options: Any) -> None:
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part, least=1)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
     with screen.progress("Reading", None, "tokens") as advance:
         found = neuron_report(
             loaded, corpus, asked.layer, asked.neuron, asked.snippets, asked.top, asked.tokens, advance

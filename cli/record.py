@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cli.corpora import read
+from cli.loading import announced
 from cli.options import (
     CommaSeparated,
     bits_asked,
@@ -73,7 +74,7 @@ def command(**options: Any) -> None:
     names = (*readable, "random-matched") if asked.methods == ("all",) else asked.methods
     moments, reads = moments_of(tuple(names))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
-    loaded = load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked))
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording", None, "tokens") as advance:
         statistics = record_corpus(
             loaded,

@@ -52,9 +52,12 @@ def direction_table(screen: Screen, direction: Direction) -> dict[str, list[floa
 
 def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> None:
     """A row a module: what changes and by how much."""
+    from editing.plan import language_pair
+
     metadata = plan.metadata
-    if "target" in metadata:
-        what = f"{metadata['source']} to {metadata['target']}"
+    pair = language_pair(metadata)
+    if pair is not None:
+        what = f"{pair[0]} to {pair[1]}"
     else:
         what = ", ".join(metadata.get("languages", [])) or "no language named"
     spreads = any("spread" in edit.notes for edit in plan.edits)

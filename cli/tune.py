@@ -11,6 +11,7 @@ import click
 
 from cli.command_line import command_line, loaded_as
 from cli.corpora import tell
+from cli.loading import announced
 from cli.options import (
     IN_DIRECTORY,
     LANGUAGE,
@@ -133,7 +134,7 @@ def command(**options: Any) -> None:
     tell(screen, asked.corpus_path, asked.languages)
     third_languages(corpora["choose"], asked.source, asked.target)
     check_languages(corpora["choose"].languages)
-    loaded = load_model(asked.model, asked.device, asked.dtype)
+    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
     layers = None if asked.layers is None else parse_layers(asked.layers, loaded.anatomy.layers)
     goals = Goals(asked.goal_share, asked.goal_gap, asked.goal_rise)
     with screen.progress("Reading", None, "tokens") as advance:
@@ -332,7 +333,7 @@ def _show(
         best = [choice.trial, *best]
     early = sum(trial.state != "measured" for trial in trials)
     screen.table(
-        f"front of {len(trials)} edits ({early} given up early), on the part that edits are chosen on",
+        f"front of {len(trials)} edits ({early} not measured in full), on the part that edits are chosen on",
         COLUMNS,
         rows(best, search.goals, search.ceiling, choice.trial.number),
         words=3,

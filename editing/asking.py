@@ -14,6 +14,7 @@ from typing import Any
 from editing.questions import Questions
 from editing.text import opening
 from neurons.corpus import Corpus
+from neurons.errors import UsageError, first_line
 
 OPENING, COMPLETION, CHAT = "opening", "completion", "chat"
 
@@ -33,17 +34,43 @@ class Asked:
     reference: str | None = None
 
     def given(self, tokenizer: Any, instruction: str | None = None) -> str | tuple[int, ...]:
-        """What ``editing.generation.generate`` is called with: text, or the tokens of a chat."""
+        """What ``editing.generation.generate`` is called with: text, or the tokens of a chat.
+
+        Raises:
+            UsageError: as ``chat_tokens``.
+        """
         if self.style == CHAT:
-            content = self.text if instruction is None else f"{self.text} {instruction}"
-            chat = [{"role": "user", "content": content}]
-            ids = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return tuple(ids)
+            return chat_tokens(tokenizer, self.text if instruction is None else f"{self.text} {instruction}")
         if self.style == COMPLETION:
             return f"{self.text}\n" if instruction is None else f"{instruction}\n{self.text}\n"
         return self.text if instruction is None else f"{instruction} {self.text}"
+
+
+def chat_tokens(
+    tokenizer: Any, content: str, way_out: str = "leave it out with --no-chat"
+) -> tuple[int, ...]:
+    """The tokens of a chat in which the user has said one thing, up to where the answer begins.
+
+    Args:
+        tokenizer: one with a chat template.
+        content: what the user says.
+        way_out: of a template that cannot be used, as the end of a sentence.
+
+    Raises:
+        UsageError: the template raises, or renders nothing or a text without the content.
+    """
+    chat = [{"role": "user", "content": content}]
+    try:
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    # A template is a program, and may fail in any way.
+    except Exception as error:
+        text, fault = "", f"fails ({type(error).__name__}: {first_line(error)})"
+    else:
+        fault = "renders a text without the user's message" if text.strip() else "renders nothing"
+    if not text.strip() or content.strip() not in text:
+        raise UsageError(f"the chat template of {tokenizer.name_or_path} {fault}: correct it, or {way_out}")
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tuple(ids)
 
 
 def openings(corpus: Corpus, language: str, target: str, most: int | None = None) -> list[Asked]:
@@ -62,16 +89,16 @@ def is_parallel(corpus: Corpus, source: str, target: str) -> bool:
     return len(corpus.texts[source]) == len(corpus.texts[target])
 
 
-def question_style(tokenizer: Any) -> str:
-    """CHAT where the tokenizer has a template for one, else COMPLETION."""
-    return CHAT if getattr(tokenizer, "chat_template", None) else COMPLETION
+def question_style(tokenizer: Any, chat: bool = True) -> str:
+    """CHAT where the tokenizer has a template for one and it is wanted, else COMPLETION."""
+    return CHAT if chat and getattr(tokenizer, "chat_template", None) else COMPLETION
 
 
 def questions_asked(
-    tokenizer: Any, questions: Questions, language: str, most: int | None = None
+    tokenizer: Any, questions: Questions, language: str, most: int | None = None, chat: bool = True
 ) -> list[Asked]:
-    """A language's questions, in a chat where the tokenizer has a template for one."""
-    style = question_style(tokenizer)
+    """A language's questions, in a chat where the tokenizer has a template for one and it is wanted."""
+    style = question_style(tokenizer, chat)
     return [Asked(one.text, style, one.reference) for one in questions.of[language][:most]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,30 @@ def load_direction(path: Path) -> Direction:
         if group not in groups:
             raise BrocaError(f"{path}: not a readable direction (what is {name!r}?): take it again")
         groups[group][site] = tensor
+    fault = _fault(artifact.metadata, groups)
+    if fault is not None:
+        raise BrocaError(f"{path}: not a readable direction ({fault}): take it again")
     return Direction(
         source=artifact.metadata["source"],
         target=artifact.metadata["target"],
         metadata=artifact.metadata,
         **groups,
     )
+
+
+def _fault(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, torch.Tensor]]) -> str | None:
+    """What is wrong with a direction's metadata or tensors; None where nothing is."""
+    for name in ("source", "target"):
+        if not isinstance(metadata.get(name), str):
+            return f"its {name} is {metadata.get(name)!r}"
+    if not isinstance(metadata.get("settings", {}), dict):
+        return f"its settings are {metadata['settings']!r}"
+    depths = set()
+    for group, values in groups.items():
+        for site, tensor in values.items():
+            if tensor.ndim != (3 if group == "subspaces" else 2) or not tensor.is_floating_point():
+                return f"{group} at {site} are {tensor.dtype} of shape {list(tensor.shape)}"
+            depths.add(len(tensor))
+    if len(depths) > 1:
+        return f"it is of {' and of '.join(map(str, sorted(depths)))} layers"
+    return None

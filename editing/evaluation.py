@@ -122,6 +122,7 @@ class Evaluation:
         new_tokens: an answer's at most.
         temperature: 0 takes the likeliest token always.
         questions: what is asked in place of openings; languages that have none are given openings.
+        chat: ask them through the tokenizer's chat template where it has one.
         scorer: of relevance; None measures none.
         write: writes the answers, unedited or as the steering around the call has it; None writes with
             ``loaded``.  All else is measured on ``loaded``.
@@ -132,7 +133,7 @@ class Evaluation:
 
     Raises:
         UsageError: a language that the corpus lacks or the identifier does not know, no question in the
-            source language, or several samples at temperature 0.
+            source language, several samples at temperature 0, or a chat template that cannot be used.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Evaluation:
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
         questions: Questions | None = None,
+        chat: bool = True,
         scorer: Scorer | None = None,
         write: Writer | None = None,
     ) -> None:
@@ -161,7 +163,7 @@ class Evaluation:
         self._loaded, self._corpus = loaded, corpus
         self.source, self.target = source, target
         self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
-        self._questions, self._scorer = questions, scorer
+        self._questions, self._chat, self._scorer = questions, chat, scorer
         self._write: Writer = partial(generate, loaded) if write is None else write
         self._samples, self._most = samples, most_prompts
         self._asked = {language: self._prompts_of(language) for language in (source, target)}
@@ -264,7 +266,7 @@ class Evaluation:
 
     def _prompts_of(self, language: str) -> list[Asked]:
         if self._questions is not None and language in self._questions.of:
-            found = questions_asked(self._loaded.tokenizer, self._questions, language, self._most)
+            found = questions_asked(self._loaded.tokenizer, self._questions, language, self._most, self._chat)
         else:
             found = openings(self._corpus, language, self.target, self._most)
         return found * self._samples

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from neurons.errors import UsageError
+from neurons.embedded import require_embedded
+from neurons.errors import NotFiniteError, UsageError
+from neurons.not_finite import explained
 from neurons.source import LoadedModel
 from neurons.start_tokens import start_tokens
 
@@ -58,9 +60,16 @@ def generate(
         new_tokens: at most so many.
         temperature: 0 takes the likeliest token always.
         seed: of the sampling; the same seed, prompts and weights give the same text.
+
+    Raises:
+        UsageError: as ``prompt_rows``.
+        BrocaError: a likelihood that is not finite.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    # A fine-tune may have added a padding token that the embedding has no row of; under the mask any will do.
+    padding = next((token for token in known if token is not None and token < loaded.embedded), None)
+    rows = prompt_rows(loaded.name, tokenizer, prompts, loaded.embedded)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature > 0
@@ -71,20 +80,21 @@ def generate(
     # The caller's own random numbers go on as if nothing had been drawn.
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for first in range(0, len(prompts), PROMPTS_A_BATCH):
-            rows = encoded(tokenizer, prompts[first : first + PROMPTS_A_BATCH])
-            longest = max(map(len, rows))
-            ids = torch.full((len(rows), longest), padding or 0, dtype=torch.int64)
+        for first in range(0, len(rows), PROMPTS_A_BATCH):
+            some = rows[first : first + PROMPTS_A_BATCH]
+            longest = max(map(len, some))
+            ids = torch.full((len(some), longest), padding or 0, dtype=torch.int64)
             mask = torch.zeros_like(ids)
-            for i, row in enumerate(rows):
+            for i, row in enumerate(some):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
-            with torch.no_grad(), _plain_settings(model):
+            with explained(loaded), torch.no_grad(), _plain_settings(model):
                 output = model.generate(
                     input_ids=ids.to(loaded.device),
                     attention_mask=mask.to(loaded.device),
                     max_new_tokens=new_tokens,
-                    pad_token_id=padding,
+                    pad_token_id=padding or 0,
+                    logits_processor=[_require_numbers],
                     **sampling,
                 )
             ends = model.generation_config.eos_token_id
@@ -93,6 +103,13 @@ def generate(
                 kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
                 found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
     return found
+
+
+def _require_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest of NaNs would be taken for a token like any other."""
+    if bool(logits.isnan().any()):
+        raise NotFiniteError("the likelihood of the next token")
+    return logits
 
 
 def check_samples(samples: int, temperature: float) -> None:
@@ -106,6 +123,30 @@ def check_samples(samples: int, temperature: float) -> None:
             f"{samples} samples a prompt at temperature 0 are the same answer {samples} times: take 1, or a "
             f"temperature above 0 such as {TEMPERATURE}"
         )
+
+
+def prompt_rows(
+    name: str, tokenizer: Any, prompts: Sequence[str | Sequence[int]], embedded: int
+) -> list[list[int]]:
+    """The tokens of each prompt, all of which the model can read.
+
+    Args:
+        name: of the model.
+        tokenizer: its tokenizer.
+        prompts: as ``generate`` has them.
+        embedded: rows of the model's embedding.
+
+    Raises:
+        UsageError: a prompt without a token, or with one that the model has no embedding of.
+    """
+    rows = encoded(tokenizer, prompts)
+    if not all(rows):
+        raise UsageError(
+            f"{name}: prompt {rows.index([]) + 1} of {len(rows)} is empty, and the tokenizer puts nothing before a "
+            "text: give it a word to go on from"
+        )
+    require_embedded(name, tokenizer, max(map(max, rows), default=0), embedded)
+    return rows
 
 
 def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from editing.generation import Continuation
 from neurons.batches import TokenBatch, row_batches
 from neurons.next_token import token_divergences, token_losses
-from neurons.offload import execution_device, parameter_value
+from neurons.offload import parameter_value
 from neurons.recording import forward
 from neurons.source import LoadedModel
 from neurons.start_tokens import start_tokens
@@ -49,7 +49,7 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
     """
     # A context may exchange all weights, the head's too: the unedited head is held on to.
     head = loaded.model.get_output_embeddings()
-    own_head = partial(torch.nn.functional.linear, **_held(head))
+    own_head = partial(torch.nn.functional.linear, **_held(head, loaded.device))
     base = [_hidden(loaded, batch) for batch in batches]
     total, positions = 0.0, 0
     with steering():
@@ -60,9 +60,8 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
     return total / positions if positions else float("nan")
 
 
-def _held(head: Any) -> dict[str, Any]:
-    """The weight and bias of a module on its device, wherever they wait."""
-    where = execution_device(head)
+def _held(head: Any, where: torch.device) -> dict[str, Any]:
+    """The weight and bias of a module on a device, wherever they are or wait."""
     names = [name for name, _ in head.named_parameters(recurse=False)]
     return {"bias": None, **{name: parameter_value(head, name).to(where) for name in names}}
 

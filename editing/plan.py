@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
+from editing.plan_content import require_plan_content
 from editing.rounding import EditedBlock, edited_and_rounded, float32_is_enough
 from neurons.anatomy import BLOCKS
 from neurons.artifact import artifact_bytes, load_artifact, write_atomically
@@ -233,10 +234,15 @@ class Plan:
         Of a method whose own strength is no multiple of its whole edit the settings say it as "scaled_by".
 
         Raises:
-            UsageError, BrocaError: as ``ModuleEdit.scaled``, or numbers that float32 does not hold.
+            UsageError: a strength of 0, or as ``ModuleEdit.scaled``.
+            BrocaError: likewise, or numbers that float32 does not hold.
         """
         if strength == 1:
             return self
+        if strength == 0:
+            raise UsageError(
+                "a strength of 0 leaves nothing of the edit: give another, or use the unedited model"
+            )
         # What learning measured, and what a file noted of its modules, is of the strength that they had.
         stale = ("learning", "modules")
         metadata = {name: value for name, value in self.metadata.items() if name not in stale}
@@ -264,6 +270,12 @@ class Plan:
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.to_bytes())
+
+
+def language_pair(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(source, target) of a plan; None where it has not both: of several directions one end may differ."""
+    source, target = metadata.get("source"), metadata.get("target")
+    return None if source is None or target is None else (str(source), str(target))
 
 
 def _strength_is_of_a_part(metadata: Mapping[str, Any]) -> bool:
@@ -298,8 +310,13 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read what ``Plan.save`` wrote."""
+    """Read what ``Plan.save`` wrote.
+
+    Raises:
+        UsageError, BrocaError: as ``load_artifact``, ``require_plan_content`` and ``make_plan``.
+    """
     artifact = load_artifact(path, "edit")
+    require_plan_content(artifact, path)
     edits = []
     for module in artifact.metadata["modules"]:
         prefix = f"{module['layer']}.{module['block']}"

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from editing.component_changes import component_changes, component_count
-from editing.plan import ModuleEdit, Plan
+from editing.plan import ModuleEdit, Plan, language_pair
 from neurons.anatomy import BLOCKS
 from neurons.pictures import LINE, TITLE, titled
 
@@ -41,7 +41,8 @@ def plan_figure(plan: Plan) -> Figure:
     blocks = [block for block in BLOCKS if any(edit.block == block for edit in plan.edits)]
     layers = 1 + max(edit.layer for edit in plan.edits)
     about = plan.metadata
-    pair = f", {about['source']} to {about['target']}" if "target" in about else ""
+    ends = language_pair(about)
+    pair = "" if ends is None else f", {ends[0]} to {ends[1]}"
     languages = () if pair else about.get("languages", ())
     title = titled("how far the edit changes each component" + pair, about, languages, WIDE - 1)
     high = 1.2 + min(8.0, 0.8 + 0.22 * layers)

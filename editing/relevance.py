@@ -20,8 +20,8 @@ from typing import Protocol
 
 import torch
 
-from editing.asking import CHAT, Asked, question_style
-from editing.generation import Continuation, encoded
+from editing.asking import CHAT, Asked, chat_tokens, question_style
+from editing.generation import Continuation, encoded, prompt_rows
 from neurons.batches import row_batches
 from neurons.errors import UsageError
 from neurons.next_token import positions_at_once, token_losses
@@ -69,11 +69,10 @@ class JudgeScorer:
             raise UsageError(
                 f"{self.judge.name}: its tokenizer cannot tell Yes from No: choose another judge"
             )
-        style = question_style(self.judge.tokenizer)
         rows, places = [], []
         for place, (one, answer) in enumerate(zip(asked, answers, strict=True)):
             if answer.text.strip():
-                rows.append(self._row(one.text, answer.text.strip(), style))
+                rows.append(self._row(one.text, answer.text.strip()))
                 places.append(place)
         scores = [0.0] * len(asked)
         for batch in row_batches(rows, uncounted=0):
@@ -94,11 +93,14 @@ class JudgeScorer:
                 scores[places[row]] = score
         return scores
 
-    def _row(self, question: str, answer: str, style: str) -> list[int]:
+    def _row(self, question: str, answer: str) -> list[int]:
         text = JUDGE_PROMPT.format(question=question, answer=answer)
         tokenizer = self.judge.tokenizer
-        prompt = Asked(text, CHAT).given(tokenizer) if style == CHAT else text + JUDGE_COMPLETION
-        return encoded(tokenizer, [prompt])[0]
+        asked_in_chat = question_style(tokenizer) == CHAT
+        prompt = (
+            chat_tokens(tokenizer, text, "choose another judge") if asked_in_chat else text + JUDGE_COMPLETION
+        )
+        return prompt_rows(self.judge.name, tokenizer, [prompt], self.judge.embedded)[0]
 
 
 @dataclass(frozen=True)

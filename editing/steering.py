@@ -27,7 +27,8 @@ def residual_steering(
     added = (vector * strength).to(loaded.device, loaded.model.dtype)
 
     def after(_: Any, __: Any, output: Any) -> Any:
-        steered = first(output) + added
+        hidden = first(output)
+        steered = hidden + added.to(hidden.device)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     handle = loaded.anatomy.blocks[layer].register_forward_hook(after)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, encoded
+from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, prompt_rows
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.source import locate, pick_device
 
@@ -134,7 +134,8 @@ class VllmWriter:
         """One continuation a prompt; arguments as ``editing.generation.generate``."""
         if not prompts:
             return []
-        rows = encoded(self._tokenizer, prompts)
+        embedded = _text_config(locate(self._model)).vocab_size
+        rows = prompt_rows(self._model, self._tokenizer, prompts, embedded)
         running = self._with_room(max(map(len, rows)) + new_tokens)
         settings = [
             self._vllm.SamplingParams(
@@ -229,11 +230,15 @@ def _seed_at(seed: int, place: int) -> int:
     return Random(f"{seed} {place}").getrandbits(63)
 
 
-def _room(checkpoint: Path, tokenizer: Any, tokens: int) -> int:
-    """For texts of how many tokens an engine starts: memory for those asked, and some for longer ones to come."""
+def _text_config(checkpoint: Path) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config()
+    return transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config()
+
+
+def _room(checkpoint: Path, tokenizer: Any, tokens: int) -> int:
+    """For texts of how many tokens an engine starts: memory for those asked, and some for longer ones to come."""
+    config = _text_config(checkpoint)
     # A model that does not say how much it reads may read no more than is asked.
     longest: int = getattr(config, "max_position_embeddings", None) or tokens
     return max(tokens, min(max(ROOM, 2 * tokens), longest, int(tokenizer.model_max_length)))

@@ -259,6 +259,8 @@ def _arithmetic(mode: str) -> Way:
         ]
 
     def make(material: Material, settings: Settings) -> Candidate:
+        if material.loaded.anatomy.mixed:
+            raise BrocaError("the neurons of experts are not raised by their means")
         off, on = (
             material.mask(settings["neurons"], language) for language in (material.source, material.target)
         )
@@ -271,8 +273,6 @@ def _arithmetic(mode: str) -> Way:
             mode,
             settings["strength"],
         )
-        if material.loaded.anatomy.mixed:
-            raise BrocaError("the neurons of experts are not raised by their means")
         return Candidate(title, settings, None, steering)
 
     line = "the source's neurons off, the target's raised"

@@ -12,6 +12,7 @@ import torch
 
 from neurons.batches import TokenBatch
 from neurons.errors import BrocaError
+from neurons.not_finite import not_finite
 from neurons.partial_forward import Kept, forward_from, forward_keeping, starts_in_the_middle
 from neurons.replacement import Replacement, ablating_readers
 from neurons.sites import Reader, Routed, reading
@@ -129,10 +130,7 @@ def condition_losses(
                 progress(size * (len(different) - len(missing)))
             for condition, losses in batch_losses(loaded, batch, missing, f"{language} {turn}", from_below):
                 if not bool(torch.isfinite(losses).all()):
-                    raise BrocaError(
-                        f"{loaded.name}: the loss of a text of language {language!r} is not finite: try --dtype "
-                        "float32 or bfloat16"
-                    )
+                    raise not_finite(loaded, f"the loss of a text of language {language!r}")
                 book.put(language, turn, condition.digest, losses)
                 if progress is not None:
                     progress(size)

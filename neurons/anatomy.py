@@ -94,6 +94,8 @@ class Anatomy:
             the experts.
         mixtures: per layer, the block of the mixture; empty in a dense model.
         layout: names, in memory and on disk.
+        gathered_on: the device that values are handed over on, of a model that is spread over several; None:
+            where they arise.
     """
 
     model_type: str
@@ -111,6 +113,7 @@ class Anatomy:
     outputs: dict[str, tuple[nn.Module, ...]]
     mixtures: tuple[nn.Module, ...]
     layout: Layout
+    gathered_on: torch.device | None = None
 
     @property
     def mixed(self) -> bool:

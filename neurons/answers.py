@@ -11,9 +11,11 @@ import torch
 
 from neurons.anatomy import Anatomy
 from neurons.batches import TokenBatch, block_length, row_batches
-from neurons.errors import BrocaError, UsageError
+from neurons.embedded import require_embedded
+from neurons.errors import UsageError
 from neurons.memory import batches_for
 from neurons.next_token import token_losses
+from neurons.not_finite import not_finite
 from neurons.prompts import Prompts, answer_token
 from neurons.recording import Progress, forward
 from neurons.scorers.culnig import answer_scores
@@ -49,7 +51,7 @@ def record_answers(
         Statistics with ``mlp_act:answer...`` or ``mlp_in:integrated`` [L, I, K], and the counts in ``prompts``.
 
     Raises:
-        UsageError: a prompt longer than the model's context.
+        UsageError: a prompt longer than the model's context, or with a token that it has no embedding of.
         BrocaError: a sum that is not finite, by layer.
     """
     anatomy, languages = loaded.anatomy, tuple(prompts.of)
@@ -57,8 +59,8 @@ def record_answers(
     name = f"{site}:{moment}"
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
     counts = torch.tensor([len(some) for some in prompts.of.values()])
-    for k, language in enumerate(languages):
-        rows, answers = _tokens(loaded, prompts, language)
+    tokens = [_tokens(loaded, prompts, language) for language in languages]
+    for k, (rows, answers) in enumerate(tokens):
         # Every step of the integral is a row of its own, and every expert has a place for every token.
         fitting, _ = batches_for(loaded, True, max(map(len, rows)))
         at_once = fitting // (steps if moment == "integrated" else 1) // anatomy.experts
@@ -76,9 +78,7 @@ def record_answers(
                 progress(len(batch.ids))
     if not bool(torch.isfinite(total).all()):
         layer = int((~torch.isfinite(total)).nonzero()[0, 0])
-        raise BrocaError(
-            f"{loaded.name}: {name} is not finite in layer {layer}: try --dtype float32 or bfloat16"
-        )
+        raise not_finite(loaded, f"{name} in layer {layer}")
     return Statistics(
         languages=languages,
         tokens=torch.zeros(len(languages), dtype=torch.int64),
@@ -98,6 +98,7 @@ def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[
             raise UsageError(
                 f"language {language!r}: a prompt has {len(row)} tokens, and the model reads {longest}: shorten it"
             )
+        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedded)
         rows.append(row)
         answers.append(answer)
     return rows, torch.tensor(answers)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from neurons.corpus import Corpus
+from neurons.embedded import require_embedded
 from neurons.errors import UsageError
 from neurons.memory import MOST_TOKENS, batches_for
 from neurons.source import LoadedModel
@@ -207,15 +208,20 @@ def language_batches(
         corpus: text by language.
         tokens: most of a language, evenly from the whole text; None takes all.
         tokens_a_batch: None takes what memory allows for a pass without gradients.
+
+    Raises:
+        UsageError: a text with a token that the model has no embedding of.
     """
     length = block_length(loaded.model)
     at_once = (
         min(TOKENS_A_BATCH, batches_for(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
     )
-    return {
+    found = {
         language: text_batches(corpus.texts[language], loaded.tokenizer, length, tokens, at_once)
         for language in corpus.languages
     }
+    _require_embedded(loaded, found)
+    return found
 
 
 def longest_row(batches: Mapping[str, Sequence[TokenBatch]]) -> int:
@@ -239,14 +245,25 @@ def packed_corpus(
     tokens: int | None = None,
     tokens_a_batch: int | None = None,
 ) -> dict[str, list[TokenBatch]]:
-    """Each language's text in full blocks."""
+    """Each language's text in full blocks.
+
+    Raises:
+        UsageError: as ``packed_batches``, or a text with a token that the model has no embedding of.
+    """
     length = block_length(loaded.model, block)
-    return {
+    found = {
         language: packed_batches(
             corpus.non_empty(language), loaded.tokenizer, length, language, tokens, tokens_a_batch
         )
         for language in corpus.languages
     }
+    _require_embedded(loaded, found)
+    return found
+
+
+def _require_embedded(loaded: LoadedModel, found: Mapping[str, Sequence[TokenBatch]]) -> None:
+    highest = max((int(batch.ids.max()) for batches in found.values() for batch in batches), default=0)
+    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedded)
 
 
 def _groups(

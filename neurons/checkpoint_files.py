@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from neurons.errors import BrocaError, UsageError
+from neurons.quantisation import is_quantised
 from neurons.tensor_files import INDEX_ENDING, READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
 
 _ADAPTER = "adapter_config.json"
+_QUANTISED_FOR_VLLM = ("compression_config", "hf_quant_config.json")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _ROWS_AT_ONCE = 4096
@@ -31,7 +33,8 @@ def check_directory(model: str, checkpoint: Path) -> None:
 
     Raises:
         UsageError: no ``config.json``, or an adapter without its base model.
-        BrocaError: an adapter beside a model; a setting by which transformers alone reads other weights.
+        BrocaError: an adapter beside a model; a setting or file by which one engine alone reads other weights, or
+            reads them in another way; a damaged ``generation_config.json``.
     """
     adapter = (checkpoint / _ADAPTER).is_file()
     if not (checkpoint / "config.json").is_file() or (adapter and not _has_weights(checkpoint)):
@@ -48,11 +51,37 @@ def check_directory(model: str, checkpoint: Path) -> None:
             f"{model}: has an adapter ({_ADAPTER}) beside a whole model; transformers adds it where peft is installed, "
             "and vLLM never does: move the adapter to a directory of its own, or merge it and remove it"
         )
-    other = _settings(checkpoint / "config.json").get("transformers_weights")
+    settings = _settings(checkpoint / "config.json")
+    other = settings.get("transformers_weights")
     if other is not None:
         raise BrocaError(
             f"{model}: its config.json has transformers_weights {other!r}, from which transformers reads the weights "
             "and vLLM does not: remove the setting, and leave the weights to use as the only ones"
+        )
+    # Of a checkpoint that is quantised for both, config.json says so too.
+    if not is_quantised(settings):
+        for what in _QUANTISED_FOR_VLLM:
+            if what in settings or (checkpoint / what).is_file():
+                raise BrocaError(
+                    f"{model}: by its {what} vLLM takes the weights for quantised, and transformers does not: remove it, "
+                    "or start from the unquantised checkpoint"
+                )
+    _check_ends(model, checkpoint)
+
+
+def _check_ends(model: str, checkpoint: Path) -> None:
+    path = checkpoint / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ends = found.get("eos_token_id")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        ends = path.name
+    if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise BrocaError(
+            f"{model}: its {path.name} is no JSON object whose eos_token_id is a number or several, so engines differ in "
+            "where an answer ends: correct it or remove it"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from neurons.anatomy import Anatomy
-from neurons.errors import BrocaError
+from neurons.errors import NotFiniteError
 from neurons.scorers.plnd import document_importance_ranks
 from neurons.sites import Routed, expert_units
 from neurons.sums import add_texts, add_tokens, text_sums
@@ -139,9 +139,7 @@ class TextSums:
         for absolute, sums in gathered.items():
             device, k = sums.device, at.language
             if not bool(torch.isfinite(sums).all()):
-                raise BrocaError(
-                    f"{self.site}: a text's mean is not finite in layer {layer}: try --dtype float32 or bfloat16"
-                )
+                raise NotFiniteError(f"a text's mean of {self.site} in layer {layer}")
             if absolute:
                 ranks = document_importance_ranks(sums * self._weight(layer, device))
                 worst = self.totals.of(f"{self.site}:worst_rank", layer, device)[k]
@@ -159,7 +157,7 @@ class TextSums:
             if self.responses and at.shares is None:
                 self.responses[k][at.places, layer] = means.float().cpu()
             elif self.responses:
-                assert at.places is not None
+                assert at.places is not None and at.shares is not None
                 parts = (means.cpu() * at.shares[:, None]).float()
                 self.responses[k][:, layer].index_add_(0, at.places, parts)
 

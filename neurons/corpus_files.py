@@ -96,8 +96,8 @@ def corpus_files(
             and not path.name.startswith(".")
             and any(one.suffix.lower() in suffixes for one in path.iterdir())
         )
-        inside = f", but its folders {', '.join(folders)} do: name one" if folders else ""
-        raise UsageError(f"{directory}: holds no <language>{' or '.join(suffixes)}{inside}")
+        inside = f": name a folder in it, {' or '.join(folders)}" if folders else ""
+        raise UsageError(f"{directory}: holds no <language>{', '.join(suffixes)}{inside}")
     of_label: dict[str, list[Path]] = {}
     for path in texts:
         of_label.setdefault(language_label(path.stem), []).append(path)

@@ -15,7 +15,8 @@ import torch
 from neurons.batches import TokenBatch
 from neurons.errors import BrocaError
 from neurons.gram import Gram
-from neurons.memory import covariance_bytes, kept_bytes, room
+from neurons.memory import covariance_bytes, kept_bytes, most_room, room, solving_bytes
+from neurons.not_finite import not_finite
 from neurons.partial_forward import Kept, forward_between, starts_in_the_middle
 from neurons.recording import Progress
 from neurons.sites import Reader, Routed, reading
@@ -42,6 +43,11 @@ class Moments:
     mean: torch.Tensor
     covariance: torch.Tensor
     start: torch.Tensor | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether every unit is 0 on every token: of a dead layer, or of neurons that never fire."""
+        return not bool(self.mean.any() | self.covariance.any())
 
 
 def language_moments(
@@ -152,7 +158,10 @@ class _Sums:
     def _reader(self, place: Place, index: torch.Tensor) -> Reader:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             if routed is not None:
-                raise BrocaError("the covariance of experts' neurons is not taken: choose a dense model")
+                raise BrocaError(
+                    f"{self.loaded.anatomy.model_type}: each expert's neurons see other tokens, so they have no "
+                    "covariance in common: read attn_in"
+                )
             some = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
             device = values.device
             rows = values.detach()[self._counted.to(device)][:, some]
@@ -176,22 +185,31 @@ class _Sums:
             of_start = torch.zeros(1) if start is None else start
             if not bool(torch.isfinite(covariance).all() & torch.isfinite(of_start).all()):
                 site, layer = place
-                raise BrocaError(
-                    f"{self.loaded.name}: layer {layer}, {site}: activations that are not finite: load it in float32"
-                )
+                raise not_finite(self.loaded, f"{site} in layer {layer}")
             yield place, Moments(self.languages, index, mean, covariance, start)
 
 
 def _groups(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
-    """Places in order of their layers, as many together as memory has room for; a layer is never parted."""
+    """Places in order of their layers, as many together as memory has room for; a layer is never parted.
+
+    Raises:
+        BrocaError: one layer is more than is allowed.
+    """
     groups: list[dict[Place, torch.Tensor]] = []
+    solving = max(solving_bytes(len(index)) for index in units.values())
     left = 0
     for layer in sorted({layer for _, layer in units}):
         own = {place: index for place, index in units.items() if place[1] == layer}
         size = sum(covariance_bytes(len(index)) for index in own.values())
+        if size + solving > most_room(loaded):
+            raise BrocaError(
+                f"{loaded.name}: the covariances of layer {layer} and what is solved with them take "
+                f"{(size + solving) / 1e9:.1f} GB beside weights and libraries, and {most_room(loaded) / 1e9:.1f} GB are "
+                "left of what is allowed: allow more (--max-memory), or let the key use some neurons only (--neurons)"
+            )
         if not groups or size > left:
             groups.append({})
-            left = room(loaded)
+            left = room(loaded) - solving
         groups[-1].update(own)
         left -= size
     return groups

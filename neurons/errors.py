@@ -9,6 +9,10 @@ class UsageError(BrocaError):
     """What was asked for cannot be done as asked.  Exit status 2."""
 
 
+class NotFiniteError(BrocaError):
+    """What was computed is NaN or infinite; the message says what it is (``neurons.not_finite`` says why)."""
+
+
 class NothingToChangeError(BrocaError):
     """A method's thresholds leave no component to edit."""
 

@@ -174,7 +174,7 @@ def batch_plan(
 
     def fitting(recomputes: bool) -> int:
         for power in range(most.bit_length() - 1, -1, -1):
-            tokens = 2**power
+            tokens = 1 << power
             own = backward_bytes(sizes, tokens, recomputes) if backward else forward_bytes(sizes, tokens)
             if own + (logit_bytes(sizes, tokens, True) if backward else 0) <= room:
                 return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.lens import lens_logits
+from neurons.not_finite import not_finite
 from neurons.recording import forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
@@ -119,6 +121,7 @@ def neuron_report(
 
     Raises:
         UsageError: a neuron that the model does not have.
+        BrocaError: an activation that is not finite.
     """
     anatomy = loaded.anatomy
     if not (0 <= layer < anatomy.layers and 0 <= neuron < anatomy.neurons):
@@ -136,6 +139,11 @@ def neuron_report(
             if progress is not None:
                 progress(int(batch.counted.sum()))
         activity[language] = _activity(seen)
+        read = sum(int(batch.counted.sum()) for batch in batches)
+        if math.isinf(activity[language].absolute) or (
+            not anatomy.mixed and activity[language].tokens < read
+        ):
+            raise not_finite(loaded, f"neuron {neuron} of layer {layer}")
     own = slice(neuron, neuron + 1)
     value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), own)[:, 0].to(loaded.device)
     promoted, suppressed = _tokens(loaded, value, tokens)

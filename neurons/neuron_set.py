@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neurons.artifact import load_artifact, save_artifact
+from neurons.artifact import Artifact, load_artifact, save_artifact
 from neurons.errors import BrocaError, UsageError
 from neurons.selection import KINDS, kind_of
 from neurons.source import ModelSource
@@ -138,8 +138,15 @@ def _flat(rows: torch.Tensor, neurons: int) -> torch.Tensor:
 
 
 def load_neuron_set(path: Path) -> NeuronSet:
-    """Read what ``NeuronSet.save`` wrote."""
+    """Read what ``NeuronSet.save`` wrote.
+
+    Raises:
+        UsageError, BrocaError: as ``load_artifact`` and ``neuron_set``, or what is no neuron set, by name.
+    """
     artifact = load_artifact(path, "neurons")
+    fault = _fault(artifact)
+    if fault is not None:
+        raise BrocaError(f"{path}: not a readable neuron set ({fault}): identify it again")
     languages = artifact.metadata["languages"]
 
     def group(name: str) -> dict[str, torch.Tensor]:
@@ -147,11 +154,38 @@ def load_neuron_set(path: Path) -> NeuronSet:
 
     # Files of Broca 0.1 have no kinds.
     kinds = group("kinds") if all(f"kinds.{i}" in artifact.tensors for i in range(len(languages))) else None
-    return neuron_set(
-        group("members"),
-        group("scores"),
-        artifact.metadata["layers"],
-        artifact.metadata["neurons"],
-        artifact.metadata,
-        kinds,
-    )
+    try:
+        return neuron_set(
+            group("members"),
+            group("scores"),
+            artifact.metadata["layers"],
+            artifact.metadata["neurons"],
+            artifact.metadata,
+            kinds,
+        )
+    except BrocaError as error:
+        raise BrocaError(f"{path}: {error}") from error
+
+
+def _fault(artifact: Artifact) -> str | None:
+    """What is wrong with a neuron set's metadata or tensors; None where nothing is."""
+    metadata, tensors = artifact.metadata, artifact.tensors
+    languages = metadata.get("languages")
+    if not isinstance(languages, list) or not all(isinstance(one, str) for one in languages):
+        return f"its languages are {languages!r}"
+    if not isinstance(metadata.get("settings", {}), dict):
+        return f"its settings are {metadata['settings']!r}"
+    sizes = {name: metadata.get(name) for name in ("layers", "neurons")}
+    sizes["experts"] = metadata.get("experts", 1)
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            return f"it is of {size!r} {name}"
+    for i, language in enumerate(languages):
+        rows, scores, kinds = (tensors.get(f"{name}.{i}") for name in ("members", "scores", "kinds"))
+        if rows is None or rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype != torch.int64:
+            return f"it lists no neurons of {language!r}"
+        if scores is None or scores.ndim != 1 or not scores.is_floating_point():
+            return f"it has no scores of {language!r}"
+        if kinds is not None and (kinds.ndim != 1 or kinds.is_floating_point()):
+            return f"it has no kinds of {language!r}"
+    return None

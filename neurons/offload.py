@@ -35,9 +35,14 @@ def execution_device(module: nn.Module) -> torch.device:
     return found
 
 
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights are not on the device that computes with them until it does."""
-    return any(has_offloaded(module) for module in model.modules())
+def waiting_bytes(model: nn.Module) -> int:
+    """The bytes of the weights that are not on the device that computes with them until it does."""
+    return sum(
+        parameter.nbytes
+        for module in model.modules()
+        if has_offloaded(module)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def parameter_value(model: nn.Module, name: str) -> torch.Tensor:

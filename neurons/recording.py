@@ -22,6 +22,7 @@ from neurons.collectors import (
     TokenSums,
 )
 from neurons.next_token import token_losses
+from neurons.not_finite import explained
 from neurons.processes import together, world
 from neurons.recomputation import recomputing
 from neurons.resume import Unfinished
@@ -35,12 +36,12 @@ CHECKED_EVERY = 64  # batches between two looks for values that are not finite
 
 
 def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """Hidden states [rows, length, d] of a batch; no logits are made."""
+    """Hidden states [rows, length, d] of a batch, on its device; no logits are made."""
     mask = batch.attention.long() if batch.padded else None
     hidden: torch.Tensor = model.base_model(
         input_ids=batch.ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
-    return hidden
+    return hidden.to(batch.ids.device)
 
 
 def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
@@ -100,8 +101,9 @@ def record(
     def reader_of(site: str, layer: int) -> Reader:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             for collector in collectors.get(site, ()):
-                # Where activations are recomputed each site is passed twice, first without gradients.
-                if not recomputes or isinstance(collector, Attribution) == torch.is_grad_enabled():
+                # Where activations are recomputed each site in a layer is passed twice, first without gradients.
+                once = not recomputes or site == "block_out"
+                if once or isinstance(collector, Attribution) == torch.is_grad_enabled():
                     collector.add(layer, values, routed, current[0])
             if site == "mlp_out" and anatomy.experts > 1:
                 for collector in (c for some in collectors.values() for c in some):
@@ -121,7 +123,7 @@ def record(
         if progress is not None:
             progress(int(sum(int(batch.counted.sum()) for _, batch in own[:done])))
     again = recomputing(anatomy) if recomputes and backward else nullcontext()
-    with again, reading(anatomy, readers), torch.set_grad_enabled(backward):
+    with explained(loaded), again, reading(anatomy, readers), torch.set_grad_enabled(backward):
         for at, (k, batch) in enumerate(own[done:], start=done + 1):
             on_device = batch.to(loaded.device)
             places = torch.searchsorted(lines[languages[k]], batch.line_numbers) if kept else None
@@ -132,13 +134,14 @@ def record(
                 forward(model, on_device)
             counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
             if at % CHECKED_EVERY == 0:
-                totals.require_finite(loaded.name)
+                totals.require_finite()
             if progress is not None:
                 progress(int(batch.counted.sum()))
             if unfinished is not None and unfinished.is_due():
                 kept_responses = {f"responses {language}": values for language, values in responses.items()}
                 unfinished.save(at, {**totals.state(), "counts": counts, **kept_responses})
-    totals.require_finite(loaded.name)
+    with explained(loaded):
+        totals.require_finite()
     tokens, texts = together(counts, torch.add)
     return Statistics(
         languages=languages,

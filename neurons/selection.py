@@ -191,11 +191,12 @@ def _first(order: _Order, allowed: torch.Tensor, most: int, descending: bool) ->
     return candidates[ranked[:most]]
 
 
-def parse_layers(text: str, layers: int | None = None) -> tuple[int, ...]:
+def parse_layers(text: str, layers: int | None = None, kind: str = "layers") -> tuple[int, ...]:
     """Layers named as ``1-3``, ``4`` or ``1-3,6``.
 
     Args:
         layers: how many the model has; None does not ask.
+        kind: what they are called where they are others, as heads.
 
     Raises:
         UsageError: not of that form, or a layer that the model does not have.
@@ -204,11 +205,11 @@ def parse_layers(text: str, layers: int | None = None) -> tuple[int, ...]:
     for piece in text.split(","):
         found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece.strip())
         if found is None:
-            raise UsageError(f"layers {text!r}: write them as 1-3 or 1,2,5")
+            raise UsageError(f"{kind} {text!r}: write them as 1-3 or 1,2,5")
         low, high = int(found[1]), int(found[2] or found[1])
         if low > high:
-            raise UsageError(f"layers {text!r}: {piece.strip()} runs backwards")
+            raise UsageError(f"{kind} {text!r}: {piece.strip()} runs backwards")
         chosen.update(range(low, high + 1))
     if layers is not None and max(chosen) >= layers:
-        raise UsageError(f"layers {text!r}: the model has layers 0-{layers - 1}")
+        raise UsageError(f"{kind} {text!r}: the model has {kind} 0-{layers - 1}")
     return tuple(sorted(chosen))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -56,7 +56,7 @@ def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iter
     takes the place of the values in the forward pass.
 
     Values hold until the reader returns: some models write into them afterwards, so what is kept must be
-    a copy.  Where gradients are enabled the values lie on the path to the loss and
+    a copy.  Of a model that is spread over several devices they are handed over on one.  Where gradients are enabled the values lie on the path to the loss and
     ``values.register_hook`` works, also where all weights are frozen.
 
     Raises:
@@ -69,6 +69,9 @@ def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iter
                 f"there is no site {site} in layer {layer}: sites are {', '.join(SITES)}, layers "
                 f"0-{anatomy.layers - 1}"
             )
+    where = anatomy.gathered_on
+    if where is not None:
+        readers = {place: _gathered(reader, where) for place, reader in readers.items()}
     with ExitStack() as open_now:
         routed: dict[int, dict[str, Reader]] = {}
         shapes: dict[int, _RowShape] = {}
@@ -94,10 +97,33 @@ def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iter
         yield
 
 
+def _gathered(reader: Reader, where: torch.device) -> Reader:
+    """The reader of a model that lies on several devices: it is called with values, and gives some, on one."""
+
+    def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        moved = _moved(values, where)
+        if moved is values:
+            return reader(values, routed)
+        offered = reader(
+            moved, None if routed is None else replace(routed, tokens=_moved(routed.tokens, where))
+        )
+        if offered is None and torch.is_grad_enabled():
+            # What the reader saw must lie on the path to the loss.
+            offered = moved
+        return None if offered is None else _moved(offered, values.device)
+
+    return read
+
+
+def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
+    return values.to(where)
+
+
 def logits(
     model: Any, hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """The logits [..., vocabulary] of last hidden states [..., d], as ``model(...).logits`` has them.
+    """The logits [..., vocabulary] of last hidden states [..., d] on their device, as ``model(...).logits``
+    has them.
 
     The output embeddings alone are not enough where the family scales the logits or caps them softly.
 
@@ -106,7 +132,7 @@ def logits(
     """
     text = model.config.get_text_config()
     layout = LAYOUTS.get(model.config.model_type) or _examined_once(model)
-    made: torch.Tensor = (model.get_output_embeddings() if head is None else head)(hidden)
+    made: torch.Tensor = (model.get_output_embeddings() if head is None else head)(hidden).to(hidden.device)
     scale, divisor, cap = (
         None if name is None else getattr(text, name, None)
         for name in (layout.logit_scale, layout.logit_divisor, layout.softcap)

@@ -22,7 +22,7 @@ from neurons.complete_weights import require_complete
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.fingerprint import fingerprint
 from neurons.low_bits import keep_layout, quantisation_config, quantised_settings
-from neurons.offload import execution_device, is_offloaded, let_gradients_read_again
+from neurons.offload import execution_device, let_gradients_read_again, waiting_bytes
 from neurons.placement import memory_to_spread_over
 from neurons.processes import own_gpu
 from neurons.quantisation import way_out
@@ -92,6 +92,18 @@ class LoadedModel(ModelSource):
         """What the metadata of files holds where weights were quantised."""
         return {} if self.quantised is None else {"quantised": dict(self.quantised)}
 
+    @property
+    def waiting(self) -> str | None:
+        """Where weights wait until their module runs, as a sentence; None where all are in place."""
+        apart = waiting_bytes(self.model)
+        if not apart:
+            return None
+        total = sum(parameter.nbytes for parameter in self.model.parameters())
+        return (
+            f"{apart / total:.0%} of the {total / 1e9:.3g} GB of {self.name}'s weights do not fit on {self.device} and "
+            "are read from main memory or disk whenever they are needed, which takes longer"
+        )
+
     def require_exact(self, what: str) -> None:
         """Refuse weights that are not the checkpoint's.
 
@@ -108,6 +120,12 @@ class LoadedModel(ModelSource):
     def device(self) -> torch.device:
         """Where a batch is put: that of the embeddings, wherever the layers compute."""
         return execution_device(self.model.get_input_embeddings())
+
+    @property
+    def embedded(self) -> int:
+        """Rows of the embedding: a tokenizer may know more tokens, or fewer."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
 
 
 def locate(model: str) -> Path:
@@ -269,7 +287,7 @@ def load_model(
     loaded.eval().requires_grad_(False)
     if folder is not None:
         weakref.finalize(loaded, folder.cleanup)
-    offloaded = is_offloaded(loaded)
+    offloaded = waiting_bytes(loaded) > 0
     if offloaded:
         let_gradients_read_again(loaded)
     if bits is not None:
@@ -285,6 +303,8 @@ def load_model(
         )
         if bits is None:
             _compare_with_disk(model, checkpoint, anatomy)
+    if "max_memory" in place:
+        anatomy = replace(anatomy, gathered_on=execution_device(loaded.get_input_embeddings()))
     return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
 
 

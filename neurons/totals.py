@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from neurons.errors import BrocaError
+from neurons.errors import NotFiniteError
 
 
 @dataclass
@@ -53,13 +53,11 @@ class Totals:
             name, _, layer = key.rpartition("@")
             self._sums[name, int(layer)] = values
 
-    def require_finite(self, model: str) -> None:
+    def require_finite(self) -> None:
         """
         Raises:
-            BrocaError: a sum that is not finite, by layer and name.
+            NotFiniteError: a sum that is not finite, by layer and name.
         """
         for (name, layer), values in sorted(self._sums.items(), key=lambda item: (item[0][1], item[0][0])):
             if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-                raise BrocaError(
-                    f"{model}: {name} is not finite in layer {layer}: try --dtype float32 or bfloat16"
-                )
+                raise NotFiniteError(f"{name} in layer {layer}")

@@ -9,6 +9,7 @@ from editing.instructions import ENGLISH_NAMES, IN_SOURCE, IN_TARGET, instructio
 from editing.language_id import identify_language, second_opinion
 from editing.questions import Question, Questions
 from neurons.corpus import Corpus
+from neurons.errors import UsageError
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} [reply]{% endif %}"
 
@@ -67,6 +68,30 @@ def test_questions_are_asked_as_the_tokenizer_has_it(chatting):
 def test_a_chat_is_read_without_a_second_start_token(chatting):
     ids = Asked("beef", CHAT).given(chatting)
     assert encoded(chatting, [ids, "beef"]) == [list(ids), chatting("beef")["input_ids"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ("{{ messages[0]['content'] | no_filter }}", "no_filter"),
+        ("{{ messages[0].content.text.more }}", "UndefinedError"),
+        ("", None),
+        ("{{ nothing }} ", "renders nothing"),
+        ("{{ bos_token }}", "without the user's message"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_one_sentence_with_the_way_out(chatting, template, fault):
+    chatting.chat_template = template
+    if fault is None:
+        assert question_style(chatting) == COMPLETION
+        return
+    with pytest.raises(UsageError, match=f"{fault}.*--no-chat") as refused:
+        Asked("beef", CHAT).given(chatting)
+    assert "\n" not in str(refused.value)
+    asked = Questions({"en": (Question("1", "Why?"),)}, "digest")
+    assert questions_asked(chatting, asked, "en", chat=False)[0].given(chatting) == "Why?\n"
 
 
 def test_token_prompts_and_texts_are_written_on_alike(llama):

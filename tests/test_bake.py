@@ -345,7 +345,7 @@ def test_refuses_a_norm_between_the_module_and_the_residual(checkpoint_of):
 
 def test_a_mixture_bakes_in_its_attention_alone(checkpoint_of):
     loaded = load_model(str(checkpoint_of("qwen3_moe")), device="cpu")
-    with pytest.raises(BrocaError, match="--block attn"):
+    with pytest.raises(BrocaError, match="--blocks attn"):
         bake_plan(loaded, small_corpus(2), {0: torch.ones(64)})
     (edit,) = bake_plan(loaded, small_corpus(2), {0: torch.ones(64)}, block="attn").edits
     assert edit.right.shape == (96, 1)

@@ -7,6 +7,8 @@ import models
 import pytest
 from safetensors.torch import load_file, save_file
 
+from editing.asking import chat_tokens
+from editing.generation import generate
 from neurons.errors import BrocaError, UsageError
 from neurons.source import load_model, locate, open_model
 from neurons.tensor_files import tensor_entries
@@ -106,6 +108,16 @@ def test_a_head_that_is_said_to_be_the_embedding(tied, look):
     assert look(str(tied)).anatomy.layers == 3
 
 
+def test_a_family_that_ties_unless_it_is_told_otherwise(checkpoint_of, tmp_path):
+    tied = shutil.copytree(checkpoint_of("gemma2", True), tmp_path / "tied")
+    settings = json.loads((tied / "config.json").read_text())
+    settings.pop("tie_word_embeddings", None)
+    (tied / "config.json").write_text(json.dumps(settings))
+    add_tensor(tied, "lm_head.weight", load_file(tied / WEIGHTS)["model.embed_tokens.weight"] + 1)
+    with pytest.raises(BrocaError, match=r"lm_head\.weight is model\.embed_tokens\.weight"):
+        load_model(str(tied), "cpu")
+
+
 def test_architectures_of_another_model_type(copy):
     change(copy / "config.json", architectures=["Qwen2ForCausalLM"])
     with pytest.raises(BrocaError, match=r"'llama'.*'Qwen2ForCausalLM'"):
@@ -123,6 +135,33 @@ def test_a_quantisation_that_the_weights_do_not_have(copy, look):
 
 
 @LOOKS
+def test_a_quantisation_that_only_vllm_sees(copy, look):
+    change(copy / "config.json", compression_config={"format": "int-quantized"})
+    with pytest.raises(BrocaError, match="compression_config"):
+        look(str(copy))
+    settings = json.loads((copy / "config.json").read_text())
+    del settings["compression_config"]
+    (copy / "config.json").write_text(json.dumps(settings))
+    (copy / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(BrocaError, match=r"hf_quant_config\.json"):
+        look(str(copy))
+
+
+@LOOKS
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null, "a"]}']
+)
+def test_a_generation_config_that_engines_read_in_different_ways(copy, look, content):
+    path = copy / "generation_config.json"
+    path.write_text(content)
+    with pytest.raises(BrocaError, match=r"generation_config\.json.*eos_token_id"):
+        look(str(copy))
+    for fine in ("{}", '{"eos_token_id": null}', '{"eos_token_id": [1, 5], "temperature": 0.6}'):
+        path.write_text(fine)
+        assert look(str(copy)).anatomy.layers == 3
+
+
+@LOOKS
 @pytest.mark.parametrize("model_type", ["nobodys", "t5"])
 def test_a_checkpoints_own_code_is_not_run_and_nobody_is_asked(copy, look, model_type, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
@@ -131,6 +170,25 @@ def test_a_checkpoints_own_code_is_not_run_and_nobody_is_asked(copy, look, model
     change(copy / "config.json", model_type=model_type, auto_map=classes)
     with pytest.raises(BrocaError, match="runs no code from checkpoints"):
         look(str(copy))
+
+
+def test_own_code_beside_a_known_model_is_left_alone(copy):
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    change(copy / "config.json", auto_map=classes)
+    change(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]})
+    (copy / "custom_generate").mkdir()
+    for name in ("own.py", "custom_generate/generate.py"):
+        (copy / name).write_text("raise SystemExit('code of the checkpoint was run')\n")
+    loaded = load_model(str(copy), "cpu")
+    assert type(loaded.model).__module__.startswith("transformers.")
+    assert len(generate(loaded, ["beef"], 2, temperature=0)) == 1
+
+
+def test_the_template_file_comes_before_the_config(copy):
+    change(copy / "tokenizer_config.json", chat_template="of the config {{ messages[0].content }}")
+    (copy / "chat_template.jinja").write_text("of the file {{ messages[0].content }}")
+    tokenizer = load_model(str(copy), "cpu").tokenizer
+    assert tokenizer.decode(chat_tokens(tokenizer, "beef")) == "of the file beef"
 
 
 def test_a_tokenizers_own_code_is_not_run(copy, monkeypatch):

@@ -87,6 +87,15 @@ def test_every_command_says_what_it_reads_as_what(reading, name, json_too):
     assert ".DS_Store" not in err and "de.TXT" not in err
 
 
+def test_a_directory_of_many_languages_is_told_in_short(reading, lying):
+    for i, name in enumerate(
+        ("spa", "ita", "por", "nld", "pol", "ces", "swe", "dan", "fin", "hun", "ron", "ell")
+    ):
+        (lying / f"{name}_Latn.txt").write_text(f"text {i}\nmore {i}\n" * 4)
+    (said,) = notes(reading("record")[2])
+    assert said.count(" is read as ") == 10 and "4 more" in said and "README.txt" in said
+
+
 def test_a_run_says_it_too(broca, lying, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'model = "./no-such-model"\ncorpus = "{lying}"\nsource = "EN"\ntargets = ["fra"]\n')

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from cli.main import main
 from editing.edits.methods import METHODS
 from editing.edits.neutral_mean import neutral_means
 from editing.plan import load_plan
+from editing.study_report.edits_section import edit_content
 from neurons.corpus import read_corpus
 from neurons.source import load_model
 
@@ -82,7 +84,11 @@ def plan_of(files):
         path = files / f"edit-{method}.safetensors"
         if not path.exists():
             words = ["--method", method, *arguments_of(files, WAYS[method]), "--out", str(path)]
-            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()):
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                redirect_stdout(StringIO()),
+                redirect_stderr(StringIO()),
+            ):
                 patch.setattr(sys, "argv", ["broca", "edit", str(files / "model"), *words])
                 main()
         return path
@@ -264,6 +270,25 @@ def test_plans_compose_in_one_option(broca, files, two, tmp_path):
     assert json.loads(said)["relative_change"] > 0
 
 
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_plans_with_one_end_in_common_are_shown_exported_and_drawn(broca, files, plan_of, tmp_path, end):
+    first = load_plan(plan_of("steer2edit"))
+    other, both, out = (tmp_path / name for name in ("other.safetensors", "both.safetensors", "out"))
+    replace(first, metadata={**first.metadata, end: "qac", "languages": ["qac"]}).save(other)
+    for words in (
+        ["edit", "--compose", plan_of("steer2edit"), other, "--out", both],
+        ["inspect", both],
+        ["export", files / "model", "--edit", both, "--out", out],
+        ["inspect", out],
+        ["plot", both, "--out", tmp_path / "plan.svg"],
+    ):
+        status, said, err = broca(*words)
+        assert status == 0, err
+        assert words[0] != "inspect" or "qaa, qab, qac" in said
+    assert "`qac`" in (out / "README.md").read_text()
+    assert "qac" in str(edit_content(load_plan(both), "both"))
+
+
 def test_a_plan_is_scaled_inverted_and_restricted(broca, files, two, tmp_path):
     half, back, cut = (tmp_path / f"{name}.safetensors" for name in ("half", "back", "cut"))
     whole = load_plan(two[1])
@@ -370,6 +395,41 @@ REFUSALS = {
     "a biprojection without neutral text": (
         ["--method", "ablate", "--direction", "direction", "--set", "form=biprojected"], "neutral text (--corpus)"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_strength_of_nothing_is_refused(broca, files, tmp_path, method):
+    """By its own name, and not with the remedy for too high a threshold."""
+    out = tmp_path / "edit.safetensors"
+    words = arguments_of(files, [word for word in WAYS[method] if word not in ("--strength", "0.5")])
+    status, _, err = broca(
+        "edit", files / "model", "--method", method, *words, "--strength", "0", "--out", out
+    )
+    assert status == 2 and "strength" in err and err.count("\n") == 1, err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("words", [["export", "MODEL", "--edit", "PLAN"], ["edit", "--compose", "PLAN"]])
+def test_nothing_of_a_plan_is_no_plan(broca, files, plan_of, tmp_path, words):
+    places = {"MODEL": files / "model", "PLAN": plan_of("scale")}
+    words = [places.get(word, word) for word in words]
+    status, _, err = broca(*words, "--strength", "0", "--out", tmp_path / "out")
+    assert status == 2 and "strength of 0" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("heads", ["99", "2-1", "x"])
+def test_heads_are_called_heads(broca, files, plan_of, tmp_path, heads):
+    status, _, err = broca(
+        "edit",
+        files / "model",
+        "--restrict",
+        plan_of("steer2edit"),
+        "--heads",
+        heads,
+        "--out",
+        tmp_path / "x",
+    )
+    assert status == 2 and f"heads {heads!r}" in err and "layer" not in err
 
 
 @pytest.mark.parametrize("name", REFUSALS)

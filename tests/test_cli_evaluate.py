@@ -2,9 +2,11 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import pytest
 from click.testing import CliRunner
 
@@ -73,6 +75,23 @@ def test_questions_are_greedy_and_the_likelihood_stands_in_for_a_judge(evaluate,
     assert set(found["outcomes"][0]["others"]) == {"de", "fr"}
     assert found["outcomes"][0]["relevance"]["scorer"] == "likelihood"
     assert "relevance (likelihood)" in output and "second detector agrees" in output
+
+
+def test_questions_without_the_chat_template(evaluate, questions, llama, monkeypatch):
+    monkeypatch.setattr(
+        "neurons.source.load_model", lambda *_: replace(llama, tokenizer=models.tiny_tokenizer.__wrapped__())
+    )
+    plain = evaluate("--questions", questions)[1]
+    broken = models.tiny_tokenizer.__wrapped__()
+    broken.chat_template = "{{ raise_exception('not this way') }}"
+    monkeypatch.setattr("neurons.source.load_model", lambda *_: replace(llama, tokenizer=broken))
+    with pytest.raises(UsageError, match=r"not this way.*--no-chat"):
+        evaluate("--questions", questions)
+    found = evaluate("--questions", questions, "--no-chat")[1]
+    assert found["prompts"]["style"] == "completion"
+    assert found["outcomes"] == plain["outcomes"]
+    with pytest.raises(UsageError, match="--no-chat"):
+        evaluate("--no-chat")
 
 
 def test_a_judge_is_named(evaluate, questions, llama):

@@ -236,10 +236,13 @@ def test_text_batches_hold_a_text_a_row(adds_start, monkeypatch):
             assert counted.tolist() == [False, *attention.tolist()[1:]]
             rows.append(ids[:length].tolist())
     encode = models.tiny_tokenizer()
-    whole = [start + encode(text, add_special_tokens=False)["input_ids"] for text in texts if text]
-    whole = [row for row in whole if len(row) > 1]
-    assert sorted(rows) == sorted(row[:20] for row in whole)
-    assert any(len(row) > 20 for row in whole)
+    # A text longer than a row goes on in the next one.
+    body, whole = 20 - len(start), []
+    for text in texts:
+        tokens = encode(text, add_special_tokens=False)["input_ids"]
+        whole += [start + tokens[first : first + body] for first in range(0, len(tokens), body)]
+    assert sorted(rows) == sorted(row for row in whole if len(row) > 1)
+    assert len(whole) > len(texts)
     assert any(batch.padded for batch in batches)
     assert len(batches) > 1
 

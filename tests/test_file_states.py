@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from editing import stages
 from neurons import fingerprint as fingerprints
-from neurons.file_states import OncePerState
+from neurons.file_states import TICK, OncePerState
 
 
 @pytest.fixture
@@ -65,6 +66,13 @@ def test_a_change_of_the_same_size_is_noticed_however_soon(kept, tmp_path, chang
         assert kept.get(file, [file], compute) == b"1".hex()
         change(file)
         assert kept.get(file, [file], compute) == b"2".hex()
+
+
+def test_the_tick_of_a_change_is_over_when_a_file_is_read(kept, tmp_path):
+    file, read = tmp_path / "a", []
+    file.write_bytes(b"1")
+    kept.get(file, [file], lambda: read.append(time.time_ns()) or "")
+    assert read[0] >= file.stat().st_ctime_ns + TICK
 
 
 def test_a_file_that_comes_or_goes_is_noticed(kept, tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from neurons.batches import text_batches
 from neurons.errors import UsageError
 from neurons.neuron_report import neuron_report
 from neurons.recording import loss_sum, record
+from neurons.sites import reading
 from neurons.source import load_model
 
 FAMILIES = ["llama", "gpt2", "mixtral", "gpt_oss", "gemma3"]
@@ -187,3 +189,38 @@ def test_little_free_memory_is_no_death(checkpoint_of, monkeypatch):
     assert set(loaded.model.hf_device_map.values()) == {"cpu", "disk"}
     live = sum(p.nbytes for p in loaded.model.parameters() if p.device.type == "cpu")
     assert 0 < live <= free
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "phi3"])
+def test_values_that_are_moved_to_one_device_count_the_same(checkpoint_of, corpus, monkeypatch, family):
+    """As between GPUs, of which there are none here: what is moved is copied."""
+    whole = load_model(str(checkpoint_of(family)), device="cpu")
+    spread = replace(whole, anatomy=replace(whole.anatomy, gathered_on=torch.device("cpu")))
+    moved = []
+    monkeypatch.setattr("neurons.sites._moved", lambda values, _: moved.append(1) or values.clone())
+    batches = batches_of(whole, corpus)
+    expected = record(whole, batches, MOMENTS)
+    assert not moved
+    found = record(spread, batches, MOMENTS)
+    assert moved
+    for name in MOMENTS:
+        assert torch.equal(found.moments[name], expected.moments[name]), name
+    _, readers = silencing_plan(whole)
+    assert torch.equal(logits_of(spread, readers), logits_of(whole, readers))
+
+
+def test_values_are_handed_over_on_the_device_that_they_are_gathered_on(llama, corpus):
+    anatomy = replace(llama.anatomy, gathered_on=torch.device("meta"))
+    seen = []
+    with reading(anatomy, {("mlp_in", 2): lambda values, _: seen.append(values.device)}):
+        logits_of(llama)
+    assert seen == [torch.device("meta")]
+
+
+def test_a_person_is_told_what_waits_on_disk(broca, checkpoint_of, corpus_directory, tmp_path, monkeypatch):
+    asked = ["record", checkpoint_of(), "--corpus", corpus_directory, "--out", tmp_path / "s.safetensors"]
+    status, _, said = broca(*asked)
+    assert status == 0 and "disk" not in said
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 250_000})
+    status, _, said = broca(*asked)
+    assert status == 0 and "disk" in said and str(checkpoint_of().name) in said.replace("\n", "")

@@ -235,7 +235,7 @@ def test_load_refuses_what_is_no_plan(tmp_path):
         load_plan(tmp_path / "d.safetensors")
     broken = random_edit()
     broken.left[0, 0] = math.nan
-    Plan((broken,), {}).save(tmp_path / "nan.safetensors")
+    Plan((broken,), {"method": "m", "settings": {}}).save(tmp_path / "nan.safetensors")
     with pytest.raises(BrocaError, match="not finite"):
         load_plan(tmp_path / "nan.safetensors")
 

@@ -90,6 +90,13 @@ def test_a_judge_that_cannot_say_yes_is_refused(llama):
         JudgeScorer(replace(llama, tokenizer=OneToken()))(ASKED, [written(llama, text) for text in TEXTS])
 
 
+def test_a_judge_whose_chat_template_fails_is_refused(llama):
+    tokenizer = models.tiny_tokenizer.__wrapped__()
+    tokenizer.chat_template = "{{ raise_exception('not this way') }}"
+    with pytest.raises(UsageError, match=r"not this way.*another judge"):
+        JudgeScorer(replace(llama, tokenizer=tokenizer))(ASKED, [written(llama, text) for text in TEXTS])
+
+
 def naive_chrf(answer, reference, order=6, beta=2):
     """chrF of Popović (2015): n-gram precision and recall of characters without spaces, averaged over n."""
     answer, reference = ("".join(text.split()) for text in (answer, reference))

@@ -92,9 +92,45 @@ def test_steering_figures_are_those_of_the_file(shown):
     assert by_name["largest KL"] == "0.021"
     assert by_name["components"] == "12" and by_name["‖ΔW‖/‖W‖"] == "0.31"
     assert dict(zip(head, rows[0], strict=True))["fluency gap"] == "–"
-    head, _, keyed, _ = page.texts("NLL rise on held-out text")
+    head, _, keyed, _ = page.texts("NLL rise on each language's text")
     assert head == ["way", "ar", "zh", "en"]
     assert numbers(keyed[1:]) == [0.012, -0.034, 1.5]
+
+
+PARTS = [{"digest": part[0] * 64, "part": part} for part in ("estimate", "choose", "report")]
+
+
+@pytest.mark.parametrize(
+    ("part", "warned"), [("report", 0), ("choose", 1), ("estimate", 1), ("all", 1), (None, 0)]
+)
+def test_the_part_that_is_measured_is_none_of_those_that_were_read_besides(tmp_path, part, warned):
+    """Of a page without the file's name for the part: nothing is said of it."""
+    text = {} if part is None else {"corpus": {"digest": "r" * 64, "part": part, "languages": ["en", "ar"]}}
+    made = {"steering.json": {**studies.dosed(), "corpora": PARTS}, "ablation.json": studies.ablation()}
+    for name, document in made.items():
+        document.pop("corpus", None)
+        (tmp_path / name).write_bytes(json_bytes({**document, **text}))
+    _, page = page_of(tmp_path)
+    warnings = [one["text"] for one in page.all("p", **{"class": "warning"})]
+    assert len(warnings) == 2 * warned and all("not a result" in one for one in warnings)
+    named = {None: "", "all": "of all parts"}.get(part, f"of the part “{part}”")
+    first = [
+        one["text"] for one in page.all("p") if "ceiling of ar" in one["text"] or "ablated" in one["text"]
+    ]
+    assert len(first) == 2 and all(named in one for one in first)
+    assert part is not None or not any("part" in one for one in first)
+
+
+def test_a_plan_is_told_with_its_text_and_model(study):
+    plan = make_plan(
+        [ModuleEdit(0, "mlp", (3,), column_scale=torch.ones(8))],
+        {"fingerprint": "a" * 16, "settings": {"corpus": {"digest": "b" * 64, "part": "estimate"}}},
+    )
+    plan.save(study / "own.safetensors")
+    _, page = page_of(study)
+    rows = {row[0]: row[1:3] for row in page.texts("Made of what")}
+    assert rows["own.safetensors"] == ["a" * 16, f"estimate {'b' * 12}"]
+    assert rows["edit-ar.safetensors"] == ["0123456789abcdef", "–"]
 
 
 def test_a_run_is_shown_once_though_its_report_json_says_it_again(shown, study):
@@ -108,7 +144,7 @@ def test_a_run_is_shown_once_though_its_report_json_says_it_again(shown, study):
 
 def test_the_sources_own_rise_does_not_set_the_scale(shown):
     _, page = shown
-    cells = page.table("NLL rise on held-out text")[2]
+    cells = page.table("NLL rise on each language's text")[2]
     assert "style" not in cells[3]["attributes"]
     # 0.034 of 0.1, where the scale ends at the least, of the way from white to #67a9cf.
     expected = [round(255 + 0.34 * (end - 255)) for end in (0x67, 0xA9, 0xCF)]
@@ -159,10 +195,20 @@ def test_search_figures_are_those_of_the_file(shown):
     front = page.table("The Pareto front")
     assert [row[0]["text"] for row in front[1:]] == ["0", "1"]
     text = " ".join(one["text"] for one in page.all("p"))
-    assert "4 trials, 1 of them given up" in text and "Trial 1 was chosen: the least harmful" in text
+    assert "4 trials, 1 of them given up" in text and "share at least 0.95 of the ceiling" in text
+    assert "Trial 1 was chosen: the least harmful" in text
     assert "Goals not met there: rise." in text
     marked = [one for one in page.all("tr", **{"class": "marked"}) if one["text"].startswith("1keyed")]
     assert len(marked) == 2
+
+
+def test_a_trial_that_changes_nothing_was_not_given_up(tmp_path):
+    value = studies.tuned()
+    value["trials"][3] |= {"state": "changes nothing", "found": 0, "continuations": 0}
+    (tmp_path / "tune.json").write_bytes(json_bytes(value))
+    _, page = page_of(tmp_path)
+    (told,) = [one["text"] for one in page.all("p") if one["text"].startswith("4 trials")]
+    assert "0 of them given up" in told and "1 without any change" in told
 
 
 def test_choices_are_told_apart_from_results(shown):
@@ -290,7 +336,9 @@ def test_a_file_that_cannot_be_shown_is_named(tmp_path):
 
 def test_a_method_is_no_formula(tmp_path):
     edit = ModuleEdit(0, "mlp", (1,), column_scale=torch.tensor([1.0, 0.0]))
-    make_plan([edit], {"method": "$\\frac$ <b>", "fingerprint": "f"}).save(tmp_path / "edit.safetensors")
+    make_plan([edit], {"method": "$\\frac$ <b>", "settings": {}, "fingerprint": "f"}).save(
+        tmp_path / "edit.safetensors"
+    )
     _, page = page_of(tmp_path)
     assert page.faults == [] and not page.all("b")
     assert {"$\\frac$ <b>", "neurons"} <= {one["text"] for one in page.all("text")}

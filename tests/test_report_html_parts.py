@@ -246,7 +246,10 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
     assert way.others["zh"]["share"] == 0.7 and math.isnan(way.others["zh"]["fluency_gap"])
     assert way.further["effectiveness"] == 0.9 and result.languages == ["ar", "zh", "en"]
     assert tried.chosen["hook"] == {"strength": 3.5} and tried.tried[1].refused == "no"
+    assert (tried.source, tried.target) == ("en", "ar")
     assert read_tried({**value, "tried": []}) is None
+    choice = {**value, "chosen": {}, "ceiling": 0.9}
+    assert read_choice(choice, "renamed").target == "ar"
 
 
 def test_a_choice_without_its_numbers_is_refused():

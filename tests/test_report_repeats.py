@@ -1,6 +1,7 @@
 """A study that is run again by the commands of its page gives the same figures, to the last bit."""
 
 import json
+import re
 import shlex
 from itertools import islice
 from pathlib import Path
@@ -190,6 +191,29 @@ def test_every_file_says_what_it_was_made_of(study, name):
     }
     if "ablation" not in name:
         assert value["packages"]["py3langid"] not in ("", "not installed")
+
+
+def test_the_page_says_which_part_the_figures_are_of(shown):
+    """Of each file's section: the part in its first sentence, and the warnings below it."""
+    said, section = {}, None
+    for one in shown.elements:
+        if one["tag"] == "h2":
+            section = one["text"]
+        elif one["tag"] == "p" and section in said and one["text"].startswith("Measured on"):
+            said[section].append(one["text"])
+        elif one["tag"] == "p" and section is not None and section not in said:
+            said[section] = [" ".join(re.findall(r" of (?:the part “\w+”|all parts)", one["text"]))]
+    report, everything = " of the part “report”", " of all parts"
+    assert {title: found[0] for title, found in said.items() if found[0]} == {
+        "Steering: en to fr (run/measured-fr.json)": report,
+        "Steering: en to fr (ways.json)": report,
+        "Ablation: ablation.json": report,
+        "Steering: en to fr (edited.json)": everything,
+        "Steering: en to fr (asked.json)": everything,
+        "Ablation: resampled.json": everything,
+    }
+    for found in said.values():
+        assert any("not a result" in one for one in found[1:]) == (found[0] == everything)
 
 
 def test_defaults_that_depend_on_text_model_or_machine_are_written_out(study, model):

@@ -17,6 +17,7 @@ from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES
 from neurons.batches import TokenBatch
 from neurons.collectors import Reading, TextSums
 from neurons.errors import UsageError
+from neurons.not_finite import explained
 from neurons.processes import together, world
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
@@ -130,7 +131,7 @@ def record_texts(
     readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
     everyone = [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
     number, processes = world()
-    with reading(anatomy, readers), torch.no_grad():
+    with explained(loaded), reading(anatomy, readers), torch.no_grad():
         for k, batch in everyone[number::processes]:
             on_device = batch.to(loaded.device)
             places = torch.searchsorted(lines[languages[k]], batch.line_numbers)
@@ -139,7 +140,8 @@ def record_texts(
             counted[k] += batch.counted.sum()
             if progress is not None:
                 progress(int(batch.counted.sum()))
-    totals.require_finite(loaded.name)
+    with explained(loaded):
+        totals.require_finite()
     texts = torch.tensor([sum(len(batch.ids) for batch in some) for some in batches.values()])
     return Recorded(
         languages=languages,

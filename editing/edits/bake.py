@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +42,16 @@ from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.corpus import Corpus
 from neurons.covariance import Moments, language_moments
 from neurons.errors import BrocaError, UsageError
+from neurons.memory import covariance_bytes, room, solving_bytes
 from neurons.recording import Progress, forward
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel, ModelSource
 
 # Less lowers the spread a little and makes ||dW|| several times as large: this is the choice for the smaller change.
 EPS = 1e-2
-# In place of no ridge at all, which dead neurons would not bear.
-_LEAST_EPS = 1e-10
-COVARIANCE_BYTES = 4 * 2**30
+# In place of no ridge at all, which dead neurons would not bear; the first that rounding bears, of few tokens'
+# covariance, whose products are in float32, a larger one.
+_LEAST_EPS = (1e-10, 1e-8, 1e-6, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def constant_key(
     constraints = (
         torch.stack([mean, moments.start], 1) if held and moments.start is not None else mean[:, None]
     )
-    vector = _least_spread(covariance, constraints, max(eps, _LEAST_EPS))
-    least = _least_spread(covariance, constraints, _LEAST_EPS)
+    vector = _first_solved(covariance, constraints, [eps] if eps else _LEAST_EPS)
+    least = _first_solved(covariance, constraints, _LEAST_EPS)
     return ConstantKey(
         vector=vector,
         spread=_deviation(covariance, vector),
@@ -119,6 +120,15 @@ def constant_key(
         start=None if moments.start is None else float(moments.start @ vector),
         eps=eps,
     )
+
+
+def _first_solved(
+    covariance: torch.Tensor, constraints: torch.Tensor, ridges: Sequence[float]
+) -> torch.Tensor:
+    for eps in ridges[:-1]:
+        with suppress(BrocaError):
+            return _least_spread(covariance, constraints, eps)
+    return _least_spread(covariance, constraints, ridges[-1])
 
 
 def _least_spread(covariance: torch.Tensor, constraints: torch.Tensor, eps: float) -> torch.Tensor:
@@ -220,12 +230,13 @@ def constant_keys(
     if block == "mlp" and loaded.anatomy.mixed:
         raise BrocaError(
             f"{loaded.anatomy.model_type}: no neuron of a mixture of experts sees every token, so the MLP cannot "
-            "write a constant: choose --block attn"
+            "write a constant: choose --blocks attn"
         )
     everything = torch.arange(loaded.anatomy.width(site))
     batches = language_batches(loaded, corpus)
     tokens = torch.tensor([sum(int(batch.counted.sum()) for batch in some) for some in batches.values()])
-    at_once = max(1, COVARIANCE_BYTES // (8 * len(everything) ** 2))
+    left = room(loaded) - solving_bytes(len(everything))
+    at_once = max(1, left // covariance_bytes(len(everything)))
     found: dict[int, ConstantKey] = {}
     for first in range(0, len(layers), at_once):
         group = layers[first : first + at_once]
@@ -240,6 +251,11 @@ def constant_keys(
                     ridges[layer] = ledoit_wolf_eps(totals[layer][1], fourth, int(tokens.sum()))
         for layer, own in moments.items():
             with _in_layer(layer, block):
+                if own.silent:
+                    raise BrocaError(
+                        f"its {len(own.units)} inputs are 0 on every token, so nothing can be written by them: choose "
+                        "another layer"
+                    )
                 found[layer] = constant_key(own, tokens, ridges[layer], constrain_start)
     return found
 

@@ -137,7 +137,7 @@ def require_strength(strength: float) -> None:
         UsageError: 0, or not finite.
     """
     if strength == 0 or not abs(strength) < float("inf"):
-        raise UsageError(f"strength {strength}: give a finite one other than 0 (1 removes the direction)")
+        raise UsageError(f"strength {strength}: give a finite one other than 0")
 
 
 def directional_ablation_plan(

@@ -43,10 +43,10 @@ from editing.edits.sparse_key import sparse_key
 from editing.live import applied
 from editing.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.weights import Weights
-from neurons.anatomy import BLOCKS
+from neurons.anatomy import BLOCKS, Anatomy
 from neurons.batches import TokenBatch, language_batches
 from neurons.corpus import Corpus
-from neurons.covariance import Moments, site_moments
+from neurons.covariance import Moments, each_moments, site_moments
 from neurons.errors import BrocaError, UsageError
 from neurons.neuron_set import NeuronSet
 from neurons.recording import Progress
@@ -55,7 +55,6 @@ from neurons.source import LoadedModel
 # Found on the demo model, English to French and German: from 3 on as far as the ceiling; more is more fluent
 # and does more to other languages.  Keys over heads too reach as far from 2 on (docs/keyed.md).
 STRENGTH = 3.5
-COVARIANCE_BYTES = 4 * 2**30
 
 Place = tuple[int, str]  # layer, block
 
@@ -115,7 +114,7 @@ def keyed_plan(
 
     Raises:
         UsageError: a language that the corpus lacks or that is in two lists, blocks, layers or shares that
-            there are not, or a strength of 0.
+            there are not, the MLP of a mixture of experts, or a strength of 0.
         BrocaError: a layer in which the set has too few neurons of the sources, or whose inputs cannot tell
             the languages apart.
     """
@@ -171,12 +170,10 @@ def _independently(
     metadata: Mapping[str, Any],
     progress: Progress | None,
 ) -> Iterator[ModuleEdit]:
-    """Every module's edit from the unedited model, with as few passes as the covariances' memory allows."""
-    for group in _groups(units):
-        at_sites = {(f"{block}_in", layer): index for (layer, block), index in group.items()}
-        found = site_moments(loaded, batches, at_sites, progress)
-        for layer, block in group:
-            yield _edit(loaded, batches, (layer, block), found[f"{block}_in", layer], wanted)
+    """Every module's edit from the unedited model, in the order of the layers."""
+    at_sites = {(f"{block}_in", layer): index for (layer, block), index in units.items()}
+    for (site, layer), moments in each_moments(loaded, batches, at_sites, progress):
+        yield _edit(loaded, batches, (layer, site.removesuffix("_in")), moments, wanted)
 
 
 def _jointly(
@@ -278,6 +275,11 @@ def keyed_plans(
 
 def _key(place: Place, moments: Moments, wanted: _Wanted) -> tuple[Key, dict[str, Any]]:
     """The key, and notes of how it was made sparse."""
+    if moments.silent:
+        raise BrocaError(
+            f"layer {place[0]}, {place[1]}: its {len(moments.units)} inputs are 0 on every token, so no key can tell "
+            f"languages by them: leave layer {place[0]} out with --layers"
+        )
     problem = key_problem(
         moments, wanted.sources, wanted.eps, wanted.keep, wanted.keep_softly, wanted.soft_weight
     )
@@ -308,6 +310,19 @@ def _through_norm(
     return solved.vector, {"value_through_norm": solved.through, "value_error": solved.error}
 
 
+def require_common_inputs(anatomy: Anatomy, blocks: Sequence[str]) -> None:
+    """Refuse modules whose inputs no token has in common.
+
+    Raises:
+        UsageError: the MLP of a mixture of experts, with the methods that edit it.
+    """
+    if "mlp" in blocks and anatomy.mixed:
+        raise UsageError(
+            f"{anatomy.model_type}: each expert's neurons see other tokens, so no key can be solved over them: take "
+            "`broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, austeer)"
+        )
+
+
 def _check_languages(corpus: Corpus, direction: Direction, sources: Sequence[str]) -> None:
     corpus.require(*sources, direction.source, direction.target)
     if direction.source not in sources:
@@ -325,6 +340,7 @@ def _shares(
     """(layer, block) -> its share of the strength, the shares' sum being 1; and the strength."""
     if not blocks or len(set(blocks)) < len(blocks) or any(block not in BLOCKS for block in blocks):
         raise UsageError(f"blocks {', '.join(blocks) or '(none)'}: choose from {', '.join(BLOCKS)}")
+    require_common_inputs(loaded.anatomy, blocks)
     if isinstance(strength, Mapping):
         if layers is not None and sorted(layers) != sorted(strength):
             raise UsageError("a strength for each layer names the layers: leave layers out, or name the same")
@@ -378,17 +394,3 @@ def _units(
             )
         units[layer, block] = index
     return units
-
-
-def _groups(units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
-    """Modules whose covariances fit in COVARIANCE_BYTES together: a pass over the text each."""
-    groups: list[dict[Place, torch.Tensor]] = []
-    room = 0
-    for place, index in units.items():
-        size = 8 * len(index) ** 2
-        if not groups or size > room:
-            groups.append({})
-            room = COVARIANCE_BYTES
-        groups[-1][place] = index
-        room -= size
-    return groups

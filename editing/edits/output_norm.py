@@ -128,7 +128,7 @@ def source_tokens(
 
     def read_into(kept: list[torch.Tensor], values: torch.Tensor, routed: Routed | None) -> None:
         if routed is not None:
-            raise BrocaError("a value through the norm after experts is not solved: choose a dense model")
+            raise BrocaError("a value through the norm after experts is not solved: take --blocks attn")
         kept.append(values.detach()[counted[0]].double().cpu())
 
     readers = {

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
+from editing.edits.directional_ablation import require_strength
 from editing.edits.reach import chosen_layers, require_neurons, vector_at
 from editing.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.weights import Weights
@@ -161,12 +162,13 @@ def steer2edit_plan(
         weigh: what a neuron's importance is weighed by, "sign" as published or "activity".
 
     Raises:
-        UsageError: rho or alpha out of range, a layer that is not there, both classes off, languages without a neuron set or that it
+        UsageError: rho or alpha out of range, a strength of 0, a layer that is not there, both classes off, languages without a neuron set or that it
             does not know, an unknown weighting, or a direction that lacks what is needed.
         BrocaError: the neuron set has no neuron of one of ``languages`` in these layers.
         NothingToChangeError: no component passes the threshold.
     """
     _require_weighting(weigh)
+    require_strength(strength)
     if heads_rho is None and neurons_rho is None:
         raise UsageError("heads and neurons are both off: give --heads-rho or --neurons-rho")
     if languages is not None and (neurons is None or neurons_rho is None):
@@ -185,6 +187,11 @@ def steer2edit_plan(
             if f"{block}_in" not in direction.input_means:
                 raise UsageError(f"the direction has no mean at {block}_in, which Steer2Edit needs")
             vector = vector_at(direction, f"{block}_out", layer)
+            if not bool(vector.any()):
+                raise BrocaError(
+                    f"layer {layer}, {block}: the direction has length 0, as the module writes the same in both "
+                    f"languages: leave layer {layer} out with --layers"
+                )
             weight = weights.read(layer, block)
             found = steer2edit(
                 weight,

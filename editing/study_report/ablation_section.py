@@ -9,6 +9,7 @@ from editing.study_report.curves import Curve, doses_picture
 from editing.study_report.formats import count, number, span
 from editing.study_report.markup import Content, Markup, element, joined, paragraph
 from editing.study_report.matrix import Cell, heat_map
+from editing.study_report.part import of_part, part_warning
 from editing.study_report.tables import table
 from neurons.ablation_study import set_title
 
@@ -26,8 +27,9 @@ def ablation_content(study: Ablation, name: str) -> Markup:
     parts: list[Markup] = [
         paragraph(
             f"Each language's neurons are ablated ({study.way}) and every language is read without them"
-            f"{tokens}. Figures are rises of the negative log-likelihood in nats a token{confidence}."
+            f"{tokens}{of_part(study.origin)}. Figures are rises of the negative log-likelihood in nats a token{confidence}."
         ),
+        *part_warning(study.origin, "neurons"),
         _sets(study),
     ]
     most = max((abs(rise) for one in study.sets for rise in _rises(one)), default=0.0) or 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from editing.plan import Plan
+from editing.plan import Plan, language_pair
 from editing.plan_pictures import plan_figure
 from editing.plan_warnings import plan_warnings
 from editing.study_report.formats import count, number, plain
@@ -35,8 +35,9 @@ def edit_content(plan: Plan, name: str) -> Markup:
 
 
 def _languages(plan: Plan) -> str:
-    if "target" in plan.metadata:
-        return f", {plan.metadata.get('source')} to {plan.metadata['target']}"
+    pair = language_pair(plan.metadata)
+    if pair is not None:
+        return f", {pair[0]} to {pair[1]}"
     languages = plan.metadata.get("languages") or []
     return f", {', '.join(languages)}" if languages else ""
 

@@ -14,7 +14,8 @@ class Provenance:
     Attributes:
         model: as it was named; None where the file does not say.
         fingerprint: of the model.
-        texts: (digest, part) of the text.
+        texts: (digest, part) of all text that was read.
+        part: of the text that the figures are of; empty where the file names none.
         inputs: (option, file, digest) of what was read beside the text; of a model the digest is its fingerprint.
         packages: name -> version.
         settings: JSON values.
@@ -26,6 +27,7 @@ class Provenance:
     model: str | None = None
     fingerprint: str | None = None
     texts: tuple[tuple[str, str], ...] = ()
+    part: str = ""
     inputs: tuple[tuple[str, str, str], ...] = ()
     packages: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -46,25 +48,28 @@ def provenance(metadata: Mapping[str, Any]) -> Provenance:
             "corpora": [{"digest": digest, "part": part} for part, digest in parts],
             "settings": {k: v for k, v in identity.items() if k not in ("model", "corpus", "knobs")},
         }
-    corpora = metadata.get("corpora")
-    found = corpora if isinstance(corpora, list) else [metadata.get("corpus")]
+    packages, settings, inputs = (metadata.get(key) for key in ("packages", "settings", "inputs"))
+    settings = settings if isinstance(settings, Mapping) else {}
+    corpora, measured = metadata.get("corpora"), metadata.get("corpus")
+    # A plan names its text among its settings.
+    found = corpora if isinstance(corpora, list) else [measured or settings.get("corpus")]
     texts = [
         (str(one["digest"]), str(one.get("part") or "all"))
         for one in found
         if isinstance(one, Mapping) and "digest" in one
     ]
-    packages, settings, inputs = (metadata.get(key) for key in ("packages", "settings", "inputs"))
     return Provenance(
         model=_text(metadata.get("model")),
         fingerprint=_text(metadata.get("fingerprint")),
         texts=tuple(dict.fromkeys(texts)),
+        part=str(measured.get("part") or "") if isinstance(measured, Mapping) else "",
         inputs=tuple(
             (str(one["option"]), str(one["file"]), str(one["digest"]))
             for one in (inputs if isinstance(inputs, list) else ())
             if isinstance(one, Mapping) and {"option", "file", "digest"} <= one.keys()
         ),
         packages={str(k): str(v) for k, v in packages.items()} if isinstance(packages, Mapping) else {},
-        settings=dict(settings) if isinstance(settings, Mapping) else {},
+        settings=dict(settings),
         command=_text(metadata.get("command")),
         recipe=_text(metadata.get("recipe")),
         processor=_processor(metadata.get("processor")),

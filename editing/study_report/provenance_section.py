@@ -121,7 +121,7 @@ def _made_of(found: Findings) -> list[Markup]:
             _digests([(name, digest) for _, name, digest in file.origin.inputs]),
         ]
         for file in found.files
-        if file.origin is not None and (file.origin.texts or file.origin.inputs)
+        if file.origin is not None and (file.origin.fingerprint or file.origin.texts or file.origin.inputs)
     ]
     caption = "Made of what, by file (the beginnings of digests)"
     return (

@@ -42,6 +42,11 @@ class Trial:
         """Whether it was measured to its end."""
         return self.state == "measured"
 
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing, so that there was nothing to measure."""
+        return self.state == "changes nothing"
+
 
 @dataclass(frozen=True)
 class SearchResult:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from editing.study_report.curves import Point, trade_off
 from editing.study_report.formats import number, plain
@@ -18,9 +19,10 @@ def search_content(search: SearchResult, name: str) -> Markup:
     Args:
         name: tells its picture from another search's.
     """
-    given_up = sum(not trial.whole for trial in search.trials)
+    idle = sum(trial.idle for trial in search.trials)
+    given_up = sum(not trial.whole for trial in search.trials) - idle
     target = search.target or "target"
-    goals = f" Goals: {plain(search.goals)}." if search.goals else ""
+    goals = f" Goals: {_goals(search.goals)}." if search.goals else ""
     parts: list[Markup] = []
     if not search.finished:
         parts.append(paragraph("The search was stopped before its end.", class_="warning"))
@@ -33,7 +35,8 @@ def search_content(search: SearchResult, name: str) -> Markup:
     parts += [
         element("h3", "The search"),
         paragraph(
-            f"{len(search.trials)} trials, {given_up} of them given up before their end, measured on the "
+            f"{len(search.trials)} trials, {given_up} of them given up before their end"
+            f"{f' and {idle} without any change' if idle else ''}, measured on the "
             f"choosing part of the text, to choose by. Ceiling there: {number(search.ceiling, '.2f')}.{goals}"
         ),
         *(paragraph(f"Trial {search.chosen} was chosen: {search.why}.") for _ in [0] if search.why),
@@ -49,6 +52,16 @@ def search_content(search: SearchResult, name: str) -> Markup:
         _table(search, list(search.trials), "All trials"),
     ]
     return joined(parts)
+
+
+def _goals(goals: Mapping[str, Any]) -> str:
+    """Each with what it is a bound of."""
+    forms = {
+        "share": "share at least {} of the ceiling",
+        "fluency_gap": "fluency gap at most {}",
+        "rise": "NLL rise of a third language at most {}",
+    }
+    return ", ".join(forms.get(name, name + " {}").format(plain(value)) for name, value in goals.items())
 
 
 def _met(search: SearchResult) -> Markup:

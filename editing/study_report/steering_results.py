@@ -134,11 +134,14 @@ def read_steering(value: Mapping[str, Any]) -> Steering:
 def read_choice(value: Mapping[str, Any], target: str) -> Choice:
     """From a choice-*.json.
 
+    Args:
+        target: where the file does not say.
+
     Raises:
         KeyError, TypeError, ValueError: something else.
     """
     return Choice(
-        target=target,
+        target=str(value.get("target") or target),
         ceiling=measured(value["ceiling"]),
         chosen=dict(value["chosen"]),
         tried=tuple(map(read_way, value["tried"])),
@@ -160,6 +163,7 @@ def read_tried(value: Mapping[str, Any]) -> Choice | None:
         ceiling=math.nan,
         chosen={way.name: way.details.get("settings") for way in outcomes},
         tried=tuple(map(read_way, value["tried"])),
+        source=str(value["source"]),
     )
 
 

@@ -9,12 +9,16 @@ from editing.study_report.doses_section import doses_content
 from editing.study_report.formats import count, number, plain
 from editing.study_report.markup import Content, Markup, element, joined, paragraph
 from editing.study_report.matrix import Cell, heat_map
+from editing.study_report.part import of_part, part_warning
 from editing.study_report.samples import sample_list
 from editing.study_report.steering_results import Steering, Way
 from editing.study_report.tables import share_bar, table
 
 MEANINGS = (
-    ("share", "continuations identified as the language"),
+    (
+        "share",
+        "continuations identified as the language; empty ones and those that go round in circles are in none",
+    ),
     ("ceiling", "share of the target when the unedited model continues target-language prompts"),
     (
         "distinct words, pairs",
@@ -26,7 +30,7 @@ MEANINGS = (
         "nats a token by which the continuations are less likely to the unedited model than its own in the "
         "target language; above 1 is word salad",
     ),
-    ("NLL rise", "rise of the negative log-likelihood of held-out text, nats a token"),
+    ("NLL rise", "rise of the negative log-likelihood of text, nats a token"),
     ("KL", "of next-token distributions, unedited to steered, nats a position; the largest third language's"),
     (
         "effectiveness, entanglement",
@@ -54,21 +58,13 @@ def steering_content(result: Steering, name: str) -> Markup:
     Args:
         name: tells its picture from another pair's.
     """
-    part = [part for _, part in result.origin.texts if part not in ("report", "all")]
-    warned = [
-        paragraph(
-            f"Measured on the part “{part[0]}”, which directions or settings come from: not a result.",
-            class_="warning",
-        )
-        for _ in part[:1]
-    ]
     samples = [(way.name, way.samples) for way in result.ways if way.samples]
     parts: list[Markup] = [
         paragraph(
-            f"{count(result.continuations)} continuations of {result.source} prompts; ceiling of "
-            f"{result.target}: {number(result.ceiling, '.2f')}."
+            f"{count(result.continuations)} continuations of {result.source} prompts{of_part(result.origin)}; "
+            f"ceiling of {result.target}: {number(result.ceiling, '.2f')}."
         ),
-        *warned,
+        *part_warning(result.origin, "directions or settings"),
         *(paragraph(note, class_="warning") for note in result.notes),
         _table(result),
         _writing(result),
@@ -221,7 +217,7 @@ def _rises(result: Steering) -> Markup:
         for way in ways
     ]
     return heat_map(
-        f"NLL rise on held-out text. The last column is {result.source}'s own text, which steering is meant "
+        f"NLL rise on each language's text. The last column is {result.source}'s own text, which steering is meant "
         "to make less likely: it is left out of the scale.",
         "way",
         result.languages,

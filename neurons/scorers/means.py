@@ -39,7 +39,7 @@ def require_finite(values: torch.Tensor) -> None:
         layer, neuron, _ = wrong.nonzero()[0].tolist()
         raise BrocaError(
             f"what was recorded of neuron {neuron} in layer {layer} is not finite: "
-            "record again with --dtype float32 or bfloat16"
+            "record again, in float32 if that was float16, from weights that are finite"
         )
 
 
