@@ -1,5 +1,6 @@
 # make demo       find language neurons, edit, export and measure on the shipped model
 # make test       lint, types and the whole test suite
+# make test-real  do the whole job on SmolLM2-135M, a pretrained instruct model (93 MB to fetch, once)
 # make test-vllm  load exports of many architectures, and adapters, in a real vLLM on the CPU
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= build/demo
 
-.PHONY: demo test test-vllm lint clean
+.PHONY: demo test test-real test-vllm lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Broca needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -26,6 +27,10 @@ lint: $(VENV)/installed
 
 test: lint
 	$(BIN)/pytest
+
+test-real: $(VENV)/installed
+	$(BIN)/python tests/real/make_model.py build/real/model
+	REAL=build/real $(BIN)/pytest tests/real
 
 test-vllm: $(VENV)/installed
 	PYTHON=$(PYTHON) MAIN_PYTHON=$(BIN)/python bash tests/vllm/run.sh

@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the demo's model")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--exported", type=Path, help="test only this checkpoint, made from --model")
+    parser.add_argument("--real", type=Path, help="test what `make test-real` left there too")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -209,6 +210,9 @@ def main() -> None:
             write(made, "mixed", random_plan(source), adapter=name == "llama")
             if name == "llama":
                 write(made, "rank-1", random_plan(source, low_rank_only=True), adapter=True)
+        if arguments.real is not None:
+            steered = arguments.real / "made" / "steered"
+            case("smollm2", arguments.real / "model")["exported"].append(str(steered))
     (arguments.out / "cases.json").write_text(json.dumps(cases, indent=1), encoding="utf-8")
 
 

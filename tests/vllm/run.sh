@@ -8,6 +8,8 @@ cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 MAIN_PYTHON=${MAIN_PYTHON:-.venv/bin/python}
 MODEL=${MODEL:-artifacts/demo/model}
+REAL=build/real # where `make test-real` leaves a pretrained model and its export
+[ -d $REAL/made/steered ] || REAL=
 HERE=tests/vllm
 VENV=.venv-vllm
 
@@ -32,7 +34,7 @@ export HF_HUB_OFFLINE=1
 # In processes of their own: vLLM patches transformers' classes when it is imported.
 echo "Exporting ..."
 PYTHONPATH=. "$MAIN_PYTHON" $HERE/make_exports.py --model "$MODEL" --corpus artifacts/demo/corpus \
-    ${EXPORTED:+--exported "$EXPORTED"} --out "$work"
+    ${EXPORTED:+--exported "$EXPORTED"} ${REAL:+--real "$REAL"} --out "$work"
 echo "Asking transformers ..."
 "$MAIN_PYTHON" $HERE/reference.py --cases "$work/cases.json" --out "$work/reference.json"
 

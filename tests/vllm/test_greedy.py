@@ -50,7 +50,7 @@ def assert_another_model(path, base):
 
 def test_everything_was_asked():
     if "own" not in CASES:
-        assert len({name.partition(":")[0] for name in CHECKPOINTS}) == 13
+        assert len({name.partition(":")[0] for name in CHECKPOINTS}) == 13 + ("smollm2" in CASES)
         assert len(ADAPTERS) == 3
 
 
