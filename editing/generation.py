@@ -36,6 +36,24 @@ def _plain_settings(model: Any) -> Iterator[None]:
         model.generation_config = advised
 
 
+@contextmanager
+def _whole_rows(model: Any) -> Iterator[None]:
+    """Hand the output embeddings their hidden states in one piece.
+
+    transformers hands over the last position of each prompt, a view with gaps, of which torch makes a product
+    with a copy of the weight for every row: of 64 prompts and 152k tokens 17 GB, and most of the time.
+    """
+
+    def before(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @dataclass(frozen=True)
 class Continuation:
     """What a model wrote after a prompt: token ids without prompt, padding and end token, and their text."""
@@ -88,7 +106,7 @@ def generate(
             for i, row in enumerate(some):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
-            with explained(loaded), torch.no_grad(), _plain_settings(model):
+            with explained(loaded), torch.no_grad(), _plain_settings(model), _whole_rows(model):
                 output = model.generate(
                     input_ids=ids.to(loaded.device),
                     attention_mask=mask.to(loaded.device),
