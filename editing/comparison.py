@@ -22,6 +22,7 @@ from neurons.source import LoadedModel
 
 ENOUGH_OF_CEILING = 0.9
 MOST_FLUENCY_GAP = 0.5
+LEAST_OF_FEW = 0.45  # half of ENOUGH_OF_CEILING: sixteen prompts are few
 
 # (rho of heads, rho of neurons, alpha), the best settings that arXiv 2602.09870 reports for its models;
 # None is off.  lambda is absolute, so which of them suits a model has to be tried.
@@ -149,6 +150,27 @@ def measure_candidates(
                 candidate.way, candidate.steering, candidate.details(), instruction=candidate.instruction
             ),
         )
+
+
+def promising(
+    evaluation: Evaluation, candidates: Sequence[Candidate]
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """Candidates that are worth measuring, and the others, refused, with what they reached on a few prompts.
+
+    Worth it is a target share of at least ``LEAST_OF_FEW`` of the ceiling on a few prompts; where none reaches it,
+    the one that reaches most.  What is chosen must reach far more on all.
+    """
+    shares = [evaluation.few(one.steering, one.instruction) for one in candidates]
+    least = min(LEAST_OF_FEW * evaluation.ceiling, max(shares, default=0.0))
+    first = shares.index(max(shares)) if shares else 0
+    kept, left = [], []
+    for place, (one, share) in enumerate(zip(candidates, shares, strict=True)):
+        if (share >= least and share > 0) or place == first:
+            kept.append(one)
+        else:
+            reached = f"{share:.0%} of the answers to a few prompts in {evaluation.target}, so not measured"
+            left.append({"name": one.way, "settings": one.settings, "refused": reached})
+    return kept, left
 
 
 def choose(

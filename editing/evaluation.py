@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import torch
+
 from editing.answers import Answers, identified
 from editing.asking import Asked, openings, questions_asked
 from editing.entanglement import effectiveness, entanglement
@@ -39,7 +41,7 @@ from editing.language_id import (
     second_opinion,
     sentence_share,
 )
-from editing.likelihood import Steering, continuation_nll, mean_kl, nll_by_language
+from editing.likelihood import Steering, continuation_nll, hidden_states, mean_kl, nll_by_language
 from editing.questions import Questions
 from editing.relevance import Scorer, relevance
 from editing.text import distinct_share
@@ -50,6 +52,7 @@ from neurons.source import LoadedModel
 from neurons.token_budget import LOSSES, text_read
 
 SAMPLES_SHOWN = 5
+FEW = 16
 LOOPING = "looping"
 
 # Prompts, most new tokens, temperature and seed to one continuation a prompt, as ``generate`` has them.
@@ -177,6 +180,7 @@ class Evaluation:
         self._own_nll = {target: continuation_nll(loaded, own.items)}
         self._base_nll = nll_by_language(loaded, self._batches)
         self._base_share: float | None = None
+        self._unedited: dict[str, list[torch.Tensor]] = {}
         self.base = self.measure("base", nullcontext)
         self._base_share = self.base.target_share
 
@@ -263,6 +267,18 @@ class Evaluation:
             ),
         )
 
+    def few(self, steering: Steering, instruction: str | None = None) -> float:
+        """Share of the target among the answers to the first ``FEW`` prompts: enough to see what does not steer."""
+        asked = self._asked[self.source][:FEW]
+        with steering():
+            found = self._write(
+                [one.given(self._loaded.tokenizer, instruction) for one in asked],
+                self._new_tokens,
+                self._temperature,
+                self._seed,
+            )
+        return identified(found, self._corpus.languages).share(self.target)
+
     @cached_property
     def _other_languages(self) -> tuple[str, ...]:
         return tuple(language for language in self._corpus.languages if language != self.source)
@@ -308,4 +324,6 @@ class Evaluation:
 
     def _kl(self, steering: Steering) -> dict[str, float]:
         third = [k for k in self._corpus.languages if k not in (self.source, self.target)]
-        return {language: mean_kl(self._loaded, self._batches[language], steering) for language in third}
+        if not self._unedited:
+            self._unedited = {k: hidden_states(self._loaded, self._batches[k]) for k in third}
+        return {k: mean_kl(self._loaded, self._batches[k], steering, self._unedited[k]) for k in third}

@@ -37,7 +37,17 @@ def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
     return total / tokens if tokens else float("nan")
 
 
-def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steering) -> float:
+def hidden_states(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> list[torch.Tensor]:
+    """Of each batch [n, d]: the final hidden states from which the counted tokens that follow another are predicted."""
+    return [_hidden(loaded, batch) for batch in batches]
+
+
+def mean_kl(
+    loaded: LoadedModel,
+    batches: Sequence[TokenBatch],
+    steering: Steering,
+    unedited: Sequence[torch.Tensor] | None = None,
+) -> float:
     """Mean over the counted tokens of KL(unedited || steered) of what is predicted for them, in nats.
 
     Only final hidden states are kept between the two passes; logits are made a few at a time.
@@ -46,11 +56,12 @@ def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steeri
         loaded: the unedited model.
         batches: the text.
         steering: makes a context in which the model is steered; entered once.
+        unedited: ``hidden_states`` of the unedited model, where they are known.
     """
     # A context may exchange all weights, the head's too: the unedited head is held on to.
     head = loaded.model.get_output_embeddings()
     own_head = partial(torch.nn.functional.linear, **_held(head, loaded.device))
-    base = [_hidden(loaded, batch) for batch in batches]
+    base = hidden_states(loaded, batches) if unedited is None else unedited
     total, positions = 0.0, 0
     with steering():
         for batch, before in zip(batches, base, strict=True):

@@ -23,6 +23,7 @@ from editing.comparison import (
     hook_candidates,
     keyed_candidates,
     measure_candidates,
+    promising,
     steer2edit_candidate,
     steer2edit_candidates,
 )
@@ -54,6 +55,8 @@ from neurons.source import LoadedModel, ModelSource, load_model, open_model, pic
 
 # Below this share of its own language, what an edit reaches cannot be told from noise.
 LEAST_CEILING = 0.2
+# Settings are told apart by less than what is reported: prompts, and tokens of a language for likelihoods.
+CHOOSING_PROMPTS, CHOOSING_TOKENS = 64, 2_000
 
 
 class Screen(Protocol):
@@ -295,14 +298,17 @@ class _Run:
         )
 
     def evaluation(self, target: str, part: str) -> Evaluation:
-        recipe = self.recipe
+        recipe, corpus = self.recipe, self.corpora[part]
+        choosing = part == "choose"
+        if choosing and corpus.tokens is None:
+            corpus = replace(corpus, tokens=CHOOSING_TOKENS)
         return Evaluation(
             self.loaded,
-            self.corpora[part],
+            corpus,
             recipe.source,
             target,
             samples=recipe.samples,
-            most_prompts=recipe.prompts,
+            most_prompts=min(recipe.prompts, CHOOSING_PROMPTS) if choosing else recipe.prompts,
             seed=recipe.seed,
         )
 
@@ -318,7 +324,10 @@ class _Run:
             evaluation = self.evaluation(target, "choose")
             for candidates in ways:
                 measured = []
-                for candidate, outcome in measure_candidates(evaluation, candidates):
+                kept, left = promising(evaluation, candidates)
+                tried += left
+                advance(len(left))
+                for candidate, outcome in measure_candidates(evaluation, kept):
                     measured.append((candidate, outcome))
                     tried.append(outcome.as_json())
                     advance(1)

@@ -195,7 +195,7 @@ def test_an_empty_answer_counts_as_empty(llama, evaluation):
 @pytest.mark.parametrize("bytes_at_once", [1, 256 * 2**20])
 def test_kl_is_over_the_text_of_third_languages(llama, evaluation, monkeypatch, bytes_at_once):
     monkeypatch.setattr("neurons.batches.TOKENS_A_BATCH", 40)
-    monkeypatch.setattr("editing.likelihood.LOGIT_BYTES_AT_ONCE", bytes_at_once)
+    monkeypatch.setattr("neurons.next_token.LOGIT_BYTES_AT_ONCE", bytes_at_once)
     corpus = Corpus(LINES, "digest", "report")
     fresh = Evaluation(llama, corpus, "en", "fr", most_prompts=1, new_tokens=1)
     vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
