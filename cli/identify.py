@@ -74,7 +74,11 @@ MOST_LAYERS_SHOWN = 12
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--seed", type=int, help="random, random-matched: of the draw.  [default: 0]")
 @tokens_option
-@click.option("--block", type=int, help="Tokens a block.  [default: the model's context, at most 2048]")
+@click.option(
+    "--block",
+    type=int,
+    help="Tokens a block.  [default: the model's context, at most 2048, with gradients 512]",
+)
 @device_options
 @dry_run_option
 @quantised_options

@@ -41,7 +41,7 @@ DEFAULT = ("lape", "lape-general", "random-matched")
 @click.option(
     "--block",
     type=int,
-    help="Tokens a block, where no method reads single texts.  [default: the model's context, at most 2048]",
+    help="Tokens a block, where no method reads single texts.  [default: the model's context, at most 2048, with gradients 512]",
 )
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"

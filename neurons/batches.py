@@ -18,6 +18,9 @@ from neurons.spread import spread
 from neurons.start_tokens import start_tokens
 
 LONGEST_BLOCK = 2048
+LONGEST_BLOCK_BACKWARD = (
+    512  # what is kept for a gradient grows with the block: 2,048 tokens of a 0.5B take 4 GB
+)
 TOKENS_A_BATCH = MOST_TOKENS
 LINES_AT_ONCE = 1000  # that are tokenised
 
@@ -66,15 +69,17 @@ class TokenBatch:
         )
 
 
-def block_length(model: Any, wanted: int | None = None) -> int:
+def block_length(model: Any, wanted: int | None = None, backward: bool = False) -> int:
     """Tokens a block: what was asked for, else the model's context, at most ``LONGEST_BLOCK``.
+
+    With ``backward`` at most ``LONGEST_BLOCK_BACKWARD``.
 
     Raises:
         UsageError: ``wanted`` is below 2 or longer than the model's context.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_BLOCK
     if wanted is None:
-        return int(min(context, LONGEST_BLOCK))
+        return int(min(context, LONGEST_BLOCK_BACKWARD if backward else LONGEST_BLOCK))
     if not 2 <= wanted <= context:
         raise UsageError(f"a block of {wanted} tokens: the model reads 2 to {context}")
     return wanted

@@ -54,7 +54,8 @@ def record_corpus(
         moments: as ``neurons.recording.record``.
         reads: "blocks" (joined text in full blocks) or "texts" (a text a row).
         tokens: most tokens a language; None: the corpus's, else what the moments need (``neurons.token_budget``).
-        block: tokens a block; None takes the model's context, at most 2048.  Texts are cut at the context.
+        block: tokens a block; None takes the model's context, at most 2048, with gradients 512.  A text longer than
+            the context is read in parts.
         batch_tokens: tokens read at once; None takes what the memory allows, and less after running out.
         progress: called with the number of tokens done.
         out: where the statistics will be written: an unfinished recording is kept beside it.
@@ -77,7 +78,8 @@ def record_corpus(
     def cut(size: int) -> dict[str, list[TokenBatch]]:
         if reads == TEXTS:
             return language_batches(loaded, corpus, tokens, size, budget.tokens)
-        return packed_corpus(loaded, corpus, block, tokens, size, budget.tokens)
+        length = block_length(loaded.model, block, backward)
+        return packed_corpus(loaded, corpus, length, tokens, size, budget.tokens)
 
     def attempt(size: int) -> Statistics:
         batches = cut(size)
@@ -93,7 +95,9 @@ def record_corpus(
         share = {k: unknown_share(some, loaded.tokenizer) for k, some in batches.items()}
         return replace(
             found,
-            metadata=_metadata(loaded, corpus, found, reads, block, size, share, text_read(corpus, batches)),
+            metadata=_metadata(
+                loaded, corpus, found, reads, block, size, share, text_read(corpus, batches), backward
+            ),
         )
 
     if batch_tokens is not None or world()[1] > 1:
@@ -156,6 +160,7 @@ def _metadata(
     size: int,
     unknown: Mapping[str, float],
     read: Mapping[str, Any],
+    backward: bool,
 ) -> dict[str, Any]:
     return {
         "model": loaded.label,
@@ -174,7 +179,7 @@ def _metadata(
         ],
         "settings": {
             "reads": reads,
-            "block": block_length(loaded.model, block) if reads == BLOCKS else None,
+            "block": block_length(loaded.model, block, backward) if reads == BLOCKS else None,
             "tokens_a_batch": size,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
         },
