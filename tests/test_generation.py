@@ -97,3 +97,14 @@ def test_samples_follow_the_tempered_distribution(own):
 
 def test_without_prompts_nothing_is_written(llama):
     assert generate(llama, [], 5) == []
+
+
+def test_the_head_reads_whole_rows(llama):
+    """Of a view with gaps torch makes a product for every row, each with a copy of the weight."""
+    whole = []
+    handle = llama.model.lm_head.register_forward_hook(
+        lambda _, inputs, __: whole.append(inputs[0].is_contiguous())
+    )
+    generate(llama, ["stop milk hill", "pop trust"], 3, 0.0)
+    handle.remove()
+    assert whole and all(whole)
