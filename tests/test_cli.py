@@ -92,6 +92,8 @@ def test_a_direction_looks_the_same_when_it_is_inspected(broca, model, text, fil
     )[1]  # fmt: skip
     table = shown.strip().splitlines()[:-1]
     inspected = broca("inspect", out)[1].strip().splitlines()
+    assert table[0] == "text read"
+    table = table[next(i for i, line in enumerate(table) if line.startswith("low-rank-shift")) :]
     assert inspected[2:] == table
     header = [cell.strip() for cell in table[2].strip("┃").split("┃")]
     assert header[:4] == ["layer", "attn_out", "mlp_out", "block_out"] and len(header) > 5

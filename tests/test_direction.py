@@ -312,7 +312,9 @@ def test_command(run, tmp_path):
         assert word in printed
     settings = load_direction(out).metadata["settings"]
     assert (settings["winsorised"], settings["bootstraps"], settings["seed"]) == (0.9, 3, 0)
-    told = json.loads(run("--method", "probe", "--tokens", "200", "--json", "--out", out))
+    told = run("--method", "probe", "--tokens", "200", "--json", "--out", out)
+    assert "few tokens" in told
+    told = json.loads(told[told.index("{") :])
     assert len(told["measures"]["block_out"]["cosine"]) == len(told["norms"]["block_out"]) == 3
 
 

@@ -28,7 +28,13 @@ def no_limit():
 def test_what_a_backward_pass_keeps_is_foreseen(family, tmp_path):
     """Bytes that autograd saves, counted, beside the formula; wide enough that norms' scalars are nothing."""
     directory = models.build_checkpoint(
-        tmp_path / "model", family, hidden_size=256, intermediate_size=704, head_dim=128
+        tmp_path / "model",
+        family,
+        hidden_size=256,
+        intermediate_size=704,
+        head_dim=128,
+        num_key_value_heads=2,
+        num_hidden_layers=8,
     )
     loaded = load_model(str(directory), device="cpu")
     texts = [" ".join(models.sentences("qaa", count)) for count in (12, 11)]

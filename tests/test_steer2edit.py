@@ -401,7 +401,7 @@ def test_refuses_a_plan_that_would_change_nothing(qwen, direction):
         steer2edit_plan(qwen, direction, [0], None, None)
     with pytest.raises(BrocaError, match="passes"):
         steer2edit_plan(qwen, direction, range(3), 2.0, 2.0, 0.9)
-    with pytest.raises(BrocaError, match="passes"):
+    with pytest.raises(BrocaError, match="strength 0"):
         steer2edit_plan(qwen, direction, range(3), strength=0.0)
 
 
@@ -417,10 +417,13 @@ def test_diffmean_is_the_mean_over_texts_of_token_means(llama, uneven):
     found = diffmean_direction(llama, uneven, "qac", "qaa")
     means = {}
     for language in ("qac", "qaa"):
-        texts = [text for text in uneven.texts[language] if text]
+        # A text longer than the context goes on in a row of its own.
+        texts = []
+        for text in uneven.texts[language]:
+            tokens = llama.tokenizer(text, add_special_tokens=False)["input_ids"]
+            texts += [[0, *tokens[first : first + 127]] for first in range(0, len(tokens), 127)]
         sums = {}
-        for text in texts:
-            ids = [0, *llama.tokenizer(text, add_special_tokens=False)["input_ids"]][:128]
+        for ids in texts:
             _, layers = models.naive_llama(llama.model, ids)
             for layer, sites in enumerate(layers):
                 for site, values in sites.items():
@@ -437,7 +440,8 @@ def test_diffmean_is_the_mean_over_texts_of_token_means(llama, uneven):
         for site, values in found.input_means.items():
             expected = (means["qaa"][site, layer] + means["qac"][site, layer]) / 2
             torch.testing.assert_close(values[layer], expected, rtol=1e-3, atol=1e-4)
-    assert found.metadata["texts"] == {"qac": 4, "qaa": 5}
+    assert found.metadata["texts"] == {"qac": 4, "qaa": 6}
+    assert found.metadata["read"]["qaa"]["texts"] == found.metadata["read"]["qaa"]["of"] == 5
 
 
 def test_reversing_a_direction_changes_its_sign_only(llama, uneven):
