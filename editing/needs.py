@@ -14,6 +14,7 @@ from neurons.memory import (
     covariance_bytes,
     forward_bytes,
     logit_bytes,
+    product_bytes,
     room,
     sizes_of,
     solving_bytes,
@@ -45,14 +46,17 @@ def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",))
     one, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
     layers = min(sizes.layers, max(1, (room(planned) - solving) // one))
     hidden = sizes.value * sizes.residual * text.tokens if layers < sizes.layers else 0
-    return passing(
-        planned,
-        "key",
-        text.row,
-        False,
-        covariances=layers * one + solving,
-        kept=hidden if hidden <= room(planned) else 0,
-    )
+    tokens, _ = batches_for(planned, False, text.row)
+    # A group is solved when its text is read, so these two follow each other.
+    work = max(solving, forward_bytes(sizes, tokens) + max(map(product_bytes, widths)))
+    parts = {
+        "libraries": LIBRARIES,
+        "weights": sizes.weights,
+        "activations": work,
+        "covariances": layers * one,
+        "kept": hidden if hidden <= room(planned) else 0,
+    }
+    return Need("key", parts, tokens)
 
 
 def learning_need(planned: LoadedModel) -> Need:

@@ -158,8 +158,13 @@ def covariance_bytes(units: int) -> int:
 
 
 def solving_bytes(units: int) -> int:
-    """Beside the covariances that wait: a product of rows, and what a key is solved with."""
-    return 24 * units**2
+    """Beside the covariances that wait: of one of them the form that a key minimises, and its Cholesky factor."""
+    return 16 * units**2
+
+
+def product_bytes(units: int) -> int:
+    """Of a batch's rows, in float32, before it is added to a covariance."""
+    return 4 * units**2
 
 
 def batch_plan(

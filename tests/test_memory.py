@@ -10,10 +10,13 @@ import models
 import pytest
 import torch
 
+from editing.needs import key_need
 from neurons import memory
 from neurons.batches import text_batches
+from neurons.corpus import read_corpus
 from neurons.errors import BrocaError
 from neurons.memory import backward_bytes, batch_plan, batches_for, limit_memory, memory_limit, sizes_of
+from neurons.needs import text_of
 from neurons.recording import record
 from neurons.source import load_model, open_model, plan_model
 
@@ -188,3 +191,42 @@ def test_the_peak_does_not_grow_with_the_text(checkpoint_of, tmp_path):
         assert status == 0
         peaks.append(usage.ru_maxrss)
     assert peaks[1] <= 1.05 * peaks[0]
+
+
+def test_a_run_is_planned_stage_by_stage(broca, checkpoint_of, corpus_directory, tmp_path):
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(
+        f'model = "{checkpoint_of()}"\ncorpus = "{corpus_directory}"\nsource = "qaa"\ntargets = ["qab"]\n'
+        'values = "learned"\n'
+    )
+    status, printed, _ = broca("run", recipe, "--out", out, "--dry-run", "--json")
+    assert status == 0 and not out.exists()
+    stages = json.loads(printed)["stages"]
+    assert list(stages) == sorted(["record", "direction", "key", "learn", "export", "evaluate"])
+    assert all(stage["fits"] for stage in stages.values())
+
+
+def test_a_key_needs_as_many_covariances_as_there_is_room_for(checkpoint_of, corpus_directory, monkeypatch):
+    planned = plan_model(str(checkpoint_of()), "cpu")
+    text = text_of(planned, read_corpus(corpus_directory))
+    whole = key_need(planned, text).parts["covariances"]
+    assert whole == 3 * 8 * 48**2
+    monkeypatch.setattr(memory, "WORK", 16 * 48**2 + 8 * 48**2)
+    one = key_need(planned, text).parts
+    assert one["covariances"] == 8 * 48**2 and whole > one["covariances"]
+
+
+def test_an_edit_is_planned_too(broca, checkpoint_of, corpus_directory, tmp_path):
+    direction, out = tmp_path / "d.safetensors", tmp_path / "e.safetensors"
+    text = ["--corpus", corpus_directory]
+    assert (
+        broca("direction", checkpoint_of(), *text, "--source", "qaa", "--target", "qab", "--out", direction)[
+            0
+        ]
+        == 0
+    )
+    status, printed, _ = broca(
+        "edit", checkpoint_of(), *text, "--direction", direction, "--set", "learn=yes", "--dry-run", "--json", "--out", out
+    )  # fmt: skip
+    assert status == 0 and not out.exists()
+    assert set(json.loads(printed)["stages"]) == {"key", "learn"}
