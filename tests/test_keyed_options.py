@@ -271,7 +271,7 @@ def test_moments_that_are_not_finite_are_refused(checkpoint_of, corpus):
     loaded = load_model(str(checkpoint_of()), device="cpu")
     with torch.no_grad():
         loaded.model.model.layers[1].mlp.up_proj.weight[5] = torch.inf
-    with pytest.raises(BrocaError, match="layer 1, mlp_in"):
+    with pytest.raises(BrocaError, match="mlp_in in layer 1"):
         language_moments(loaded, language_batches(loaded, corpus), "mlp_in", {1: torch.arange(48)})
 
 
