@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.corpora import read
+from cli.corpora import read, tell_read
 from cli.loading import announced
 from cli.options import (
     FINITE,
@@ -111,6 +111,7 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.source import load_model
     from neurons.statistics import load_statistics
+    from neurons.token_budget import LOSSES
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
@@ -181,6 +182,7 @@ def command(**options: Any) -> None:
     if asked.out is not None:
         write_atomically(asked.out, json_bytes(document))
         LedgerFile(asked.out, "").remove()
+    tell_read(screen, study.metadata["read"], LOSSES.least)
     for one in study.sets:
         empty = [language for language, size in zip(study.languages, one.sizes, strict=True) if not size]
         if empty:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.corpora import tell
+from cli.corpora import tell, tell_read
 from cli.loading import announced
 from cli.options import (
     IN_FILE,
@@ -162,6 +162,7 @@ def command(
     from neurons.corpus import read_corpus
     from neurons.errors import UsageError
     from neurons.source import load_model
+    from neurons.token_budget import LOSSES
 
     screen = Screen(as_json)
     if edit_path is not None and against is not None:
@@ -360,6 +361,7 @@ def command(
     value = told(measuring, outcomes, writer)
     write_atomically(out, json_bytes(value))
     report = report_from_json(value)
+    tell_read(screen, measuring.read, LOSSES.least)
     report_table(screen, report)
     for line in report.details_of(outcomes[-1]):
         screen.say(line)

@@ -12,6 +12,7 @@ from neurons.memory import (
     Need,
     batches_for,
     covariance_bytes,
+    covariance_room,
     forward_bytes,
     logit_bytes,
     product_bytes,
@@ -44,7 +45,7 @@ def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",))
     sizes = sizes_of(planned)
     widths = [sizes.neurons if block == "mlp" else sizes.attention for block in blocks]
     one, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
-    layers = min(sizes.layers, max(1, (room(planned) - solving) // one))
+    layers = min(sizes.layers, max(1, (covariance_room(planned) - solving) // one))
     hidden = sizes.value * sizes.residual * text.tokens if layers < sizes.layers else 0
     tokens, _ = batches_for(planned, False, text.row)
     # A group is solved when its text is read, so these two follow each other.

@@ -15,7 +15,7 @@ import torch
 from neurons.batches import TokenBatch
 from neurons.errors import BrocaError
 from neurons.gram import Gram
-from neurons.memory import covariance_bytes, kept_bytes, most_room, room, solving_bytes
+from neurons.memory import covariance_bytes, covariance_room, kept_bytes, most_room, room, solving_bytes
 from neurons.not_finite import not_finite
 from neurons.partial_forward import Kept, forward_between, starts_in_the_middle
 from neurons.recording import Progress
@@ -209,7 +209,7 @@ def _groups(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[di
             )
         if not groups or size > left:
             groups.append({})
-            left = room(loaded) - solving
+            left = covariance_room(loaded) - solving
         groups[-1].update(own)
         left -= size
     return groups

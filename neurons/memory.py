@@ -239,6 +239,11 @@ def room(loaded: LoadedModel) -> int:
     return min(WORK, most_room(loaded))
 
 
+def covariance_room(loaded: LoadedModel) -> int:
+    """Bytes for covariances and what is solved with them: half, since a group of fewer layers costs no further pass."""
+    return room(loaded) // 2
+
+
 def memory_for_weights() -> int | None:
     """Bytes that weights may take in main memory where a limit was set: what is left beside libraries and work."""
     return None if _limit is None else max(0, _limit - LIBRARIES - LEAST_WORK)

@@ -285,7 +285,7 @@ def test_many_passes_find_what_one_finds(llama, corpus, direction, monkeypatch):
     tokens = []
     once = keyed_plan(llama, corpus, direction, blocks=("mlp", "attn"), progress=tokens.append)
     one_pass = sum(tokens)
-    monkeypatch.setattr("neurons.covariance.room", lambda loaded: 0)  # a layer at a time
+    monkeypatch.setattr("neurons.covariance.covariance_room", lambda loaded: 0)  # a layer at a time
     monkeypatch.setattr("neurons.covariance.kept_bytes", lambda loaded, tokens: 0)
     tokens.clear()
     thrice = keyed_plan(llama, corpus, direction, blocks=("mlp", "attn"), progress=tokens.append)
