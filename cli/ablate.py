@@ -143,16 +143,10 @@ def command(**options: Any) -> None:
         inputs.append(file_read("--statistics", asked.statistics))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
     if asked.dry_run:
-        from cli.dry_run import dry_run
-        from neurons.needs import ablation_need, text_of
+        from cli.dry_run import dry_run_of_text
+        from neurons.needs import ablation_need
 
-        dry_run(
-            screen,
-            asked.model,
-            asked.device,
-            asked.dtype,
-            lambda planned: [ablation_need(planned, text_of(planned, corpus, asked.tokens))],
-        )
+        dry_run_of_text(screen, asked, corpus, ablation_need)
         return
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with _bar(screen) as progress:

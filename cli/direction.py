@@ -111,17 +111,10 @@ def command(**options: Any) -> None:
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
     if asked.dry_run:
-        from cli.dry_run import dry_run
+        from cli.dry_run import dry_run_of_text
         from editing.needs import direction_need
-        from neurons.needs import text_of
 
-        dry_run(
-            screen,
-            asked.model,
-            asked.device,
-            asked.dtype,
-            lambda planned: [direction_need(planned, text_of(planned, corpus, asked.tokens))],
-        )
+        dry_run_of_text(screen, asked, corpus, direction_need)
         return
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
     with screen.progress("Recording the direction", None, "tokens") as advance:

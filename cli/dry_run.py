@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cli.screen import Screen
+    from neurons.corpus import Corpus
     from neurons.memory import Need
+    from neurons.needs import Text
     from neurons.source import LoadedModel
 
 
@@ -50,4 +53,19 @@ def dry_run(
                 for need in found
             },
         }
+    )
+
+
+def dry_run_of_text(
+    screen: Screen, asked: SimpleNamespace, corpus: Corpus, need: Callable[[LoadedModel, Text], Need]
+) -> None:
+    """``dry_run`` of a command that reads a corpus in one stage."""
+    from neurons.needs import text_of
+
+    dry_run(
+        screen,
+        asked.model,
+        asked.device,
+        asked.dtype,
+        lambda planned: [need(planned, text_of(planned, corpus, asked.tokens))],
     )

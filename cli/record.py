@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,17 +80,11 @@ def command(**options: Any) -> None:
     moments, reads = moments_of(tuple(names))
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
     if asked.dry_run:
-        from cli.dry_run import dry_run
-        from neurons.needs import recording_need, text_of
+        from cli.dry_run import dry_run_of_text
+        from neurons.needs import recording_need
 
-        dry_run(
-            screen,
-            asked.model,
-            asked.device,
-            asked.dtype,
-            lambda planned: [
-                recording_need(planned, text_of(planned, corpus, asked.tokens), moments, reads, asked.block)
-            ],
+        dry_run_of_text(
+            screen, asked, corpus, partial(recording_need, moments=moments, reads=reads, block=asked.block)
         )
         return
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))

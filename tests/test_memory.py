@@ -94,17 +94,6 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
         batches_for(llama, False, 1)
 
 
-def test_a_limit_changes_no_figure(llama):
-    batches = {
-        k: text_batches(models.sentences(k, 6), llama.tokenizer, 64, tokens_a_batch=64)
-        for k in ("qaa", "qab")
-    }
-    whole = record(llama, batches, ["mlp_in:attribution", "mlp_act:positive"])
-    again = record(llama, batches, ["mlp_in:attribution", "mlp_act:positive"], recomputes=True)
-    torch.testing.assert_close(again.moments["mlp_in:attribution"], whole.moments["mlp_in:attribution"])
-    assert torch.equal(again.moments["mlp_act:positive"], whole.moments["mlp_act:positive"])
-
-
 def test_dry_run_says_what_each_stage_needs_and_does_nothing(
     broca, checkpoint_of, corpus_directory, tmp_path
 ):
