@@ -6,10 +6,12 @@
 The two passes over three batches follow each other, each first in half of the turns: a machine that is busy by
 the minute slows both.  The ratio is the mean over the middle half of all turns, with its bootstrapped 95 %
 interval.  Memory is kept for both as every command keeps it.  Two models: the one given, on its corpus, and a
-random Llama of a billion-parameter model's widths with few layers.  Beside it the memory that recording adds,
+random Llama of a billion-parameter model's widths with few layers (``--layers 0`` leaves it out).  Beside it the memory that recording adds,
 which must not grow with the text.
 
     python benchmarks/identify.py artifacts/demo/model --corpus artifacts/demo/corpus
+    python benchmarks/identify.py build/real/qwen2.5-coder-0.5b-instruct --corpus CORPUS --dtype bfloat16 \
+        --tokens 1024 --repeats 9 --layers 0
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def measure(loaded: LoadedModel, batches: list[TokenBatch], repeats: int) -> dic
         bare(batches[:1]), recorded(batches[:1])
         ratios, rates = [], []
         parts = [batches[i : i + BATCHES_A_TURN] for i in range(0, len(batches), BATCHES_A_TURN)]
-        for turn, some in enumerate(parts * (repeats if name == "recording" else repeats // 3)):
+        for turn, some in enumerate(parts * (repeats if name == "recording" else max(3, repeats // 3))):
             order = (bare, recorded) if (turn + turn // len(parts)) % 2 == 0 else (recorded, bare)
             times = {work: seconds(lambda work=work, some=some: work(some)) for work in order}
             ratios.append(np.log(times[recorded] / times[bare]))
@@ -129,6 +131,17 @@ def memory_growth(loaded: LoadedModel, batches: list[TokenBatch]) -> tuple[float
     return once, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def random_text() -> list[TokenBatch]:
+    generator = torch.Generator().manual_seed(0)
+    everywhere = torch.ones(2, 1024, dtype=torch.bool)
+    counted = everywhere.clone()
+    counted[:, 0] = False
+    return [
+        TokenBatch(torch.randint(0, 5000, (2, 1024), generator=generator), everywhere, counted)
+        for _ in range(2)
+    ]
+
+
 @click.command()
 @click.argument("model")
 @click.option("--corpus", type=click.Path(path_type=Path), required=True)
@@ -138,31 +151,35 @@ def memory_growth(loaded: LoadedModel, batches: list[TokenBatch]) -> tuple[float
 @click.option("--hidden", type=int, default=2048)
 @click.option("--inner", type=int, default=8192)
 @click.option("--layers", type=int, default=2)
+@click.option("--dtype", default="auto")
+@click.option("--tokens", type=click.IntRange(1), help="Of a batch; the default is recording's own.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
 def main(
-    model: str, corpus: Path, repeats: int, hidden: int, inner: int, layers: int, json_path: Path | None
+    model: str,
+    corpus: Path,
+    repeats: int,
+    hidden: int,
+    inner: int,
+    layers: int,
+    dtype: str,
+    tokens: int | None,
+    json_path: Path | None,
 ) -> None:
     """Print the ratios as a Markdown table."""
     keep_freed_memory()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        loaded = load_model(model)
-        batches = [b for some in packed_corpus(loaded, read_corpus(corpus)).values() for b in some][
-            : 2 * BATCHES_A_TURN
-        ]
+        loaded = load_model(model, dtype=dtype)
+        block = None if tokens is None else min(tokens, 512)
+        read = packed_corpus(loaded, read_corpus(corpus), block, tokens_a_batch=tokens)
+        batches = [batch for some in read.values() for batch in some][: 2 * BATCHES_A_TURN]
         growth = memory_growth(loaded, batches)
         found[loaded.label] = measure(loaded, batches, repeats)
-        large = load_model(str(random_llama(Path(folder), hidden, inner, layers, Path(model))))
-        name = f"random Llama, d {hidden}, {inner} neurons, {layers} layers"
-        generator = torch.Generator().manual_seed(0)
-        everywhere = torch.ones(2, 1024, dtype=torch.bool)
-        counted = everywhere.clone()
-        counted[:, 0] = False
-        long = [
-            TokenBatch(torch.randint(0, 5000, (2, 1024), generator=generator), everywhere, counted)
-            for _ in range(2)
-        ]
-        found[name] = measure(large, long, repeats)
+        if layers:
+            del loaded
+            large = load_model(str(random_llama(Path(folder), hidden, inner, layers, Path(model))))
+            name = f"random Llama, d {hidden}, {inner} neurons, {layers} layers"
+            found[name] = measure(large, random_text(), repeats)
     print("| model | pass | ratio | 95 % | bare tokens/s | limit |\n|---|---|---|---|---|---|")
     for name, numbers in found.items():
         for what, limit in LIMITS.items():

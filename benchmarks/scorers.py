@@ -32,7 +32,7 @@ import click
 
 from cli.options import CommaSeparated
 from editing.edits.scale import scale_plan
-from editing.likelihood import nll_by_language
+from editing.likelihood import mean_nll
 from editing.live import applied
 from neurons.answers import record_answers, together
 from neurons.batches import TokenBatch, language_batches
@@ -87,12 +87,16 @@ def prompt_statistics(loaded: LoadedModel, prompts: Prompts, control: Prompts | 
     return together(recorded)
 
 
+def _nll(loaded: LoadedModel, batches: Batches) -> dict[str, float]:
+    return {language: mean_nll(loaded, some) for language, some in batches.items()}
+
+
 def ablated(
     loaded: LoadedModel, neurons: NeuronSet, language: str, batches: Batches, base: Mapping[str, float]
 ) -> dict[str, float]:
     """The rise of each language's NLL without a language's neurons."""
     with applied(loaded, scale_plan(loaded, neurons, [language], 0.0)):
-        return {k: nll - base[k] for k, nll in nll_by_language(loaded, batches).items()}
+        return {k: nll - base[k] for k, nll in _nll(loaded, batches).items()}
 
 
 def matrix(loaded: LoadedModel, neurons: NeuronSet, batches: Batches, base: Mapping[str, float]) -> Rises:
@@ -240,7 +244,7 @@ def main(
 
     layers, width = loaded.anatomy.layers, loaded.anatomy.neurons
     size = round(top_rate * layers * width)
-    base = nll_by_language(loaded, batches)
+    base = _nll(loaded, batches)
     numbers: dict[str, Any] = {"base": base, "size": size, "methods": {}}
     # Each language of a set draws from its own seed, counted up from the set's.
     draws = [seed * len(text.languages) for seed in range(seeds)]

@@ -60,10 +60,12 @@ def tell(screen: Screen, directory: Path, languages: Sequence[str] | None) -> No
         )
 
 
-def tell_read(screen: Screen, read: Mapping[str, Mapping[str, Any]], least: int) -> None:
+def tell_read(
+    screen: Screen, read: Mapping[str, Mapping[str, Any]], least: int, title: str = "text read"
+) -> None:
     """Say what of the text was read, and warn of languages with fewer tokens than the figures need."""
     screen.table(
-        "text read",
+        title,
         ["language", "tokens", "texts", "of", "left out"],
         [
             [
@@ -79,4 +81,6 @@ def tell_read(screen: Screen, read: Mapping[str, Mapping[str, Any]], least: int)
     few = {language: own["tokens"] for language, own in read.items() if own["tokens"] < least}
     if few:
         told = ", ".join(f"{language} {tokens:,}" for language, tokens in few.items())
-        screen.warn(f"few tokens ({told}): with less than {least:,} of a language these figures say little")
+        screen.warn(
+            f"few tokens ({told}): with less than {least:,} of a language figures from them say little"
+        )

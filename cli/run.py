@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line
-from cli.corpora import tell
+from cli.corpora import tell, tell_read
 from cli.options import IN_FILE, OUT_DIRECTORY, dry_run_option, json_option, max_memory_option
 from cli.screen import Screen
 from cli.tables import report_table
@@ -60,9 +60,16 @@ def recipe_read(path: Path, name: str) -> dict[str, Any]:
 def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
     """Run, print the tables, some text of base and checkpoint, and the paths last."""
     from editing.pipeline import run
+    from neurons.methods import method_of
+    from neurons.token_budget import LOSSES, budget_of
 
     tell(screen, recipe.corpus, recipe.languages)
     result = run(recipe, screen, asked)
+    method = method_of(recipe.method)
+    least = budget_of(method.moments, method.reads).least, LOSSES.least
+    for read, few, what in zip(result.read, least, ("neurons are from", "likelihoods are of"), strict=True):
+        if read:
+            tell_read(screen, read, few, f"text that {what}")
     screen.table(
         f"{recipe.method}: language neurons",
         ["language", "neurons"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.corpora import tell
+from cli.corpora import tell, tell_read
 from cli.loading import announced
 from cli.options import (
     IN_DIRECTORY,
@@ -19,6 +19,7 @@ from cli.options import (
     CommaSeparated,
     FiniteRange,
     device_options,
+    dry_run_option,
     json_option,
     model_argument,
     out_option,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from editing.search import Search, Trial
     from editing.search_report import Choice
     from neurons.corpus import Corpus
+    from neurons.memory import Need
     from neurons.source import LoadedModel
 
 PARTS = ("estimate", "choose", "report")
@@ -98,6 +100,7 @@ SAMPLES = 2  # continuations a prompt; of what is reported, at least
 @click.option("--seed", type=int, default=0, show_default=True)
 @tokens_option
 @device_options
+@dry_run_option
 @out_option("Directory of the results; a search that was stopped goes on there.", directory=True)
 @json_option
 def command(**options: Any) -> None:
@@ -125,6 +128,7 @@ def command(**options: Any) -> None:
     from neurons.corpus import read_corpus
     from neurons.selection import parse_layers
     from neurons.source import load_model
+    from neurons.token_budget import DIRECTIONS
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
@@ -140,11 +144,15 @@ def command(**options: Any) -> None:
     tell(screen, asked.corpus_path, asked.languages)
     third_languages(corpora["choose"], asked.source, asked.target)
     check_languages(corpora["choose"].languages)
+    if asked.dry_run:
+        _dry_run(screen, asked, corpora)
+        return
     loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
     layers = None if asked.layers is None else parse_layers(asked.layers, loaded.anatomy.layers)
     goals = Goals(asked.goal_share, asked.goal_gap, asked.goal_rise)
     with screen.progress("Reading", None, "tokens") as advance:
         direction = diffmean_direction(loaded, corpora["estimate"], asked.source, asked.target, advance)
+    tell_read(screen, direction.metadata["read"], DIRECTIONS.least, "text that the direction is from")
     found = spaces(loaded, corpora["estimate"], direction, asked.methods, layers)
     scoring = Scoring(
         loaded,
@@ -201,6 +209,19 @@ def command(**options: Any) -> None:
     _show(screen, asked, value, trials, choice, search, outcomes)
     if not ended:
         raise click.exceptions.Abort
+
+
+def _dry_run(screen: Screen, asked: SimpleNamespace, corpora: dict[str, Corpus]) -> None:
+    from cli.dry_run import dry_run
+    from editing.needs import direction_need, evaluation_need, key_need
+    from neurons.needs import text_of
+
+    def needs(planned: LoadedModel) -> list[Need]:
+        text = {part: text_of(planned, corpora[part]) for part in ("estimate", "report")}
+        keys = [key_need(planned, text["estimate"])] if {"keyed", "bake"} & {*asked.methods} else []
+        return [direction_need(planned, text["estimate"]), *keys, evaluation_need(planned, text["report"])]
+
+    dry_run(screen, asked.model, asked.device, asked.dtype, needs)
 
 
 def _require_own_directory(out: Path, study: str) -> None:

@@ -24,11 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
-
-import torch
 
 from editing.answers import Answers, identified
 from editing.asking import Asked, openings, questions_asked
@@ -41,17 +39,19 @@ from editing.language_id import (
     second_opinion,
     sentence_share,
 )
-from editing.likelihood import Steering, continuation_nll, hidden_states, mean_kl, nll_by_language
+from editing.likelihood import Steering, UneditedText, continuation_nll, read_again, read_unedited
 from editing.questions import Questions
 from editing.relevance import Scorer, relevance
 from editing.text import distinct_share
 from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
+from neurons.memory import kept_bytes, room
 from neurons.source import LoadedModel
 from neurons.token_budget import LOSSES, text_read
 
 SAMPLES_SHOWN = 5
+KEPT_SHARE = 1 / 4  # of the room for work, that hidden states may take
 FEW = 16
 LOOPING = "looping"
 
@@ -133,7 +133,6 @@ class Evaluation:
 
     Attributes:
         ceiling: share of the target among the unedited model's answers to target prompts.
-        base: the unedited model's Outcome.
         read: what of each language likelihoods are measured on (``neurons.token_budget.text_read``).
 
     Raises:
@@ -174,15 +173,14 @@ class Evaluation:
         self._asked = {language: self._prompts_of(language) for language in (source, target)}
         self._batches = language_batches(loaded, corpus, default=LOSSES.tokens)
         self.read = text_read(corpus, self._batches)
-        own = self._answers(target)
-        self.ceiling = own.share(target)
-        self._own = {target: own}
-        self._own_nll = {target: continuation_nll(loaded, own.items)}
-        self._base_nll = nll_by_language(loaded, self._batches)
-        self._base_share: float | None = None
-        self._unedited: dict[str, list[torch.Tensor]] = {}
-        self.base = self.measure("base", nullcontext)
-        self._base_share = self.base.target_share
+        self._own: dict[str, Answers] = {}
+        self._own_nll: dict[str, float] = {}
+        self.ceiling = self._own_answers(target).share(target)
+
+    @cached_property
+    def base(self) -> Outcome:
+        """The unedited model's Outcome."""
+        return self.measure("base", nullcontext)
 
     @property
     def continuations(self) -> int:
@@ -209,23 +207,31 @@ class Evaluation:
         *,
         others: bool = False,
         instruction: str | None = None,
+        harm: bool = True,
     ) -> Outcome:
         """Measure the model while ``steering()`` is entered.
 
         Args:
             name: for the Outcome.
-            steering: makes a context in which the model is steered; entered several times.
+            steering: makes a context in which the model is steered; entered several times.  ``nullcontext``
+                is the unedited model, of which nothing is measured twice.
             details: kept in the Outcome.
             kl: measure KL too.
             others: let it answer prompts of every other language too.
             instruction: put to every prompt of the source language, and to nothing else.
+            harm: measure likelihoods of the text; without it ``nll`` and ``nll_rise`` are empty
+                (``with_harm`` adds them).
         """
         elsewhere = self._other_languages if others else ()
-        with steering():
-            answers = self._answers(self.source, instruction)
-            nll = nll_by_language(self._loaded, self._batches)
-            of_others = {language: self._answers(language) for language in elsewhere}
         own = {language: self._own_answers(language) for language in elsewhere}
+        if steering is nullcontext and instruction is None:
+            answers, of_others = self._own_answers(self.source), own
+            own_nll = self._nll_of_own(self.source)
+        else:
+            with steering():
+                answers = self._answers(self.source, instruction)
+                of_others = {language: self._answers(language) for language in elsewhere}
+            own_nll = continuation_nll(self._loaded, answers.items)
         forced = answers.are(self.target)
         labels = answers.labels
         asked = self._asked[self.source]
@@ -234,16 +240,16 @@ class Evaluation:
         score = None
         if self._scorer is not None:
             score = relevance(self._scorer.name, forced, self._scorer(asked, answers.items))
-        base_share = answers.share(self.target) if self._base_share is None else self._base_share
-        return Outcome(
+        base_share = self._own_answers(self.source).share(self.target) if others else 0.0
+        found = Outcome(
             name=name,
             target_share=answers.share(self.target),
             source_share=answers.share(self.source),
             distinct=sum(distinct_share(text) for text in texts) / len(texts),
-            fluency_gap=continuation_nll(self._loaded, answers.items) - self._own_nll[self.target],
-            nll=nll,
-            nll_rise={language: value - self._base_nll[language] for language, value in nll.items()},
-            kl=self._kl(steering) if kl else {},
+            fluency_gap=own_nll - self._nll_of_own(self.target),
+            nll={},
+            nll_rise={},
+            kl={},
             languages_found={label: labels.count(label) for label in sorted(set(labels))},
             samples=tuple(
                 {"prompt": one.text, "continuation": item.text, "language": label}
@@ -258,14 +264,39 @@ class Evaluation:
             answer_words=answers.words,
             relevance={} if score is None else asdict(score),
             others={
-                language: self._other(language, found, own[language]) for language, found in of_others.items()
+                language: self._other(language, theirs, own[language])
+                for language, theirs in of_others.items()
             },
             effectiveness=effectiveness(answers.share(self.target), base_share) if others else None,
             entanglement=entanglement(
-                {language: found.share(language) for language, found in of_others.items()},
-                {language: found.share(language) for language, found in own.items()},
+                {language: theirs.share(language) for language, theirs in of_others.items()},
+                {language: theirs.share(language) for language, theirs in own.items()},
             ),
         )
+        return self.with_harm(found, steering, kl) if harm else found
+
+    def with_harm(self, outcome: Outcome, steering: Steering, kl: bool = False) -> Outcome:
+        """The outcome with the likelihoods of the text, and with ``kl`` KL, while ``steering()`` is entered."""
+        third = [k for k in self._corpus.languages if k not in (self.source, self.target)] if kl else []
+        unedited = self._unedited  # read before the model is steered
+        if steering is nullcontext:
+            read = {language: (text.nll, 0.0) for language, text in unedited.items()}
+        else:
+            with steering():
+                read = {
+                    language: read_again(self._loaded, text, kl=language in third and text.hidden is not None)
+                    for language, text in unedited.items()
+                }
+        divergences = {k: read[k][1] for k in third}
+        for language in third:
+            # Hidden states of all languages had no room: those of one at a time have.
+            if unedited[language].hidden is None and steering is not nullcontext:
+                text = read_unedited(self._loaded, self._batches[language])
+                with steering():
+                    divergences[language] = read_again(self._loaded, text, nll=False)[1]
+        nll = {language: value for language, (value, _) in read.items()}
+        rise = {language: value - unedited[language].nll for language, value in nll.items()}
+        return replace(outcome, nll=nll, nll_rise=rise, kl=divergences)
 
     def few(self, steering: Steering, instruction: str | None = None) -> float:
         """Share of the target among the answers to the first ``FEW`` prompts: enough to see what does not steer."""
@@ -305,11 +336,26 @@ class Evaluation:
         """The unedited model's."""
         if language not in self._own:
             self._own[language] = self._answers(language)
-            self._own_nll[language] = continuation_nll(self._loaded, self._own[language].items)
         return self._own[language]
 
+    def _nll_of_own(self, language: str) -> float:
+        if language not in self._own_nll:
+            self._own_nll[language] = continuation_nll(self._loaded, self._own_answers(language).items)
+        return self._own_nll[language]
+
+    @cached_property
+    def _unedited(self) -> dict[str, UneditedText]:
+        """Every language's text as the unedited model reads it, third languages' hidden states kept where they fit."""
+        third = [k for k in self._corpus.languages if k not in (self.source, self.target)]
+        tokens = sum(batch.ids.numel() for k in third for batch in self._batches[k])
+        keep = kept_bytes(self._loaded, tokens) <= room(self._loaded) * KEPT_SHARE
+        return {
+            language: read_unedited(self._loaded, some, keep and language in third)
+            for language, some in self._batches.items()
+        }
+
     def _other(self, language: str, found: Answers, own: Answers) -> dict[str, float | None]:
-        gap = continuation_nll(self._loaded, found.items) - self._own_nll[language]
+        gap = continuation_nll(self._loaded, found.items) - self._nll_of_own(language)
         return {
             "share": found.share(language),
             "ceiling": own.share(language),
@@ -321,9 +367,3 @@ class Evaluation:
 
     def _sentence_share(self, text: str) -> float:
         return sentence_share(text, self.target, self._corpus.languages)
-
-    def _kl(self, steering: Steering) -> dict[str, float]:
-        third = [k for k in self._corpus.languages if k not in (self.source, self.target)]
-        if not self._unedited:
-            self._unedited = {k: hidden_states(self._loaded, self._batches[k]) for k in third}
-        return {k: mean_kl(self._loaded, self._batches[k], steering, self._unedited[k]) for k in third}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from editing.generation import Continuation
 from neurons.batches import TokenBatch, row_batches
-from neurons.next_token import token_divergences, token_losses
+from neurons.next_token import Head, token_divergences, token_losses
 from neurons.offload import parameter_value
 from neurons.recording import forward
 from neurons.source import LoadedModel
@@ -29,46 +30,81 @@ def _hidden(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
 
 def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
     """Mean negative log-likelihood of the counted tokens that follow another token, nats a token."""
+    return read_unedited(loaded, batches, keep=False).nll
+
+
+def _loss_sum(loaded: LoadedModel, batch: TokenBatch, hidden: torch.Tensor) -> float:
+    wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
+    return float(token_losses(loaded.model, hidden, wanted).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class UneditedText:
+    """What the unedited model makes of some text.
+
+    Attributes:
+        batches: the text.
+        nll: nats a token; NaN where there is none.
+        hidden: of each batch [n, d], the final hidden states from which the counted tokens that follow another are
+            predicted; None where they were not kept.
+        head: the unedited model's output embeddings, which a context may exchange.
+    """
+
+    batches: Sequence[TokenBatch]
+    nll: float
+    hidden: tuple[torch.Tensor, ...] | None
+    head: Head
+
+
+def read_unedited(loaded: LoadedModel, batches: Sequence[TokenBatch], keep: bool = True) -> UneditedText:
+    """One pass over text with the model as it is now; ``keep`` its hidden states, to take KL from."""
+    head = partial(torch.nn.functional.linear, **_held(loaded.model.get_output_embeddings(), loaded.device))
     total, tokens = 0.0, 0
+    kept: list[torch.Tensor] = []
     for batch in batches:
-        wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
-        total += float(token_losses(loaded.model, _hidden(loaded, batch), wanted).sum(dtype=torch.float64))
-        tokens += len(wanted)
-    return total / tokens if tokens else float("nan")
+        hidden = _hidden(loaded, batch)
+        total += _loss_sum(loaded, batch, hidden)
+        tokens += len(hidden)
+        if keep:
+            kept.append(hidden)
+    nll = total / tokens if tokens else float("nan")
+    return UneditedText(batches, nll, tuple(kept) if keep else None, head)
 
 
-def hidden_states(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> list[torch.Tensor]:
-    """Of each batch [n, d]: the final hidden states from which the counted tokens that follow another are predicted."""
-    return [_hidden(loaded, batch) for batch in batches]
-
-
-def mean_kl(
-    loaded: LoadedModel,
-    batches: Sequence[TokenBatch],
-    steering: Steering,
-    unedited: Sequence[torch.Tensor] | None = None,
-) -> float:
-    """Mean over the counted tokens of KL(unedited || steered) of what is predicted for them, in nats.
+def read_again(
+    loaded: LoadedModel, text: UneditedText, nll: bool = True, kl: bool = True
+) -> tuple[float, float]:
+    """One pass over the same text with the model as it is now, steered.
 
     Only final hidden states are kept between the two passes; logits are made a few at a time.
 
     Args:
-        loaded: the unedited model.
-        batches: the text.
-        steering: makes a context in which the model is steered; entered once.
-        unedited: ``hidden_states`` of the unedited model, where they are known.
+        loaded: the model.
+        text: with hidden states, where KL is wanted.
+        nll, kl: what is wanted.
+
+    Returns:
+        Nats a token, and the mean over the counted tokens of KL(unedited || steered) of what is predicted for them;
+        NaN what is not wanted, or where there is no token.
     """
-    # A context may exchange all weights, the head's too: the unedited head is held on to.
-    head = loaded.model.get_output_embeddings()
-    own_head = partial(torch.nn.functional.linear, **_held(head, loaded.device))
-    base = hidden_states(loaded, batches) if unedited is None else unedited
-    total, positions = 0.0, 0
+    losses, divergences, tokens = 0.0, 0.0, 0
+    for i, batch in enumerate(text.batches):
+        hidden = _hidden(loaded, batch)
+        tokens += len(hidden)
+        if nll:
+            losses += _loss_sum(loaded, batch, hidden)
+        if kl:
+            assert text.hidden is not None
+            divergences += float(token_divergences(loaded.model, text.hidden[i], hidden, text.head).sum())
+    none = float("nan")
+    return losses / tokens if tokens and nll else none, divergences / tokens if tokens and kl else none
+
+
+def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steering) -> float:
+    """Mean KL of some text, as ``read_again``, between the model as it is now and while ``steering()`` is entered."""
+    before = read_unedited(loaded, batches)
     with steering():
-        for batch, before in zip(batches, base, strict=True):
-            found = token_divergences(loaded.model, before, _hidden(loaded, batch), own_head)
-            total += float(found.sum())
-            positions += len(found)
-    return total / positions if positions else float("nan")
+        return read_again(loaded, before, nll=False)[1]
 
 
 def _held(head: Any, where: torch.device) -> dict[str, Any]:
@@ -86,8 +122,3 @@ def continuation_nll(loaded: LoadedModel, continuations: Sequence[Continuation])
     start = start_tokens(loaded.tokenizer)
     rows = [[*start, *item.ids] for item in continuations if item.ids]
     return mean_nll(loaded, row_batches(rows, uncounted=max(1, len(start))))
-
-
-def nll_by_language(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> dict[str, float]:
-    """``mean_nll`` of every language."""
-    return {language: mean_nll(loaded, items) for language, items in batches.items()}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from editing.edits.learned_values import LONGEST
+from editing.evaluation import KEPT_SHARE
 from editing.generation import NEW_TOKENS, PROMPTS_A_BATCH
 from neurons.memory import (
     LIBRARIES,
@@ -77,8 +78,10 @@ def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64) -> Need:
         forward_bytes(sizes, PROMPTS_A_BATCH * prompt) + cache + 3 * 4 * sizes.vocabulary * PROMPTS_A_BATCH
     )
     tokens, _ = batches_for(planned, False, text.row)
-    # Of a third language at a time the unedited model's hidden states are kept.
-    kept = sizes.value * sizes.residual * text.tokens // max(1, text.languages)
+    # The unedited model's hidden states of third languages are kept: of all where that is little, else of one at a time.
+    hidden = sizes.value * sizes.residual * text.tokens // max(1, text.languages)
+    of_all = hidden * max(0, text.languages - 2)
+    kept = of_all if of_all <= room(planned) * KEPT_SHARE else hidden
     reading = forward_bytes(sizes, tokens) + logit_bytes(sizes, tokens, False) * 2 + kept
     parts = {"libraries": LIBRARIES, "weights": sizes.weights, "activations": max(writing, reading)}
     return Need("evaluate", parts, tokens)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from editing.stages import digest
 from neurons.artifact import package_versions
 from neurons.corpus import Corpus
+from neurons.digest import digest
 from neurons.errors import UsageError
 from neurons.source import LoadedModel
 

@@ -18,31 +18,30 @@ from editing.comparison import (
     KEYED,
     STEER2EDIT,
     Candidate,
-    choose,
+    best_of,
     hook_candidate,
     hook_candidates,
     keyed_candidates,
-    measure_candidates,
-    promising,
     steer2edit_candidate,
     steer2edit_candidates,
 )
 from editing.direction import Direction, load_direction
 from editing.directions.diffmean import diffmean_direction
-from editing.edits.keyed import require_common_inputs
+from editing.edits.keyed import LEARNED, require_common_inputs
 from editing.evaluation import Evaluation
 from editing.export import export
 from editing.language_id import check_languages
 from editing.needs import direction_need, evaluation_need, key_need, learning_need, writing_need
 from editing.origin import measured_by, processor, text_measured, texts_read
 from editing.plan import load_plan
-from editing.recipe import LEARNED, Recipe
+from editing.recipe import Recipe
 from editing.report import Report, report_files, report_from_json
-from editing.stages import RUNS, UNCHANGED, Stages, digest
+from editing.stages import RUNS, UNCHANGED, Stages
 from editing.weight_exchange import Exchange
 from neurons.anatomy import BLOCKS
 from neurons.artifact import json_bytes, write_atomically
 from neurons.corpus import Corpus, read_corpus
+from neurons.digest import digest
 from neurons.errors import UsageError
 from neurons.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.identify import identify
@@ -55,7 +54,8 @@ from neurons.source import LoadedModel, ModelSource, load_model, open_model, pic
 
 # Below this share of its own language, what an edit reaches cannot be told from noise.
 LEAST_CEILING = 0.2
-# Settings are told apart by less than what is reported: prompts, and tokens of a language for likelihoods.
+# Settings are told apart by less than what is reported: a sample of each of so many prompts, and so many tokens of
+# a language for likelihoods.
 CHOOSING_PROMPTS, CHOOSING_TOKENS = 64, 2_000
 
 
@@ -80,11 +80,14 @@ class Result:
         out: directory of the results.
         reports: one a target, in the recipe's order.
         neurons: language -> how many neurons were found.
+        read: what neurons were found in, and what likelihoods are reported on (``neurons.token_budget.text_read``);
+            empty where a file that was put there does not tell.
     """
 
     out: Path
     reports: tuple[Report, ...]
     neurons: dict[str, int]
+    read: tuple[dict[str, Any], dict[str, Any]]
 
 
 def run(recipe: Recipe, screen: Screen, asked: Mapping[str, Any] | None = None) -> Result:
@@ -266,6 +269,10 @@ class _Run:
             self.out,
             tuple(self.read_report(target) for target in recipe.targets),
             {language: len(neurons.of(language)) for language in neurons.languages},
+            (
+                next((one["read"] for one in neurons.metadata.get("corpora", []) if "read" in one), {}),
+                self.measured(recipe.targets[0]).get("read", {}),
+            ),
         )
 
     def identify(self) -> None:
@@ -307,7 +314,7 @@ class _Run:
             corpus,
             recipe.source,
             target,
-            samples=recipe.samples,
+            samples=1 if choosing else recipe.samples,
             most_prompts=min(recipe.prompts, CHOOSING_PROMPTS) if choosing else recipe.prompts,
             seed=recipe.seed,
         )
@@ -323,16 +330,9 @@ class _Run:
         ) as advance:
             evaluation = self.evaluation(target, "choose")
             for candidates in ways:
-                measured = []
-                kept, left = promising(evaluation, candidates)
-                tried += left
-                advance(len(left))
-                for candidate, outcome in measure_candidates(evaluation, kept):
-                    measured.append((candidate, outcome))
-                    tried.append(outcome.as_json())
-                    advance(1)
-                if measured:
-                    best, _ = choose(measured, evaluation.ceiling, self.recipe.source)
+                best, known = best_of(evaluation, candidates, advance)
+                tried += known
+                if best is not None:
                     chosen[best.way] = best
         plan = chosen[KEYED].plan
         assert plan is not None  # a keyed candidate always has one
@@ -388,6 +388,7 @@ class _Run:
         content = {
             **self.origin("estimate", "choose", "report"),
             "corpus": text_measured(self.corpora["report"]),
+            "read": evaluation.read,
             "source": self.recipe.source,
             "target": target,
             "ceiling": evaluation.ceiling,
@@ -397,10 +398,14 @@ class _Run:
         }
         write_atomically(self.out / f"measured-{target}.json", json_bytes(content))
 
-    def read_report(self, target: str) -> Report:
-        return report_from_json(
-            json.loads((self.out / f"measured-{target}.json").read_text(encoding="utf-8"))
+    def measured(self, target: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(
+            (self.out / f"measured-{target}.json").read_text(encoding="utf-8")
         )
+        return content
+
+    def read_report(self, target: str) -> Report:
+        return report_from_json(self.measured(target))
 
     def report(self) -> None:
         reports = [self.read_report(target) for target in self.recipe.targets]

@@ -8,15 +8,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from editing.edits.keyed import LEARNED, MEANS, STRENGTHS, VALUES
 from neurons.corpus_files import language_label
 from neurons.errors import UsageError
-
-# What the keyed edit's modules write: the direction, or what was learned from it; and the strengths that suit.
-MEANS, LEARNED = VALUES = ("means", "learned")
-STRENGTHS = {
-    MEANS: (3.5,),
-    LEARNED: (2.0,),
-}  # ``editing.edits.keyed`` and ``learned_values`` have them from docs/keyed.md
 
 
 @dataclass(frozen=True)

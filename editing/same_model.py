@@ -1,4 +1,4 @@
-"""Whether two checkpoints differ in their weights alone, so that the one model can compute with the other's."""
+"""Whether two checkpoints differ in their weights alone, config, tokenizer and end tokens alike, so that the one model can compute with the other's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from neurons.errors import BrocaError
 from neurons.fingerprint import VOLATILE
-from neurons.source import ModelSource
+from neurons.source import LoadedModel, ModelSource
+from neurons.start_tokens import start_tokens
 
 # Settings that say nothing of what a trained model computes, those of dropout besides.
 DROPOUT = ("dropout", "pdrop", "layerdrop")
@@ -18,6 +19,7 @@ INERT = frozenset(
     )
 )  # fmt: skip
 SHOWN = 3  # settings that are named of many
+SAMPLE = "A small café in 1999; Straße, ¿qué?, 你好, привет, مرحبا"  # that tokenizers are compared on
 
 
 def require_same_settings(ours: ModelSource, theirs: ModelSource) -> None:
@@ -41,6 +43,32 @@ def require_same_settings(ours: ModelSource, theirs: ModelSource) -> None:
             f"{theirs.name}: its config.json has it compute otherwise than {ours.name}, whatever its weights are "
             f"({', '.join(told)}{more}): measure each by itself"
         )
+
+
+def require_same_reading(ours: LoadedModel, theirs: LoadedModel) -> None:
+    """Refuse a model that reads text, or ends an answer, otherwise than ours: its weights alone would not be it.
+
+    Raises:
+        BrocaError: by what differs.
+    """
+    own, other = _reading(ours), _reading(theirs)
+    differing = [what for what in own if own[what] != other[what]]
+    if differing:
+        raise BrocaError(
+            f"{theirs.name}: not the same {', '.join(differing)} as {ours.name}, so its weights alone would not "
+            "answer as it does: measure each by itself"
+        )
+
+
+def _reading(loaded: LoadedModel) -> dict[str, Any]:
+    tokenizer, ends = loaded.tokenizer, loaded.model.generation_config.eos_token_id
+    return {
+        "vocabulary": tokenizer.get_vocab(),
+        "tokens of a text": tokenizer(SAMPLE, add_special_tokens=False)["input_ids"],
+        "start tokens": start_tokens(tokenizer),
+        "chat template": tokenizer.chat_template,
+        "end tokens (generation_config.json)": {ends} if ends is None or isinstance(ends, int) else {*ends},
+    }
 
 
 def _settings(source: ModelSource) -> dict[str, Any]:

@@ -15,18 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from editing.answers import identified
 from editing.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
 from editing.language_id import check_languages
-from editing.likelihood import continuation_nll
+from editing.likelihood import continuation_nll, read_again, read_unedited
 from editing.text import opening
-from neurons.batches import TokenBatch, language_batches
+from neurons.batches import language_batches
 from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
-from neurons.next_token import token_divergences, token_losses
-from neurons.recording import forward
 from neurons.source import LoadedModel
 
 LEAST_CEILING = 0.2  # as in editing.pipeline: below it, what an edit reaches cannot be told from noise
@@ -70,21 +66,6 @@ class Written:
     continuations: int
     prompts: int
     answers: tuple[Continuation, ...]
-
-
-@dataclass(frozen=True)
-class _Text:
-    """One third language's text and what the unedited model makes of it.
-
-    Attributes:
-        batches: the text.
-        hidden: for each batch [n, d], from which the counted tokens that follow another are predicted.
-        nll: nats a token.
-    """
-
-    batches: Sequence[TokenBatch]
-    hidden: Sequence[torch.Tensor]
-    nll: float
 
 
 class Scoring:
@@ -143,7 +124,9 @@ class Scoring:
             )
         self._own_nll = continuation_nll(loaded, own)
         some = replace(corpus, texts={k: tuple(corpus.non_empty(k)[:lines]) for k in self.third})
-        self._texts = {name: self._read(items) for name, items in language_batches(loaded, some).items()}
+        self._texts = {
+            name: read_unedited(loaded, items) for name, items in language_batches(loaded, some).items()
+        }
 
     def few(self, prompts: int) -> tuple[int, int]:
         """(continuations in the target, continuations) of the first few prompts, as the model is now."""
@@ -152,7 +135,7 @@ class Scoring:
 
     def harm(self) -> Harm:
         """What the model, as it is now, makes of the third languages' text."""
-        read = {language: self._compare(text) for language, text in self._texts.items()}
+        read = {language: read_again(self._loaded, text) for language, text in self._texts.items()}
         return Harm(
             {name: nll - self._texts[name].nll for name, (nll, _) in read.items()},
             {name: kl for name, (_, kl) in read.items()},
@@ -172,30 +155,6 @@ class Scoring:
 
     def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
         return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)
-
-    def _read(self, batches: Sequence[TokenBatch]) -> _Text:
-        """The unedited model's hidden states and likelihood."""
-        text = _Text(batches, [self._hidden(batch) for batch in batches], 0.0)
-        nll, _ = self._compare(text)
-        return _Text(batches, text.hidden, nll)
-
-    def _hidden(self, batch: TokenBatch) -> torch.Tensor:
-        on_device = batch.to(self._loaded.device)
-        with torch.no_grad():
-            return forward(self._loaded.model, on_device)[:, :-1][on_device.counted[:, 1:]]
-
-    def _compare(self, text: _Text) -> tuple[float, float]:
-        """(nats a token of the text now, KL from the unedited model)."""
-        model = self._loaded.model
-        nll = kl = 0.0
-        tokens = 0
-        for batch, before in zip(text.batches, text.hidden, strict=True):
-            after = self._hidden(batch)
-            wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
-            nll += float(token_losses(model, after, wanted).sum(dtype=torch.float64))
-            kl += float(token_divergences(model, before, after).sum())
-            tokens += len(wanted)
-        return nll / tokens, kl / tokens
 
 
 def third_languages(corpus: Corpus, source: str, target: str) -> tuple[str, ...]:

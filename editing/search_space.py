@@ -17,13 +17,12 @@ import torch
 
 from editing.direction import Direction
 from editing.edits.bake import bake_plan
-from editing.edits.keyed import keyed_plan
+from editing.edits.keyed import LEARNED, MEANS, VALUES, keyed_plan
 from editing.edits.learned_values import LEARNED_AT, enough_text, learned_values
 from editing.edits.norm_value import value_through_norm
 from editing.edits.output_norm import OutputNorm, output_norm, source_tokens
 from editing.edits.steer2edit import ALPHA, steer2edit_plan
 from editing.plan import ModuleEdit, Plan, make_plan
-from editing.recipe import LEARNED, MEANS, VALUES
 from neurons.anatomy import BLOCKS
 from neurons.batches import language_batches
 from neurons.corpus import Corpus

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neurons.artifact import json_bytes, package_versions, write_atomically
+from neurons.digest import digest, digest_of
 from neurons.errors import BrocaError
-from neurons.file_states import OncePerState
 
 RECORD = "run.json"
-DIGESTS = OncePerState()
 RUNS, UNCHANGED, KEPT = "...", "unchanged", "kept as changed by hand: {}"
 
 
@@ -63,7 +61,7 @@ class Stages:
         Raises:
             BrocaError: the stage must run again and would overwrite a file that was changed by hand.
         """
-        wanted = _digest_of({"inputs": inputs, "packages": package_versions()})
+        wanted = digest_of({"inputs": inputs, "packages": package_versions()})
         last = self._record.get(name, {"inputs": None, "outputs": {}})
         now = {output: digest(self.out / output) for output in outputs}
         theirs = [
@@ -86,29 +84,3 @@ class Stages:
             "outputs": {output: digest(self.out / output) for output in outputs},
         }
         write_atomically(self.out / RECORD, json_bytes(self._record))
-
-
-def digest(path: Path) -> str | None:
-    """sha256 of a file, or of a directory's file names and contents; None where there is nothing.
-
-    A file is read once in a process while it stays as it is (``neurons.file_states``).
-    """
-    if path.is_dir():
-        inside = {
-            item.relative_to(path).as_posix(): digest(item)
-            for item in sorted(path.rglob("*"))
-            if item.is_file()
-        }
-        return _digest_of(inside)
-    if not path.is_file():
-        return None
-    return DIGESTS.get(path, [path], lambda: _digest_of_file(path))
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from editing.same_model import require_same_settings
+from editing.same_model import require_same_reading, require_same_settings
 from neurons.errors import BrocaError
 from neurons.offload import overwritten, parameter_value, replaced, with_bias
 from neurons.source import LoadedModel
@@ -32,13 +32,14 @@ class Exchange:
         other: of the same architecture and sizes.
 
     Raises:
-        BrocaError: the two do not have the same weights, by name, the model's are quantised, or the configs have
-            the two compute otherwise.
+        BrocaError: the two do not have the same weights, by name, the model's are quantised, or configs,
+            tokenizers or end tokens have the two compute, read or end otherwise.
     """
 
     def __init__(self, loaded: LoadedModel, other: LoadedModel) -> None:
         loaded.require_exact("a comparison")
         require_same_settings(loaded, other)
+        require_same_reading(loaded, other)
         ours, theirs = (one.model.state_dict(keep_vars=True) for one in (loaded, other))
         added = [name for name in theirs if name not in ours and _can_be_added(loaded.model, name)]
         odd = ours.keys() ^ theirs.keys() - set(added)

@@ -23,6 +23,7 @@ LONGEST_BLOCK_BACKWARD = (
 )
 TOKENS_A_BATCH = MOST_TOKENS
 LINES_AT_ONCE = 1000  # that are tokenised
+MOST_PADDING = 128  # positions a batch: a pass for so many costs about what one more batch does
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def row_batches(
 ) -> list[TokenBatch]:
     """Rows of token ids, padded on the right, rows of like length together.
 
+    A batch ends where it is full, or where the next row would leave more than ``MOST_PADDING`` positions empty.
+
     Args:
         rows: token ids; rows without a counted token are left out.
         uncounted: positions at the beginning of each row that are not counted.
@@ -281,11 +284,15 @@ def _groups(
     rows: Sequence[tuple[int, Sequence[int]]], tokens_a_batch: int
 ) -> Iterator[list[tuple[int, Sequence[int]]]]:
     group: list[tuple[int, Sequence[int]]] = []
+    tokens = 0
     for row in rows:
-        if group and (len(group) + 1) * len(row[1]) > tokens_a_batch:
+        length = len(row[1])
+        size = (len(group) + 1) * length
+        if group and (size > tokens_a_batch or size - tokens - length > MOST_PADDING):
             yield group
-            group = []
+            group, tokens = [], 0
         group.append(row)
+        tokens += length
     if group:
         yield group
 

@@ -16,8 +16,7 @@ from neurons.sites import Routed, expert_units
 from neurons.sums import add_texts, add_tokens, text_sums
 from neurons.totals import Totals
 
-OF_TOKENS = ("positive", "sum", "square", "absolute")
-OF_TEXTS = ("text_mean", "text_square", "text_absolute", "worst_rank")
+WORST_RANK = "worst_rank"  # of a neuron in any text (``neurons.scorers.plnd``)
 ATTRIBUTION = "attribution"
 RESPONSES = "responses"
 # The value of a neuron weighs its effect where the effect is measured, at the input of down_proj only.
@@ -98,7 +97,7 @@ class TokenSums:
 
 @dataclass
 class TextSums:
-    """``OF_TEXTS`` and the responses of one site: a text's mean is over its counted tokens."""
+    """``OF_TEXTS``, the worst rank and the responses of one site: a text's mean is over its counted tokens."""
 
     site: str
     moments: Sequence[str]
@@ -120,8 +119,8 @@ class TextSums:
             self.finish(layer, at)
 
     def _needed(self) -> list[bool]:
-        signed = any(moment != "worst_rank" for moment in self.moments) or bool(self.responses)
-        return [*([False] if signed else []), *([True] if "worst_rank" in self.moments else [])]
+        signed = any(moment != WORST_RANK for moment in self.moments) or bool(self.responses)
+        return [*([False] if signed else []), *([True] if WORST_RANK in self.moments else [])]
 
     def _gather(self, values: torch.Tensor, routed: Routed, counted: torch.Tensor, absolute: bool) -> None:
         rows, length = counted.shape
@@ -142,7 +141,7 @@ class TextSums:
                 raise NotFiniteError(f"a text's mean of {self.site} in layer {layer}")
             if absolute:
                 ranks = document_importance_ranks(sums * self._weight(layer, device))
-                worst = self.totals.of(f"{self.site}:worst_rank", layer, device)[k]
+                worst = self.totals.of(f"{self.site}:{WORST_RANK}", layer, device)[k]
                 torch.maximum(worst, ranks.amax(0), out=worst)
                 continue
             means = sums / at.counted.to(device).sum(1)[:, None]
@@ -151,7 +150,7 @@ class TextSums:
                 {
                     moment: self.totals.of(f"{self.site}:{moment}", layer, device)[k]
                     for moment in self.moments
-                    if moment != "worst_rank"
+                    if moment != WORST_RANK
                 },
             )
             if self.responses and at.shares is None:

@@ -23,7 +23,7 @@ from neurons.batches import (
 from neurons.corpus import Corpus
 from neurons.errors import UsageError
 from neurons.memory import batches_for
-from neurons.methods import BLOCKS, TEXTS
+from neurons.methods import PACKED, TEXTS
 from neurons.processes import is_first, world
 from neurons.recording import Progress, record
 from neurons.resume import Unfinished
@@ -39,7 +39,7 @@ def record_corpus(
     loaded: LoadedModel,
     corpus: Corpus,
     moments: Sequence[str],
-    reads: str = BLOCKS,
+    reads: str = PACKED,
     tokens: int | None = None,
     block: int | None = None,
     batch_tokens: int | None = None,
@@ -179,7 +179,7 @@ def _metadata(
         ],
         "settings": {
             "reads": reads,
-            "block": block_length(loaded.model, block, backward) if reads == BLOCKS else None,
+            "block": block_length(loaded.model, block, backward) if reads == PACKED else None,
             "tokens_a_batch": size,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
         },

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from scipy.linalg.blas import ssyrk
 
+from neurons.memory import WAITING
+
 # Rows a product: float32 sums of more lose digits, of fewer cost a pass over the float64 sum each.
 ROWS = 4096
 
@@ -32,19 +34,29 @@ class Gram:
         # Of a symmetric sum the upper triangle, on a CPU.
         self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._begun = False
+        self._waiting: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor) -> None:
         """Rows [n, S] of any floating-point type."""
         if not len(rows):
             return
-        exact = rows.float()
         if not self._begun:
-            self.centre, self._begun = exact.mean(0), True
-        for some in (exact - self.centre).split(ROWS):
-            self._sum.add_(_product(some))
+            self.centre, self._begun = rows.float().mean(0), True
+        # Every product costs a pass over the sum: rows of short pieces wait, as they are.
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= WAITING:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            rows = torch.cat(self._waiting)
+            self._waiting.clear()
+            for some in rows.split(ROWS):
+                self._sum.add_(_product(some.float() - self.centre))
 
     def total(self) -> torch.Tensor:
         """Float64 [S, S], whole; this object holds nothing afterwards."""
+        self._flush()
         found, self._sum = self._sum, self._sum.new_zeros(0, 0)
         if found.device.type == "cpu":
             found.triu_()

@@ -25,7 +25,8 @@ from neurons.scores import Scores
 from neurons.selection import Selection
 from neurons.statistics import Statistics
 
-BLOCKS, TEXTS, PROMPTS, NOTHING = "blocks", "texts", "prompts", "nothing"
+# What a method reads: text in full blocks, a text a row, prompts with answers.
+PACKED, TEXTS, PROMPTS, NOTHING = "blocks", "texts", "prompts", "nothing"
 RESPONSES = "mlp_in:responses"
 
 # (statistics, top rate, settings) -> scores
@@ -140,7 +141,7 @@ METHODS: dict[str, Method] = {
         "entropy of how often a neuron fires in each language",
         "arXiv 2402.16438",
         ("mlp_act:positive",),
-        BLOCKS,
+        PACKED,
         _OF_ALL,
         lambda s, rate, settings: lape(s.moment("mlp_act:positive"), s.seen(), **settings),
         _LAPE,
@@ -149,7 +150,7 @@ METHODS: dict[str, Method] = {
         "LAPE with a penalty that drives general neurons out",
         "NJUNLP/Language-Neurons-Alignment, AAAI 2026",
         ("mlp_act:positive",),
-        BLOCKS,
+        PACKED,
         _OF_ALL,
         lambda s, rate, settings: lape_general(s.moment("mlp_act:positive"), s.seen(), rate, **settings),
         {"activation_rate": ACTIVATION_RATE, "most_penalty": MOST_PENALTY},
@@ -158,7 +159,7 @@ METHODS: dict[str, Method] = {
         "gradient x activation: what the language's likelihood leans on",
         "first-order attribution, arXiv 1611.06440",
         ("mlp_in:attribution",),
-        BLOCKS,
+        PACKED,
         _OF_EACH,
         lambda s, rate, settings: gradient(s.moment("mlp_in:attribution"), s.seen()),
     ),
@@ -166,7 +167,7 @@ METHODS: dict[str, Method] = {
         "gradient x activation, less the largest of any other language",
         "Broca",
         ("mlp_in:attribution",),
-        BLOCKS,
+        PACKED,
         _OF_EACH,
         lambda s, rate, settings: gradient_contrast(s.moment("mlp_in:attribution"), s.tokens),
     ),
@@ -174,7 +175,7 @@ METHODS: dict[str, Method] = {
         "LAPE's entropy of gradient x activation instead of firing rates",
         "Broca, after arXiv 2402.16438",
         ("mlp_in:attribution",),
-        BLOCKS,
+        PACKED,
         _OF_ALL,
         lambda s, rate, settings: lape_gradient(s.moment("mlp_in:attribution"), s.seen(), **settings),
         _LAPE,
@@ -258,7 +259,7 @@ METHODS: dict[str, Method] = {
         "a control: the same, and alike in activity",
         "-",
         ("mlp_in:absolute",),
-        BLOCKS,
+        PACKED,
         _OF_EACH,
     ),
 }
@@ -288,4 +289,4 @@ def moments_of(names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
                 "recorded for it: call `broca identify` with it"
             )
     moments = tuple(dict.fromkeys(moment for method in methods for moment in method.moments))
-    return moments, TEXTS if any(method.reads == TEXTS for method in methods) else BLOCKS
+    return moments, TEXTS if any(method.reads == TEXTS for method in methods) else PACKED

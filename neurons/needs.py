@@ -18,7 +18,7 @@ from neurons.memory import (
     logit_bytes,
     sizes_of,
 )
-from neurons.methods import BLOCKS
+from neurons.methods import PACKED
 from neurons.source import LoadedModel
 
 
@@ -85,7 +85,7 @@ def recording_need(
     kept = any(moment.endswith(":responses") for moment in moments)
     sums = 8 * sizes.layers * sizes.neurons * text.languages * len(moments)
     responses = 4 * sizes.layers * sizes.neurons * text.texts if kept else 0
-    row = block_length(planned.model, block, backward) if reads == BLOCKS else text.row
+    row = block_length(planned.model, block, backward) if reads == PACKED else text.row
     return passing(planned, "record", row, backward, sums=sums + responses)
 
 

@@ -12,9 +12,8 @@ from neurons.anatomy import Anatomy
 from neurons.batches import TokenBatch
 from neurons.collectors import (
     ATTRIBUTION,
-    OF_TEXTS,
-    OF_TOKENS,
     RESPONSES,
+    WORST_RANK,
     Attribution,
     Collector,
     Reading,
@@ -29,6 +28,7 @@ from neurons.resume import Unfinished
 from neurons.sites import Reader, Routed, reading
 from neurons.source import LoadedModel
 from neurons.statistics import Statistics, combine_of, moment_dtype, parse_moment
+from neurons.sums import OF_TEXTS, OF_TOKENS
 from neurons.totals import Totals
 
 Progress = Callable[[int], None]
@@ -90,7 +90,7 @@ def record(
         language: torch.zeros(len(own), anatomy.layers, anatomy.neurons) for language, own in lines.items()
     }
     for site, moment in parsed:
-        if moment not in (*OF_TOKENS, *OF_TEXTS, ATTRIBUTION):
+        if moment not in (*OF_TOKENS, *OF_TEXTS, WORST_RANK, ATTRIBUTION):
             raise ValueError(f"{site}:{moment} is recorded from prompts (neurons.answers), not from text")
     totals = _totals(anatomy, len(languages), parsed)
     collectors = _collectors(anatomy, parsed, totals, [responses[k] for k in lines])
@@ -190,7 +190,7 @@ def _collectors(
     for site in sites:
         own = [moment for at, moment in parsed if at == site]
         of_tokens = [moment for moment in own if moment in OF_TOKENS]
-        of_texts = [moment for moment in own if moment in OF_TEXTS]
+        of_texts = [moment for moment in own if moment in (*OF_TEXTS, WORST_RANK)]
         counts_routed = anatomy.experts > 1 and site == routing_site
         found[site] = []
         if of_tokens or counts_routed:

@@ -87,11 +87,11 @@ def test_an_adapter(broca, model, edit, tmp_path):
 
 
 def test_what_is_pushed(broca, model, edit, tmp_path, monkeypatch):
-    import editing.hub
+    from editing import hub
 
     calls = []
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    monkeypatch.setattr(editing.hub, "push", lambda path, repo: calls.append((path, repo)) or "https://hub/x")
+    monkeypatch.setattr(hub, "push", lambda path, repo: calls.append((path, repo)) or "https://hub/x")
     out = tmp_path / "out"
     status, said, err = broca("export", model, "--edit", edit, "--push-to-hub", "me/x", "--out", out)
     assert status == 0, err

@@ -128,7 +128,7 @@ def test_base_equals_what_the_model_writes(llama, evaluation):
 
 
 def test_identity_steering_changes_nothing(evaluation):
-    found = evaluation.measure("identity", nullcontext, {"strength": 0}, kl=True)
+    found = evaluation.measure("identity", lambda: nullcontext(), {"strength": 0}, kl=True)
     assert found.kl == {"de": 0.0, "es": 0.0}
     assert found.nll_rise == evaluation.base.nll_rise
     assert found.samples == evaluation.base.samples
@@ -217,7 +217,7 @@ def test_kl_is_over_the_text_of_third_languages(llama, evaluation, monkeypatch, 
 
 def test_steering_is_gone_after_a_measurement(llama, evaluation):
     evaluation.measure("forced", partial(always, llama, 9))
-    again = evaluation.measure("base", nullcontext)
+    again = evaluation.measure("base", lambda: nullcontext())
     assert again == evaluation.base
 
 
@@ -314,7 +314,8 @@ def test_side_effects_on_every_other_language(llama, corpus):
     assert found.entanglement == pytest.approx(math.sqrt(mean(squares)))
     base, share = fresh.base.target_share, found.target_share
     assert found.effectiveness == pytest.approx((share - base) / (1 - base))
-    same = fresh.measure("identity", nullcontext, others=True)
+    same = fresh.measure("identity", lambda: nullcontext(), others=True)
+    assert same == replace(fresh.measure("base", nullcontext, others=True), name="identity")
     assert (same.effectiveness, same.entanglement) == (0, 0)
     silent = fresh.measure("silent", partial(always, llama, 1), others=True)
     assert all(told["fluency_gap"] is None and told["share"] == 0 for told in silent.others.values())
@@ -392,6 +393,7 @@ def test_another_may_write_the_answers_while_all_else_is_measured_on_the_model(l
 
     settings = {"most_prompts": 2, "new_tokens": 3, "temperature": 0.5, "seed": 7}
     fresh = Evaluation(llama, corpus, "en", "fr", **settings, write=write)
+    assert fresh.base.name == "base"
     found = fresh.measure("steered", steering, kl=True)
     openings_of = {language: list(dict.fromkeys(prompts(language)))[:2] for language in ("en", "fr")}
     assert asked == [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from editing import stages
+from neurons import digest as digests
 from neurons import fingerprint as fingerprints
 from neurons.file_states import TICK, OncePerState
 
@@ -110,11 +110,11 @@ def test_what_could_not_be_computed_is_tried_again(kept, tmp_path):
 def test_a_checkpoint_and_a_stages_files_are_hashed_once(checkpoint_of, tmp_path, monkeypatch):
     place = Path(shutil.copytree(checkpoint_of(), tmp_path / "copy"))
     read = []
-    entries, digest = fingerprints.tensor_entries, stages._digest_of_file
+    entries, digest = fingerprints.tensor_entries, digests._digest_of_file
     monkeypatch.setattr(fingerprints, "tensor_entries", lambda path: read.append(path) or entries(path))
-    monkeypatch.setattr(stages, "_digest_of_file", lambda path: read.append(path) or digest(path))
-    before = fingerprints.fingerprint(place), stages.digest(place)
-    assert (fingerprints.fingerprint(place), stages.digest(place)) == before
+    monkeypatch.setattr(digests, "_digest_of_file", lambda path: read.append(path) or digest(path))
+    before = fingerprints.fingerprint(place), digests.digest(place)
+    assert (fingerprints.fingerprint(place), digests.digest(place)) == before
     files = sorted(path for path in place.rglob("*") if path.is_file())
     assert sorted(map(Path, read)) == sorted([place, *files])
     weights = place / "model.safetensors"
@@ -122,6 +122,6 @@ def test_a_checkpoint_and_a_stages_files_are_hashed_once(checkpoint_of, tmp_path
         stream.seek(-4, os.SEEK_END)
         stream.write(b"\x01\x02\x03\x04")
     read.clear()
-    after = fingerprints.fingerprint(place), stages.digest(place)
+    after = fingerprints.fingerprint(place), digests.digest(place)
     assert sorted(read) == sorted([place, weights])
     assert after[0] != before[0] and after[1] != before[1]

@@ -243,13 +243,21 @@ def test_jointly_leaves_every_weight_as_it_was(checkpoint_of, corpus, direction,
         ({"strength": float("nan")}, "strength"),
         ({"strength": {0: 1.0, 1: -1.0}}, "strength 0"),
         ({"strength": {0: 1.0}, "layers": [1]}, "leave layers out"),
-        ({"sparse": 0.0}, "layer 0, mlp: sparse"),
+        ({"sparse": 0.0}, "sparse 0.0: a share"),
+        ({"sparse": 2.0}, "sparse 2.0: a share"),
         ({"sparse": 0.02}, "fewer than the 4 constraints"),
     ],
 )
 def test_refuses_by_name(llama, corpus, direction, settings, words):
     with pytest.raises(UsageError, match=words):
         keyed_plan(llama, corpus, direction, **settings)
+
+
+def test_what_no_text_can_mend_is_refused_before_any_is_read(llama, corpus, direction, monkeypatch):
+    monkeypatch.setattr("editing.edits.keyed.language_batches", None)
+    for settings in ({"keep": ["xx"]}, {"keep_softly": ["qaa"]}, {"sparse": 2.0}, {"eps": -1.0}):
+        with pytest.raises(UsageError):
+            keyed_plan(llama, corpus, direction, **settings)
 
 
 def test_moments_of_several_sites_are_those_of_each(llama, corpus):

@@ -13,7 +13,8 @@ from editing.likelihood import (
     continuation_nll,
     mean_kl,
     mean_nll,
-    nll_by_language,
+    read_again,
+    read_unedited,
 )
 from neurons.batches import packed_batches, text_batches
 
@@ -63,16 +64,21 @@ def test_mean_nll_without_a_start_token(llama, monkeypatch):
     assert mean_nll(bare, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
 
 
-def test_nll_by_language(llama):
-    batches = {
-        language: packed_batches(models.sentences(language, 9), llama.tokenizer, 12, language)
-        for language in ("qac", "qaa")
-    }
-    found = nll_by_language(llama, batches)
-    assert list(found) == ["qac", "qaa"]
-    for language, items in batches.items():
-        nlls = naive_nlls(llama.model, [row for batch in items for row in batch.ids.tolist()])
-        assert found[language] == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+def test_nll_of_blocks(llama):
+    batches = packed_batches(models.sentences("qac", 9), llama.tokenizer, 12, "qac")
+    nlls = naive_nlls(llama.model, [row for batch in batches for row in batch.ids.tolist()])
+    assert mean_nll(llama, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_likelihood_and_divergence_of_one_pass_are_those_of_two(llama, monkeypatch):
+    batches = padded_batches(llama, monkeypatch)
+    before = read_unedited(llama, batches)
+    assert before.nll == mean_nll(llama, batches)
+    divergence = mean_kl(llama, batches, lambda: blurred(llama.model))
+    with blurred(llama.model):
+        assert read_again(llama, before) == (mean_nll(llama, batches), divergence)
+        likelihood, none = read_again(llama, read_unedited(llama, batches, keep=False), kl=False)
+        assert likelihood == mean_nll(llama, batches) and math.isnan(none)
 
 
 def test_mean_nll_of_nothing_is_nan(llama):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from editing import stages
 from editing.edits.keyed import STRENGTH
 from editing.edits.learned_values import LEARNED_AT
 from editing.evaluation import Evaluation
@@ -17,6 +16,7 @@ from editing.pipeline import run
 from editing.plan import load_plan
 from editing.recipe import Recipe, read_recipe
 from editing.stages import KEPT, RUNS
+from neurons import digest as digests
 from neurons import fingerprint
 from neurons.corpus import read_corpus
 from neurons.errors import BrocaError, UsageError
@@ -108,10 +108,10 @@ def test_a_second_run_skips_everything(finished, recipe):
 
 def test_a_run_reads_each_file_for_its_digest_once(finished, recipe, monkeypatch):
     read = []
-    digest, name = stages._digest_of_file, fingerprint._fingerprint
-    monkeypatch.setattr(stages, "_digest_of_file", lambda path: read.append(path) or digest(path))
+    digest, name = digests._digest_of_file, fingerprint._fingerprint
+    monkeypatch.setattr(digests, "_digest_of_file", lambda path: read.append(path) or digest(path))
     monkeypatch.setattr(fingerprint, "_fingerprint", lambda path, plan: read.append(path) or name(path, plan))
-    stages.DIGESTS.forget()
+    digests.DIGESTS.forget()
     fingerprint.FINGERPRINTS.forget()
     for target in recipe.targets:
         (recipe.out / f"measured-{target}.json").unlink()

@@ -10,7 +10,7 @@ from test_biases import bias_plan, logits
 
 from cli.evaluate import command
 from editing.export import export
-from editing.same_model import require_same_settings
+from editing.same_model import require_same_reading, require_same_settings
 from editing.weight_exchange import Exchange
 from neurons.errors import BrocaError
 from neurons.source import load_model, open_model
@@ -71,6 +71,28 @@ def test_settings_that_say_nothing_of_the_computation_are_passed_over(llama, cha
         "dtype": "bfloat16",
     }
     require_same_settings(llama, open_model(str(changed(**settings))))
+
+
+def test_another_tokenizer_or_end_is_refused_by_name(llama, changed):
+    directory = changed()
+    ends = directory / "generation_config.json"
+    ends.write_text(json.dumps({**json.loads(ends.read_text()), "eos_token_id": [1, 7]}))
+    with pytest.raises(BrocaError, match=r"not the same end tokens \(generation_config.json\) as"):
+        require_same_reading(llama, load_model(str(directory), device="cpu"))
+    shutil.copy(llama.checkpoint / "generation_config.json", ends)
+    require_same_reading(llama, load_model(str(directory), device="cpu"))
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(BrocaError, match="not the same chat template as"):
+        Exchange(llama, load_model(str(directory), device="cpu"))
+    (directory / "chat_template.jinja").unlink()
+    tokens = directory / "tokenizer.json"
+    content = json.loads(tokens.read_text())
+    content["model"]["vocab"] = {
+        f"x{word}" if i == 9 else word: i for word, i in content["model"]["vocab"].items()
+    }
+    tokens.write_text(json.dumps(content))
+    with pytest.raises(BrocaError, match="vocabulary"):
+        require_same_reading(llama, load_model(str(directory), device="cpu"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_evaluation import LINES
 
-import editing.protocol
+from editing import protocol
 from editing.comparison import Candidate, choose
 from editing.evaluation import Evaluation
 from editing.protocol import compare_ways
@@ -125,7 +125,7 @@ def test_the_estimate_is_not_measured_on(compared, material, parts, monkeypatch)
     assert again.outcomes == found.outcomes[:2]
     with pytest.raises(BrocaError, match="no way could be tried"):
         list(compare_ways({"never": NEVER}, other, choosing, reporting))
-    assert editing.protocol.choose is choose
+    assert protocol.choose is choose
 
 
 def test_an_instruction_is_used_to_choose_too(llama, parts):

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from editing.edits.directional_ablation import require_strength
-from editing.edits.reach import chosen_blocks, chosen_layers
+from editing.edits.reach import chosen_blocks, chosen_layers, require_strength
 from editing.edits.scale import column_scaling
 from editing.plan import ModuleEdit, Plan, make_plan
 from neurons.anatomy import BLOCKS

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from editing.edits.directional_ablation import require_strength
-from editing.edits.reach import chosen_layers, require_neurons
+from editing.edits.reach import chosen_layers, require_neurons, require_strength
 from editing.edits.scale import column_scaling
 from editing.plan import Plan, make_plan
 from neurons.errors import BrocaError, UsageError

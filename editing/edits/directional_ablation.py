@@ -35,6 +35,7 @@ from editing.edits.reach import (
     chosen_layers,
     chosen_site,
     output_bias,
+    require_strength,
     site_of,
     vector_at,
 )
@@ -129,15 +130,6 @@ def without(direction: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     if not float(rest.norm()) > 1e-9 * float(vector.norm()):
         raise BrocaError("the direction lies along the neutral mean, so nothing of it is left to ablate")
     return rest
-
-
-def require_strength(strength: float) -> None:
-    """
-    Raises:
-        UsageError: 0, or not finite.
-    """
-    if strength == 0 or not abs(strength) < float("inf"):
-        raise UsageError(f"strength {strength}: give a finite one other than 0")
 
 
 def directional_ablation_plan(

@@ -97,6 +97,31 @@ def key(
     return described(moments, source, least_spread(problem))
 
 
+def require_key(
+    languages: Sequence[str],
+    sources: Sequence[str],
+    keep: Sequence[str],
+    keep_softly: Sequence[str],
+    eps: float,
+    soft_weight: float,
+) -> None:
+    """Refuse what no key can be made of, before any text is read; the arguments are those of ``key_problem``.
+
+    Raises:
+        UsageError: a language that there is no text of or that is in two of the lists, no source, or an eps or
+            soft weight that is not finite or negative.
+    """
+    named = [*sources, *keep, *keep_softly]
+    if not sources:
+        raise UsageError("a key needs a source language: name one")
+    if missing := [name for name in named if name not in languages]:
+        raise UsageError(f"no text of {', '.join(missing)}: there is {', '.join(languages)}")
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise UsageError(f"{', '.join(twice)}: a language is a source, kept, or kept softly: name it once")
+    if not (0 <= eps < math.inf and 0 <= soft_weight < math.inf):
+        raise UsageError(f"eps {eps} and soft weight {soft_weight} must be finite and not negative")
+
+
 def key_problem(
     moments: Moments,
     source: str | Sequence[str],
@@ -123,15 +148,7 @@ def key_problem(
     sources = sources_of(source)
     if keep is None:
         keep = [name for name in moments.languages if name not in (*sources, *keep_softly)]
-    named = [*sources, *keep, *keep_softly]
-    if not sources:
-        raise UsageError("a key needs a source language: name one")
-    if missing := [name for name in named if name not in moments.languages]:
-        raise UsageError(f"no text of {', '.join(missing)}: there is {', '.join(moments.languages)}")
-    if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise UsageError(f"{', '.join(twice)}: a language is a source, kept, or kept softly: name it once")
-    if not (0 <= eps < math.inf and 0 <= soft_weight < math.inf):
-        raise UsageError(f"eps {eps} and soft weight {soft_weight} must be finite and not negative")
+    require_key(moments.languages, sources, keep, keep_softly, eps, soft_weight)
 
     def means_of(names: Sequence[str]) -> torch.Tensor:
         return moments.mean[:, [moments.languages.index(name) for name in names]]

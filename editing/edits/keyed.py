@@ -35,11 +35,11 @@ import torch
 from editing.direction import Direction
 from editing.edits.key import EPS as EPS
 from editing.edits.key import SOFT_WEIGHT as SOFT_WEIGHT
-from editing.edits.key import Key, described, key_problem, least_spread
+from editing.edits.key import Key, described, key_problem, least_spread, require_key
 from editing.edits.learned_values import LEARNED_AT, learned_values
 from editing.edits.norm_value import value_through_norm
 from editing.edits.output_norm import output_norm, source_tokens
-from editing.edits.sparse_key import sparse_key
+from editing.edits.sparse_key import require_share, sparse_key
 from editing.live import applied
 from editing.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.weights import Weights
@@ -56,6 +56,10 @@ from neurons.token_budget import KEYS, text_read
 # Found on the demo model, English to French and German: from 3 on as far as the ceiling; more is more fluent
 # and does more to other languages.  Keys over heads too reach as far from 2 on (docs/keyed.md).
 STRENGTH = 3.5
+
+# What the modules write: the direction, or what was learned from it; and the strengths that suit a model.
+MEANS, LEARNED = VALUES = ("means", "learned")
+STRENGTHS = {MEANS: (STRENGTH,), LEARNED: (LEARNED_AT,)}
 
 Place = tuple[int, str]  # layer, block
 
@@ -129,6 +133,9 @@ def keyed_plan(
         keep = [name for name in corpus.languages if name not in (*sources, *keep_softly)]
     elif direction.target not in (*keep, *keep_softly):
         keep = [*keep, direction.target]
+    require_key(corpus.languages, sources, keep, keep_softly, eps, soft_weight)
+    if sparse is not None:
+        require_share(sparse)
     units = _units(loaded, shares, neurons, sources, len(sources) + len(keep))
     values = direction.vectors["block_out"]
     wanted = _Wanted(

@@ -18,6 +18,16 @@ from neurons.tensor_files import read_tensor
 OWN = "own"
 
 
+def require_strength(strength: float) -> None:
+    """Refuse a strength that changes nothing, or everything.
+
+    Raises:
+        UsageError: 0, or not finite.
+    """
+    if strength == 0 or not abs(strength) < float("inf"):
+        raise UsageError(f"strength {strength}: give a finite one other than 0")
+
+
 def chosen_layers(source: ModelSource, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The layers asked for, ascending, each once; None asks for all.
 

@@ -64,6 +64,16 @@ def elastic_net(problem: KeyProblem, l1: float, l2: float = 0.0) -> torch.Tensor
     return _Net(problem, l2).minimum(l1)
 
 
+def require_share(share: float) -> None:
+    """Refuse a share of the neurons that is outside (0, 1].
+
+    Raises:
+        UsageError: as said.
+    """
+    if not 0 < share <= 1:
+        raise UsageError(f"sparse {share}: a share of the neurons, above 0 and at most 1, is needed")
+
+
 def sparse_key(problem: KeyProblem, share: float, l2: float = 0.0) -> SparseKey:
     """The key on the ``share`` of units that an elastic net leaves.
 
@@ -77,8 +87,7 @@ def sparse_key(problem: KeyProblem, share: float, l2: float = 0.0) -> SparseKey:
         BrocaError: as ``elastic_net``.
     """
     units, least = problem.constraints.shape
-    if not 0 < share <= 1:
-        raise UsageError(f"sparse {share}: a share of the neurons, above 0 and at most 1, is needed")
+    require_share(share)
     wanted = round(share * units)
     if wanted < least:
         raise UsageError(

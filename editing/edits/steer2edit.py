@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from editing.direction import Direction
-from editing.edits.directional_ablation import require_strength
-from editing.edits.reach import chosen_layers, require_neurons, vector_at
+from editing.edits.reach import chosen_layers, require_neurons, require_strength, vector_at
 from editing.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.weights import Weights
 from neurons.errors import BrocaError, NothingToChangeError, UsageError

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from editing.direction import Direction
-from editing.edits.directional_ablation import require_strength
 from editing.edits.reach import (
     chosen_blocks,
     chosen_layers,
     chosen_site,
     output_bias,
+    require_strength,
     site_of,
     vector_at,
 )
