@@ -11,8 +11,7 @@ from scipy.linalg.blas import ssyrk
 
 from neurons.memory import WAITING
 
-# Rows a product: float32 sums of more lose digits, of fewer cost a pass over the float64 sum each.
-ROWS = 4096
+COPIED = 256  # rows at once, from one triangle to the other
 
 
 class Gram:
@@ -51,7 +50,7 @@ class Gram:
         if self._waiting:
             rows = torch.cat(self._waiting)
             self._waiting.clear()
-            for some in rows.split(ROWS):
+            for some in rows.split(WAITING):
                 self._sum.add_(_product(some.float() - self.centre))
 
     def total(self) -> torch.Tensor:
@@ -59,10 +58,11 @@ class Gram:
         self._flush()
         found, self._sum = self._sum, self._sum.new_zeros(0, 0)
         if found.device.type == "cpu":
-            found.triu_()
-            diagonal = found.diagonal().clone()
-            found += found.T.clone()
-            found.diagonal().copy_(diagonal)
+            for first in range(0, len(found), COPIED):
+                last = first + COPIED
+                found[first:last, :first] = found[:first, first:last].T
+                corner = found[first:last, first:last]
+                corner.copy_(corner.triu() + corner.triu(1).T)
         return found
 
 

@@ -11,7 +11,7 @@ of vocabulary, b bytes a value, t tokens read at once.  On a CPU in one process:
                  recomputed, the same of one layer and b d a token of each
     logits       of as many positions as are made at once (``neurons.next_token``), in several copies
     sums         8 bytes a neuron, language and moment
-    covariances  8 I^2 a layer, and 2,048 rows that wait to be added, in as many layers at a time as there is room for
+    covariances  8 I^2 a layer, and rows that wait to be added, in as many layers at a time as there is room for
 
 Freed memory is not all used again: what is computed is multiplied by ``FRAGMENTATION``, which is measured
 (``benchmarks/memory.py`` sets estimates beside peaks).
@@ -45,7 +45,8 @@ FRAGMENTATION = 1.4
 # Copies of a piece's logits: the model's own, float32, their softmax, and with a gradient those of two of them.
 LOGIT_COPIES, LOGIT_COPIES_BACKWARD = 3, 5
 MOST_TOKENS, MOST_TOKENS_ON_GPU = 4096, 32768
-WAITING = 2048  # rows of a module's inputs that are kept until they are multiplied (``neurons.gram``)
+# Rows a product of a module's inputs: float32 sums of more lose digits, of fewer cost a pass over the float64 sum each.
+WAITING = 4096
 LEAST_TOKENS = 256  # below, a batch is too small to be quick: activations are recomputed instead
 
 

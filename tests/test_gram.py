@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from neurons.gram import ROWS, Gram
+from neurons.gram import COPIED, Gram
+from neurons.memory import WAITING
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -36,4 +37,14 @@ def test_what_all_rows_share_does_not_drown_what_differs():
     covariance = gram.total() / len(rows) - about[:, None] * about
     expected = torch.from_numpy(np.cov(exact.numpy().T, bias=True))
     torch.testing.assert_close(covariance, expected, rtol=1e-5, atol=1e-6)
-    assert len(rows) > ROWS
+    assert len(rows) > WAITING
+
+
+def test_the_whole_is_symmetric_beyond_what_is_copied_at_once():
+    rows = torch.randn(20, 2 * COPIED + 5, generator=torch.Generator().manual_seed(2))
+    gram = Gram(rows.shape[1], torch.device("cpu"))
+    gram.add(rows)
+    about = (rows - gram.centre).double()
+    found = gram.total()
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, about.T @ about, rtol=1e-5, atol=1e-4)
