@@ -21,7 +21,6 @@ from cli.options import (
     device_options,
     dry_run_option,
     json_option,
-    numbers_set,
     quantised_options,
     tokens_option,
 )
@@ -103,11 +102,12 @@ def command(**options: Any) -> None:
     from editing.directions.take import direction_of
     from neurons.models.processes import is_first
     from neurons.models.source import load_model
+    from neurons.scorers.setting import assigned, read_given
     from neurons.text.token_budget import DIRECTIONS
 
-    method_of(asked.method)
+    method = method_of(asked.method)
     _require(asked)
-    settings = numbers_set(asked.assignments, "penalty=0.1")
+    settings = read_given(method.settings, assigned(asked.assignments))
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
     if asked.dry_run:
@@ -169,6 +169,7 @@ def _autoencoders(asked: SimpleNamespace) -> list[Autoencoder]:
 
 def _list(screen: Screen) -> None:
     from editing.directions.registry import METHODS
+    from neurons.scorers.setting import defaults
 
     screen.table(
         "methods",
@@ -180,7 +181,8 @@ def _list(screen: Screen) -> None:
                 method.source,
                 method.needs,
                 ", ".join(
-                    f"{key}={'-' if value is None else value}" for key, value in method.settings.items()
+                    f"{key}={'-' if one.default is None else one.default}"
+                    for key, one in method.settings.items()
                 ),
             ]
             for name, method in METHODS.items()
@@ -193,7 +195,7 @@ def _list(screen: Screen) -> None:
                 "line": method.line,
                 "source": method.source,
                 "needs": method.needs,
-                "settings": dict(method.settings),
+                "settings": defaults(method.settings),
             }
             for name, method in METHODS.items()
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -142,6 +141,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
     from neurons.errors import UsageError
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.scorers.selection import parse_layers
+    from neurons.scorers.setting import assigned, defaults, read_given
     from neurons.statistics.statistics import load_statistics
     from neurons.text.corpus_files import language_label
 
@@ -149,9 +149,10 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
     if asked.model is None:
         raise UsageError("name the MODEL that is to be edited")
     _refuse_foreign(asked, method)
-    for name in SPELLED_OUT:
-        _finite(name, getattr(asked, name))
-    settings = method.read_settings(_assignments(asked))
+    own = {name: value for name in SPELLED_OUT if (value := getattr(asked, name)) is not None}
+    typed = {name: f"{_spelled(name)} {value}" for name, value in own.items()}
+    given = {**own, **assigned(asked.assignments, tuple(own))}
+    settings = {**defaults(method.settings), **read_given(method.settings, given, typed)}
     labels = None if asked.languages is None else tuple(map(language_label, asked.languages))
     request = Request(
         asked.model,
@@ -271,36 +272,6 @@ def _keep_inputs(asked: SimpleNamespace) -> None:
         for path in given if isinstance(given, tuple) else (given,):
             if path is not None and asked.out.exists() and path.samefile(asked.out):
                 raise UsageError(f"--out {asked.out} is what {_spelled(name)} reads: name another file")
-
-
-def _assignments(asked: SimpleNamespace) -> dict[str, str]:
-    """``--set name=value`` and the settings that have options of their own."""
-    from neurons.errors import UsageError
-
-    found = {name: value for name in SPELLED_OUT if (value := getattr(asked, name)) is not None}
-    for assignment in asked.assignments:
-        name, equals, value = assignment.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals:
-            raise UsageError(f"--set {assignment}: write a name and a value, as jointly=yes")
-        if name in found:
-            raise UsageError(f"--set {assignment}: {name} is given twice")
-        found[name] = value.strip()
-    return found
-
-
-def _finite(name: str, value: str | None) -> None:
-    """Say of an option what ``--set`` would say of the setting that it is."""
-    from neurons.errors import UsageError
-
-    if value is None:
-        return
-    try:
-        finite = math.isfinite(float(value))
-    except ValueError:
-        finite = False
-    if not finite:
-        raise UsageError(f"{_spelled(name)} {value}: give a finite number")
 
 
 def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:

@@ -20,7 +20,6 @@ from cli.options import (
     device_options,
     dry_run_option,
     json_option,
-    numbers_set,
     quantised_options,
     tokens_option,
 )
@@ -105,6 +104,7 @@ def command(**options: Any) -> None:
     from neurons.models.processes import is_first
     from neurons.recording.corpus_recording import finished
     from neurons.scorers.registry import NOTHING, PROMPTS, method_of
+    from neurons.scorers.setting import assigned, read_given
 
     method = method_of(asked.method)
     if asked.out is None:
@@ -113,7 +113,7 @@ def command(**options: Any) -> None:
         raise UsageError("--dry-run is about text that is read by a model: leave it out here")
     _refuse_foreign(asked, method)
     found: NeuronSet | None
-    asked.settings = _settings(asked, method)
+    asked.settings = read_given(method.settings, assigned(asked.assignments))
     if method.score is None:
         found = _control(screen, asked, method)
     elif asked.statistics is not None:
@@ -276,13 +276,6 @@ def _refuse_foreign(asked: SimpleNamespace, method: Method) -> None:
             raise UsageError(f"{option} means nothing to {where}: leave it out")
 
 
-def _settings(asked: SimpleNamespace, method: Method) -> dict[str, float]:
-    """``--set name=value``, refused before any text is read where the method does not know it."""
-    found = numbers_set(asked.assignments, "filter_rate=0.9")
-    method.require_settings(found)
-    return found
-
-
 def _selection(asked: SimpleNamespace) -> dict[str, Any]:
     from neurons.scorers.selection import parse_layers
 
@@ -295,6 +288,7 @@ def _selection(asked: SimpleNamespace) -> dict[str, Any]:
 
 def _list(screen: Screen) -> None:
     from neurons.scorers.registry import METHODS
+    from neurons.scorers.setting import defaults
 
     screen.table(
         "methods",
@@ -310,7 +304,7 @@ def _list(screen: Screen) -> None:
                 "reads": method.reads,
                 "needs": method.needs,
                 "moments": list(method.moments),
-                "settings": dict(method.settings),
+                "settings": defaults(method.settings),
                 "selection": method.selection.as_json(),
             }
             for name, method in METHODS.items()

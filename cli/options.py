@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,30 +92,6 @@ class FiniteRange(click.FloatRange):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         return float(super().convert(FINITE.convert(value, param, ctx), param, ctx))
-
-
-def numbers_set(assignments: Sequence[str], example: str) -> dict[str, float]:
-    """``--set name=value`` as numbers.
-
-    Raises:
-        UsageError: no name, no finite number, or a name twice.
-    """
-    from neurons.errors import UsageError
-
-    found: dict[str, float] = {}
-    for assignment in assignments:
-        name, _, value = assignment.partition("=")
-        name = name.strip().replace("-", "_")
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not name or not math.isfinite(number):
-            raise UsageError(f"--set {assignment}: write a name and a number that is finite, as {example}")
-        if name in found:
-            raise UsageError(f"--set {assignment}: {name} is given twice")
-        found[name] = number
-    return found
 
 
 class InPath(click.ParamType[Path]):

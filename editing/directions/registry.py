@@ -15,6 +15,7 @@ from editing.directions.probe import PENALTY, probe
 from editing.directions.sae import RANDOM_RATE, TARGET_RATE
 from editing.directions.texts import Found, Texts
 from neurons.errors import UsageError
+from neurons.scorers.setting import NUMBER, WHOLE, Setting, defaults, read_given
 
 DIFFMEAN, SAE = "diffmean", "sae"
 
@@ -31,7 +32,7 @@ class Method:
         source: where it was published.
         needs: what it must be given.
         find: None for ``sae``, which reads the model's tokens through autoencoders.
-        settings: name -> default.
+        settings: by name.
         parallel: whether line i must be the same text in both languages.
         all_languages: whether it reads every language of the corpus and not the two alone.
     """
@@ -40,7 +41,7 @@ class Method:
     source: str
     needs: str
     find: Finder | None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
     parallel: bool = False
     all_languages: bool = False
 
@@ -48,20 +49,9 @@ class Method:
         """All settings, those given in place of the defaults.
 
         Raises:
-            UsageError: a setting that the method does not have, or one that should be a whole number.
+            UsageError: a setting that the method does not have, or a value of the wrong kind.
         """
-        unknown = sorted(set(settings) - set(self.settings))
-        if unknown:
-            known = ", ".join(self.settings) or "none"
-            raise UsageError(f"setting {unknown[0]!r} is not one of this method's: it has {known}")
-        chosen = {**self.settings, **settings}
-        for name in ("rank", "seed", "bootstraps"):
-            value = chosen.get(name)
-            if value is not None and value != int(value):
-                raise UsageError(f"setting {name} is {value}: it must be a whole number")
-            if value is not None:
-                chosen[name] = int(value)
-        return chosen
+        return {**defaults(self.settings), **read_given(self.settings, settings)}
 
 
 def _diffmean(texts: Texts, settings: Mapping[str, Any]) -> Found:
@@ -109,6 +99,7 @@ def _language_subspace(texts: Texts, settings: Mapping[str, Any]) -> Found:
     )
 
 
+_SEED = Setting(WHOLE, 0, "of what is drawn")
 METHODS: dict[str, Method] = {
     DIFFMEAN: Method(
         "difference of the two languages' means; best of all for language forcing in CLaS-Bench",
@@ -134,14 +125,14 @@ METHODS: dict[str, Method] = {
         "arXiv 2601.08331",
         "text",
         _probe,
-        {"penalty": PENALTY},
+        {"penalty": Setting(NUMBER, PENALTY, "C of the classifier: larger fits closer")},
     ),
     "low-rank-shift": Method(
         "the few directions that the shift takes, as many as its spectrum says, and a window of layers",
         "arXiv 2602.00945",
         "parallel text",
         _low_rank_shift,
-        {"seed": 0, "bootstraps": BOOTSTRAPS},
+        {"seed": _SEED, "bootstraps": Setting(WHOLE, BOOTSTRAPS, "draws that stability is told by")},
         parallel=True,
     ),
     "language-subspace": Method(
@@ -149,7 +140,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2505.15257",
         "text of all languages",
         _language_subspace,
-        {"rank": None},
+        {"rank": Setting(WHOLE, None, "how many directions; as many as there are")},
         all_languages=True,
     ),
     SAE: Method(
@@ -157,7 +148,15 @@ METHODS: dict[str, Method] = {
         "arXiv 2604.03532",
         "text, autoencoder",
         None,
-        {"target_rate": TARGET_RATE, "random_rate": RANDOM_RATE, "seed": 0},
+        {
+            "target_rate": Setting(
+                NUMBER, TARGET_RATE, "least share of the target's texts that a feature fires on"
+            ),
+            "random_rate": Setting(
+                NUMBER, RANDOM_RATE, "least share of random rows that rules a feature out"
+            ),
+            "seed": _SEED,
+        },
     ),
 }
 

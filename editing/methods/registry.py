@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,66 +29,9 @@ from neurons.errors import UsageError
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.record import Progress
+from neurons.scorers.setting import NUMBER, WHOLE, WORD, WORDS, YES_NO, Setting
 from neurons.statistics.statistics import Statistics
 from neurons.text.corpus import Corpus
-
-# What a setting's text is read as.
-NUMBER, WHOLE, YES_NO, WORD, WORDS = (
-    "a finite number",
-    "a whole number",
-    "yes or no",
-    "a word",
-    "words as a,b",
-)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method can be told by ``--set name=value``.
-
-    Attributes:
-        kind: NUMBER, WHOLE, YES_NO, WORD or WORDS.
-        default: None where the method decides.
-        line: what it does.
-        words: the words that are allowed; empty allows any.
-    """
-
-    kind: str
-    default: Any
-    line: str
-    words: tuple[str, ...] = ()
-
-    def read(self, name: str, text: str) -> Any:
-        """The value in a text.
-
-        Raises:
-            UsageError: not of this kind.
-        """
-        refused = UsageError(f"--set {name}={text}: give {', '.join(self.words) or self.kind}")
-        if self.kind == WORDS:
-            found = tuple(word.strip() for word in text.split(","))
-            if not all(found):
-                raise refused
-            return found
-        if self.kind == WORD:
-            if self.words and text not in self.words:
-                raise refused
-            return text
-        if self.kind == YES_NO:
-            if text.lower() not in ("yes", "no", "true", "false", "1", "0"):
-                raise refused
-            return text.lower() in ("yes", "true", "1")
-        try:
-            value = float(text)
-        except ValueError as error:
-            raise refused from error
-        if not math.isfinite(value):
-            raise refused
-        if self.kind == WHOLE:
-            if value != int(value):
-                raise refused
-            return int(value)
-        return value
 
 
 @dataclass
@@ -173,21 +115,6 @@ class EditMethod:
     make: Callable[[Request], Plan]
     settings: Mapping[str, Setting] = field(default_factory=dict)
     least_languages: int = 2
-
-    def read_settings(self, given: Mapping[str, str]) -> dict[str, Any]:
-        """All settings, those given in place of the defaults.
-
-        Raises:
-            UsageError: one that the method does not have, or a value of the wrong kind.
-        """
-        for name in given:
-            if name not in self.settings:
-                known = ", ".join(self.settings) or "none"
-                raise UsageError(f"--set {name}: this method has no such setting (it has {known})")
-        return {
-            name: setting.read(name, given[name]) if name in given else setting.default
-            for name, setting in self.settings.items()
-        }
 
 
 def _strength(request: Request, default: float = 1.0) -> float:
@@ -425,7 +352,7 @@ _SITE = Setting(
     WORD,
     "block_out",
     "whose direction: block_out, or own (of the block that is edited)",
-    ("block_out", "own"),
+    words=("block_out", "own"),
 )
 _FROM = Setting(
     WHOLE, None, "the layer whose direction is used in all layers; each layer's own where not given"

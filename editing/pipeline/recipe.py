@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from editing.methods.keyed import LEARNED, MEANS, STRENGTHS, VALUES
+from editing.methods.keyed import MEANS, STRENGTHS, VALUES
 from neurons.errors import UsageError
+from neurons.scorers.setting import COUNT, declared, setting
 from neurons.text.corpus_files import language_label
 
 
@@ -47,14 +47,14 @@ class Recipe:
     languages: tuple[str, ...] | None = None
     method: str = "gradient-contrast"
     top_rate: float = 0.01
-    key_neurons: str = "all"
+    key_neurons: str = setting("all", words=("all", "identified"))
     layers: str | None = None
-    values: str = MEANS
+    values: str = setting(MEANS, words=VALUES)
     strengths: tuple[float, ...] | None = None
-    prompts: int = 100
-    samples: int = 2
+    prompts: int = setting(100, kind=COUNT)
+    samples: int = setting(2, kind=COUNT)
     seed: int = 0
-    tokens: int | None = None
+    tokens: int | None = setting(None, kind=COUNT)
     device: str = "auto"
     dtype: str = "auto"
 
@@ -80,16 +80,15 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: there is no such recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not TOML ({error})") from error
-    known = {field.name for field in fields(Recipe)}
-    unknown = sorted(set(content) - known)
+    settings = declared(Recipe)
+    unknown = sorted(set(content) - set(settings))
     if unknown:
-        raise UsageError(f"{path}: unknown {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+        raise UsageError(f"{path}: unknown {', '.join(unknown)} (known: {', '.join(sorted(settings))})")
     missing = [name for name in ("model", "corpus", "source", "targets") if name not in content]
     if missing:
         raise UsageError(f"{path}: {', '.join(missing)} is missing")
-    for name, kind in _KINDS.items():
-        if name in content and not _is(content[name], kind):
-            raise UsageError(f"{path}: {name} must be {kind}, not {content[name]!r}")
+    for name in content:
+        content[name] = settings[name].require(f"{path}: {name}", content[name])
     beside = path.resolve().parent
     content["corpus"] = beside / Path(content["corpus"]).expanduser()
     local = beside / Path(content["model"]).expanduser()
@@ -103,10 +102,6 @@ def read_recipe(path: Path) -> Recipe:
     content["source"] = language_label(content["source"])
     content["targets"] = tuple(map(language_label, content["targets"]))
     recipe = Recipe(**content)
-    if recipe.values not in VALUES:
-        raise UsageError(f"{path}: values is {MEANS!r} or {LEARNED!r}, not {recipe.values!r}")
-    if recipe.key_neurons not in ("all", "identified"):
-        raise UsageError(f"{path}: key_neurons is 'all' or 'identified', not {recipe.key_neurons!r}")
     check_recipe(recipe)
     return recipe
 
@@ -124,30 +119,3 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError("targets: name at least one language, each once")
     if recipe.source in recipe.targets:
         raise UsageError(f"the source {recipe.source!r} is also a target")
-
-
-_KINDS = {
-    **dict.fromkeys(
-        ("model", "corpus", "source", "out", "method", "key_neurons", "layers", "values", "device", "dtype"),
-        "a string",
-    ),
-    **dict.fromkeys(("targets", "languages"), "a list of strings"),
-    "strengths": "a list of finite numbers other than 0",
-    "top_rate": "a finite number",
-    **dict.fromkeys(("prompts", "samples", "tokens"), "a whole number above 0"),
-    "seed": "a whole number",
-}
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind == "a string":
-        return isinstance(value, str)
-    if kind == "a list of strings":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind == "a list of finite numbers other than 0":
-        numbers = isinstance(value, list) and all(_is(item, "a finite number") for item in value)
-        return numbers and bool(value) and 0 not in value
-    if kind == "a finite number":
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and (kind == "a whole number" or value > 0)

@@ -156,7 +156,7 @@ def neurons_from(
         "fingerprint": statistics.fingerprint,
         "method": method,
         "tokens": dict(zip(languages, statistics.tokens.tolist(), strict=True)),
-        "settings": {**chosen.settings, **(settings or {}), **how.as_json()},
+        "settings": {**chosen.with_settings(settings or {}), **how.as_json()},
         "recording": statistics.metadata.get("settings", {}),
         "notes": scores.notes,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from neurons.scorers.momentum import momentum
 from neurons.scorers.plnd import plnd
 from neurons.scorers.scores import Scores
 from neurons.scorers.selection import Selection
+from neurons.scorers.setting import NUMBER, Setting, defaults, read_given
 from neurons.statistics.statistics import Statistics
 
 # What a method reads: text in full blocks, a text a row, prompts with answers.
@@ -44,7 +45,7 @@ class Method:
         reads: "blocks" (full blocks of joined text), "texts" (a text a row), "prompts" (with answers) or
             "nothing".
         selection: how neurons are chosen where nothing else is asked for.
-        settings: name -> default, of the scorer.
+        settings: of the scorer, by name.
         score: None for the controls, which follow another set.
         rate_in_score: whether the top rate is the scorer's business and selection takes all its members.
         parallel: whether line i must be the same text in every language.
@@ -56,7 +57,7 @@ class Method:
     reads: str
     selection: Selection
     score: Scorer | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
     rate_in_score: bool = False
     parallel: bool = False
 
@@ -72,25 +73,22 @@ class Method:
             return f"MODEL --prompts{control}"
         return f"MODEL --corpus, or --statistics{'; parallel text' if self.parallel else ''}"
 
-    def require_settings(self, settings: Iterable[str]) -> None:
-        """
-        Raises:
-            UsageError: a setting that the method does not have.
-        """
-        unknown = sorted(set(settings) - set(self.settings))
-        if unknown:
-            known = ", ".join(self.settings) or "none"
-            raise UsageError(f"setting {unknown[0]!r} is not one of this method's: it has {known}")
-
     def scores(self, statistics: Statistics, top_rate: float, settings: Mapping[str, Any]) -> Scores:
         """Score every neuron.
 
         Raises:
             UsageError: a setting that the method does not have, or statistics that lack what it needs.
         """
-        self.require_settings(settings)
         assert self.score is not None
-        return self.score(statistics, top_rate, {**self.settings, **settings})
+        return self.score(statistics, top_rate, self.with_settings(settings))
+
+    def with_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings, those given in place of the defaults.
+
+        Raises:
+            UsageError: one that the method does not have, or one that is no finite number.
+        """
+        return {**defaults(self.settings), **read_given(self.settings, settings)}
 
 
 def _responses(statistics: Statistics) -> list[torch.Tensor]:
@@ -134,7 +132,11 @@ def _culnig(statistics: Statistics, top_rate: float, settings: Mapping[str, Any]
 _OF_EACH = Selection(scope="language", top_rate=0.01)
 _OF_ALL = Selection(scope="global", top_rate=0.01)
 _MEMBERS = Selection(scope="language", top_rate=0.01, kinds=("specific", "related"))
-_LAPE = {"filter_rate": FILTER_RATE, "activation_rate": ACTIVATION_RATE}
+_FIRES = Setting(NUMBER, ACTIVATION_RATE, "quantile of all rates from which on a neuron counts as firing")
+_LAPE = {
+    "filter_rate": Setting(NUMBER, FILTER_RATE, "quantile of rates that one must reach"),
+    "activation_rate": _FIRES,
+}
 
 METHODS: dict[str, Method] = {
     "lape": Method(
@@ -153,7 +155,7 @@ METHODS: dict[str, Method] = {
         PACKED,
         _OF_ALL,
         lambda s, rate, settings: lape_general(s.moment("mlp_act:positive"), s.seen(), rate, **settings),
-        {"activation_rate": ACTIVATION_RATE, "most_penalty": MOST_PENALTY},
+        {"activation_rate": _FIRES, "most_penalty": Setting(NUMBER, MOST_PENALTY, "the largest penalty")},
     ),
     "gradient": Method(
         "gradient x activation: what the language's likelihood leans on",
@@ -187,7 +189,10 @@ METHODS: dict[str, Method] = {
         PROMPTS,
         Selection(scope="language", top_rate=0.003),
         _culnig,
-        {"recognition_rate": RECOGNITION_RATE, "least_z": LEAST_Z},
+        {
+            "recognition_rate": Setting(NUMBER, RECOGNITION_RATE, "share taken off by the second control"),
+            "least_z": Setting(NUMBER, LEAST_Z, "least standard score over languages"),
+        },
         rate_in_score=True,
     ),
     "integrated-gradients": Method(
@@ -234,7 +239,7 @@ METHODS: dict[str, Method] = {
         lambda s, rate, settings: localizer(
             s.moment("mlp_in:text_absolute"), s.moment("mlp_in:text_square"), s.texts, **settings
         ),
-        {"false_discovery_rate": None},
+        {"false_discovery_rate": Setting(NUMBER, None, "of the neurons kept, at most; no test")},
     ),
     "momentum": Method(
         "how often a neuron goes the same way between a text and its translations",

@@ -2,9 +2,10 @@
 
 import pytest
 
-from editing.methods.registry import METHODS, NUMBER, WHOLE
+from editing.methods.registry import METHODS
 from editing.pipeline.recipe import read_recipe
 from neurons.errors import UsageError
+from neurons.scorers.setting import NUMBER, WHOLE, read_given
 
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "1e999")
 # Nothing is read before these are refused: MODEL is not there, and FILE and FOLDER are empty.
@@ -75,7 +76,7 @@ def test_no_methods_number_may_be_other_than_finite(value):
         for name, setting in method.settings.items():
             if setting.kind in (NUMBER, WHOLE):
                 with pytest.raises(UsageError, match=name):
-                    method.read_settings({name: value})
+                    read_given(method.settings, {name: value})
 
 
 @pytest.mark.parametrize(

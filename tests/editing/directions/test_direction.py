@@ -325,7 +325,7 @@ def test_command_lists_and_refuses(run, tmp_path):
     for arguments, match in (
         (("--method", "cca", "--out", tmp_path / "d"), "cca"),
         ((), "--out is missing"),
-        (("--set", "x", "--out", tmp_path / "d"), "a name and a number"),
+        (("--set", "x", "--out", tmp_path / "d"), "--set x"),
         (("--method", "sae", "--sae", tmp_path, "--out", tmp_path / "d"), "holds no autoencoder"),
         (("--method", "sae", "--sae", tmp_path, "--sae-layer", 1, "--sae-layer", 2, "--out", tmp_path / "d"),
          "1 --sae and 2"),
