@@ -1,7 +1,7 @@
 """What an ablation condition costs beside the bare forward work that remains, as ratios within one run.
 
 For sets of neurons whose first layer is early, in the middle and late: the time of one more condition of
-`neurons.ablation.condition_losses`, against a model that has only the layers from that first layer up, fed
+`neurons.ablation.conditions.condition_losses`, against a model that has only the layers from that first layer up, fed
 with the hidden states that enter it, and its head and loss.  The two are taken in turn, repeat after repeat;
 the ratio is the median over repeats.  Beside it the share of a whole pass that a condition takes.
 
@@ -24,14 +24,14 @@ import click
 import torch
 import transformers
 
-from neurons.ablation import Condition, batch_losses
-from neurons.anatomy import anatomy_of
-from neurons.batches import TokenBatch, language_batches
-from neurons.corpus import read_corpus
-from neurons.partial_forward import forward_from, forward_keeping
-from neurons.recording import forward
-from neurons.source import LoadedModel, load_model
-from neurons.text_losses import text_losses
+from neurons.ablation.conditions import Condition, batch_losses
+from neurons.architectures.anatomy import anatomy_of
+from neurons.models.source import LoadedModel, load_model
+from neurons.recording.partial_forward import forward_from, forward_keeping
+from neurons.recording.record import forward
+from neurons.recording.text_losses import text_losses
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import read_corpus
 
 LIMIT = 1.05
 MOST_REPEATS = 10_000

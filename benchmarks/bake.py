@@ -1,11 +1,11 @@
 """Does a baked vector do what the same vector does by a hook?  Shares, divergence and cost, in a Markdown table.
 
 For each pair of languages the residual DiffMean vector is taken from the corpus's part ``estimate``, and layer
-and strength are chosen on ``choose``: those of the best hook (``editing.comparison.choose``), and, where the
+and strength are chosen on ``choose``: those of the best hook (``editing.study.comparison.choose``), and, where the
 rank-1 form strays from that hook by more than .02 nats a token, those of the best hook from which it does not.
-On ``report`` the hook is set beside the same vector in the weights: the rank-1 form (``editing.edits.bake``),
-the same corrected by the next layers (``editing.edits.bake_correction``), and, where the architecture allows,
-the bias (``editing.edits.bake_bias``).  A row a form:
+On ``report`` the hook is set beside the same vector in the weights: the rank-1 form (``editing.methods.bake``),
+the same corrected by the next layers (``editing.methods.bake_correction``), and, where the architecture allows,
+the bias (``editing.methods.bake_bias``).  A row a form:
 
     share    of the continuations of source prompts that are in the target language; and less the hook's
     NLL      nats a token of the target's text
@@ -28,20 +28,20 @@ from typing import Any
 import click
 
 from cli.options import CommaSeparated
-from editing.comparison import HOOK_STRENGTHS, choose, hook_candidate, measure_candidates
-from editing.direction import Direction
 from editing.directions.diffmean import diffmean_direction
-from editing.edits.bake import EPS, bake_plan
-from editing.edits.bake_bias import bake_bias_plan
-from editing.edits.bake_correction import corrected_plan
-from editing.evaluation import Evaluation
-from editing.likelihood import Steering, mean_kl
-from editing.live import applied
-from editing.plan import Plan
-from editing.steering import residual_steering
-from neurons.batches import TokenBatch, language_batches
-from neurons.corpus import Corpus, read_corpus
-from neurons.source import load_model
+from editing.directions.direction import Direction
+from editing.evaluation.evaluation import Evaluation
+from editing.evaluation.likelihood import Steering, mean_kl
+from editing.hooks.steering import residual_steering
+from editing.methods.bake import EPS, bake_plan
+from editing.methods.bake_bias import bake_bias_plan
+from editing.methods.bake_correction import corrected_plan
+from editing.plans.live import applied
+from editing.plans.plan import Plan
+from editing.study.comparison import HOOK_STRENGTHS, choose, hook_candidate, measure_candidates
+from neurons.models.source import load_model
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import Corpus, read_corpus
 
 COLUMNS = ("pair", "dtype", "form", "share", "less hook", "NLL", "KL mean", "KL most", "spread", "dW/W")
 RANK_1, CORRECTED, BIAS = "rank 1", "rank 1, corrected", "bias"

@@ -1,6 +1,6 @@
 """What an export costs beside copying the checkpoint, as ratios within one run.
 
-    export      `editing.export.export` of a plan that edits o_proj and down_proj of every layer (rank 1 and
+    export      `editing.checkpoints.export.export` of a plan that edits o_proj and down_proj of every layer (rank 1 and
                 column scales), in a process of its own
     usual way   the model loaded with transformers, edited in memory, `save_pretrained`
 
@@ -35,9 +35,9 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from editing.export import export
-from editing.plan import ModuleEdit, Plan, load_plan, make_plan
-from neurons.source import open_model
+from editing.checkpoints.export import export
+from editing.plans.plan import ModuleEdit, Plan, load_plan, make_plan
+from neurons.models.source import open_model
 
 HIDDEN, INNER, KEYS, VOCABULARY = 2048, 8192, 512, 32000
 SHARD_BYTES = 10**9

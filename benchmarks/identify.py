@@ -31,12 +31,12 @@ import torch
 import transformers
 from scipy import stats
 
-from neurons.batches import TokenBatch, packed_corpus
-from neurons.corpus import read_corpus
-from neurons.freed_memory import keep_freed_memory
-from neurons.recording import forward, loss_sum, record
-from neurons.sites import reading
-from neurons.source import LoadedModel, load_model
+from neurons.architectures.sites import reading
+from neurons.models.freed_memory import keep_freed_memory
+from neurons.models.source import LoadedModel, load_model
+from neurons.recording.record import forward, loss_sum, record
+from neurons.text.batches import TokenBatch, packed_corpus
+from neurons.text.corpus import read_corpus
 
 MOMENTS = ("mlp_act:positive", "mlp_in:sum", "mlp_in:square")
 BATCHES_A_TURN = 3

@@ -16,14 +16,14 @@ from pathlib import Path
 import click
 import torch
 
-from editing.edits.key import key
-from neurons.batches import language_batches
-from neurons.corpus import read_corpus
-from neurons.covariance import each_moments
-from neurons.freed_memory import keep_freed_memory
-from neurons.recording import forward
-from neurons.source import load_model
-from neurons.token_budget import KEYS
+from editing.methods.key import key
+from neurons.models.freed_memory import keep_freed_memory
+from neurons.models.source import load_model
+from neurons.recording.covariance import each_moments
+from neurons.recording.record import forward
+from neurons.text.batches import language_batches
+from neurons.text.corpus import read_corpus
+from neurons.text.token_budget import KEYS
 
 LIMIT = 2.5
 

@@ -31,21 +31,21 @@ from typing import Any
 import click
 
 from cli.options import CommaSeparated
-from editing.edits.scale import scale_plan
-from editing.likelihood import mean_nll
-from editing.live import applied
-from neurons.answers import record_answers, together
-from neurons.batches import TokenBatch, language_batches
-from neurons.corpus import PARTS, Corpus, read_corpus
-from neurons.corpus_recording import record_corpus
+from editing.evaluation.likelihood import mean_nll
+from editing.methods.scale import scale_plan
+from editing.plans.live import applied
 from neurons.errors import BrocaError, UsageError
-from neurons.identify import DEFAULT_METHOD, random_set, require_parallel
-from neurons.methods import METHODS, PROMPTS, Method, moments_of
-from neurons.neuron_set import NeuronSet, neuron_set
-from neurons.prompts import Prompts, read_prompts
-from neurons.selection import Selected, select
-from neurons.source import LoadedModel, load_model
-from neurons.statistics import Statistics
+from neurons.models.source import LoadedModel, load_model
+from neurons.neuron_sets.identify import DEFAULT_METHOD, random_set, require_parallel
+from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
+from neurons.recording.answers import record_answers, together
+from neurons.recording.corpus_recording import record_corpus
+from neurons.scorers.registry import METHODS, PROMPTS, Method, moments_of
+from neurons.scorers.selection import Selected, select
+from neurons.statistics.statistics import Statistics
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import PARTS, Corpus, read_corpus
+from neurons.text.prompts import Prompts, read_prompts
 
 HEADER = (
     "method",

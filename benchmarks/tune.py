@@ -22,12 +22,12 @@ import click
 import torch
 
 from editing.directions.diffmean import diffmean_direction
-from editing.live import applied
-from editing.search import MEASURED, Search, Trial
-from editing.search_scoring import Scoring
-from editing.search_space import METHODS, spaces
-from neurons.corpus import read_corpus
-from neurons.source import load_model
+from editing.plans.live import applied
+from editing.study.search import MEASURED, Search, Trial
+from editing.study.search_scoring import Scoring
+from editing.study.search_space import METHODS, spaces
+from neurons.models.source import load_model
+from neurons.text.corpus import read_corpus
 
 LIMIT = 1.1
 

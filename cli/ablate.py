@@ -31,7 +31,7 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from neurons.neuron_set import NeuronSet
+    from neurons.neuron_sets.neuron_set import NeuronSet
 
 
 @click.command("ablate")
@@ -102,16 +102,17 @@ def command(**options: Any) -> None:
           --neurons neurons.safetensors --out ablation.json
       broca ablate MODEL --corpus DIR --neurons lape.safetensors gradient.safetensors random.safetensors
     """
-    from editing.origin import file_read, processor
-    from neurons import ablation_pictures, pictures
-    from neurons.ablation_ledger import LedgerFile
-    from neurons.ablation_report import as_json, as_markdown
-    from neurons.ablation_study import Settings, ablation_study
-    from neurons.artifact import json_bytes, write_atomically
+    from editing.study.origin import file_read, processor
+    from neurons.ablation import pictures as ablation_pictures
+    from neurons.ablation.ledger import LedgerFile
+    from neurons.ablation.report import as_json, as_markdown
+    from neurons.ablation.study import Settings, ablation_study
     from neurons.errors import UsageError
-    from neurons.source import load_model
-    from neurons.statistics import load_statistics
-    from neurons.token_budget import LOSSES
+    from neurons.files.artifact import json_bytes, write_atomically
+    from neurons.models.source import load_model
+    from neurons.neuron_sets import pictures
+    from neurons.statistics.statistics import load_statistics
+    from neurons.text.token_budget import LOSSES
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
@@ -144,7 +145,7 @@ def command(**options: Any) -> None:
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
     if asked.dry_run:
         from cli.dry_run import dry_run_of_text
-        from neurons.needs import ablation_need
+        from neurons.recording.needs import ablation_need
 
         dry_run_of_text(screen, asked, corpus, ablation_need)
         return
@@ -202,7 +203,7 @@ def _bar(screen: Screen) -> Iterator[Callable[[int, int], None]]:
 def _sets(paths: Sequence[Path]) -> dict[str, NeuronSet]:
     """By file name without its ending, or by path where two files have the same."""
     from neurons.errors import UsageError
-    from neurons.neuron_set import load_neuron_set
+    from neurons.neuron_sets.neuron_set import load_neuron_set
 
     stems = [path.stem for path in paths]
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from neurons.source import LoadedModel
+    from neurons.models.source import LoadedModel
 
 PRINTING = ("as_json",)
 

@@ -11,7 +11,7 @@ from cli.options import IN_FILE, OUT_FILE, json_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from neurons.comparison import Comparison, Pair
+    from neurons.neuron_sets.comparison import Comparison, Pair
 
 
 @click.command("compare")
@@ -35,8 +35,8 @@ def command(
       broca compare lape.safetensors gradient.safetensors --details
       broca compare keyed.safetensors steer2edit.safetensors
     """
-    from neurons.artifact import load_artifact
     from neurons.errors import BrocaError, UsageError
+    from neurons.files.artifact import load_artifact
 
     screen = Screen(as_json)
     kinds = [load_artifact(file).kind for file in files]
@@ -57,10 +57,10 @@ def command(
 
 
 def _plans(screen: Screen, files: tuple[Path, ...], model: str | None) -> None:
-    from editing.plan import load_plan
-    from editing.plan_comparison import compare_plans
+    from editing.plans.plan import load_plan
+    from editing.plans.plan_comparison import compare_plans
     from neurons.errors import UsageError
-    from neurons.source import open_model
+    from neurons.models.source import open_model
 
     if len(files) != 2:
         raise UsageError(f"edits are compared two at a time, and there are {len(files)}")
@@ -80,9 +80,9 @@ def _plans(screen: Screen, files: tuple[Path, ...], model: str | None) -> None:
 
 
 def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, details: bool) -> None:
-    from neurons.comparison import compare
-    from neurons.neuron_set import load_neuron_set
-    from neurons.pictures import comparison_figure, picture_format, save_figure
+    from neurons.neuron_sets.comparison import compare
+    from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.neuron_sets.pictures import comparison_figure, picture_format, save_figure
 
     if plot is not None:
         picture_format(plot)

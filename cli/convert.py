@@ -44,9 +44,9 @@ def command(
       broca convert en=en.pth zh=zh.pth --out statistics.safetensors \\
           --subtract en=prefix-en.pth --subtract zh=prefix-zh.pth
     """
-    from neurons.corpus_files import language_label
     from neurons.errors import UsageError
-    from neurons.exchange import is_torch_file
+    from neurons.neuron_sets.exchange import is_torch_file
+    from neurons.text.corpus_files import language_label
 
     screen = Screen(as_json)
     named = [_is_named(file) for file in files]
@@ -86,8 +86,8 @@ def _is_named(file: str) -> bool:
 
 
 def _by_language(files: Sequence[str]) -> dict[str, Path]:
-    from neurons.corpus_files import language_label
     from neurons.errors import UsageError
+    from neurons.text.corpus_files import language_label
 
     found: dict[str, Path] = {}
     for file in files:
@@ -114,8 +114,8 @@ def _counts(screen: Screen, files: dict[str, Path], prefixes: dict[str, Path], o
     from dataclasses import replace
 
     from neurons.errors import UsageError
-    from neurons.exchange import MOMENT, read_counts
-    from neurons.statistics import subtract
+    from neurons.neuron_sets.exchange import MOMENT, read_counts
+    from neurons.statistics.statistics import subtract
 
     if prefixes and set(prefixes) != set(files):
         raise UsageError(
@@ -141,7 +141,7 @@ def _counts(screen: Screen, files: dict[str, Path], prefixes: dict[str, Path], o
 
 
 def _masks(screen: Screen, file: Path, languages: tuple[str, ...], width: int, out: Path) -> None:
-    from neurons.exchange import read_masks
+    from neurons.neuron_sets.exchange import read_masks
 
     found = read_masks(file, languages, width)
     found.save(out)
@@ -156,8 +156,8 @@ def _masks(screen: Screen, file: Path, languages: tuple[str, ...], width: int, o
 
 
 def _neurons(screen: Screen, file: Path, out: Path) -> None:
-    from neurons.exchange import write_masks
-    from neurons.neuron_set import load_neuron_set
+    from neurons.neuron_sets.exchange import write_masks
+    from neurons.neuron_sets.neuron_set import load_neuron_set
 
     found = load_neuron_set(file)
     write_masks(found, out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from neurons.corpus import Corpus
+    from neurons.text.corpus import Corpus
 
 TOLD = 10  # files of all 204 languages of FLORES would fill the screen
 # ISO 639-2 sets these aside for languages that are somebody's own: no mistake, so no warning.
@@ -20,8 +20,8 @@ _PRIVATE = re.compile("q[a-t][a-z]")
 def read(
     screen: Screen, directory: Path, languages: Sequence[str] | None, part: str = "all", least: int = 2
 ) -> Corpus:
-    """``neurons.corpus.read_corpus``, and ``tell``."""
-    from neurons.corpus import read_corpus
+    """``neurons.text.corpus.read_corpus``, and ``tell``."""
+    from neurons.text.corpus import read_corpus
 
     corpus = read_corpus(directory, languages, part, least)
     tell(screen, directory, languages)
@@ -33,9 +33,9 @@ def tell(screen: Screen, directory: Path, languages: Sequence[str] | None) -> No
 
     Nothing where every file is named by a code that the language identifier knows.
     """
-    from editing.language_id import unidentified
-    from neurons.corpus_files import corpus_files
-    from neurons.processes import is_first
+    from editing.evaluation.language_id import unidentified
+    from neurons.models.processes import is_first
+    from neurons.text.corpus_files import corpus_files
 
     if not is_first():
         return

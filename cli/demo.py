@@ -39,8 +39,8 @@ def command(source: str | None, targets: tuple[str, ...] | None, out: Path | Non
     Example:
       broca demo --source en --target fr --out demo
     """
-    from editing.recipe import check_recipe, read_recipe
-    from neurons.corpus_files import language_label
+    from editing.pipeline.recipe import check_recipe, read_recipe
+    from neurons.text.corpus_files import language_label
 
     path = shipped() / "recipe.toml"
     recipe = read_recipe(path)

@@ -30,8 +30,8 @@ def command(base: str, edited: str, allow_others: bool, out: Path, as_json: bool
     Example:
       broca diff artifacts/demo/model steered --out edit.safetensors
     """
-    from editing.difference import compare
-    from neurons.source import locate, open_model
+    from editing.checkpoints.difference import compare
+    from neurons.models.source import locate, open_model
 
     screen = Screen(as_json)
     source = open_model(base)

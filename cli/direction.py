@@ -29,7 +29,7 @@ from cli.screen import Screen
 from cli.tables import direction_table
 
 if TYPE_CHECKING:
-    from editing.direction import Direction
+    from editing.directions.direction import Direction
     from editing.directions.sae import Autoencoder
 
 LIST = "list"
@@ -99,11 +99,11 @@ def command(**options: Any) -> None:
     if asked.method == LIST:
         _list(screen)
         return
-    from editing.directions.methods import method_of
+    from editing.directions.registry import method_of
     from editing.directions.take import direction_of
-    from neurons.processes import is_first
-    from neurons.source import load_model
-    from neurons.token_budget import DIRECTIONS
+    from neurons.models.processes import is_first
+    from neurons.models.source import load_model
+    from neurons.text.token_budget import DIRECTIONS
 
     method_of(asked.method)
     _require(asked)
@@ -112,7 +112,7 @@ def command(**options: Any) -> None:
     autoencoders = _autoencoders(asked)
     if asked.dry_run:
         from cli.dry_run import dry_run_of_text
-        from editing.needs import direction_need
+        from editing.pipeline.needs import direction_need
 
         dry_run_of_text(screen, asked, corpus, direction_need)
         return
@@ -168,7 +168,7 @@ def _autoencoders(asked: SimpleNamespace) -> list[Autoencoder]:
 
 
 def _list(screen: Screen) -> None:
-    from editing.directions.methods import METHODS
+    from editing.directions.registry import METHODS
 
     screen.table(
         "methods",

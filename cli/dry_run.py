@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cli.screen import Screen
-    from neurons.corpus import Corpus
-    from neurons.memory import Need
-    from neurons.needs import Text
-    from neurons.source import LoadedModel
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel
+    from neurons.recording.needs import Text
+    from neurons.text.corpus import Corpus
 
 
 def dry_run(
     screen: Screen, model: str, device: str, dtype: str, needs: Callable[[LoadedModel], Sequence[Need]]
 ) -> None:
     """Print the needs of a model that is not loaded, in GB; with --json in bytes."""
-    from neurons.memory import memory_limit
-    from neurons.source import plan_model
+    from neurons.models.memory import memory_limit
+    from neurons.models.source import plan_model
 
     planned = plan_model(model, device, dtype)
     limit, found = memory_limit(), needs(planned)
@@ -60,7 +60,7 @@ def dry_run_of_text(
     screen: Screen, asked: SimpleNamespace, corpus: Corpus, need: Callable[[LoadedModel, Text], Need]
 ) -> None:
     """``dry_run`` of a command that reads a corpus in one stage."""
-    from neurons.needs import text_of
+    from neurons.recording.needs import text_of
 
     dry_run(
         screen,

@@ -27,10 +27,10 @@ from cli.screen import Screen
 from cli.tables import plan_table
 
 if TYPE_CHECKING:
-    from editing.edits.methods import EditMethod, Request
-    from editing.plan import Plan
-    from neurons.memory import Need
-    from neurons.source import LoadedModel, ModelSource
+    from editing.methods.registry import EditMethod, Request
+    from editing.plans.plan import Plan
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel, ModelSource
 
 LIST = "list"
 # Options that are settings of a method by another spelling.
@@ -137,13 +137,13 @@ def command(**options: Any) -> None:
 
 
 def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSource] | None:
-    from editing.direction import load_direction
-    from editing.edits.methods import Request, method_of
-    from neurons.corpus_files import language_label
+    from editing.directions.direction import load_direction
+    from editing.methods.registry import Request, method_of
     from neurons.errors import UsageError
-    from neurons.neuron_set import load_neuron_set
-    from neurons.selection import parse_layers
-    from neurons.statistics import load_statistics
+    from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.scorers.selection import parse_layers
+    from neurons.statistics.statistics import load_statistics
+    from neurons.text.corpus_files import language_label
 
     method = method_of(asked.method)
     if asked.model is None:
@@ -186,7 +186,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         request.progress = advance
         plan = method.make(request)
     if read_of := plan.metadata.get("read"):
-        from neurons.token_budget import KEYS
+        from neurons.text.token_budget import KEYS
 
         tell_read(screen, read_of, KEYS.least)
     return plan, source
@@ -195,8 +195,8 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
 def _dry_run(screen: Screen, asked: SimpleNamespace, request: Request) -> None:
     """What the method needs, where it reads text; others read the weights a tensor at a time."""
     from cli.dry_run import dry_run
-    from editing.needs import key_need, learning_need, writing_need
-    from neurons.needs import text_of
+    from editing.pipeline.needs import key_need, learning_need, writing_need
+    from neurons.recording.needs import text_of
 
     def needs(planned: LoadedModel) -> list[Need]:
         if request.corpus is None or asked.method not in ("keyed", "bake"):
@@ -211,13 +211,13 @@ def _dry_run(screen: Screen, asked: SimpleNamespace, request: Request) -> None:
 
 def _of_plans(asked: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource | None]:
     """Plans composed, inverted or restricted."""
-    from editing.algebra import compose, inverted, restricted
-    from editing.plan import load_plan
-    from neurons.corpus_files import language_label
+    from editing.plans.algebra import compose, inverted, restricted
+    from editing.plans.plan import load_plan
     from neurons.errors import UsageError
-    from neurons.neuron_set import load_neuron_set
-    from neurons.selection import parse_layers
-    from neurons.source import open_model
+    from neurons.models.source import open_model
+    from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.scorers.selection import parse_layers
+    from neurons.text.corpus_files import language_label
 
     meant = {"model", "strength", operation, "out", "as_json"}
     meant |= {"layers", "heads", "neurons", "languages"} if operation == "restrict" else set()
@@ -360,7 +360,7 @@ def _was_given(name: str, value: Any) -> bool:
 
 
 def _list(screen: Screen) -> None:
-    from editing.edits.methods import METHODS
+    from editing.methods.registry import METHODS
 
     screen.table(
         "methods",
@@ -402,7 +402,7 @@ _INPUTS = ("direction", "vector", "neurons", "statistics", "corpus")
 
 
 def _show(screen: Screen, plan: Plan, source: ModelSource | None, asked: SimpleNamespace) -> None:
-    from editing.plan_warnings import plan_warnings
+    from editing.plans.plan_warnings import plan_warnings
 
     plan_table(screen, plan, None if source is None else source.anatomy)
     if plan.relative_change() is None:

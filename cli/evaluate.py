@@ -34,14 +34,14 @@ from cli.screen import Screen
 from cli.tables import report_table
 
 if TYPE_CHECKING:
-    from editing.evaluation import Outcome
-    from editing.likelihood import Steering
-    from editing.plan import Plan
-    from editing.questions import Questions
-    from editing.relevance import Scorer
-    from editing.vllm_generation import VllmWriter
-    from neurons.corpus import Corpus
-    from neurons.source import LoadedModel
+    from editing.evaluation.evaluation import Outcome
+    from editing.evaluation.likelihood import Steering
+    from editing.evaluation.questions import Questions
+    from editing.evaluation.relevance import Scorer
+    from editing.evaluation.vllm_generation import VllmWriter
+    from editing.plans.plan import Plan
+    from neurons.models.source import LoadedModel
+    from neurons.text.corpus import Corpus
 
 RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 
@@ -149,20 +149,20 @@ def command(
       broca evaluate artifacts/demo/model --corpus artifacts/demo/corpus --methods all --prompts 30 \\
           --source en --target fr --out methods.json
     """
-    from editing.evaluation import Evaluation
-    from editing.generation import TEMPERATURE, check_samples
-    from editing.language_id import check_languages
-    from editing.live import applied
-    from editing.origin import file_read, measured_by, model_read, processor, text_measured, texts_read
-    from editing.plan import load_plan
-    from editing.questions import read_questions
-    from editing.report import methods_markdown, report_from_json
-    from editing.weight_exchange import Exchange
-    from neurons.artifact import json_bytes, write_atomically
-    from neurons.corpus import read_corpus
+    from editing.checkpoints.weight_exchange import Exchange
+    from editing.evaluation.evaluation import Evaluation
+    from editing.evaluation.generation import TEMPERATURE, check_samples
+    from editing.evaluation.language_id import check_languages
+    from editing.evaluation.questions import read_questions
+    from editing.plans.live import applied
+    from editing.plans.plan import load_plan
+    from editing.report.run_report import methods_markdown, report_from_json
+    from editing.study.origin import file_read, measured_by, model_read, processor, text_measured, texts_read
     from neurons.errors import UsageError
-    from neurons.source import load_model
-    from neurons.token_budget import LOSSES
+    from neurons.files.artifact import json_bytes, write_atomically
+    from neurons.models.source import load_model
+    from neurons.text.corpus import read_corpus
+    from neurons.text.token_budget import LOSSES
 
     screen = Screen(as_json)
     if edit_path is not None and against is not None:
@@ -190,13 +190,13 @@ def command(
             "--no-chat is about questions, and openings of lines are plain text anyway: leave it out"
         )
     if engine == "vllm":
-        from editing.vllm_generation import require_vllm
+        from editing.evaluation.vllm_generation import require_vllm
 
         # Before minutes are spent on loading.
         require_vllm()
     ways = {}
     if methods is not None:
-        from editing.ways import ways_named
+        from editing.study.ways import ways_named
 
         ways = ways_named(methods)
     if temperature is None:
@@ -214,8 +214,8 @@ def command(
     plan = None if edit_path is None else load_plan(edit_path)
     if dry_run:
         from cli.dry_run import dry_run as show
-        from editing.needs import evaluation_need
-        from neurons.needs import text_of
+        from editing.pipeline.needs import evaluation_need
+        from neurons.recording.needs import text_of
 
         show(
             screen,
@@ -303,8 +303,8 @@ def command(
         }
 
     if methods is not None:
-        from editing.protocol import compare_ways
-        from editing.ways import Material
+        from editing.study.protocol import compare_ways
+        from editing.study.ways import Material
 
         material = Material(loaded, corpora["estimate"], source, target)
         halves = {name: None if questions is None else questions.half(name) for name in ("choose", "report")}
@@ -332,8 +332,8 @@ def command(
             screen.say(note)
         screen.say(f"the same as Markdown: {table}")
         if report.curves:
-            from editing.dose_pictures import dose_figure
-            from neurons.pictures import save_figure
+            from editing.report.dose_pictures import dose_figure
+            from neurons.neuron_sets.pictures import save_figure
 
             picture = out.with_suffix(".png")
             least = report.outcomes[0].target_share
@@ -378,8 +378,8 @@ def _writer(
     if engine == "transformers":
         yield None, nullcontext
         return
-    from editing.export import export
-    from editing.vllm_generation import VllmWriter
+    from editing.checkpoints.export import export
+    from editing.evaluation.vllm_generation import VllmWriter
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     with (
@@ -417,8 +417,8 @@ def _scorer(
     prompts: int,
 ) -> Scorer | None:
     """What measures relevance here."""
-    from editing.asking import openings
-    from editing.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
+    from editing.evaluation.asking import openings
+    from editing.evaluation.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
 
     if relevance == "none":
         return None
@@ -436,7 +436,7 @@ def _scorer(
 
 def _scorer_told(name: str, judge: LoadedModel | None) -> dict[str, Any]:
     """What a reader needs to know of the scorer."""
-    from editing.relevance import JUDGE_PROMPT
+    from editing.evaluation.relevance import JUDGE_PROMPT
 
     if judge is None:
         return {"scorer": name}

@@ -11,7 +11,7 @@ from cli.options import FINITE, IN_FILE, json_option, model_argument, out_option
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.plan import Plan
+    from editing.plans.plan import Plan
 
 
 @click.command("export")
@@ -63,16 +63,16 @@ def command(
       broca export artifacts/demo/model --edit edit.safetensors --undoable --out steered
       broca export steered --undo --out base
     """
-    from editing.staging import check_target, place_apart
+    from editing.checkpoints.staging import check_target, place_apart
 
     _refuse_combinations(edit_path, undo, dequantise, form, strength, verify, undoable)
     screen = Screen(as_json)
     if repo is not None:
-        from editing.hub import require_pushable
+        from editing.checkpoints.hub import require_pushable
 
         require_pushable(repo)
     if undo:
-        from editing.undo import refuse_adapter
+        from editing.checkpoints.undo import refuse_adapter
 
         refuse_adapter(Path(model))
     if form == "checkpoint" or not out.exists():
@@ -84,7 +84,7 @@ def command(
             _undone(screen, model, out, overwrite) if undo else _dequantised(screen, model, out, overwrite)
         )
     else:
-        from editing.plan import load_plan
+        from editing.plans.plan import load_plan
 
         plan = load_plan(edit_path)
         if strength is not None:
@@ -94,7 +94,7 @@ def command(
         else:
             result = _exported(screen, model, plan, out, overwrite, verify, undoable)
     if repo is not None:
-        from editing.hub import push
+        from editing.checkpoints.hub import push
         from neurons.errors import BrocaError
 
         try:
@@ -141,8 +141,8 @@ def _refuse_combinations(
 def _exported(
     screen: Screen, model: str, plan: Plan, out: Path, overwrite: bool, verify: bool, undoable: bool
 ) -> dict[str, Any]:
-    from editing.export import export
-    from neurons.source import open_model
+    from editing.checkpoints.export import export
+    from neurons.models.source import open_model
 
     source = open_model(model)
     with screen.copying("Writing") as tell:
@@ -182,8 +182,8 @@ def _exported(
 
 
 def _adapter(screen: Screen, model: str, plan: Plan, out: Path, overwrite: bool) -> dict[str, Any]:
-    from editing.adapter import export_adapter
-    from neurons.source import open_model
+    from editing.checkpoints.adapter import export_adapter
+    from neurons.models.source import open_model
 
     found = export_adapter(open_model(model), plan, out, overwrite=overwrite)
     screen.table(
@@ -199,8 +199,8 @@ def _adapter(screen: Screen, model: str, plan: Plan, out: Path, overwrite: bool)
 
 
 def _undone(screen: Screen, model: str, out: Path, overwrite: bool) -> dict[str, Any]:
-    from editing.undo import undo
-    from neurons.source import open_model
+    from editing.checkpoints.undo import undo
+    from neurons.models.source import open_model
 
     source = open_model(model)
     with screen.copying("Restoring") as tell:
@@ -210,8 +210,8 @@ def _undone(screen: Screen, model: str, out: Path, overwrite: bool) -> dict[str,
 
 
 def _dequantised(screen: Screen, model: str, out: Path, overwrite: bool) -> dict[str, Any]:
-    from editing.dequantise import dequantise
-    from neurons.source import locate
+    from editing.checkpoints.dequantise import dequantise
+    from neurons.models.source import locate
 
     checkpoint = locate(model)
     with screen.copying("Writing") as tell:

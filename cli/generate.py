@@ -13,8 +13,8 @@ from cli.options import IN_FILE, OUT_FILE, FiniteRange, Many, device_options, js
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.asking import Asked
-    from editing.generation import Continuation
+    from editing.evaluation.asking import Asked
+    from editing.evaluation.generation import Continuation
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 UNEDITED, EDITED = "unedited", "edited"
@@ -78,8 +78,8 @@ def command(
       broca generate artifacts/demo/model --edit edit.safetensors --compare \\
           --prompts "After dinner my father" "The kitchen window"
     """
-    from neurons.artifact import json_bytes, write_atomically
     from neurons.errors import UsageError
+    from neurons.files.artifact import json_bytes, write_atomically
 
     screen = Screen(as_json)
     if edit_path is not None and against is not None:
@@ -134,10 +134,10 @@ def _by_transformers(
     place: tuple[str, str],
     settings: dict[str, Any],
 ) -> dict[str, list[Continuation]]:
-    from editing.generation import generate
-    from editing.live import applied
-    from editing.plan import load_plan
-    from neurons.source import load_model
+    from editing.evaluation.generation import generate
+    from editing.plans.live import applied
+    from editing.plans.plan import load_plan
+    from neurons.models.source import load_model
 
     plan = None if edit_path is None else load_plan(edit_path)
     alone = plan is None and against is None
@@ -172,8 +172,8 @@ def _by_vllm(
     dtype: str,
     settings: dict[str, Any],
 ) -> dict[str, list[Continuation]]:
-    from editing.vllm_generation import generate_by_vllm, require_vllm
-    from neurons.source import locate
+    from editing.evaluation.vllm_generation import generate_by_vllm, require_vllm
+    from neurons.models.source import locate
 
     require_vllm()
     import transformers
@@ -195,7 +195,7 @@ def _given(tokenizer: Any, asked: list[str], chat: bool | None) -> list[str | tu
     Raises:
         UsageError: a chat is asked for, and the tokenizer has no template.
     """
-    from editing.asking import CHAT, OPENING, Asked, question_style
+    from editing.evaluation.asking import CHAT, OPENING, Asked, question_style
     from neurons.errors import UsageError
 
     has_template = question_style(tokenizer) == CHAT
@@ -212,7 +212,7 @@ def _prompts(given: tuple[str, ...]) -> list[str]:
     Raises:
         UsageError: none at all, or a file that is not there or holds none.
     """
-    from editing.questions import read_questions
+    from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
 
     found: list[str] = []

@@ -27,10 +27,10 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from neurons.memory import Need
-    from neurons.methods import Method
-    from neurons.neuron_set import NeuronSet
-    from neurons.source import LoadedModel
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel
+    from neurons.neuron_sets.neuron_set import NeuronSet
+    from neurons.scorers.registry import Method
 
 LIST = "list"
 MOST_LAYERS_SHOWN = 12
@@ -101,10 +101,10 @@ def command(**options: Any) -> None:
     if asked.method == LIST:
         _list(screen)
         return
-    from neurons.corpus_recording import finished
     from neurons.errors import UsageError
-    from neurons.methods import NOTHING, PROMPTS, method_of
-    from neurons.processes import is_first
+    from neurons.models.processes import is_first
+    from neurons.recording.corpus_recording import finished
+    from neurons.scorers.registry import NOTHING, PROMPTS, method_of
 
     method = method_of(asked.method)
     if asked.out is None:
@@ -133,9 +133,9 @@ def command(**options: Any) -> None:
 
 def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet | None:
     from neurons.errors import UsageError
-    from neurons.identify import identify, require_parallel
-    from neurons.methods import method_of
-    from neurons.source import load_model
+    from neurons.models.source import load_model
+    from neurons.neuron_sets.identify import identify, require_parallel
+    from neurons.scorers.registry import method_of
 
     if asked.corpus is None:
         raise UsageError("--corpus is missing: a directory of <language>.txt, or give --statistics")
@@ -144,7 +144,7 @@ def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet | None:
     method = method_of(asked.method)
     if asked.dry_run:
         from cli.dry_run import dry_run
-        from neurons.needs import recording_need, text_of
+        from neurons.recording.needs import recording_need, text_of
 
         def needs(planned: LoadedModel) -> list[Need]:
             text = text_of(planned, corpus, asked.tokens)
@@ -169,17 +169,17 @@ def _by_text(screen: Screen, asked: SimpleNamespace) -> NeuronSet | None:
 
 
 def _from_statistics(asked: SimpleNamespace) -> NeuronSet:
-    from neurons.identify import neurons_from
-    from neurons.statistics import load_statistics
+    from neurons.neuron_sets.identify import neurons_from
+    from neurons.statistics.statistics import load_statistics
 
     statistics = load_statistics(asked.statistics)
     return neurons_from(statistics, asked.method, asked.top_rate, asked.settings, _selection(asked))
 
 
 def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
-    from neurons.identify import identify_by_prompts, require_prompts
-    from neurons.prompts import read_prompts
-    from neurons.source import load_model
+    from neurons.models.source import load_model
+    from neurons.neuron_sets.identify import identify_by_prompts, require_prompts
+    from neurons.text.prompts import read_prompts
 
     prompts, control, recognition = (
         None if path is None else read_prompts(path, asked.languages)
@@ -202,13 +202,13 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
 
 
 def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSet:
-    from neurons.corpus_files import language_label
-    from neurons.corpus_recording import record_corpus
     from neurons.errors import BrocaError, UsageError
-    from neurons.identify import random_of, random_set
-    from neurons.neuron_set import load_neuron_set
-    from neurons.source import load_model, open_model
-    from neurons.statistics import load_statistics
+    from neurons.models.source import load_model, open_model
+    from neurons.neuron_sets.identify import random_of, random_set
+    from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.recording.corpus_recording import record_corpus
+    from neurons.statistics.statistics import load_statistics
+    from neurons.text.corpus_files import language_label
 
     seed = asked.seed or 0
     if asked.like is None:
@@ -248,7 +248,7 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
 def _refuse_foreign(asked: SimpleNamespace, method: Method) -> None:
     """An option that a method would not look at is an error, not a silence."""
     from neurons.errors import UsageError
-    from neurons.methods import NOTHING, PROMPTS
+    from neurons.scorers.registry import NOTHING, PROMPTS
 
     by_statistics = asked.statistics is not None
     reads_text = not by_statistics and method.reads not in (PROMPTS, NOTHING)
@@ -284,7 +284,7 @@ def _settings(asked: SimpleNamespace, method: Method) -> dict[str, float]:
 
 
 def _selection(asked: SimpleNamespace) -> dict[str, Any]:
-    from neurons.selection import parse_layers
+    from neurons.scorers.selection import parse_layers
 
     chosen = {
         name: getattr(asked, name) for name in ("scope", "ends", "threshold", "min_exclusivity", "kinds")
@@ -294,7 +294,7 @@ def _selection(asked: SimpleNamespace) -> dict[str, Any]:
 
 
 def _list(screen: Screen) -> None:
-    from neurons.methods import METHODS
+    from neurons.scorers.registry import METHODS
 
     screen.table(
         "methods",
@@ -322,8 +322,8 @@ def _show(screen: Screen, found: NeuronSet, asked: SimpleNamespace) -> None:
     counts = {language: [len(rows) for rows in found.by_layer(language)] for language in found.languages}
     read_by = [corpus["read"] for corpus in found.metadata.get("corpora", []) if "read" in corpus]
     if read_by and asked.statistics is None:
-        from neurons.methods import method_of
-        from neurons.token_budget import budget_of
+        from neurons.scorers.registry import method_of
+        from neurons.text.token_budget import budget_of
 
         method = method_of(asked.method)
         tell_read(screen, read_by[-1], budget_of(method.moments, method.reads).least)

@@ -12,8 +12,8 @@ from cli.screen import Screen
 from cli.tables import direction_table, plan_table
 
 if TYPE_CHECKING:
-    from editing.plan import ModuleEdit
-    from neurons.neuron_set import NeuronSet
+    from editing.plans.plan import ModuleEdit
+    from neurons.neuron_sets.neuron_set import NeuronSet
 
 STRONGEST = 10
 LARGEST = 3
@@ -29,8 +29,8 @@ def command(file: Path, as_json: bool) -> None:
     Example:
       broca inspect edit.safetensors
     """
-    from neurons.artifact import load_artifact
     from neurons.errors import BrocaError
+    from neurons.files.artifact import load_artifact
 
     screen = Screen(as_json)
     if file.is_dir():
@@ -59,8 +59,8 @@ def _header(screen: Screen, metadata: dict[str, Any]) -> None:
 
 
 def _statistics(screen: Screen, file: Path) -> None:
-    from neurons.artifact import load_artifact
-    from neurons.statistics import load_statistics
+    from neurons.files.artifact import load_artifact
+    from neurons.statistics.statistics import load_statistics
 
     found = load_statistics(file)
     metadata = load_artifact(file, "statistics").metadata
@@ -94,8 +94,8 @@ def _statistics(screen: Screen, file: Path) -> None:
 
 
 def _neurons(screen: Screen, file: Path) -> None:
-    from neurons.neuron_set import load_neuron_set
-    from neurons.selection import KINDS
+    from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.scorers.selection import KINDS
 
     found = load_neuron_set(file)
     _header(screen, found.metadata)
@@ -152,7 +152,7 @@ def _neuron_name(neuron: int, found: NeuronSet) -> str:
 
 
 def _direction(screen: Screen, file: Path) -> None:
-    from editing.direction import load_direction
+    from editing.directions.direction import load_direction
 
     found = load_direction(file)
     _header(screen, found.metadata)
@@ -161,8 +161,8 @@ def _direction(screen: Screen, file: Path) -> None:
 
 
 def _edit(screen: Screen, file: Path) -> None:
-    from editing.plan import load_plan
-    from editing.plan_warnings import plan_warnings
+    from editing.plans.plan import load_plan
+    from editing.plans.plan_warnings import plan_warnings
 
     plan = load_plan(file)
     _header(screen, plan.metadata)
@@ -203,7 +203,7 @@ def _edit(screen: Screen, file: Path) -> None:
 
 def _changes(edit: ModuleEdit) -> list[tuple[int, float]]:
     """Each component and how far its weights go, whatever the method says of it."""
-    from editing.component_changes import component_changes, component_count
+    from editing.plans.component_changes import component_changes, component_count
 
     changes = component_changes(edit, component_count(edit))[list(edit.components)]
     return list(zip(edit.components, changes.tolist(), strict=True))
@@ -213,7 +213,7 @@ def _measured(screen: Screen, file: Path) -> None:
     import json
 
     from cli.tables import report_table
-    from editing.report import report_from_json
+    from editing.report.run_report import report_from_json
     from neurons.errors import BrocaError
 
     try:
@@ -229,10 +229,10 @@ def _measured(screen: Screen, file: Path) -> None:
 
 
 def _checkpoint(screen: Screen, directory: Path) -> None:
-    from editing.export import read_exported_plan
-    from editing.plan import load_plan
-    from neurons.source import open_model
-    from neurons.tensor_files import tensor_entries
+    from editing.checkpoints.export import read_exported_plan
+    from editing.plans.plan import load_plan
+    from neurons.files.tensor_files import tensor_entries
+    from neurons.models.source import open_model
 
     source = open_model(str(directory))
     entries = tensor_entries(source.checkpoint)

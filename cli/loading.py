@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cli.screen import Screen
-    from neurons.source import LoadedModel
+    from neurons.models.source import LoadedModel
 
 
 def announced(screen: Screen, loaded: LoadedModel) -> LoadedModel:

@@ -10,7 +10,7 @@ import click
 
 from cli.encodings import escaping
 from cli.termination import Terminated, terminable
-from neurons.freed_memory import keep_freed_memory
+from neurons.models.freed_memory import keep_freed_memory
 
 COMMANDS = {
     "demo": "Find neurons, edit, export and measure on the model that Broca ships.",

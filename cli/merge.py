@@ -22,7 +22,7 @@ def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
       broca merge monday.safetensors tuesday.safetensors --out statistics.safetensors
     """
     from neurons.errors import BrocaError, UsageError
-    from neurons.statistics import load_statistics, merge
+    from neurons.statistics.statistics import load_statistics, merge
 
     screen = Screen(as_json)
     if len(files) < 2:

@@ -14,7 +14,7 @@ from cli.options import corpus_options, device_options, json_option, model_argum
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from neurons.neuron_report import NeuronReport
+    from neurons.neuron_sets.neuron_report import NeuronReport
 
 
 @click.command("neuron")
@@ -41,8 +41,8 @@ def command(**options: Any) -> None:
     Example:
       broca neuron artifacts/demo/model 5 42 --corpus artifacts/demo/corpus
     """
-    from neurons.neuron_report import neuron_report
-    from neurons.source import load_model
+    from neurons.models.source import load_model
+    from neurons.neuron_sets.neuron_report import neuron_report
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)

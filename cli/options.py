@@ -40,7 +40,7 @@ class Language(click.ParamType[str]):
     name = "language"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        from neurons.corpus_files import language_label
+        from neurons.text.corpus_files import language_label
 
         return language_label(str(value))
 
@@ -304,8 +304,8 @@ class MemorySize(click.ParamType[int]):
 def max_memory_option(command: Callable[..., Any]) -> Callable[..., Any]:
     def limit(_: Any, __: Any, value: int | None) -> None:
         # torch is not imported for nothing; what an earlier command of the same process allowed is over.
-        if value is not None or "neurons.memory" in sys.modules:
-            from neurons.memory import limit_memory
+        if value is not None or "neurons.models.memory" in sys.modules:
+            from neurons.models.memory import limit_memory
 
             limit_memory(value)
 

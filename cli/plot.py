@@ -35,13 +35,13 @@ def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
     Example:
       broca plot neurons.safetensors --out layers.png
     """
-    from editing.plan import load_plan
-    from editing.plan_pictures import plan_figure
-    from neurons import pictures
-    from neurons.artifact import load_artifact
+    from editing.plans.plan import load_plan
+    from editing.plans.plan_pictures import plan_figure
     from neurons.errors import BrocaError, UsageError
-    from neurons.neuron_set import load_neuron_set
-    from neurons.statistics import load_statistics
+    from neurons.files.artifact import load_artifact
+    from neurons.neuron_sets import pictures
+    from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.statistics.statistics import load_statistics
 
     screen = Screen(as_json)
     pictures.picture_format(out)

@@ -67,11 +67,11 @@ def command(**options: Any) -> None:
       broca record artifacts/demo/model --corpus artifacts/demo/corpus --out statistics.safetensors
       broca identify --statistics statistics.safetensors --method lape --out neurons.safetensors
     """
-    from neurons.corpus_recording import finished, record_corpus
-    from neurons.methods import METHODS, NOTHING, PROMPTS, moments_of
-    from neurons.processes import is_first
-    from neurons.source import load_model
-    from neurons.token_budget import budget_of
+    from neurons.models.processes import is_first
+    from neurons.models.source import load_model
+    from neurons.recording.corpus_recording import finished, record_corpus
+    from neurons.scorers.registry import METHODS, NOTHING, PROMPTS, moments_of
+    from neurons.text.token_budget import budget_of
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
@@ -81,7 +81,7 @@ def command(**options: Any) -> None:
     corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
     if asked.dry_run:
         from cli.dry_run import dry_run_of_text
-        from neurons.needs import recording_need
+        from neurons.recording.needs import recording_need
 
         dry_run_of_text(
             screen, asked, corpus, partial(recording_need, moments=moments, reads=reads, block=asked.block)

@@ -24,10 +24,10 @@ def command(directory: Path, out: Path | None, as_json: bool) -> None:
     Example:
       broca report demo --out demo.html
     """
-    from editing.study_report.findings import read_findings
-    from editing.study_report.study import study_page
-    from neurons.artifact import write_atomically
+    from editing.report.findings import read_findings
+    from editing.report.study import study_page
     from neurons.errors import UsageError
+    from neurons.files.artifact import write_atomically
 
     screen = Screen(as_json)
     out = directory / "report.html" if out is None else out

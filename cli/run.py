@@ -16,7 +16,7 @@ from cli.screen import Screen
 from cli.tables import report_table
 
 if TYPE_CHECKING:
-    from editing.recipe import Recipe
+    from editing.pipeline.recipe import Recipe
 
 
 @click.command("run")
@@ -34,12 +34,12 @@ def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -
     Example:
       broca run artifacts/demo/recipe.toml --out demo
     """
-    from editing.recipe import read_recipe
+    from editing.pipeline.recipe import read_recipe
 
     recipe = read_recipe(recipe_path).with_options(out=out)
     if dry_run:
         from cli.dry_run import dry_run as show
-        from editing.pipeline import needs
+        from editing.pipeline.run import needs
 
         show(Screen(as_json), recipe.model, recipe.device, recipe.dtype, partial(needs, recipe))
         return
@@ -49,7 +49,7 @@ def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -
 
 def recipe_read(path: Path, name: str) -> dict[str, Any]:
     """What files of figures keep of the recipe: its text, and its file by this name, with a digest."""
-    from editing.origin import file_read
+    from editing.study.origin import file_read
 
     return {
         "inputs": [{**file_read("RECIPE.toml", path), "file": name}],
@@ -59,9 +59,9 @@ def recipe_read(path: Path, name: str) -> dict[str, Any]:
 
 def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
     """Run, print the tables, some text of base and checkpoint, and the paths last."""
-    from editing.pipeline import run
-    from neurons.methods import method_of
-    from neurons.token_budget import LOSSES, budget_of
+    from editing.pipeline.run import run
+    from neurons.scorers.registry import method_of
+    from neurons.text.token_budget import LOSSES, budget_of
 
     tell(screen, recipe.corpus, recipe.languages)
     result = run(recipe, screen, asked)

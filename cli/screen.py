@@ -110,7 +110,7 @@ class Screen:
     def result(self, value: dict[str, Any], path: Any = None) -> None:
         """The end of a command: the object with --json, else the path of what was written."""
         if self.as_json:
-            from neurons.artifact import json_bytes
+            from neurons.files.artifact import json_bytes
 
             print(json_bytes(value).decode(), end="")
         elif path is not None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.direction import Direction
-    from editing.plan import Plan
-    from editing.report import Report
-    from neurons.anatomy import Anatomy
+    from editing.directions.direction import Direction
+    from editing.plans.plan import Plan
+    from editing.report.run_report import Report
+    from neurons.architectures.anatomy import Anatomy
 
 
 SHOWN_SITE = "block_out"
@@ -52,7 +52,7 @@ def direction_table(screen: Screen, direction: Direction) -> dict[str, list[floa
 
 def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> None:
     """A row a module: what changes and by how much."""
-    from editing.plan import language_pair
+    from editing.plans.plan import language_pair
 
     metadata = plan.metadata
     pair = language_pair(metadata)

@@ -28,13 +28,13 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.evaluation import Outcome
-    from editing.plan import Plan
-    from editing.search import Search, Trial
-    from editing.search_report import Choice
-    from neurons.corpus import Corpus
-    from neurons.memory import Need
-    from neurons.source import LoadedModel
+    from editing.evaluation.evaluation import Outcome
+    from editing.plans.plan import Plan
+    from editing.study.search import Search, Trial
+    from editing.study.search_report import Choice
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel
+    from neurons.text.corpus import Corpus
 
 PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
@@ -117,18 +117,18 @@ def command(**options: Any) -> None:
           --source en --target fr --out tuned
     """
     from editing.directions.diffmean import diffmean_direction
-    from editing.generation import check_samples
-    from editing.language_id import check_languages
-    from editing.live import applied
-    from editing.origin import measured_by, processor, texts_read
-    from editing.search import STUDY, Goals, Search
-    from editing.search_report import choose, confirmed
-    from editing.search_scoring import Scoring, third_languages
-    from editing.search_space import check_methods, spaces
-    from neurons.corpus import read_corpus
-    from neurons.selection import parse_layers
-    from neurons.source import load_model
-    from neurons.token_budget import DIRECTIONS
+    from editing.evaluation.generation import check_samples
+    from editing.evaluation.language_id import check_languages
+    from editing.plans.live import applied
+    from editing.study.origin import measured_by, processor, texts_read
+    from editing.study.search import STUDY, Goals, Search
+    from editing.study.search_report import choose, confirmed
+    from editing.study.search_scoring import Scoring, third_languages
+    from editing.study.search_space import check_methods, spaces
+    from neurons.models.source import load_model
+    from neurons.scorers.selection import parse_layers
+    from neurons.text.corpus import read_corpus
+    from neurons.text.token_budget import DIRECTIONS
 
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
@@ -213,8 +213,8 @@ def command(**options: Any) -> None:
 
 def _dry_run(screen: Screen, asked: SimpleNamespace, corpora: dict[str, Corpus]) -> None:
     from cli.dry_run import dry_run
-    from editing.needs import direction_need, evaluation_need, key_need
-    from neurons.needs import text_of
+    from editing.pipeline.needs import direction_need, evaluation_need, key_need
+    from neurons.recording.needs import text_of
 
     def needs(planned: LoadedModel) -> list[Need]:
         text = {part: text_of(planned, corpora[part]) for part in ("estimate", "report")}
@@ -259,8 +259,8 @@ def _measured(
     screen: Screen, asked: SimpleNamespace, loaded: LoadedModel, corpus: Corpus, plan: Plan
 ) -> tuple[list[Outcome], float]:
     """The unedited and the edited model on text that nothing was chosen on, and the ceiling there."""
-    from editing.evaluation import Evaluation
-    from editing.live import applied
+    from editing.evaluation.evaluation import Evaluation
+    from editing.plans.live import applied
 
     with screen.progress("Reporting", 2, "models") as advance:
         evaluation = Evaluation(
@@ -294,7 +294,7 @@ def _result(
     ceiling: float | None,
 ) -> dict[str, Any]:
     """tune.json but for what it says of its making."""
-    from editing.search_report import front, goals_met
+    from editing.study.search_report import front, goals_met
 
     report = None
     if outcomes and ceiling is not None:
@@ -331,8 +331,8 @@ def _result(
 def _write(
     out: Path, value: dict[str, Any], plan: Plan, trials: list[Trial], choice: Choice, search: Search
 ) -> None:
-    from editing.search_report import pictures
-    from neurons.artifact import json_bytes, write_atomically
+    from editing.study.search_report import pictures
+    from neurons.files.artifact import json_bytes, write_atomically
 
     title = f"{value['source']} to {value['target']}, {len(trials)} edits on the choosing part"
     plan.save(out / PLAN)
@@ -352,8 +352,8 @@ def _show(
     outcomes: list[Outcome],
 ) -> None:
     from cli.tables import report_table
-    from editing.report import Report
-    from editing.search_report import COLUMNS, front, rows
+    from editing.report.run_report import Report
+    from editing.study.search_report import COLUMNS, front, rows
 
     best = front(trials) or [choice.trial]
     if choice.trial.number not in {trial.number for trial in best}:

@@ -10,7 +10,7 @@ class UsageError(BrocaError):
 
 
 class NotFiniteError(BrocaError):
-    """What was computed is NaN or infinite; the message says what it is (``neurons.not_finite`` says why)."""
+    """What was computed is NaN or infinite; the message says what it is (``neurons.models.not_finite`` says why)."""
 
 
 class NothingToChangeError(BrocaError):

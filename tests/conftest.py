@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cli.main import main
-from neurons.corpus import read_corpus
-from neurons.source import load_model, open_model
+from neurons.models.source import load_model, open_model
+from neurons.text.corpus import read_corpus
 
 # The models are tiny: threads cost more than they bring, above all on a busy machine.
 torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def parts(known_text):
 @pytest.fixture(scope="module")
 def material(llama, parts):
     """What ways of steering from en to fr are made of."""
-    from editing.ways import Material
+    from editing.study.ways import Material
 
     return Material(llama, parts["estimate"], "en", "fr")
 
@@ -92,7 +92,7 @@ def edit(plan, tmp_path_factory):
 @pytest.fixture(scope="module")
 def steered(llama, plan, tmp_path_factory):
     """A checkpoint with that plan."""
-    from editing.export import export
+    from editing.checkpoints.export import export
 
     path = tmp_path_factory.mktemp("steered") / "checkpoint"
     export(open_model(llama.name), plan, path)

@@ -6,15 +6,15 @@ from html.parser import HTMLParser
 
 import torch
 
-from editing.evaluation import Outcome
-from editing.plan import ModuleEdit, make_plan
-from editing.report import Report, report_files
-from editing.search import Trial
-from neurons.ablation_matrix import Changes, Specificity
-from neurons.ablation_report import as_json
-from neurons.ablation_study import Dose, SetOutcome, Settings, Study
-from neurons.artifact import json_bytes
-from neurons.neuron_set import neuron_set
+from editing.evaluation.evaluation import Outcome
+from editing.plans.plan import ModuleEdit, make_plan
+from editing.report.run_report import Report, report_files
+from editing.study.search import Trial
+from neurons.ablation.matrix import Changes, Specificity
+from neurons.ablation.report import as_json
+from neurons.ablation.study import Dose, SetOutcome, Settings, Study
+from neurons.files.artifact import json_bytes
+from neurons.neuron_sets.neuron_set import neuron_set
 
 LANGUAGES = ("ar", "en", "zh")
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & <!-- ${7*7} "

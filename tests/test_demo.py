@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "artifacts" / "demo"
 LANGUAGES = ("ar", "de", "en", "es", "fr", "zh")
 
@@ -84,7 +84,7 @@ def test_the_table_names_every_way(demo):
 
 def test_the_checkpoint_loads_without_us_and_answers_in_the_target(demo):
     """Plain transformers, no hook: the greedy answers to English prompts are identified as French."""
-    from editing.language_id import identify_language
+    from editing.evaluation.language_id import identify_language
 
     checkpoint = demo[1] / "checkpoint-fr"
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -157,10 +157,10 @@ def test_the_model_is_small_enough_to_ship_and_large_enough_to_serve():
 
 
 def test_the_model_stays_in_the_language_of_its_prompt():
-    from editing.generation import generate
-    from editing.language_id import identify_language
-    from editing.text import distinct_share, opening
-    from neurons.source import load_model
+    from editing.evaluation.generation import generate
+    from editing.evaluation.language_id import identify_language
+    from neurons.models.source import load_model
+    from neurons.text.words import distinct_share, opening
 
     loaded = load_model(str(DEMO / "model"), "cpu")
     own, distinct = [], []

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 # A package may import itself and those before it.
 PACKAGES = ("neurons", "editing", "cli")
+# Rooms of a package, from the ground up: a room imports from those below it.
+ROOMS = {
+    "neurons": (
+        "files", "architectures", "models", "text", "statistics", "scorers", "recording", "neuron_sets", "ablation"
+    ),
+    "editing": (
+        "directions", "plans", "checkpoints", "methods", "hooks", "evaluation", "study", "report", "pipeline"
+    ),
+}  # fmt: skip
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common"}
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -61,6 +70,53 @@ def test_imports_run_one_way(path):
     assert wrong_imports(path.read_text(encoding="utf-8"), path.relative_to(ROOT).parts[0]) == []
 
 
+def rooms_above(source, package, room):
+    """Imports of a room's file from rooms above it."""
+    order = ROOMS[package]
+    above = order[order.index(room) + 1 :]
+    parts = [name.split(".") for name in imported(ast.parse(source))]
+    return [".".join(name) for name in parts if name[0] == package and len(name) > 1 and name[1] in above]
+
+
+def test_the_rooms_are_those_on_disk():
+    for package, rooms in ROOMS.items():
+        there = {
+            path.name for path in (ROOT / package).iterdir() if path.is_dir() and path.name != "__pycache__"
+        }
+        assert there == set(rooms)
+        assert {path.name for path in (ROOT / package).glob("*.py")} <= {"__init__.py", "errors.py"}
+        for room in rooms:
+            assert ast.get_docstring(ast.parse((ROOT / package / room / "__init__.py").read_text())), room
+        tests = {path.name for path in (ROOT / "tests" / package).iterdir() if path.is_dir()}
+        assert tests - {"__pycache__"} == set(rooms)
+
+
+IN_ROOMS = [
+    path
+    for path in FILES
+    if len(path.relative_to(ROOT).parts) == 3 and path.relative_to(ROOT).parts[0] in ROOMS
+]
+
+
+@pytest.mark.parametrize("path", IN_ROOMS, ids=name_of)
+def test_imports_run_from_room_to_room_one_way(path):
+    package, room, _ = path.relative_to(ROOT).parts
+    assert rooms_above(path.read_text(encoding="utf-8"), package, room) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("from neurons.recording.record import forward", 1),
+        ("def f():\n    import neurons.ablation.study", 1),
+        ("from neurons.files.artifact import load_artifact\nfrom neurons.errors import BrocaError", 0),
+        ("from neurons.text.batches import TokenBatch", 0),
+    ],
+)
+def test_the_check_of_rooms_itself(source, count):
+    assert len(rooms_above(source, "neurons", "text")) == count
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_nothing_is_unpickled(path):
     assert pickles(path.read_text(encoding="utf-8")) == []
@@ -74,11 +130,11 @@ def test_module_names_say_what_is_inside():
 @pytest.mark.parametrize(
     ("package", "source", "expected"),
     [
-        ("neurons", "import editing.plan", ["editing.plan"]),
+        ("neurons", "import editing.plans.plan", ["editing.plans.plan"]),
         ("neurons", "def f():\n    from cli import main", ["cli"]),
         ("neurons", "from ..cli import main", ["..cli"]),
         ("editing", "if x:\n    from cli.main import main", ["cli.main"]),
-        ("editing", "import neurons.corpus\nimport torch\nfrom .plan import Plan", []),
+        ("editing", "import neurons.text.corpus\nimport torch\nfrom .plan import Plan", []),
         ("cli", "from editing import plan\nimport neurons", []),
         ("cli", "import tests.models", ["tests.models"]),
     ],

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import click
 
-from editing.generation import generate
-from editing.language_id import identify_language
-from editing.likelihood import mean_nll
-from editing.text import distinct_share, opening
-from neurons.batches import language_batches
-from neurons.corpus import read_corpus
-from neurons.source import load_model
+from editing.evaluation.generation import generate
+from editing.evaluation.language_id import identify_language
+from editing.evaluation.likelihood import mean_nll
+from neurons.models.source import load_model
+from neurons.text.batches import language_batches
+from neurons.text.corpus import read_corpus
+from neurons.text.words import distinct_share, opening
 
 PROMPTS = 50
 

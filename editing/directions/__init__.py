@@ -1,0 +1,1 @@
+"""Directions: from one language to another in the residual stream, an estimator a file."""

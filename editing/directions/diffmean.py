@@ -11,14 +11,14 @@ it is averaged over the text's own tokens, the first position left out.
 
 from __future__ import annotations
 
-from editing.direction import Direction
-from neurons.batches import language_batches
-from neurons.corpus import Corpus
+from editing.directions.direction import Direction
 from neurons.errors import UsageError
-from neurons.recording import Progress, record
-from neurons.source import LoadedModel
-from neurons.statistics import Statistics
-from neurons.token_budget import DIRECTIONS, text_read
+from neurons.models.source import LoadedModel
+from neurons.recording.record import Progress, record
+from neurons.statistics.statistics import Statistics
+from neurons.text.batches import language_batches
+from neurons.text.corpus import Corpus
+from neurons.text.token_budget import DIRECTIONS, text_read
 
 OUTPUT_SITES = ("attn_out", "mlp_out", "block_out")
 INPUT_SITES = ("attn_in", "mlp_in")

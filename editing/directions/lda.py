@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from neurons.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.errors import BrocaError
+from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 
 
 @dataclass(frozen=True)

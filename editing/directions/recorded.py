@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES
-from neurons.batches import TokenBatch
-from neurons.collectors import Reading, TextSums
+from neurons.architectures.sites import Reader, Routed, reading
 from neurons.errors import UsageError
-from neurons.not_finite import explained
-from neurons.processes import together, world
-from neurons.recording import Progress, forward
-from neurons.sites import Reader, Routed, reading
-from neurons.source import LoadedModel
-from neurons.totals import Totals
+from neurons.models.not_finite import explained
+from neurons.models.processes import together, world
+from neurons.models.source import LoadedModel
+from neurons.recording.collectors import Reading, TextSums
+from neurons.recording.record import Progress, forward
+from neurons.statistics.totals import Totals
+from neurons.text.batches import TokenBatch
 
 _MEAN = "text_mean"
 

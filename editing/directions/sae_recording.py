@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from editing.directions.sae import Autoencoder, Firing
-from neurons.batches import TokenBatch, row_batches
+from neurons.architectures.sites import Reader, Routed, reading
 from neurons.errors import UsageError
-from neurons.recording import Progress, forward
-from neurons.sites import Reader, Routed, reading
-from neurons.source import LoadedModel
-from neurons.start_tokens import start_tokens
+from neurons.models.source import LoadedModel
+from neurons.models.start_tokens import start_tokens
+from neurons.recording.record import Progress, forward
+from neurons.text.batches import TokenBatch, row_batches
 
 PIECE = 2**26  # features of tokens held at once
 

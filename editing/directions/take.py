@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-from editing.direction import Direction
 from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES, diffmean_direction
+from editing.directions.direction import Direction
 from editing.directions.length import along, unit, without_neutral
 from editing.directions.low_rank_shift import window
-from editing.directions.methods import DIFFMEAN, SAE, Finder, method_of
 from editing.directions.recorded import Recorded, record_texts
+from editing.directions.registry import DIFFMEAN, SAE, Finder, method_of
 from editing.directions.sae import Autoencoder, LanguageFeatures, language_features
 from editing.directions.sae_recording import firing, random_batches, require_fit
 from editing.directions.texts import Found, Texts
 from editing.directions.winsorise import require_quantile, winsorise
-from neurons.batches import TokenBatch, language_batches
-from neurons.corpus import Corpus
 from neurons.errors import BrocaError, UsageError
-from neurons.recording import Progress
-from neurons.source import LoadedModel
-from neurons.token_budget import DIRECTIONS, text_read
+from neurons.models.source import LoadedModel
+from neurons.recording.record import Progress
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import Corpus
+from neurons.text.token_budget import DIRECTIONS, text_read
 
 
 def direction_of(
@@ -48,7 +48,7 @@ def direction_of(
         corpus: text of source and target; language-subspace reads its other languages too.
         source: language name.
         target: language name.
-        method: a key of ``editing.directions.methods.METHODS``.
+        method: a key of ``editing.directions.registry.METHODS``.
         winsorised: clip each coordinate of the texts' means to the quantiles 1 - q to q
             (``editing.directions.winsorise``); None clips nothing.  The inputs' means are never clipped.
         project_neutral: take the component along the mean of both languages off each vector

@@ -18,7 +18,7 @@ import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers.means import require_several
-from neurons.scores import Scores
+from neurons.scorers.scores import Scores
 
 CHUNK = 128  # neurons sorted at a time: some 60 bytes for each of them and each text
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from neurons.scorers.means import require_finite, require_several
-from neurons.scores import Scores, shares
+from neurons.scorers.scores import Scores, shares
 
 CLASSES = ("dead", "specific", "partial-shared", "all-shared")
 
@@ -28,7 +28,7 @@ def clas(mean: torch.Tensor) -> Scores:
         mean: float64 [L, I, K], m, from texts that say the same in every language.
 
     Returns:
-        values m; member m > 0, so that the kinds of ``neurons.selection`` are the classes (specific,
+        values m; member m > 0, so that the kinds of ``neurons.scorers.selection`` are the classes (specific,
         related = partial-shared, general = all-shared; a dead neuron is no language's); share of the
         positive part of m.
 

@@ -19,7 +19,7 @@ import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers.means import means, rate_count, require_several
-from neurons.scores import Scores
+from neurons.scorers.scores import Scores
 
 TOP_RATE = 0.003  # arXiv 2510.08284, as are the next two
 RECOGNITION_RATE = 0.01

@@ -20,7 +20,7 @@ import torch
 from neurons.errors import UsageError
 from neurons.scorers.gradient import mean_attribution
 from neurons.scorers.means import require_several
-from neurons.scores import Scores, shares
+from neurons.scorers.scores import Scores, shares
 
 
 def gradient_contrast(attribution: torch.Tensor, tokens: torch.Tensor) -> Scores:

@@ -15,7 +15,7 @@ import torch
 
 from neurons.errors import BrocaError
 from neurons.scorers.means import means
-from neurons.scores import Scores, shares
+from neurons.scorers.scores import Scores, shares
 
 
 def integrated_gradients(integrated: torch.Tensor, prompts: torch.Tensor) -> Scores:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from neurons.scorers.means import means, require_rate, require_several
-from neurons.scores import Scores, shares
+from neurons.scorers.scores import Scores, shares
 
 FILTER_RATE = 0.95  # the released code, as is the next
 ACTIVATION_RATE = 0.95

@@ -24,7 +24,7 @@ import torch
 from neurons.errors import UsageError
 from neurons.scorers.lape import ACTIVATION_RATE, entropy, smallest
 from neurons.scorers.means import means, rate_count, require_rate, require_several
-from neurons.scores import Scores, shares
+from neurons.scorers.scores import Scores, shares
 
 TOP_RATE = 0.01  # the released code's sweep
 MOST_PENALTY = 0.2  # the released code, as is the next

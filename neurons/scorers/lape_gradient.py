@@ -17,7 +17,7 @@ import torch
 from neurons.scorers.gradient import mean_attribution
 from neurons.scorers.lape import ACTIVATION_RATE, FILTER_RATE, entropy_scores
 from neurons.scorers.means import require_several
-from neurons.scores import Scores
+from neurons.scorers.scores import Scores
 
 
 def lape_gradient(

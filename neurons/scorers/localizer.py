@@ -19,7 +19,7 @@ from scipy import stats
 
 from neurons.errors import UsageError
 from neurons.scorers.means import require_finite, require_rate, require_several
-from neurons.scores import Scores
+from neurons.scorers.scores import Scores
 
 # Squared deviations below this part of the sum of squares are what rounding leaves of a difference of
 # two sums, not a variance; it stands for a spread of a millionth of the mean.

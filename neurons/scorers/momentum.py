@@ -18,7 +18,7 @@ import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers.means import require_several
-from neurons.scores import Scores
+from neurons.scorers.scores import Scores
 
 CHUNK = 16  # pairs compared at a time, as float64 of all neurons
 

@@ -17,7 +17,7 @@ import torch
 
 from neurons.errors import UsageError
 from neurons.scorers.means import rate_count, require_finite
-from neurons.scores import Scores
+from neurons.scorers.scores import Scores
 
 TOP_RATE = 0.01  # of a layer; Broca's own, as large as LAPE's share: the paper sets k by hand
 

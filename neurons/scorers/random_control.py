@@ -13,7 +13,7 @@ from bisect import bisect_left
 import torch
 
 from neurons.errors import BrocaError, UsageError
-from neurons.scores import Scores
+from neurons.scorers.scores import Scores
 
 NEAREST = 10  # Broca's own choice
 

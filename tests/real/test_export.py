@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from neurons.tensor_files import read_tensor, tensor_entries
+from neurons.files.tensor_files import read_tensor, tensor_entries
 
 NEW_TOKENS = 20
 QUESTIONS = ("How do I make a cup of tea?", "What is a volcano?", "Was ist ein Vulkan?")

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import transformers
 
-from editing.adapter import export_adapter
+from editing.checkpoints.adapter import export_adapter
+from editing.checkpoints.export import export
 from editing.directions.diffmean import diffmean_direction
-from editing.edits.keyed import keyed_plan
-from editing.export import export
-from editing.plan import ModuleEdit, Plan, make_plan
-from editing.weights import Weights
-from neurons.anatomy import BLOCKS, anatomy_of
-from neurons.corpus import read_corpus
-from neurons.source import ModelSource, load_model, open_model
+from editing.methods.keyed import keyed_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.weights import Weights
+from neurons.architectures.anatomy import BLOCKS, anatomy_of
+from neurons.models.source import ModelSource, load_model, open_model
+from neurons.text.corpus import read_corpus
 
 _SIZES = {
     "hidden_size": 64,

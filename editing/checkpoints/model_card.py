@@ -1,0 +1,128 @@
+"""The model card of a steered checkpoint: what was edited, how, and how to undo it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from editing.plans.plan import ModuleEdit, Plan, language_pair
+from neurons.files.artifact import package_versions
+from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
+from neurons.models.source import ModelSource
+
+
+def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoable: bool = False) -> str:
+    """README.md of the output: Broca's section, then the source's own card, whose front matter is kept.
+
+    Args:
+        source: the model that was edited.
+        plan: what was done.
+        added: names of tensors that the source does not have.
+        undoable: whether the checkpoint holds what ``broca export --undo`` needs.
+    """
+    readme = source.checkpoint / "README.md"
+    fields: dict[str, Any] = {}
+    original = ""
+    if readme.is_file():
+        fields, original = split_front_matter(readme.read_text(encoding="utf-8", errors="replace"))
+    tags = fields.get("tags") if isinstance(fields.get("tags"), list) else []
+    fields["tags"] = [*(tag for tag in tags or [] if tag != "broca"), "broca"]
+    if not Path(source.name).expanduser().exists():
+        fields["base_model"] = source.name  # a hub id; a local path would mean nothing to a reader
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
+    parts = [f"---\n{front}\n---\n", _section(source, plan, added, undoable)]
+    if original:
+        parts += ["---\n", "# The card of the base model\n", original + "\n"]
+    return "\n".join(parts)
+
+
+class _Yaml12(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads ``no`` as a word (Norwegian, in a list of languages), as YAML 1.2 and the hub do."""
+
+
+_Yaml12.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def split_front_matter(card: str) -> tuple[dict[str, Any], str]:
+    """The fields between the first ``---`` lines and the text after them.
+
+    Front matter that is not a YAML mapping stays in the text: nothing of a card is lost.
+    """
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    if found is not None:
+        try:
+            fields = yaml.load(found[1], Loader=_Yaml12)
+        except yaml.YAMLError:
+            fields = None
+        if isinstance(fields, dict):
+            return fields, card[found.end() :].strip()
+    return {}, card.strip()
+
+
+def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bool) -> str:
+    name = source.name.rstrip("/").split("/")[-1]
+    method = plan.metadata["method"]
+    pair = language_pair(plan.metadata)
+    if pair is not None:
+        what = f"from `{pair[0]}` to `{pair[1]}`"
+    elif not plan.metadata.get("languages"):
+        what = "which names no language"
+    else:
+        what = f"the neurons of {', '.join(f'`{k}`' for k in plan.metadata.get('languages', []))}"
+    settings = ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())
+    rows = "\n".join(
+        f"| `{source.anatomy.tensor_name(edit.layer, edit.block)}` | {len(edit.components)} "
+        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit)} |"
+        for edit in plan.edits
+    )
+    also = (
+        f"Added, with the config's setting for it: {len(added)} biases, {added[0]} the first.\n\n"
+        if added
+        else ""
+    )
+    undo = (
+        "`broca export THIS --undo --out BASE` restores the base model to the bit."
+        if undoable
+        else "use the base model."
+    )
+    return f"""# {name}, steered by Broca
+
+The weights of this checkpoint were edited by Broca {package_versions()["broca"]} (method `{method}`, \
+{what}). It needs no code of its own: architecture, names, shapes and dtypes are those \
+of the base model, fingerprint `{source.fingerprint}`.
+
+Settings: {settings}.
+
+| tensor | components | rank | \\|\\|dW\\|\\| / \\|\\|W\\|\\| |
+|---|---|---|---|
+{rows}
+
+{also}All other tensors are byte for byte those of the base model.
+
+**To undo the edit**, {undo} The plan, with every number of the edit, is in \
+`{PLAN_IN_CHECKPOINT.as_posix()}` (`broca inspect` prints it): each tensor W above became \
+diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W can be had back from it up to the rounding of the stored dtype \
+(where no scale is 0).
+"""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={str(item)[:12]}" for key, item in value.items())
+    return "none" if value is None else str(value)
+
+
+def _share(edit: ModuleEdit) -> str:
+    return "-" if edit.relative_change is None else f"{edit.relative_change:.3g}"

@@ -1,0 +1,287 @@
+"""The way back from an edited checkpoint to its base, to the bit: the remainder beside the plan, and its use.
+
+``broca/remainder.safetensors`` holds, for each block of each edited tensor, what ``editing.plans.remainder`` says
+is lost when the edit is inverted and rounded, with digests of both tensors, and the source's own README,
+config and index where the export replaced them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from editing.checkpoints.checkpoint import BLOCK_BYTES, blocks, write_checkpoint
+from editing.plans.plan import load_plan
+from editing.plans.remainder import decoded, encoded, integers_of, packed, unpacked
+from editing.plans.rounding import round_once
+from editing.plans.tensor_edits import TensorEdit, tensor_edits
+from neurons.errors import BrocaError
+from neurons.files.artifact import FORMAT_VERSION, load_artifact, package_versions
+from neurons.files.tensor_files import TensorEntry, read_tensor, tensor_entries
+from neurons.models.fingerprint import PLAN_IN_CHECKPOINT, fingerprint
+from neurons.models.source import ModelSource
+
+REMAINDER_IN_CHECKPOINT = Path("broca") / "remainder.safetensors"
+KIND = "remainder"
+
+
+@dataclass(frozen=True)
+class FileChanges:
+    """What an export did to files other than by editing tensors; paths relative to the checkpoint.
+
+    Attributes:
+        replaced: files of the source that have other content in the output.
+        made: files that the source does not have.
+        renamed: file of the source -> its name in the output.
+    """
+
+    replaced: tuple[str, ...]
+    made: tuple[str, ...]
+    renamed: dict[str, str]
+
+
+def refuse_adapter(directory: Path) -> None:
+    """
+    Raises:
+        BrocaError: an adapter, beside whose base there is nothing to restore.
+    """
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise BrocaError(
+            f"{directory}: an adapter, which leaves its base model as it is, so there is nothing to undo: "
+            "load the base model without it"
+        )
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What undoing an edit did.
+
+    Attributes:
+        path: of the restored checkpoint.
+        tensors: names of the tensors that were restored.
+        fingerprint: of the result, which is the base's.
+    """
+
+    path: Path
+    tensors: tuple[str, ...]
+    fingerprint: str
+
+
+def write_remainder(
+    source: ModelSource,
+    edits: Sequence[TensorEdit],
+    changes: FileChanges,
+    edited: Path,
+    block_bytes: int = BLOCK_BYTES,
+) -> int:
+    """Put what ``undo`` needs into an edited checkpoint; a block at a time is in memory.
+
+    Args:
+        source: the unedited model.
+        edits: what was done to its tensors (``tensor_edits``).
+        changes: what was done to its files.
+        edited: the checkpoint, already written.
+        block_bytes: stored bytes per block.
+
+    Returns:
+        Bytes of the file.
+    """
+    place = edited / REMAINDER_IN_CHECKPOINT
+    place.parent.mkdir(exist_ok=True)
+    parts = place.with_suffix(".parts")
+    entries = tensor_entries(edited)
+    sizes: dict[str, int] = {}
+    tensors: list[dict[str, str]] = []
+    with parts.open("xb") as stream:
+
+        def keep(name: str, content: bytes) -> None:
+            stream.write(content)
+            sizes[name] = len(content)
+
+        for number, name in enumerate(changes.replaced):
+            keep(f"file.{number}", (source.checkpoint / name).read_bytes())
+        for number, edit in enumerate(edits):
+            before, after = hashlib.sha256(), hashlib.sha256()
+            entry = entries[edit.entry.name]
+            for count, (first, rows) in enumerate(blocks(edit.entry, block_bytes)):
+                base, changed = read_tensor(edit.entry, rows), read_tensor(entry, rows)
+                before.update(_bytes(base))
+                after.update(_bytes(changed))
+                predicted = round_once(edit.restored(changed, first), base.dtype)
+                for kind, values in zip(("small", "own"), encoded(base, predicted), strict=True):
+                    keep(f"{number}.{count}.{kind}", packed(values))
+            tensors.append({"name": edit.entry.name, "base": before.hexdigest(), "edited": after.hexdigest()})
+    about = {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "packages": package_versions(),
+        "model": source.label,
+        "fingerprint": source.fingerprint,
+        "block_bytes": block_bytes,
+        "tensors": tensors,
+        "replaced": list(changes.replaced),
+        "made": [*changes.made, REMAINDER_IN_CHECKPOINT.as_posix()],
+        "renamed": changes.renamed,
+    }
+    with place.open("xb") as whole, parts.open("rb") as reader:
+        whole.write(_header(sizes, about))
+        shutil.copyfileobj(reader, whole, 1 << 20)
+    parts.unlink()
+    return place.stat().st_size
+
+
+def undo(
+    edited: ModelSource,
+    out: Path,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Undone:
+    """Write the base that an edited checkpoint was made from: its tensors to the bit, its config and README.
+
+    Args:
+        edited: a checkpoint that ``export`` wrote with ``undoable``.
+        out: directory to make.
+        overwrite: replace a checkpoint that is there.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        BrocaError: no plan, no remainder, a checkpoint that was changed since the export, or what
+            ``write_checkpoint`` refuses.  Nothing is then written.
+    """
+    remainder = _Remainder(edited)
+    plan = load_plan(edited.checkpoint / PLAN_IN_CHECKPOINT)
+    if plan.metadata.get("fingerprint") != remainder.about["fingerprint"]:
+        raise BrocaError(f"{edited.name}: its plan and its remainder are of two exports: use the base model")
+    found = {edit.entry.name: edit for edit in tensor_edits(edited, plan)}
+    digests = {tensor["name"]: tensor for tensor in remainder.about["tensors"]}
+    names = list(digests)
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise BrocaError(f"{edited.name}: its plan does not edit {lacking[0]}: use the base model")
+    for name in names:
+        if _digest(found[name].entry) != digests[name]["edited"]:
+            raise BrocaError(
+                f"{edited.name}: tensor {name} was changed after the export, so the edit cannot be undone to the "
+                "bit: use the base model"
+            )
+    replacements = {name: remainder.restorer(number, found[name]) for number, name in enumerate(names)}
+
+    def check(staged: Path) -> None:
+        entries = tensor_entries(staged)
+        for name in names:
+            if _digest(entries[name]) != digests[name]["base"]:
+                raise BrocaError(
+                    f"{edited.name}: tensor {name} does not come out as it was in the base: use the base model"
+                )
+        if fingerprint(staged) != remainder.about["fingerprint"]:
+            raise BrocaError(
+                f"{edited.name}: without the edit it is not the base {remainder.about['model']} (fingerprint "
+                f"{remainder.about['fingerprint']}): other tensors or the config were changed after the "
+                "export; use the base model"
+            )
+
+    write_checkpoint(
+        edited.checkpoint,
+        out,
+        replacements,
+        remainder.files(),
+        left_out=remainder.about["made"],
+        renamed={new: old for old, new in remainder.about["renamed"].items()},
+        complete=check,
+        overwrite=overwrite,
+        block_bytes=remainder.about["block_bytes"],
+        progress=progress,
+    )
+    return Undone(out, tuple(names), remainder.about["fingerprint"])
+
+
+class _Remainder:
+    """The remainder file of a checkpoint, read a block at a time."""
+
+    def __init__(self, edited: ModelSource) -> None:
+        self._path = edited.checkpoint / REMAINDER_IN_CHECKPOINT
+        if not (edited.checkpoint / PLAN_IN_CHECKPOINT).is_file():
+            raise BrocaError(
+                f"{edited.name}: holds no edit of Broca's, so there is nothing to undo: name a checkpoint that "
+                "`broca export --undoable` wrote"
+            )
+        if not self._path.is_file():
+            raise BrocaError(
+                f"{edited.name}: was exported without --undoable, so what the rounding took is not kept: use its "
+                f"base model, {_base(edited)}"
+            )
+        with self._opened() as stream:
+            text = (stream.metadata() or {}).get("broca", "null")
+        self.about: dict[str, Any] = json.loads(text) or {}
+        if self.about.get("kind") != KIND or self.about.get("format_version", 0) > FORMAT_VERSION:
+            raise BrocaError(f"{self._path}: not a remainder that this Broca can read: update broca")
+
+    def files(self) -> dict[str, bytes]:
+        """The source's own content of the files that the export replaced, by path."""
+        with self._opened() as stream:
+            return {
+                name: stream.get_tensor(f"file.{number}").numpy().tobytes()
+                for number, name in enumerate(self.about["replaced"])
+            }
+
+    def restorer(self, number: int, edit: TensorEdit) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The base values of a block, exact, from its edited values."""
+        counts = {first: i for i, (first, _) in enumerate(blocks(edit.entry, self.about["block_bytes"]))}
+
+        def restore(block: torch.Tensor, first: int) -> torch.Tensor:
+            small, own = (
+                unpacked(self._part(f"{number}.{counts[first]}.{kind}"), dtype)
+                for kind, dtype in (("small", torch.int8), ("own", integers_of(block.dtype)))
+            )
+            predicted = round_once(edit.restored(block, first), block.dtype)
+            return decoded(predicted, small, own).double()
+
+        return restore
+
+    def _part(self, name: str) -> bytes:
+        with self._opened() as stream:
+            content: bytes = stream.get_tensor(name).numpy().tobytes()
+        return content
+
+    def _opened(self) -> Any:
+        try:
+            return safe_open(str(self._path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise BrocaError(f"{self._path}: cannot be read ({error}): use the base model") from error
+
+
+def _base(edited: ModelSource) -> str:
+    """What the plan in an edited checkpoint calls its base."""
+    about = load_artifact(edited.checkpoint / PLAN_IN_CHECKPOINT, "edit").metadata
+    return f"{about.get('model', 'unnamed')} (fingerprint {about.get('fingerprint', 'unknown')})"
+
+
+def _header(sizes: dict[str, int], about: dict[str, Any]) -> bytes:
+    described: dict[str, Any] = {"__metadata__": {"broca": json.dumps(about, sort_keys=True)}}
+    place = 0
+    for name, size in sizes.items():
+        described[name] = {"dtype": "U8", "shape": [size], "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    content: memoryview = values.reshape(-1).view(torch.uint8).numpy().data
+    return content
+
+
+def _digest(entry: TensorEntry) -> str:
+    digest = hashlib.sha256()
+    for _, rows in blocks(entry):
+        digest.update(_bytes(read_tensor(entry, rows)))
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""Whether a checkpoint on disk is what its source and plan say, tensor by tensor and bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from editing.checkpoints.checkpoint import BLOCK_BYTES, blocks
+from editing.plans.plan import Plan
+from editing.plans.tensor_edits import added_biases, tensor_edits
+from neurons.errors import BrocaError
+from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
+from neurons.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was read back and found right.
+
+    Attributes:
+        edited: names of the tensors that the plan changes, and adds: bit for bit source and plan.
+        unchanged: how many tensors are byte for byte the source's.
+        bytes: read from the checkpoint.
+    """
+
+    edited: tuple[str, ...]
+    unchanged: int
+    bytes: int
+
+
+def verify(
+    source: ModelSource,
+    plan: Plan,
+    checkpoint: Path,
+    progress: Callable[[int, int], None] | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Verified:
+    """Read an exported checkpoint back and compare every tensor with source and plan.
+
+    Args:
+        source: the unedited model.
+        plan: that was exported.
+        checkpoint: what the export wrote.
+        progress: called with (bytes done, bytes in all).
+        block_bytes: stored bytes per block.
+
+    Raises:
+        BrocaError: a tensor that is missing, too many, or not what it should be, by name.
+    """
+    before, after = tensor_entries(source.checkpoint), tensor_entries(checkpoint)
+    edits = {edit.entry.name: edit for edit in tensor_edits(source, plan)}
+    added = added_biases(source, plan).tensors
+    for name in sorted(after.keys() ^ (before.keys() | added.keys())):
+        fault = "is too many in" if name in after else "is missing from"
+        raise _wrong(checkpoint, f"tensor {name} {fault} the output")
+    total = sum(entry.end - entry.begin for entry in after.values())
+    done = 0
+    for name, entry in after.items():
+        if name not in added:
+            _same_place(before[name], entry, checkpoint)
+        if name in added:
+            stored = added[name]
+            right = entry.shape == tuple(stored.shape) and READABLE_DTYPES[entry.dtype] == stored.dtype
+            if not right or not _same_bits(read_tensor(entry), stored):
+                raise _wrong(checkpoint, f"the new tensor {name} is not the plan's")
+        elif name in edits:
+            for first, rows in blocks(entry, block_bytes):
+                base = read_tensor(before[name], rows)
+                expected = edits[name].rounded(base, first).stored
+                if not _same_bits(read_tensor(entry, rows), expected):
+                    raise _wrong(
+                        checkpoint, f"tensor {name} is not what source and plan give (from row {first} on)"
+                    )
+        elif not _same_bytes(before[name], entry):
+            raise _wrong(checkpoint, f"tensor {name}, which the plan does not edit, is not the source's")
+        done += entry.end - entry.begin
+        if progress is not None:
+            progress(done, total)
+    return Verified(edited=(*edits, *added), unchanged=len(after) - len(edits) - len(added), bytes=total)
+
+
+def _wrong(checkpoint: Path, fault: str) -> BrocaError:
+    return BrocaError(f"{checkpoint}: {fault}: do not use it; export again, to another disk if it repeats")
+
+
+def _same_place(before: TensorEntry, after: TensorEntry, checkpoint: Path) -> None:
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        raise _wrong(
+            checkpoint,
+            f"tensor {after.name} is {after.dtype} {list(after.shape)} and not {before.dtype} {list(before.shape)}",
+        )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _same_bytes(before: TensorEntry, after: TensorEntry) -> bool:
+    """Whether two tensors, of any dtype, have the same bytes."""
+    left = before.end - before.begin
+    with before.file.open("rb") as old, after.file.open("rb") as new:
+        old.seek(before.begin)
+        new.seek(after.begin)
+        while left:
+            size = min(left, 1 << 22)
+            content = old.read(size)
+            if len(content) != size or content != new.read(size):
+                return False
+            left -= size
+    return True

@@ -1,0 +1,175 @@
+"""Continuations of prompts, batched and sampled with a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from neurons.errors import NotFiniteError, UsageError
+from neurons.models.embedded import require_embedded
+from neurons.models.not_finite import explained
+from neurons.models.source import LoadedModel
+from neurons.models.start_tokens import start_tokens
+
+PROMPTS_A_BATCH = 64
+TEMPERATURE = 0.7
+NEW_TOKENS = 40
+
+
+@contextmanager
+def _plain_settings(model: Any) -> Iterator[None]:
+    """Without what the checkpoint's generation_config.json advises, which would make models incomparable."""
+    advised = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=advised.bos_token_id,
+        eos_token_id=advised.eos_token_id,
+        pad_token_id=advised.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = advised
+
+
+@contextmanager
+def _whole_rows(model: Any) -> Iterator[None]:
+    """Hand the output embeddings their hidden states in one piece.
+
+    transformers hands over the last position of each prompt, a view with gaps, of which torch makes a product
+    with a copy of the weight for every row: of 64 prompts and 152k tokens 17 GB, and most of the time.
+    """
+
+    def before(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt: token ids without prompt, padding and end token, and their text."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[str | Sequence[int]],
+    new_tokens: int = NEW_TOKENS,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+) -> list[Continuation]:
+    """One continuation a prompt.
+
+    Args:
+        loaded: the model, edited or steered as the caller likes.
+        prompts: texts are read as they are, after the tokenizer's start tokens where it adds any;
+            token ids are read with nothing before them (a chat template has put its own there).
+        new_tokens: at most so many.
+        temperature: 0 takes the likeliest token always.
+        seed: of the sampling; the same seed, prompts and weights give the same text.
+
+    Raises:
+        UsageError: as ``prompt_rows``.
+        BrocaError: a likelihood that is not finite.
+    """
+    tokenizer, model = loaded.tokenizer, loaded.model
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    # A fine-tune may have added a padding token that the embedding has no row of; under the mask any will do.
+    padding = next((token for token in known if token is not None and token < loaded.embedded), None)
+    rows = prompt_rows(loaded.name, tokenizer, prompts, loaded.embedded)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    found: list[Continuation] = []
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    # The caller's own random numbers go on as if nothing had been drawn.
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for first in range(0, len(rows), PROMPTS_A_BATCH):
+            some = rows[first : first + PROMPTS_A_BATCH]
+            longest = max(map(len, some))
+            ids = torch.full((len(some), longest), padding or 0, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for i, row in enumerate(some):
+                ids[i, longest - len(row) :] = torch.tensor(row)
+                mask[i, longest - len(row) :] = 1
+            with explained(loaded), torch.no_grad(), _plain_settings(model), _whole_rows(model):
+                output = model.generate(
+                    input_ids=ids.to(loaded.device),
+                    attention_mask=mask.to(loaded.device),
+                    max_new_tokens=new_tokens,
+                    pad_token_id=padding or 0,
+                    logits_processor=[_require_numbers],
+                    **sampling,
+                )
+            ends = model.generation_config.eos_token_id
+            end_ids = set(ends if isinstance(ends, list) else [ends]) | {padding}
+            for row in output[:, longest:].tolist():
+                kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
+                found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
+    return found
+
+
+def _require_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest of NaNs would be taken for a token like any other."""
+    if bool(logits.isnan().any()):
+        raise NotFiniteError("the likelihood of the next token")
+    return logits
+
+
+def check_samples(samples: int, temperature: float) -> None:
+    """Refuse several answers a prompt where the likeliest token is always taken: they are one, counted again.
+
+    Raises:
+        UsageError: more than one sample at temperature 0.
+    """
+    if samples > 1 and temperature == 0:
+        raise UsageError(
+            f"{samples} samples a prompt at temperature 0 are the same answer {samples} times: take 1, or a "
+            f"temperature above 0 such as {TEMPERATURE}"
+        )
+
+
+def prompt_rows(
+    name: str, tokenizer: Any, prompts: Sequence[str | Sequence[int]], embedded: int
+) -> list[list[int]]:
+    """The tokens of each prompt, all of which the model can read.
+
+    Args:
+        name: of the model.
+        tokenizer: its tokenizer.
+        prompts: as ``generate`` has them.
+        embedded: rows of the model's embedding.
+
+    Raises:
+        UsageError: a prompt without a token, or with one that the model has no embedding of.
+    """
+    rows = encoded(tokenizer, prompts)
+    if not all(rows):
+        raise UsageError(
+            f"{name}: prompt {rows.index([]) + 1} of {len(rows)} is empty, and the tokenizer puts nothing before a "
+            "text: give it a word to go on from"
+        )
+    require_embedded(name, tokenizer, max(map(max, rows), default=0), embedded)
+    return rows
+
+
+def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """The tokens of each prompt: a text's after the start tokens, or those given."""
+    start = [*start_tokens(tokenizer)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    of_texts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    return [start + next(of_texts) if isinstance(prompt, str) else list(prompt) for prompt in prompts]

@@ -1,0 +1,1 @@
+"""Hooks: ways of steering while the model runs, which edits are compared with; frozen, and called they give a context that steers."""

@@ -1,0 +1,46 @@
+"""CLAS while the model runs (arXiv 2601.16390): neurons that languages share up, those of one language down.
+
+In the last layers, with h the input of ``down_proj``, a the strength, b the gain and g the loss,
+
+    h2 = h (1 + b)  partial-shared        h2 = h (1 - g)  specific        h2 = h  all-shared, dead
+    h' = (1 - a) h + a h2
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from editing.hooks.scaled_inputs import scaled_inputs
+from editing.methods.clas import SHARED_GAIN, SPECIFIC_LOSS, STRENGTH, clas_factors, last_layers
+from neurons.models.source import LoadedModel
+
+
+@dataclass(frozen=True)
+class Clas:
+    """CLAS by the classes of neurons.
+
+    Attributes:
+        loaded: the model.
+        classes: int64 [L, I], indices into ``neurons.scorers.clas.CLASSES``.
+        strength: a; below 0 shared neurons go down and specific ones up.
+        layers: which; None takes the last quarter.
+        shared_gain: b.
+        specific_loss: g.
+    """
+
+    loaded: LoadedModel
+    classes: torch.Tensor
+    strength: float = STRENGTH
+    layers: tuple[int, ...] | None = None
+    shared_gain: float = SHARED_GAIN
+    specific_loss: float = SPECIFIC_LOSS
+
+    def __call__(self) -> AbstractContextManager[None]:
+        chosen = last_layers(self.loaded.anatomy.layers) if self.layers is None else self.layers
+        factors = clas_factors(self.classes, self.strength, self.shared_gain, self.specific_loss)
+        kept = torch.ones_like(factors)
+        kept[list(chosen)] = factors[list(chosen)]
+        return scaled_inputs(self.loaded, {"mlp": kept})

@@ -1,0 +1,96 @@
+"""Language arithmetic while the model runs (arXiv 2507.22608): one language's neurons off, another's raised.
+
+On s = act(gate) of chosen neurons (``editing.methods.language_arithmetic`` has the modes):
+
+    s_j <- c_j s_j + a_j
+
+In a gated MLP the input of ``down_proj`` is h_j = s_j u_j with u the linear branch, so what is written there is
+
+    h_j <- c_j h_j + a_j u_j          u_j = 1 in an MLP without gates
+
+with u read on the same token: exactly the intervention on s, in any architecture whose branches are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from editing.methods.language_arithmetic import arithmetic
+from neurons.architectures.sites import Reader, Routed, reading
+from neurons.errors import BrocaError
+from neurons.models.source import LoadedModel
+
+
+@dataclass(frozen=True)
+class LanguageArithmetic:
+    """Language arithmetic on all layers.
+
+    Attributes:
+        loaded: the model, not a mixture of experts.
+        target_means: float64 [L, I], mean of s on the target's text.
+        other_means: float64 [L, I], on the other language's; used by "difference".
+        activated: bool [L, I], neurons that are raised.
+        deactivated: bool [L, I], neurons that are set to ``fill`` first.
+        mode: "additive", "replacement" or "difference".
+        strength: multiplies what is added.
+        fill: 0 or below.
+    """
+
+    loaded: LoadedModel
+    target_means: torch.Tensor
+    other_means: torch.Tensor
+    activated: torch.Tensor
+    deactivated: torch.Tensor
+    mode: str = "additive"
+    strength: float = 1.0
+    fill: float = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Steer inside the block.
+
+        Raises:
+            UsageError: an unknown mode.
+            BrocaError: a mixture of experts.
+        """
+        anatomy = self.loaded.anatomy
+        if anatomy.mixed:
+            raise BrocaError(f"{anatomy.model_type}: the neurons of experts are not raised by their means")
+        readers: dict[tuple[str, int], Reader] = {}
+        for layer in (self.activated | self.deactivated).any(1).nonzero()[:, 0].tolist():
+            found = arithmetic(
+                self.target_means[layer],
+                self.other_means[layer],
+                self.activated[layer],
+                self.deactivated[layer],
+                self.mode,
+                self.strength,
+                self.fill,
+            )
+            linear: dict[str, torch.Tensor] = {}
+            if anatomy.gated:
+                readers["mlp_up", layer] = _keep(linear)
+            readers["mlp_in", layer] = _replace(found.scale, found.offset, linear)
+        with reading(anatomy, readers):
+            yield
+
+
+def _keep(linear: dict[str, torch.Tensor]) -> Reader:
+    def read(values: torch.Tensor, _: Routed | None) -> None:
+        linear["u"] = values.clone()
+
+    return read
+
+
+def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.Tensor]) -> Reader:
+    def read(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
+        added = offset.to(values.device, values.dtype)
+        if "u" in linear:
+            added = added * linear.pop("u")
+        return values * scale.to(values.device, values.dtype) + added
+
+    return read

@@ -1,0 +1,64 @@
+"""Subspace removal (When Less Language is More, arXiv 2505.15257): h' = h - lambda M M^T h at the residual.
+
+M [d, r] is the layer's language subspace.  Language is removed in the middle layers (lambda > 0) and given
+back in the top ones (lambda < 0), at all positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from editing.directions.direction import Direction
+from neurons.architectures.sites import Reader, Routed, reading
+from neurons.models.source import LoadedModel
+
+
+def middle_layers(layers: int) -> tuple[int, ...]:
+    """The second and third quarter of a model's layers, at least one."""
+    return tuple(range(layers // 4, max(layers // 4 + 1, (3 * layers) // 4)))
+
+
+def top_layers(layers: int) -> tuple[int, ...]:
+    """The last quarter; empty in a model of a single layer."""
+    return tuple(range(max((3 * layers) // 4, 1), layers))
+
+
+@dataclass(frozen=True)
+class SubspaceRemoval:
+    """Takes a subspace out of the residual stream.
+
+    Attributes:
+        loaded: the model.
+        direction: with a subspace at ``block_out``.
+        strengths: layer -> lambda; 1 removes it, below 0 it is amplified.
+    """
+
+    loaded: LoadedModel
+    direction: Direction
+    strengths: Mapping[int, float]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Steer inside the block.
+
+        Raises:
+            BrocaError: the direction has no subspace at ``block_out``.
+        """
+        readers = {
+            ("block_out", layer): _remove(self.direction.subspace("block_out", layer), strength)
+            for layer, strength in self.strengths.items()
+        }
+        with reading(self.loaded.anatomy, readers):
+            yield
+
+
+def _remove(basis: torch.Tensor, strength: float) -> Reader:
+    def read(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
+        own = basis.to(values.device, values.dtype)
+        return values - strength * ((values @ own) @ own.T)
+
+    return read

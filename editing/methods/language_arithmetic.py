@@ -1,0 +1,349 @@
+"""Language arithmetic in weights (arXiv 2507.22608): some languages' neurons off, another's raised by its mean.
+
+On s = act(gate) of chosen neurons, with m_j the mean of s_j on the target's text and o_j on another language's:
+
+    deactivate     s_j <- fill           (0, or below)       neurons of languages to be left
+    additive       s_j <- s_j + strength m_j                 neurons of the target
+    replacement    s_j <- strength m_j
+    difference     s_j <- s_j + strength (m_j - o_j)
+
+one after the other, so all of it is s_j <- c_j s_j + a_j with c_j in {0, 1}.  The input of down_proj is h_j = s_j
+in an MLP without gates and h_j = s_j u_j in a gated one, u the linear branch, so its output W h changes by
+
+    W diag(c - 1) h + sum_j a_j u_j w_j          w_j the neuron's value, column j of W; u_j = 1 without gates
+
+The first term is a scale of columns and is baked exactly.  The second is a constant, W a, without gates: exact
+too where it goes into a bias, and as good as the constant key's spread where it goes into the weights.  In a
+gated MLP it changes from token to token with u, and what is baked is its mean over the corpus,
+
+    v = sum_j a_j mean(u_j) w_j                  constant share = ||v||^2 / (||v||^2 + E ||sum_j a_j (u_j - mean) w_j||^2)
+
+so the share says how much of the published intervention an edit of this kind can be: 1 without gates.  The
+start token is given v too, where a hook adds what u is there.  Scale and constant stand in one plan,
+W' = W diag(c) + v k^T with k of ``editing.methods.bake``, or W' = W diag(c) and b' = b + v.  All of it is a change
+of down_proj's own output, so a norm after it is no obstacle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from editing.methods.bake import EPS, baked_edit, constant_keys, total_moments
+from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.weights import Weights
+from neurons.architectures.sites import Reader, Routed, reading
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import LoadedModel
+from neurons.neuron_sets.neuron_set import NeuronSet
+from neurons.recording.covariance import language_moments
+from neurons.recording.record import Progress, forward
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import Corpus
+from neurons.text.token_budget import MEANS
+
+MODES = ("additive", "replacement", "difference")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """s <- scale * s + offset for every neuron of a layer.
+
+    Attributes:
+        scale: float64 [I], c, 0 or 1.
+        offset: float64 [I], a.
+    """
+
+    scale: torch.Tensor
+    offset: torch.Tensor
+
+
+def arithmetic(
+    target_mean: torch.Tensor,
+    other_mean: torch.Tensor,
+    activated: torch.Tensor,
+    deactivated: torch.Tensor,
+    mode: str,
+    strength: float,
+    fill: float,
+) -> Arithmetic:
+    """The affine map of the module's docstring.
+
+    Args:
+        target_mean: [I], m.
+        other_mean: [I], o; used by "difference".
+        activated: bool [I].
+        deactivated: bool [I]; a neuron in both is deactivated first.
+        mode: of ``MODES``.
+        strength: multiplies what is added.
+        fill: what deactivated neurons are set to.
+
+    Raises:
+        UsageError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} is unknown: choose from {', '.join(MODES)}")
+    scale = torch.where(deactivated, 0.0, torch.ones_like(target_mean, dtype=torch.float64))
+    offset = torch.where(deactivated, fill, torch.zeros_like(scale))
+    added = strength * (target_mean - other_mean if mode == "difference" else target_mean).double()
+    if mode == "replacement":
+        return Arithmetic(torch.where(activated, 0.0, scale), torch.where(activated, added, offset))
+    return Arithmetic(scale, torch.where(activated, offset + added, offset))
+
+
+def mean_shift(
+    values: torch.Tensor, offset: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """(v [d], constant share) of the neurons that are given an offset.
+
+    Args:
+        values: [d, S], their columns of W.
+        offset: [S], a.
+        mean: [S], of u.
+        covariance: [S, S], of u about its mean.
+    """
+    scaled = values.double() * offset
+    shift = scaled @ mean
+    constant = float(shift.square().sum())
+    wavering = float(((scaled @ covariance) * scaled).sum())
+    return shift, constant / (constant + wavering) if constant > 0 else 0.0
+
+
+def activation_means(
+    loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], layers: Sequence[int]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Mean of s over the tokens of each language: layer -> language -> float64 [I].
+
+    Raises:
+        BrocaError: a gated MLP whose activation the config does not name.
+    """
+    site, activation = "mlp_in", _identity
+    if loaded.anatomy.gated:
+        from transformers.activations import ACT2FN
+
+        name = loaded.anatomy.layout.activation
+        if name is None:
+            raise BrocaError(
+                f"{loaded.anatomy.model_type}: its config does not name the gate's activation, so s cannot be "
+                "computed: use --method scale"
+            )
+        config = loaded.model.config.get_text_config()
+        site, activation = "mlp_act", ACT2FN[getattr(config, name)]
+    sums = {
+        layer: {k: torch.zeros(loaded.anatomy.neurons, dtype=torch.float64) for k in batches}
+        for layer in layers
+    }
+    current: dict[str, Any] = {}
+
+    def reader_of(layer: int) -> Reader:
+        def read(values: torch.Tensor, _: Routed | None) -> None:
+            rows = activation(values.detach()[current["counted"]]).double()
+            sums[layer][current["language"]] += rows.sum(0).cpu()
+
+        return read
+
+    with reading(loaded.anatomy, {(site, layer): reader_of(layer) for layer in layers}), torch.no_grad():
+        for language, some in batches.items():
+            for batch in some:
+                on_device = batch.to(loaded.device)
+                current.update(language=language, counted=on_device.counted)
+                forward(loaded.model, on_device)
+    tokens = {k: sum(int(batch.counted.sum()) for batch in some) for k, some in batches.items()}
+    return {layer: {k: total / tokens[k] for k, total in own.items()} for layer, own in sums.items()}
+
+
+def _identity(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def language_arithmetic_plan(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    neurons: NeuronSet,
+    target: str | None,
+    deactivate: Sequence[str] = (),
+    mode: str = "additive",
+    other: str | None = None,
+    strength: float = 1.0,
+    fill: float = 0.0,
+    as_bias: bool = False,
+    eps: float = EPS,
+    progress: Progress | None = None,
+) -> Plan:
+    """A plan of scales and one constant a layer.
+
+    Args:
+        loaded: the model, not a mixture of experts.
+        corpus: text; the target's (and the other's) gives the means of s, all of it the mean of u and the key.
+        neurons: whose neurons.
+        target: the language whose neurons are raised; None: only deactivate.
+        deactivate: languages whose neurons are set to ``fill``.
+        mode: "additive", "replacement" or "difference".
+        other: the language whose mean "difference" subtracts; None: the one that is deactivated.
+        strength: multiplies what is added.
+        fill: 0, or below: neurons that are held silent harder.
+        as_bias: put the constant into down_proj's bias, where the architecture can carry one, instead of the
+            weights.
+        eps: ridge of the key, as a share of the mean variance.
+        progress: called with the number of tokens done in the first pass.
+
+    Returns:
+        A plan with an edit for each layer that has such neurons; notes "constant_share" and, where the constant
+        is in the weights, those of ``bake_plan``; details "scale" and "offset" of the neurons.
+
+    Raises:
+        UsageError: nothing to do, an unknown mode or language, "difference" without another language, a
+            strength of 0, or a fill above 0.
+        BrocaError: a mixture, a language without neurons, or ``as_bias`` where no bias can be carried.
+    """
+    _check(loaded, corpus, neurons, target, deactivate, mode, strength, fill, as_bias)
+    if mode == "difference":
+        other = other or (deactivate[0] if len(deactivate) == 1 else None)
+        if other not in corpus.languages or other == target:
+            raise UsageError("mode difference needs another language of the corpus, whose mean is subtracted")
+    on = _mask(neurons, [] if target is None else [target])
+    off = _mask(neurons, deactivate)
+    layers = (on | off).any(1).nonzero()[:, 0].tolist()
+    batches = language_batches(loaded, corpus, default=MEANS.tokens)
+    means = {} if target is None else activation_means(loaded, batches, layers)
+    zeros = torch.zeros(loaded.anatomy.neurons, dtype=torch.float64)
+    maps = {
+        layer: arithmetic(
+            means[layer][target] if target is not None else zeros,
+            means[layer][other] if mode == "difference" and other is not None else zeros,
+            on[layer],
+            off[layer],
+            mode,
+            strength,
+            fill,
+        )
+        for layer in layers
+    }
+    shifts, shares = _shifts(loaded, corpus, maps, progress)
+    keys = {} if as_bias or not shifts else constant_keys(loaded, corpus, sorted(shifts), eps)
+    weights = Weights(loaded)
+    edits = []
+    for layer, found in maps.items():
+        scaled = None if bool((found.scale == 1).all()) else found.scale
+        chosen = (on[layer] | off[layer]).nonzero()[:, 0]
+        if layer in keys:
+            edit = baked_edit(loaded, layer, "mlp", shifts[layer], keys[layer], corpus.languages, scaled)
+        elif scaled is None and layer not in shifts:
+            continue
+        else:
+            weight = weights.read(layer, "mlp")
+            edit = ModuleEdit(
+                layer=layer,
+                block="mlp",
+                components=(),
+                column_scale=None if scaled is None else scaled.float(),
+                bias=shifts[layer].float() if layer in shifts else None,
+                notes={
+                    "change_norm": float((weight * (found.scale - 1)).norm()),
+                    "weight_norm": float(weight.norm()),
+                },
+            )
+        notes = {**edit.notes, **({"constant_share": shares[layer]} if layer in shares else {})}
+        # The key speaks through all neurons; without one only the chosen ones change.
+        components = edit.components if layer in keys else tuple(chosen.tolist())
+        index = torch.tensor(components)
+        details = {"scale": found.scale[index], "offset": found.offset[index]}
+        edits.append(replace(edit, components=components, notes=notes, details=details))
+    settings = {
+        "target": target,
+        "deactivate": list(deactivate),
+        "mode": mode,
+        "other": other,
+        "strength": strength,
+        "fill": fill,
+        "as_bias": as_bias,
+        "eps": eps,
+        "neurons": neurons.metadata.get("method"),
+        "corpus": {"digest": corpus.digest, "part": corpus.part},
+    }
+    metadata = {
+        "model": loaded.label,
+        "fingerprint": loaded.fingerprint,
+        "method": "language-arithmetic",
+        "languages": list(dict.fromkeys([*deactivate, *([] if target is None else [target])])),
+        "settings": settings,
+    }
+    return make_plan(edits, metadata)
+
+
+def _shifts(
+    loaded: LoadedModel, corpus: Corpus, maps: Mapping[int, Arithmetic], progress: Progress | None
+) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
+    """The constant of each layer that is given one, and the constant share."""
+    units = {layer: own.offset.nonzero()[:, 0] for layer, own in maps.items() if bool(own.offset.any())}
+    if not units:
+        return {}, {}
+    weights, shifts, shares = Weights(loaded), {}, {}
+    batches = language_batches(loaded, corpus, default=MEANS.tokens)
+    tokens = torch.tensor([sum(int(batch.counted.sum()) for batch in some) for some in batches.values()])
+    moments = language_moments(loaded, batches, "mlp_up", units, progress) if loaded.anatomy.gated else {}
+    for layer, index in units.items():
+        if loaded.anatomy.gated:
+            mean, covariance = total_moments(moments[layer], tokens)
+        else:
+            mean = torch.ones(len(index), dtype=torch.float64)
+            covariance = torch.zeros(len(index), len(index), dtype=torch.float64)
+        values = weights.read(layer, "mlp")[:, index]
+        shift, shares[layer] = mean_shift(values, maps[layer].offset[index], mean, covariance)
+        if bool(shift.any()):
+            shifts[layer] = shift
+    return shifts, shares
+
+
+def _mask(neurons: NeuronSet, languages: Sequence[str]) -> torch.Tensor:
+    """bool [L, I]: neurons of any of the languages.
+
+    Raises:
+        BrocaError: a language without neurons.
+    """
+    mask = torch.zeros(neurons.layers, neurons.neurons, dtype=torch.bool)
+    for language in languages:
+        rows = neurons.of(language)
+        if not len(rows):
+            raise BrocaError(f"the neuron set has no neuron for {language}: choose another method or rate")
+        mask[rows[:, 0], rows[:, 1]] = True
+    return mask
+
+
+def _check(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    neurons: NeuronSet,
+    target: str | None,
+    deactivate: Sequence[str],
+    mode: str,
+    strength: float,
+    fill: float,
+    as_bias: bool,
+) -> None:
+    anatomy = loaded.anatomy
+    neurons.require_model(loaded)
+    if target is None and not deactivate:
+        raise UsageError("name a target whose neurons are raised, or languages to deactivate")
+    if target is not None:
+        corpus.require(target)
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} is unknown: choose from {', '.join(MODES)}")
+    if not math.isfinite(strength) or (strength == 0 and target is not None):
+        raise UsageError(f"strength {strength}: give a finite strength other than 0")
+    if not -math.inf < fill <= 0:
+        raise UsageError(f"fill is {fill}: a neuron is silent at 0 and below")
+    if anatomy.mixed:
+        raise BrocaError(
+            f"{anatomy.model_type}: the neurons of a mixture of experts see other tokens each, so no constant "
+            "stands for them: use --method scale"
+        )
+    if as_bias and not anatomy.can_carry_bias("mlp"):
+        raise BrocaError(
+            f"{anatomy.model_type}: its MLP has no bias, and no setting of its config gives it one that serving "
+            "engines read: leave --as-bias out"
+        )

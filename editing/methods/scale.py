@@ -1,0 +1,119 @@
+"""Neuron scaling: a neuron's column of down_proj times a factor; 0 ablates it, more than 1 amplifies it.
+
+Exact: scaling a neuron's activation and scaling its value are the same, so the checkpoint computes what
+a hook on the neuron would.  Needs no forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from editing.methods.reach import chosen_layers, require_neurons
+from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.weights import Weights
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import ModelSource
+from neurons.neuron_sets.neuron_set import NeuronSet
+
+
+def scale_plan(
+    source: ModelSource,
+    neurons: NeuronSet,
+    languages: Sequence[str],
+    factor: float,
+    layers: Sequence[int] | None = None,
+) -> Plan:
+    """Scale the neurons of some languages.
+
+    Args:
+        source: the model.
+        neurons: a neuron set of this model.
+        languages: whose neurons; a neuron of several is scaled once.
+        factor: 0 ablates, 1 would change nothing, more amplifies, a negative one reverses.
+        layers: only neurons of these; None takes all.
+
+    Raises:
+        UsageError: a factor of 1 or not finite, a language that the set does not know, or a layer that the
+            model does not have.
+        BrocaError: the set has no neuron for one of these languages (in these layers).
+    """
+    if factor == 1 or factor != factor or abs(factor) == float("inf"):
+        raise UsageError(f"factor {factor}: give a finite factor other than 1 (0 ablates)")
+    require_neurons(source, neurons)
+    if not languages:
+        raise UsageError("name at least one language whose neurons are to be scaled")
+    inside = torch.zeros(source.anatomy.layers, dtype=torch.bool)
+    inside[list(chosen_layers(source, layers))] = True
+    found = {language: neurons.of(language) for language in languages}
+    found = {language: rows[inside[rows[:, 0]]] for language, rows in found.items()}
+    empty = [language for language, rows in found.items() if len(rows) == 0]
+    if empty:
+        where, mend = (
+            ("", "choose another method or rate")
+            if layers is None
+            else (" in these layers", "choose other layers, another method or rate")
+        )
+        raise BrocaError(f"the neuron set has no neuron for {', '.join(empty)}{where}: {mend}")
+    rows = torch.cat(list(found.values()))
+    scale = torch.ones(source.anatomy.layers, source.anatomy.neurons, dtype=torch.float64)
+    scale[rows[:, 0], rows[:, 1]] = factor
+    settings: dict[str, Any] = {"factor": factor, "neurons": neurons.metadata.get("method")}
+    if layers is not None:
+        settings["layers"] = list(chosen_layers(source, layers))
+    metadata = {
+        "model": source.label,
+        "fingerprint": source.fingerprint,
+        "method": "scale",
+        "languages": list(languages),
+        "settings": settings,
+    }
+    return make_plan(column_scaling(source, "mlp", scale), metadata)
+
+
+def column_scaling(source: ModelSource, block: str, scale: torch.Tensor) -> list[ModuleEdit]:
+    """An edit for each layer in which a channel of the block's input is scaled.
+
+    Args:
+        source: the model.
+        block: "attn" (channels of o_proj's input) or "mlp" (neurons).
+        scale: float64 [L, n], 1 where nothing changes.
+
+    Returns:
+        Edits whose ``factor`` is the component's: a neuron's own, the mean over a head's channels.
+
+    Raises:
+        UsageError: a factor so near 1 that the plan's float32 has it as 1.
+    """
+    vanished = ((scale != 1) & (scale.float() == 1)).nonzero()
+    if len(vanished):
+        layer, channel = vanished[0].tolist()
+        raise UsageError(
+            f"layer {layer}, {block}: the factor of channel {channel} is too near 1 to change anything: give more "
+            "strength"
+        )
+    weights = Weights(source)
+    width = source.anatomy.component_width(block)
+    edits = []
+    for layer in (scale != 1).any(1).nonzero()[:, 0].tolist():
+        own = scale[layer]
+        parts = own.view(-1, width)
+        chosen = (parts != 1).any(1).nonzero()[:, 0]
+        changed = (own != 1).nonzero()[:, 0]
+        weight = weights.read(layer, block)
+        edits.append(
+            ModuleEdit(
+                layer=layer,
+                block=block,
+                components=tuple(chosen.tolist()),
+                column_scale=own.float(),
+                details={"factor": parts[chosen].mean(1)},
+                notes={
+                    "change_norm": float((weight[:, changed] * (own[changed] - 1)).norm()),
+                    "weight_norm": float(weight.norm()),
+                },
+            )
+        )
+    return edits

@@ -1,0 +1,218 @@
+"""Subspace ablation: what a module writes in a language's subspace is taken out of its weights.
+
+With M [d, r] an orthonormal basis, W [d, n] the output weight of attention or MLP and b its bias:
+
+    W' = W - lambda M M^T W        b' = b - lambda M M^T b
+
+When Less Language is More (arXiv 2505.15257) removes the subspace from the hidden states of middle layers,
+h' = h - lambda M M^T h, and brings it back in the top layers with a negative lambda; here a layer's modules
+write less (or more) of it for good.  M is a direction's own subspace, or the span of several directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from editing.directions.direction import Direction
+from editing.methods.reach import (
+    chosen_blocks,
+    chosen_layers,
+    chosen_site,
+    output_bias,
+    require_strength,
+    site_of,
+    vector_at,
+)
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
+from editing.plans.weights import Weights
+from neurons.architectures.anatomy import BLOCKS
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import ModelSource
+
+# What must be left of a unit vector once those before it are taken out: less is rounding, not a direction.
+LEAST_REST = 1e-6
+
+
+@dataclass(frozen=True)
+class SubspaceAblation:
+    """W' = W + left right^T.
+
+    Attributes:
+        left: float64 [d, r], M.
+        right: float64 [n, r], -lambda W^T M.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def orthonormal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An orthonormal basis of the columns' span, by QR.
+
+    Args:
+        vectors: [d, r], of any length.
+
+    Returns:
+        (float64 [d, r], bool [r]): the basis, and which columns depend on those before them: then the
+        basis is none.
+    """
+    lengths = vectors.double().norm(dim=0)
+    basis, triangle = torch.linalg.qr(vectors.double() / torch.where(lengths > 0, lengths, 1.0))
+    rest = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    rest[: len(triangle)] = triangle.diagonal().abs()
+    return basis, ~(rest > LEAST_REST)
+
+
+def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float = 1.0) -> SubspaceAblation:
+    """Subspace ablation of one output weight.
+
+    Args:
+        weight: [d, n].
+        basis: M [d, r], orthonormal columns.
+        strength: lambda; 1 removes the subspace, a negative one amplifies it.
+
+    Raises:
+        UsageError: a strength that is 0 or not finite.
+        BrocaError: columns that are not orthonormal.
+    """
+    require_strength(strength)
+    exact = basis.double()
+    off = exact.T @ exact - torch.eye(exact.shape[1], dtype=torch.float64)
+    if not float(off.abs().max()) < 1e-9:
+        raise BrocaError("the basis of the subspace is not orthonormal")
+    return SubspaceAblation(exact, -strength * (weight.double().T @ exact))
+
+
+def subspace_ablation_plan(
+    source: ModelSource,
+    directions: Direction | Sequence[Direction],
+    layers: Sequence[int] | None = None,
+    blocks: Sequence[str] = BLOCKS,
+    site: str = "block_out",
+    strength: float = 1.0,
+    from_layer: int | None = None,
+    rank: int | None = None,
+) -> Plan:
+    """A plan that removes a subspace; no forward pass.
+
+    Args:
+        source: the model.
+        directions: one, whose subspace at ``site`` is removed, or several: the span of their vectors.
+        layers: which layers; None takes all.
+        blocks: of "attn" and "mlp".
+        site: "block_out", of the residual stream, or "own", each block's at its output.
+        strength: lambda, 1 removes the subspace.
+        from_layer: the layer whose subspace serves all layers; None takes each layer's own.
+        rank: of one direction's subspace, only this many columns, the first; None takes all.
+
+    Raises:
+        UsageError: no direction, an unknown site, block or layer, no vectors at the site, a rank that is
+            not there, or a strength of 0.
+        BrocaError: another model's direction, no subspace at the site, directions that depend on one
+            another (by name), a norm between module and residual, a subspace that a module does not write
+            in at all, or experts with biases of their own.
+    """
+    several = [directions] if isinstance(directions, Direction) else list(directions)
+    if not several:
+        raise UsageError("name at least one direction whose subspace is to be removed")
+    if rank is not None and len(several) > 1:
+        raise UsageError("a rank is of one direction's subspace: with several directions, name fewer")
+    require_strength(strength)
+    chosen_site(source, site)
+    for direction in several:
+        direction.require_model(source)
+    if from_layer is not None:
+        chosen_layers(source, [from_layer])
+    weights = Weights(source)
+    edits = []
+    ranks: dict[str, int] = {}
+    for layer in chosen_layers(source, layers):
+        for block in chosen_blocks(blocks):
+            at, origin = site_of(site, block), layer if from_layer is None else from_layer
+            basis = _basis(several, at, origin, rank)
+            ranks[f"{at} {origin}"] = basis.shape[1]
+            edits.append(_module_edit(source, weights, basis, strength, layer, block))
+    settings = {
+        "layers": list(chosen_layers(source, layers)),
+        "blocks": list(chosen_blocks(blocks)),
+        "site": site,
+        "strength": strength,
+        "from_layer": from_layer,
+        "rank": rank,
+        "ranks": ranks,
+        "directions": [_name(direction) for direction in several],
+    }
+    metadata = plan_metadata(source, "ablate-subspace", several[0], settings)
+    languages = [k for direction in several for k in (direction.source, direction.target)]
+    for end in ("source", "target"):
+        if len({getattr(direction, end) for direction in several}) > 1:
+            del metadata[end]
+    return make_plan(edits, {**metadata, "languages": list(dict.fromkeys(languages))})
+
+
+def _name(direction: Direction) -> str:
+    method = direction.metadata.get("method")
+    return f"{direction.source} to {direction.target}" + (f" ({method})" if method else "")
+
+
+def _basis(several: Sequence[Direction], site: str, layer: int, rank: int | None) -> torch.Tensor:
+    """M of a site of a layer, float64 [d, r]."""
+    if len(several) == 1:
+        columns = several[0].subspace(site, layer).double()
+        if columns.shape[1] == 0:
+            raise BrocaError(f"the subspace at {site} of layer {layer} is empty: choose other layers")
+        if rank is not None and not 0 < rank <= columns.shape[1]:
+            raise UsageError(
+                f"rank {rank}: the subspace at {site} of layer {layer} has {columns.shape[1]} dimensions"
+            )
+        columns = columns if rank is None else columns[:, :rank]
+        names = [f"column {i} of the subspace" for i in range(columns.shape[1])]
+    else:
+        columns = torch.stack([vector_at(direction, site, layer) for direction in several], dim=1)
+        names = [f"the direction {_name(direction)}" for direction in several]
+    if not bool(torch.isfinite(columns).all()):
+        raise BrocaError(f"the subspace at {site} of layer {layer} is not finite")
+    basis, dependent = orthonormal(columns)
+    if bool(dependent.any()):
+        number = int(dependent.nonzero()[0, 0])
+        fault = "depends on those before it" if number else "has length 0"
+        raise BrocaError(f"{names[number]} {fault} at {site} of layer {layer}: leave it out")
+    return basis
+
+
+def _module_edit(
+    source: ModelSource, weights: Weights, basis: torch.Tensor, strength: float, layer: int, block: str
+) -> ModuleEdit:
+    weight = weights.read(layer, block)
+    bias = output_bias(source, weights, layer, block)
+    found = subspace_ablation(weight, basis, strength)
+    width = source.anatomy.component_width(block)
+    changes = found.right.reshape(-1, width * basis.shape[1]).norm(dim=1)
+    sizes = weight.norm(dim=0).view(-1, width).norm(dim=1)
+    chosen = changes.nonzero()[:, 0]
+    if not len(chosen):
+        raise BrocaError(
+            f"layer {layer}, {block}: the module writes nothing in the subspace, so there is nothing to "
+            "ablate: choose other layers or blocks"
+        )
+    shift = None if bias is None else -strength * (basis @ (basis.T @ bias))
+    return ModuleEdit(
+        layer=layer,
+        block=block,
+        components=tuple(chosen.tolist()),
+        left=found.left.float(),
+        right=found.right.float(),
+        bias=None if shift is None or not bool(shift.any()) else shift.float(),
+        details={
+            "c": torch.full((len(chosen),), -strength, dtype=torch.float64),
+            "share": changes[chosen] / sizes[chosen] / abs(strength),
+        },
+        notes={
+            "change_norm": float(found.right.norm()),
+            "weight_norm": float(weight.norm()),
+            "share": float(found.right.norm() / weight.norm()) / abs(strength),
+        },
+    )

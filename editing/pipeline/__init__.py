@@ -1,0 +1,1 @@
+"""Pipeline: the whole job from one recipe."""

@@ -1,0 +1,413 @@
+"""The main job, end to end: neurons, a direction and an edit for each target, checkpoints, measurements.
+
+The corpus is cut by line number: one half to estimate from, a quarter to choose settings on, a quarter to
+report.  What is reported of the edit is measured on the checkpoint that was written, loaded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from editing.checkpoints.export import export
+from editing.checkpoints.weight_exchange import Exchange
+from editing.directions.diffmean import diffmean_direction
+from editing.directions.direction import Direction, load_direction
+from editing.evaluation.evaluation import Evaluation
+from editing.evaluation.language_id import check_languages
+from editing.methods.keyed import LEARNED, require_common_inputs
+from editing.pipeline.needs import direction_need, evaluation_need, key_need, learning_need, writing_need
+from editing.pipeline.recipe import Recipe
+from editing.pipeline.stages import RUNS, UNCHANGED, Stages
+from editing.plans.plan import load_plan
+from editing.report.run_report import Report, report_files, report_from_json
+from editing.study.comparison import (
+    HOOK,
+    KEYED,
+    STEER2EDIT,
+    Candidate,
+    best_of,
+    hook_candidate,
+    hook_candidates,
+    keyed_candidates,
+    steer2edit_candidate,
+    steer2edit_candidates,
+)
+from editing.study.origin import measured_by, processor, text_measured, texts_read
+from neurons.architectures.anatomy import BLOCKS
+from neurons.errors import UsageError
+from neurons.files.artifact import json_bytes, write_atomically
+from neurons.files.digest import digest
+from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
+from neurons.models.memory import Need
+from neurons.models.source import LoadedModel, ModelSource, load_model, open_model, pick_device
+from neurons.neuron_sets.identify import identify
+from neurons.neuron_sets.neuron_set import load_neuron_set
+from neurons.recording.needs import recording_need, text_of
+from neurons.scorers.registry import METHODS, method_of
+from neurons.scorers.selection import parse_layers
+from neurons.text.corpus import Corpus, read_corpus
+
+# Below this share of its own language, what an edit reaches cannot be told from noise.
+LEAST_CEILING = 0.2
+# Settings are told apart by less than what is reported: a sample of each of so many prompts, and so many tokens of
+# a language for likelihoods.
+CHOOSING_PROMPTS, CHOOSING_TOKENS = 64, 2_000
+
+
+class Screen(Protocol):
+    """What the pipeline tells a person while it works."""
+
+    def stage(self, name: str, state: str) -> None:
+        """A stage begins, or is skipped (``editing.pipeline.stages``)."""
+
+    def progress(self, title: str, total: int | None, unit: str) -> Any:
+        """A context that gives a function to call with the amount of work done since the last call."""
+
+    def copying(self, title: str) -> Any:
+        """A context that gives a function to call with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left.
+
+    Attributes:
+        out: directory of the results.
+        reports: one a target, in the recipe's order.
+        neurons: language -> how many neurons were found.
+        read: what neurons were found in, and what likelihoods are reported on (``neurons.text.token_budget.text_read``);
+            empty where a file that was put there does not tell.
+    """
+
+    out: Path
+    reports: tuple[Report, ...]
+    neurons: dict[str, int]
+    read: tuple[dict[str, Any], dict[str, Any]]
+
+
+def run(recipe: Recipe, screen: Screen, asked: Mapping[str, Any] | None = None) -> Result:
+    """Do what the recipe says, skipping the stages that are done and unchanged.
+
+    Args:
+        recipe: the job.
+        screen: where progress is told.
+        asked: JSON values that files of figures keep beside what the recipe says: the command that was given,
+            the recipe's text, its file and digest.
+
+    Raises:
+        UsageError: a recipe that names languages or files that are not there.
+        BrocaError: whatever a stage refuses.
+    """
+    return _Run(recipe, screen, asked or {}).all()
+
+
+def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
+    """What the stages of a recipe need of the memory; nothing is done.
+
+    Raises:
+        BrocaError: the weights, or a row of text, do not fit.
+    """
+    texts = {
+        part: text_of(
+            planned, replace(read_corpus(recipe.corpus, recipe.languages, part), tokens=recipe.tokens)
+        )
+        for part in ("estimate", "report")
+    }
+    method = method_of(recipe.method)
+    learned = recipe.values == LEARNED
+    return [
+        recording_need(planned, texts["estimate"], method.moments, method.reads),
+        direction_need(planned, texts["estimate"]),
+        key_need(planned, texts["estimate"], BLOCKS if learned else ("mlp",)),
+        *([learning_need(planned)] if learned else []),
+        writing_need(planned, "export"),
+        evaluation_need(planned, texts["report"]),
+    ]
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
+        self.recipe, self.screen, self.asked = recipe, screen, asked
+        self.kept: list[str] = []
+        self.source: ModelSource = open_model(recipe.model)
+        self.corpora: dict[str, Corpus] = {
+            part: replace(read_corpus(recipe.corpus, recipe.languages, part), tokens=recipe.tokens)
+            for part in ("estimate", "choose", "report")
+        }
+        for language in (recipe.source, *recipe.targets):
+            if language not in self.corpora["report"].languages:
+                raise UsageError(
+                    f"{recipe.corpus}: no text for {language} (there is "
+                    f"{', '.join(self.corpora['report'].languages)})"
+                )
+        check_languages(self.corpora["report"].languages)
+        require_common_inputs(self.source.anatomy, ("mlp",))
+        if recipe.method not in METHODS:
+            raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
+        if not 0 < recipe.top_rate <= 1:
+            raise UsageError(f"top_rate is {recipe.top_rate}, but a rate lies in (0, 1]")
+        pick_device(recipe.device)
+        self.layers = (
+            None if recipe.layers is None else parse_layers(recipe.layers, self.source.anatomy.layers)
+        )
+        self.out = recipe.out
+        self.stages = Stages(recipe.out, self.stage)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        found = load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
+        if found.waiting is not None:
+            self.screen.stage("model", found.waiting)
+        return found
+
+    def stage(self, name: str, state: str) -> None:
+        if state not in (RUNS, UNCHANGED):
+            self.kept.append(f"{name}: {state}")
+        self.screen.stage(name, state)
+
+    def origin(self, *parts: str) -> dict[str, Any]:
+        """What figures measured after these parts of the text were read say of their making."""
+        elsewhere = ("model", "corpus", "out", "source", "targets")
+        return {
+            "model": self.source.label,
+            "fingerprint": self.source.fingerprint,
+            "corpora": texts_read(self.corpora[part] for part in parts),
+            "packages": measured_by(),
+            "processor": processor(self.loaded.device),
+            "settings": {
+                **{key: value for key, value in asdict(self.recipe).items() if key not in elsewhere},
+                "device": str(self.loaded.device),
+                "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            },
+            **self.asked,
+        }
+
+    def all(self) -> Result:
+        recipe = self.recipe
+        common = {
+            "fingerprint": self.source.fingerprint,
+            "device": recipe.device,
+            "dtype": recipe.dtype,
+        }
+        text = {
+            part: corpus.digest if corpus.tokens is None else f"{corpus.digest} {corpus.tokens}"
+            for part, corpus in self.corpora.items()
+        }
+        self.stages.run(
+            "identify",
+            {**common, "method": recipe.method, "top_rate": recipe.top_rate, "text": text["estimate"]},
+            ["neurons.safetensors"],
+            self.identify,
+        )
+        steering = {
+            **common,
+            "source": recipe.source,
+            "layers": recipe.layers,
+            "key_neurons": recipe.key_neurons,
+            "values": recipe.values,
+            "strengths": recipe.keyed_strengths,
+            "prompts": recipe.prompts,
+            "samples": recipe.samples,
+            "seed": recipe.seed,
+        }
+        if recipe.key_neurons == "identified":
+            steering["neurons"] = digest(self.out / "neurons.safetensors")
+        for target in recipe.targets:
+            direction, edit, choice = (
+                f"direction-{target}.safetensors",
+                f"edit-{target}.safetensors",
+                f"choice-{target}.json",
+            )
+            self.stages.run(
+                f"direction to {target}",
+                {**common, "source": recipe.source, "text": text["estimate"]},
+                [direction],
+                partial(self.direction, target),
+            )
+            self.stages.run(
+                f"edit to {target}",
+                {
+                    **steering,
+                    "text": [text["estimate"], text["choose"]],
+                    "direction": digest(self.out / direction),
+                },
+                [edit, choice],
+                partial(self.edit, target),
+            )
+            self.stages.run(
+                f"export to {target}",
+                {**common, "edit": digest(self.out / edit)},
+                [f"checkpoint-{target}"],
+                partial(self.export, target),
+            )
+            self.stages.run(
+                f"measure {target}",
+                {
+                    **steering,
+                    "text": text["report"],
+                    "choice": digest(self.out / choice),
+                    "direction": digest(self.out / direction),
+                    "checkpoint": digest(self.out / f"checkpoint-{target}"),
+                },
+                [f"measured-{target}.json"],
+                partial(self.measure, target),
+            )
+        measured = [f"measured-{target}.json" for target in recipe.targets]
+        self.stages.run(
+            "report",
+            {"measured": [digest(self.out / name) for name in measured]},
+            ["report.json", "report.md", "report.png", "report.svg"],
+            self.report,
+        )
+        neurons = load_neuron_set(self.out / "neurons.safetensors")
+        return Result(
+            self.out,
+            tuple(self.read_report(target) for target in recipe.targets),
+            {language: len(neurons.of(language)) for language in neurons.languages},
+            (
+                next((one["read"] for one in neurons.metadata.get("corpora", []) if "read" in one), {}),
+                self.measured(recipe.targets[0]).get("read", {}),
+            ),
+        )
+
+    def identify(self) -> None:
+        corpus = self.corpora["estimate"]
+        with self.screen.progress("Recording activations", None, "tokens") as advance:
+            found = identify(self.loaded, corpus, self.recipe.method, self.recipe.top_rate, progress=advance)
+        found.save(self.out / "neurons.safetensors")
+
+    def direction(self, target: str) -> None:
+        with self.screen.progress("Recording the direction", None, "tokens") as advance:
+            found = diffmean_direction(
+                self.loaded, self.corpora["estimate"], self.recipe.source, target, advance
+            )
+        found.save(self.out / f"direction-{target}.safetensors")
+
+    def keyed(self, direction: Direction) -> list[Candidate]:
+        neurons = (
+            load_neuron_set(self.out / "neurons.safetensors")
+            if self.recipe.key_neurons == "identified"
+            else None
+        )
+        return keyed_candidates(
+            self.loaded,
+            direction,
+            self.corpora["estimate"],
+            self.recipe.keyed_strengths,
+            self.layers,
+            neurons,
+            self.recipe.values == LEARNED,
+        )
+
+    def evaluation(self, target: str, part: str) -> Evaluation:
+        recipe, corpus = self.recipe, self.corpora[part]
+        choosing = part == "choose"
+        if choosing and corpus.tokens is None:
+            corpus = replace(corpus, tokens=CHOOSING_TOKENS)
+        return Evaluation(
+            self.loaded,
+            corpus,
+            recipe.source,
+            target,
+            samples=1 if choosing else recipe.samples,
+            most_prompts=min(recipe.prompts, CHOOSING_PROMPTS) if choosing else recipe.prompts,
+            seed=recipe.seed,
+        )
+
+    def edit(self, target: str) -> None:
+        direction = load_direction(self.out / f"direction-{target}.safetensors")
+        steer2edit, refused = steer2edit_candidates(self.loaded, direction)
+        ways = [hook_candidates(self.loaded, direction), steer2edit, self.keyed(direction)]
+        tried: list[dict[str, Any]] = list(refused)
+        chosen: dict[str, Candidate] = {}
+        with self.screen.progress(
+            f"Choosing settings, {self.recipe.source} to {target}", sum(map(len, ways)), "settings"
+        ) as advance:
+            evaluation = self.evaluation(target, "choose")
+            for candidates in ways:
+                best, known = best_of(evaluation, candidates, advance)
+                tried += known
+                if best is not None:
+                    chosen[best.way] = best
+        plan = chosen[KEYED].plan
+        assert plan is not None  # a keyed candidate always has one
+        plan.save(self.out / f"edit-{target}.safetensors")
+        settings = {way: candidate.settings for way, candidate in chosen.items()}
+        content = {
+            **self.origin("estimate", "choose"),
+            "corpus": text_measured(self.corpora["choose"]),
+            "source": self.recipe.source,
+            "target": target,
+            "ceiling": evaluation.ceiling,
+            "chosen": settings,
+            "tried": tried,
+        }
+        write_atomically(self.out / f"choice-{target}.json", json_bytes(content))
+
+    def export(self, target: str) -> None:
+        plan = load_plan(self.out / f"edit-{target}.safetensors")
+        with self.screen.copying(f"Writing checkpoint-{target}") as tell:
+            export(self.source, plan, self.out / f"checkpoint-{target}", overwrite=True, progress=tell)
+
+    def measure(self, target: str) -> None:
+        direction = load_direction(self.out / f"direction-{target}.safetensors")
+        chosen = json.loads((self.out / f"choice-{target}.json").read_text(encoding="utf-8"))["chosen"]
+        plan = load_plan(self.out / f"checkpoint-{target}" / PLAN_IN_CHECKPOINT)
+        # Left on disk: one model in memory is enough.
+        exported = load_model(str(self.out / f"checkpoint-{target}"), dtype=self.recipe.dtype, max_memory=0)
+        ways = [hook_candidate(self.loaded, direction, **chosen[HOOK])]
+        notes = []
+        if STEER2EDIT in chosen:
+            ways.append(steer2edit_candidate(self.loaded, direction, **chosen[STEER2EDIT]))
+        else:
+            notes.append("Steer2Edit: none of the published settings changes anything in this model.")
+        ways.append(Candidate(KEYED, plan.metadata["settings"], plan, Exchange(self.loaded, exported)))
+        with self.screen.progress(
+            f"Measuring {self.recipe.source} to {target}", len(ways) + 1, "ways"
+        ) as advance:
+            evaluation = self.evaluation(target, "report")
+            outcomes = [evaluation.base]
+            advance(1)
+            for way in ways:
+                outcomes.append(evaluation.measure(way.way, way.steering, way.details(), kl=True))
+                advance(1)
+        if evaluation.ceiling < LEAST_CEILING:
+            notes.append(
+                f"The unedited model hardly writes {target} on {target} prompts (ceiling "
+                f"{evaluation.ceiling:.2f}): shares say little here."
+            )
+        if self.kept:
+            notes.append(
+                f"The command alone does not repeat these figures: {'; '.join(self.kept)}; put these files there too."
+            )
+        content = {
+            **self.origin("estimate", "choose", "report"),
+            "corpus": text_measured(self.corpora["report"]),
+            "read": evaluation.read,
+            "source": self.recipe.source,
+            "target": target,
+            "ceiling": evaluation.ceiling,
+            "continuations": evaluation.continuations,
+            "notes": notes,
+            "outcomes": [outcome.as_json() for outcome in outcomes],
+        }
+        write_atomically(self.out / f"measured-{target}.json", json_bytes(content))
+
+    def measured(self, target: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(
+            (self.out / f"measured-{target}.json").read_text(encoding="utf-8")
+        )
+        return content
+
+    def read_report(self, target: str) -> Report:
+        return report_from_json(self.measured(target))
+
+    def report(self) -> None:
+        reports = [self.read_report(target) for target in self.recipe.targets]
+        for name, content in report_files(reports).items():
+            write_atomically(self.out / name, content)

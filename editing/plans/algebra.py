@@ -1,0 +1,275 @@
+"""What can be done with plans: one after another, back again, on some components only.
+
+With an edit E(W) = diag(r) W diag(c) + U K^T, E(b) = b + d:
+
+    second after first   r = r2 r1,  c = c2 c1,  U K^T = [r2 U1, U2] [c2 K1, K2]^T,  d = d1 + d2
+    inverse              r = 1/r,    c = 1/c,    U K^T = -(U/r) (K/c)^T,             d = -d
+    on components S      c = 1 and K = 0 outside the columns of S
+
+The factors are taken as they are: a plan whose factors were computed from a model's weights, as a
+directional ablation's are, is not computed again for the weights that an earlier plan leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.weights import Weights
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import ModelSource
+
+Components = Mapping[str, Collection[int]]
+
+
+def _product(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    if first is None or second is None:
+        return first if second is None else second
+    return (first.double() * second.double()).float()
+
+
+def _scaled_rows(factor: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return factor if scale is None else (factor.double() * scale.double()[:, None]).float()
+
+
+def after(first: ModuleEdit, second: ModuleEdit) -> ModuleEdit:
+    """The edit that does ``first``, then ``second``, to the same module; without details and figures."""
+    lefts, rights = [], []
+    if first.left is not None and first.right is not None:
+        lefts.append(_scaled_rows(first.left, second.row_scale))
+        rights.append(_scaled_rows(first.right, second.column_scale))
+    if second.left is not None and second.right is not None:
+        lefts.append(second.left)
+        rights.append(second.right)
+    biases = [edit.bias for edit in (first, second) if edit.bias is not None]
+    return ModuleEdit(
+        layer=first.layer,
+        block=first.block,
+        components=tuple(sorted({*first.components, *second.components})),
+        row_scale=_product(first.row_scale, second.row_scale),
+        column_scale=_product(first.column_scale, second.column_scale),
+        left=torch.cat(lefts, dim=1) if lefts else None,
+        right=torch.cat(rights, dim=1) if rights else None,
+        bias=torch.stack(biases).double().sum(0).float() if biases else None,
+        notes=_no_figures(first, second),
+    )
+
+
+def _no_figures(*edits: ModuleEdit) -> dict[str, None]:
+    """Notes of what is made of edits: not their figures, but that they hold for one strength alone."""
+    return {"value_through_norm": None} if any(edit.through_norm for edit in edits) else {}
+
+
+def inverse(edit: ModuleEdit) -> ModuleEdit:
+    """The edit that takes W' back to W, to the precision of float32 factors.
+
+    Raises:
+        BrocaError: a scale of 0, behind which W is lost.
+    """
+    for name, scale in (("row", edit.row_scale), ("column", edit.column_scale)):
+        if scale is not None and bool((scale == 0).any()):
+            where = int((scale == 0).nonzero()[0, 0])
+            raise BrocaError(
+                f"layer {edit.layer}, {edit.block}: {name} {where} is scaled by 0, which cannot be undone: keep "
+                "the unedited checkpoint"
+            )
+    rows = None if edit.row_scale is None else edit.row_scale.double().reciprocal().float()
+    columns = None if edit.column_scale is None else edit.column_scale.double().reciprocal().float()
+    return ModuleEdit(
+        layer=edit.layer,
+        block=edit.block,
+        components=edit.components,
+        row_scale=rows,
+        column_scale=columns,
+        left=None if edit.left is None else _scaled_rows(-edit.left, rows),
+        right=None if edit.right is None else _scaled_rows(edit.right, columns),
+        bias=None if edit.bias is None else -edit.bias,
+        notes=_no_figures(edit),
+    )
+
+
+def on_components(edit: ModuleEdit, components: Collection[int], width: int) -> ModuleEdit | None:
+    """The edit on some of its components; None where it has none of them.
+
+    Args:
+        edit: of one module.
+        components: which heads or neurons may change.
+        width: columns that one owns.
+
+    Raises:
+        BrocaError: the edit scales rows or has a bias, which belong to the whole module.
+    """
+    kept = [i for i, component in enumerate(edit.components) if component in components]
+    if not kept:
+        return None
+    if edit.row_scale is not None or edit.bias is not None:
+        what = "scales rows" if edit.bias is None else "has a bias"
+        raise BrocaError(
+            f"layer {edit.layer}, {edit.block}: the edit {what}, which is no one component's: restrict it to "
+            "layers instead"
+        )
+    chosen = tuple(edit.components[i] for i in kept)
+
+    def outside(factor: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(len(factor) // width, width, dtype=torch.bool)
+        mask[list(chosen)] = False
+        return mask.flatten()
+
+    scale, right = edit.column_scale, edit.right
+    return replace(
+        edit,
+        components=chosen,
+        column_scale=None if scale is None else scale.masked_fill(outside(scale), 1.0),
+        right=None if right is None else right.masked_fill(outside(right)[:, None], 0.0),
+        details={name: values[kept] for name, values in edit.details.items()},
+        notes=_no_figures(edit),
+    )
+
+
+def with_norms(source: ModelSource, edits: Sequence[ModuleEdit]) -> list[ModuleEdit]:
+    """The edits with ||dW||_F and ||W||_F of this model's weights among their notes.
+
+    Raises:
+        BrocaError: an edit of a layer that the model lacks, or of another size.
+    """
+    weights = Weights(source)
+    noted = []
+    for edit in edits:
+        if edit.layer >= source.anatomy.layers:
+            raise BrocaError(f"the plan edits layer {edit.layer}: the model has {source.anatomy.layers}")
+        weight = weights.read(edit.layer, edit.block)
+        norms = {
+            "change_norm": float((edit.apply(weight) - weight).norm()),
+            "weight_norm": float(weight.norm()),
+        }
+        noted.append(replace(edit, notes={**edit.notes, **norms}))
+    return noted
+
+
+def compose(plans: Sequence[Plan], source: ModelSource | None = None) -> Plan:
+    """One plan that does all of them, the first first.
+
+    Args:
+        plans: at least one.
+        source: the model that they were made for, to note how much the result changes; None leaves the
+            notes out.
+
+    Raises:
+        UsageError: no plan.
+        BrocaError: plans of several models, or of another than the source.
+    """
+    if not plans:
+        raise UsageError("name at least one plan to compose")
+    modules: dict[tuple[int, str], ModuleEdit] = {}
+    fingerprints = {plan.metadata.get("fingerprint") for plan in plans}
+    if len(fingerprints) > 1:
+        raise BrocaError(
+            f"the plans were made for different models (fingerprints {', '.join(sorted(map(str, fingerprints)))}): make them "
+            "for one"
+        )
+    for plan in plans:
+        if source is not None:
+            source.require_fingerprint(plan.metadata, "a plan")
+        for edit in plan.edits:
+            place = (edit.layer, edit.block)
+            modules[place] = after(modules[place], edit) if place in modules else edit
+    edits = list(modules.values())
+    return make_plan(
+        edits if source is None else with_norms(source, edits),
+        {**_common(plans), "method": "compose", "settings": {"of": [_origin(plan) for plan in plans]}},
+    )
+
+
+def inverted(source: ModelSource, plan: Plan) -> Plan:
+    """The plan that takes back what a plan did: made for the edited weights, of the same model otherwise.
+
+    Raises:
+        BrocaError: a plan of another model, or one that scales by 0.
+    """
+    source.require_fingerprint(plan.metadata, "the plan")
+    weights = Weights(source)
+    edits = []
+    for edit in plan.edits:
+        edited = edit.apply(weights.read(edit.layer, edit.block))
+        back = inverse(edit)
+        norms = {
+            "change_norm": float((back.apply(edited) - edited).norm()),
+            "weight_norm": float(edited.norm()),
+        }
+        edits.append(replace(back, notes={**back.notes, **norms}))
+    return make_plan(edits, {**_common([plan]), "method": "invert", "settings": {"of": [_origin(plan)]}})
+
+
+def restricted(
+    source: ModelSource,
+    plan: Plan,
+    layers: Collection[int] | None = None,
+    components: Mapping[int, Components] | Components | None = None,
+) -> Plan:
+    """The plan on some layers and components only.
+
+    Args:
+        source: the model that it was made for.
+        plan: which may do more.
+        layers: None keeps all.
+        components: block -> heads or neurons that may change, the same in every layer, or layer -> such
+            a mapping; a block that is not named stays whole; None keeps all.
+
+    Raises:
+        NothingToChangeError: nothing of the plan is left.
+        BrocaError: a plan of another model, or one whose rows or bias would have to be cut.
+    """
+    source.require_fingerprint(plan.metadata, "the plan")
+    edits = []
+    for edit in plan.edits:
+        if layers is not None and edit.layer not in layers:
+            continue
+        allowed = _allowed(components, edit)
+        if allowed is None:
+            edits.append(edit)
+            continue
+        cut = on_components(edit, frozenset(allowed), source.anatomy.component_width(edit.block))
+        if cut is not None:
+            edits.append(cut)
+    settings = {
+        "of": [_origin(plan)],
+        "layers": None if layers is None else sorted(layers),
+        "components": sum(len(edit.components) for edit in edits),
+    }
+    return make_plan(
+        with_norms(source, edits), {**_common([plan]), "method": "restrict", "settings": settings}
+    )
+
+
+def _allowed(
+    components: Mapping[int, Components] | Components | None, edit: ModuleEdit
+) -> Collection[int] | None:
+    if components is None:
+        return None
+    of_layer: Any = components
+    if any(isinstance(key, int) for key in components):
+        of_layer = of_layer.get(edit.layer, {"attn": (), "mlp": ()})
+    found: Collection[int] | None = of_layer.get(edit.block)
+    return found
+
+
+def _common(plans: Sequence[Plan]) -> dict[str, Any]:
+    """What all plans say of the model, and of source and target where they agree."""
+    first = plans[0].metadata
+    found = {"model": first.get("model"), "fingerprint": first.get("fingerprint")}
+    for name in ("source", "target"):
+        values = {plan.metadata.get(name) for plan in plans}
+        if len(values) == 1 and None not in values:
+            found[name] = values.pop()
+    found["languages"] = list(
+        dict.fromkeys(language for plan in plans for language in plan.metadata.get("languages", ()))
+    )
+    return found
+
+
+def _origin(plan: Plan) -> dict[str, Any]:
+    return {"method": plan.metadata.get("method"), "settings": plan.metadata.get("settings", {})}

@@ -1,0 +1,81 @@
+"""A plan on a loaded model, and off again exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from editing.plans.plan import ModuleEdit, Plan
+from editing.plans.rounding import round_once
+from editing.plans.tensor_edits import check_shape
+from editing.plans.weights import Weights
+from neurons.architectures.offload import has_offloaded, replaced, with_bias
+from neurons.errors import BrocaError
+from neurons.files.tensor_files import read_tensor
+from neurons.models.source import LoadedModel
+
+
+@contextmanager
+def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
+    """The model computes with the plan's weights inside the block and with its own after it.
+
+    The edited weights are those that an exported checkpoint would hold: computed from the weights on
+    disk and rounded to their stored dtype.  None applies nothing.
+
+    Raises:
+        BrocaError: the plan was made for another model or names a layer that this one lacks, or the model's
+            weights are quantised.
+    """
+    if plan is None:
+        yield
+        return
+    loaded.require_fingerprint(plan.metadata, "the plan")
+    loaded.require_exact("an edit")
+    weights = Weights(loaded)
+    with ExitStack() as undo:
+        for edit in plan.edits:
+            if edit.layer >= loaded.anatomy.layers:
+                raise BrocaError(f"the plan edits layer {edit.layer}: the model has {loaded.anatomy.layers}")
+            _apply_weight(loaded, weights, edit, undo)
+            if edit.bias is not None:
+                _apply_bias(loaded, weights, edit, edit.bias, undo)
+        yield
+
+
+def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo: ExitStack) -> None:
+    pieces = weights.pieces(edit.layer, edit.block)
+    check_shape(edit, pieces, loaded.anatomy.residual)
+    module, name = loaded.anatomy.outputs[edit.block][edit.layer], loaded.anatomy.parameter_name(edit.block)
+    elsewhere = has_offloaded(module)
+    live = loaded.anatomy.weight_values(edit.layer, edit.block)
+    if elsewhere:
+        live = live.clone()
+    for piece, entry in pieces:
+        # Of a mixture's experts, only those that change need a second copy.
+        if not edit.changes(piece.columns):
+            continue
+        stored = weights.read_piece(piece, entry)
+        edited = edit.rounded(stored, 0, piece.columns.start).stored
+        own = loaded.anatomy.columns(edit.block, live, piece.columns)
+        if not elsewhere:
+            undo.callback(own.copy_, own.clone())
+        own.copy_(edited)
+    if elsewhere:
+        undo.enter_context(replaced(module, name, loaded.anatomy.oriented(edit.block, live)))
+
+
+def _apply_bias(
+    loaded: LoadedModel, weights: Weights, edit: ModuleEdit, bias: torch.Tensor, undo: ExitStack
+) -> None:
+    entry = weights.bias(edit.layer, edit.block)
+    module = loaded.anatomy.outputs[edit.block][edit.layer]
+    if entry is not None:
+        stored = read_tensor(entry)
+        edited = round_once(stored.double() + bias.double(), stored.dtype)
+        undo.enter_context(replaced(module, "bias", edited))
+        return
+    weights.switched_biases(edit.block)  # refuses a model whose checkpoint could not hold it
+    rounded = round_once(bias.double(), weights.stored_dtype(edit.layer, edit.block))
+    undo.enter_context(with_bias(module, rounded))

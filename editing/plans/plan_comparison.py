@@ -1,0 +1,107 @@
+"""How far two plans agree: which components both change, and whether they push the weights the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from editing.plans.plan import ModuleEdit, Plan
+from editing.plans.weights import Weights
+from neurons.architectures.anatomy import BLOCKS
+from neurons.errors import BrocaError
+from neurons.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class ModuleAgreement:
+    """Two edits of one module.
+
+    Attributes:
+        layer, block: which module.
+        first, second: how many components each changes.
+        shared: how many both change.
+        jaccard: shared / those that either changes.
+        cosine: <dW1, dW2> / (||dW1|| ||dW2||); None where one does not change the module, or where a scale
+            makes dW depend on weights that were not given.
+    """
+
+    layer: int
+    block: str
+    first: int
+    second: int
+    shared: int
+    jaccard: float
+    cosine: float | None
+
+
+def agreement(
+    first: ModuleEdit | None, second: ModuleEdit | None, weight: torch.Tensor | None = None
+) -> ModuleAgreement:
+    """Compare the edits of one module, of which one may be missing.
+
+    Args:
+        first, second: edits of the same module.
+        weight: W, float64 [d, n]; needed for the cosine where rows or columns are scaled.
+    """
+    some = first or second
+    assert some is not None
+    ours, theirs = (set() if edit is None else set(edit.components) for edit in (first, second))
+    either = len(ours | theirs)
+    return ModuleAgreement(
+        layer=some.layer,
+        block=some.block,
+        first=len(ours),
+        second=len(theirs),
+        shared=len(ours & theirs),
+        jaccard=len(ours & theirs) / either if either else 1.0,
+        cosine=None if first is None or second is None else _cosine(first, second, weight),
+    )
+
+
+def _cosine(first: ModuleEdit, second: ModuleEdit, weight: torch.Tensor | None) -> float | None:
+    if weight is not None:
+        one, other = (edit.apply(weight) - weight for edit in (first, second))
+        product, lengths = float((one * other).sum()), float(one.norm() * other.norm())
+        return product / lengths if lengths else None
+    if any(edit.row_scale is not None or edit.column_scale is not None for edit in (first, second)):
+        return None
+    lengths = (_product(first, first) * _product(second, second)) ** 0.5
+    return _product(first, second) / lengths if lengths else None
+
+
+def _product(first: ModuleEdit, second: ModuleEdit) -> float:
+    """<U1 K1^T, U2 K2^T> without making either matrix."""
+    if first.left is None or first.right is None or second.left is None or second.right is None:
+        return 0.0
+    lefts = first.left.double().T @ second.left.double()
+    return float((lefts * (first.right.double().T @ second.right.double())).sum())
+
+
+def compare_plans(
+    first: Plan, second: Plan, source: ModelSource | None = None
+) -> tuple[ModuleAgreement, ...]:
+    """A row for each module that either plan edits, in (layer, block) order.
+
+    Args:
+        first, second: plans of one model.
+        source: the model, for the cosines of edits that scale.
+
+    Raises:
+        BrocaError: plans of different models, or of another than the source.
+    """
+    fingerprints = [plan.metadata.get("fingerprint") for plan in (first, second)]
+    if fingerprints[0] != fingerprints[1]:
+        raise BrocaError(
+            f"the plans were made for different models (fingerprints {fingerprints[0]} and {fingerprints[1]}): "
+            "compare plans of one"
+        )
+    if source is not None:
+        source.require_fingerprint(first.metadata, "the plan")
+    weights = None if source is None else Weights(source)
+    ours, theirs = ({(edit.layer, edit.block): edit for edit in plan.edits} for plan in (first, second))
+    places = sorted({*ours, *theirs}, key=lambda place: (place[0], BLOCKS.index(place[1])))
+    return tuple(
+        agreement(ours.get(place), theirs.get(place), None if weights is None else weights.read(*place))
+        for place in places
+    )

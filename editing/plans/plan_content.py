@@ -1,0 +1,91 @@
+"""Whether a Broca file of a plan holds a plan: whatever it says is checked before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurons.architectures.anatomy import BLOCKS
+from neurons.errors import BrocaError
+from neurons.files.artifact import Artifact
+
+_VECTORS = ("row_scale", "column_scale", "bias")
+_WORDS = ("method", "model", "fingerprint", "source", "target")
+
+
+def require_plan_content(artifact: Artifact, path: Path) -> None:
+    """Refuse metadata or tensors that are not those of a plan.
+
+    Raises:
+        BrocaError: what is wrong, by module.
+    """
+    fault = _metadata_fault(artifact.metadata)
+    if fault is None:
+        for module in artifact.metadata["modules"]:
+            prefix = f"{module['layer']}.{module['block']}."
+            own = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in artifact.tensors.items()
+                if name.startswith(prefix)
+            }
+            fault = _module_fault(own)
+            if fault is not None:
+                fault = f"layer {module['layer']}, {module['block']}: {fault}"
+                break
+    if fault is not None:
+        raise BrocaError(f"{path}: not a whole plan ({fault}): make it again")
+
+
+def _metadata_fault(metadata: Mapping[str, Any]) -> str | None:
+    if not isinstance(metadata.get("method"), str) or not isinstance(metadata.get("settings"), dict):
+        return "it names no method or no settings"
+    for name in _WORDS:
+        if not isinstance(metadata.get(name), str | None):
+            return f"its {name} is {metadata[name]!r}"
+    languages = metadata.get("languages", [])
+    if not isinstance(languages, list) or not all(isinstance(one, str) for one in languages):
+        return f"its languages are {languages!r}"
+    modules = metadata.get("modules")
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        return "it lists no modules"
+    for module in modules:
+        layer, block = module.get("layer"), module.get("block")
+        if type(layer) is not int or layer < 0 or block not in BLOCKS:
+            return f"it names a module {block!r} of layer {layer!r}"
+        if not isinstance(module.get("notes"), dict):
+            return f"layer {layer}, {block}: it has no notes"
+    return None
+
+
+def _module_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with one module's tensors, by their names within it."""
+    components = tensors.get("components")
+    if components is None or components.ndim != 1 or components.dtype != torch.int64:
+        return "it lists no components"
+    if len(components) and (int(components[0]) < 0 or not bool((components.diff() > 0).all())):
+        return "its components do not ascend"
+    factors = {name: tensors[name] for name in (*_VECTORS, "left", "right") if name in tensors}
+    for name, tensor in factors.items():
+        dimensions = 1 if name in _VECTORS else 2
+        if tensor.ndim != dimensions or not tensor.is_floating_point() or not tensor.numel():
+            return f"its {name} is {tensor.dtype} of shape {list(tensor.shape)}"
+    left, right = factors.get("left"), factors.get("right")
+    if (left is None) != (right is None):
+        return "of left and right it has one alone"
+    if left is not None and right is not None and left.shape[1] != right.shape[1]:
+        return f"left and right are of ranks {left.shape[1]} and {right.shape[1]}"
+    rows = {len(factors[name]) for name in ("row_scale", "left", "bias") if name in factors}
+    columns = {len(factors[name]) for name in ("column_scale", "right") if name in factors}
+    if len(rows) > 1 or len(columns) > 1:
+        return "its factors are of different sizes"
+    if len(components) and columns and int(components[-1]) >= max(columns):
+        return f"it changes component {int(components[-1])} of {max(columns)} columns"
+    for name, values in tensors.items():
+        if name.startswith("details.") and (
+            values.shape != components.shape or not values.is_floating_point()
+        ):
+            return f"its {name} are {list(values.shape)} for {len(components)} components"
+    return None

@@ -1,0 +1,78 @@
+"""A picture of a plan: how strongly each component of each layer changes."""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from editing.plans.component_changes import component_changes, component_count
+from editing.plans.plan import ModuleEdit, Plan, language_pair
+from neurons.architectures.anatomy import BLOCKS
+from neurons.neuron_sets.pictures import LINE, TITLE, titled
+
+WIDE = 10.0  # inches
+MOST_COLUMNS = 240  # more would be thinner than a dot on a screen
+_NAMES = {"attn": "head", "mlp": "neuron"}
+
+
+def component_sizes(edit: ModuleEdit, count: int) -> torch.Tensor:
+    """How far each of a module's components goes, float64 [count].
+
+    ||dW_i||_F of component i (``component_changes``), or, where nothing is added, the largest |c - 1| by
+    which its columns are scaled.
+
+    Args:
+        edit: of a module.
+        count: how many components the module has.
+    """
+    if edit.left is not None:
+        return component_changes(edit, count)
+    if edit.column_scale is not None:
+        return (edit.column_scale.double() - 1).abs().view(count, -1).amax(1)
+    return torch.zeros(count, dtype=torch.float64)
+
+
+def plan_figure(plan: Plan) -> Figure:
+    """Heat maps layer by component, one for each block that the plan edits.
+
+    Neurons that are too many to be seen are drawn in groups of neighbours: the strongest of each.
+    """
+    blocks = [block for block in BLOCKS if any(edit.block == block for edit in plan.edits)]
+    layers = 1 + max(edit.layer for edit in plan.edits)
+    about = plan.metadata
+    ends = language_pair(about)
+    pair = "" if ends is None else f", {ends[0]} to {ends[1]}"
+    languages = () if pair else about.get("languages", ())
+    title = titled("how far the edit changes each component" + pair, about, languages, WIDE - 1)
+    high = 1.2 + min(8.0, 0.8 + 0.22 * layers)
+    figure = Figure(
+        figsize=(WIDE, high * len(blocks) + 0.25 + LINE * title.count("\n")), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=TITLE)
+    for axis, block in zip(figure.subplots(len(blocks), squeeze=False)[:, 0], blocks, strict=True):
+        rows = {edit.layer: edit for edit in plan.edits if edit.block == block}
+        count = max(component_count(edit) for edit in rows.values())
+        sizes = torch.zeros(layers, count, dtype=torch.float64)
+        added = False
+        for layer, edit in rows.items():
+            whole = component_sizes(edit, component_count(edit))
+            sizes[layer, : len(whole)] = whole
+            added = added or edit.left is not None
+        group = -(-count // MOST_COLUMNS)
+        padded = torch.nn.functional.pad(sizes, (0, -count % group)).view(layers, -1, group).amax(-1)
+        image = axis.imshow(
+            padded.numpy(),
+            aspect="auto",
+            cmap="magma_r",
+            vmin=0,
+            interpolation="nearest",
+            extent=(-0.5, padded.shape[1] * group - 0.5, layers - 0.5, -0.5),
+        )
+        what = "||change||" if added else "|factor - 1|"
+        figure.colorbar(image, ax=axis, label=what)
+        each = "" if group == 1 else f" (the strongest of every {group})"
+        axis.set(title=f"{_NAMES[block]}s{each}", ylabel="layer", xlabel=_NAMES[block])
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure

@@ -1,0 +1,96 @@
+"""Output weights of a checkpoint, read from disk one at a time and assembled from the tensors that hold them."""
+
+from __future__ import annotations
+
+import torch
+
+from neurons.architectures.anatomy import StoredPiece
+from neurons.errors import BrocaError
+from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
+from neurons.models.source import ModelSource
+
+
+class Weights:
+    """Reads the weight W [d, n] of a block's output module by (layer, block)."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._entries = tensor_entries(source.checkpoint)
+
+    def pieces(self, layer: int, block: str) -> tuple[tuple[StoredPiece, TensorEntry], ...]:
+        """Where W lies on disk: pieces that cover its columns once, in their order.
+
+        Raises:
+            BrocaError: the checkpoint lacks a tensor, or has one of another shape.
+        """
+        anatomy = self._source.anatomy
+        try:
+            pieces = anatomy.stored(layer, block, self._entries.keys())
+        except BrocaError as error:
+            raise BrocaError(f"{self._source.name}: {error}") from error
+        found = []
+        for piece in pieces:
+            entry = self._entries[piece.tensor]
+            shape = (anatomy.residual, piece.columns.stop - piece.columns.start)
+            shape = shape[::-1] if piece.transposed else shape
+            expected = shape if piece.index is None else (anatomy.experts, *shape)
+            if entry.shape != expected:
+                raise BrocaError(
+                    f"{self._source.name}: tensor {piece.tensor} has shape {list(entry.shape)} where the "
+                    f"model has {list(expected)}"
+                )
+            found.append((piece, entry))
+        return tuple(found)
+
+    def read_piece(self, piece: StoredPiece, entry: TensorEntry) -> torch.Tensor:
+        """One piece as [d, columns] in its stored dtype; of a fused tensor, only this expert is read."""
+        return piece.of(read_tensor(entry, piece.rows))
+
+    def bias(self, layer: int, block: str) -> TensorEntry | None:
+        """Where the output module's bias lies on disk; None where the checkpoint has none.
+
+        Raises:
+            BrocaError: a mixture's experts, or a bias of another shape.
+        """
+        anatomy = self._source.anatomy
+        if anatomy.output_bias(layer, block) is None:
+            return None
+        name = anatomy.stored_bias(layer, block, self._entries.keys())
+        entry = self._entries.get(name)
+        if entry is None or entry.shape != (anatomy.residual,):
+            fault = "is missing" if entry is None else f"has shape {list(entry.shape)}"
+            raise BrocaError(
+                f"{self._source.name}: tensor {name} {fault} where the model has {anatomy.residual} numbers"
+            )
+        return entry
+
+    def switched_biases(self, block: str) -> dict[str, int]:
+        """Names and lengths of the tensors that a checkpoint needs once its config asks for the block's bias.
+
+        Raises:
+            BrocaError: the architecture has no setting for that.
+        """
+        anatomy = self._source.anatomy
+        return {
+            name: length
+            for layer in range(anatomy.layers)
+            for name, length in anatomy.switched_biases(layer, block, self._entries.keys()).items()
+        }
+
+    def bias_name(self, layer: int, block: str) -> str:
+        """The tensor that holds the output module's bias, or would."""
+        return self._source.anatomy.stored_bias(layer, block, self._entries.keys())
+
+    def stored_dtype(self, layer: int, block: str) -> torch.dtype:
+        """The dtype in which the checkpoint keeps W, and would keep a bias beside it."""
+        return READABLE_DTYPES[self.pieces(layer, block)[0][1].dtype]
+
+    def read(self, layer: int, block: str) -> torch.Tensor:
+        """W in float64 [d, n]."""
+        pieces = self.pieces(layer, block)
+        if len(pieces) == 1:
+            return self.read_piece(*pieces[0]).double().contiguous()
+        whole = torch.empty(self._source.anatomy.residual, pieces[-1][0].columns.stop, dtype=torch.float64)
+        for piece, entry in pieces:
+            whole[:, piece.columns] = self.read_piece(piece, entry).double()
+        return whole

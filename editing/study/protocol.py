@@ -1,0 +1,102 @@
+"""The protocol: every way's settings chosen on one part of the text, reported on another, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from editing.evaluation.evaluation import Evaluation, Outcome
+from editing.study.comparison import Candidate, choose, measure_candidates
+from editing.study.doses import weaker
+from editing.study.ways import Material, Way, candidates_of
+from neurons.errors import BrocaError
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came out so far.
+
+    Attributes:
+        outcomes: the base first, then each way's chosen setting, on the part that is reported.
+        tried: every setting on the part that is chosen on, or the reason why it was refused.
+        notes: ways that could not be tried at all, or at other doses, with the reason.
+        curves: title -> the chosen setting at each dose, ascending, on the part that is reported; each
+            outcome's details tell the dose.  Empty where no doses were asked for.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    tried: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+    curves: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
+
+
+def compare_ways(
+    ways: Mapping[str, Way],
+    material: Material,
+    choosing: Evaluation,
+    reporting: Evaluation,
+    tell: Callable[[str], None] | None = None,
+    doses: Sequence[float] = (),
+) -> Iterator[Compared]:
+    """Choose and report, way by way.
+
+    Args:
+        ways: by name.
+        material: what they are made of: text in neither evaluation.
+        choosing: where a setting is chosen (``editing.study.comparison.choose``).
+        reporting: what is reported, other text, with KL and side effects on the other languages.
+        tell: called with a way's title before it is tried.
+        doses: parts of the chosen strength at which each way is reported besides (``editing.study.doses``).
+
+    Yields:
+        All that is known after each way, so that what was measured can be kept when the rest is not awaited.
+
+    Raises:
+        BrocaError: no way could be tried.
+    """
+    outcomes = [reporting.measure("base", nullcontext, others=True)]
+    tried: list[dict[str, Any]] = []
+    notes: list[str] = []
+    curves: dict[str, tuple[Outcome, ...]] = {}
+    for way in ways.values():
+        if tell is not None:
+            tell(way.title)
+        candidates, refused = candidates_of(way, material)
+        tried += refused
+        if not candidates:
+            reason = refused[0]["refused"] if refused else "it has no setting for these languages"
+            notes.append(f"{way.title}: not tried: {reason}")
+            yield Compared(tuple(outcomes), tuple(tried), tuple(notes), dict(curves))
+            continue
+        measured = list(measure_candidates(choosing, candidates))
+        tried += [outcome.as_json() for _, outcome in measured]
+        best, _ = choose(measured, choosing.ceiling, choosing.source)
+        details = {**best.details(), "permanent": way.permanent, "tried": len(measured)}
+        outcomes.append(
+            reporting.measure(
+                way.title, best.steering, details, kl=True, others=True, instruction=best.instruction
+            )
+        )
+        if doses:
+            curve, reason = _curve(way, material, best, doses, reporting)
+            curves[way.title] = (*curve, replace(outcomes[-1], details={**details, "dose": 1.0}))
+            notes += [f"{way.title}: not at other doses: {reason}"] if reason else []
+        yield Compared(tuple(outcomes), tuple(tried), tuple(notes), dict(curves))
+    if len(outcomes) == 1:
+        raise BrocaError(f"no way could be tried: {'; '.join(notes)}")
+
+
+def _curve(
+    way: Way, material: Material, best: Candidate, doses: Sequence[float], reporting: Evaluation
+) -> tuple[list[Outcome], str]:
+    """The outcomes of the doses, and why there are none where the way cannot be made weaker."""
+    found = []
+    try:
+        for dose, candidate in weaker(way, material, best, sorted(doses)):
+            details = {**candidate.details(), "permanent": way.permanent, "dose": dose}
+            found.append(reporting.measure(way.title, candidate.steering, details))
+    except BrocaError as error:
+        return [], str(error)
+    return found, "" if found else "it has no strength"

@@ -1,0 +1,1 @@
+"""Ablation: what a model loses without some neurons."""

@@ -1,0 +1,215 @@
+"""Ablation conditions on text: the loss of every text under each, the layers below computed once for all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from neurons.ablation.replacement import Replacement, ablating_readers
+from neurons.architectures.sites import Reader, Routed, reading
+from neurons.errors import BrocaError
+from neurons.models.not_finite import not_finite
+from neurons.models.source import LoadedModel
+from neurons.recording.partial_forward import Kept, forward_from, forward_keeping, starts_in_the_middle
+from neurons.recording.text_losses import predicted, text_losses
+from neurons.text.batches import TokenBatch
+
+# Share of a GPU's memory that hidden states may take before they are kept in the computer's.
+_KEPT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Neurons that are ablated together.
+
+    Attributes:
+        rows: int64 [n, 2], (layer, neuron), in that order; none: the model as it is.
+        replacement: how.
+    """
+
+    rows: torch.Tensor
+    replacement: Replacement = field(default_factory=Replacement)
+
+    @property
+    def first_layer(self) -> int | None:
+        """The first layer in which something is replaced."""
+        return int(self.rows[:, 0].min()) if len(self.rows) else None
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits: equal conditions have equal ones."""
+        way = self.replacement
+        found = hashlib.sha256(self.rows.contiguous().numpy().tobytes())
+        if len(self.rows):
+            found.update(f"{way.way} {way.seed if way.way == 'resample' else ''}".encode())
+            if way.way == "mean" and way.means is not None:
+                own = way.means[self.rows[:, 0], self.rows[:, 1]]
+                found.update(own.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+UNTOUCHED = Condition(torch.zeros(0, 2, dtype=torch.int64))
+
+
+class Ledger(Protocol):
+    """Keeps losses that are done, by (language, number of the batch, digest of the condition)."""
+
+    def get(self, language: str, turn: int, digest: str) -> torch.Tensor | None: ...
+
+    def put(self, language: str, turn: int, digest: str, losses: torch.Tensor) -> None: ...
+
+
+class InMemory:
+    """A ledger that is gone with the process."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int, str], torch.Tensor] = {}
+
+    def get(self, language: str, turn: int, digest: str) -> torch.Tensor | None:
+        return self._held.get((language, turn, digest))
+
+    def put(self, language: str, turn: int, digest: str, losses: torch.Tensor) -> None:
+        self._held[language, turn, digest] = losses
+
+
+@dataclass(frozen=True)
+class TextLosses:
+    """What each text costs under each condition.
+
+    Attributes:
+        tokens: language -> int64 [texts], predicted tokens of each.
+        sums: language -> float64 [texts, conditions], negative log-likelihoods, nats.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    sums: dict[str, torch.Tensor]
+
+
+def condition_losses(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    conditions: Sequence[Condition],
+    ledger: Ledger | None = None,
+    progress: Callable[[int], None] | None = None,
+    whole: bool = False,
+) -> TextLosses:
+    """The loss of every text under every condition; the model is unchanged afterwards.
+
+    Batch by batch: one whole pass keeps what enters every layer that is the first of some condition, and
+    each condition runs from there up.  Conditions that replace the same values in the same way are run once.
+
+    Args:
+        loaded: the model.
+        batches: language -> its batches, a text a row.
+        conditions: in the order of the result's columns.
+        ledger: where finished losses are looked up and put down; None keeps them in memory.
+        progress: called with the tokens of each batch, for each of the different conditions.
+        whole: run every condition from the first layer, as a model must whose layers share more than
+            hidden states; what ``starts_in_the_middle`` finds decides otherwise.
+
+    Raises:
+        BrocaError: a neuron that the model does not have, or a loss that is not finite.
+    """
+    anatomy = loaded.anatomy
+    for condition in conditions:
+        _require_inside(condition.rows, anatomy.layers, anatomy.neurons)
+    different = {condition.digest: condition for condition in conditions}
+    book: Ledger = InMemory() if ledger is None else ledger
+    from_below = not whole and starts_in_the_middle(loaded.model, anatomy)
+    tokens, sums = {}, {}
+    for language, some in batches.items():
+        for turn, batch in enumerate(some):
+            size = int(batch.counted.sum())
+            missing = [c for d, c in different.items() if book.get(language, turn, d) is None]
+            if progress is not None and len(missing) < len(different):
+                progress(size * (len(different) - len(missing)))
+            for condition, losses in batch_losses(loaded, batch, missing, f"{language} {turn}", from_below):
+                if not bool(torch.isfinite(losses).all()):
+                    raise not_finite(loaded, f"the loss of a text of language {language!r}")
+                book.put(language, turn, condition.digest, losses)
+                if progress is not None:
+                    progress(size)
+        tokens[language] = torch.cat([predicted(batch).sum(1) for batch in some])
+        columns = {
+            digest: torch.cat([_held(book, language, turn, digest) for turn in range(len(some))])
+            for digest in different
+        }
+        sums[language] = torch.stack([columns[c.digest] for c in conditions], dim=1)
+    return TextLosses(tokens, sums)
+
+
+def batch_losses(
+    loaded: LoadedModel, batch: TokenBatch, conditions: Sequence[Condition], turn: str, from_below: bool
+) -> Iterator[tuple[Condition, torch.Tensor]]:
+    """Each condition with the loss of each of the batch's texts (nats, float64 [rows], on the CPU).
+
+    Args:
+        turn: names the batch, for what is drawn.
+        from_below: start conditions in the middle.
+    """
+    if not conditions:
+        return
+    anatomy, model = loaded.anatomy, loaded.model
+    on_device = batch.to(loaded.device)
+    starts = {c.first_layer if from_below else 0 for c in conditions} - {None, 0}
+    layers = sorted(layer for layer in starts if layer is not None)
+    kept: Kept | None = None
+    untouched = [c for c in conditions if c.first_layer is None]
+    with torch.no_grad():
+        if layers or untouched:
+            with reading(anatomy, _listening(loaded)):
+                keep_on = _kept_on(loaded, batch, len(layers))
+                hidden, kept = forward_keeping(model, anatomy, on_device, layers, keep_on)
+            for condition in untouched:
+                yield condition, text_losses(model, hidden, on_device)
+            del hidden
+        for condition in conditions:
+            if condition.first_layer is None:
+                continue
+            readers = ablating_readers(
+                anatomy, condition.rows, condition.replacement, on_device.counted, turn
+            )
+            with reading(anatomy, {**_listening(loaded), **readers}):
+                start = condition.first_layer if from_below else 0
+                hidden = forward_from(model, anatomy, on_device, start, kept)
+            yield condition, text_losses(model, hidden, on_device)
+
+
+def _listening(loaded: LoadedModel) -> dict[tuple[str, int], Reader]:
+    """Readers that change nothing, at every mixture of experts.
+
+    A mixture that is read computes its experts one by one; so must those of the other layers and of the
+    untouched model, or rounding would differ between them.
+    """
+
+    def listen(values: torch.Tensor, routed: Routed | None) -> None:
+        return None
+
+    return {("mlp_in", layer): listen for layer in range(loaded.anatomy.layers * loaded.anatomy.mixed)}
+
+
+def _kept_on(loaded: LoadedModel, batch: TokenBatch, layers: int) -> torch.device | None:
+    """Where hidden states are kept; None: on the model's device."""
+    if loaded.device.type != "cuda":
+        return None
+    needed = layers * batch.ids.numel() * loaded.anatomy.residual * loaded.model.dtype.itemsize
+    total = torch.cuda.get_device_properties(loaded.device).total_memory
+    return torch.device("cpu") if needed > _KEPT_SHARE * total else None
+
+
+def _held(book: Ledger, language: str, turn: int, digest: str) -> torch.Tensor:
+    losses = book.get(language, turn, digest)
+    assert losses is not None
+    return losses
+
+
+def _require_inside(rows: torch.Tensor, layers: int, width: int) -> None:
+    if len(rows) and not (
+        bool((rows >= 0).all()) and int(rows[:, 0].max()) < layers and int(rows[:, 1].max()) < width
+    ):
+        raise BrocaError(f"a neuron to ablate lies outside the model's {layers} x {width}")

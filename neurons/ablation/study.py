@@ -1,0 +1,418 @@
+"""The ablation study: for every neuron set a matrix over languages, random controls and dose curves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurons.ablation.conditions import UNTOUCHED, Condition, TextLosses, condition_losses
+from neurons.ablation.ledger import LedgerFile
+from neurons.ablation.matrix import Changes, Specificity, bootstrapped, specificity
+from neurons.ablation.replacement import WAYS, Replacement
+from neurons.errors import UsageError
+from neurons.files.artifact import package_versions
+from neurons.models.memory import batches_for
+from neurons.models.source import LoadedModel
+from neurons.neuron_sets.identify import random_set
+from neurons.neuron_sets.neuron_set import NeuronSet
+from neurons.recording.corpus_recording import record_corpus
+from neurons.scorers.registry import TEXTS
+from neurons.statistics.bootstrap import CONFIDENCE, DRAWS
+from neurons.statistics.statistics import Statistics
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import Corpus
+from neurons.text.token_budget import LOSSES, text_read
+
+CONTROLS = ("random", "matched")
+ACTIVITY, SUM = "mlp_in:absolute", "mlp_in:sum"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is done; defaults are Broca's own choices.
+
+    Attributes:
+        way: one of ``neurons.ablation.replacement.WAYS``.
+        mean_of: "mean": the language whose mean it is; None: of all text together.
+        controls: of ``CONTROLS``: as many random neurons in each layer, and random ones about as active.
+        draws: of each control.
+        doses: shares of each language's neurons, the best first; with ``dose_of_model`` of all neurons of
+            the model.
+        dose_of_model: as said.
+        seed: of all draws.
+        resamples: bootstrap samples.
+        confidence: of the intervals.
+    """
+
+    way: str = "zero"
+    mean_of: str | None = None
+    controls: tuple[str, ...] = CONTROLS
+    draws: int = 3
+    doses: tuple[float, ...] = ()
+    dose_of_model: bool = False
+    seed: int = 0
+    resamples: int = DRAWS
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise UsageError(f"neurons are not ablated by {self.way!r}: choose {', '.join(WAYS)}")
+        if self.mean_of is not None and self.way != "mean":
+            raise UsageError(f"a language's mean means nothing to the way {self.way!r}: it is for 'mean'")
+        unknown = [control for control in self.controls if control not in CONTROLS]
+        if unknown:
+            raise UsageError(f"control {unknown[0]!r} is unknown: choose from {', '.join(CONTROLS)}")
+        if self.draws < 0 or self.resamples < 1:
+            raise UsageError("controls are drawn 0 times or more, texts once or more")
+        if any(not 0 < dose <= 1 for dose in self.doses):
+            raise UsageError("a dose is a share above 0 and at most 1, as 0.1")
+        if not 0 < self.confidence < 1:
+            raise UsageError(f"a confidence of {self.confidence} is impossible: write one such as 0.95")
+
+    def moments(self) -> tuple[str, ...]:
+        """What must be known of the neurons' activity."""
+        matched = bool("matched" in self.controls and self.draws)
+        return (*([ACTIVITY] if matched else []), *([SUM] if self.way == "mean" else []))
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One point of the dose curves.
+
+    Attributes:
+        share: of the set, or of the model's neurons.
+        sizes: neurons of each language.
+        changes: [K, K].
+    """
+
+    share: float
+    sizes: tuple[int, ...]
+    changes: Changes
+
+
+def set_title(name: str, method: str) -> str:
+    """What a neuron set is headed with: its name, and the method where the name does not say it."""
+    return name if name == method else f"{name} ({method})"
+
+
+@dataclass(frozen=True)
+class SetOutcome:
+    """What ablating one neuron set does.
+
+    Attributes:
+        name: of the set.
+        method: that found it.
+        sizes: neurons of each language.
+        own: [K, K], row i without language i's neurons.
+        controls: control -> [K, K] of each draw.
+        doses: in the order asked for.
+        specificity: of ``own``.
+    """
+
+    name: str
+    method: str
+    sizes: tuple[int, ...]
+    own: Changes
+    controls: dict[str, tuple[Changes, ...]]
+    doses: tuple[Dose, ...]
+    specificity: Specificity
+
+
+@dataclass(frozen=True)
+class Study:
+    """The whole study.
+
+    Attributes:
+        languages: the K names.
+        texts: of each language.
+        tokens: predicted tokens of each language.
+        baseline: float64 [K], mean negative log-likelihood of the untouched model, nats a token.
+        sets: a neuron set each.
+        settings: what was done.
+        metadata: JSON values: model, fingerprint, corpus, packages, sets.
+    """
+
+    languages: tuple[str, ...]
+    texts: tuple[int, ...]
+    tokens: tuple[int, ...]
+    baseline: torch.Tensor
+    sets: tuple[SetOutcome, ...]
+    settings: Settings
+    metadata: dict[str, Any]
+
+
+@dataclass
+class _Plan:
+    """Conditions, and what each of them is for."""
+
+    conditions: list[Condition] = field(default_factory=lambda: [UNTOUCHED])
+
+    def add(
+        self, members: Mapping[str, torch.Tensor], languages: Sequence[str], how: Replacement
+    ) -> list[int]:
+        """A condition for each language; their numbers."""
+        first = len(self.conditions)
+        self.conditions += [Condition(members[language], how) for language in languages]
+        return list(range(first, len(self.conditions)))
+
+
+@dataclass(frozen=True)
+class _SetPlan:
+    """Numbers of one set's conditions."""
+
+    own: list[int]
+    controls: dict[str, list[list[int]]]
+    doses: list[tuple[float, dict[str, torch.Tensor], list[int]]]
+
+
+def ablation_study(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    sets: Mapping[str, NeuronSet],
+    settings: Settings | None = None,
+    statistics: Statistics | None = None,
+    tokens: int | None = None,
+    batch_tokens: int | None = None,
+    out: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Study:
+    """Ablate each language's neurons and read every language without them.
+
+    Args:
+        loaded: the model, unchanged afterwards.
+        corpus: held-out text; its languages, in its order, are ablated and measured.
+        sets: name -> neuron set that has all of the corpus's languages.
+        settings: None takes the defaults.
+        statistics: with ``mlp_in:absolute`` for matched controls and ``mlp_in:sum`` for means; None
+            records them from the corpus, text by text.
+        tokens: most tokens a language; None: the corpus's, else ``LOSSES.tokens``.
+        batch_tokens: tokens read at once; None takes what memory allows.
+        out: where the study will be written: unfinished work is kept beside it, and gone on with.
+        progress: called with (tokens done, tokens in all), counting each condition's tokens.
+
+    Raises:
+        UsageError: a language that a set lacks, no set, statistics that lack what is needed, a dose that
+            the set does not have, or a layer in which no control is left.
+        BrocaError: a set or statistics of another model, or a loss that is not finite.
+    """
+    how = Settings() if settings is None else settings
+    languages = corpus.languages
+    _require_fit(loaded, languages, sets, how)
+    if how.moments() and statistics is None:
+        statistics = record_corpus(loaded, corpus, how.moments(), TEXTS, tokens, None, batch_tokens)
+    if statistics is not None and how.moments():
+        loaded.require_fingerprint({"fingerprint": statistics.fingerprint}, "the statistics")
+    replacement = Replacement(how.way, _means(how, statistics), how.seed)
+    plan = _Plan()
+    plans = {name: _planned(plan, one, languages, replacement, how, statistics) for name, one in sets.items()}
+
+    size = batches_for(loaded, False, 1)[0] if batch_tokens is None else batch_tokens
+    batches = language_batches(loaded, corpus, tokens, size, LOSSES.tokens)
+    for language, some in batches.items():
+        if not some:
+            raise UsageError(f"language {language!r} has no text of two tokens or more")
+    losses = _losses(loaded, batches, plan.conditions, out, progress)
+    kept = [condition for one in plans.values() for condition in one.own]
+    found = bootstrapped(losses, 0, kept, how.resamples, how.seed, how.confidence)
+    return Study(
+        languages=languages,
+        texts=tuple(len(losses.tokens[language]) for language in languages),
+        tokens=tuple(int(losses.tokens[language].sum()) for language in languages),
+        baseline=found.changes.nll[0],
+        sets=tuple(
+            _outcome(name, sets[name], one, found.changes, found.drawn, languages, how)
+            for name, one in plans.items()
+        ),
+        settings=how,
+        metadata={
+            "model": loaded.label,
+            "fingerprint": loaded.fingerprint,
+            **loaded.told,
+            "corpus": {"digest": corpus.digest, "part": corpus.part},
+            "read": text_read(corpus, batches),
+            "packages": package_versions(),
+            "settings": {
+                **asdict(how),
+                "tokens": tokens,
+                "batch_tokens": size,
+                "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            },
+            "statistics": None if statistics is None else statistics.metadata.get("corpora"),
+            "neuron_sets": {
+                name: {key: one.metadata.get(key) for key in ("method", "fingerprint", "settings")}
+                for name, one in sets.items()
+            },
+            "conditions": len({condition.digest for condition in plan.conditions}),
+        },
+    )
+
+
+def _require_fit(
+    loaded: LoadedModel, languages: Sequence[str], sets: Mapping[str, NeuronSet], how: Settings
+) -> None:
+    if not sets:
+        raise UsageError("there is no neuron set to ablate")
+    for name, one in sets.items():
+        one.require_model(loaded)
+        missing = [language for language in languages if language not in one.members]
+        if missing:
+            raise UsageError(
+                f"the neuron set {name} has no language {', '.join(missing)}, which the corpus has: choose "
+                f"languages that both have, of {', '.join(one.languages)}"
+            )
+    if len(languages) < 2:
+        raise UsageError("an ablation matrix needs at least two languages")
+
+
+def _means(how: Settings, statistics: Statistics | None) -> torch.Tensor | None:
+    """float32 [L, I], for the way "mean"."""
+    if how.way != "mean" or statistics is None:
+        return None
+    sums, seen = statistics.moment(SUM), statistics.seen()
+    if how.mean_of is None:
+        # Where an expert saw no token there is nothing that could be replaced.
+        return (sums.sum(-1) / seen.sum(-1).clamp(min=1)).float()
+    if how.mean_of not in statistics.languages:
+        raise UsageError(
+            f"the statistics have no language {how.mean_of!r} to take the mean of: they have "
+            f"{', '.join(statistics.languages)}"
+        )
+    k = statistics.languages.index(how.mean_of)
+    return (sums[..., k] / seen[..., k].clamp(min=1)).float()
+
+
+def _planned(
+    plan: _Plan,
+    neurons: NeuronSet,
+    languages: Sequence[str],
+    replacement: Replacement,
+    how: Settings,
+    statistics: Statistics | None,
+) -> _SetPlan:
+    own = plan.add(neurons.members, languages, replacement)
+    controls: dict[str, list[list[int]]] = {}
+    for control in how.controls:
+        known = statistics if control == "matched" else None
+        controls[control] = [
+            plan.add(_control(neurons, how.seed + draw, known).members, languages, replacement)
+            for draw in range(how.draws)
+        ]
+    doses = []
+    for share in how.doses:
+        members = {k: dosed(neurons, k, share, how.seed, how.dose_of_model) for k in languages}
+        doses.append((share, members, plan.add(members, languages, replacement)))
+    return _SetPlan(own, controls, doses)
+
+
+def _control(neurons: NeuronSet, seed: int, statistics: Statistics | None) -> NeuronSet:
+    try:
+        return random_set(neurons, seed, statistics)
+    except UsageError as error:
+        raise UsageError(f"{error}; ablate fewer neurons, or ask for no controls (0 draws)") from error
+
+
+def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: bool = False) -> torch.Tensor:
+    """A language's best neurons, at least one, int64 [n, 2] in (layer, neuron) order.
+
+    Equal scores are in (layer, neuron) order, but where all are equal, as in a random set, a random order
+    takes the place of the scores.
+
+    Args:
+        share: of the language's neurons, or of the model's.
+
+    Raises:
+        UsageError: the set has fewer.
+    """
+    rows, scores = neurons.of(language), neurons.scores[language]
+    if not len(rows):
+        return rows
+    whole = neurons.layers * neurons.neurons if of_model else len(rows)
+    count = max(1, round(share * whole))
+    if count > len(rows):
+        raise UsageError(
+            f"language {language!r}: a dose of {share:g} of the model is {count} neurons, and the set has "
+            f"{len(rows)}: identify with --top-rate {share:g} or more"
+        )
+    if bool((scores == scores[0]).all()):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    else:
+        order = scores.argsort(descending=True, stable=True)
+    return rows[order[:count].sort().values]
+
+
+def _losses(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    conditions: Sequence[Condition],
+    out: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> TextLosses:
+    different = len({condition.digest for condition in conditions})
+    total = different * sum(int(batch.counted.sum()) for some in batches.values() for batch in some)
+
+    def advance(count: int) -> None:
+        if progress is not None:
+            progress(count, total)
+
+    if out is None:
+        return condition_losses(loaded, batches, conditions, progress=advance)
+    with LedgerFile(out, _key(loaded, batches)) as ledger:
+        return condition_losses(loaded, batches, conditions, ledger, advance)
+
+
+def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> str:
+    """Names what losses depend on beside the condition."""
+    digest = hashlib.sha256()
+    for piece in _key_pieces(loaded, batches):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _key_pieces(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> Iterator[bytes]:
+    model = [
+        loaded.fingerprint,
+        str(loaded.model.dtype),
+        loaded.device.type,
+        package_versions(),
+        *loaded.told.values(),
+    ]
+    yield json.dumps(model, sort_keys=True).encode()
+    for language, some in batches.items():
+        yield language.encode()
+        for batch in some:
+            yield json.dumps(list(batch.ids.shape)).encode()
+            yield batch.ids.numpy().tobytes()
+            yield batch.counted.numpy().tobytes()
+
+
+def _outcome(
+    name: str,
+    neurons: NeuronSet,
+    plan: _SetPlan,
+    changes: Changes,
+    drawn: Mapping[int, torch.Tensor],
+    languages: Sequence[str],
+    how: Settings,
+) -> SetOutcome:
+    own = changes.of(plan.own)
+    matrices = torch.stack([drawn[condition] for condition in plan.own], dim=1)
+    return SetOutcome(
+        name=name,
+        method=str(neurons.metadata.get("method", "unknown")),
+        sizes=tuple(len(neurons.of(language)) for language in languages),
+        own=own,
+        controls={
+            control: tuple(changes.of(one) for one in draws) for control, draws in plan.controls.items()
+        },
+        doses=tuple(
+            Dose(share, tuple(len(members[language]) for language in languages), changes.of(numbers))
+            for share, members, numbers in plan.doses
+        ),
+        specificity=specificity(own.change, matrices, how.confidence),
+    )

@@ -1,0 +1,325 @@
+"""Whether an anatomy is right: what a hook silences at a site is what its weight, zeroed, silences.
+
+Zeroing one input of a linear module and zeroing the column of its weight that reads this input are the
+same computation.  If the logits agree, and differ from those of the unedited model, then the site, the
+module and the columns belong together.  Four more checks tie them to the model: act(mlp_act) * mlp_up is
+mlp_in, nothing linear runs after the output module inside its block, what is added to the output of a
+module that claims to write to the residual stream as it is arrives there, and ``logits`` of the last
+hidden states are the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of
+from neurons.architectures.layouts import Layout
+from neurons.architectures.sites import Reader, Routed, logits, reading
+from neurons.errors import BrocaError, first_line
+
+# Of the change that silencing makes: how far hook and weight may lie apart, for rounding alone.
+_TOLERANCE = 1e-2
+_ROWS, _LENGTH = 2, 8
+# Parameters of a random model that is still made in seconds.
+_LARGEST = 300_000_000
+
+
+def example_ids(vocabulary: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Token ids [2, 8] for a check, spread over the vocabulary."""
+    count = _ROWS * _LENGTH
+    ids = torch.arange(count, dtype=torch.int64) * 7919 % max(1, vocabulary - 1) + 1
+    return (ids % vocabulary).view(_ROWS, _LENGTH).to(device)
+
+
+@torch.no_grad()
+def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
+    """Refuse an anatomy that does not fit its model; the model is bit-identical afterwards.
+
+    Looked at are the first, the middle and the last layer, there the neuron and the head that write most
+    (of a mixture, a neuron in an expert that tokens are routed to).
+
+    Args:
+        model: causal language model in eval mode.
+        anatomy: of the model.
+        ids: int64 [rows, length], tokens without padding, on the model's device.
+
+    Raises:
+        BrocaError: what does not fit, by layer and block.
+    """
+    last = anatomy.layers - 1
+    for layer in sorted({0, last // 2, last}):
+        _check_order(model, anatomy, layer, ids)
+        _check_gating(model, anatomy, layer, ids)
+        for block in BLOCKS:
+            _check_silence(model, anatomy, layer, block, ids)
+    if anatomy.residual_output and not writes_to_residual(model, anatomy, ids):
+        raise _wrong(anatomy, last, "mlp", "what it writes does not reach the residual stream as it is")
+    plain = model(input_ids=ids, use_cache=False).logits
+    made = logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if plain.shape != made.shape or not torch.allclose(plain.float(), made.float(), rtol=1e-2, atol=1e-4):
+        raise BrocaError(
+            f"{anatomy.model_type}: the model does something to its logits after the output embeddings that "
+            "Broca does not know, so a loss would be wrong"
+        )
+
+
+@torch.no_grad()
+def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
+    """Whether a vector added to the MLP's output arrives in the residual stream as it is (last layer)."""
+    layer = anatomy.layers - 1
+    arrived: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor, _: Routed | None) -> None:
+        arrived.append(values.float().clone())
+
+    with reading(anatomy, {("block_out", layer): keep}):
+        model.base_model(input_ids=ids, use_cache=False)
+    size = arrived[0].abs().mean()
+    added = size * torch.where(torch.arange(anatomy.residual, device=ids.device) % 3 == 0, 4.0, -2.0)
+
+    def add(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
+        return values + added.to(values.dtype)
+
+    with reading(anatomy, {("block_out", layer): keep, ("mlp_out", layer): add}):
+        model.base_model(input_ids=ids, use_cache=False)
+    before, after = arrived
+    # Loose enough for bfloat16; a norm or a factor in between is far off.
+    return bool(((after - before - added).abs().mean() <= 0.02 * added.abs().mean()).item())
+
+
+def checked(model: Any, anatomy: Anatomy) -> Anatomy:
+    """Self-check an examined anatomy on the model that it was found in.
+
+    Returns:
+        The anatomy with the layout's ``residual`` as it was measured.
+
+    Raises:
+        BrocaError: what does not fit, or the model cannot be run.
+    """
+    ids = example_ids(model.config.get_text_config().vocab_size, model.get_input_embeddings().weight.device)
+    try:
+        residual = writes_to_residual(model, anatomy, ids)
+        anatomy = replace(anatomy, layout=replace(anatomy.layout, residual=residual))
+        self_check(model, anatomy, ids)
+    except BrocaError:
+        raise
+    # Anything may go wrong in a model of which nothing is known but its structure.
+    except Exception as error:
+        raise BrocaError(
+            f"architecture {anatomy.model_type!r} is not known to Broca, and the self-check of its anatomy could "
+            f"not run ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return anatomy
+
+
+def checked_by_likeness(config: Any, layout: Layout) -> Layout:
+    """Self-check an architecture without its weights, on a small random model of the same config class.
+
+    The model has two layers and a small vocabulary.  It is made narrow as well where the architecture
+    lets itself be; where it does not, the check is made at the config's own widths.
+
+    Args:
+        config: of the real model.
+        layout: that was found in the real model, without its weights.
+
+    Returns:
+        The layout with ``residual`` as it was measured.
+
+    Raises:
+        BrocaError: the architecture fails the check, or no small model of it can be made.
+    """
+    try:
+        return _checked_small(config, layout, narrow=True)
+    except BrocaError:
+        return _checked_small(config, layout, narrow=False)
+
+
+def _checked_small(config: Any, layout: Layout, narrow: bool) -> Layout:
+    try:
+        model = _small_model(config, narrow)
+    # As above: a config class may refuse any of the sizes, in any way.
+    except Exception as error:
+        raise BrocaError(
+            f"architecture {config.model_type!r} is not known to Broca, and no small model of it could be made to "
+            f"check its anatomy ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    found = anatomy_of(model)
+    if found.layout != layout:
+        raise BrocaError(
+            f"architecture {config.model_type!r} is not known to Broca, and its anatomy is another in a small "
+            f"model: {dict(found.layout.outputs)} and not {dict(layout.outputs)}"
+        )
+    return checked(model, found).layout
+
+
+def _small_model(config: Any, narrow: bool) -> Any:
+    import transformers
+
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    wanted: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": min(text.vocab_size, 512)}
+    if narrow:
+        shared = max(1, text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or 1))
+        heads = 4 if shared < 4 else 8
+        wanted |= {
+            "hidden_size": 16 * heads,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // min(shared, heads),
+            "head_dim": 16,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 40,
+        }
+    for name, value in wanted.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
+    vision: Any = getattr(small, "vision_config", None)
+    if getattr(vision, "num_hidden_layers", None) is not None:
+        vision.num_hidden_layers = 1
+    if isinstance(getattr(text, "layer_types", None), list):
+        text.layer_types = text.layer_types[-2:]
+    for holder in (small, text):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if isinstance(getattr(holder, name, None), int) and getattr(holder, name) >= text.vocab_size:
+                setattr(holder, name, None)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(small).parameters())
+    if size > _LARGEST:
+        raise BrocaError(
+            f"two layers of it are {size:.1e} parameters, and no more than {_LARGEST:.0e} are made"
+        )
+    model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    return model.requires_grad_(False)
+
+
+def _check_silence(model: Any, anatomy: Anatomy, layer: int, block: str, ids: torch.Tensor) -> None:
+    site = f"{block}_in"
+    totals = torch.zeros(anatomy.width(site), dtype=torch.float64, device=ids.device)
+
+    def sum_up(values: torch.Tensor, routed: Routed | None) -> None:
+        amount = values.abs().flatten(0, -2).sum(0, dtype=torch.float64)
+        start = 0 if routed is None else routed.expert * anatomy.expert_width
+        totals[start : start + len(amount)] += amount
+
+    # Always with a reader, so that a mixture takes the same way through its experts each time.
+    plain = _logits_of(model, anatomy, (site, layer), sum_up, ids)
+    width = anatomy.component_width(block)
+    # Not the most active one alone: its weight may have been zeroed by an edit.
+    written = totals * anatomy.output_weight(layer, block).norm(dim=-2).flatten().double()
+    component = int(written.view(-1, width).sum(1).argmax())
+    columns = slice(component * width, (component + 1) * width)
+
+    def silence(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        start = 0 if routed is None else routed.expert * anatomy.expert_width
+        if not start <= columns.start < start + values.shape[-1]:
+            return None
+        values = values.clone()
+        values[..., columns.start - start : columns.stop - start] = 0
+        return values
+
+    by_hook = _logits_of(model, anatomy, (site, layer), silence, ids)
+    with _zeroed(anatomy, layer, block, columns):
+        by_weight = _logits_of(model, anatomy, (site, layer), lambda values, routed: None, ids)
+    change = (by_hook - plain).abs().max()
+    name = f"{anatomy.component_name(block)} {component}"
+    if not bool(change > 0):
+        raise _wrong(anatomy, layer, block, f"silencing {name} at its input changes nothing")
+    if not bool((by_hook - by_weight).abs().max() <= _TOLERANCE * change):
+        raise _wrong(anatomy, layer, block, f"silencing {name} by its weight does not do what its input does")
+
+
+def _check_gating(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> None:
+    """act(mlp_act) * mlp_up is mlp_in, where the config names the activation."""
+    if anatomy.layout.activation is None:
+        return
+    from transformers.activations import ACT2FN
+
+    text = model.config.get_text_config()
+    activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[getattr(text, anatomy.layout.activation)]
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+
+    def keep(site: str) -> Reader:
+        def read(values: torch.Tensor, routed: Routed | None) -> None:
+            seen[site, -1 if routed is None else routed.expert] = values.clone()
+
+        return read
+
+    sites = ("mlp_act", "mlp_up", "mlp_in")
+    with reading(anatomy, {(site, layer): keep(site) for site in sites}):
+        model.base_model(input_ids=ids, use_cache=False)
+    for (site, expert), values in seen.items():
+        if site != "mlp_in":
+            continue
+        made = activation(seen["mlp_act", expert])
+        made = made * seen["mlp_up", expert] if anatomy.gated else made
+        if made.shape != values.shape or not torch.allclose(
+            made.float(), values.float(), rtol=2e-2, atol=1e-3 * float(values.abs().max())
+        ):
+            raise _wrong(anatomy, layer, "mlp", "its input is not the activation of what feeds it")
+    if not seen:
+        raise _wrong(anatomy, layer, "mlp", "nothing passes its sites")
+
+
+def _check_order(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> None:
+    """The output module lies in its layer and is the last linear one that runs in its block."""
+    inside = {module: path for path, module in anatomy.blocks[layer].named_modules()}
+    ran: list[nn.Module] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+        for module in inside
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    ]
+    try:
+        model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for block in BLOCKS:
+        output = anatomy.outputs[block][layer]
+        if output not in inside:
+            raise _wrong(anatomy, layer, block, "its output module does not lie in the layer")
+        if anatomy.mixed and block == "mlp":
+            continue
+        parent = inside[output].rpartition(".")[0]
+        beside = [module for module in ran if inside[module].startswith(f"{parent}." if parent else "")]
+        if not beside or beside[-1] is not output:
+            last = inside[beside[-1]] if beside else "none"
+            raise _wrong(anatomy, layer, block, f"the last linear module that runs is {last}")
+
+
+def _logits_of(
+    model: Any, anatomy: Anatomy, at: tuple[str, int], reader: Reader, ids: torch.Tensor
+) -> torch.Tensor:
+    with reading(anatomy, {at: reader}):
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return found
+
+
+@contextmanager
+def _zeroed(anatomy: Anatomy, layer: int, block: str, columns: slice) -> Iterator[None]:
+    weight = anatomy.columns(block, anatomy.output_weight(layer, block), columns)
+    kept = weight.clone()
+    try:
+        weight.zero_()
+        yield
+    finally:
+        weight.copy_(kept)
+
+
+def _wrong(anatomy: Anatomy, layer: int, block: str, what: str) -> BrocaError:
+    return BrocaError(
+        f"{anatomy.model_type}, layer {layer}, {block} ({anatomy.layout.outputs[block]}): {what}; Broca does not "
+        "know where this architecture keeps its neurons"
+    )

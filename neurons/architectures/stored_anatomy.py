@@ -1,0 +1,173 @@
+"""Where a checkpoint's neurons are, from config.json and the tensors' headers: no model class is imported.
+
+Only for dense families whose layout has ``names``, and only where config.json says all that is asked of
+it and the tensors agree.  Wherever a default of transformers' would have to be known, or something does
+not fit, the answer is None, and transformers decides what the checkpoint is, or what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from neurons.architectures.anatomy import BLOCKS, Anatomy, assembled, layout_of
+from neurons.architectures.layouts import LAYOUTS, ConfigNames, Layout
+from neurons.architectures.quantisation import is_quantised
+from neurons.errors import BrocaError
+from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry
+
+# What transformers takes for the language model's part of a config.
+_PARTS = ("text_config", "text_encoder", "decoder", "generator")
+
+
+def stored_anatomy(settings: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Anatomy | None:
+    """The anatomy of a checkpoint from its config.json and tensor headers alone.
+
+    Args:
+        settings: the values of config.json.
+        entries: of all tensors, by name (``neurons.files.tensor_files.tensor_entries``).
+
+    Returns:
+        What ``anatomy_of`` finds in the model, its modules empty (meta device) and only those that the
+        layout names; None where the files leave something to transformers' own defaults, do not agree
+        with each other, or are to be refused.
+    """
+    model_type = settings.get("model_type")
+    layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
+    # With configuration_files, transformers may read another file than config.json.
+    if layout is None or layout.names is None or "configuration_files" in settings or is_quantised(settings):
+        return None
+    text = _language_part(settings, layout.names)
+    if text is None or not _settles(text, layout):
+        return None
+    try:
+        layout = layout_of(_as_config(str(model_type), text)) or layout
+        return _assembled(layout, layout.names or ConfigNames(), str(model_type), text, entries)
+    except BrocaError:
+        return None
+
+
+def _language_part(settings: Mapping[str, Any], names: ConfigNames) -> Mapping[str, Any] | None:
+    if any(settings.get(part) is not None for part in _PARTS if part != names.part):
+        return None
+    text = settings if names.part is None else settings.get(names.part)
+    return text if isinstance(text, Mapping) else None
+
+
+def _settles(text: Mapping[str, Any], layout: Layout) -> bool:
+    """Whether config.json itself says what decides over the layout."""
+    if layout.activation is not None and not isinstance(text.get(layout.activation), str):
+        return False
+    switches = [layout.bypassed_by, layout.residual_unless[0] if layout.residual_unless else None]
+    return all(isinstance(text.get(name), bool) for name in switches if name is not None)
+
+
+def _as_config(model_type: str, text: Mapping[str, Any]) -> Any:
+    """The settings as ``layout_of`` looks at a config of transformers'."""
+    part = SimpleNamespace(**{"model_type": model_type, **text})
+    return SimpleNamespace(model_type=model_type, get_text_config=lambda: part)
+
+
+def _assembled(
+    layout: Layout,
+    names: ConfigNames,
+    model_type: str,
+    text: Mapping[str, Any],
+    entries: Mapping[str, TensorEntry],
+) -> Anatomy | None:
+    layers, heads, d = (_number(text, own) for own in (names.layers, names.heads, names.residual))
+    stems = [prefix for prefix in layout.prefixes if f"{prefix}0.{layout.stored['attn'][0].name}" in entries]
+    # transformers refuses heads that do not share d evenly, in some families even beside a head_dim.
+    if layers is None or heads is None or d is None or d % heads or len(stems) != 1:
+        return None
+    blocks = _skeletons(layout, stems[0], layers, entries)
+    # As ``anatomy_of`` takes it; o_proj's columns, which ``assembled`` measures, must then be its heads'.
+    head_dim = d // heads if text.get("head_dim") is None else _number(text, ("head_dim",))
+    if blocks is None or head_dim is None:
+        return None
+    found = assembled(layout, model_type, blocks, residual=d, heads=heads, head_dim=head_dim)
+    width = _number(text, names.width)
+    if width is None and names.widening is not None and all(text.get(name) is None for name in names.width):
+        width = names.widening * d
+    fits = found.neurons == width and _reads_and_writes(found) and _has_its_biases(found, names, text)
+    return found if fits else None
+
+
+def _number(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """The size that config.json gives under one or more names; None where there is none, or two."""
+    given = [text[name] for name in names if text.get(name) is not None]
+    sized = all(type(value) is int and value > 0 and value == given[0] for value in given)
+    return given[0] if given and sized else None
+
+
+def _skeletons(
+    layout: Layout, stem: str, layers: int, entries: Mapping[str, TensorEntry]
+) -> tuple[nn.Module, ...] | None:
+    """The decoder layers, each with the modules that the layout names; None where one lacks its weight."""
+    paths = {*layout.outputs.values(), layout.gate, layout.up or layout.gate}
+    paths |= {path for switch in layout.bias_switches.values() for path in switch.modules}
+    blocks = []
+    for layer in range(layers):
+        block = nn.Module()
+        for path in sorted(paths):
+            module = _module(f"{stem}{layer}.{path}.", entries)
+            if module is None:
+                return None
+            parent, _, name = path.rpartition(".")
+            _inside(block, parent).add_module(name, module)
+        blocks.append(block)
+    return tuple(blocks)
+
+
+def _module(stem: str, entries: Mapping[str, TensorEntry]) -> nn.Module | None:
+    """An empty linear module; None where the file has no matrix of numbers for its weight."""
+    module = nn.Module()
+    for name, dimensions in (("weight", 2), ("bias", 1)):
+        entry = entries.get(stem + name)
+        if entry is None and name == "bias":
+            continue
+        if entry is None or len(entry.shape) != dimensions or entry.dtype not in READABLE_DTYPES:
+            return None
+        empty = torch.empty(entry.shape, dtype=READABLE_DTYPES[entry.dtype], device="meta")
+        module.register_parameter(name, nn.Parameter(empty))
+    return module
+
+
+def _inside(block: nn.Module, path: str) -> nn.Module:
+    """The module at a path, made where it is not there."""
+    for name in path.split(".") if path else ():
+        if name not in dict(block.named_children()):
+            block.add_module(name, nn.Module())
+        block = block.get_submodule(name)
+    return block
+
+
+def _reads_and_writes(anatomy: Anatomy) -> bool:
+    """Whether gates and ups, which ``assembled`` does not measure, read d and write I (one for both: 2 I)."""
+    layout = anatomy.layout
+    shape = (anatomy.neurons * (2 if layout.up == layout.gate else 1), anatomy.residual)
+    return all(
+        anatomy.oriented("mlp", module.get_parameter("weight")).shape == shape
+        for module in (*anatomy.gates, *anatomy.ups)
+    )
+
+
+def _has_its_biases(anatomy: Anatomy, names: ConfigNames, text: Mapping[str, Any]) -> bool:
+    """Whether exactly those output modules have a bias [d] in the file for which the config asks for one."""
+    for block in BLOCKS:
+        asked = names.biases.get(block, False)
+        if isinstance(asked, str):
+            # A bias switch is off where config.json does not have it; what other settings then are is not known.
+            asked = text.get(asked, False if block in anatomy.layout.bias_switches else None)
+        if not isinstance(asked, bool):
+            return False
+        expected = (anatomy.residual,) if asked else None
+        for layer in range(anatomy.layers):
+            bias = anatomy.output_bias(layer, block)
+            if (None if bias is None else tuple(bias.shape)) != expected:
+                return False
+    return True

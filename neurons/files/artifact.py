@@ -1,0 +1,149 @@
+"""One safetensors file with JSON metadata: the only reader and writer of Broca's own files.
+
+The header's ``__metadata__`` holds one key, ``broca``, whose value is a JSON object with ``kind``,
+``format_version``, ``packages`` and the fields of that kind (languages, settings, fingerprint, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from neurons.errors import BrocaError, UsageError
+
+FORMAT_VERSION = 1
+KINDS = ("statistics", "neurons", "direction", "edit", "unfinished")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a Broca file holds: its kind, its metadata (JSON values) and its tensors by name."""
+
+    kind: str
+    metadata: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def write_atomically(path: Path | str, content: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes files that only their owner may read; a result is as readable as any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON document that any reader takes: NaN and infinities, which JSON lacks, become null."""
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    versions = {}
+    for package in ("broca", "torch", "transformers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def artifact_bytes(kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """The file's bytes; equal input gives equal bytes.
+
+    Args:
+        kind: one of ``KINDS``.
+        tensors: name -> tensor; stored contiguous, on the CPU, in the dtype given.
+        metadata: JSON-serialisable fields.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is not a kind of Broca file: {', '.join(KINDS)}")
+    document = {
+        **metadata,
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "packages": package_versions(),
+    }
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+    content: bytes = save(stored, metadata={"broca": text})
+    return content
+
+
+def save_artifact(
+    path: Path | str, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write ``artifact_bytes`` to ``path``, atomically."""
+    write_atomically(path, artifact_bytes(kind, tensors, metadata))
+
+
+def load_artifact(path: Path | str, kind: str | None = None) -> Artifact:
+    """Read a Broca file.
+
+    Args:
+        path: the file.
+        kind: the kind that is expected, or None for any.
+
+    Raises:
+        UsageError: no such file, or a directory.
+        BrocaError: not a Broca file, another kind, or a newer format version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path}: is a directory: name the file in it")
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file")
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            text = (stream.metadata() or {}).get("broca")
+            if text is None:
+                raise BrocaError(f"{path}: a safetensors file, but not one that Broca wrote")
+            metadata = json.loads(text)
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise BrocaError(f"{path}: not a file that Broca wrote, or a damaged one") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("format_version"), int):
+        raise BrocaError(f"{path}: not a readable Broca file (its metadata is damaged)")
+    found = str(metadata.get("kind"))
+    if metadata["format_version"] > FORMAT_VERSION:
+        raise BrocaError(
+            f"{path}: written by a newer Broca (format {metadata['format_version']}, this one reads "
+            f"{FORMAT_VERSION}): update broca"
+        )
+    if kind is not None and found != kind:
+        raise BrocaError(f"{path}: holds {found!r}, but {kind!r} is needed here")
+    return Artifact(kind=found, metadata=metadata, tensors=tensors)

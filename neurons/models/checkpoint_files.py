@@ -1,0 +1,178 @@
+"""What lies in a checkpoint directory that makes transformers, vLLM and Broca see different models.
+
+Names and headers are looked at, and the bytes of two tensors where a file says that they are one.
+docs/checkpoints.md has the table of what each gets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurons.architectures.quantisation import is_quantised
+from neurons.errors import BrocaError, UsageError
+from neurons.files.tensor_files import INDEX_ENDING, READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
+
+_ADAPTER = "adapter_config.json"
+_QUANTISED_FOR_VLLM = ("compression_config", "hf_quant_config.json")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_ROWS_AT_ONCE = 4096
+
+
+def check_directory(model: str, checkpoint: Path) -> None:
+    """Refuse a directory that holds no model, or more than one.
+
+    Args:
+        model: as the user wrote it.
+        checkpoint: the directory.
+
+    Raises:
+        UsageError: no ``config.json``, or an adapter without its base model.
+        BrocaError: an adapter beside a model; a setting or file by which one engine alone reads other weights, or
+            reads them in another way; a damaged ``generation_config.json``.
+    """
+    adapter = (checkpoint / _ADAPTER).is_file()
+    if not (checkpoint / "config.json").is_file() or (adapter and not _has_weights(checkpoint)):
+        if adapter:
+            base = _settings(checkpoint / _ADAPTER).get("base_model_name_or_path")
+            of = f" of {base}" if isinstance(base, str) and base else ""
+            raise UsageError(
+                f"{model}: an adapter{of}, not a model: load it on its base model with peft, call "
+                "merge_and_unload() and save_pretrained(), and name what that writes"
+            )
+        raise UsageError(f"{model}: a directory without config.json, so not a model checkpoint")
+    if adapter:
+        raise BrocaError(
+            f"{model}: has an adapter ({_ADAPTER}) beside a whole model; transformers adds it where peft is installed, "
+            "and vLLM never does: move the adapter to a directory of its own, or merge it and remove it"
+        )
+    settings = _settings(checkpoint / "config.json")
+    other = settings.get("transformers_weights")
+    if other is not None:
+        raise BrocaError(
+            f"{model}: its config.json has transformers_weights {other!r}, from which transformers reads the weights "
+            "and vLLM does not: remove the setting, and leave the weights to use as the only ones"
+        )
+    # Of a checkpoint that is quantised for both, config.json says so too.
+    if not is_quantised(settings):
+        for what in _QUANTISED_FOR_VLLM:
+            if what in settings or (checkpoint / what).is_file():
+                raise BrocaError(
+                    f"{model}: by its {what} vLLM takes the weights for quantised, and transformers does not: remove it, "
+                    "or start from the unquantised checkpoint"
+                )
+    _check_ends(model, checkpoint)
+
+
+def _check_ends(model: str, checkpoint: Path) -> None:
+    path = checkpoint / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ends = found.get("eos_token_id")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        ends = path.name
+    if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise BrocaError(
+            f"{model}: its {path.name} is no JSON object whose eos_token_id is a number or several, so engines differ in "
+            "where an answer ends: correct it or remove it"
+        )
+
+
+def check_tied(model: str, checkpoint: Path, tied: bool | None = None) -> None:
+    """Refuse an output head that is stored beside the embedding that it is said to be, and differs from it.
+
+    Args:
+        model: as the user wrote it.
+        checkpoint: the directory.
+        tied: ``tie_word_embeddings``; None takes what config.json says, False where it does not.
+
+    Raises:
+        BrocaError: both tensors by name; or as ``tensor_entries``.
+    """
+    if tied is None:
+        tied = bool(_settings(checkpoint / "config.json").get("tie_word_embeddings"))
+    if not tied:
+        return
+    entries = tensor_entries(checkpoint)
+    heads, embeddings = (
+        [entry for name, entry in entries.items() if name.endswith(ends)] for ends in (_HEADS, _EMBEDDINGS)
+    )
+    if len(heads) == len(embeddings) == 1 and not _equal(heads[0], embeddings[0]):
+        raise BrocaError(
+            f"{model}: tie_word_embeddings says that {heads[0].name} is {embeddings[0].name}, and the two differ: "
+            "transformers computes with both, vLLM with the embedding alone: set tie_word_embeddings to false, "
+            f"or remove {heads[0].name} from the weights"
+        )
+
+
+def check_architecture(model: str, config: Any) -> None:
+    """Refuse ``architectures`` of another model type: vLLM goes by them, transformers by ``model_type``.
+
+    Args:
+        model: as the user wrote it.
+        config: a transformers config of a known model type.
+
+    Raises:
+        BrocaError: names both.
+    """
+    import transformers
+
+    types = {config.model_type, config.get_text_config().model_type}
+    for name in config.architectures or ():
+        own = getattr(getattr(transformers, name, None), "config_class", None)
+        if own is not None and own.model_type not in types:
+            raise BrocaError(
+                f"{model}: its config.json has model_type {config.model_type!r}, by which transformers goes, and "
+                f"architectures {name!r} of {own.model_type!r}, by which vLLM goes: correct the wrong one"
+            )
+
+
+def quantised_sentence(model: str, checkpoint: Path, way_out: str) -> str:
+    """Why a checkpoint whose config.json has a ``quantization_config`` is refused.
+
+    Args:
+        model: as the user wrote it.
+        checkpoint: the directory.
+        way_out: what to do where the weights are quantised.
+    """
+    try:
+        entries: Iterable[TensorEntry] = tensor_entries(checkpoint).values()
+        plain = all(entry.dtype in READABLE_DTYPES for entry in entries if len(entry.shape) > 1)
+    except BrocaError:
+        plain = False
+    if plain:
+        return (
+            f"{model}: its config.json has a quantization_config, and its weights are stored unquantised: engines "
+            "would quantise them as they load: remove quantization_config from config.json"
+        )
+    return f"{model}: a quantised checkpoint; its weights cannot be edited: {way_out}"
+
+
+def _has_weights(checkpoint: Path) -> bool:
+    weights = [path for path in checkpoint.glob("*.safetensors") if not path.name.startswith("adapter_")]
+    return bool(weights) or any(checkpoint.glob(f"*{INDEX_ENDING}")) or any(checkpoint.glob("pytorch_model*"))
+
+
+def _equal(first: TensorEntry, second: TensorEntry) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype) or first.dtype not in READABLE_DTYPES:
+        return False
+    return all(
+        torch.equal(read_tensor(first, rows), read_tensor(second, rows))
+        for rows in (slice(i, i + _ROWS_AT_ONCE) for i in range(0, first.shape[0], _ROWS_AT_ONCE))
+    )
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    """{} also where the file is damaged, which whoever reads it for its own sake says."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

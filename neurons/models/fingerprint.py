@@ -1,0 +1,49 @@
+"""A fingerprint of a checkpoint: files made from one model are refused by another.
+
+Covers the config, the names, shapes and dtypes of all tensors, and sampled bytes of each: a digest of
+every byte would cost as much as reading the model.  A checkpoint that Broca has edited also counts
+its plan, so that even an edit of one neuron, which sampling could miss, makes another fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from neurons.files.file_states import OncePerState
+from neurons.files.tensor_files import tensor_entries
+
+SAMPLES, SAMPLE_BYTES = 64, 64
+PLAN_IN_CHECKPOINT = Path("broca") / "edit.safetensors"
+FINGERPRINTS = OncePerState()
+# Written by whatever saved the model last; says nothing of what the model computes.
+VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Sixteen hexadecimal digits that name the model in a checkpoint directory.
+
+    Read once in a process while the directory's files stay as they are (``neurons.files.file_states``).
+    """
+    plan = checkpoint / PLAN_IN_CHECKPOINT
+    beside = [*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors"), plan]
+    files = sorted(path for path in beside if path.is_file())
+    return FINGERPRINTS.get(checkpoint, files, lambda: _fingerprint(checkpoint, plan))
+
+
+def _fingerprint(checkpoint: Path, plan: Path) -> str:
+    digest = hashlib.sha256()
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    digest.update(json.dumps(kept, sort_keys=True).encode())
+    for name, entry in sorted(tensor_entries(checkpoint).items()):
+        digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
+        size = entry.end - entry.begin
+        with entry.file.open("rb") as stream:
+            for i in range(SAMPLES):
+                stream.seek(entry.begin + max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                digest.update(stream.read(min(SAMPLE_BYTES, size)))
+    if plan.is_file():
+        digest.update(plan.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,264 @@
+"""One neuron explained: where it is most active, what it writes, and how active it is in each language."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from neurons.architectures.anatomy import Anatomy
+from neurons.architectures.sites import Reader, Routed, reading
+from neurons.errors import UsageError
+from neurons.models.not_finite import not_finite
+from neurons.models.source import LoadedModel
+from neurons.models.start_tokens import start_tokens
+from neurons.recording.lens import lens_logits
+from neurons.recording.record import forward
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import Corpus
+from neurons.text.token_budget import MEANS
+
+SNIPPETS, TOKENS = 10, 10
+BEFORE, AFTER = 24, 12  # tokens of a snippet on either side
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A place in text where the neuron is active.
+
+    Attributes:
+        language: of the text.
+        line: of its corpus.
+        value: at ``mlp_in`` of the marked token.
+        before: text before the token.
+        token: the token's text.
+        after: text after it.
+    """
+
+    language: str
+    line: int
+    value: float
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a neuron does with a language's counted tokens.
+
+    Attributes:
+        tokens: that reached it (all, in a dense model).
+        firing: share of them with ``mlp_act`` > 0.
+        mean: mean of ``mlp_in``.
+        absolute: mean of |``mlp_in``|.
+        low: least of ``mlp_in``.
+        high: largest of ``mlp_in``.
+    """
+
+    tokens: int
+    firing: float
+    mean: float
+    absolute: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class NeuronReport:
+    """A neuron explained.
+
+    Attributes:
+        layer: of the neuron.
+        neuron: its number in the layer (expert e, j: e * I + j).
+        value_norm: length of its value.
+        snippets: the largest |value| first, at most one of each text.
+        promoted: (token, rise of its logit), the largest first, of the value through the lens; a negative
+            activation does the reverse.
+        suppressed: the same, the smallest first.
+        activity: by language.
+    """
+
+    layer: int
+    neuron: int
+    value_norm: float
+    snippets: tuple[Snippet, ...]
+    promoted: tuple[tuple[str, float], ...]
+    suppressed: tuple[tuple[str, float], ...]
+    activity: dict[str, Activity]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One batch's values of the neuron: [rows, length], NaN where nothing was counted or routed."""
+
+    inside: torch.Tensor
+    before_activation: torch.Tensor
+
+
+def neuron_report(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    layer: int,
+    neuron: int,
+    snippets: int = SNIPPETS,
+    tokens: int = TOKENS,
+    most_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> NeuronReport:
+    """Read a corpus and explain a neuron.
+
+    Args:
+        loaded: the model.
+        corpus: text by language.
+        layer: 0 to L - 1.
+        neuron: 0 to I - 1.
+        snippets: how many.
+        tokens: how many promoted, and how many suppressed.
+        most_tokens: of a language; None takes all.
+        progress: called with the number of tokens of each batch.
+
+    Raises:
+        UsageError: a neuron that the model does not have.
+        BrocaError: an activation that is not finite.
+    """
+    anatomy = loaded.anatomy
+    if not (0 <= layer < anatomy.layers and 0 <= neuron < anatomy.neurons):
+        raise UsageError(
+            f"there is no neuron {neuron} in layer {layer}: layers are 0-{anatomy.layers - 1}, neurons "
+            f"0-{anatomy.neurons - 1}"
+        )
+    activity: dict[str, Activity] = {}
+    best: list[Snippet] = []
+    for language, batches in language_batches(loaded, corpus, most_tokens, default=MEANS.tokens).items():
+        seen = []
+        for batch in batches:
+            seen.append(_values(loaded, batch, layer, neuron))
+            best = _best(best + _strongest(loaded, batch, seen[-1].inside, language, snippets), snippets)
+            if progress is not None:
+                progress(int(batch.counted.sum()))
+        activity[language] = _activity(seen)
+        read = sum(int(batch.counted.sum()) for batch in batches)
+        if math.isinf(activity[language].absolute) or (
+            not anatomy.mixed and activity[language].tokens < read
+        ):
+            raise not_finite(loaded, f"neuron {neuron} of layer {layer}")
+    own = slice(neuron, neuron + 1)
+    value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), own)[:, 0].to(loaded.device)
+    promoted, suppressed = _tokens(loaded, value, tokens)
+    return NeuronReport(
+        layer, neuron, float(value.float().norm()), tuple(best), promoted, suppressed, activity
+    )
+
+
+def _values(loaded: LoadedModel, batch: TokenBatch, layer: int, neuron: int) -> _Seen:
+    anatomy = loaded.anatomy
+    on_device = batch.to(loaded.device)
+    found = {
+        site: torch.full(batch.ids.shape, torch.nan, device=loaded.device) for site in ("mlp_in", "mlp_act")
+    }
+    readers: Mapping[tuple[str, int], Reader] = {
+        (site, layer): _keeper(anatomy, neuron, values) for site, values in found.items()
+    }
+    with torch.no_grad(), reading(anatomy, readers):
+        forward(loaded.model, on_device)
+    kept = {site: values.masked_fill(~on_device.counted, torch.nan).cpu() for site, values in found.items()}
+    return _Seen(kept["mlp_in"], kept["mlp_act"])
+
+
+def _keeper(anatomy: Anatomy, neuron: int, kept: torch.Tensor) -> Reader:
+    expert, column = divmod(neuron, anatomy.expert_width)
+
+    def read(values: torch.Tensor, routed: Routed | None) -> None:
+        if routed is None:
+            kept.copy_(values[..., column])
+        elif routed.expert == expert:
+            kept.view(-1)[routed.tokens] = values[:, column].float()
+
+    return read
+
+
+def _activity(seen: Sequence[_Seen]) -> Activity:
+    inside = torch.cat([one.inside.flatten() for one in seen]) if seen else torch.zeros(0)
+    gate = torch.cat([one.before_activation.flatten() for one in seen]) if seen else torch.zeros(0)
+    there = ~torch.isnan(inside)
+    values = inside[there].double()
+    if not len(values):
+        return Activity(0, *[float("nan")] * 5)
+    return Activity(
+        tokens=len(values),
+        firing=float((gate[there] > 0).double().mean()),
+        mean=float(values.mean()),
+        absolute=float(values.abs().mean()),
+        low=float(values.min()),
+        high=float(values.max()),
+    )
+
+
+def _strongest(
+    loaded: LoadedModel, batch: TokenBatch, values: torch.Tensor, language: str, count: int
+) -> list[Snippet]:
+    """The strongest place of each of the batch's strongest texts."""
+    strength = values.abs().nan_to_num(-1.0)
+    strongest, places = strength.max(dim=1)
+    rows = strongest.argsort(descending=True, stable=True)[:count]
+    return [
+        _snippet(loaded, batch, language, row, int(places[row]), float(values[row, places[row]]))
+        for row in rows.tolist()
+        if strongest[row] >= 0
+    ]
+
+
+def _snippet(
+    loaded: LoadedModel, batch: TokenBatch, language: str, row: int, place: int, value: float
+) -> Snippet:
+    length = int(batch.attention[row].sum())
+    ids = batch.ids[row, :length].tolist()
+    start = max(len(start_tokens(loaded.tokenizer)), place - BEFORE)
+    # Cut out of longer texts, since a letter may lie in several tokens and a space in none.
+    before = _text(loaded, ids[start:place])
+    upto = _text(loaded, ids[start : place + 1])
+    whole = _text(loaded, ids[start : place + 1 + AFTER])
+    common = _common(before, upto)
+    end = _common(upto, whole)
+    return Snippet(
+        language=language,
+        line=int(batch.line_numbers[row]),
+        value=value,
+        before=upto[:common],
+        token=whole[common:end],
+        after=whole[end:],
+    )
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts begin alike with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
+
+
+def _best(found: Sequence[Snippet], count: int) -> list[Snippet]:
+    return sorted(found, key=lambda one: -abs(one.value))[:count]
+
+
+def _tokens(
+    loaded: LoadedModel, value: torch.Tensor, count: int
+) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
+    """What a value promotes and what it suppresses; equal logits in the order of the vocabulary."""
+    known = min(len(loaded.tokenizer), loaded.model.get_output_embeddings().weight.shape[0])
+    rises = lens_logits(loaded.model, loaded.anatomy, value[None])[0, :known]
+
+    def named(order: torch.Tensor) -> tuple[tuple[str, float], ...]:
+        ids = order[:count].tolist()
+        return tuple((_text(loaded, [token]), float(rises[token])) for token in ids)
+
+    return named(rises.argsort(descending=True, stable=True)), named(rises.argsort(stable=True))
+
+
+def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
+    found: str = loaded.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return found

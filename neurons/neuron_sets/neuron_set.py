@@ -1,0 +1,191 @@
+"""A neuron set: which neurons belong to which language, with what score and of what kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurons.errors import BrocaError, UsageError
+from neurons.files.artifact import Artifact, load_artifact, save_artifact
+from neurons.models.source import ModelSource
+from neurons.scorers.selection import KINDS, kind_of
+
+
+@dataclass(frozen=True)
+class NeuronSet:
+    """Neurons by language.
+
+    Attributes:
+        members: language -> int64 [n, 2], rows (layer, neuron) in that order, unique.
+        scores: language -> float64 [n], the method's score of each row of ``members``.
+        kinds: language -> int64 [n], each row's index into ``neurons.scorers.selection.KINDS``.
+        layers: L of the model.
+        neurons: I of the model, those of all experts of a layer together.
+        metadata: method, settings, tokens, fingerprint, model, corpus digest, experts.
+    """
+
+    members: dict[str, torch.Tensor]
+    scores: dict[str, torch.Tensor]
+    kinds: dict[str, torch.Tensor]
+    layers: int
+    neurons: int
+    metadata: dict[str, Any]
+
+    @property
+    def experts(self) -> int:
+        """Experts E a layer (1 in a dense model); neuron (expert e, j) is number e * (I / E) + j."""
+        return int(self.metadata.get("experts", 1))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.members)
+
+    @property
+    def empty_languages(self) -> tuple[str, ...]:
+        """Languages for which the method found no neuron."""
+        return tuple(language for language, rows in self.members.items() if len(rows) == 0)
+
+    def of(self, language: str) -> torch.Tensor:
+        """Rows (layer, neuron) of a language.
+
+        Raises:
+            UsageError: the set does not know the language.
+        """
+        if language not in self.members:
+            raise UsageError(f"the neuron set has no language {language!r}: it has {', '.join(self.members)}")
+        return self.members[language]
+
+    def kind_counts(self, language: str) -> dict[str, int]:
+        """How many of a language's neurons are of each kind."""
+        self.of(language)
+        counts = torch.bincount(self.kinds[language], minlength=len(KINDS)).tolist()
+        return dict(zip(KINDS, counts, strict=True))
+
+    def by_layer(self, language: str) -> list[torch.Tensor]:
+        """Neuron indices of a language, int64, one tensor a layer."""
+        rows = self.of(language)
+        return [rows[rows[:, 0] == layer, 1] for layer in range(self.layers)]
+
+    def require_model(self, source: ModelSource) -> None:
+        """Refuse a model that the neurons were not found in.
+
+        Raises:
+            BrocaError: another fingerprint; a set that names none passes.
+        """
+        if "fingerprint" in self.metadata:
+            source.require_fingerprint(self.metadata, "the neuron set")
+
+    def save(self, path: Path | str) -> None:
+        tensors = {f"members.{i}": rows for i, rows in enumerate(self.members.values())}
+        tensors |= {f"scores.{i}": self.scores[language] for i, language in enumerate(self.members)}
+        tensors |= {f"kinds.{i}": self.kinds[language] for i, language in enumerate(self.members)}
+        fields = {"languages": list(self.members), "layers": self.layers, "neurons": self.neurons}
+        save_artifact(path, "neurons", tensors, {**self.metadata, **fields})
+
+
+def neuron_set(
+    members: Mapping[str, torch.Tensor],
+    scores: Mapping[str, torch.Tensor],
+    layers: int,
+    neurons: int,
+    metadata: Mapping[str, Any],
+    kinds: Mapping[str, torch.Tensor] | None = None,
+) -> NeuronSet:
+    """A NeuronSet with the rows of each language in (layer, neuron) order.
+
+    Args:
+        kinds: as the attribute; None takes the number of languages in ``members`` that have a neuron.
+
+    Raises:
+        BrocaError: a neuron that the model does not have, or one named twice; scores or kinds that are
+            not one a neuron, or a kind that does not exist.
+    """
+    for language, rows in members.items():
+        if len(rows) and not (
+            bool((rows >= 0).all()) and int(rows[:, 0].max()) < layers and int(rows[:, 1].max()) < neurons
+        ):
+            raise BrocaError(f"language {language!r} names a neuron outside {layers} x {neurons}")
+        if len(_flat(rows, neurons).unique()) != len(rows):
+            raise BrocaError(f"language {language!r} names a neuron twice")
+        for name, values in (("scores", scores), ("kinds", kinds)):
+            if values is not None and (language not in values or len(values[language]) != len(rows)):
+                held = len(values[language]) if language in values else 0
+                raise BrocaError(f"language {language!r} has {len(rows)} neurons, but {held} {name}")
+        if kinds is not None and not bool(((kinds[language] >= 0) & (kinds[language] < len(KINDS))).all()):
+            raise BrocaError(f"language {language!r} has a kind of neuron beyond {', '.join(KINDS)}")
+    if kinds is None:
+        owners = torch.zeros(layers * neurons, dtype=torch.int64)
+        for rows in members.values():
+            owners[_flat(rows, neurons)] += 1
+        kinds = {k: kind_of(owners[_flat(rows, neurons)], len(members)) for k, rows in members.items()}
+    order = {k: _flat(rows, neurons).argsort(stable=True) for k, rows in members.items()}
+    return NeuronSet(
+        members={k: rows[order[k]].to(torch.int64) for k, rows in members.items()},
+        scores={k: scores[k][order[k]].double() for k in members},
+        kinds={k: kinds[k][order[k]].to(torch.int64) for k in members},
+        layers=layers,
+        neurons=neurons,
+        metadata=dict(metadata),
+    )
+
+
+def _flat(rows: torch.Tensor, neurons: int) -> torch.Tensor:
+    return rows[:, 0] * neurons + rows[:, 1]
+
+
+def load_neuron_set(path: Path | str) -> NeuronSet:
+    """Read what ``NeuronSet.save`` wrote.
+
+    Raises:
+        UsageError, BrocaError: as ``load_artifact`` and ``neuron_set``, or what is no neuron set, by name.
+    """
+    artifact = load_artifact(path, "neurons")
+    fault = _fault(artifact)
+    if fault is not None:
+        raise BrocaError(f"{path}: not a readable neuron set ({fault}): identify it again")
+    languages = artifact.metadata["languages"]
+
+    def group(name: str) -> dict[str, torch.Tensor]:
+        return {language: artifact.tensors[f"{name}.{i}"] for i, language in enumerate(languages)}
+
+    # Files of Broca 0.1 have no kinds.
+    kinds = group("kinds") if all(f"kinds.{i}" in artifact.tensors for i in range(len(languages))) else None
+    try:
+        return neuron_set(
+            group("members"),
+            group("scores"),
+            artifact.metadata["layers"],
+            artifact.metadata["neurons"],
+            artifact.metadata,
+            kinds,
+        )
+    except BrocaError as error:
+        raise BrocaError(f"{path}: {error}") from error
+
+
+def _fault(artifact: Artifact) -> str | None:
+    """What is wrong with a neuron set's metadata or tensors; None where nothing is."""
+    metadata, tensors = artifact.metadata, artifact.tensors
+    languages = metadata.get("languages")
+    if not isinstance(languages, list) or not all(isinstance(one, str) for one in languages):
+        return f"its languages are {languages!r}"
+    if not isinstance(metadata.get("settings", {}), dict):
+        return f"its settings are {metadata['settings']!r}"
+    sizes = {name: metadata.get(name) for name in ("layers", "neurons")}
+    sizes["experts"] = metadata.get("experts", 1)
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            return f"it is of {size!r} {name}"
+    for i, language in enumerate(languages):
+        rows, scores, kinds = (tensors.get(f"{name}.{i}") for name in ("members", "scores", "kinds"))
+        if rows is None or rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype != torch.int64:
+            return f"it lists no neurons of {language!r}"
+        if scores is None or scores.ndim != 1 or not scores.is_floating_point():
+            return f"it has no scores of {language!r}"
+        if kinds is not None and (kinds.ndim != 1 or kinds.is_floating_point()):
+            return f"it has no kinds of {language!r}"
+    return None

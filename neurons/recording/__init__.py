@@ -1,0 +1,1 @@
+"""Recording: a model reads text, and what its modules compute is summed."""

@@ -1,0 +1,238 @@
+"""A pass over prompts with answers: how the answer's probability leans on each neuron, summed over prompts.
+
+A neuron of an expert is 0 at tokens that its expert is not asked about, and nothing leans on it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from neurons.architectures.anatomy import Anatomy
+from neurons.architectures.sites import Reader, Routed, expert_units, reading
+from neurons.errors import UsageError
+from neurons.models.embedded import require_embedded
+from neurons.models.memory import batches_for
+from neurons.models.next_token import token_losses
+from neurons.models.not_finite import not_finite
+from neurons.models.source import LoadedModel
+from neurons.recording.record import Progress, forward
+from neurons.scorers.culnig import answer_scores
+from neurons.scorers.integrated_gradients import integrate
+from neurons.statistics.statistics import Statistics
+from neurons.text.batches import TokenBatch, block_length, row_batches
+from neurons.text.prompts import Prompts, answer_token
+
+STEPS = 20  # arXiv 2104.08696
+CULNIG_SITE = "mlp_act"  # before the nonlinearity
+INTEGRATED_SITE = "mlp_in"
+
+
+def record_answers(
+    loaded: LoadedModel,
+    prompts: Prompts,
+    moment: str,
+    steps: int = STEPS,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Sum a moment over the prompts of each language.
+
+    Args:
+        loaded: the model.
+        prompts: with their answers; only an answer's first token is looked at.
+        moment: ``answer`` or ``answer_recognition`` (CULNIG's s at the output of the gate),
+            ``answer_control`` (the same, negative scores as 0) or ``integrated`` (the integrated gradient
+            at the input of ``down_proj``, at the prompt's last token).
+        steps: of the integral.
+        progress: called with the number of prompts done.
+
+    Returns:
+        Statistics with ``mlp_act:answer...`` or ``mlp_in:integrated`` [L, I, K], and the counts in ``prompts``.
+
+    Raises:
+        UsageError: a prompt longer than the model's context, or with a token that it has no embedding of.
+        BrocaError: a sum that is not finite, by layer.
+    """
+    anatomy, languages = loaded.anatomy, tuple(prompts.of)
+    site = INTEGRATED_SITE if moment == "integrated" else CULNIG_SITE
+    name = f"{site}:{moment}"
+    total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
+    counts = torch.tensor([len(some) for some in prompts.of.values()])
+    tokens = [_tokens(loaded, prompts, language) for language in languages]
+    for k, (rows, answers) in enumerate(tokens):
+        # Every step of the integral is a row of its own, and every expert has a place for every token.
+        fitting, _ = batches_for(loaded, True, max(map(len, rows)))
+        at_once = fitting // (steps if moment == "integrated" else 1) // anatomy.experts
+        for batch in row_batches(rows, uncounted=0, tokens_a_batch=at_once):
+            on_device = batch.to(loaded.device)
+            wanted = answers[batch.line_numbers].to(loaded.device)
+            if moment == "integrated":
+                found = _integrated(loaded, on_device, wanted, steps)
+            else:
+                found = _scores(loaded, on_device, wanted)
+            if moment == "answer_control":
+                found = found.clamp(min=0)
+            total[..., k] += found.sum(1)
+            if progress is not None:
+                progress(len(batch.ids))
+    if not bool(torch.isfinite(total).all()):
+        layer = int((~torch.isfinite(total)).nonzero()[0, 0])
+        raise not_finite(loaded, f"{name} in layer {layer}")
+    return Statistics(
+        languages=languages,
+        tokens=torch.zeros(len(languages), dtype=torch.int64),
+        texts=torch.zeros(len(languages), dtype=torch.int64),
+        moments={name: total},
+        fingerprint=loaded.fingerprint,
+        prompts={moment: counts},
+    )
+
+
+def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[list[int]], torch.Tensor]:
+    rows, answers = [], []
+    longest = block_length(loaded.model)
+    for prompt in prompts.of[language]:
+        row, answer = answer_token(loaded.tokenizer, prompt)
+        if len(row) > longest:
+            raise UsageError(
+                f"language {language!r}: a prompt has {len(row)} tokens, and the model reads {longest}: shorten it"
+            )
+        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedded)
+        rows.append(row)
+        answers.append(answer)
+    return rows, torch.tensor(answers)
+
+
+def _probability(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> torch.Tensor:
+    """[rows]: the probability of each row's answer after its last token."""
+    last = batch.attention.sum(1) - 1
+    hidden = forward(loaded.model, batch)[torch.arange(len(last), device=last.device), last]
+    return token_losses(loaded.model, hidden, wanted).neg().exp()
+
+
+def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> torch.Tensor:
+    """CULNIG's s, float64 [L, rows, I] on the CPU."""
+    held: dict[int, torch.Tensor] = {}
+    gradients: dict[int, torch.Tensor] = {}
+
+    def keep(into: dict[int, torch.Tensor], layer: int, values: torch.Tensor, routed: Routed | None) -> None:
+        if routed is None:
+            into[layer] = values.clone()
+            return
+        if layer not in into:
+            into[layer] = values.new_zeros(*batch.ids.shape, loaded.anatomy.neurons)
+        into[layer].view(-1, loaded.anatomy.neurons)[routed.tokens, expert_units(loaded.anatomy, routed)] = (
+            values
+        )
+
+    def reader_of(layer: int) -> Reader:
+        def read(values: torch.Tensor, routed: Routed | None) -> None:
+            if not values.requires_grad:
+                values.requires_grad_(True)
+            keep(held, layer, values.detach(), routed)
+            values.register_hook(lambda gradient: keep(gradients, layer, gradient, routed))
+
+        return read
+
+    layers = range(loaded.anatomy.layers)
+    with (
+        reading(loaded.anatomy, {(CULNIG_SITE, layer): reader_of(layer) for layer in layers}),
+        torch.enable_grad(),
+    ):
+        probability = _probability(loaded, batch, wanted)
+        probability.sum().backward()
+    # Prompts do not see each other, so the gradient of the sum is each prompt's own.
+    return torch.stack(
+        [
+            answer_scores(
+                held[layer], gradients[layer], probability.detach().to(held[layer].device), batch.attention
+            )
+            for layer in layers
+        ]
+    ).cpu()
+
+
+def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, steps: int) -> torch.Tensor:
+    """The integrated gradient of each layer alone, float64 [L, rows, I] on the CPU."""
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)
+    last = batch.attention.sum(1) - 1
+    given: dict[int, torch.Tensor] = {}
+    readers: dict[tuple[str, int], Reader] = {
+        (INTEGRATED_SITE, layer): _keep(loaded.anatomy, given, layer, last, batch.ids.shape[1])
+        for layer in range(loaded.anatomy.layers)
+    }
+    with reading(loaded.anatomy, readers), torch.no_grad():
+        forward(loaded.model, batch)
+    many = TokenBatch(*(part.repeat(steps, 1) for part in (batch.ids, batch.attention, batch.counted)))
+    share = torch.arange(1, steps + 1, device=rows.device) / steps
+    found = []
+    for layer, activation in given.items():
+        scaled = (share.to(activation)[:, None, None] * activation).flatten(0, 1).requires_grad_(True)
+        replaced = _replace(loaded.anatomy, scaled, last.repeat(steps), batch.ids.shape[1])
+        with reading(loaded.anatomy, {(INTEGRATED_SITE, layer): replaced}), torch.enable_grad():
+            _probability(loaded, many, wanted.repeat(steps)).sum().backward()
+        assert scaled.grad is not None
+        found.append(integrate(activation, scaled.grad.view(steps, *activation.shape)).cpu())
+    return torch.stack(found)
+
+
+def _keep(
+    anatomy: Anatomy, given: dict[int, torch.Tensor], layer: int, last: torch.Tensor, length: int
+) -> Reader:
+    """Keeps the values at each row's last token, [rows, I]."""
+
+    def read(values: torch.Tensor, routed: Routed | None) -> None:
+        at = last.to(values.device)
+        if routed is None:
+            given[layer] = values[torch.arange(len(at), device=values.device), at].clone()
+            return
+        if layer not in given:
+            given[layer] = values.new_zeros(len(at), anatomy.neurons)
+        row, here = _at_last(routed, at, length)
+        given[layer][row, expert_units(anatomy, routed)] = values[here]
+
+    return read
+
+
+def _replace(anatomy: Anatomy, scaled: torch.Tensor, last: torch.Tensor, length: int) -> Reader:
+    """Puts other values, [rows, I], at each row's last token."""
+
+    def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor:
+        at = last.to(values.device)
+        if routed is None:
+            return values.index_put((torch.arange(len(at), device=values.device), at), scaled)
+        row, here = _at_last(routed, at, length)
+        return values.index_put((here,), scaled[row, expert_units(anatomy, routed)])
+
+    return read
+
+
+def _at_last(routed: Routed, last: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose last token reached the expert, and where among its tokens these are."""
+    row = routed.tokens // length
+    here = (routed.tokens % length == last[row]).nonzero()[:, 0]
+    return row[here], here
+
+
+def together(recorded: Sequence[Statistics]) -> Statistics:
+    """Statistics of the same languages with all their moments side by side.
+
+    Raises:
+        UsageError: other languages.
+    """
+    first = recorded[0]
+    for other in recorded[1:]:
+        if other.languages != first.languages:
+            raise UsageError(
+                f"prompts are of {', '.join(first.languages)} and of {', '.join(other.languages)}: give the "
+                "same languages everywhere"
+            )
+    return Statistics(
+        languages=first.languages,
+        tokens=first.tokens,
+        texts=first.texts,
+        moments={name: value for one in recorded for name, value in one.moments.items()},
+        fingerprint=first.fingerprint,
+        prompts={name: value for one in recorded for name, value in one.prompts.items()},
+    )

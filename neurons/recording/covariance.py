@@ -1,0 +1,228 @@
+"""Means and pooled within-language covariance of a site, streamed, on the units that are asked for.
+
+A covariance of 14,336 neurons takes 1.6 GB, so as many layers at a time are taken as memory has room for.  No
+layer runs twice for that: what leaves the last layer of a group is kept for every batch, and the next group
+starts there (``neurons.recording.partial_forward``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from neurons.architectures.sites import Reader, Routed, reading
+from neurons.errors import BrocaError
+from neurons.models.memory import (
+    covariance_bytes,
+    covariance_room,
+    kept_bytes,
+    most_room,
+    room,
+    solving_bytes,
+)
+from neurons.models.not_finite import not_finite
+from neurons.models.source import LoadedModel
+from neurons.recording.partial_forward import Kept, forward_between, starts_in_the_middle
+from neurons.recording.record import Progress
+from neurons.statistics.gram import Gram
+from neurons.text.batches import TokenBatch
+
+Place = tuple[str, int]  # site, layer
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of one layer's site.
+
+    Attributes:
+        languages: the K names.
+        units: int64 [S], the units (neurons) that the rest is about.
+        mean: float64 [S, K], mean over the tokens of each language.
+        covariance: float64 [S, S], about each token's own language mean, over all tokens together.
+        start: float64 [S], mean over the beginning-of-sequence tokens, which are not in the rest; None
+            where the texts have none.
+    """
+
+    languages: tuple[str, ...]
+    units: torch.Tensor
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    start: torch.Tensor | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether every unit is 0 on every token: of a dead layer, or of neurons that never fire."""
+        return not bool(self.mean.any() | self.covariance.any())
+
+
+def language_moments(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    site: str,
+    units: Mapping[int, torch.Tensor],
+    progress: Progress | None = None,
+) -> dict[int, Moments]:
+    """Moments of ``site`` in each layer of ``units``, in one pass.
+
+    Args:
+        loaded: the model.
+        batches: language -> its batches.
+        site: a site of ``neurons.architectures.anatomy.SITES``.
+        units: layer -> int64 [S], which units.
+        progress: called with the number of tokens done.
+
+    Raises:
+        BrocaError: as ``site_moments``.
+    """
+    found = site_moments(loaded, batches, {(site, layer): index for layer, index in units.items()}, progress)
+    return {layer: moments for (_, layer), moments in found.items()}
+
+
+def site_moments(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    units: Mapping[Place, torch.Tensor],
+    progress: Progress | None = None,
+) -> dict[Place, Moments]:
+    """All of ``each_moments``, which take 8 S^2 bytes a place together."""
+    return dict(each_moments(loaded, batches, units, progress))
+
+
+def each_moments(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    units: Mapping[Place, torch.Tensor],
+    progress: Progress | None = None,
+) -> Iterator[tuple[Place, Moments]]:
+    """Moments of several sites, one after the other from the lowest layer up, a group in memory at a time.
+
+    The model must not change between two of them.
+
+    Args:
+        loaded: the model.
+        batches: language -> its batches.
+        units: (site, layer) -> int64 [S], which units of it.
+        progress: called with numbers of tokens whose sum is that of all tokens.
+
+    Raises:
+        BrocaError: neurons of a mixture of experts, or moments that are not finite, by site and layer.
+    """
+    flat = [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
+    groups = _groups(loaded, units)
+    layers = 1 + max(layer for _, layer in units)
+    from_kept = len(groups) > 1 and _starts_between(loaded, flat)
+    kept: list[Kept | None] = [None] * len(flat)
+    start = done = 0
+    for group in groups:
+        stop = 1 + max(layer for _, layer in group)
+        sums = _Sums(loaded, tuple(batches), group)
+        with reading(loaded.anatomy, sums.readers()), torch.no_grad():
+            for i, (k, batch) in enumerate(flat):
+                on_device = batch.to(loaded.device)
+                sums.begin(k, on_device)
+                kept[i] = forward_between(loaded.model, loaded.anatomy, on_device, start, stop, kept[i])
+                if not from_kept:
+                    kept[i] = None
+                if progress is not None:
+                    tokens = int(batch.counted.sum())
+                    progress(tokens * stop // layers - tokens * done // layers)
+        yield from sums.moments()
+        done = stop
+        start = stop if from_kept else 0
+
+
+class _Sums:
+    """The sums of some places on one pass over the text."""
+
+    def __init__(
+        self, loaded: LoadedModel, languages: tuple[str, ...], units: Mapping[Place, torch.Tensor]
+    ) -> None:
+        self.loaded, self.languages, self.units = loaded, languages, units
+        device = loaded.device
+        self.tokens = torch.zeros(len(languages), dtype=torch.float64)
+        self.start_tokens = 0
+        self.sums = {
+            place: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
+            for place, index in units.items()
+        }
+        self.starts = {
+            place: torch.zeros(len(index), dtype=torch.float64, device=device)
+            for place, index in units.items()
+        }
+        self.grams = {place: Gram(len(index), device) for place, index in units.items()}
+
+    def begin(self, language: int, batch: TokenBatch) -> None:
+        self._language, self._counted = language, batch.counted
+        self._start = batch.attention & ~batch.counted
+        self.tokens[language] += int(batch.counted.sum())
+        self.start_tokens += int(self._start.sum())
+
+    def readers(self) -> dict[Place, Reader]:
+        return {place: self._reader(place, index) for place, index in self.units.items()}
+
+    def _reader(self, place: Place, index: torch.Tensor) -> Reader:
+        def read(values: torch.Tensor, routed: Routed | None) -> None:
+            if routed is not None:
+                raise BrocaError(
+                    f"{self.loaded.anatomy.model_type}: each expert's neurons see other tokens, so they have no "
+                    "covariance in common: read attn_in"
+                )
+            some = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
+            device = values.device
+            rows = values.detach()[self._counted.to(device)][:, some]
+            gram = self.grams[place]
+            gram.add(rows.to(gram.centre.device))
+            self.sums[place][:, self._language] += rows.sum(0, dtype=torch.float64).to(gram.centre.device)
+            at_start = values.detach()[self._start.to(device)][:, some]
+            self.starts[place] += at_start.sum(0, dtype=torch.float64).to(gram.centre.device)
+
+        return read
+
+    def moments(self) -> Iterator[tuple[Place, Moments]]:
+        for place, index in self.units.items():
+            gram = self.grams.pop(place)
+            mean = self.sums[place].cpu() / self.tokens
+            about = mean - gram.centre.double().cpu()[:, None]
+            covariance = gram.total().cpu()
+            covariance.addmm_(about * self.tokens, about.T, alpha=-1)
+            covariance /= self.tokens.sum()
+            start = (self.starts[place] / self.start_tokens).cpu() if self.start_tokens else None
+            of_start = torch.zeros(1) if start is None else start
+            if not bool(torch.isfinite(covariance).all() & torch.isfinite(of_start).all()):
+                site, layer = place
+                raise not_finite(self.loaded, f"{site} in layer {layer}")
+            yield place, Moments(self.languages, index, mean, covariance, start)
+
+
+def _groups(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
+    """Places in order of their layers, as many together as memory has room for; a layer is never parted.
+
+    Raises:
+        BrocaError: one layer is more than is allowed.
+    """
+    groups: list[dict[Place, torch.Tensor]] = []
+    solving = max(solving_bytes(len(index)) for index in units.values())
+    left = 0
+    for layer in sorted({layer for _, layer in units}):
+        own = {place: index for place, index in units.items() if place[1] == layer}
+        size = sum(covariance_bytes(len(index)) for index in own.values())
+        if size + solving > most_room(loaded):
+            raise BrocaError(
+                f"{loaded.name}: the covariances of layer {layer} and what is solved with them take "
+                f"{(size + solving) / 1e9:.1f} GB beside weights and libraries, and {most_room(loaded) / 1e9:.1f} GB are "
+                "left of what is allowed: allow more (--max-memory), or let the key use some neurons only (--neurons)"
+            )
+        if not groups or size > left:
+            groups.append({})
+            left = covariance_room(loaded) - solving
+        groups[-1].update(own)
+        left -= size
+    return groups
+
+
+def _starts_between(loaded: LoadedModel, batches: Sequence[tuple[int, TokenBatch]]) -> bool:
+    """Whether groups can start where the one before stopped: the model allows it, and hidden states have room."""
+    tokens = sum(batch.ids.numel() for _, batch in batches)
+    return kept_bytes(loaded, tokens) <= room(loaded) and starts_in_the_middle(loaded.model, loaded.anatomy)

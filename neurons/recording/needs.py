@@ -1,0 +1,111 @@
+"""What the stages that read a model need of the memory, from its sizes alone (``neurons.models.memory``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neurons.models.memory import (
+    LIBRARIES,
+    MOST_TOKENS,
+    Need,
+    Sizes,
+    backward_bytes,
+    batches_for,
+    forward_bytes,
+    logit_bytes,
+    sizes_of,
+)
+from neurons.models.source import LoadedModel
+from neurons.scorers.registry import PACKED
+from neurons.text.batches import block_length, language_batches, longest_row
+from neurons.text.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is to be read.
+
+    Attributes:
+        languages: how many.
+        row: tokens of the longest row.
+        tokens: of all languages together.
+        texts: rows of all languages together.
+        batch: positions of the largest batch that text by text is read in.
+    """
+
+    languages: int
+    row: int
+    tokens: int
+    texts: int
+    batch: int = MOST_TOKENS
+
+
+def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> Text:
+    """What a corpus is as this model's tokenizer reads it; rows of full length where there is no tokenizer."""
+    length = block_length(planned.model)
+    if planned.tokenizer is None:
+        count = MOST_TOKENS if tokens is None else tokens
+        return Text(len(corpus.languages), length, count * len(corpus.languages), count // length + 1)
+    batches = language_batches(planned, corpus, tokens, MOST_TOKENS)
+    flat = [batch for some in batches.values() for batch in some]
+    return Text(
+        len(corpus.languages),
+        longest_row(batches),
+        sum(int(batch.counted.sum()) for batch in flat),
+        sum(len(batch.ids) for batch in flat),
+        max((batch.ids.numel() for batch in flat), default=1),
+    )
+
+
+def passing(
+    planned: LoadedModel, stage: str, row: int, backward: bool, batch: int | None = None, **more: int
+) -> Need:
+    """A pass over text in batches that fit.
+
+    Args:
+        planned: the model.
+        stage: its name.
+        row: tokens of the longest row.
+        backward: whether gradients are taken.
+        batch: positions of the largest batch that there is; None: batches are full.
+        more: what else -> bytes.
+
+    Raises:
+        BrocaError: the weights, or one row, do not fit.
+    """
+    sizes = sizes_of(planned)
+    tokens, recomputes = batches_for(planned, backward, row)
+    tokens = tokens if batch is None else min(tokens, batch)
+    activations = backward_bytes(sizes, tokens, recomputes) if backward else forward_bytes(sizes, tokens)
+    logits = {"logits": logit_bytes(sizes, tokens, True)} if backward else {}
+    parts = {"libraries": LIBRARIES, "weights": sizes.weights, "activations": activations, **logits, **more}
+    return Need(stage, parts, tokens, recomputes)
+
+
+def recording_need(
+    planned: LoadedModel, text: Text, moments: Sequence[str], reads: str, block: int | None = None
+) -> Need:
+    """``neurons.recording.corpus_recording.record_corpus``, with the same arguments."""
+    sizes = sizes_of(planned)
+    backward = any(moment.endswith(":attribution") for moment in moments)
+    kept = any(moment.endswith(":responses") for moment in moments)
+    sums = 8 * sizes.layers * sizes.neurons * text.languages * len(moments)
+    responses = 4 * sizes.layers * sizes.neurons * text.texts if kept else 0
+    if reads == PACKED:
+        row, batch = block_length(planned.model, block, backward), None
+    else:
+        row, batch = text.row, text.batch
+    return passing(planned, "record", row, backward, batch, sums=sums + responses)
+
+
+def ablation_need(planned: LoadedModel, text: Text) -> Need:
+    """``neurons.ablation.conditions.condition_losses``: what enters every layer is kept of one batch."""
+    sizes = sizes_of(planned)
+    tokens = min(batches_for(planned, False, text.row)[0], text.batch)
+    kept = sizes.value * sizes.residual * sizes.layers * tokens
+    return passing(planned, "ablate", text.row, False, text.batch, kept=kept, logits=_losses(sizes, tokens))
+
+
+def _losses(sizes: Sizes, tokens: int) -> int:
+    return logit_bytes(sizes, tokens, False)

@@ -1,0 +1,205 @@
+"""One pass over the text: collectors at sites, streaming sums; no activation outlives its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from neurons.architectures.anatomy import Anatomy
+from neurons.architectures.sites import Reader, Routed, reading
+from neurons.models.next_token import token_losses
+from neurons.models.not_finite import explained
+from neurons.models.processes import together, world
+from neurons.models.source import LoadedModel
+from neurons.recording.collectors import (
+    ATTRIBUTION,
+    RESPONSES,
+    WORST_RANK,
+    Attribution,
+    Collector,
+    Reading,
+    TextSums,
+    TokenSums,
+)
+from neurons.recording.recomputation import recomputing
+from neurons.recording.resume import Unfinished
+from neurons.statistics.statistics import Statistics, combine_of, moment_dtype, parse_moment
+from neurons.statistics.sums import OF_TEXTS, OF_TOKENS
+from neurons.statistics.totals import Totals
+from neurons.text.batches import TokenBatch
+
+Progress = Callable[[int], None]
+CHECKED_EVERY = 64  # batches between two looks for values that are not finite
+
+
+def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
+    """Hidden states [rows, length, d] of a batch, on its device; no logits are made."""
+    mask = batch.attention.long() if batch.padded else None
+    hidden: torch.Tensor = model.base_model(
+        input_ids=batch.ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    return hidden.to(batch.ids.device)
+
+
+def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
+    """Negative log-likelihood (nats) of the counted tokens given those before them, summed."""
+    wanted = batch.counted[:, 1:]
+    hidden = forward(model, batch)[:, :-1]
+    return token_losses(model, hidden[wanted.to(hidden.device)], batch.ids[:, 1:][wanted]).sum()
+
+
+def record(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    moments: Sequence[str],
+    progress: Progress | None = None,
+    unfinished: Unfinished | None = None,
+    recomputes: bool = False,
+) -> Statistics:
+    """Sum moments of activations over all counted tokens, per language.
+
+    Under a launcher of several processes each takes its share of the batches, and all get the same sums.
+
+    Args:
+        loaded: the model.
+        batches: language -> its batches.
+        moments: what to sum, as ``site:moment`` (``neurons.statistics.statistics.MOMENTS``).  ``mlp_in:attribution``
+            needs a backward pass; its Loss is the sum of the negative log-likelihoods (nats) of a row's
+            tokens.  ``mlp_in:responses`` keeps each text's mean, float32, which grows with the texts.
+        progress: called with the number of tokens of each batch that is done.
+        unfinished: where to keep the state; a state of the same recording is gone on with.
+        recomputes: have the backward pass compute activations again (``neurons.recording.recomputation``).
+
+    Returns:
+        Statistics with every moment [layers, width, languages].
+
+    Raises:
+        BrocaError: an activation that is not finite, by layer and site.
+    """
+    anatomy, model, languages = loaded.anatomy, loaded.model, tuple(batches)
+    kept = f"mlp_in:{RESPONSES}" in moments
+    parsed = [parse_moment(moment) for moment in moments if moment != f"mlp_in:{RESPONSES}"]
+    lines = {
+        language: torch.cat([batch.line_numbers for batch in some]).unique()
+        for language, some in (batches.items() if kept else ())
+    }
+    responses = {
+        language: torch.zeros(len(own), anatomy.layers, anatomy.neurons) for language, own in lines.items()
+    }
+    for site, moment in parsed:
+        if moment not in (*OF_TOKENS, *OF_TEXTS, WORST_RANK, ATTRIBUTION):
+            raise ValueError(
+                f"{site}:{moment} is recorded from prompts (neurons.recording.answers), not from text"
+            )
+    totals = _totals(anatomy, len(languages), parsed)
+    collectors = _collectors(anatomy, parsed, totals, [responses[k] for k in lines])
+    backward = any(moment == ATTRIBUTION for _, moment in parsed)
+    counts = torch.zeros(2, len(languages), dtype=torch.int64)  # tokens, texts
+    current: list[Reading] = []
+
+    def reader_of(site: str, layer: int) -> Reader:
+        def read(values: torch.Tensor, routed: Routed | None) -> None:
+            for collector in collectors.get(site, ()):
+                # Where activations are recomputed each site in a layer is passed twice, first without gradients.
+                once = not recomputes or site == "block_out"
+                if once or isinstance(collector, Attribution) == torch.is_grad_enabled():
+                    collector.add(layer, values, routed, current[0])
+            if site == "mlp_out" and anatomy.experts > 1:
+                for collector in (c for some in collectors.values() for c in some):
+                    collector.finish(layer, current[0])
+
+        return read
+
+    sites = [*collectors, *(["mlp_out"] if anatomy.experts > 1 and "mlp_out" not in collectors else [])]
+    readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
+    own = _own_batches(batches)
+    done, state = (0, {}) if unfinished is None else unfinished.load()
+    if state:
+        counts = state.pop("counts")
+        for language in responses:
+            responses[language].copy_(state.pop(f"responses {language}"))
+        totals.restore(state)
+        if progress is not None:
+            progress(int(sum(int(batch.counted.sum()) for _, batch in own[:done])))
+    again = recomputing(anatomy) if recomputes and backward else nullcontext()
+    with explained(loaded), again, reading(anatomy, readers), torch.set_grad_enabled(backward):
+        for at, (k, batch) in enumerate(own[done:], start=done + 1):
+            on_device = batch.to(loaded.device)
+            places = torch.searchsorted(lines[languages[k]], batch.line_numbers) if kept else None
+            current[:] = [Reading(k, on_device.counted, places, batch.shares)]
+            if backward:
+                loss_sum(model, on_device).backward()
+            else:
+                forward(model, on_device)
+            counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
+            if at % CHECKED_EVERY == 0:
+                totals.require_finite()
+            if progress is not None:
+                progress(int(batch.counted.sum()))
+            if unfinished is not None and unfinished.is_due():
+                kept_responses = {f"responses {language}": values for language, values in responses.items()}
+                unfinished.save(at, {**totals.state(), "counts": counts, **kept_responses})
+    with explained(loaded):
+        totals.require_finite()
+    tokens, texts = together(counts, torch.add)
+    return Statistics(
+        languages=languages,
+        tokens=tokens,
+        texts=texts,
+        moments={
+            f"{site}:{moment}": together(totals.stacked(f"{site}:{moment}"), combine_of(f"{site}:{moment}"))
+            for site, moment in parsed
+        },
+        fingerprint=loaded.fingerprint,
+        routed=together(totals.stacked("routed"), torch.add) if anatomy.experts > 1 else None,
+        responses={language: together(values, torch.add) for language, values in responses.items()},
+        lines=lines,
+    )
+
+
+def _own_batches(batches: Mapping[str, Sequence[TokenBatch]]) -> list[tuple[int, TokenBatch]]:
+    """(language number, batch) of this process, in the order that a single process would take them."""
+    number, processes = world()
+    everyone = [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
+    return everyone[number::processes]
+
+
+def _totals(anatomy: Anatomy, languages: int, parsed: Sequence[tuple[str, str]]) -> Totals:
+    widths = {f"{site}:{moment}": anatomy.width(site) for site, moment in parsed}
+    dtypes = {f"{site}:{moment}": moment_dtype(moment) for site, moment in parsed}
+    for site, moment in parsed:
+        if moment == "positive":
+            widths[site], dtypes[site] = anatomy.width(site), torch.float64
+    if anatomy.experts > 1:
+        widths["routed"], dtypes["routed"] = anatomy.experts, torch.int64
+    return Totals(languages, anatomy.layers, widths, dtypes)
+
+
+def _collectors(
+    anatomy: Anatomy, parsed: Sequence[tuple[str, str]], totals: Totals, responses: Sequence[torch.Tensor]
+) -> dict[str, list[Collector]]:
+    """Site -> what collects there."""
+    sites = dict.fromkeys(site for site, _ in parsed)
+    if responses:
+        sites["mlp_in"] = None
+    if anatomy.experts > 1 and not any(site in ("mlp_act", "mlp_in") for site in sites):
+        sites["mlp_in"] = None
+    routing_site = next((site for site in sites if site in ("mlp_act", "mlp_in", "mlp_up")), None)
+    found: dict[str, list[Collector]] = {}
+    for site in sites:
+        own = [moment for at, moment in parsed if at == site]
+        of_tokens = [moment for moment in own if moment in OF_TOKENS]
+        of_texts = [moment for moment in own if moment in (*OF_TEXTS, WORST_RANK)]
+        counts_routed = anatomy.experts > 1 and site == routing_site
+        found[site] = []
+        if of_tokens or counts_routed:
+            found[site].append(TokenSums(site, of_tokens, anatomy, totals, counts_routed))
+        if of_texts or (responses and site == "mlp_in"):
+            kept = responses if site == "mlp_in" else ()
+            found[site].append(TextSums(site, of_texts, anatomy, totals, kept))
+        if ATTRIBUTION in own:
+            found[site].append(Attribution(site, anatomy, totals))
+    return found

@@ -1,0 +1,277 @@
+"""Statistics: what a pass over the text leaves behind, per layer, unit and language; a file that merges exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurons.architectures.anatomy import SITES
+from neurons.errors import BrocaError, UsageError
+from neurons.files.artifact import load_artifact, save_artifact
+
+# What may be recorded of a site's values x [tokens, units], and how two recordings become one.  A text's
+# mean is over its counted tokens; a neuron of an expert is 0 where its expert is not asked.
+MOMENTS: dict[str, torch.dtype] = {
+    "positive": torch.int64,  # tokens with x > 0
+    "sum": torch.float64,  # sum over tokens of x
+    "square": torch.float64,  # ... of x^2
+    "absolute": torch.float64,  # ... of |x|
+    "attribution": torch.float64,  # ... of |x * dLoss/dx|
+    "text_mean": torch.float64,  # sum over texts of the text's mean m
+    "text_square": torch.float64,  # ... of m^2
+    "text_absolute": torch.float64,  # ... of |m|
+    "worst_rank": torch.int64,  # largest over texts of the neuron's rank in its layer, by its effect on the text
+    "answer": torch.float64,  # sum over prompts of CULNIG's score
+    "answer_control": torch.float64,  # ... over control prompts, negative scores as 0
+    "answer_recognition": torch.float64,  # ... over recognition prompts
+    "integrated": torch.float64,  # sum over prompts of the integrated gradient of the answer's probability
+}
+MERGED_BY_LARGEST = ("worst_rank",)
+
+
+def parse_moment(name: str) -> tuple[str, str]:
+    """``site:moment`` to its two halves."""
+    site, _, moment = name.partition(":")
+    if site not in SITES or moment not in MOMENTS:
+        raise ValueError(f"{name!r} is not site:moment with a site of {SITES} and one of {tuple(MOMENTS)}")
+    return site, moment
+
+
+def moment_dtype(moment: str) -> torch.dtype:
+    return MOMENTS[moment]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the counted tokens of each language.
+
+    Attributes:
+        languages: the K names.
+        tokens: int64 [K].
+        texts: int64 [K], rows: texts, or blocks where the text was packed, or prompts.
+        moments: ``site:moment`` -> [L, width, K], int64 for counts and ranks, float64 for sums.
+        fingerprint: of the model; "" where it is not known (foreign files).
+        routed: int64 [L, E, K], tokens that were routed to each expert; None in a dense model.
+        responses: language -> float32 [texts, L, I], each text's mean at ``mlp_in``; empty unless asked for.
+        lines: language -> int64 [texts], ascending: which line of the corpus each response is of.
+        prompts: moment -> int64 [K], prompts that it was summed over, where it was not over text.
+        metadata: JSON values: model, corpora, settings.
+    """
+
+    languages: tuple[str, ...]
+    tokens: torch.Tensor
+    texts: torch.Tensor
+    moments: dict[str, torch.Tensor]
+    fingerprint: str
+    routed: torch.Tensor | None = None
+    responses: dict[str, torch.Tensor] = field(default_factory=dict)
+    lines: dict[str, torch.Tensor] = field(default_factory=dict)
+    prompts: dict[str, torch.Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> int:
+        return 1 if self.routed is None else self.routed.shape[1]
+
+    def moment(self, name: str) -> torch.Tensor:
+        """A moment [L, width, K].
+
+        Raises:
+            UsageError: it was not recorded.
+        """
+        if name not in self.moments:
+            held = ", ".join(self.moments) or "no moments"
+            raise UsageError(
+                f"the statistics have no {name} (they have {held}): record again with the method that needs it"
+            )
+        return self.moments[name]
+
+    def seen(self) -> torch.Tensor:
+        """Tokens that reached each neuron, int64, [K] or (for experts) [L, I, K].
+
+        Raises:
+            UsageError: the model has experts, and no moment of its neurons was recorded.
+        """
+        if self.routed is None:
+            return self.tokens
+        # Not mlp_out, which is as wide as the residual.
+        sites = ("mlp_act:", "mlp_up:", "mlp_in:")
+        widths = [values.shape[1] for name, values in self.moments.items() if name.startswith(sites)]
+        if not widths:
+            raise UsageError("the statistics have no moment of a neuron, so none says how many an expert has")
+        return self.routed.repeat_interleave(widths[0] // self.experts, dim=1)
+
+    def routing_share(self) -> torch.Tensor:
+        """Share of each language's tokens that reached an expert, float64 [L, E, K].
+
+        Raises:
+            UsageError: the model has no experts.
+        """
+        if self.routed is None:
+            raise UsageError("this model has no experts, so nothing is routed")
+        return self.routed.double() / self.tokens
+
+    def token_mean(self, site: str) -> torch.Tensor:
+        """Mean over tokens, float64 [L, width, K]."""
+        return self.moment(f"{site}:sum") / self.tokens
+
+    def text_mean(self, site: str) -> torch.Tensor:
+        """Mean over texts of the mean over a text's tokens, float64 [L, width, K]."""
+        return self.moment(f"{site}:text_mean") / self.texts
+
+    def save(self, path: Path | str) -> None:
+        tensors = {f"moments.{name}": value for name, value in self.moments.items()}
+        tensors |= {f"prompts.{name}": value for name, value in self.prompts.items()}
+        tensors |= {"tokens": self.tokens, "texts": self.texts}
+        if self.routed is not None:
+            tensors["routed"] = self.routed
+        for i, language in enumerate(self.languages):
+            if language in self.responses:
+                tensors[f"responses.{i}"] = self.responses[language]
+                tensors[f"lines.{i}"] = self.lines[language]
+        fields = {"languages": list(self.languages), "fingerprint": self.fingerprint}
+        save_artifact(path, "statistics", tensors, {**self.metadata, **fields})
+
+
+def load_statistics(path: Path | str) -> Statistics:
+    """Read what ``Statistics.save`` wrote."""
+    artifact = load_artifact(path, "statistics")
+    languages = tuple(artifact.metadata["languages"])
+    tensors = artifact.tensors
+
+    def by_language(group: str) -> dict[str, torch.Tensor]:
+        return {k: tensors[f"{group}.{i}"] for i, k in enumerate(languages) if f"{group}.{i}" in tensors}
+
+    return Statistics(
+        languages=languages,
+        tokens=tensors["tokens"],
+        texts=tensors["texts"],
+        moments=_group(tensors, "moments."),
+        fingerprint=artifact.metadata["fingerprint"],
+        routed=tensors.get("routed"),
+        responses=by_language("responses"),
+        lines=by_language("lines"),
+        prompts=_group(tensors, "prompts."),
+        metadata={
+            name: value
+            for name, value in artifact.metadata.items()
+            if name not in ("kind", "format_version", "packages", "languages", "fingerprint")
+        },
+    )
+
+
+def _group(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def merge(first: Statistics, second: Statistics) -> Statistics:
+    """Statistics of both recordings together: the sums of the two, for languages of either.
+
+    Raises:
+        UsageError: recordings of different models or of different moments, or with text in common.
+    """
+    _require_alike(first, second)
+    common = {c["digest"] for c in _corpora(first)} & {c["digest"] for c in _corpora(second)}
+    if common and set(first.languages) & set(second.languages):
+        raise UsageError("both statistics were recorded on the same text, which would count twice")
+    languages = tuple(dict.fromkeys(first.languages + second.languages))
+
+    def joined(
+        one: torch.Tensor, other: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        columns = []
+        for language in languages:
+            held = [
+                values[..., which.languages.index(language)]
+                for which, values in ((first, one), (second, other))
+                if language in which.languages
+            ]
+            columns.append(held[0] if len(held) == 1 else combine(*held))
+        return torch.stack(columns, dim=-1)
+
+    return Statistics(
+        languages=languages,
+        tokens=joined(first.tokens, second.tokens, torch.add),
+        texts=joined(first.texts, second.texts, torch.add),
+        moments={
+            name: joined(values, second.moments[name], combine_of(name))
+            for name, values in first.moments.items()
+        },
+        fingerprint=first.fingerprint,
+        routed=None
+        if first.routed is None or second.routed is None
+        else joined(first.routed, second.routed, torch.add),
+        responses=_either(languages, first.responses, second.responses),
+        lines=_either(languages, first.lines, second.lines),
+        prompts={
+            name: joined(counts, second.prompts[name], torch.add) for name, counts in first.prompts.items()
+        },
+        metadata={**first.metadata, "corpora": _corpora(first) + _corpora(second)},
+    )
+
+
+def combine_of(moment: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """How two values of a moment (``site:moment``) become one."""
+    return torch.maximum if parse_moment(moment)[1] in MERGED_BY_LARGEST else torch.add
+
+
+def subtract(whole: Statistics, prefix: Statistics) -> Statistics:
+    """Counts of what follows a prefix: clamp(whole - prefix, 0); tokens at least 1.
+
+    As NJUNLP/Language-Neurons-Alignment counts a response without its prompt.
+
+    Raises:
+        UsageError: other models, languages or moments, or moments that are not counts of tokens.
+    """
+    _require_alike(whole, prefix)
+    if whole.languages != prefix.languages:
+        raise UsageError(
+            f"the prefix has languages {', '.join(prefix.languages)}, the whole {', '.join(whole.languages)}"
+        )
+    others = [name for name in whole.moments if parse_moment(name)[1] != "positive"]
+    if others or whole.responses:
+        held = others[0] if others else "responses"
+        raise UsageError(f"only counts can be subtracted, and the statistics hold {held}")
+    return replace(
+        whole,
+        tokens=(whole.tokens - prefix.tokens).clamp(min=1),
+        routed=None
+        if whole.routed is None or prefix.routed is None
+        else (whole.routed - prefix.routed).clamp(min=0),
+        moments={name: (value - prefix.moments[name]).clamp(min=0) for name, value in whole.moments.items()},
+        metadata={**whole.metadata, "subtracted": _corpora(prefix)},
+    )
+
+
+def _require_alike(first: Statistics, second: Statistics) -> None:
+    if first.fingerprint != second.fingerprint:
+        raise UsageError(
+            f"the statistics are of two models, fingerprints {first.fingerprint} and {second.fingerprint}"
+        )
+    one, other = ([*s.moments] + ["responses"] * bool(s.responses) for s in (first, second))
+    if set(one) != set(other):
+        raise UsageError(f"the statistics hold different things: {', '.join(one)}, and {', '.join(other)}")
+    if set(first.prompts) != set(second.prompts):
+        raise UsageError("the statistics differ in what was summed over prompts")
+    if first.experts != second.experts or (first.routed is None) != (second.routed is None):
+        raise BrocaError(f"the statistics are of {first.experts} experts a layer and of {second.experts}")
+    for name, values in first.moments.items():
+        if values.shape[:2] != second.moments[name].shape[:2]:
+            raise BrocaError(f"the statistics differ in the shape of {name}")
+
+
+def _corpora(statistics: Statistics) -> list[dict[str, Any]]:
+    corpora: list[dict[str, Any]] = statistics.metadata.get("corpora", [])
+    return corpora
+
+
+def _either(
+    languages: tuple[str, ...], first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    if any(language in first and language in second for language in languages):
+        raise UsageError("responses of one language cannot be merged: their lines are of two texts")
+    return {**first, **second}

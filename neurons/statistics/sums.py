@@ -1,0 +1,77 @@
+"""Sums of activations over tokens and over texts: exact counts, float64 sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from neurons.statistics.fused_sums import add_fused
+
+EXACT = (torch.float32, torch.float64)  # what the fused sums take; half precision fits in float32
+PIECE = 2**18  # values: smaller pieces cost calls, larger ones memory
+
+# The moments of single tokens, and those of a text's mean (``neurons.statistics.statistics.MOMENTS``).
+OF_TOKENS = ("positive", "sum", "square", "absolute")
+OF_TEXTS = ("text_mean", "text_square", "text_absolute")
+
+
+def add_tokens(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
+    """Add the values of the counted tokens to the totals that are there, by name of the moment.
+
+    Args:
+        values: [..., units], any floating-point type.
+        positions: int64 [n], which tokens, counted through all dimensions but the last.
+        totals: moment (``OF_TOKENS``) -> [units]; ``positive`` is int64, the others float64.
+    """
+    values = values.detach().flatten(0, -2)
+    if values.device.type != "cpu":
+        add_piecewise(values, positions, totals)
+    else:
+        add_fused(values if values.dtype in EXACT else values.float(), positions, totals)
+
+
+def add_piecewise(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
+    """``neurons.statistics.fused_sums.add_fused`` by tensor operations, on any device."""
+    for some in positions.split(max(1, PIECE // values.shape[-1])):
+        piece = values[some]
+        exact = piece.double()
+        if "sum" in totals:
+            totals["sum"].add_(exact.sum(0))
+        if "positive" in totals:
+            totals["positive"].add_((piece > 0).sum(0))
+        if "absolute" in totals:
+            totals["absolute"].add_(exact.abs().sum(0))
+        if "square" in totals:
+            totals["square"].add_((exact * exact).sum(0))
+
+
+def text_sums(values: torch.Tensor, counted: torch.Tensor, absolute: bool = False) -> torch.Tensor:
+    """Sum over each row's counted positions.
+
+    Args:
+        values: [rows, length, units].
+        counted: bool [rows, length].
+        absolute: of the values' sizes.
+
+    Returns:
+        float64 [rows, units].
+    """
+    found = torch.empty(len(values), values.shape[-1], dtype=torch.float64, device=values.device)
+    rows = max(1, PIECE // max(1, values[0].numel()))
+    for first in range(0, len(values), rows):
+        some = slice(first, first + rows)
+        # What stands on padding may be anything, also not a number.
+        inside = values[some].double().masked_fill_(~counted[some, :, None], 0.0)
+        found[some] = (inside.abs_() if absolute else inside).sum(1)
+    return found
+
+
+def add_texts(means: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
+    """Add the means of texts, float64 [rows, units], to the totals [units] that are there."""
+    if "text_mean" in totals:
+        totals["text_mean"].add_(means.sum(0))
+    if "text_square" in totals:
+        totals["text_square"].add_((means * means).sum(0))
+    if "text_absolute" in totals:
+        totals["text_absolute"].add_(means.abs().sum(0))

@@ -1,0 +1,1 @@
+"""Text: corpora, prompts and the batches of tokens that are made of them."""

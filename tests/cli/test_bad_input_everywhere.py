@@ -1,0 +1,368 @@
+"""Bad input to every command: one sentence that names it, the right exit status, nothing written.
+
+Status 2 is for what the user can see in the command line, or wrote himself: paths that are not there or of the
+wrong sort, places that cannot be written to, unknown names, a corpus.  Status 1 is for what lies inside a file
+that a program wrote: damaged, of another kind, made from another model.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+
+from editing.directions.direction import Direction
+from editing.plans.plan import ModuleEdit, make_plan
+from neurons.files.artifact import save_artifact
+from neurons.models.source import open_model
+from neurons.neuron_sets.neuron_set import neuron_set
+from neurons.statistics.statistics import Statistics
+
+D, WIDTH, LAYERS = 64, 48, 3
+# What stands in a command for what it is run with.
+BAD, OUT, MODEL, TEXT = "{BAD}", "{OUT}", "{MODEL}", "{TEXT}"
+KINDS = ("neurons", "statistics", "direction", "edit")
+LANGUAGES = ("en", "fr", "de")
+GOOD = {kind: f"{{{kind}}}" for kind in KINDS}
+PAIR = ["--source", "en", "--target", "fr"]
+
+# place -> (the command with what is bad in it, kind of file, whether it is made from a model)
+FILES = {
+    "identify --statistics": (["identify", "--statistics", BAD, "--method", "lape", "--out", OUT], "statistics", False),
+    "identify --like": (["identify", "--method", "random", "--like", BAD, "--out", OUT], "neurons", False),
+    "identify --like, matched": (
+        ["identify", "--method", "random-matched", "--like", GOOD["neurons"], "--statistics", BAD, "--out", OUT],
+        "statistics", True),
+    "edit --direction": (["edit", MODEL, "--direction", BAD, "--corpus", TEXT, "--out", OUT], "direction", True),
+    "edit --neurons": (
+        ["edit", MODEL, "--method", "scale", "--neurons", BAD, "--languages", "en", "--factor", "0", "--out", OUT],
+        "neurons", True),
+    "edit --statistics": (["edit", MODEL, "--method", "clas", "--statistics", BAD, "--out", OUT], "statistics", True),
+    "edit --vector": (
+        ["edit", MODEL, "--method", "bake-bias", "--vector", BAD, "--layers", "1", "--out", OUT], "direction", False),
+    "edit --compose": (["edit", "--compose", GOOD["edit"], BAD, "--out", OUT], "edit", True),
+    "edit --invert": (["edit", MODEL, "--invert", BAD, "--out", OUT], "edit", True),
+    "edit --restrict": (["edit", MODEL, "--restrict", BAD, "--layers", "1", "--out", OUT], "edit", True),
+    "edit --restrict --neurons": (
+        ["edit", MODEL, "--restrict", GOOD["edit"], "--neurons", BAD, "--out", OUT], "neurons", True),
+    "export --edit": (["export", MODEL, "--edit", BAD, "--out", OUT], "edit", True),
+    "export --format lora": (["export", MODEL, "--edit", BAD, "--format", "lora", "--out", OUT], "edit", True),
+    "inspect": (["inspect", BAD], None, False),
+    "compare, neuron sets": (["compare", GOOD["neurons"], BAD, "--plot", f"{OUT}.png"], "neurons", True),
+    "compare, edits": (["compare", BAD, GOOD["edit"]], "edit", False),
+    "plot": (["plot", BAD, "--out", f"{OUT}.png"], "neurons, statistics or edit", False),
+    "merge": (["merge", GOOD["statistics"], BAD, "--out", OUT], "statistics", True),
+    "convert": (["convert", BAD, "--out", OUT], "neurons", False),
+    "convert LANGUAGE=FILE": (["convert", f"en={BAD}", "--out", OUT], "counts", False),
+    "convert --subtract": (
+        ["convert", f"en={GOOD['edit']}", "--subtract", f"en={BAD}", "--out", OUT], None, False),
+    "ablate": (["ablate", MODEL, BAD, "--corpus", TEXT, "--out", OUT], "neurons", True),
+    "ablate --statistics": (
+        ["ablate", MODEL, GOOD["neurons"], "--statistics", BAD, "--corpus", TEXT, "--out", OUT], "statistics", True),
+    "evaluate --edit": (["evaluate", MODEL, "--edit", BAD, "--corpus", TEXT, *PAIR, "--out", OUT], "edit", True),
+    "generate --edit": (["generate", MODEL, "--edit", BAD, "--prompts", "abe", "--out", OUT], "edit", True),
+}  # fmt: skip
+DIRECTORIES = {
+    "record --corpus": ["record", MODEL, "--corpus", BAD, "--out", OUT],
+    "identify --corpus": ["identify", MODEL, "--corpus", BAD, "--out", OUT],
+    "identify --prompts": [
+        "identify",
+        MODEL,
+        "--method",
+        "integrated-gradients",
+        "--prompts",
+        BAD,
+        "--out",
+        OUT,
+    ],
+    "identify --control": [
+        "identify",
+        MODEL,
+        "--method",
+        "culnig",
+        "--prompts",
+        TEXT,
+        "--control",
+        BAD,
+        "--out",
+        OUT,
+    ],
+    "direction --corpus": ["direction", MODEL, "--corpus", BAD, *PAIR, "--out", OUT],
+    "edit --corpus": ["edit", MODEL, "--direction", GOOD["direction"], "--corpus", BAD, "--out", OUT],
+    "neuron --corpus": ["neuron", MODEL, "1", "2", "--corpus", BAD],
+    "ablate --corpus": ["ablate", MODEL, GOOD["neurons"], "--corpus", BAD, "--out", OUT],
+    "evaluate --corpus": ["evaluate", MODEL, "--corpus", BAD, *PAIR, "--out", OUT],
+    "tune --corpus": ["tune", MODEL, "--corpus", BAD, *PAIR, "--out", OUT],
+    "report": ["report", BAD, "--out", f"{OUT}.html"],
+}
+MODELS = {
+    "record": ["record", BAD, "--corpus", TEXT, "--out", OUT],
+    "identify": ["identify", BAD, "--corpus", TEXT, "--out", OUT],
+    "direction": ["direction", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
+    "edit": ["edit", BAD, "--direction", GOOD["direction"], "--corpus", TEXT, "--out", OUT],
+    "export": ["export", BAD, "--edit", GOOD["edit"], "--out", OUT],
+    "export --undo": ["export", BAD, "--undo", "--out", OUT],
+    "export --dequantise": ["export", BAD, "--dequantise", "bf16", "--out", OUT],
+    "diff, base": ["diff", BAD, MODEL, "--out", OUT],
+    "diff, edited": ["diff", MODEL, BAD, "--out", OUT],
+    "compare --model": ["compare", GOOD["edit"], GOOD["edit"], "--model", BAD],
+    "neuron": ["neuron", BAD, "1", "2", "--corpus", TEXT],
+    "ablate": ["ablate", BAD, GOOD["neurons"], "--corpus", TEXT, "--out", OUT],
+    "evaluate": ["evaluate", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
+    "evaluate --against": ["evaluate", MODEL, "--against", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
+    "generate": ["generate", BAD, "--prompts", "abe", "--out", OUT],
+    "generate --against": ["generate", MODEL, "--against", BAD, "--prompts", "abe", "--out", OUT],
+}
+# The commands with their output; a directory is to be made by those that name one here.
+OUTPUTS = {
+    "record": (["record", MODEL, "--corpus", TEXT, "--out", BAD], "file"),
+    "identify": (["identify", MODEL, "--corpus", TEXT, "--out", BAD], "file"),
+    "direction": (["direction", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "file"),
+    "edit": (["edit", MODEL, "--direction", GOOD["direction"], "--corpus", TEXT, "--out", BAD], "file"),
+    "export": (["export", MODEL, "--edit", GOOD["edit"], "--out", BAD], "directory"),
+    "diff": (["diff", MODEL, MODEL, "--out", BAD], "file"),
+    "ablate": (["ablate", MODEL, GOOD["neurons"], "--corpus", TEXT, "--out", BAD], "file"),
+    "evaluate": (["evaluate", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "file"),
+    "tune": (["tune", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "directory"),
+    "compare": (["compare", GOOD["neurons"], GOOD["neurons"], "--plot", BAD], "file"),
+    "plot": (["plot", GOOD["neurons"], "--out", BAD], "file"),
+    "merge": (["merge", GOOD["statistics"], GOOD["statistics"], "--out", BAD], "file"),
+    "convert": (["convert", GOOD["neurons"], "--out", BAD], "file"),
+}
+UNKNOWN = {
+    "record": ["record", MODEL, "--corpus", TEXT, "--languages", "en,xx", "--out", OUT],
+    "identify": ["identify", MODEL, "--corpus", TEXT, "--languages", "en,xx", "--out", OUT],
+    "direction": ["direction", MODEL, "--corpus", TEXT, "--source", "xx", "--target", "fr", "--out", OUT],
+    "direction, target": [
+        "direction",
+        MODEL,
+        "--corpus",
+        TEXT,
+        "--source",
+        "en",
+        "--target",
+        "xx",
+        "--out",
+        OUT,
+    ],
+    "edit": [
+        "edit",
+        MODEL,
+        "--direction",
+        GOOD["direction"],
+        "--corpus",
+        TEXT,
+        "--languages",
+        "en,xx",
+        "--out",
+        OUT,
+    ],
+    "edit, of neurons": [
+        "edit",
+        MODEL,
+        "--method",
+        "scale",
+        "--neurons",
+        GOOD["neurons"],
+        "--languages",
+        "xx",
+    ]
+    + ["--factor", "0", "--out", OUT],
+    "edit --restrict": ["edit", MODEL, "--restrict", GOOD["edit"], "--neurons", GOOD["neurons"]]
+    + ["--languages", "xx", "--out", OUT],
+    "neuron": ["neuron", MODEL, "1", "2", "--corpus", TEXT, "--languages", "xx"],
+    "ablate --languages": [
+        "ablate",
+        MODEL,
+        GOOD["neurons"],
+        "--corpus",
+        TEXT,
+        "--languages",
+        "en,xx",
+        "--out",
+        OUT,
+    ],
+    "evaluate --source": [
+        "evaluate",
+        MODEL,
+        "--corpus",
+        TEXT,
+        "--source",
+        "xx",
+        "--target",
+        "fr",
+        "--out",
+        OUT,
+    ],
+    "tune": ["tune", MODEL, "--corpus", TEXT, "--languages", "en,xx", *PAIR, "--out", OUT],
+}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint_of):
+    return checkpoint_of()
+
+
+def write_kinds(directory, fingerprint):
+    """A small file of every kind, of the tiny llama's shapes."""
+    about = {"model": "tiny", "fingerprint": fingerprint, "method": "m", "settings": {}}
+    rows = torch.tensor([[0, 1], [1, 2]])
+    members = dict.fromkeys(LANGUAGES, rows)
+    neuron_set(members, {k: torch.ones(2) for k in members}, LAYERS, WIDTH, about).save(
+        directory / "neurons.safetensors"
+    )
+    count = torch.full((3,), 50)
+    moments = {
+        "mlp_act:positive": torch.arange(LAYERS * WIDTH * 3).reshape(LAYERS, WIDTH, 3) % 51,
+        "mlp_in:absolute": torch.ones(LAYERS, WIDTH, 3, dtype=torch.float64),
+        "mlp_in:text_mean": torch.ones(LAYERS, WIDTH, 3, dtype=torch.float64),
+    }
+    Statistics(LANGUAGES, count, count // 5, moments, fingerprint, metadata={"model": "tiny"}).save(
+        directory / "statistics.safetensors"
+    )
+    sites = {
+        site: torch.ones(LAYERS, D, dtype=torch.float64) for site in ("attn_out", "mlp_out", "block_out")
+    }
+    Direction("en", "fr", sites, {}, about).save(directory / "direction.safetensors")
+    scale = torch.ones(WIDTH)
+    scale[3] = 0.5
+    make_plan([ModuleEdit(1, "mlp", (3,), column_scale=scale)], about).save(directory / "edit.safetensors")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, model):
+    directory = tmp_path_factory.mktemp("good")
+    write_kinds(directory, open_model(str(model)).fingerprint)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, good):
+    """Everything that is wrong with a file, by what it is called."""
+    directory = tmp_path_factory.mktemp("bad")
+    (directory / "empty.safetensors").write_bytes(b"")
+    (directory / "text.safetensors").write_text("Once upon a time.\n" * 20)
+    for kind in KINDS:
+        content = (good / f"{kind}.safetensors").read_bytes()
+        (directory / f"truncated {kind}.safetensors").write_bytes(content[: len(content) - 200])
+        (directory / f"no header {kind}.safetensors").write_bytes(content[:5])
+    (directory / "study.json").write_text(json.dumps({"sets": [], "matrix": [[0.0]]}))
+    (directory / "folder").mkdir()
+    (directory / "other").mkdir()
+    write_kinds(directory / "other", "0123456789abcdef")
+    save_artifact(directory / "unfinished.safetensors", "unfinished", {"x": torch.zeros(1)}, {})
+    return directory
+
+
+@pytest.fixture
+def refused(broca, model, good, known_text, tmp_path):
+    """Run a command that must be refused: its one sentence, once it is known that nothing was written."""
+
+    def run(command, bad, expected, named=None):
+        names = {"MODEL": model, "TEXT": known_text, "BAD": bad, "OUT": tmp_path / "results" / "out"}
+        names |= {kind: good / f"{kind}.safetensors" for kind in KINDS}
+        words = [word.format(**names) for word in command]
+        before = everything(tmp_path)
+        status, out, err = broca(*words)
+        lines = err.splitlines()
+        assert "Traceback" not in err and "unexpected" not in err, err
+        assert len(lines) == 1 and lines[0].startswith("broca: "), err
+        assert status == expected, err
+        assert str(bad if named is None else named) in err
+        assert out == ""
+        assert everything(tmp_path) == before
+        return err
+
+    return run
+
+
+def everything(directory):
+    return {path: path.stat().st_size for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("fault", ["missing", "a directory"])
+@pytest.mark.parametrize("place", FILES)
+def test_a_path_that_is_no_file(refused, bad, place, fault):
+    if (place, fault) == ("inspect", "a directory"):
+        pytest.skip("a checkpoint's directory is shown")
+    command, _, _ = FILES[place]
+    refused(command, bad / ("none.safetensors" if fault == "missing" else "folder"), 2)
+
+
+@pytest.mark.parametrize("fault", ["empty", "text", "truncated", "no header"])
+@pytest.mark.parametrize("place", FILES)
+def test_a_damaged_file(refused, bad, place, fault):
+    command, kind, _ = FILES[place]
+    if place == "convert --subtract":
+        pytest.skip("the file before it is read first")
+    if fault in ("truncated", "no header"):
+        fault = f"{fault} {kind if kind in KINDS else 'neurons'}"
+    refused(command, bad / f"{fault}.safetensors", 1)
+
+
+@pytest.mark.parametrize("place", [place for place in FILES if FILES[place][1] is not None])
+def test_a_file_of_another_kind(refused, bad, good, place):
+    command, wanted, _ = FILES[place]
+    others = [good / f"{kind}.safetensors" for kind in KINDS if kind not in wanted]
+    for path in (*others, bad / "study.json", bad / "unfinished.safetensors"):
+        if place == "edit --vector" and path.suffix != ".safetensors":
+            continue  # an ending that no vectors have is seen in the command line
+        refused(command, path, 1)
+
+
+@pytest.mark.parametrize("place", [place for place in FILES if FILES[place][2]])
+def test_a_file_of_another_model(refused, bad, place):
+    command, kind, _ = FILES[place]
+    path = bad / "other" / f"{kind}.safetensors"
+    # By its fingerprint at least, where what is refused is no longer a file.
+    said = refused(command, path, 1, "0123456789abcdef")
+    assert "fingerprint" in said
+
+
+@pytest.mark.parametrize("place", DIRECTORIES)
+def test_a_path_that_is_no_directory(refused, good, bad, place):
+    refused(DIRECTORIES[place], bad / "none", 2)
+    refused(DIRECTORIES[place], good / "edit.safetensors", 2)
+
+
+@pytest.mark.parametrize("place", MODELS)
+def test_a_path_that_is_no_model(refused, good, bad, place):
+    refused(MODELS[place], bad / "none", 2)
+    refused(MODELS[place], good / "edit.safetensors", 2)
+    refused(MODELS[place], bad / "folder", 2)
+
+
+@pytest.mark.parametrize("place", OUTPUTS)
+def test_a_place_that_cannot_be_written_to(refused, bad, tmp_path, monkeypatch, place):
+    command, what = OUTPUTS[place]
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    refused(command, tmp_path / "mine" / "out.png", 2)
+    refused(command, tmp_path / ("mine" if what == "directory" else "folder"), 2)
+    # Root may write everywhere, so the system's answer is put in its place.
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK and allowed(path, mode))
+    refused(command, tmp_path / "new" / "out.png", 2)
+
+
+@pytest.mark.parametrize("place", UNKNOWN)
+def test_an_unknown_language(refused, bad, place):
+    refused(UNKNOWN[place], bad / "unused", 2, "xx")
+
+
+def test_a_recipe_that_is_not_there(refused, bad):
+    refused(["run", BAD, "--out", OUT], bad / "none.toml", 2)
+
+
+def test_a_usage_mistake_is_one_sentence_too(broca):
+    for arguments, said in (
+        (["edit", "--nonsense"], "no such option '--nonsense'"),
+        (["nonsense"], "no such command 'nonsense'"),
+        (["record", "m"], "missing option '--corpus'"),
+        (["merge"], "missing argument"),
+        (["edit", "--strength", "much"], "'much' is not a number"),
+        (["plot", "x", "y"], "--help` shows how"),
+    ):
+        status, out, err = broca(*arguments)
+        assert status == 2 and out == ""
+        assert err.count("\n") == 1 and err.startswith("broca: ") and said in err, err

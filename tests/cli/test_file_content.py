@@ -1,0 +1,58 @@
+"""Files that say they are directions or neuron sets and hold none are refused in one sentence."""
+
+import pytest
+import torch
+
+from neurons.files.artifact import save_artifact
+
+NONE = object()
+DIRECTION = ("direction", {"vectors.block_out": torch.ones(3, 4)}, {"source": "en", "target": "fr"})
+NEURONS = (
+    "neurons",
+    {"members.0": torch.tensor([[0, 1]]), "scores.0": torch.ones(1), "kinds.0": torch.tensor([0])},
+    {"languages": ["en"], "layers": 2, "neurons": 3, "method": "m"},
+)
+# name -> (what it is made of, what differs in the tensors, what differs in the metadata)
+FAULTS = {
+    "no source": (DIRECTION, {}, {"source": NONE}),
+    "a target that is a list": (DIRECTION, {}, {"target": ["fr"]}),
+    "a direction's settings": (DIRECTION, {}, {"settings": None}),
+    "one vector for all layers": (DIRECTION, {"vectors.block_out": torch.ones(4)}, {}),
+    "whole numbers": (DIRECTION, {"vectors.block_out": torch.ones(3, 4).long()}, {}),
+    "two depths": (DIRECTION, {"vectors.mlp_out": torch.ones(2, 4)}, {}),
+    "a flat subspace": (DIRECTION, {"subspaces.block_out": torch.ones(3, 4)}, {}),
+    "no languages": (NEURONS, {}, {"languages": NONE}),
+    "a language more": (NEURONS, {}, {"languages": ["en", "fr"]}),
+    "no layers": (NEURONS, {}, {"layers": NONE}),
+    "layers that are a word": (NEURONS, {}, {"layers": "2"}),
+    "no expert": (NEURONS, {}, {"experts": 0}),
+    "a set's settings": (NEURONS, {}, {"settings": None}),
+    "neurons of one dimension": (NEURONS, {"members.0": torch.tensor([0, 1])}, {}),
+    "neurons that are fractions": (NEURONS, {"members.0": torch.tensor([[0.0, 1.0]])}, {}),
+    "no scores": (NEURONS, {"scores.0": NONE}, {}),
+    "kinds that are fractions": (NEURONS, {"kinds.0": torch.ones(1)}, {}),
+    "a neuron outside": (NEURONS, {"members.0": torch.tensor([[0, 3]])}, {}),
+}
+
+
+def saved(path, made, tensors, metadata):
+    kind, own, about = made
+    kept = [
+        {name: value for name, value in (a | b).items() if value is not NONE}
+        for a, b in ((own, tensors), (about, metadata))
+    ]
+    save_artifact(path, kind, *kept)
+    return path
+
+
+@pytest.mark.parametrize("made", [DIRECTION, NEURONS], ids=["direction", "neurons"])
+def test_what_the_faults_are_made_of_is_whole(broca, tmp_path, made):
+    assert broca("inspect", saved(tmp_path / "file.safetensors", made, {}, {}))[0] == 0
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_file_that_is_not_whole_is_refused(broca, tmp_path, name):
+    path = saved(tmp_path / "file.safetensors", *FAULTS[name])
+    status, out, err = broca("inspect", path)
+    assert (status, out) == (1, "") and err.count("\n") == 1, err
+    assert "unexpected" not in err and str(path) in err

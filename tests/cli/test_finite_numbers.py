@@ -1,0 +1,99 @@
+"""Numbers that a user writes are finite and of the right kind, wherever they are written: else status 2, before any work."""
+
+import pytest
+
+from editing.methods.registry import METHODS, NUMBER, WHOLE
+from editing.pipeline.recipe import read_recipe
+from neurons.errors import UsageError
+
+NOT_FINITE = ("nan", "inf", "-inf", "NaN", "1e999")
+# Nothing is read before these are refused: MODEL is not there, and FILE and FOLDER are empty.
+COMMANDS = {
+    "edit": ["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--set", "eps=VALUE"],
+    "edit, whole": ["edit", "MODEL", "--method", "ablate", "--direction", "FILE", "--set", "from_layer=VALUE"],
+    "edit, by its own option": ["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--eps", "VALUE"],
+
+    "identify": ["identify", "MODEL", "--method", "lape", "--corpus", "FOLDER", "--set", "filter_rate=VALUE"],
+    "identify, threshold": ["identify", "MODEL", "--corpus", "FOLDER", "--threshold=VALUE"],
+    "identify, rate": ["identify", "MODEL", "--corpus", "FOLDER", "--top-rate=VALUE"],
+    "direction": ["direction", "MODEL", "--corpus", "FOLDER", "--source", "a", "--target", "b", "--method", "probe",
+                  "--set", "penalty=VALUE"],
+    "tune": ["tune", "MODEL", "--corpus", "FOLDER", "--source", "a", "--target", "b", "--goal-gap=VALUE"],
+    "generate": ["generate", "MODEL", "x", "--temperature=VALUE"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def refusal(broca, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+
+    def run(words, value):
+        places = {"MODEL": "none", "FILE": tmp_path / "file", "FOLDER": tmp_path / "folder"}
+        words = [str(places.get(word, word)).replace("VALUE", value) for word in words]
+        out = [] if words[0] == "generate" else ["--out", tmp_path / "out"]
+        status, said, err = broca(*words, *out)
+        assert (status, said) == (2, "") and err.count("\n") == 1, err
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_number_that_is_not_finite_is_refused_by_name(refusal, name, value):
+    said = refusal(COMMANDS[name], value)
+    named = next(word for word in COMMANDS[name] if "=" in word or word == "--eps").partition("=")[0]
+    assert named in said and value in said
+
+
+@pytest.mark.parametrize("value", ["much", "", "1,5"])
+@pytest.mark.parametrize("name", ["edit", "edit, by its own option", "identify", "direction"])
+def test_what_is_no_number_is_refused_by_name(refusal, name, value):
+    assert any(word in refusal(COMMANDS[name], value) for word in ("eps", "filter_rate", "penalty"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["identify", "MODEL", "--corpus", "FOLDER", "--method", "lape", "--set", "rate=1"], "'rate'"),
+        (["identify", "MODEL", "--corpus", "FOLDER", "--set", "filter_rate=1"], "'filter_rate'"),
+        (["identify", "MODEL", "--method", "random", "--languages", "a,b", "--set", "rate=1"], "'rate'"),
+        (["identify", "MODEL", "--corpus", "FOLDER", "--method", "lape", "--set", "filter_rate=1",
+          "--set", "filter-rate=0.5"], "filter_rate is given twice"),
+        (["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--set", "keep=en,,fr"], "keep=en,,fr"),
+        (["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--set", "sources="], "sources="),
+    ],
+)  # fmt: skip
+def test_settings_that_are_not_the_methods_are_refused_before_any_work(refusal, words, said):
+    assert said in refusal(words, "")
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_no_methods_number_may_be_other_than_finite(value):
+    for method in METHODS.values():
+        for name, setting in method.settings.items():
+            if setting.kind in (NUMBER, WHOLE):
+                with pytest.raises(UsageError, match=name):
+                    method.read_settings({name: value})
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("top_rate = nan", "top_rate"),
+        ("top_rate = inf", "top_rate"),
+        ("top_rate = true", "top_rate"),
+        ("strengths = [2.0, nan]", "strengths"),
+        ("strengths = [-inf]", "strengths"),
+        ("strengths = [0]", "strengths"),
+        ("strengths = ['2']", "strengths"),
+        ("seed = 1.5", "seed"),
+        ("prompts = inf", "prompts"),
+    ],
+)
+def test_a_recipes_numbers(tmp_path, line, name):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'model = "m"\ncorpus = "c"\nsource = "en"\ntargets = ["fr"]\n{line}\n')
+    with pytest.raises(UsageError, match=name):
+        read_recipe(recipe)

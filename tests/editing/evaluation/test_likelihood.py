@@ -1,0 +1,165 @@
+"""Likelihoods and divergences against loops over single tokens."""
+
+import math
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import models
+import pytest
+import torch
+
+from editing.evaluation.generation import Continuation
+from editing.evaluation.likelihood import continuation_nll, mean_kl, mean_nll, read_again, read_unedited
+from neurons.text.batches import packed_batches, text_batches
+
+
+def log_probabilities(model, ids):
+    """[position][token], in float64, of one row without padding."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(ids)])).logits[0].double()
+    return [[float(x) for x in row - row.logsumexp(0)] for row in logits]
+
+
+def naive_nlls(model, rows, first=1):
+    """-ln p of every token from position ``first`` on, given those before it."""
+    found = []
+    for ids in rows:
+        predicted = log_probabilities(model, ids)
+        found += [-predicted[position - 1][ids[position]] for position in range(first, len(ids))]
+    return found
+
+
+def texts(count=5, seed=1):
+    return models.sentences("qaa", count, seed, (1, 9))
+
+
+def padded_batches(loaded, monkeypatch):
+    monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 60)
+    monkeypatch.setattr("neurons.models.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # four positions
+    batches = text_batches(texts(), loaded.tokenizer, 128)
+    assert len(batches) > 1 and any(batch.padded for batch in batches)
+    return batches
+
+
+def rows_of(loaded):
+    return [loaded.tokenizer(text)["input_ids"] for text in texts()]
+
+
+def test_mean_nll_is_over_tokens_not_texts(llama, monkeypatch):
+    batches = padded_batches(llama, monkeypatch)
+    nlls = naive_nlls(llama.model, rows_of(llama))
+    assert mean_nll(llama, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_mean_nll_without_a_start_token(llama, monkeypatch):
+    bare = replace(llama, tokenizer=models.tiny_tokenizer(adds_start=False))
+    batches = padded_batches(bare, monkeypatch)
+    nlls = naive_nlls(llama.model, [row[1:] for row in rows_of(llama)])
+    assert mean_nll(bare, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_nll_of_blocks(llama):
+    batches = packed_batches(models.sentences("qac", 9), llama.tokenizer, 12, "qac")
+    nlls = naive_nlls(llama.model, [row for batch in batches for row in batch.ids.tolist()])
+    assert mean_nll(llama, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_likelihood_and_divergence_of_one_pass_are_those_of_two(llama, monkeypatch):
+    batches = padded_batches(llama, monkeypatch)
+    before = read_unedited(llama, batches)
+    assert before.nll == mean_nll(llama, batches)
+    divergence = mean_kl(llama, batches, lambda: blurred(llama.model))
+    with blurred(llama.model):
+        assert read_again(llama, before) == (mean_nll(llama, batches), divergence)
+        likelihood, none = read_again(llama, read_unedited(llama, batches, keep=False), kl=False)
+        assert likelihood == mean_nll(llama, batches) and math.isnan(none)
+
+
+def test_mean_nll_of_nothing_is_nan(llama):
+    assert math.isnan(mean_nll(llama, []))
+
+
+@contextmanager
+def blurred(model):
+    """Logits halved."""
+    handle = model.lm_head.register_forward_hook(lambda _, __, logits: logits / 2)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def naive_kl(loaded, steering):
+    """KL(unedited || steered), position by position."""
+    total, positions = 0.0, 0
+    for ids in rows_of(loaded):
+        before = log_probabilities(loaded.model, ids)
+        with steering():
+            after = log_probabilities(loaded.model, ids)
+        for p, q in zip(before[:-1], after[:-1], strict=True):
+            total += sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+            positions += 1
+    return total / positions
+
+
+@contextmanager
+def other_head(model):
+    """Another output embedding, as another checkpoint may have."""
+    kept = model.lm_head.weight.data
+    model.lm_head.weight.data = kept.flip(0) * 0.5
+    try:
+        yield
+    finally:
+        model.lm_head.weight.data = kept
+
+
+@contextmanager
+def shifted(model):
+    """The residual stream of the first layer moved."""
+    handle = model.model.layers[0].register_forward_hook(lambda _, __, hidden: hidden + 0.3)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("change", [blurred, other_head, shifted])
+def test_mean_kl(llama, monkeypatch, change):
+    batches = padded_batches(llama, monkeypatch)
+    monkeypatch.setattr("neurons.models.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # a few positions at a time
+    expected = naive_kl(llama, lambda: change(llama.model))
+    found = mean_kl(llama, batches, lambda: change(llama.model))
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found > 0.001
+
+
+def test_mean_kl_of_a_model_to_itself(llama, monkeypatch):
+    assert mean_kl(llama, padded_batches(llama, monkeypatch), nullcontext) == 0
+    assert math.isnan(mean_kl(llama, [], nullcontext))
+
+
+CONTINUATIONS = [
+    Continuation((5, 80, 33), ""),
+    Continuation((), ""),
+    Continuation((200,), ""),
+    Continuation((7, 7, 90, 91, 17, 4), ""),
+]
+
+
+def test_continuations_are_read_without_their_prompts(llama):
+    rows = [[0, *item.ids] for item in CONTINUATIONS if item.ids]
+    nlls = naive_nlls(llama.model, rows)
+    assert len(nlls) == 10
+    assert continuation_nll(llama, CONTINUATIONS) == pytest.approx(sum(nlls) / 10, rel=1e-5)
+
+
+def test_without_a_start_token_the_first_token_is_only_read(llama):
+    bare = replace(llama, tokenizer=models.tiny_tokenizer(adds_start=False))
+    nlls = naive_nlls(llama.model, [item.ids for item in CONTINUATIONS if len(item.ids) > 1])
+    assert len(nlls) == 7
+    assert continuation_nll(bare, CONTINUATIONS) == pytest.approx(sum(nlls) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("written", [[], [Continuation((), "")]])
+def test_nothing_written_is_nan(llama, written):
+    assert math.isnan(continuation_nll(llama, written))

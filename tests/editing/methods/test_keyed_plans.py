@@ -1,0 +1,46 @@
+"""Several strengths at once are the plans that each strength makes alone, also where a norm follows."""
+
+import pytest
+import torch
+
+from editing.directions.diffmean import diffmean_direction
+from editing.methods.keyed import keyed_plan, keyed_plans
+from editing.methods.learned_values import LEARNED_AT, learned_values
+from neurons.models.source import load_model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_learned_ones_are_learned_at_one_strength_or_at_each(checkpoint_of, corpus, model_type, monkeypatch):
+    def quick(*given):
+        return learned_values(*given, passes=1)
+
+    monkeypatch.setattr("editing.methods.keyed.learned_values", quick)
+    loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
+    direction = diffmean_direction(loaded, corpus, "qaa", "qab")
+    sources, targets = corpus.texts["qaa"], corpus.texts["qab"]
+    found = keyed_plans(loaded, corpus, direction, (1.0, 3.0), learned=True)
+    for plan, strength in zip(found, (1.0, 3.0), strict=True):
+        at = LEARNED_AT if model_type == "llama" else strength
+        plain = keyed_plan(loaded, corpus, direction, None, at, blocks=("attn", "mlp"))
+        expected = quick(loaded, plain, sources, targets).plan.scaled(strength / at)
+        for own, other in zip(plan.edits, expected.edits, strict=True):
+            assert torch.equal(own.left, other.left) and torch.equal(own.right, other.right)
+        assert plan.metadata["settings"]["strength"] == strength
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_each_plan_is_the_one_of_its_strength(checkpoint_of, corpus, model_type):
+    loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
+    direction = diffmean_direction(loaded, corpus, "qaa", "qab")
+    strengths = (0.5, 2.0)
+    found = keyed_plans(loaded, corpus, direction, strengths, layers=[1])
+    for plan, strength in zip(found, strengths, strict=True):
+        (edit,), (alone,) = plan.edits, keyed_plan(loaded, corpus, direction, [1], strength).edits
+        expected = alone.left.double() @ alone.right.double().T
+        torch.testing.assert_close(
+            edit.left.double() @ edit.right.double().T,
+            expected,
+            rtol=1e-4,
+            atol=1e-4 * float(expected.abs().max()),
+        )
+        assert plan.metadata["settings"]["strength"] == strength

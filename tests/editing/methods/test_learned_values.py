@@ -1,0 +1,304 @@
+"""Values learned for a plan's keys: against a hand-written edited model, against finite differences, planted truth."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from editing.directions.diffmean import diffmean_direction
+from editing.methods.crossings import crossing_batch, crossings, openings_and_rests
+from editing.methods.keyed import keyed_plan
+from editing.methods.learned_values import HELD_OUT, LEARNED_AT, LearnedValues, _loss, _values, learned_values
+from editing.plans.live import applied
+from editing.plans.plan import ModuleEdit, make_plan
+from editing.study.search_space import Keys, keyed_space
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import load_model
+from neurons.recording.record import forward
+
+
+@pytest.fixture(scope="module")
+def plan(llama, corpus):
+    direction = diffmean_direction(llama, corpus, "qaa", "qab")
+    return keyed_plan(llama, corpus, direction, strength=2.0, blocks=("attn", "mlp"))
+
+
+@pytest.fixture(scope="module")
+def texts(corpus):
+    return corpus.texts["qaa"], corpus.texts["qab"]
+
+
+def joined_rows(loaded, texts, turn=0):
+    return crossings(loaded.tokenizer, openings_and_rests(texts[0])[0], openings_and_rests(texts[1])[1], turn)
+
+
+def naive_loss(model, rows):
+    """Sum over rows and tokens behind the opening, one row at a time, from the model's own logits."""
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            predicted = model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
+        for position in range(row.crosses, len(row.ids)):
+            total -= float(predicted[position - 1, row.ids[position]])
+            count += 1
+    return total, count
+
+
+def hooks_of(model):
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+
+def change(edit):
+    return edit.left.double() @ edit.right.double().T
+
+
+def test_what_an_opening_is_and_what_follows_it(llama):
+    texts = ["one two  three four five six seven eight", "too short", ""]
+    openings, rests = openings_and_rests(texts)
+    assert openings == ["one two three four five six", "too short"]
+    assert rests == [" seven eight"]
+    first, second = crossings(llama.tokenizer, openings, [" A b", " C"], turn=1)
+    for row, opening, rest in ((first, openings[0], " C"), (second, openings[1], " A b")):
+        assert row.ids[0] == llama.tokenizer.bos_token_id
+        assert llama.tokenizer.decode(row.ids[1 : row.crosses]) == opening
+        assert llama.tokenizer.decode(row.ids[row.crosses :]) == rest
+
+
+def test_a_token_across_the_joint_follows_it():
+    class Tokenizer:
+        """Takes two letters at a time."""
+
+        def __call__(self, texts, add_special_tokens=True):
+            return {"input_ids": [[hash(t[i : i + 2]) for i in range(0, len(t), 2)] for t in texts]}
+
+    (row,) = crossings(Tokenizer(), ["abc"], ["defg"], 0)
+    assert len(row.ids) == 4 and row.crosses == 1  # ab|cd ef g
+
+
+def test_rows_are_cut_and_counted_behind_the_opening(llama, texts):
+    rows = joined_rows(llama, texts)[:5]
+    batch = crossing_batch(rows, 12)
+    assert batch.ids.shape == (5, 12)
+    for i, row in enumerate(rows):
+        own = list(row.ids[:12])
+        assert batch.ids[i, : len(own)].tolist() == own
+        assert batch.attention[i].tolist() == [p < len(row.ids) for p in range(12)]
+        assert batch.counted[i].tolist() == [row.crosses <= p < len(row.ids) for p in range(12)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_the_loss_is_that_of_the_edited_weights(checkpoint_of, corpus, texts, architecture):
+    """Gemma 2 has norms behind its modules, GPT-2 transposed weights and biases."""
+    loaded = load_model(str(checkpoint_of(architecture)), device="cpu")
+    anatomy, generator = loaded.anatomy, torch.Generator().manual_seed(5)
+    plan = make_plan(
+        [
+            ModuleEdit(
+                layer,
+                block,
+                (0,),
+                left=0.3 * torch.randn(anatomy.residual, 1, generator=generator),
+                right=0.3 * torch.randn(anatomy.width(f"{block}_in"), 1, generator=generator),
+            )
+            for layer in range(anatomy.layers)
+            for block in ("attn", "mlp")
+        ],
+        {"settings": {}, "fingerprint": loaded.fingerprint},
+    )
+    rows = joined_rows(loaded, texts)[:4]
+    with torch.no_grad():
+        found = float(_loss(loaded, plan, crossing_batch(rows, 512), _values(plan).float()))
+    with applied(loaded, plan):
+        total, _ = naive_loss(loaded.model, rows)
+    assert found == pytest.approx(total, rel=1e-4)
+    assert found != pytest.approx(naive_loss(loaded.model, rows)[0], rel=1e-3)
+
+
+def test_its_gradient_is_that_of_differences(llama, plan, texts):
+    batch = crossing_batch(joined_rows(llama, texts)[:4], 512)
+    values = _values(plan).float().requires_grad_(True)
+    with torch.enable_grad():
+        _loss(llama, plan, batch, values).backward()
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        way = torch.randn(values.shape, generator=generator)
+        way /= way.norm()
+        with torch.no_grad():
+            up, down = (float(_loss(llama, plan, batch, values + s * way)) for s in (0.05, -0.05))
+        assert float((values.grad * way).sum()) == pytest.approx((up - down) / 0.1, rel=0.03, abs=0.02)
+
+
+def test_learning_betters_text_that_it_has_not_seen(llama, plan, texts):
+    before = [parameter.clone() for parameter in llama.model.parameters()]
+    found = learned_values(llama, plan, *texts, passes=4)
+    assert isinstance(found, LearnedValues)
+    assert all(torch.equal(a, b) for a, b in zip(before, llama.model.parameters(), strict=True))
+    assert len(found.held_out) == 5 and found.held_out[found.passes] == min(found.held_out)
+    # What it says of itself is what the exported weights do, on the lines kept out.
+    openings, rests = openings_and_rests(texts[0])[0], openings_and_rests(texts[1])[1]
+    kept_out = [some[HELD_OUT - 1 :: HELD_OUT] for some in (openings, rests)]
+    joints = [row for turn in range(4) for row in crossings(llama.tokenizer, *kept_out, turn)]
+    for own, expected in ((plan, found.held_out[0]), (found.plan, min(found.held_out))):
+        with applied(llama, own):
+            total, count = naive_loss(llama.model, joints)
+        assert total / count == pytest.approx(expected, rel=1e-4)
+    assert min(found.held_out) < found.held_out[0] - 0.05
+
+
+def test_a_planted_continuation_is_learned(llama, plan, texts):
+    """Where one word always follows, the model that learned it says it behind openings it has not seen."""
+    sources, word = texts[0], " milk"
+    wanted = llama.tokenizer(word, add_special_tokens=False)["input_ids"][0]
+    found = learned_values(llama, plan, sources, ["a b c d e f" + word * 3] * 20, passes=15, rate=0.1).plan
+    unseen = [[llama.tokenizer.bos_token_id, *row.ids[1 : row.crosses]] for row in joined_rows(llama, texts)]
+    unseen = unseen[HELD_OUT - 1 :: HELD_OUT]
+
+    def right(own):
+        with applied(llama, own), torch.no_grad():
+            return sum(
+                int(llama.model(torch.tensor([row])).logits[0, -1].argmax()) == wanted for row in unseen
+            )
+
+    assert right(plan) < 0.2 * len(unseen)
+    assert right(found) > 0.9 * len(unseen)
+
+
+def test_keys_and_everything_else_stay(llama, plan, texts):
+    found = learned_values(llama, plan, *texts, passes=1).plan
+    assert found.metadata["settings"]["learned"]["passes"] == 1
+    for own, other in zip(found.edits, plan.edits, strict=True):
+        assert torch.equal(own.right, other.right)
+        assert (own.layer, own.block, own.components) == (other.layer, other.block, other.components)
+        assert own.left.dtype == torch.float32 and not torch.equal(own.left, other.left)
+        change = own.left.double() @ own.right.double().T
+        assert own.notes["change_norm"] == pytest.approx(float(change.norm()))
+        assert own.notes["weight_norm"] == other.notes["weight_norm"]
+        assert set(own.details) == set(other.details)
+
+
+def test_the_same_input_gives_the_same_bytes(llama, plan, texts):
+    first, second = (learned_values(llama, plan, *texts, passes=2).plan for _ in range(2))
+    for own, other in zip(first.edits, second.edits, strict=True):
+        assert torch.equal(own.left, other.left)
+    assert first.metadata == second.metadata
+    other = learned_values(llama, plan, *texts, passes=2, seed=1).plan
+    assert not torch.equal(first.edits[0].left, other.edits[0].left)
+
+
+def test_the_work_does_not_grow_with_the_text(llama, plan, texts, monkeypatch):
+    monkeypatch.setattr("editing.methods.learned_values.MOST_LINES", 20)
+    read = []
+    few = learned_values(llama, plan, *(some[:20] for some in texts), passes=1, progress=read.append)
+    openings, rests = (openings_and_rests(some)[i][:20] for i, some in enumerate(texts))
+    assert len(openings) == 20 == len(rests)
+    whole = []
+    much = learned_values(llama, plan, texts[0] * 50, texts[1] * 50, passes=1, progress=whole.append)
+    assert len(whole) == len(read) == 1
+    assert len(much.held_out) == len(few.held_out)
+    monkeypatch.setattr("editing.methods.learned_values.LONGEST", 26)
+    cut = []
+    learned_values(llama, plan, *texts, passes=1, progress=cut.append)
+    assert 0 < cut[0] < whole[0] and cut[0] <= 16 * 26
+    monkeypatch.setattr("editing.methods.learned_values.LONGEST", 6)
+    with pytest.raises(UsageError, match="nothing follows the openings within 6 tokens"):
+        learned_values(llama, plan, *texts, passes=1)
+
+
+def test_memory_for_a_row_at_a_time_changes_little(llama, plan, texts, monkeypatch):
+    whole = learned_values(llama, plan, *texts, passes=1)
+    monkeypatch.setattr("editing.methods.learned_values.batches_for", lambda *_: (1, False))
+    parts = learned_values(llama, plan, *texts, passes=1)
+    assert parts.held_out == pytest.approx(whole.held_out, rel=1e-4)
+
+
+def test_values_that_no_pass_betters_are_kept(llama, plan, texts, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", partial(torch.optim.Adam, maximize=True))
+    found = learned_values(llama, plan, *texts, passes=2)
+    assert found.passes == 0 and found.held_out[0] < found.held_out[1] < found.held_out[2]
+    for own, other in zip(found.plan.edits, plan.edits, strict=True):
+        torch.testing.assert_close(own.left, other.left, rtol=1e-6, atol=0)
+
+
+def test_the_search_learns_once_and_scales(llama, corpus, plan, texts, monkeypatch):
+    calls = []
+
+    def counted(*arguments, **settings):
+        calls.append(arguments)
+        return learned_values(*arguments, **settings, passes=2)
+
+    monkeypatch.setattr("editing.study.search_space.learned_values", counted)
+    keys = Keys(llama, corpus, diffmean_direction(llama, corpus, "qaa", "qab"))
+    expected = learned_values(llama, plan, *texts, passes=2).plan
+    space = keyed_space(keys)
+    assert space.knobs["values"].words == ("means", "learned")
+    made = [
+        space.make({"values": "learned", "heads": 0.5, "layers": "all", "strength": s})
+        for s in (LEARNED_AT, 3.0)
+    ]
+    assert len(calls) == 1
+    for own, more, other in zip(made[0].edits, made[1].edits, expected.edits, strict=True):
+        torch.testing.assert_close(change(own), change(other), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(change(more), change(own) * 1.5, rtol=1e-6, atol=1e-9)
+    assert "learned" in made[0].metadata["settings"]
+    assert "learned" not in keys.plan((0, 1), 0.5, 2.0).metadata["settings"]
+
+
+def test_the_search_does_not_offer_what_it_cannot_learn(checkpoint_of, corpus, llama):
+    direction = diffmean_direction(llama, corpus, "qaa", "qab")
+    short = replace(corpus, texts={k: texts[:9] for k, texts in corpus.texts.items()})
+    space = keyed_space(Keys(llama, short, direction))
+    assert space.knobs["values"].words == ("means",)
+    assert all(settings["values"] == "means" for settings in space.known)
+    gemma = load_model(str(checkpoint_of("gemma2")), device="cpu")
+    keys = Keys(gemma, corpus, diffmean_direction(gemma, corpus, "qaa", "qab"))
+    assert keyed_space(keys).knobs["values"].words == ("means",)
+    with pytest.raises(UsageError, match="learned at one strength"):
+        keys.plan((0,), 0.5, 2.0, learned=True)
+
+
+def test_refuses(llama, plan, texts):
+    with pytest.raises(UsageError, match=r"9 openings and .* are too few to learn from: give 10 lines"):
+        learned_values(llama, plan, texts[0][:9], texts[1])
+    for settings in ({"passes": 0}, {"rate": 0.0}, {"rate": math.nan}):
+        with pytest.raises(UsageError, match="learn nothing"):
+            learned_values(llama, plan, *texts, **settings)
+    (first, *others) = plan.edits
+    wide = replace(first, left=first.left.repeat(1, 2), right=first.right.repeat(1, 2))
+    with pytest.raises(UsageError, match="rank-1 edits alone, and attn of layer 0 has another"):
+        learned_values(llama, make_plan([wide, *others], plan.metadata), *texts)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [("always", "own values"), ("at first", "own values"), ("later", "learned values are not finite")],
+)
+def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch, value, fails, said):
+    learning = False
+
+    def loss(*given):
+        nonlocal learning
+        learning = learning or torch.is_grad_enabled()
+        whole = _loss(*given)
+        return whole * value if fails == "always" or learning == (fails == "later") else whole
+
+    monkeypatch.setattr("editing.methods.learned_values._loss", loss)
+    with pytest.raises(BrocaError, match=said):
+        learned_values(llama, plan, *texts, passes=2)
+
+
+def test_an_interrupted_loss_leaves_no_hook(llama, plan, texts, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neurons.models.next_token.logits", stopped)
+    before = hooks_of(llama.model)
+    with pytest.raises(KeyboardInterrupt):
+        learned_values(llama, plan, *texts)
+    batch = crossing_batch(joined_rows(llama, texts)[:1], 512)
+    with torch.no_grad():
+        plain = llama.model.base_model(input_ids=batch.ids).last_hidden_state
+    assert torch.equal(forward(llama.model, batch), plain)
+    assert hooks_of(llama.model) == before

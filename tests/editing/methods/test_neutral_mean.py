@@ -1,0 +1,50 @@
+"""The neutral mean against a loop over texts, tokens and layers."""
+
+import pytest
+import torch
+
+from editing.methods.neutral_mean import neutral_means
+from neurons.text.corpus import read_corpus
+
+SITES = {"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj", "block_out": None}
+
+
+def outputs_of(model, ids):
+    """What every layer writes at every site for one row of tokens: (site, layer) -> [t, d]."""
+    seen, hooks = {}, []
+
+    def keep(place):
+        def hook(module, given, output):
+            seen[place] = (output[0] if isinstance(output, tuple) else output).reshape(len(ids), -1).double()
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        for site, name in SITES.items():
+            module = layer if name is None else layer.get_submodule(name)
+            hooks.append(module.register_forward_hook(keep((site, number))))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("languages", [("qab",), ("qaa", "qac")])
+def test_equals_a_loop_over_texts(llama, corpus_directory, languages):
+    corpus = read_corpus(corpus_directory, languages, "report", least=1)
+    means = {site: torch.zeros(3, 64, dtype=torch.float64) for site in SITES}
+    for language in languages:
+        texts = corpus.non_empty(language)
+        # One language has less text, and weighs the same.
+        for text in texts:
+            tokens = llama.tokenizer(text, add_special_tokens=False)["input_ids"]
+            seen = outputs_of(llama.model, [llama.tokenizer.bos_token_id, *tokens])
+            for (site, layer), values in seen.items():
+                for token in values[1:]:
+                    means[site][layer] += token / len(tokens) / len(texts) / len(languages)
+    found = neutral_means(llama, corpus, tuple(SITES))
+    assert set(found) == set(SITES)
+    for site, mean in means.items():
+        assert found[site].dtype == torch.float64
+        assert torch.allclose(found[site], mean, rtol=1e-4, atol=1e-6), site

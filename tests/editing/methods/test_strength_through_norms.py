@@ -1,0 +1,67 @@
+"""Where a norm follows the edited module, an edit holds for its own strength: every way to another is refused or solved anew."""
+
+import pytest
+import torch
+
+from editing.directions.diffmean import diffmean_direction
+from editing.methods.keyed import keyed_plan
+from editing.methods.learned_values import learned_values
+from editing.plans.algebra import compose, inverted, restricted
+from editing.study.doses import weaker
+from editing.study.ways import WAYS, Material, candidates_of
+from neurons.errors import UsageError
+from neurons.models.source import load_model
+
+
+@pytest.fixture(scope="module")
+def normed(checkpoint_of):
+    return load_model(str(checkpoint_of("gemma2")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def plan(normed, parts):
+    direction = diffmean_direction(normed, parts["estimate"], "en", "fr")
+    return keyed_plan(normed, parts["estimate"], direction, [0, 1], 1.0, blocks=("attn", "mlp"))
+
+
+DERIVED = {
+    "itself": lambda loaded, plan, texts: plan,
+    "composed": lambda loaded, plan, texts: compose([plan, plan], loaded),
+    "inverted": lambda loaded, plan, texts: inverted(loaded, plan),
+    "restricted": lambda loaded, plan, texts: restricted(loaded, plan, components={"mlp": range(5)}),
+    "learned": lambda loaded, plan, texts: (
+        learned_values(loaded, plan, texts["en"], texts["fr"], passes=1).plan
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_multiple_is_refused(normed, plan, parts, tmp_path, broca, name):
+    made = DERIVED[name](normed, plan, parts["estimate"].texts)
+    with pytest.raises(UsageError, match=r"layer 0, attn.*0\.5 times"):
+        made.scaled(0.5)
+    assert made.scaled(1) is made
+    path = tmp_path / "edit.safetensors"
+    made.save(path)
+    out = tmp_path / "out"
+    for words in (
+        ["export", normed.checkpoint, "--edit", path, "--strength", "2", "--out", out],
+        ["edit", "--compose", path, "--strength", "2", "--out", out],
+    ):
+        status, _, err = broca(*words)
+        assert status == 2 and "broca edit --strength" in err and err.count("\n") == 1, err
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["keyed", "keyed-learned"])
+def test_parts_of_a_strength_are_solved_anew(normed, parts, name, monkeypatch):
+    monkeypatch.setattr("editing.study.ways.learned_values", lambda *given: learned_values(*given, passes=1))
+    material = Material(normed, parts["estimate"], "en", "fr")
+    way = WAYS[name]
+    (chosen, *_), _ = candidates_of(way, material)
+    ((dose, weak),) = weaker(way, material, chosen, (0.5,))
+    assert dose == 0.5 and weak.settings == {**chosen.settings, "strength": 0.5 * chosen.settings["strength"]}
+    expected = way.make(material, weak.settings).plan
+    for own, other, whole in zip(weak.plan.edits, expected.edits, chosen.plan.edits, strict=True):
+        assert torch.equal(own.left, other.left) and torch.equal(own.right, other.right)
+        assert not torch.allclose(own.left, 0.5 * whole.left, rtol=1e-3)

@@ -1,0 +1,263 @@
+"""``broca run``: all stages, skipped when unchanged, resumed when interrupted, the same bytes again."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from editing.evaluation.evaluation import Evaluation
+from editing.methods.keyed import STRENGTH
+from editing.methods.learned_values import LEARNED_AT
+from editing.pipeline.recipe import Recipe, read_recipe
+from editing.pipeline.run import run
+from editing.pipeline.stages import KEPT, RUNS
+from editing.plans.live import applied
+from editing.plans.plan import load_plan
+from neurons.errors import BrocaError, UsageError
+from neurons.files import digest as digests
+from neurons.models import fingerprint
+from neurons.models.source import load_model
+from neurons.text.corpus import read_corpus
+
+
+class Quiet:
+    """Notes which stages ran."""
+
+    def __init__(self):
+        self.ran, self.skipped, self.states = [], [], {}
+
+    def stage(self, name, state):
+        (self.ran if state == RUNS else self.skipped).append(name)
+        self.states[name] = state
+
+    def progress(self, title, total, unit):
+        return nullcontext(lambda count: None)
+
+    def copying(self, title):
+        return nullcontext(lambda done, total: None)
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint_of, known_text, tmp_path_factory):
+    return Recipe(
+        model=str(checkpoint_of("llama", True, "bfloat16")),
+        corpus=known_text,
+        source="en",
+        targets=("fr", "de"),
+        out=tmp_path_factory.mktemp("run") / "out",
+        top_rate=0.1,
+        samples=1,
+    )
+
+
+STAGES = ["identify"]
+for language in ("fr", "de"):
+    STAGES += [f"{what} to {language}" for what in ("direction", "edit", "export")] + [f"measure {language}"]
+STAGES += ["report"]
+
+
+def contents(directory):
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(recipe):
+    """The recipe run once: (its stages, its files)."""
+    screen = Quiet()
+    run(recipe, screen)
+    return screen, contents(recipe.out)
+
+
+def test_runs_every_stage_and_leaves_every_file(finished, recipe):
+    screen, files = finished
+    assert screen.ran == STAGES
+    for name in ("neurons.safetensors", "report.json", "report.md", "report.png", "report.svg"):
+        assert name in files
+    for target in ("fr", "de"):
+        assert f"checkpoint-{target}/model.safetensors" in files
+        assert files[f"checkpoint-{target}/broca/edit.safetensors"] == files[f"edit-{target}.safetensors"]
+        measured = json.loads(files[f"measured-{target}.json"])
+        names = [outcome["name"] for outcome in measured["outcomes"]]
+        assert names[0] == "base" and names[-1] == "keyed edit" and "DiffMean hook" in names
+
+
+def test_the_keyed_row_is_that_of_the_exported_checkpoint(finished, recipe):
+    measured = json.loads((recipe.out / "measured-fr.json").read_text())["outcomes"][-1]
+    loaded = load_model(recipe.model, "cpu")
+    evaluation = Evaluation(loaded, read_corpus(recipe.corpus, part="report"), "en", "fr", samples=1)
+    plan = load_plan(recipe.out / "edit-fr.safetensors")
+    again = evaluation.measure("keyed edit", partial(applied, loaded, plan), kl=True)
+    for name in ("nll", "kl", "fluency_gap", "languages_found"):
+        assert measured[name] == getattr(again, name), name
+
+
+def test_a_second_run_skips_everything(finished, recipe):
+    screen = Quiet()
+    run(recipe, screen)
+    assert screen.ran == []
+    assert screen.skipped == STAGES
+    assert contents(recipe.out) == finished[1]
+
+
+def test_a_run_reads_each_file_for_its_digest_once(finished, recipe, monkeypatch):
+    read = []
+    digest, name = digests._digest_of_file, fingerprint._fingerprint
+    monkeypatch.setattr(digests, "_digest_of_file", lambda path: read.append(path) or digest(path))
+    monkeypatch.setattr(fingerprint, "_fingerprint", lambda path, plan: read.append(path) or name(path, plan))
+    digests.DIGESTS.forget()
+    fingerprint.FINGERPRINTS.forget()
+    for target in recipe.targets:
+        (recipe.out / f"measured-{target}.json").unlink()
+    screen = Quiet()
+    run(recipe, screen)
+    assert screen.ran == [f"measure {target}" for target in recipe.targets]
+    checkpoints = [recipe.out / f"checkpoint-{target}" for target in recipe.targets]
+    assert {Path(recipe.model), *checkpoints, checkpoints[0] / "model.safetensors"} <= set(read)
+    # What the stage has written anew is another file.
+    rewritten = {recipe.out / f"measured-{target}.json" for target in recipe.targets}
+    assert sorted(set(read) - rewritten) == sorted(path for path in read if path not in rewritten)
+    assert contents(recipe.out) == finished[1]
+
+
+def test_a_missing_file_is_made_again(finished, recipe):
+    (recipe.out / "direction-de.safetensors").unlink()
+    screen = Quiet()
+    run(recipe, screen)
+    # The direction comes out with the same bytes, so what was made from it still holds.
+    assert screen.ran == ["direction to de"]
+    assert contents(recipe.out) == finished[1]
+
+
+def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
+    """A researcher may put a plan of their own in the place of the one that was made."""
+    mine = recipe.with_options(out=tmp_path / "mine")
+    shutil.copytree(recipe.out, mine.out)
+    plan = load_plan(mine.out / "edit-fr.safetensors").scaled(0.5)
+    plan.save(mine.out / "edit-fr.safetensors")
+    screen = Quiet()
+    run(mine, screen)
+    assert screen.ran == ["export to fr", "measure fr", "report"]
+    assert screen.states["edit to fr"] == KEPT.format("edit-fr.safetensors")
+    notes = [json.loads((mine.out / f"measured-{k}.json").read_text())["notes"] for k in ("fr", "de")]
+    told = [any("command alone does not repeat" in note for note in some) for some in notes]
+    assert told == [True, False] and any("edit-fr.safetensors" in note for note in notes[0])
+    files = contents(mine.out)
+    assert files["edit-fr.safetensors"] == plan.to_bytes()
+    assert files["checkpoint-fr/broca/edit.safetensors"] == plan.to_bytes()
+    assert files["checkpoint-fr/model.safetensors"] != finished[1]["checkpoint-fr/model.safetensors"]
+    with pytest.raises(BrocaError, match="changed by hand"):
+        run(mine.with_options(strengths=(0.9,)), Quiet())
+    assert contents(mine.out) == files
+
+
+def test_the_model_may_lie_elsewhere(finished, recipe, tmp_path):
+    copy = tmp_path / "elsewhere" / Path(recipe.model).name
+    shutil.copytree(recipe.model, copy)
+    again = recipe.with_options(model=str(copy), out=tmp_path / "out")
+    run(again, Quiet())
+    assert contents(again.out) == finished[1]
+
+
+def test_interrupted_it_goes_on_and_ends_with_the_same_bytes(finished, recipe, tmp_path, monkeypatch):
+    again = recipe.with_options(out=tmp_path / "again")
+    with monkeypatch.context() as patched:
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        patched.setattr("editing.pipeline.run.export", interrupted)
+        first = Quiet()
+        with pytest.raises(KeyboardInterrupt):
+            run(again, first)
+    assert first.ran[-1] == "export to fr"
+    assert not (again.out / "checkpoint-fr").exists()
+    second = Quiet()
+    run(again, second)
+    assert second.skipped == STAGES[:3]
+    assert second.ran == STAGES[3:]
+    assert contents(again.out) == finished[1]
+
+
+def test_another_setting_runs_what_depends_on_it(finished, recipe, tmp_path):
+    other = recipe.with_options(strengths=(0.5,), out=tmp_path / "other")
+    shutil.copytree(recipe.out, other.out)
+    screen = Quiet()
+    run(other, screen)
+    assert "identify" in screen.skipped and "direction to fr" in screen.skipped
+    assert "edit to fr" in screen.ran and "export to fr" in screen.ran
+
+
+def test_a_directory_of_the_users_is_refused(recipe, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("...")
+    with pytest.raises(BrocaError, match="choose another"):
+        run(recipe.with_options(out=tmp_path / "letters"), Quiet())
+    assert sorted(path.name for path in (tmp_path / "letters").iterdir()) == ["dear.txt"]
+
+
+def written(tmp_path, content):
+    (tmp_path / "recipe.toml").write_text(content)
+    return tmp_path / "recipe.toml"
+
+
+def test_read_recipe(tmp_path):
+    (tmp_path / "model").mkdir()
+    found = read_recipe(
+        written(tmp_path, 'model = "model"\ncorpus = "text"\nsource = "en"\ntargets = ["fr"]\nseed = 3\n')
+    )
+    assert found.model == str(tmp_path / "model")
+    assert found.corpus == tmp_path / "text"
+    assert (found.targets, found.seed, found.method) == (("fr",), 3, "gradient-contrast")
+
+
+def test_a_hub_id_stays_a_hub_id(tmp_path):
+    content = 'model = "meta-llama/Llama-3.2-1B"\ncorpus = "text"\nsource = "en"\ntargets = ["fr"]\n'
+    assert read_recipe(written(tmp_path, content)).model == "meta-llama/Llama-3.2-1B"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("speed = 3", "speed"),
+        ("seed = 'x'", "seed"),
+        ("samples = 0", "samples"),
+        ("targets = 'fr'", "targets"),
+        ("key_neurons = 'some'", "key_neurons"),
+        ("values = 'guessed'", "values is 'means' or 'learned'"),
+        ("targets = ['en']", "'en'"),
+        ("targets = []", "targets"),
+        ("not toml", "TOML"),
+    ],
+)
+def test_recipes_that_are_refused(tmp_path, line, named):
+    base = {"model": "'m'", "corpus": "'c'", "source": "'en'", "targets": "['fr']"}
+    lines = [f"{k} = {v}" for k, v in base.items() if not line.startswith(k)]
+    with pytest.raises(UsageError, match=named):
+        read_recipe(written(tmp_path, "\n".join([*lines, line]) + "\n"))
+
+
+def test_strengths_suit_the_values():
+    recipe = Recipe("m", Path("c"), "en", ("fr",))
+    assert recipe.keyed_strengths == (STRENGTH,)
+    assert recipe.with_options(values="learned").keyed_strengths == (LEARNED_AT,)
+    assert recipe.with_options(values="learned", strengths=(1.0, 3.0)).keyed_strengths == (1.0, 3.0)
+
+
+def test_a_recipe_without_a_source_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="source is missing"):
+        read_recipe(written(tmp_path, 'model = "m"\ncorpus = "c"\ntargets = ["fr"]\n'))
+
+
+@pytest.mark.parametrize("option", [{"method": "lapes"}, {"top_rate": 5.0}, {"device": "nonsense"}])
+def test_what_a_late_stage_would_refuse_is_refused_before_the_first(recipe, tmp_path, option):
+    screen = Quiet()
+    with pytest.raises(UsageError, match=next(iter(option))):
+        run(recipe.with_options(out=tmp_path / "out", **option), screen)
+    assert screen.states == {} and not (tmp_path / "out").exists()

@@ -1,0 +1,174 @@
+"""What is drawn of ways at parts of their strength, against the numbers that it is drawn from."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import studies
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from editing.report.curves import COLOURS
+from editing.report.dose_pictures import LONGEST, dose_figure, is_measured
+from neurons.neuron_sets.pictures import save_figure
+
+
+def drawn(curves, ceiling=0.96, base_share=0.05):
+    return dose_figure(curves, "en", "ar", ceiling, base_share)
+
+
+def lines(figure):
+    """What joins doses: those of the axes that are no mark, no rule and no star."""
+    return [
+        line
+        for line in figure.axes[0].lines
+        if line.get_marker() not in ("*", "None") and line.get_linestyle() != "None"
+    ]
+
+
+def places(line):
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_line_a_way_where_its_doses_are():
+    figure = drawn(studies.dose_curves())
+    expected = []
+    for doses in studies.DOSES.values():
+        expected.append([(share, rise) for _, share, rise in doses])
+    assert [places(line) for line in lines(figure)] == expected
+    whole = [
+        places(line)
+        for line in figure.axes[0].lines
+        if line.get_linestyle() == "None" and line.get_marker() != "*"
+    ]
+    assert whole == [[(doses[-1][1], doses[-1][2])] for doses in studies.DOSES.values()]
+    (star,) = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert places(star) == [(0.05, 0)]
+    assert [0.96, 0.96] in [list(line.get_xdata()) for line in figure.axes[0].lines]
+
+
+def test_the_largest_rise_of_a_third_language_is_drawn():
+    (one,) = studies.dose_curves({"hook": ((1.0, 0.5, 0.1),)})["hook"]
+    more = replace(one, nll_rise={**one.nll_rise, "de": 0.3, "fr": 0.2})
+    assert places(lines(drawn({"hook": [more]}))[0]) == [(0.5, 0.3)]
+
+
+def test_permanent_is_solid_and_the_keyed_edit_is_thickest_and_on_top():
+    keyed, hook, baked, prompt = lines(drawn(studies.dose_curves()))
+    assert [line.get_linestyle() for line in (keyed, baked)] == ["-", "-"]
+    assert [line.get_linestyle() for line in (hook, prompt)] == ["--", "--"]
+    others = (hook, baked, prompt)
+    assert keyed.get_linewidth() > 2 * max(line.get_linewidth() for line in others)
+    assert keyed.get_zorder() > max(line.get_zorder() for line in others)
+    assert to_hex(keyed.get_color()) == "#000000"
+
+
+def test_no_two_of_many_ways_look_alike():
+    many = {f"way {i}": ((0.5, 0.2, 0.1), (1.0, 0.4, 0.2)) for i in range(40)}
+    found = {
+        (to_hex(line.get_color()), line.get_marker()) for line in lines(drawn(studies.dose_curves(many)))
+    }
+    assert len(found) == 40 and {colour for colour, _ in found} <= set(COLOURS[:-1])
+
+
+def test_the_legend_has_the_lasting_first():
+    assert legend(drawn(studies.dose_curves())) == [
+        "permanent edits",
+        "keyed edit",
+        r"baked \$x\$",
+        "hooks and prompts",
+        "hook",
+        "a prompt",
+        "",
+        "part of the strength",
+        "the whole strength",
+        "ceiling",
+        "unedited model",
+    ]
+    few = legend(drawn(studies.dose_curves({"hook": ((1.0, 0.5, 0.1),)}), math.nan, math.nan))
+    assert few == ["hooks and prompts", "hook", "", "part of the strength", "the whole strength"]
+
+
+def test_what_was_not_measured_is_left_out():
+    curves = studies.dose_curves()
+    first, second, third = curves["keyed edit"]
+    found = {
+        "keyed edit": (replace(first, target_share=math.nan), second, third),
+        "hook": (replace(curves["hook"][0], nll_rise={"ar": 1.0, "zh": math.nan, "de": 0.1}),),
+        "nothing": (),
+    }
+    figure = drawn(found)
+    assert [places(line) for line in lines(figure)] == [[(0.6, 0.03), (0.9, 0.01)]]
+    assert "hook" not in legend(figure) and "nothing" not in legend(figure)
+    assert lines(drawn({})) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"target_share": math.nan}, False),
+        ({"nll_rise": {"zh": math.nan, "de": 0.1}}, False),
+        ({"nll_rise": {"de": 0.1, "zh": math.inf}}, False),
+        # Neither is harm.
+        ({"nll_rise": {"en": math.nan, "ar": math.nan, "zh": 0.1}}, True),
+        ({"fluency_gap": math.nan}, True),
+    ],
+)
+def test_what_counts_as_measured(change, expected):
+    assert is_measured(replace(studies.outcome("x", 0.5), **change), "en", "ar") is expected
+
+
+@pytest.mark.parametrize("most", [0.02, 0.8, 20.0])
+def test_small_harms_have_room_beside_large_ones(most):
+    figure = drawn(
+        studies.dose_curves({"a": ((0.5, 0.1, -0.004), (1.0, 0.5, 0.01)), "b": ((1.0, 1.0, most),)})
+    )
+    axis = figure.axes[0]
+    figure.draw_without_rendering()
+    zero, small, large = (
+        axis.transAxes.inverted().transform(axis.transData.transform((0, y)))[1] for y in (0, 0.01, most)
+    )
+    assert small - zero > 0.15 and zero > 0 and large < 1
+    shown = [text.get_text() for text in axis.get_yticklabels()]
+    assert {"0", "0.01", "0.03"} <= set(shown) and "−0.01" in shown
+
+
+def inside(figure: Figure):
+    """Whether all words and marks of the legend, the title and the axes lie on the sheet, apart."""
+    figure.draw_without_rendering()
+    sheet, axis = figure.bbox, figure.axes[0]
+    boxes = [figure.legends[0].get_window_extent(), axis.get_tightbbox()]
+    assert not boxes[0].overlaps(axis.get_window_extent())
+    return all(
+        sheet.x0 <= box.x0 and box.x1 <= sheet.x1 and sheet.y0 <= box.y0 and box.y1 <= sheet.y1
+        for box in boxes
+    )
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 30])
+def test_nothing_is_cut_off(count):
+    many = {f"{i} {'x' * 300}": ((0.5, 0.0, 0.1), (1.0, 1.0, 0.2)) for i in range(count)}
+    figure = drawn(studies.dose_curves(many))
+    assert inside(figure)
+    assert figure.axes[0].get_position().width > 0.4
+    assert legend(figure)[1] == "0 " + "x" * (LONGEST - 3) + "…"
+
+
+def test_words_are_no_formula():
+    figure = dose_figure(studies.dose_curves(), "$\\frac", "_$x$", 1.0, 0.0)
+    figure.draw_without_rendering()
+    assert r"\$\frac" in figure.axes[0].get_title() and figure.axes[0].get_xlabel().endswith(r"_\$x\$")
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_same_numbers_same_bytes(tmp_path, kind):
+    paths = [tmp_path / f"{name}.{kind}" for name in ("one", "two")]
+    for path in paths:
+        save_figure(drawn(studies.dose_curves()), path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].stat().st_size > 5000

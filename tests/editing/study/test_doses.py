@@ -1,0 +1,142 @@
+"""Steering at part of its strength, and ways set beside each other at the share that they reach."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_ways import NEVER
+
+from editing.evaluation.evaluation import Evaluation, Outcome
+from editing.report.run_report import Report, methods_markdown, outcome_from_json
+from editing.study.doses import Cost, costs, harm, weaker
+from editing.study.protocol import compare_ways
+from editing.study.ways import WAYS, candidates_of, ways_named
+from neurons.files.artifact import json_bytes
+
+
+def logits(loaded):
+    with torch.no_grad():
+        return loaded.model(torch.tensor([[0, 5, 80, 33, 7]])).logits.double()
+
+
+def test_a_permanent_edit_is_scaled(llama, material):
+    (chosen, *_), _ = candidates_of(WAYS["keyed"], material)
+    base = logits(llama)
+    moved = []
+    for dose, candidate in weaker(WAYS["keyed"], material, chosen, (0.25, 0.5)):
+        assert candidate.settings == chosen.settings
+        for own, whole in zip(candidate.plan.edits, chosen.plan.edits, strict=True):
+            torch.testing.assert_close(own.left @ own.right.T, dose * whole.left @ whole.right.T)
+        with candidate.steering():
+            moved.append(float((logits(llama) - base).norm()))
+        assert torch.equal(logits(llama), base)
+    with chosen.steering():
+        moved.append(float((logits(llama) - base).norm()))
+    assert 0 < moved[0] < moved[1] < moved[2]
+
+
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.strength is not None])
+def test_a_hooks_own_strength_is_multiplied(llama, material, name):
+    way = WAYS[name]
+    (chosen, *_), _ = candidates_of(way, material)
+    ((dose, candidate),) = weaker(way, material, chosen, (0.5,))
+    assert dose == 0.5
+    assert candidate.settings == {**chosen.settings, way.strength: 0.5 * chosen.settings[way.strength]}
+    base = logits(llama)
+    with candidate.steering():
+        half = logits(llama)
+    with way.make(material, candidate.settings).steering():
+        assert torch.equal(logits(llama), half)
+    assert not torch.equal(half, base)
+
+
+def test_what_has_no_strength_has_no_doses(material):
+    (chosen,), _ = candidates_of(WAYS["prompt-source"], material)
+    assert list(weaker(WAYS["prompt-source"], material, chosen, (0.5,))) == []
+
+
+def test_every_way_but_prompting_has_doses():
+    without = [name for name, way in WAYS.items() if not way.permanent and way.strength is None]
+    assert without == ["prompt-source", "prompt-target"]
+
+
+def test_the_protocol_reports_each_dose(llama, material, parts):
+    choosing, reporting = (
+        Evaluation(llama, parts[part], "en", "fr", most_prompts=2, new_tokens=4)
+        for part in ("choose", "report")
+    )
+    ways = {**ways_named(["prompt-target", "diffmean", "bake"]), "never": NEVER}
+    *_, found = compare_ways(ways, material, choosing, reporting, doses=(0.5, 0.25))
+    titles = [outcome.name for outcome in found.outcomes]
+    assert list(found.curves) == titles[1:]
+    for outcome in found.outcomes[1:]:
+        curve = found.curves[outcome.name]
+        assert curve[-1].nll == outcome.nll
+        expected = [1.0] if outcome.name.startswith("prompt") else [0.25, 0.5, 1.0]
+        assert [one.details["dose"] for one in curve] == expected
+    assert "prompt, target language: not at other doses: it has no strength" in found.notes
+    value = json.loads(
+        json_bytes({title: [one.as_json() for one in outcomes] for title, outcomes in found.curves.items()})
+    )
+    read = {title: tuple(map(outcome_from_json, some)) for title, some in value.items()}
+    report = Report("tiny", "en", "fr", 1.0, 2, found.outcomes, curves=read)
+    assert [row[:2] for row in report.dose_rows()][:4] == [
+        ["prompt, target language", "1"], ["DiffMean hook", "0.25"], ["DiffMean hook", "0.5"], ["DiffMean hook", "1"],
+    ]  # fmt: skip
+    assert "| baked DiffMean | 0.25 |" in methods_markdown(report)
+    assert "parts of its chosen" not in methods_markdown(replace(report, curves={}))
+    baked = found.curves["baked DiffMean"]
+    assert baked[0].nll != baked[1].nll != baked[2].nll
+    *_, without = compare_ways(ways_named(["prompt-target"]), material, choosing, reporting)
+    assert without.curves == {}
+
+
+def outcome(share, rises, dose):
+    return Outcome(
+        name="",
+        target_share=share,
+        source_share=0.0,
+        distinct=1.0,
+        fluency_gap=0.0,
+        nll={},
+        nll_rise=rises,
+        kl={},
+        languages_found={},
+        samples=(),
+        details={"dose": dose},
+    )
+
+
+def test_the_table_sets_the_keyed_edit_beside_each_dose():
+    def at(share, de, dose):
+        return outcome(share, {"en": 9.0, "fr": 8.0, "de": de}, dose)
+
+    curves = {
+        "keyed edit": (at(0.5, 0.01, 0.5), at(0.9, 0.02, 1.0)),
+        "other": (at(0.0, 0.3, 0.25), at(0.4, 0.3, 0.5), at(1.0, 0.4, 1.0)),
+    }
+    report = Report("tiny", "en", "fr", 1.0, 2, (at(0.0, 0.0, 0.0),), curves=curves)
+    assert report.dose_columns()[-1] == "keyed edit's at that share"
+    assert [row[-1] for row in report.dose_rows()] == ["-", "-", "-", "+0.010", "-"]
+    assert report.dose_rows()[3] == ["other", "0.5", "0.40", "+0.00", "+0.300", "+0.010"]
+
+
+def test_costs_at_the_same_share():
+    def at(share, de, dose, ar=-1.0):
+        return outcome(share, {"en": 9.0, "fr": 8.0, "de": de, "ar": ar}, dose)
+
+    assert harm(at(0, 0.2, 1.0), "en", "fr") == 0.2
+    assert harm(at(0, 0.2, 1.0, ar=0.3), "en", "fr") == 0.3
+    assert harm(outcome(0, {"en": 1.0, "fr": 1.0}, 1.0), "en", "fr") == 0.0
+    curves = {
+        "own": [at(0.1, 0.01, 0.25), at(0.6, 0.03, 0.5), at(0.9, 0.02, 1.0)],
+        "other": [at(0.0, 0.0, 0.25), at(0.05, 0.5, 0.5), at(0.6, 0.1, 0.75), at(0.95, 0.2, 1.0)],
+    }
+    assert costs(curves, "own", "en", "fr") == (
+        Cost("other", 0.5, 0.05, 0.5, 0.01),
+        # Dearer at less share: the cheaper dose steers as far and farther.
+        Cost("other", 0.75, 0.6, 0.1, 0.02),
+        Cost("other", 1.0, 0.95, 0.2, None),
+    )
+    assert [one.dose for one in costs(curves, "own", "en", "fr", least_share=0.1)] == [0.75, 1.0]

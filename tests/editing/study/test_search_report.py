@@ -1,0 +1,147 @@
+"""The front and the choice of a search, on trials written down by hand and drawn at random."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from editing.study.search import HOPELESS, MEASURED, NOTHING, Goals, Trial
+from editing.study.search_report import choose, confirmed, front, pictures, rows, total_miss
+from neurons.errors import NothingToChangeError
+
+GOALS = Goals()
+
+
+def trial(number, found, gap, harm, rise=0.0, of=100, prompts=100):
+    return Trial(
+        number, "keyed", {"strength": 1.5}, MEASURED, found, of, prompts, gap, {"de": rise}, {"de": harm}
+    )
+
+
+def early(number, found=1, state=HOPELESS):
+    return Trial(number, "keyed", {"strength": 0.5}, state, found, 16, 16, why="few")
+
+
+def dominates(a, b):
+    better = a.share > b.share or a.gap() < b.gap() or a.harm < b.harm
+    return a.share >= b.share and a.gap() <= b.gap() and a.harm <= b.harm and better
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_front_is_what_nothing_dominates(seed):
+    drawn = random.Random(seed)
+    trials = [
+        trial(i, drawn.randint(0, 9), drawn.randint(0, 5) / 10, drawn.randint(0, 5) / 10) for i in range(40)
+    ]
+    trials.insert(7, early(40, 16))
+    expected, seen = [], set()
+    for one in trials:
+        figures = one.share, one.gap(), one.harm
+        if one.state == MEASURED and not any(
+            dominates(other, one) for other in trials if other.state == MEASURED
+        ):
+            if figures not in seen:
+                expected.append(one.number)
+            seen.add(figures)
+    found = front(trials)
+    assert sorted(one.number for one in found) == sorted(expected)
+    assert [-one.share for one in found] == sorted(-one.share for one in found)
+
+
+def test_the_least_harmful_with_most_to_spare():
+    just, fair, safe, harmful = (
+        trial(0, 95, 0.1, 0.01),
+        trial(1, 98, 0.1, 0.02),
+        trial(2, 100, 0.1, 0.03),
+        trial(3, 100, 0.1, 0.04),
+    )
+    assert choose([just, fair, safe, harmful, early(4)], GOALS, 1.0).trial is safe
+    assert choose([just, fair], GOALS, 1.0).trial is fair
+    assert choose([just], GOALS, 1.0).trial is just
+    assert choose([just], GOALS, 1.0).met
+    # Against a lower ceiling all have something to spare.
+    assert choose([just, fair, safe], GOALS, 0.9).trial is just
+    assert "two" not in choose([just], GOALS, 1.0).why
+    assert "no standard errors" in choose([just], GOALS, 1.0).why
+
+
+def test_every_goal_counts():
+    good = trial(0, 100, 0.3, 0.5, rise=0.05)
+    others = [trial(1, 100, 0.31, 0.0), trial(2, 100, 0.0, 0.0, rise=0.051), trial(3, 94, 0.0, 0.0)]
+    assert choose([*others, good], GOALS, 1.0).trial is good
+
+
+def test_fallback_misses_least():
+    by_gap, by_share, by_rise = (
+        trial(0, 100, 0.45, 0.0),
+        trial(1, 76, 0.1, 0.0),
+        trial(2, 100, 0.1, 0.0, rise=0.1),
+    )
+    found = choose([by_gap, by_share, by_rise], GOALS, 1.0)
+    assert (found.trial, found.met) == (by_share, False)
+    assert "misses share by the least" in found.why
+    assert total_miss(by_gap, GOALS, 1.0) == pytest.approx(0.5)
+    assert total_miss(by_share, GOALS, 1.0) == pytest.approx(0.2)
+    assert total_miss(by_rise, GOALS, 1.0) == pytest.approx(1.0)
+    equal = replace(by_gap, number=5, kl={"de": -0.1})
+    assert choose([by_gap, equal], GOALS, 1.0).trial is equal
+
+
+def test_fallback_without_a_measured_trial():
+    found = choose([early(0, 3), early(1, 5), early(2, 5), early(3, 0, NOTHING)], GOALS, 1.0)
+    assert (found.trial.number, found.met) == (1, False)
+    with pytest.raises(NothingToChangeError):
+        choose([early(0, 0, NOTHING)], GOALS, 1.0)
+
+
+class Remeasured:
+    """A search whose trials turn out as written down here once they are measured again."""
+
+    goals, ceiling = GOALS, 1.0
+
+    def __init__(self, trials, found):
+        self.trials, self.found, self.asked = trials, found, []
+
+    def again(self, one, seeds):
+        self.asked.append(one.number)
+        assert list(seeds) == [8, 9]
+        return replace(one, found=self.found.get(one.number, one.found))
+
+
+def test_the_chosen_one_has_been_confirmed():
+    trials = [trial(i, 100, 0.1, i / 10) for i in range(6)]
+    search = Remeasured(trials, {0: 90, 1: 91, 2: 92, 3: 93})
+    found = confirmed(search, 2, [8, 9])
+    assert choose(found, GOALS, 1.0).trial.number == 4
+    assert search.asked == [0, 1, 2, 3, 4]
+    assert [one.found for one in found] == [90, 91, 92, 93, 100, 100]
+    lucky = Remeasured(trials, {})
+    confirmed(lucky, 3, [8, 9])
+    assert lucky.asked == [0, 1, 2]
+
+
+def test_confirming_ends_where_there_is_nothing_more():
+    one = Remeasured([trial(0, 100, 0.1, 0.1), early(1)], {0: 10})
+    assert [found.found for found in confirmed(one, 4, [8, 9])] == [10, 1]
+    assert one.asked == [0]
+    none = Remeasured([early(0)], {})
+    assert confirmed(none, 4, [8, 9]) == none.trials
+
+
+def test_rows():
+    odd = replace(trial(7, 97, float("nan"), 0.25, rise=0.01), settings={"layers": "all", "strength": 2.0})
+    assert rows([odd], GOALS, 1.0, 7) == [
+        ["7 *", "keyed", "layers all, strength 2", "0.97", "-", "+0.010", "0.2500", "no"]
+    ]
+    assert rows([trial(1, 97, 0.1, 0.25)], GOALS, 1.0, 7)[0][0] == "1"
+    assert rows([trial(1, 97, 0.1, 0.25)], GOALS, 1.0, 7)[0][-1] == "yes"
+
+
+def test_pictures_are_the_same_bytes_for_the_same_trials():
+    trials = [trial(i, 90 + i, i / 10, i / 20) for i in range(5)] + [early(9)]
+    drawn = [pictures(trials, GOALS, 1.0, trials[2], "en to fr") for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0]["front.png"].startswith(b"\x89PNG")
+    assert b"<svg" in drawn[0]["front.svg"]
+    assert pictures(trials, GOALS, 1.0, trials[3], "en to fr") != drawn[0]
+    assert pictures([early(0)], GOALS, 1.0, early(0), "en to fr")

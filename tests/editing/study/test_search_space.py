@@ -1,0 +1,185 @@
+"""Plans of the search against those that each method makes afresh, and what the search may draw."""
+
+import random
+
+import pytest
+import torch
+
+from editing.directions.diffmean import diffmean_direction
+from editing.directions.direction import Direction
+from editing.methods.bake import bake_plan
+from editing.methods.keyed import keyed_plan
+from editing.methods.steer2edit import steer2edit_plan
+from editing.study.search_space import (
+    METHODS,
+    ConstantKeys,
+    Importances,
+    Keys,
+    Knob,
+    keyed_space,
+    spaces,
+    steer2edit_space,
+)
+from neurons.errors import NothingToChangeError, UsageError
+from neurons.models.source import load_model
+
+
+@pytest.fixture(scope="module")
+def direction(llama, corpus):
+    return diffmean_direction(llama, corpus, "qaa", "qab")
+
+
+@pytest.fixture(scope="module")
+def keys(llama, corpus, direction):
+    return Keys(llama, corpus, direction)
+
+
+def change(edit):
+    return edit.left.double() @ edit.right.double().T
+
+
+def assert_same(found, expected, notes=("change_norm", "weight_norm"), rel=1e-5):
+    assert [(e.layer, e.block) for e in found.edits] == [(e.layer, e.block) for e in expected.edits]
+    for own, other in zip(found.edits, expected.edits, strict=True):
+        torch.testing.assert_close(
+            change(own), change(other), rtol=rel, atol=rel * float(change(other).abs().max())
+        )
+        assert own.components == other.components
+        for name in notes:
+            assert own.notes[name] == pytest.approx(other.notes[name], rel=rel)
+        assert set(own.details) == set(other.details)
+        for name, values in other.details.items():
+            torch.testing.assert_close(own.details[name], values, rtol=1e-5, atol=1e-9)
+    for name in ("method", "fingerprint", "source", "target", "direction"):
+        assert found.metadata[name] == expected.metadata[name]
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1,), (0, 2)])
+@pytest.mark.parametrize(("heads", "blocks"), [(0.0, ("mlp",)), (0.5, ("attn", "mlp")), (1.0, ("attn",))])
+def test_keys_make_the_keyed_plan(llama, corpus, direction, keys, layers, heads, blocks):
+    found = keys.plan(layers, heads, 2.3)
+    expected = keyed_plan(llama, corpus, direction, layers, 2.3, blocks=blocks)
+    assert_same(found, expected, ("change_norm", "weight_norm", "spread", "value_share"))
+    settings = found.metadata["settings"]
+    assert settings.pop("heads") == heads
+    assert settings == expected.metadata["settings"]
+    assert found.relative_change() == pytest.approx(expected.relative_change(), rel=1e-5)
+
+
+def test_heads_take_their_share_of_the_strength(keys):
+    found = keys.plan((0, 1), 0.2, 3.0)
+    for edit in found.edits:
+        whole = next(e for e in keys.plan((edit.layer,), float(edit.block == "attn"), 1.0).edits)
+        share = {"attn": 0.2, "mlp": 0.8}[edit.block] / 2
+        torch.testing.assert_close(change(edit), change(whole) * 3 * share, rtol=1e-5, atol=1e-9)
+        assert edit.notes["value_share"] == pytest.approx(share)
+    assert sum(edit.notes["value_share"] for edit in found.edits) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "olmo2"])
+def test_through_a_norm_the_value_is_solved_anew_at_every_strength(checkpoint_of, corpus, architecture):
+    model = load_model(str(checkpoint_of(architecture)), device="cpu")
+    vectors = 0.05 * torch.randn(3, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    direction = Direction("qaa", "qab", {"block_out": vectors}, {}, {"method": "diffmean"})
+    keys = Keys(model, corpus, direction)
+    for strength in (0.7, 4.0):
+        found = keys.plan((0, 1, 2), 0.5, strength)
+        expected = keyed_plan(model, corpus, direction, strength=strength, blocks=("attn", "mlp"))
+        assert_same(
+            found, expected, ("change_norm", "value_through_norm", "value_error", "value_share"), rel=1e-4
+        )
+    # It is not a multiple, so scaling would not have done.
+    once, more = (keys.plan((0, 1, 2), 0.5, s) for s in (10.0, 40.0))
+    assert any(
+        float((change(b) - 4 * change(a)).norm()) > 0.01 * float(change(b).norm())
+        for a, b in zip(once.edits, more.edits, strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_importances_make_the_plan_of_any_elastic_net(llama, direction, seed):
+    importances = Importances(llama, direction)
+    drawn = random.Random(seed)
+    heads, neurons = (drawn.choice([None, drawn.uniform(0.02, 1)]) for _ in range(2))
+    if heads is None and neurons is None:
+        heads = 0.3
+    alpha = drawn.uniform(0, 0.9)
+    try:
+        expected = steer2edit_plan(llama, direction, (0, 1, 2), heads, neurons, alpha)
+    except NothingToChangeError:
+        with pytest.raises(NothingToChangeError):
+            importances.plan(heads, neurons, alpha)
+        return
+    found = importances.plan(heads, neurons, alpha)
+    assert_same(found, expected)
+    assert found.metadata["settings"] == expected.metadata["settings"]
+
+
+def test_importances_above_every_threshold_change_nothing(llama, direction):
+    with pytest.raises(NothingToChangeError):
+        Importances(llama, direction).plan(1.5, None, 0.9)
+
+
+def test_constant_keys_make_the_baked_plan(llama, corpus, direction):
+    keys = ConstantKeys(llama, corpus, direction)
+    for layer, strength in ((1, 0.5), (2, 3.0), (1, 2.0)):
+        vectors = {layer: direction.vectors["block_out"][layer]}
+        found, expected = keys.plan(layer, strength), bake_plan(llama, corpus, vectors, strength)
+        [own], [other] = found.edits, expected.edits
+        torch.testing.assert_close(change(own), change(other), rtol=1e-5, atol=1e-7)
+        assert own.notes["change_norm"] == pytest.approx(other.notes["change_norm"], rel=1e-5)
+        assert found.metadata["settings"] == expected.metadata["settings"]
+        assert (found.metadata["source"], found.metadata["target"]) == ("qaa", "qab")
+
+
+def test_expensive_parts_are_computed_once(llama, corpus, direction, monkeypatch):
+    passes = []
+    found = spaces(llama, corpus, direction, list(METHODS), progress=passes.append)
+    assert not passes
+    for space in found.values():
+        for settings in space.known:
+            space.make(settings)
+    count = len(passes)
+    assert count
+    monkeypatch.setattr(
+        "editing.plans.weights.Weights.read", lambda *_: pytest.fail("a weight was read again")
+    )
+    for space in found.values():
+        for settings in space.known:
+            space.make({**settings, **({"strength": 1.234} if "strength" in settings else {"alpha": 0.01})})
+    assert len(passes) == count
+
+
+def test_every_known_setting_is_one_that_could_be_drawn(llama, corpus, direction):
+    for space in spaces(llama, corpus, direction, list(METHODS)).values():
+        assert space.known
+        for settings in space.known:
+            assert set(settings) == {name for name, knob in space.knobs.items() if knob.applies(settings)}
+            for name, value in settings.items():
+                knob = space.knobs[name]
+                assert value in knob.words if knob.words else knob.low <= value <= knob.high
+
+
+def test_layers_that_may_change(llama, corpus, direction):
+    space = keyed_space(Keys(llama, corpus, direction, (2, 1)))
+    # Of two layers the windows of three quarters are all of them.
+    assert space.knobs["layers"].words == ("all", "lower half")
+    plan = space.make({"values": "means", "heads": 0.0, "layers": "lower half", "strength": 1.0})
+    assert [edit.layer for edit in plan.edits] == [1]
+    only = steer2edit_space(Importances(llama, direction, (1,)))
+    assert {edit.layer for edit in only.make(only.known[0]).edits} == {1}
+
+
+def test_a_knob_of_a_word():
+    knob = Knob(given=("edits", ("heads",)))
+    assert knob.applies({"edits": "heads"})
+    assert not knob.applies({"edits": "neurons"})
+    assert Knob().applies({})
+
+
+def test_refuses_methods_that_are_none(llama, corpus, direction):
+    with pytest.raises(UsageError, match="'scale' cannot be searched: choose from keyed"):
+        spaces(llama, corpus, direction, ["keyed", "scale"])
+    for methods in ([], ["keyed", "keyed"]):
+        with pytest.raises(UsageError, match="at least one, each once"):
+            spaces(llama, corpus, direction, methods)

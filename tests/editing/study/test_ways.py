@@ -1,0 +1,166 @@
+"""Every way of steering on a tiny model: made, chosen on one part of the text, reported on another."""
+
+import json
+
+import pytest
+import torch
+from test_evaluation import LINES
+
+from editing.evaluation.evaluation import Evaluation
+from editing.report.run_report import Report, methods_markdown, outcome_from_json
+from editing.study import protocol
+from editing.study.comparison import Candidate, choose
+from editing.study.protocol import compare_ways
+from editing.study.ways import WAYS, Material, Way, candidates_of, ways_named
+from neurons.errors import BrocaError, UsageError
+from neurons.files.artifact import json_bytes
+from neurons.text.corpus import Corpus
+
+NEEDED = {
+    "prompt-source", "prompt-target", "diffmean", "arithmetic-additive", "arithmetic-replacement",
+    "arithmetic-difference", "clas", "austeer", "subspace-removal", "keyed", "keyed-learned", "steer2edit", "steer2edit-lape",
+    "steer2edit-gradient", "ablate", "bake", "scale",
+}  # fmt: skip
+
+
+def logits(loaded):
+    with torch.no_grad():
+        return loaded.model(torch.tensor([[0, 5, 80, 33, 7]])).logits
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_steers_and_leaves_no_trace(llama, material, name):
+    base = logits(llama)
+    found, refused = candidates_of(WAYS[name], material)
+    if name == "steer2edit-lape" and not found:
+        assert all(
+            "lape finds no neuron" in one["refused"] or "importance" in one["refused"] for one in refused
+        )
+        return
+    assert found, refused
+    assert len({json.dumps(one.settings) for one in found}) == len(found)
+    for candidate in found:
+        assert candidate.way == WAYS[name].title
+        assert (candidate.plan is not None) == WAYS[name].permanent
+        with candidate.steering():
+            changed = not torch.equal(logits(llama), base)
+        assert changed != name.startswith("prompt")
+        assert torch.equal(logits(llama), base)
+        if candidate.plan is not None:
+            assert candidate.plan.metadata["fingerprint"] == llama.fingerprint
+
+
+def test_all_that_is_to_be_compared_is_there():
+    assert set(WAYS) == NEEDED
+    assert len({way.title for way in WAYS.values()}) == len(WAYS)
+
+
+def test_prompts_say_it_in_both_languages(material):
+    (source,), (target,) = (candidates_of(WAYS[f"prompt-{end}"], material)[0] for end in ("source", "target"))
+    assert source.instruction == "Respond in French."
+    assert target.instruction == "Réponds en français."
+
+
+def test_keyed_over_heads_too_is_a_candidate(material):
+    settings = [one.settings for one in candidates_of(WAYS["keyed"], material)[0]]
+    assert {"strength": 2.5, "blocks": ["attn", "mlp"]} in settings
+    assert {"strength": 3.5, "blocks": ["mlp"]} in settings
+
+
+def test_ways_named():
+    assert list(ways_named(["all"])) == list(WAYS)
+    assert list(ways_named(["keyed", "diffmean"])) == ["diffmean", "keyed"]
+    with pytest.raises(UsageError, match="'keyd'"):
+        ways_named(["keyd"])
+
+
+def _refuse(material, settings):
+    raise BrocaError("not in this model")
+
+
+NEVER = Way("never", "", "", False, lambda _: [{}], _refuse)
+
+
+@pytest.fixture(scope="module")
+def compared(llama, material, parts):
+    choosing, reporting = (
+        Evaluation(llama, parts[part], "en", "fr", most_prompts=3, new_tokens=8)
+        for part in ("choose", "report")
+    )
+    ways = {**ways_named(["prompt-target", "diffmean", "keyed"]), "never": NEVER}
+    told = []
+    *earlier, found = compare_ways(ways, material, choosing, reporting, told.append)
+    assert [len(one.outcomes) for one in earlier] == [2, 3, 4]
+    assert told == [way.title for way in ways.values()]
+    return found, choosing, reporting
+
+
+def test_settings_are_chosen_on_one_part_and_reported_on_another(compared, material):
+    found, choosing, reporting = compared
+    names = [outcome.name for outcome in found.outcomes]
+    assert names == ["base", "prompt, target language", "DiffMean hook", "keyed edit"]
+    for name in ("DiffMean hook", "keyed edit"):
+        (outcome,) = (one for one in found.outcomes if one.name == name)
+        way = next(way for way in WAYS.values() if way.title == name)
+        measured = [
+            (one, choosing.measure(one.way, one.steering, one.details()))
+            for one in candidates_of(way, material)[0]
+        ]
+        best, _ = choose(measured, choosing.ceiling, "en")
+        assert outcome.details["settings"] == best.settings
+        again = reporting.measure(name, best.steering, kl=True, others=True)
+        for field in ("nll", "kl", "target_share", "others", "samples"):
+            assert getattr(again, field) == getattr(outcome, field), field
+    tried = [one for one in found.tried if one["name"] == "DiffMean hook"]
+    assert len(tried) == 4  # two layers of three, twice
+    assert found.notes == ("never: not tried: not in this model",)
+    assert {"name": "never", "settings": {}, "refused": "not in this model"} in found.tried
+
+
+def test_the_estimate_is_not_measured_on(compared, material, parts, monkeypatch):
+    """What is measured does not change with the text that is estimated from, for a way that needs none."""
+    found, choosing, reporting = compared
+    other = Material(material.loaded, Corpus(LINES, "other", "estimate"), "en", "fr")
+    (again,) = compare_ways(ways_named(["prompt-target"]), other, choosing, reporting)
+    assert again.outcomes == found.outcomes[:2]
+    with pytest.raises(BrocaError, match="no way could be tried"):
+        list(compare_ways({"never": NEVER}, other, choosing, reporting))
+    assert protocol.choose is choose
+
+
+def test_an_instruction_is_used_to_choose_too(llama, parts):
+    asked = []
+
+    class Noting(Evaluation):
+        def measure(self, name, steering, details=None, kl=False, *, others=False, instruction=None):
+            asked.append(instruction)
+            return super().measure(name, steering, details, kl, others=others, instruction=instruction)
+
+    both = [
+        Noting(llama, parts[part], "en", "fr", most_prompts=1, new_tokens=2) for part in ("choose", "report")
+    ]
+    asked.clear()
+    list(compare_ways(ways_named(["prompt-source"]), Material(llama, parts["estimate"], "en", "fr"), *both))
+    assert asked == [None, "Respond in French.", "Respond in French."]
+
+
+def test_the_table_survives_the_file(compared):
+    found, _, reporting = compared
+    value = json.loads(json_bytes([outcome.as_json() for outcome in found.outcomes]))
+    report = Report(
+        "tiny", "en", "fr", reporting.ceiling, 3, tuple(map(outcome_from_json, value)), ("A note.",)
+    )
+    rows = report.method_rows()
+    assert [len(row) for row in rows] == [len(report.method_columns())] * 4
+    keyed = next(outcome for outcome in found.outcomes if outcome.name == "keyed edit")
+    assert rows[-1][0] == "keyed edit"
+    assert rows[-1][report.method_columns().index("KL, largest")] == f"{max(keyed.kl.values()):.3f}"
+    assert rows[-1][report.method_columns().index("NLL third, largest")] == f"{keyed.nll_rise['de']:+.3f}"
+    text = methods_markdown(report)
+    assert text.count("\n| ") == 5 and "A note." in text and "| keyed edit |" in text
+    lines = "\n".join(report.details_of(keyed))
+    assert "on de prompts" in lines and "entanglement" in lines
+
+
+def test_a_candidate_without_an_instruction_has_none():
+    assert Candidate("hook", {}, None, lambda: None).instruction is None

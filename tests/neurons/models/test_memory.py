@@ -1,0 +1,229 @@
+"""What stages need of the memory: computed beforehand, kept to, and refused by name where it is not there."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import models
+import pytest
+import torch
+
+from editing.pipeline.needs import key_need
+from neurons.errors import BrocaError
+from neurons.models import memory
+from neurons.models.memory import (
+    backward_bytes,
+    batch_plan,
+    batches_for,
+    limit_memory,
+    memory_limit,
+    sizes_of,
+)
+from neurons.models.source import load_model, open_model, plan_model
+from neurons.recording.needs import text_of
+from neurons.recording.record import record
+from neurons.text.batches import text_batches
+from neurons.text.corpus import read_corpus
+
+
+@pytest.fixture(autouse=True)
+def no_limit():
+    yield
+    limit_memory(None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_what_a_backward_pass_keeps_is_foreseen(family, tmp_path):
+    """Bytes that autograd saves, counted, beside the formula; wide enough that norms' scalars are nothing."""
+    directory = models.build_checkpoint(
+        tmp_path / "model",
+        family,
+        hidden_size=256,
+        intermediate_size=704,
+        head_dim=128,
+        num_key_value_heads=2,
+        num_hidden_layers=8,
+    )
+    loaded = load_model(str(directory), device="cpu")
+    texts = [" ".join(models.sentences("qaa", count)) for count in (12, 11)]
+    (batch,) = text_batches(texts, loaded.tokenizer, 120)[-1:]
+    assert batch.padded
+    weights = {p.untyped_storage()._cdata for p in loaded.model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        record(loaded, {"qaa": [batch]}, ["mlp_in:attribution"])
+    found = sum(size for key, size in saved.items() if key not in weights)
+    tokens, sizes = batch.ids.numel(), sizes_of(loaded)
+    held = 4 * sizes.inner * tokens * sizes.layers  # the product, which the gradient is multiplied with
+    logits = 4 * sizes.vocabulary * tokens
+    expected = backward_bytes(sizes, tokens) / memory.FRAGMENTATION
+    assert expected == pytest.approx(found + held - logits, rel=0.25)
+
+
+def test_sizes_are_the_same_from_disk_from_memory_and_planned(checkpoint_of):
+    for family in ("llama", "gpt2", "qwen3_moe", "gemma3"):
+        directory = str(checkpoint_of(family))
+        loaded = sizes_of(load_model(directory, device="cpu"))
+        assert sizes_of(plan_model(directory, "cpu")) == loaded
+        stored = sizes_of(open_model(directory))
+        assert stored.weights == pytest.approx(loaded.weights, rel=0.01)
+        assert (stored.layers, stored.inner, stored.vocabulary) == (
+            loaded.layers,
+            loaded.inner,
+            loaded.vocabulary,
+        )
+
+
+def test_batches_grow_with_the_room_and_are_recomputed_where_it_is_small(llama):
+    sizes = replace(sizes_of(llama), layers=32)
+    plans = [batch_plan(sizes, room, True, 64) for room in (2**24, 2**27, 2**32)]
+    assert [tokens for tokens, _ in plans] == sorted(tokens for tokens, _ in plans)
+    assert plans[-1] == (memory.MOST_TOKENS, False)
+    small = backward_bytes(sizes, 128) + memory.logit_bytes(sizes, 128, True)
+    tokens, recomputes = batch_plan(sizes, small, True, 1024)
+    assert recomputes and tokens > 128
+
+
+def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
+    least = memory.LIBRARIES + sizes_of(llama).weights
+    limit_memory(least + 2**20)
+    with pytest.raises(BrocaError, match=r"a row of 100000 tokens needs .* rows of [0-9]+ tokens fit"):
+        batches_for(llama, True, 100_000)
+    limit_memory(least)
+    with pytest.raises(BrocaError, match="its weights take"):
+        batches_for(llama, False, 1)
+
+
+def test_dry_run_says_what_each_stage_needs_and_does_nothing(
+    broca, checkpoint_of, corpus_directory, tmp_path
+):
+    model, out = checkpoint_of(), tmp_path / "out.safetensors"
+    for command in (
+        ["record", model, "--corpus", corpus_directory],
+        ["identify", model, "--corpus", corpus_directory, "--method", "lape"],
+        ["direction", model, "--corpus", corpus_directory, "--source", "qaa", "--target", "qab"],
+    ):
+        status, printed, _ = broca(*command, "--dry-run", "--json", "--max-memory", "2GB", "--out", out)
+        assert status == 0
+        found = json.loads(printed)
+        assert found["limit"] == 2 * 10**9
+        (stage,) = found["stages"].values()
+        assert stage["peak"] == sum(stage["parts"].values()) > stage["parts"]["weights"] > 0
+        assert stage["fits"] and stage["tokens_at_once"] > 0
+        assert not out.exists()
+
+
+def test_dry_run_needs_no_weights(broca, tmp_path, corpus_directory):
+    """A config alone, of a model that no machine here could hold."""
+    config = models.tiny_model().config
+    config.update(
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    )
+    config.update({"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128})
+    config.save_pretrained(tmp_path / "big")
+    status, printed, _ = broca(
+        "record", tmp_path / "big", "--corpus", corpus_directory, "--dry-run", "--json", "--dtype", "bfloat16",
+        "--for", "gradient-contrast", "--max-memory", "24GB", "--out", tmp_path / "s.safetensors",
+    )  # fmt: skip
+    assert status == 0
+    stage = json.loads(printed)["stages"]["record"]
+    assert stage["parts"]["weights"] == pytest.approx(16.06e9, rel=0.01)
+    assert stage["peak"] < 24e9
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("300m", 3 * 10**8), ("4096", 4096)]
+)
+def test_sizes_are_read(broca, checkpoint_of, corpus_directory, tmp_path, text, size):
+    broca(
+        "record",
+        checkpoint_of(),
+        "--corpus",
+        corpus_directory,
+        "--dry-run",
+        "--max-memory",
+        text,
+        "--out",
+        tmp_path / "s",
+    )
+    assert memory_limit() == size
+
+
+@pytest.mark.parametrize("text", ["much", "-1GB", "0", "1.2.3G", "nan"])
+def test_no_size_is_a_usage_error(broca, checkpoint_of, corpus_directory, tmp_path, text):
+    status, _, errors = broca(
+        "record", checkpoint_of(), "--corpus", corpus_directory, "--max-memory", text, "--out", tmp_path / "s"
+    )
+    assert status == 2 and text in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_the_peak_does_not_grow_with_the_text(checkpoint_of, tmp_path):
+    """Gradients of one and of four times as much text, each in a process of its own."""
+    peaks = []
+    for lines in (300, 1200):
+        corpus = models.write_corpus(tmp_path / f"corpus-{lines}", lines=lines)
+        command = [
+            sys.executable,
+            "-m",
+            "cli.main",
+            "identify",
+            str(checkpoint_of()),
+            "--corpus",
+            str(corpus),
+        ]
+        command += ["--out", str(tmp_path / "n.safetensors"), "--method", "gradient"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+def test_a_run_is_planned_stage_by_stage(broca, checkpoint_of, corpus_directory, tmp_path):
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(
+        f'model = "{checkpoint_of()}"\ncorpus = "{corpus_directory}"\nsource = "qaa"\ntargets = ["qab"]\n'
+        'values = "learned"\n'
+    )
+    status, printed, _ = broca("run", recipe, "--out", out, "--dry-run", "--json")
+    assert status == 0 and not out.exists()
+    stages = json.loads(printed)["stages"]
+    assert list(stages) == sorted(["record", "direction", "key", "learn", "export", "evaluate"])
+    assert all(stage["fits"] for stage in stages.values())
+
+
+def test_a_key_needs_as_many_covariances_as_there_is_room_for(checkpoint_of, corpus_directory, monkeypatch):
+    planned = plan_model(str(checkpoint_of()), "cpu")
+    text = text_of(planned, read_corpus(corpus_directory))
+    whole = key_need(planned, text).parts["covariances"]
+    layer = 8 * 48**2 + 4 * memory.WAITING * 48
+    assert whole == 3 * layer
+    monkeypatch.setattr(memory, "WORK", 16 * 48**2 + layer)
+    one = key_need(planned, text).parts
+    assert one["covariances"] == layer and whole > one["covariances"]
+
+
+def test_an_edit_is_planned_too(broca, checkpoint_of, corpus_directory, tmp_path):
+    direction, out = tmp_path / "d.safetensors", tmp_path / "e.safetensors"
+    text = ["--corpus", corpus_directory]
+    assert (
+        broca("direction", checkpoint_of(), *text, "--source", "qaa", "--target", "qab", "--out", direction)[
+            0
+        ]
+        == 0
+    )
+    status, printed, _ = broca(
+        "edit", checkpoint_of(), *text, "--direction", direction, "--set", "learn=yes", "--dry-run", "--json", "--out", out
+    )  # fmt: skip
+    assert status == 0 and not out.exists()
+    assert set(json.loads(printed)["stages"]) == {"key", "learn"}

@@ -1,0 +1,78 @@
+"""Under a launcher each process of a machine takes its own GPU, before and after the ranks have met."""
+
+import pytest
+import torch
+
+from neurons.errors import UsageError
+from neurons.models.placement import memory_to_spread_over
+from neurons.models.source import pick_device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """(GPUs of the machine, processes on it, number of this one), without any of them being there."""
+
+    def pretend(count, processes=1, number=0):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        names = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "LOCAL_RANK": number}
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+
+    return pretend
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_each_process_takes_its_own(gpus, device, number):
+    gpus(count=3, processes=3, number=number)
+    assert pick_device(device) == torch.device("cuda", number)
+
+
+def test_one_process_takes_the_current_one(gpus):
+    gpus(count=3)
+    assert pick_device() == torch.device("cuda")
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_more_processes_than_gpus_are_refused_in_each(gpus, number):
+    """Those that would find a GPU too, or they would wait for the others for ever."""
+    gpus(count=2, processes=3, number=number)
+    with pytest.raises(UsageError, match=r"3 processes .* 2 GPUs"):
+        pick_device()
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_a_launcher_that_says_little_is_still_caught(gpus, monkeypatch):
+    gpus(count=1, processes=4, number=1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    with pytest.raises(UsageError):
+        pick_device()
+
+
+def test_on_a_cpu_the_processes_share_what_is_free(gpus, checkpoint_of, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 500_000})
+    cpu = torch.device("cpu")
+    assert memory_to_spread_over(checkpoint_of(), cpu, 4) is None
+    gpus(count=0, processes=2)
+    assert memory_to_spread_over(checkpoint_of(), cpu, 4) == {"cpu": 225_000}
+
+
+def test_a_process_leaves_the_gpus_of_the_others_alone(gpus, checkpoint_of, monkeypatch):
+    gpus(count=2, processes=2, number=1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000, 100_000))
+    monkeypatch.setattr(
+        "accelerate.utils.get_max_memory", lambda *_: {0: 100_000, 1: 100_000, "cpu": 1_000_000}
+    )
+    found = memory_to_spread_over(checkpoint_of(), pick_device(), 4)
+    assert found == {1: 90_000, "cpu": 450_000}
+
+
+def test_without_a_launcher_all_gpus_are_there(gpus, checkpoint_of, monkeypatch):
+    gpus(count=2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000, 100_000))
+    monkeypatch.setattr(
+        "accelerate.utils.get_max_memory", lambda *_: {0: 100_000, 1: 100_000, "cpu": 1_000_000}
+    )
+    found = memory_to_spread_over(checkpoint_of(), pick_device(), 4, max_memory=80_000)
+    assert found == {0: 80_000, 1: 80_000, "cpu": 80_000}

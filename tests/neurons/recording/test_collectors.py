@@ -1,0 +1,228 @@
+"""What is summed of tokens and texts, against loops over a llama written out by hand and over plain hooks."""
+
+import models
+import pytest
+import torch
+
+from neurons.architectures.sites import reading
+from neurons.errors import BrocaError
+from neurons.models.source import load_model
+from neurons.recording.record import record
+from neurons.text.batches import text_batches
+
+ORDER = ("qac", "qaa")
+LAYERS, WIDTH = 3, 48
+
+
+def make_texts(language):
+    """Short and long texts in turn, one line of them empty."""
+    texts = models.sentences(language, 7, seed=3, words=(1, 9))
+    return [texts[0], "", *texts[1:]]
+
+
+def make_batches(tokenizer):
+    batches = {k: text_batches(make_texts(k), tokenizer, 100, tokens_a_batch=60) for k in ORDER}
+    assert all(len(some) > 1 for some in batches.values())
+    assert any(batch.padded for some in batches.values() for batch in some)
+    return batches
+
+
+@pytest.fixture(scope="module")
+def by_line(llama):
+    """language -> line -> site -> float64 [layers, counted tokens, width]."""
+    found = {}
+    for language in ORDER:
+        found[language] = {}
+        for line, text in enumerate(make_texts(language)):
+            if text:
+                ids = llama.tokenizer(text)["input_ids"]
+                _, layers = models.naive_llama(llama.model, ids)
+                found[language][line] = {
+                    site: torch.stack([layer[site].detach()[1:] for layer in layers])
+                    for site in ("mlp_in", "mlp_up")
+                }
+    return found
+
+
+def test_squares_and_sizes_of_tokens_and_texts(llama, by_line):
+    names = ("square", "absolute", "text_square", "text_absolute")
+    found = record(llama, make_batches(llama.tokenizer), [f"mlp_in:{name}" for name in names])
+    for k, language in enumerate(ORDER):
+        wanted = {name: torch.zeros(LAYERS, WIDTH, dtype=torch.float64) for name in names}
+        for sites in by_line[language].values():
+            values = sites["mlp_in"]
+            mean = torch.zeros(LAYERS, WIDTH, dtype=torch.float64)
+            for token in values.unbind(1):
+                wanted["square"] += token * token
+                wanted["absolute"] += token.abs()
+                mean += token / values.shape[1]
+            wanted["text_square"] += mean * mean
+            wanted["text_absolute"] += mean.abs()
+        for name, expected in wanted.items():
+            values = found.moments[f"mlp_in:{name}"]
+            assert values.dtype == torch.float64
+            torch.testing.assert_close(values[..., k], expected, rtol=1e-4, atol=1e-5)
+
+
+def naive_worst_ranks(importances):
+    """(worst rank, the least and the most that it can be by rounding), each [layers][width].
+
+    ``importances``: a text each, [layers][width].
+    """
+    exact, least, most = ([[0] * WIDTH for _ in range(LAYERS)] for _ in range(3))
+    for importance in importances:
+        for layer, row in enumerate(importance):
+            for j, own in enumerate(row):
+                above = sum(other > own for other in row)
+                surely = sum(other > own * (1 + 1e-4) for other in row)
+                maybe = sum(other > own * (1 - 1e-4) for other in row) - 1
+                exact[layer][j] = max(exact[layer][j], above)
+                least[layer][j] = max(least[layer][j], surely)
+                most[layer][j] = max(most[layer][j], maybe)
+    return torch.tensor(exact), torch.tensor(least), torch.tensor(most)
+
+
+@pytest.mark.parametrize("site", ["mlp_in", "mlp_up"])
+def test_worst_rank_over_the_texts(llama, by_line, site):
+    found = record(llama, make_batches(llama.tokenizer), [f"{site}:worst_rank"]).moments[f"{site}:worst_rank"]
+    assert found.dtype == torch.int64
+    for k, language in enumerate(ORDER):
+        importances, unweighted = [], []
+        for sites in by_line[language].values():
+            importance = []
+            for layer in range(LAYERS):
+                weight = llama.model.model.layers[layer].mlp.down_proj.weight.detach().double()
+                sizes = [sum(abs(float(x)) for x in sites[site][layer, :, j]) for j in range(WIDTH)]
+                lengths = [float(weight[:, j].norm()) if site == "mlp_in" else 1.0 for j in range(WIDTH)]
+                importance.append([size * length for size, length in zip(sizes, lengths, strict=True)])
+                unweighted.append(sizes)
+            importances.append(importance)
+        exact, least, most = naive_worst_ranks(importances)
+        assert bool(((least <= found[..., k]) & (found[..., k] <= most)).all())
+        assert float((found[..., k] == exact).double().mean()) > 0.95
+        # A single text gives every rank of a layer once; the worst of several lie above.
+        assert int(found[..., k].sum()) > LAYERS * WIDTH * (WIDTH - 1) // 2
+
+
+def test_responses_stand_in_the_order_of_the_lines(llama, by_line):
+    batches = make_batches(llama.tokenizer)
+    found = record(llama, batches, ["mlp_in:responses"])
+    assert not found.moments
+    for language in ORDER:
+        read = [line for batch in batches[language] for line in batch.line_numbers.tolist()]
+        assert read != sorted(read)
+        assert found.lines[language].tolist() == [0, 2, 3, 4, 5, 6, 7]
+        responses = found.responses[language]
+        assert responses.dtype == torch.float32
+        assert responses.shape == (7, LAYERS, WIDTH)
+        for response, line in zip(responses, found.lines[language].tolist(), strict=True):
+            expected = by_line[language][line]["mlp_in"].mean(1)
+            torch.testing.assert_close(response.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def hooked(loaded, batches, sites):
+    """site -> language -> float64 [layers, counted tokens, experts * I], 0 where an expert was not asked."""
+    anatomy, width = loaded.anatomy, loaded.anatomy.expert_width
+    found = {site: {language: [] for language in batches} for site in sites}
+    for language, some in batches.items():
+        for batch in some:
+            rows, length = batch.ids.shape
+            dense = {
+                site: torch.zeros(anatomy.layers, rows * length, anatomy.neurons, dtype=torch.float64)
+                for site in sites
+            }
+
+            def reader(site, layer, dense=dense):
+                def read(values, routed):
+                    for value, token in zip(values, routed.tokens.tolist(), strict=True):
+                        first = routed.expert * width
+                        dense[site][layer, token, first : first + width] = value.double()
+
+                return read
+
+            readers = {
+                (site, layer): reader(site, layer) for site in sites for layer in range(anatomy.layers)
+            }
+            with reading(anatomy, readers), torch.no_grad():
+                loaded.model(input_ids=batch.ids, attention_mask=batch.attention.long())
+            for site in sites:
+                found[site][language].append(dense[site][:, batch.counted.flatten()])
+    return {site: {k: torch.cat(some, 1) for k, some in of.items()} for site, of in found.items()}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_sums_equal_those_of_a_plain_hook(checkpoint_of, family):
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    batches = make_batches(loaded.tokenizer)
+    found = record(loaded, batches, ["mlp_act:positive", "mlp_act:sum", "mlp_in:square"])
+    values = hooked(loaded, batches, ("mlp_act", "mlp_in"))
+    width = loaded.anatomy.expert_width
+    for k, language in enumerate(ORDER):
+        gate, inside = values["mlp_act"][language], values["mlp_in"][language]
+        assert int(found.tokens[k]) == gate.shape[1]
+        assert torch.equal(found.moments["mlp_act:positive"][..., k], (gate > 0).sum(1))
+        torch.testing.assert_close(found.moments["mlp_act:sum"][..., k], gate.sum(1), rtol=1e-9, atol=1e-9)
+        squares = (inside * inside).sum(1)
+        torch.testing.assert_close(found.moments["mlp_in:square"][..., k], squares, rtol=1e-9, atol=1e-9)
+        asked = gate.unflatten(-1, (-1, width)).ne(0).any(-1).sum(1)
+        assert torch.equal(found.routed[..., k], asked)
+    assert torch.equal(found.routed.sum(1), 2 * found.tokens.expand(LAYERS, -1))
+    assert len(found.routed.unique()) > 3
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_texts_of_experts_count_0_where_an_expert_is_not_asked(checkpoint_of, family):
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    batches = make_batches(loaded.tokenizer)
+    found = record(loaded, batches, ["mlp_in:text_mean", "mlp_in:text_square", "mlp_in:responses"])
+    values = hooked(loaded, batches, ("mlp_in",))["mlp_in"]
+    for k, language in enumerate(ORDER):
+        lengths = [int(n) for batch in batches[language] for n in batch.counted.sum(1)]
+        lines = [line for batch in batches[language] for line in batch.line_numbers.tolist()]
+        means = [text.mean(1) for text in values[language].split(lengths, dim=1)]
+        total = torch.stack(means).sum(0)
+        torch.testing.assert_close(found.moments["mlp_in:text_mean"][..., k], total, rtol=1e-9, atol=1e-9)
+        total = torch.stack([mean * mean for mean in means]).sum(0)
+        torch.testing.assert_close(found.moments["mlp_in:text_square"][..., k], total, rtol=1e-9, atol=1e-9)
+        for line, mean in zip(lines, means, strict=True):
+            place = found.lines[language].tolist().index(line)
+            torch.testing.assert_close(found.responses[language][place].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_worst_rank_weighs_an_experts_neurons_by_its_own_values(checkpoint_of):
+    loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
+    batches = make_batches(loaded.tokenizer)
+    found = record(loaded, batches, ["mlp_in:worst_rank"]).moments["mlp_in:worst_rank"]
+    values = hooked(loaded, batches, ("mlp_in",))["mlp_in"]
+    for k, language in enumerate(ORDER):
+        lengths = [int(n) for batch in batches[language] for n in batch.counted.sum(1)]
+        for layer in range(LAYERS):
+            weight = loaded.model.model.layers[layer].mlp.experts.down_proj.detach().double()
+            norms = [float(weight[e, :, j].norm()) for e in range(3) for j in range(WIDTH)]
+            worst = [0] * (3 * WIDTH)
+            for text in values[language][layer].split(lengths):
+                effects = [size * norm for size, norm in zip(text.abs().sum(0).tolist(), norms, strict=True)]
+                order = sorted(range(3 * WIDTH), key=lambda j, effects=effects: (-effects[j], j))
+                for rank, j in enumerate(order):
+                    worst[j] = max(worst[j], rank)
+            assert found[layer, :, k].tolist() == worst
+
+
+@pytest.mark.parametrize(
+    "moment", ["square", "absolute", "text_square", "text_absolute", "worst_rank", "responses"]
+)
+def test_a_weight_that_is_not_a_number_is_named_by_its_layer(checkpoint_of, moment):
+    loaded = load_model(str(checkpoint_of()), device="cpu")
+    with torch.no_grad():
+        loaded.anatomy.gates[1].weight[7] = float("nan")
+    with pytest.raises(BrocaError, match="layer 1"):
+        record(loaded, make_batches(loaded.tokenizer), [f"mlp_in:{moment}"])
+
+
+@pytest.mark.parametrize("moment", ["positive", "sum"])
+def test_an_expert_that_is_not_a_number_is_named_by_its_layer(checkpoint_of, moment):
+    loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
+    with torch.no_grad():
+        loaded.model.model.layers[1].mlp.experts.gate_up_proj[:, 7] = float("nan")
+    with pytest.raises(BrocaError, match="layer 1"):
+        record(loaded, make_batches(loaded.tokenizer), [f"mlp_act:{moment}"])

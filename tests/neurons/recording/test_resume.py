@@ -1,0 +1,215 @@
+"""A recording that was stopped goes on where it was and ends with the same bytes."""
+
+import models
+import pytest
+
+from neurons.models.source import load_model
+from neurons.recording.corpus_recording import finished, record_corpus
+from neurons.recording.record import record
+from neurons.recording.resume import Unfinished
+from neurons.text.batches import text_batches
+from neurons.text.corpus import read_corpus
+
+DENSE = (
+    "mlp_act:positive",
+    "mlp_in:square",
+    "mlp_in:text_mean",
+    "mlp_in:worst_rank",
+    "mlp_in:attribution",
+    "mlp_in:responses",
+)
+ORDER = ("qac", "qaa")
+DONE = 4  # batches before the stop, in the second language
+
+
+def make_batches(tokenizer, seed=3):
+    found = {}
+    for language, count in zip(ORDER, (5, 9), strict=True):
+        texts = models.sentences(language, count, seed, words=(3, 9))
+        found[language] = text_batches(texts, tokenizer, 100, tokens_a_batch=50)
+    assert len(found["qac"]) < DONE < len(found["qac"]) + len(found["qaa"]) - 1
+    return found
+
+
+def stopped_after(number):
+    """A progress callback that is interrupted at a batch."""
+    calls = []
+
+    def progress(tokens):
+        calls.append(tokens)
+        if len(calls) > number:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def saved(statistics, path):
+    statistics.save(path)
+    return path.read_bytes()
+
+
+def stop(loaded, batches, out, key="one", moments=DENSE):
+    with pytest.raises(KeyboardInterrupt):
+        record(loaded, batches, moments, stopped_after(DONE), Unfinished(out, key, every=0.0))
+    assert not out.exists()
+
+
+@pytest.fixture
+def forwards(llama):
+    """Shapes of the batches that the model was asked for."""
+    asked = []
+    handle = llama.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    yield asked
+    handle.remove()
+
+
+def test_what_was_stopped_ends_with_the_same_bytes(llama, tmp_path, forwards):
+    batches = make_batches(llama.tokenizer)
+    plain = saved(record(llama, batches, DENSE), tmp_path / "plain.safetensors")
+    shapes = list(forwards)
+    everything = len(shapes)
+    assert everything == sum(len(some) for some in batches.values())
+    out = tmp_path / "out.safetensors"
+    forwards.clear()
+    stop(llama, batches, out)
+    # The state is of the batch before the one in which the interruption came.
+    assert forwards == shapes[: DONE + 1]
+    forwards.clear()
+    calls = []
+    found = record(llama, batches, DENSE, calls.append, Unfinished(out, "one", every=0.0))
+    assert forwards == shapes[DONE:]
+    # One call for all that had been done, and one for each batch of the rest.
+    assert len(calls) == 1 + everything - DONE
+    tokens = [int(batch.counted.sum()) for some in batches.values() for batch in some]
+    assert calls == [sum(tokens[:DONE]), *tokens[DONE:]]
+    assert saved(found, out) == plain
+
+
+def test_experts_go_on_as_well(checkpoint_of, tmp_path):
+    loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
+    moments = ("mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean")
+    batches = make_batches(loaded.tokenizer)
+    plain = saved(record(loaded, batches, moments), tmp_path / "plain.safetensors")
+    out = tmp_path / "out.safetensors"
+    stop(loaded, batches, out, moments=moments)
+    calls = []
+    found = record(loaded, batches, moments, calls.append, Unfinished(out, "one"))
+    assert len(calls) == 1 + sum(len(some) for some in batches.values()) - DONE
+    assert saved(found, out) == plain
+
+
+def test_it_may_be_stopped_twice(llama, tmp_path):
+    batches = make_batches(llama.tokenizer)
+    plain = saved(record(llama, batches, DENSE), tmp_path / "plain.safetensors")
+    out = tmp_path / "out.safetensors"
+    stop(llama, batches, out)
+    with pytest.raises(KeyboardInterrupt):
+        record(llama, batches, DENSE, stopped_after(2), Unfinished(out, "one", every=0.0))
+    # What was gone on with is the first call, and the second is of a batch that was kept.
+    assert Unfinished(out, "one").load()[0] == DONE + 1
+    assert saved(record(llama, batches, DENSE, unfinished=Unfinished(out, "one")), out) == plain
+
+
+def test_the_state_of_another_recording_is_not_used(llama, tmp_path, forwards):
+    batches = make_batches(llama.tokenizer)
+    out = tmp_path / "out.safetensors"
+    stop(llama, batches, out, key="another")
+    forwards.clear()
+    found = record(llama, batches, DENSE, unfinished=Unfinished(out, "one"))
+    assert len(forwards) == sum(len(some) for some in batches.values())
+    plain = saved(record(llama, batches, DENSE), tmp_path / "plain.safetensors")
+    assert saved(found, out) == plain
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_a_damaged_state_is_ignored(llama, tmp_path, forwards, damage):
+    batches = make_batches(llama.tokenizer)
+    out = tmp_path / "out.safetensors"
+    stop(llama, batches, out)
+    state = Unfinished(out, "one").file
+    content = state.read_bytes()
+    state.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"not a state\n"}[damage])
+    forwards.clear()
+    found = record(llama, batches, DENSE, unfinished=Unfinished(out, "one"))
+    assert len(forwards) == sum(len(some) for some in batches.values())
+    plain = saved(record(llama, batches, DENSE), tmp_path / "plain.safetensors")
+    assert saved(found, out) == plain
+
+
+def test_nothing_is_kept_before_it_is_due(llama, tmp_path):
+    out = tmp_path / "out.safetensors"
+    unfinished = Unfinished(out, "one", every=1e9)
+    with pytest.raises(KeyboardInterrupt):
+        record(llama, make_batches(llama.tokenizer), DENSE, stopped_after(DONE), unfinished)
+    assert list(tmp_path.iterdir()) == []
+    assert unfinished.load() == (0, {})
+
+
+def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    import neurons.recording.resume as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def slow(*_):
+        now[0] += 5.0
+
+    monkeypatch.setattr(module, "save_artifact", slow)
+    unfinished = Unfinished(tmp_path / "out.safetensors", "one", every=30.0, _written=0.0)
+    now[0] = 29.0
+    assert not unfinished.is_due()
+    now[0] = 30.0
+    assert unfinished.is_due()
+    unfinished.save(1, {})
+    assert now[0] == 35.0
+    now[0] = 35.0 + 249.0
+    assert not unfinished.is_due()
+    now[0] = 35.0 + 251.0
+    assert unfinished.is_due()
+
+
+def test_finished_removes_the_state_and_nothing_else(llama, tmp_path):
+    batches = make_batches(llama.tokenizer)
+    out, other = tmp_path / "out.safetensors", tmp_path / "other.safetensors"
+    for path in (out, other):
+        stop(llama, batches, path)
+    out.write_bytes(b"the output")
+    assert Unfinished(out, "one").file.exists()
+    finished(out)
+    assert not Unfinished(out, "one").file.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, Unfinished(other, "one").file.name}
+    finished(out)
+
+
+def test_a_corpus_is_gone_on_with_only_where_all_is_the_same(llama, tmp_path, forwards, monkeypatch):
+    monkeypatch.setattr(Unfinished, "is_due", lambda self: True)
+    corpus = read_corpus(models.write_corpus(tmp_path / "corpus", lines=12))
+    out = tmp_path / "out.safetensors"
+    moments = ("mlp_act:positive", "mlp_in:sum")
+    plain = record_corpus(llama, corpus, moments, block=16, batch_tokens=64)
+    everything = len(forwards)
+
+    def stop_corpus():
+        with pytest.raises(KeyboardInterrupt):
+            record_corpus(
+                llama, corpus, moments, block=16, batch_tokens=64, progress=stopped_after(DONE), out=out
+            )
+        forwards.clear()
+
+    stop_corpus()
+    found = record_corpus(llama, corpus, moments, block=16, batch_tokens=64, out=out)
+    assert len(forwards) == everything - DONE
+    assert saved(found, out) == saved(plain, tmp_path / "plain.safetensors")
+    finished(out)
+
+    stop_corpus()
+    record_corpus(llama, corpus, moments[::-1], block=16, batch_tokens=64, out=out)
+    assert len(forwards) == everything
+    finished(out)
+
+    stop_corpus()
+    fewer = read_corpus(models.write_corpus(tmp_path / "other", lines=12, seed=9))
+    record_corpus(llama, fewer, moments, block=16, batch_tokens=64, out=out)
+    assert len(forwards) >= everything - 2 > everything - DONE
