@@ -23,7 +23,7 @@ def stages(
     model: str, corpus: Path, source: str, target: str, dtype: str, folder: Path
 ) -> dict[str, list[str]]:
     """Stage -> its command, in an order in which each finds its files."""
-    text = [model, "--corpus", str(corpus), "--part", "estimate", "--dtype", dtype]
+    text = [model, "--corpus", str(corpus), "--dtype", dtype]
     direction, plan, neurons = (str(folder / f"{name}.safetensors") for name in ("d", "e", "n"))
     between = ["--source", source, "--target", target]
     return {

@@ -34,7 +34,7 @@ def direction_need(planned: LoadedModel, text: Text) -> Need:
     sizes = sizes_of(planned)
     share = 2 / text.languages if text.languages else 0
     kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * share)
-    return passing(planned, "direction", text.row, False, kept=kept)
+    return passing(planned, "direction", text.row, False, text.batch, kept=kept)
 
 
 def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",)) -> Need:
@@ -48,7 +48,7 @@ def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",))
     one, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
     layers = min(sizes.layers, max(1, (covariance_room(planned) - solving) // one))
     hidden = sizes.value * sizes.residual * text.tokens if layers < sizes.layers else 0
-    tokens, _ = batches_for(planned, False, text.row)
+    tokens = min(batches_for(planned, False, text.row)[0], text.batch)
     # A group is solved when its text is read, so these two follow each other.
     work = max(solving, forward_bytes(sizes, tokens) + max(map(product_bytes, widths)))
     parts = {
@@ -77,7 +77,7 @@ def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64) -> Need:
     writing = (
         forward_bytes(sizes, PROMPTS_A_BATCH * prompt) + cache + 3 * 4 * sizes.vocabulary * PROMPTS_A_BATCH
     )
-    tokens, _ = batches_for(planned, False, text.row)
+    tokens = min(batches_for(planned, False, text.row)[0], text.batch)
     # The unedited model's hidden states of third languages are kept: of all where that is little, else of one at a time.
     hidden = sizes.value * sizes.residual * text.tokens // max(1, text.languages)
     of_all = hidden * max(0, text.languages - 2)

@@ -316,7 +316,7 @@ def load_plan(path: Path | str) -> Plan:
         UsageError, BrocaError: as ``load_artifact``, ``require_plan_content`` and ``make_plan``.
     """
     artifact = load_artifact(path, "edit")
-    require_plan_content(artifact, path)
+    require_plan_content(artifact, Path(path))
     edits = []
     for module in artifact.metadata["modules"]:
         prefix = f"{module['layer']}.{module['block']}"

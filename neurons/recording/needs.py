@@ -31,12 +31,14 @@ class Text:
         row: tokens of the longest row.
         tokens: of all languages together.
         texts: rows of all languages together.
+        batch: positions of the largest batch that text by text is read in.
     """
 
     languages: int
     row: int
     tokens: int
     texts: int
+    batch: int = MOST_TOKENS
 
 
 def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> Text:
@@ -52,10 +54,13 @@ def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> 
         longest_row(batches),
         sum(int(batch.counted.sum()) for batch in flat),
         sum(len(batch.ids) for batch in flat),
+        max((batch.ids.numel() for batch in flat), default=1),
     )
 
 
-def passing(planned: LoadedModel, stage: str, row: int, backward: bool, **more: int) -> Need:
+def passing(
+    planned: LoadedModel, stage: str, row: int, backward: bool, batch: int | None = None, **more: int
+) -> Need:
     """A pass over text in batches that fit.
 
     Args:
@@ -63,6 +68,7 @@ def passing(planned: LoadedModel, stage: str, row: int, backward: bool, **more: 
         stage: its name.
         row: tokens of the longest row.
         backward: whether gradients are taken.
+        batch: positions of the largest batch that there is; None: batches are full.
         more: what else -> bytes.
 
     Raises:
@@ -70,6 +76,7 @@ def passing(planned: LoadedModel, stage: str, row: int, backward: bool, **more: 
     """
     sizes = sizes_of(planned)
     tokens, recomputes = batches_for(planned, backward, row)
+    tokens = tokens if batch is None else min(tokens, batch)
     activations = backward_bytes(sizes, tokens, recomputes) if backward else forward_bytes(sizes, tokens)
     logits = {"logits": logit_bytes(sizes, tokens, True)} if backward else {}
     parts = {"libraries": LIBRARIES, "weights": sizes.weights, "activations": activations, **logits, **more}
@@ -85,16 +92,19 @@ def recording_need(
     kept = any(moment.endswith(":responses") for moment in moments)
     sums = 8 * sizes.layers * sizes.neurons * text.languages * len(moments)
     responses = 4 * sizes.layers * sizes.neurons * text.texts if kept else 0
-    row = block_length(planned.model, block, backward) if reads == PACKED else text.row
-    return passing(planned, "record", row, backward, sums=sums + responses)
+    if reads == PACKED:
+        row, batch = block_length(planned.model, block, backward), None
+    else:
+        row, batch = text.row, text.batch
+    return passing(planned, "record", row, backward, batch, sums=sums + responses)
 
 
 def ablation_need(planned: LoadedModel, text: Text) -> Need:
     """``neurons.ablation.conditions.condition_losses``: what enters every layer is kept of one batch."""
     sizes = sizes_of(planned)
-    tokens, _ = batches_for(planned, False, text.row)
+    tokens = min(batches_for(planned, False, text.row)[0], text.batch)
     kept = sizes.value * sizes.residual * sizes.layers * tokens
-    return passing(planned, "ablate", text.row, False, kept=kept, logits=_losses(sizes, tokens))
+    return passing(planned, "ablate", text.row, False, text.batch, kept=kept, logits=_losses(sizes, tokens))
 
 
 def _losses(sizes: Sizes, tokens: int) -> int:
