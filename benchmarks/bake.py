@@ -32,13 +32,17 @@ from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.likelihood import Steering, mean_kl
+from editing.hooks.residual import DiffMean
 from editing.hooks.steering import residual_steering
 from editing.methods.bake import EPS, bake_plan
 from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.bake_correction import corrected_plan
+from editing.methods.baked_vector import HOOK_STRENGTHS
+from editing.methods.material import Material
 from editing.plans.live import applied
 from editing.plans.plan import Plan
-from editing.study.comparison import HOOK_STRENGTHS, choose, hook_candidate, measure_candidates
+from editing.study.candidates import candidate
+from editing.study.comparison import choose, measure_candidates
 from neurons.models.source import load_model
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus, read_corpus
@@ -75,8 +79,9 @@ def chosen_settings(
     loaded: Any, direction: Direction, estimate: Corpus, chosen_on: Corpus, eps: float
 ) -> Settings:
     """(layer, strength) of the best hook and, if that is another, of the best that can be baked."""
+    material = Material(loaded, estimate, direction.source, direction.target, directions=(direction,))
     candidates = [
-        hook_candidate(loaded, direction, layer, strength)
+        candidate(DiffMean, material, {"layer": layer, "strength": strength})
         for layer in range((loaded.anatomy.layers + 1) // 2)
         for strength in HOOK_STRENGTHS
     ]
@@ -85,11 +90,11 @@ def chosen_settings(
     batches = language_batches(loaded, chosen_on)
     tried: Settings = []
     while remaining:
-        candidate, outcome = choose(remaining, evaluation.ceiling, direction.source)
-        remaining = [pair for pair in remaining if pair[0] is not candidate]
-        layer, strength = candidate.settings["layer"], candidate.settings["strength"]
+        best, outcome = choose(remaining, evaluation.ceiling, direction.source)
+        remaining = [pair for pair in remaining if pair[0] is not best]
+        layer, strength = best.settings["layer"], best.settings["strength"]
         plan = bake_plan(loaded, estimate, {layer: direction.vectors["block_out"][layer]}, strength, eps)
-        kl = divergence(loaded, batches, candidate.steering, partial(applied, loaded, plan))
+        kl = divergence(loaded, batches, best.steering, partial(applied, loaded, plan))
         mean = sum(kl.values()) / len(kl)
         tried.append((layer, strength))
         print(

@@ -21,15 +21,16 @@ from typing import Any
 import click
 import torch
 
-from editing.directions.diffmean import diffmean_direction
+from editing.methods.material import Material
 from editing.plans.live import applied
 from editing.study.search import MEASURED, Search, Trial
 from editing.study.search_scoring import Scoring
-from editing.study.search_space import METHODS, spaces
+from editing.study.search_space import spaces
 from neurons.models.source import load_model
 from neurons.text.corpus import read_corpus
 
 LIMIT = 1.1
+METHODS = ("keyed", "steer2edit", "bake")
 
 
 def now() -> float:
@@ -85,12 +86,12 @@ def main(
     """Print the ratios as a Markdown table."""
     loaded = load_model(model)
     estimate, choose = (read_corpus(corpus_path, part=part) for part in ("estimate", "choose"))
-    direction = diffmean_direction(loaded, estimate, source, target)
+    material = Material(loaded, estimate, source, target)
     timed = Timed(Scoring(loaded, choose, source, target, prompts=prompts, samples=samples, lines=lines))
     print("| method | once, s | trial, s | trial / generation and scoring | range | given up early | limit |")
     print("|---|---|---|---|---|---|---|")
     found: dict[str, Any] = {}
-    for method, space in spaces(loaded, estimate, direction, list(METHODS)).items():
+    for method, space in spaces(material, METHODS).items():
         begin = now()
         for settings in space.known:
             space.make(settings)

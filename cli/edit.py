@@ -26,7 +26,8 @@ from cli.screen import Screen
 from cli.tables import plan_table
 
 if TYPE_CHECKING:
-    from editing.methods.registry import EditMethod, Request
+    from editing.methods.material import Material
+    from editing.methods.method import Method
     from editing.plans.plan import Plan
     from neurons.models.memory import Need
     from neurons.models.source import LoadedModel, ModelSource
@@ -137,27 +138,31 @@ def command(**options: Any) -> None:
 
 def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSource] | None:
     from editing.directions.direction import load_direction
-    from editing.methods.registry import Request, method_of
+    from editing.methods.material import Material
+    from editing.study.registry import edit_named
     from neurons.errors import UsageError
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.scorers.selection import parse_layers
-    from neurons.scorers.setting import assigned, defaults, read_given
+    from neurons.scorers.setting import assigned, read_given
     from neurons.statistics.statistics import load_statistics
     from neurons.text.corpus_files import language_label
 
-    method = method_of(asked.method)
+    method = edit_named(asked.method)
     if asked.model is None:
         raise UsageError("name the MODEL that is to be edited")
     _refuse_foreign(asked, method)
     own = {name: value for name in SPELLED_OUT if (value := getattr(asked, name)) is not None}
     typed = {name: f"{_spelled(name)} {value}" for name, value in own.items()}
     given = {**own, **assigned(asked.assignments, tuple(own))}
-    settings = {**defaults(method.settings), **read_given(method.settings, given, typed)}
+    settings = read_given(method.settings(), given, typed)
+    if asked.strength is not None:
+        settings["strength"] = asked.strength
+    one = method(**settings)
     labels = None if asked.languages is None else tuple(map(language_label, asked.languages))
-    request = Request(
+    material = Material(
         asked.model,
-        asked.device,
-        asked.dtype,
+        device=asked.device,
+        dtype=asked.dtype,
         directions=tuple(load_direction(path) for path in asked.directions),
         vector=asked.vector,
         neurons=None if asked.neurons is None else load_neuron_set(asked.neurons),
@@ -170,22 +175,20 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         ),
         languages=labels,
         blocks=asked.blocks,
-        strength=asked.strength,
-        settings=settings,
     )
-    source = request.source
-    for path, direction in zip(asked.directions, request.directions, strict=True):
+    source = material.opened
+    for path, direction in zip(asked.directions, material.directions, strict=True):
         source.require_fingerprint(direction.metadata, path)
-    if request.neurons is not None:
-        request.neurons.require_model(source)
+    if material.neurons is not None:
+        material.neurons.require_model(source)
     if asked.layers is not None:
-        request.layers = parse_layers(asked.layers, source.anatomy.layers)
+        material.layers = parse_layers(asked.layers, source.anatomy.layers)
     if asked.dry_run:
-        _dry_run(screen, asked, request)
+        _dry_run(screen, asked, material, one)
         return None
     with screen.progress("Recording activations", None, "tokens") as advance:
-        request.progress = advance
-        plan = method.make(request)
+        material.progress = advance
+        plan = one.made(material)
     if read_of := plan.metadata.get("read"):
         from neurons.text.token_budget import KEYS
 
@@ -193,19 +196,18 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
     return plan, source
 
 
-def _dry_run(screen: Screen, asked: SimpleNamespace, request: Request) -> None:
+def _dry_run(screen: Screen, asked: SimpleNamespace, material: Material, method: Method) -> None:
     """What the method needs, where it reads text; others read the weights a tensor at a time."""
     from cli.dry_run import dry_run
     from editing.pipeline.needs import key_need, learning_need, writing_need
     from neurons.recording.needs import text_of
 
     def needs(planned: LoadedModel) -> list[Need]:
-        if request.corpus is None or asked.method not in ("keyed", "bake"):
+        if material.corpus is None or method.name not in ("keyed", "bake"):
             return [writing_need(planned, "plan")]
-        text = text_of(planned, request.corpus)
-        blocks = request.blocks or (("mlp",) if asked.method == "keyed" else (request.settings["block"],))
-        learn = [learning_need(planned)] if request.settings.get("learn") else []
-        return [key_need(planned, text, blocks), *learn]
+        learn = [learning_need(planned)] if getattr(method, "learn", False) else []
+        text = text_of(planned, material.corpus)
+        return [key_need(planned, text, material.blocks or ("mlp",)), *learn]
 
     dry_run(screen, asked.model, asked.device, asked.dtype, needs)
 
@@ -274,7 +276,7 @@ def _keep_inputs(asked: SimpleNamespace) -> None:
                 raise UsageError(f"--out {asked.out} is what {_spelled(name)} reads: name another file")
 
 
-def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:
+def _refuse_foreign(asked: SimpleNamespace, method: type[Method]) -> None:
     """An option that a method would not look at is an error, not a silence; one that it needs must be there."""
     from neurons.errors import UsageError
 
@@ -286,7 +288,7 @@ def _refuse_foreign(asked: SimpleNamespace, method: EditMethod) -> None:
     if asked.heads is not None:
         raise UsageError("--heads is for --restrict")
     for name in SPELLED_OUT:
-        if getattr(asked, name) is not None and name not in method.settings:
+        if getattr(asked, name) is not None and name not in method.settings():
             raise UsageError(f"{_spelled(name)} means nothing to --method {asked.method}: leave it out")
     for need in method.needs:
         if not _was_given(fields.get(need, need), getattr(asked, fields.get(need, need))):
@@ -331,12 +333,12 @@ def _was_given(name: str, value: Any) -> bool:
 
 
 def _list(screen: Screen) -> None:
-    from editing.methods.registry import METHODS
+    from editing.study.registry import edits
 
     screen.table(
         "methods",
         ["method", "what it does", "source", "needs"],
-        [[name, method.line, method.source, _inputs(method)] for name, method in METHODS.items()],
+        [[name, method.line, method.source, _inputs(method)] for name, method in edits().items()],
         words=4,
     )
     screen.table(
@@ -344,8 +346,8 @@ def _list(screen: Screen) -> None:
         ["method", "setting", "what it does", "default"],
         [
             [name, key, setting.line, "-" if setting.default in (None, ()) else str(setting.default)]
-            for name, method in METHODS.items()
-            for key, setting in method.settings.items()
+            for name, method in edits().items()
+            for key, setting in method.settings().items()
         ],
         words=4,
     )
@@ -356,14 +358,14 @@ def _list(screen: Screen) -> None:
                 "source": method.source,
                 "needs": list(method.needs),
                 "takes": list(method.takes),
-                "settings": {key: setting.default for key, setting in method.settings.items()},
+                "settings": {key: setting.default for key, setting in method.settings().items()},
             }
-            for name, method in METHODS.items()
+            for name, method in edits().items()
         }
     )
 
 
-def _inputs(method: EditMethod) -> str:
+def _inputs(method: type[Method]) -> str:
     """Options that a method must be given, and in brackets those that it may."""
     may = [name for name in method.takes if name in _INPUTS]
     return " ".join([*(f"--{name}" for name in method.needs), *(f"[--{name}]" for name in may)])

@@ -196,9 +196,9 @@ def command(
         require_vllm()
     ways = {}
     if methods is not None:
-        from editing.study.ways import ways_named
+        from editing.study.registry import compared_named
 
-        ways = ways_named(methods)
+        ways = compared_named(methods)
     if temperature is None:
         temperature = TEMPERATURE if questions_path is None else 0.0
     # Before minutes are spent on loading.
@@ -303,8 +303,8 @@ def command(
         }
 
     if methods is not None:
+        from editing.methods.material import Material
         from editing.study.protocol import compare_ways
-        from editing.study.ways import Material
 
         material = Material(loaded, corpora["estimate"], source, target)
         halves = {name: None if questions is None else questions.half(name) for name in ("choose", "report")}

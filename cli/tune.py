@@ -58,7 +58,7 @@ SAMPLES = 2  # continuations a prompt; of what is reported, at least
     type=CommaSeparated(),
     default="keyed",
     show_default=True,
-    help="Of keyed, steer2edit and bake; several are searched together.",
+    help="Of the permanent methods of `broca edit --method list`; several are searched together.",
 )
 @click.option("--layers", help="Layers that may change, as 1-3 or 1,2,5.  [default: all]")
 @click.option(
@@ -119,12 +119,14 @@ def command(**options: Any) -> None:
     from editing.directions.diffmean import diffmean_direction
     from editing.evaluation.generation import check_samples
     from editing.evaluation.language_id import check_languages
+    from editing.methods.material import Material
     from editing.plans.live import applied
     from editing.study.origin import measured_by, processor, texts_read
+    from editing.study.registry import searched_named
     from editing.study.search import STUDY, Goals, Search
     from editing.study.search_report import choose, confirmed
     from editing.study.search_scoring import Scoring, third_languages
-    from editing.study.search_space import check_methods, spaces
+    from editing.study.search_space import spaces
     from neurons.models.source import load_model
     from neurons.scorers.selection import parse_layers
     from neurons.text.corpus import read_corpus
@@ -135,7 +137,7 @@ def command(**options: Any) -> None:
     if asked.samples is None:
         asked.samples = 1 if asked.temperature == 0 else SAMPLES
     check_samples(asked.samples, asked.temperature)
-    check_methods(asked.methods)
+    searched_named(asked.methods)
     _require_own_directory(asked.out, STUDY)
     corpora = {
         part: replace(read_corpus(asked.corpus_path, asked.languages, part), tokens=asked.tokens)
@@ -153,7 +155,10 @@ def command(**options: Any) -> None:
     with screen.progress("Reading", None, "tokens") as advance:
         direction = diffmean_direction(loaded, corpora["estimate"], asked.source, asked.target, advance)
     tell_read(screen, direction.metadata["read"], DIRECTIONS.least, "text that the direction is from")
-    found = spaces(loaded, corpora["estimate"], direction, asked.methods, layers)
+    material = Material(
+        loaded, corpora["estimate"], asked.source, asked.target, directions=(direction,), layers=layers
+    )
+    found = spaces(material, asked.methods)
     scoring = Scoring(
         loaded,
         corpora["choose"],

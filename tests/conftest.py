@@ -75,8 +75,8 @@ def parts(known_text):
 
 @pytest.fixture(scope="module")
 def material(llama, parts):
-    """What ways of steering from en to fr are made of."""
-    from editing.study.ways import Material
+    """What methods steer from en to fr with."""
+    from editing.methods.material import Material
 
     return Material(llama, parts["estimate"], "en", "fr")
 

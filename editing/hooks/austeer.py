@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from editing.hooks.scaled_inputs import scaled_inputs
-from editing.methods.austeer import ALPHA, CHANNELS, austeer
+from editing.methods.austeer import ALPHA, CHANNELS, austeer, rates_of
+from editing.methods.material import Material
+from editing.methods.method import Method, Steering
 from neurons.models.source import LoadedModel
 from neurons.scorers.momentum import MomentumRates
+from neurons.scorers.setting import setting
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,32 @@ class Austeer:
             factors[block] = torch.ones(self.rates[block].rate_up.shape, dtype=torch.float64)
             factors[block][found.places[:, 0], found.places[:, 1]] = 1 + found.gamma
         return scaled_inputs(self.loaded, factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AusteerHook(Method):
+    """The method, with the rates of a study's text."""
+
+    name = "austeer"
+    title = "AUSteer hook"
+    line = "the channels that tell translations apart, scaled"
+    source = "arXiv 2602.04428"
+    permanent = False
+    edited = False
+    weakened_by = "alpha"
+
+    alpha: float = setting(ALPHA, grid=(1.0, 2.0, 4.0))
+    channels: int = setting(CHANNELS, grid=(CHANNELS,))
+
+    def prepare(self, material: Material) -> tuple[LoadedModel, Mapping[str, MomentumRates]]:
+        return material.loaded, rates_of(material)
+
+    def hooks(self, prepared: tuple[LoadedModel, Mapping[str, MomentumRates]]) -> Steering:
+        """
+        Raises:
+            BrocaError: fewer channels than that differ between the languages.
+        """
+        steering = Austeer(*prepared, self.channels, self.alpha)
+        with steering():  # refuses here what it would refuse while it is measured
+            pass
+        return steering

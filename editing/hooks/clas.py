@@ -14,8 +14,20 @@ from dataclasses import dataclass
 import torch
 
 from editing.hooks.scaled_inputs import scaled_inputs
-from editing.methods.clas import SHARED_GAIN, SPECIFIC_LOSS, STRENGTH, clas_factors, last_layers
+from editing.methods.clas import (
+    SHARED_GAIN,
+    SPECIFIC_LOSS,
+    STRENGTH,
+    ClasEdit,
+    clas_factors,
+    last_layers,
+    text_means,
+)
+from editing.methods.material import Material
+from editing.methods.method import Method, Steering
 from neurons.models.source import LoadedModel
+from neurons.scorers.clas import clas_classes
+from neurons.scorers.setting import setting
 
 
 @dataclass(frozen=True)
@@ -44,3 +56,23 @@ class Clas:
         kept = torch.ones_like(factors)
         kept[list(chosen)] = factors[list(chosen)]
         return scaled_inputs(self.loaded, {"mlp": kept})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClasHook(Method):
+    """The method, with the classes of a study's text."""
+
+    name = "clas"
+    title = "CLAS hook"
+    line = "shared neurons up, specific ones down, in the last layers"
+    source = ClasEdit.source
+    permanent = False
+    edited = False
+
+    strength: float = setting(STRENGTH, grid=(-5.0, -2.0, 2.0, 5.0))
+
+    def prepare(self, material: Material) -> tuple[LoadedModel, torch.Tensor]:
+        return material.loaded, clas_classes(text_means(material).text_mean("mlp_in"))
+
+    def hooks(self, prepared: tuple[LoadedModel, torch.Tensor]) -> Steering:
+        return Clas(*prepared, self.strength)

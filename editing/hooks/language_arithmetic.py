@@ -13,16 +13,22 @@ with u read on the same token: exactly the intervention on s, in any architectur
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from editing.methods.language_arithmetic import arithmetic
+from editing.methods.language_arithmetic import activation_means, arithmetic
+from editing.methods.material import Material
+from editing.methods.method import NEURON_METHODS, Method, Steering
 from neurons.architectures.sites import Reader, Routed, reading
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
+from neurons.scorers.setting import setting
+from neurons.text.batches import language_batches
+from neurons.text.token_budget import MEANS
 
 
 @dataclass(frozen=True)
@@ -94,3 +100,56 @@ def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.
         return values * scale.to(values.device, values.dtype) + added
 
     return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arithmetic(Method):
+    """The method, with the means of a study's text and the neurons that a method of identification finds in it."""
+
+    line = "the source's neurons off, the target's raised"
+    source = "arXiv 2507.22608"
+    permanent = False
+    edited = False
+
+    neurons: str = setting(NEURON_METHODS[0], grid=NEURON_METHODS)
+    strength: float = setting(1.0, grid=(1.0, 3.0))
+
+    def prepare(self, material: Material) -> Callable[..., Steering]:
+        """
+        Raises:
+            BrocaError: a mixture of experts, or a language without neurons.
+        """
+        if material.loaded.anatomy.mixed:
+            raise BrocaError("the neurons of experts are not raised by their means")
+        off, on = (material.mask(self.neurons, language) for language in material.pair)
+        of_target, of_source = material.once("activation means", lambda: _means(material))
+        mode = self.name.removeprefix("arithmetic-")
+        return partial(LanguageArithmetic, material.loaded, of_target, of_source, on, off, mode)
+
+    def hooks(self, prepared: Callable[..., Steering]) -> Steering:
+        return prepared(self.strength)
+
+
+class AdditiveArithmetic(_Arithmetic):
+    name, title = "arithmetic-additive", "language arithmetic, additive"
+
+
+class ReplacementArithmetic(_Arithmetic):
+    name, title = "arithmetic-replacement", "language arithmetic, replacement"
+
+
+class DifferenceArithmetic(_Arithmetic):
+    name, title = "arithmetic-difference", "language arithmetic, difference"
+
+
+def _means(material: Material) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of s on the target's and on the source's text, float64 [L, I] each."""
+    source, target = material.pair
+    batches = language_batches(material.loaded, material.text, default=MEANS.tokens)
+    found = activation_means(
+        material.loaded, {k: batches[k] for k in (source, target)}, range(material.loaded.anatomy.layers)
+    )
+    of_target, of_source = (
+        torch.stack([found[layer][k] for layer in sorted(found)]) for k in (target, source)
+    )
+    return of_target, of_source

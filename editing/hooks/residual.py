@@ -6,12 +6,17 @@ alpha = strength * ||v||.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from editing.hooks.steering import residual_steering
+from editing.methods.baked_vector import hook_grid
+from editing.methods.material import Material
+from editing.methods.method import Method, Steering
 from neurons.models.source import LoadedModel
 
 
@@ -33,3 +38,27 @@ class ResidualDiffMean:
 
     def __call__(self) -> AbstractContextManager[None]:
         return residual_steering(self.loaded, self.vector, self.layer, self.strength)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffMean(Method):
+    """The method, with a study's direction."""
+
+    name = "diffmean"
+    title = "DiffMean hook"
+    line = "h += strength v after a layer"
+    source = "arXiv 2601.08331"
+    permanent = False
+    edited = False
+
+    layer: int
+
+    @classmethod
+    def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
+        return hook_grid(material.loaded.anatomy.layers)
+
+    def prepare(self, material: Material) -> tuple[LoadedModel, torch.Tensor]:
+        return material.loaded, material.direction.vectors["block_out"][self.layer]
+
+    def hooks(self, prepared: tuple[LoadedModel, torch.Tensor]) -> Steering:
+        return ResidualDiffMean(*prepared, self.layer, self.strength)

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from editing.directions.direction import Direction
+from editing.methods.material import Material
+from editing.methods.method import Method, Steering
 from neurons.architectures.sites import Reader, Routed, reading
 from neurons.models.source import LoadedModel
+from neurons.scorers.setting import setting
 
 
 def middle_layers(layers: int) -> tuple[int, ...]:
@@ -62,3 +65,26 @@ def _remove(basis: torch.Tensor, strength: float) -> Reader:
         return values - strength * ((values @ own) @ own.T)
 
     return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal(Method):
+    """The method, with the language subspace of a study's text."""
+
+    name = "subspace-removal"
+    title = "subspace removal hook"
+    line = "the languages' subspace out in middle layers, back in the top ones"
+    source = "arXiv 2505.15257"
+    permanent = False
+    edited = False
+
+    strength: float = setting(1.0, grid=(0.2, 0.5, 1.0))
+
+    def prepare(self, material: Material) -> tuple[LoadedModel, Direction]:
+        return material.loaded, material.subspace
+
+    def hooks(self, prepared: tuple[LoadedModel, Direction]) -> Steering:
+        depth, strength = prepared[0].anatomy.layers, float(self.strength)
+        middle = dict.fromkeys(middle_layers(depth), strength)
+        # Where a layer is both, as in a model of few, it is removed.
+        return SubspaceRemoval(*prepared, {**dict.fromkeys(top_layers(depth), -strength), **middle})

@@ -18,11 +18,14 @@ scaled here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from editing.methods.material import Material
+from editing.methods.method import Method
 from editing.methods.reach import chosen_blocks, chosen_layers, require_strength
 from editing.methods.scale import column_scaling
 from editing.plans.plan import ModuleEdit, Plan, make_plan
@@ -34,6 +37,7 @@ from neurons.recording.collectors import Reading, TextSums
 from neurons.recording.corpus_recording import RESPONSE_BYTES
 from neurons.recording.record import Progress, forward
 from neurons.scorers.momentum import MomentumRates, momentum_rates
+from neurons.scorers.setting import Range, setting
 from neurons.statistics.statistics import Statistics
 from neurons.statistics.totals import Totals
 from neurons.text.batches import language_batches
@@ -305,3 +309,51 @@ def _responses(
                 if progress is not None:
                     progress(int(batch.counted.sum()))
     return kept, lines
+
+
+def rates_of(material: Material) -> dict[str, MomentumRates]:
+    """Block -> rates of a study's pair, or of the languages that were given.
+
+    Raises:
+        UsageError: no pair, or neither parallel text nor statistics of one.
+    """
+    pair = material.pair if material.studied else material.languages
+    if pair is None or len(pair) != 2:
+        raise UsageError("--method austeer needs --languages SOURCE,TARGET")
+    if material.statistics is not None:
+        if material.blocks not in (None, ("mlp",)):
+            raise UsageError(
+                "--statistics know neurons only: leave --blocks out, or give --corpus in place of --statistics"
+            )
+        return {"mlp": neuron_rates(material.opened, material.statistics, *pair)}
+    if material.corpus is None:
+        raise UsageError("--method austeer needs --corpus (parallel text), or --statistics of one")
+    found: dict[str, MomentumRates] = material.once(
+        "rates",
+        lambda: corpus_rates(
+            material.loaded, material.text, *pair, material.blocks or BLOCKS, material.progress
+        ),
+    )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AusteerEdit(Method):
+    """AUSteer in the weights."""
+
+    name = "austeer"
+    line = "the input channels that tell translations apart most often, scaled"
+    source = "AUSteer"
+    needs = ("languages",)
+    takes = ("corpus", "statistics", "part", "layers", "blocks", "strength", "device", "dtype")
+
+    channels: int = setting(CHANNELS, "how many")
+    alpha: float = setting(ALPHA, "times the rate, added to 1", search=Range(0.25, 8.0, log=True))
+
+    def prepare(self, material: Material) -> Callable[..., Plan]:
+        rates, pair = rates_of(material), material.pair if material.studied else material.languages
+        assert pair is not None
+        return partial(austeer_plan, material.opened, rates, (pair[0], pair[1]), layers=material.layers)
+
+    def plan(self, prepared: Callable[..., Plan]) -> Plan:
+        return prepared(channels=self.channels, alpha=self.alpha * self.strength)

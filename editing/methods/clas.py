@@ -13,17 +13,23 @@ column j of ``down_proj``, without approximation.  Published: b .4, g .2, a from
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from editing.methods.material import Material
+from editing.methods.method import Method
 from editing.methods.reach import chosen_layers, require_neurons, require_strength
 from editing.methods.scale import column_scaling
 from editing.plans.plan import Plan, make_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
+from neurons.recording.corpus_recording import record_corpus
 from neurons.scorers.clas import CLASSES, clas_classes
+from neurons.scorers.registry import TEXTS
 from neurons.scorers.selection import KINDS
+from neurons.scorers.setting import Range, setting
 from neurons.statistics.statistics import Statistics
 
 SHARED_GAIN, SPECIFIC_LOSS, STRENGTH = 0.4, 0.2, 1.0
@@ -182,3 +188,48 @@ def _classes(
         )
     chosen = [known.index(language) for language in (known if languages is None else languages)]
     return clas_classes(mean), known, (mean[..., chosen] > 0).any(-1)
+
+
+def text_means(material: Material) -> Statistics:
+    """The means of a study's texts, which tell the classes."""
+    found: Statistics = material.once(
+        "text means",
+        lambda: record_corpus(material.loaded, material.text, ["mlp_in:text_mean"], TEXTS),
+    )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClasEdit(Method):
+    """CLAS in the weights."""
+
+    name = "clas"
+    line = "neurons that languages share up, those of one language down"
+    source = "arXiv 2601.16390"
+    takes = ("statistics", "neurons", "languages", "layers", "strength")
+
+    strength: float = setting(STRENGTH, search=Range(-5.0, 5.0))
+    shared_gain: float = setting(SHARED_GAIN, "b, for partial-shared neurons")
+    specific_loss: float = setting(SPECIFIC_LOSS, "g, for specific neurons")
+
+    def prepare(self, material: Material) -> Plan:
+        classified = material.statistics or material.neurons
+        if classified is None and material.studied:
+            classified = text_means(material)
+        if classified is None:
+            raise UsageError(
+                "--method clas needs --statistics (broca record ... --for clas) or --neurons (broca identify "
+                "--method clas --kinds specific,related)"
+            )
+        return clas_plan(
+            material.opened,
+            classified,
+            material.languages,
+            material.layers,
+            self.strength,
+            self.shared_gain,
+            self.specific_loss,
+        )
+
+    def plan(self, prepared: Plan) -> Plan:
+        return prepared

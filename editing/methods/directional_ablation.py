@@ -24,13 +24,21 @@ too; a plan reaches output modules only, so what the embeddings write along v st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from editing.directions.direction import Direction
+from editing.methods.material import Material
+from editing.methods.method import Method, Settings
+from editing.methods.neutral_mean import neutral_means
 from editing.methods.reach import (
+    FROM_LINE,
+    OWN,
+    SITE_LINE,
     chosen_blocks,
     chosen_layers,
     chosen_site,
@@ -44,6 +52,7 @@ from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
+from neurons.scorers.setting import Range, setting
 
 # form -> (columns keep their lengths, the neutral mean is spared)
 FORMS = {
@@ -278,3 +287,68 @@ def _neutral_mean(
     mean = weights.read(layer, block) @ direction.input_means[inputs][layer].double()
     bias = output_bias(source, weights, layer, block)
     return mean if bias is None else mean + bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate(Method):
+    """The method; the biprojected forms spare the mean of neutral text where there is some."""
+
+    name = "ablate"
+    title = "directional ablation"
+    line = "the direction is taken out of what blocks write"
+    source = "arXiv 2406.11717"
+    needs = ("direction",)
+    takes = ("layers", "blocks", "strength", "corpus", "languages", "part", "device", "dtype")
+    least_languages = 1
+
+    strength: float = setting(1.0, search=Range(0.25, 2.0), grid=(1.0, 2.0, -1.0))
+    form: str = setting(
+        "plain",
+        "which form; the biprojected spare the mean of neutral text, --corpus and --languages",
+        words=tuple(FORMS),
+    )
+    site: str = setting("block_out", SITE_LINE, words=("block_out", OWN))
+    from_layer: int | None = setting(None, FROM_LINE)
+
+    @classmethod
+    def of(cls, material: Material, settings: Settings) -> Ablate:
+        return cls(site="block_out" if material.opened.anatomy.residual_output else OWN, **settings)
+
+    def prepare(self, material: Material) -> Callable[..., Plan]:
+        corpus, blocks = material.corpus, material.blocks or BLOCKS
+        make = partial(
+            directional_ablation_plan,
+            material.opened,
+            material.direction,
+            material.layers,
+            blocks,
+            self.form,
+            self.site,
+            from_layer=self.from_layer,
+        )
+        if material.studied:
+            return make
+        if corpus is None:
+            if material.languages is not None:
+                raise UsageError("--languages chooses the neutral text from --corpus, which is not given")
+            return make
+        if not FORMS[self.form][1]:
+            raise UsageError(
+                f"--corpus is neutral text, which form {self.form} does not use: leave it out, or give --set "
+                "form=biprojected"
+            )
+        sites = tuple(dict.fromkeys(site_of(self.site, block) for block in blocks))
+        neutral = neutral_means(material.loaded, corpus, sites, material.progress)
+        origin = {
+            "languages": list(corpus.languages),
+            "corpus": {"digest": corpus.digest, "part": corpus.part},
+        }
+
+        def made(**settings: Any) -> Plan:
+            plan = make(neutral=neutral, **settings)
+            return Plan(plan.edits, {**plan.metadata, "neutral": origin})
+
+        return made
+
+    def plan(self, prepared: Callable[..., Plan]) -> Plan:
+        return prepared(strength=self.strength)

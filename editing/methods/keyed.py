@@ -36,7 +36,7 @@ from editing.directions.direction import Direction
 from editing.methods.key import EPS as EPS
 from editing.methods.key import SOFT_WEIGHT as SOFT_WEIGHT
 from editing.methods.key import Key, described, key_problem, least_spread, require_key
-from editing.methods.learned_values import LEARNED_AT, learned_values
+from editing.methods.learned_values import LEARNED_AT
 from editing.methods.norm_value import value_through_norm
 from editing.methods.output_norm import output_norm, source_tokens
 from editing.methods.sparse_key import require_share, sparse_key
@@ -247,39 +247,6 @@ def _edit(
             **notes,
         },
     )
-
-
-def keyed_plans(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    direction: Direction,
-    strengths: Sequence[float],
-    layers: Sequence[int] | None = None,
-    neurons: NeuronSet | None = None,
-    learned: bool = False,
-) -> tuple[Plan, ...]:
-    """``keyed_plan`` at several strengths: solved once, and anew for each where a norm follows.
-
-    A norm bends what the strength multiplies, so there a plan at twice the strength is not twice the plan.
-
-    Args:
-        learned: keys over heads and neurons, with values learned from the corpus
-            (``editing.methods.learned_values``), in place of keys over neurons with the direction as value.
-    """
-
-    def make(strength: float) -> Plan:
-        blocks = BLOCKS if learned else ("mlp",)
-        plan = keyed_plan(loaded, corpus, direction, layers, strength, neurons, blocks=blocks)
-        if not learned:
-            return plan
-        sources, targets = corpus.texts[direction.source], corpus.texts[direction.target]
-        return learned_values(loaded, plan, sources, targets).plan
-
-    if not loaded.anatomy.residual_output:
-        return tuple(map(make, strengths))
-    at = LEARNED_AT if learned else 1.0
-    whole = make(at)
-    return tuple(whole.scaled(strength / at) for strength in strengths)
 
 
 def _key(place: Place, moments: Moments, wanted: _Wanted) -> tuple[Key, dict[str, Any]]:

@@ -34,6 +34,8 @@ from typing import Any
 import torch
 
 from editing.methods.bake import EPS, baked_edit, constant_keys, total_moments
+from editing.methods.material import Material
+from editing.methods.method import Method
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.sites import Reader, Routed, reading
@@ -42,6 +44,7 @@ from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import language_moments
 from neurons.recording.record import Progress, forward
+from neurons.scorers.setting import setting
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import MEANS
@@ -347,3 +350,41 @@ def _check(
             f"{anatomy.model_type}: its MLP has no bias, and no setting of its config gives it one that serving "
             "engines read: leave --as-bias out"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticEdit(Method):
+    """Language arithmetic in the weights."""
+
+    name = "language-arithmetic"
+    line = "one language's neurons off, another's raised by its mean"
+    source = "arXiv 2507.22608"
+    needs = ("neurons", "corpus")
+    takes = ("part", "strength", "device", "dtype")
+
+    target: str | None = setting(None, "the language whose neurons are raised")
+    deactivate: tuple[str, ...] = setting((), "languages whose neurons are switched off")
+    mode: str = setting("additive", "how they are raised", words=MODES)
+    other: str | None = setting(None, "difference: whose mean is subtracted; the deactivated one's")
+    fill: float = setting(0.0, "value of neurons that are off; below 0 holds them harder")
+    as_bias: bool = setting(False, "the constant as a bias, where the architecture has one")
+    eps: float = setting(EPS, "ridge, as a share of the mean variance")
+
+    def prepare(self, material: Material) -> Plan:
+        return language_arithmetic_plan(
+            material.loaded,
+            material.text,
+            material.neuron_set,
+            self.target,
+            self.deactivate,
+            self.mode,
+            self.other,
+            self.strength,
+            self.fill,
+            self.as_bias,
+            self.eps,
+            material.progress,
+        )
+
+    def plan(self, prepared: Plan) -> Plan:
+        return prepared

@@ -16,6 +16,8 @@ from neurons.neuron_sets.neuron_set import NeuronSet
 
 # The site that stands for attn_out in attention and for mlp_out in the MLP.
 OWN = "own"
+SITE_LINE = "whose direction: block_out, or own (of the block that is edited)"
+FROM_LINE = "the layer whose direction is used in all layers; each layer's own where not given"
 
 
 def require_strength(strength: float) -> None:

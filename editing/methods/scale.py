@@ -7,16 +7,21 @@ a hook on the neuron would.  Needs no forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from editing.methods.material import Material
+from editing.methods.method import NEURON_METHODS, Method
 from editing.methods.reach import chosen_layers, require_neurons
+from editing.plans.algebra import compose
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
+from neurons.scorers.setting import Range, setting
 
 
 def scale_plan(
@@ -117,3 +122,64 @@ def column_scaling(source: ModelSource, block: str, scale: torch.Tensor) -> list
             )
         )
     return edits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Method):
+    """The neurons of some languages times a factor."""
+
+    name = "scale"
+    line = "neurons times a factor: 0 ablates, 2 doubles; no forward pass"
+    source = "exact fold"
+    needs = ("neurons", "languages")
+    takes = ("layers", "strength")
+
+    factor: float | None = setting(None, "0 ablates, 2 doubles")
+
+    def prepare(self, material: Material) -> Plan:
+        if self.factor is None:
+            raise UsageError("--method scale needs --factor (0 ablates, 2 doubles)")
+        if material.languages is None:
+            raise UsageError("--method scale needs --languages: whose neurons?")
+        return scale_plan(
+            material.opened, material.neuron_set, material.languages, self.factor, material.layers
+        )
+
+    def plan(self, prepared: Plan) -> Plan:
+        return prepared.scaled(self.strength)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalePair(Method):
+    """The source's neurons times one factor and the target's times another, as a study tries it."""
+
+    name = "scale"
+    title = "neuron scaling"
+    line = Scale.line
+    source = Scale.source
+    edited = False
+
+    neurons: str = NEURON_METHODS[1]
+    source_factor: float = setting(0.0, search=Range(-1.0, 0.95))
+    target_factor: float = setting(3.0, search=Range(1.05, 8.0))
+
+    @classmethod
+    def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
+        # 1 leaves them alone.
+        factors = ((0.0, 1.0), (1.0, 3.0), (0.0, 3.0), (0.0, 6.0))
+        return [
+            {"neurons": NEURON_METHODS[1], "source_factor": source, "target_factor": target}
+            for source, target in factors
+        ]
+
+    def prepare(self, material: Material) -> Plan:
+        found = material.identified(self.neurons)
+        plans = [
+            scale_plan(material.loaded, found, (language,), factor, material.layers)
+            for language, factor in zip(material.pair, (self.source_factor, self.target_factor), strict=True)
+            if factor != 1
+        ]
+        return plans[0] if len(plans) == 1 else compose(plans, material.loaded)
+
+    def plan(self, prepared: Plan) -> Plan:
+        return prepared.scaled(self.strength)

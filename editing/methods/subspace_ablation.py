@@ -17,7 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from editing.directions.direction import Direction
+from editing.methods.material import Material
+from editing.methods.method import Method
 from editing.methods.reach import (
+    FROM_LINE,
+    OWN,
+    SITE_LINE,
     chosen_blocks,
     chosen_layers,
     chosen_site,
@@ -31,6 +36,7 @@ from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
+from neurons.scorers.setting import Range, setting
 
 # What must be left of a unit vector once those before it are taken out: less is rounding, not a direction.
 LEAST_REST = 1e-6
@@ -216,3 +222,34 @@ def _module_edit(
             "share": float(found.right.norm() / weight.norm()) / abs(strength),
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateSubspace(Method):
+    """The method; a study takes the language subspace of its text."""
+
+    name = "ablate-subspace"
+    line = "several directions are taken out; a strength below 0 amplifies"
+    source = "arXiv 2505.15257"
+    needs = ("direction",)
+    takes = ("layers", "blocks", "strength")
+
+    strength: float = setting(1.0, search=Range(0.1, 2.0))
+    site: str = setting("block_out", SITE_LINE, words=("block_out", OWN))
+    from_layer: int | None = setting(None, FROM_LINE)
+    rank: int | None = setting(None, "how many of the subspace's directions; all")
+
+    def prepare(self, material: Material) -> Plan:
+        return subspace_ablation_plan(
+            material.opened,
+            material.directions or (material.subspace,),
+            material.layers,
+            material.blocks or BLOCKS,
+            self.site,
+            self.strength,
+            self.from_layer,
+            self.rank,
+        )
+
+    def plan(self, prepared: Plan) -> Plan:
+        return prepared

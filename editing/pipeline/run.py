@@ -7,7 +7,7 @@ report.  What is reported of the edit is measured on the checkpoint that was wri
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,27 +16,21 @@ from typing import Any, Protocol
 from editing.checkpoints.export import export
 from editing.checkpoints.weight_exchange import Exchange
 from editing.directions.diffmean import diffmean_direction
-from editing.directions.direction import Direction, load_direction
+from editing.directions.direction import load_direction
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.language_id import check_languages
+from editing.hooks.residual import DiffMean
 from editing.methods.keyed import LEARNED, require_common_inputs
+from editing.methods.keyed_edit import Keyed
+from editing.methods.material import Material
+from editing.methods.steer2edit import Steer2Edit
 from editing.pipeline.needs import direction_need, evaluation_need, key_need, learning_need, writing_need
 from editing.pipeline.recipe import Recipe
 from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
 from editing.report.run_report import Report, report_files, report_from_json
-from editing.study.comparison import (
-    HOOK,
-    KEYED,
-    STEER2EDIT,
-    Candidate,
-    best_of,
-    hook_candidate,
-    hook_candidates,
-    keyed_candidates,
-    steer2edit_candidate,
-    steer2edit_candidates,
-)
+from editing.study.candidates import Candidate, candidate, candidates_of
+from editing.study.comparison import best_of
 from editing.study.origin import measured_by, processor, text_measured, texts_read
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
@@ -288,21 +282,23 @@ class _Run:
             )
         found.save(self.out / f"direction-{target}.safetensors")
 
-    def keyed(self, direction: Direction) -> list[Candidate]:
-        neurons = (
-            load_neuron_set(self.out / "neurons.safetensors")
-            if self.recipe.key_neurons == "identified"
-            else None
+    def material(self, target: str) -> Material:
+        direction = load_direction(self.out / f"direction-{target}.safetensors")
+        return Material(
+            self.loaded, self.corpora["estimate"], self.recipe.source, target, directions=(direction,)
         )
-        return keyed_candidates(
-            self.loaded,
-            direction,
-            self.corpora["estimate"],
-            self.recipe.keyed_strengths,
-            self.layers,
-            neurons,
-            self.recipe.values == LEARNED,
-        )
+
+    def keyed(self, material: Material) -> Iterator[Candidate]:
+        """The keyed edit at the recipe's strengths."""
+        learn = self.recipe.values == LEARNED
+        if self.recipe.key_neurons == "identified":
+            material = replace(material, neurons=load_neuron_set(self.out / "neurons.safetensors"))
+        material = replace(material, layers=self.layers)
+        for strength in self.recipe.keyed_strengths:
+            settings = {"strength": strength, "learn": learn, "blocks": BLOCKS if learn else ("mlp",)}
+            found = candidate(Keyed, material, settings)
+            assert found.plan is not None  # a keyed candidate always has one
+            yield replace(found, settings=found.plan.metadata["settings"])
 
     def evaluation(self, target: str, part: str) -> Evaluation:
         recipe, corpus = self.recipe, self.corpora[part]
@@ -320,10 +316,10 @@ class _Run:
         )
 
     def edit(self, target: str) -> None:
-        direction = load_direction(self.out / f"direction-{target}.safetensors")
-        steer2edit, refused = steer2edit_candidates(self.loaded, direction)
-        ways = [hook_candidates(self.loaded, direction), steer2edit, self.keyed(direction)]
-        tried: list[dict[str, Any]] = list(refused)
+        material = self.material(target)
+        hooks, _ = candidates_of(DiffMean, material)
+        steer2edit, tried = candidates_of(Steer2Edit, material)
+        ways = [hooks, steer2edit, list(self.keyed(material))]
         chosen: dict[str, Candidate] = {}
         with self.screen.progress(
             f"Choosing settings, {self.recipe.source} to {target}", sum(map(len, ways)), "settings"
@@ -334,8 +330,8 @@ class _Run:
                 tried += known
                 if best is not None:
                     chosen[best.way] = best
-        plan = chosen[KEYED].plan
-        assert plan is not None  # a keyed candidate always has one
+        plan = chosen[Keyed.title].plan
+        assert plan is not None
         plan.save(self.out / f"edit-{target}.safetensors")
         settings = {way: candidate.settings for way, candidate in chosen.items()}
         content = {
@@ -355,18 +351,18 @@ class _Run:
             export(self.source, plan, self.out / f"checkpoint-{target}", overwrite=True, progress=tell)
 
     def measure(self, target: str) -> None:
-        direction = load_direction(self.out / f"direction-{target}.safetensors")
+        material = self.material(target)
         chosen = json.loads((self.out / f"choice-{target}.json").read_text(encoding="utf-8"))["chosen"]
         plan = load_plan(self.out / f"checkpoint-{target}" / PLAN_IN_CHECKPOINT)
         # Left on disk: one model in memory is enough.
         exported = load_model(str(self.out / f"checkpoint-{target}"), dtype=self.recipe.dtype, max_memory=0)
-        ways = [hook_candidate(self.loaded, direction, **chosen[HOOK])]
+        ways = [candidate(DiffMean, material, chosen[DiffMean.title])]
         notes = []
-        if STEER2EDIT in chosen:
-            ways.append(steer2edit_candidate(self.loaded, direction, **chosen[STEER2EDIT]))
+        if Steer2Edit.title in chosen:
+            ways.append(candidate(Steer2Edit, material, chosen[Steer2Edit.title]))
         else:
             notes.append("Steer2Edit: none of the published settings changes anything in this model.")
-        ways.append(Candidate(KEYED, plan.metadata["settings"], plan, Exchange(self.loaded, exported)))
+        ways.append(Candidate(Keyed.title, plan.metadata["settings"], plan, Exchange(self.loaded, exported)))
         with self.screen.progress(
             f"Measuring {self.recipe.source} to {target}", len(ways) + 1, "ways"
         ) as advance:

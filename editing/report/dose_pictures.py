@@ -11,9 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from editing.evaluation.evaluation import Outcome
+from editing.methods.keyed_edit import KEYED
 from editing.report.curves import COLOURS, plainly
 from editing.report.inline_svg import label
-from editing.study.comparison import KEYED
 from editing.study.doses import harm
 from neurons.neuron_sets.pictures import TITLE, titled
 

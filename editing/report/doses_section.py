@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from editing.evaluation.evaluation import Outcome
+from editing.methods.keyed_edit import KEYED
 from editing.report.dose_pictures import LINEAR, dose_figure, is_measured
 from editing.report.inline_svg import drawn
 from editing.report.run_report import Report
 from editing.report.templating import rendered
-from editing.study.comparison import KEYED
 from editing.study.doses import Cost, costs, harm
 
 

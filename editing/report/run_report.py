@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from editing.evaluation.evaluation import Outcome, measured
-from editing.study.comparison import KEYED
+from editing.methods.keyed_edit import KEYED
 from editing.study.doses import costs, harm
 from editing.study.origin import origin_of
 from neurons.files.artifact import json_bytes

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from editing.evaluation.evaluation import Outcome
+from editing.methods.material import Material
+from editing.methods.method import Method
 from editing.plans.live import applied
-from editing.study.comparison import Candidate
-from editing.study.ways import Material, Way
+from editing.study.candidates import Candidate, candidate
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Cost:
 
 
 def weaker(
-    way: Way, material: Material, chosen: Candidate, doses: Sequence[float]
+    method: type[Method], material: Material, chosen: Candidate, doses: Sequence[float]
 ) -> Iterator[tuple[float, Candidate]]:
     """The chosen candidate at parts of its strength: a permanent edit's plan scaled, a hook's strength multiplied.
 
     A plan that was solved through norms is solved again, as no multiple of it does what its strength says.
 
     Args:
-        way: that the candidate is of.
+        method: that the candidate is of.
         material: what it was made of.
         chosen: at dose 1.
         doses: parts of it, none of them 1.
@@ -58,13 +59,12 @@ def weaker(
         BrocaError: an edit that cannot be scaled (``editing.plans.plan.ModuleEdit.scaled``).
     """
     for dose in doses:
-        strength = way.strength if chosen.plan is None else "strength"
         if chosen.plan is not None and not chosen.plan.through_norm:
             plan = chosen.plan.scaled(dose)
             yield dose, Candidate(chosen.way, chosen.settings, plan, partial(applied, material.loaded, plan))
-        elif strength is not None:
-            settings = {**chosen.settings, strength: dose * chosen.settings[strength]}
-            yield dose, way.make(material, settings)
+        elif method.weakened_by is not None:
+            strength = dose * chosen.settings[method.weakened_by]
+            yield dose, candidate(method, material, {**chosen.settings, method.weakened_by: strength})
 
 
 def harm(outcome: Outcome, source: str, target: str) -> float:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from editing.evaluation.evaluation import Evaluation, Outcome
-from editing.study.comparison import Candidate, choose, measure_candidates
+from editing.methods.material import Material
+from editing.methods.method import Method
+from editing.study.candidates import Candidate, candidates_of
+from editing.study.comparison import choose, measure_candidates
 from editing.study.doses import weaker
-from editing.study.ways import Material, Way, candidates_of
 from neurons.errors import BrocaError
 
 
@@ -33,7 +35,7 @@ class Compared:
 
 
 def compare_ways(
-    ways: Mapping[str, Way],
+    ways: Mapping[str, type[Method]],
     material: Material,
     choosing: Evaluation,
     reporting: Evaluation,
@@ -89,7 +91,7 @@ def compare_ways(
 
 
 def _curve(
-    way: Way, material: Material, best: Candidate, doses: Sequence[float], reporting: Evaluation
+    way: type[Method], material: Material, best: Candidate, doses: Sequence[float], reporting: Evaluation
 ) -> tuple[list[Outcome], str]:
     """The outcomes of the doses, and why there are none where the way cannot be made weaker."""
     found = []

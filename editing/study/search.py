@@ -82,7 +82,7 @@ class Trial:
 
     Attributes:
         number: in the order in which they were tried.
-        method: of ``editing.study.search_space.METHODS``.
+        method: of ``editing.study.registry.searched``.
         settings: of the method.
         state: MEASURED, HOPELESS or NOTHING.
         found, continuations: in the target, of how many; of the first few prompts where it is hopeless.

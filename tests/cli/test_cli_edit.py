@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from cli.main import main
 from editing.methods.neutral_mean import neutral_means
-from editing.methods.registry import METHODS
 from editing.plans.plan import load_plan
 from editing.report.edits_section import edit_content
+from editing.study.registry import edits
 from neurons.models.source import load_model
 from neurons.text.corpus import read_corpus
 
@@ -97,7 +97,7 @@ def plan_of(files):
 
 
 def test_every_method_is_tried():
-    assert set(WAYS) == set(METHODS)
+    assert set(WAYS) == set(edits())
 
 
 @pytest.mark.parametrize("method", WAYS)
@@ -235,7 +235,7 @@ def test_learning_takes_openings_of_every_source_in_turn(broca, files, tmp_path,
         seen.append((sources, target))
         return SimpleNamespace(plan=plan)
 
-    monkeypatch.setattr("editing.methods.registry.learned_values", heard)
+    monkeypatch.setattr("editing.methods.keyed_edit.learned_values", heard)
     words = ["--direction", str(files / "direction.safetensors"), "--corpus", str(folder), "--strength", "2"]
     status, _, err = broca(
         "edit", files / "model", *words, "--set", "learn=yes", "--set", "sources=qaa,qac",
@@ -327,7 +327,7 @@ def test_languages_choose_the_corpus_also_beside_a_neuron_set(broca, files, tmp_
 
 def test_the_list_says_what_each_needs(broca):
     status, out, _ = broca("edit", "--method", "list")
-    assert status == 0 and all(name in out for name in METHODS)
+    assert status == 0 and all(name in out for name in edits())
     listed = json.loads(broca("edit", "--method", "list", "--json")[1])
     assert listed["keyed"]["needs"] == ["direction", "corpus"]
     assert listed["scale"]["settings"] == {"factor": None}
@@ -397,7 +397,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", edits())
 def test_a_strength_of_nothing_is_refused(broca, files, tmp_path, method):
     """By its own name, and not with the remedy for too high a threshold."""
     out = tmp_path / "edit.safetensors"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from editing.methods.registry import METHODS
 from editing.pipeline.recipe import read_recipe
+from editing.study.registry import edits
 from neurons.errors import UsageError
 from neurons.scorers.setting import NUMBER, WHOLE, read_given
 
@@ -72,11 +72,11 @@ def test_settings_that_are_not_the_methods_are_refused_before_any_work(refusal, 
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_no_methods_number_may_be_other_than_finite(value):
-    for method in METHODS.values():
-        for name, setting in method.settings.items():
+    for method in edits().values():
+        for name, setting in method.settings().items():
             if setting.kind in (NUMBER, WHOLE):
                 with pytest.raises(UsageError, match=name):
-                    read_given(method.settings, {name: value})
+                    read_given(method.settings(), {name: value})
 
 
 @pytest.mark.parametrize(

@@ -100,15 +100,17 @@ def test_a_run_refuses_experts_before_its_first_stage(broca, mixture, known_text
 
 
 def test_a_comparison_goes_on_without_what_experts_cannot_do(checkpoint_of, known_text):
-    from editing.study.ways import Material, candidates_of, ways_named
+    from editing.methods.material import Material
+    from editing.study.candidates import candidates_of
+    from editing.study.registry import compared_named
     from neurons.models.source import load_model
     from neurons.text.corpus import read_corpus
 
     loaded = load_model(str(checkpoint_of("mixtral")), "cpu")
     material = Material(loaded, read_corpus(known_text, part="estimate"), "en", "fr")
-    names = [name for name in ways_named(["all"]) if "arithmetic" in name]
+    names = [name for name in compared_named(["all"]) if "arithmetic" in name]
     assert names
-    for way in ways_named(names).values():
+    for way in compared_named(names).values():
         found, refused = candidates_of(way, material)
         assert not found and all("experts" in one["refused"] for one in refused)
 

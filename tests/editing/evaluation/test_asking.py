@@ -13,9 +13,9 @@ from editing.evaluation.asking import (
     questions_asked,
 )
 from editing.evaluation.generation import encoded, generate
-from editing.evaluation.instructions import ENGLISH_NAMES, IN_SOURCE, IN_TARGET, instructions
 from editing.evaluation.language_id import identify_language, second_opinion
 from editing.evaluation.questions import Question, Questions
+from editing.hooks.instructions import ENGLISH_NAMES, IN_SOURCE, IN_TARGET, instructions
 from neurons.errors import UsageError
 from neurons.text.corpus import Corpus
 

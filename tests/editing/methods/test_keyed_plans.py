@@ -1,24 +1,27 @@
 """Several strengths at once are the plans that each strength makes alone, also where a norm follows."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from editing.directions.diffmean import diffmean_direction
-from editing.methods.keyed import keyed_plan, keyed_plans
+from editing.methods.keyed import keyed_plan
+from editing.methods.keyed_edit import Keyed
 from editing.methods.learned_values import LEARNED_AT, learned_values
+from editing.methods.material import Material
 from neurons.models.source import load_model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_learned_ones_are_learned_at_one_strength_or_at_each(checkpoint_of, corpus, model_type, monkeypatch):
-    def quick(*given):
-        return learned_values(*given, passes=1)
-
-    monkeypatch.setattr("editing.methods.keyed.learned_values", quick)
+    quick = partial(learned_values, passes=1)
+    monkeypatch.setattr("editing.methods.keyed_edit.learned_values", quick)
     loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
     sources, targets = corpus.texts["qaa"], corpus.texts["qab"]
-    found = keyed_plans(loaded, corpus, direction, (1.0, 3.0), learned=True)
+    material = Material(loaded, corpus, "qaa", "qab", directions=(direction,))
+    found = [Keyed(strength=s, learn=True, blocks=("attn", "mlp")).made(material) for s in (1.0, 3.0)]
     for plan, strength in zip(found, (1.0, 3.0), strict=True):
         at = LEARNED_AT if model_type == "llama" else strength
         plain = keyed_plan(loaded, corpus, direction, None, at, blocks=("attn", "mlp"))
@@ -33,7 +36,8 @@ def test_each_plan_is_the_one_of_its_strength(checkpoint_of, corpus, model_type)
     loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
     strengths = (0.5, 2.0)
-    found = keyed_plans(loaded, corpus, direction, strengths, layers=[1])
+    material = Material(loaded, corpus, "qaa", "qab", directions=(direction,), layers=(1,))
+    found = [Keyed(strength=strength).made(material) for strength in strengths]
     for plan, strength in zip(found, strengths, strict=True):
         (edit,), (alone,) = plan.edits, keyed_plan(loaded, corpus, direction, [1], strength).edits
         expected = alone.left.double() @ alone.right.double().T

@@ -10,10 +10,12 @@ import torch
 from editing.directions.diffmean import diffmean_direction
 from editing.methods.crossings import crossing_batch, crossings, openings_and_rests
 from editing.methods.keyed import keyed_plan
+from editing.methods.keyed_search import KeyedSearch
 from editing.methods.learned_values import HELD_OUT, LEARNED_AT, LearnedValues, _loss, _values, learned_values
+from editing.methods.material import Material
 from editing.plans.live import applied
 from editing.plans.plan import ModuleEdit, make_plan
-from editing.study.search_space import Keys, keyed_space
+from editing.study.search_space import spaces
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.recording.record import forward
@@ -228,10 +230,10 @@ def test_the_search_learns_once_and_scales(llama, corpus, plan, texts, monkeypat
         calls.append(arguments)
         return learned_values(*arguments, **settings, passes=2)
 
-    monkeypatch.setattr("editing.study.search_space.learned_values", counted)
-    keys = Keys(llama, corpus, diffmean_direction(llama, corpus, "qaa", "qab"))
+    monkeypatch.setattr("editing.methods.keyed_edit.learned_values", counted)
+    material = Material(llama, corpus, "qaa", "qab")
     expected = learned_values(llama, plan, *texts, passes=2).plan
-    space = keyed_space(keys)
+    space = spaces(material, ["keyed"])["keyed"]
     assert space.knobs["values"].words == ("means", "learned")
     made = [
         space.make({"values": "learned", "heads": 0.5, "layers": "all", "strength": s})
@@ -242,20 +244,20 @@ def test_the_search_learns_once_and_scales(llama, corpus, plan, texts, monkeypat
         torch.testing.assert_close(change(own), change(other), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(change(more), change(own) * 1.5, rtol=1e-6, atol=1e-9)
     assert "learned" in made[0].metadata["settings"]
-    assert "learned" not in keys.plan((0, 1), 0.5, 2.0).metadata["settings"]
+    means = KeyedSearch(heads=0.5, layers=(0, 1)).made(material)
+    assert "learned" not in means.metadata["settings"]
 
 
 def test_the_search_does_not_offer_what_it_cannot_learn(checkpoint_of, corpus, llama):
-    direction = diffmean_direction(llama, corpus, "qaa", "qab")
     short = replace(corpus, texts={k: texts[:9] for k, texts in corpus.texts.items()})
-    space = keyed_space(Keys(llama, short, direction))
+    space = spaces(Material(llama, short, "qaa", "qab"), ["keyed"])["keyed"]
     assert space.knobs["values"].words == ("means",)
     assert all(settings["values"] == "means" for settings in space.known)
     gemma = load_model(str(checkpoint_of("gemma2")), device="cpu")
-    keys = Keys(gemma, corpus, diffmean_direction(gemma, corpus, "qaa", "qab"))
-    assert keyed_space(keys).knobs["values"].words == ("means",)
+    material = Material(gemma, corpus, "qaa", "qab")
+    assert spaces(material, ["keyed"])["keyed"].knobs["values"].words == ("means",)
     with pytest.raises(UsageError, match="learned at one strength"):
-        keys.plan((0,), 0.5, 2.0, learned=True)
+        KeyedSearch(values="learned", heads=0.5, layers=(0,)).made(material)
 
 
 def test_refuses(llama, plan, texts):

@@ -1,14 +1,18 @@
 """Where a norm follows the edited module, an edit holds for its own strength: every way to another is refused or solved anew."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from editing.directions.diffmean import diffmean_direction
 from editing.methods.keyed import keyed_plan
 from editing.methods.learned_values import learned_values
+from editing.methods.material import Material
 from editing.plans.algebra import compose, inverted, restricted
+from editing.study.candidates import candidate, candidates_of
 from editing.study.doses import weaker
-from editing.study.ways import WAYS, Material, candidates_of
+from editing.study.registry import compared
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 
@@ -55,13 +59,13 @@ def test_a_multiple_is_refused(normed, plan, parts, tmp_path, broca, name):
 
 @pytest.mark.parametrize("name", ["keyed", "keyed-learned"])
 def test_parts_of_a_strength_are_solved_anew(normed, parts, name, monkeypatch):
-    monkeypatch.setattr("editing.study.ways.learned_values", lambda *given: learned_values(*given, passes=1))
+    monkeypatch.setattr("editing.methods.keyed_edit.learned_values", partial(learned_values, passes=1))
     material = Material(normed, parts["estimate"], "en", "fr")
-    way = WAYS[name]
+    way = compared()[name]
     (chosen, *_), _ = candidates_of(way, material)
     ((dose, weak),) = weaker(way, material, chosen, (0.5,))
     assert dose == 0.5 and weak.settings == {**chosen.settings, "strength": 0.5 * chosen.settings["strength"]}
-    expected = way.make(material, weak.settings).plan
+    expected = candidate(way, material, weak.settings).plan
     for own, other, whole in zip(weak.plan.edits, expected.edits, chosen.plan.edits, strict=True):
         assert torch.equal(own.left, other.left) and torch.equal(own.right, other.right)
         assert not torch.allclose(own.left, 0.5 * whole.left, rtol=1e-3)

@@ -9,10 +9,13 @@ from test_ways import NEVER
 
 from editing.evaluation.evaluation import Evaluation, Outcome
 from editing.report.run_report import Report, methods_markdown
+from editing.study.candidates import candidate, candidates_of
 from editing.study.doses import Cost, costs, harm, weaker
 from editing.study.protocol import compare_ways
-from editing.study.ways import WAYS, candidates_of, ways_named
+from editing.study.registry import compared, compared_named
 from neurons.files.artifact import json_bytes
+
+ALL = compared()
 
 
 def logits(loaded):
@@ -21,14 +24,14 @@ def logits(loaded):
 
 
 def test_a_permanent_edit_is_scaled(llama, material):
-    (chosen, *_), _ = candidates_of(WAYS["keyed"], material)
+    (chosen, *_), _ = candidates_of(ALL["keyed"], material)
     base = logits(llama)
     moved = []
-    for dose, candidate in weaker(WAYS["keyed"], material, chosen, (0.25, 0.5)):
-        assert candidate.settings == chosen.settings
-        for own, whole in zip(candidate.plan.edits, chosen.plan.edits, strict=True):
+    for dose, weak in weaker(ALL["keyed"], material, chosen, (0.25, 0.5)):
+        assert weak.settings == chosen.settings
+        for own, whole in zip(weak.plan.edits, chosen.plan.edits, strict=True):
             torch.testing.assert_close(own.left @ own.right.T, dose * whole.left @ whole.right.T)
-        with candidate.steering():
+        with weak.steering():
             moved.append(float((logits(llama) - base).norm()))
         assert torch.equal(logits(llama), base)
     with chosen.steering():
@@ -36,28 +39,30 @@ def test_a_permanent_edit_is_scaled(llama, material):
     assert 0 < moved[0] < moved[1] < moved[2]
 
 
-@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.strength is not None])
+@pytest.mark.parametrize(
+    "name", [name for name, way in ALL.items() if not way.permanent and way.weakened_by is not None]
+)
 def test_a_hooks_own_strength_is_multiplied(llama, material, name):
-    way = WAYS[name]
+    way = ALL[name]
     (chosen, *_), _ = candidates_of(way, material)
-    ((dose, candidate),) = weaker(way, material, chosen, (0.5,))
+    ((dose, weak),) = weaker(way, material, chosen, (0.5,))
     assert dose == 0.5
-    assert candidate.settings == {**chosen.settings, way.strength: 0.5 * chosen.settings[way.strength]}
+    assert weak.settings == {**chosen.settings, way.weakened_by: 0.5 * chosen.settings[way.weakened_by]}
     base = logits(llama)
-    with candidate.steering():
+    with weak.steering():
         half = logits(llama)
-    with way.make(material, candidate.settings).steering():
+    with candidate(way, material, weak.settings).steering():
         assert torch.equal(logits(llama), half)
     assert not torch.equal(half, base)
 
 
 def test_what_has_no_strength_has_no_doses(material):
-    (chosen,), _ = candidates_of(WAYS["prompt-source"], material)
-    assert list(weaker(WAYS["prompt-source"], material, chosen, (0.5,))) == []
+    (chosen,), _ = candidates_of(ALL["prompt-source"], material)
+    assert list(weaker(ALL["prompt-source"], material, chosen, (0.5,))) == []
 
 
 def test_every_way_but_prompting_has_doses():
-    without = [name for name, way in WAYS.items() if not way.permanent and way.strength is None]
+    without = [name for name, way in ALL.items() if not way.permanent and way.weakened_by is None]
     assert without == ["prompt-source", "prompt-target"]
 
 
@@ -66,7 +71,7 @@ def test_the_protocol_reports_each_dose(llama, material, parts):
         Evaluation(llama, parts[part], "en", "fr", most_prompts=2, new_tokens=4)
         for part in ("choose", "report")
     )
-    ways = {**ways_named(["prompt-target", "diffmean", "bake"]), "never": NEVER}
+    ways = {**compared_named(["prompt-target", "diffmean", "bake"]), "never": NEVER}
     *_, found = compare_ways(ways, material, choosing, reporting, doses=(0.5, 0.25))
     titles = [outcome.name for outcome in found.outcomes]
     assert list(found.curves) == titles[1:]
@@ -88,7 +93,7 @@ def test_the_protocol_reports_each_dose(llama, material, parts):
     assert "parts of its chosen" not in methods_markdown(replace(report, curves={}))
     baked = found.curves["baked DiffMean"]
     assert baked[0].nll != baked[1].nll != baked[2].nll
-    *_, without = compare_ways(ways_named(["prompt-target"]), material, choosing, reporting)
+    *_, without = compare_ways(compared_named(["prompt-target"]), material, choosing, reporting)
     assert without.curves == {}
 
 

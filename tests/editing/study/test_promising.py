@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from editing.evaluation.evaluation import Outcome
-from editing.study.comparison import Candidate, best_of, promising
+from editing.study.candidates import Candidate
+from editing.study.comparison import best_of, promising
 
 
 def evaluation_of(shares, ceiling=0.8):

@@ -1,6 +1,7 @@
 """Plans of the search against those that each method makes afresh, and what the search may draw."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,18 +9,14 @@ import torch
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction
 from editing.methods.bake import bake_plan
+from editing.methods.baked_vector import Bake
 from editing.methods.keyed import keyed_plan
-from editing.methods.steer2edit import steer2edit_plan
-from editing.study.search_space import (
-    METHODS,
-    ConstantKeys,
-    Importances,
-    Keys,
-    Knob,
-    keyed_space,
-    spaces,
-    steer2edit_space,
-)
+from editing.methods.keyed_search import KeyedSearch
+from editing.methods.material import Material
+from editing.methods.method import Knob
+from editing.methods.steer2edit import Steer2Edit, steer2edit_plan
+from editing.study.registry import searched
+from editing.study.search_space import spaces
 from neurons.errors import NothingToChangeError, UsageError
 from neurons.models.source import load_model
 
@@ -30,8 +27,12 @@ def direction(llama, corpus):
 
 
 @pytest.fixture(scope="module")
-def keys(llama, corpus, direction):
-    return Keys(llama, corpus, direction)
+def study(llama, corpus, direction):
+    return Material(llama, corpus, "qaa", "qab", directions=(direction,))
+
+
+def keyed(study, layers, heads, strength):
+    return KeyedSearch(layers=layers, heads=heads, strength=strength).made(study)
 
 
 def change(edit):
@@ -56,8 +57,8 @@ def assert_same(found, expected, notes=("change_norm", "weight_norm"), rel=1e-5)
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (1,), (0, 2)])
 @pytest.mark.parametrize(("heads", "blocks"), [(0.0, ("mlp",)), (0.5, ("attn", "mlp")), (1.0, ("attn",))])
-def test_keys_make_the_keyed_plan(llama, corpus, direction, keys, layers, heads, blocks):
-    found = keys.plan(layers, heads, 2.3)
+def test_keys_make_the_keyed_plan(llama, corpus, direction, study, layers, heads, blocks):
+    found = keyed(study, layers, heads, 2.3)
     expected = keyed_plan(llama, corpus, direction, layers, 2.3, blocks=blocks)
     assert_same(found, expected, ("change_norm", "weight_norm", "spread", "value_share"))
     settings = found.metadata["settings"]
@@ -66,10 +67,10 @@ def test_keys_make_the_keyed_plan(llama, corpus, direction, keys, layers, heads,
     assert found.relative_change() == pytest.approx(expected.relative_change(), rel=1e-5)
 
 
-def test_heads_take_their_share_of_the_strength(keys):
-    found = keys.plan((0, 1), 0.2, 3.0)
+def test_heads_take_their_share_of_the_strength(study):
+    found = keyed(study, (0, 1), 0.2, 3.0)
     for edit in found.edits:
-        whole = next(e for e in keys.plan((edit.layer,), float(edit.block == "attn"), 1.0).edits)
+        whole = next(e for e in keyed(study, (edit.layer,), float(edit.block == "attn"), 1.0).edits)
         share = {"attn": 0.2, "mlp": 0.8}[edit.block] / 2
         torch.testing.assert_close(change(edit), change(whole) * 3 * share, rtol=1e-5, atol=1e-9)
         assert edit.notes["value_share"] == pytest.approx(share)
@@ -81,15 +82,15 @@ def test_through_a_norm_the_value_is_solved_anew_at_every_strength(checkpoint_of
     model = load_model(str(checkpoint_of(architecture)), device="cpu")
     vectors = 0.05 * torch.randn(3, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     direction = Direction("qaa", "qab", {"block_out": vectors}, {}, {"method": "diffmean"})
-    keys = Keys(model, corpus, direction)
+    study = Material(model, corpus, "qaa", "qab", directions=(direction,))
     for strength in (0.7, 4.0):
-        found = keys.plan((0, 1, 2), 0.5, strength)
+        found = keyed(study, (0, 1, 2), 0.5, strength)
         expected = keyed_plan(model, corpus, direction, strength=strength, blocks=("attn", "mlp"))
         assert_same(
             found, expected, ("change_norm", "value_through_norm", "value_error", "value_share"), rel=1e-4
         )
     # It is not a multiple, so scaling would not have done.
-    once, more = (keys.plan((0, 1, 2), 0.5, s) for s in (10.0, 40.0))
+    once, more = (keyed(study, (0, 1, 2), 0.5, s) for s in (10.0, 40.0))
     assert any(
         float((change(b) - 4 * change(a)).norm()) > 0.01 * float(change(b).norm())
         for a, b in zip(once.edits, more.edits, strict=True)
@@ -97,8 +98,10 @@ def test_through_a_norm_the_value_is_solved_anew_at_every_strength(checkpoint_of
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_importances_make_the_plan_of_any_elastic_net(llama, direction, seed):
-    importances = Importances(llama, direction)
+def test_importances_make_the_plan_of_any_elastic_net(llama, direction, study, seed):
+    def made():
+        return Steer2Edit(heads_rho=heads, neurons_rho=neurons, alpha=alpha).made(study)
+
     drawn = random.Random(seed)
     heads, neurons = (drawn.choice([None, drawn.uniform(0.02, 1)]) for _ in range(2))
     if heads is None and neurons is None:
@@ -108,23 +111,25 @@ def test_importances_make_the_plan_of_any_elastic_net(llama, direction, seed):
         expected = steer2edit_plan(llama, direction, (0, 1, 2), heads, neurons, alpha)
     except NothingToChangeError:
         with pytest.raises(NothingToChangeError):
-            importances.plan(heads, neurons, alpha)
+            made()
         return
-    found = importances.plan(heads, neurons, alpha)
+    found = made()
     assert_same(found, expected)
     assert found.metadata["settings"] == expected.metadata["settings"]
 
 
-def test_importances_above_every_threshold_change_nothing(llama, direction):
+def test_importances_above_every_threshold_change_nothing(study):
     with pytest.raises(NothingToChangeError):
-        Importances(llama, direction).plan(1.5, None, 0.9)
+        Steer2Edit(heads_rho=1.5, alpha=0.9).made(study)
 
 
-def test_constant_keys_make_the_baked_plan(llama, corpus, direction):
-    keys = ConstantKeys(llama, corpus, direction)
+def test_constant_keys_make_the_baked_plan(llama, corpus, direction, study):
     for layer, strength in ((1, 0.5), (2, 3.0), (1, 2.0)):
         vectors = {layer: direction.vectors["block_out"][layer]}
-        found, expected = keys.plan(layer, strength), bake_plan(llama, corpus, vectors, strength)
+        found, expected = (
+            Bake(layer=layer, strength=strength).made(study),
+            bake_plan(llama, corpus, vectors, strength),
+        )
         [own], [other] = found.edits, expected.edits
         torch.testing.assert_close(change(own), change(other), rtol=1e-5, atol=1e-7)
         assert own.notes["change_norm"] == pytest.approx(other.notes["change_norm"], rel=1e-5)
@@ -134,7 +139,8 @@ def test_constant_keys_make_the_baked_plan(llama, corpus, direction):
 
 def test_expensive_parts_are_computed_once(llama, corpus, direction, monkeypatch):
     passes = []
-    found = spaces(llama, corpus, direction, list(METHODS), progress=passes.append)
+    study = Material(llama, corpus, "qaa", "qab", directions=(direction,), progress=passes.append)
+    found = spaces(study, ["keyed", "steer2edit", "bake"])
     assert not passes
     for space in found.values():
         for settings in space.known:
@@ -150,8 +156,8 @@ def test_expensive_parts_are_computed_once(llama, corpus, direction, monkeypatch
     assert len(passes) == count
 
 
-def test_every_known_setting_is_one_that_could_be_drawn(llama, corpus, direction):
-    for space in spaces(llama, corpus, direction, list(METHODS)).values():
+def test_every_known_setting_is_one_that_could_be_drawn(study):
+    for space in spaces(study, list(searched())).values():
         assert space.known
         for settings in space.known:
             assert set(settings) == {name for name, knob in space.knobs.items() if knob.applies(settings)}
@@ -161,12 +167,13 @@ def test_every_known_setting_is_one_that_could_be_drawn(llama, corpus, direction
 
 
 def test_layers_that_may_change(llama, corpus, direction):
-    space = keyed_space(Keys(llama, corpus, direction, (2, 1)))
+    study = Material(llama, corpus, "qaa", "qab", directions=(direction,), layers=(2, 1))
+    space = spaces(study, ["keyed"])["keyed"]
     # Of two layers the windows of three quarters are all of them.
     assert space.knobs["layers"].words == ("all", "lower half")
     plan = space.make({"values": "means", "heads": 0.0, "layers": "lower half", "strength": 1.0})
     assert [edit.layer for edit in plan.edits] == [1]
-    only = steer2edit_space(Importances(llama, direction, (1,)))
+    only = spaces(replace(study, layers=(1,)), ["steer2edit"])["steer2edit"]
     assert {edit.layer for edit in only.make(only.known[0]).edits} == {1}
 
 
@@ -177,9 +184,9 @@ def test_a_knob_of_a_word():
     assert Knob().applies({})
 
 
-def test_refuses_methods_that_are_none(llama, corpus, direction):
-    with pytest.raises(UsageError, match="'scale' cannot be searched: choose from keyed"):
-        spaces(llama, corpus, direction, ["keyed", "scale"])
+def test_refuses_methods_that_are_none(study):
+    with pytest.raises(UsageError, match="'diffmean' cannot be searched: choose from keyed"):
+        spaces(study, ["keyed", "diffmean"])
     for methods in ([], ["keyed", "keyed"]):
         with pytest.raises(UsageError, match="at least one, each once"):
-            spaces(llama, corpus, direction, methods)
+            spaces(study, methods)

@@ -7,15 +7,19 @@ import torch
 from test_evaluation import LINES
 
 from editing.evaluation.evaluation import Evaluation, Outcome
+from editing.methods.material import Material
+from editing.methods.method import Method
 from editing.report.run_report import Report, methods_markdown
-from editing.study import protocol
-from editing.study.comparison import Candidate, choose
+from editing.study import protocol, registry
+from editing.study.candidates import Candidate, candidates_of
+from editing.study.comparison import choose
 from editing.study.protocol import compare_ways
-from editing.study.ways import WAYS, Material, Way, candidates_of, ways_named
+from editing.study.registry import compared_named
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import json_bytes
 from neurons.text.corpus import Corpus
 
+ALL = registry.compared()
 NEEDED = {
     "prompt-source", "prompt-target", "diffmean", "arithmetic-additive", "arithmetic-replacement",
     "arithmetic-difference", "clas", "austeer", "subspace-removal", "keyed", "keyed-learned", "steer2edit", "steer2edit-lape",
@@ -28,10 +32,10 @@ def logits(loaded):
         return loaded.model(torch.tensor([[0, 5, 80, 33, 7]])).logits
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_way_steers_and_leaves_no_trace(llama, material, name):
     base = logits(llama)
-    found, refused = candidates_of(WAYS[name], material)
+    found, refused = candidates_of(ALL[name], material)
     if name == "steer2edit-lape" and not found:
         assert all(
             "lape finds no neuron" in one["refused"] or "importance" in one["refused"] for one in refused
@@ -40,8 +44,8 @@ def test_every_way_steers_and_leaves_no_trace(llama, material, name):
     assert found, refused
     assert len({json.dumps(one.settings) for one in found}) == len(found)
     for candidate in found:
-        assert candidate.way == WAYS[name].title
-        assert (candidate.plan is not None) == WAYS[name].permanent
+        assert candidate.way == ALL[name].title
+        assert (candidate.plan is not None) == ALL[name].permanent
         with candidate.steering():
             changed = not torch.equal(logits(llama), base)
         assert changed != name.startswith("prompt")
@@ -51,34 +55,35 @@ def test_every_way_steers_and_leaves_no_trace(llama, material, name):
 
 
 def test_all_that_is_to_be_compared_is_there():
-    assert set(WAYS) == NEEDED
-    assert len({way.title for way in WAYS.values()}) == len(WAYS)
+    assert set(ALL) == NEEDED
+    assert len({way.title for way in ALL.values()}) == len(ALL)
 
 
 def test_prompts_say_it_in_both_languages(material):
-    (source,), (target,) = (candidates_of(WAYS[f"prompt-{end}"], material)[0] for end in ("source", "target"))
+    (source,), (target,) = (candidates_of(ALL[f"prompt-{end}"], material)[0] for end in ("source", "target"))
     assert source.instruction == "Respond in French."
     assert target.instruction == "Réponds en français."
 
 
 def test_keyed_over_heads_too_is_a_candidate(material):
-    settings = [one.settings for one in candidates_of(WAYS["keyed"], material)[0]]
+    settings = [one.settings for one in candidates_of(ALL["keyed"], material)[0]]
     assert {"strength": 2.5, "blocks": ["attn", "mlp"]} in settings
     assert {"strength": 3.5, "blocks": ["mlp"]} in settings
 
 
-def test_ways_named():
-    assert list(ways_named(["all"])) == list(WAYS)
-    assert list(ways_named(["keyed", "diffmean"])) == ["diffmean", "keyed"]
+def test_compared_named():
+    assert list(compared_named(["all"])) == list(ALL)
+    assert list(compared_named(["keyed", "diffmean"])) == ["diffmean", "keyed"]
     with pytest.raises(UsageError, match="'keyd'"):
-        ways_named(["keyd"])
+        compared_named(["keyd"])
 
 
-def _refuse(material, settings):
-    raise BrocaError("not in this model")
+class NEVER(Method):
+    title = "never"
+    permanent = False
 
-
-NEVER = Way("never", "", "", False, lambda _: [{}], _refuse)
+    def prepare(self, material):
+        raise BrocaError("not in this model")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def compared(llama, material, parts):
         Evaluation(llama, parts[part], "en", "fr", most_prompts=3, new_tokens=8)
         for part in ("choose", "report")
     )
-    ways = {**ways_named(["prompt-target", "diffmean", "keyed"]), "never": NEVER}
+    ways = {**compared_named(["prompt-target", "diffmean", "keyed"]), "never": NEVER}
     told = []
     *earlier, found = compare_ways(ways, material, choosing, reporting, told.append)
     assert [len(one.outcomes) for one in earlier] == [2, 3, 4]
@@ -101,7 +106,7 @@ def test_settings_are_chosen_on_one_part_and_reported_on_another(compared, mater
     assert names == ["base", "prompt, target language", "DiffMean hook", "keyed edit"]
     for name in ("DiffMean hook", "keyed edit"):
         (outcome,) = (one for one in found.outcomes if one.name == name)
-        way = next(way for way in WAYS.values() if way.title == name)
+        way = next(way for way in ALL.values() if way.title == name)
         measured = [
             (one, choosing.measure(one.way, one.steering, one.details()))
             for one in candidates_of(way, material)[0]
@@ -121,7 +126,7 @@ def test_the_estimate_is_not_measured_on(compared, material, parts, monkeypatch)
     """What is measured does not change with the text that is estimated from, for a way that needs none."""
     found, choosing, reporting = compared
     other = Material(material.loaded, Corpus(LINES, "other", "estimate"), "en", "fr")
-    (again,) = compare_ways(ways_named(["prompt-target"]), other, choosing, reporting)
+    (again,) = compare_ways(compared_named(["prompt-target"]), other, choosing, reporting)
     assert again.outcomes == found.outcomes[:2]
     with pytest.raises(BrocaError, match="no way could be tried"):
         list(compare_ways({"never": NEVER}, other, choosing, reporting))
@@ -140,7 +145,9 @@ def test_an_instruction_is_used_to_choose_too(llama, parts):
         Noting(llama, parts[part], "en", "fr", most_prompts=1, new_tokens=2) for part in ("choose", "report")
     ]
     asked.clear()
-    list(compare_ways(ways_named(["prompt-source"]), Material(llama, parts["estimate"], "en", "fr"), *both))
+    list(
+        compare_ways(compared_named(["prompt-source"]), Material(llama, parts["estimate"], "en", "fr"), *both)
+    )
     assert asked == [None, "Respond in French.", "Respond in French."]
 
 

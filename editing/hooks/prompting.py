@@ -1,0 +1,57 @@
+"""Prompting: the model is asked to answer in the target language, in the words of one language or the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from editing.hooks.instructions import instructions
+from editing.methods.material import Material
+from editing.methods.method import Method, Steering
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt(Method):
+    """An instruction that is put to every prompt.
+
+    Attributes:
+        language: of the instruction.
+        instruction: its text.
+    """
+
+    source = "arXiv 2601.08331"
+    permanent = False
+    edited = False
+    weakened_by = None
+    in_target: ClassVar[bool]
+
+    language: str
+    instruction: str
+
+    @classmethod
+    def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
+        found = instructions(*material.pair)
+        chosen = [k for k in found if (k == material.target) == cls.in_target]
+        return [{"language": k, "instruction": found[k]} for k in chosen]
+
+    def prepare(self, material: Material) -> None:
+        return None
+
+    def hooks(self, prepared: None) -> Steering:
+        return nullcontext
+
+
+class PromptSource(_Prompt):
+    name = "prompt-source"
+    title = "prompt, source language"
+    line = "asked to, in the source language"
+    in_target = False
+
+
+class PromptTarget(_Prompt):
+    name = "prompt-target"
+    title = "prompt, target language"
+    line = "asked to, in the target language"
+    in_target = True

@@ -1,0 +1,109 @@
+"""The keyed edit as a method: solved once for all strengths where no norm follows, with the direction or learned values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+from editing.methods.key import EPS, SOFT_WEIGHT
+from editing.methods.keyed import STRENGTH, keyed_plan
+from editing.methods.learned_values import LEARNED_AT, learned_values
+from editing.methods.material import Material
+from editing.methods.method import Method, Settings
+from editing.plans.plan import Plan
+from neurons.architectures.anatomy import BLOCKS
+from neurons.scorers.setting import setting
+
+KEYED = "keyed edit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keyed(Method):
+    """``editing.methods.keyed``."""
+
+    name = "keyed"
+    title = KEYED
+    line = "speaks only where the source language is read"
+    source = "Broca"
+    needs = ("direction", "corpus")
+    takes = ("neurons", "layers", "blocks", "strength", "device", "dtype", "part", "languages")
+
+    strength: float = STRENGTH
+    eps: float = setting(EPS, "ridge, as a share of the mean variance")
+    sources: tuple[str, ...] | None = setting(None, "languages that it speaks in; the direction's source")
+    keep: tuple[str, ...] | None = setting(None, "languages kept exactly as they are on average; all others")
+    keep_softly: tuple[str, ...] = setting((), "languages kept by a penalty instead")
+    soft_weight: float = setting(SOFT_WEIGHT, "weight of that penalty")
+    sparse: float | None = setting(None, "share of the neurons that a key may use")
+    jointly: bool = setting(False, "layers see the edits below them")
+    learn: bool = setting(False, "values by gradient: the target's text is to follow the source's")
+    blocks: tuple[str, ...] | None = None
+
+    @classmethod
+    def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
+        # Keys over heads and neurons together reach as far as neurons alone do at more.
+        tried = ((3.5, ("mlp",)), (2.0, BLOCKS), (2.5, BLOCKS))
+        return [{"strength": strength, "blocks": list(blocks)} for strength, blocks in tried]
+
+    def prepare(self, material: Material) -> Plan:
+        """The plan at this strength, or in a study at one that all others are multiples of."""
+        at = self.strength
+        if material.studied and material.loaded.anatomy.residual_output:
+            at = LEARNED_AT if self.learn else 1.0
+        one = replace(self, strength=at)
+        found: Plan = material.once(
+            one, lambda: one._learned(material) if self.learn else one._solved(material)
+        )
+        return found
+
+    def plan(self, prepared: Plan) -> Plan:
+        return prepared.scaled(self.strength / prepared.metadata["settings"]["strength"])
+
+    def _solved(self, material: Material) -> Plan:
+        return keyed_plan(
+            material.loaded,
+            material.text,
+            material.direction,
+            material.layers,
+            self.strength,
+            material.neurons,
+            self.eps,
+            material.progress,
+            sources=self.sources,
+            keep=self.keep,
+            keep_softly=self.keep_softly,
+            soft_weight=self.soft_weight,
+            blocks=self.blocks or material.blocks or ("mlp",),
+            sparse=self.sparse,
+            jointly=self.jointly,
+        )
+
+    def _learned(self, material: Material) -> Plan:
+        texts, direction = material.text.texts, material.direction
+        # In turn, as learning reads only so many.
+        of_sources = zip_longest(*(texts[name] for name in self.sources or (direction.source,)))
+        openings = [text for lines in of_sources for text in lines if text]
+        plan = replace(self, learn=False).made(material)
+        return learned_values(
+            material.loaded, plan, openings, texts[direction.target], progress=material.progress
+        ).plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyedLearned(Keyed):
+    """The keyed edit over heads and neurons with learned values, as a comparison tries it."""
+
+    name = "keyed-learned"
+    title = "keyed edit, learned values"
+    line = "what it writes makes the target's text follow the source's"
+    edited = False
+
+    @classmethod
+    def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
+        return [{"strength": strength} for strength in (1.5, 2.0, 2.5)]
+
+    @classmethod
+    def of(cls, material: Material, settings: Settings) -> Keyed:
+        return Keyed(learn=True, blocks=BLOCKS, **settings)
