@@ -338,7 +338,7 @@ def _list(screen: Screen) -> None:
     screen.table(
         "methods",
         ["method", "what it does", "source", "needs"],
-        [[name, method.line, method.source, _inputs(method)] for name, method in edits().items()],
+        [[name, method.line, method.source, method.inputs()] for name, method in edits().items()],
         words=4,
     )
     screen.table(
@@ -363,15 +363,6 @@ def _list(screen: Screen) -> None:
             for name, method in edits().items()
         }
     )
-
-
-def _inputs(method: type[Method]) -> str:
-    """Options that a method must be given, and in brackets those that it may."""
-    may = [name for name in method.takes if name in _INPUTS]
-    return " ".join([*(f"--{name}" for name in method.needs), *(f"[--{name}]" for name in may)])
-
-
-_INPUTS = ("direction", "vector", "neurons", "statistics", "corpus")
 
 
 def _show(screen: Screen, plan: Plan, source: ModelSource | None, asked: SimpleNamespace) -> None:

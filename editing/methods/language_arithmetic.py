@@ -35,7 +35,7 @@ import torch
 
 from editing.methods.bake import EPS, baked_edit, constant_keys, total_moments
 from editing.methods.material import Material
-from editing.methods.method import Method
+from editing.methods.method import NEURON_METHODS, Method, Settings
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.sites import Reader, Routed, reading
@@ -44,7 +44,7 @@ from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import language_moments
 from neurons.recording.record import Progress, forward
-from neurons.scorers.setting import setting
+from neurons.scorers.setting import Range, setting
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import MEANS
@@ -362,19 +362,27 @@ class ArithmeticEdit(Method):
     needs = ("neurons", "corpus")
     takes = ("part", "strength", "device", "dtype")
 
+    strength: float = setting(1.0, search=Range(0.25, 8.0, log=True))
     target: str | None = setting(None, "the language whose neurons are raised")
     deactivate: tuple[str, ...] = setting((), "languages whose neurons are switched off")
-    mode: str = setting("additive", "how they are raised", words=MODES)
+    mode: str = setting("additive", "how they are raised", words=MODES, search_words=True)
     other: str | None = setting(None, "difference: whose mean is subtracted; the deactivated one's")
     fill: float = setting(0.0, "value of neurons that are off; below 0 holds them harder")
     as_bias: bool = setting(False, "the constant as a bias, where the architecture has one")
     eps: float = setting(EPS, "ridge, as a share of the mean variance")
 
+    @classmethod
+    def of(cls, material: Material, settings: Settings) -> ArithmeticEdit:
+        source, target = material.pair
+        return cls(target=target, deactivate=(source,), **settings)
+
     def prepare(self, material: Material) -> Plan:
+        """The plan at this strength: what is raised and what is off are no multiples of one another."""
+        neurons = material.identified(NEURON_METHODS[1]) if material.studied else material.neuron_set
         return language_arithmetic_plan(
             material.loaded,
             material.text,
-            material.neuron_set,
+            neurons,
             self.target,
             self.deactivate,
             self.mode,

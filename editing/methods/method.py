@@ -18,6 +18,7 @@ from neurons.scorers.setting import WHOLE, Setting, declared
 
 Settings = Mapping[str, Any]
 Steering = Callable[[], AbstractContextManager[None]]
+INPUTS = ("direction", "vector", "neurons", "statistics", "corpus")
 # The published method of finding neurons, and Broca's.
 NEURON_METHODS = ("lape", "gradient-contrast")
 
@@ -92,6 +93,12 @@ class Method:
         """What ``--set`` takes."""
         own = {one.name for one in fields(cls) if "setting" in one.metadata} - {"strength"}
         return {name: one for name, one in cls.declared().items() if name in own}
+
+    @classmethod
+    def inputs(cls) -> str:
+        """Options of ``broca edit`` that must be given, and in brackets files that may."""
+        may = [name for name in cls.takes if name in INPUTS]
+        return " ".join([*(f"--{name}" for name in cls.needs), *(f"[--{name}]" for name in may)])
 
     @classmethod
     def of(cls, material: Material, settings: Settings) -> Method:

@@ -242,7 +242,7 @@ class AblateSubspace(Method):
     def prepare(self, material: Material) -> Plan:
         return subspace_ablation_plan(
             material.opened,
-            material.directions or (material.subspace,),
+            material.subspace if material.studied else material.directions,
             material.layers,
             material.blocks or BLOCKS,
             self.site,

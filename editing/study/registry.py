@@ -108,3 +108,14 @@ def searched_named(names: Sequence[str]) -> dict[str, type[Method]]:
         if name not in known:
             raise UsageError(f"method {name!r} cannot be searched: choose from {', '.join(known)}")
     return {name: known[name] for name in names}
+
+
+def table() -> str:
+    """The table of methods in docs/editing.md: those of ``broca edit``, then what is only compared."""
+    header = ("method", "what it does", "source", "`edit` takes", "row of `evaluate --methods`", "`tune`")
+    rows = [header, ("---",) * len(header)]
+    for name, one in (edits() | compared() | edits()).items():
+        takes = f"`{one.inputs()}`" if name in edits() else ""
+        title = compared()[name].title if name in compared() else ""
+        rows.append((f"`{name}`", one.line, one.source, takes, title, "yes" if name in searched() else ""))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -15,7 +15,7 @@ from editing.methods.keyed_search import KeyedSearch
 from editing.methods.material import Material
 from editing.methods.method import Knob
 from editing.methods.steer2edit import Steer2Edit, steer2edit_plan
-from editing.study.registry import searched
+from editing.study.registry import METHODS, searched
 from editing.study.search_space import spaces
 from neurons.errors import NothingToChangeError, UsageError
 from neurons.models.source import load_model
@@ -154,6 +154,17 @@ def test_expensive_parts_are_computed_once(llama, corpus, direction, monkeypatch
         for settings in space.known:
             space.make({**settings, **({"strength": 1.234} if "strength" in settings else {"alpha": 0.01})})
     assert len(passes) == count
+
+
+@pytest.mark.parametrize("name", searched())
+def test_every_permanent_method_can_be_searched(llama, study, name):
+    space = spaces(study, [name])[name]
+    numbers = {k: (knob.low, knob.high) for k, knob in space.knobs.items() if not knob.words}
+    other = {k: v if k not in numbers else sum(numbers[k]) / 4 for k, v in space.known[0].items()}
+    for settings in (*space.known, other):
+        plan = space.make(settings)
+        assert plan.metadata["fingerprint"] == llama.fingerprint
+    assert {one.name for one in METHODS if one.edited and one.permanent} == set(searched())
 
 
 def test_every_known_setting_is_one_that_could_be_drawn(study):
