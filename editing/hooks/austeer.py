@@ -14,7 +14,7 @@ import torch
 from editing.hooks.scaled_inputs import scaled_inputs
 from editing.methods.austeer import ALPHA, CHANNELS, austeer, rates_of
 from editing.methods.material import Material
-from editing.methods.method import Method, Steering
+from editing.methods.method import Hook, Steering
 from neurons.models.source import LoadedModel
 from neurons.scorers.momentum import MomentumRates
 from neurons.scorers.setting import setting
@@ -45,15 +45,13 @@ class Austeer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AusteerHook(Method):
+class AusteerHook(Hook):
     """The method, with the rates of a study's text."""
 
     name = "austeer"
     title = "AUSteer hook"
     line = "the channels that tell translations apart, scaled"
     source = "arXiv 2602.04428"
-    permanent = False
-    edited = False
     weakened_by = "alpha"
 
     alpha: float = setting(ALPHA, grid=(1.0, 2.0, 4.0))

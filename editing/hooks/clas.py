@@ -24,7 +24,7 @@ from editing.methods.clas import (
     text_means,
 )
 from editing.methods.material import Material
-from editing.methods.method import Method, Steering
+from editing.methods.method import Hook, Steering
 from neurons.models.source import LoadedModel
 from neurons.scorers.clas import clas_classes
 from neurons.scorers.setting import setting
@@ -59,15 +59,13 @@ class Clas:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClasHook(Method):
+class ClasHook(Hook):
     """The method, with the classes of a study's text."""
 
     name = "clas"
     title = "CLAS hook"
     line = "shared neurons up, specific ones down, in the last layers"
     source = ClasEdit.source
-    permanent = False
-    edited = False
 
     strength: float = setting(STRENGTH, grid=(-5.0, -2.0, 2.0, 5.0))
 

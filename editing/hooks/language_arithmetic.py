@@ -22,7 +22,7 @@ import torch
 
 from editing.methods.language_arithmetic import activation_means, arithmetic
 from editing.methods.material import Material
-from editing.methods.method import NEURON_METHODS, Method, Steering
+from editing.methods.method import NEURON_METHODS, Hook, Steering
 from neurons.architectures.sites import Reader, Routed, reading
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
@@ -103,13 +103,11 @@ def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Arithmetic(Method):
+class _Arithmetic(Hook):
     """The method, with the means of a study's text and the neurons that a method of identification finds in it."""
 
     line = "the source's neurons off, the target's raised"
     source = "arXiv 2507.22608"
-    permanent = False
-    edited = False
 
     neurons: str = setting(NEURON_METHODS[0], grid=NEURON_METHODS)
     strength: float = setting(1.0, grid=(1.0, 3.0))

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from editing.hooks.instructions import instructions
 from editing.methods.material import Material
-from editing.methods.method import Method, Steering
+from editing.methods.method import Hook, Steering
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prompt(Method):
+class _Prompt(Hook):
     """An instruction that is put to every prompt.
 
     Attributes:
@@ -22,8 +22,6 @@ class _Prompt(Method):
     """
 
     source = "arXiv 2601.08331"
-    permanent = False
-    edited = False
     weakened_by = None
     in_target: ClassVar[bool]
 

@@ -16,7 +16,7 @@ import torch
 from editing.hooks.steering import residual_steering
 from editing.methods.baked_vector import hook_grid
 from editing.methods.material import Material
-from editing.methods.method import Method, Steering
+from editing.methods.method import Hook, Steering
 from neurons.models.source import LoadedModel
 
 
@@ -41,15 +41,13 @@ class ResidualDiffMean:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffMean(Method):
+class DiffMean(Hook):
     """The method, with a study's direction."""
 
     name = "diffmean"
     title = "DiffMean hook"
     line = "h += strength v after a layer"
     source = "arXiv 2601.08331"
-    permanent = False
-    edited = False
 
     layer: int
 

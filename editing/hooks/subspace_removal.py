@@ -14,7 +14,7 @@ import torch
 
 from editing.directions.direction import Direction
 from editing.methods.material import Material
-from editing.methods.method import Method, Steering
+from editing.methods.method import Hook, Steering
 from neurons.architectures.sites import Reader, Routed, reading
 from neurons.models.source import LoadedModel
 from neurons.scorers.setting import setting
@@ -68,15 +68,13 @@ def _remove(basis: torch.Tensor, strength: float) -> Reader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removal(Method):
+class Removal(Hook):
     """The method, with the language subspace of a study's text."""
 
     name = "subspace-removal"
     title = "subspace removal hook"
     line = "the languages' subspace out in middle layers, back in the top ones"
     source = "arXiv 2505.15257"
-    permanent = False
-    edited = False
 
     strength: float = setting(1.0, grid=(0.2, 0.5, 1.0))
 

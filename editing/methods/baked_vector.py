@@ -100,9 +100,6 @@ class Bake(_BakedVector):
         found: Plan = material.once(one, lambda: one._solved(material))
         return found
 
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared.scaled(self.strength / prepared.metadata["settings"]["strength"])
-
     def _solved(self, material: Material) -> Plan:
         vectors, origin = self.vectors(material)
         loaded, text, progress = material.loaded, material.text, material.progress
@@ -135,9 +132,6 @@ class BakeBias(_BakedVector):
     def prepare(self, material: Material) -> Plan:
         vectors, origin = self.vectors(material)
         return bake_bias_plan(material.opened, vectors, self.strength, _block(material), origin)
-
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared
 
 
 def _allowed(material: Material) -> list[int]:

@@ -230,6 +230,3 @@ class ClasEdit(Method):
             self.shared_gain,
             self.specific_loss,
         )
-
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared

@@ -58,9 +58,6 @@ class Keyed(Method):
         )
         return found
 
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared.scaled(self.strength / prepared.metadata["settings"]["strength"])
-
     def _solved(self, material: Material) -> Plan:
         return keyed_plan(
             material.loaded,

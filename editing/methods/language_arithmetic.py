@@ -393,6 +393,3 @@ class ArithmeticEdit(Method):
             self.eps,
             material.progress,
         )
-
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared

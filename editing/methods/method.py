@@ -138,12 +138,13 @@ class Method:
         raise NotImplementedError
 
     def plan(self, prepared: Any) -> Plan:
-        """The edit, without a pass over text.
+        """The edit, without a pass over text: by default what was prepared is a plan, and is brought to the strength.
 
         Raises:
             NothingToChangeError: these settings change nothing.
         """
-        raise NotImplementedError
+        plan: Plan = prepared
+        return plan.scaled(self.strength / plan.metadata["settings"].get("strength", 1.0))
 
     def hooks(self, prepared: Any) -> Steering:
         """The context in which the model is steered, of a method that is not permanent."""
@@ -152,3 +153,11 @@ class Method:
     def made(self, material: Material) -> Plan:
         """``plan`` of ``prepare``."""
         return self.plan(self.prepare(material))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hook(Method):
+    """A method that steers while the model runs: what edits are compared with."""
+
+    permanent = False
+    edited = False

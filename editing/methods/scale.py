@@ -145,9 +145,6 @@ class Scale(Method):
             material.opened, material.neuron_set, material.languages, self.factor, material.layers
         )
 
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared.scaled(self.strength)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScalePair(Method):
@@ -180,6 +177,3 @@ class ScalePair(Method):
             if factor != 1
         ]
         return plans[0] if len(plans) == 1 else compose(plans, material.loaded)
-
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared.scaled(self.strength)

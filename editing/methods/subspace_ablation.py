@@ -250,6 +250,3 @@ class AblateSubspace(Method):
             self.from_layer,
             self.rank,
         )
-
-    def plan(self, prepared: Plan) -> Plan:
-        return prepared
