@@ -107,7 +107,7 @@ def command(**options: Any) -> None:
 
     method = method_of(asked.method)
     _require(asked)
-    settings = read_given(method.settings, assigned(asked.assignments))
+    settings = read_given(method.settings(), assigned(asked.assignments))
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
     if asked.dry_run:
@@ -182,7 +182,7 @@ def _list(screen: Screen) -> None:
                 method.needs,
                 ", ".join(
                     f"{key}={'-' if one.default is None else one.default}"
-                    for key, one in method.settings.items()
+                    for key, one in method.settings().items()
                 ),
             ]
             for name, method in METHODS.items()
@@ -195,7 +195,7 @@ def _list(screen: Screen) -> None:
                 "line": method.line,
                 "source": method.source,
                 "needs": method.needs,
-                "settings": defaults(method.settings),
+                "settings": defaults(method.settings()),
             }
             for name, method in METHODS.items()
         }

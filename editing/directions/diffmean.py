@@ -11,7 +11,11 @@ it is averaged over the text's own tokens, the first position left out.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from editing.directions.direction import Direction
+from editing.directions.method import DirectionMethod
+from editing.directions.texts import Found, Texts
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 from neurons.recording.record import Progress, record
@@ -74,3 +78,15 @@ def diffmean_direction(
         "read": text_read(both, batches),
     }
     return Direction(found.source, found.target, found.vectors, found.input_means, metadata)
+
+
+@dataclass(frozen=True)
+class DiffMean(DirectionMethod):
+    """The method."""
+
+    name = "diffmean"
+    line = "difference of the two languages' means; best of all for language forcing in CLaS-Bench"
+    source = "arXiv 2601.08331"
+
+    def find(self, texts: Texts) -> Found:
+        return Found(texts.diffmean)

@@ -18,7 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
+from editing.directions.length import into
+from editing.directions.method import DirectionMethod
+from editing.directions.texts import Found, Texts
 from neurons.errors import BrocaError, UsageError
+from neurons.scorers.setting import setting
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,24 @@ def language_subspace(means: torch.Tensor, rank: int | None = None) -> LanguageS
         basis=basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign(),
         explained=float(energy[: basis.shape[1]].sum() / energy.sum()),
     )
+
+
+@dataclass(frozen=True)
+class ByLanguageSubspace(DirectionMethod):
+    """The method."""
+
+    name = "language-subspace"
+    line = "where the means of all languages of the corpus lie beside each other"
+    source = "arXiv 2505.15257"
+    needs = "text of all languages"
+    all_languages = True
+
+    rank: int | None = setting(None, "how many directions; as many as there are")
+
+    def find(self, texts: Texts) -> Found:
+        found = language_subspace(texts.means, self.rank)
+        return Found(
+            into(found.basis, texts.diffmean),
+            found.basis,
+            {"rank": found.basis.shape[1], "explained": found.explained},
+        )

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from editing.directions.length import along
+from editing.directions.method import DirectionMethod
+from editing.directions.texts import Found, Texts
 from neurons.errors import BrocaError
 from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 
@@ -56,3 +59,16 @@ def lda(source: torch.Tensor, target: torch.Tensor) -> Discriminant:
     except NotPositiveDefiniteError as error:
         raise few from error
     return Discriminant(vector / vector.norm(), float(shrinkage))
+
+
+@dataclass(frozen=True)
+class Lda(DirectionMethod):
+    """The method."""
+
+    name = "lda"
+    line = "Fisher's discriminant: the difference of the means beside the spread within the languages"
+    source = "Ledoit and Wolf 2004"
+
+    def find(self, texts: Texts) -> Found:
+        found = lda(texts.source, texts.target)
+        return Found(along(found.unit, texts.diffmean), measures={"shrinkage": found.shrinkage})

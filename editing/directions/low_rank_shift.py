@@ -25,7 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
+from editing.directions.length import into
+from editing.directions.method import DirectionMethod
+from editing.directions.texts import Found, Texts
 from neurons.errors import BrocaError
+from neurons.scorers.setting import setting
 
 MOST_RANK = 12
 BOOTSTRAPS = 20
@@ -136,3 +140,25 @@ def _stability(coordinates: torch.Tensor, rank: int, seed: int, bootstraps: int)
     agreement = overlaps / overlaps.diagonal()[:, None]  # tr(P_a P_a) = tr(P_a)
     pairs = torch.triu_indices(bootstraps, bootstraps, offset=1)
     return float(agreement[pairs[0], pairs[1]].quantile(0.5).clamp(max=1.0))
+
+
+@dataclass(frozen=True)
+class ByLowRankShift(DirectionMethod):
+    """The method."""
+
+    name = "low-rank-shift"
+    line = "the few directions that the shift takes, as many as its spectrum says, and a window of layers"
+    source = "arXiv 2602.00945"
+    needs = "parallel text"
+    parallel = True
+
+    seed: int = setting(0, "of what is drawn")
+    bootstraps: int = setting(BOOTSTRAPS, "draws that stability is told by")
+
+    def find(self, texts: Texts) -> Found:
+        assert texts.differences is not None
+        found = low_rank_shift(texts.differences, seed=self.seed, bootstraps=self.bootstraps)
+        names = ("rank", "effective_rank", "gap_rank", "mass", "stability")
+        return Found(
+            into(found.basis, texts.diffmean), found.basis, {name: getattr(found, name) for name in names}
+        )

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from editing.directions.length import along
+from editing.directions.method import DirectionMethod
+from editing.directions.texts import Found, Texts
 from neurons.errors import BrocaError
 
 
@@ -43,3 +46,19 @@ def pca(differences: torch.Tensor) -> PrincipalDifference:
         raise BrocaError("source and target do not differ: the differences of all texts are 0")
     unit = right[0]
     return PrincipalDifference(unit * unit[unit.abs().argmax()].sign(), float(energy[0] / energy.sum()))
+
+
+@dataclass(frozen=True)
+class Pca(DirectionMethod):
+    """The method."""
+
+    name = "pca"
+    line = "the line along which translations differ most"
+    source = "arXiv 2310.01405"
+    needs = "parallel text"
+    parallel = True
+
+    def find(self, texts: Texts) -> Found:
+        assert texts.differences is not None
+        found = pca(texts.differences)
+        return Found(along(found.unit, texts.diffmean), measures={"explained": found.explained})

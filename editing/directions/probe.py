@@ -17,7 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from editing.directions.length import along
+from editing.directions.method import DirectionMethod
+from editing.directions.texts import Found, Texts
 from neurons.errors import BrocaError
+from neurons.scorers.setting import setting
 
 PENALTY = 1.0  # C of scikit-learn, its default
 MOST_ITERATIONS = 10_000
@@ -63,3 +67,18 @@ def probe(source: torch.Tensor, target: torch.Tensor, penalty: float = PENALTY) 
         raise BrocaError("source and target cannot be told apart: their means are the same")
     accuracy = (right[is_target].double().mean() + right[~is_target].double().mean()) / 2
     return Classifier(weights / length, float(accuracy))
+
+
+@dataclass(frozen=True)
+class Probe(DirectionMethod):
+    """The method."""
+
+    name = "probe"
+    line = "weights of a logistic classifier of the two languages"
+    source = "arXiv 2601.08331"
+
+    penalty: float = setting(PENALTY, "C of the classifier: larger fits closer")
+
+    def find(self, texts: Texts) -> Found:
+        found = probe(texts.source, texts.target, self.penalty)
+        return Found(along(found.unit, texts.diffmean), measures={"accuracy": found.accuracy})

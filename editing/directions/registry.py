@@ -1,167 +1,23 @@
-"""The direction methods by name: what each needs, and what it finds at one site of one layer."""
+"""All direction methods.  One is added by its own file and its name here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from editing.directions.language_subspace import language_subspace
-from editing.directions.lda import lda
-from editing.directions.length import along, into
-from editing.directions.low_rank_shift import BOOTSTRAPS, low_rank_shift
-from editing.directions.pca import pca
-from editing.directions.probe import PENALTY, probe
-from editing.directions.sae import RANDOM_RATE, TARGET_RATE
-from editing.directions.texts import Found, Texts
+from editing.directions.diffmean import DiffMean
+from editing.directions.language_subspace import ByLanguageSubspace
+from editing.directions.lda import Lda
+from editing.directions.low_rank_shift import ByLowRankShift
+from editing.directions.method import DirectionMethod
+from editing.directions.pca import Pca
+from editing.directions.probe import Probe
+from editing.directions.sae import Sae
 from neurons.errors import UsageError
-from neurons.scorers.setting import NUMBER, WHOLE, Setting, defaults, read_given
 
-DIFFMEAN, SAE = "diffmean", "sae"
-
-# (texts at one site of one layer, settings) -> the direction there
-Finder = Callable[[Texts, Mapping[str, Any]], Found]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way of taking a direction.
-
-    Attributes:
-        line: what it is, in a line.
-        source: where it was published.
-        needs: what it must be given.
-        find: None for ``sae``, which reads the model's tokens through autoencoders.
-        settings: by name.
-        parallel: whether line i must be the same text in both languages.
-        all_languages: whether it reads every language of the corpus and not the two alone.
-    """
-
-    line: str
-    source: str
-    needs: str
-    find: Finder | None
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    parallel: bool = False
-    all_languages: bool = False
-
-    def with_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings, those given in place of the defaults.
-
-        Raises:
-            UsageError: a setting that the method does not have, or a value of the wrong kind.
-        """
-        return {**defaults(self.settings), **read_given(self.settings, settings)}
-
-
-def _diffmean(texts: Texts, settings: Mapping[str, Any]) -> Found:
-    return Found(texts.diffmean)
-
-
-def _pca(texts: Texts, settings: Mapping[str, Any]) -> Found:
-    assert texts.differences is not None
-    found = pca(texts.differences)
-    return Found(along(found.unit, texts.diffmean), measures={"explained": found.explained})
-
-
-def _lda(texts: Texts, settings: Mapping[str, Any]) -> Found:
-    found = lda(texts.source, texts.target)
-    return Found(along(found.unit, texts.diffmean), measures={"shrinkage": found.shrinkage})
-
-
-def _probe(texts: Texts, settings: Mapping[str, Any]) -> Found:
-    found = probe(texts.source, texts.target, **settings)
-    return Found(along(found.unit, texts.diffmean), measures={"accuracy": found.accuracy})
-
-
-def _low_rank_shift(texts: Texts, settings: Mapping[str, Any]) -> Found:
-    assert texts.differences is not None
-    found = low_rank_shift(texts.differences, **settings)
-    return Found(
-        into(found.basis, texts.diffmean),
-        found.basis,
-        {
-            "rank": found.rank,
-            "effective_rank": found.effective_rank,
-            "gap_rank": found.gap_rank,
-            "mass": found.mass,
-            "stability": found.stability,
-        },
-    )
-
-
-def _language_subspace(texts: Texts, settings: Mapping[str, Any]) -> Found:
-    found = language_subspace(texts.means, **settings)
-    return Found(
-        into(found.basis, texts.diffmean),
-        found.basis,
-        {"rank": found.basis.shape[1], "explained": found.explained},
-    )
-
-
-_SEED = Setting(WHOLE, 0, "of what is drawn")
-METHODS: dict[str, Method] = {
-    DIFFMEAN: Method(
-        "difference of the two languages' means; best of all for language forcing in CLaS-Bench",
-        "arXiv 2601.08331",
-        "text",
-        _diffmean,
-    ),
-    "pca": Method(
-        "the line along which translations differ most",
-        "arXiv 2310.01405",
-        "parallel text",
-        _pca,
-        parallel=True,
-    ),
-    "lda": Method(
-        "Fisher's discriminant: the difference of the means beside the spread within the languages",
-        "Ledoit and Wolf 2004",
-        "text",
-        _lda,
-    ),
-    "probe": Method(
-        "weights of a logistic classifier of the two languages",
-        "arXiv 2601.08331",
-        "text",
-        _probe,
-        {"penalty": Setting(NUMBER, PENALTY, "C of the classifier: larger fits closer")},
-    ),
-    "low-rank-shift": Method(
-        "the few directions that the shift takes, as many as its spectrum says, and a window of layers",
-        "arXiv 2602.00945",
-        "parallel text",
-        _low_rank_shift,
-        {"seed": _SEED, "bootstraps": Setting(WHOLE, BOOTSTRAPS, "draws that stability is told by")},
-        parallel=True,
-    ),
-    "language-subspace": Method(
-        "where the means of all languages of the corpus lie beside each other",
-        "arXiv 2505.15257",
-        "text of all languages",
-        _language_subspace,
-        {"rank": Setting(WHOLE, None, "how many directions; as many as there are")},
-        all_languages=True,
-    ),
-    SAE: Method(
-        "features of a sparse autoencoder that fire on the target's texts and not on random tokens",
-        "arXiv 2604.03532",
-        "text, autoencoder",
-        None,
-        {
-            "target_rate": Setting(
-                NUMBER, TARGET_RATE, "least share of the target's texts that a feature fires on"
-            ),
-            "random_rate": Setting(
-                NUMBER, RANDOM_RATE, "least share of random rows that rules a feature out"
-            ),
-            "seed": _SEED,
-        },
-    ),
+METHODS: dict[str, type[DirectionMethod]] = {
+    one.name: one for one in (DiffMean, Pca, Lda, Probe, ByLowRankShift, ByLanguageSubspace, Sae)
 }
 
 
-def method_of(name: str) -> Method:
+def method_of(name: str) -> type[DirectionMethod]:
     """
     Raises:
         UsageError: no such method.

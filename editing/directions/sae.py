@@ -27,7 +27,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from editing.directions.method import DirectionMethod
 from neurons.errors import BrocaError, UsageError
+from neurons.scorers.setting import setting
 
 TARGET_RATE = RANDOM_RATE = 0.5
 
@@ -152,3 +154,17 @@ def language_features(
             "random-token sequences: take a lower target_rate or a higher random_rate"
         )
     return LanguageFeatures(features, vector)
+
+
+@dataclass(frozen=True)
+class Sae(DirectionMethod):
+    """The method, whose finders are made from the autoencoders (``editing.directions.take``)."""
+
+    name = "sae"
+    line = "features of a sparse autoencoder that fire on the target's texts and not on random tokens"
+    source = "arXiv 2604.03532"
+    needs = "text, autoencoder"
+
+    target_rate: float = setting(TARGET_RATE, "least share of the target's texts that a feature fires on")
+    random_rate: float = setting(RANDOM_RATE, "least share of random rows that rules a feature out")
+    seed: int = setting(0, "of what is drawn")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES, diffmean_direction
+from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES, DiffMean, diffmean_direction
 from editing.directions.direction import Direction
 from editing.directions.length import along, unit, without_neutral
 from editing.directions.low_rank_shift import window
 from editing.directions.recorded import Recorded, record_texts
-from editing.directions.registry import DIFFMEAN, SAE, Finder, method_of
-from editing.directions.sae import Autoencoder, LanguageFeatures, language_features
+from editing.directions.registry import method_of
+from editing.directions.sae import Autoencoder, LanguageFeatures, Sae, language_features
 from editing.directions.sae_recording import firing, random_batches, require_fit
 from editing.directions.texts import Found, Texts
 from editing.directions.winsorise import require_quantile, winsorise
@@ -25,13 +26,15 @@ from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import DIRECTIONS, text_read
 
+Finder = Callable[[Texts], Found]
+
 
 def direction_of(
     loaded: LoadedModel,
     corpus: Corpus,
     source: str,
     target: str,
-    method: str = DIFFMEAN,
+    method: str = DiffMean.name,
     *,
     winsorised: float | None = None,
     project_neutral: bool = False,
@@ -69,23 +72,22 @@ def direction_of(
             autoencoders missing, not fitting or not meant.
         BrocaError: languages that do not differ, or a method that finds nothing.
     """
-    chosen = method_of(method)
-    known = chosen.with_settings(settings or {})
+    chosen = method_of(method).of(settings or {})
     _require_languages(corpus, source, target)
     if chosen.parallel:
         _require_parallel(method, corpus, source, target)
     if winsorised is not None:
         require_quantile(winsorised)
-    if (method == SAE) != bool(autoencoders):
+    if isinstance(chosen, Sae) != bool(autoencoders):
         raise UsageError(
             "method 'sae' needs an autoencoder: give --sae PATH (SAE-Lens or Gemma-Scope)"
-            if method == SAE
+            if isinstance(chosen, Sae)
             else f"method {method!r} reads no autoencoder: leave --sae out, or give --method sae"
         )
     for one in autoencoders:
         require_fit(loaded, one)
     plain = winsorised is None and not project_neutral and not unit_length and tokens is None
-    if method == DIFFMEAN and plain:
+    if isinstance(chosen, DiffMean) and plain:
         return diffmean_direction(loaded, corpus, source, target, progress)
     languages = corpus.languages if chosen.all_languages else (source, target)
     wanted = corpus.only(*languages)
@@ -93,8 +95,8 @@ def direction_of(
     recorded = record_texts(loaded, batches, progress)
     finders: Mapping[tuple[str, int], Finder] = {}
     notes: dict[str, Any] = {}
-    if chosen.find is None:
-        features = _features(loaded, batches[target], autoencoders, known, progress)
+    if isinstance(chosen, Sae):
+        features = _features(loaded, batches[target], autoencoders, chosen, progress)
         finders = _by_autoencoders(autoencoders, features, loaded.anatomy.layers)
         notes["autoencoders"] = [
             {"name": one.name, "layer": one.layer, "site": one.site, "features": found.features.tolist()}
@@ -104,9 +106,9 @@ def direction_of(
     results: dict[tuple[str, int], Found] = {}
     for site, layer in places:
         texts = _texts(recorded, source, target, site, layer, chosen.parallel, winsorised)
-        finder = finders[site, layer] if chosen.find is None else chosen.find
+        finder = finders.get((site, layer), chosen.find)
         try:
-            found = finder(texts, known)
+            found = finder(texts)
         except BrocaError as error:
             raise type(error)(f"{error} (at {site} of layer {layer})") from error
         vector = found.vector
@@ -126,7 +128,7 @@ def direction_of(
         "tokens": dict(zip(recorded.languages, recorded.tokens.tolist(), strict=True)),
         "texts": recorded.texts,
         "settings": {
-            **known,
+            **asdict(chosen),
             "winsorised": winsorised,
             "project_neutral": project_neutral,
             "unit_length": unit_length,
@@ -208,15 +210,15 @@ def _features(
     loaded: LoadedModel,
     on_target: Sequence[TokenBatch],
     autoencoders: Sequence[Autoencoder],
-    settings: Mapping[str, Any],
+    method: Sae,
     progress: Progress | None,
 ) -> list[LanguageFeatures]:
     """The target's own features of each autoencoder."""
     of_target = firing(loaded, on_target, autoencoders, progress)
-    at_random = random_batches(loaded, on_target, settings["seed"])
+    at_random = random_batches(loaded, on_target, method.seed)
     of_random = firing(loaded, at_random, autoencoders, progress)
     return [
-        language_features(own, others, one.decoder, settings["target_rate"], settings["random_rate"])
+        language_features(own, others, one.decoder, method.target_rate, method.random_rate)
         for one, own, others in zip(autoencoders, of_target, of_random, strict=True)
     ]
 
@@ -239,7 +241,7 @@ def _by_autoencoders(
     return finders
 
 
-def _given(vector: torch.Tensor, own: bool, texts: Texts, settings: Mapping[str, Any]) -> Found:
+def _given(vector: torch.Tensor, own: bool, texts: Texts) -> Found:
     return Found(vector if own else along(unit(vector), texts.diffmean), measures={"read": float(own)})
 
 

@@ -268,9 +268,9 @@ def test_the_nearest_autoencoder_speaks_for_other_layers():
     finders = _by_autoencoders([high, low], features[::-1], 4)
     delta = torch.tensor([5.0, 7.0]).double()
     texts = Texts(delta, delta, None, delta, delta)
-    found = [finders["block_out", layer](texts, {}).vector.tolist() for layer in range(4)]
+    found = [finders["block_out", layer](texts).vector.tolist() for layer in range(4)]
     assert found == [[1, 0], [5, 0], [0, 7], [0, 2]]
-    assert finders["mlp_out", 0](texts, {}).vector.tolist() == [5, 0]
+    assert finders["mlp_out", 0](texts).vector.tolist() == [5, 0]
 
 
 def test_refuses_autoencoders_that_do_not_fit(llama, uneven):
