@@ -40,7 +40,8 @@ from neurons.neuron_sets.identify import DEFAULT_METHOD, random_set, require_par
 from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
 from neurons.recording.answers import record_answers, together
 from neurons.recording.corpus_recording import record_corpus
-from neurons.scorers.registry import METHODS, PROMPTS, Method, moments_of
+from neurons.scorers.method import PROMPTS, Scorer
+from neurons.scorers.registry import METHODS, moments_of
 from neurons.scorers.selection import Selected, select
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import TokenBatch, language_batches
@@ -60,7 +61,7 @@ Batches = Mapping[str, Sequence[TokenBatch]]
 Rises = dict[str, dict[str, float]]  # ablated language -> evaluated language -> nats a token
 
 
-def best_members(method: Method, statistics: Statistics, size: int, rate: float) -> list[Selected]:
+def best_members(method: type[Scorer], statistics: Statistics, size: int, rate: float) -> list[Selected]:
     """Each language's ``size`` best members, fewer where the method leaves fewer.
 
     Where the rate is the scorer's business, it is doubled until every language has enough members.
@@ -70,7 +71,7 @@ def best_members(method: Method, statistics: Statistics, size: int, rate: float)
     while True:
         found = [
             Selected(one.rows[:size], one.scores[:size], one.kinds[:size])
-            for one in select(method.scores(statistics, rate, {}), how)
+            for one in select(method().scores(statistics, rate), how)
         ]
         if not fullest or sum(len(one.rows) for one in found) > sum(len(one.rows) for one in fullest):
             fullest = found
@@ -177,7 +178,7 @@ def runnable(text: Corpus, prompts: Prompts | None, control: Prompts | None) -> 
     """The methods that what was given suffices for; why the others are left out goes to stderr."""
     names = []
     for name, method in METHODS.items():
-        if method.score is None:
+        if method.control:
             continue
         if method.reads == PROMPTS:
             needs_control = any(moment.endswith(":answer_control") for moment in method.moments)

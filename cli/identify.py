@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from neurons.models.memory import Need
     from neurons.models.source import LoadedModel
     from neurons.neuron_sets.neuron_set import NeuronSet
-    from neurons.scorers.registry import Method
+    from neurons.scorers.method import Scorer
 
 LIST = "list"
 MOST_LAYERS_SHOWN = 12
@@ -103,7 +103,8 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
     from neurons.recording.corpus_recording import finished
-    from neurons.scorers.registry import NOTHING, PROMPTS, method_of
+    from neurons.scorers.method import NOTHING, PROMPTS
+    from neurons.scorers.registry import method_of
     from neurons.scorers.setting import assigned, read_given
 
     method = method_of(asked.method)
@@ -113,8 +114,8 @@ def command(**options: Any) -> None:
         raise UsageError("--dry-run is about text that is read by a model: leave it out here")
     _refuse_foreign(asked, method)
     found: NeuronSet | None
-    asked.settings = read_given(method.settings, assigned(asked.assignments))
-    if method.score is None:
+    asked.settings = read_given(method.settings(), assigned(asked.assignments))
+    if method.control:
         found = _control(screen, asked, method)
     elif asked.statistics is not None:
         found = _from_statistics(asked)
@@ -201,7 +202,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
         )
 
 
-def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSet:
+def _control(screen: Screen, asked: SimpleNamespace, method: type[Scorer]) -> NeuronSet:
     from neurons.errors import BrocaError, UsageError
     from neurons.models.source import load_model, open_model
     from neurons.neuron_sets.identify import random_of, random_set
@@ -245,15 +246,15 @@ def _control(screen: Screen, asked: SimpleNamespace, method: Method) -> NeuronSe
     return random_set(like, seed, statistics)
 
 
-def _refuse_foreign(asked: SimpleNamespace, method: Method) -> None:
+def _refuse_foreign(asked: SimpleNamespace, method: type[Scorer]) -> None:
     """An option that a method would not look at is an error, not a silence."""
     from neurons.errors import UsageError
-    from neurons.scorers.registry import NOTHING, PROMPTS
+    from neurons.scorers.method import NOTHING, PROMPTS
 
     by_statistics = asked.statistics is not None
     reads_text = not by_statistics and method.reads not in (PROMPTS, NOTHING)
     reads_prompts = not by_statistics and method.reads == PROMPTS
-    control = method.score is None
+    control = method.control
     meant = {
         "corpus": reads_text,
         "tokens": reads_text,
@@ -293,7 +294,10 @@ def _list(screen: Screen) -> None:
     screen.table(
         "methods",
         ["method", "what it ranks neurons by", "source", "reads", "needs"],
-        [[name, method.line, method.source, method.reads, method.needs] for name, method in METHODS.items()],
+        [
+            [name, method.line, method.source, method.reads, method.needs()]
+            for name, method in METHODS.items()
+        ],
         words=5,
     )
     screen.result(
@@ -302,9 +306,9 @@ def _list(screen: Screen) -> None:
                 "line": method.line,
                 "source": method.source,
                 "reads": method.reads,
-                "needs": method.needs,
+                "needs": method.needs(),
                 "moments": list(method.moments),
-                "settings": defaults(method.settings),
+                "settings": defaults(method.settings()),
                 "selection": method.selection.as_json(),
             }
             for name, method in METHODS.items()

@@ -70,7 +70,8 @@ def command(**options: Any) -> None:
     from neurons.models.processes import is_first
     from neurons.models.source import load_model
     from neurons.recording.corpus_recording import finished, record_corpus
-    from neurons.scorers.registry import METHODS, NOTHING, PROMPTS, moments_of
+    from neurons.scorers.method import NOTHING, PROMPTS
+    from neurons.scorers.registry import METHODS, moments_of
     from neurons.text.token_budget import budget_of
 
     asked = SimpleNamespace(**options)

@@ -27,7 +27,7 @@ from neurons.models.source import ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.corpus_recording import record_corpus
 from neurons.scorers.clas import CLASSES, clas_classes
-from neurons.scorers.registry import TEXTS
+from neurons.scorers.method import TEXTS
 from neurons.scorers.selection import KINDS
 from neurons.scorers.setting import Range, setting
 from neurons.statistics.statistics import Statistics

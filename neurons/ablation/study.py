@@ -22,7 +22,7 @@ from neurons.models.source import LoadedModel
 from neurons.neuron_sets.identify import random_set
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.corpus_recording import record_corpus
-from neurons.scorers.registry import TEXTS
+from neurons.scorers.method import TEXTS
 from neurons.statistics.bootstrap import CONFIDENCE, DRAWS
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import TokenBatch, language_batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from neurons.recording.answers import record_answers
 from neurons.recording.answers import together as side_by_side
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.record import Progress
+from neurons.scorers.method import PROMPTS, Scorer
 from neurons.scorers.random_control import random_like, random_matched, random_scores
-from neurons.scorers.registry import PROMPTS, Method, method_of
+from neurons.scorers.registry import method_of
 from neurons.scorers.selection import Selection, select
 from neurons.statistics.statistics import Statistics
 from neurons.text.corpus import Corpus
@@ -57,7 +59,7 @@ def identify(
             is not parallel where it must be, or a rate outside (0, 1].
     """
     chosen = method_of(method)
-    if chosen.score is None or chosen.reads == PROMPTS:
+    if chosen.control or chosen.reads == PROMPTS:
         raise UsageError(f"method {method!r} does not read text: it needs {_needs(chosen)}")
     require_parallel(method, corpus)
     statistics = record_corpus(
@@ -134,7 +136,7 @@ def neurons_from(
             keeps no neuron.
     """
     chosen = method_of(method)
-    if chosen.score is None:
+    if chosen.control:
         raise UsageError(
             f"method {method!r} follows another neuron set: give it with --like neurons.safetensors"
         )
@@ -142,7 +144,7 @@ def neurons_from(
         _require_parallel(method, chosen, corpus.get("lines", {}))
     rate = chosen.selection.top_rate if top_rate is None else top_rate
     how = chosen.selection.changed(top_rate=rate, **(selection or {}))
-    scores = chosen.scores(statistics, how.top_rate, settings or {})
+    scores = chosen.of(settings or {}).scores(statistics, how.top_rate)
     found = select(scores, how.changed(top_rate=1.0) if chosen.rate_in_score else how)
     layers, width, _ = scores.values.shape
     if round(how.top_rate * layers * width) == 0:
@@ -156,7 +158,7 @@ def neurons_from(
         "fingerprint": statistics.fingerprint,
         "method": method,
         "tokens": dict(zip(languages, statistics.tokens.tolist(), strict=True)),
-        "settings": {**chosen.with_settings(settings or {}), **how.as_json()},
+        "settings": {**asdict(chosen.of(settings or {})), **how.as_json()},
         "recording": statistics.metadata.get("settings", {}),
         "notes": scores.notes,
     }
@@ -249,7 +251,7 @@ def require_parallel(method: str, corpus: Corpus) -> None:
     _require_parallel(method, method_of(method), {k: len(texts) for k, texts in corpus.texts.items()})
 
 
-def _needs(method: Method) -> str:
+def _needs(method: type[Scorer]) -> str:
     """What a method that reads no text is to be given, with an example."""
     if method.reads != PROMPTS:
         return "a neuron set to follow: --like neurons.safetensors"
@@ -257,7 +259,7 @@ def _needs(method: Method) -> str:
     return f"--prompts DIR{control}, directories of <language>.jsonl with lines like {EXAMPLE}"
 
 
-def _require_parallel(name: str, method: Method, lines: Mapping[str, int]) -> None:
+def _require_parallel(name: str, method: type[Scorer], lines: Mapping[str, int]) -> None:
     if method.parallel and len(set(lines.values())) > 1:
         counts = ", ".join(f"{language} {count}" for language, count in lines.items())
         raise UsageError(

@@ -18,7 +18,7 @@ from neurons.models.processes import is_first, world
 from neurons.models.source import LoadedModel
 from neurons.recording.record import Progress, record
 from neurons.recording.resume import Unfinished
-from neurons.scorers.registry import PACKED, TEXTS
+from neurons.scorers.method import PACKED, TEXTS
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import (
     TokenBatch,

@@ -17,7 +17,7 @@ from neurons.models.memory import (
     sizes_of,
 )
 from neurons.models.source import LoadedModel
-from neurons.scorers.registry import PACKED
+from neurons.scorers.method import PACKED
 from neurons.text.batches import block_length, language_batches, longest_row
 from neurons.text.corpus import Corpus
 

@@ -18,7 +18,10 @@ import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers.means import require_several
+from neurons.scorers.method import RESPONSES, TEXTS, Scorer
 from neurons.scorers.scores import Scores
+from neurons.scorers.selection import Selection
+from neurons.statistics.statistics import Statistics
 
 CHUNK = 128  # neurons sorted at a time: some 60 bytes for each of them and each text
 
@@ -104,3 +107,32 @@ def forcing_values(responses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         raise UsageError("a forcing value is a median over texts, and there are none")
     ranked = responses[:, rows[:, 0], rows[:, 1]].double().sort(dim=0).values
     return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+
+
+def responses_of(statistics: Statistics) -> list[torch.Tensor]:
+    """The texts' responses, language by language.
+
+    Raises:
+        UsageError: statistics without them.
+    """
+    if not statistics.responses:
+        raise UsageError(
+            "the statistics hold no responses of single texts: record them with `broca record ... --for "
+            "average-precision`"
+        )
+    return [statistics.responses[language] for language in statistics.languages]
+
+
+class AveragePrecision(Scorer):
+    """The method."""
+
+    name = "average-precision"
+    line = "how well a neuron's mean response tells the language's texts from others, top and bottom"
+    source = "arXiv 2404.02431"
+    moments = (RESPONSES,)
+    reads = TEXTS
+    # 1000 + 1000 of Llama-2-7B's 352,256.
+    selection = Selection(scope="language", top_rate=0.003, ends="both")
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        return average_precision(responses_of(statistics))

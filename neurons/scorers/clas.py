@@ -16,7 +16,10 @@ from __future__ import annotations
 import torch
 
 from neurons.scorers.means import require_finite, require_several
+from neurons.scorers.method import TEXTS, Scorer
 from neurons.scorers.scores import Scores, shares
+from neurons.scorers.selection import Selection
+from neurons.statistics.statistics import Statistics
 
 CLASSES = ("dead", "specific", "partial-shared", "all-shared")
 
@@ -54,3 +57,18 @@ def _active(mean: torch.Tensor) -> torch.Tensor:
     require_several(mean.shape[-1], "CLAS")
     require_finite(mean)
     return mean > 0
+
+
+class Clas(Scorer):
+    """The method."""
+
+    name = "clas"
+    line = "neurons whose mean is above 0 in one language of parallel text only"
+    source = "arXiv 2601.16390"
+    moments = ("mlp_in:text_mean",)
+    reads = TEXTS
+    selection = Selection(scope="language", top_rate=1.0, kinds=("specific",))
+    parallel = True
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        return clas(statistics.text_mean("mlp_in"))

@@ -15,11 +15,17 @@ linear map before the nonlinearity (``gate_proj``):
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers.means import means, rate_count, require_several
+from neurons.scorers.method import PROMPTS, Scorer, answers
 from neurons.scorers.scores import Scores
+from neurons.scorers.selection import Selection
+from neurons.scorers.setting import setting
+from neurons.statistics.statistics import Statistics
 
 TOP_RATE = 0.003  # arXiv 2510.08284, as are the next two
 RECOGNITION_RATE = 0.01
@@ -110,3 +116,37 @@ def _deviations(values: torch.Tensor) -> torch.Tensor:
     # Rounding leaves a spread of about 1e-17 between equal values, so the deviation is no test.
     alike = values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
     return torch.where(alike, 0.0, centred / values.std(-1, correction=0, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Culnig(Scorer):
+    """The method."""
+
+    name = "culnig"
+    line = "gradient x activation of answers, less that of control prompts"
+    source = "arXiv 2510.08284"
+    moments = ("mlp_act:answer", "mlp_act:answer_control")
+    reads = PROMPTS
+    selection = Selection(scope="language", top_rate=TOP_RATE)
+    rate_in_score = True
+
+    recognition_rate: float = setting(RECOGNITION_RATE, "share taken off by the second control")
+    least_z: float = setting(LEAST_Z, "least standard score over languages")
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        target, prompts = answers(statistics, "mlp_act:answer")
+        control, control_prompts = answers(statistics, "mlp_act:answer_control")
+        recognition = recognition_prompts = None
+        if "mlp_act:answer_recognition" in statistics.moments:
+            recognition, recognition_prompts = answers(statistics, "mlp_act:answer_recognition")
+        return culnig(
+            target,
+            control,
+            recognition,
+            prompts,
+            control_prompts,
+            recognition_prompts,
+            top_rate,
+            self.recognition_rate,
+            self.least_z,
+        )

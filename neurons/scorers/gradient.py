@@ -15,7 +15,9 @@ import torch
 
 from neurons.errors import BrocaError
 from neurons.scorers.means import means
+from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores, shares
+from neurons.statistics.statistics import Statistics
 
 
 def gradient(attribution: torch.Tensor, seen: torch.Tensor) -> Scores:
@@ -42,3 +44,15 @@ def mean_attribution(attribution: torch.Tensor, seen: torch.Tensor) -> torch.Ten
     if bool((mean < 0).any()):
         raise BrocaError("an attribution is negative, but it is a sum of absolute values: record it again")
     return mean
+
+
+class Gradient(Scorer):
+    """The method."""
+
+    name = "gradient"
+    line = "gradient x activation: what the language's likelihood leans on"
+    source = "first-order attribution, arXiv 1611.06440"
+    moments = ("mlp_in:attribution",)
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        return gradient(statistics.moment("mlp_in:attribution"), statistics.seen())

@@ -20,7 +20,9 @@ import torch
 from neurons.errors import UsageError
 from neurons.scorers.gradient import mean_attribution
 from neurons.scorers.means import require_several
+from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores, shares
+from neurons.statistics.statistics import Statistics
 
 
 def gradient_contrast(attribution: torch.Tensor, tokens: torch.Tensor) -> Scores:
@@ -51,3 +53,15 @@ def gradient_contrast(attribution: torch.Tensor, tokens: torch.Tensor) -> Scores
     own_is_best = torch.arange(languages, device=mean.device) == where[..., :1]
     score = of_language - torch.where(own_is_best, best[..., 1:], best[..., :1])
     return Scores(values=score, member=score > 0, share=shares(of_language))
+
+
+class GradientContrast(Scorer):
+    """The method."""
+
+    name = "gradient-contrast"
+    line = "gradient x activation, less the largest of any other language"
+    source = "Broca"
+    moments = ("mlp_in:attribution",)
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        return gradient_contrast(statistics.moment("mlp_in:attribution"), statistics.tokens)

@@ -15,7 +15,9 @@ import torch
 
 from neurons.errors import BrocaError
 from neurons.scorers.means import means
+from neurons.scorers.method import PROMPTS, Scorer, answers
 from neurons.scorers.scores import Scores, shares
+from neurons.statistics.statistics import Statistics
 
 
 def integrated_gradients(integrated: torch.Tensor, prompts: torch.Tensor) -> Scores:
@@ -52,3 +54,16 @@ def integrate(activation: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor
             "one step or more of the same shape is needed"
         )
     return activation.double() * gradients.sum(0, dtype=torch.float64) / len(gradients)
+
+
+class IntegratedGradients(Scorer):
+    """The method."""
+
+    name = "integrated-gradients"
+    line = "integrated gradients of answers: knowledge neurons"
+    source = "arXiv 2104.08696"
+    moments = ("mlp_in:integrated",)
+    reads = PROMPTS
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        return integrated_gradients(*answers(statistics, "mlp_in:integrated"))

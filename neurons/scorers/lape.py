@@ -13,10 +13,16 @@ With c[l, j, k] the tokens of language k on which neuron (l, j) is active and n_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from neurons.scorers.means import means, require_rate, require_several
+from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores, shares
+from neurons.scorers.selection import Selection
+from neurons.scorers.setting import setting
+from neurons.statistics.statistics import Statistics
 
 FILTER_RATE = 0.95  # the released code, as is the next
 ACTIVATION_RATE = 0.95
@@ -77,3 +83,23 @@ def smallest(values: torch.Tensor, rate: float) -> float:
     """The round(rate * count)-th smallest value, counted from 1."""
     rank = max(1, round(rate * values.numel()))
     return float(torch.kthvalue(values.flatten(), rank).values)
+
+
+@dataclass(frozen=True)
+class Lape(Scorer):
+    """The method."""
+
+    name = "lape"
+    line = "entropy of how often a neuron fires in each language"
+    source = "arXiv 2402.16438"
+    moments = ("mlp_act:positive",)
+    selection = Selection(scope="global", top_rate=0.01)
+
+    filter_rate: float = setting(FILTER_RATE, "quantile of rates that one must reach")
+    activation_rate: float = setting(
+        ACTIVATION_RATE, "quantile of all rates from which on a neuron counts as firing"
+    )
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        fires = statistics.moment("mlp_act:positive")
+        return lape(fires, statistics.seen(), self.filter_rate, self.activation_rate)

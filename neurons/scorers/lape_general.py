@@ -18,13 +18,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from neurons.errors import UsageError
 from neurons.scorers.lape import ACTIVATION_RATE, entropy, smallest
 from neurons.scorers.means import means, rate_count, require_rate, require_several
+from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores, shares
+from neurons.scorers.selection import Selection
+from neurons.scorers.setting import setting
+from neurons.statistics.statistics import Statistics
 
 TOP_RATE = 0.01  # the released code's sweep
 MOST_PENALTY = 0.2  # the released code, as is the next
@@ -100,3 +105,23 @@ def largest(holds: Callable[[float], bool], most: float) -> float:
         else:
             high = middle
     return low
+
+
+@dataclass(frozen=True)
+class LapeGeneral(Scorer):
+    """The method."""
+
+    name = "lape-general"
+    line = "LAPE with a penalty that drives general neurons out"
+    source = "NJUNLP/Language-Neurons-Alignment, AAAI 2026"
+    moments = ("mlp_act:positive",)
+    selection = Selection(scope="global", top_rate=0.01)
+
+    activation_rate: float = setting(
+        ACTIVATION_RATE, "quantile of all rates from which on a neuron counts as firing"
+    )
+    most_penalty: float = setting(MOST_PENALTY, "the largest penalty")
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        fires = statistics.moment("mlp_act:positive")
+        return lape_general(fires, statistics.seen(), top_rate, self.activation_rate, self.most_penalty)

@@ -14,12 +14,17 @@ p, adjusted over all units of the language (Benjamini & Hochberg 1995), is at mo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from scipy import stats
 
 from neurons.errors import UsageError
 from neurons.scorers.means import require_finite, require_rate, require_several
+from neurons.scorers.method import TEXTS, Scorer
 from neurons.scorers.scores import Scores
+from neurons.scorers.setting import setting
+from neurons.statistics.statistics import Statistics
 
 # Squared deviations below this part of the sum of squares are what rounding leaves of a difference of
 # two sums, not a variance; it stands for a spread of a millionth of the mean.
@@ -115,3 +120,20 @@ def _adjusted(t: torch.Tensor, freedom: torch.Tensor) -> torch.Tensor:
     p = torch.where(torch.isfinite(t), torch.from_numpy(tail), 1.0)
     adjusted = stats.false_discovery_control(p.flatten().numpy(), method="bh")
     return torch.from_numpy(adjusted).view_as(t)
+
+
+@dataclass(frozen=True)
+class Localizer(Scorer):
+    """The method."""
+
+    name = "localizer"
+    line = "Welch's t of a neuron's size in the language's texts against all others"
+    source = "arXiv 2411.02280"
+    moments = ("mlp_in:text_absolute", "mlp_in:text_square")
+    reads = TEXTS
+
+    false_discovery_rate: float | None = setting(None, "of the neurons kept, at most; no test")
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        total, square = (statistics.moment(moment) for moment in self.moments)
+        return localizer(total, square, statistics.texts, self.false_discovery_rate)

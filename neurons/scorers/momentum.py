@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from neurons.errors import BrocaError, UsageError
+from neurons.scorers.average_precision import responses_of
 from neurons.scorers.means import require_several
+from neurons.scorers.method import RESPONSES, TEXTS, Scorer
 from neurons.scorers.scores import Scores
+from neurons.statistics.statistics import Statistics
 
 CHUNK = 16  # pairs compared at a time, as float64 of all neurons
 
@@ -132,3 +135,31 @@ def _sums(positive: torch.Tensor, negative: torch.Tensor) -> _Sums:
         layer, neuron = (~torch.isfinite(difference)).nonzero()[0].tolist()
         raise BrocaError(f"a response of neuron {neuron} in layer {layer} is not finite")
     return _Sums(up, down, difference)
+
+
+class Momentum(Scorer):
+    """The method."""
+
+    name = "momentum"
+    line = "how often a neuron goes the same way between a text and its translations"
+    source = "AUSteer, ICLR 2026"
+    moments = (RESPONSES,)
+    reads = TEXTS
+    parallel = True
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        return momentum(_parallel_responses(statistics))
+
+
+def _parallel_responses(statistics: Statistics) -> list[torch.Tensor]:
+    """Responses to the lines that every language has."""
+    responses = responses_of(statistics)
+    lines = [statistics.lines[language] for language in statistics.languages]
+    common = lines[0]
+    for other in lines[1:]:
+        common = common[torch.isin(common, other)]
+    if not len(common):
+        raise UsageError(
+            "no line has a text in every language: parallel text is needed, line by line the same"
+        )
+    return [values[torch.isin(own, common)] for values, own in zip(responses, lines, strict=True)]

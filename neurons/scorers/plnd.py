@@ -17,7 +17,10 @@ import torch
 
 from neurons.errors import UsageError
 from neurons.scorers.means import rate_count, require_finite
+from neurons.scorers.method import TEXTS, Scorer
 from neurons.scorers.scores import Scores
+from neurons.scorers.selection import Selection
+from neurons.statistics.statistics import Statistics
 
 TOP_RATE = 0.01  # of a layer; Broca's own, as large as LAPE's share: the paper sets k by hand
 
@@ -61,3 +64,27 @@ def document_importance_ranks(importance: torch.Tensor) -> torch.Tensor:
     order = torch.argsort(importance, dim=-1, descending=True, stable=True)
     places = torch.arange(importance.shape[-1], device=importance.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+class Plnd(Scorer):
+    """The method."""
+
+    name = "plnd"
+    line = "neurons whose removal changes every text of a language most, exact"
+    source = "arXiv 2402.18815"
+    moments = ("mlp_in:worst_rank",)
+    reads = TEXTS
+    selection = Selection(scope="language", top_rate=0.01, kinds=("specific", "related"))
+    rate_in_score = True
+
+    def scores(self, statistics: Statistics, top_rate: float) -> Scores:
+        return plnd(statistics.moment(self.moments[0]), top_rate)
+
+
+class PlndReleased(Plnd):
+    """The method."""
+
+    name = "plnd-released"
+    line = "the same as the released code has it: the size of up_proj's output alone"
+    source = "arXiv 2402.18815, released code"
+    moments = ("mlp_up:worst_rank",)

@@ -13,6 +13,7 @@ from bisect import bisect_left
 import torch
 
 from neurons.errors import BrocaError, UsageError
+from neurons.scorers.method import NOTHING, Scorer
 from neurons.scorers.scores import Scores
 
 NEAREST = 10  # Broca's own choice
@@ -134,3 +135,23 @@ def _own(rows: torch.Tensor, layers: int, width: int) -> torch.Tensor:
 def _require_room(layer: int, wanted: int, width: int) -> None:
     if 2 * wanted > width:
         raise UsageError(f"the neurons are more than half of layer {layer}: no control is left")
+
+
+class Random(Scorer):
+    """The method."""
+
+    name = "random"
+    line = "a control: as many neurons in the same layers, at random"
+    source = "-"
+    reads = NOTHING
+    control = True
+
+
+class RandomMatched(Scorer):
+    """The method."""
+
+    name = "random-matched"
+    line = "a control: the same, and alike in activity"
+    source = "-"
+    moments = ("mlp_in:absolute",)
+    control = True
