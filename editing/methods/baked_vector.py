@@ -22,16 +22,10 @@ from neurons.scorers.setting import Range, setting
 HOOK_STRENGTHS = (1.0, 2.0)
 
 
-def hook_layers(depth: int) -> list[int]:
-    """Layers at a quarter, three eighths and half of the depth, each once."""
-    return sorted({min(round(depth * share), depth - 1) for share in (1 / 4, 3 / 8, 1 / 2)})
-
-
 def hook_grid(depth: int) -> list[dict[str, Any]]:
-    """After each of ``hook_layers``, once or twice."""
-    return [
-        {"layer": layer, "strength": strength} for layer in hook_layers(depth) for strength in HOOK_STRENGTHS
-    ]
+    """After the layers at a quarter, three eighths and half of the depth, each once; once or twice the vector."""
+    layers = sorted({min(round(depth * share), depth - 1) for share in (1 / 4, 3 / 8, 1 / 2)})
+    return [{"layer": layer, "strength": strength} for layer in layers for strength in HOOK_STRENGTHS]
 
 
 @dataclass(frozen=True, kw_only=True)

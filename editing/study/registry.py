@@ -27,7 +27,6 @@ from editing.methods.steer2edit import Steer2Edit, Steer2EditGradient, Steer2Edi
 from editing.methods.subspace_ablation import AblateSubspace
 from neurons.errors import UsageError
 
-DEFAULT_METHOD = Keyed.name
 # In the order of the tables.
 METHODS: tuple[type[Method], ...] = (
     PromptSource,
