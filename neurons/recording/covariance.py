@@ -190,7 +190,8 @@ class _Sums:
             covariance /= self.tokens.sum()
             start = (self.starts[place] / self.start_tokens).cpu() if self.start_tokens else None
             of_start = torch.zeros(1) if start is None else start
-            if not bool(torch.isfinite(covariance).all() & torch.isfinite(of_start).all()):
+            # A sum is finite only where every term is, and takes no second matrix.
+            if not bool(torch.isfinite(covariance.sum()) & torch.isfinite(of_start.sum())):
                 site, layer = place
                 raise not_finite(self.loaded, f"{site} in layer {layer}")
             yield place, Moments(self.languages, index, mean, covariance, start)
