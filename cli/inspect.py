@@ -219,7 +219,9 @@ def _measured(screen: Screen, file: Path) -> None:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         reports = [report_from_json(item) for item in (value if isinstance(value, list) else [value])]
-    except (ValueError, KeyError, TypeError) as error:
+        for report in reports:
+            report.rows()  # an outcome that lacks a language
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise BrocaError(
             f"{file}: not a report of broca evaluate or broca run (of a checkpoint, name the directory)"
         ) from error

@@ -35,6 +35,8 @@ def test_the_wheel_holds_packages_and_demo(unpacked):
     for name in ("neurons", "editing", "cli"):
         source = {path.relative_to(ROOT) for path in (ROOT / name).rglob("*.py")}
         assert source <= {path.relative_to(unpacked) for path in unpacked.rglob("*.py")}
+    templates = {path.relative_to(ROOT) for path in (ROOT / "editing" / "report" / "templates").iterdir()}
+    assert templates and all((unpacked / path).is_file() for path in templates)
     for path in ("recipe.toml", "model/model.safetensors", "model/README.md", "corpus/en.txt"):
         shipped = unpacked / "cli" / "shipped" / path
         assert shipped.read_bytes() == (ROOT / "artifacts" / "demo" / path).read_bytes()

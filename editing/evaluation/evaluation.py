@@ -22,9 +22,10 @@ openings of held-out lines.  Of what it writes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -51,6 +52,12 @@ LOOPING = "looping"
 
 # Prompts, most new tokens, temperature and seed to one continuation a prompt, as ``generate`` has them.
 Writer = Callable[[Sequence[str | Sequence[int]], int, float, int], list[Continuation]]
+
+
+_FIGURES = (
+    *("source_share", "distinct", "fluency_gap", "agreement", "sentence_share"),
+    *("distinct_pairs", "longest_repeat", "answer_words"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,50 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Outcome:
+        """What ``as_json`` gave, also an older or a newer Broca's.
+
+        A figure that is missing, or null, was not measured: NaN.  Numbers that this class does not know are in
+        ``details["further"]``.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        known = {one.name for one in fields(cls)}
+        further = {k: float(v) for k, v in value.items() if k not in known and type(v) in (int, float)}
+        figures: dict[str, Any] = {name: measured(value.get(name)) for name in _FIGURES}
+        by_language: dict[str, Any] = {
+            name: {str(k): measured(one) for k, one in (value.get(name) or {}).items()}
+            for name in ("nll", "nll_rise", "kl")
+        }
+        counts: dict[str, Any] = {
+            name: {str(k): int(one) for k, one in (value.get(name) or {}).items()}
+            for name in ("languages_found", "failures")
+        }
+        return cls(
+            name=str(value["name"]),
+            target_share=measured(value["target_share"]),
+            **figures,
+            **by_language,
+            **counts,
+            samples=tuple(
+                {key: str(one[key]) for key in ("prompt", "continuation")}
+                | {"language": str(one.get("language", ""))}
+                for one in value.get("samples") or ()
+            ),
+            details={**(value.get("details") or {}), **({"further": further} if further else {})},
+            relevance=dict(value.get("relevance") or {}),
+            others={str(k): dict(one) for k, one in (value.get("others") or {}).items()},
+            effectiveness=value.get("effectiveness"),
+            entanglement=value.get("entanglement"),
+        )
+
+
+def measured(value: Any) -> float:
+    """A figure from JSON; NaN where it has null, which is how JSON says that nothing was measured."""
+    return math.nan if value is None else float(value)
 
 
 class Evaluation:

@@ -3,165 +3,123 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
+from typing import Any
 
-from editing.report.ablation_results import AblatedSet, Ablation
+from markupsafe import Markup
+
 from editing.report.curves import Curve, doses_picture
 from editing.report.formats import count, number, span
-from editing.report.markup import Content, Markup, element, joined, paragraph
-from editing.report.matrix import Cell, heat_map
-from editing.report.part import of_part, part_warning
-from editing.report.tables import table
-from neurons.ablation.study import set_title
+from editing.report.heat_maps import Cell, HeatMap
+from editing.report.inline_svg import Drawing
+from editing.report.provenance import provenance
+from editing.report.templating import rendered
+from neurons.ablation.matrix import perplexity
+from neurons.ablation.study import SetOutcome, Study, set_title
 
 LEAST_RISE = 0.1  # nats a token; less is no cause for a strong colour
 
 
-def ablation_content(study: Ablation, name: str) -> Markup:
+def ablation_content(study: Study, name: str) -> Markup:
     """Everything of one study.
 
     Args:
         name: tells its pictures from another study's.
     """
-    confidence = "" if math.isnan(study.confidence) else f" with {study.confidence:.0%} intervals over texts"
-    tokens = f", {count(sum(study.tokens.values()))} tokens" if study.tokens else ""
-    parts: list[Markup] = [
-        paragraph(
-            f"Each language's neurons are ablated ({study.way}) and every language is read without them"
-            f"{tokens}{of_part(study.origin)}. Figures are rises of the negative log-likelihood in nats a token{confidence}."
-        ),
-        *part_warning(study.origin, "neurons"),
-        _sets(study),
-    ]
-    most = max((abs(rise) for one in study.sets for rise in _rises(one)), default=0.0) or 1.0
-    for one in study.sets:
-        parts += [element("h3", set_title(one.name, one.method)), _matrix(study, one, most)]
-    if any(one.doses for one in study.sets):
-        parts += [element("h3", "Dose curves"), *_doses(study, name)]
-    return joined(parts)
-
-
-def _rises(one: AblatedSet) -> list[float]:
-    return [rise for row in one.change.values() for rise in row.values() if not math.isnan(rise)]
-
-
-def _sets(study: Ablation) -> Markup:
-    rows: list[list[Content]] = []
-    for one in study.sets:
-        value, low, high = one.specificity
-        largest = sum(
-            all(one.change[i][i] >= one.change[i][j] for j in study.languages) and one.change[i][i] > 0
-            for i in study.languages
-        )
-        rows.append(
-            [
-                one.name,
-                one.method,
-                span(tuple(one.neurons.values())),
-                number(one.own, "+.4f"),
-                number(one.other, "+.4f"),
-                f"{number(value, '.2f')} [{number(low, '.2f')}, {number(high, '.2f')}]",
-                f"{largest} of {len(study.languages)}",
-            ]
-        )
-    return table(
-        "Neuron sets side by side; specificity is the mean rise of the ablated language over that of the others",
-        ["neuron set", "method", "neurons", "own rise", "others' rise", "specificity", "own is largest"],
-        rows,
-        words=(0, 1),
+    said = study.metadata.get("settings") or {}
+    most = max((_most(one) for one in study.sets), default=0.0) or 1.0
+    return rendered(
+        "ablation",
+        part=provenance(study.metadata).part,
+        way=f"mean of {said['mean_of']}" if said.get("mean_of") else str(said.get("way", "not said")),
+        confidence=said.get("confidence"),
+        tokens=sum(study.tokens),
+        sets=[_row(one) for one in study.sets],
+        matrices=[(set_title(one.name, one.method), _matrix(study, one, most)) for one in study.sets],
+        doses=[_doses(study, one, f"{name}-doses-{i}") for i, one in enumerate(study.sets) if one.doses],
     )
 
 
-def _matrix(study: Ablation, one: AblatedSet, most: float) -> Markup:
-    rows: list[tuple[Content, list[Cell]]] = [
-        (
-            f"{language} ablated",
-            [
-                Cell(
-                    value=one.change[language][other],
-                    text=number(one.change[language][other], "+.3f"),
-                    small=_interval(one, language, other),
-                    strong=language == other,
-                )
-                for other in study.languages
-            ],
-        )
-        for language in study.languages
+def _most(one: SetOutcome) -> float:
+    return max((abs(x) for x in one.own.change.flatten().tolist() if not math.isnan(x)), default=0.0)
+
+
+def _row(one: SetOutcome) -> list[str]:
+    found, own = one.specificity, one.own.change.diagonal()
+    largest = int(((own >= one.own.change.amax(1)) & (own > 0)).sum())
+    ends = f"[{number(found.low, '.2f')}, {number(found.high, '.2f')}]"
+    return [
+        one.name,
+        one.method,
+        span(one.sizes),
+        number(found.own, "+.4f"),
+        number(found.other, "+.4f"),
+        f"{number(found.value, '.2f')} {ends}",
+        f"{largest} of {len(own)}",
     ]
-    beside = [
-        [
-            count(one.neurons.get(language)),
-            *(number(rises[language], "+.4f") for rises in one.controls.values()),
+
+
+def _matrix(study: Study, one: SetOutcome, most: float) -> HeatMap:
+    controls = {control: draws for control, draws in one.controls.items() if draws}
+    rows = []
+    for i, language in enumerate(study.languages):
+        cells = [
+            Cell(value, number(value, "+.3f"), _interval(low, high), strong=i == j)
+            for j, (value, low, high) in enumerate(
+                zip(*(ends[i].tolist() for ends in (one.own.change, one.own.low, one.own.high)), strict=True)
+            )
         ]
-        for language in study.languages
-    ]
-    perplexities = ", ".join(f"{k} {number(study.perplexity[k], '.1f')}" for k in study.languages)
-    return heat_map(
-        f"{one.name}: rise of each language's NLL (columns) without each language's neurons (rows). "
-        f"Perplexity unablated: {perplexities}.",
-        "",
-        study.languages,
+        beside = [
+            number(fmean(float(draw.change[i, i]) for draw in draws), "+.4f") for draws in controls.values()
+        ]
+        cells += [Cell(math.nan, text, plain=True) for text in (count(one.sizes[i]), *beside)]
+        rows.append((f"{language} ablated", cells))
+    unablated = ", ".join(
+        f"{language} {number(perplexity(nll), '.1f')}"
+        for language, nll in zip(study.languages, study.baseline.tolist(), strict=True)
+    )
+    return HeatMap(
+        f"{one.name}: rise of each language's NLL (columns) without each language's neurons (rows). Perplexity "
+        f"unablated: {unablated}.",
+        ["", *study.languages, "neurons", *(f"own rise, {control} neurons" for control in controls)],
         rows,
         "nats a token",
         most=most,
         least=LEAST_RISE,
-        beside=["neurons", *(f"own rise, {control} neurons" for control in one.controls)],
-        beside_rows=beside,
     )
 
 
-def _interval(one: AblatedSet, language: str, other: str) -> str:
-    if not one.intervals:
-        return ""
-    low, high = one.intervals[language][other]
+def _interval(low: float, high: float) -> str:
     return "" if math.isnan(low) else f"[{number(low, '+.3f')}, {number(high, '+.3f')}]"
 
 
-def _doses(study: Ablation, name: str) -> list[Markup]:
-    whole = "of the model's neurons" if study.dose_of_model else "of the set"
-    found = []
-    for place, one in enumerate(study.sets):
-        if not one.doses:
-            continue
-        shares = [dose.share for dose in one.doses]
-        curves = []
-        for language in study.languages:
-            own = [dose.change[language][language] for dose in one.doses]
-            ends = [
-                dose.intervals[language][language] if dose.intervals else (math.nan, math.nan)
-                for dose in one.doses
-            ]
-            others = [
-                _mean([dose.change[language][k] for k in study.languages if k != language])
-                for dose in one.doses
-            ]
-            curves.append(Curve(language, own, [low for low, _ in ends], [high for _, high in ends], others))
-        found.append(
-            doses_picture(
-                f"{one.name}: rise of the ablated language (solid, with intervals) and mean rise of the others "
-                "(dashed) as more of its neurons are ablated, the best first",
-                shares,
-                curves,
-                f"share {whole}",
-                f"{name}-doses-{place}",
-            )
+def _doses(study: Study, one: SetOutcome, name: str) -> tuple[Drawing, dict[str, Any]]:
+    """The curves, and the caption, head and rows of their table."""
+    share = f"share of the {'model' if study.settings.dose_of_model else 'set'}"
+    share += "'s neurons" if study.settings.dose_of_model else ""
+    doses = sorted(one.doses, key=lambda dose: dose.share)
+    curves = []
+    for i, language in enumerate(study.languages):
+        own, low, high = (
+            [float(getattr(dose.changes, end)[i, i]) for dose in doses] for end in ("change", "low", "high")
         )
-        rows: list[list[Content]] = [
+        rows = [dose.changes.change[i].tolist() for dose in doses]
+        others = [fmean(row[:i] + row[i + 1 :]) if len(row) > 1 else math.nan for row in rows]
+        curves.append(Curve(language, own, low, high, others))
+    caption = (
+        f"{one.name}: rise of the ablated language (solid, with intervals) and mean rise of the others (dashed) as "
+        "more of its neurons are ablated, the best first"
+    )
+    table = {
+        "caption": f"{one.name}: own language (mean of the others), nats a token",
+        "head": [share, "neurons", *study.languages],
+        "rows": [
             [
                 f"{100 * dose.share:.4g} %",
-                span(tuple(dose.neurons.values())),
+                span(dose.sizes),
                 *(f"{number(curve.own[i], '+.3f')} ({number(curve.others[i], '+.3f')})" for curve in curves),
             ]
-            for i, dose in enumerate(one.doses)
-        ]
-        found.append(
-            table(
-                f"{one.name}: own language (mean of the others), nats a token",
-                [f"share {whole}", "neurons", *study.languages],
-                rows,
-            )
-        )
-    return found
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+            for i, dose in enumerate(doses)
+        ],
+    }
+    return doses_picture(caption, [dose.share for dose in doses], curves, share, name), table

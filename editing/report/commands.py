@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from editing.report.findings import Findings
+from editing.report.findings import Findings, place_of
 from editing.report.provenance import Provenance
 from neurons.neuron_sets.neuron_set import NeuronSet
 
@@ -47,14 +47,14 @@ def ways_again(found: Findings) -> list[Again]:
     for name in of_run:
         origin = origins.get(name)
         if origin is not None and origin.command:
-            runs.setdefault(_place(name), origin)
+            runs.setdefault(place_of(name), origin)
     sets = {one.file: one.result for one in found.neurons}
     given: dict[tuple[str, str | None, str], list[str]] = {}
     made, without = [], []
     for name in _results(found):
         origin = origins.get(name)
         if (origin is None or not origin.command) and name in of_run:
-            origin = runs.get(_place(name))
+            origin = runs.get(place_of(name))
         if origin is not None and origin.command:
             given.setdefault((origin.command, origin.recipe, origin.processor), []).append(name)
         elif name in of_run:
@@ -79,7 +79,7 @@ def recipe(found: Findings) -> str | None:
     lines: dict[str, Any] = {}
     steering = [one.result for one in found.steering if one.file in files]
     if steering:
-        lines["model"] = steering[0].origin.model
+        lines["model"] = steering[0].model
         lines["corpus"] = CORPUS
         lines["source"] = steering[0].source
         lines["targets"] = [one.target for one in steering if one.source == steering[0].source]
@@ -104,18 +104,9 @@ def _results(found: Findings) -> list[str]:
 
 def _run_files(found: Findings) -> list[str]:
     """The results that lie beside a run.json."""
-    places = {_place(file.name) for file in found.files if file.name.rpartition("/")[2] == "run.json"}
-    files = [
-        *(one.file for one in found.steering),
-        *(one.file for one in found.neurons),
-        *(one.file for one in found.edits),
-        *(one.file for one in found.choices),
-    ]
-    return [file for file in files if _place(file) in places]
-
-
-def _place(file: str) -> str:
-    return file.rpartition("/")[0]
+    places = {place_of(file.name) for file in found.files if file.name.rpartition("/")[2] == "run.json"}
+    kinds = (found.steering, found.neurons, found.edits, found.choices)
+    return [one.file for results in kinds for one in results if one.place in places]
 
 
 def _identify(neurons: NeuronSet, file: str) -> str:

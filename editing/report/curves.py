@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from editing.report.inline_svg import inline_svg, label, picture
-from editing.report.markup import Markup, joined
+from editing.report.inline_svg import Drawing, drawn, label
 
 # Colours that stay apart for colour-blind eyes and in grey (Okabe and Ito), each with a mark of its own.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#000000")
@@ -49,8 +49,8 @@ def trade_off(
     reach_label: str,
     cost_label: str,
     name: str,
-) -> Markup:
-    """Reach over cost, a colour and mark a group, the best at each cost joined; nothing where no point has both numbers.
+) -> Drawing | None:
+    """Reach over cost, a colour and mark a group, the best at each cost joined; None where no point has both numbers.
 
     Args:
         caption: says what it shows.
@@ -62,7 +62,7 @@ def trade_off(
     """
     points = [one for one in points if math.isfinite(one.cost) and math.isfinite(one.reach)]
     if not points:
-        return joined(())
+        return None
     ringed = any(one.front for one in points)
     groups = list(dict.fromkeys(one.group for one in points))
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -74,8 +74,8 @@ def trade_off(
             axis.plot(
                 one.cost,
                 one.reach,
-                MARKS[place % len(MARKS)],
-                color=COLOURS[place % len(COLOURS)],
+                **look(place),
+                linestyle="",
                 markersize=11 if one.chosen else 6,
                 markeredgecolor="black" if one.chosen or one.front else "white",
                 markeredgewidth=1.6 if one.chosen else 0.8,
@@ -83,23 +83,13 @@ def trade_off(
                 zorder=3 if one.chosen else 2,
                 clip_on=False,
             )
-    keys = [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker=MARKS[i % len(MARKS)],
-            color=COLOURS[i % len(COLOURS)],
-            label=label(group),
-        )
-        for i, group in enumerate(groups)
-    ]
+    keys = [Line2D([], [], linestyle="", label=label(group), **look(i)) for i, group in enumerate(groups)]
     keys.append(Line2D([], [], color="0.55", linewidth=1.2, label="most reached at that cost"))
     if math.isfinite(ceiling):
         keys.append(
             axis.axhline(ceiling, color="0.3", linestyle="--", linewidth=1, label="ceiling", zorder=0)
         )
-    _plainly(axis)
+    plainly(axis)
     axis.set(
         xlabel=label(cost_label),
         ylabel=label(reach_label),
@@ -112,12 +102,12 @@ def trade_off(
     figure.legend(
         handles=keys, loc="outside upper center", ncols=min(3, len(keys)), frameon=False, fontsize=9
     )
-    return picture(caption, inline_svg(figure, name, caption))
+    return drawn(figure, name, caption)
 
 
 def doses_picture(
     caption: str, shares: Sequence[float], curves: Sequence[Curve], dose_label: str, name: str
-) -> Markup:
+) -> Drawing:
     """The curves of one neuron set, doses in percent.
 
     Args:
@@ -131,28 +121,20 @@ def doses_picture(
     axis = figure.subplots()
     doses = [100 * share for share in shares]
     for place, curve in enumerate(curves):
-        colour = COLOURS[place % len(COLOURS)]
-        axis.plot(
-            doses,
-            curve.own,
-            marker=MARKS[place % len(MARKS)],
-            markersize=5,
-            linewidth=1.6,
-            color=colour,
-            label=label(curve.name),
-        )
+        colour = look(place)["color"]
+        axis.plot(doses, curve.own, markersize=5, linewidth=1.6, label=label(curve.name), **look(place))
         axis.plot(doses, curve.others, color=colour, linewidth=1, linestyle="--")
         if all(map(math.isfinite, [*curve.low, *curve.high])):
             axis.fill_between(doses, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    _plainly(axis)
+    plainly(axis)
     axis.set(xlabel=f"{label(dose_label)}, %", ylabel="NLL rise, nats a token")
     if len(doses) > 1 and doses[-1] > 8 * doses[0] > 0:
         axis.set_xscale("log")
         axis.minorticks_off()
     axis.set_xticks(doses, [f"{dose:.4g}" for dose in doses])
     figure.legend(loc="outside upper center", ncols=min(7, max(1, len(curves))), frameon=False, fontsize=9)
-    return picture(caption, inline_svg(figure, name, caption))
+    return drawn(figure, name, caption)
 
 
 def _envelope(points: Sequence[Point]) -> list[tuple[float, float]]:
@@ -163,10 +145,15 @@ def _envelope(points: Sequence[Point]) -> list[tuple[float, float]]:
     return best
 
 
-def _plainly(axis: object) -> None:
-    axis.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
-    axis.grid(color="0.9", linewidth=0.7)  # type: ignore[attr-defined]
-    axis.set_axisbelow(True)  # type: ignore[attr-defined]
+def look(place: int) -> dict[str, Any]:
+    """Mark and colour of the group, or curve, of this number."""
+    return {"marker": MARKS[place % len(MARKS)], "color": COLOURS[place % len(COLOURS)]}
+
+
+def plainly(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="0.9", linewidth=0.7)
+    axis.set_axisbelow(True)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from editing.evaluation.evaluation import Outcome
-from editing.report.curves import COLOURS
+from editing.report.curves import COLOURS, plainly
 from editing.report.inline_svg import label
 from editing.study.comparison import KEYED
 from editing.study.doses import harm
@@ -150,6 +150,4 @@ def _scaled(axis: Any) -> None:
     axis.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
     )
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="0.9", linewidth=0.7)
-    axis.set_axisbelow(True)
+    plainly(axis)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+from markupsafe import Markup
 
 from editing.evaluation.evaluation import Outcome
 from editing.report.dose_pictures import LINEAR, dose_figure, is_measured
-from editing.report.formats import number
-from editing.report.inline_svg import inline_svg, picture
-from editing.report.markup import Content, Markup, joined, paragraph
-from editing.report.steering_results import Steering
-from editing.report.tables import share_bar, table
+from editing.report.inline_svg import drawn
+from editing.report.run_report import Report
+from editing.report.templating import rendered
 from editing.study.comparison import KEYED
 from editing.study.doses import Cost, costs, harm
 
-_NOT_REACHED = "not reached"
 
-Curves = Mapping[str, Sequence[Outcome]]
-
-
-def doses_content(result: Steering, name: str) -> Markup:
+def doses_content(result: Report, name: str) -> Markup:
     """The picture, what it shows in a sentence, and the table.
 
     Args:
@@ -33,38 +29,40 @@ def doses_content(result: Steering, name: str) -> Markup:
         for way, doses in result.curves.items()
         if (kept := [one for one in doses if is_measured(one, source, target)])
     }
-    left_out = sum(map(len, result.curves.values())) - sum(map(len, curves.values()))
-    parts: list[Markup] = [
-        paragraph(
-            "Each way's chosen setting is measured again at parts of its strength, on the same text. Harm is the "
-            f"largest NLL rise of a language that is neither {source} nor {target}, nats a token: low and to the "
-            "right is best."
-        )
-    ]
-    if left_out:
-        parts.append(
-            paragraph(
-                f"Left out, since a figure of them is missing: {left_out} of "
-                f"{sum(map(len, result.curves.values()))} doses.",
-                class_="warning",
-            )
-        )
-    if not curves:
-        return joined(parts)
-    base = result.ways[0].target_share if result.ways else math.nan
-    caption = (
-        f"Harm against the share of answers in {target}, a line a way; solid: permanent edits, dashed: hooks and "
-        f"prompts. The vertical axis is logarithmic above {LINEAR:g}."
-    )
-    figure = dose_figure(curves, source, target, result.ceiling, base)
-    parts.append(picture(caption, inline_svg(figure, f"{name}-doses", caption)))
+    every = sum(map(len, result.curves.values()))
+    base = result.outcomes[0].target_share if result.outcomes else math.nan
     least = base if math.isfinite(base) else 0.0
-    if KEYED in curves:
-        beside = costs(curves, KEYED, source, target, least)
-        parts += [paragraph(_sentence(beside)), _beside_keyed(curves, beside, result)]
-    else:
-        parts.append(_alone(curves, least, result))
-    return joined(parts)
+    drawing = None
+    if curves:
+        caption = (
+            f"Harm against the share of answers in {target}, a line a way; solid: permanent edits, dashed: hooks and "
+            f"prompts. The vertical axis is logarithmic above {LINEAR:g}."
+        )
+        drawing = drawn(dose_figure(curves, source, target, result.ceiling, base), f"{name}-doses", caption)
+    beside = costs(curves, KEYED, source, target, least) if KEYED in curves else ()
+    others = {(one.way, one.dose): one.other for one in beside}
+    # The keyed edit's own doses come first, and whether they steer or not.
+    rows: list[tuple[Outcome, float, bool, float | None]] = [
+        (one, harm(one, source, target), False, None) for one in curves.get(KEYED, ())
+    ]
+    own = len(rows)
+    rows += [
+        (one, harm(one, source, target), True, others.get((way, one.details["dose"])))
+        for way, doses in curves.items()
+        for one in doses
+        if way != KEYED and one.target_share > least
+    ]
+    return rendered(
+        "doses",
+        result=result,
+        every=every,
+        left_out=every - sum(map(len, curves.values())),
+        drawing=drawing,
+        keyed=KEYED if KEYED in curves else None,
+        sentence=_sentence(beside),
+        rows=rows,
+        marked=range(own),
+    )
 
 
 def _sentence(beside: Sequence[Cost]) -> str:
@@ -72,67 +70,14 @@ def _sentence(beside: Sequence[Cost]) -> str:
     if not beside:
         return "No dose of another way reaches a larger share than the unedited model."
     reached = [(one.other, one.harm) for one in beside if one.other is not None]
-    cheaper = sum(own < other for own, other in reached)
-    dearer = sum(own > other for own, other in reached)
+    less = sum(own < other for own, other in reached)
+    more = sum(own > other for own, other in reached)
     counted = [
-        f"the {KEYED}, at the same share or more, costs less at {cheaper}",
-        *([f"the same at {len(reached) - cheaper - dearer}"] if cheaper + dearer < len(reached) else []),
-        *([f"more at {dearer}"] if dearer else []),
-        *(
-            [f"does not reach the share at {len(beside) - len(reached)}"]
-            if len(reached) < len(beside)
-            else []
-        ),
+        (f"the {KEYED}, at the same share or more, costs less at", less, True),
+        ("the same at", len(reached) - less - more, False),
+        ("more at", more, False),
+        ("does not reach the share at", len(beside) - len(reached), False),
     ]
     doses = "dose of another way reaches" if len(beside) == 1 else "doses of other ways reach"
-    return f"{len(beside)} {doses} a larger share than the unedited model: {', '.join(counted)}."
-
-
-def _beside_keyed(curves: Curves, beside: Sequence[Cost], result: Steering) -> Markup:
-    gaps = {(way, one.details["dose"]): one.fluency_gap for way, doses in curves.items() for one in doses}
-    own = [_row(KEYED, one, result) for one in curves[KEYED]]
-    rows: list[list[Content]] = [[*row, ""] for row in own]
-    for one in beside:
-        rows.append(
-            [
-                *_figures(one.way, one.dose, one.share, gaps[one.way, one.dose], one.harm),
-                _NOT_REACHED if one.other is None else number(one.other, "+.4f"),
-            ]
-        )
-    return table(
-        f"Every dose beside the {KEYED}'s least harm at that share or more; set off: the {KEYED}'s own doses. Doses "
-        "of other ways that reach no larger share than the unedited model are left out.",
-        [*_head(result), f"{KEYED}'s harm"],
-        rows,
-        marked=range(len(own)),
-    )
-
-
-def _alone(curves: Curves, least: float, result: Steering) -> Markup:
-    rows = [
-        _row(way, one, result) for way, doses in curves.items() for one in doses if one.target_share > least
-    ]
-    return table(
-        "Every dose; those that reach no larger share than the unedited model are left out.",
-        _head(result),
-        rows,
-    )
-
-
-def _head(result: Steering) -> list[Content]:
-    return ["way", "dose", f"share {result.target}", "fluency gap", "harm"]
-
-
-def _row(way: str, one: Outcome, result: Steering) -> list[Content]:
-    cost = harm(one, result.source, result.target)
-    return _figures(way, one.details["dose"], one.target_share, one.fluency_gap, cost)
-
-
-def _figures(way: str, dose: float, share: float, gap: float, cost: float) -> list[Content]:
-    return [
-        way,
-        f"{number(100 * dose, '.4g')} %",
-        share_bar(share, number(share, ".2f")),
-        number(gap, "+.2f"),
-        number(cost, "+.4f"),
-    ]
+    told = ", ".join(f"{words} {many}" for words, many, always in counted if many or always)
+    return f"{len(beside)} {doses} a larger share than the unedited model: {told}."

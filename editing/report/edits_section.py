@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
 from editing.plans.plan import Plan, language_pair
 from editing.plans.plan_pictures import plan_figure
 from editing.plans.plan_warnings import plan_warnings
-from editing.report.formats import count, number, plain
-from editing.report.inline_svg import inline_svg, label, picture
-from editing.report.markup import Content, Markup, joined, paragraph
-from editing.report.tables import table
+from editing.report.inline_svg import drawn, label
+from editing.report.templating import rendered
 
 
 def edit_content(plan: Plan, name: str) -> Markup:
@@ -17,52 +17,18 @@ def edit_content(plan: Plan, name: str) -> Markup:
     Args:
         name: tells its picture from another plan's.
     """
-    change = plan.relative_change()
-    share = "" if change is None else f", ‖ΔW‖/‖W‖ {number(change, '.3g')} over the modules edited"
-    settings = plan.metadata.get("settings") or {}
-    parts = [
-        paragraph(
-            f"{plan.metadata.get('method', 'an edit')}{_languages(plan)}: {count(plan.components)} components "
-            f"of {count(len(plan.edits))} modules{share}."
-        )
-    ]
-    if settings:
-        parts.append(paragraph(f"Settings: {plain(settings)}."))
-    parts += [paragraph(warning, class_="warning") for warning in plan_warnings(plan)]
+    method = plan.metadata.get("method", "an edit")
+    pair, drawing = language_pair(plan.metadata), None
     if plan.edits:
-        parts += [_modules(plan), _map(plan, name)]
-    return joined(parts)
-
-
-def _languages(plan: Plan) -> str:
-    pair = language_pair(plan.metadata)
-    if pair is not None:
-        return f", {pair[0]} to {pair[1]}"
-    languages = plan.metadata.get("languages") or []
-    return f", {', '.join(languages)}" if languages else ""
-
-
-def _modules(plan: Plan) -> Markup:
-    rows: list[list[Content]] = [
-        [
-            str(edit.layer),
-            {"attn": "attention output", "mlp": "MLP output"}.get(edit.block, edit.block),
-            count(len(edit.components)),
-            count(edit.rank),
-            number(edit.notes.get("change_norm"), ".4g"),
-            number(edit.relative_change, ".3f"),
-        ]
-        for edit in plan.edits
-    ]
-    return table(
-        "Modules that change",
-        ["layer", "module", "components", "rank", "‖ΔW‖", "‖ΔW‖/‖W‖"],
-        rows,
-        words=(0, 1),
+        named = Plan(plan.edits, {**plan.metadata, "method": label(str(plan.metadata.get("method", "edit")))})
+        drawing = drawn(plan_figure(named), name, "How strongly each component of each layer changes")
+    return rendered(
+        "edit",
+        plan=plan,
+        method=method,
+        languages=" to ".join(pair) if pair else ", ".join(plan.metadata.get("languages") or []),
+        change=plan.relative_change(),
+        settings=plan.metadata.get("settings") or {},
+        warnings=plan_warnings(plan),
+        drawing=drawing,
     )
-
-
-def _map(plan: Plan, name: str) -> Markup:
-    caption = "How strongly each component of each layer changes"
-    named = Plan(plan.edits, {**plan.metadata, "method": label(str(plan.metadata.get("method", "edit")))})
-    return picture(caption, inline_svg(plan_figure(named), name, caption))

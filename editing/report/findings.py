@@ -12,28 +12,35 @@ from typing import Any, Generic, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from editing.plans.plan import Plan, load_plan
-from editing.report.ablation_results import Ablation, read_ablation
-from editing.report.page import GENERATOR
 from editing.report.provenance import Provenance, provenance
-from editing.report.search_results import SearchResult, read_search
-from editing.report.steering_results import Choice, Steering, read_choice, read_steering, read_tried
+from editing.report.run_report import Report, report_from_json
+from editing.report.searched import SearchResult, read_search
+from editing.report.tried import Choice, read_choice, read_tried
+from neurons.ablation.report import study_from_json
+from neurons.ablation.study import Study
 from neurons.errors import BrocaError, UsageError
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.neuron_sets.neuron_set import NeuronSet, load_neuron_set
 
-# Files that say again, or for other eyes, what the files beside them say.
-_FOR_PEOPLE = {
+GENERATOR = "broca report"  # what made a page, as its beginning says
+_BEGINNING = 1000  # bytes
+# Files that say again, or for other eyes, what the files beside them say, and those of no result.
+_NOT_READ = {
     ".md": "text",
-    ".html": "page",
-    ".htm": "page",
-    ".png": "picture",
-    ".svg": "picture",
-    ".pdf": "picture",
+    **dict.fromkeys((".html", ".htm"), "page"),
+    **dict.fromkeys((".png", ".svg", ".pdf"), "picture"),
+    ".jsonl": "lines of a program's own memory",
+    ".log": "log",
+    ".txt": "text",
+    ".toml": "recipe",
 }
-_LINE_FILES = {".jsonl": "lines of a program's own memory", ".log": "log", ".txt": "text", ".toml": "recipe"}
-
-
-_BEGINNING = 1000  # bytes of a page that name what made it
+_ARTIFACTS = {
+    "neurons": "neuron set",
+    "edit": "plan of weight edits",
+    "direction": "direction",
+    "statistics": "statistics, not shown",
+    "unfinished": "unfinished work, not shown",
+}
 
 Result = TypeVar("Result")
 
@@ -44,6 +51,15 @@ class Named(Generic[Result]):
 
     file: str
     result: Result
+
+    @property
+    def place(self) -> str:
+        """The file's directory inside the directory."""
+        return place_of(self.file)
+
+
+def place_of(file: str) -> str:
+    return file.rpartition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -76,8 +92,8 @@ class Findings:
     """
 
     name: str
-    steering: list[Named[Steering]] = field(default_factory=list)
-    ablations: list[Named[Ablation]] = field(default_factory=list)
+    steering: list[Named[Report]] = field(default_factory=list)
+    ablations: list[Named[Study]] = field(default_factory=list)
     searches: list[Named[SearchResult]] = field(default_factory=list)
     choices: list[Named[Choice]] = field(default_factory=list)
     neurons: list[Named[NeuronSet]] = field(default_factory=list)
@@ -117,7 +133,8 @@ def _enter(top: Path, directory: Path, found: Findings) -> None:
             continue
         if path.is_dir():
             if (path / "config.json").is_file():
-                found.files.append(File(f"{name}/", _checkpoint(path)))
+                steered = (path / PLAN_IN_CHECKPOINT).is_file()
+                found.files.append(File(f"{name}/", "checkpoint" + " steered by Broca" * steered))
             elif not path.is_symlink():  # a link may lead back
                 _enter(top, path, found)
         elif path.suffix == ".json":
@@ -126,11 +143,14 @@ def _enter(top: Path, directory: Path, found: Findings) -> None:
             found.files.append(_artifact(path, name, found))
         elif path.suffix in (".html", ".htm") and _is_ours(path):
             continue  # an earlier page of this study is no part of it
-        elif path.suffix in _FOR_PEOPLE or path.suffix in _LINE_FILES:
-            what = _FOR_PEOPLE.get(path.suffix) or _LINE_FILES[path.suffix]
-            found.files.append(File(name, f"{what}, not read"))
+        elif path.suffix in _NOT_READ:
+            found.files.append(File(name, f"{_NOT_READ[path.suffix]}, not read"))
         else:
-            found.files.append(File(name, "not understood: no file of Broca's", understood=False))
+            found.files.append(_strange(name, "no file of Broca's"))
+
+
+def _strange(name: str, why: str) -> File:
+    return File(name, f"not understood: {why}", understood=False)
 
 
 def _is_ours(page: Path) -> bool:
@@ -138,24 +158,18 @@ def _is_ours(page: Path) -> bool:
         return GENERATOR.encode() in stream.read(_BEGINNING)
 
 
-def _checkpoint(path: Path) -> str:
-    steered = (path / PLAN_IN_CHECKPOINT).is_file()
-    return "checkpoint steered by Broca" if steered else "checkpoint"
-
-
 def _json(path: Path, name: str, found: Findings) -> File:
     try:
         content = path.read_bytes()
         value = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        return File(name, f"not understood: not readable as JSON ({error})", understood=False)
+        return _strange(name, f"not readable as JSON ({error})")
     try:
         what = _document(value, path, name, found)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        missing = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        return File(name, f"not understood: {missing}", understood=False)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, UsageError) as error:
+        return _strange(name, f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error))
     if what is None:
-        return File(name, "not understood: JSON of another kind", understood=False)
+        return _strange(name, "JSON of another kind")
     # A run's report.json is a list whose entries are of one making.
     one = value[0] if isinstance(value, list) else value
     origin = provenance(one) if isinstance(one, Mapping) else None
@@ -166,17 +180,17 @@ def _document(value: Any, path: Path, name: str, found: Findings) -> str | None:
     """What a JSON document is, once its result is among the findings; None of an unknown one."""
     if isinstance(value, list) and value and all(_has(one, "outcomes", "target") for one in value):
         for one in value:
-            _add_steering(found, name, read_steering(one))
+            _add_steering(found, name, report_from_json(one))
         return "steering, all targets of a run"
     if _has(value, "trials", "front"):
         found.searches.append(Named(name, read_search(value)))
         return "search"
     if _has(value, "sets", "baseline", "languages"):
-        found.ablations.append(Named(name, read_ablation(value)))
+        found.ablations.append(Named(name, study_from_json(value)))
         return "ablation study"
     if _has(value, "outcomes", "target"):
         tried = read_tried(value)
-        _add_steering(found, name, read_steering(value))
+        _add_steering(found, name, report_from_json(value))
         if tried is not None:
             found.choices.append(Named(name, tried))
         return "steering, measured"
@@ -188,10 +202,17 @@ def _document(value: Any, path: Path, name: str, found: Findings) -> str | None:
     return None
 
 
-def _add_steering(found: Findings, name: str, result: Steering) -> None:
+def _add_steering(found: Findings, name: str, result: Report) -> None:
     """A run's report.json holds its measured-*.json again: what is there already is not shown twice."""
-    if all(result.key != known.result.key for known in found.steering):
+    if all(_figures(result) != _figures(known.result) for known in found.steering):
         found.steering.append(Named(name, result))
+
+
+def _figures(one: Report) -> tuple[Any, ...]:
+    """What two files that hold the same measurement have in common; NaN is written, for it equals nothing."""
+    ways = [repr((way.name, way.target_share, way.fluency_gap, way.nll_rise)) for way in one.outcomes]
+    doses = [(name, *(dose.details["dose"] for dose in doses)) for name, doses in one.curves.items()]
+    return one.source, one.target, one.continuations, ways, doses
 
 
 def _has(value: Any, *keys: str) -> bool:
@@ -207,24 +228,16 @@ def _artifact(path: Path, name: str, found: Findings) -> File:
         elif kind == "edit":
             found.edits.append(Named(name, load_plan(path)))
     except (SafetensorError, OSError) as error:
-        return File(name, f"not understood: not a readable safetensors file ({error})", understood=False)
+        return _strange(name, f"not a readable safetensors file ({error})")
     except BrocaError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        return File(name, f"not understood: {reason}", understood=False)
+        return _strange(name, str(error).removeprefix(f"{path}: "))
     except (KeyError, TypeError, ValueError) as error:
-        return File(name, f"not understood: damaged ({error})", understood=False)
+        return _strange(name, f"damaged ({error})")
     digest = ""
     if kind in ("neurons", "edit", "direction"):
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    what = {
-        "neurons": "neuron set",
-        "edit": "plan of weight edits",
-        "direction": "direction",
-        "statistics": "statistics, not shown",
-        "unfinished": "unfinished work, not shown",
-    }
-    return File(name, what.get(kind, f"{kind}, not shown"), digest, provenance(metadata))
+    return File(name, _ARTIFACTS.get(kind, f"{kind}, not shown"), digest, provenance(metadata))
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: so many digits, a sign where it tells, a dash where nothing was measured."""
+"""Numbers and words as a reader wants them: so many digits, a sign where it tells, a dash where nothing was measured."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import math
 import re
 from typing import Any
 
+from markupsafe import Markup
+
 NOTHING = "\N{EN DASH}"
-SHOWN_OF_DIGEST = 12
-_DIGEST = re.compile("[0-9a-f]{32,}")
 MINUS = "\N{MINUS SIGN}"
+SHOWN_OF_DIGEST = 12
+LONGEST = 18  # letters of a word in the head of a row
+_DIGEST = re.compile("[0-9a-f]{32,}")
+# What HTML may not hold at all: control characters but tab and line ends, surrogates, noncharacters.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def clean(text: str) -> str:
+    """Text without what no HTML or XML document may hold."""
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def number(value: float | None, form: str) -> str:
@@ -55,3 +65,12 @@ def plain(value: Any) -> str:
     text = str(value)
     # A digest is told apart by its beginning, and fills a line with all of it.
     return f"{text[:SHOWN_OF_DIGEST]}\N{HORIZONTAL ELLIPSIS}" if _DIGEST.fullmatch(text) else text
+
+
+def breakable(text: object) -> Markup:
+    """Words that may break after so many letters: the head of a row stays in sight while the row scrolls."""
+    words = (
+        Markup("<wbr>").join(word[i : i + LONGEST] for i in range(0, len(word), LONGEST))
+        for word in str(text).split(" ")
+    )
+    return Markup(" ").join(words)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from dataclasses import dataclass
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from editing.report.markup import Content, Markup, clean, element, trusted
+from editing.report.formats import clean
 
 # Words stay words (they can be searched, read aloud, and take the page's fonts), and the same figure
 # gives the same bytes.
@@ -19,17 +21,32 @@ _WHOLE = re.compile(r'<svg[^>]*viewBox="([\d. ]+)"[^>]*>(.*)</svg>', re.DOTALL)
 _DROPPED = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\s*\n(?=\s*<)", re.DOTALL)
 _FONTS = re.compile(r"font-family: [^;\"]*|(font: [^;\"']*)'[^;\"]*")
 _NAME = re.compile(r'(<[^<>]*\b(?:id="|href="#|clip-path="url\(#))')
+_ELEMENT = Markup(
+    '<svg viewBox="{}" role="img" aria-label="{}" style="width:{:.0f}px;min-width:{:.0f}px">{}</svg>'
+)
 _PIXELS_AN_INCH = 96
 # Smaller than this share of its size, a figure's letters cannot be read: it scrolls instead.
 _SMALLEST = 0.62
 
 
-def inline_svg(figure: Figure, name: str, says: str) -> Markup:
-    """The figure as an ``<svg>`` element that shrinks with the page.
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page.
+
+    Attributes:
+        caption: says what it shows, also to those who do not see it.
+        svg: the ``<svg>`` element, which shrinks with the page.
+    """
+
+    caption: str
+    svg: Markup
+
+
+def drawn(figure: Figure, name: str, caption: str) -> Drawing:
+    """The figure as the page shows it.
 
     Args:
         name: unlike any other figure's of the page; letters, digits and hyphens.
-        says: what it shows, for those who do not see it.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
@@ -43,14 +60,8 @@ def inline_svg(figure: Figure, name: str, says: str) -> Markup:
     body = _FONTS.sub(lambda font: (font.group(1) or "font-family: ") + "sans-serif", body)
     body = _NAME.sub(rf"\g<1>{name}-", body)
     width = figure.get_figwidth() * _PIXELS_AN_INCH
-    return element(
-        "svg",
-        trusted(body.strip()),
-        viewBox=view,
-        role="img",
-        aria_label=says,
-        style=f"width:{width:.0f}px;min-width:{_SMALLEST * width:.0f}px",
-    )
+    svg = _ELEMENT.format(view, caption, width, _SMALLEST * width, Markup(body.strip()))
+    return Drawing(caption, svg)
 
 
 def label(text: str) -> str:
@@ -58,8 +69,3 @@ def label(text: str) -> str:
     # A leading underscore hides a legend's entry.
     words = " ".join(clean(text).split()).replace("$", r"\$")
     return f" {words}" if words.startswith("_") else words
-
-
-def picture(caption: Content, drawn: Markup) -> Markup:
-    """A drawing with its caption."""
-    return element("figure", element("figcaption", caption), element("div", drawn, class_="picture"))

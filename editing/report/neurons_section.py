@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from markupsafe import Markup
 
-from editing.report.formats import count, number, plain
-from editing.report.markup import Content, Markup, joined, paragraph
-from editing.report.matrix import Cell, heat_map
-from editing.report.tables import table
+from editing.report.formats import count, number
+from editing.report.heat_maps import Cell, HeatMap
+from editing.report.templating import rendered
 from neurons.neuron_sets.comparison import language_overlap
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.scorers.selection import KINDS
@@ -17,59 +17,37 @@ _SETTINGS_SHOWN = ("scope", "top_rate", "threshold", "min_exclusivity", "kinds",
 
 def neurons_content(neurons: NeuronSet) -> Markup:
     """Everything of one neuron set."""
-    experts = f", {neurons.experts} experts a layer" if neurons.experts > 1 else ""
     settings = neurons.metadata.get("settings") or {}
-    shown = {key: settings[key] for key in _SETTINGS_SHOWN if settings.get(key) is not None}
-    method = neurons.metadata.get("method") or "a method that the file does not name"
-    parts = [
-        paragraph(
-            f"Found by {method} in {count(neurons.layers)} layers of {count(neurons.neurons)} neurons"
-            f"{experts}" + (f"; {plain(shown)}." if shown else ".")
-        )
-    ]
-    if neurons.empty_languages:
-        parts.append(
-            paragraph(f"No neuron was found for {', '.join(neurons.empty_languages)}.", class_="warning")
-        )
-    parts += [_kinds(neurons), _layers(neurons)]
-    if len(neurons.languages) > 1:
-        parts.append(_overlap(neurons))
-    return joined(parts)
-
-
-def _kinds(neurons: NeuronSet) -> Markup:
-    rows: list[list[Content]] = []
-    for language in neurons.languages:
-        scores = neurons.scores[language]
-        finite = scores[torch.isfinite(scores)]
-        ends = (
-            [float(finite.max()), float(finite.median()), float(finite.min())] if len(finite) else [None] * 3
-        )
-        rows.append(
-            [
-                language,
-                count(len(neurons.of(language))),
-                *(count(of_kind) for of_kind in neurons.kind_counts(language).values()),
-                *(number(end, ".4g") for end in ends),
-            ]
-        )
-    return table(
-        "Neurons by kind (specific: of one language; related: of several; general: of all), and their scores",
-        ["language", "neurons", *KINDS, "largest score", "median", "smallest"],
-        rows,
+    return rendered(
+        "neurons",
+        neurons=neurons,
+        method=neurons.metadata.get("method") or "a method that the file does not name",
+        settings={key: settings[key] for key in _SETTINGS_SHOWN if settings.get(key) is not None},
+        KINDS=KINDS,
+        kinds=[_kinds(neurons, language) for language in neurons.languages],
+        maps=[_layers(neurons), *([_overlap(neurons)] if len(neurons.languages) > 1 else [])],
     )
 
 
-def _layers(neurons: NeuronSet) -> Markup:
-    rows: list[tuple[Content, list[Cell]]] = []
+def _kinds(neurons: NeuronSet, language: str) -> list[str]:
+    scores = neurons.scores[language]
+    finite = scores[torch.isfinite(scores)]
+    ends = (
+        [float(end) for end in (finite.max(), finite.median(), finite.min())] if len(finite) else [None] * 3
+    )
+    counts = (len(neurons.of(language)), *neurons.kind_counts(language).values())
+    return [language, *map(count, counts), *(number(end, ".4g") for end in ends)]
+
+
+def _layers(neurons: NeuronSet) -> HeatMap:
+    rows = []
     for language in neurons.languages:
         sizes = torch.bincount(neurons.of(language)[:, 0], minlength=neurons.layers).tolist()
         # Empty layers are many, and the missing colour says it.
         rows.append((language, [Cell(float(size), count(size) if size else "") for size in sizes]))
-    return heat_map(
+    return HeatMap(
         "Where they lie: neurons of each language (rows) in each layer (columns, from 0)",
-        "language",
-        [str(layer) for layer in range(neurons.layers)],
+        ["language", *map(str, range(neurons.layers))],
         rows,
         "neurons",
         signed=False,
@@ -77,24 +55,17 @@ def _layers(neurons: NeuronSet) -> Markup:
     )
 
 
-def _overlap(neurons: NeuronSet) -> Markup:
-    overlap = language_overlap(neurons).tolist()
-    rows: list[tuple[Content, list[Cell]]] = [
-        (
-            language,
-            [
-                Cell(value, count(len(neurons.of(language))), strong=True, plain=True)
-                if i == j
-                else Cell(value, number(value, ".2f"))
-                for j, value in enumerate(overlap[i])
-            ],
-        )
-        for i, language in enumerate(neurons.languages)
-    ]
-    return heat_map(
+def _overlap(neurons: NeuronSet) -> HeatMap:
+    rows = []
+    for i, (language, shares) in enumerate(
+        zip(neurons.languages, language_overlap(neurons).tolist(), strict=True)
+    ):
+        cells = [Cell(share, number(share, ".2f")) for share in shares]
+        cells[i] = Cell(shares[i], count(len(neurons.of(language))), strong=True, plain=True)
+        rows.append((language, cells))
+    return HeatMap(
         "What languages share: Jaccard index of every two languages' neurons (diagonal: how many each has)",
-        "",
-        list(neurons.languages),
+        ["", *neurons.languages],
         rows,
         "Jaccard index",
         least=0.2,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from editing.evaluation.evaluation import Outcome
+from editing.evaluation.evaluation import Outcome, measured
 from editing.study.comparison import KEYED
 from editing.study.doses import costs, harm
 from editing.study.origin import origin_of
@@ -210,12 +210,6 @@ def _word(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def outcome_from_json(value: dict[str, Any]) -> Outcome:
-    """The inverse of ``Outcome.as_json``."""
-    gap = math.nan if value["fluency_gap"] is None else value["fluency_gap"]
-    return Outcome(**{**value, "samples": tuple(value["samples"]), "fluency_gap": gap})
-
-
 def methods_markdown(report: Report) -> str:
     """The table that compares many ways, with what its columns mean."""
     columns = [name.replace("|", "\\|") for name in report.method_columns()]
@@ -254,21 +248,33 @@ def _doses_markdown(report: Report) -> list[str]:
     ]
 
 
-def report_from_json(value: dict[str, Any]) -> Report:
-    """What a run's measured-*.json or ``broca evaluate`` holds."""
+def report_from_json(value: Mapping[str, Any]) -> Report:
+    """What a run's measured-*.json, an entry of its report.json, or a file of ``broca evaluate`` holds.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: something else.
+    """
+    source, target = str(value["source"]), str(value["target"])
+    outcomes = tuple(map(Outcome.from_json, value["outcomes"]))
+    curves = value.get("curves") or {}
+    # JSON has its keys in the alphabet's order.
+    titles = sorted(curves, key=[*(one.name for one in outcomes), *curves].index)
     return Report(
-        model=value["model"],
-        source=value["source"],
-        target=value["target"],
-        ceiling=value["ceiling"],
-        continuations=value["continuations"],
-        outcomes=tuple(map(outcome_from_json, value["outcomes"])),
-        notes=tuple(value.get("notes", ())),
+        model=str(value.get("model") or ""),
+        source=source,
+        target=target,
+        ceiling=measured(value["ceiling"]),
+        continuations=int(value["continuations"]),
+        outcomes=outcomes,
+        notes=tuple(map(str, value.get("notes") or ())),
         origin=origin_of(value),
-        curves={
-            title: tuple(map(outcome_from_json, some)) for title, some in value.get("curves", {}).items()
-        },
+        curves={title: tuple(map(_dose_from_json, curves[title])) for title in titles},
     )
+
+
+def _dose_from_json(value: Mapping[str, Any]) -> Outcome:
+    found = Outcome.from_json(value)
+    return replace(found, details={**found.details, "dose": float(found.details["dose"])})
 
 
 def report_files(reports: Sequence[Report]) -> dict[str, bytes]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable
+
+from markupsafe import Markup
 
 from editing.report.curves import Point, trade_off
-from editing.report.formats import number, plain
-from editing.report.markup import Content, Markup, element, joined, paragraph
-from editing.report.search_results import SearchResult, Trial
+from editing.report.formats import plain
+from editing.report.inline_svg import Drawing
+from editing.report.searched import SearchResult
 from editing.report.steering_section import steering_content
-from editing.report.tables import share_bar, table
+from editing.report.templating import rendered
+from editing.study.search import MEASURED, NOTHING, Trial
+
+_GOALS = {
+    "share": "share at least {} of the ceiling",
+    "fluency_gap": "fluency gap at most {}",
+    "rise": "NLL rise of a third language at most {}",
+}
 
 
 def search_content(search: SearchResult, name: str) -> Markup:
@@ -19,98 +28,54 @@ def search_content(search: SearchResult, name: str) -> Markup:
     Args:
         name: tells its picture from another search's.
     """
-    idle = sum(trial.idle for trial in search.trials)
-    given_up = sum(not trial.whole for trial in search.trials) - idle
-    target = search.target or "target"
-    goals = f" Goals: {_goals(search.goals)}." if search.goals else ""
-    parts: list[Markup] = []
-    if not search.finished:
-        parts.append(paragraph("The search was stopped before its end.", class_="warning"))
-    for result in search.results:
-        parts += [
-            element("h3", "The chosen edit, on the report part"),
-            _met(search),
-            steering_content(result, f"{name}-steering"),
-        ]
-    parts += [
-        element("h3", "The search"),
-        paragraph(
-            f"{len(search.trials)} trials, {given_up} of them given up before their end"
-            f"{f' and {idle} without any change' if idle else ''}, measured on the "
-            f"choosing part of the text, to choose by. Ceiling there: {number(search.ceiling, '.2f')}.{goals}"
-        ),
-        *(paragraph(f"Trial {search.chosen} was chosen: {search.why}.") for _ in [0] if search.why),
-        _picture(
-            search, target, f"{name}-harm", "mean KL of third languages, nats", lambda trial: trial.harm
-        ),
-        _picture(search, target, f"{name}-gap", "fluency gap, nats a token", lambda trial: trial.fluency_gap),
-        _table(
-            search,
-            [trial for trial in search.trials if trial.number in search.front],
-            "The Pareto front; the trial set off was chosen",
-        ),
-        _table(search, list(search.trials), "All trials"),
-    ]
-    return joined(parts)
+    front = [trial for trial in search.trials if trial.number in search.front]
+    return rendered(
+        "search",
+        search=search,
+        result=steering_content(search.result, f"{name}-steering") if search.result else "",
+        missed=[goal for goal, met in search.met.items() if not met],
+        idle=sum(trial.state == NOTHING for trial in search.trials),
+        given_up=sum(trial.state not in (MEASURED, NOTHING) for trial in search.trials),
+        goals=[_GOALS.get(goal, goal + " {}").format(plain(value)) for goal, value in search.goals.items()],
+        drawings=[
+            _drawing(search, f"{name}-harm", "mean KL of third languages, nats", _harm),
+            _drawing(search, f"{name}-gap", "fluency gap, nats a token", _gap),
+        ],
+        tables=[
+            (caption, trials, [place for place, one in enumerate(trials) if one.number == search.chosen])
+            for caption, trials in (
+                ("The Pareto front; the trial set off was chosen", front),
+                ("All trials", search.trials),
+            )
+        ],
+        MEASURED=MEASURED,
+    )
 
 
-def _goals(goals: Mapping[str, Any]) -> str:
-    """Each with what it is a bound of."""
-    forms = {
-        "share": "share at least {} of the ceiling",
-        "fluency_gap": "fluency gap at most {}",
-        "rise": "NLL rise of a third language at most {}",
-    }
-    return ", ".join(forms.get(name, name + " {}").format(plain(value)) for name, value in goals.items())
+def _harm(trial: Trial) -> float:
+    return trial.harm if trial.kl else math.nan
 
 
-def _met(search: SearchResult) -> Markup:
-    if not search.met:
-        return joined(())
-    missed = [goal for goal, met in search.met.items() if not met]
-    if missed:
-        return paragraph(f"Goals not met there: {', '.join(missed)}.", class_="warning")
-    return paragraph("It meets all goals there.")
+def _gap(trial: Trial) -> float:
+    return math.nan if trial.fluency_gap is None else trial.fluency_gap
 
 
-def _picture(
-    search: SearchResult, target: str, name: str, cost_label: str, cost: Callable[[Trial], float]
-) -> Markup:
+def _drawing(
+    search: SearchResult, name: str, cost_label: str, cost: Callable[[Trial], float]
+) -> Drawing | None:
     points = [
         Point(
             trial.method,
             cost(trial),
             trial.share,
-            chosen=trial.number == search.chosen,
-            front=trial.number in search.front,
+            trial.number == search.chosen,
+            trial.number in search.front,
         )
         for trial in search.trials
-        if trial.whole
+        if trial.state == MEASURED and trial.continuations
     ]
     caption = (
         f"What the trials reach against what they cost ({cost_label}). Ringed: on the Pareto front of share, "
         "fluency gap and KL; large: chosen. Trials that were given up are left out."
     )
-    return trade_off(caption, points, search.ceiling, f"share {target}", cost_label, name)
-
-
-def _table(search: SearchResult, trials: list[Trial], caption: str) -> Markup:
-    rows: list[list[Content]] = [
-        [
-            str(trial.number),
-            trial.method,
-            share_bar(trial.share, number(trial.share, ".2f")),
-            number(trial.fluency_gap, "+.2f"),
-            number(trial.rise, "+.3f"),
-            number(trial.harm, ".4f"),
-            plain(trial.settings) + ("" if trial.whole else f" ({trial.why or trial.state})"),
-        ]
-        for trial in trials
-    ]
-    return table(
-        caption,
-        ["trial", "method", "share", "fluency gap", "largest third NLL rise", "mean third KL", "settings"],
-        rows,
-        words=(0, 1, 6),
-        marked=[place for place, trial in enumerate(trials) if trial.number == search.chosen],
-    )
+    return trade_off(caption, points, search.ceiling, f"share {search.target or 'target'}", cost_label, name)

@@ -3,263 +3,163 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
+from markupsafe import Markup
+
+from editing.evaluation.evaluation import Outcome, measured
 from editing.report.doses_section import doses_content
 from editing.report.formats import count, number, plain
-from editing.report.markup import Content, Markup, element, joined, paragraph
-from editing.report.matrix import Cell, heat_map
-from editing.report.part import of_part, part_warning
-from editing.report.samples import sample_list
-from editing.report.steering_results import Steering, Way
-from editing.report.tables import share_bar, table
+from editing.report.heat_maps import Cell, HeatMap
+from editing.report.provenance import provenance
+from editing.report.run_report import Report
+from editing.report.templating import rendered
 
-MEANINGS = (
-    (
-        "share",
-        "continuations identified as the language; empty ones and those that go round in circles are in none",
-    ),
-    ("ceiling", "share of the target when the unedited model continues target-language prompts"),
-    (
-        "distinct words, pairs",
-        "mean share of distinct words, or of runs of two words, in a continuation; longest repeat: mean share of "
-        "its words in the longest passage that it repeats",
-    ),
-    (
-        "fluency gap",
-        "nats a token by which the continuations are less likely to the unedited model than its own in the "
-        "target language; above 1 is word salad",
-    ),
-    ("NLL rise", "rise of the negative log-likelihood of text, nats a token"),
-    ("KL", "of next-token distributions, unedited to steered, nats a position; the largest third language's"),
-    (
-        "effectiveness, entanglement",
-        "the part of the possible rise in share that was reached; root mean square change of the shares of all "
-        "languages but the source on their own prompts (after arXiv 2509.13450)",
-    ),
-    ("relevance", "of answers, by the scorer that is named; figures of different scorers do not compare"),
-)
-# figure -> its head, and how it is written
+# Figure of an Outcome -> its head, and how it is written.
 FIGURES = {
+    "distinct": ("distinct words", ".2f"),
     "agreement": ("second detector agrees", ".2f"),
-    "sentence_share": ("sentences in the target", ".2f"),
+    "answer_words": ("words an answer", ".1f"),
     "distinct_pairs": ("distinct pairs", ".2f"),
     "longest_repeat": ("longest repeat", ".2f"),
-    "answer_words": ("words an answer", ".1f"),
+    "sentence_share": ("sentences in the target", ".2f"),
 }
 # Where the scales end at the least: less than this is no cause for a strong colour.
 LEAST_RISE, LEAST_KL, LEAST_SHARE = 0.1, 0.1, 0.2
-_OF_FIRST_TABLE = ("effectiveness", "entanglement")
 
 
-def steering_content(result: Steering, name: str) -> Markup:
+def steering_content(result: Report, name: str) -> Markup:
     """Everything that is known of one pair of languages.
 
     Args:
         name: tells its picture from another pair's.
     """
-    samples = [(way.name, way.samples) for way in result.ways if way.samples]
-    parts: list[Markup] = [
-        paragraph(
-            f"{count(result.continuations)} continuations of {result.source} prompts{of_part(result.origin)}; "
-            f"ceiling of {result.target}: {number(result.ceiling, '.2f')}."
-        ),
-        *part_warning(result.origin, "directions or settings"),
-        *(paragraph(note, class_="warning") for note in result.notes),
-        _table(result),
-        _writing(result),
-        _rises(result),
-        _divergences(result),
-        _others(result),
-    ]
-    if result.curves:
-        parts += [element("h3", "At parts of the strength"), doses_content(result, name)]
-    if samples:
-        parts += [element("h3", "What they write"), sample_list(result.source, samples)]
-    settings = [(way.name, way.details["settings"]) for way in result.ways if way.details.get("settings")]
-    if settings:
-        parts.append(
-            table(
-                "Settings of each way",
-                ["way", "settings"],
-                [[k, plain(v)] for k, v in settings],
-                words=(0, 1),
-            )
-        )
-    return joined(parts)
+    ways = result.outcomes
+    head, rows = _writing(ways)
+    return rendered(
+        "steering",
+        result=result,
+        part=provenance(result.origin).part,
+        edited=any(way.details.get("components") for way in ways),
+        effective=any(way.effectiveness is not None for way in ways),
+        detail=_detail,
+        largest=_largest,
+        head=head,
+        rows=rows,
+        maps=[one for one in _maps(result) if one.rows],
+        doses=doses_content(result, name) if result.curves else "",
+        samples=samples_by_prompt(ways),
+        settings=[(way.name, plain(found)) for way in ways if (found := way.details.get("settings"))],
+    )
 
 
-def meanings() -> Markup:
-    """What the figures are."""
-    terms = [joined((element("dt", name), element("dd", meaning))) for name, meaning in MEANINGS]
-    return element("dl", *terms, class_="meanings")
+def samples_by_prompt(ways: Sequence[Outcome]) -> dict[str, list[tuple[str, str, str]]]:
+    """Prompt -> (way, what it writes after it, language) of each way, words one space apart: line ends say nothing."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for way in ways:
+        for one in way.samples:
+            prompt, text = (" ".join(one[key].split()) for key in ("prompt", "continuation"))
+            found.setdefault(prompt, []).append((way.name, text, one["language"]))
+    return found
 
 
-def _table(result: Steering) -> Markup:
-    """What is reached and what it costs."""
-    edited = any(way.details.get("components") for way in result.ways)
-    effective = any("effectiveness" in way.further for way in result.ways)
-    head: list[Content] = [
+def _writing(ways: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: how the answers are written.  Figures of different scorers are never in one column."""
+    figures = [key for key in FIGURES if any(not math.isnan(getattr(way, key)) for way in ways)]
+    further = _keys(way.details.get("further", {}) for way in ways)
+    failures = _keys(way.failures for way in ways)
+    relevance = _keys(
+        {(str(way.relevance.get("scorer", "")), key): 0 for key in way.relevance if key != "scorer"}
+        for way in ways
+    )
+    head = [
         "way",
-        f"share {result.target}",
-        f"share {result.source}",
-        "fluency gap",
-        f"NLL rise {result.target}",
-        "largest third NLL rise",
-        "largest KL",
-        *(["effectiveness", "entanglement"] if effective else []),
-        *(["components", "‖ΔW‖/‖W‖"] if edited else []),
-    ]
-    rows: list[list[Content]] = []
-    for way in result.ways:
-        row: list[Content] = [
-            way.name,
-            share_bar(way.target_share, number(way.target_share, ".2f")),
-            number(way.source_share, ".2f"),
-            number(way.fluency_gap, "+.2f"),
-            number(way.nll_rise.get(result.target), "+.3f"),
-            number(_largest(way.nll_rise, (result.source, result.target)), "+.3f"),
-            number(_largest(way.kl, ()), ".3f"),
-        ]
-        if effective:
-            row += [number(way.further.get(name), ".2f") for name in ("effectiveness", "entanglement")]
-        if edited:
-            row += [_components(way), _change(way)]
-        rows.append(row)
-    return table(
-        f"{result.source} to {result.target}, all ways: what they reach and what it costs", head, rows
-    )
-
-
-def _writing(result: Steering) -> Markup:
-    """How the answers are written."""
-    further = list(
-        dict.fromkeys(name for way in result.ways for name in way.further if name not in _OF_FIRST_TABLE)
-    )
-    failures = list(dict.fromkeys(name for way in result.ways for name in way.failures))
-    relevance = list(
-        dict.fromkeys((way.relevance[0], name) for way in result.ways for name in way.relevance[1])
-    )
-    head: list[Content] = [
-        "way",
-        "distinct words",
-        *(_figure(name)[0] for name in further),
+        *(FIGURES[key][0] for key in figures),
+        *(key.replace("_", " ") for key in further),
         *failures,
-        *(f"relevance ({scorer}): {name.replace('_', ' ')}" for scorer, name in relevance),
+        *(f"relevance ({scorer}): {key.replace('_', ' ')}" for scorer, key in relevance),
     ]
-    rows: list[list[Content]] = [
+    rows = [
         [
             way.name,
-            number(way.distinct, ".2f"),
-            *(number(way.further.get(name), _figure(name)[1]) for name in further),
-            *(count(way.failures.get(name)) for name in failures),
-            # Figures of different scorers are never put into one column.
+            *(number(getattr(way, key), FIGURES[key][1]) for key in figures),
+            *(number(way.details.get("further", {}).get(key), ".3g") for key in further),
+            *(count(way.failures.get(key)) for key in failures),
             *(
-                number(way.relevance[1].get(name) if way.relevance[0] == scorer else None, ".2f")
-                for scorer, name in relevance
+                number(
+                    measured(way.relevance.get(key) if way.relevance.get("scorer") == scorer else None), ".2f"
+                )
+                for scorer, key in relevance
             ),
         ]
-        for way in result.ways
+        for way in ways
     ]
-    return table("How they write", head, rows)
+    return head, rows
 
 
-def _figure(name: str) -> tuple[str, str]:
-    return FIGURES.get(name, (name.replace("_", " "), ".3g"))
-
-
-def _others(result: Steering) -> Markup:
-    """What becomes of answers in the other languages."""
-    ways = [way for way in result.ways if way.others]
-    if not ways:
-        return joined(())
-    languages = list(dict.fromkeys(language for way in ways for language in way.others))
-    ceilings = {k: way.others[k].get("ceiling", math.nan) for way in ways for k in way.others}
-    rows: list[tuple[Content, Sequence[Cell]]] = [
-        (
-            way.name,
+def _maps(result: Report) -> list[HeatMap]:
+    """NLL rises, KL, and what becomes of answers in the other languages."""
+    ways, source, ends = result.outcomes, result.source, (result.target, result.source)
+    rises = _keys(way.nll_rise for way in ways)
+    # The source last: that its own text becomes less likely is what steering is for.
+    rises = [*ends[:1], *(k for k in rises if k not in ends), source] if rises else []
+    third, others = _keys(way.kl for way in ways), _keys(way.others for way in ways)
+    unedited = {k: measured(one.get("ceiling")) for way in ways for k, one in way.others.items()}
+    shares = [
+        (way.name, {k: measured(way.others.get(k, {}).get("share")) for k in others})
+        for way in ways
+        if way.others
+    ]
+    known = ", ".join(f"{k} {number(unedited[k], '.2f')}" for k in others)
+    return [
+        HeatMap(
+            f"NLL rise on each language's text. The last column is {source}'s own text, which steering is meant to "
+            "make less likely: it is left out of the scale.",
+            ["way", *rises],
+            [(way.name, _cells(way.nll_rise, rises, "+.3f", (source,))) for way in ways if way.nll_rise],
+            "nats a token",
+            least=LEAST_RISE,
+        ),
+        HeatMap(
+            "KL of next-token distributions on third languages, unedited to steered",
+            ["way", *third],
+            [(way.name, _cells(way.kl, third, ".3f")) for way in ways if way.kl],
+            "nats a position",
+            least=LEAST_KL,
+            signed=False,
+        ),
+        HeatMap(
+            "Share of answers in the prompt's own language, on prompts of the other languages; coloured by the change "
+            f"from the unedited model ({known})",
+            ["way", *others],
             [
-                Cell(share - ceilings[k], number(share, ".2f"))
-                for k in languages
-                for share in [way.others.get(k, {}).get("share", math.nan)]
+                (name, [Cell(share - unedited[k], number(share, ".2f")) for k, share in of.items()])
+                for name, of in shares
             ],
-        )
-        for way in ways
+            "change of the share",
+            least=LEAST_SHARE,
+        ),
     ]
-    unedited = ", ".join(f"{k} {number(ceilings[k], '.2f')}" for k in languages)
-    return heat_map(
-        "Share of answers in the prompt's own language, on prompts of the other languages; coloured by the "
-        f"change from the unedited model ({unedited})",
-        "way",
-        languages,
-        rows,
-        "change of the share",
-        least=LEAST_SHARE,
-    )
 
 
-def _rises(result: Steering) -> Markup:
-    ways = [way for way in result.ways if way.nll_rise]
-    if not ways:
-        return joined(())
-    rows = [
-        (
-            way.name,
-            [
-                Cell(
-                    value=way.nll_rise.get(language, math.nan),
-                    text=number(way.nll_rise.get(language), "+.3f"),
-                    plain=language == result.source,
-                )
-                for language in result.languages
-            ],
-        )
-        for way in ways
-    ]
-    return heat_map(
-        f"NLL rise on each language's text. The last column is {result.source}'s own text, which steering is meant "
-        "to make less likely: it is left out of the scale.",
-        "way",
-        result.languages,
-        rows,
-        "nats a token",
-        least=LEAST_RISE,
-    )
+def _cells(
+    values: Mapping[str, float], keys: Sequence[str], form: str, left_out: Collection[str] = ()
+) -> list[Cell]:
+    return [Cell(values.get(k, math.nan), number(values.get(k), form), plain=k in left_out) for k in keys]
 
 
-def _divergences(result: Steering) -> Markup:
-    ways = [way for way in result.ways if way.kl]
-    if not ways:
-        return joined(())
-    languages = list(dict.fromkeys(language for way in ways for language in way.kl))
-    rows: list[tuple[Content, Sequence[Cell]]] = [
-        (
-            way.name,
-            [Cell(way.kl.get(k, math.nan), number(way.kl.get(k), ".3f")) for k in languages],
-        )
-        for way in ways
-    ]
-    return heat_map(
-        "KL of next-token distributions on third languages, unedited to steered",
-        "way",
-        languages,
-        rows,
-        "nats a position",
-        least=LEAST_KL,
-        signed=False,
-    )
+def _keys(mappings: Iterable[Mapping[Any, Any]]) -> list[Any]:
+    """Keys of all, each once, in order."""
+    return list(dict.fromkeys(key for one in mappings for key in one))
 
 
-def _largest(values: Mapping[str, float], without: Sequence[str]) -> float:
+def _largest(values: Mapping[str, float], without: Sequence[str] = ()) -> float:
     kept = [value for language, value in values.items() if language not in without and not math.isnan(value)]
     return max(kept, default=math.nan)
 
 
-def _components(way: Way) -> str:
-    found = way.details.get("components")
-    return count(found) if isinstance(found, int) and found else number(None, "")
-
-
-def _change(way: Way) -> str:
-    found = way.details.get("relative_change")
-    return number(found if isinstance(found, float) and found else None, ".2f")
+def _detail(way: Outcome, name: str) -> float | None:
+    """A number among the details; None where it is 0 or none."""
+    found = way.details.get(name)
+    return found if isinstance(found, int | float) and found else None

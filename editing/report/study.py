@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from markupsafe import Markup
 
 from editing.report.ablation_section import ablation_content
 from editing.report.choice_section import choice_content
 from editing.report.edits_section import edit_content
-from editing.report.findings import Findings, Named
-from editing.report.markup import Markup
+from editing.report.findings import GENERATOR, Findings, Named
 from editing.report.neurons_section import neurons_content
-from editing.report.page import page
 from editing.report.provenance_section import again_content, files_content, provenance_content
-from editing.report.search_results import SearchResult
 from editing.report.search_section import search_content
-from editing.report.sections import Section
-from editing.report.steering_results import Choice, Steering
-from editing.report.steering_section import meanings, steering_content
+from editing.report.steering_section import steering_content
+from editing.report.templating import rendered
+from editing.report.tried import Choice
 from neurons.errors import BrocaError, first_line
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class Section:
+    """Part of the page: its name for links (letters, digits, hyphens), its heading, and what stands under it."""
+
+    name: str
+    title: str
+    content: Markup
 
 
 def study_page(found: Findings) -> bytes:
@@ -30,89 +38,52 @@ def study_page(found: Findings) -> bytes:
         BrocaError: a Broca file whose metadata is not what its kind has, by name.
     """
     sections = [
-        *_each(
-            "steering",
-            found.steering,
-            _steering_title,
-            lambda one, name: steering_content(one.result, name),
-        ),
-        *_each(
-            "search",
-            found.searches,
-            _search_title,
-            lambda one, name: search_content(one.result, name),
-        ),
-        *_each(
-            "ablation",
-            found.ablations,
-            lambda one: f"Ablation: {one.file}",
-            lambda one, name: ablation_content(one.result, name),
-        ),
-        *_each(
-            "neurons",
-            found.neurons,
-            lambda one: f"Neurons: {one.file}",
-            lambda one, _: neurons_content(one.result),
-        ),
-        *_each(
-            "edit",
-            found.edits,
-            lambda one: f"Edit: {one.file}",
-            lambda one, name: edit_content(one.result, name),
-        ),
+        *_each("steering", found.steering, "Steering: {0.source} to {0.target} ({1})", steering_content),
+        *_each("search", found.searches, "Search: {0.pair}({1})", search_content),
+        *_each("ablation", found.ablations, "Ablation: {1}", ablation_content),
+        *_each("neurons", found.neurons, "Neurons: {1}", lambda neurons, _: neurons_content(neurons)),
+        *_each("edit", found.edits, "Edit: {1}", edit_content),
         *_each(
             "choice",
             found.choices,
-            lambda one: f"Settings tried: {one.file}",
-            lambda one, name: choice_content(one.result, _source(found, one), name),
+            "Settings tried: {1}",
+            lambda choice, name: choice_content(choice, _source(found, choice), name),
         ),
     ]
     if found.steering or found.searches:
-        sections.append(Section("meanings", "What the figures mean", meanings()))
+        sections.append(Section("meanings", "What the figures mean", rendered("meanings")))
     sections += [
         Section("made-of", "What it was made of", provenance_content(found)),
         Section("again", "How to make it again", again_content(found)),
         Section("files", "Files", files_content(found)),
     ]
-    return page(f"Study: {found.name}", _subtitle(found), sections).encode()
+    title = f"Study: {found.name}"
+    page = rendered("page", title=title, subtitle=_subtitle(found), sections=sections, generator=GENERATOR)
+    return f"{page}\n".encode()
 
 
 def _each(
-    kind: str,
-    results: Sequence[Named[Result]],
-    title: Callable[[Named[Result]], str],
-    content: Callable[[Named[Result], str], Markup],
-) -> list[Section]:
-    sections = []
+    kind: str, results: Sequence[Named[Any]], title: str, content: Callable[[Any, str], Markup]
+) -> Iterator[Section]:
     for place, one in enumerate(results, start=1):
         name = f"{kind}-{place}"
         try:
-            sections.append(Section(name, title(one), content(one, name)))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            yield Section(name, title.format(one.result, one.file), content(one.result, name))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as error:
             raise BrocaError(
                 f"{one.file}: cannot be shown ({first_line(error)}): move it out of the directory, or make it again"
             ) from error
-    return sections
 
 
-def _steering_title(one: Named[Steering]) -> str:
-    return f"Steering: {one.result.source} to {one.result.target} ({one.file})"
-
-
-def _search_title(one: Named[SearchResult]) -> str:
-    pair = f"{one.result.source} to {one.result.target} " if one.result.target else ""
-    return f"Search: {pair}({one.file})"
-
-
-def _source(found: Findings, choice: Named[Choice]) -> str | None:
+def _source(found: Findings, choice: Choice) -> str | None:
     """The source language of a choice: as it says, or of the measurement that lies beside it."""
-    if choice.result.source:
-        return choice.result.source
-    place = choice.file.rpartition("/")[0]
+    if choice.source:
+        return choice.source
+    (place,) = [one.place for one in found.choices if one.result is choice]
     sources = {
         one.result.source
         for one in found.steering
-        if one.result.target == choice.result.target and one.file.rpartition("/")[0] == place
+        if one.result.target == choice.target and one.place == place
     }
     return sources.pop() if len(sources) == 1 else None
 

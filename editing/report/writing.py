@@ -4,45 +4,11 @@ from __future__ import annotations
 
 import re
 
-# ISO 639 codes of languages that are written from right to left as a rule.
-RIGHT_TO_LEFT = frozenset(
-    [
-        "ar",
-        "arc",
-        "arz",
-        "ary",
-        "apc",
-        "ajp",
-        "acm",
-        "acq",
-        "aeb",
-        "ars",
-        "azb",
-        "ckb",
-        "dv",
-        "fa",
-        "glk",
-        "he",
-        "iw",
-        "ji",
-        "ks",
-        "lrc",
-        "mzn",
-        "nqo",
-        "pnb",
-        "prs",
-        "ps",
-        "sd",
-        "skr",
-        "syr",
-        "ug",
-        "ur",
-        "yi",
-        "ydd",
-        "pes",
-        "arb",
-    ]
-)
+# ISO 639 codes of languages, and ISO 15924 codes of scripts, that are written from right to left as a rule.
+RIGHT_TO_LEFT = frozenset((
+    "ar", "arc", "arz", "ary", "apc", "ajp", "acm", "acq", "aeb", "ars", "azb", "ckb", "dv", "fa", "glk", "he", "iw",
+    "ji", "ks", "lrc", "mzn", "nqo", "pnb", "prs", "ps", "sd", "skr", "syr", "ug", "ur", "yi", "ydd", "pes", "arb",
+))  # fmt: skip
 _SCRIPTS = frozenset(("arab", "aran", "hebr", "nkoo", "syrc", "thaa", "adlm", "rohg", "mand", "samr"))
 _TAG = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 

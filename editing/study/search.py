@@ -149,6 +149,33 @@ class Trial:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], place: int = 0) -> Trial:
+        """What ``as_json`` gave, also an older Broca's.
+
+        Args:
+            place: its number where it has none.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        gap, tried = value.get("fluency_gap"), int(value.get("continuations") or 0)
+        return cls(
+            number=int(value.get("number", place)),
+            method=str(value["method"]),
+            settings=dict(value["settings"]),
+            state=str(value.get("state", MEASURED)),
+            found=int(value["found"]) if tried else 0,
+            continuations=tried,
+            prompts=int(value.get("prompts") or 0),
+            fluency_gap=None if gap is None else float(gap),
+            nll_rise={
+                str(k): float(one) for k, one in (value.get("nll_rise") or {}).items() if one is not None
+            },
+            kl={str(k): float(one) for k, one in (value.get("kl") or {}).items() if one is not None},
+            why=str(value.get("why") or ""),
+        )
+
 
 class Search:
     """Tries edits one after the other; all that it knows is in one file.

@@ -1,15 +1,16 @@
-"""An ablation study told: as a JSON document, and as Markdown tables."""
+"""An ablation study told: as a JSON document, which can be read back, and as Markdown tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from neurons.ablation.matrix import Changes, by_language, clear_of, largest_is_own, perplexity
-from neurons.ablation.study import SetOutcome, Study, set_title
+from neurons.ablation.matrix import Changes, Specificity, by_language, clear_of, largest_is_own, perplexity
+from neurons.ablation.study import Dose, SetOutcome, Settings, Study, set_title
 
 
 def as_json(study: Study, command: str | None = None) -> dict[str, Any]:
@@ -83,6 +84,83 @@ def _changes_json(changes: Changes, languages: Sequence[str]) -> dict[str, Any]:
         "change": by_language(changes.change, languages),
         "intervals": {i: {j: [low[i][j], high[i][j]] for j in languages} for i in languages},
     }
+
+
+def study_from_json(value: Mapping[str, Any]) -> Study:
+    """What ``as_json`` gave, also an older Broca's: figures that it lacks, or has as null, are NaN, and counts 0.
+
+    The metadata have the settings as the document says them: ``Study.settings`` has the default of those unsaid.
+
+    Raises:
+        KeyError, TypeError, ValueError, UsageError: something else.
+    """
+    languages = [str(name) for name in value["languages"]]
+    if not languages:
+        raise ValueError("it has no languages")
+    known = {one.name for one in fields(Settings)}
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in (value.get("settings") or {}).items()
+    }
+    baseline = torch.tensor([_figure(value["baseline"][k]) for k in languages], dtype=torch.float64)
+    return Study(
+        languages=tuple(languages),
+        texts=_sizes(value.get("texts"), languages),
+        tokens=_sizes(value.get("tokens"), languages),
+        baseline=baseline,
+        sets=tuple(_set_from_json(one, languages) for one in value["sets"]),
+        settings=Settings(**{k: v for k, v in settings.items() if k in known}),
+        metadata={k: v for k, v in value.items() if k not in ("sets", *_KEYS)},
+    )
+
+
+_KEYS = ("languages", "texts", "tokens", "baseline")
+
+
+def _set_from_json(value: Mapping[str, Any], languages: Sequence[str]) -> SetOutcome:
+    found = value.get("specificity") or {}
+    low, high = found.get("interval") or (None, None)
+    return SetOutcome(
+        name=str(value["name"]),
+        method=str(value["method"]),
+        sizes=_sizes(value["neurons"], languages),
+        own=_changes(value, languages),
+        controls={
+            key.removesuffix("_draws"): tuple(_changes(draw, languages) for draw in draws)
+            for key, draws in value.items()
+            if key.endswith("_draws")
+        },
+        doses=tuple(
+            Dose(float(one["share"]), _sizes(one["neurons"], languages), _changes(one, languages))
+            for one in value.get("doses") or ()
+        ),
+        specificity=Specificity(
+            *map(_figure, (found.get("value"), low, high, found.get("own"), found.get("other")))
+        ),
+    )
+
+
+def _changes(value: Mapping[str, Any], languages: Sequence[str]) -> Changes:
+    missing = {i: dict.fromkeys(languages) for i in languages}
+    nll = value.get("nll") or value.get("ablated") or missing
+    ends = value.get("intervals") or {i: dict.fromkeys(languages, (None, None)) for i in languages}
+    return Changes(
+        *(
+            torch.tensor([[_figure(rows[i][j]) for j in languages] for i in languages], dtype=torch.float64)
+            for rows in (
+                nll,
+                value["change"],
+                *({i: {j: ends[i][j][end] for j in languages} for i in languages} for end in (0, 1)),
+            )
+        )
+    )
+
+
+def _sizes(value: Mapping[str, Any] | None, languages: Sequence[str]) -> tuple[int, ...]:
+    return tuple(int(value[k]) for k in languages) if value else (0,) * len(languages)
+
+
+def _figure(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def as_markdown(study: Study) -> str:

@@ -1,38 +1,45 @@
 """The page's parts: escaping, colours, numbers, directions of writing, drawings that stand alone."""
 
+import json
 import math
 import re
 
 import pytest
 import studies
+from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 
+from editing.evaluation.evaluation import Outcome
+from editing.report.ablation_section import ablation_content
 from editing.report.curves import Curve, Point, doses_picture, trade_off
-from editing.report.formats import number, plain, span
-from editing.report.inline_svg import inline_svg, label
-from editing.report.markup import Markup, element, escaped, joined
-from editing.report.matrix import COOL, FULL, WARM, Cell, colour, heat_map, scale_end
-from editing.report.page import STYLE
+from editing.report.formats import LONGEST, clean, number, plain, span
+from editing.report.heat_maps import COOL, FULL, WARM, Cell, HeatMap, colour
+from editing.report.inline_svg import drawn, label
 from editing.report.provenance import provenance
-from editing.report.samples import Sample, sample_list
-from editing.report.steering_results import read_choice, read_steering, read_tried
-from editing.report.tables import LONGEST, row_name, share_bar, table
+from editing.report.run_report import report_from_json
+from editing.report.steering_section import samples_by_prompt, steering_content
+from editing.report.templating import TEMPLATES, rendered
+from editing.report.tried import read_choice, read_tried
 from editing.report.writing import language_tag, marks, writing_direction
+from editing.study.search import Trial
+from neurons.ablation.report import as_json, study_from_json
+from neurons.files.artifact import json_bytes
+
+PARTS = TEMPLATES.get_template("parts.html.j2").module
 
 
-def test_text_is_escaped_and_markup_is_not_escaped_again():
-    assert element("p", "a < b & c") == "<p>a &lt; b &amp; c</p>"
-    assert element("p", element("b", "<")) == "<p><b>&lt;</b></p>"
-    assert joined(["<", Markup("<br>")]) == "&lt;<br>"
-    assert element("td", "x", class_="n", title='"a" & <b>', lang=None) == (
-        '<td class="n" title="&quot;a&quot; &amp; &lt;b&gt;">x</td>'
-    )
-    assert element("meta", charset="utf-8") == '<meta charset="utf-8">'
-
-
-def test_what_is_done_to_markup_makes_it_text_again():
-    assert escaped(Markup("<b>") + "<i>") == "&lt;b&gt;&lt;i&gt;"
-    assert escaped(Markup("<b>").replace("b", "i")) == "&lt;i&gt;"
+def test_templates_escape_and_know_what_they_lack():
+    hostile = studies.HOSTILE
+    page = studies.Page(PARTS.table(hostile, [hostile, "n"], [[hostile, hostile]], [0, 1]))
+    assert page.faults == [] and not page.all("script") and not page.all("img") and page.comments == []
+    assert page.texts(hostile) == [[hostile, "n"], [hostile, hostile]]
+    page = studies.Page(PARTS.th(hostile) + PARTS.w(hostile) + PARTS.n(hostile) + PARTS.warning(hostile))
+    assert {one["text"] for one in page.elements if one["tag"] != "wbr"} == {hostile}
+    page = studies.Page(rendered("page", title=hostile, subtitle=hostile, sections=[], generator=hostile))
+    (made_by,) = page.all("meta", name="generator")
+    assert page.faults == [] and made_by["attributes"]["content"] == page.all("title")[0]["text"] == hostile
+    with pytest.raises(UndefinedError):
+        rendered("files", files=[])
 
 
 @pytest.mark.parametrize(
@@ -112,56 +119,73 @@ def test_dark_text_is_read_on_every_colour(end):
         ]
         return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    (ink,) = re.findall("--ink: #([0-9a-f]{6});", STYLE)
-    text = [int(ink[i : i + 2], 16) for i in (0, 2, 4)]
-    # What WCAG 2 asks of small text.
-    assert (luminance(end) + 0.05) / (luminance(text) + 0.05) >= 4.5
+    style = TEMPLATES.get_template("style.css").render()
+    # On light pages, and on dark ones, where coloured cells keep the light page's ink.
+    inks = [re.search(ink, style)[1] for ink in ("--ink: #(.{6});", r"td\[style\] { color: #(.{6}) }")]
+    for ink in inks:
+        text = [int(ink[i : i + 2], 16) for i in (0, 2, 4)]
+        # What WCAG 2 asks of small text.
+        assert (luminance(end) + 0.05) / (luminance(text) + 0.05) >= 4.5
+
+
+def heat_map(**changes):
+    cells = [Cell(0.5, "0.5", "[0, 1]"), Cell(-2.0, "-2"), Cell(9.0, "9", plain=True), Cell(math.nan, "–")]
+    return HeatMap("map", ["row", *"abcd"], [("a", cells)], "nats", **changes)
 
 
 def test_a_scale_leaves_out_what_does_not_compare():
-    rows = [("a", [Cell(0.5, "0.5"), Cell(-2.0, "-2"), Cell(9.0, "9", plain=True), Cell(math.nan, "–")])]
-    assert scale_end(rows) == 2
-    page = studies.Page(heat_map("map", "row", list("abcd"), rows, "nats"))
+    assert heat_map().end == 2 and heat_map(most=3.0).end == 3 and heat_map(most=3.0, least=4.0).end == 4
+    page = studies.Page(PARTS.heat_map(heat_map()))
+    assert page.faults == [] and page.texts("map") == [["row", *"abcd"], ["a", "0.5[0, 1]", "-2", "9", "–"]]
     styles = [one["attributes"].get("style") for one in page.all("td")]
     assert styles[1] == f"background:{hexadecimal(COOL)}" and styles[2:] == [None, None]
     assert "−2.00" in page.all("p")[0]["text"] and "nats" in page.all("p")[0]["text"]
-    page = studies.Page(heat_map("map", "row", list("abcd"), rows, "nats", least=4.0))
-    assert "−4.00" in page.all("p")[0]["text"]
+    page = studies.Page(PARTS.heat_map(heat_map(least=4.0, signed=False)))
+    assert page.all("p")[0]["text"].startswith("04.00")
 
 
 def test_tables_scroll_and_name_their_rows():
-    page = studies.Page(table("caption", ["x", "n"], [["a <b>", "1"], ["c", "2"]], marked=[1]))
+    page = studies.Page(PARTS.table("caption", ["x", "n"], [["a <b>", "1"], ["c", "2"]], marked=[1]))
     assert page.faults == [] and page.texts("caption") == [["x", "n"], ["a <b>", "1"], ["c", "2"]]
     (box,) = page.all("div", **{"class": "scroll"})
-    assert box["attributes"]["tabindex"] == "0" and box["text"].startswith("xn")
+    assert box["attributes"]["tabindex"] == "0" and box["text"].strip().startswith("xn")
     assert [one["text"] for one in page.all("th", scope="row")] == ["a <b>", "c"]
     assert [one["text"] for one in page.all("tr", **{"class": "marked"})] == ["c2"]
+    assert [one["attributes"].get("class") for one in page.all("td")] == ["n", "n"]
 
 
 def test_long_words_may_break_and_stay_whole():
     word = "x" * (2 * LONGEST + 1)
-    page = studies.Page(row_name(f"short {word}"))
+    page = studies.Page(PARTS.th(f"short {word}"))
     assert page.all("th")[0]["text"] == f"short {word}" and len(page.all("wbr")) == 2
 
 
 @pytest.mark.parametrize(
-    ("share", "length"), [(0.25, "25.0%"), (1.5, "100.0%"), (-1, "0.0%"), (math.nan, "0.0%")]
+    ("share", "length"),
+    [(0.25, "25.0%"), (1.5, "100.0%"), (1, "100.0%"), (-1, "0.0%"), (math.nan, "0.0%"), (None, "0.0%")],
 )
 def test_bars(share, length):
-    assert f"--share:{length}" in share_bar(share, "text")
+    assert f"--share:{length}" in PARTS.bar(share)
 
 
 def test_samples_stand_together_by_prompt():
-    ways = [
-        ("base", [Sample("One", "un\ndeux", "fr"), Sample("Two", "", "empty")]),
-        ("edit", [Sample("Two", studies.ARABIC, "ar"), Sample("One", "x", "other")]),
-    ]
-    page = studies.Page(sample_list("en", ways))
+    def way(name, *samples):
+        keys = ("prompt", "continuation", "language")
+        return studies.outcome(name, 0.5, samples=tuple(dict(zip(keys, one, strict=True)) for one in samples))
+
+    base = way("base", ("One", "un\ndeux", "fr"), ("Two", "", "empty"))
+    edit = way("edit", ("Two", studies.ARABIC, "ar"), ("One", "x", "other"))
+    found = samples_by_prompt([base, edit])
+    assert list(found) == ["One", "Two"]
+    assert found["One"] == [("base", "un deux", "fr"), ("edit", "x", "other")]
+    value = {**studies.dosed(), "curves": {}, "outcomes": [base.as_json(), edit.as_json()]}
+    page = studies.Page(steering_content(report_from_json(value), "name"))
     first, second = page.all("li")
     assert first["text"] == "Onebase frun deuxedit otherx"
     assert second["text"] == f"Twobase empty(nothing)edit ar{studies.ARABIC}"
     directions = [one["attributes"]["dir"] for one in page.all("dd")]
     assert directions == ["ltr", "auto", "auto", "rtl"]
+    assert "lang" not in page.all("dd")[1]["attributes"]
 
 
 def drawing():
@@ -174,8 +198,8 @@ def drawing():
 
 
 def test_a_drawing_stands_alone():
-    first, second = inline_svg(drawing(), "one", "says <this>"), inline_svg(drawing(), "two", "that")
-    assert first == inline_svg(drawing(), "one", "says <this>")
+    first, second = drawn(drawing(), "one", "says <this>").svg, drawn(drawing(), "two", "that").svg
+    assert first == drawn(drawing(), "one", "says <this>").svg
     page = studies.Page(first + second)
     assert page.faults == []
     names = [one["attributes"]["id"] for one in page.elements if "id" in one["attributes"]]
@@ -187,12 +211,16 @@ def test_a_drawing_stands_alone():
     assert 'href="data:image/png;base64,' in first
 
 
+def picture(drawing):
+    return clean(PARTS.picture(drawing))
+
+
 @pytest.mark.parametrize(
     "words", ["$\\frac$ 5", "_hidden", "</svg><script>", 'a id="b"', "\x00<!-- -->", studies.CHINESE, "--"]
 )
 def test_words_of_a_file_are_drawn_as_they_are(words, recwarn):
     points = [Point(words, 0.1, 0.9, chosen=True), Point("other", 0.2, 1.0)]
-    page = studies.Page(trade_off(words, points, 0.95, words, words, "n"))
+    page = studies.Page(picture(trade_off(words, points, 0.95, words, words, "n")))
     assert page.faults == [] and not page.all("script") and page.comments == []
     shown = words.replace("\x00", "�")
     drawn = [one["text"].strip() for one in page.all("text")]
@@ -200,7 +228,7 @@ def test_words_of_a_file_are_drawn_as_they_are(words, recwarn):
     assert drawn.count(shown) == 3
     assert len(page.all("svg")) == 1 and not list(recwarn)
     curve = Curve(words, [1.0], [0.9], [1.1], [0.1])
-    page = studies.Page(doses_picture(words, [0.5], [curve], words, "m"))
+    page = studies.Page(picture(doses_picture(words, [0.5], [curve], words, "m")))
     assert page.faults == [] and [one["text"].strip() for one in page.all("text")].count(shown) == 1
 
 
@@ -209,8 +237,9 @@ def test_label_of_many_lines_is_one():
 
 
 def test_nothing_to_draw():
-    assert trade_off("c", [Point("a", math.nan, 1.0), Point("b", 1.0, math.nan)], 1.0, "y", "x", "n") == ""
-    assert "<svg" in trade_off("c", [Point("a", 0.0, 0.0)], math.nan, "y", "x", "n")
+    assert trade_off("c", [Point("a", math.nan, 1.0), Point("b", 1.0, math.nan)], 1.0, "y", "x", "n") is None
+    assert PARTS.picture(None) == ""
+    assert "<svg" in trade_off("c", [Point("a", 0.0, 0.0)], math.nan, "y", "x", "n").svg
 
 
 def test_provenance_of_anything():
@@ -239,13 +268,22 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
         "outcomes": [studies.outcome("base", 0.0).as_json(), chosen.as_json()],
         "tried": [chosen.as_json(), {"name": "bake", "settings": {"layer": 1}, "refused": "no"}],
     }
-    result, tried = read_steering(value), read_tried(value)
-    way = result.ways[1]
+    result, tried = report_from_json(value), read_tried(value)
+    way = result.outcomes[1]
     assert way.failures == {"empty": 1, "looping": 2}
-    assert way.relevance == ("chrF", {"mean": 0.4, "steering_score": 0.55})
-    assert way.others["zh"]["share"] == 0.7 and math.isnan(way.others["zh"]["fluency_gap"])
-    assert way.further["effectiveness"] == 0.9 and result.languages == ["ar", "zh", "en"]
-    assert tried.chosen["hook"] == {"strength": 3.5} and tried.tried[1].refused == "no"
+    assert tried.chosen["hook"] == {"strength": 3.5} and tried.tried[1].details["refused"] == "no"
+    assert tried.is_chosen(tried.tried[0]) and not tried.is_chosen(tried.tried[1])
+    page = studies.Page(steering_content(result, "name"))
+    head, base, hook = page.texts("en to ar, all ways")
+    assert head[7:9] == ["effectiveness", "entanglement"]
+    assert base[7:9] == ["–", "–"] and hook[7:9] == ["0.90", "0.14"]
+    head, base, hook = page.texts("How they write")
+    shown = dict(zip(head, hook, strict=True))
+    assert (shown["empty"], shown["looping"], shown["relevance (chrF): steering score"]) == ("1", "2", "0.55")
+    assert dict(zip(head, base, strict=True))["relevance (chrF): mean"] == "–"
+    assert page.texts("Share of answers in the prompt's own language") == [["way", "zh"], ["hook", "0.70"]]
+    assert page.texts("NLL rise on each language's text")[0] == ["way", "ar", "zh", "en"]
+    assert page.texts("KL of next-token distributions")[2] == ["hook", "0.021"]
     assert (tried.source, tried.target) == ("en", "ar")
     assert read_tried({**value, "tried": []}) is None
     choice = {**value, "chosen": {}, "ceiling": 0.9}
@@ -255,3 +293,44 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
 def test_a_choice_without_its_numbers_is_refused():
     with pytest.raises(KeyError):
         read_choice({"ceiling": 1.0, "chosen": {}, "tried": [{"name": "x"}]}, "fr")
+
+
+def test_an_outcome_is_read_as_it_was_written():
+    written = studies.outcome(
+        "way", 0.5, others={"zh": {"share": 0.7, "fluency_gap": None}}, effectiveness=0.5
+    )
+    assert Outcome.from_json(json.loads(json_bytes(written.as_json()))) == written
+    trial = Trial(3, "bake", {"strength": 1.0}, "measured", 5, 10, 10, 0.25, {"zh": 0.1}, {"zh": 0.2}, "why")
+    assert Trial.from_json(json.loads(json_bytes(trial.as_json()))) == trial
+
+
+def test_figures_that_an_older_file_lacks_were_not_measured():
+    old = Outcome.from_json({"name": "way", "target_share": 0.5, "fluency_gap": None, "novel": 3})
+    missing = (old.fluency_gap, old.agreement, old.sentence_share, old.answer_words)
+    assert all(map(math.isnan, missing)) and (old.nll_rise, old.samples) == ({}, ())
+    value = {
+        **studies.dosed(),
+        "outcomes": [{"name": "way", "target_share": 0.5, "novel": 3}],
+        "curves": None,
+    }
+    page = studies.Page(steering_content(report_from_json(value), "name"))
+    assert page.texts("How they write") == [["way", "novel"], ["way", "3"]]
+    trial = Trial.from_json({"method": "bake", "settings": {}}, 7)
+    assert (trial.number, trial.continuations, trial.fluency_gap) == (7, 0, None)
+
+
+def test_an_ablation_study_is_read_as_it_was_written():
+    value = json.loads(json_bytes(studies.ablation()))
+    study = study_from_json(value)
+    again = json.loads(json_bytes(as_json(study, value["command"])))
+    assert again == value
+    del value["settings"], value["tokens"]
+    for one in value["sets"]:
+        del one["intervals"], one["specificity"], one["doses"]
+    old = study_from_json(value)
+    assert old.tokens == (0, 0, 0) and old.sets[0].doses == () and old.sets[0].own.low.isnan().all()
+    assert old.sets[0].own.change.equal(study.sets[0].own.change)
+    page = studies.Page(ablation_content(old, "name"))
+    assert "(not said)" in page.all("p")[0]["text"] and "intervals" not in page.all("p")[0]["text"]
+    with pytest.raises(ValueError, match="no languages"):
+        study_from_json({**value, "languages": []})

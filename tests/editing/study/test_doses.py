@@ -8,7 +8,7 @@ import torch
 from test_ways import NEVER
 
 from editing.evaluation.evaluation import Evaluation, Outcome
-from editing.report.run_report import Report, methods_markdown, outcome_from_json
+from editing.report.run_report import Report, methods_markdown
 from editing.study.doses import Cost, costs, harm, weaker
 from editing.study.protocol import compare_ways
 from editing.study.ways import WAYS, candidates_of, ways_named
@@ -79,7 +79,7 @@ def test_the_protocol_reports_each_dose(llama, material, parts):
     value = json.loads(
         json_bytes({title: [one.as_json() for one in outcomes] for title, outcomes in found.curves.items()})
     )
-    read = {title: tuple(map(outcome_from_json, some)) for title, some in value.items()}
+    read = {title: tuple(map(Outcome.from_json, some)) for title, some in value.items()}
     report = Report("tiny", "en", "fr", 1.0, 2, found.outcomes, curves=read)
     assert [row[:2] for row in report.dose_rows()][:4] == [
         ["prompt, target language", "1"], ["DiffMean hook", "0.25"], ["DiffMean hook", "0.5"], ["DiffMean hook", "1"],

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_evaluation import LINES
 
-from editing.evaluation.evaluation import Evaluation
-from editing.report.run_report import Report, methods_markdown, outcome_from_json
+from editing.evaluation.evaluation import Evaluation, Outcome
+from editing.report.run_report import Report, methods_markdown
 from editing.study import protocol
 from editing.study.comparison import Candidate, choose
 from editing.study.protocol import compare_ways
@@ -148,7 +148,7 @@ def test_the_table_survives_the_file(compared):
     found, _, reporting = compared
     value = json.loads(json_bytes([outcome.as_json() for outcome in found.outcomes]))
     report = Report(
-        "tiny", "en", "fr", reporting.ceiling, 3, tuple(map(outcome_from_json, value)), ("A note.",)
+        "tiny", "en", "fr", reporting.ceiling, 3, tuple(map(Outcome.from_json, value)), ("A note.",)
     )
     rows = report.method_rows()
     assert [len(row) for row in rows] == [len(report.method_columns())] * 4
