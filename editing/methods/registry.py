@@ -29,7 +29,7 @@ from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.recording.record import Progress
+from neurons.recording.text_pass import Progress
 from neurons.statistics.statistics import Statistics
 from neurons.text.corpus import Corpus
 

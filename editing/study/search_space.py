@@ -26,7 +26,7 @@ from editing.plans.plan import ModuleEdit, Plan, make_plan
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import NothingToChangeError, UsageError
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress
+from neurons.recording.text_pass import Progress
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 
