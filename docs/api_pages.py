@@ -32,9 +32,7 @@ def pages():
             if module.name != "__init__":
                 rooms.setdefault(".".join(module.parts[:2]), []).append(".".join(module.parts))
         for room, modules in rooms.items():
-            entries = [
-                f"## `{name}`\n\n::: {name}\n    options:\n      show_root_heading: false" for name in modules
-            ]
+            entries = [f"## `{name}`\n\n::: {name}" for name in modules]
             made[f"api/{room}.md"] = "\n\n".join([f"# {room}", *entries]) + "\n"
     made["api/index.md"] = "\n\n".join(start) + "\n"
     return made
