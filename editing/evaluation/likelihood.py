@@ -81,7 +81,8 @@ def read_again(
     Args:
         loaded: the model.
         text: with hidden states, where KL is wanted.
-        nll, kl: what is wanted.
+        nll: whether the loss is wanted.
+        kl: whether the divergence is wanted.
 
     Returns:
         Nats a token, and the mean over the counted tokens of KL(unedited || steered) of what is predicted for them;
