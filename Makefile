@@ -2,13 +2,14 @@
 # make test       lint, types and the whole test suite
 # make test-real  do the whole job on SmolLM2-135M, a pretrained instruct model (93 MB to fetch, once)
 # make test-vllm  load exports of many architectures, and adapters, in a real vLLM on the CPU
+# make docs       the documentation and the Python API as a site, in build/site
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= build/demo
 
-.PHONY: demo test test-real test-vllm lint clean
+.PHONY: demo docs test test-real test-vllm lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Broca needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -19,6 +20,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/broca demo --out $(OUT)
+
+docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

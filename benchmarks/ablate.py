@@ -28,8 +28,8 @@ from neurons.ablation.conditions import Condition, batch_losses
 from neurons.architectures.anatomy import anatomy_of
 from neurons.models.source import LoadedModel, load_model
 from neurons.recording.partial_forward import forward_from, forward_keeping
-from neurons.recording.record import forward
 from neurons.recording.text_losses import text_losses
+from neurons.recording.text_pass import forward
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import read_corpus
 

@@ -34,7 +34,8 @@ from scipy import stats
 from neurons.architectures.sites import reading
 from neurons.models.freed_memory import keep_freed_memory
 from neurons.models.source import LoadedModel, load_model
-from neurons.recording.record import forward, loss_sum, record
+from neurons.recording.record import loss_sum, record
+from neurons.recording.text_pass import forward
 from neurons.text.batches import TokenBatch, packed_corpus
 from neurons.text.corpus import read_corpus
 

@@ -20,7 +20,7 @@ from editing.methods.key import key
 from neurons.models.freed_memory import keep_freed_memory
 from neurons.models.source import load_model
 from neurons.recording.covariance import each_moments
-from neurons.recording.record import forward
+from neurons.recording.text_pass import forward
 from neurons.text.batches import language_batches
 from neurons.text.corpus import read_corpus
 from neurons.text.token_budget import KEYS

@@ -211,6 +211,7 @@ def runnable(text: Corpus, prompts: Prompts | None, control: Prompts | None) -> 
 @click.option("--top-rate", type=click.FloatRange(0, 1, min_open=True), default=0.01, help="Size of a set.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Random draws a language.")
 @click.option("--like", default=DEFAULT_METHOD, help="Whose neurons the two random rows follow.")
+@click.option("--dtype", default="auto")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
 def main(
     model: str,
@@ -225,10 +226,11 @@ def main(
     top_rate: float,
     seeds: int,
     like: str,
+    dtype: str,
     json_path: Path | None,
 ) -> None:
     """Print a Markdown table, a row a method."""
-    loaded = load_model(model)
+    loaded = load_model(model, dtype=dtype)
     text = read_corpus(corpus, languages, part)
     batches = language_batches(
         loaded, first_lines(read_corpus(held_out, text.languages, held_out_part), lines)

@@ -18,7 +18,8 @@ from editing.directions.method import DirectionMethod
 from editing.directions.texts import Found, Texts
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress, record
+from neurons.recording.record import record
+from neurons.recording.text_pass import Progress
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus

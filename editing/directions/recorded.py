@@ -14,13 +14,21 @@ from dataclasses import dataclass
 import torch
 
 from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import UsageError
 from neurons.models.not_finite import explained
-from neurons.models.processes import together, world
+from neurons.models.processes import together
 from neurons.models.source import LoadedModel
-from neurons.recording.collectors import Reading, TextSums
-from neurons.recording.record import Progress, forward
+from neurons.recording.collectors import TextSums
+from neurons.recording.text_pass import (
+    Position,
+    PositionReader,
+    Progress,
+    line_numbers,
+    numbered,
+    own_share,
+    read_text,
+)
 from neurons.statistics.totals import Totals
 from neurons.text.batches import TokenBatch
 
@@ -91,10 +99,7 @@ def record_texts(
     for language, some in batches.items():
         if not some:
             raise UsageError(f"language {language!r} has no text of more than one token: give more text")
-    lines = {
-        language: torch.cat([batch.line_numbers for batch in some]).unique()
-        for language, some in batches.items()
-    }
+    lines = line_numbers(batches)
     outputs = {
         language: {site: torch.zeros(len(own), anatomy.layers, anatomy.width(site)) for site in OUTPUT_SITES}
         for language, own in lines.items()
@@ -116,30 +121,22 @@ def record_texts(
         )
         for site in sites
     }
+    own = own_share(numbered(batches))
     counted = torch.zeros(len(languages), dtype=torch.int64)
-    current: list[Reading] = []
+    for k, batch in own:
+        counted[k] += batch.counted.sum()
 
-    def reader_of(site: str, layer: int) -> Reader:
-        def read(values: torch.Tensor, routed: Routed | None) -> None:
-            collectors[site].add(layer, values, routed, current[0])
+    def reader_of(site: str, layer: int) -> PositionReader:
+        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+            collectors[site].add(layer, values, routed, at)
             if site == "mlp_out" and anatomy.mixed:
                 # The experts hand over their neurons one after the other; now all have.
-                collectors["mlp_in"].finish(layer, current[0])
+                collectors["mlp_in"].finish(layer, at)
 
         return read
 
     readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
-    everyone = [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
-    number, processes = world()
-    with explained(loaded), reading(anatomy, readers), torch.no_grad():
-        for k, batch in everyone[number::processes]:
-            on_device = batch.to(loaded.device)
-            places = torch.searchsorted(lines[languages[k]], batch.line_numbers)
-            current[:] = [Reading(k, on_device.counted, places, batch.shares)]
-            forward(loaded.model, on_device)
-            counted[k] += batch.counted.sum()
-            if progress is not None:
-                progress(int(batch.counted.sum()))
+    read_text(loaded, own, readers, progress, lines=list(lines.values()))
     with explained(loaded):
         totals.require_finite()
     texts = torch.tensor([sum(len(batch.ids) for batch in some) for some in batches.values()])

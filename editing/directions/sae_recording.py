@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from editing.directions.sae import Autoencoder, Firing
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
-from neurons.recording.record import Progress, forward
+from neurons.recording.text_pass import Position, PositionReader, Progress, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
 PIECE = 2**26  # features of tokens held at once
@@ -61,11 +61,10 @@ def firing(
     moved = [one.to(loaded.device) for one in autoencoders]
     fired = [torch.zeros(one.features, dtype=torch.int64, device=loaded.device) for one in moved]
     sums = [torch.zeros(one.features, dtype=torch.float64, device=loaded.device) for one in moved]
-    current: list[torch.Tensor] = []
 
-    def reader_of(at: int) -> Reader:
-        def read(values: torch.Tensor, _: Routed | None) -> None:
-            counted = current[0]
+    def reader_of(at: int) -> PositionReader:
+        def read(values: torch.Tensor, _: Routed | None, position: Position) -> None:
+            counted = position.counted
             rows = max(1, PIECE // (values.shape[1] * moved[at].features))
             for first in range(0, len(values), rows):
                 inside = counted[first : first + rows, :, None]
@@ -76,13 +75,7 @@ def firing(
         return read
 
     readers = {place: reader_of(at) for at, place in enumerate(places)}
-    with reading(loaded.anatomy, readers), torch.no_grad():
-        for batch in batches:
-            on_device = batch.to(loaded.device)
-            current[:] = [on_device.counted]
-            forward(loaded.model, on_device)
-            if progress is not None:
-                progress(int(batch.counted.sum()))
+    read_text(loaded, [(0, batch) for batch in batches], readers, progress)
     texts = sum(len(batch.ids) for batch in batches)
     return [Firing(texts, fired[at].cpu(), (sums[at] / texts).cpu()) for at in range(len(moved))]
 

@@ -21,7 +21,7 @@ from editing.directions.texts import Found, Texts
 from editing.directions.winsorise import require_quantile, winsorise
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress
+from neurons.recording.text_pass import Progress
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import DIRECTIONS, text_read

@@ -15,7 +15,7 @@ from neurons.architectures.offload import parameter_value
 from neurons.models.next_token import Head, token_divergences, token_losses
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
-from neurons.recording.record import forward
+from neurons.recording.text_pass import forward
 from neurons.text.batches import TokenBatch, row_batches
 
 Steering = Callable[[], AbstractContextManager[None]]
@@ -81,7 +81,8 @@ def read_again(
     Args:
         loaded: the model.
         text: with hidden states, where KL is wanted.
-        nll, kl: what is wanted.
+        nll: whether the loss is wanted.
+        kl: whether the divergence is wanted.
 
     Returns:
         Nats a token, and the mean over the counted tokens of KL(unedited || steered) of what is predicted for them;

@@ -26,7 +26,7 @@ from neurons.architectures.sites import logits
 from neurons.errors import UsageError
 from neurons.models.next_token import positions_at_once, token_losses
 from neurons.models.source import LoadedModel
-from neurons.recording.record import forward
+from neurons.recording.text_pass import forward
 from neurons.text.batches import row_batches
 
 JUDGE, CHRF, LIKELIHOOD = "judge", "chrf", "likelihood"

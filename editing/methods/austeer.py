@@ -30,12 +30,12 @@ from editing.methods.reach import chosen_blocks, chosen_layers, require_strength
 from editing.methods.scale import column_scaling
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from neurons.architectures.anatomy import BLOCKS
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, ModelSource
-from neurons.recording.collectors import Reading, TextSums
+from neurons.recording.collectors import TextSums
 from neurons.recording.corpus_recording import RESPONSE_BYTES
-from neurons.recording.record import Progress, forward
+from neurons.recording.text_pass import Position, PositionReader, Progress, line_numbers, numbered, read_text
 from neurons.scorers.momentum import MomentumRates, momentum_rates
 from neurons.scorers.setting import Range, setting
 from neurons.statistics.statistics import Statistics
@@ -276,7 +276,7 @@ def _responses(
             f"the means of {texts:,} texts would take {texts * one / 1e9:.1f} GB: give at most "
             f"{RESPONSE_BYTES // one // len(languages):,} lines a language, or one block"
         )
-    lines = {k: torch.cat([batch.line_numbers for batch in some]).unique() for k, some in batches.items()}
+    lines = line_numbers(batches)
     kept = {
         site: {k: torch.zeros(len(own), anatomy.layers, anatomy.width(site)) for k, own in lines.items()}
         for site in sites
@@ -285,29 +285,20 @@ def _responses(
     collectors = {
         site: TextSums(site, (), anatomy, totals, [of[k] for k in languages]) for site, of in kept.items()
     }
-    current: list[Reading] = []
 
-    def reader_of(site: str, layer: int) -> Reader:
-        def read(values: torch.Tensor, routed: Routed | None) -> None:
+    def reader_of(site: str, layer: int) -> PositionReader:
+        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             if site in collectors:
-                collectors[site].add(layer, values, routed, current[0])
+                collectors[site].add(layer, values, routed, at)
             else:
                 # The experts hand over their neurons one after the other; now all have.
-                collectors["mlp_in"].finish(layer, current[0])
+                collectors["mlp_in"].finish(layer, at)
 
         return read
 
     ends = ["mlp_out"] if anatomy.mixed and "mlp_in" in collectors else []
     readers = {(s, layer): reader_of(s, layer) for s in [*sites, *ends] for layer in range(anatomy.layers)}
-    with reading(anatomy, readers), torch.no_grad():
-        for k, language in enumerate(languages):
-            for batch in batches[language]:
-                on_device = batch.to(loaded.device)
-                places = torch.searchsorted(lines[language], batch.line_numbers)
-                current[:] = [Reading(k, on_device.counted, places, batch.shares)]
-                forward(loaded.model, on_device)
-                if progress is not None:
-                    progress(int(batch.counted.sum()))
+    read_text(loaded, numbered(batches), readers, progress, lines=list(lines.values()))
     return kept, lines
 
 

@@ -37,12 +37,12 @@ import torch
 from editing.methods.reach import chosen_blocks, chosen_layers
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import covariance_bytes, room, solving_bytes
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.recording.covariance import Moments, language_moments
-from neurons.recording.record import Progress, forward
+from neurons.recording.text_pass import Position, PositionReader, Progress, read_text
 from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
@@ -182,21 +182,16 @@ def fourth_moments(
 ) -> dict[int, float]:
     """Mean over the tokens of ||x - mu||^4 at a site of each layer of ``means`` (layer -> mu [n])."""
     sums = dict.fromkeys(means, 0.0)
-    counted: dict[str, torch.Tensor] = {}
 
-    def reader_of(layer: int, mean: torch.Tensor) -> Reader:
-        def read(values: torch.Tensor, _: Routed | None) -> None:
-            apart = values.detach()[counted["now"]].double() - mean
+    def reader_of(layer: int, mean: torch.Tensor) -> PositionReader:
+        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
+            apart = at.rows(values).double() - mean
             sums[layer] += float(apart.square().sum(1).square().sum())
 
         return read
 
     readers = {(site, layer): reader_of(layer, mean.to(loaded.device)) for layer, mean in means.items()}
-    with reading(loaded.anatomy, readers), torch.no_grad():
-        for batch in batches:
-            on_device = batch.to(loaded.device)
-            counted["now"] = on_device.counted
-            forward(loaded.model, on_device)
+    read_text(loaded, [(0, batch) for batch in batches], readers)
     tokens = sum(int(batch.counted.sum()) for batch in batches)
     return {layer: total / tokens for layer, total in sums.items()}
 

@@ -15,7 +15,6 @@ bias form, where a model can carry it, has nothing to correct.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -23,10 +22,10 @@ from editing.methods.bake import EPS
 from editing.plans.live import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress, forward
+from neurons.recording.text_pass import Position, PositionReader, Progress, read_text
 from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
@@ -169,29 +168,26 @@ def remainder_moments(
         torch.zeros(width, width, dtype=torch.float64, device=loaded.device),
         torch.zeros(width, dtype=torch.float64, device=loaded.device),
     )
-    current: dict[str, Any] = {}
+    left: list[torch.Tensor] = []
 
-    def coefficient(edit: ModuleEdit) -> Reader:
-        def read(values: torch.Tensor, _: Routed | None) -> None:
+    def coefficient(edit: ModuleEdit) -> PositionReader:
+        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
+            if edit.layer == edits[0].layer:
+                left[:] = [torch.ones(at.batch.ids.shape, dtype=torch.float64, device=loaded.device)]
             if edit.right is not None:
                 right = edit.right[:, 0].to(values.device, torch.float64)
-                current["left"] = current["left"] - values.detach().double() @ right
+                left[0] = left[0] - values.detach().double() @ right
 
         return read
 
-    def last(values: torch.Tensor, _: Routed | None) -> None:
-        found.add(values.detach(), current["left"], current["batch"])
+    def last(values: torch.Tensor, _: Routed | None, at: Position) -> None:
+        found.add(values.detach(), left[0], at.batch)
 
-    readers: dict[tuple[str, int], Reader] = {("mlp_in", edit.layer): coefficient(edit) for edit in edits}
+    readers: dict[tuple[str, int], PositionReader] = {
+        ("mlp_in", edit.layer): coefficient(edit) for edit in edits
+    }
     readers["mlp_in", layer] = last
-    with reading(loaded.anatomy, readers), torch.no_grad():
-        for batch in batches:
-            on_device = batch.to(loaded.device)
-            current["batch"] = on_device
-            current["left"] = torch.ones(batch.ids.shape, dtype=torch.float64, device=loaded.device)
-            forward(loaded.model, on_device)
-            if progress is not None:
-                progress(int(batch.counted.sum()))
+    read_text(loaded, [(0, batch) for batch in batches], readers, progress)
     for name in ("square", "product", "start"):
         setattr(found, name, getattr(found, name).cpu())
     return found

@@ -48,7 +48,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import Moments, each_moments, site_moments
-from neurons.recording.record import Progress
+from neurons.recording.text_pass import Progress
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS, text_read

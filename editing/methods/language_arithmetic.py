@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -38,12 +37,12 @@ from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method, Settings
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import language_moments
-from neurons.recording.record import Progress, forward
+from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
 from neurons.scorers.setting import Range, setting
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
@@ -140,21 +139,15 @@ def activation_means(
         layer: {k: torch.zeros(loaded.anatomy.neurons, dtype=torch.float64) for k in batches}
         for layer in layers
     }
-    current: dict[str, Any] = {}
+    languages = tuple(batches)
 
-    def reader_of(layer: int) -> Reader:
-        def read(values: torch.Tensor, _: Routed | None) -> None:
-            rows = activation(values.detach()[current["counted"]]).double()
-            sums[layer][current["language"]] += rows.sum(0).cpu()
+    def reader_of(layer: int) -> PositionReader:
+        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
+            sums[layer][languages[at.language]] += activation(at.rows(values)).double().sum(0).cpu()
 
         return read
 
-    with reading(loaded.anatomy, {(site, layer): reader_of(layer) for layer in layers}), torch.no_grad():
-        for language, some in batches.items():
-            for batch in some:
-                on_device = batch.to(loaded.device)
-                current.update(language=language, counted=on_device.counted)
-                forward(loaded.model, on_device)
+    read_text(loaded, numbered(batches), {(site, layer): reader_of(layer) for layer in layers})
     tokens = {k: sum(int(batch.counted.sum()) for batch in some) for k, some in batches.items()}
     return {layer: {k: total / tokens[k] for k, total in own.items()} for layer, own in sums.items()}
 

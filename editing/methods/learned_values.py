@@ -35,7 +35,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress, forward
+from neurons.recording.text_pass import Progress, forward
 from neurons.text.batches import TokenBatch, block_length
 
 # The strength at which keys over heads and neurons do best with the means (docs/keyed.md): where several

@@ -17,7 +17,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model
 from neurons.neuron_sets.identify import identify
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.recording.record import Progress
+from neurons.recording.text_pass import Progress
 from neurons.statistics.statistics import Statistics
 from neurons.text.corpus import Corpus
 

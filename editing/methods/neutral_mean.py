@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress, record
+from neurons.recording.record import record
+from neurons.recording.text_pass import Progress
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import DIRECTIONS

@@ -7,6 +7,7 @@ is what it returns for a vector of ones, and its formula is compared with it on 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,10 @@ from torch import nn
 
 from editing.methods.norm_value import rms_norm
 from neurons.architectures.anatomy import first, site_module
-from neurons.architectures.sites import Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
-from neurons.recording.record import forward
+from neurons.recording.text_pass import Position, PositionReader, forward, read_text
 from neurons.text.batches import TokenBatch
 
 MOST_TOKENS = 2048
@@ -124,24 +125,16 @@ def source_tokens(
     """
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
-    counted: list[torch.Tensor] = []
 
-    def read_into(kept: list[torch.Tensor], values: torch.Tensor, routed: Routed | None) -> None:
-        if routed is not None:
-            raise BrocaError("a value through the norm after experts is not solved: take --blocks attn")
-        kept.append(values.detach()[counted[0]].double().cpu())
+    def keep(kept: list[torch.Tensor]) -> PositionReader:
+        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+            if routed is not None:
+                raise BrocaError("a value through the norm after experts is not solved: take --blocks attn")
+            kept.append(at.rows(values).double().cpu())
 
-    readers = {
-        (f"{block}_in", layer): lambda values, routed: read_into(inputs, values, routed),
-        (f"{block}_out", layer): lambda values, routed: read_into(outputs, values, routed),
-    }
-    tokens = 0
-    with reading(loaded.anatomy, readers), torch.no_grad():
-        for batch in batches:
-            on_device = batch.to(loaded.device)
-            counted[:] = [on_device.counted]
-            forward(loaded.model, on_device)
-            tokens += int(batch.counted.sum())
-            if tokens >= most:
-                break
+        return read
+
+    before = itertools.accumulate((int(batch.counted.sum()) for batch in batches), initial=0)
+    enough = [(0, batch) for tokens, batch in zip(before, batches, strict=False) if tokens < most]
+    read_text(loaded, enough, {(f"{block}_in", layer): keep(inputs), (f"{block}_out", layer): keep(outputs)})
     return SourceTokens(torch.cat(inputs)[:most], torch.cat(outputs)[:most])

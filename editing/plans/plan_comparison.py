@@ -41,7 +41,8 @@ def agreement(
     """Compare the edits of one module, of which one may be missing.
 
     Args:
-        first, second: edits of the same module.
+        first: edit of a module.
+        second: edit of the same module.
         weight: W, float64 [d, n]; needed for the cosine where rows or columns are scaled.
     """
     some = first or second
@@ -84,7 +85,8 @@ def compare_plans(
     """A row for each module that either plan edits, in (layer, block) order.
 
     Args:
-        first, second: plans of one model.
+        first: plan of a model.
+        second: plan of the same model.
         source: the model, for the cosines of edits that scale.
 
     Raises:

@@ -46,7 +46,8 @@ def dose_figure(
     Args:
         curves: title -> outcomes of its doses, ascending, each with ``details["dose"]`` and
             ``details["permanent"]``.
-        source, target: languages.
+        source: language that is steered from.
+        target: language that is steered to.
         ceiling: share that the unedited model reaches on target prompts; NaN is not drawn.
         base_share: share that it reaches on the source's; NaN is not drawn.
     """

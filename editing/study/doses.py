@@ -80,7 +80,8 @@ def costs(
     Args:
         curves: title -> outcomes of its doses, each with ``details["dose"]``.
         own: title of the way that the others are set beside.
-        source, target: languages.
+        source: language that is steered from.
+        target: language that is steered to.
         least_share: doses that reach no larger share than this, as the unedited model does, are left out.
     """
     mine = [(one.target_share, harm(one, source, target)) for one in curves[own]]

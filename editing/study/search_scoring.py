@@ -74,7 +74,8 @@ class Scoring:
     Args:
         loaded: the unedited model.
         corpus: text that the edits were not made from; its lines' openings are the prompts.
-        source, target: languages; every other language of the corpus is a third one.
+        source: language that is steered from.
+        target: language that is steered to; every other language of the corpus is a third one.
         prompts: at most so many.
         samples: continuations a prompt.
         lines: of a third language's text, at most so many are read.

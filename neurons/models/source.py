@@ -325,7 +325,8 @@ def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
 
     Args:
         model: hub id or local directory.
-        device, dtype: as ``load_model`` is to be given.
+        device: as ``load_model`` is to be given.
+        dtype: as ``load_model`` is to be given.
 
     Raises:
         UsageError: no such model or device.

@@ -15,7 +15,7 @@ from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
 from neurons.recording.answers import record_answers
 from neurons.recording.answers import together as side_by_side
 from neurons.recording.corpus_recording import record_corpus
-from neurons.recording.record import Progress
+from neurons.recording.text_pass import Progress
 from neurons.scorers.method import PROMPTS, Scorer
 from neurons.scorers.random_control import random_like, random_matched, random_scores
 from neurons.scorers.registry import method_of

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from neurons.architectures.anatomy import Anatomy
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import UsageError
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.recording.lens import lens_logits
-from neurons.recording.record import forward
+from neurons.recording.text_pass import Position, PositionReader, Progress, read_text
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import MEANS
@@ -133,12 +132,9 @@ def neuron_report(
     activity: dict[str, Activity] = {}
     best: list[Snippet] = []
     for language, batches in language_batches(loaded, corpus, most_tokens, default=MEANS.tokens).items():
-        seen = []
-        for batch in batches:
-            seen.append(_values(loaded, batch, layer, neuron))
-            best = _best(best + _strongest(loaded, batch, seen[-1].inside, language, snippets), snippets)
-            if progress is not None:
-                progress(int(batch.counted.sum()))
+        seen = _read(loaded, batches, layer, neuron, progress)
+        for batch, one in zip(batches, seen, strict=True):
+            best = _best(best + _strongest(loaded, batch, one.inside, language, snippets), snippets)
         activity[language] = _activity(seen)
         read = sum(int(batch.counted.sum()) for batch in batches)
         if math.isinf(activity[language].absolute) or (
@@ -153,31 +149,40 @@ def neuron_report(
     )
 
 
-def _values(loaded: LoadedModel, batch: TokenBatch, layer: int, neuron: int) -> _Seen:
+def _read(
+    loaded: LoadedModel, batches: Sequence[TokenBatch], layer: int, neuron: int, progress: Progress | None
+) -> list[_Seen]:
+    """A neuron's values on each batch."""
     anatomy = loaded.anatomy
-    on_device = batch.to(loaded.device)
-    found = {
-        site: torch.full(batch.ids.shape, torch.nan, device=loaded.device) for site in ("mlp_in", "mlp_act")
-    }
-    readers: Mapping[tuple[str, int], Reader] = {
-        (site, layer): _keeper(anatomy, neuron, values) for site, values in found.items()
-    }
-    with torch.no_grad(), reading(anatomy, readers):
-        forward(loaded.model, on_device)
-    kept = {site: values.masked_fill(~on_device.counted, torch.nan).cpu() for site, values in found.items()}
-    return _Seen(kept["mlp_in"], kept["mlp_act"])
-
-
-def _keeper(anatomy: Anatomy, neuron: int, kept: torch.Tensor) -> Reader:
     expert, column = divmod(neuron, anatomy.expert_width)
+    found = {
+        site: [torch.full(batch.ids.shape, torch.nan) for batch in batches] for site in ("mlp_in", "mlp_act")
+    }
+    done = 0
 
-    def read(values: torch.Tensor, routed: Routed | None) -> None:
-        if routed is None:
-            kept.copy_(values[..., column])
-        elif routed.expert == expert:
-            kept.view(-1)[routed.tokens] = values[:, column].float()
+    def keeper(site: str) -> PositionReader:
+        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+            kept = found[site][done]
+            if routed is None:
+                kept.copy_(values[..., column])
+            elif routed.expert == expert:
+                kept.view(-1)[routed.tokens.cpu()] = values[:, column].float().cpu()
 
-    return read
+        return read
+
+    def after(at: int) -> None:
+        nonlocal done
+        done = at + 1
+
+    readers = {(site, layer): keeper(site) for site in found}
+    read_text(loaded, [(0, batch) for batch in batches], readers, progress, after=after)
+    kept = {
+        site: [
+            values.masked_fill(~batch.counted, torch.nan) for values, batch in zip(own, batches, strict=True)
+        ]
+        for site, own in found.items()
+    }
+    return [_Seen(*pair) for pair in zip(kept["mlp_in"], kept["mlp_act"], strict=True)]
 
 
 def _activity(seen: Sequence[_Seen]) -> Activity:

@@ -17,7 +17,7 @@ from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress, forward
+from neurons.recording.text_pass import Progress, forward
 from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
 from neurons.statistics.statistics import Statistics

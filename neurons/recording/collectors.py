@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from neurons.architectures.anatomy import Anatomy
 from neurons.architectures.sites import Routed, expert_units
 from neurons.errors import NotFiniteError
+from neurons.recording.text_pass import Position
 from neurons.scorers.plnd import document_importance_ranks
 from neurons.statistics.sums import add_texts, add_tokens, text_sums
 from neurons.statistics.totals import Totals
@@ -23,39 +23,12 @@ RESPONSES = "responses"
 WEIGHTED_SITE = "mlp_in"
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a collector must know of the batch that is read.
-
-    Attributes:
-        language: its number k.
-        counted: bool [rows, length].
-        places: int64 [rows], each text's place among the responses of its language; None where none are kept.
-        shares: float64 [rows], which part of its text a row is; None where each is a whole one.
-    """
-
-    language: int
-    counted: torch.Tensor
-    places: torch.Tensor | None = None
-    shares: torch.Tensor | None = None
-
-    @cached_property
-    def _positions(self) -> torch.Tensor:
-        return self.counted.flatten().nonzero().flatten()
-
-    def positions(self, routed: Routed | None, device: torch.device) -> torch.Tensor:
-        """int64 [n], the counted tokens among the batch's, or among those that reached an expert."""
-        if routed is None:
-            return self._positions.to(device)
-        return self.counted.flatten().to(device)[routed.tokens].nonzero().flatten()
-
-
 class Collector(Protocol):
     """Adds a layer's values to its totals."""
 
-    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None: ...
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None: ...
 
-    def finish(self, layer: int, at: Reading) -> None:
+    def finish(self, layer: int, at: Position) -> None:
         """The layer's mixture of experts is through: all that was routed has been added."""
 
 
@@ -72,7 +45,7 @@ class TokenSums:
         default_factory=dict
     )
 
-    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
         positions = at.positions(routed, values.device)
         if routed is not None and self.counts_routed:
             self.totals.of("routed", layer, values.device)[at.language, routed.expert] += len(positions)
@@ -91,7 +64,7 @@ class TokenSums:
             moment: self.totals.of(name, layer, device)[language, units] for moment, name in names.items()
         }
 
-    def finish(self, layer: int, at: Reading) -> None:
+    def finish(self, layer: int, at: Position) -> None:
         pass
 
 
@@ -107,7 +80,7 @@ class TextSums:
     _gathered: dict[bool, torch.Tensor] = field(default_factory=dict)
     _lengths: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
         values = values.detach()
         counted = at.counted.to(values.device)
         for absolute in self._needed():
@@ -133,7 +106,7 @@ class TextSums:
             0, routed.tokens[inside] // length, exact.abs() if absolute else exact
         )
 
-    def finish(self, layer: int, at: Reading) -> None:
+    def finish(self, layer: int, at: Position) -> None:
         gathered, self._gathered = self._gathered, {}
         for absolute, sums in gathered.items():
             device, k = sums.device, at.language
@@ -153,11 +126,11 @@ class TextSums:
                     if moment != WORST_RANK
                 },
             )
-            if self.responses and at.shares is None:
+            if self.responses and at.batch.shares is None:
                 self.responses[k][at.places, layer] = means.float().cpu()
             elif self.responses:
-                assert at.places is not None and at.shares is not None
-                parts = (means.cpu() * at.shares[:, None]).float()
+                assert at.places is not None and at.batch.shares is not None
+                parts = (means.cpu() * at.batch.shares[:, None]).float()
                 self.responses[k][:, layer].index_add_(0, at.places, parts)
 
     def _weight(self, layer: int, device: torch.device) -> torch.Tensor:
@@ -178,7 +151,7 @@ class Attribution:
     anatomy: Anatomy
     totals: Totals
 
-    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Reading) -> None:
+    def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
         if not values.requires_grad:
             # The weights are frozen, so nothing below the first site asks for a gradient.
             values.requires_grad_(True)
@@ -194,5 +167,5 @@ class Attribution:
 
         values.register_hook(on_gradient)
 
-    def finish(self, layer: int, at: Reading) -> None:
+    def finish(self, layer: int, at: Position) -> None:
         pass

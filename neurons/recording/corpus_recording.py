@@ -16,8 +16,9 @@ from neurons.files.artifact import package_versions
 from neurons.models.memory import batches_for
 from neurons.models.processes import is_first, world
 from neurons.models.source import LoadedModel
-from neurons.recording.record import Progress, record
+from neurons.recording.record import record
 from neurons.recording.resume import Unfinished
+from neurons.recording.text_pass import Progress
 from neurons.scorers.method import PACKED, TEXTS
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import (

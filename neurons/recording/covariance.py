@@ -7,12 +7,12 @@ starts there (``neurons.recording.partial_forward``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError
 from neurons.models.memory import (
     covariance_bytes,
@@ -25,7 +25,7 @@ from neurons.models.memory import (
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
 from neurons.recording.partial_forward import Kept, forward_between, starts_in_the_middle
-from neurons.recording.record import Progress
+from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
 from neurons.statistics.gram import Gram
 from neurons.text.batches import TokenBatch
 
@@ -109,7 +109,7 @@ def each_moments(
     Raises:
         BrocaError: neurons of a mixture of experts, or moments that are not finite, by site and layer.
     """
-    flat = [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
+    flat = numbered(batches)
     groups = _groups(loaded, units)
     layers = 1 + max(layer for _, layer in units)
     from_kept = len(groups) > 1 and _starts_between(loaded, flat)
@@ -117,32 +117,53 @@ def each_moments(
     start = done = 0
     for group in groups:
         stop = 1 + max(layer for _, layer in group)
-        sums = _Sums(loaded, tuple(batches), group)
-        with reading(loaded.anatomy, sums.readers()), torch.no_grad():
-            for i, (k, batch) in enumerate(flat):
-                on_device = batch.to(loaded.device)
-                sums.begin(k, on_device)
-                kept[i] = forward_between(loaded.model, loaded.anatomy, on_device, start, stop, kept[i])
-                if not from_kept:
-                    kept[i] = None
-                if progress is not None:
-                    tokens = int(batch.counted.sum())
-                    progress(tokens * stop // layers - tokens * done // layers)
+        sums = _Sums(loaded, batches, group)
+        read_text(
+            loaded,
+            flat,
+            sums.readers(),
+            None if progress is None else _share_of(progress, done, stop, layers),
+            run=_layers_between(loaded, start, stop, kept, from_kept),
+        )
         yield from sums.moments()
         done = stop
         start = stop if from_kept else 0
+
+
+def _layers_between(
+    loaded: LoadedModel, start: int, stop: int, kept: list[Kept | None], keeps: bool
+) -> Callable[[int, TokenBatch], None]:
+    """Runs some layers on a batch, from what the pass before kept of it."""
+
+    def run(at: int, batch: TokenBatch) -> None:
+        left = forward_between(loaded.model, loaded.anatomy, batch, start, stop, kept[at])
+        kept[at] = left if keeps else None
+
+    return run
+
+
+def _share_of(progress: Progress, done: int, stop: int, layers: int) -> Progress:
+    """Of a batch's tokens, the part that the layers from ``done`` to ``stop`` are of all."""
+    return lambda tokens: progress(tokens * stop // layers - tokens * done // layers)
 
 
 class _Sums:
     """The sums of some places on one pass over the text."""
 
     def __init__(
-        self, loaded: LoadedModel, languages: tuple[str, ...], units: Mapping[Place, torch.Tensor]
+        self,
+        loaded: LoadedModel,
+        batches: Mapping[str, Sequence[TokenBatch]],
+        units: Mapping[Place, torch.Tensor],
     ) -> None:
+        languages = tuple(batches)
         self.loaded, self.languages, self.units = loaded, languages, units
         device = loaded.device
-        self.tokens = torch.zeros(len(languages), dtype=torch.float64)
-        self.start_tokens = 0
+        counted = [sum(int(batch.counted.sum()) for batch in some) for some in batches.values()]
+        self.tokens = torch.tensor(counted, dtype=torch.float64)
+        self.start_tokens = sum(
+            int((batch.attention & ~batch.counted).sum()) for some in batches.values() for batch in some
+        )
         self.sums = {
             place: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
             for place, index in units.items()
@@ -153,29 +174,23 @@ class _Sums:
         }
         self.grams = {place: Gram(len(index), device) for place, index in units.items()}
 
-    def begin(self, language: int, batch: TokenBatch) -> None:
-        self._language, self._counted = language, batch.counted
-        self._start = batch.attention & ~batch.counted
-        self.tokens[language] += int(batch.counted.sum())
-        self.start_tokens += int(self._start.sum())
-
-    def readers(self) -> dict[Place, Reader]:
+    def readers(self) -> dict[Place, PositionReader]:
         return {place: self._reader(place, index) for place, index in self.units.items()}
 
-    def _reader(self, place: Place, index: torch.Tensor) -> Reader:
-        def read(values: torch.Tensor, routed: Routed | None) -> None:
+    def _reader(self, place: Place, index: torch.Tensor) -> PositionReader:
+        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             if routed is not None:
                 raise BrocaError(
                     f"{self.loaded.anatomy.model_type}: each expert's neurons see other tokens, so they have no "
                     "covariance in common: read attn_in"
                 )
             some = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
-            device = values.device
-            rows = values.detach()[self._counted.to(device)][:, some]
+            rows = at.rows(values)[:, some]
             gram = self.grams[place]
             gram.add(rows.to(gram.centre.device))
-            self.sums[place][:, self._language] += rows.sum(0, dtype=torch.float64).to(gram.centre.device)
-            at_start = values.detach()[self._start.to(device)][:, some]
+            self.sums[place][:, at.language] += rows.sum(0, dtype=torch.float64).to(gram.centre.device)
+            starts = (at.batch.attention & ~at.counted).to(values.device)
+            at_start = values.detach()[starts][:, some]
             self.starts[place] += at_start.sum(0, dtype=torch.float64).to(gram.centre.device)
 
         return read
@@ -190,7 +205,8 @@ class _Sums:
             covariance /= self.tokens.sum()
             start = (self.starts[place] / self.start_tokens).cpu() if self.start_tokens else None
             of_start = torch.zeros(1) if start is None else start
-            if not bool(torch.isfinite(covariance).all() & torch.isfinite(of_start).all()):
+            # A sum is finite only where every term is, and takes no second matrix.
+            if not bool(torch.isfinite(covariance.sum()) & torch.isfinite(of_start.sum())):
                 site, layer = place
                 raise not_finite(self.loaded, f"{site} in layer {layer}")
             yield place, Moments(self.languages, index, mean, covariance, start)

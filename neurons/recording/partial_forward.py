@@ -18,7 +18,7 @@ from neurons.architectures.anatomy import Anatomy, first
 from neurons.architectures.offload import execution_device
 from neurons.architectures.self_check import example_ids
 from neurons.errors import BrocaError
-from neurons.recording.record import forward
+from neurons.recording.text_pass import forward
 from neurons.text.batches import TokenBatch
 
 

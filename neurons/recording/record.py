@@ -1,18 +1,18 @@
-"""One pass over the text: collectors at sites, streaming sums; no activation outlives its batch."""
+"""Recording: collectors at sites, streaming sums; no activation outlives its batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from neurons.architectures.anatomy import Anatomy
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed
 from neurons.models.next_token import token_losses
 from neurons.models.not_finite import explained
-from neurons.models.processes import together, world
+from neurons.models.processes import together
 from neurons.models.source import LoadedModel
 from neurons.recording.collectors import (
     ATTRIBUTION,
@@ -20,28 +20,27 @@ from neurons.recording.collectors import (
     WORST_RANK,
     Attribution,
     Collector,
-    Reading,
     TextSums,
     TokenSums,
 )
 from neurons.recording.recomputation import recomputing
 from neurons.recording.resume import Unfinished
+from neurons.recording.text_pass import (
+    Position,
+    PositionReader,
+    Progress,
+    forward,
+    line_numbers,
+    numbered,
+    own_share,
+    read_text,
+)
 from neurons.statistics.statistics import Statistics, combine_of, moment_dtype, parse_moment
 from neurons.statistics.sums import OF_TEXTS, OF_TOKENS
 from neurons.statistics.totals import Totals
 from neurons.text.batches import TokenBatch
 
-Progress = Callable[[int], None]
 CHECKED_EVERY = 64  # batches between two looks for values that are not finite
-
-
-def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """Hidden states [rows, length, d] of a batch, on its device; no logits are made."""
-    mask = batch.attention.long() if batch.padded else None
-    hidden: torch.Tensor = model.base_model(
-        input_ids=batch.ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return hidden.to(batch.ids.device)
 
 
 def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
@@ -82,10 +81,7 @@ def record(
     anatomy, model, languages = loaded.anatomy, loaded.model, tuple(batches)
     kept = f"mlp_in:{RESPONSES}" in moments
     parsed = [parse_moment(moment) for moment in moments if moment != f"mlp_in:{RESPONSES}"]
-    lines = {
-        language: torch.cat([batch.line_numbers for batch in some]).unique()
-        for language, some in (batches.items() if kept else ())
-    }
+    lines = line_numbers(batches) if kept else {}
     responses = {
         language: torch.zeros(len(own), anatomy.layers, anatomy.neurons) for language, own in lines.items()
     }
@@ -98,24 +94,23 @@ def record(
     collectors = _collectors(anatomy, parsed, totals, [responses[k] for k in lines])
     backward = any(moment == ATTRIBUTION for _, moment in parsed)
     counts = torch.zeros(2, len(languages), dtype=torch.int64)  # tokens, texts
-    current: list[Reading] = []
 
-    def reader_of(site: str, layer: int) -> Reader:
-        def read(values: torch.Tensor, routed: Routed | None) -> None:
+    def reader_of(site: str, layer: int) -> PositionReader:
+        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             for collector in collectors.get(site, ()):
                 # Where activations are recomputed each site in a layer is passed twice, first without gradients.
                 once = not recomputes or site == "block_out"
                 if once or isinstance(collector, Attribution) == torch.is_grad_enabled():
-                    collector.add(layer, values, routed, current[0])
+                    collector.add(layer, values, routed, at)
             if site == "mlp_out" and anatomy.experts > 1:
                 for collector in (c for some in collectors.values() for c in some):
-                    collector.finish(layer, current[0])
+                    collector.finish(layer, at)
 
         return read
 
     sites = [*collectors, *(["mlp_out"] if anatomy.experts > 1 and "mlp_out" not in collectors else [])]
     readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
-    own = _own_batches(batches)
+    own = own_share(numbered(batches))
     done, state = (0, {}) if unfinished is None else unfinished.load()
     if state:
         counts = state.pop("counts")
@@ -124,24 +119,28 @@ def record(
         totals.restore(state)
         if progress is not None:
             progress(int(sum(int(batch.counted.sum()) for _, batch in own[:done])))
-    again = recomputing(anatomy) if recomputes and backward else nullcontext()
-    with explained(loaded), again, reading(anatomy, readers), torch.set_grad_enabled(backward):
-        for at, (k, batch) in enumerate(own[done:], start=done + 1):
-            on_device = batch.to(loaded.device)
-            places = torch.searchsorted(lines[languages[k]], batch.line_numbers) if kept else None
-            current[:] = [Reading(k, on_device.counted, places, batch.shares)]
-            if backward:
-                loss_sum(model, on_device).backward()
-            else:
-                forward(model, on_device)
-            counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
-            if at % CHECKED_EVERY == 0:
-                totals.require_finite()
-            if progress is not None:
-                progress(int(batch.counted.sum()))
-            if unfinished is not None and unfinished.is_due():
-                kept_responses = {f"responses {language}": values for language, values in responses.items()}
-                unfinished.save(at, {**totals.state(), "counts": counts, **kept_responses})
+    left = own[done:]
+
+    def after(at: int) -> None:
+        k, batch = left[at]
+        counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
+        if (done + at + 1) % CHECKED_EVERY == 0:
+            totals.require_finite()
+        if unfinished is not None and unfinished.is_due():
+            kept_responses = {f"responses {language}": values for language, values in responses.items()}
+            unfinished.save(done + at + 1, {**totals.state(), "counts": counts, **kept_responses})
+
+    with recomputing(anatomy) if recomputes and backward else nullcontext():
+        read_text(
+            loaded,
+            left,
+            readers,
+            progress,
+            lines=list(lines.values()) if kept else None,
+            run=(lambda _, batch: loss_sum(model, batch).backward()) if backward else None,
+            gradients=backward,
+            after=after,
+        )
     with explained(loaded):
         totals.require_finite()
     tokens, texts = together(counts, torch.add)
@@ -158,13 +157,6 @@ def record(
         responses={language: together(values, torch.add) for language, values in responses.items()},
         lines=lines,
     )
-
-
-def _own_batches(batches: Mapping[str, Sequence[TokenBatch]]) -> list[tuple[int, TokenBatch]]:
-    """(language number, batch) of this process, in the order that a single process would take them."""
-    number, processes = world()
-    everyone = [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
-    return everyone[number::processes]
 
 
 def _totals(anatomy: Anatomy, languages: int, parsed: Sequence[tuple[str, str]]) -> Totals:

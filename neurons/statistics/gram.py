@@ -11,7 +11,7 @@ from scipy.linalg.blas import ssyrk
 
 from neurons.models.memory import WAITING
 
-COPIED = 256  # rows at once, from one triangle to the other
+TILE = 128  # rows and columns of a triangle at once: two tiles stay in the processor's cache
 
 
 class Gram:
@@ -51,17 +51,27 @@ class Gram:
             rows = torch.cat(self._waiting)
             self._waiting.clear()
             for some in rows.split(WAITING):
-                self._sum.add_(_product(some.float() - self.centre))
+                self._add(_product(some.float() - self.centre))
+
+    def _add(self, product: torch.Tensor) -> None:
+        if product.device.type != "cpu":
+            self._sum.add_(product)
+            return
+        for first in range(0, len(product), TILE):
+            rows = slice(first, first + TILE)
+            self._sum[rows, first:].add_(product[rows, first:])
 
     def total(self) -> torch.Tensor:
         """Float64 [S, S], whole; this object holds nothing afterwards."""
         self._flush()
         found, self._sum = self._sum, self._sum.new_zeros(0, 0)
         if found.device.type == "cpu":
-            for first in range(0, len(found), COPIED):
-                last = first + COPIED
-                found[first:last, :first] = found[:first, first:last].T
-                corner = found[first:last, first:last]
+            for first in range(0, len(found), TILE):
+                rows = slice(first, first + TILE)
+                for before in range(0, first, TILE):
+                    columns = slice(before, before + TILE)
+                    found[rows, columns] = found[columns, rows].T
+                corner = found[rows, rows]
                 corner.copy_(corner.triu() + corner.triu(1).T)
         return found
 

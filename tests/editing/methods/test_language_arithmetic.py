@@ -191,7 +191,7 @@ def test_scale_and_constant_stand_in_one_plan(llama):
 
 
 def test_deactivation_alone_is_exact_and_reads_no_text(llama, monkeypatch):
-    monkeypatch.setattr("editing.methods.language_arithmetic.forward", None)
+    monkeypatch.setattr("editing.methods.language_arithmetic.read_text", None)
     plan = language_arithmetic_plan(llama, small_corpus(), some_neurons(llama), None, ["qaa"])
     unsteered = logits(llama)
 

@@ -18,7 +18,7 @@ from editing.plans.plan import ModuleEdit, make_plan
 from editing.study.search_space import spaces
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
-from neurons.recording.record import forward
+from neurons.recording.text_pass import forward
 
 
 @pytest.fixture(scope="module")

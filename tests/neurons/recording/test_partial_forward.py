@@ -9,7 +9,7 @@ from neurons.architectures.sites import reading
 from neurons.errors import BrocaError
 from neurons.recording.lens import lens_logits
 from neurons.recording.partial_forward import forward_from, forward_keeping, starts_in_the_middle
-from neurons.recording.record import forward
+from neurons.recording.text_pass import forward
 from neurons.text.batches import row_batches
 
 CPU = torch.device("cpu")

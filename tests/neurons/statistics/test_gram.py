@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from neurons.models.memory import WAITING
-from neurons.statistics.gram import COPIED, Gram
+from neurons.statistics.gram import TILE, Gram
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -41,7 +41,7 @@ def test_what_all_rows_share_does_not_drown_what_differs():
 
 
 def test_the_whole_is_symmetric_beyond_what_is_copied_at_once():
-    rows = torch.randn(20, 2 * COPIED + 5, generator=torch.Generator().manual_seed(2))
+    rows = torch.randn(20, 2 * TILE + 5, generator=torch.Generator().manual_seed(2))
     gram = Gram(rows.shape[1], torch.device("cpu"))
     gram.add(rows)
     about = (rows - gram.centre).double()
