@@ -44,7 +44,7 @@ def set_of(statistics, selection=None, metadata=None):
     """The neuron set that the method clas finds."""
     method = METHODS["clas"]
     wanted = method.selection.changed(kinds=("specific", "related", "general"))
-    found = select(method.scores(statistics, 1.0, {}), selection or wanted)
+    found = select(method().scores(statistics, 1.0), selection or wanted)
     parts = [{k: getattr(own, name) for k, own in zip(LANGUAGES, found, strict=True)} for name in
              ("rows", "scores", "kinds")]  # fmt: skip
     layers, width = statistics.moments["mlp_in:text_mean"].shape[:2]
