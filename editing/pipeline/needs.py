@@ -18,6 +18,7 @@ from neurons.models.memory import (
     forward_bytes,
     logit_bytes,
     product_bytes,
+    read_weights,
     room,
     sizes_of,
     solving_bytes,
@@ -53,7 +54,7 @@ def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",))
     work = max(solving, forward_bytes(sizes, tokens) + max(map(product_bytes, widths)))
     parts = {
         "libraries": LIBRARIES,
-        "weights": sizes.weights,
+        "weights": read_weights(planned, False),
         "activations": work,
         "covariances": layers * one,
         "kept": hidden if hidden <= room(planned) else 0,

@@ -4,7 +4,8 @@ All sizes are bytes.  L layers, d residual width, I neurons that one token reach
 of vocabulary, b bytes a value, t tokens read at once.  On a CPU in one process:
 
     libraries    Python, torch and transformers
-    weights      of the model, in the type that it is computed in
+    weights      of the model, in the type that it is computed in; where that is the file's and no logits are made,
+                 without the embeddings, of which a mapped file keeps all but a few rows on disk
     activations  forward: what two layers hold; backward: what autograd keeps of every layer,
                  t L ((3 b + 1) A D + 2 * 4 d + 4 b I): queries, keys, values and what attention returns, both
                  norms' float32 inputs, gate, act(gate), up and their product; or, where activations are
@@ -228,6 +229,25 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
         value=value,
         weights=weights,
     )
+
+
+def read_weights(planned: LoadedModel, logits: bool) -> int:
+    """Bytes of weights that a pass over text brings into memory.
+
+    Args:
+        planned: the model.
+        logits: whether the LM head is used.
+    """
+    weights = sizes_of(planned).weights
+    try:
+        stored = _stored(planned.checkpoint)[0]
+    except (BrocaError, ValueError):  # a config alone
+        return weights
+    if logits or planned.device.type == "cuda" or stored != planned.model.dtype.itemsize:
+        return weights
+    ends = (planned.model.get_input_embeddings(), planned.model.get_output_embeddings())
+    embeddings = {id(end.weight): int(end.weight.nbytes) for end in ends if end is not None}
+    return weights - sum(embeddings.values())
 
 
 def room(loaded: LoadedModel) -> int:

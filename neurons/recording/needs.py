@@ -14,6 +14,7 @@ from neurons.models.memory import (
     batches_for,
     forward_bytes,
     logit_bytes,
+    read_weights,
     sizes_of,
 )
 from neurons.models.source import LoadedModel
@@ -79,7 +80,8 @@ def passing(
     tokens = tokens if batch is None else min(tokens, batch)
     activations = backward_bytes(sizes, tokens, recomputes) if backward else forward_bytes(sizes, tokens)
     logits = {"logits": logit_bytes(sizes, tokens, True)} if backward else {}
-    parts = {"libraries": LIBRARIES, "weights": sizes.weights, "activations": activations, **logits, **more}
+    weights = read_weights(planned, backward or "logits" in more)
+    parts = {"libraries": LIBRARIES, "weights": weights, "activations": activations, **logits, **more}
     return Need(stage, parts, tokens, recomputes)
 
 

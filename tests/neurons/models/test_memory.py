@@ -19,6 +19,7 @@ from neurons.models.memory import (
     batches_for,
     limit_memory,
     memory_limit,
+    read_weights,
     sizes_of,
 )
 from neurons.models.source import load_model, open_model, plan_model
@@ -99,6 +100,17 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
     limit_memory(least)
     with pytest.raises(BrocaError, match="its weights take"):
         batches_for(llama, False, 1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_wait_on_disk_where_no_logits_are_made(checkpoint_of, tied):
+    stored = plan_model(str(checkpoint_of(tied=tied, dtype="bfloat16")), dtype="bfloat16")
+    of_all = sizes_of(stored).weights
+    width, words = stored.anatomy.residual, stored.model.config.vocab_size
+    assert of_all - read_weights(stored, False) == 2 * width * words * (1 if tied else 2)
+    assert read_weights(stored, True) == of_all
+    converted = plan_model(str(checkpoint_of(tied=tied, dtype="bfloat16")), dtype="float32")
+    assert read_weights(converted, False) == sizes_of(converted).weights == 2 * of_all
 
 
 def test_dry_run_says_what_each_stage_needs_and_does_nothing(

@@ -8,7 +8,33 @@ from editing.evaluation.language_id import identify_language
 from editing.evaluation.questions import read_questions
 
 QUESTIONS = Path(__file__).parents[1] / "artifacts" / "questions"
-LANGUAGES = "ar cs de el en es fa fr he hi id it ja ko nl pl pt ro ru sv th tr uk vi zh".split()
+LANGUAGES = [
+    "ar",
+    "cs",
+    "de",
+    "el",
+    "en",
+    "es",
+    "fa",
+    "fr",
+    "he",
+    "hi",
+    "id",
+    "it",
+    "ja",
+    "ko",
+    "nl",
+    "pl",
+    "pt",
+    "ro",
+    "ru",
+    "sv",
+    "th",
+    "tr",
+    "uk",
+    "vi",
+    "zh",
+]
 
 
 def test_every_language_asks_the_same_questions():
