@@ -182,7 +182,10 @@ def _independently(
     """Every module's edit from the unedited model, in the order of the layers."""
     at_sites = {(f"{block}_in", layer): index for (layer, block), index in units.items()}
     for (site, layer), moments in each_moments(loaded, batches, at_sites, progress):
-        yield _edit(loaded, batches, (layer, site.removesuffix("_in")), moments, wanted)
+        edit = _edit(loaded, batches, (layer, site.removesuffix("_in")), moments, wanted)
+        # The next layers are read without this one's covariance beside theirs.
+        del moments
+        yield edit
 
 
 def _jointly(

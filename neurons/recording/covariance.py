@@ -210,6 +210,8 @@ class _Sums:
                 site, layer = place
                 raise not_finite(self.loaded, f"{site} in layer {layer}")
             yield place, Moments(self.languages, index, mean, covariance, start)
+            # Only whoever took them holds them now, or has let them go.
+            del covariance
 
 
 def _groups(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """The keyed edit: its key against a general solver, its moments against a loop, and the edited model."""
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_set import neuron_set
 from neurons.recording.covariance import Moments, language_moments
+from neurons.statistics.gram import Gram
 from neurons.text.batches import language_batches, text_batches
 from neurons.text.corpus import Corpus
 
@@ -316,6 +318,21 @@ def test_key_lands_on_the_planted_neuron(planted, direction):
     )
     without = keyed_plan(planted, corpus, direction, [0], neurons=others)
     assert without.edits[0].notes["spread"] > 3 * plan.edits[0].notes["spread"]
+
+
+def test_a_layers_covariance_is_gone_when_the_next_is_made(llama, direction, monkeypatch):
+    made, alive = [], []
+    total = Gram.total
+
+    def watched(self):
+        alive.append(sum(one() is not None for one in made))
+        found = total(self)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Gram, "total", watched)
+    keyed_plan(llama, small_corpus(), direction, [0, 1, 2])
+    assert alive == [0, 0, 0]
 
 
 def test_refuses_a_layer_with_too_few_neurons(llama, direction, some_neurons):
