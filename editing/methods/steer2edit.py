@@ -105,7 +105,11 @@ def steer2edit(
     """Steer2Edit of one output weight.
 
     Args:
-        weight, direction, input_mean, component_width, weigh: as ``components_of`` takes them.
+        weight: [d, n], as ``components_of`` takes it, and so what follows.
+        direction: [d].
+        input_mean: [n].
+        component_width: D for heads, 1 for neurons.
+        weigh: "sign" or "activity".
         rho: > 0, strength of the penalty: larger edits less.
         alpha: in [0, 1), the penalty's share of sparsity.
 
