@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 from editing.directions.texts import Found, Texts
-from neurons.scorers.setting import Setting, declared, read_given
+from neurons.scorers.setting import Configured
 
 
 @dataclass(frozen=True)
-class DirectionMethod:
+class DirectionMethod(Configured):
     """What every method declares; its fields are its settings.
 
     Attributes:
@@ -29,21 +28,6 @@ class DirectionMethod:
     needs: ClassVar[str] = "text"
     parallel: ClassVar[bool] = False
     all_languages: ClassVar[bool] = False
-
-    @classmethod
-    def settings(cls) -> Mapping[str, Setting]:
-        """What ``--set`` takes."""
-        owner: Any = cls
-        return declared(owner)
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """The method with settings in place of its defaults.
-
-        Raises:
-            UsageError: a setting that the method does not have, or a value of the wrong kind.
-        """
-        return cls(**read_given(cls.settings(), given))
 
     def find(self, texts: Texts) -> Found:
         """The direction at one site of one layer."""

@@ -53,7 +53,7 @@ def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",))
     work = max(solving, forward_bytes(sizes, tokens) + max(map(product_bytes, widths)))
     parts = {
         "libraries": LIBRARIES,
-        # The embeddings' part goes to what freed matrices leave behind: measured, see docs/memory.md.
+        # No key's pass reads the embeddings, but without them the estimate is 31 % short of a 0.5B's peak.
         "weights": sizes.weights,
         "activations": work,
         "covariances": layers * one,

@@ -113,6 +113,7 @@ def table() -> str:
     """The table of methods in docs/editing.md: those of ``broca edit``, then what is only compared."""
     header = ("method", "what it does", "source", "`edit` takes", "row of `evaluate --methods`", "`tune`")
     rows = [header, ("---",) * len(header)]
+    # The last says what a name that is in both does, the first where it stands.
     for name, one in (edits() | compared() | edits()).items():
         takes = f"`{one.inputs()}`" if name in edits() else ""
         title = compared()[name].title if name in compared() else ""

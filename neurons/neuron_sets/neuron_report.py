@@ -158,11 +158,10 @@ def _read(
     found = {
         site: [torch.full(batch.ids.shape, torch.nan) for batch in batches] for site in ("mlp_in", "mlp_act")
     }
-    done = 0
 
     def keeper(site: str) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            kept = found[site][done]
+            kept = found[site][at.index]
             if routed is None:
                 kept.copy_(values[..., column])
             elif routed.expert == expert:
@@ -170,12 +169,8 @@ def _read(
 
         return read
 
-    def after(at: int) -> None:
-        nonlocal done
-        done = at + 1
-
     readers = {(site, layer): keeper(site) for site in found}
-    read_text(loaded, [(0, batch) for batch in batches], readers, progress, after=after)
+    read_text(loaded, [(0, batch) for batch in batches], readers, progress)
     kept = {
         site: [
             values.masked_fill(~batch.counted, torch.nan) for values, batch in zip(own, batches, strict=True)

@@ -24,11 +24,13 @@ class Position:
     """Where a pass over text is: the batch that the model reads.
 
     Attributes:
+        index: the batch's place among those that are read.
         language: its number k.
         batch: on the model's device.
         places: int64 [rows], each text's place among the texts of its language; None where they are not told.
     """
 
+    index: int
     language: int
     batch: TokenBatch
     places: torch.Tensor | None = None
@@ -121,7 +123,7 @@ def read_text(
         for at, (k, batch) in enumerate(batches):
             on_device = batch.to(loaded.device)
             places = None if lines is None else torch.searchsorted(lines[k], batch.line_numbers)
-            current[:] = [Position(k, on_device, places)]
+            current[:] = [Position(at, k, on_device, places)]
             if run is None:
                 forward(loaded.model, on_device)
             else:

@@ -12,17 +12,12 @@ scaled: a language whose tokens are harder has larger R everywhere (``gradient_c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from neurons.scorers.gradient import mean_attribution
-from neurons.scorers.lape import ACTIVATION_RATE, FILTER_RATE, entropy_scores
+from neurons.scorers.lape import ACTIVATION_RATE, FILTER_RATE, Lape, entropy_scores
 from neurons.scorers.means import require_several
-from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores
-from neurons.scorers.selection import Selection
-from neurons.scorers.setting import setting
 from neurons.statistics.statistics import Statistics
 
 
@@ -52,20 +47,13 @@ def lape_gradient(
     return entropy_scores(mean_attribution(attribution, seen), filter_rate, activation_rate)
 
 
-@dataclass(frozen=True)
-class LapeGradient(Scorer):
-    """The method."""
+class LapeGradient(Lape):
+    """The method, with LAPE's settings."""
 
     name = "lape-gradient"
     line = "LAPE's entropy of gradient x activation instead of firing rates"
     source = "Broca, after arXiv 2402.16438"
     moments = ("mlp_in:attribution",)
-    selection = Selection(scope="global", top_rate=0.01)
-
-    filter_rate: float = setting(FILTER_RATE, "quantile of rates that one must reach")
-    activation_rate: float = setting(
-        ACTIVATION_RATE, "quantile of all rates from which on a neuron counts as firing"
-    )
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
         attribution = statistics.moment("mlp_in:attribution")

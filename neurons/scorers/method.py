@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 
 from neurons.scorers.scores import Scores
 from neurons.scorers.selection import Selection
-from neurons.scorers.setting import Setting, declared, read_given
+from neurons.scorers.setting import Configured
 from neurons.statistics.statistics import Statistics
 
 # What a method reads: text in full blocks, a text a row, prompts with answers.
@@ -19,7 +18,7 @@ RESPONSES = "mlp_in:responses"
 
 
 @dataclass(frozen=True)
-class Scorer:
+class Scorer(Configured):
     """What every method declares; its fields are its settings.
 
     Attributes:
@@ -44,21 +43,6 @@ class Scorer:
     control: ClassVar[bool] = False
     rate_in_score: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
-
-    @classmethod
-    def settings(cls) -> Mapping[str, Setting]:
-        """What ``--set`` takes."""
-        owner: Any = cls
-        return declared(owner)
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """The method with settings in place of its defaults.
-
-        Raises:
-            UsageError: one that the method does not have, or one that is no finite number.
-        """
-        return cls(**read_given(cls.settings(), given))
 
     @classmethod
     def needs(cls) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from neurons.errors import UsageError
 
@@ -150,6 +150,26 @@ def declared(owner: type) -> Mapping[str, Setting]:
         kind = told.pop("kind", "") or _kind(hints[one.name])
         found[one.name] = Setting(kind, None if one.default is MISSING else one.default, **told)
     return found
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A method whose fields are its settings."""
+
+    @classmethod
+    def settings(cls) -> Mapping[str, Setting]:
+        """What ``--set`` takes."""
+        owner: Any = cls
+        return declared(owner)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The method with settings in place of its defaults.
+
+        Raises:
+            UsageError: a setting that the method does not have, or a value of the wrong kind.
+        """
+        return cls(**read_given(cls.settings(), given))
 
 
 def assigned(assignments: Sequence[str], already: Sequence[str] = ()) -> dict[str, str]:
