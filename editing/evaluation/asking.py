@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from editing.evaluation.questions import Questions
-from neurons.errors import UsageError, first_line
+from neurons.text.conversations import rendered
 from neurons.text.corpus import Corpus
 from neurons.text.words import opening
 
@@ -59,16 +59,7 @@ def chat_tokens(
     Raises:
         UsageError: the template raises, or renders nothing or a text without the content.
     """
-    chat = [{"role": "user", "content": content}]
-    try:
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    # A template is a program, and may fail in any way.
-    except Exception as error:
-        text, fault = "", f"fails ({type(error).__name__}: {first_line(error)})"
-    else:
-        fault = "renders a text without the user's message" if text.strip() else "renders nothing"
-    if not text.strip() or content.strip() not in text:
-        raise UsageError(f"the chat template of {tokenizer.name_or_path} {fault}: correct it, or {way_out}")
+    text = rendered(tokenizer, [{"role": "user", "content": content}], True, way_out)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tuple(ids)
 

@@ -1,0 +1,111 @@
+"""Tokens of conversations and their roles, against a count of characters."""
+
+import models
+import pytest
+import torch
+
+from neurons.errors import UsageError
+from neurons.text.conversations import ROLES, Message, role_tokens
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|system|>\nbe good<|end|>\n{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# As Qwen 3: thoughts of all but the last answer are left out.
+FORGETFUL = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' and not loop.last %}"
+    "{{ m['content'].split('</think>')[-1] | trim }}{% else %}{{ m['content'] | trim }}{% endif %}<|end|>\n{% endfor %}"
+)
+CHAT = (
+    Message("user", "what is a cab? "),
+    Message("assistant", "\na cab is a car."),
+    Message("user", "user"),
+    Message("assistant", "good", thought="be good, they said"),
+)
+
+
+@pytest.fixture
+def tokenizer():
+    made = models.tiny_tokenizer.__wrapped__()
+    made.chat_template = CHATML
+    return made
+
+
+def naive(tokenizer, pieces, answer_follows):
+    """Token by token from (role, text) pieces that were written down by hand."""
+    letters = [role for role, text in pieces for _ in text]
+    text = "".join(text for _, text in pieces)
+    found, end = [], 0
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for _, end in encoded["offset_mapping"]:
+        found.append(letters[end - 1] if end else "template")
+    spoken = [i for i in range(len(found)) if found[i] in ("answer", "thought")]
+    for i in spoken:
+        if i - 1 not in spoken and not (found[i] == "answer" and "thought" in found[max(0, i - 12) : i]):
+            found[i - 1] = "header"
+    if answer_follows:
+        found[-1] = "header"
+    return encoded["input_ids"], found
+
+
+def pieces_of(messages, first, think=True):
+    pieces = [("template", first)]
+    for message in messages:
+        pieces.append(("template", f"<|{message.role}|>\n"))
+        if message.thought is not None:
+            pieces += [("template", "<think>\n"), ("thought", message.thought.strip())]
+            pieces.append(("template", "\n</think>\n\n"))
+        role = "answer" if message.role == "assistant" else message.role
+        pieces += [(role, message.content.strip()), ("template", "<|end|>\n")]
+    return pieces
+
+
+@pytest.mark.parametrize("answer_follows", [False, True])
+@pytest.mark.parametrize("system", [False, True])
+def test_roles_are_those_of_each_tokens_last_character(tokenizer, system, answer_follows):
+    chat = [Message("system", "answer in French"), *CHAT] if system else list(CHAT)
+    pieces = pieces_of(chat, "" if system else "<|system|>\nbe good<|end|>\n")
+    pieces += [("template", "<|assistant|>\n")] if answer_follows else []
+    ids, roles = naive(tokenizer, pieces, answer_follows)
+    found = role_tokens(tokenizer, chat, answer_follows)
+    assert found.ids.tolist() == ids
+    assert [ROLES[role] for role in found.roles] == roles
+    assert set(roles) == {*ROLES} - (set() if system else {"system"})
+    both = found.of("user", "answer")
+    assert torch.equal(both, found.of("user") | found.of("answer"))
+    assert int(both.sum()) == roles.count("user") + roles.count("answer")
+
+
+def test_a_message_that_is_also_a_word_of_the_template_is_told_from_it(tokenizer):
+    found = role_tokens(tokenizer, [Message("user", "user"), Message("assistant", "end")])
+    for role, text in (("user", "user"), ("answer", "end")):
+        assert tokenizer.decode(found.ids[found.of(role)]).strip() == text
+
+
+def test_a_conversation_whose_thought_the_template_drops_is_refused(tokenizer):
+    tokenizer.chat_template = FORGETFUL
+    last = role_tokens(tokenizer, CHAT)
+    assert bool(last.of("thought").any())
+    with pytest.raises(UsageError):
+        role_tokens(tokenizer, [CHAT[0], CHAT[3], CHAT[2], CHAT[1]])
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{{ messages[0]['content'] | upper }}", "without the user's message"),
+        ("{{ messages[0]['content'] }}", "without the assistant's message"),
+        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] | length }}{% endfor %}", "does more"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+    ],
+)
+def test_a_template_that_changes_messages_is_refused(tokenizer, template, fault):
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match=fault):
+        role_tokens(tokenizer, CHAT[:2])
+
+
+def test_an_empty_message_is_refused(tokenizer):
+    with pytest.raises(UsageError, match="message 2"):
+        role_tokens(tokenizer, [CHAT[0], Message("assistant", " ")])
