@@ -215,22 +215,51 @@ def _edit(
     wanted: _Wanted,
 ) -> ModuleEdit:
     """One module's edit from the moments of its input."""
-    layer, block = place
     own, notes = _key(place, moments, wanted)
-    width = loaded.anatomy.width(f"{block}_in")
-    right = torch.zeros(width, dtype=torch.float64)
-    right[moments.units] = own.vector
     value = wanted.values[place]
     if not loaded.anatomy.residual_output:
+        right = _whole(loaded, place, moments.units, own.vector)
         value, through = _through_norm(loaded, batches, place, right, value, wanted.sources)
         notes |= through
-    carried = torch.zeros(width, dtype=torch.float64)
-    carried[moments.units] = own.carried
+    notes |= {"value_share": wanted.shares[place]}
+    return module_edit(loaded, place, moments, own, value, notes, wanted.sparse is not None)
+
+
+def _whole(loaded: LoadedModel, place: Place, units: torch.Tensor, of_units: torch.Tensor) -> torch.Tensor:
+    """float64 [width]: numbers of some inputs of a module, 0 for all others."""
+    whole = torch.zeros(loaded.anatomy.width(f"{place[1]}_in"), dtype=torch.float64)
+    whole[units] = of_units
+    return whole
+
+
+def module_edit(
+    loaded: LoadedModel,
+    place: Place,
+    moments: Moments,
+    own: Key,
+    value: torch.Tensor,
+    notes: Mapping[str, Any],
+    sparse: bool = False,
+) -> ModuleEdit:
+    """The edit of one module: a value behind a key.
+
+    Args:
+        loaded: the unedited model.
+        place: layer and block.
+        moments: of the module's inputs, from which the key was solved.
+        own: the key.
+        value: float64 [d].
+        notes: further ones.
+        sparse: whether inputs whose weight in the key is 0 are no part of the edit.
+    """
+    layer, block = place
+    right = _whole(loaded, place, moments.units, own.vector)
+    carried = _whole(loaded, place, moments.units, own.carried)
     size = loaded.anatomy.component_width(block)
     per_component = right.view(-1, size).norm(dim=1) if size > 1 else right
-    used = torch.zeros(width, dtype=torch.bool)
+    used = torch.zeros(len(right), dtype=torch.bool)
     used[moments.units] = True
-    if wanted.sparse is not None:
+    if sparse:
         used &= right != 0
     components = used.view(-1, size).any(1).nonzero()[:, 0]
     return ModuleEdit(
@@ -246,7 +275,6 @@ def _edit(
             "spread": own.spread,
             "key_means": dict(zip(moments.languages, own.means.tolist(), strict=True)),
             "carriers": own.carriers,
-            "value_share": wanted.shares[place],
             **notes,
         },
     )

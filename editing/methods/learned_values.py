@@ -22,15 +22,14 @@ ROME's value (arXiv 2202.05262), found by gradient for one fact behind a key in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from editing.methods.added_values import adding, values_of, with_value
 from editing.methods.crossings import Crossing, crossing_batch, crossings, openings_and_rests
-from editing.plans.plan import ModuleEdit, Plan, make_plan
-from neurons.architectures.sites import Reader, Routed, reading
+from editing.plans.plan import Plan, make_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
@@ -112,7 +111,7 @@ def learned_values(
         raise UsageError(
             f"{passes} passes at a rate of {rate} learn nothing: give 1 or more and a positive rate"
         )
-    values = _values(plan)
+    values = values_of(plan)
     generator = torch.Generator().manual_seed(seed)
     size = values.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     z = (values / size).float().to(loaded.device).requires_grad_(True)
@@ -158,7 +157,7 @@ def learned_values(
             best = z.detach().clone()
     seen = found.index(min(found))
     learned = best.cpu().double() * size
-    edits = [_with_value(edit, value) for edit, value in zip(plan.edits, learned, strict=True)]
+    edits = [with_value(edit, value) for edit, value in zip(plan.edits, learned, strict=True)]
     settings = {**plan.metadata["settings"], "learned": {"passes": passes, "rate": rate, "seed": seed}}
     metadata = {**plan.metadata, "settings": settings, "learning": {"held_out": found, "passes": seen}}
     return LearnedValues(make_plan(edits, metadata), tuple(found), seen)
@@ -171,26 +170,6 @@ def _read(sources: Sequence[str], targets: Sequence[str]) -> tuple[list[str], li
 
 def _enough(openings: Sequence[str], rests: Sequence[str]) -> bool:
     return min(len(openings), len(rests)) >= 2 * HELD_OUT
-
-
-def _values(plan: Plan) -> torch.Tensor:
-    """float64 [modules, d]."""
-    for edit in plan.edits:
-        scaled = edit.row_scale is not None or edit.column_scale is not None or edit.bias is not None
-        if edit.rank != 1 or scaled:
-            raise UsageError(
-                f"values are learned of rank-1 edits alone, and {edit.block} of layer {edit.layer} has another: "
-                "make the plan by --method keyed"
-            )
-    return torch.stack([edit.left[:, 0].double() for edit in plan.edits if edit.left is not None])
-
-
-def _with_value(edit: ModuleEdit, value: torch.Tensor) -> ModuleEdit:
-    assert edit.right is not None
-    # What was found for another value through a norm does not hold for this one.
-    unknown = dict.fromkeys({"value_through_norm", "value_error"} & edit.notes.keys())
-    change = float(value.norm() * edit.right.double().norm())
-    return replace(edit, left=value[:, None].float(), notes={**edit.notes, **unknown, "change_norm": change})
 
 
 def _parted(texts: Sequence[str], out: bool) -> list[str]:
@@ -220,37 +199,6 @@ def _loss(loaded: LoadedModel, plan: Plan, batch: TokenBatch, values: torch.Tens
     """Sum of the negative log-likelihoods (nats) of what follows the openings."""
     batch = batch.to(loaded.device)
     wanted = batch.counted[:, 1:]
-    with _edited(loaded, plan, values):
+    with adding(loaded, plan, values):
         hidden = forward(loaded.model, batch)[:, :-1][wanted]
     return token_losses(loaded.model, hidden, batch.ids[:, 1:][wanted]).sum()
-
-
-@contextmanager
-def _edited(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[None]:
-    """While entered, each module of the plan writes values[m] (k_m^T h) besides its own output."""
-    inputs: dict[tuple[int, str], torch.Tensor] = {}
-
-    def reader_in(edit: ModuleEdit) -> Reader:
-        def keep(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
-            inputs[edit.layer, edit.block] = values
-            return values
-
-        return keep
-
-    def reader_out(edit: ModuleEdit, value: torch.Tensor) -> Reader:
-        assert edit.right is not None
-        key = edit.right[:, 0]
-
-        def add(written: torch.Tensor, _: Routed | None) -> torch.Tensor:
-            read = inputs.pop((edit.layer, edit.block))
-            coefficient = read @ key.to(read.device, read.dtype)
-            return written + coefficient[..., None] * value.to(written.device, written.dtype)
-
-        return add
-
-    readers: dict[tuple[str, int], Reader] = {}
-    for edit, value in zip(plan.edits, values, strict=True):
-        readers[f"{edit.block}_in", edit.layer] = reader_in(edit)
-        readers[f"{edit.block}_out", edit.layer] = reader_out(edit, value)
-    with reading(loaded.anatomy, readers):
-        yield

@@ -18,6 +18,8 @@ from neurons.architectures.sites import logits
 LOGIT_BYTES_AT_ONCE = 64 * 2**20
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+# Of some positions' hidden states [n, d], and of what is beside them, a value [n] each.
+Of = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def positions_at_once(model: Any) -> int:
@@ -38,14 +40,16 @@ def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tor
         float32 [n], on the device of the hidden states.
     """
     wanted = targets.to(hidden.device).long()
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        found: torch.Tensor = _TokenLosses.apply(hidden, wanted, model)  # type: ignore[no-untyped-call]
-        return found
-    with torch.no_grad():
-        return torch.cat([_losses(model, *piece) for piece in _pieces(model, hidden, wanted)])
+
+    def losses(own: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        made = logits(model, own).float()
+        return torch.nn.functional.cross_entropy(made, targets.to(made.device), reduction="none").to(
+            own.device
+        )
+
+    return _by_pieces(model, losses, hidden, wanted)
 
 
-@torch.no_grad()
 def token_divergences(
     model: Any, before: torch.Tensor, after: torch.Tensor, head: Head | None = None
 ) -> torch.Tensor:
@@ -54,25 +58,28 @@ def token_divergences(
     Args:
         model: causal language model, as it is now.
         before: last hidden states [n, d] that give p.
-        after: those that give q.
+        after: those that give q; the result can be differentiated by them where gradients are enabled.
         head: output embeddings that read ``before`` in place of the model's own.
 
     Returns:
         float64 [n].
     """
-    found = []
-    for own, other in _pieces(model, before, after):
-        p = torch.log_softmax(logits(model, own, head).float(), -1)
-        q = torch.log_softmax(logits(model, other).float(), -1)
-        found.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
-    return torch.cat(found)
+
+    def divergences(own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            p = torch.log_softmax(logits(model, others, head).float(), -1)
+        q = torch.log_softmax(logits(model, own).float(), -1)
+        return (p.exp() * (p - q)).sum(-1, dtype=torch.float64).to(own.device)
+
+    return _by_pieces(model, divergences, after, before)
 
 
-def _losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    made = logits(model, hidden).float()
-    return torch.nn.functional.cross_entropy(made, targets.to(made.device), reduction="none").to(
-        hidden.device
-    )
+def _by_pieces(model: Any, of: Of, hidden: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        values: torch.Tensor = _ByPieces.apply(hidden, beside, model, of)  # type: ignore[no-untyped-call]
+        return values
+    with torch.no_grad():
+        return torch.cat([of(*piece) for piece in _pieces(model, hidden, beside)])
 
 
 def _pieces(model: Any, *rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -80,21 +87,21 @@ def _pieces(model: Any, *rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...
     return zip(*(some.split(at_once) for some in rows), strict=True)
 
 
-class _TokenLosses(torch.autograd.Function):
+class _ByPieces(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, model: Any) -> torch.Tensor:
-        losses, slopes = [], []
-        for some, wanted in _pieces(model, hidden, targets):
+    def forward(ctx: Any, hidden: torch.Tensor, beside: torch.Tensor, model: Any, of: Of) -> torch.Tensor:
+        values, slopes = [], []
+        for some, others in _pieces(model, hidden, beside):
             with torch.enable_grad():
                 own = some.detach().requires_grad_(True)
-                found = _losses(model, own, wanted)
+                found = of(own, others)
                 (slope,) = torch.autograd.grad(found.sum(), own)
-            losses.append(found.detach())
+            values.append(found.detach())
             slopes.append(slope)
         ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(losses)
+        return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return slopes * gradients[0][:, None].to(slopes.dtype), None, None
+        return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None

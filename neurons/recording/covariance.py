@@ -37,7 +37,7 @@ class Moments:
     """First and second moments of one layer's site.
 
     Attributes:
-        languages: the K names.
+        languages: the K names: of languages, or of other groups of tokens.
         units: int64 [S], the units (neurons) that the rest is about.
         mean: float64 [S, K], mean over the tokens of each language.
         covariance: float64 [S, S], about each token's own language mean, over all tokens together.
@@ -95,8 +95,9 @@ def each_moments(
     batches: Mapping[str, Sequence[TokenBatch]],
     units: Mapping[Place, torch.Tensor],
     progress: Progress | None = None,
+    groups: Sequence[str] | None = None,
 ) -> Iterator[tuple[Place, Moments]]:
-    """Moments of several sites, one after the other from the lowest layer up, a group in memory at a time.
+    """Moments of several sites, one after the other from the lowest layer up, some layers in memory at a time.
 
     The model must not change between two of them.
 
@@ -105,19 +106,20 @@ def each_moments(
         batches: language -> its batches.
         units: (site, layer) -> int64 [S], which units of it.
         progress: called with numbers of tokens whose sum is that of all tokens.
+        groups: names of the batches' groups of tokens, which take the place of the languages.
 
     Raises:
         BrocaError: neurons of a mixture of experts, or moments that are not finite, by site and layer.
     """
     flat = numbered(batches)
-    groups = _groups(loaded, units)
+    parts = _parts(loaded, units)
     layers = 1 + max(layer for _, layer in units)
-    from_kept = len(groups) > 1 and _starts_between(loaded, flat)
+    from_kept = len(parts) > 1 and _starts_between(loaded, flat)
     kept: list[Kept | None] = [None] * len(flat)
     start = done = 0
-    for group in groups:
-        stop = 1 + max(layer for _, layer in group)
-        sums = _Sums(loaded, batches, group)
+    for part in parts:
+        stop = 1 + max(layer for _, layer in part)
+        sums = _Sums(loaded, batches, part, groups)
         read_text(
             loaded,
             flat,
@@ -155,12 +157,16 @@ class _Sums:
         loaded: LoadedModel,
         batches: Mapping[str, Sequence[TokenBatch]],
         units: Mapping[Place, torch.Tensor],
+        groups: Sequence[str] | None,
     ) -> None:
-        languages = tuple(batches)
+        languages = tuple(batches) if groups is None else tuple(groups)
         self.loaded, self.languages, self.units = loaded, languages, units
         device = loaded.device
-        counted = [sum(int(batch.counted.sum()) for batch in some) for some in batches.values()]
-        self.tokens = torch.tensor(counted, dtype=torch.float64)
+        self.tokens = torch.zeros(len(languages), dtype=torch.float64)
+        for k, some in enumerate(batches.values()):
+            for batch in some:
+                for number, own in _by_group(batch, k):
+                    self.tokens[number] += float(own.sum())
         self.start_tokens = sum(
             int((batch.attention & ~batch.counted).sum()) for some in batches.values() for batch in some
         )
@@ -188,7 +194,9 @@ class _Sums:
             rows = at.rows(values)[:, some]
             gram = self.grams[place]
             gram.add(rows.to(gram.centre.device))
-            self.sums[place][:, at.language] += rows.sum(0, dtype=torch.float64).to(gram.centre.device)
+            for number, own in _by_group(at.batch, at.language):
+                picked = rows if at.batch.groups is None else rows[own[at.counted].to(rows.device)]
+                self.sums[place][:, number] += picked.sum(0, dtype=torch.float64).to(gram.centre.device)
             starts = (at.batch.attention & ~at.counted).to(values.device)
             at_start = values.detach()[starts][:, some]
             self.starts[place] += at_start.sum(0, dtype=torch.float64).to(gram.centre.device)
@@ -214,13 +222,22 @@ class _Sums:
             del covariance
 
 
-def _groups(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
+def _by_group(batch: TokenBatch, language: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number, bool [rows, length] of its counted tokens) of every group that a batch has tokens of."""
+    if batch.groups is None:
+        yield language, batch.counted
+        return
+    for number in batch.groups[batch.counted].unique().tolist():
+        yield number, batch.counted & (batch.groups == number)
+
+
+def _parts(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
     """Places in order of their layers, as many together as memory has room for; a layer is never parted.
 
     Raises:
         BrocaError: one layer is more than is allowed.
     """
-    groups: list[dict[Place, torch.Tensor]] = []
+    parts: list[dict[Place, torch.Tensor]] = []
     solving = max(solving_bytes(len(index)) for index in units.values())
     left = 0
     for layer in sorted({layer for _, layer in units}):
@@ -232,12 +249,12 @@ def _groups(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[di
                 f"{(size + solving) / 1e9:.1f} GB beside weights and libraries, and {most_room(loaded) / 1e9:.1f} GB are "
                 "left of what is allowed: allow more (--max-memory), or let the key use some neurons only (--neurons)"
             )
-        if not groups or size > left:
-            groups.append({})
+        if not parts or size > left:
+            parts.append({})
             left = covariance_room(loaded) - solving
-        groups[-1].update(own)
+        parts[-1].update(own)
         left -= size
-    return groups
+    return parts
 
 
 def _starts_between(loaded: LoadedModel, batches: Sequence[tuple[int, TokenBatch]]) -> bool:

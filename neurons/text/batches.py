@@ -37,6 +37,8 @@ class TokenBatch:
             same in every language, and on what stands first where it adds none.
         lines: int64 [rows], which line of its corpus each row is of; None where rows are not of lines.
         shares: float64 [rows], which part of its line's counted tokens a row has; None where rows are whole lines.
+        groups: int64 [rows, length], the number of each counted token's group, where the tokens of a row are not
+            all of one; None: all are of the batch's language.
     """
 
     ids: torch.Tensor
@@ -44,6 +46,7 @@ class TokenBatch:
     counted: torch.Tensor
     lines: torch.Tensor | None = None
     shares: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
 
     @property
     def line_numbers(self) -> torch.Tensor:
@@ -67,6 +70,7 @@ class TokenBatch:
             self.counted.to(device),
             self.lines,
             self.shares,
+            None if self.groups is None else self.groups.to(device),
         )
 
 

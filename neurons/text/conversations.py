@@ -76,6 +76,12 @@ class RoleTokens:
         """bool [n], the tokens of some roles."""
         return torch.isin(self.roles, torch.tensor([ROLES.index(role) for role in roles]))
 
+    def answered(self, ids: Sequence[int]) -> RoleTokens:
+        """The conversation with an answer's tokens behind it, as a model goes on from its prompt."""
+        answer = torch.tensor(list(ids), dtype=torch.int64)
+        roles = torch.full_like(answer, ROLES.index(ANSWER))
+        return RoleTokens(torch.cat([self.ids, answer]), torch.cat([self.roles, roles]))
+
 
 def rendered(
     tokenizer: Any,

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from editing.directions.diffmean import diffmean_direction
+from editing.methods.added_values import values_of
 from editing.methods.crossings import crossing_batch, crossings, openings_and_rests
 from editing.methods.keyed import keyed_plan
 from editing.methods.keyed_search import KeyedSearch
-from editing.methods.learned_values import HELD_OUT, LEARNED_AT, LearnedValues, _loss, _values, learned_values
+from editing.methods.learned_values import HELD_OUT, LEARNED_AT, LearnedValues, _loss, learned_values
 from editing.methods.material import Material
 from editing.plans.live import applied
 from editing.plans.plan import ModuleEdit, make_plan
@@ -111,7 +112,7 @@ def test_the_loss_is_that_of_the_edited_weights(checkpoint_of, corpus, texts, ar
     )
     rows = joined_rows(loaded, texts)[:4]
     with torch.no_grad():
-        found = float(_loss(loaded, plan, crossing_batch(rows, 512), _values(plan).float()))
+        found = float(_loss(loaded, plan, crossing_batch(rows, 512), values_of(plan).float()))
     with applied(loaded, plan):
         total, _ = naive_loss(loaded.model, rows)
     assert found == pytest.approx(total, rel=1e-4)
@@ -120,7 +121,7 @@ def test_the_loss_is_that_of_the_edited_weights(checkpoint_of, corpus, texts, ar
 
 def test_its_gradient_is_that_of_differences(llama, plan, texts):
     batch = crossing_batch(joined_rows(llama, texts)[:4], 512)
-    values = _values(plan).float().requires_grad_(True)
+    values = values_of(plan).float().requires_grad_(True)
     with torch.enable_grad():
         _loss(llama, plan, batch, values).backward()
     generator = torch.Generator().manual_seed(3)

@@ -89,3 +89,15 @@ def test_as_many_positions_as_fit(llama, monkeypatch, size, expected):
     vocabulary = llama.model.config.vocab_size
     monkeypatch.setattr(next_token, "LOGIT_BYTES_AT_ONCE", size * vocabulary // 1024)
     assert positions_at_once(llama.model) == expected
+
+
+def test_the_gradient_of_divergences(family, made_at_once):
+    before, after = hidden_states(family, 1), hidden_states(family, 2).requires_grad_(True)
+    weights = torch.linspace(-1, 2, POSITIONS)
+    (token_divergences(family.model, before, after) * weights).sum().backward()
+    naive = after.detach().clone().requires_grad_(True)
+    p = whole_logits(family, before).detach().log_softmax(-1)
+    q = whole_logits(family, naive).log_softmax(-1)
+    ((p.exp() * (p - q)).sum(-1) * weights).sum().backward()
+    torch.testing.assert_close(after.grad, naive.grad, rtol=1e-4, atol=1e-6)
+    assert max(made_at_once) == 3

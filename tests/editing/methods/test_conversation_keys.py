@@ -1,0 +1,101 @@
+"""Keys on conversations, against sums in float64 over single tokens."""
+
+import pytest
+import torch
+from conversations import CHATML, chats_of
+
+from editing.methods.conversation_keys import coefficients, conversation_keys, middle_layers
+from neurons.models.source import load_model
+from neurons.recording.covariance import each_moments
+from neurons.text.conversation_batches import conversation_batches
+from neurons.text.conversations import ROLES
+
+EPS = 0.01
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint_of):
+    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
+    loaded.tokenizer.chat_template = CHATML
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def chats(loaded):
+    return chats_of(loaded.tokenizer, ("aa", "bb", "cc"), count=12)
+
+
+def neurons_by_group(loaded, chats, layer):
+    """Group -> the down_proj inputs of its tokens, float64, one conversation at a time by a hook of its own."""
+    found = {}
+    for language, some in chats.items():
+        for one in some:
+            kept = []
+            down = loaded.model.model.layers[layer].mlp.down_proj
+            handle = down.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0][0]))
+            with torch.no_grad():
+                loaded.model(one.ids[None])
+            handle.remove()
+            for place, row in enumerate(kept[0].double()):
+                role = ROLES[one.roles[place]]
+                if place == 0:
+                    group = "start"
+                elif role in ("user", "answer"):
+                    group = language
+                else:
+                    group = f"{language}/header" if role == "header" else "template"
+                found.setdefault(group, []).append(row)
+    return {group: torch.stack(rows) for group, rows in found.items()}
+
+
+def test_moments_are_those_of_the_groups(loaded, chats):
+    text = conversation_batches(loaded, chats, tokens_a_batch=200)
+    units = {("mlp_in", 1): torch.arange(loaded.anatomy.neurons)}
+    ((_, moments),) = each_moments(loaded, text.batches, units, groups=text.groups)
+    rows = neurons_by_group(loaded, chats, 1)
+    start = rows.pop("start")
+    assert set(moments.languages) == set(rows)
+    for place, group in enumerate(moments.languages):
+        torch.testing.assert_close(moments.mean[:, place], rows[group].mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moments.start, start.mean(0), rtol=1e-5, atol=1e-6)
+    within = sum(((own - own.mean(0)).T @ (own - own.mean(0))) for own in rows.values())
+    expected = within / sum(len(own) for own in rows.values())
+    torch.testing.assert_close(moments.covariance, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
+    text = conversation_batches(loaded, chats, tokens_a_batch=200)
+    edits = conversation_keys(loaded, text, ["bb"], [0, 1], EPS)
+    assert [(edit.layer, edit.block) for edit in edits] == [(0, "mlp"), (1, "mlp")]
+    for edit in edits:
+        rows = neurons_by_group(loaded, chats, edit.layer)
+        names = list(rows)
+        means = torch.stack([rows[name].mean(0) for name in names], dim=1)
+        counted = [name for name in names if name != "start"]
+        within = sum(((rows[g] - rows[g].mean(0)).T @ (rows[g] - rows[g].mean(0))) for g in counted)
+        form = within / sum(len(rows[g]) for g in counted)
+        form += EPS * form.diagonal().mean() * torch.eye(len(form), dtype=torch.float64)
+        wanted = torch.tensor([float(name.startswith("bb")) for name in names], dtype=torch.float64)
+        solved = torch.linalg.solve(form, means)
+        expected = solved @ torch.linalg.solve(means.T @ solved, wanted)
+        torch.testing.assert_close(edit.right[:, 0].double(), expected, rtol=1e-3, atol=1e-4)
+        assert not edit.left.any()
+
+
+def test_coefficients_on_other_conversations(loaded, chats):
+    edits = conversation_keys(loaded, conversation_batches(loaded, chats), ["aa"], [1])
+    others = chats_of(loaded.tokenizer, ("aa", "bb", "cc"), count=5)
+    found = coefficients(loaded, edits, conversation_batches(loaded, others))[1, "mlp"]
+    rows = neurons_by_group(loaded, others, 1)
+    rows.pop("start")
+    right = edits[0].right[:, 0].double()
+    for group, mean in found["means"].items():
+        assert mean == pytest.approx(float((rows[group] @ right).mean()), rel=1e-4, abs=1e-5)
+    squares = sum(float(((own - own.mean(0)) @ right).square().sum()) for own in rows.values())
+    count = sum(len(own) for own in rows.values())
+    assert found["deviation"] == pytest.approx((squares / count) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("layers, first, last", [(24, 2, 20), (6, 0, 5), (1, 0, 0), (32, 2, 27), (80, 6, 69)])
+def test_middle_layers(layers, first, last):
+    assert middle_layers(layers) == tuple(range(first, last + 1))

@@ -1,0 +1,128 @@
+"""Distilled values, against whole distributions of a model with the edited weights, one row at a time."""
+
+import copy
+
+import pytest
+import torch
+from conversations import CHATML, chats_of
+
+from editing.methods.conversation_keys import conversation_keys
+from editing.methods.distilled_values import Example, distilled_values, mean_divergence
+from editing.plans.plan import make_plan
+from neurons.errors import UsageError
+from neurons.models.source import load_model
+from neurons.text.conversation_batches import conversation_batches
+
+EXAMPLES = [
+    Example((5, 6, 7 + i), (5, 6, 7 + i, 30, 31, 32), tuple(range(10 + i, 14 + 2 * i))) for i in range(6)
+]
+OTHERS = [Example((5, 6, 20 + i), (5, 6, 20 + i, 30, 31, 32), (11, 12 + i, 13)) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint_of):
+    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
+    loaded.tokenizer.chat_template = CHATML
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def keys(loaded):
+    text = conversation_batches(loaded, chats_of(loaded.tokenizer, ("aa", "bb"), count=12))
+    edits = conversation_keys(loaded, text, ["aa"], range(loaded.anatomy.layers))
+    return make_plan(edits, {"settings": {}})
+
+
+def distributions(model, prompt, answer):
+    """Log-probabilities, float64 [answer + 1, V], of what follows the prompt and every token of the answer."""
+    ids = torch.tensor([[*prompt, *answer]])
+    made = model(ids).logits[0, len(prompt) - 1 :].double()
+    return made.log_softmax(-1)
+
+
+def naive_divergence(loaded, plan, examples, weights=None):
+    """Mean KL, with the plan in the weights of a copy."""
+    edited = copy.deepcopy(loaded.model)
+    for place, edit in enumerate(plan.edits):
+        down = edited.model.layers[edit.layer].mlp.down_proj
+        value = edit.left[:, 0] if weights is None else weights[place]
+        own = down.weight.detach() + value[:, None] * edit.right[:, 0]
+        del down.weight
+        down.weight = own
+    total, count = 0.0, 0
+    for one in examples:
+        with torch.no_grad():
+            p = distributions(loaded.model, one.teacher, one.answer)
+        q = distributions(edited, one.student, one.answer)
+        total = total + (p.exp() * (p - q)).sum()
+        count += len(p)
+    return total / count
+
+
+def test_the_divergence_is_that_of_whole_distributions(loaded, keys):
+    generator = torch.Generator().manual_seed(0)
+    edits = [
+        copy.copy(edit).__class__(**{**vars(edit), "left": torch.randn(edit.left.shape, generator=generator)})
+        for edit in keys.edits
+    ]
+    plan = make_plan(edits, keys.metadata)
+    assert mean_divergence(loaded, EXAMPLES) == pytest.approx(
+        float(naive_divergence(loaded, keys, EXAMPLES)), rel=1e-5
+    )
+    assert mean_divergence(loaded, EXAMPLES, plan) == pytest.approx(
+        float(naive_divergence(loaded, plan, EXAMPLES)), rel=1e-4
+    )
+
+
+def test_a_first_step_is_adams_on_the_gradient_of_the_edited_weights(loaded, keys):
+    rate = 0.01
+    four = EXAMPLES[:4]  # one step
+    found = distilled_values(loaded, keys, four, OTHERS, passes=1, rate=rate)
+    sizes = []
+    for edit in keys.edits:
+        outputs = []
+        down = loaded.model.model.layers[edit.layer].mlp.down_proj
+        handle = down.register_forward_hook(lambda _, __, output, kept=outputs: kept.append(output[0]))
+        with torch.no_grad():
+            for one in four:
+                loaded.model(torch.tensor([[*one.student, *one.answer]]))
+        handle.remove()
+        rows = torch.cat([output[len(one.student) - 1 :] for one, output in zip(four, outputs, strict=True)])
+        sizes.append(float(rows.double().square().mean().sqrt()))
+    values = [torch.zeros(loaded.anatomy.residual, requires_grad=True) for _ in keys.edits]
+    naive_divergence(loaded, keys, four, values).backward()
+    assert found.passes == 1
+    for edit, value, size in zip(found.plan.edits, values, sizes, strict=True):
+        # Adam's first step is the rate against the gradient's sign.
+        expected = -rate * size * value.grad.sign()
+        clear = value.grad.abs() > 1e-3 * value.grad.abs().max()
+        torch.testing.assert_close(edit.left[:, 0][clear], expected[clear], rtol=1e-3, atol=0)
+
+
+def test_learning_brings_the_student_to_the_teacher_and_leaves_the_weights(loaded, keys):
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    told = []
+    found = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05, progress=told.append)
+    assert found.held_out[-1] < 0.7 * found.held_out[0]
+    assert found.held_out[found.passes] == min(found.held_out)
+    assert mean_divergence(loaded, EXAMPLES, found.plan) == pytest.approx(min(found.held_out), rel=1e-4)
+    assert sum(told) == 12 * sum(len(one.answer) + 1 for one in EXAMPLES)
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    again = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05)
+    assert again.plan.to_bytes() == found.plan.to_bytes()
+
+
+def test_the_pass_is_chosen_on_what_is_kept_out(loaded, keys):
+    """Examples kept out that say the contrary: the values before the first pass are the best."""
+    contrary = [Example(one.student, one.student, one.answer) for one in EXAMPLES]
+    found = distilled_values(loaded, keys, EXAMPLES, contrary, passes=2, rate=0.05)
+    assert found.passes == 0 and found.held_out[0] == pytest.approx(0, abs=1e-6)
+    assert not any(edit.left.any() for edit in found.plan.edits)
+
+
+@pytest.mark.parametrize("wrong", [{"passes": 0}, {"rate": 0.0}, {"examples": []}, {"held_out": []}])
+def test_nothing_to_learn_is_refused(loaded, keys, wrong):
+    given = {"examples": EXAMPLES, "held_out": OTHERS, **wrong}
+    with pytest.raises(UsageError):
+        distilled_values(loaded, keys, **given)

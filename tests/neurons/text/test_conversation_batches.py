@@ -1,0 +1,58 @@
+"""Groups of a conversation's tokens, against their roles one by one."""
+
+import pytest
+import torch
+from conversations import CHATML, chats_of
+
+from neurons.errors import UsageError
+from neurons.models.source import load_model
+from neurons.text.conversation_batches import TEMPLATE_GROUP, conversation_batches
+from neurons.text.conversations import ROLES, Message, RoleTokens, role_tokens
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint_of):
+    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
+    loaded.tokenizer.chat_template = CHATML
+    return loaded
+
+
+def test_every_token_but_the_first_is_in_the_group_of_its_role_and_language(loaded):
+    chats = chats_of(loaded.tokenizer, ("aa", "bb"))
+    text = conversation_batches(loaded, chats, tokens_a_batch=64)
+    assert text.groups == ("aa", "aa/header", "bb", "bb/header", TEMPLATE_GROUP)
+    assert text.languages == ("aa", "bb")
+    read = 0
+    for language, batches in text.batches.items():
+        for batch in batches:
+            for row, line in enumerate(batch.line_numbers.tolist()):
+                one = chats[language][line]
+                assert batch.ids[row][: len(one.ids)].tolist() == one.ids.tolist()
+                assert not batch.counted[row, 0] and not batch.counted[row, len(one.ids) :].any()
+                for place in range(1, len(one.ids)):
+                    role = ROLES[one.roles[place]]
+                    said = role in ("user", "answer", "thought")
+                    group = language if said else f"{language}/header" if role == "header" else TEMPLATE_GROUP
+                    assert text.groups[batch.groups[row, place]] == group
+                    read += 1
+    assert read == text.tokens
+
+
+def test_an_answer_follows_as_the_model_wrote_it(loaded):
+    prompt = role_tokens(loaded.tokenizer, [Message("user", "what is a cab?")], answer_follows=True)
+    whole = prompt.answered([5, 6, 7])
+    assert whole.ids.tolist() == [*prompt.ids.tolist(), 5, 6, 7]
+    assert [ROLES[role] for role in whole.roles[-4:]] == ["header", "answer", "answer", "answer"]
+
+
+def test_a_language_without_a_header_is_refused_by_name(loaded):
+    ids = torch.arange(5, 9)
+    user = RoleTokens(ids, torch.full_like(ids, ROLES.index("user")))
+    with pytest.raises(UsageError, match="aa/header"):
+        conversation_batches(loaded, {"aa": [user]})
+
+
+def test_a_conversation_that_is_longer_than_the_context_is_refused(loaded):
+    ids = torch.full((loaded.model.config.max_position_embeddings + 1,), 5)
+    with pytest.raises(UsageError, match=str(len(ids))):
+        conversation_batches(loaded, {"aa": [RoleTokens(ids, torch.zeros_like(ids))]})
