@@ -14,6 +14,7 @@ from neurons.models.freed_memory import keep_freed_memory
 
 COMMANDS = {
     "demo": "Find neurons, edit, export and measure on the model that Broca ships.",
+    "steer": "Make an instruct model answer in a language, for good.",
     "run": "Do a whole job from one recipe.",
     "record": "Record what a model does with text, to find neurons in it later.",
     "identify": "Find the neurons that carry each language.",

@@ -100,7 +100,7 @@ def export_adapter(
     source.require_fingerprint(plan.metadata, "the plan")
     target = place_apart(source.checkpoint, out)
     modules = _ranks(source, plan)
-    _check_place(target, overwrite)
+    check_adapter_place(target, overwrite)
     tensors = {}
     weights = Weights(source)
     for edit in plan.edits:
@@ -232,7 +232,7 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
     return ranks
 
 
-def _check_place(target: Path, overwrite: bool) -> None:
+def check_adapter_place(target: Path, overwrite: bool) -> None:
     """Refuse a place that the adapter cannot take; what may be replaced is an adapter and nothing else.
 
     Raises:

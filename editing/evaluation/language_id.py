@@ -80,6 +80,13 @@ def identify_language(text: str, languages: Sequence[str]) -> str:
     return _most_probable(_identifier().rank(text), languages)
 
 
+def more_probable(text: str, languages: Sequence[str]) -> str:
+    """The most probable of a few ``languages``, whatever others are; "empty" for a text without a letter."""
+    if not _LETTER.search(text):
+        return EMPTY
+    return _most_probable(_identifier().rank(text), languages, at_least=0.0)
+
+
 def second_opinion(text: str, languages: Sequence[str]) -> str:
     """The same by fastText, which may know a language by name or not: then it is "other" to it."""
     if not _LETTER.search(text):
@@ -124,12 +131,14 @@ def _letters(text: str) -> int:
     return len(_LETTER.findall(text)) + 2 * dense
 
 
-def _most_probable(ranked: Iterable[tuple[str, float]], languages: Sequence[str]) -> str:
+def _most_probable(
+    ranked: Iterable[tuple[str, float]], languages: Sequence[str], at_least: float = 0.5
+) -> str:
     probability = dict.fromkeys(languages, 0.0)
     for label, value in ranked:
         language = label if label in probability else MACROLANGUAGES.get(label, label)
         if language in probability:
             probability[language] += float(value)
-    if sum(probability.values()) < 0.5:
+    if sum(probability.values()) < at_least:
         return OTHER
     return max(probability, key=lambda language: probability[language])

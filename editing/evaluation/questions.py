@@ -6,12 +6,13 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neurons.errors import UsageError
+from neurons.text.corpus import PARTS as CORPUS_PARTS
 from neurons.text.corpus_files import language_label
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -63,6 +64,16 @@ class Questions:
                 "settings are chosen on one half of the questions: give two or more in every language"
             )
         return Questions(kept, self.digest, part)
+
+
+def taken(questions: Sequence[Question], part: str) -> list[Question]:
+    """The questions of a part as corpora have them: a half to estimate from, a quarter to choose on, one to report.
+
+    Args:
+        questions: of one language.
+        part: a key of ``neurons.text.corpus.PARTS``.
+    """
+    return [one for place, one in enumerate(questions) if place % 4 in CORPUS_PARTS[part]]
 
 
 def read_questions(path: Path, source: str | None = None) -> Questions:

@@ -35,8 +35,8 @@ from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Position, PositionReader, Progress, forward, numbered, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
-PASSES = 8
-RATE = 0.02
+PASSES = 4
+RATE = 0.05
 EXAMPLES_A_STEP = 4
 
 

@@ -244,7 +244,7 @@ class Plan:
                 "a strength of 0 leaves nothing of the edit: give another, or use the unedited model"
             )
         # What learning measured, and what a file noted of its modules, is of the strength that they had.
-        stale = ("learning", "modules")
+        stale = ("learning", "measured", "modules")
         metadata = {name: value for name, value in self.metadata.items() if name not in stale}
         settings = dict(metadata["settings"])
         name = "scaled_by" if _strength_is_of_a_part(metadata) else "strength"

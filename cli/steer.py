@@ -1,0 +1,199 @@
+"""``broca steer``: an instruct model in, a checkpoint that answers in one language out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.loading import announced
+from cli.options import (
+    IN_PATH,
+    LANGUAGE,
+    OUT_DIRECTORY,
+    CommaSeparated,
+    device_options,
+    json_option,
+    model_argument,
+)
+from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from editing.pipeline.lock import Lock, Locked
+    from editing.pipeline.lock_measures import LockFigures
+    from editing.plans.plan import Plan
+
+ALL = "all"
+SHOWN = 6  # questions side by side
+
+
+def shipped_questions() -> Path:
+    """Broca's own questions: in an installed wheel beside this file, in a checkout under artifacts/.
+
+    Raises:
+        BrocaError: neither is there.
+    """
+    from neurons.errors import BrocaError
+
+    here = Path(__file__).resolve().parent
+    for place in (here / "questions", here.parent / "artifacts" / "questions"):
+        if place.is_dir():
+            return place
+    raise BrocaError("the questions are missing from this installation: install broca again")
+
+
+@click.command("steer")
+@model_argument
+@click.option("--to", "target", type=LANGUAGE, required=True, help="Language of the answers.")
+@click.option(
+    "--from",
+    "source",
+    type=LANGUAGE,
+    default="en",
+    show_default=True,
+    help="Language of the questions that are to be answered in it; all: of every question.",
+)
+@click.option(
+    "--keep",
+    type=CommaSeparated(),
+    help="Languages whose questions are answered as before.  [default: ar, de, en, es, fr, it, ja, pt, ru, zh]",
+)
+@click.option(
+    "--questions",
+    type=IN_PATH,
+    help="Questions, the same in every language: a directory of <language>.jsonl with question_id and text.  "
+    "[default: Broca's own, 64 in 25 languages]",
+)
+@click.option("--lora", type=OUT_DIRECTORY, help="Write an adapter for PEFT and vLLM here, too.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the examples.")
+@device_options
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
+@click.option("--out", type=OUT_DIRECTORY, help="Directory for the checkpoint.  [default: <MODEL>-<TO>]")
+@json_option
+def command(**options: Any) -> None:
+    """Make MODEL (an instruct model: hub id or directory) answer in a language, and write the checkpoint.
+
+    It needs no data: the model answers questions that Broca brings, once as they are and once with the
+    instruction to answer in the language, and learns to do without the instruction.  Questions in other
+    languages are answered as before.
+
+    \b
+    Example:
+      broca steer Qwen/Qwen2.5-0.5B-Instruct --to fr --out steered
+    """
+    asked = SimpleNamespace(**options)
+    screen = Screen(asked.as_json)
+    begin = time.monotonic()
+    from editing.checkpoints.adapter import check_adapter_place
+    from editing.checkpoints.staging import check_target, place_apart
+    from editing.evaluation.questions import read_questions
+    from editing.pipeline.lock import lock_of, locked
+    from editing.pipeline.lock_measures import lock_figures
+    from neurons.models.own_dtype import own_dtype
+    from neurons.models.source import load_model
+
+    out = asked.out or Path(f"{Path(asked.model).name}-{asked.target}")
+    check_target(out, asked.overwrite)
+    if asked.lora is not None:
+        check_adapter_place(asked.lora, asked.overwrite)
+    if Path(asked.model).is_dir():
+        place_apart(Path(asked.model), out)
+    questions = read_questions(asked.questions or shipped_questions())
+    lock = lock_of(questions, asked.target, None if asked.source == ALL else asked.source, asked.keep)
+    dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
+    loaded = announced(screen, load_model(asked.model, asked.device, dtype))
+    made = locked(loaded, questions, lock, seed=asked.seed, stage=screen.progress)
+    figures = lock_figures(loaded, questions, lock, made.plan, stage=screen.progress)
+    plan = replace(made.plan, metadata={**made.plan.metadata, "measured": figures.as_json()})
+    written = _written(screen, asked, out, plan)
+    _show(screen, lock, made, figures)
+    seconds = time.monotonic() - begin
+    screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
+    screen.result(
+        {
+            "out": out,
+            "sources": list(lock.sources),
+            "target": lock.target,
+            "keep": list(lock.keep),
+            "obeyed": dict(made.obeyed),
+            "held_out": list(made.held_out),
+            "key_deviations": {str(layer): list(both) for layer, both in made.deviations.items()},
+            "seconds": seconds,
+            **figures.as_json(),
+            **written,
+        },
+        out,
+    )
+
+
+def _written(screen: Screen, asked: SimpleNamespace, out: Path, plan: Plan) -> dict[str, Any]:
+    """The checkpoint, and the adapter where one is wanted."""
+    from editing.checkpoints.adapter import export_adapter
+    from editing.checkpoints.export import export
+    from neurons.models.source import open_model
+
+    source = open_model(asked.model)
+    with screen.copying("Writing") as tell:
+        found = export(source, plan, out, asked.overwrite, tell)
+    result: dict[str, Any] = {"tensors": len(found.tensors), "relative_change": found.relative_change}
+    if asked.lora is not None:
+        export_adapter(source, plan, asked.lora, asked.overwrite)
+        result["lora"] = asked.lora
+    return result
+
+
+def _show(screen: Screen, lock: Lock, made: Locked, figures: LockFigures) -> None:
+    """What a person sees: what was learned, both tables and some answers."""
+    for source, obeyed in made.obeyed.items():
+        screen.say(f"told to, the model answers {obeyed:.0%} of the questions in {source} in {lock.target}")
+    on, off = (sum(both[i] for both in made.deviations.values()) / len(made.deviations) for i in (0, 1))
+    screen.say(
+        f"keys of {len(made.deviations)} layers: standard deviation {on:.2f} on the text they were solved on, {off:.2f} on "
+        f"other questions; learning: {made.held_out[0]:.2f} to {min(made.held_out):.2f} nats a token on other questions"
+    )
+    screen.table(
+        f"Answers in {lock.target}, on questions that nothing was made or chosen on",
+        [
+            "questions in",
+            "model",
+            "answers",
+            "whole text",
+            "every line",
+            "first words",
+            "chrF",
+            "KL to prompted",
+        ],
+        [
+            [
+                source,
+                model,
+                one.language[model].answers,
+                one.language[model].whole,
+                one.language[model].lines,
+                one.language[model].begins,
+                one.chrf[model],
+                one.divergence[model],
+            ]
+            for source, one in figures.sources.items()
+            for model in one.language
+        ],
+        words=2,
+    )
+    screen.table(
+        "Questions in languages that are kept: answers in the question's own language",
+        ["questions in", "answers", "base", "steered", "KL to base"],
+        [
+            [language, one.base.answers, one.base.whole, one.steered.whole, one.divergence]
+            for language, one in figures.kept.items()
+        ],
+    )
+    for one in figures.examples[:SHOWN]:
+        screen.say(f"\n? {one.question}\n  before: {_line(one.before)}\n  after:  {_line(one.after)}")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
