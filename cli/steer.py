@@ -116,14 +116,12 @@ def command(**options: Any) -> None:
     screen.result(
         {
             "out": out,
-            "sources": list(lock.sources),
-            "target": lock.target,
-            "keep": list(lock.keep),
+            "lock": {"sources": list(lock.sources), "target": lock.target, "keep": list(lock.keep)},
             "obeyed": dict(made.obeyed),
             "held_out": list(made.held_out),
             "key_deviations": {str(layer): list(both) for layer, both in made.deviations.items()},
             "seconds": seconds,
-            **figures.as_json(),
+            "measured": figures.as_json(),
             **written,
         },
         out,

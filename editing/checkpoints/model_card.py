@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
         f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit)} |"
         for edit in plan.edits
     )
+    measured = _measured(plan.metadata["measured"]) if "measured" in plan.metadata else ""
     also = (
         f"Added, with the config's setting for it: {len(added)} biases, {added[0]} the first.\n\n"
         if added
@@ -103,7 +104,7 @@ of the base model, fingerprint `{source.fingerprint}`.
 
 Settings: {settings}.
 
-| tensor | components | rank | \\|\\|dW\\|\\| / \\|\\|W\\|\\| |
+{measured}| tensor | components | rank | \\|\\|dW\\|\\| / \\|\\|W\\|\\| |
 |---|---|---|---|
 {rows}
 
@@ -114,6 +115,40 @@ Settings: {settings}.
 diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W can be had back from it up to the rounding of the stored dtype \
 (where no scale is 0).
 """
+
+
+def _measured(figures: Mapping[str, Any]) -> str:
+    """Both tables of ``editing.pipeline.lock_measures.LockFigures``."""
+    target = figures["target"]
+    rows = [
+        f"| {source} | {model} | {fractions['whole']:.2f} | {fractions['lines']:.2f} | {_number(one['chrf'][model])} | "
+        f"{_number(one['divergence'][model])} |"
+        for source, one in figures["sources"].items()
+        for model, fractions in one["language"].items()
+    ]
+    kept = [
+        f"| {language} | {one['base']['whole']:.2f} | {one['steered']['whole']:.2f} | {one['divergence']:.3f} |"
+        for language, one in figures["kept"].items()
+    ]
+    return "\n".join(
+        [
+            "Questions that nothing was made or chosen on; *prompted* is the base model with the instruction:",
+            "",
+            f"| questions in | model | answers in `{target}` | every line | chrF to prompted | KL to prompted |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "| questions in | base answers in it | steered answers in it | KL to base |",
+            "|---|---|---|---|",
+            *kept,
+            "",
+            "",
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,138 @@
+"""A language lock from questions to figures, on a tiny model that is taken to obey."""
+
+import pytest
+import torch
+from conversations import CHATML
+
+from editing.evaluation.questions import Question, Questions
+from editing.methods.distilled_values import mean_divergence
+from editing.pipeline import lock_text
+from editing.pipeline.lock import Lock, lock_of, locked
+from editing.pipeline.lock_measures import BASE, PROMPTED, STEERED, lock_figures, mean_chrf
+from editing.pipeline.lock_text import BUILD, CHOOSE, REPORT, prompt_of, taught
+from editing.plans.live import applied
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import load_model
+
+LETTERS = {"en": "abc", "fr": "def", "de": "ghi"}
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return Questions(
+        {
+            language: tuple(
+                Question(str(place), f"{letters[place % 3] * 3} {letters} {place}?") for place in range(16)
+            )
+            for language, letters in LETTERS.items()
+        },
+        "digest",
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint_of):
+    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
+    loaded.tokenizer.chat_template = CHATML
+    return loaded
+
+
+@pytest.fixture
+def obedient(monkeypatch):
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+
+
+def test_examples_are_the_teachers_own_answers_without_its_instruction(loaded, questions, obedient):
+    found = taught(loaded, questions, ("en",), "fr", REPORT)["en"]
+    assert found.asked == 4 and found.obeyed == 1
+    for place, example in zip((3, 7, 11, 15), found.examples, strict=True):
+        text = questions.of["en"][place].text
+        assert example.student == tuple(prompt_of(loaded, text).ids.tolist())
+        assert example.teacher == tuple(prompt_of(loaded, text, "Respond in French.").ids.tolist())
+        ids = torch.tensor([example.teacher])
+        with torch.no_grad():
+            for token in example.answer:
+                likeliest = int(loaded.model(ids).logits[0, -1].argmax())
+                assert likeliest == token
+                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_an_answer_in_another_language_teaches_nothing(loaded, questions, monkeypatch):
+    of_answers = iter(["fr", "en", "fr", "other"])
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(of_answers))
+    found = taught(loaded, questions, ("en",), "fr", CHOOSE)["en"]
+    assert found.obeyed == 0.5 and found.asked == 4
+    kept = [example.student for example in found.examples]
+    assert kept == [tuple(prompt_of(loaded, questions.of["en"][i].text).ids.tolist()) for i in (2, 10)]
+
+
+def test_a_teacher_that_does_not_obey_is_refused_by_number(loaded, questions, monkeypatch):
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
+    with pytest.raises(BrocaError, match="0 of 8"):
+        locked(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+
+
+def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedient):
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    lock = lock_of(questions, "fr", "en")
+    assert lock == Lock("fr", ("en",), ("fr", "de"))
+    made = locked(loaded, questions, lock, passes=3)
+    again = locked(loaded, questions, lock, passes=3)
+    assert again.plan.to_bytes() == made.plan.to_bytes()
+    assert made.plan.metadata["source"] == "en" and made.plan.metadata["target"] == "fr"
+    assert made.obeyed == {"en": 1.0} and len(made.held_out) == 4
+    assert set(made.deviations) == {edit.layer for edit in made.plan.edits}
+    report = taught(loaded, questions, ("en",), "fr", REPORT)["en"]
+    figures = lock_figures(loaded, questions, lock, made.plan)
+    one = figures.sources["en"]
+    assert one.divergence[BASE] == pytest.approx(mean_divergence(loaded, report.examples))
+    assert one.divergence[STEERED] == pytest.approx(mean_divergence(loaded, report.examples, made.plan))
+    assert one.divergence[PROMPTED] is None and one.chrf[PROMPTED] is None
+    assert set(figures.kept) == {"fr", "de"}
+    with applied(loaded, made.plan):
+        prompts = [prompt_of(loaded, questions.of["en"][i].text) for i in (3, 7, 11, 15)]
+        after = [answer.text for answer in lock_text.answered(loaded, prompts, lock_text.ANSWER_TOKENS)]
+    assert [one.after for one in figures.examples] == after
+    assert one.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers))
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_from_every_language(loaded, questions, obedient):
+    lock = lock_of(questions, "fr")
+    assert lock == Lock("fr", ("de", "en"), ("fr",))
+    made = locked(loaded, questions, lock, passes=1)
+    assert made.plan.metadata["source"] is None
+    assert made.plan.metadata["settings"]["sources"] == ["de", "en"]
+    means = made.plan.edits[0].notes["key_means"]
+    assert all(means[name] == pytest.approx(1) for name in ("de", "de/header", "en", "en/header"))
+    assert all(means[name] == pytest.approx(0, abs=1e-6) for name in ("fr", "fr/header", "template"))
+
+
+@pytest.mark.parametrize(
+    "wanted, named",
+    [
+        ({"target": "es", "source": "en"}, "es"),
+        ({"target": "fr", "source": "fr"}, "fr"),
+        ({"target": "fr", "source": "en", "keep": ["en"]}, "en"),
+        ({"target": "fr", "source": "en", "keep": ["xx"]}, "xx"),
+        ({"target": "fr", "keep": ["de"]}, "keep"),
+    ],
+)
+def test_locks_that_cannot_be_are_refused_by_name(questions, wanted, named):
+    with pytest.raises(UsageError, match=named):
+        lock_of(questions, **wanted)
+
+
+def test_a_model_without_a_template_is_refused(checkpoint_of, questions):
+    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
+    with pytest.raises(UsageError, match="chat template"):
+        locked(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+
+
+def test_parts_are_a_half_and_two_quarters(questions):
+    from editing.evaluation.questions import taken
+
+    parts = [[one.question_id for one in taken(questions.of["en"], part)] for part in (BUILD, CHOOSE, REPORT)]
+    assert [len(part) for part in parts] == [8, 4, 4]
+    assert sorted(int(one) for part in parts for one in part) == list(range(16))
