@@ -17,6 +17,7 @@ from cli.options import (
     OUT_DIRECTORY,
     CommaSeparated,
     device_options,
+    dry_run_option,
     json_option,
     model_argument,
 )
@@ -71,6 +72,7 @@ def shipped_questions() -> Path:
 @click.option("--lora", type=OUT_DIRECTORY, help="Write an adapter for PEFT and vLLM here, too.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the examples.")
 @device_options
+@dry_run_option
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
 @click.option("--out", type=OUT_DIRECTORY, help="Directory for the checkpoint.  [default: <MODEL>-<TO>]")
 @json_option
@@ -96,15 +98,23 @@ def command(**options: Any) -> None:
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
 
+    questions = read_questions(asked.questions or shipped_questions())
+    lock = lock_of(questions, asked.target, None if asked.source == ALL else asked.source, asked.keep)
+    dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
+    if asked.dry_run:
+        from cli.dry_run import dry_run
+        from editing.pipeline.needs import lock_needs
+
+        dry_run(
+            screen, asked.model, asked.device, dtype, lambda planned: lock_needs(planned, questions, lock)
+        )
+        return
     out = asked.out or Path(f"{Path(asked.model).name}-{asked.target}")
     check_target(out, asked.overwrite)
     if asked.lora is not None:
         check_adapter_place(asked.lora, asked.overwrite)
     if Path(asked.model).is_dir():
         place_apart(Path(asked.model), out)
-    questions = read_questions(asked.questions or shipped_questions())
-    lock = lock_of(questions, asked.target, None if asked.source == ALL else asked.source, asked.keep)
-    dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
     loaded = announced(screen, load_model(asked.model, asked.device, dtype))
     made = locked(loaded, questions, lock, seed=asked.seed, stage=screen.progress)
     figures = lock_figures(loaded, questions, lock, made.plan, stage=screen.progress)

@@ -22,7 +22,7 @@ NEW_TOKENS = 40
 
 
 @contextmanager
-def _plain_settings(model: Any) -> Iterator[None]:
+def plain_settings(model: Any) -> Iterator[None]:
     """Without what the checkpoint's generation_config.json advises, which would make models incomparable."""
     advised = model.generation_config
     model.generation_config = GenerationConfig(
@@ -37,7 +37,7 @@ def _plain_settings(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_rows(model: Any) -> Iterator[None]:
+def whole_rows(model: Any) -> Iterator[None]:
     """Hand the output embeddings their hidden states in one piece.
 
     transformers hands over the last position of each prompt, a view with gaps, of which torch makes a product
@@ -106,7 +106,7 @@ def generate(
             for i, row in enumerate(some):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
-            with explained(loaded), torch.no_grad(), _plain_settings(model), _whole_rows(model):
+            with explained(loaded), torch.no_grad(), plain_settings(model), whole_rows(model):
                 output = model.generate(
                     input_ids=ids.to(loaded.device),
                     attention_mask=mask.to(loaded.device),

@@ -7,7 +7,11 @@ from math import prod
 
 from editing.evaluation.evaluation import KEPT_SHARE
 from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
+from editing.evaluation.questions import Questions, taken
+from editing.methods.distilled_values import EXAMPLES_A_STEP
 from editing.methods.learned_values import LONGEST
+from editing.pipeline.lock import Lock
+from editing.pipeline.lock_text import ANSWER_TOKENS, BUILD, KEPT_ANSWER_TOKENS, prompt_of
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.memory import (
     LIBRARIES,
@@ -65,6 +69,23 @@ def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",))
 def learning_need(planned: LoadedModel) -> Need:
     """``editing.methods.learned_values``."""
     return passing(planned, "learn", LONGEST, True)
+
+
+def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[Need]:
+    """``editing.pipeline.lock``: the keys, learning and the answers, of which a batch is written at a time."""
+    rows = [
+        len(prompt_of(planned, one.text).ids) + KEPT_ANSWER_TOKENS
+        for language in lock.languages
+        for one in taken(questions.of[language], BUILD)
+    ]
+    longest = max(rows) - KEPT_ANSWER_TOKENS
+    text = Text(len(lock.languages), max(rows), sum(rows), len(rows))
+    learning = (longest + ANSWER_TOKENS) * EXAMPLES_A_STEP
+    return [
+        key_need(planned, text),
+        passing(planned, "learn", longest + ANSWER_TOKENS, True, learning),
+        evaluation_need(planned, text, longest),
+    ]
 
 
 def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64) -> Need:

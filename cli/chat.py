@@ -1,0 +1,76 @@
+"""``broca chat``: talk to a model in the terminal, with another beside it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.options import FiniteRange, device_options, model_argument
+from cli.screen import Screen
+
+if TYPE_CHECKING:
+    from editing.evaluation.talk import Talk
+
+NEW = "/new"
+
+
+@click.command("chat")
+@model_argument
+@click.option("--beside", metavar="BASE", help="Another model that answers the same: hub id or directory.")
+@click.option("--system", help="A system message.  [default: the chat template's own]")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option(
+    "--temperature",
+    type=FiniteRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token always.",
+)
+@device_options
+def command(
+    model: str,
+    beside: str | None,
+    system: str | None,
+    new_tokens: int,
+    temperature: float,
+    device: str,
+    dtype: str,
+) -> None:
+    """Talk to MODEL (hub id or directory): a line is a message, /new begins anew, an empty line ends.
+
+    \b
+    Example:
+      broca chat steered --beside Qwen/Qwen2.5-0.5B-Instruct
+    """
+    from cli.loading import announced
+    from editing.evaluation.talk import Talk
+    from editing.pipeline.lock_text import require_chat
+    from neurons.models.own_dtype import own_dtype
+    from neurons.models.source import load_model
+
+    screen = Screen()
+    talks: dict[str, Talk] = {}
+    for name in dict.fromkeys([model, *([] if beside is None else [beside])]):
+        chosen = own_dtype(name, device) if dtype == "auto" else dtype
+        loaded = announced(screen, load_model(name, device, chosen))
+        require_chat(loaded)
+        talks[name] = Talk(loaded, system, new_tokens, temperature)
+    while message := _read():
+        for name, talk in talks.items():
+            if message == NEW:
+                talk.forget()
+                continue
+            if len(talks) > 1:
+                click.secho(f"{name}:", dim=True)
+            for piece in talk.said(message):
+                click.echo(piece, nl=False)
+            click.echo()
+
+
+def _read() -> str:
+    """The next message; empty at the end."""
+    if sys.stdin.isatty():
+        click.secho("> ", nl=False, bold=True)
+    return sys.stdin.readline().strip()

@@ -1,0 +1,89 @@
+"""A conversation with a model, its answers told as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from threading import Thread
+from typing import Any
+
+import torch
+
+from editing.evaluation.generation import plain_settings, whole_rows
+from neurons.models.embedded import require_embedded
+from neurons.models.source import LoadedModel
+from neurons.text.conversations import rendered
+
+
+@dataclass
+class Talk:
+    """One conversation.
+
+    Attributes:
+        loaded: the model, with a chat template.
+        system: a system message; None: the template's own.
+        new_tokens: of an answer, at most.
+        temperature: 0 takes the likeliest token always.
+        messages: what was said, as a chat template takes it.
+    """
+
+    loaded: LoadedModel
+    system: str | None = None
+    new_tokens: int = 512
+    temperature: float = 0.0
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.messages[:] = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def said(self, content: str) -> Iterator[str]:
+        """The answer to what the user says, in pieces of text; once it has ended it is part of the conversation.
+
+        Raises:
+            UsageError: a template that cannot be used, or a token that the model has no embedding of.
+        """
+        import transformers
+
+        tokenizer, model = self.loaded.tokenizer, self.loaded.model
+        chat = [*self.messages, {"role": "user", "content": content}]
+        text = rendered(tokenizer, chat, True, "choose another model")
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        require_embedded(self.loaded.name, tokenizer, int(ids.max()), self.loaded.embedded)
+        streamer: Any = transformers.TextIteratorStreamer(
+            tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        )
+        failed: list[Exception] = []
+
+        def write() -> None:
+            try:
+                with torch.no_grad(), plain_settings(model), whole_rows(model):
+                    model.generate(
+                        input_ids=ids.to(self.loaded.device),
+                        attention_mask=torch.ones_like(ids).to(self.loaded.device),
+                        max_new_tokens=self.new_tokens,
+                        pad_token_id=tokenizer.eos_token_id,
+                        streamer=streamer,
+                        **sampling,
+                    )
+            except Exception as error:
+                failed.append(error)
+                streamer.end()
+
+        # Of a daemon the interpreter does not wait for the end: an interrupt ends the command at once.
+        writer = Thread(target=write, daemon=True)
+        writer.start()
+        pieces: list[str] = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        writer.join()
+        if failed:
+            raise failed[0]
+        self.messages[:] = [*chat, {"role": "assistant", "content": "".join(pieces)}]

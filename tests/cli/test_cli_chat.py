@@ -1,0 +1,57 @@
+"""``broca chat``: what is streamed is what transformers writes, turn after turn."""
+
+import io
+import shutil
+
+import pytest
+import torch
+import transformers
+from conversations import CHATML
+
+
+@pytest.fixture
+def model(checkpoint_of, tmp_path):
+    directory = shutil.copytree(checkpoint_of("llama"), tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(CHATML)
+    return directory
+
+
+def stock_answers(directory, turns, tokens):
+    """The conversation by transformers alone."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    chat, answers = [], []
+    for turn in turns:
+        chat.append({"role": "user", "content": turn})
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            made = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+            )
+        answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        chat.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def test_turns_are_those_of_transformers(broca, model, monkeypatch):
+    turns = ["what is a cab?", "and a bad cab?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(turns) + "\n\n"))
+    status, printed, errors = broca("chat", model, "--new-tokens", 8)
+    assert status == 0, errors
+    assert printed == "".join(f"{answer}\n" for answer in stock_answers(model, turns, 8))
+
+
+def test_a_new_conversation_and_a_model_beside(broca, model, monkeypatch):
+    twin = shutil.copytree(model, model.parent / "twin")
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is a cab?\n/new\nand a bad cab?\n"))
+    status, printed, errors = broca("chat", model, "--beside", twin, "--new-tokens", 8)
+    assert status == 0, errors
+    first, second = stock_answers(model, ["what is a cab?"], 8), stock_answers(model, ["and a bad cab?"], 8)
+    expected = "".join(f"{model}:\n{one}\n{twin}:\n{one}\n" for one in (*first, *second))
+    assert printed == expected
+
+
+def test_a_model_without_a_template_is_refused(broca, checkpoint_of):
+    status, _, errors = broca("chat", checkpoint_of("llama"))
+    assert status == 2 and "chat template" in errors

@@ -1,0 +1,45 @@
+"""``broca steer``: English questions are answered in French without being told to; German ones as before.
+
+Measured on 16 questions each: French 0 -> 1.00 (prompted 1.00), German KL .0x.
+"""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def steered(run, model):
+    return run("steer", model, "--to", "fr", "--keep", "de,es", "--device", "cpu", name="locked")
+
+
+def test_english_is_answered_as_if_told_to_answer_in_french(steered):
+    one = steered.value["measured"]["sources"]["en"]
+    base, prompted, locked = (one["language"][model] for model in ("base", "prompted", "steered"))
+    assert base["whole"] < 0.25
+    assert locked["whole"] >= prompted["whole"] - 0.125
+    assert locked["begins"] >= 0.875
+    assert one["divergence"]["steered"] < 0.5 * one["divergence"]["base"]
+
+
+def test_german_and_spanish_are_left_alone(steered):
+    for one in steered.value["measured"]["kept"].values():
+        assert one["steered"]["whole"] >= one["base"]["whole"] - 0.125
+        assert one["divergence"] < 0.1
+
+
+def test_the_checkpoint_answers_in_french_in_transformers_alone(steered):
+    import transformers
+    from py3langid.langid import classify
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(steered.out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(steered.out)
+    found = []
+    for question in ("How do I keep bread fresh for longer?", "Why do leaves turn red in autumn?"):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        made = model.generate(**ids, max_new_tokens=40, do_sample=False)
+        found.append(classify(tokenizer.decode(made[0, ids["input_ids"].shape[1] :]))[0])
+    assert found == ["fr", "fr"]
