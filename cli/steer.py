@@ -93,7 +93,7 @@ def command(**options: Any) -> None:
     from editing.checkpoints.adapter import check_adapter_place
     from editing.checkpoints.staging import check_target, place_apart
     from editing.evaluation.questions import read_questions
-    from editing.pipeline.lock import lock_of, locked
+    from editing.pipeline.lock import language_lock, lock_of
     from editing.pipeline.lock_measures import lock_figures
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
@@ -116,7 +116,7 @@ def command(**options: Any) -> None:
     if Path(asked.model).is_dir():
         place_apart(Path(asked.model), out)
     loaded = announced(screen, load_model(asked.model, asked.device, dtype))
-    made = locked(loaded, questions, lock, seed=asked.seed, stage=screen.progress)
+    made = language_lock(loaded, questions, lock, seed=asked.seed, stage=screen.progress)
     figures = lock_figures(loaded, questions, lock, made.plan, stage=screen.progress)
     plan = replace(made.plan, metadata={**made.plan.metadata, "measured": figures.as_json()})
     written = _written(screen, asked, out, plan)

@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from editing.directions.direction import load_direction as load_direction
     from editing.directions.take import direction_of as direction_of
     from editing.evaluation.evaluation import Evaluation as Evaluation
+    from editing.evaluation.questions import read_questions as read_questions
     from editing.methods.bake import bake_plan as bake_plan
     from editing.methods.directional_ablation import directional_ablation_plan as directional_ablation_plan
     from editing.methods.keyed import keyed_plan as keyed_plan
     from editing.methods.scale import scale_plan as scale_plan
     from editing.methods.steer2edit import steer2edit_plan as steer2edit_plan
+    from editing.pipeline.lock import language_lock as language_lock
+    from editing.pipeline.lock import lock_of as lock_of
+    from editing.pipeline.lock_measures import lock_figures as lock_figures
     from editing.plans.algebra import compose as compose
     from editing.plans.live import applied as applied
     from editing.plans.plan import Plan as Plan
@@ -38,6 +42,10 @@ _PUBLIC = {
     "compose": "editing.plans.algebra",
     "applied": "editing.plans.live",
     "export": "editing.checkpoints.export",
+    "read_questions": "editing.evaluation.questions",
+    "lock_of": "editing.pipeline.lock",
+    "language_lock": "editing.pipeline.lock",
+    "lock_figures": "editing.pipeline.lock_measures",
     "Evaluation": "editing.evaluation.evaluation",
 }
 __all__ = sorted(_PUBLIC)

@@ -116,7 +116,7 @@ def lock_of(
     return Lock(target, (source,), tuple(kept))
 
 
-def locked(
+def language_lock(
     loaded: LoadedModel,
     questions: Questions,
     lock: Lock,

@@ -7,7 +7,7 @@ from conversations import CHATML
 from editing.evaluation.questions import Question, Questions
 from editing.methods.distilled_values import mean_divergence
 from editing.pipeline import lock_text
-from editing.pipeline.lock import Lock, lock_of, locked
+from editing.pipeline.lock import Lock, language_lock, lock_of
 from editing.pipeline.lock_measures import BASE, PROMPTED, STEERED, lock_figures, mean_chrf
 from editing.pipeline.lock_text import BUILD, CHOOSE, REPORT, prompt_of, taught
 from editing.plans.live import applied
@@ -69,15 +69,15 @@ def test_an_answer_in_another_language_teaches_nothing(loaded, questions, monkey
 def test_a_teacher_that_does_not_obey_is_refused_by_number(loaded, questions, monkeypatch):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
     with pytest.raises(BrocaError, match="0 of 8"):
-        locked(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+        language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
 
 def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedient):
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     lock = lock_of(questions, "fr", "en")
     assert lock == Lock("fr", ("en",), ("fr", "de"))
-    made = locked(loaded, questions, lock, passes=3)
-    again = locked(loaded, questions, lock, passes=3)
+    made = language_lock(loaded, questions, lock, passes=3)
+    again = language_lock(loaded, questions, lock, passes=3)
     assert again.plan.to_bytes() == made.plan.to_bytes()
     assert made.plan.metadata["source"] == "en" and made.plan.metadata["target"] == "fr"
     assert made.obeyed == {"en": 1.0} and len(made.held_out) == 4
@@ -101,7 +101,7 @@ def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedi
 def test_from_every_language(loaded, questions, obedient):
     lock = lock_of(questions, "fr")
     assert lock == Lock("fr", ("de", "en"), ("fr",))
-    made = locked(loaded, questions, lock, passes=1)
+    made = language_lock(loaded, questions, lock, passes=1)
     assert made.plan.metadata["source"] is None
     assert made.plan.metadata["settings"]["sources"] == ["de", "en"]
     means = made.plan.edits[0].notes["key_means"]
@@ -127,7 +127,7 @@ def test_locks_that_cannot_be_are_refused_by_name(questions, wanted, named):
 def test_a_model_without_a_template_is_refused(checkpoint_of, questions):
     loaded = load_model(str(checkpoint_of("llama")), device="cpu")
     with pytest.raises(UsageError, match="chat template"):
-        locked(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+        language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
 
 def test_parts_are_a_half_and_two_quarters(questions):
