@@ -55,7 +55,7 @@ def command(
     for name in dict.fromkeys([model, *([] if beside is None else [beside])]):
         chosen = own_dtype(name, device) if dtype == "auto" else dtype
         loaded = announced(screen, load_model(name, device, chosen))
-        require_chat(loaded)
+        require_chat(loaded.name, loaded.tokenizer)
         talks[name] = Talk(loaded, system, new_tokens, temperature)
     while message := _read():
         for name, talk in talks.items():

@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "Measure a steered model beside the unedited one.",
     "tune": "Search for the best edit.",
     "generate": "Let a model write, unedited and edited side by side.",
+    "ask": "Let a model answer questions in many languages, as a file of conversations.",
     "chat": "Talk to a model in the terminal, with another beside it.",
     "report": "Show all results of a directory on one HTML page.",
     "inspect": "Show what a Broca file or a checkpoint holds.",

@@ -143,7 +143,7 @@ def language_lock(
         UsageError: no chat template, or as ``role_tokens``.
         BrocaError: a teacher that does not obey, or as keys and learning.
     """
-    require_chat(loaded)
+    require_chat(loaded.name, loaded.tokenizer)
     chosen = middle_layers(loaded.anatomy.layers) if layers is None else tuple(layers)
     most = max(8, MOST_EXAMPLES // len(lock.sources))
     with stage("Asking with the instruction", 2, "parts") as tell:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from editing.evaluation.answer_language import prose
 from editing.evaluation.generation import Continuation, generate
@@ -60,15 +61,15 @@ class Taught:
         return len(self.examples) / self.asked if self.asked else 0.0
 
 
-def require_chat(loaded: LoadedModel) -> None:
+def require_chat(name: str, tokenizer: Any) -> None:
     """Refuse a model without a chat template.
 
     Raises:
         UsageError: it has none.
     """
-    if not getattr(loaded.tokenizer, "chat_template", None):
+    if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            f"{loaded.name} has no chat template, so it answers no questions: steer a base model by text "
+            f"{name} has no chat template, so it answers no questions: steer a base model by text "
             "(`broca run`), or give the instruct model"
         )
 

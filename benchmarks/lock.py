@@ -1,0 +1,121 @@
+"""How far a language lock reaches beyond what it was made on: second turns, other system messages, long answers.
+
+Fractions of the steered model's answers that are in the target, beside those of the unedited model with the instruction
+("prompted"), on the reporting quarter of the questions:
+
+    first turn      as the lock was made
+    second turn     the question after another one and its answer
+    system 1 to 4   with a system message
+    long            up to --long tokens: the whole text, and its last ``LAST_WORDS`` words
+
+    python benchmarks/lock.py MODEL --edit steered/broca/edit.safetensors --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from cli.steer import shipped_questions
+from editing.evaluation.answer_language import answer_language
+from editing.evaluation.generation import generate
+from editing.evaluation.questions import read_questions, taken
+from editing.pipeline.lock_text import ANSWER_TOKENS, REPORT, instruction_to
+from editing.plans.live import applied
+from editing.plans.plan import load_plan
+from neurons.models.freed_memory import keep_freed_memory
+from neurons.models.source import LoadedModel, load_model
+from neurons.text.conversations import Message, role_tokens
+
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are a patient teacher. Explain everything as to a ten-year-old child.",
+    "You are the support assistant of an online shop. Be brief and polite.",
+    "Today is Monday. The user is an experienced engineer and dislikes small talk.",
+)
+LAST_WORDS = 20
+
+
+def answers(loaded: LoadedModel, chats: Sequence[Sequence[Message]], tokens: int) -> list[str]:
+    prompts = [role_tokens(loaded.tokenizer, chat, answer_follows=True).ids.tolist() for chat in chats]
+    return [one.text for one in generate(loaded, prompts, tokens, temperature=0)]
+
+
+def measured(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    target: str,
+    asked_in: str,
+    told_apart: Sequence[str],
+    long: int,
+) -> dict[str, list[float]]:
+    """Situation -> fractions in the target: whole text, every line, first words."""
+
+    def fractions(found: Sequence[str]) -> list[float]:
+        of = answer_language(found, target, told_apart, asked_in)
+        return [of.whole, of.lines, float(of.begins or 0)]
+
+    first = answers(loaded, [[Message("user", text)] for text in texts], ANSWER_TOKENS)
+    result = {"first turn": fractions(first)}
+    before = [
+        [Message("user", text), Message("assistant", answer or "-")]
+        for text, answer in zip(texts, first, strict=True)
+    ]
+    # Each question behind another one.
+    second = [[*before[i - 1], Message("user", text)] for i, text in enumerate(texts)]
+    result["second turn"] = fractions(answers(loaded, second, ANSWER_TOKENS))
+    for number, system in enumerate(SYSTEMS, start=1):
+        chats = [[Message("system", system), Message("user", text)] for text in texts]
+        result[f"system {number}"] = fractions(answers(loaded, chats, ANSWER_TOKENS))
+    whole = answers(loaded, [[Message("user", text)] for text in texts], long)
+    result["long"] = fractions(whole)
+    result["long, end"] = fractions([" ".join(text.split()[-LAST_WORDS:]) for text in whole])
+    return result
+
+
+@click.command()
+@click.argument("model")
+@click.option("--edit", type=click.Path(path_type=Path), required=True)
+@click.option("--questions", type=click.Path(path_type=Path), help="[default: Broca's own]")
+@click.option("--dtype", default="auto")
+@click.option("--long", default=300, show_default=True)
+@click.option("--most", type=int, help="Most questions.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
+def main(
+    model: str,
+    edit: Path,
+    questions: Path | None,
+    dtype: str,
+    long: int,
+    most: int | None,
+    json_path: Path | None,
+) -> None:
+    """Print a table."""
+    keep_freed_memory()
+    plan = load_plan(edit)
+    (source,) = plan.metadata["settings"].get("sources") or [plan.metadata["source"]]
+    target = plan.metadata["target"]
+    asked = read_questions(questions or shipped_questions())
+    texts = [one.text for one in taken(asked.of[source], REPORT)][:most]
+    loaded = load_model(model, dtype=dtype)
+    told_apart = tuple(asked.of)
+    told = [f"{text} {instruction_to(source, target)}" for text in texts]
+    result = {"prompted": measured(loaded, told, target, source, told_apart, long)}
+    with applied(loaded, plan):
+        result["steered"] = measured(loaded, texts, target, source, told_apart, long)
+    print(
+        f"{loaded.label}, {source} to {target}, {len(texts)} questions; whole text / every line / first words\n"
+    )
+    print("| | prompted | steered |\n|---|---|---|")
+    for situation in result["steered"]:
+        cells = [" / ".join(f"{one:.2f}" for one in result[which][situation]) for which in result]
+        print(f"| {situation} | {' | '.join(cells)} |")
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
