@@ -35,7 +35,7 @@ from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Position, PositionReader, Progress, forward, numbered, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
-PASSES = 4
+PASSES = 3
 RATE = 0.05
 EXAMPLES_A_STEP = 4
 

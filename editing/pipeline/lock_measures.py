@@ -20,7 +20,8 @@ from editing.pipeline.lock_text import (
     ANSWER_TOKENS,
     REPORT,
     Stage,
-    answered,
+    Taught,
+    answered_by_language,
     own_answers,
     prompt_of,
     quiet,
@@ -117,26 +118,26 @@ def lock_figures(
     others = list(lock.keep if kept is None else kept)[: MEASURED_KEPT if kept is None else None]
     sources = list(lock.sources)[:MEASURED_KEPT]
     texts = {name: [one.text for one in taken(questions.of[name], REPORT)] for name in [*sources, *others]}
-    steps = 2 * len(sources) + len(others)
-    with stage("Measuring the unedited model", steps, "languages") as tell:
-        base: dict[str, list[str]] = {}
+    with stage("Measuring the unedited model", 3, "parts") as tell:
         teachers = taught(loaded, questions, sources, lock.target, REPORT)
-        tell(len(sources))
-        for name in sources:
-            base[name] = _answers(loaded, texts[name])
-            tell(1)
-        own = own_answers(loaded, questions, others, REPORT)
-        tell(len(others))
-    with stage("Measuring the steered model", len(sources) + len(others), "languages") as tell:
-        steered: dict[str, list[str]] = {}
+        tell(1)
+        own = own_answers(loaded, questions, [*sources, *others], REPORT)
+        tell(1)
+        before = {name: _from_teacher(loaded, teachers[name], None) for name in sources}
+        tell(1)
+    with stage("Measuring the steered model", 2, "parts") as tell:
+        prompts = {name: [prompt_of(loaded, text) for text in texts[name]] for name in texts}
         with applied(loaded, plan):
-            for name in [*sources, *others]:
-                steered[name] = _answers(loaded, texts[name])
-                tell(1)
+            answers = answered_by_language(loaded, prompts, ANSWER_TOKENS)
+        steered = {name: [one.text for one in some] for name, some in answers.items()}
+        tell(1)
+        after = {name: _from_teacher(loaded, teachers[name], plan) for name in sources}
+        changed = {name: mean_divergence(loaded, own[name][0], plan) for name in others}
+        tell(1)
     of_sources = {}
     for name in sources:
-        prompted, examples = teachers[name].answers, teachers[name].examples
-        texts_of = {BASE: base[name], PROMPTED: prompted, STEERED: steered[name]}
+        prompted = teachers[name].answers
+        texts_of = {BASE: own[name][1], PROMPTED: prompted, STEERED: steered[name]}
         of_sources[name] = Steering(
             language={
                 model: answer_language(found, lock.target, told_apart, name)
@@ -146,23 +147,19 @@ def lock_figures(
                 model: None if model == PROMPTED else mean_chrf(found, prompted)
                 for model, found in texts_of.items()
             },
-            divergence={
-                BASE: mean_divergence(loaded, examples) if examples else None,
-                PROMPTED: None,
-                STEERED: mean_divergence(loaded, examples, plan) if examples else None,
-            },
+            divergence={BASE: before[name], PROMPTED: None, STEERED: after[name]},
         )
-    of_kept = {}
-    for name in others:
-        examples_of, answers = own[name]
-        of_kept[name] = Kept(
-            base=answer_language([one.text for one in answers], name, told_apart),
+    of_kept = {
+        name: Kept(
+            base=answer_language(own[name][1], name, told_apart),
             steered=answer_language(steered[name], name, told_apart),
-            divergence=mean_divergence(loaded, examples_of, plan),
+            divergence=changed[name],
         )
+        for name in others
+    }
     first = sources[0]
     side_by_side = [
-        SideBySide(*three) for three in zip(texts[first], base[first], steered[first], strict=True)
+        SideBySide(*three) for three in zip(texts[first], own[first][1], steered[first], strict=True)
     ]
     return LockFigures(lock.target, of_sources, of_kept, tuple(side_by_side))
 
@@ -179,5 +176,5 @@ def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def _answers(loaded: LoadedModel, texts: Sequence[str]) -> list[str]:
-    return [one.text for one in answered(loaded, [prompt_of(loaded, text) for text in texts], ANSWER_TOKENS)]
+def _from_teacher(loaded: LoadedModel, one: Taught, plan: Plan | None) -> float | None:
+    return mean_divergence(loaded, one.examples, plan) if one.examples else None
