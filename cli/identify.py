@@ -105,7 +105,7 @@ def command(**options: Any) -> None:
     from neurons.recording.corpus_recording import finished
     from neurons.scorers.method import NOTHING, PROMPTS
     from neurons.scorers.registry import method_of
-    from neurons.scorers.setting import assigned, read_given
+    from neurons.scorers.setting import assigned, read_settings
 
     method = method_of(asked.method)
     if asked.out is None:
@@ -114,7 +114,7 @@ def command(**options: Any) -> None:
         raise UsageError("--dry-run is about text that is read by a model: leave it out here")
     _refuse_foreign(asked, method)
     found: NeuronSet | None
-    asked.settings = read_given(method.settings(), assigned(asked.assignments))
+    asked.settings = read_settings(method.settings(), assigned(asked.assignments))
     if method.control:
         found = _control(screen, asked, method)
     elif asked.statistics is not None:

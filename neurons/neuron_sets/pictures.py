@@ -21,7 +21,7 @@ from neurons.errors import UsageError
 from neurons.files.artifact import write_atomically
 from neurons.neuron_sets.comparison import Comparison, language_overlap
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.scorers.scores import shares
+from neurons.scorers.scores import fractions
 from neurons.statistics.statistics import Statistics
 
 FORMATS = ("png", "svg")
@@ -149,7 +149,7 @@ def entropies(statistics: Statistics) -> torch.Tensor:
         raise UsageError("an entropy over languages needs at least two, and the statistics have one")
     seen = statistics.seen()
     probability = torch.where(seen > 0, positive / seen, 0.0)
-    share = shares(probability)
+    share = fractions(probability)
     entropy = -torch.xlogy(share, share).sum(-1)
     return entropy[(positive > 0).any(-1)]
 
