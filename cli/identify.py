@@ -205,7 +205,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
 def _control(screen: Screen, asked: SimpleNamespace, method: type[Scorer]) -> NeuronSet:
     from neurons.errors import BrocaError, UsageError
     from neurons.models.source import load_model, open_model
-    from neurons.neuron_sets.identify import random_of, random_set
+    from neurons.neuron_sets.identify import random_neurons, random_set
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.recording.corpus_recording import record_corpus
     from neurons.statistics.statistics import load_statistics
@@ -219,7 +219,9 @@ def _control(screen: Screen, asked: SimpleNamespace, method: type[Scorer]) -> Ne
                 f"--method {asked.method} needs --like neurons.safetensors, the set to follow{without}"
             )
         rate = method.selection.top_rate if asked.top_rate is None else asked.top_rate
-        return random_of(open_model(asked.model), tuple(map(language_label, asked.languages)), rate, seed)
+        return random_neurons(
+            open_model(asked.model), tuple(map(language_label, asked.languages)), rate, seed
+        )
     like = load_neuron_set(asked.like)
     if not method.moments:
         return random_set(like, seed)

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from editing.plans.component_changes import component_changes, component_count
 from editing.plans.plan import ModuleEdit, Plan, language_pair
 from neurons.architectures.anatomy import BLOCKS
-from neurons.neuron_sets.pictures import LINE, TITLE, titled
+from neurons.neuron_sets.pictures import LINE, TITLE, title_of
 
 WIDE = 10.0  # inches
 MOST_COLUMNS = 240  # more would be thinner than a dot on a screen
@@ -44,7 +44,7 @@ def plan_figure(plan: Plan) -> Figure:
     ends = language_pair(about)
     pair = "" if ends is None else f", {ends[0]} to {ends[1]}"
     languages = () if pair else about.get("languages", ())
-    title = titled("how far the edit changes each component" + pair, about, languages, WIDE - 1)
+    title = title_of("how far the edit changes each component" + pair, about, languages, WIDE - 1)
     high = 1.2 + min(8.0, 0.8 + 0.22 * layers)
     figure = Figure(
         figsize=(WIDE, high * len(blocks) + 0.25 + LINE * title.count("\n")), layout="constrained"

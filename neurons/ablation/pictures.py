@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from neurons.ablation.study import SetOutcome, Study, set_title
-from neurons.neuron_sets.pictures import MOST_NUMBERED, WIDEST
+from neurons.neuron_sets.pictures import MAX_NUMBERED, MAX_WIDTH
 
 COLOURS = "RdBu_r"
 _COLUMNS = 3
@@ -24,7 +24,7 @@ def matrix_figure(study: Study) -> Figure:
     count, sets = len(study.languages), study.sets
     columns = min(len(sets), _COLUMNS)
     rows = math.ceil(len(sets) / columns)
-    side = min((WIDEST - 2) / columns, max(3.2, 0.62 * (count + 1) + 1.2))
+    side = min((MAX_WIDTH - 2) / columns, max(3.2, 0.62 * (count + 1) + 1.2))
     figure = Figure(figsize=(side * columns + 1.4, side * 0.92 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     most = max(float(one.own.change.abs().max()) for one in sets) or 1.0
@@ -39,7 +39,7 @@ def matrix_figure(study: Study) -> Figure:
         image = axis.imshow(
             values.numpy(), cmap=colours, vmin=-most, vmax=most, interpolation="nearest", aspect="auto"
         )
-        if count <= MOST_NUMBERED:
+        if count <= MAX_NUMBERED:
             for i, row in enumerate(values.tolist()):
                 for j, value in enumerate(row):
                     dark = abs(value) > 0.6 * most
@@ -74,7 +74,7 @@ def doses_figure(study: Study) -> Figure:
     sets = study.sets
     columns = min(len(sets), _COLUMNS)
     rows = math.ceil(len(sets) / columns)
-    figure = Figure(figsize=(min(WIDEST, 4.6 * columns + 1.0), 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(min(MAX_WIDTH, 4.6 * columns + 1.0), 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for place, axis in enumerate(axes.flat):
         if place >= len(sets):

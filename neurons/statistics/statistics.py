@@ -105,7 +105,7 @@ class Statistics:
             raise UsageError("the statistics have no moment of a neuron, so none says how many an expert has")
         return self.routed.repeat_interleave(widths[0] // self.experts, dim=1)
 
-    def routing_share(self) -> torch.Tensor:
+    def routing_fraction(self) -> torch.Tensor:
         """Share of each language's tokens that reached an expert, float64 [L, E, K].
 
         Raises:

@@ -283,7 +283,7 @@ def test_a_dense_model_shows_every_token_to_every_neuron():
     assert dense.experts == 1
     assert torch.equal(dense.seen(), dense.tokens)
     with pytest.raises(UsageError, match="no experts"):
-        dense.routing_share()
+        dense.routing_fraction()
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[::-1], ("mlp_out:text_mean", *NAMES), ("mlp_up:worst_rank",)])
@@ -292,7 +292,7 @@ def test_a_neuron_sees_the_tokens_of_its_expert(names):
     if "mlp_out:text_mean" in names:  # as wide as the residual, not as the neurons
         mixture.moments["mlp_out:text_mean"] = torch.zeros(LAYERS, 4, 3, dtype=torch.float64)
     assert mixture.experts == EXPERTS
-    seen, share = mixture.seen(), mixture.routing_share()
+    seen, share = mixture.seen(), mixture.routing_fraction()
     assert seen.shape == (LAYERS, WIDTH, 3)
     assert seen.dtype == torch.int64
     assert share.shape == (LAYERS, EXPERTS, 3)
