@@ -115,7 +115,7 @@ def plans_of(
     """The forms that this architecture can carry."""
     found = {RANK_1: bake_plan(loaded, estimate, vectors, strength, eps)}
     found[CORRECTED] = corrected_plan(loaded, estimate, found[RANK_1], CORRECTIONS, eps)
-    if loaded.anatomy.can_carry_bias("mlp"):
+    if loaded.anatomy.supports_bias("mlp"):
         found[BIAS] = bake_bias_plan(loaded, vectors, strength)
     return found
 

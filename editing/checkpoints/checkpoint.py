@@ -17,7 +17,7 @@ from safetensors.torch import save
 from editing.checkpoints.file_copy import copies
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
 from editing.plans.rounding import EditedBlock, all_finite, round_once
-from neurons.architectures.quantisation import is_quantised, way_out
+from neurons.architectures.quantisation import is_quantised, quantised_remedy
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
@@ -256,7 +256,7 @@ def _check_source(source: Path, entries: Mapping[str, TensorEntry], names: Mappi
     if is_quantised(settings):
         raise BrocaError(
             f"{source} is quantised (quantization_config in config.json), and its stored numbers are not its "
-            f"weights: {way_out(settings)}."
+            f"weights: {quantised_remedy(settings)}."
         )
     for name in names:
         if name not in entries:

@@ -22,7 +22,7 @@ import torch
 
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
 from editing.plans.rounding import round_once
-from neurons.architectures.quantisation import fp8_block_size, is_quantised, quantisation, way_out
+from neurons.architectures.quantisation import fp8_tile_size, is_quantised, quantisation, quantised_remedy
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
@@ -85,13 +85,13 @@ def dequantise(
     """
     target = place_apart(source, target)
     settings = _settings(source)
-    block = fp8_block_size(settings)
+    block = fp8_tile_size(settings)
     if block is None:
         if is_quantised(settings):
             method = (quantisation(settings) or {}).get("quant_method")
             raise BrocaError(
                 f"{source} is quantised by {method}, and only FP8 with a weight_block_size is dequantised here: "
-                f"{way_out(settings)}."
+                f"{quantised_remedy(settings)}."
             )
         raise BrocaError(f"{source} is not quantised: there is nothing to dequantise.")
     shards = _shards(source, block)

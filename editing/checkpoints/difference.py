@@ -360,7 +360,7 @@ def _bias(
     base: ModelSource, layer: int, block: str, before: dict[str, TensorEntry], after: dict[str, TensorEntry]
 ) -> tuple[torch.Tensor | None, TensorDifference | None]:
     """d = b' - b of a module, and what is said of it; the base may have none."""
-    if not base.anatomy.can_carry_bias(block):
+    if not base.anatomy.supports_bias(block):
         return None, None
     name = base.anatomy.stored_bias(layer, block, before.keys())
     if name not in after or after[name].dtype not in READABLE_DTYPES:

@@ -23,7 +23,7 @@ import torch
 from editing.methods.language_arithmetic import activation_means, arithmetic
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Hook, Steering
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.scorers.setting import setting
@@ -66,7 +66,7 @@ class LanguageArithmetic:
         anatomy = self.loaded.anatomy
         if anatomy.mixed:
             raise BrocaError(f"{anatomy.model_type}: the neurons of experts are not raised by their means")
-        readers: dict[tuple[str, int], Reader] = {}
+        readers: dict[tuple[str, int], SiteHook] = {}
         for layer in (self.activated | self.deactivated).any(1).nonzero()[:, 0].tolist():
             found = arithmetic(
                 self.target_means[layer],
@@ -81,18 +81,18 @@ class LanguageArithmetic:
             if anatomy.gated:
                 readers["mlp_up", layer] = _keep(linear)
             readers["mlp_in", layer] = _replace(found.scale, found.offset, linear)
-        with reading(anatomy, readers):
+        with site_hooks(anatomy, readers):
             yield
 
 
-def _keep(linear: dict[str, torch.Tensor]) -> Reader:
+def _keep(linear: dict[str, torch.Tensor]) -> SiteHook:
     def read(values: torch.Tensor, _: Routed | None) -> None:
         linear["u"] = values.clone()
 
     return read
 
 
-def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.Tensor]) -> Reader:
+def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.Tensor]) -> SiteHook:
     def read(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
         added = offset.to(values.device, values.dtype)
         if "u" in linear:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.models.source import LoadedModel
 
 
@@ -23,15 +23,15 @@ def scaled_inputs(loaded: LoadedModel, factors: Mapping[str, torch.Tensor]) -> I
         factors: block -> [L, n], those of its input channels; layers whose factors are all 1 are left alone.
     """
     width = loaded.anatomy.expert_width
-    readers: dict[tuple[str, int], Reader] = {}
+    readers: dict[tuple[str, int], SiteHook] = {}
     for block, values in factors.items():
         for layer in (values != 1).any(1).nonzero()[:, 0].tolist():
             readers[f"{block}_in", layer] = _scale(values[layer], width)
-    with reading(loaded.anatomy, readers):
+    with site_hooks(loaded.anatomy, readers):
         yield
 
 
-def _scale(factors: torch.Tensor, expert_width: int) -> Reader:
+def _scale(factors: torch.Tensor, expert_width: int) -> SiteHook:
     def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor:
         own = factors
         if routed is not None:

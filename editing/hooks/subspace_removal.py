@@ -15,7 +15,7 @@ import torch
 from editing.directions.direction import Direction
 from editing.methods.material import Material
 from editing.methods.method import Hook, Steering
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.models.source import LoadedModel
 from neurons.scorers.setting import setting
 
@@ -55,11 +55,11 @@ class SubspaceRemoval:
             ("block_out", layer): _remove(self.direction.subspace("block_out", layer), strength)
             for layer, strength in self.strengths.items()
         }
-        with reading(self.loaded.anatomy, readers):
+        with site_hooks(self.loaded.anatomy, readers):
             yield
 
 
-def _remove(basis: torch.Tensor, strength: float) -> Reader:
+def _remove(basis: torch.Tensor, strength: float) -> SiteHook:
     def read(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
         own = basis.to(values.device, values.dtype)
         return values - strength * ((values @ own) @ own.T)

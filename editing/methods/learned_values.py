@@ -30,7 +30,7 @@ import torch
 
 from editing.methods.crossings import Crossing, crossing_batch, crossings, openings_and_rests
 from editing.plans.plan import ModuleEdit, Plan, make_plan
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
@@ -230,14 +230,14 @@ def _edited(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[N
     """While entered, each module of the plan writes values[m] (k_m^T h) besides its own output."""
     inputs: dict[tuple[int, str], torch.Tensor] = {}
 
-    def reader_in(edit: ModuleEdit) -> Reader:
+    def reader_in(edit: ModuleEdit) -> SiteHook:
         def keep(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
             inputs[edit.layer, edit.block] = values
             return values
 
         return keep
 
-    def reader_out(edit: ModuleEdit, value: torch.Tensor) -> Reader:
+    def reader_out(edit: ModuleEdit, value: torch.Tensor) -> SiteHook:
         assert edit.right is not None
         key = edit.right[:, 0]
 
@@ -248,9 +248,9 @@ def _edited(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[N
 
         return add
 
-    readers: dict[tuple[str, int], Reader] = {}
+    readers: dict[tuple[str, int], SiteHook] = {}
     for edit, value in zip(plan.edits, values, strict=True):
         readers[f"{edit.block}_in", edit.layer] = reader_in(edit)
         readers[f"{edit.block}_out", edit.layer] = reader_out(edit, value)
-    with reading(loaded.anatomy, readers):
+    with site_hooks(loaded.anatomy, readers):
         yield

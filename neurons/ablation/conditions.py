@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from neurons.ablation.replacement import Replacement, ablation_hooks
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import BrocaError
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
@@ -162,7 +162,7 @@ def batch_losses(
     untouched = [c for c in conditions if c.first_layer is None]
     with torch.no_grad():
         if layers or untouched:
-            with reading(anatomy, _no_op_hooks(loaded)):
+            with site_hooks(anatomy, _no_op_hooks(loaded)):
                 keep_on = _kept_on(loaded, batch, len(layers))
                 hidden, kept = forward_keeping(model, anatomy, on_device, layers, keep_on)
             for condition in untouched:
@@ -172,13 +172,13 @@ def batch_losses(
             if condition.first_layer is None:
                 continue
             hooks = ablation_hooks(anatomy, condition.rows, condition.replacement, on_device.counted, turn)
-            with reading(anatomy, {**_no_op_hooks(loaded), **hooks}):
+            with site_hooks(anatomy, {**_no_op_hooks(loaded), **hooks}):
                 start = condition.first_layer if from_below else 0
                 hidden = forward_from(model, anatomy, on_device, start, kept)
             yield condition, text_losses(model, hidden, on_device)
 
 
-def _no_op_hooks(loaded: LoadedModel) -> dict[tuple[str, int], Reader]:
+def _no_op_hooks(loaded: LoadedModel) -> dict[tuple[str, int], SiteHook]:
     """Hooks that change nothing, at every mixture of experts.
 
     A hooked mixture computes its experts one by one; so must those of the other layers and of the unchanged

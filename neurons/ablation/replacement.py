@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from neurons.architectures.anatomy import Anatomy
-from neurons.architectures.sites import Reader, Routed
+from neurons.architectures.sites import Routed, SiteHook
 from neurons.errors import UsageError
 
 REPLACEMENTS = ("zero", "mean", "resample")
@@ -51,8 +51,8 @@ _Fill = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 def ablation_hooks(
     anatomy: Anatomy, rows: torch.Tensor, replacement: Replacement, counted: torch.Tensor, turn: str
-) -> dict[tuple[str, int], Reader]:
-    """Hooks for ``neurons.architectures.sites.reading`` that ablate neurons on one batch.
+) -> dict[tuple[str, int], SiteHook]:
+    """Hooks for ``neurons.architectures.sites.site_hooks`` that ablate neurons on one batch.
 
     They write into the values in place, so gradients must be off.
 
@@ -63,7 +63,7 @@ def ablation_hooks(
         counted: bool [rows, length] of the batch, on the model's device.
         turn: name of the batch; the draws of "resample" depend on it and the seed.
     """
-    hooks: dict[tuple[str, int], Reader] = {}
+    hooks: dict[tuple[str, int], SiteHook] = {}
     for layer in rows[:, 0].unique().tolist():
         neurons = rows[rows[:, 0] == layer, 1].to(counted.device)
         fill = _fill_of(replacement, neurons, turn, anatomy)
@@ -73,7 +73,7 @@ def ablation_hooks(
 
 def _hook(
     anatomy: Anatomy, layer: int, own: torch.Tensor, fill: _Fill | None, counted: torch.Tensor
-) -> Reader:
+) -> SiteHook:
     width = anatomy.expert_width
     columns = {expert: own[own // width == expert] % width for expert in (own // width).unique().tolist()}
 

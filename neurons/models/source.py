@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of, in_model, layout_of
+from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of, with_modules_of
 from neurons.architectures.low_bits import keep_layout, quantisation_config, quantised_settings
-from neurons.architectures.offload import execution_device, let_gradients_read_again, waiting_bytes
-from neurons.architectures.quantisation import way_out
-from neurons.architectures.self_check import checked, checked_by_likeness
+from neurons.architectures.offload import execution_device, offloaded_bytes, reload_for_gradients
+from neurons.architectures.quantisation import quantised_remedy
+from neurons.architectures.self_check import checked, checked_on_small_model
 from neurons.architectures.stored_anatomy import stored_anatomy
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.files.tensor_files import read_tensor, tensor_entries
@@ -101,7 +101,7 @@ class LoadedModel(ModelSource):
     @property
     def waiting(self) -> str | None:
         """Where weights wait until their module runs, as a sentence; None where all are in place."""
-        apart = waiting_bytes(self.model)
+        apart = offloaded_bytes(self.model)
         if not apart:
             return None
         total = sum(parameter.nbytes for parameter in self.model.parameters())
@@ -204,7 +204,7 @@ def open_model(model: str | Path) -> ModelSource:
         config = _config(model, checkpoint)
         anatomy = anatomy_of(_empty(config))
         if anatomy.layout.examined:
-            anatomy = replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+            anatomy = replace(anatomy, layout=checked_on_small_model(config, anatomy.layout))
     check_tied(model, checkpoint)
     return ModelSource(model, checkpoint, fingerprint(checkpoint), anatomy)
 
@@ -297,17 +297,17 @@ def load_model(
     loaded.eval().requires_grad_(False)
     if folder is not None:
         weakref.finalize(loaded, folder.cleanup)
-    offloaded = waiting_bytes(loaded) > 0
+    offloaded = offloaded_bytes(loaded) > 0
     if offloaded:
-        let_gradients_read_again(loaded)
+        reload_for_gradients(loaded)
     if bits is not None:
         keep_layout(loaded)
-    anatomy = anatomy_of(loaded) if bits is None else in_model(anatomy_of(_empty(config)), loaded)
+    anatomy = anatomy_of(loaded) if bits is None else with_modules_of(anatomy_of(_empty(config)), loaded)
     if anatomy.layout.examined:
         # The check silences weights, which other modules than plain ones in memory do not hold: of those it is
         # done on a small likeness.
         anatomy = (
-            replace(anatomy, layout=checked_by_likeness(config, anatomy.layout))
+            replace(anatomy, layout=checked_on_small_model(config, anatomy.layout))
             if offloaded or bits is not None
             else checked(loaded, anatomy)
         )
@@ -450,5 +450,5 @@ def _config(model: str, checkpoint: Path) -> Any:
     layout_of(config)
     if getattr(config, "quantization_config", None):
         settings = json.loads((checkpoint / "config.json").read_bytes())
-        raise BrocaError(quantised_sentence(model, checkpoint, way_out(settings)))
+        raise BrocaError(quantised_sentence(model, checkpoint, quantised_remedy(settings)))
     return config

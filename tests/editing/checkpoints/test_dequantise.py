@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from editing.checkpoints.checkpoint import write_checkpoint
 from editing.checkpoints.dequantise import dequantise, dequantised
-from neurons.architectures.quantisation import way_out
+from neurons.architectures.quantisation import quantised_remedy
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.source import open_model
@@ -185,7 +185,7 @@ def test_editing_a_quantised_checkpoint_says_how(tmp_path):
     with pytest.raises(BrocaError, match=r"model\.dequantize\(\)"):
         write_checkpoint(tmp_path / "fp8", tmp_path / "out", {}, {})
     nested = {"text_config": {"quantization_config": SETTINGS}}
-    assert "--dequantise" in way_out(nested)
+    assert "--dequantise" in quantised_remedy(nested)
 
 
 def rewrite(source, change):

@@ -16,7 +16,7 @@ from editing.plans.plan import ModuleEdit, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, SIGN_PRESERVING, anatomy_of
 from neurons.architectures.layouts import LAYOUTS
-from neurons.architectures.sites import reading
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
 from neurons.models.source import load_model, open_model
 
@@ -48,7 +48,7 @@ def logits_of(loaded, readers=None):
     """With a reader at every layer's mlp_in, so that experts always run the same way."""
     anatomy = loaded.anatomy
     idle = {("mlp_in", layer): lambda values, routed: None for layer in range(anatomy.layers)}
-    with torch.no_grad(), reading(anatomy, idle | (readers or {})):
+    with torch.no_grad(), site_hooks(anatomy, idle | (readers or {})):
         return loaded.model(IDS, use_cache=False).logits.float()
 
 

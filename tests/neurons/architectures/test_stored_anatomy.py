@@ -80,7 +80,7 @@ def assert_the_same(found, expected, names):
         assert len(getattr(found, part)) == len(getattr(expected, part)) == expected.layers
     assert found.mixtures == expected.mixtures == ()
     for block in BLOCKS:
-        assert found.can_carry_bias(block) == expected.can_carry_bias(block)
+        assert found.supports_bias(block) == expected.supports_bias(block)
         for layer in range(expected.layers):
             assert found.output_parameter(layer, block).shape == expected.output_parameter(layer, block).shape
             assert found.output_weight(layer, block).shape == expected.output_weight(layer, block).shape

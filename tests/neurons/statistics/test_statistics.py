@@ -223,9 +223,7 @@ def test_unlike_statistics_are_refused():
     first, second = drawn_statistics(0), drawn_statistics(1)
     with pytest.raises(UsageError, match=r"two models, fingerprints f+ and 0+"):
         merge(first, replace(second, fingerprint="0" * 16))
-    with pytest.raises(
-        UsageError, match=r": mlp_act:positive, mlp_in:sum.*, and mlp_act:positive$"
-    ):
+    with pytest.raises(UsageError, match=r": mlp_act:positive, mlp_in:sum.*, and mlp_act:positive$"):
         merge(first, drawn_statistics(1, names=NAMES[:1]))
     with pytest.raises(UsageError, match=r"text_mean, and .*text_mean, responses"):
         merge(first, drawn_statistics(1, responses=True))
