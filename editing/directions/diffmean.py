@@ -70,7 +70,7 @@ def diffmean_direction(
     metadata = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
-        **loaded.told,
+        **loaded.provenance,
         "method": "diffmean",
         "corpus": {"digest": corpus.digest, "part": corpus.part},
         "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),

@@ -17,7 +17,7 @@ from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES
 from neurons.architectures.sites import Routed
 from neurons.errors import UsageError
 from neurons.models.not_finite import explained
-from neurons.models.processes import together
+from neurons.models.processes import all_reduce
 from neurons.models.source import LoadedModel
 from neurons.recording.collectors import TextSums
 from neurons.recording.text_pass import (
@@ -142,11 +142,11 @@ def record_texts(
     texts = torch.tensor([sum(len(batch.ids) for batch in some) for some in batches.values()])
     return Recorded(
         languages=languages,
-        tokens=together(counted, torch.add),
+        tokens=all_reduce(counted, torch.add),
         lines=lines,
         outputs={
-            language: {site: together(values, torch.add) for site, values in own.items()}
+            language: {site: all_reduce(values, torch.add) for site, values in own.items()}
             for language, own in outputs.items()
         },
-        means={site: together(totals.stacked(f"{site}:{_MEAN}"), torch.add) / texts for site in sites},
+        means={site: all_reduce(totals.stacked(f"{site}:{_MEAN}"), torch.add) / texts for site in sites},
     )

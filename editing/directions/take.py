@@ -122,7 +122,7 @@ def direction_of(
     metadata = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
-        **loaded.told,
+        **loaded.provenance,
         "method": method,
         "corpus": {"digest": corpus.digest, "part": corpus.part},
         "tokens": dict(zip(recorded.languages, recorded.tokens.tolist(), strict=True)),

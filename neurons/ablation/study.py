@@ -233,7 +233,7 @@ def ablation_study(
         metadata={
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
-            **loaded.told,
+            **loaded.provenance,
             "corpus": {"digest": corpus.digest, "part": corpus.part},
             "read": text_read(corpus, batches),
             "packages": package_versions(),
@@ -380,7 +380,7 @@ def _key_pieces(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]
         str(loaded.model.dtype),
         loaded.device.type,
         package_versions(),
-        *loaded.told.values(),
+        *loaded.provenance.values(),
     ]
     yield json.dumps(model, sort_keys=True).encode()
     for language, some in batches.items():

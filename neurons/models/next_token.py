@@ -1,9 +1,9 @@
-"""What is made of next-token distributions, a few positions at a time: losses with their gradient, KL.
+"""Losses (with gradients) and KL of next-token distributions, computed in chunks of positions.
 
 The logits of a batch can be larger than the model: 152k tokens x 4096 positions x 4 bytes is 2.5 GB a copy.  So
-logits are made of as many positions as fit in ``LOGIT_BYTES_AT_ONCE``, and where a gradient is wanted that of a
-piece is taken before the next piece is made (as fused linear cross-entropy does, arXiv 2410.10989): a token's
-loss depends on no other position's hidden state, so one vector [d] a token is all that the backward pass needs.
+logits are computed for as many positions as fit in ``LOGIT_BYTES_AT_ONCE``, and the gradient of a chunk before
+the next chunk (as in fused linear cross-entropy, arXiv 2410.10989): a token's loss depends on no other
+position's last hidden state, so the backward pass needs only one vector [d] a token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def positions_at_once(model: Any) -> int:
-    """How many positions' float32 logits fit in ``LOGIT_BYTES_AT_ONCE``; at least one."""
+    """Number of positions whose float32 logits fit in ``LOGIT_BYTES_AT_ONCE``; at least one."""
     vocabulary: int = model.get_output_embeddings().weight.shape[0]
     return max(1, LOGIT_BYTES_AT_ONCE // (4 * vocabulary))
 
@@ -31,18 +31,18 @@ def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tor
 
     Args:
         model: causal language model, its weights frozen.
-        hidden: last hidden states [n, d]; the result can be differentiated by them where gradients are enabled.
+        hidden: last hidden states [n, d]; the result is differentiable if gradients are enabled.
         targets: int64 [n], on any device.
 
     Returns:
         float32 [n], on the device of the hidden states.
     """
-    wanted = targets.to(hidden.device).long()
+    targets = targets.to(hidden.device).long()
     if torch.is_grad_enabled() and hidden.requires_grad:
-        found: torch.Tensor = _TokenLosses.apply(hidden, wanted, model)  # type: ignore[no-untyped-call]
-        return found
+        losses: torch.Tensor = _TokenLosses.apply(hidden, targets, model)  # type: ignore[no-untyped-call]
+        return losses
     with torch.no_grad():
-        return torch.cat([_losses(model, *piece) for piece in _pieces(model, hidden, wanted)])
+        return torch.cat([_losses(model, *chunk) for chunk in _chunks(model, hidden, targets)])
 
 
 @torch.no_grad()
@@ -53,19 +53,19 @@ def token_divergences(
 
     Args:
         model: causal language model, as it is now.
-        before: last hidden states [n, d] that give p.
-        after: those that give q.
-        head: output embeddings that read ``before`` in place of the model's own.
+        before: last hidden states [n, d] of p.
+        after: last hidden states [n, d] of q.
+        head: output embeddings for ``before`` instead of the model's.
 
     Returns:
         float64 [n].
     """
-    found = []
-    for own, other in _pieces(model, before, after):
-        p = torch.log_softmax(logits(model, own, head).float(), -1)
-        q = torch.log_softmax(logits(model, other).float(), -1)
-        found.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
-    return torch.cat(found)
+    divergences = []
+    for of_p, of_q in _chunks(model, before, after):
+        p = torch.log_softmax(logits(model, of_p, head).float(), -1)
+        q = torch.log_softmax(logits(model, of_q).float(), -1)
+        divergences.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
+    return torch.cat(divergences)
 
 
 def _losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -75,26 +75,26 @@ def _losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Te
     )
 
 
-def _pieces(model: Any, *rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _chunks(model: Any, *rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     at_once = positions_at_once(model)
-    return zip(*(some.split(at_once) for some in rows), strict=True)
+    return zip(*(part.split(at_once) for part in rows), strict=True)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, model: Any) -> torch.Tensor:
-        losses, slopes = [], []
-        for some, wanted in _pieces(model, hidden, targets):
+        losses, gradients = [], []
+        for chunk, chunk_targets in _chunks(model, hidden, targets):
             with torch.enable_grad():
-                own = some.detach().requires_grad_(True)
-                found = _losses(model, own, wanted)
-                (slope,) = torch.autograd.grad(found.sum(), own)
-            losses.append(found.detach())
-            slopes.append(slope)
-        ctx.save_for_backward(torch.cat(slopes))
+                leaf = chunk.detach().requires_grad_(True)
+                chunk_losses = _losses(model, leaf, chunk_targets)
+                (gradient,) = torch.autograd.grad(chunk_losses.sum(), leaf)
+            losses.append(chunk_losses.detach())
+            gradients.append(gradient)
+        ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * gradients[0][:, None].to(slopes.dtype), None, None
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * outer[0][:, None].to(gradients.dtype), None, None

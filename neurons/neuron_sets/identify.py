@@ -110,7 +110,7 @@ def identify_by_prompts(
         neurons=loaded.anatomy.neurons,
         experts=loaded.anatomy.experts,
         prompts={moment: of_moment.digest for moment, of_moment in given.items() if of_moment is not None},
-        **loaded.told,
+        **loaded.provenance,
     )
     return neurons_from(statistics, method, top_rate, settings, selection)
 

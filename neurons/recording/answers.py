@@ -98,7 +98,7 @@ def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[
             raise UsageError(
                 f"language {language!r}: a prompt has {len(row)} tokens, and the model reads {longest}: shorten it"
             )
-        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedded)
+        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedding_rows)
         rows.append(row)
         answers.append(answer)
     return rows, torch.tensor(answers)

@@ -86,7 +86,7 @@ def test_batches_grow_with_the_room_and_are_recomputed_where_it_is_small(llama):
     sizes = replace(sizes_of(llama), layers=32)
     plans = [batch_plan(sizes, room, True, 64) for room in (2**24, 2**27, 2**32)]
     assert [tokens for tokens, _ in plans] == sorted(tokens for tokens, _ in plans)
-    assert plans[-1] == (memory.MOST_TOKENS, False)
+    assert plans[-1] == (memory.MAX_TOKENS, False)
     small = backward_bytes(sizes, 128) + memory.logit_bytes(sizes, 128, True)
     tokens, recomputes = batch_plan(sizes, small, True, 1024)
     assert recomputes and tokens > 128
