@@ -100,16 +100,22 @@ def _gathered(hook: SiteHook, where: torch.device) -> SiteHook:
     """The hook with values on one device, for a model on several devices."""
 
     def on_one_device(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
-        moved = values.to(where)
+        moved = _moved(values, where)
         if moved is values:
             return hook(values, routed)
-        offered = hook(moved, None if routed is None else replace(routed, tokens=routed.tokens.to(where)))
+        offered = hook(
+            moved, None if routed is None else replace(routed, tokens=_moved(routed.tokens, where))
+        )
         if offered is None and torch.is_grad_enabled():
             # The values that the hook saw must be on the path to the loss.
             offered = moved
-        return None if offered is None else offered.to(values.device)
+        return None if offered is None else _moved(offered, values.device)
 
     return on_one_device
+
+
+def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
+    return values.to(where)
 
 
 def logits(

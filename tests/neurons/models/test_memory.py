@@ -98,7 +98,7 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
     with pytest.raises(BrocaError, match=r"a row of 100000 tokens needs .* rows of [0-9]+ tokens fit"):
         batches_for(llama, True, 100_000)
     limit_memory(least)
-    with pytest.raises(BrocaError, match="its weights take"):
+    with pytest.raises(BrocaError, match="weights"):
         batches_for(llama, False, 1)
 
 
