@@ -39,7 +39,7 @@ from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.bake_correction import corrected_plan
 from editing.methods.baked_vector import HOOK_STRENGTHS
 from editing.methods.material import Material
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import Plan
 from editing.study.candidates import candidate
 from editing.study.comparison import choose, measure_candidates

@@ -98,8 +98,8 @@ def command(**options: Any) -> None:
     if asked.method == LIST:
         _list(screen)
         return
+    from editing.directions.estimation import direction_of
     from editing.directions.registry import method_of
-    from editing.directions.take import direction_of
     from neurons.models.processes import is_first
     from neurons.models.source import load_model
     from neurons.scorers.setting import assigned, read_settings

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from editing.directions.diffmean import diffmean_direction as diffmean_direction
     from editing.directions.direction import Direction as Direction
     from editing.directions.direction import load_direction as load_direction
-    from editing.directions.take import direction_of as direction_of
+    from editing.directions.estimation import direction_of as direction_of
     from editing.evaluation.evaluation import Evaluation as Evaluation
     from editing.methods.bake import bake_plan as bake_plan
     from editing.methods.directional_ablation import directional_ablation_plan as directional_ablation_plan
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from editing.methods.scale import scale_plan as scale_plan
     from editing.methods.steer2edit import steer2edit_plan as steer2edit_plan
     from editing.plans.algebra import compose as compose
-    from editing.plans.live import applied as applied
+    from editing.plans.applied import applied as applied
     from editing.plans.plan import Plan as Plan
     from editing.plans.plan import load_plan as load_plan
 
 # Name -> the module that has it, which is imported when the name is first asked for: torch takes seconds.
 _PUBLIC = {
     "diffmean_direction": "editing.directions.diffmean",
-    "direction_of": "editing.directions.take",
+    "direction_of": "editing.directions.estimation",
     "Direction": "editing.directions.direction",
     "load_direction": "editing.directions.direction",
     "keyed_plan": "editing.methods.keyed",
@@ -36,7 +36,7 @@ _PUBLIC = {
     "Plan": "editing.plans.plan",
     "load_plan": "editing.plans.plan",
     "compose": "editing.plans.algebra",
-    "applied": "editing.plans.live",
+    "applied": "editing.plans.applied",
     "export": "editing.checkpoints.export",
     "Evaluation": "editing.evaluation.evaluation",
 }

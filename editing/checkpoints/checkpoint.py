@@ -16,12 +16,12 @@ from safetensors.torch import save
 
 from editing.checkpoints.file_copy import copies
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
-from editing.plans.rounding import EditedBlock, all_finite, round_once
+from editing.plans.rounding import EditedChunk, all_finite, round_once
 from neurons.architectures.quantisation import is_quantised, quantised_remedy
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
-Replacement = Callable[[torch.Tensor, int], torch.Tensor | EditedBlock]
+Replacement = Callable[[torch.Tensor, int], torch.Tensor | EditedChunk]
 Progress = Callable[[int, int], None]
 
 BLOCK_BYTES = 2**18  # larger ones leave the processor's cache, and fresh pages are dear
@@ -72,7 +72,7 @@ def write_checkpoint(
         target: directory to make; missing parents are made too.
         replacements: by tensor name, a function of (a block of whole rows ``[n, ...]`` in the stored
             dtype, index of its first row) that gives the new block, same shape: float32 or float64,
-            which is rounded once, to nearest even, to the stored dtype, or an ``EditedBlock`` that is
+            which is rounded once, to nearest even, to the stored dtype, or an ``EditedChunk`` that is
             rounded already.  A tensor without dimensions comes as one block of shape ``[]``.
         extra_files: content by path relative to ``target``; it takes the place of a copied file.
         added: small tensors that the source lacks, in a shard of their own (see ``additions``).
@@ -335,15 +335,15 @@ def _patch(
             advance(new.nbytes)
 
 
-def _stored(entry: TensorEntry, block: torch.Tensor, given: torch.Tensor | EditedBlock) -> torch.Tensor:
+def _stored(entry: TensorEntry, block: torch.Tensor, given: torch.Tensor | EditedChunk) -> torch.Tensor:
     """The checked result, rounded to the stored dtype, as one flat tensor."""
-    result = given.stored if isinstance(given, EditedBlock) else given
+    result = given.stored if isinstance(given, EditedChunk) else given
     if result.shape != block.shape:
         raise BrocaError(
             f"the new values of tensor {entry.name} have shape {list(result.shape)} and not {list(block.shape)}: "
             "the edit does not fit this model."
         )
-    if isinstance(given, EditedBlock):
+    if isinstance(given, EditedChunk):
         return _finite(entry, result.contiguous().reshape(-1))
     if result.dtype not in (torch.float32, torch.float64):
         raise BrocaError(

@@ -14,7 +14,7 @@ from editing.checkpoints.model_card import model_card
 from editing.checkpoints.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
 from editing.checkpoints.verification import Verified, verify
 from editing.plans.plan import Plan
-from editing.plans.rounding import EditedBlock
+from editing.plans.rounding import EditedChunk
 from editing.plans.tensor_edits import AddedBiases, TensorEdit, added_biases, tensor_edits
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
@@ -126,13 +126,13 @@ def export(
     )
 
 
-def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], EditedBlock]:
+def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], EditedChunk]:
     """The edit of a block of a stored tensor's rows.
 
     It adds <meant, meant>, <stored, stored>, <meant, stored> to ``sums``.
     """
 
-    def replace(block: torch.Tensor, first: int) -> EditedBlock:
+    def replace(block: torch.Tensor, first: int) -> EditedChunk:
         found = edit.rounded(block, first)
         meant = found.change.flatten()
         stored = found.stored.to(meant.dtype, copy=True).sub_(block.to(meant.dtype)).flatten()

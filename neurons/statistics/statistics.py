@@ -252,11 +252,9 @@ def _require_alike(first: Statistics, second: Statistics) -> None:
         raise UsageError(
             f"the statistics are of two models, fingerprints {first.fingerprint} and {second.fingerprint}"
         )
-    of_first, of_second = ([*s.moments] + ["responses"] * bool(s.responses) for s in (first, second))
-    if set(of_first) != set(of_second):
-        raise UsageError(
-            f"the statistics hold different moments: {', '.join(of_first)}, and {', '.join(of_second)}"
-        )
+    a, b = ([*s.moments] + ["responses"] * bool(s.responses) for s in (first, second))
+    if set(a) != set(b):
+        raise UsageError(f"the statistics hold different moments: {', '.join(a)}, and {', '.join(b)}")
     if set(first.prompts) != set(second.prompts):
         raise UsageError("the statistics differ in their moments over prompts")
     if first.experts != second.experts or (first.routed is None) != (second.routed is None):

@@ -11,7 +11,7 @@ from editing.checkpoints.checkpoint import write_checkpoint
 from editing.checkpoints.export import export
 from editing.checkpoints.undo import undo
 from editing.plans.plan import ModuleEdit, make_plan
-from editing.plans.tensor_edits import taken_back
+from editing.plans.tensor_edits import undone
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.fingerprint import fingerprint
@@ -157,7 +157,7 @@ def test_taking_back_is_the_inverse_and_the_same_in_any_block():
     )
     W = random(20, 30).double()
     changed = edit.apply(W)
-    found = taken_back(edit, changed)
+    found = undone(edit, changed)
     for i in range(20):
         for j in range(30):
             low_rank = sum(float(edit.left[i, k]) * float(edit.right[j, k]) for k in range(5))
@@ -169,7 +169,7 @@ def test_taking_back_is_the_inverse_and_the_same_in_any_block():
         (slice(0, 20), slice(7, 9)),
         (slice(5, 18), slice(1, 28)),
     ):
-        part = taken_back(edit, changed[rows, columns].clone(), rows.start, columns.start)
+        part = undone(edit, changed[rows, columns].clone(), rows.start, columns.start)
         assert torch.equal(part, found[rows, columns])
 
 

@@ -16,7 +16,7 @@ from editing.hooks.steering import residual_steering
 from editing.hooks.subspace_removal import SubspaceRemoval, middle_layers, top_layers
 from editing.methods.austeer import austeer_plan
 from editing.methods.clas import clas_factors
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.scorers.momentum import MomentumRates

@@ -8,7 +8,7 @@ import torch
 
 from editing.methods import austeer as austeer_module
 from editing.methods.austeer import ALPHA, CHANNELS, austeer, austeer_plan, corpus_rates, neuron_rates
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model

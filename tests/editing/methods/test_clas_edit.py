@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from editing.methods.clas import clas_factors, clas_plan, classes_of_set, last_layers
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.neuron_sets.neuron_set import neuron_set

@@ -15,7 +15,7 @@ from editing.methods.directional_ablation import (
     directional_ablation_plan,
     without,
 )
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.weights import Weights
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError

@@ -13,7 +13,7 @@ from editing.methods.language_arithmetic import (
     language_arithmetic_plan,
     mean_shift,
 )
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction, load_direction
 from editing.methods.steer2edit import relative_activity, steer2edit, steer2edit_plan
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model

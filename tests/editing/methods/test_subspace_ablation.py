@@ -9,7 +9,7 @@ import torch
 from editing.directions.direction import Direction
 from editing.methods.directional_ablation import directional_ablation_plan
 from editing.methods.subspace_ablation import orthonormal, subspace_ablation, subspace_ablation_plan
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 from editing.checkpoints.export import export
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, SIGN_PRESERVING, anatomy_of

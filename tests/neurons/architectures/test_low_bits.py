@@ -7,7 +7,7 @@ import torch
 
 from editing.checkpoints.weight_exchange import Exchange
 from editing.directions.diffmean import diffmean_direction
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures import low_bits
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model

@@ -17,7 +17,7 @@ from editing.evaluation.evaluation import Evaluation
 from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.keyed import keyed_plan
 from editing.methods.learned_values import learned_values
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
 from neurons.models.source import load_model

@@ -11,7 +11,7 @@ import transformers
 from test_anatomy import IDS, logits_of, silencing_plan
 
 from editing.checkpoints.export import export
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures import sites
 from neurons.architectures.anatomy import anatomy_of
 from neurons.architectures.examination import examine

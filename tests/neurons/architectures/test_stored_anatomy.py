@@ -301,7 +301,7 @@ def test_a_quantised_checkpoint_is_refused_as_ever(copy):
     with pytest.raises(BrocaError) as refused:
         open_model(str(checkpoint))
     assert str(refused.value) == (
-        f"{checkpoint}: a quantised checkpoint; its weights cannot be edited: start from the unquantised "
+        f"{checkpoint}: a quantised checkpoint, whose weights cannot be edited: start from the unquantised "
         "checkpoint, or load it in transformers with quantization_config=Mxfp4Config(dequantize=True) and save it"
     )
 
