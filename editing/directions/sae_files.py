@@ -169,7 +169,7 @@ def _autoencoder(
         shown = ", ".join(f"{name} {list(tensors[name].shape)}" for name in NAMES)
         raise BrocaError(f"{path}: inconsistent shapes: {shown}")
     if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise BrocaError(f"{path}: holds NaN or infinity: download the file again")
+        raise BrocaError(f"{path}: holds numbers that are not finite: download the file again")
     return Autoencoder(
         encoder,
         encoder_bias,

@@ -109,7 +109,7 @@ def _by_layer(
         content = {layer: row for layer, row in enumerate(content) if bool(row.any())}
     vectors = {_layer_of(path, name): vector for name, vector in content.items()}
     if not vectors or not any(bool(vector.any()) for vector in vectors.values()):
-        raise BrocaError(f"{path}: holds only zeros")
+        raise BrocaError(f"{path}: holds no vector, or only zeros")
     if layers is None:
         return vectors
     missing = [layer for layer in layers if layer not in vectors]

@@ -131,7 +131,7 @@ def test_reads_sae_lens(tmp_path, config, expected):
         ({"hook_name": HOOK, "architecture": "gated"}, {}, None, BrocaError, "gated"),
         ({"hook_name": HOOK, "activation_fn_str": "tanh-relu"}, {}, None, BrocaError, "tanh-relu"),
         ({"hook_name": HOOK, "normalize_activations": "layer_norm"}, {}, None, BrocaError, "layer_norm"),
-        ({"hook_name": HOOK, "architecture": "topk"}, {}, None, BrocaError, "how many"),
+        ({"hook_name": HOOK, "architecture": "topk"}, {}, None, BrocaError, "k is None"),
         ({"hook_name": HOOK}, {"b_enc": None}, None, BrocaError, "b_enc"),
         ({"hook_name": HOOK}, {"b_enc": torch.zeros(3)}, None, BrocaError, "inconsistent shapes"),
         ({"hook_name": HOOK}, {"b_dec": torch.full((D,), torch.nan)}, None, BrocaError, "not finite"),

@@ -81,7 +81,7 @@ def test_heat_map_shows_each_component_in_its_place(tmp_path):
     assert neurons.shape == (3, MAX_COLUMNS)
     assert neurons.nonzero()[1].tolist() == [0, 3]
     assert neurons.nonzero()[0].tolist() == [1, 1]
-    assert figure.get_suptitle() == "how far the edit changes each component\nmade"
+    assert figure.get_suptitle() == "change of each component\nmade"
     save_figure(figure, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
@@ -89,4 +89,4 @@ def test_heat_map_shows_each_component_in_its_place(tmp_path):
 def test_the_title_names_pair_method_and_model():
     about = {"method": "keyed", "model": "m", "fingerprint": "0123456789", "source": "en", "target": "fr"}
     title = plan_figure(make_plan([head_edit()], about)).get_suptitle()
-    assert title == "how far the edit changes each component, en to fr\nkeyed; m (01234567)"
+    assert title == "change of each component, en to fr\nkeyed; m (01234567)"

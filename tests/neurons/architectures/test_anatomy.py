@@ -276,7 +276,7 @@ def test_a_dense_edit_is_the_formula_in_every_layout(tmp_path, loaded_case, fami
     plan = make_plan(edits, silencing_plan(loaded)[0].metadata)
     write = module.write_checkpoint
     monkeypatch.setattr(
-        module, "write_checkpoint", lambda *given, **named: write(*given, **named, block_bytes=700)
+        module, "write_checkpoint", lambda *given, **named: write(*given, **named, chunk_bytes=700)
     )
     export(loaded, plan, tmp_path / "steered")
     again = load_model(str(tmp_path / "steered"), device="cpu")
