@@ -385,7 +385,7 @@ def test_the_command_streams_resumes_and_repeats(arguments, small, tmp_path, mon
     ("extra", "message"),
     [
         (["--dose-picture", "d.png"], "needs --doses"),
-        (["--picture", "m.jpg"], "ends in .png or .svg"),
+        (["--picture", "m.jpg"], ".png or .svg"),
         (["--controls", "random", "--statistics", __file__], "means nothing"),
     ],
 )

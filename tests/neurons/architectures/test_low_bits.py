@@ -94,7 +94,7 @@ def test_they_are_not_edited(checkpoint_of, steered_like, bits):
 @pytest.fixture(scope="module")
 def steered_like(llama, tmp_path_factory):
     """(a plan for the llama, the checkpoint with it)."""
-    from test_live import random_plan
+    from test_applied import random_plan
 
     from editing.checkpoints.export import export
 
