@@ -1044,7 +1044,7 @@ def test_too_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    refused(source, tmp_path / "new" / "target", r"GB and .* GB free")
+    refused(source, tmp_path / "new" / "target", r"GB but .* GB free")
     free += 1
     write_checkpoint(source, tmp_path / "new" / "target", {}, {})
     assert asked == [tmp_path, tmp_path]
