@@ -1,4 +1,4 @@
-"""Which weights change and how; the only place that writes checkpoints."""
+"""Edit weights: the only package that writes checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from editing.plans.plan import Plan as Plan
     from editing.plans.plan import load_plan as load_plan
 
-# Name -> the module that has it, which is imported when the name is first asked for: torch takes seconds.
+# Name -> its module, imported on first access, because torch takes seconds to import.
 _PUBLIC = {
     "diffmean_direction": "editing.directions.diffmean",
     "direction_of": "editing.directions.estimation",

@@ -22,7 +22,7 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
     """Context in which the model computes with the plan's weights.
 
     The edited weights are those of an exported checkpoint: computed from the weights on
-    disk and rounded to their stored dtype.  None applies nothing.
+    disk and rounded to their stored dtype.  None leaves the model unchanged.
 
     Raises:
         BrocaError: the plan was made for another model or names a layer that it does not have, or the
