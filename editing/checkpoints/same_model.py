@@ -30,14 +30,14 @@ def require_same_settings(ours: ModelSource, theirs: ModelSource) -> None:
     Raises:
         BrocaError: names the settings and both values.
     """
-    own, other = _settings(ours), _settings(theirs)
-    switched = _switched(ours, own, other)
+    of_ours, of_theirs = _settings(ours), _settings(theirs)
+    switched = _switched(ours, of_ours, of_theirs)
     differing = [
-        key for key in sorted({*own, *other}, key=lambda key: (key != "model_type", key))
-        if own.get(key) != other.get(key) and key not in switched
+        key for key in sorted({*of_ours, *of_theirs}, key=lambda key: (key != "model_type", key))
+        if of_ours.get(key) != of_theirs.get(key) and key not in switched
     ]  # fmt: skip
     if differing:
-        changes = [f"{key} is {other.get(key)!r}, not {own.get(key)!r}" for key in differing[:SHOWN]]
+        changes = [f"{key} is {of_theirs.get(key)!r}, not {of_ours.get(key)!r}" for key in differing[:SHOWN]]
         more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise BrocaError(
             f"{theirs.name}: its config.json changes its computation compared with {ours.name} "
@@ -51,8 +51,8 @@ def require_same_tokens(ours: LoadedModel, theirs: LoadedModel) -> None:
     Raises:
         BrocaError: names the difference.
     """
-    own, other = _token_settings(ours), _token_settings(theirs)
-    differing = [what for what in own if own[what] != other[what]]
+    of_ours, of_theirs = _token_settings(ours), _token_settings(theirs)
+    differing = [what for what in of_ours if of_ours[what] != of_theirs[what]]
     if differing:
         raise BrocaError(
             f"{theirs.name}: not the same {', '.join(differing)} as {ours.name}, so exchanging weights is not "
@@ -83,11 +83,11 @@ def _settings(source: ModelSource) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _switched(source: ModelSource, own: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
+def _switched(source: ModelSource, of_ours: dict[str, Any], of_theirs: dict[str, Any]) -> dict[str, str]:
     """Setting -> block, of the bias switches that are on only in the other."""
     switches = source.anatomy.layout.bias_switches
     return {
         switch.setting: block
         for block, switch in switches.items()
-        if not own.get(switch.setting) and other.get(switch.setting)
+        if not of_ours.get(switch.setting) and of_theirs.get(switch.setting)
     }

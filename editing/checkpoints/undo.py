@@ -239,12 +239,12 @@ class _Remainder:
         counts = {first: i for i, (first, _) in enumerate(chunks(edit.entry, self.about["block_bytes"]))}
 
         def restore(chunk: torch.Tensor, first: int) -> torch.Tensor:
-            small, own = (
+            small, raw = (
                 unpacked(self._part(f"{number}.{counts[first]}.{kind}"), dtype)
                 for kind, dtype in (("small", torch.int8), ("own", integers_of(chunk.dtype)))
             )
             predicted = round_once(edit.restored(chunk, first), chunk.dtype)
-            return decoded(predicted, small, own).double()
+            return decoded(predicted, small, raw).double()
 
         return restore
 

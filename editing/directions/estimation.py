@@ -99,8 +99,8 @@ def direction_of(
         features = _features(loaded, batches[target], autoencoders, estimator, progress)
         by_place = _by_autoencoders(autoencoders, features, loaded.anatomy.layers)
         notes["autoencoders"] = [
-            {"name": sae.name, "layer": sae.layer, "site": sae.site, "features": own.features.tolist()}
-            for sae, own in zip(autoencoders, features, strict=True)
+            {"name": sae.name, "layer": sae.layer, "site": sae.site, "features": of_sae.features.tolist()}
+            for sae, of_sae in zip(autoencoders, features, strict=True)
         ]
     places = [(site, layer) for site in OUTPUT_SITES for layer in range(loaded.anatomy.layers)]
     results: dict[tuple[str, int], Estimate] = {}

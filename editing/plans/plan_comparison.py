@@ -62,10 +62,10 @@ def agreement(
 
 def _cosine(first: ModuleEdit, second: ModuleEdit, weight: torch.Tensor | None) -> float | None:
     if weight is not None:
-        one, two = (edit.apply(weight) - weight for edit in (first, second))
+        a, b = (edit.apply(weight) - weight for edit in (first, second))
         product, lengths = (
-            float((one * two).sum()),
-            float(one.norm() * two.norm()),
+            float((a * b).sum()),
+            float(a.norm() * b.norm()),
         )
         return product / lengths if lengths else None
     if any(edit.row_scale is not None or edit.column_scale is not None for edit in (first, second)):

@@ -58,18 +58,18 @@ def encoded(base: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, 
     return small, bits[~fits]
 
 
-def decoded(predicted: torch.Tensor, small: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def decoded(predicted: torch.Tensor, small: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
     """The base numbers, bit for bit, in the prediction's shape and dtype.
 
     Raises:
         BrocaError: the sizes do not match.
     """
     marked = small == OWN_BITS
-    if small.numel() != predicted.numel() or int(marked.sum()) != own.numel():
+    if small.numel() != predicted.numel() or int(marked.sum()) != raw.numel():
         raise BrocaError("the remainder does not fit the tensor: it belongs to another checkpoint")
     places = ordinals(predicted).flatten() + small.long()
-    numbers = from_ordinals(places, predicted.dtype).view(own.dtype)
-    numbers[marked] = own
+    numbers = from_ordinals(places, predicted.dtype).view(raw.dtype)
+    numbers[marked] = raw
     return numbers.view(predicted.dtype).reshape(predicted.shape)
 
 

@@ -91,7 +91,7 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
             )
             open_now.callback(handle.remove)
         if routed:
-            experts = {anatomy.gates[layer]: own for layer, own in routed.items()}
+            experts = {anatomy.gates[layer]: by_site for layer, by_site in routed.items()}
             open_now.enter_context(_experts_hooked(experts))
         yield
 
