@@ -39,7 +39,7 @@ from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.bake_correction import corrected_plan
 from editing.methods.baked_vector import HOOK_STRENGTHS
 from editing.methods.material import Material
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import Plan
 from editing.study.candidates import candidate
 from editing.study.comparison import choose, measure_candidates
@@ -115,7 +115,7 @@ def plans_of(
     """The forms that this architecture can carry."""
     found = {RANK_1: bake_plan(loaded, estimate, vectors, strength, eps)}
     found[CORRECTED] = corrected_plan(loaded, estimate, found[RANK_1], CORRECTIONS, eps)
-    if loaded.anatomy.can_carry_bias("mlp"):
+    if loaded.anatomy.supports_bias("mlp"):
         found[BIAS] = bake_bias_plan(loaded, vectors, strength)
     return found
 

@@ -31,7 +31,7 @@ import torch
 import transformers
 from scipy import stats
 
-from neurons.architectures.sites import reading
+from neurons.architectures.sites import site_hooks
 from neurons.models.freed_memory import keep_freed_memory
 from neurons.models.source import LoadedModel, load_model
 from neurons.recording.record import loss_sum, record
@@ -71,7 +71,7 @@ def bare_backward(loaded: LoadedModel, batches: list[TokenBatch]) -> None:
     def ask(values: torch.Tensor, _: Any) -> None:
         values.requires_grad_(True)
 
-    with reading(loaded.anatomy, {("mlp_in", 0): ask}), torch.enable_grad():
+    with site_hooks(loaded.anatomy, {("mlp_in", 0): ask}), torch.enable_grad():
         for batch in batches:
             loss_sum(loaded.model, batch.to(loaded.device)).backward()
 

@@ -24,7 +24,7 @@ from editing.evaluation.answer_language import answer_language
 from editing.evaluation.generation import generate
 from editing.evaluation.questions import read_questions, taken
 from editing.pipeline.lock_text import ANSWER_TOKENS, REPORT, instruction_to
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.models.freed_memory import keep_freed_memory
 from neurons.models.source import LoadedModel, load_model

@@ -33,7 +33,7 @@ import click
 from cli.options import CommaSeparated
 from editing.evaluation.likelihood import mean_nll
 from editing.methods.scale import scale_plan
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, load_model
 from neurons.neuron_sets.identify import DEFAULT_METHOD, random_set, require_parallel

@@ -22,7 +22,7 @@ import click
 import torch
 
 from editing.methods.material import Material
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.study.search import MEASURED, Search, Trial
 from editing.study.search_scoring import Scoring
 from editing.study.search_space import spaces

@@ -98,16 +98,16 @@ def command(**options: Any) -> None:
     if asked.method == LIST:
         _list(screen)
         return
+    from editing.directions.estimation import direction_of
     from editing.directions.registry import method_of
-    from editing.directions.take import direction_of
     from neurons.models.processes import is_first
     from neurons.models.source import load_model
-    from neurons.scorers.setting import assigned, read_given
+    from neurons.scorers.setting import assigned, read_settings
     from neurons.text.token_budget import DIRECTIONS
 
     method = method_of(asked.method)
     _require(asked)
-    settings = read_given(method.settings(), assigned(asked.assignments))
+    settings = read_settings(method.settings(), assigned(asked.assignments))
     corpus = read(screen, asked.corpus, asked.languages, asked.part)
     autoencoders = _autoencoders(asked)
     if asked.dry_run:

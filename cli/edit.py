@@ -143,7 +143,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
     from neurons.errors import UsageError
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.scorers.selection import parse_layers
-    from neurons.scorers.setting import assigned, read_given
+    from neurons.scorers.setting import assigned, read_settings
     from neurons.statistics.statistics import load_statistics
     from neurons.text.corpus_files import language_label
 
@@ -154,7 +154,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
     own = {name: value for name in SPELLED_OUT if (value := getattr(asked, name)) is not None}
     typed = {name: f"{_spelled(name)} {value}" for name, value in own.items()}
     given = {**own, **assigned(asked.assignments, tuple(own))}
-    settings = read_given(method.settings(), given, typed)
+    settings = read_settings(method.settings(), given, typed)
     if asked.strength is not None:
         settings["strength"] = asked.strength
     one = method(**settings)

@@ -154,7 +154,7 @@ def command(
     from editing.evaluation.generation import TEMPERATURE, check_samples
     from editing.evaluation.language_id import check_languages
     from editing.evaluation.questions import read_questions
-    from editing.plans.live import applied
+    from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from editing.report.run_report import methods_markdown, report_from_json
     from editing.study.origin import file_read, measured_by, model_read, processor, text_measured, texts_read

@@ -72,9 +72,9 @@ def command(
 
         require_pushable(repo)
     if undo:
-        from editing.checkpoints.undo import refuse_adapter
+        from editing.checkpoints.undo import reject_adapter
 
-        refuse_adapter(Path(model))
+        reject_adapter(Path(model))
     if form == "checkpoint" or not out.exists():
         check_target(out, overwrite)
     if Path(model).is_dir():

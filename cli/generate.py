@@ -135,7 +135,7 @@ def _by_transformers(
     settings: dict[str, Any],
 ) -> dict[str, list[Continuation]]:
     from editing.evaluation.generation import generate
-    from editing.plans.live import applied
+    from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from neurons.models.source import load_model
 

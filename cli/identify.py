@@ -105,7 +105,7 @@ def command(**options: Any) -> None:
     from neurons.recording.corpus_recording import finished
     from neurons.scorers.method import NOTHING, PROMPTS
     from neurons.scorers.registry import method_of
-    from neurons.scorers.setting import assigned, read_given
+    from neurons.scorers.setting import assigned, read_settings
 
     method = method_of(asked.method)
     if asked.out is None:
@@ -114,7 +114,7 @@ def command(**options: Any) -> None:
         raise UsageError("--dry-run is about text that is read by a model: leave it out here")
     _refuse_foreign(asked, method)
     found: NeuronSet | None
-    asked.settings = read_given(method.settings(), assigned(asked.assignments))
+    asked.settings = read_settings(method.settings(), assigned(asked.assignments))
     if method.control:
         found = _control(screen, asked, method)
     elif asked.statistics is not None:
@@ -205,7 +205,7 @@ def _by_prompts(screen: Screen, asked: SimpleNamespace) -> NeuronSet:
 def _control(screen: Screen, asked: SimpleNamespace, method: type[Scorer]) -> NeuronSet:
     from neurons.errors import BrocaError, UsageError
     from neurons.models.source import load_model, open_model
-    from neurons.neuron_sets.identify import random_of, random_set
+    from neurons.neuron_sets.identify import random_neurons, random_set
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.recording.corpus_recording import record_corpus
     from neurons.statistics.statistics import load_statistics
@@ -219,7 +219,9 @@ def _control(screen: Screen, asked: SimpleNamespace, method: type[Scorer]) -> Ne
                 f"--method {asked.method} needs --like neurons.safetensors, the set to follow{without}"
             )
         rate = method.selection.top_rate if asked.top_rate is None else asked.top_rate
-        return random_of(open_model(asked.model), tuple(map(language_label, asked.languages)), rate, seed)
+        return random_neurons(
+            open_model(asked.model), tuple(map(language_label, asked.languages)), rate, seed
+        )
     like = load_neuron_set(asked.like)
     if not method.moments:
         return random_set(like, seed)

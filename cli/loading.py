@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 def announced(screen: Screen, loaded: LoadedModel) -> LoadedModel:
     """The model, once it is said what makes it slow."""
-    if loaded.waiting is not None:
-        screen.warn(loaded.waiting)
+    if loaded.offload_note is not None:
+        screen.warn(loaded.offload_note)
     return loaded

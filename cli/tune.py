@@ -120,7 +120,7 @@ def command(**options: Any) -> None:
     from editing.evaluation.generation import check_samples
     from editing.evaluation.language_id import check_languages
     from editing.methods.material import Material
-    from editing.plans.live import applied
+    from editing.plans.applied import applied
     from editing.study.origin import measured_by, processor, texts_read
     from editing.study.registry import searched_named
     from editing.study.search import STUDY, Goals, Search
@@ -265,7 +265,7 @@ def _measured(
 ) -> tuple[list[Outcome], float]:
     """The unedited and the edited model on text that nothing was chosen on, and the ceiling there."""
     from editing.evaluation.evaluation import Evaluation
-    from editing.plans.live import applied
+    from editing.plans.applied import applied
 
     with screen.progress("Reporting", 2, "models") as advance:
         evaluation = Evaluation(

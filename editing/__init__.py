@@ -1,4 +1,4 @@
-"""Which weights change and how; the only place that writes checkpoints."""
+"""Edit weights: the only package that writes checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from editing.directions.diffmean import diffmean_direction as diffmean_direction
     from editing.directions.direction import Direction as Direction
     from editing.directions.direction import load_direction as load_direction
-    from editing.directions.take import direction_of as direction_of
+    from editing.directions.estimation import direction_of as direction_of
     from editing.evaluation.evaluation import Evaluation as Evaluation
     from editing.evaluation.questions import read_questions as read_questions
     from editing.methods.bake import bake_plan as bake_plan
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from editing.pipeline.lock import lock_of as lock_of
     from editing.pipeline.lock_measures import lock_figures as lock_figures
     from editing.plans.algebra import compose as compose
-    from editing.plans.live import applied as applied
+    from editing.plans.applied import applied as applied
     from editing.plans.plan import Plan as Plan
     from editing.plans.plan import load_plan as load_plan
 
-# Name -> the module that has it, which is imported when the name is first asked for: torch takes seconds.
+# Name -> its module, imported on first access, because torch takes seconds to import.
 _PUBLIC = {
     "diffmean_direction": "editing.directions.diffmean",
-    "direction_of": "editing.directions.take",
+    "direction_of": "editing.directions.estimation",
     "Direction": "editing.directions.direction",
     "load_direction": "editing.directions.direction",
     "keyed_plan": "editing.methods.keyed",
@@ -40,7 +40,7 @@ _PUBLIC = {
     "Plan": "editing.plans.plan",
     "load_plan": "editing.plans.plan",
     "compose": "editing.plans.algebra",
-    "applied": "editing.plans.live",
+    "applied": "editing.plans.applied",
     "export": "editing.checkpoints.export",
     "read_questions": "editing.evaluation.questions",
     "lock_of": "editing.pipeline.lock",

@@ -1,4 +1,4 @@
-"""Which neurons: reads models and text, never changes a model."""
+"""Identify neurons: reads models and text, never changes a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from neurons.text.corpus import Corpus as Corpus
     from neurons.text.corpus import read_corpus as read_corpus
 
-# Name -> the module that has it, which is imported when the name is first asked for: torch takes seconds.
+# Name -> its module, imported on first access, because torch takes seconds to import.
 _PUBLIC = {
     "load_model": "neurons.models.source",
     "open_model": "neurons.models.source",

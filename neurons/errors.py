@@ -1,16 +1,16 @@
-"""The two ways in which Broca says no."""
+"""Exceptions of Broca."""
 
 
 class BrocaError(Exception):
-    """Something failed; the message says what, where and the mend.  Exit status 1."""
+    """Something failed; the message names the fault, the place and the fix.  Exit status 1."""
 
 
 class UsageError(BrocaError):
-    """What was asked for cannot be done as asked.  Exit status 2."""
+    """Invalid arguments or options.  Exit status 2."""
 
 
 class NotFiniteError(BrocaError):
-    """What was computed is NaN or infinite; the message says what it is (``neurons.models.not_finite`` says why)."""
+    """A computed value, named in the message, is NaN or infinite (``neurons.models.not_finite`` says why)."""
 
 
 class NothingToChangeError(BrocaError):
@@ -18,6 +18,6 @@ class NothingToChangeError(BrocaError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough for a sentence of ours."""
+    """The first line of a library's error message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""Checkpoints: bytes of a model on disk, copied, edited, compared, undone; nothing is computed by a model here."""
+"""Checkpoints on disk: copy, edit, compare, undo; no model runs here."""

@@ -1,4 +1,4 @@
-"""A plan as a LoRA adapter (arXiv 2106.09685) in PEFT's file format: the change alone, beside an unchanged base model.
+"""Export of a plan as a LoRA adapter (arXiv 2106.09685) in PEFT's file format, for an unchanged base model.
 
 A LoRA adapter adds (alpha / r) B A to a module's weight W [d, n]; with alpha = r its change is exactly
 
@@ -8,12 +8,11 @@ As sums of outer products, with I the rows and J the columns that are scaled and
 
     W' - W = U K^T + sum_{j in J} ((c_j - 1) W[:, j]) e_j^T + sum_{i in I} e_i ((r_i - 1) W[i, :] * c)^T
 
-so that B and A are these columns and rows side by side, rank(U) + |J| + |I| of them.  No change of W needs
-more than min(d, n): from there on the factors are the identity and W' - W itself.
+so that B and A are the concatenation of these columns and rows, of rank rank(U) + |J| + |I|.  If that exceeds
+min(d, n), the factors are the identity and W' - W.
 
-The two files are written here and not by PEFT: its configuration comes down to a dozen settings, and the
-few that are written are read by every version of PEFT and by vLLM, while PEFT's own writer adds those of its
-latest version, which older readers refuse.
+This module writes the two files itself: all versions of PEFT and vLLM read its dozen settings, while PEFT's own
+writer adds settings of its latest version, which older readers reject.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from neurons.files.artifact import json_bytes, package_versions
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
 
-# What vLLM's --max-lora-rank may be set to: no adapter of a rank above the last can be served.
+# Valid values of vLLM's --max-lora-rank; the last is the maximum rank of an adapter.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class ExportedAdapter:
-    """What was written.
+    """The result of an adapter export.
 
     Attributes:
         path: of the adapter's directory.
@@ -64,7 +63,7 @@ class ExportedAdapter:
 
     @property
     def served_rank(self) -> int:
-        """The smallest --max-lora-rank with which vLLM takes the adapter."""
+        """The smallest --max-lora-rank with which vLLM loads the adapter."""
         return next(rank for rank in SERVED_RANKS if rank >= self.rank)
 
 
@@ -77,26 +76,25 @@ def export_adapter(
 ) -> ExportedAdapter:
     """Write the plan as an adapter directory that PEFT and vLLM load on top of the source model.
 
-    Modules have each their own rank (``rank_pattern``), with ``lora_alpha`` equal to it.  The plan travels as
-    ``broca/edit.safetensors`` and the card says what is edited.
+    Each module has its own rank (``rank_pattern``), with ``lora_alpha`` equal to it.  The directory includes the
+    plan as ``broca/edit.safetensors`` and a card.
 
     Args:
-        source: the unedited model, whose weights are read where the plan scales rows or columns.
+        source: the unedited model, whose weights are read if the plan scales rows or columns.
         plan: made for it.
-        out: directory to make.
-        overwrite: replace an adapter that is there.
-        dtype: of the factors.  float32 by default whatever the base model's dtype: a plan's numbers are
-            float32, the factors are small beside W, and who loads them may round them but not bring back
-            what was rounded away.
+        out: directory to create.
+        overwrite: replace an existing adapter.
+        dtype: of the factors.  float32 by default, whatever the base model's dtype: a plan is float32, the
+            factors are small, and loaders can round them if needed.
 
     Raises:
-        BrocaError: the plan was made for another model, does not fit its shapes, adds a constant (a bias
-            cannot travel in a LoRA), edits the experts of a mixture (which are no module) or needs a rank
-            that vLLM cannot serve; or the directory is there or cannot be written.
-        UsageError: a dtype that is no float dtype of 16 or 32 bits.
+        BrocaError: the plan was made for another model, does not fit its shapes, adds a bias, which a LoRA
+            cannot hold, edits fused experts, or needs a rank that vLLM cannot serve; or the directory exists
+            or cannot be written.
+        UsageError: a dtype other than float32, bfloat16 or float16.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UsageError(f"dtype {dtype}: an adapter is float32, bfloat16 or float16")
+        raise UsageError(f"dtype {dtype} is not supported: use float32, bfloat16 or float16")
     source.require_fingerprint(plan.metadata, "the plan")
     target = place_apart(source.checkpoint, out)
     modules = _ranks(source, plan)
@@ -108,18 +106,18 @@ def export_adapter(
         if name not in modules:
             continue
         B, A = factors(edit, weights.read(edit.layer, edit.block))
-        # The names that PEFT saves under: of the module inside PeftModel and the LoraModel in it.
+        # PEFT's names: the module inside PeftModel and its LoraModel.
         for end, factor in (("lora_A", A), ("lora_B", B)):
             stored = round_once(factor, dtype).contiguous()
             if not bool(torch.isfinite(stored).all()):
-                raise BrocaError(f"{name}: its change is too large for {dtype}: write float32")
+                raise BrocaError(f"{name}: its change is too large for {dtype}: use float32")
             tensors[f"base_model.model.{name}.{end}.weight"] = stored
-    found = ExportedAdapter(out, modules, plan.components, plan.relative_change())
+    exported = ExportedAdapter(out, modules, plan.components, plan.relative_change())
     about = json_bytes({**plan.metadata, "packages": package_versions()}).decode()
     files = {
         CONFIG: json_bytes(adapter_config(source, modules)),
         WEIGHTS: save(tensors, metadata={"format": "pt", "broca": about}),
-        "README.md": _card(source, plan, found).encode(),
+        "README.md": _card(source, plan, exported).encode(),
         PLAN_IN_CHECKPOINT.as_posix(): plan.to_bytes(),
     }
     check_room(target, sum(map(len, files.values())))
@@ -127,11 +125,11 @@ def export_adapter(
         for path, content in files.items():
             (staged / path).parent.mkdir(exist_ok=True)
             (staged / path).write_bytes(content)
-    return found
+    return exported
 
 
 def factors(edit: ModuleEdit, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and A of the change of one module.
+    """The factors B and A of the change of one module.
 
     Args:
         edit: of the module.
@@ -141,35 +139,35 @@ def factors(edit: ModuleEdit, weight: torch.Tensor) -> tuple[torch.Tensor, torch
         B [d, rank] and A [rank, n] in float64 with B A = W' - W.
     """
     d, n = weight.shape
-    exact = torch.float64
+    float64 = torch.float64
     rows, columns = _scaled(edit.row_scale), _scaled(edit.column_scale)
     if len(rows) + len(columns) + edit.rank > min(d, n):
         change = edit.apply(weight) - weight
-        return (torch.eye(d, dtype=exact), change) if d <= n else (change, torch.eye(n, dtype=exact))
-    left = [torch.zeros(d, 0, dtype=exact)]
-    right = [torch.zeros(n, 0, dtype=exact)]
+        return (torch.eye(d, dtype=float64), change) if d <= n else (change, torch.eye(n, dtype=float64))
+    left = [torch.zeros(d, 0, dtype=float64)]
+    right = [torch.zeros(n, 0, dtype=float64)]
     if edit.left is not None and edit.right is not None:
-        left.append(edit.left.to(exact))
-        right.append(edit.right.to(exact))
+        left.append(edit.left.to(float64))
+        right.append(edit.right.to(float64))
     if edit.column_scale is not None:
-        left.append(weight[:, columns] * (edit.column_scale[columns].to(exact) - 1))
-        right.append(torch.eye(n, dtype=exact)[:, columns])
+        left.append(weight[:, columns] * (edit.column_scale[columns].to(float64) - 1))
+        right.append(torch.eye(n, dtype=float64)[:, columns])
     if edit.row_scale is not None:
-        scaled = weight[rows] if edit.column_scale is None else weight[rows] * edit.column_scale.to(exact)
-        left.append(torch.eye(d, dtype=exact)[:, rows])
-        right.append((scaled * (edit.row_scale[rows].to(exact) - 1)[:, None]).T)
+        scaled = weight[rows] if edit.column_scale is None else weight[rows] * edit.column_scale.to(float64)
+        left.append(torch.eye(d, dtype=float64)[:, rows])
+        right.append((scaled * (edit.row_scale[rows].to(float64) - 1)[:, None]).T)
     return torch.cat(left, dim=1), torch.cat(right, dim=1).T
 
 
 def rank_of(edit: ModuleEdit, d: int, n: int) -> int:
-    """The rank of ``factors`` for a weight [d, n]; 0 where W does not change."""
+    """The rank of ``factors`` for a weight [d, n]; 0 if W does not change."""
     return min(len(_scaled(edit.row_scale)) + len(_scaled(edit.column_scale)) + edit.rank, d, n)
 
 
 def adapter_config(source: ModelSource, modules: dict[str, int]) -> dict[str, Any]:
     """``adapter_config.json`` for modules (full name -> rank) of the source model."""
     rank = max(modules.values())
-    others = {name: own for name, own in modules.items() if own != rank}
+    others = {name: of_module for name, of_module in modules.items() if of_module != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -187,7 +185,7 @@ def adapter_config(source: ModelSource, modules: dict[str, int]) -> dict[str, An
 
 
 def _scaled(scale: torch.Tensor | None) -> torch.Tensor:
-    """Indices of the entries of a scale that change anything, ascending."""
+    """Indices of the entries of a scale other than 1, ascending."""
     return torch.empty(0, dtype=torch.int64) if scale is None else (scale != 1).nonzero().flatten()
 
 
@@ -196,10 +194,10 @@ def _module_name(anatomy: Anatomy, edit: ModuleEdit) -> str:
 
 
 def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
-    """The modules whose weights change, by full name, and the ranks of their changes.
+    """Full names of the modules whose weights change, and the ranks of their changes.
 
     Raises:
-        BrocaError: what a LoRA adapter cannot say.
+        BrocaError: a change that a LoRA adapter cannot hold.
     """
     anatomy = source.anatomy
     weights = Weights(source)
@@ -210,19 +208,19 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
         where = f"layer {edit.layer}, {edit.block}"
         if edit.bias is not None and bool(edit.bias.any()):
             raise BrocaError(
-                f"{where}: the plan adds a constant to the module's output, and a LoRA adapter, which adds a "
-                "multiple of the input, cannot: export a checkpoint"
+                f"{where}: the plan adds a constant to the module's output, which a LoRA adapter cannot: "
+                "export a checkpoint"
             )
         if anatomy.mixed and edit.block == "mlp":
             raise BrocaError(
-                f"{where}: the experts of {anatomy.model_type} are one parameter and no linear module that a "
-                "LoRA adapter could stand beside: export a checkpoint"
+                f"{where}: the experts of {anatomy.model_type} are one parameter, which a LoRA adapter "
+                "does not support: export a checkpoint"
             )
         check_shape(edit, weights.pieces(edit.layer, edit.block), anatomy.residual)
         rank = rank_of(edit, anatomy.residual, anatomy.width(f"{edit.block}_in"))
         if rank > SERVED_RANKS[-1]:
             raise BrocaError(
-                f"{where}: the change needs rank {rank} (one for each scaled row or column), and vLLM serves "
+                f"{where}: the change needs rank {rank} (one for each scaled row or column), but vLLM serves "
                 f"adapters up to rank {SERVED_RANKS[-1]}: scale fewer neurons or export a checkpoint"
             )
         if rank:
@@ -233,10 +231,10 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
 
 
 def check_adapter_place(target: Path, overwrite: bool) -> None:
-    """Refuse a place that the adapter cannot take; what may be replaced is an adapter and nothing else.
+    """Check that the target can be written; only an adapter may be replaced.
 
     Raises:
-        BrocaError: something else is there, or it cannot be written to.
+        BrocaError: the target exists and is not an adapter, or cannot be written.
     """
     if not (overwrite and target.exists()):
         check_target(target)
@@ -247,16 +245,16 @@ def check_adapter_place(target: Path, overwrite: bool) -> None:
         )
 
 
-def _card(source: ModelSource, plan: Plan, found: ExportedAdapter) -> str:
+def _card(source: ModelSource, plan: Plan, exported: ExportedAdapter) -> str:
     """README.md of the adapter."""
     on_hub = not Path(source.name).expanduser().exists()
     base = f"base_model: {source.name}\n" if on_hub else ""
     settings = ", ".join(f"{key} {value}" for key, value in plan.metadata["settings"].items())
     rows = "\n".join(
         f"| `{name}` | {len(edit.components)} {source.anatomy.component_name(edit.block)}s | "
-        f"{found.modules[name]} | {Plan((edit,), {}).relative_change():.3g} |"
+        f"{exported.modules[name]} | {Plan((edit,), {}).relative_change():.3g} |"
         for edit in plan.edits
-        if (name := _module_name(source.anatomy, edit)) in found.modules
+        if (name := _module_name(source.anatomy, edit)) in exported.modules
     )
     return f"""---
 {base}library_name: peft
@@ -280,7 +278,7 @@ Settings: {settings}.
     from peft import PeftModel
     model = PeftModel.from_pretrained(base_model, "path/of/this/directory")
 
-    vllm serve BASE --enable-lora --max-lora-rank {found.served_rank} --lora-modules steered=path/of/this/directory
+    vllm serve BASE --enable-lora --max-lora-rank {exported.served_rank} --lora-modules steered=path/of/this/directory
 
 The scale is `lora_alpha / r` = 1 in every module; another one makes the edit weaker or stronger.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint directory copied with some tensors' bytes replaced: all of it is there afterwards, or nothing."""
+"""Copy a checkpoint directory with the values of some tensors replaced, atomically."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from safetensors.torch import save
 
 from editing.checkpoints.file_copy import copies
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
-from editing.plans.rounding import EditedBlock, all_finite, round_once
-from neurons.architectures.quantisation import is_quantised, way_out
+from editing.plans.rounding import EditedChunk, all_finite, round_once
+from neurons.architectures.quantisation import is_quantised, quantised_remedy
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
-Replacement = Callable[[torch.Tensor, int], torch.Tensor | EditedBlock]
+Replacement = Callable[[torch.Tensor, int], torch.Tensor | EditedChunk]
 Progress = Callable[[int, int], None]
 
-BLOCK_BYTES = 2**18  # larger ones leave the processor's cache, and fresh pages are dear
+CHUNK_BYTES = 2**18  # larger chunks do not fit in the cache, and new memory pages are slow
 
 _NOT_COPIED = {".git", ".cache"}
 _ROUNDED_AT_ONCE = 1 << 20
 _SINGLE, _INDEX_ENDING = "model.safetensors", ".safetensors.index.json"
-# Readers of GGUF converters' kind look for files that begin with "model".
+# GGUF converters read files whose names begin with "model".
 _ADDED = "model-added.safetensors"
 _FIRST_OF_TWO, _SECOND_OF_TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 @dataclass(frozen=True)
 class Additions:
-    """What a checkpoint's files become when tensors are added to it; paths relative to the checkpoint.
+    """Changes of a checkpoint's files that add tensors; paths relative to the checkpoint.
 
     Attributes:
-        renamed: file of the source -> its name in the copy: ``model.safetensors`` would hide an index.
+        renamed: file of the source -> its name in the copy; ``model.safetensors`` would hide an index.
         files: content of the new shard and of the index.
     """
 
@@ -58,46 +58,46 @@ def write_checkpoint(
     renamed: Mapping[str, str] | None = None,
     complete: Callable[[Path], None] | None = None,
     overwrite: bool = False,
-    block_bytes: int = BLOCK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Copy ``source`` to ``target`` with the named tensors' values replaced; ``source`` is only read.
 
-    Everything is written beside the target and renamed into place at the end, so that a failure, an
-    interrupt or a kill leaves what was there before.  Links are followed: the copy holds only regular
-    files.  Directories called ``.git`` and ``.cache`` are left out.
+    Everything is written beside the target and renamed at the end, so that a failure, an interrupt or a kill
+    leaves the previous state.  Links are followed: the copy has only regular files.  Directories named ``.git``
+    and ``.cache`` are skipped.
 
     Args:
         source: checkpoint directory with safetensors weights (stored as F32, F16, BF16 or F64).
-        target: directory to make; missing parents are made too.
-        replacements: by tensor name, a function of (a block of whole rows ``[n, ...]`` in the stored
-            dtype, index of its first row) that gives the new block, same shape: float32 or float64,
-            which is rounded once, to nearest even, to the stored dtype, or an ``EditedBlock`` that is
-            rounded already.  A tensor without dimensions comes as one block of shape ``[]``.
-        extra_files: content by path relative to ``target``; it takes the place of a copied file.
-        added: small tensors that the source lacks, in a shard of their own (see ``additions``).
-        left_out: files of the source that the copy shall not have.
+        target: directory to create, with missing parents.
+        replacements: by tensor name, a function of (a chunk of whole rows ``[n, ...]`` in the stored dtype,
+            index of its first row) that returns the new chunk of the same shape: float32 or float64, which
+            is rounded once, to nearest even, to the stored dtype, or a rounded ``EditedChunk``.  A tensor
+            without dimensions is one chunk of shape ``[]``.
+        extra_files: content by path relative to ``target``; replaces copied files.
+        added: small tensors that are not in the source, in a new shard (see ``additions``).
+        left_out: files of the source to skip.
         renamed: file of the source -> its path in the copy.
-        complete: called with the directory when all is in it and before it takes its place; it may add
-            files, and what it raises stops the run.
+        complete: called with the full directory before it is renamed; it may add files, and its errors
+            stop the run.
         overwrite: replace a target that is a checkpoint (has a ``config.json``).
-        block_bytes: stored bytes per block; a single row larger than this is one block.
-        progress: called with (bytes done, bytes in all) after each block, from several threads, never at once.
+        chunk_bytes: stored bytes of a chunk; a larger row is one chunk.
+        progress: called with (bytes done, bytes in all) after each chunk, from several threads, one at a time.
 
     Raises:
-        BrocaError: before anything is written, if the target may not be replaced or lies in the source
-            (or the other way round), the source is quantised or damaged, a name is unknown or, of an
-            added tensor, there already, or there is no room or no permission; later, if a new block is
-            not finite, has another shape or less than float32 precision, or the disk fails.
+        BrocaError: before any write, if the target may not be replaced or is inside the source (or the
+            reverse), the source is quantised or damaged, a name is unknown or, for an added tensor, already
+            present, or space or permissions are missing; later, if a new chunk is not finite, has another
+            shape or less than float32 precision, or the disk fails.
     """
     target = place_apart(source, target)
     entries = tensor_entries(source)
     _check_source(source, entries, replacements)
-    found = additions(source, added or {})
-    placed = {Path(old): Path(new) for old, new in {**found.renamed, **(renamed or {})}.items()}
+    extra_shard = additions(source, added or {})
+    placed = {Path(old): Path(new) for old, new in {**extra_shard.renamed, **(renamed or {})}.items()}
     directories, sizes = _tree(source, target)
     extras = _checked_extras(source, extra_files)
-    extras |= {Path(name): content for name, content in found.files.items()}
+    extras |= {Path(name): content for name, content in extra_shard.files.items()}
     check_target(target, overwrite)
     dropped = {*extras, *map(Path, left_out)}
     copied = {path: size for path, size in sizes.items() if path not in dropped}
@@ -119,10 +119,10 @@ def write_checkpoint(
     with staging(target, overwrite) as staged:
         for directory in directories:
             (staged / directory).mkdir()
-        # Unchanged bytes are copied, and finished files put on the disk, while changed ones are computed.
+        # Unchanged bytes are copied, and finished files synced, while changed tensors are computed.
         with copies(advance) as under_way:
-            own = {path: [entry for entry in edited if entry.file == source / path] for path in copied}
-            for path, changed in own.items():
+            by_file = {path: [entry for entry in edited if entry.file == source / path] for path in copied}
+            for path, changed in by_file.items():
                 spans = [(entry.begin, entry.end) for entry in changed if entry.begin < entry.end]
                 under_way.begin(source / path, staged / placed.get(path, path), spans)
             with _workers() as pool:
@@ -133,12 +133,12 @@ def write_checkpoint(
                             entry,
                             replacements[entry.name],
                             staged / placed.get(path, path),
-                            block_bytes,
+                            chunk_bytes,
                             advance,
                         )
                         for entry in changed
                     ]
-                    for path, changed in own.items()
+                    for path, changed in by_file.items()
                 }
                 for path, under_work in patches.items():
                     for patch in under_work:
@@ -154,9 +154,9 @@ def write_checkpoint(
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute a tensor each, on one core each: blocks are too small to be shared by cores.
+    """Threads that each compute a tensor on one core: chunks are too small for several cores.
 
-    Where one fails or the user stops, the tensors under work are the last.
+    After an error or an interrupt no further tensor is started.
     """
     cores = torch.get_num_threads()
     pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
@@ -169,39 +169,39 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(cores)
 
 
-def blocks(entry: TensorEntry, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, slice | None]]:
-    """(index of the first row, rows to read) of the blocks in which a tensor is worked on, in order.
+def chunks(entry: TensorEntry, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, slice | None]]:
+    """(index of the first row, rows to read) of the chunks of a tensor, in order.
 
     Args:
-        entry: the tensor; one without dimensions is one block, read whole.
-        block_bytes: stored bytes per block; a single row larger than this is one block.
+        entry: the tensor; one without dimensions is a single chunk.
+        chunk_bytes: stored bytes of a chunk; a larger row is one chunk.
     """
     if entry.begin == entry.end:
         return
     if not entry.shape:
         yield 0, None
         return
-    step = max(1, block_bytes // ((entry.end - entry.begin) // entry.shape[0]))
+    step = max(1, chunk_bytes // ((entry.end - entry.begin) // entry.shape[0]))
     for first in range(0, entry.shape[0], step):
         yield first, slice(first, first + step)
 
 
-def _largest_block(entry: TensorEntry, block_bytes: int) -> int:
-    """Bytes of the largest of ``blocks``."""
+def _largest_chunk(entry: TensorEntry, chunk_bytes: int) -> int:
+    """Bytes of the largest of ``chunks``."""
     size = entry.end - entry.begin
     row = size // entry.shape[0] if entry.shape and entry.shape[0] else size
-    return min(size, max(block_bytes, row))
+    return min(size, max(chunk_bytes, row))
 
 
 def additions(source: Path, added: Mapping[str, torch.Tensor]) -> Additions:
-    """How the files of a checkpoint change when tensors are added to it.
+    """The changes of a checkpoint's files that add tensors.
 
-    The new tensors get a shard of their own, and the index names them.  A checkpoint of one file becomes
-    one of two shards; shards that are there keep their names.
+    The new tensors get their own shard, and the index lists them.  A checkpoint of one file becomes two
+    shards; existing shards keep their names.
 
     Raises:
-        BrocaError: a tensor that is there already, of a dtype that cannot be stored, not finite, or a
-            file that is in the way.
+        BrocaError: a tensor that exists, is not finite or has a dtype that cannot be stored, or a file with
+            the name of the shard.
     """
     if not added:
         return Additions({}, {})
@@ -238,12 +238,12 @@ def additions(source: Path, added: Mapping[str, torch.Tensor]) -> Additions:
 
 
 def _index(source: Path, single: bool) -> tuple[str, dict[str, Any]]:
-    """Name and content of the index in use; of the usual one to make where there is none."""
+    """Name and content of the index; the usual name and {} without one."""
     usual = f"model{_INDEX_ENDING}"
-    found = sorted(file.name for file in source.iterdir() if file.name.endswith(_INDEX_ENDING))
-    if single or not found:
+    indexes = sorted(file.name for file in source.iterdir() if file.name.endswith(_INDEX_ENDING))
+    if single or not indexes:
         return usual, {}
-    name = usual if usual in found else found[0]
+    name = usual if usual in indexes else indexes[0]
     return name, json.loads((source / name).read_bytes())
 
 
@@ -255,23 +255,21 @@ def _check_source(source: Path, entries: Mapping[str, TensorEntry], names: Mappi
         raise BrocaError(f"{config} is not valid JSON ({error}): download it again.") from error
     if is_quantised(settings):
         raise BrocaError(
-            f"{source} is quantised (quantization_config in config.json), and its stored numbers are not its "
-            f"weights: {way_out(settings)}."
+            f"{source} is quantised (quantization_config in config.json), so its stored numbers are not its "
+            f"weights: {quantised_remedy(settings)}."
         )
     for name in names:
         if name not in entries:
-            raise BrocaError(
-                f"{source} has no tensor {name} to replace: the edit was made for another model."
-            )
+            raise BrocaError(f"{source} has no tensor {name}: the edit was made for another model.")
         if entries[name].dtype not in READABLE_DTYPES:
             raise BrocaError(
-                f"tensor {name} is stored as {entries[name].dtype}, and only {', '.join(READABLE_DTYPES)} "
-                "can be edited: start from an unquantised checkpoint."
+                f"tensor {name} is stored as {entries[name].dtype}, but only {', '.join(READABLE_DTYPES)} "
+                "can be edited: use an unquantised checkpoint."
             )
 
 
 def _still_needed(directories: list[Path], before: Collection[Path], after: Collection[Path]) -> list[Path]:
-    """The directories without those that lose all their files."""
+    """The directories except those that lose all their files."""
 
     def filled(directory: Path, files: Collection[Path]) -> bool:
         return any(directory in file.parents for file in files)
@@ -285,20 +283,20 @@ def _tree(source: Path, target: Path) -> tuple[list[Path], dict[Path, int]]:
     sizes: dict[Path, int] = {}
 
     def walk(directory: Path, above: frozenset[Path]) -> None:
-        here = directory.resolve()
-        if here in above:
-            raise BrocaError(f"{directory} is a link to a directory that holds it: remove the link.")
+        resolved = directory.resolve()
+        if resolved in above:
+            raise BrocaError(f"{directory} is a link to a parent directory: remove the link.")
         for item in sorted(directory.iterdir()):
             inside = item.relative_to(source)
             if item.is_dir():
                 if item.name not in _NOT_COPIED:
                     directories.append(inside)
-                    walk(item, above | {here})
+                    walk(item, above | {resolved})
             elif not item.is_file():
-                fault = "is a link to a file that is gone" if item.is_symlink() else "is not a regular file"
-                raise BrocaError(f"{item} {fault}: mend or remove it, then run again.")
+                fault = "is a broken link" if item.is_symlink() else "is not a regular file"
+                raise BrocaError(f"{item} {fault}: fix or remove it, then run again.")
             elif item.resolve().is_relative_to(target):
-                # Replacing the target would leave the source with a link that leads nowhere.
+                # Replacing the target would break this link of the source.
                 raise BrocaError(f"{item} is a link into {target}: write to another directory.")
             else:
                 sizes[inside] = item.stat().st_size
@@ -323,47 +321,47 @@ def _checked_extras(source: Path, extra_files: Mapping[str, bytes]) -> dict[Path
 
 
 def _patch(
-    entry: TensorEntry, replace: Replacement, file: Path, block_bytes: int, advance: Callable[[int], None]
+    entry: TensorEntry, replace: Replacement, file: Path, chunk_bytes: int, advance: Callable[[int], None]
 ) -> None:
     with file.open("r+b") as stream:
         stream.seek(entry.begin)
-        room = torch.empty(_largest_block(entry, block_bytes), dtype=torch.uint8)
-        for first, rows in blocks(entry, block_bytes):
-            block = read_tensor(entry, rows, room)
-            new = _stored(entry, block, replace(block, first))
+        buffer = torch.empty(_largest_chunk(entry, chunk_bytes), dtype=torch.uint8)
+        for first, rows in chunks(entry, chunk_bytes):
+            chunk = read_tensor(entry, rows, buffer)
+            new = _stored(entry, chunk, replace(chunk, first))
             stream.write(new.view(torch.uint8).numpy().data)
             advance(new.nbytes)
 
 
-def _stored(entry: TensorEntry, block: torch.Tensor, given: torch.Tensor | EditedBlock) -> torch.Tensor:
-    """The checked result, rounded to the stored dtype, as one flat tensor."""
-    result = given.stored if isinstance(given, EditedBlock) else given
-    if result.shape != block.shape:
+def _stored(entry: TensorEntry, chunk: torch.Tensor, given: torch.Tensor | EditedChunk) -> torch.Tensor:
+    """The checked result in the stored dtype, as a flat tensor."""
+    result = given.stored if isinstance(given, EditedChunk) else given
+    if result.shape != chunk.shape:
         raise BrocaError(
-            f"the new values of tensor {entry.name} have shape {list(result.shape)} and not {list(block.shape)}: "
+            f"the new values of tensor {entry.name} have shape {list(result.shape)}, not {list(chunk.shape)}: "
             "the edit does not fit this model."
         )
-    if isinstance(given, EditedBlock):
+    if isinstance(given, EditedChunk):
         return _finite(entry, result.contiguous().reshape(-1))
     if result.dtype not in (torch.float32, torch.float64):
         raise BrocaError(
-            f"the new values of tensor {entry.name} are {result.dtype}, which rounds before the one rounding "
-            "there should be: compute them in float32 or float64."
+            f"the new values of tensor {entry.name} are {result.dtype}, which would be rounded twice: "
+            "compute them in float32 or float64."
         )
     flat = result.detach().cpu().reshape(-1)
-    new = torch.empty(flat.numel(), dtype=block.dtype)
+    new = torch.empty(flat.numel(), dtype=chunk.dtype)
     for first in range(0, flat.numel(), _ROUNDED_AT_ONCE):
-        piece = slice(first, first + _ROUNDED_AT_ONCE)
-        new[piece] = round_once(flat[piece], block.dtype)
-        _finite(entry, new[piece])
+        part = slice(first, first + _ROUNDED_AT_ONCE)
+        new[part] = round_once(flat[part], chunk.dtype)
+        _finite(entry, new[part])
     return new
 
 
 def _finite(entry: TensorEntry, new: torch.Tensor) -> torch.Tensor:
-    """The values, looked at after rounding: a finite number may be too large for the stored dtype."""
+    """Check the values after rounding: a finite number may overflow the stored dtype."""
     if not all_finite(new):
         raise BrocaError(
             f"the new values of tensor {entry.name} are not all finite in {entry.dtype}: "
-            "use a weaker edit, or start from a checkpoint stored in a wider dtype."
+            "use a weaker edit, or a checkpoint in a wider dtype."
         )
     return new

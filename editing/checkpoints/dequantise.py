@@ -1,12 +1,12 @@
-"""Checkpoints of FP8 blocks to the bf16 checkpoint that they stand for, one tensor after another.
+"""Dequantise a checkpoint of FP8 tiles to bf16, one tensor at a time.
 
 DeepSeek-V3 (arXiv 2412.19437, section 3.3) stores a weight W [d, n] as Q (F8_E4M3) [d, n] and one scale
-for each block of a x b numbers, S [ceil(d/a), ceil(n/b)], usually a = b = 128; Qwen3 and others follow:
+for each tile of a x b numbers, S [ceil(d/a), ceil(n/b)], usually a = b = 128; Qwen3 and others follow:
 
     W_ij = Q_ij S_(i//a)(j//b)
 
 with S in the tensor ``<name of Q>_scale_inv`` and a, b in ``quantization_config.weight_block_size``.
-Everything else in such a checkpoint is stored as it is and is copied byte for byte.
+Everything else in such a checkpoint is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import torch
 
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
 from editing.plans.rounding import round_once
-from neurons.architectures.quantisation import fp8_block_size, is_quantised, quantisation, way_out
+from neurons.architectures.quantisation import fp8_tile_size, is_quantised, quantisation, quantised_remedy
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
 
 STORED, SCALE_ENDING = "F8_E4M3", "_scale_inv"
-_BLOCK_BYTES = 16 * 2**20
-_LEFT_BEHIND = {".git", ".cache"}
+_CHUNK_BYTES = 16 * 2**20
+_NOT_COPIED = {".git", ".cache"}
 
 
 @dataclass(frozen=True)
 class Dequantised:
-    """What a dequantisation did.
+    """The result of a dequantisation.
 
     Attributes:
         path: of the new checkpoint.
-        tensors: names of the tensors that were FP8 and are bf16 now.
+        tensors: names of the dequantised tensors.
         bytes: size of the new weight files.
     """
 
@@ -48,7 +48,7 @@ class Dequantised:
 
 @dataclass(frozen=True)
 class _NewTensor:
-    """One tensor of the new checkpoint: where it comes from, and its scales if it is dequantised."""
+    """A tensor of the new checkpoint: its source, and its scales if it is dequantised."""
 
     entry: TensorEntry
     scales: TensorEntry | None
@@ -68,33 +68,33 @@ def dequantise(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dequantised:
-    """Write a checkpoint of FP8 blocks as an ordinary bf16 one.
+    """Write a checkpoint of FP8 tiles as an ordinary bf16 one.
 
-    Each number is the product above, in float64, rounded once.  Files keep their names; no more than a
-    few rows of one tensor are in memory.  The new directory takes its place at the end, whole.
+    Each number is the product above, in float64, rounded once.  Files keep their names; only a few rows of a
+    tensor are in memory.  The new directory is renamed into place at the end.
 
     Args:
         source: checkpoint directory; only read.
-        target: directory to make.
-        overwrite: replace a checkpoint that is there.
+        target: directory to create.
+        overwrite: replace an existing checkpoint.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        BrocaError: the checkpoint is not quantised, or in another way; a scale is missing, has the wrong
-            shape or is not finite; or the target may not or cannot be written.
+        BrocaError: the checkpoint is not quantised, or with another method; a scale is missing, has the wrong
+            shape or is not finite; or the target must not or cannot be written.
     """
     target = place_apart(source, target)
     settings = _settings(source)
-    block = fp8_block_size(settings)
-    if block is None:
+    tile = fp8_tile_size(settings)
+    if tile is None:
         if is_quantised(settings):
             method = (quantisation(settings) or {}).get("quant_method")
             raise BrocaError(
-                f"{source} is quantised by {method}, and only FP8 with a weight_block_size is dequantised here: "
-                f"{way_out(settings)}."
+                f"{source} is quantised by {method}, but only FP8 with a weight_block_size is supported here: "
+                f"{quantised_remedy(settings)}."
             )
         raise BrocaError(f"{source} is not quantised: there is nothing to dequantise.")
-    shards = _shards(source, block)
+    shards = _shards(source, tile)
     files = _other_files(source, target)
     check_target(target, overwrite)
     contents = {Path("config.json"): _unquantised(settings)} | _indexes(source, shards)
@@ -119,7 +119,7 @@ def dequantise(
             with (staged / name).open("xb") as stream:
                 stream.write(_header(tensors))
                 for tensor in tensors:
-                    _write(tensor, block, stream, advance)
+                    _write(tensor, tile, stream, advance)
     return Dequantised(
         path=target,
         tensors=tuple(
@@ -129,20 +129,20 @@ def dequantise(
     )
 
 
-def dequantised(quantised: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """The numbers that FP8 blocks stand for, before rounding.
+def dequantised(quantised: torch.Tensor, scales: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
+    """The values of FP8 tiles, before rounding.
 
     Args:
         quantised: float8 [d, n].
         scales: [ceil(d/a), ceil(n/b)], any float dtype.
-        block: (a, b).
+        tile: (a, b).
 
     Returns:
-        float64 [d, n]: exact, as 4 bits times 24 are fewer than 53.
+        float64 [d, n], exact: 4 bits times 24 bits are fewer than 53.
     """
     rows, columns = quantised.shape
-    spread = scales.double().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)
-    return quantised.float().double() * spread[:, :columns]
+    expanded = scales.double().repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1)
+    return quantised.float().double() * expanded[:, :columns]
 
 
 def _settings(source: Path) -> Any:
@@ -164,8 +164,8 @@ def _unquantised(settings: Any) -> bytes:
     return (json.dumps(without(settings), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _shards(source: Path, block: tuple[int, int]) -> dict[str, list[_NewTensor]]:
-    """File name -> the new tensors in it, in the order of the old ones."""
+def _shards(source: Path, tile: tuple[int, int]) -> dict[str, list[_NewTensor]]:
+    """File name -> its new tensors, in the order of the old ones."""
     entries = tensor_entries(source)
     shards: dict[str, list[_NewTensor]] = {}
     used = set()
@@ -175,14 +175,14 @@ def _shards(source: Path, block: tuple[int, int]) -> dict[str, list[_NewTensor]]
         scales = entries.get(entry.name + SCALE_ENDING)
         if scales is None:
             raise BrocaError(
-                f"{source}: tensor {entry.name} is {STORED} and has no {entry.name}{SCALE_ENDING}, so its "
-                "numbers are not known: download the checkpoint again."
+                f"{source}: tensor {entry.name} is {STORED} without {entry.name}{SCALE_ENDING}, so its "
+                "values are unknown: download the checkpoint again."
             )
-        expected = tuple(-(-size // step) for size, step in zip(entry.shape, block, strict=False))
+        expected = tuple(-(-size // step) for size, step in zip(entry.shape, tile, strict=False))
         if len(entry.shape) != 2 or scales.shape != expected or scales.dtype not in READABLE_DTYPES:
             raise BrocaError(
                 f"{source}: tensor {scales.name} ({scales.dtype}, {list(scales.shape)}) does not fit "
-                f"{entry.name} {list(entry.shape)} in blocks of {list(block)}: download the checkpoint again."
+                f"{entry.name} {list(entry.shape)} in tiles of {list(tile)}: download the checkpoint again."
             )
         used.add(scales.name)
     for entry in sorted(entries.values(), key=lambda e: (e.file.name, e.begin)):
@@ -197,15 +197,15 @@ def _shards(source: Path, block: tuple[int, int]) -> dict[str, list[_NewTensor]]
 
 def _other_files(source: Path, target: Path) -> list[Path]:
     weights = set(weight_files(source))
-    found = []
+    files = []
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
-        if path in weights or not path.is_file() or _LEFT_BEHIND & set(inside.parts):
+        if path in weights or not path.is_file() or _NOT_COPIED & set(inside.parts):
             continue
         if path.resolve().is_relative_to(target):
             raise BrocaError(f"{path} is a link into {target}: write to another directory.")
-        found.append(inside)
-    return found
+        files.append(inside)
+    return files
 
 
 def _indexes(source: Path, shards: Mapping[str, list[_NewTensor]]) -> dict[Path, bytes]:
@@ -237,7 +237,7 @@ def _header(tensors: list[_NewTensor]) -> bytes:
 
 
 def _write(
-    tensor: _NewTensor, block: tuple[int, int], stream: BinaryIO, advance: Callable[[int], None]
+    tensor: _NewTensor, tile: tuple[int, int], stream: BinaryIO, advance: Callable[[int], None]
 ) -> None:
     entry = tensor.entry
     with entry.file.open("rb") as reader:
@@ -245,7 +245,7 @@ def _write(
         if tensor.scales is None:
             left = entry.end - entry.begin
             while left:
-                content = _exactly(reader, min(left, _BLOCK_BYTES), entry)
+                content = _exactly(reader, min(left, _CHUNK_BYTES), entry)
                 stream.write(content)
                 left -= len(content)
                 advance(len(content))
@@ -254,12 +254,12 @@ def _write(
         if not bool(torch.isfinite(scales).all()):
             raise BrocaError(f"tensor {tensor.scales.name} is not finite: download the checkpoint again.")
         rows, columns = entry.shape
-        step = block[0] * max(1, _BLOCK_BYTES // max(1, block[0] * columns))
+        step = tile[0] * max(1, _CHUNK_BYTES // max(1, tile[0] * columns))
         for first in range(0, rows if columns else 0, step):
             count = min(step, rows - first)
             content = _exactly(reader, count * columns, entry)
             stored = torch.frombuffer(bytearray(content), dtype=torch.float8_e4m3fn).reshape(count, columns)
-            new = round_once(dequantised(stored, scales[first // block[0] :], block), torch.bfloat16)
+            new = round_once(dequantised(stored, scales[first // tile[0] :], tile), torch.bfloat16)
             if not bool(torch.isfinite(new).all()):
                 raise BrocaError(f"tensor {entry.name} is not finite: download the checkpoint again.")
             stream.write(new.contiguous().view(torch.uint8).numpy().data)

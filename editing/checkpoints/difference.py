@@ -1,21 +1,21 @@
-"""Two checkpoints compared tensor by tensor, and the plan of weight edits that leads from one to the other.
+"""Comparison of two checkpoints by tensor, and the plan of edits that maps one to the other.
 
 For each output weight, W [d, n] in the base and W' in the edited checkpoint, whose numbers are rounded to
-multiples of a spacing t(W'_ij), the first of these that holds is taken:
+multiples of a spacing t(W'_ij), the first form that fits is used:
 
     column scale   every column that differs is c_j W_j up to one rounding: the intervals
-                   [W'_ij -+ t/2] / W_ij have a number c_j in common (0 for a column of zeros);
-                   16-bit numbers may come from float32, whose own roundings widen them a little
-    row scale      the same, of rows
-    low rank       W' - W on the columns that are not scaled is U K^T: its singular values above the noise
+                   [W'_ij -+ t/2] / W_ij have a common number c_j (0 for a column of zeros);
+                   16-bit numbers may come from float32, whose rounding widens them a little
+    row scale      the same for rows
+    low rank       W' - W on the columns that are not scaled is U K^T, from its singular values above the noise
 
 Rounding errors are independent numbers of standard deviation t/sqrt(12).  The largest singular value of
 such a matrix S is at most (1 + e) (a + b) + c max(S) sqrt(log(d + n)), with a and b the largest norm of a
 row and of a column of S (Bandeira and van Handel, arXiv 1408.6185); with equal entries that is
 S (sqrt(d) + sqrt(n)).  Here e is 0.1 and c is 1, as rounding errors are bounded.
 
-Biases differ by d = b' - b.  What differs otherwise (embeddings, norms, other projections, or a change of
-an output weight that has no such form) is named and is in no plan.
+Biases differ by d = b' - b.  All other differences (embeddings, norms, other projections, or a change of an output
+weight of another form) are listed and are not in the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from editing.checkpoints.checkpoint import blocks
+from editing.checkpoints.checkpoint import chunks
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.rounding import round_once
 from editing.plans.weights import Weights
@@ -40,8 +40,8 @@ NOT_COVERED = "not covered"
 _MARGIN, _TAIL = 1.1, 1.0
 _FIRST_RANK = 16
 _ROUNDS = 4
-_NAMED_AT_MOST = 3
-# Columns are fitted in groups: the intervals take several times the room of the weight.
+_MAX_NAMED = 3
+# Columns are fitted in groups: the intervals need several times the memory of the weight.
 _NUMBERS_AT_ONCE = 1 << 22
 _FIRST_ROWS = 32
 _FLOAT32, _SMALL = 2.0**-24, 2.0**-6
@@ -49,12 +49,12 @@ _FLOAT32, _SMALL = 2.0**-24, 2.0**-6
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor that differs.
+    """A tensor that differs.
 
     Attributes:
-        name: in the checkpoint; of experts in a tensor each, with * for the expert.
-        relative: ||W' - W||_F / ||W||_F; None where there are not two tensors of one shape.
-        what: the form that was found, or why there is none.
+        name: in the checkpoint; with * for the expert if each expert has its own tensor.
+        relative: ||W' - W||_F / ||W||_F; None without two tensors of the same shape.
+        what: the form of the change, or why there is none.
         covered: whether a plan can hold it.
     """
 
@@ -66,13 +66,13 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """How an edited checkpoint differs from its base.
+    """The difference of an edited checkpoint from its base.
 
     Attributes:
         edited: name of the edited checkpoint.
-        tensors: those that differ, output weights first, by layer.
-        edits: the changes that have the form of an edit, one for each module.
-        equal: how many tensors of the base are the same.
+        tensors: that differ, output weights first, by layer.
+        edits: the changes in the form of edits, one for each module.
+        equal: number of equal tensors.
     """
 
     edited: str
@@ -82,26 +82,26 @@ class Difference:
 
     @property
     def not_covered(self) -> tuple[str, ...]:
-        """Names of the tensors that differ in another way."""
+        """Names of the tensors whose change no plan can hold."""
         return tuple(tensor.name for tensor in self.tensors if not tensor.covered)
 
     def plan(self, base: ModelSource, allow_others: bool = False) -> Plan:
-        """The plan that leads from the base to the edited checkpoint.
+        """The plan that maps the base to the edited checkpoint.
 
         Args:
-            base: the model that was compared.
-            allow_others: leave out what differs otherwise; the plan's metadata then names it.
+            base: the compared model.
+            allow_others: skip other differences; the plan's metadata then lists them.
 
         Raises:
             NothingToChangeError: no output weight and no bias differs.
-            BrocaError: something differs that no plan holds.
+            BrocaError: a difference that no plan can hold.
         """
         others = self.not_covered
         if others and not allow_others:
-            more = f" and {len(others) - _NAMED_AT_MOST} more" if len(others) > _NAMED_AT_MOST else ""
+            more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
             raise BrocaError(
-                f"{self.edited} differs from {base.name} also in {', '.join(others[:_NAMED_AT_MOST])}{more}, which "
-                "no edit of output weights explains: add --allow-others to leave that out of the plan"
+                f"{self.edited} differs from {base.name} also in {', '.join(others[:_MAX_NAMED])}{more}, which "
+                "is not an edit of output weights: add --allow-others to skip it"
             )
         if not self.edits:
             raise NothingToChangeError(
@@ -121,25 +121,24 @@ class Difference:
 def compare(
     base: ModelSource, edited: Path, progress: Callable[[int, int], None] | None = None
 ) -> Difference:
-    """Compare two checkpoints of one architecture, one module or block of a tensor at a time.
+    """Compare two checkpoints of one architecture, one module or chunk of a tensor at a time.
 
-    They may be sharded differently, and stored in different dtypes: the base then counts as rounded to the
-    edited checkpoint's.
+    Shards and dtypes may differ; the base is then rounded to the edited checkpoint's dtype.
 
     Args:
-        base: the model before the edit.
-        edited: checkpoint directory after it.
+        base: the unedited model.
+        edited: the edited checkpoint directory.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        BrocaError: the edited checkpoint lacks an output weight or has it in another shape.
+        BrocaError: an output weight is missing in the edited checkpoint or has another shape.
     """
     other = replace(base, checkpoint=edited, name=str(edited))
     before, after = tensor_entries(base.checkpoint), tensor_entries(edited)
     old, new = Weights(base), Weights(other)
     total = sum(entry.end - entry.begin for entry in before.values())
     seen: set[str] = set()
-    found: list[TensorDifference] = []
+    differences: list[TensorDifference] = []
     edits: list[ModuleEdit] = []
     done = equal = 0
 
@@ -160,33 +159,33 @@ def compare(
                 equal += len(names)
             else:
                 name = olds[0][1].name if len(names) == 1 else base.anatomy.tensor_name(layer, block)
-                found.append(replace(difference, name=name))
+                differences.append(replace(difference, name=name))
             seen |= names | {entry.name for _, entry in news}
             bias, of_bias = _bias(base, layer, block, before, after)
             if of_bias is not None:
-                found.append(of_bias)
+                differences.append(of_bias)
                 seen.add(of_bias.name)
             if edit is not None or bias is not None:
-                edits.append(_together(layer, block, edit, bias, weight))
+                edits.append(_with_bias(layer, block, edit, bias, weight))
             advance([before[name] for name in names])
-    quiet = _zero_biases(base, before, after)
-    for name in sorted((before.keys() | after.keys()) - seen - quiet):
+    zero_biases = _zero_biases(base, before, after)
+    for name in sorted((before.keys() | after.keys()) - seen - zero_biases):
         if name not in before or name not in after:
             where = "only in the base" if name in before else "only in the edited checkpoint"
-            found.append(TensorDifference(name, None, where, False))
+            differences.append(TensorDifference(name, None, where, False))
         elif (relative := _relative_change(before[name], after[name])) != 0:
-            found.append(TensorDifference(name, relative, NOT_COVERED, False))
+            differences.append(TensorDifference(name, relative, NOT_COVERED, False))
         else:
             equal += 1
         if name in before:
             advance([before[name]])
-    return Difference(edited.resolve().name, tuple(found), tuple(edits), equal)
+    return Difference(edited.resolve().name, tuple(differences), tuple(edits), equal)
 
 
 def _module(
     base: ModelSource, layer: int, block: str, weight: torch.Tensor, changed: torch.Tensor, dtype: torch.dtype
 ) -> tuple[ModuleEdit | None, TensorDifference | None]:
-    """The edit from W to W', if it has the form of one, and what is said of it; the name is left open."""
+    """The edit from W to W', if any, and the difference, without a name."""
     differs = round_once(weight, dtype).double() != changed
     columns = differs.any(0)
     if not bool(columns.any()):
@@ -207,7 +206,7 @@ def _module(
         right=factors.get("right"),
     )
     applied = edit.apply(weight)
-    # Where terms cancel, their sum is no finer than they are: factors are float32.
+    # Factors are float32: where terms cancel, the error of their sum is relative to the terms.
     terms = torch.maximum(weight.abs(), changed.abs())
     if edit.left is not None and edit.right is not None:
         terms = torch.maximum(terms, edit.left.double().abs() @ edit.right.double().abs().T)
@@ -215,7 +214,7 @@ def _module(
     notes = {
         "change_norm": float((applied - weight).norm()),
         "weight_norm": float(weight.norm()),
-        # Of the largest term that was summed; half of one is what one rounding does.
+        # In spacings of the largest term; a single rounding gives at most 0.5.
         "worst_in_spacings": float(((applied - changed).abs() / spacing).max()),
     }
     what = [name.replace("_", " ") for name in ("row_scale", "column_scale") if name in factors]
@@ -235,8 +234,8 @@ def recovered(
 
     Returns:
         "column_scale" float32 [n], or "row_scale" float32 [d], or "left" float32 [d, rank] and "right"
-        float32 [n, rank], the latter also together with a column scale of other columns; None where the
-        rank would be more than half of min(d, n).
+        float32 [n, rank], possibly with a column scale of other columns; None if the rank exceeds half of
+        min(d, n).
     """
     differs = round_once(weight, dtype).double() != changed
     columns, scaled = proportional(weight, changed, dtype)
@@ -249,13 +248,13 @@ def recovered(
         return {"row_scale": torch.where(lines, rows, 1.0).float()}
     kept = touched & ~scaled
     change = (changed - weight)[:, kept]
-    found = low_rank(change, noise(spacings(changed, dtype)[:, kept]), min(weight.shape) // 2)
-    if found is None:
+    pair = low_rank(change, noise(spacings(changed, dtype)[:, kept]), min(weight.shape) // 2)
+    if pair is None:
         return None
-    left, right = found
-    spread = torch.zeros(weight.shape[1], right.shape[1], dtype=torch.float64)
-    spread[kept] = right
-    factors = {"left": left.float(), "right": spread.float()}
+    left, right = pair
+    full_right = torch.zeros(weight.shape[1], right.shape[1], dtype=torch.float64)
+    full_right[kept] = right
+    factors = {"left": left.float(), "right": full_right.float()}
     if bool((touched & scaled).any()):
         factors["column_scale"] = torch.where(touched & scaled, columns, 1.0).float()
     return factors
@@ -264,7 +263,7 @@ def recovered(
 def proportional(
     weight: torch.Tensor, changed: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each column, a number that takes W to W' with one rounding, and whether there is one.
+    """For each column a factor that maps W to W' up to one rounding, and whether it exists.
 
     Args:
         weight: W, float64 [d, n].
@@ -272,13 +271,13 @@ def proportional(
         dtype: in which W' is stored.
 
     Returns:
-        float64 [n], the middle of the interval of such numbers, and bool [n].
+        float64 [n], the middle of the interval of such factors, and bool [n].
     """
-    # What the first rows already exclude is most of a weight without scales.
+    # In a weight without scales the first rows already exclude most columns.
     few = slice(0, _FIRST_ROWS)
-    open_yet = _proportional(weight[few], changed[few], dtype)[1] | ~weight[few].bool().any(0)
-    places = open_yet.nonzero()[:, 0]
-    numbers, fits = torch.ones_like(weight[0]), torch.zeros_like(open_yet)
+    candidates = _proportional(weight[few], changed[few], dtype)[1] | ~weight[few].bool().any(0)
+    places = candidates.nonzero()[:, 0]
+    numbers, fits = torch.ones_like(weight[0]), torch.zeros_like(candidates)
     for group in places.split(max(1, _NUMBERS_AT_ONCE // len(weight))):
         numbers[group], fits[group] = _proportional(weight[:, group], changed[:, group], dtype)
     return numbers, fits
@@ -288,11 +287,11 @@ def _proportional(
     weight: torch.Tensor, changed: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spacing = spacings(changed, dtype)
-    # Below a power of two the numbers lie twice as close.
+    # Below a power of two the spacing is half.
     inner = torch.where(torch.frexp(changed.abs())[0] == 0.5, spacing / 4, spacing / 2)
     outer = spacing / 2
     if dtype.itemsize == 2:
-        # Of c W, or of W + (c - 1) W, before the cast; small scales are computed in float64.
+        # Rounding of c W, or of W + (c - 1) W, before the cast; small scales are computed in float64.
         before = torch.where(
             changed.abs() < _SMALL * weight.abs(), 0.0, changed.abs() + 2 * (changed - weight).abs()
         )
@@ -300,18 +299,18 @@ def _proportional(
     low = changed - torch.where(changed > 0, inner, outer)
     high = changed + torch.where(changed < 0, inner, outer)
     ends = torch.stack([low / weight, high / weight])
-    some = weight != 0
-    lowest = torch.where(some, ends.amin(0), -torch.inf).amax(0)
-    highest = torch.where(some, ends.amax(0), torch.inf).amin(0)
-    # The quotients themselves are rounded, which counts where W' is float64.
+    nonzero = weight != 0
+    lowest = torch.where(nonzero, ends.amin(0), -torch.inf).amax(0)
+    highest = torch.where(nonzero, ends.amax(0), torch.inf).amin(0)
+    # The quotients are rounded too, which matters if W' is float64.
     slack = (lowest.abs() + highest.abs()) * 2.0**-52
-    fits = (lowest <= highest + slack) & ((changed == 0) | some).all(0) & some.any(0)
+    fits = (lowest <= highest + slack) & ((changed == 0) | nonzero).all(0) & nonzero.any(0)
     middle = torch.where(fits, (lowest + highest) / 2, 1.0)
     return torch.where((changed == 0).all(0), 0.0, middle), fits
 
 
 def spacings(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The distance from each number to the next larger one in size of a float format, in float64."""
+    """The distance from each number to the next of larger magnitude in a float format, in float64."""
     limits = torch.finfo(dtype)
     smallest = math.frexp(limits.tiny)[1]
     exponents = torch.frexp(values)[1].clamp(min=smallest).masked_fill(values == 0, smallest)
@@ -319,21 +318,21 @@ def spacings(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def noise(spacing: torch.Tensor) -> float:
-    """What the largest singular value of rounding errors [d, n] stays below; see the formula above."""
+    """An upper bound of the largest singular value of rounding errors [d, n]; see the formula above."""
     deviations = spacing / math.sqrt(12)
     rows, columns = deviations.norm(dim=1).max(), deviations.norm(dim=0).max()
     tail = _TAIL * float(deviations.max()) * math.sqrt(math.log(sum(deviations.shape)))
     return _MARGIN * float(rows + columns) + tail
 
 
-def low_rank(change: torch.Tensor, floor: float, most: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """U [d, rank] and K [n, rank], float64, with the singular values of a matrix that exceed the floor, at least one.
+def low_rank(change: torch.Tensor, floor: float, max_rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """U [d, rank] and K [n, rank], float64, of the singular values above the floor, at least one.
 
-    Large matrices are not decomposed whole: subspace iteration from as many random directions as are
-    needed to find a singular value below the floor.
+    For large matrices by subspace iteration, with more random directions until a singular value is below the
+    floor.
 
     Returns:
-        None where more than ``most`` exceed it.
+        None if more than ``max_rank`` exceed it.
     """
     generator = torch.Generator().manual_seed(0)
     size = min(_FIRST_RANK, *change.shape)
@@ -348,7 +347,7 @@ def low_rank(change: torch.Tensor, floor: float, most: int) -> tuple[torch.Tenso
             inside, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
             left = basis @ inside
         rank = max(1, int((values > floor).sum()))
-        if rank > most:
+        if rank > max_rank:
             return None
         if rank < size or size == min(change.shape):
             roots = values[:rank].sqrt()
@@ -359,8 +358,8 @@ def low_rank(change: torch.Tensor, floor: float, most: int) -> tuple[torch.Tenso
 def _bias(
     base: ModelSource, layer: int, block: str, before: dict[str, TensorEntry], after: dict[str, TensorEntry]
 ) -> tuple[torch.Tensor | None, TensorDifference | None]:
-    """d = b' - b of a module, and what is said of it; the base may have none."""
-    if not base.anatomy.can_carry_bias(block):
+    """d = b' - b of a module, and the difference; the base may have no bias."""
+    if not base.anatomy.supports_bias(block):
         return None, None
     name = base.anatomy.stored_bias(layer, block, before.keys())
     if name not in after or after[name].dtype not in READABLE_DTYPES:
@@ -381,7 +380,7 @@ def _bias(
     )
 
 
-def _together(
+def _with_bias(
     layer: int, block: str, edit: ModuleEdit | None, bias: torch.Tensor | None, weight: torch.Tensor
 ) -> ModuleEdit:
     if edit is None:
@@ -393,21 +392,21 @@ def _together(
 def _zero_biases(
     base: ModelSource, before: dict[str, TensorEntry], after: dict[str, TensorEntry]
 ) -> set[str]:
-    """Biases of zeros that only the edited checkpoint has, because its config asks for all of a kind."""
-    found = set()
+    """Zero biases that only the edited checkpoint has, because its config enables all of a kind."""
+    zeros = set()
     for block in base.anatomy.layout.bias_switches:
         for layer in range(base.anatomy.layers):
             names = base.anatomy.switched_biases(layer, block, before.keys())
-            found |= {
+            zeros |= {
                 name
                 for name in names
                 if name in after and name not in before and not bool(read_tensor(after[name]).any())
             }
-    return found
+    return zeros
 
 
 def _relative_change(old: TensorEntry, new: TensorEntry) -> float | None:
-    """||W' - W||_F / ||W||_F, 0 where W' is W in its dtype; None where that cannot be said of two tensors."""
+    """||W' - W||_F / ||W||_F, 0 if W' is W in its dtype; None for tensors that cannot be compared."""
     if old.shape != new.shape or (
         old.dtype != new.dtype and not {old.dtype, new.dtype} <= set(READABLE_DTYPES)
     ):
@@ -416,7 +415,7 @@ def _relative_change(old: TensorEntry, new: TensorEntry) -> float | None:
         return 0.0 if _bytes(old) == _bytes(new) else None
     change = whole = 0.0
     same = True
-    for _, rows in blocks(old):
+    for _, rows in chunks(old):
         before, after = read_tensor(old, rows), read_tensor(new, rows)
         same &= torch.equal(round_once(before.double(), after.dtype), after)
         change += float((after.double() - before.double()).square().sum())

@@ -1,4 +1,4 @@
-"""Plan and checkpoint in, permanently steered checkpoint out: loads like the one that it was made from."""
+"""Export an edited checkpoint from a plan and a source checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from editing.checkpoints.model_card import model_card
 from editing.checkpoints.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
 from editing.checkpoints.verification import Verified, verify
 from editing.plans.plan import Plan
-from editing.plans.rounding import EditedBlock
+from editing.plans.rounding import EditedChunk
 from editing.plans.tensor_edits import AddedBiases, TensorEdit, added_biases, tensor_edits
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
@@ -24,20 +24,20 @@ from neurons.models.source import ModelSource
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did.
+    """The result of an export.
 
     Attributes:
         path: of the checkpoint.
-        tensors: names of the tensors whose bytes were replaced.
-        components: heads and neurons edited.
-        relative_change: ||dW||_F / ||W||_F over these tensors; None where the plan does not know it.
-        survived: tensor name -> (norm ratio, cosine) of the change that is on disk to the change that
-            was meant: a small edit can vanish in the rounding to the stored dtype.
-        unedited_copies: files of the output that hold the source's weights again; a loader that prefers
-            them would run the unsteered model.
-        added: names of the tensors that the source does not have: biases.
-        verified: what was read back, where that was asked for.
-        remainder_bytes: size of what undoing needs, where that was asked for.
+        tensors: names of the edited tensors.
+        components: number of edited heads and neurons.
+        relative_change: ||dW||_F / ||W||_F over these tensors; None if the plan does not have it.
+        survived: tensor name -> (norm ratio, cosine) of the change on disk to the planned change: a small edit
+            can vanish in the rounding to the stored dtype.
+        unedited_copies: files of the output with other copies of the source's weights; a loader that prefers
+            them would run the unedited model.
+        added: names of added tensors: biases.
+        verified: result of the verification, if requested.
+        remainder_bytes: size of the file for undo, if requested.
     """
 
     path: Path
@@ -60,31 +60,29 @@ def export(
     verified: bool = False,
     undoable: bool = False,
 ) -> Exported:
-    """Write the steered checkpoint.
+    """Write the edited checkpoint.
 
-    All files of the source are copied and only the edited tensors' bytes differ; the plan travels as
-    ``broca/edit.safetensors`` and the model card says what was edited.  Biases that the source has no
-    place for come in a shard of their own, and its config then asks for them.
+    All files of the source are copied and only the edited tensors differ; ``broca/edit.safetensors`` holds the
+    plan, and the model card describes the edit.  Biases that the source does not have are in a new shard, and
+    the config enables them.
 
     Args:
         source: the unedited model.
         plan: made for it.
-        out: directory to make.
-        overwrite: replace a checkpoint that is there.
+        out: directory to create.
+        overwrite: replace an existing checkpoint.
         progress: called with (bytes done, bytes in all).
-        verified: read all tensors back before the checkpoint takes its place (``editing.checkpoints.verification``).
+        verified: read all tensors back before the final rename (``editing.checkpoints.verification``).
         undoable: add ``broca/remainder.safetensors``, from which ``editing.checkpoints.undo`` restores the source.
 
     Raises:
-        BrocaError: the plan was made for another model, the source was edited before, what
-            ``write_checkpoint`` refuses, or a tensor that is not what it should be when read back.
+        BrocaError: the plan was made for another model, the source was edited before, an error of
+            ``write_checkpoint``, or a tensor that fails the verification.
     """
     out = Path(out)
     source.require_fingerprint(plan.metadata, "the plan")
     if (source.checkpoint / PLAN_IN_CHECKPOINT).exists():
-        raise BrocaError(
-            f"{source.name}: was edited by Broca already and holds one plan: edit its base model instead"
-        )
+        raise BrocaError(f"{source.name}: was already edited by Broca: edit its base model instead")
     edits = tensor_edits(source, plan)
     biases = added_biases(source, plan)
     sums = {edit.entry.name: torch.zeros(3, dtype=torch.float64) for edit in edits}
@@ -118,7 +116,7 @@ def export(
         tensors=tuple(sums),
         components=plan.components,
         relative_change=plan.relative_change(),
-        survived={name: _survival(found) for name, found in sums.items()},
+        survived={name: _survival(of_tensor) for name, of_tensor in sums.items()},
         unedited_copies=_other_weights(out),
         added=tuple(biases.tensors),
         verified=checks[0] if checks else None,
@@ -126,49 +124,49 @@ def export(
     )
 
 
-def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], EditedBlock]:
-    """The edit of a block of a stored tensor's rows.
+def _replacement(edit: TensorEdit, sums: torch.Tensor) -> Callable[[torch.Tensor, int], EditedChunk]:
+    """The edit of a chunk of a stored tensor's rows.
 
-    It adds <meant, meant>, <stored, stored>, <meant, stored> to ``sums``.
+    It adds <planned, planned>, <stored, stored>, <planned, stored> to ``sums``.
     """
 
-    def replace(block: torch.Tensor, first: int) -> EditedBlock:
-        found = edit.rounded(block, first)
-        meant = found.change.flatten()
-        stored = found.stored.to(meant.dtype, copy=True).sub_(block.to(meant.dtype)).flatten()
-        # Of one block in the precision of the change; over blocks in float64.
-        sums.add_(torch.stack([meant.dot(meant), stored.dot(stored), meant.dot(stored)]).double())
-        return found
+    def replace(chunk: torch.Tensor, first: int) -> EditedChunk:
+        edited = edit.rounded(chunk, first)
+        planned = edited.change.flatten()
+        stored = edited.stored.to(planned.dtype, copy=True).sub_(chunk.to(planned.dtype)).flatten()
+        # Within a chunk in the precision of the change, over chunks in float64.
+        sums.add_(torch.stack([planned.dot(planned), stored.dot(stored), planned.dot(stored)]).double())
+        return edited
 
     return replace
 
 
 def _survival(sums: torch.Tensor) -> tuple[float, float]:
-    meant, stored, product = (float(value) for value in sums)
-    if meant == 0:
+    planned, stored, product = (float(value) for value in sums)
+    if planned == 0:
         return 1.0, 1.0
-    ratio = (stored / meant) ** 0.5
-    return ratio, product / (meant * stored) ** 0.5 if stored else 0.0
+    ratio = (stored / planned) ** 0.5
+    return ratio, product / (planned * stored) ** 0.5 if stored else 0.0
 
 
 def _config_with(source: ModelSource, biases: AddedBiases) -> bytes:
-    """The source's config.json with the settings that ask for the biases."""
+    """The source's config.json with the settings that enable the biases."""
     settings = json.loads((source.checkpoint / "config.json").read_bytes())
     return (json.dumps({**settings, **biases.settings}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _changes(source: ModelSource, files: dict[str, bytes], biases: AddedBiases) -> FileChanges:
-    found = additions(source.checkpoint, biases.tensors)
-    written = [*files, *found.files]
+    extra_shard = additions(source.checkpoint, biases.tensors)
+    written = [*files, *extra_shard.files]
     return FileChanges(
         replaced=tuple(name for name in written if (source.checkpoint / name).is_file()),
         made=tuple(name for name in written if not (source.checkpoint / name).is_file()),
-        renamed=found.renamed,
+        renamed=extra_shard.renamed,
     )
 
 
 def _other_weights(checkpoint: Path) -> tuple[str, ...]:
-    """Files with weights that the edit did not reach, relative to the checkpoint."""
+    """Files with unedited weights, relative to the checkpoint."""
     known = {*weight_files(checkpoint), checkpoint / PLAN_IN_CHECKPOINT, checkpoint / REMAINDER_IN_CHECKPOINT}
     return tuple(
         path.relative_to(checkpoint).as_posix()
@@ -178,6 +176,6 @@ def _other_weights(checkpoint: Path) -> tuple[str, ...]:
 
 
 def read_exported_plan(checkpoint: Path) -> Path | None:
-    """The plan inside a checkpoint that Broca wrote, or None."""
+    """The path of the plan in an edited checkpoint, or None."""
     path = checkpoint / PLAN_IN_CHECKPOINT
     return path if path.is_file() else None

@@ -1,7 +1,7 @@
-"""Files copied in the background while their changed parts are written: bytes alone, no tensors.
+"""Copy files in the background while their changed parts are written.
 
-A copy-on-write clone where the file system has them; else the kernel copies all bytes but those that somebody
-else is about to write.  Never a hard link, through which a write would reach the source.
+By a copy-on-write clone if the file system supports it; else the kernel copies all bytes that the caller does not
+write.  Never by a hard link, through which writes would reach the source.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 
 _FICLONE = 0x40049409
 _AT_ONCE = 16 * 2**20
-# Some systems send to sockets only.
+# On some systems sendfile supports only sockets.
 _CANNOT_SEND = (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP)
 
 
 class Copies:
-    """Copies under way.
+    """Background copies.
 
     Args:
-        advance: called with the number of bytes that were copied, from another thread.
+        advance: called with the number of copied bytes, from another thread.
     """
 
     def __init__(self, advance: Callable[[int], None]) -> None:
@@ -37,17 +37,17 @@ class Copies:
         self._stopped = threading.Event()
 
     def begin(self, source: Path, target: Path, left_out: Sequence[tuple[int, int]] = ()) -> None:
-        """Make the target, in its full length, and begin to fill it.
+        """Create the target in its full length and start to copy.
 
         Args:
             source: a file.
-            target: which must not exist.
+            target: must not exist.
             left_out: (begin, end) of bytes that the caller writes, ascending.
         """
         with source.open("rb") as reader, target.open("xb") as writer:
             size = os.fstat(reader.fileno()).st_size
             try:
-                # Shared until a write, which then stays in the copy.
+                # Blocks are shared until a write to the copy.
                 fcntl.ioctl(writer, _FICLONE, reader.fileno())
                 gaps = []
                 self._advance(size)
@@ -59,12 +59,12 @@ class Copies:
         self._copies[target] = self._copying.submit(self._fill, source, target, gaps)
 
     def written(self, target: Path) -> None:
-        """The caller has written its part of a file, which goes to the disk once the rest is copied."""
+        """Mark the caller's part of a file as written; the file is synced once the rest is copied."""
         self.check()
         self._written.append(self._writing.submit(self._to_disk, target))
 
     def check(self) -> None:
-        """Raise what a copy has failed with."""
+        """Raise the error of a failed copy."""
         for copy in [*self._copies.values(), *self._written]:
             if copy.done():
                 copy.result()
@@ -76,7 +76,7 @@ class Copies:
                 while begin < end and not self._stopped.is_set():
                     sent = _send(reader.fileno(), writer.fileno(), begin, min(_AT_ONCE, end - begin))
                     if sent == 0:
-                        raise OSError(f"{source} became shorter while it was copied")
+                        raise OSError(f"{source} became shorter during the copy")
                     begin += sent
                     self._advance(sent)
 
@@ -97,10 +97,10 @@ class Copies:
 
 @contextmanager
 def copies(advance: Callable[[int], None]) -> Iterator[Copies]:
-    """Copies that are finished, and on the disk, when the block ends; stopped where it fails.
+    """Context of background copies, which are complete and synced at its end; an error in it stops them.
 
     Raises:
-        OSError: what a copy has failed with.
+        OSError: a copy failed.
     """
     under_way = Copies(advance)
     try:
@@ -112,7 +112,7 @@ def copies(advance: Callable[[int], None]) -> Iterator[Copies]:
 
 
 def _send(reader: int, writer: int, begin: int, count: int) -> int:
-    """Copy bytes to where the writer stands; how many were."""
+    """Copy bytes to the writer's position and return their number."""
     try:
         return os.sendfile(writer, reader, begin, count)
     except OSError as error:

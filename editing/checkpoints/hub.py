@@ -1,4 +1,4 @@
-"""A directory that Broca wrote, a checkpoint or an adapter, to the model hub; first, whether it can get there."""
+"""Push a checkpoint or an adapter to the model hub, after a check of name and token."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from pathlib import Path
 
 from neurons.errors import BrocaError, UsageError, first_line
 
-# Either says what the directory is; without one of them it would load nowhere.
+# A model directory has one of these.
 CONFIGS = ("config.json", "adapter_config.json")
 _BAD_NAME = "{}: not a valid repository name: write it as owner/name"
-_OFFLINE = "{}: HF_HUB_OFFLINE forbids to ask the hub: unset it to push"
-_NO_TOKEN = "{}: no token to push with: run `hf auth login` or set HF_TOKEN"
+_OFFLINE = "{}: HF_HUB_OFFLINE is set: unset it to push"
+_NO_TOKEN = "{}: there is no token: run `hf auth login` or set HF_TOKEN"
 
 
 def require_pushable(repo: str) -> None:
-    """Refuse what could not be pushed, before any work and without asking the hub.
+    """Check locally, before any work, that a push is possible.
 
     Raises:
         UsageError: not a valid repository name.
-        BrocaError: nobody is logged in, or the hub is forbidden.
+        BrocaError: no token, or offline mode.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -35,22 +35,21 @@ def require_pushable(repo: str) -> None:
 
 
 def push(path: Path, repo: str, private: bool = False) -> str:
-    """Upload a directory as a model repository, which is made where it is not there.
+    """Upload a directory to a model repository, which is created if needed.
 
-    Files of the repository that the directory lacks stay.  Who uploads is settled by ``hf auth login`` or
-    ``HF_TOKEN``, as for every program that uses the hub.
+    Other files of the repository are kept.  The token is that of ``hf auth login`` or ``HF_TOKEN``.
 
     Args:
         path: directory with a ``config.json`` or an ``adapter_config.json``.
         repo: "name" or "owner/name".
-        private: make a new repository private; one that is there keeps who may see it.
+        private: create a new repository as private; an existing one keeps its visibility.
 
     Returns:
         The repository's address.
 
     Raises:
         UsageError: neither a checkpoint nor an adapter, or not a valid repository name.
-        BrocaError: no token, no right to write there, or the hub cannot be reached.
+        BrocaError: no token, no write permission, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -62,7 +61,7 @@ def push(path: Path, repo: str, private: bool = False) -> str:
     )
 
     if not any((path / name).is_file() for name in CONFIGS):
-        raise UsageError(f"{path}: no directory with {' or '.join(CONFIGS)}, so nothing to push")
+        raise UsageError(f"{path}: not a directory with {' or '.join(CONFIGS)}, so there is nothing to push")
     api = HfApi()
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
@@ -79,7 +78,7 @@ def push(path: Path, repo: str, private: bool = False) -> str:
         status = error.response.status_code
         if status in (401, 403):
             raise BrocaError(
-                f"{repo}: the hub refuses the token ({status}): run `hf auth login` with one that may write there"
+                f"{repo}: the hub refuses the token ({status}): run `hf auth login` with one that has write permission"
             ) from error
         raise BrocaError(f"{repo}: the hub says: {first_line(error)}") from error
     except (HTTPError, OSError) as error:

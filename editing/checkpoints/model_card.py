@@ -1,4 +1,4 @@
-"""The model card of a steered checkpoint: what was edited, how, and how to undo it."""
+"""The model card of an edited checkpoint: the edit, its settings, and how to undo it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from neurons.models.source import ModelSource
 
 
 def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoable: bool = False) -> str:
-    """README.md of the output: Broca's section, then the source's own card, whose front matter is kept.
+    """README.md of the output: Broca's section, then the source's card; front matter is kept.
 
     Args:
-        source: the model that was edited.
-        plan: what was done.
-        added: names of tensors that the source does not have.
-        undoable: whether the checkpoint holds what ``broca export --undo`` needs.
+        source: the source model.
+        plan: the edit.
+        added: names of added tensors.
+        undoable: whether the checkpoint supports ``broca export --undo``.
     """
     readme = source.checkpoint / "README.md"
     fields: dict[str, Any] = {}
@@ -32,7 +32,7 @@ def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoa
     tags = fields.get("tags") if isinstance(fields.get("tags"), list) else []
     fields["tags"] = [*(tag for tag in tags or [] if tag != "broca"), "broca"]
     if not Path(source.name).expanduser().exists():
-        fields["base_model"] = source.name  # a hub id; a local path would mean nothing to a reader
+        fields["base_model"] = source.name  # a hub id; a local path is meaningless elsewhere
     front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
     parts = [f"---\n{front}\n---\n", _section(source, plan, added, undoable)]
     if original:
@@ -41,7 +41,7 @@ def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoa
 
 
 class _Yaml12(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads ``no`` as a word (Norwegian, in a list of languages), as YAML 1.2 and the hub do."""
+    """Reads ``no`` as a string (Norwegian), as YAML 1.2 and the hub do."""
 
 
 _Yaml12.yaml_implicit_resolvers = {
@@ -56,16 +56,16 @@ _Yaml12.add_implicit_resolver(
 def split_front_matter(card: str) -> tuple[dict[str, Any], str]:
     """The fields between the first ``---`` lines and the text after them.
 
-    Front matter that is not a YAML mapping stays in the text: nothing of a card is lost.
+    Front matter that is not a YAML mapping stays in the text.
     """
-    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
-    if found is not None:
+    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    if match is not None:
         try:
-            fields = yaml.load(found[1], Loader=_Yaml12)
+            fields = yaml.load(match[1], Loader=_Yaml12)
         except yaml.YAMLError:
             fields = None
         if isinstance(fields, dict):
-            return fields, card[found.end() :].strip()
+            return fields, card[match.end() :].strip()
     return {}, card.strip()
 
 
@@ -82,7 +82,7 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
     settings = ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())
     rows = "\n".join(
         f"| `{source.anatomy.tensor_name(edit.layer, edit.block)}` | {len(edit.components)} "
-        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_share(edit)} |"
+        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_relative_change(edit)} |"
         for edit in plan.edits
     )
     measured = _measured(plan.metadata["measured"]) if "measured" in plan.metadata else ""
@@ -159,5 +159,5 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _share(edit: ModuleEdit) -> str:
+def _relative_change(edit: ModuleEdit) -> str:
     return "-" if edit.relative_change is None else f"{edit.relative_change:.3g}"

@@ -1,4 +1,4 @@
-"""Whether two checkpoints differ in their weights alone, config, tokenizer and end tokens alike, so that the one model can compute with the other's."""
+"""Check that two checkpoints differ only in weights, so that one model can compute with the other's weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from neurons.models.fingerprint import VOLATILE
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.models.start_tokens import start_tokens
 
-# Settings that say nothing of what a trained model computes, those of dropout besides.
+# Settings without effect on what a trained model computes.
 DROPOUT = ("dropout", "pdrop", "layerdrop")
 INERT = frozenset(
     (
@@ -18,49 +18,49 @@ INERT = frozenset(
         "return_dict", "use_cache",
     )
 )  # fmt: skip
-SHOWN = 3  # settings that are named of many
-SAMPLE = "A small café in 1999; Straße, ¿qué?, 你好, привет, مرحبا"  # that tokenizers are compared on
+SHOWN = 3  # maximum settings in a message
+SAMPLE = "A small café in 1999; Straße, ¿qué?, 你好, привет, مرحبا"  # for the comparison of tokenizers
 
 
 def require_same_settings(ours: ModelSource, theirs: ModelSource) -> None:
-    """Refuse a model whose config has it compute otherwise, whatever its weights are.
+    """Reject a model whose config changes its computation.
 
-    Biases that its config asks for and ours does not are weights, where the family has a switch for them.
+    Settings of bias switches may differ, since biases are weights.
 
     Raises:
-        BrocaError: by setting, with both values.
+        BrocaError: names the settings and both values.
     """
-    own, other = _settings(ours), _settings(theirs)
-    switched = _switched(ours, own, other)
+    of_ours, of_theirs = _settings(ours), _settings(theirs)
+    switched = _switched(ours, of_ours, of_theirs)
     differing = [
-        key for key in sorted({*own, *other}, key=lambda key: (key != "model_type", key))
-        if own.get(key) != other.get(key) and key not in switched
+        key for key in sorted({*of_ours, *of_theirs}, key=lambda key: (key != "model_type", key))
+        if of_ours.get(key) != of_theirs.get(key) and key not in switched
     ]  # fmt: skip
     if differing:
-        told = [f"{key} is {other.get(key)!r} and not {own.get(key)!r}" for key in differing[:SHOWN]]
+        changes = [f"{key} is {of_theirs.get(key)!r}, not {of_ours.get(key)!r}" for key in differing[:SHOWN]]
         more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise BrocaError(
-            f"{theirs.name}: its config.json has it compute otherwise than {ours.name}, whatever its weights are "
-            f"({', '.join(told)}{more}): measure each by itself"
+            f"{theirs.name}: its config.json changes its computation compared with {ours.name} "
+            f"({', '.join(changes)}{more}): evaluate each separately"
         )
 
 
-def require_same_reading(ours: LoadedModel, theirs: LoadedModel) -> None:
-    """Refuse a model that reads text, or ends an answer, otherwise than ours: its weights alone would not be it.
+def require_same_tokens(ours: LoadedModel, theirs: LoadedModel) -> None:
+    """Reject a model with another tokenizer or other end tokens.
 
     Raises:
-        BrocaError: by what differs.
+        BrocaError: names the difference.
     """
-    own, other = _reading(ours), _reading(theirs)
-    differing = [what for what in own if own[what] != other[what]]
+    of_ours, of_theirs = _token_settings(ours), _token_settings(theirs)
+    differing = [what for what in of_ours if of_ours[what] != of_theirs[what]]
     if differing:
         raise BrocaError(
-            f"{theirs.name}: not the same {', '.join(differing)} as {ours.name}, so its weights alone would not "
-            "answer as it does: measure each by itself"
+            f"{theirs.name}: not the same {', '.join(differing)} as {ours.name}, so exchanging weights is not "
+            "enough: evaluate each separately"
         )
 
 
-def _reading(loaded: LoadedModel) -> dict[str, Any]:
+def _token_settings(loaded: LoadedModel) -> dict[str, Any]:
     tokenizer, ends = loaded.tokenizer, loaded.model.generation_config.eos_token_id
     return {
         "vocabulary": tokenizer.get_vocab(),
@@ -72,7 +72,7 @@ def _reading(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _settings(source: ModelSource) -> dict[str, Any]:
-    """What decides over the computation, defaults of transformers' filled in."""
+    """The settings that affect the computation, with the defaults of transformers."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source.checkpoint).get_text_config()
@@ -83,11 +83,11 @@ def _settings(source: ModelSource) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _switched(source: ModelSource, own: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
-    """Setting -> block, of the bias switches that are on in the other alone."""
+def _switched(source: ModelSource, of_ours: dict[str, Any], of_theirs: dict[str, Any]) -> dict[str, str]:
+    """Setting -> block, of the bias switches that are on only in the other."""
     switches = source.anatomy.layout.bias_switches
     return {
         switch.setting: block
         for block, switch in switches.items()
-        if not own.get(switch.setting) and other.get(switch.setting)
+        if not of_ours.get(switch.setting) and of_theirs.get(switch.setting)
     }

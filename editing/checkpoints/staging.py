@@ -1,4 +1,4 @@
-"""A directory filled beside its place and moved there at the end: all of it is there afterwards, or nothing."""
+"""Write a directory atomically: fill it beside the target and rename it at the end."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from typing import TextIO
 
 from neurons.errors import BrocaError
 
-# What lies in the temporary directory beside the target: the mark of the process at work, the new
-# checkpoint and, for the moment of an overwrite, the old one.
+# Content of the temporary directory beside the target: the lock of the process, the new checkpoint and, during
+# an overwrite, the old one.
 _OWNER, _STAGED, _PREVIOUS = "owner", "checkpoint", "previous"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def place_apart(source: Path, target: Path) -> Path:
-    """The resolved target, once it is known that neither directory lies in the other.
+    """The resolved target, after a check that neither directory is inside the other.
 
     Raises:
-        BrocaError: the target is a link, the source, or lies in it, or the other way round.
+        BrocaError: the target is a link or the source, or one is inside the other.
     """
     if target.is_symlink():
-        raise BrocaError(f"{target} is a symbolic link: name the directory to write itself.")
-    origin, place = source.resolve(), target.resolve()
-    if place.is_relative_to(origin) or origin.is_relative_to(place):
-        relation = "is the source itself" if origin == place else "and the source lie one inside the other"
+        raise BrocaError(f"{target} is a symbolic link: give the directory itself.")
+    resolved, place = source.resolve(), target.resolve()
+    if place.is_relative_to(resolved) or resolved.is_relative_to(place):
+        relation = "is the source itself" if resolved == place else "and the source are one inside the other"
         raise BrocaError(f"{target} {relation} ({source}): write to a directory of its own.")
     return place
 
 
 def check_target(target: Path, overwrite: bool = False) -> None:
-    """Refuse a place that a checkpoint could not be written to, before any work is done.
+    """Check, before any work, that a checkpoint can be written to the target.
 
-    What killed runs left beside the target is cleared away first, and an old target that they had moved
-    away is put back.
+    Leftovers of killed runs beside the target are removed first, and an old target that they had moved is
+    restored.
 
     Args:
-        target: directory to make; its parents may be missing.
+        target: directory to create; its parents may be missing.
         overwrite: whether a checkpoint (a directory with a ``config.json``) there may be replaced.
 
     Raises:
-        BrocaError: something is there that may not be replaced, or the place cannot be written to.
+        BrocaError: the target exists and must not be replaced, or cannot be written.
     """
     if target.is_symlink():
-        raise BrocaError(f"{target} is a symbolic link: name the directory to write itself.")
+        raise BrocaError(f"{target} is a symbolic link: give the directory itself.")
     target = target.resolve()
     _clear_leftovers(target)
     if target.exists():
@@ -66,33 +66,33 @@ def check_target(target: Path, overwrite: bool = False) -> None:
             )
         if target.is_mount():
             raise BrocaError(f"{target} is where a disk is mounted: write to a directory in it.")
-        # Moved to another parent, a directory must let itself be written to: its ".." changes.
+        # Moving a directory to another parent needs write permission on it: its ".." changes.
         if not os.access(target, os.W_OK):
-            raise BrocaError(f"{target} cannot be written to, so not be replaced: choose another place.")
+            raise BrocaError(f"{target} cannot be written to, so not be replaced: choose another directory.")
     folder = _nearest(target)
     if not folder.is_dir():
         raise BrocaError(f"{folder} is a file, so {target} cannot be made in it: write to another directory.")
     refusal = f"{folder} cannot be written to, so {target} cannot be made"
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BrocaError(f"{refusal}: choose another place.")
+        raise BrocaError(f"{refusal}: choose another directory.")
     try:
-        # Permissions do not tell all: quotas, network disks and names that are too long say no only here.
+        # Quotas, network disks and too long names fail only here, not in permissions.
         Path(tempfile.mkdtemp(prefix=_shelter_prefix(target), dir=folder)).rmdir()
     except OSError as error:
-        raise BrocaError(f"{refusal} ({error.strerror}): choose another place.") from error
+        raise BrocaError(f"{refusal} ({error.strerror}): choose another directory.") from error
 
 
 def check_room(target: Path, size: int) -> None:
-    """Refuse a disk without room for ``size`` bytes and one per cent more.
+    """Check that the disk has space for ``size`` bytes and one per cent more.
 
     Raises:
-        BrocaError: too little room.
+        BrocaError: too little space.
     """
     folder = _nearest(target)
     needed, free = size + size // 100, shutil.disk_usage(folder).free
     if free < needed:
         raise BrocaError(
-            f"{target} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: make room there, "
+            f"{target} needs {needed / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free: free space there, "
             "or write to another disk."
         )
 
@@ -108,13 +108,13 @@ def _shelter_prefix(target: Path) -> str:
 def _clear_leftovers(target: Path) -> None:
     if not target.parent.is_dir():
         return
-    # Exactly the endings of mkdtemp: a target called "x.broca-y" has its own, longer ones.
+    # Exactly the suffixes of mkdtemp: those of a target named "x.broca-y" are longer.
     ours = re.compile(re.escape(_shelter_prefix(target)) + r"[a-z0-9_]{8}")
     for shelter in [item for item in target.parent.iterdir() if ours.fullmatch(item.name)]:
-        # The system drops a lock with the process that held it, whatever killed that; a process number
-        # alone may belong to another container or to a later process.
+        # The system releases the lock of a killed process; a process id alone may belong to another container or
+        # to a later process.
         if not (shelter / _OWNER).exists():
-            # Killed before the mark was made or after it was removed: then there is nothing in it.
+            # Killed before the lock was created or after it was removed: the directory is empty.
             with suppress(OSError):
                 shelter.rmdir()
             continue
@@ -132,7 +132,7 @@ def _discard(shelter: Path, target: Path) -> None:
             raise BrocaError(
                 f"the old {target} could not be put back ({error.strerror}): move it back from {previous}."
             ) from error
-    # The mark goes last: what a kill leaves here must still be known for a killed run's.
+    # The lock is removed last, so that leftovers of a kill here are still recognised.
     for name in (_STAGED, _PREVIOUS):
         shutil.rmtree(shelter / name, ignore_errors=True)
     shutil.rmtree(shelter, ignore_errors=True)
@@ -140,23 +140,23 @@ def _discard(shelter: Path, target: Path) -> None:
 
 @contextmanager
 def staging(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill, which becomes the target when the block ends well and is gone when it does not.
+    """Context with a directory to fill, which becomes the target on success and is removed on failure.
 
-    Where the system can exchange two names (Linux), a target that is overwritten is there at every moment.
+    If the system can exchange two names (Linux), an overwritten target exists at every moment.
 
     Args:
-        target: resolved, and passed by ``check_target``; missing parents are made.
-        overwrite: replace a target that is there.
+        target: resolved, and checked by ``check_target``; missing parents are created.
+        overwrite: replace an existing target.
 
     Raises:
-        BrocaError: the disk fails, or a target appeared meanwhile.
+        BrocaError: the disk fails, or a target appeared in the meantime.
     """
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _shelter(target) as shelter:
             staged = shelter / _STAGED
-            # Made by mkdir, not mkdtemp: the checkpoint gets the user's usual permissions.
+            # By mkdir, not mkdtemp: the checkpoint gets the user's usual permissions.
             staged.mkdir()
             yield staged
             _sync(staged)
@@ -172,17 +172,17 @@ def staging(target: Path, overwrite: bool) -> Iterator[Path]:
                 folder.rmdir()
         if isinstance(error, OSError):
             raise BrocaError(
-                f"{target} could not be written ({error}); what was there before is unchanged: mend the cause "
+                f"{target} could not be written ({error}); the previous content is unchanged: fix the cause "
                 "and run again."
             ) from error
         raise
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange what two names stand for in one step; False where the system or the disk cannot.
+    """Exchange two names atomically; False if the system or the disk does not support it.
 
     Raises:
-        OSError: it can, and it failed.
+        OSError: the exchange failed.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
@@ -198,7 +198,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 @contextmanager
 def _shelter(target: Path) -> Iterator[Path]:
-    """A directory beside the target that is marked as in use for as long as the block runs, then gone."""
+    """Context with a locked directory beside the target, removed at the end."""
     shelter, owner = _marked(target)
     with owner:
         owner.write(f"{os.getpid()}\n")
@@ -210,15 +210,15 @@ def _shelter(target: Path) -> Iterator[Path]:
 
 
 def _marked(target: Path) -> tuple[Path, TextIO]:
-    """A new directory beside the target, and the file in it by which it is locked."""
+    """A new directory beside the target, and its lock file."""
     while True:
         shelter = Path(tempfile.mkdtemp(prefix=_shelter_prefix(target), dir=target.parent))
-        # Until it is locked, another run may take it for a killed run's, and clear it away.
+        # Until it is locked, another run may take it for a leftover and remove it.
         try:
             owner = (shelter / _OWNER).open("x")
         except FileNotFoundError:
             continue
-        # Where a network disk has no locks, the directory of a killed run is never cleared, which is safe.
+        # On a network disk without locks leftovers are never removed, which is safe.
         with suppress(OSError):
             fcntl.flock(owner, fcntl.LOCK_EX)
         if (shelter / _OWNER).exists():
@@ -239,7 +239,7 @@ def _sync(folder: Path) -> None:
 def _sync_directory(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        # Some network file systems cannot; the names are then as safe as those make them.
+        # Some network file systems do not support this.
         with suppress(OSError):
             os.fsync(handle)
     finally:

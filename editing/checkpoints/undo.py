@@ -1,8 +1,8 @@
-"""The way back from an edited checkpoint to its base, to the bit: the remainder beside the plan, and its use.
+"""Restore the base of an edited checkpoint bit for bit, from the remainder beside the plan.
 
-``broca/remainder.safetensors`` holds, for each block of each edited tensor, what ``editing.plans.remainder`` says
-is lost when the edit is inverted and rounded, with digests of both tensors, and the source's own README,
-config and index where the export replaced them.
+``broca/remainder.safetensors`` holds, for each chunk of each edited tensor, the remainder of the inverted and
+rounded edit (``editing.plans.remainder``), with digests of both tensors, and the source's README, config and index
+if the export replaced them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from editing.checkpoints.checkpoint import BLOCK_BYTES, blocks, write_checkpoint
+from editing.checkpoints.checkpoint import CHUNK_BYTES, chunks, write_checkpoint
 from editing.plans.plan import load_plan
 from editing.plans.remainder import decoded, encoded, integers_of, packed, unpacked
 from editing.plans.rounding import round_once
@@ -35,11 +35,11 @@ KIND = "remainder"
 
 @dataclass(frozen=True)
 class FileChanges:
-    """What an export did to files other than by editing tensors; paths relative to the checkpoint.
+    """Changes of an export to files other than edited tensors; paths relative to the checkpoint.
 
     Attributes:
-        replaced: files of the source that have other content in the output.
-        made: files that the source does not have.
+        replaced: files of the source with other content in the output.
+        made: new files.
         renamed: file of the source -> its name in the output.
     """
 
@@ -48,26 +48,26 @@ class FileChanges:
     renamed: dict[str, str]
 
 
-def refuse_adapter(directory: Path) -> None:
+def reject_adapter(directory: Path) -> None:
     """
     Raises:
-        BrocaError: an adapter, beside whose base there is nothing to restore.
+        BrocaError: an adapter, which does not change its base model.
     """
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
         raise BrocaError(
-            f"{directory}: an adapter, which leaves its base model as it is, so there is nothing to undo: "
+            f"{directory}: an adapter, which does not change its base model, so there is nothing to undo: "
             "load the base model without it"
         )
 
 
 @dataclass(frozen=True)
 class Undone:
-    """What undoing an edit did.
+    """The result of an undo.
 
     Attributes:
         path: of the restored checkpoint.
-        tensors: names of the tensors that were restored.
-        fingerprint: of the result, which is the base's.
+        tensors: names of the restored tensors.
+        fingerprint: of the result and of the base.
     """
 
     path: Path
@@ -80,16 +80,16 @@ def write_remainder(
     edits: Sequence[TensorEdit],
     changes: FileChanges,
     edited: Path,
-    block_bytes: int = BLOCK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> int:
-    """Put what ``undo`` needs into an edited checkpoint; a block at a time is in memory.
+    """Write the file that ``undo`` needs into an edited checkpoint, with one chunk at a time in memory.
 
     Args:
         source: the unedited model.
-        edits: what was done to its tensors (``tensor_edits``).
-        changes: what was done to its files.
-        edited: the checkpoint, already written.
-        block_bytes: stored bytes per block.
+        edits: of its tensors (``tensor_edits``).
+        changes: of its files.
+        edited: the written checkpoint.
+        chunk_bytes: stored bytes of a chunk.
 
     Returns:
         Bytes of the file.
@@ -111,7 +111,7 @@ def write_remainder(
         for number, edit in enumerate(edits):
             before, after = hashlib.sha256(), hashlib.sha256()
             entry = entries[edit.entry.name]
-            for count, (first, rows) in enumerate(blocks(edit.entry, block_bytes)):
+            for count, (first, rows) in enumerate(chunks(edit.entry, chunk_bytes)):
                 base, changed = read_tensor(edit.entry, rows), read_tensor(entry, rows)
                 before.update(_bytes(base))
                 after.update(_bytes(changed))
@@ -125,7 +125,7 @@ def write_remainder(
         "packages": package_versions(),
         "model": source.label,
         "fingerprint": source.fingerprint,
-        "block_bytes": block_bytes,
+        "block_bytes": chunk_bytes,
         "tensors": tensors,
         "replaced": list(changes.replaced),
         "made": [*changes.made, REMAINDER_IN_CHECKPOINT.as_posix()],
@@ -144,42 +144,44 @@ def undo(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Undone:
-    """Write the base that an edited checkpoint was made from: its tensors to the bit, its config and README.
+    """Write the base of an edited checkpoint, with the same bits, config and README.
 
     Args:
-        edited: a checkpoint that ``export`` wrote with ``undoable``.
-        out: directory to make.
-        overwrite: replace a checkpoint that is there.
+        edited: a checkpoint of ``export`` with ``undoable``.
+        out: directory to create.
+        overwrite: replace an existing checkpoint.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        BrocaError: no plan, no remainder, a checkpoint that was changed since the export, or what
-            ``write_checkpoint`` refuses.  Nothing is then written.
+        BrocaError: no plan, no remainder, a checkpoint that was changed since the export, or an error of
+            ``write_checkpoint``.  Nothing is then written.
     """
     remainder = _Remainder(edited)
     plan = load_plan(edited.checkpoint / PLAN_IN_CHECKPOINT)
     if plan.metadata.get("fingerprint") != remainder.about["fingerprint"]:
-        raise BrocaError(f"{edited.name}: its plan and its remainder are of two exports: use the base model")
-    found = {edit.entry.name: edit for edit in tensor_edits(edited, plan)}
+        raise BrocaError(
+            f"{edited.name}: its plan and its remainder are from different exports: use the base model"
+        )
+    edits = {edit.entry.name: edit for edit in tensor_edits(edited, plan)}
     digests = {tensor["name"]: tensor for tensor in remainder.about["tensors"]}
     names = list(digests)
-    lacking = [name for name in names if name not in found]
-    if lacking:
-        raise BrocaError(f"{edited.name}: its plan does not edit {lacking[0]}: use the base model")
+    missing = [name for name in names if name not in edits]
+    if missing:
+        raise BrocaError(f"{edited.name}: its plan does not edit {missing[0]}: use the base model")
     for name in names:
-        if _digest(found[name].entry) != digests[name]["edited"]:
+        if _digest(edits[name].entry) != digests[name]["edited"]:
             raise BrocaError(
-                f"{edited.name}: tensor {name} was changed after the export, so the edit cannot be undone to the "
-                "bit: use the base model"
+                f"{edited.name}: tensor {name} was changed after the export, so the edit cannot be undone "
+                "exactly: use the base model"
             )
-    replacements = {name: remainder.restorer(number, found[name]) for number, name in enumerate(names)}
+    replacements = {name: remainder.restorer(number, edits[name]) for number, name in enumerate(names)}
 
     def check(staged: Path) -> None:
         entries = tensor_entries(staged)
         for name in names:
             if _digest(entries[name]) != digests[name]["base"]:
                 raise BrocaError(
-                    f"{edited.name}: tensor {name} does not come out as it was in the base: use the base model"
+                    f"{edited.name}: tensor {name} is not restored to that of the base: use the base model"
                 )
         if fingerprint(staged) != remainder.about["fingerprint"]:
             raise BrocaError(
@@ -197,25 +199,25 @@ def undo(
         renamed={new: old for old, new in remainder.about["renamed"].items()},
         complete=check,
         overwrite=overwrite,
-        block_bytes=remainder.about["block_bytes"],
+        chunk_bytes=remainder.about["block_bytes"],
         progress=progress,
     )
     return Undone(out, tuple(names), remainder.about["fingerprint"])
 
 
 class _Remainder:
-    """The remainder file of a checkpoint, read a block at a time."""
+    """The remainder file of a checkpoint, read in chunks."""
 
     def __init__(self, edited: ModelSource) -> None:
         self._path = edited.checkpoint / REMAINDER_IN_CHECKPOINT
         if not (edited.checkpoint / PLAN_IN_CHECKPOINT).is_file():
             raise BrocaError(
-                f"{edited.name}: holds no edit of Broca's, so there is nothing to undo: name a checkpoint that "
-                "`broca export --undoable` wrote"
+                f"{edited.name}: has no edit of Broca, so there is nothing to undo: give a checkpoint of "
+                "`broca export --undoable`"
             )
         if not self._path.is_file():
             raise BrocaError(
-                f"{edited.name}: was exported without --undoable, so what the rounding took is not kept: use its "
+                f"{edited.name}: was exported without --undoable, so it lacks the remainder: use its "
                 f"base model, {_base(edited)}"
             )
         with self._opened() as stream:
@@ -225,7 +227,7 @@ class _Remainder:
             raise BrocaError(f"{self._path}: not a remainder that this Broca can read: update broca")
 
     def files(self) -> dict[str, bytes]:
-        """The source's own content of the files that the export replaced, by path."""
+        """The source's content of the files that the export replaced, by path."""
         with self._opened() as stream:
             return {
                 name: stream.get_tensor(f"file.{number}").numpy().tobytes()
@@ -233,16 +235,16 @@ class _Remainder:
             }
 
     def restorer(self, number: int, edit: TensorEdit) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """The base values of a block, exact, from its edited values."""
-        counts = {first: i for i, (first, _) in enumerate(blocks(edit.entry, self.about["block_bytes"]))}
+        """A function from the edited values of a chunk to its exact base values."""
+        counts = {first: i for i, (first, _) in enumerate(chunks(edit.entry, self.about["block_bytes"]))}
 
-        def restore(block: torch.Tensor, first: int) -> torch.Tensor:
-            small, own = (
+        def restore(chunk: torch.Tensor, first: int) -> torch.Tensor:
+            small, raw = (
                 unpacked(self._part(f"{number}.{counts[first]}.{kind}"), dtype)
-                for kind, dtype in (("small", torch.int8), ("own", integers_of(block.dtype)))
+                for kind, dtype in (("small", torch.int8), ("own", integers_of(chunk.dtype)))
             )
-            predicted = round_once(edit.restored(block, first), block.dtype)
-            return decoded(predicted, small, own).double()
+            predicted = round_once(edit.restored(chunk, first), chunk.dtype)
+            return decoded(predicted, small, raw).double()
 
         return restore
 
@@ -259,7 +261,7 @@ class _Remainder:
 
 
 def _base(edited: ModelSource) -> str:
-    """What the plan in an edited checkpoint calls its base."""
+    """The name of the base model in the plan of an edited checkpoint."""
     about = load_artifact(edited.checkpoint / PLAN_IN_CHECKPOINT, "edit").metadata
     return f"{about.get('model', 'unnamed')} (fingerprint {about.get('fingerprint', 'unknown')})"
 
@@ -282,6 +284,6 @@ def _bytes(values: torch.Tensor) -> memoryview:
 
 def _digest(entry: TensorEntry) -> str:
     digest = hashlib.sha256()
-    for _, rows in blocks(entry):
+    for _, rows in chunks(entry):
         digest.update(_bytes(read_tensor(entry, rows)))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Whether a checkpoint on disk is what its source and plan say, tensor by tensor and bit by bit."""
+"""Verify that a checkpoint on disk is exactly the result of its source and plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from editing.checkpoints.checkpoint import BLOCK_BYTES, blocks
+from editing.checkpoints.checkpoint import CHUNK_BYTES, chunks
 from editing.plans.plan import Plan
 from editing.plans.tensor_edits import added_biases, tensor_edits
 from neurons.errors import BrocaError
@@ -18,11 +18,11 @@ from neurons.models.source import ModelSource
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read back and found right.
+    """The result of a verification.
 
     Attributes:
-        edited: names of the tensors that the plan changes, and adds: bit for bit source and plan.
-        unchanged: how many tensors are byte for byte the source's.
+        edited: names of the verified tensors that the plan changes or adds.
+        unchanged: number of tensors equal to the source's.
         bytes: read from the checkpoint.
     """
 
@@ -36,25 +36,25 @@ def verify(
     plan: Plan,
     checkpoint: Path,
     progress: Callable[[int, int], None] | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Verified:
     """Read an exported checkpoint back and compare every tensor with source and plan.
 
     Args:
         source: the unedited model.
-        plan: that was exported.
-        checkpoint: what the export wrote.
+        plan: the exported plan.
+        checkpoint: the exported checkpoint.
         progress: called with (bytes done, bytes in all).
-        block_bytes: stored bytes per block.
+        chunk_bytes: stored bytes of a chunk.
 
     Raises:
-        BrocaError: a tensor that is missing, too many, or not what it should be, by name.
+        BrocaError: names a tensor that is missing, unexpected or wrong.
     """
     before, after = tensor_entries(source.checkpoint), tensor_entries(checkpoint)
     edits = {edit.entry.name: edit for edit in tensor_edits(source, plan)}
     added = added_biases(source, plan).tensors
     for name in sorted(after.keys() ^ (before.keys() | added.keys())):
-        fault = "is too many in" if name in after else "is missing from"
+        fault = "is unexpected in" if name in after else "is missing from"
         raise _wrong(checkpoint, f"tensor {name} {fault} the output")
     total = sum(entry.end - entry.begin for entry in after.values())
     done = 0
@@ -63,11 +63,11 @@ def verify(
             _same_place(before[name], entry, checkpoint)
         if name in added:
             stored = added[name]
-            right = entry.shape == tuple(stored.shape) and READABLE_DTYPES[entry.dtype] == stored.dtype
-            if not right or not _same_bits(read_tensor(entry), stored):
+            correct = entry.shape == tuple(stored.shape) and READABLE_DTYPES[entry.dtype] == stored.dtype
+            if not correct or not _same_bits(read_tensor(entry), stored):
                 raise _wrong(checkpoint, f"the new tensor {name} is not the plan's")
         elif name in edits:
-            for first, rows in blocks(entry, block_bytes):
+            for first, rows in chunks(entry, chunk_bytes):
                 base = read_tensor(before[name], rows)
                 expected = edits[name].rounded(base, first).stored
                 if not _same_bits(read_tensor(entry, rows), expected):
@@ -90,12 +90,12 @@ def _same_place(before: TensorEntry, after: TensorEntry, checkpoint: Path) -> No
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         raise _wrong(
             checkpoint,
-            f"tensor {after.name} is {after.dtype} {list(after.shape)} and not {before.dtype} {list(before.shape)}",
+            f"tensor {after.name} is {after.dtype} {list(after.shape)}, not {before.dtype} {list(before.shape)}",
         )
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
 
 def _same_bytes(before: TensorEntry, after: TensorEntry) -> bool:

@@ -1,4 +1,4 @@
-"""One model that computes with another checkpoint's weights for a while, in the memory of one."""
+"""Compute with another checkpoint's weights in the same model, with the memory of one model."""
 
 from __future__ import annotations
 
@@ -11,43 +11,42 @@ from typing import Any
 
 import torch
 
-from editing.checkpoints.same_model import require_same_reading, require_same_settings
+from editing.checkpoints.same_model import require_same_settings, require_same_tokens
 from neurons.architectures.offload import overwritten, parameter_value, replaced, with_bias
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 
 
 class Exchange:
-    """Called, it makes a context in which a model computes with another's weights, and with its own after it.
+    """A callable that returns a context in which a model computes with another's weights.
 
-    The two are compared at the beginning, one tensor at a time; inside the context those that differ are written
-    over, and the model's own wait in a temporary folder until it is left.  So beside one model, memory holds one
-    tensor, and the head where that differs, if ``other`` was left on disk (``load_model(..., max_memory=0)``).
+    The two are compared at construction, one tensor at a time; in the context the tensors that differ are
+    overwritten, with the model's own saved in a temporary folder.  Beside one model, memory holds one tensor, and
+    the head if it differs, provided that ``other`` is on disk (``load_model(..., max_memory=0)``).
 
-    Both models name their tensors as transformers does, whatever their files call them; a bias that only the
-    other one has is added.
+    Tensors are matched by their names in transformers; a bias that only the other model has is added.
 
     Args:
-        loaded: the model that computes; unedited now.
+        loaded: the model that computes; currently unedited.
         other: of the same architecture and sizes.
 
     Raises:
-        BrocaError: the two do not have the same weights, by name, the model's are quantised, or configs,
-            tokenizers or end tokens have the two compute, read or end otherwise.
+        BrocaError: tensors of different names or shapes, quantised weights, or different configs, tokenizers or
+            end tokens.
     """
 
     def __init__(self, loaded: LoadedModel, other: LoadedModel) -> None:
         loaded.require_exact("a comparison")
         require_same_settings(loaded, other)
-        require_same_reading(loaded, other)
-        ours, theirs = (one.model.state_dict(keep_vars=True) for one in (loaded, other))
+        require_same_tokens(loaded, other)
+        ours, theirs = (each.model.state_dict(keep_vars=True) for each in (loaded, other))
         added = [name for name in theirs if name not in ours and _can_be_added(loaded.model, name)]
-        odd = ours.keys() ^ theirs.keys() - set(added)
-        odd |= {name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape}
-        if odd:
+        unmatched = ours.keys() ^ theirs.keys() - set(added)
+        unmatched |= {name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape}
+        if unmatched:
             raise BrocaError(
                 f"{other.name} and {loaded.name} do not have the same weights, so cannot be compared: "
-                f"{min(odd)} differs in shape or is in one of them alone"
+                f"{min(unmatched)} differs in shape or is in only one of them"
             )
         self._model, self._other, self._added = loaded.model, other.model, added
         self._differing = _differing(loaded, other, ours)
@@ -57,7 +56,7 @@ class Exchange:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        # Whoever compares the two models holds on to the head of the one while the other computes.
+        # Comparisons keep the head of one model while the other computes.
         head = self._model.get_output_embeddings().weight
         with ExitStack() as undo:
             for name in self._differing:
@@ -73,35 +72,35 @@ class Exchange:
 
 
 def _tensor(model: Any, name: str) -> torch.Tensor:
-    path, _, own = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(path), own)
-    return found
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor
 
 
 def _can_be_added(model: Any, name: str) -> bool:
-    path, _, own = name.rpartition(".")
+    path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
     except AttributeError:
         return False
-    return own == "bias" and "bias" in module._parameters
+    return leaf == "bias" and "bias" in module._parameters
 
 
 def _differing(loaded: LoadedModel, other: LoadedModel, ours: dict[str, torch.Tensor]) -> list[str]:
-    """The tensors to exchange: of tied ones in memory, the first alone."""
+    """The tensors to exchange; only the first of tied ones in memory."""
     first_of: dict[int, str] = {}
-    found = []
+    differing = []
     for name, tensor in ours.items():
         values = parameter_value(other.model, name)
         first = name if tensor.is_meta else first_of.setdefault(id(tensor), name)
         if first != name:
             if not torch.equal(parameter_value(other.model, first), values):
                 raise BrocaError(
-                    f"{other.name} has two different tensors {first} and {name}, which are one in {loaded.name}: "
-                    "they cannot be compared"
+                    f"{other.name} has two different tensors {first} and {name}, one in {loaded.name}: they cannot be "
+                    "compared"
                 )
             continue
-        own = parameter_value(loaded.model, name)
-        if not torch.equal(own, values.to(own.device, own.dtype)):
-            found.append(name)
-    return found
+        values_of_model = parameter_value(loaded.model, name)
+        if not torch.equal(values_of_model, values.to(values_of_model.device, values_of_model.dtype)):
+            differing.append(name)
+    return differing

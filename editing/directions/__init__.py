@@ -1,1 +1,1 @@
-"""Directions: from one language to another in the residual stream, an estimator a file."""
+"""Directions: from one language to another in the residual stream, one estimator in each file."""

@@ -3,10 +3,10 @@
     v = mean_target - mean_source          mean of a language: over its texts, of the mean over a text's tokens
 
 per layer, at the outputs of o_proj (``attn_out``) and down_proj (``mlp_out``), before the residual
-addition, as Steer2Edit needs them (arXiv 2602.09870), and at the residual stream (``block_out``), where
-CLaS-Bench finds it the best of all methods for language forcing (arXiv 2601.08331).  Steer2Edit averages
-over the positions that predict a response's tokens; a text of a corpus is no response to a prompt, so here
-it is averaged over the text's own tokens, the first position left out.
+addition, as in Steer2Edit (arXiv 2602.09870), and at the residual stream (``block_out``), where it
+is the best method for language forcing in CLaS-Bench (arXiv 2601.08331).  Steer2Edit averages over the positions
+that predict a response's tokens; a text of a corpus is not a response, so this averages over all its tokens but
+the first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from editing.directions.direction import Direction
 from editing.directions.method import DirectionMethod
-from editing.directions.texts import Found, Texts
+from editing.directions.texts import Estimate, Texts
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 from neurons.recording.record import record
@@ -30,14 +30,16 @@ INPUT_SITES = ("attn_in", "mlp_in")
 
 
 def diffmean(statistics: Statistics, source: str, target: str) -> Direction:
-    """The direction from statistics that hold ``text_mean`` at all five sites.
+    """The direction from statistics with ``text_mean`` at all five sites.
 
     Raises:
-        UsageError: a language that the statistics do not have, or source and target the same.
+        UsageError: a language that the statistics do not have, or equal source and target.
     """
     for language in (source, target):
         if language not in statistics.languages:
-            raise UsageError(f"no language {language!r}: there is {', '.join(statistics.languages)}")
+            raise UsageError(
+                f"no language {language!r}: the statistics have {', '.join(statistics.languages)}"
+            )
     if source == target:
         raise UsageError(f"source and target are both {source!r}")
     s, t = statistics.languages.index(source), statistics.languages.index(target)
@@ -56,38 +58,38 @@ def diffmean(statistics: Statistics, source: str, target: str) -> Direction:
 def diffmean_direction(
     loaded: LoadedModel, corpus: Corpus, source: str, target: str, progress: Progress | None = None
 ) -> Direction:
-    """Record two languages and take their DiffMean.
+    """Record two languages and compute their DiffMean.
 
     Raises:
         UsageError: as ``diffmean``.
     """
     corpus.require(source, target)
-    both = corpus.only(source, target)
+    pair = corpus.only(source, target)
     sites = OUTPUT_SITES + INPUT_SITES
-    batches = language_batches(loaded, both, default=DIRECTIONS.tokens)
+    batches = language_batches(loaded, pair, default=DIRECTIONS.tokens)
     statistics = record(loaded, batches, [f"{site}:text_mean" for site in sites], progress)
-    found = diffmean(statistics, source, target)
+    direction = diffmean(statistics, source, target)
     metadata = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
-        **loaded.told,
+        **loaded.provenance,
         "method": "diffmean",
         "corpus": {"digest": corpus.digest, "part": corpus.part},
         "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
         "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
         "settings": {},
-        "read": text_read(both, batches),
+        "read": text_read(pair, batches),
     }
-    return Direction(found.source, found.target, found.vectors, found.input_means, metadata)
+    return Direction(direction.source, direction.target, direction.vectors, direction.input_means, metadata)
 
 
 @dataclass(frozen=True)
 class DiffMean(DirectionMethod):
-    """The method."""
+    """The registered method."""
 
     name = "diffmean"
-    line = "difference of the two languages' means; best of all for language forcing in CLaS-Bench"
+    line = "difference of the two languages' means; the best for language forcing in CLaS-Bench"
     source = "arXiv 2601.08331"
 
-    def find(self, texts: Texts) -> Found:
-        return Found(texts.diffmean)
+    def estimate(self, texts: Texts) -> Estimate:
+        return Estimate(texts.diffmean)

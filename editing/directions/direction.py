@@ -18,18 +18,18 @@ _GROUPS = ("vectors", "input_means", "subspaces")
 
 @dataclass(frozen=True)
 class Direction:
-    """Vectors from source to target, and what edits need to know beside them.
+    """Vectors from source to target, with further inputs of edits.
 
     Attributes:
         source: language name.
         target: language name.
         vectors: site ("attn_out", "mlp_out", "block_out") -> float64 [L, d], not normalised.
         input_means: site ("attn_in", "mlp_in") -> float64 [L, width], the mean of both languages.
-        metadata: method, model, fingerprint, corpus digest, tokens, settings; where the method has them,
-            ``measures`` (site -> name -> a number a layer, such as explained, mass, stability, rank) and
-            ``window`` (site -> the layers to act in).
-        subspaces: site -> float64 [L, d, r], orthonormal columns; those past a layer's own rank are 0, so
-            that B B^T is the layer's projection all the same.  Empty where the method has none.
+        metadata: method, model, fingerprint, corpus digest, tokens, settings; for some methods ``measures``
+            (site -> name -> a number for each layer, such as explained, mass, stability, rank) and ``window``
+            (site -> the layers to act in).
+        subspaces: site -> float64 [L, d, r], orthonormal columns; columns beyond the rank of a layer are 0,
+            so that B B^T is still its projection.  Empty for methods without subspaces.
     """
 
     source: str
@@ -40,10 +40,10 @@ class Direction:
     subspaces: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def require_model(self, source: ModelSource) -> None:
-        """Refuse a model that the direction was not taken from.
+        """Check that the direction was estimated on this model.
 
         Raises:
-            BrocaError: another fingerprint; a direction that names none passes.
+            BrocaError: another fingerprint; a direction without a fingerprint passes.
         """
         if "fingerprint" in self.metadata:
             source.require_fingerprint(self.metadata, "the direction")
@@ -56,7 +56,7 @@ class Direction:
         """
         if site not in self.subspaces:
             raise BrocaError(
-                f"the direction has no subspace at {site}: take one with `broca direction --method "
+                f"the direction has no subspace at {site}: make one with `broca direction --method "
                 "low-rank-shift` or language-subspace"
             )
         basis = self.subspaces[site][layer]
@@ -72,21 +72,21 @@ class Direction:
 
 
 def load_direction(path: Path | str) -> Direction:
-    """Read what ``Direction.save`` wrote.
+    """Read a file of ``Direction.save``.
 
     Raises:
-        BrocaError: no direction, or one that holds something that a direction has not.
+        BrocaError: not a direction, or one with unknown tensors.
     """
     artifact = load_artifact(path, "direction")
     groups: dict[str, dict[str, torch.Tensor]] = {group: {} for group in _GROUPS}
     for name, tensor in artifact.tensors.items():
         group, _, site = name.partition(".")
         if group not in groups:
-            raise BrocaError(f"{path}: not a readable direction (what is {name!r}?): take it again")
+            raise BrocaError(f"{path}: not a readable direction (unknown tensor {name!r}): make it again")
         groups[group][site] = tensor
     fault = _fault(artifact.metadata, groups)
     if fault is not None:
-        raise BrocaError(f"{path}: not a readable direction ({fault}): take it again")
+        raise BrocaError(f"{path}: not a readable direction ({fault}): make it again")
     return Direction(
         source=artifact.metadata["source"],
         target=artifact.metadata["target"],
@@ -96,7 +96,7 @@ def load_direction(path: Path | str) -> Direction:
 
 
 def _fault(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, torch.Tensor]]) -> str | None:
-    """What is wrong with a direction's metadata or tensors; None where nothing is."""
+    """The first fault in a direction's metadata or tensors; None without any."""
     for name in ("source", "target"):
         if not isinstance(metadata.get(name), str):
             return f"its {name} is {metadata.get(name)!r}"
@@ -109,5 +109,5 @@ def _fault(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, torch.
                 return f"{group} at {site} are {tensor.dtype} of shape {list(tensor.shape)}"
             depths.add(len(tensor))
     if len(depths) > 1:
-        return f"it is of {' and of '.join(map(str, sorted(depths)))} layers"
+        return f"its numbers of layers differ: {', '.join(map(str, sorted(depths)))}"
     return None

@@ -1,14 +1,14 @@
-"""LDA: the line that separates two languages best beside the spread within them (Fisher's discriminant).
+"""LDA: the line that best separates two languages relative to their within-language covariance (Fisher).
 
     u ~ S_w^-1 (mean_target - mean_source)
 
 S_w is the covariance of the texts' means about their own language's mean, over both languages, shrunk to a
 multiple of the identity by Ledoit and Wolf's rule (J. Multivariate Analysis 88, 2004; scikit-learn), which
-also makes it invertible where there are fewer texts than coordinates:
+also makes it invertible with fewer texts than coordinates:
 
     S_w = (1 - shrinkage) C + shrinkage * tr(C)/d * I
 
-A line only: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
+Only a line is estimated: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from editing.directions.length import along
 from editing.directions.method import DirectionMethod
-from editing.directions.texts import Found, Texts
+from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError
 from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 
@@ -29,8 +29,8 @@ class Discriminant:
     """The line.
 
     Attributes:
-        unit: float64 [d], of length 1, pointing to the target.
-        shrinkage: in [0, 1], how much of S_w is the identity's.
+        unit: float64 [d], of length 1, towards the target.
+        shrinkage: in [0, 1], the weight of the identity in S_w.
     """
 
     unit: torch.Tensor
@@ -41,7 +41,7 @@ def lda(source: torch.Tensor, target: torch.Tensor) -> Discriminant:
     """Fisher's discriminant of texts' means [n_source, d] and [n_target, d].
 
     Raises:
-        BrocaError: the languages' means are the same, or texts that hardly differ from their language's.
+        BrocaError: equal means of the languages, or texts that hardly differ from their language's mean.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -50,25 +50,27 @@ def lda(source: torch.Tensor, target: torch.Tensor) -> Discriminant:
     if torch.equal(means[0], means[1]):
         raise BrocaError("source and target do not differ: their means are the same")
     within = torch.cat([source - means[0], target - means[1]])
-    few = BrocaError("the texts hardly differ from their language's mean: LDA needs more texts a language")
+    too_few = BrocaError(
+        "the texts hardly differ from their language's mean: LDA needs more texts a language"
+    )
     if not within.any():
-        raise few
+        raise too_few
     covariance, shrinkage = ledoit_wolf(within.numpy(), assume_centered=True)
     try:
         vector = solve_positive_definite(torch.from_numpy(covariance), means[1] - means[0])
     except NotPositiveDefiniteError as error:
-        raise few from error
+        raise too_few from error
     return Discriminant(vector / vector.norm(), float(shrinkage))
 
 
 @dataclass(frozen=True)
 class Lda(DirectionMethod):
-    """The method."""
+    """The registered method."""
 
     name = "lda"
-    line = "Fisher's discriminant: the difference of the means beside the spread within the languages"
+    line = "Fisher's discriminant: the difference of the means relative to the covariance within languages"
     source = "Ledoit and Wolf 2004"
 
-    def find(self, texts: Texts) -> Found:
-        found = lda(texts.source, texts.target)
-        return Found(along(found.unit, texts.diffmean), measures={"shrinkage": found.shrinkage})
+    def estimate(self, texts: Texts) -> Estimate:
+        result = lda(texts.source, texts.target)
+        return Estimate(along(result.unit, texts.diffmean), measures={"shrinkage": result.shrinkage})

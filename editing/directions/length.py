@@ -1,19 +1,19 @@
-"""How long a direction is and which way it points; and what of it is no language: the neutral mean.
+"""The length and sign of directions, and the projection that removes the neutral mean.
 
-A method that finds a line only, with unit vector u, takes its length and its sign from DiffMean delta:
+A method that estimates only a line, with unit vector u, gets its length and sign from DiffMean delta:
 
     v = (u . delta) u                                     so v . delta = (u . delta)^2 >= 0
 
-One that finds a subspace, with orthonormal basis B [d, r], projects DiffMean into it: v = B B^T delta.
-Strength 1 then means the same for every method: the languages' difference, as far as the method's
-direction holds it.  With unit length, v / ||v|| in place of v.
+A method that estimates a subspace, with orthonormal basis B [d, r], projects DiffMean into it: v = B B^T delta.
+Strength 1 is then comparable between methods: the part of the languages' difference along the direction.  With
+unit length, v / ||v|| replaces v.
 
-The neutral mean m = (mean_source + mean_target) / 2 is what both languages share; projecting it off,
+The neutral mean m = (mean_source + mean_target) / 2 is common to both languages; projecting it out,
 
     v' = v - (m^ . v) m^,   m^ = m / ||m||
 
-is the first step of biprojected ablation (after arXiv 2406.11717): an edit along v' leaves alone what every
-text has.  Where both are asked for, the length is made 1 last.
+is the first step of biprojected ablation (after arXiv 2406.11717): an edit along v' does not change the
+common component.  With both options, the length is set to 1 last.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def into(basis: torch.Tensor, diffmean: torch.Tensor) -> torch.Tensor:
 
 
 def without_neutral(vector: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor:
-    """v - (m^ . v) m^, float64 [d]; v itself where m is 0."""
+    """v - (m^ . v) m^, float64 [d]; v if m is 0."""
     length = neutral.norm()
     if not length > 0:
         return vector
@@ -43,6 +43,6 @@ def without_neutral(vector: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor
 
 
 def unit(vector: torch.Tensor) -> torch.Tensor:
-    """v / ||v||; 0 where v is 0."""
+    """v / ||v||; 0 if v is 0."""
     length = vector.norm()
     return vector / length if length > 0 else vector

@@ -1,25 +1,25 @@
-"""A direction method: a frozen dataclass of its settings that finds a direction at one site of one layer."""
+"""The base class of direction methods: a frozen dataclass of settings and an estimator for one site of a layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from editing.directions.texts import Found, Texts
+from editing.directions.texts import Estimate, Texts
 from neurons.scorers.setting import Configured
 
 
 @dataclass(frozen=True)
 class DirectionMethod(Configured):
-    """What every method declares; its fields are its settings.
+    """Class attributes that every method declares; the dataclass fields are its settings.
 
     Attributes:
-        name: on the command line.
-        line: what it is, in a line.
-        source: where it was published.
-        needs: what it must be given.
+        name: the value of ``--method``.
+        line: a description in one line.
+        source: the publication.
+        needs: its required inputs.
         parallel: whether line i must be the same text in both languages.
-        all_languages: whether it reads every language of the corpus and not the two alone.
+        all_languages: whether it reads every language of the corpus and not only the two.
     """
 
     name: ClassVar[str]
@@ -29,6 +29,6 @@ class DirectionMethod(Configured):
     parallel: ClassVar[bool] = False
     all_languages: ClassVar[bool] = False
 
-    def find(self, texts: Texts) -> Found:
+    def estimate(self, texts: Texts) -> Estimate:
         """The direction at one site of one layer."""
         raise NotImplementedError

@@ -1,12 +1,12 @@
-"""PCA of paired differences: the line along which translations differ most (arXiv 2310.01405, RepE).
+"""PCA of paired differences: the line along which translations differ most (RepE, arXiv 2310.01405).
 
-With D [n, d] the differences d_i = target_i - source_i of line-parallel texts' means, taken in both orders,
-+d_i and -d_i, as RepE does so that neither language comes first, the mean is 0 and the first principal
-component is the first right singular vector of D, not centred:
+With D [n, d] the differences d_i = target_i - source_i of line-parallel texts' means, taken with both signs
+as in RepE, so that the result does not depend on the order of languages, the mean is 0 and the first principal
+component is the first right singular vector of the uncentred D:
 
     u = argmax_{||u|| = 1} sum_i (d_i . u)^2              explained = s_1^2 / sum_i s_i^2
 
-PCA fixes a line only: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
+Only a line is estimated: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from editing.directions.length import along
 from editing.directions.method import DirectionMethod
-from editing.directions.texts import Found, Texts
+from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError
 
 
@@ -27,7 +27,7 @@ class PrincipalDifference:
 
     Attributes:
         unit: float64 [d], of length 1; its largest coordinate is positive.
-        explained: the line's share of the squared differences.
+        explained: the line's fraction of the squared differences.
     """
 
     unit: torch.Tensor
@@ -50,7 +50,7 @@ def pca(differences: torch.Tensor) -> PrincipalDifference:
 
 @dataclass(frozen=True)
 class Pca(DirectionMethod):
-    """The method."""
+    """The registered method."""
 
     name = "pca"
     line = "the line along which translations differ most"
@@ -58,7 +58,7 @@ class Pca(DirectionMethod):
     needs = "parallel text"
     parallel = True
 
-    def find(self, texts: Texts) -> Found:
+    def estimate(self, texts: Texts) -> Estimate:
         assert texts.differences is not None
-        found = pca(texts.differences)
-        return Found(along(found.unit, texts.diffmean), measures={"explained": found.explained})
+        component = pca(texts.differences)
+        return Estimate(along(component.unit, texts.diffmean), measures={"explained": component.explained})

@@ -1,13 +1,13 @@
-"""Probe: the weights of a logistic classifier that tells target texts from source texts.
+"""Probe: the weights of a logistic classifier of target and source texts.
 
-On x' = (x - m) / s, with m the mean of the two languages' means and s the root of the mean variance about
-m, one number for all coordinates, so that the penalty means the same at every layer and the geometry stays:
+On x' = (x - m) / s, with m the mean of the two languages' means and s the root mean variance about m, one number
+for all coordinates, so that the penalty is comparable between layers and the geometry is kept:
 
     w, b = argmin  1/2 ||w||^2 + C sum_i log(1 + exp(-y_i (w . x'_i + b)))      y = +1 target, -1 source
     u = w / ||w||
 
-Each language weighs the same, however many texts it has (class weights n / (2 n_language)).  C = 1 is
-scikit-learn's default.  A line only: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
+Both languages have the same weight (class weights n / (2 n_language)).  C = 1 is scikit-learn's default.  Only a
+line is estimated: v = (u . delta) u with delta DiffMean (``editing.directions.length``).
 CLaS-Bench (arXiv 2601.08331) compares it with DiffMean.
 """
 
@@ -19,12 +19,12 @@ import torch
 
 from editing.directions.length import along
 from editing.directions.method import DirectionMethod
-from editing.directions.texts import Found, Texts
+from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError
 from neurons.scorers.setting import setting
 
 PENALTY = 1.0  # C of scikit-learn, its default
-MOST_ITERATIONS = 10_000
+MAX_ITERATIONS = 10_000
 TOLERANCE = 1e-8
 
 
@@ -33,8 +33,8 @@ class Classifier:
     """The line.
 
     Attributes:
-        unit: float64 [d], of length 1, pointing to the target.
-        accuracy: share of the texts it was fitted to that it tells right, each language weighing the same.
+        unit: float64 [d], of length 1, towards the target.
+        accuracy: balanced accuracy on the training texts.
     """
 
     unit: torch.Tensor
@@ -45,7 +45,7 @@ def probe(source: torch.Tensor, target: torch.Tensor, penalty: float = PENALTY) 
     """The classifier's weights on texts' means [n_source, d] and [n_target, d].
 
     Raises:
-        BrocaError: all texts are the same.
+        BrocaError: all texts are equal.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -56,29 +56,29 @@ def probe(source: torch.Tensor, target: torch.Tensor, penalty: float = PENALTY) 
         raise BrocaError("source and target do not differ: all texts' means are the same")
     is_target = torch.arange(len(both)) >= len(source)
     classifier = LogisticRegression(
-        C=penalty, class_weight="balanced", max_iter=MOST_ITERATIONS, tol=TOLERANCE
+        C=penalty, class_weight="balanced", max_iter=MAX_ITERATIONS, tol=TOLERANCE
     )
     inputs = (both / scale).numpy()
     classifier.fit(inputs, is_target.numpy())
-    right = torch.from_numpy(classifier.predict(inputs)) == is_target
+    correct = torch.from_numpy(classifier.predict(inputs)) == is_target
     weights = torch.from_numpy(classifier.coef_[0])
     length = weights.norm()
     if not length > 0:
-        raise BrocaError("source and target cannot be told apart: their means are the same")
-    accuracy = (right[is_target].double().mean() + right[~is_target].double().mean()) / 2
+        raise BrocaError("source and target cannot be separated: their means are the same")
+    accuracy = (correct[is_target].double().mean() + correct[~is_target].double().mean()) / 2
     return Classifier(weights / length, float(accuracy))
 
 
 @dataclass(frozen=True)
 class Probe(DirectionMethod):
-    """The method."""
+    """The registered method."""
 
     name = "probe"
     line = "weights of a logistic classifier of the two languages"
     source = "arXiv 2601.08331"
 
-    penalty: float = setting(PENALTY, "C of the classifier: larger fits closer")
+    penalty: float = setting(PENALTY, "C of the classifier: larger values regularise less")
 
-    def find(self, texts: Texts) -> Found:
-        found = probe(texts.source, texts.target, self.penalty)
-        return Found(along(found.unit, texts.diffmean), measures={"accuracy": found.accuracy})
+    def estimate(self, texts: Texts) -> Estimate:
+        classifier = probe(texts.source, texts.target, self.penalty)
+        return Estimate(along(classifier.unit, texts.diffmean), measures={"accuracy": classifier.accuracy})

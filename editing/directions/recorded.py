@@ -1,9 +1,8 @@
-"""What directions are taken from: each text's mean at the outputs, and the inputs' means, in one pass.
+"""Recording for directions: each text's mean at the outputs, and the inputs' means, in one pass.
 
 A text's mean is over its counted tokens: neither padding nor the first position (the start token) counts.
-The outputs (``attn_out``, ``mlp_out``, ``block_out``) are kept text by text, float32, which grows with the
-texts: 3 * L * d * 4 bytes each.  Of the inputs (``attn_in``, ``mlp_in``), which are wide and of which only
-the mean is wanted, a float64 sum is kept.
+The outputs (``attn_out``, ``mlp_out``, ``block_out``) are kept for each text in float32: 3 * L * d * 4 bytes.  Of
+the inputs (``attn_in``, ``mlp_in``), which are wide, only a float64 sum is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES
 from neurons.architectures.sites import Routed
 from neurons.errors import UsageError
 from neurons.models.not_finite import explained
-from neurons.models.processes import together
+from neurons.models.processes import all_reduce
 from neurons.models.source import LoadedModel
 from neurons.recording.collectors import TextSums
 from neurons.recording.text_pass import (
@@ -40,9 +39,9 @@ class Recorded:
     """Means of texts.
 
     Attributes:
-        languages: the K names.
+        languages: the K languages.
         tokens: int64 [K], counted tokens.
-        lines: language -> int64 [n], which line of its file each text is, ascending.
+        lines: language -> int64 [n], the line of each text in its file, ascending.
         outputs: language -> site -> float32 [n, L, d], each text's mean.
         means: site (outputs and inputs) -> float64 [L, width, K], the mean over texts of their means.
     """
@@ -61,20 +60,20 @@ class Recorded:
         """Float64 [L, width], the mean over a language's texts."""
         return self.means[site][..., self.languages.index(language)]
 
-    def common(self, one: str, other: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The places (int64 [m], int64 [m]) of the lines that both languages have, in line order.
+    def common(self, first: str, second: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The indices (int64 [m], int64 [m]) of the lines that both languages have, in line order.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there are none.
         """
-        first, second = self.lines[one], self.lines[other]
+        of_first, of_second = self.lines[first], self.lines[second]
         places = (
-            torch.isin(first, second).nonzero().flatten(),
-            torch.isin(second, first).nonzero().flatten(),
+            torch.isin(of_first, of_second).nonzero().flatten(),
+            torch.isin(of_second, of_first).nonzero().flatten(),
         )
         if not len(places[0]):
             raise UsageError(
-                f"no line has a text in {one!r} and in {other!r}: parallel text is needed, line by line the same"
+                f"no line has a text in {first!r} and in {second!r}: parallel text is needed, with equal line numbers"
             )
         return places
 
@@ -84,25 +83,27 @@ def record_texts(
 ) -> Recorded:
     """One pass over the text of each language.
 
-    Under a launcher of several processes each takes its share of the batches, and all get the same means.
+    With several processes each reads a part of the batches, and all get the same means.
 
     Args:
         loaded: the model.
-        batches: language -> its batches, a text a row.
-        progress: called with the number of tokens of each batch that is done.
+        batches: language -> its batches, one text a row.
+        progress: called with the number of tokens of each batch.
 
     Raises:
-        UsageError: a language without a text that has a token to count.
+        UsageError: a language without a text of more than one token.
         BrocaError: an activation that is not finite, by layer and site.
     """
     anatomy, languages = loaded.anatomy, tuple(batches)
-    for language, some in batches.items():
-        if not some:
+    for language, of_language in batches.items():
+        if not of_language:
             raise UsageError(f"language {language!r} has no text of more than one token: give more text")
     lines = line_numbers(batches)
     outputs = {
-        language: {site: torch.zeros(len(own), anatomy.layers, anatomy.width(site)) for site in OUTPUT_SITES}
-        for language, own in lines.items()
+        language: {
+            site: torch.zeros(len(numbers), anatomy.layers, anatomy.width(site)) for site in OUTPUT_SITES
+        }
+        for language, numbers in lines.items()
     }
     sites = OUTPUT_SITES + INPUT_SITES
     totals = Totals(
@@ -121,32 +122,32 @@ def record_texts(
         )
         for site in sites
     }
-    own = own_share(numbered(batches))
+    of_process = own_share(numbered(batches))
     counted = torch.zeros(len(languages), dtype=torch.int64)
-    for k, batch in own:
+    for k, batch in of_process:
         counted[k] += batch.counted.sum()
 
     def reader_of(site: str, layer: int) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             collectors[site].add(layer, values, routed, at)
             if site == "mlp_out" and anatomy.mixed:
-                # The experts hand over their neurons one after the other; now all have.
+                # All experts have passed their neurons by now.
                 collectors["mlp_in"].finish(layer, at)
 
         return read
 
     readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
-    read_text(loaded, own, readers, progress, lines=list(lines.values()))
+    read_text(loaded, of_process, readers, progress, lines=list(lines.values()))
     with explained(loaded):
         totals.require_finite()
-    texts = torch.tensor([sum(len(batch.ids) for batch in some) for some in batches.values()])
+    texts = torch.tensor([sum(len(batch.ids) for batch in of_language) for of_language in batches.values()])
     return Recorded(
         languages=languages,
-        tokens=together(counted, torch.add),
+        tokens=all_reduce(counted, torch.add),
         lines=lines,
         outputs={
-            language: {site: together(values, torch.add) for site, values in own.items()}
-            for language, own in outputs.items()
+            language: {site: all_reduce(values, torch.add) for site, values in sites.items()}
+            for language, sites in outputs.items()
         },
-        means={site: together(totals.stacked(f"{site}:{_MEAN}"), torch.add) / texts for site in sites},
+        means={site: all_reduce(totals.stacked(f"{site}:{_MEAN}"), torch.add) / texts for site in sites},
     )

@@ -1,4 +1,4 @@
-"""All direction methods.  One is added by its own file and its name here."""
+"""The registry of direction methods.  To add one, write its file and list its class here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from editing.directions.sae import Sae
 from neurons.errors import UsageError
 
 METHODS: dict[str, type[DirectionMethod]] = {
-    one.name: one for one in (DiffMean, Pca, Lda, Probe, ByLowRankShift, ByLanguageSubspace, Sae)
+    method.name: method for method in (DiffMean, Pca, Lda, Probe, ByLowRankShift, ByLanguageSubspace, Sae)
 }
 
 

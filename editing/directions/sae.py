@@ -1,24 +1,24 @@
-"""SAE: the features of a sparse autoencoder that only the target language brings out (LangFIR, arXiv 2604.03532).
+"""SAE: the features of a sparse autoencoder that are specific to the target language (LangFIR, arXiv 2604.03532).
 
 An autoencoder of the residual stream writes x ~ f W_dec + b_dec with features f [F]:
 
-    z = (x - b_dec) W_enc + b_enc        b_dec is taken off only where the autoencoder says so
+    z = (x - b_dec) W_enc + b_enc        b_dec is subtracted only if the config says so
     f = max(z, 0)                        standard
     f = z where z > max(threshold, 0)    jumprelu, else 0
     f = max(z, 0) of the k largest z     topk, else 0
 
-A feature fires on a text where it is above 0 on some counted token.  With p_f the share of the target's
-texts that f fires on and q_f the share of random-token sequences of the same lengths,
+A feature fires on a text if it is above 0 on some counted token.  With p_f the fraction of the target's texts
+and q_f the fraction of random-token sequences of the same lengths on which f fires,
 
     S = {f: p_f > target_rate} minus {f: q_f > random_rate}
     v = sum_{f in S} a_f W_dec[f]        a_f: mean over the target's texts of the mean over their tokens
 
-What fires on random tokens fires on any text.  Both rates are 0.5 unless said otherwise, "most" read as more
-than half: a random sequence over a vocabulary of many languages holds tokens of the target too.
+Features that fire on random tokens fire on any text.  Both rates default to 0.5, the paper's "most" read as more
+than half: a random sequence over a vocabulary of many languages has tokens of the target too.
 
-The length is the method's own: what the features add to the residual in the target's texts.  At other layers
-and sites, of which the autoencoder says nothing, the nearest autoencoder's direction is taken as a line:
-v = (u . delta) u with delta DiffMean there (``editing.directions.length``).
+The length of v is the features' contribution to the residual in the target's texts.  At other layers and sites
+the direction of the nearest autoencoder gives the line: v = (u . delta) u with delta DiffMean there
+(``editing.directions.length``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TARGET_RATE = RANDOM_RATE = 0.5
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A sparse autoencoder and where it reads.
+    """A sparse autoencoder and its site.
 
     Attributes:
         encoder: float32 [d, F], W_enc.
@@ -45,10 +45,10 @@ class Autoencoder:
         decoder_bias: float32 [d], b_dec.
         layer: index of the layer.
         site: "attn_out", "mlp_out" or "block_out".
-        threshold: float32 [F], of jumprelu; None: not one.
-        largest: k of topk; None: not one.
-        centred: whether b_dec is taken off the input.
-        name: as files and errors call it.
+        threshold: float32 [F], for jumprelu, else None.
+        largest: k, for topk, else None.
+        centred: whether b_dec is subtracted from the input.
+        name: in files and errors.
     """
 
     encoder: torch.Tensor
@@ -93,11 +93,11 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Firing:
-    """How an autoencoder's features fire on some texts.
+    """Activity of an autoencoder's features on texts.
 
     Attributes:
-        texts: how many.
-        fired: int64 [F], texts with a counted token where the feature is above 0.
+        texts: number of texts.
+        fired: int64 [F], number of texts on which the feature fires.
         activation: float64 [F], mean over texts of the mean over their counted tokens.
     """
 
@@ -108,7 +108,7 @@ class Firing:
 
 @dataclass(frozen=True)
 class LanguageFeatures:
-    """The features of a language and the vector that they make.
+    """The features of a language and their vector.
 
     Attributes:
         features: int64 [S], ascending.
@@ -132,39 +132,41 @@ def language_features(
         target: on the target's texts.
         random: on random-token sequences.
         decoder: [F, d].
-        target_rate: in [0, 1): a feature must fire on more than this share of the target's texts.
-        random_rate: in [0, 1]: and on no more than this share of the random sequences.
+        target_rate: in [0, 1); a feature must fire on more than this fraction of the target's texts.
+        random_rate: in [0, 1]; and on at most this fraction of the random sequences.
 
     Raises:
         UsageError: a rate out of range.
-        BrocaError: no feature passes, or those that do make a vector of length 0.
+        BrocaError: no feature passes, or their vector is 0.
     """
     if not 0 <= target_rate < 1 or not 0 <= random_rate <= 1:
         raise UsageError(
-            f"target rate {target_rate} and random rate {random_rate}: they are shares, the first below 1"
+            f"target rate {target_rate} and random rate {random_rate} must lie in [0, 1), and [0, 1]"
         )
-    often = target.fired.double() / target.texts > target_rate
-    always = random.fired.double() / random.texts > random_rate
-    features = (often & ~always).nonzero().flatten()
+    frequent = target.fired.double() / target.texts > target_rate
+    on_random = random.fired.double() / random.texts > random_rate
+    features = (frequent & ~on_random).nonzero().flatten()
     vector = target.activation[features] @ decoder[features].double()
     if not vector.norm() > 0:
         raise BrocaError(
-            f"none of the autoencoder's {len(often)} features is the target's own: {int(often.sum())} fire on "
-            f"more than {target_rate:g} of its texts, and all of these on more than {random_rate:g} of the "
-            "random-token sequences: take a lower target_rate or a higher random_rate"
+            f"none of the autoencoder's {len(frequent)} features is specific to the target: {int(frequent.sum())} fire "
+            f"on more than {target_rate:g} of its texts, and all of these on more than {random_rate:g} of the "
+            "random-token sequences: lower target_rate or raise random_rate"
         )
     return LanguageFeatures(features, vector)
 
 
 @dataclass(frozen=True)
 class Sae(DirectionMethod):
-    """The method, whose finders are made from the autoencoders (``editing.directions.take``)."""
+    """The registered method; ``editing.directions.estimation`` makes its estimators from the autoencoders."""
 
     name = "sae"
     line = "features of a sparse autoencoder that fire on the target's texts and not on random tokens"
     source = "arXiv 2604.03532"
     needs = "text, autoencoder"
 
-    target_rate: float = setting(TARGET_RATE, "least share of the target's texts that a feature fires on")
-    random_rate: float = setting(RANDOM_RATE, "least share of random rows that rules a feature out")
-    seed: int = setting(0, "of what is drawn")
+    target_rate: float = setting(
+        TARGET_RATE, "minimum fraction of the target's texts on which a feature fires"
+    )
+    random_rate: float = setting(RANDOM_RATE, "fraction of random rows above which a feature is excluded")
+    seed: int = setting(0, "random seed")

@@ -1,9 +1,9 @@
 """Sparse autoencoders on disk: SAE-Lens directories and Gemma-Scope archives, never unpickled.
 
 SAE-Lens      directory of cfg.json and sae_weights.safetensors: W_enc [d, F], b_enc [F], W_dec [F, d],
-              b_dec [d], with jumprelu also threshold [F]; the file of weights itself names it as well
-Gemma-Scope   params.npz (arXiv 2408.05147) of the same names, always jumprelu, b_dec not taken off the
-              input; which layer it reads stands in no file, so it must be said
+              b_dec [d], with jumprelu also threshold [F]; the path of the weights file works too
+Gemma-Scope   params.npz (arXiv 2408.05147) of the same names, always jumprelu, b_dec not subtracted
+              from the input; no file has its layer, which must be given
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from neurons.errors import BrocaError, UsageError, first_line
 
 CONFIG, WEIGHTS, ARCHIVE = "cfg.json", "sae_weights.safetensors", "params.npz"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-# Where a hook of TransformerLens reads, as Broca names it.
+# TransformerLens hook -> site.
 HOOKS = {"hook_resid_post": "block_out", "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out"}
 
 
@@ -34,17 +34,17 @@ def read_autoencoder(path: Path, layer: int | None = None) -> Autoencoder:
 
     Args:
         path: a SAE-Lens directory, its sae_weights.safetensors, a Gemma-Scope directory or its params.npz.
-        layer: which layer it reads; None takes what the configuration says.
+        layer: of its site; None takes the configuration's.
 
     Raises:
-        UsageError: no autoencoder there, or a layer that must be said, or another than the configuration's.
-        BrocaError: a file that cannot be read, or a kind of autoencoder that is not known.
+        UsageError: no autoencoder, a missing layer, or another layer than the configuration's.
+        BrocaError: an unreadable file, or an unknown kind of autoencoder.
     """
     if path.is_dir():
-        found = [path / name for name in (WEIGHTS, ARCHIVE) if (path / name).is_file()]
-        if not found:
+        candidates = [path / name for name in (WEIGHTS, ARCHIVE) if (path / name).is_file()]
+        if not candidates:
             raise UsageError(f"{path}: holds no autoencoder ({CONFIG} and {WEIGHTS}, or {ARCHIVE})")
-        path = found[0]
+        path = candidates[0]
     if not path.is_file():
         raise UsageError(f"{path}: there is no such autoencoder")
     if path.suffix == ".npz":
@@ -54,7 +54,7 @@ def read_autoencoder(path: Path, layer: int | None = None) -> Autoencoder:
 
 def _gemma_scope(path: Path, layer: int | None) -> Autoencoder:
     if layer is None:
-        raise UsageError(f"{path}: the file does not say which layer it reads: give --sae-layer")
+        raise UsageError(f"{path}: the file does not name its layer: give --sae-layer")
     try:
         with numpy.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -77,11 +77,9 @@ def _sae_lens(path: Path, layer: int | None) -> Autoencoder:
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     if architecture not in ("standard", "jumprelu", "topk"):
-        raise BrocaError(
-            f"{path}: an autoencoder of architecture {architecture!r}: Broca reads standard, jumprelu and topk"
-        )
+        raise BrocaError(f"{path}: architecture {architecture!r}: Broca supports standard, jumprelu and topk")
     if architecture != "topk" and activation != "relu":
-        raise BrocaError(f"{path}: features by {activation!r}: Broca reads those by relu, jumprelu and topk")
+        raise BrocaError(f"{path}: activation {activation!r}: Broca supports relu, jumprelu and topk")
     for name, plain in (
         ("normalize_activations", (None, "none")),
         ("rescale_acts_by_decoder_norm", (None, False)),
@@ -90,7 +88,7 @@ def _sae_lens(path: Path, layer: int | None) -> Autoencoder:
     ):
         if config.get(name) not in plain:
             raise BrocaError(
-                f"{path.parent / CONFIG}: {name} is {config[name]!r}, which Broca does not compute: fold it "
+                f"{path.parent / CONFIG}: {name} is {config[name]!r}, which is not supported: fold it "
                 "into the weights with SAE-Lens and save it again"
             )
     threshold = largest = None
@@ -101,22 +99,22 @@ def _sae_lens(path: Path, layer: int | None) -> Autoencoder:
         largest = config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
         if not isinstance(largest, int) or not 1 <= largest <= len(tensors["b_enc"]):
             raise BrocaError(
-                f"{path.parent / CONFIG}: k is {largest!r}: topk needs how many features may fire"
+                f"{path.parent / CONFIG}: k is {largest!r}: topk needs the number of features that may fire"
             )
-    said, site = _place(path.parent / CONFIG, config)
-    if said is None and layer is None:
-        raise UsageError(f"{path.parent / CONFIG}: does not say which layer it reads: give --sae-layer")
-    if said is not None and layer is not None and said != layer:
-        raise UsageError(f"{path.parent / CONFIG}: reads layer {said}, and --sae-layer says {layer}")
-    at = said if layer is None else layer
-    assert at is not None
+    stated, site = _place(path.parent / CONFIG, config)
+    if stated is None and layer is None:
+        raise UsageError(f"{path.parent / CONFIG}: does not name its layer: give --sae-layer")
+    if stated is not None and layer is not None and stated != layer:
+        raise UsageError(f"{path.parent / CONFIG}: reads layer {stated}, but --sae-layer is {layer}")
+    chosen_layer = stated if layer is None else layer
+    assert chosen_layer is not None
     centred = bool(config.get("apply_b_dec_to_input", True))
-    return _autoencoder(path, tensors, at, site, threshold, largest, centred)
+    return _autoencoder(path, tensors, chosen_layer, site, threshold, largest, centred)
 
 
 def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UsageError(f"{path}: is missing: it says how the autoencoder beside it computes")
+        raise UsageError(f"{path}: is missing: it configures the autoencoder beside it")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -127,7 +125,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _place(path: Path, config: Mapping[str, Any]) -> tuple[int | None, str]:
-    """(layer or None where it is not said, site)."""
+    """(layer, or None if not stated; site)."""
     inner = config.get("metadata") or config.get("meta") or {}
     hook = config.get("hook_name") or config.get("hook_point") or inner.get("hook_name")
     if hook is None:
@@ -136,13 +134,13 @@ def _place(path: Path, config: Mapping[str, Any]) -> tuple[int | None, str]:
     if matched and matched[2] in HOOKS:
         return int(matched[1]), HOOKS[matched[2]]
     if matched and matched[2] == "hook_resid_pre" and int(matched[1]) > 0:
-        # What enters a layer is what left the one before.
+        # The input of a layer is the output of the layer before.
         return int(matched[1]) - 1, "block_out"
     named = re.fullmatch(r"(?:model\.)?layers\.(\d+)", hook)
     if named:
         return int(named[1]), "block_out"
     raise BrocaError(
-        f"{path}: reads at {hook!r}: Broca can use blocks.L.hook_resid_post, hook_attn_out and hook_mlp_out"
+        f"{path}: reads at {hook!r}: Broca supports blocks.L.hook_resid_post, hook_attn_out and hook_mlp_out"
     )
 
 
@@ -150,7 +148,7 @@ def _require(path: Path, tensors: Mapping[str, torch.Tensor], names: tuple[str, 
     missing = [name for name in names if name not in tensors]
     if missing:
         raise BrocaError(
-            f"{path}: has no array of numbers {', '.join(missing)}: no autoencoder of a known layout"
+            f"{path}: has no floating-point array {', '.join(missing)}: not an autoencoder of a known layout"
         )
 
 
@@ -168,10 +166,10 @@ def _autoencoder(
     d, features = encoder.shape if encoder.ndim == 2 else (0, 0)
     shapes = [(d, features), (features,), (features, d), (d,), (features,)]
     if any(tuple(part.shape) != shape for part, shape in zip(parts, shapes, strict=False)) or not features:
-        found = ", ".join(f"{name} {list(tensors[name].shape)}" for name in NAMES)
-        raise BrocaError(f"{path}: shapes that do not fit together: {found}")
+        shown = ", ".join(f"{name} {list(tensors[name].shape)}" for name in NAMES)
+        raise BrocaError(f"{path}: inconsistent shapes: {shown}")
     if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise BrocaError(f"{path}: holds numbers that are not finite: fetch the file again")
+        raise BrocaError(f"{path}: holds numbers that are not finite: download the file again")
     return Autoencoder(
         encoder,
         encoder_bias,

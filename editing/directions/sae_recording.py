@@ -1,4 +1,4 @@
-"""How autoencoders' features fire while the model reads texts, and random-token sequences to compare with."""
+"""Activity of autoencoders' features on texts, and random-token sequences for comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neurons.models.start_tokens import start_tokens
 from neurons.recording.text_pass import Position, PositionReader, Progress, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
-PIECE = 2**26  # features of tokens held at once
+CHUNK = 2**26  # features of tokens held at once
 
 
 def require_fit(loaded: LoadedModel, autoencoder: Autoencoder) -> None:
@@ -25,12 +25,12 @@ def require_fit(loaded: LoadedModel, autoencoder: Autoencoder) -> None:
     anatomy = loaded.anatomy
     if not 0 <= autoencoder.layer < anatomy.layers:
         raise UsageError(
-            f"{autoencoder.name} reads layer {autoencoder.layer}, and {loaded.name} has layers 0-{anatomy.layers - 1}"
+            f"{autoencoder.name} reads layer {autoencoder.layer}, but {loaded.name} has layers 0-{anatomy.layers - 1}"
         )
     if len(autoencoder.encoder) != anatomy.residual:
         raise UsageError(
-            f"{autoencoder.name} reads {len(autoencoder.encoder)} numbers, and the residual of {loaded.name} is "
-            f"{anatomy.residual} wide: it was trained on another model"
+            f"{autoencoder.name} reads {len(autoencoder.encoder)} numbers, but the residual of {loaded.name} has "
+            f"{anatomy.residual}: it was trained on another model"
         )
 
 
@@ -40,32 +40,32 @@ def firing(
     autoencoders: Sequence[Autoencoder],
     progress: Progress | None = None,
 ) -> list[Firing]:
-    """How the features of each autoencoder fire on the texts, in one pass.
+    """Activity of the features of each autoencoder on the texts, in one pass.
 
     Args:
         loaded: the model.
-        batches: a text a row.
-        autoencoders: each at a place of its own.
-        progress: called with the number of tokens done.
+        batches: one text a row.
+        autoencoders: each at another site or layer.
+        progress: called with the number of tokens of each batch.
 
     Raises:
-        UsageError: no text, an autoencoder that does not fit the model, or two at one place.
+        UsageError: no text, an autoencoder that does not fit the model, or two at the same site and layer.
     """
     if not batches:
         raise UsageError("no text has more than one token: give more text")
-    places = [(one.site, one.layer) for one in autoencoders]
+    places = [(sae.site, sae.layer) for sae in autoencoders]
     if len(set(places)) < len(places):
-        raise UsageError("two autoencoders read the same layer: give one a layer")
-    for one in autoencoders:
-        require_fit(loaded, one)
-    moved = [one.to(loaded.device) for one in autoencoders]
-    fired = [torch.zeros(one.features, dtype=torch.int64, device=loaded.device) for one in moved]
-    sums = [torch.zeros(one.features, dtype=torch.float64, device=loaded.device) for one in moved]
+        raise UsageError("two autoencoders read the same layer: give at most one for each layer")
+    for sae in autoencoders:
+        require_fit(loaded, sae)
+    moved = [sae.to(loaded.device) for sae in autoencoders]
+    fired = [torch.zeros(sae.features, dtype=torch.int64, device=loaded.device) for sae in moved]
+    sums = [torch.zeros(sae.features, dtype=torch.float64, device=loaded.device) for sae in moved]
 
     def reader_of(at: int) -> PositionReader:
         def read(values: torch.Tensor, _: Routed | None, position: Position) -> None:
             counted = position.counted
-            rows = max(1, PIECE // (values.shape[1] * moved[at].features))
+            rows = max(1, CHUNK // (values.shape[1] * moved[at].features))
             for first in range(0, len(values), rows):
                 inside = counted[first : first + rows, :, None]
                 active = torch.where(inside, moved[at].encode(values[first : first + rows]), 0.0)
@@ -83,7 +83,7 @@ def firing(
 def random_batches(loaded: LoadedModel, like: Sequence[TokenBatch], seed: int = 0) -> list[TokenBatch]:
     """Sequences of random tokens, as many and as long as the texts ``like``.
 
-    Tokens are drawn evenly from the vocabulary without its special tokens; start tokens stay in their place.
+    Tokens are drawn uniformly from the vocabulary without special tokens; start tokens are kept.
     """
     tokenizer = loaded.tokenizer
     special = set(tokenizer.all_special_ids)

@@ -1,4 +1,4 @@
-"""What a direction method sees, texts at one site of one layer, and what it finds there."""
+"""The input of a direction method, texts at one site of one layer, and its result."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Texts:
     Attributes:
         source: float64 [n_source, d].
         target: float64 [n_target, d].
-        differences: float64 [n, d], target minus source of each line that both have; None where text need
-            not be parallel.
+        differences: float64 [n, d], target minus source of each line that both have; None for methods
+            without parallel text.
         diffmean: float64 [d], mean of target minus mean of source.
         means: float64 [K, d], the mean of each language of the corpus; source and target among them.
     """
@@ -28,13 +28,13 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Found:
+class Estimate:
     """A direction at one site of one layer.
 
     Attributes:
-        vector: float64 [d], from source to target; its length as the method sets it.
+        vector: float64 [d], from source to target, in the method's length.
         basis: float64 [d, r], orthonormal columns, or None.
-        measures: name -> what the method tells of itself there.
+        measures: name -> a figure of the method.
     """
 
     vector: torch.Tensor

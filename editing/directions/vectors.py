@@ -1,15 +1,14 @@
-"""Steering vectors that others made, read from their files: ``{layer: [d]}``, whatever the format.
+"""Steering vectors from files of other tools, as ``{layer: [d]}``.
 
     .gguf          repeng's and llama.cpp's control vectors: architecture "controlvector", tensors ``direction.N``
-    .safetensors   tensors ``direction.N`` or ``N``; or a direction that Broca wrote
+    .safetensors   tensors ``direction.N`` or ``N``; or a direction of Broca
     .pt, .pth      a tensor [d] or [L, d], or a dictionary of layer -> [d]; nothing that runs code is read
     .npy           [d] or [L, d]
 
-Layer N is everywhere the N-th decoder layer counted from 0, and its vector is added to that layer's output: so
-repeng trains it (``hidden_states[N + 1]``) and adds it, and so llama.cpp adds ``direction.N`` after its layer N.
-Neither writes layer 0 unless asked to, and llama.cpp leaves it out.  Row i of an [L, d] array is layer i; rows
-of zeros stand for layers without a vector.  Tools that number ``hidden_states``, in which 0 is the embeddings,
-have L + 1 rows: that is refused by their number.
+Layer N is the N-th decoder layer, counted from 0, and its vector is added to that layer's output, as repeng trains
+(``hidden_states[N + 1]``) and adds it, and as llama.cpp adds ``direction.N`` after its layer N.  Neither writes
+layer 0 by default, and llama.cpp skips it.  Row i of an [L, d] array is layer i; rows of zeros are layers without a
+vector.  Arrays over ``hidden_states``, in which 0 is the embeddings, have L + 1 rows and are rejected.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from neurons.models.source import ModelSource
 _ARCHITECTURE = "controlvector"
 _LAYER = re.compile(r"(?:direction\.)?(\d+)")
 
-Found = torch.Tensor | Mapping[Any, torch.Tensor]
+Vectors = torch.Tensor | Mapping[Any, torch.Tensor]
 
 
 def read_vectors(
@@ -39,21 +38,21 @@ def read_vectors(
     """The vectors of a file, for a model.
 
     Args:
-        path: the file; its suffix says the format.
-        source: the model that they are for.
-        layers: which of the file's layers; None takes all that it has.  A file with one vector that names no
-            layer needs exactly one.
-        site: which of the vectors of a direction that Broca wrote.
+        path: the file; its suffix gives the format.
+        source: the model.
+        layers: layers of the file to read; None reads all.  A file with one vector and no layer needs exactly
+            one.
+        site: the vectors to read from a direction of Broca.
 
     Returns:
-        layer -> float64 [d], ascending, in the length that the file has them in.
+        layer -> float64 [d], ascending, with the length in the file.
 
     Raises:
-        UsageError: an unknown suffix, a layer that is missing or that the model lacks, or vectors of another
-            length than the model's residual.
-        BrocaError: no such file, a damaged one, or one that holds something else.
+        UsageError: an unknown suffix, a layer that is missing or that the model does not have, or vectors of another
+            size than the model's residual.
+        BrocaError: no such file, or a damaged or unsuitable file.
     """
-    readers: dict[str, Callable[[Path], Found]] = {
+    readers: dict[str, Callable[[Path], Vectors]] = {
         ".gguf": _read_gguf,
         ".safetensors": _read_safetensors,
         ".pt": _read_torch,
@@ -72,11 +71,11 @@ def read_vectors(
 
 
 def _checked(
-    path: Path, found: Found, source: ModelSource, layers: Sequence[int] | None
+    path: Path, content: Vectors, source: ModelSource, layers: Sequence[int] | None
 ) -> dict[int, torch.Tensor]:
-    """By layer, those asked for, each of the model's shape."""
+    """The requested vectors by layer, after checks of their shapes."""
     depth, width = source.anatomy.layers, source.anatomy.residual
-    vectors = _by_layer(path, found, depth, layers)
+    vectors = _by_layer(path, content, depth, layers)
     for layer, vector in vectors.items():
         if vector.shape != (width,):
             raise UsageError(
@@ -84,7 +83,7 @@ def _checked(
                 f"has {width} dimensions: it was made for another model"
             )
         if vector.is_complex() or not bool(torch.isfinite(vector).all()):
-            raise BrocaError(f"{path}: its vector for layer {layer} is not of finite numbers: make it again")
+            raise BrocaError(f"{path}: its vector for layer {layer} is not finite: make it again")
     beyond = [layer for layer in vectors if not 0 <= layer < depth]
     if beyond:
         raise UsageError(
@@ -94,21 +93,23 @@ def _checked(
     return {layer: vectors[layer].double() for layer in sorted(vectors) if bool(vectors[layer].any())}
 
 
-def _by_layer(path: Path, found: Found, depth: int, layers: Sequence[int] | None) -> dict[int, torch.Tensor]:
-    if isinstance(found, torch.Tensor):
-        if found.ndim == 1:
+def _by_layer(
+    path: Path, content: Vectors, depth: int, layers: Sequence[int] | None
+) -> dict[int, torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        if content.ndim == 1:
             if layers is None or len(layers) != 1:
-                raise UsageError(f"{path}: holds one vector and no layer: name the one layer that it is for")
-            return {layers[0]: found}
-        if found.ndim != 2 or len(found) != depth:
+                raise UsageError(f"{path}: holds one vector and no layer: give its layer")
+            return {layers[0]: content}
+        if content.ndim != 2 or len(content) != depth:
             raise UsageError(
-                f"{path}: holds an array of shape {list(found.shape)} where one vector [d], or one for each of the "
+                f"{path}: holds an array of shape {list(content.shape)} where one vector [d], or one for each of the "
                 f"model's {depth} layers, is needed"
             )
-        found = {layer: row for layer, row in enumerate(found) if bool(row.any())}
-    vectors = {_layer_of(path, name): vector for name, vector in found.items()}
+        content = {layer: row for layer, row in enumerate(content) if bool(row.any())}
+    vectors = {_layer_of(path, name): vector for name, vector in content.items()}
     if not vectors or not any(bool(vector.any()) for vector in vectors.values()):
-        raise BrocaError(f"{path}: holds no vector other than zeros")
+        raise BrocaError(f"{path}: holds no vector, or only zeros")
     if layers is None:
         return vectors
     missing = [layer for layer in layers if layer not in vectors]
@@ -143,12 +144,12 @@ def _read_gguf(path: Path) -> dict[str, torch.Tensor]:
                 for tensor in reader.tensors
                 if tensor.name.startswith("direction.")
             }
-    # What the reader of a damaged file stumbles over differs with where the damage is.
+    # The reader raises many types for damaged files.
     except Exception as error:
         raise BrocaError(f"{path}: not a readable .gguf file ({first_line(error)})") from error
     raise BrocaError(
-        f"{path}: a .gguf file of architecture {architecture!r} and no control vector: give one of "
-        f"{_ARCHITECTURE!r}"
+        f"{path}: a .gguf file of architecture {architecture!r}, not {_ARCHITECTURE!r}: give a file "
+        "with control vectors"
     )
 
 
@@ -176,30 +177,30 @@ def _of_direction(path: Path, source: ModelSource, site: str) -> torch.Tensor:
     return direction.vectors[site]
 
 
-def _read_torch(path: Path) -> Found:
+def _read_torch(path: Path) -> Vectors:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    # Damaged files fail in the archive, the pickle or the tensor, each in its own way.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises many types for damaged files.
     except Exception as error:
         raise BrocaError(
             f"{path}: cannot be read without running code from it: save a tensor, or a dictionary of layer -> "
             "tensor, with torch.save"
         ) from error
-    values = found.values() if isinstance(found, dict) else [found]
+    values = content.values() if isinstance(content, dict) else [content]
     if not all(isinstance(value, torch.Tensor) for value in values):
         raise BrocaError(
-            f"{path}: holds a {type(found).__name__} of something other than tensors: save a tensor, or a "
+            f"{path}: holds a {type(content).__name__} of something other than tensors: save a tensor, or a "
             "dictionary of layer -> tensor, with torch.save"
         )
-    result: Found = found
+    result: Vectors = content
     return result
 
 
 def _read_numpy(path: Path) -> torch.Tensor:
     try:
-        found = np.load(path, allow_pickle=False)
-        if found.dtype.kind not in "fiu":
-            raise TypeError(f"numbers of kind {found.dtype}")
-        return torch.from_numpy(found.astype(np.float64))
+        content = np.load(path, allow_pickle=False)
+        if content.dtype.kind not in "fiu":
+            raise TypeError(f"numbers of kind {content.dtype}")
+        return torch.from_numpy(content.astype(np.float64))
     except (ValueError, OSError, EOFError, TypeError, AttributeError) as error:
         raise BrocaError(f"{path}: not a readable .npy file of numbers ({first_line(error)})") from error

@@ -1,11 +1,10 @@
-"""Winsorising: clip each coordinate of the texts' means to a quantile range before anything is averaged.
+"""Winsorising: clip each coordinate of the texts' means to a quantile range before averaging.
 
 With q in (0.5, 1], for coordinate i over the n texts of one language at one site of one layer,
 
     x_i <- min(max(x_i, Q_i(1 - q)), Q_i(q))              Q_i: quantile, linear between order statistics
 
-so that a few texts of huge activations (a table, a start token gone astray) do not set the direction.
-q = 1 clips nothing.
+so that a few texts with huge activations do not dominate the direction.  q = 1 does not clip.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ def winsorise(values: torch.Tensor, quantile: float) -> torch.Tensor:
 def require_quantile(quantile: float) -> None:
     """
     Raises:
-        UsageError: outside (0.5, 1].
+        UsageError: the quantile is outside (0.5, 1].
     """
     if not 0.5 < quantile <= 1:
-        raise UsageError(f"winsorising to the quantile {quantile}: it lies in (0.5, 1], for example 0.995")
+        raise UsageError(
+            f"the winsorising quantile is {quantile}, but it must lie in (0.5, 1], for example 0.995"
+        )

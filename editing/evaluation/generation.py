@@ -86,8 +86,8 @@ def generate(
     tokenizer, model = loaded.tokenizer, loaded.model
     known = [tokenizer.pad_token_id, tokenizer.eos_token_id]
     # A fine-tune may have added a padding token that the embedding has no row of; under the mask any will do.
-    padding = next((token for token in known if token is not None and token < loaded.embedded), None)
-    rows = prompt_rows(loaded.name, tokenizer, prompts, loaded.embedded)
+    padding = next((token for token in known if token is not None and token < loaded.embedding_rows), None)
+    rows = prompt_rows(loaded.name, tokenizer, prompts, loaded.embedding_rows)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature > 0

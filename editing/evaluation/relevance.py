@@ -100,7 +100,7 @@ class JudgeScorer:
         prompt = (
             chat_tokens(tokenizer, text, "choose another judge") if asked_in_chat else text + JUDGE_COMPLETION
         )
-        return prompt_rows(self.judge.name, tokenizer, [prompt], self.judge.embedded)[0]
+        return prompt_rows(self.judge.name, tokenizer, [prompt], self.judge.embedding_rows)[0]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Talk:
         chat = [*self.messages, {"role": "user", "content": content}]
         text = rendered(tokenizer, chat, True, "choose another model")
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        require_embedded(self.loaded.name, tokenizer, int(ids.max()), self.loaded.embedded)
+        require_embedded(self.loaded.name, tokenizer, int(ids.max()), self.loaded.embedding_rows)
         streamer: Any = transformers.TextIteratorStreamer(
             tokenizer, skip_prompt=True, skip_special_tokens=True
         )

@@ -1,1 +1,1 @@
-"""Hooks: ways of steering while the model runs, which edits are compared with; frozen, and called they give a context that steers."""
+"""Inference-time baselines: frozen dataclasses that, when called, return a context in which the model is steered."""

@@ -1,6 +1,6 @@
-"""AUSteer while the model runs (arXiv 2602.04428): x_i <- x_i (1 + gamma_i) for the channels of most momentum.
+"""AUSteer at inference time (arXiv 2602.04428): x_i <- x_i (1 + gamma_i) for the channels of largest momentum.
 
-gamma_i = +alpha r+ or -alpha r-, whichever rate is larger (``editing.methods.austeer`` has the whole of it).
+gamma_i = +alpha r+ or -alpha r-, whichever rate is larger (details in ``editing.methods.austeer``).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from neurons.scorers.setting import setting
 
 @dataclass(frozen=True)
 class Austeer:
-    """AUSteer by rates.
+    """AUSteer with given rates.
 
     Attributes:
         loaded: the model.
         rates: block -> its rates, of target against source.
-        channels: how many, over all layers and blocks together.
+        channels: number of channels, over all layers and blocks.
         alpha: below 0 steers from target to source.
     """
 
@@ -38,19 +38,19 @@ class Austeer:
 
     def __call__(self) -> AbstractContextManager[None]:
         factors = {}
-        for block, found in austeer(self.rates, self.channels, self.alpha).items():
+        for block, chosen in austeer(self.rates, self.channels, self.alpha).items():
             factors[block] = torch.ones(self.rates[block].rate_up.shape, dtype=torch.float64)
-            factors[block][found.places[:, 0], found.places[:, 1]] = 1 + found.gamma
+            factors[block][chosen.places[:, 0], chosen.places[:, 1]] = 1 + chosen.gamma
         return scaled_inputs(self.loaded, factors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AusteerHook(Hook):
-    """The method, with the rates of a study's text."""
+    """The registered method, with rates from the text of a study."""
 
     name = "austeer"
     title = "AUSteer hook"
-    line = "the channels that tell translations apart, scaled"
+    line = "scales the channels that separate translations"
     source = "arXiv 2602.04428"
     weakened_by = "alpha"
 
@@ -63,9 +63,9 @@ class AusteerHook(Hook):
     def hooks(self, prepared: tuple[LoadedModel, Mapping[str, MomentumRates]]) -> Steering:
         """
         Raises:
-            BrocaError: fewer channels than that differ between the languages.
+            BrocaError: fewer channels differ between the languages.
         """
         steering = Austeer(*prepared, self.channels, self.alpha)
-        with steering():  # refuses here what it would refuse while it is measured
+        with steering():  # raises its errors here, before any measurement
             pass
         return steering

@@ -1,4 +1,4 @@
-"""CLAS while the model runs (arXiv 2601.16390): neurons that languages share up, those of one language down.
+"""CLAS at inference time (arXiv 2601.16390): scale shared neurons up and specific neurons down.
 
 In the last layers, with h the input of ``down_proj``, a the strength, b the gain and g the loss,
 
@@ -32,13 +32,13 @@ from neurons.scorers.setting import setting
 
 @dataclass(frozen=True)
 class Clas:
-    """CLAS by the classes of neurons.
+    """CLAS with given classes of neurons.
 
     Attributes:
         loaded: the model.
         classes: int64 [L, I], indices into ``neurons.scorers.clas.CLASSES``.
-        strength: a; below 0 shared neurons go down and specific ones up.
-        layers: which; None takes the last quarter.
+        strength: a; below 0 shared neurons are scaled down and specific ones up.
+        layers: to scale; None takes the last quarter.
         shared_gain: b.
         specific_loss: g.
     """
@@ -60,11 +60,11 @@ class Clas:
 
 @dataclass(frozen=True, kw_only=True)
 class ClasHook(Hook):
-    """The method, with the classes of a study's text."""
+    """The registered method, with classes from the text of a study."""
 
     name = "clas"
     title = "CLAS hook"
-    line = "shared neurons up, specific ones down, in the last layers"
+    line = "scales shared neurons up and specific ones down in the last layers"
     source = ClasEdit.source
 
     strength: float = setting(STRENGTH, grid=(-5.0, -2.0, 2.0, 5.0))

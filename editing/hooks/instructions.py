@@ -1,4 +1,4 @@
-"""The prompting baseline's words: "Respond in French.", in the language of the question or of the answer."""
+"""Instructions of the prompting baseline, such as "Respond in French.", in the source or the target language."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ENGLISH_NAMES = {
     "vi": "Vietnamese",
     "zh": "Chinese",
 }
-# source -> (sentence, language -> its name in it); other sources are instructed in English.
+# source -> (sentence, language -> its name in it); other sources get English instructions.
 IN_SOURCE = {
     "fr": (
         "Réponds en {}.",
@@ -93,15 +93,15 @@ IN_SOURCE = {
 def instructions(source: str, target: str) -> dict[str, str]:
     """Language of the instruction -> the instruction to answer in ``target``.
 
-    In the source language where Broca knows it, else in English, and in the target language; a language
-    that Broca cannot name is called by its code.
+    In the source language if the table has it, else in English, and in the target language.  A language
+    without a name in the table is called by its code.
     """
-    found = {}
+    texts = {}
     sentence, names = IN_SOURCE.get(source, ("", {}))
     if target in names:
-        found[source] = sentence.format(names[target])
+        texts[source] = sentence.format(names[target])
     else:
-        found["en"] = f"Respond in {ENGLISH_NAMES.get(target, target)}."
+        texts["en"] = f"Respond in {ENGLISH_NAMES.get(target, target)}."
     if target in IN_TARGET:
-        found[target] = IN_TARGET[target]
-    return found
+        texts[target] = IN_TARGET[target]
+    return texts

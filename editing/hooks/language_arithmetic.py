@@ -1,14 +1,14 @@
-"""Language arithmetic while the model runs (arXiv 2507.22608): one language's neurons off, another's raised.
+"""Language arithmetic at inference time (arXiv 2507.22608): deactivate one language's neurons, activate another's.
 
 On s = act(gate) of chosen neurons (``editing.methods.language_arithmetic`` has the modes):
 
     s_j <- c_j s_j + a_j
 
-In a gated MLP the input of ``down_proj`` is h_j = s_j u_j with u the linear branch, so what is written there is
+In a gated MLP the input of ``down_proj`` is h_j = s_j u_j with u the linear branch, so the hook there writes
 
     h_j <- c_j h_j + a_j u_j          u_j = 1 in an MLP without gates
 
-with u read on the same token: exactly the intervention on s, in any architecture whose branches are known.
+with u of the same token: exactly the intervention on s, in any architecture with known branches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from editing.methods.language_arithmetic import activation_means, arithmetic
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Hook, Steering
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.scorers.setting import setting
@@ -38,11 +38,11 @@ class LanguageArithmetic:
     Attributes:
         loaded: the model, not a mixture of experts.
         target_means: float64 [L, I], mean of s on the target's text.
-        other_means: float64 [L, I], on the other language's; used by "difference".
-        activated: bool [L, I], neurons that are raised.
-        deactivated: bool [L, I], neurons that are set to ``fill`` first.
+        other_means: float64 [L, I], of the other language; for "difference".
+        activated: bool [L, I], neurons to raise.
+        deactivated: bool [L, I], neurons that are first set to ``fill``.
         mode: "additive", "replacement" or "difference".
-        strength: multiplies what is added.
+        strength: multiplies the offset.
         fill: 0 or below.
     """
 
@@ -57,7 +57,7 @@ class LanguageArithmetic:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Steer inside the block.
+        """Context in which the model is steered.
 
         Raises:
             UsageError: an unknown mode.
@@ -65,10 +65,12 @@ class LanguageArithmetic:
         """
         anatomy = self.loaded.anatomy
         if anatomy.mixed:
-            raise BrocaError(f"{anatomy.model_type}: the neurons of experts are not raised by their means")
-        readers: dict[tuple[str, int], Reader] = {}
+            raise BrocaError(
+                f"{anatomy.model_type}: language arithmetic does not support mixtures of experts"
+            )
+        hooks: dict[tuple[str, int], SiteHook] = {}
         for layer in (self.activated | self.deactivated).any(1).nonzero()[:, 0].tolist():
-            found = arithmetic(
+            change = arithmetic(
                 self.target_means[layer],
                 self.other_means[layer],
                 self.activated[layer],
@@ -79,34 +81,34 @@ class LanguageArithmetic:
             )
             linear: dict[str, torch.Tensor] = {}
             if anatomy.gated:
-                readers["mlp_up", layer] = _keep(linear)
-            readers["mlp_in", layer] = _replace(found.scale, found.offset, linear)
-        with reading(anatomy, readers):
+                hooks["mlp_up", layer] = _keep(linear)
+            hooks["mlp_in", layer] = _replace(change.scale, change.offset, linear)
+        with site_hooks(anatomy, hooks):
             yield
 
 
-def _keep(linear: dict[str, torch.Tensor]) -> Reader:
-    def read(values: torch.Tensor, _: Routed | None) -> None:
+def _keep(linear: dict[str, torch.Tensor]) -> SiteHook:
+    def hook(values: torch.Tensor, _: Routed | None) -> None:
         linear["u"] = values.clone()
 
-    return read
+    return hook
 
 
-def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.Tensor]) -> Reader:
-    def read(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
+def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.Tensor]) -> SiteHook:
+    def hook(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
         added = offset.to(values.device, values.dtype)
         if "u" in linear:
             added = added * linear.pop("u")
         return values * scale.to(values.device, values.dtype) + added
 
-    return read
+    return hook
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Arithmetic(Hook):
-    """The method, with the means of a study's text and the neurons that a method of identification finds in it."""
+    """The registered method, with means and neurons identified from the text of a study."""
 
-    line = "the source's neurons off, the target's raised"
+    line = "deactivates the source's neurons, raises the target's"
     source = "arXiv 2507.22608"
 
     neurons: str = setting(NEURON_METHODS[0], grid=NEURON_METHODS)
@@ -118,7 +120,7 @@ class _Arithmetic(Hook):
             BrocaError: a mixture of experts, or a language without neurons.
         """
         if material.loaded.anatomy.mixed:
-            raise BrocaError("the neurons of experts are not raised by their means")
+            raise BrocaError("language arithmetic does not support mixtures of experts")
         off, on = (material.mask(self.neurons, language) for language in material.pair)
         of_target, of_source = material.once("activation means", lambda: _means(material))
         mode = self.name.removeprefix("arithmetic-")
@@ -144,10 +146,10 @@ def _means(material: Material) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of s on the target's and on the source's text, float64 [L, I] each."""
     source, target = material.pair
     batches = language_batches(material.loaded, material.text, default=MEANS.tokens)
-    found = activation_means(
+    means = activation_means(
         material.loaded, {k: batches[k] for k in (source, target)}, range(material.loaded.anatomy.layers)
     )
     of_target, of_source = (
-        torch.stack([found[layer][k] for layer in sorted(found)]) for k in (target, source)
+        torch.stack([means[layer][k] for layer in sorted(means)]) for k in (target, source)
     )
     return of_target, of_source

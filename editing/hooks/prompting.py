@@ -1,4 +1,4 @@
-"""Prompting: the model is asked to answer in the target language, in the words of one language or the other."""
+"""Prompting baseline: an instruction to answer in the target language, in the source or the target language."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from editing.methods.method import Hook, Steering
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompt(Hook):
-    """An instruction that is put to every prompt.
+    """An instruction added to every prompt.
 
     Attributes:
         language: of the instruction.
@@ -30,9 +30,9 @@ class _Prompt(Hook):
 
     @classmethod
     def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
-        found = instructions(*material.pair)
-        chosen = [k for k in found if (k == material.target) == cls.in_target]
-        return [{"language": k, "instruction": found[k]} for k in chosen]
+        texts = instructions(*material.pair)
+        chosen = [k for k in texts if (k == material.target) == cls.in_target]
+        return [{"language": k, "instruction": texts[k]} for k in chosen]
 
     def prepare(self, material: Material) -> None:
         return None
@@ -44,12 +44,12 @@ class _Prompt(Hook):
 class PromptSource(_Prompt):
     name = "prompt-source"
     title = "prompt, source language"
-    line = "asked to, in the source language"
+    line = "an instruction in the source language"
     in_target = False
 
 
 class PromptTarget(_Prompt):
     name = "prompt-target"
     title = "prompt, target language"
-    line = "asked to, in the target language"
+    line = "an instruction in the target language"
     in_target = True

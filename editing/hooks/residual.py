@@ -1,6 +1,6 @@
 """Residual DiffMean: h += strength * v after one layer, at all positions (arXiv 2601.08331).
 
-CLaS-Bench adds alpha times the unit vector; here strength is in multiples of the difference of the means, so
+CLaS-Bench adds alpha times the unit vector; here strength multiplies the difference of the means, so
 alpha = strength * ||v||.
 """
 
@@ -27,7 +27,7 @@ class ResidualDiffMean:
     Attributes:
         loaded: the model.
         vector: [d], v, not normalised.
-        layer: after which layer.
+        layer: the layer after which v is added.
         strength: multiplies v.
     """
 
@@ -42,11 +42,11 @@ class ResidualDiffMean:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffMean(Hook):
-    """The method, with a study's direction."""
+    """The registered method, with the direction of a study."""
 
     name = "diffmean"
     title = "DiffMean hook"
-    line = "h += strength v after a layer"
+    line = "adds strength * v to the residual stream after a layer"
     source = "arXiv 2601.08331"
 
     layer: int

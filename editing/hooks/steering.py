@@ -1,4 +1,4 @@
-"""Steering by hooks while the model runs: what a permanent edit is compared with."""
+"""Residual steering with a forward hook, the baseline of permanent edits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def residual_steering(
     Args:
         loaded: the model.
         vector: [d], not normalised: strength 1 adds the difference of the means.
-        layer: after which layer.
+        layer: the layer after which the vector is added.
         strength: multiplies the vector.
     """
     added = (vector * strength).to(loaded.device, loaded.model.dtype)

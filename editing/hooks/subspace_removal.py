@@ -1,7 +1,7 @@
 """Subspace removal (When Less Language is More, arXiv 2505.15257): h' = h - lambda M M^T h at the residual.
 
-M [d, r] is the layer's language subspace.  Language is removed in the middle layers (lambda > 0) and given
-back in the top ones (lambda < 0), at all positions.
+M [d, r] is the layer's language subspace.  Language information is removed in the middle layers
+(lambda > 0) and added back in the top ones (lambda < 0), at all positions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from editing.directions.direction import Direction
 from editing.methods.material import Material
 from editing.methods.method import Hook, Steering
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.models.source import LoadedModel
 from neurons.scorers.setting import setting
 
@@ -26,18 +26,18 @@ def middle_layers(layers: int) -> tuple[int, ...]:
 
 
 def top_layers(layers: int) -> tuple[int, ...]:
-    """The last quarter; empty in a model of a single layer."""
+    """The last quarter; empty for a single layer."""
     return tuple(range(max((3 * layers) // 4, 1), layers))
 
 
 @dataclass(frozen=True)
 class SubspaceRemoval:
-    """Takes a subspace out of the residual stream.
+    """Removes a subspace from the residual stream.
 
     Attributes:
         loaded: the model.
         direction: with a subspace at ``block_out``.
-        strengths: layer -> lambda; 1 removes it, below 0 it is amplified.
+        strengths: layer -> lambda; 1 removes it, below 0 amplifies it.
     """
 
     loaded: LoadedModel
@@ -46,34 +46,34 @@ class SubspaceRemoval:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Steer inside the block.
+        """Context in which the model is steered.
 
         Raises:
             BrocaError: the direction has no subspace at ``block_out``.
         """
-        readers = {
+        hooks = {
             ("block_out", layer): _remove(self.direction.subspace("block_out", layer), strength)
             for layer, strength in self.strengths.items()
         }
-        with reading(self.loaded.anatomy, readers):
+        with site_hooks(self.loaded.anatomy, hooks):
             yield
 
 
-def _remove(basis: torch.Tensor, strength: float) -> Reader:
-    def read(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
-        own = basis.to(values.device, values.dtype)
-        return values - strength * ((values @ own) @ own.T)
+def _remove(basis: torch.Tensor, strength: float) -> SiteHook:
+    def hook(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
+        local = basis.to(values.device, values.dtype)
+        return values - strength * ((values @ local) @ local.T)
 
-    return read
+    return hook
 
 
 @dataclass(frozen=True, kw_only=True)
 class Removal(Hook):
-    """The method, with the language subspace of a study's text."""
+    """The registered method, with the language subspace of the text of a study."""
 
     name = "subspace-removal"
     title = "subspace removal hook"
-    line = "the languages' subspace out in middle layers, back in the top ones"
+    line = "removes the languages' subspace in middle layers and adds it back in the top ones"
     source = "arXiv 2505.15257"
 
     strength: float = setting(1.0, grid=(0.2, 0.5, 1.0))
@@ -84,5 +84,5 @@ class Removal(Hook):
     def hooks(self, prepared: tuple[LoadedModel, Direction]) -> Steering:
         depth, strength = prepared[0].anatomy.layers, float(self.strength)
         middle = dict.fromkeys(middle_layers(depth), strength)
-        # Where a layer is both, as in a model of few, it is removed.
+        # A layer that is both, as in a small model, removes it.
         return SubspaceRemoval(*prepared, {**dict.fromkeys(top_layers(depth), -strength), **middle})

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from editing.plans.plan import ModuleEdit, Plan
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 
@@ -50,14 +50,14 @@ def adding(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[No
     """
     inputs: dict[tuple[int, str], torch.Tensor] = {}
 
-    def reader_in(edit: ModuleEdit) -> Reader:
+    def hook_in(edit: ModuleEdit) -> SiteHook:
         def keep(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
             inputs[edit.layer, edit.block] = values
             return values
 
         return keep
 
-    def reader_out(edit: ModuleEdit, value: torch.Tensor) -> Reader:
+    def hook_out(edit: ModuleEdit, value: torch.Tensor) -> SiteHook:
         assert edit.right is not None
         key = edit.right[:, 0]
 
@@ -68,9 +68,9 @@ def adding(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[No
 
         return add
 
-    readers: dict[tuple[str, int], Reader] = {}
+    hooks: dict[tuple[str, int], SiteHook] = {}
     for edit, value in zip(plan.edits, values, strict=True):
-        readers[f"{edit.block}_in", edit.layer] = reader_in(edit)
-        readers[f"{edit.block}_out", edit.layer] = reader_out(edit, value)
-    with reading(loaded.anatomy, readers):
+        hooks[f"{edit.block}_in", edit.layer] = hook_in(edit)
+        hooks[f"{edit.block}_out", edit.layer] = hook_out(edit, value)
+    with site_hooks(loaded.anatomy, hooks):
         yield

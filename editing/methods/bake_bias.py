@@ -45,7 +45,7 @@ def bake_bias_plan(
             bias there.
     """
     require_vectors(source, vectors, strength, block)
-    if not source.anatomy.can_carry_bias(block):
+    if not source.anatomy.supports_bias(block):
         raise BrocaError(
             f"{source.anatomy.model_type}: {source.anatomy.layout.outputs[block]} has no bias, and no setting of "
             "its config gives it one that serving engines read: use --method bake, which writes the vector into "

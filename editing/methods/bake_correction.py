@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from editing.methods.bake import EPS
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.sites import Routed

@@ -40,7 +40,7 @@ from editing.methods.learned_values import LEARNED_AT
 from editing.methods.norm_value import value_through_norm
 from editing.methods.output_norm import output_norm, source_tokens
 from editing.methods.sparse_key import require_share, sparse_key
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, Anatomy

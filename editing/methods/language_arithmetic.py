@@ -338,7 +338,7 @@ def _check(
             f"{anatomy.model_type}: the neurons of a mixture of experts see other tokens each, so no constant "
             "stands for them: use --method scale"
         )
-    if as_bias and not anatomy.can_carry_bias("mlp"):
+    if as_bias and not anatomy.supports_bias("mlp"):
         raise BrocaError(
             f"{anatomy.model_type}: its MLP has no bias, and no setting of its config gives it one that serving "
             "engines read: leave --as-bias out"

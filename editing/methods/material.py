@@ -12,7 +12,7 @@ import torch
 
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction
-from editing.directions.take import direction_of
+from editing.directions.estimation import direction_of
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model
 from neurons.neuron_sets.identify import identify

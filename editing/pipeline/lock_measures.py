@@ -27,7 +27,7 @@ from editing.pipeline.lock_text import (
     quiet,
     taught,
 )
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import Plan
 from neurons.models.source import LoadedModel
 

@@ -155,8 +155,8 @@ class _Run:
     @cached_property
     def loaded(self) -> LoadedModel:
         found = load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
-        if found.waiting is not None:
-            self.screen.stage("model", found.waiting)
+        if found.offload_note is not None:
+            self.screen.stage("model", found.offload_note)
         return found
 
     def stage(self, name: str, state: str) -> None:

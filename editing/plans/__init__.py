@@ -1,1 +1,1 @@
-"""Plans: what changes in which module, in architecture-neutral terms; nothing is written to a checkpoint here."""
+"""Plans: the change of each module, independent of the architecture; no checkpoint is written here."""

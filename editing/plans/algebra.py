@@ -1,4 +1,4 @@
-"""What can be done with plans: one after another, back again, on some components only.
+"""Algebra of plans: composition, inversion, restriction to components.
 
 With an edit E(W) = diag(r) W diag(c) + U K^T, E(b) = b + d:
 
@@ -6,8 +6,8 @@ With an edit E(W) = diag(r) W diag(c) + U K^T, E(b) = b + d:
     inverse              r = 1/r,    c = 1/c,    U K^T = -(U/r) (K/c)^T,             d = -d
     on components S      c = 1 and K = 0 outside the columns of S
 
-The factors are taken as they are: a plan whose factors were computed from a model's weights, as a
-directional ablation's are, is not computed again for the weights that an earlier plan leaves.
+The factors are used unchanged: if they were computed from a model's weights, as in a directional ablation,
+they are not recomputed for the weights after an earlier plan.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _scaled_rows(factor: torch.Tensor, scale: torch.Tensor | None) -> torch.Tens
 
 
 def after(first: ModuleEdit, second: ModuleEdit) -> ModuleEdit:
-    """The edit that does ``first``, then ``second``, to the same module; without details and figures."""
+    """The edit that applies ``first``, then ``second``, to the same module; without details and figures."""
     lefts, rights = [], []
     if first.left is not None and first.right is not None:
         lefts.append(_scaled_rows(first.left, second.row_scale))
@@ -60,15 +60,15 @@ def after(first: ModuleEdit, second: ModuleEdit) -> ModuleEdit:
 
 
 def _no_figures(*edits: ModuleEdit) -> dict[str, None]:
-    """Notes of what is made of edits: not their figures, but that they hold for one strength alone."""
+    """Notes of a derived edit: without figures, but with the mark of edits that are valid for one strength."""
     return {"value_through_norm": None} if any(edit.through_norm for edit in edits) else {}
 
 
 def inverse(edit: ModuleEdit) -> ModuleEdit:
-    """The edit that takes W' back to W, to the precision of float32 factors.
+    """The edit that maps W' back to W, to the precision of float32 factors.
 
     Raises:
-        BrocaError: a scale of 0, behind which W is lost.
+        BrocaError: a scale of 0, which loses W.
     """
     for name, scale in (("row", edit.row_scale), ("column", edit.column_scale)):
         if scale is not None and bool((scale == 0).any()):
@@ -93,12 +93,12 @@ def inverse(edit: ModuleEdit) -> ModuleEdit:
 
 
 def on_components(edit: ModuleEdit, components: Collection[int], width: int) -> ModuleEdit | None:
-    """The edit on some of its components; None where it has none of them.
+    """The edit restricted to components; None if it has none of them.
 
     Args:
         edit: of one module.
-        components: which heads or neurons may change.
-        width: columns that one owns.
+        components: heads or neurons that may change.
+        width: columns of a component.
 
     Raises:
         BrocaError: the edit scales rows or has a bias, which belong to the whole module.
@@ -109,8 +109,8 @@ def on_components(edit: ModuleEdit, components: Collection[int], width: int) -> 
     if edit.row_scale is not None or edit.bias is not None:
         what = "scales rows" if edit.bias is None else "has a bias"
         raise BrocaError(
-            f"layer {edit.layer}, {edit.block}: the edit {what}, which is no one component's: restrict it to "
-            "layers instead"
+            f"layer {edit.layer}, {edit.block}: the edit {what}, which cannot be restricted to components: "
+            "restrict it to layers instead"
         )
     chosen = tuple(edit.components[i] for i in kept)
 
@@ -131,10 +131,10 @@ def on_components(edit: ModuleEdit, components: Collection[int], width: int) -> 
 
 
 def with_norms(source: ModelSource, edits: Sequence[ModuleEdit]) -> list[ModuleEdit]:
-    """The edits with ||dW||_F and ||W||_F of this model's weights among their notes.
+    """The edits with ||dW||_F and ||W||_F for this model's weights in their notes.
 
     Raises:
-        BrocaError: an edit of a layer that the model lacks, or of another size.
+        BrocaError: an edit of a layer that the model does not have, or of another size.
     """
     weights = Weights(source)
     noted = []
@@ -151,16 +151,15 @@ def with_norms(source: ModelSource, edits: Sequence[ModuleEdit]) -> list[ModuleE
 
 
 def compose(plans: Sequence[Plan], source: ModelSource | None = None) -> Plan:
-    """One plan that does all of them, the first first.
+    """One plan that applies all of them in order.
 
     Args:
         plans: at least one.
-        source: the model that they were made for, to note how much the result changes; None leaves the
-            notes out.
+        source: the model that they were made for, to note the norm of the change; None omits the notes.
 
     Raises:
         UsageError: no plan.
-        BrocaError: plans of several models, or of another than the source.
+        BrocaError: plans of different models, or of another than the source.
     """
     if not plans:
         raise UsageError("name at least one plan to compose")
@@ -169,7 +168,7 @@ def compose(plans: Sequence[Plan], source: ModelSource | None = None) -> Plan:
     if len(fingerprints) > 1:
         raise BrocaError(
             f"the plans were made for different models (fingerprints {', '.join(sorted(map(str, fingerprints)))}): make them "
-            "for one"
+            "for one model"
         )
     for plan in plans:
         if source is not None:
@@ -180,12 +179,12 @@ def compose(plans: Sequence[Plan], source: ModelSource | None = None) -> Plan:
     edits = list(modules.values())
     return make_plan(
         edits if source is None else with_norms(source, edits),
-        {**_common(plans), "method": "compose", "settings": {"of": [_origin(plan) for plan in plans]}},
+        {**_common(plans), "method": "compose", "settings": {"of": [_provenance(plan) for plan in plans]}},
     )
 
 
 def inverted(source: ModelSource, plan: Plan) -> Plan:
-    """The plan that takes back what a plan did: made for the edited weights, of the same model otherwise.
+    """The plan that reverts a plan, for the edited weights of the same model.
 
     Raises:
         BrocaError: a plan of another model, or one that scales by 0.
@@ -201,7 +200,7 @@ def inverted(source: ModelSource, plan: Plan) -> Plan:
             "weight_norm": float(edited.norm()),
         }
         edits.append(replace(back, notes={**back.notes, **norms}))
-    return make_plan(edits, {**_common([plan]), "method": "invert", "settings": {"of": [_origin(plan)]}})
+    return make_plan(edits, {**_common([plan]), "method": "invert", "settings": {"of": [_provenance(plan)]}})
 
 
 def restricted(
@@ -210,18 +209,18 @@ def restricted(
     layers: Collection[int] | None = None,
     components: Mapping[int, Components] | Components | None = None,
 ) -> Plan:
-    """The plan on some layers and components only.
+    """The plan restricted to layers and components.
 
     Args:
         source: the model that it was made for.
-        plan: which may do more.
+        plan: to restrict.
         layers: None keeps all.
         components: block -> heads or neurons that may change, the same in every layer, or layer -> such
-            a mapping; a block that is not named stays whole; None keeps all.
+            a mapping; an absent block is kept whole; None keeps all.
 
     Raises:
         NothingToChangeError: nothing of the plan is left.
-        BrocaError: a plan of another model, or one whose rows or bias would have to be cut.
+        BrocaError: a plan of another model, or one with row scales or a bias.
     """
     source.require_fingerprint(plan.metadata, "the plan")
     edits = []
@@ -236,7 +235,7 @@ def restricted(
         if cut is not None:
             edits.append(cut)
     settings = {
-        "of": [_origin(plan)],
+        "of": [_provenance(plan)],
         "layers": None if layers is None else sorted(layers),
         "components": sum(len(edit.components) for edit in edits),
     }
@@ -253,23 +252,23 @@ def _allowed(
     of_layer: Any = components
     if any(isinstance(key, int) for key in components):
         of_layer = of_layer.get(edit.layer, {"attn": (), "mlp": ()})
-    found: Collection[int] | None = of_layer.get(edit.block)
-    return found
+    allowed: Collection[int] | None = of_layer.get(edit.block)
+    return allowed
 
 
 def _common(plans: Sequence[Plan]) -> dict[str, Any]:
-    """What all plans say of the model, and of source and target where they agree."""
+    """Metadata that all plans have in common: the model, and source and target if equal."""
     first = plans[0].metadata
-    found = {"model": first.get("model"), "fingerprint": first.get("fingerprint")}
+    metadata = {"model": first.get("model"), "fingerprint": first.get("fingerprint")}
     for name in ("source", "target"):
         values = {plan.metadata.get(name) for plan in plans}
         if len(values) == 1 and None not in values:
-            found[name] = values.pop()
-    found["languages"] = list(
+            metadata[name] = values.pop()
+    metadata["languages"] = list(
         dict.fromkeys(language for plan in plans for language in plan.metadata.get("languages", ()))
     )
-    return found
+    return metadata
 
 
-def _origin(plan: Plan) -> dict[str, Any]:
+def _provenance(plan: Plan) -> dict[str, Any]:
     return {"method": plan.metadata.get("method"), "settings": plan.metadata.get("settings", {})}

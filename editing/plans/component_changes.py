@@ -1,4 +1,4 @@
-"""How far a plan moves each component of a module, from the plan's factors alone."""
+"""The norm of a plan's change of each component, from the plan's factors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from editing.plans.plan import ModuleEdit
 
 
 def component_changes(edit: ModuleEdit, count: int) -> torch.Tensor:
-    """||dW_i||_F of each component i, float64 [count]; an estimate where columns are scaled.
+    """||dW_i||_F of each component i, float64 [count]; an estimate if columns are scaled.
 
-    What is added, U K_i^T, is known to the last digit.  Scaling column j changes it by (c_j - 1) w_j, and a
-    plan does not know w_j: it is taken to be as long as W's columns are in the root mean square, by the note
-    "weight_norm", or of length 1 without that note, and orthogonal to what is added.
+    The added part, U K_i^T, is exact.  Scaling column j changes it by (c_j - 1) w_j, but a plan does not have
+    w_j: it is assumed to have the root mean square norm of W's columns, from the note "weight_norm", or norm 1
+    without that note, and to be orthogonal to the added part.
 
     Args:
         edit: of a module.
-        count: how many components the module has (``component_count``).
+        count: number of components of the module (``component_count``).
     """
     squares = torch.zeros(count, dtype=torch.float64)
     if edit.left is not None and edit.right is not None:
@@ -32,10 +32,10 @@ def component_changes(edit: ModuleEdit, count: int) -> torch.Tensor:
 
 
 def component_count(edit: ModuleEdit) -> int:
-    """How many components the module has; of heads, as its changed columns lie.
+    """Number of components of the module; of heads, inferred from the changed columns.
 
-    A plan does not say how wide a head is.  Heads are of the narrowest width at which just the edit's own have
-    a column that changes, or, where there is none, as narrow as its highest head allows.
+    A plan does not have the width of a head.  This is the smallest width at which exactly the edit's heads have
+    changed columns, or else the smallest that its highest head allows.
     """
     highest = 1 + max(edit.components, default=0)
     factor = edit.right if edit.right is not None else edit.column_scale

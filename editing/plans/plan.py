@@ -1,6 +1,6 @@
-"""The edit plan: what a method decided, in architecture-neutral terms, for every module it changes.
+"""The edit plan: the result of a method, independent of the architecture, for every module that it changes.
 
-For the output module of one block of one layer, with weight W [d, n] (n inputs: A*D of heads or I of
+For an output module, "attn" or "mlp" of a layer, with weight W [d, n] (n inputs: A*D of heads or I of
 neurons),
 
     W' = diag(r) W diag(c) + U K^T
@@ -9,7 +9,7 @@ with r [d] and c [n] scales (absent: ones) and U [d, rank], K [n, rank] (absent:
 
     b' = b + d
 
-How plans are composed, inverted and restricted is in ``editing.plans.algebra``.
+Composition, inversion and restriction are in ``editing.plans.algebra``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch
 
 from editing.directions.direction import Direction
 from editing.plans.plan_content import require_plan_content
-from editing.plans.rounding import EditedBlock, edited_and_rounded, float32_is_enough
+from editing.plans.rounding import EditedChunk, edited_and_rounded, float32_is_enough
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.files.artifact import artifact_bytes, load_artifact, write_atomically
 from neurons.models.source import ModelSource
 
-# The tensors of a module's edit, by their names here and in files.
+# The tensors of a module's edit, as attributes and in files.
 FACTORS = ("row_scale", "column_scale", "left", "right", "bias")
 
 
@@ -48,7 +48,7 @@ class ModuleEdit:
         right: K, float32 [n, rank] or None, together with ``left``.
         bias: float32 [d] or None, added to the module's bias.
         details: per component, name -> float64 [len(components)]: the method's g, lambda, c, ...
-        notes: JSON values for the whole module: ||dW||, ||W||, the key's spread, ...
+        notes: JSON values for the whole module: ||dW||, ||W||, standard deviation of the key, ...
     """
 
     layer: int
@@ -67,39 +67,39 @@ class ModuleEdit:
         return 0 if self.left is None else self.left.shape[1]
 
     def apply(self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0) -> torch.Tensor:
-        """W' for a block of rows and columns.
+        """W' for a range of rows and columns.
 
         Args:
             weight: [rows, columns], any float dtype.
-            first_row: index of the block's first row in W.
-            first_column: index of the block's first column in W.
+            first_row: index of the first row in W.
+            first_column: index of the first column in W.
 
         Returns:
             [rows, columns] in float64.
         """
-        exact = torch.float64
+        float64 = torch.float64
         rows = slice(first_row, first_row + weight.shape[0])
         columns = slice(first_column, first_column + weight.shape[1])
-        edited = weight.to(exact)
-        where = edited.device
+        edited = weight.to(float64)
+        device = edited.device
         if self.row_scale is not None:
-            edited = edited * self.row_scale[rows].to(where, exact)[:, None]
+            edited = edited * self.row_scale[rows].to(device, float64)[:, None]
         if self.column_scale is not None:
-            edited = edited * self.column_scale[columns].to(where, exact)
+            edited = edited * self.column_scale[columns].to(device, float64)
         if self.left is not None and self.right is not None:
-            left, right = self.left[rows].to(where, exact), self.right[columns].to(where, exact)
+            left, right = self.left[rows].to(device, float64), self.right[columns].to(device, float64)
             edited = torch.addmm(edited, left, right.T)
         return edited
 
     def rounded(
         self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0, transposed: bool = False
-    ) -> EditedBlock:
-        """W' as a checkpoint holds it, for a block of rows and columns: computed in float32, cast once.
+    ) -> EditedChunk:
+        """W' in its stored dtype, for a range of rows and columns: computed in float32, cast once.
 
         Args:
-            weight: [rows, columns] in its stored dtype, or with ``transposed`` a block of W^T.
-            first_row: index of the block's first row in W, or in W^T.
-            first_column: likewise.
+            weight: [rows, columns] in its stored dtype, of W or, if ``transposed``, of W^T.
+            first_row: index of the first row in W, or in W^T.
+            first_column: index of the first column.
             transposed: (W')^T = diag(c) W^T diag(r) + K U^T.
         """
         rows = slice(first_row, first_row + weight.shape[0])
@@ -126,22 +126,22 @@ class ModuleEdit:
 
     @property
     def relative_change(self) -> float | None:
-        """||dW||_F / ||W||_F as the constructor noted them; None where it did not."""
-        change, whole = self.notes.get("change_norm"), self.notes.get("weight_norm")
-        return None if change is None or not whole else float(change) / float(whole)
+        """||dW||_F / ||W||_F from the notes; None without them."""
+        change, weight = self.notes.get("change_norm"), self.notes.get("weight_norm")
+        return None if change is None or not weight else float(change) / float(weight)
 
     @property
     def through_norm(self) -> bool:
-        """Whether what is added was solved through the norm after the module, for one strength alone."""
+        """Whether the change was solved through the norm after the module, so that it is valid for one strength."""
         return "value_through_norm" in self.notes
 
     @property
     def changes_weight(self) -> bool:
-        """Whether W changes at all: an edit may be of the bias alone."""
+        """Whether W changes: an edit may change only the bias."""
         return self.row_scale is not None or self.column_scale is not None or self.left is not None
 
     def changes(self, columns: slice) -> bool:
-        """Whether the edit does anything to these columns of W."""
+        """Whether the edit changes these columns of W."""
         return (
             self.row_scale is not None
             or (self.column_scale is not None and bool((self.column_scale[columns] != 1).any()))
@@ -151,23 +151,21 @@ class ModuleEdit:
     def scaled(self, strength: float) -> ModuleEdit:
         """The same edit with its distance from the identity multiplied by ``strength``.
 
-        What is added is multiplied on the side of the values, so that keys stay what the notes say of them.
+        The values are multiplied and the keys unchanged, so that notes about keys remain valid.
 
         Raises:
-            UsageError: the norm after the module bends what is added (``through_norm``).
-            BrocaError: rows and columns are both scaled: what lies between such an edit and none is not
-                of this form.
+            UsageError: the edit is not linear in its strength (``through_norm``).
+            BrocaError: rows and columns are both scaled, so that interpolation does not have this form.
         """
         if self.through_norm and strength != 1:
             raise UsageError(
-                f"layer {self.layer}, {self.block}: what it adds was solved through the norm after it, so {strength:g} times "
-                "as much does not do as much more: make the edit again at the strength that it is to have "
-                "(broca edit --strength)"
+                f"layer {self.layer}, {self.block}: solved through the norm after the module, so it cannot be multiplied by "
+                f"{strength:g}: make the edit again with broca edit --strength"
             )
         if self.row_scale is not None and self.column_scale is not None:
             raise BrocaError(
-                f"layer {self.layer}, {self.block}: scales rows and columns, so has no strength: make the edit "
-                "again with other settings"
+                f"layer {self.layer}, {self.block}: scales rows and columns, so its strength cannot change: "
+                "make the edit again with other settings"
             )
         return ModuleEdit(
             layer=self.layer,
@@ -182,14 +180,14 @@ class ModuleEdit:
             notes={
                 name: abs(strength) * value if name in ("change_norm", "bias_norm") else value
                 for name, value in self.notes.items()
-                # Of the weights that a difference was taken from.
+                # A property of the weights of a difference.
                 if name != "worst_in_spacings"
             },
         )
 
 
 def _scaled_detail(name: str, values: torch.Tensor, strength: float) -> torch.Tensor:
-    """What a detail says of the component once the edit is scaled; g and the key itself stay."""
+    """A detail of a scaled edit; g and the key do not change."""
     if name in ("lambda", "c", "offset"):
         return values * strength
     return 1 + strength * (values - 1) if name in ("factor", "scale") else values
@@ -209,18 +207,18 @@ class Plan:
 
     @property
     def through_norm(self) -> bool:
-        """Whether any edit holds for one strength alone (``ModuleEdit.through_norm``)."""
+        """Whether any edit is valid only for its strength (``ModuleEdit.through_norm``)."""
         return any(edit.through_norm for edit in self.edits)
 
     @property
     def components(self) -> int:
-        """How many heads and neurons change."""
+        """Number of heads and neurons that change."""
         return sum(len(edit.components) for edit in self.edits)
 
     def relative_change(self) -> float | None:
-        """||dW||_F / ||W||_F over the edited modules together; None where a module does not know it.
+        """||dW||_F / ||W||_F over all edited modules, from their notes; None if a module has none.
 
-        What the constructor noted: a plan composed without its model has no such notes.
+        A plan composed without its model has no such notes.
         """
         if any(edit.relative_change is None for edit in self.edits):
             return None
@@ -229,25 +227,23 @@ class Plan:
         return float((change / whole) ** 0.5) if whole else 0.0
 
     def scaled(self, strength: float) -> Plan:
-        """Every edit at ``strength`` times its size, on top of the strength that it has.
+        """Every edit multiplied by ``strength``, in addition to its current strength.
 
-        Of a method whose own strength is no multiple of its whole edit the settings say it as "scaled_by".
+        If the edit of a method is not proportional to its strength, the factor is saved as "scaled_by".
 
         Raises:
             UsageError: a strength of 0, or as ``ModuleEdit.scaled``.
-            BrocaError: likewise, or numbers that float32 does not hold.
+            BrocaError: as ``ModuleEdit.scaled``, or overflow of float32.
         """
         if strength == 1:
             return self
         if strength == 0:
-            raise UsageError(
-                "a strength of 0 leaves nothing of the edit: give another, or use the unedited model"
-            )
-        # What learning measured, and what a file noted of its modules, is of the strength that they had.
+            raise UsageError("a strength of 0 removes the edit: use another, or the unedited model")
+        # These describe the edit at its previous strength.
         stale = ("learning", "measured", "modules")
         metadata = {name: value for name, value in self.metadata.items() if name not in stale}
         settings = dict(metadata["settings"])
-        name = "scaled_by" if _strength_is_of_a_part(metadata) else "strength"
+        name = "scaled_by" if _is_nonlinear(metadata) else "strength"
         settings[name] = settings.get(name, 1.0) * strength
         return make_plan([edit.scaled(strength) for edit in self.edits], {**metadata, "settings": settings})
 
@@ -261,7 +257,7 @@ class Plan:
             for name in FACTORS:
                 value = getattr(edit, name)
                 if value is not None:
-                    # A copy: the file format refuses two names for one memory.
+                    # A copy: the file format rejects tensors that share memory.
                     tensors[f"{prefix}.{name}"] = value.float().clone()
             for name, values in edit.details.items():
                 tensors[f"{prefix}.details.{name}"] = values.double()
@@ -273,19 +269,19 @@ class Plan:
 
 
 def language_pair(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(source, target) of a plan; None where it has not both: of several directions one end may differ."""
+    """(source, target) of a plan; None unless it has both."""
     source, target = metadata.get("source"), metadata.get("target")
     return None if source is None or target is None else (str(source), str(target))
 
 
-def _strength_is_of_a_part(metadata: Mapping[str, Any]) -> bool:
-    """Whether twice a plan is another than the plan that its method makes at twice the strength."""
+def _is_nonlinear(metadata: Mapping[str, Any]) -> bool:
+    """Whether the method's plan is not proportional to its strength."""
     renormalised = "norm-preserving" in str(metadata["settings"].get("form"))
     return renormalised or metadata.get("method") == "language-arithmetic"
 
 
 def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
-    """Order the edits and check them.
+    """Check the edits and sort them.
 
     Raises:
         NothingToChangeError: no edits.
@@ -301,7 +297,7 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
         raise BrocaError("the plan names a module twice")
     for edit in ordered:
         if all(getattr(edit, name) is None for name in FACTORS):
-            raise BrocaError(f"layer {edit.layer}, {edit.block}: the plan names it and changes nothing in it")
+            raise BrocaError(f"layer {edit.layer}, {edit.block}: the plan names it without a change")
         for name in FACTORS:
             value = getattr(edit, name)
             if value is not None and not bool(torch.isfinite(value).all()):
@@ -310,7 +306,7 @@ def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
 
 
 def load_plan(path: Path | str) -> Plan:
-    """Read what ``Plan.save`` wrote.
+    """Read a file of ``Plan.save``.
 
     Raises:
         UsageError, BrocaError: as ``load_artifact``, ``require_plan_content`` and ``make_plan``.
@@ -345,7 +341,7 @@ def load_plan(path: Path | str) -> Plan:
 def plan_metadata(
     source: ModelSource, method: str, direction: Direction, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What every plan from a direction says of itself."""
+    """Metadata of a plan made from a direction."""
     return {
         "model": source.label,
         "fingerprint": source.fingerprint,

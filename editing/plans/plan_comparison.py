@@ -1,4 +1,4 @@
-"""How far two plans agree: which components both change, and whether they push the weights the same way."""
+"""Comparison of two plans: the components that both change, and the cosine of their changes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from neurons.models.source import ModelSource
 
 @dataclass(frozen=True)
 class ModuleAgreement:
-    """Two edits of one module.
+    """Comparison of two edits of one module.
 
     Attributes:
-        layer, block: which module.
-        first, second: how many components each changes.
-        shared: how many both change.
-        jaccard: shared / those that either changes.
-        cosine: <dW1, dW2> / (||dW1|| ||dW2||); None where one does not change the module, or where a scale
-            makes dW depend on weights that were not given.
+        layer, block: of the module.
+        first, second: number of components that each changes.
+        shared: number of components that both change.
+        jaccard: shared / number that either changes.
+        cosine: <dW1, dW2> / (||dW1|| ||dW2||); None if one does not change the module, or if a scale makes dW
+            depend on weights that were not given.
     """
 
     layer: int
@@ -38,20 +38,20 @@ class ModuleAgreement:
 def agreement(
     first: ModuleEdit | None, second: ModuleEdit | None, weight: torch.Tensor | None = None
 ) -> ModuleAgreement:
-    """Compare the edits of one module, of which one may be missing.
+    """Compare the edits of one module; one may be missing.
 
     Args:
         first: edit of a module.
         second: edit of the same module.
-        weight: W, float64 [d, n]; needed for the cosine where rows or columns are scaled.
+        weight: W, float64 [d, n]; needed for the cosine if rows or columns are scaled.
     """
-    some = first or second
-    assert some is not None
+    present = first or second
+    assert present is not None
     ours, theirs = (set() if edit is None else set(edit.components) for edit in (first, second))
     either = len(ours | theirs)
     return ModuleAgreement(
-        layer=some.layer,
-        block=some.block,
+        layer=present.layer,
+        block=present.block,
         first=len(ours),
         second=len(theirs),
         shared=len(ours & theirs),
@@ -62,8 +62,11 @@ def agreement(
 
 def _cosine(first: ModuleEdit, second: ModuleEdit, weight: torch.Tensor | None) -> float | None:
     if weight is not None:
-        one, other = (edit.apply(weight) - weight for edit in (first, second))
-        product, lengths = float((one * other).sum()), float(one.norm() * other.norm())
+        a, b = (edit.apply(weight) - weight for edit in (first, second))
+        product, lengths = (
+            float((a * b).sum()),
+            float(a.norm() * b.norm()),
+        )
         return product / lengths if lengths else None
     if any(edit.row_scale is not None or edit.column_scale is not None for edit in (first, second)):
         return None
@@ -72,7 +75,7 @@ def _cosine(first: ModuleEdit, second: ModuleEdit, weight: torch.Tensor | None) 
 
 
 def _product(first: ModuleEdit, second: ModuleEdit) -> float:
-    """<U1 K1^T, U2 K2^T> without making either matrix."""
+    """<U1 K1^T, U2 K2^T> without computing either matrix."""
     if first.left is None or first.right is None or second.left is None or second.right is None:
         return 0.0
     lefts = first.left.double().T @ second.left.double()
@@ -87,7 +90,7 @@ def compare_plans(
     Args:
         first: plan of a model.
         second: plan of the same model.
-        source: the model, for the cosines of edits that scale.
+        source: the model, for the cosines of edits with scales.
 
     Raises:
         BrocaError: plans of different models, or of another than the source.
@@ -96,7 +99,7 @@ def compare_plans(
     if fingerprints[0] != fingerprints[1]:
         raise BrocaError(
             f"the plans were made for different models (fingerprints {fingerprints[0]} and {fingerprints[1]}): "
-            "compare plans of one"
+            "compare plans of the same model"
         )
     if source is not None:
         source.require_fingerprint(first.metadata, "the plan")

@@ -1,4 +1,4 @@
-"""Whether a Broca file of a plan holds a plan: whatever it says is checked before anything is made of it."""
+"""Validation of the metadata and tensors of a plan file."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _WORDS = ("method", "model", "fingerprint", "source", "target")
 
 
 def require_plan_content(artifact: Artifact, path: Path) -> None:
-    """Refuse metadata or tensors that are not those of a plan.
+    """Check the metadata and tensors of a plan.
 
     Raises:
-        BrocaError: what is wrong, by module.
+        BrocaError: names the fault and the module.
     """
     fault = _metadata_fault(artifact.metadata)
     if fault is None:
         for module in artifact.metadata["modules"]:
             prefix = f"{module['layer']}.{module['block']}."
-            own = {
+            of_module = {
                 name.removeprefix(prefix): tensor
                 for name, tensor in artifact.tensors.items()
                 if name.startswith(prefix)
             }
-            fault = _module_fault(own)
+            fault = _module_fault(of_module)
             if fault is not None:
                 fault = f"layer {module['layer']}, {module['block']}: {fault}"
                 break
     if fault is not None:
-        raise BrocaError(f"{path}: not a whole plan ({fault}): make it again")
+        raise BrocaError(f"{path}: not a valid plan ({fault}): make it again")
 
 
 def _metadata_fault(metadata: Mapping[str, Any]) -> str | None:
@@ -46,7 +46,7 @@ def _metadata_fault(metadata: Mapping[str, Any]) -> str | None:
         if not isinstance(metadata.get(name), str | None):
             return f"its {name} is {metadata[name]!r}"
     languages = metadata.get("languages", [])
-    if not isinstance(languages, list) or not all(isinstance(one, str) for one in languages):
+    if not isinstance(languages, list) or not all(isinstance(language, str) for language in languages):
         return f"its languages are {languages!r}"
     modules = metadata.get("modules")
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
@@ -61,7 +61,7 @@ def _metadata_fault(metadata: Mapping[str, Any]) -> str | None:
 
 
 def _module_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """What is wrong with one module's tensors, by their names within it."""
+    """The first fault in a module's tensors, by their names within it; None without any."""
     components = tensors.get("components")
     if components is None or components.ndim != 1 or components.dtype != torch.int64:
         return "it lists no components"
@@ -74,7 +74,7 @@ def _module_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
             return f"its {name} is {tensor.dtype} of shape {list(tensor.shape)}"
     left, right = factors.get("left"), factors.get("right")
     if (left is None) != (right is None):
-        return "of left and right it has one alone"
+        return "it has only one of left and right"
     if left is not None and right is not None and left.shape[1] != right.shape[1]:
         return f"left and right are of ranks {left.shape[1]} and {right.shape[1]}"
     rows = {len(factors[name]) for name in ("row_scale", "left", "bias") if name in factors}

@@ -1,4 +1,4 @@
-"""A picture of a plan: how strongly each component of each layer changes."""
+"""Figure of a plan: the change of each component of each layer."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from matplotlib.ticker import MaxNLocator
 from editing.plans.component_changes import component_changes, component_count
 from editing.plans.plan import ModuleEdit, Plan, language_pair
 from neurons.architectures.anatomy import BLOCKS
-from neurons.neuron_sets.pictures import LINE, TITLE, titled
+from neurons.neuron_sets.pictures import LINE, TITLE, title_of
 
 WIDE = 10.0  # inches
-MOST_COLUMNS = 240  # more would be thinner than a dot on a screen
+MAX_COLUMNS = 240  # more would be narrower than a pixel
 _NAMES = {"attn": "head", "mlp": "neuron"}
 
 
 def component_sizes(edit: ModuleEdit, count: int) -> torch.Tensor:
-    """How far each of a module's components goes, float64 [count].
+    """The size of the change of each component of a module, float64 [count].
 
-    ||dW_i||_F of component i (``component_changes``), or, where nothing is added, the largest |c - 1| by
-    which its columns are scaled.
+    ||dW_i||_F of component i (``component_changes``), or, for a pure scaling, the largest |c - 1| of its
+    columns.
 
     Args:
         edit: of a module.
-        count: how many components the module has.
+        count: number of components of the module.
     """
     if edit.left is not None:
         return component_changes(edit, count)
@@ -34,9 +34,9 @@ def component_sizes(edit: ModuleEdit, count: int) -> torch.Tensor:
 
 
 def plan_figure(plan: Plan) -> Figure:
-    """Heat maps layer by component, one for each block that the plan edits.
+    """Heat maps layer by component, one for each of "attn" and "mlp" that the plan edits.
 
-    Neurons that are too many to be seen are drawn in groups of neighbours: the strongest of each.
+    Too many neurons are drawn in groups of neighbours, with the maximum of each.
     """
     blocks = [block for block in BLOCKS if any(edit.block == block for edit in plan.edits)]
     layers = 1 + max(edit.layer for edit in plan.edits)
@@ -44,7 +44,7 @@ def plan_figure(plan: Plan) -> Figure:
     ends = language_pair(about)
     pair = "" if ends is None else f", {ends[0]} to {ends[1]}"
     languages = () if pair else about.get("languages", ())
-    title = titled("how far the edit changes each component" + pair, about, languages, WIDE - 1)
+    title = title_of("change of each component" + pair, about, languages, WIDE - 1)
     high = 1.2 + min(8.0, 0.8 + 0.22 * layers)
     figure = Figure(
         figsize=(WIDE, high * len(blocks) + 0.25 + LINE * title.count("\n")), layout="constrained"
@@ -59,7 +59,7 @@ def plan_figure(plan: Plan) -> Figure:
             whole = component_sizes(edit, component_count(edit))
             sizes[layer, : len(whole)] = whole
             added = added or edit.left is not None
-        group = -(-count // MOST_COLUMNS)
+        group = -(-count // MAX_COLUMNS)
         padded = torch.nn.functional.pad(sizes, (0, -count % group)).view(layers, -1, group).amax(-1)
         image = axis.imshow(
             padded.numpy(),
@@ -71,7 +71,7 @@ def plan_figure(plan: Plan) -> Figure:
         )
         what = "||change||" if added else "|factor - 1|"
         figure.colorbar(image, ax=axis, label=what)
-        each = "" if group == 1 else f" (the strongest of every {group})"
+        each = "" if group == 1 else f" (maximum of every {group})"
         axis.set(title=f"{_NAMES[block]}s{each}", ylabel="layer", xlabel=_NAMES[block])
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

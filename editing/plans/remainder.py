@@ -1,13 +1,12 @@
-"""What a rounded edit loses: the small integers between a base tensor and what inverting the edit gives.
+"""The rounding error of an inverted edit, stored as small integers, so that undo is exact.
 
-Numbers of one float format, in their order, are numbered by the integers: with the bits b of a number read
-as a signed integer of w bits,
+Sort the numbers of a float format and number them: with the bits b of a number read as a signed integer,
 
     n(b) = b where b >= 0, else b with all bits but the sign flipped
 
-is monotone, tells -0 from 0 and is its own inverse.  The remainder of a base number x for a prediction y is
-n(x) - n(y): mostly -1, 0 or 1 where the edit is small.  It is kept in 8 bits; a number whose remainder does
-not fit, or that nothing predicts (y is not finite: the edit scaled it by 0), is kept as its own bits.
+is monotone, separates -0 from 0 and is its own inverse.  The remainder of a base number x for a prediction y is
+n(x) - n(y): mostly -1, 0 or 1 for a small edit.  It has 8 bits; a number whose remainder does not fit, or whose
+prediction y is not finite (the edit scaled it by 0), is stored as its own bits.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ import torch
 
 from neurons.errors import BrocaError
 
-# Of the 8 bits, the value that stands for "see the number's own bits".
+# The 8-bit value that marks a number stored as its own bits.
 OWN_BITS = -128
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# The planes are noise of a few symbols: higher levels take ten times as long for a few per cent.
+# The data is noise of a few symbols: higher levels take ten times as long for a few per cent.
 _LEVEL = 1
 
 
 def ordinals(values: torch.Tensor) -> torch.Tensor:
-    """The place of each number among those of its dtype: int64, of the same shape.
+    """The rank of each number in its dtype: int64, of the same shape.
 
     Args:
         values: float64, float32, float16 or bfloat16.
@@ -36,7 +35,7 @@ def ordinals(values: torch.Tensor) -> torch.Tensor:
 
 
 def from_ordinals(places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers at these places: the inverse of ``ordinals``."""
+    """The numbers of these ranks: the inverse of ``ordinals``."""
     integer = _INTEGERS[dtype.itemsize]
     return _flipped(places.to(integer), integer).view(dtype)
 
@@ -49,9 +48,9 @@ def encoded(base: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, 
     """The remainder of ``base`` for a prediction of the same shape and dtype.
 
     Returns:
-        int8 [numbers], and the bits of those that it marks as ``OWN_BITS``, as integers of the dtype's width.
+        int8 [numbers], and the bits of the numbers marked ``OWN_BITS``, as integers of the dtype's width.
     """
-    # In 64 bits the difference wraps around, and back when it is added.
+    # In 64 bits the difference may wrap around, and wraps back when it is added.
     difference = (ordinals(base) - ordinals(predicted)).flatten()
     fits = (difference > OWN_BITS) & (difference <= 127) & torch.isfinite(predicted).flatten()
     small = torch.where(fits, difference, OWN_BITS).to(torch.int8)
@@ -59,18 +58,18 @@ def encoded(base: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, 
     return small, bits[~fits]
 
 
-def decoded(predicted: torch.Tensor, small: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The base numbers again, bit for bit, of the prediction's shape and dtype.
+def decoded(predicted: torch.Tensor, small: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+    """The base numbers, bit for bit, in the prediction's shape and dtype.
 
     Raises:
-        BrocaError: the parts are of another size.
+        BrocaError: the sizes do not match.
     """
     marked = small == OWN_BITS
-    if small.numel() != predicted.numel() or int(marked.sum()) != own.numel():
+    if small.numel() != predicted.numel() or int(marked.sum()) != raw.numel():
         raise BrocaError("the remainder does not fit the tensor: it belongs to another checkpoint")
     places = ordinals(predicted).flatten() + small.long()
-    numbers = from_ordinals(places, predicted.dtype).view(own.dtype)
-    numbers[marked] = own
+    numbers = from_ordinals(places, predicted.dtype).view(raw.dtype)
+    numbers[marked] = raw
     return numbers.view(predicted.dtype).reshape(predicted.shape)
 
 
@@ -80,7 +79,7 @@ def packed(values: torch.Tensor) -> bytes:
 
 
 def unpacked(content: bytes, dtype: torch.dtype) -> torch.Tensor:
-    """The flat integers that ``packed`` was given.
+    """The flat integers given to ``packed``.
 
     Raises:
         BrocaError: the bytes are damaged.
@@ -95,5 +94,5 @@ def unpacked(content: bytes, dtype: torch.dtype) -> torch.Tensor:
 
 
 def integers_of(dtype: torch.dtype) -> torch.dtype:
-    """The integer dtype in which numbers of a float dtype are kept as their own bits."""
+    """The integer dtype for the bits of a float dtype."""
     return _INTEGERS[dtype.itemsize]

@@ -1,4 +1,4 @@
-"""Numbers cast to a stored dtype with one rounding, and edited weights computed in float32 and cast once."""
+"""Casts with a single rounding, and edited weights computed in float32 and cast once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-# Scales nearer to 0 than this, but not 0, are left to float64: W (c - 1) + W keeps the size of W's roundings.
-_SMALLEST_SCALE = 2.0**-6
+# Smaller nonzero scales need float64: the error of W (c - 1) + W is relative to W.
+_MIN_SCALE = 2.0**-6
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``values`` (float32 or float64) in ``dtype``, rounded once to nearest even."""
     if values.dtype != torch.float64 or dtype in (torch.float64, torch.float32):
         return values.to(dtype)
-    # torch goes from float64 to the 16-bit types through float32 and so rounds twice.  A middle step that
-    # rounds inexact values to the odd neighbour keeps the second rounding right (Boldo and Melquiond).
+    # torch converts float64 to 16-bit types through float32 and so rounds twice.  Rounding inexact values to
+    # odd in the middle step makes the second rounding correct (Boldo and Melquiond).
     middle = values.to(torch.float32)
     back = middle.to(torch.float64)
     even = (middle.view(torch.int32) & 1) == 0
@@ -25,21 +25,21 @@ def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no number is infinite or none."""
-    # Nothing that is not finite adds up to something finite; what is finite can, rarely, overflow.
+    """Whether all numbers are finite."""
+    # A finite sum implies finite terms; the converse fails only on overflow.
     if math.isfinite(float(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))):
         return True
     return bool(torch.isfinite(values).all())
 
 
 @dataclass(frozen=True)
-class EditedBlock:
-    """A block of an edited weight.
+class EditedChunk:
+    """A chunk of an edited weight.
 
     Attributes:
-        stored: [rows, columns] in the stored dtype, what is to be written.
-        change: [rows, columns] in float32 or float64, what the edit adds before anything is rounded to the
-            stored dtype, to the precision of float32: also where it is far below the weight's.
+        stored: [rows, columns] in the stored dtype, to be written.
+        change: [rows, columns] in float32 or float64, the change before rounding to the stored dtype, to the
+            precision of float32 even if it is far below that of the weight.
     """
 
     stored: torch.Tensor
@@ -47,9 +47,9 @@ class EditedBlock:
 
 
 def float32_is_enough(row_scale: torch.Tensor | None, column_scale: torch.Tensor | None) -> bool:
-    """Whether ``edited_and_rounded`` may compute in float32: no scale is tiny without being 0.
+    """Whether ``edited_and_rounded`` may compute in float32: no scale is tiny but nonzero.
 
-    To be asked of a whole edit, so that its blocks are computed alike.
+    Call it for a whole edit, so that all its chunks use the same dtype.
 
     Args:
         row_scale: r [d] or None.
@@ -59,7 +59,7 @@ def float32_is_enough(row_scale: torch.Tensor | None, column_scale: torch.Tensor
     for scale in (row_scale, column_scale):
         if scale is not None and scale.numel():
             smallest *= float(torch.where(scale == 0, 1, scale.abs()).min().clamp(max=1))
-    return smallest >= _SMALLEST_SCALE
+    return smallest >= _MIN_SCALE
 
 
 def edited_and_rounded(
@@ -69,13 +69,13 @@ def edited_and_rounded(
     left: torch.Tensor | None = None,
     right: torch.Tensor | None = None,
     in_float32: bool = True,
-) -> EditedBlock:
+) -> EditedChunk:
     """diag(r) W diag(c) + U K^T, computed in float32 as W + (W (r c - 1) + U K^T) and cast once.
 
     With e = 2^-24 (|W| + |W (r c - 1)| + sum over ranks of |U K^T|), a number before the cast is within
-    (4 + 2 rank) e of the float64 answer.  Each product and each sum is rounded by itself and in the order
-    of the rank, so that the bits are the same on every machine.  Where float32 overflows, and for weights
-    stored as float32 or float64, all is computed in float64.
+    (4 + 2 rank) e of the float64 result.  Products and sums are rounded one by one in the order of the rank,
+    so that the bits are the same on every machine.  If float32 overflows, and for weights stored as float32
+    or float64, everything is computed in float64.
 
     Args:
         weight: W [rows, columns] in its stored dtype.
@@ -89,9 +89,9 @@ def edited_and_rounded(
     if in_float32 and weight.dtype in (torch.bfloat16, torch.float16):
         edited, change = _edited(weight, torch.float32, *factors)
         if all_finite(edited):
-            return EditedBlock(edited.to(weight.dtype), change)
+            return EditedChunk(edited.to(weight.dtype), change)
     edited, change = _edited(weight, torch.float64, *factors)
-    return EditedBlock(round_once(edited, weight.dtype), change)
+    return EditedChunk(round_once(edited, weight.dtype), change)
 
 
 def _edited(
@@ -102,17 +102,17 @@ def _edited(
     left: torch.Tensor | None,
     right: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The edited numbers before they are rounded, and what was added to get them."""
-    # Changed in place below: fresh memory costs as much as the arithmetic.
+    """The edited numbers before rounding, and their change."""
+    # Changed in place below: new memory costs as much as the arithmetic.
     base = weight.to(dtype, copy=True)
     scale = None if column_scale is None else column_scale.to(dtype)
     if row_scale is not None:
         rows = row_scale.to(dtype)[:, None]
         scale = rows if scale is None else rows * scale
-    # What is nowhere edited keeps its bits, those of -0 too.
+    # Unedited numbers keep their bits, also -0.
     change = torch.full_like(base, -0.0) if scale is None else base * (scale - 1)
     if left is not None and right is not None:
-        # Not a matrix product, whose precision and order are settings of the process and the machine.
+        # Not a matrix product, whose precision and order depend on settings and machine.
         for column, key in zip(left.to(dtype).T, right.to(dtype).T, strict=True):
             change += column[:, None] * key
     return base.add_(change), change

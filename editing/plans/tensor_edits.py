@@ -1,4 +1,4 @@
-"""A plan, whose terms are modules, as what it does to each tensor on disk: forwards, and back to the base."""
+"""The changes of a plan to each tensor on disk, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from editing.plans.plan import ModuleEdit, Plan
-from editing.plans.rounding import EditedBlock, round_once
+from editing.plans.rounding import EditedChunk, round_once
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import StoredPiece
 from neurons.errors import BrocaError
@@ -21,79 +21,79 @@ class TensorEdit:
     """The change of one stored tensor.
 
     Attributes:
-        entry: where the tensor lies.
-        edit: of the module that it belongs to.
-        pieces: of the weight W that lie in it: experts where it is fused, else one; none: it is the bias.
+        entry: the location of the tensor.
+        edit: of its module.
+        pieces: of the weight W in it: experts if fused, else one; empty for a bias.
     """
 
     entry: TensorEntry
     edit: ModuleEdit
     pieces: tuple[StoredPiece, ...]
 
-    def rounded(self, block: torch.Tensor, first: int) -> EditedBlock:
-        """The new values of a block of the tensor's rows, rounded to the stored dtype.
+    def rounded(self, chunk: torch.Tensor, first: int) -> EditedChunk:
+        """The new values of a chunk of the tensor's rows, rounded to the stored dtype.
 
         Args:
-            block: rows of the stored tensor, in its stored dtype.
+            chunk: rows of the stored tensor, in its stored dtype.
             first: index of its first row.
         """
         if not self.pieces:
-            change = self._bias(block, first)
-            return EditedBlock(round_once(block.double() + change, block.dtype), change)
+            change = self._bias(chunk, first)
+            return EditedChunk(round_once(chunk.double() + change, chunk.dtype), change)
         if self.pieces[0].index is None:
-            return self._rounded_piece(self.pieces[0], block, first)
+            return self._rounded_piece(self.pieces[0], chunk, first)
         experts = [
-            self._rounded_piece(piece, own, 0)
-            for piece, own in zip(self.pieces[first : first + len(block)], block, strict=True)
+            self._rounded_piece(piece, part, 0)
+            for piece, part in zip(self.pieces[first : first + len(chunk)], chunk, strict=True)
         ]
-        return EditedBlock(
+        return EditedChunk(
             torch.stack([expert.stored for expert in experts]),
             torch.stack([expert.change.float() for expert in experts]),
         )
 
-    def _rounded_piece(self, piece: StoredPiece, block: torch.Tensor, first: int) -> EditedBlock:
+    def _rounded_piece(self, piece: StoredPiece, chunk: torch.Tensor, first: int) -> EditedChunk:
         if piece.transposed:
-            return self.edit.rounded(block, piece.columns.start + first, 0, transposed=True)
-        return self.edit.rounded(block, first, piece.columns.start)
+            return self.edit.rounded(chunk, piece.columns.start + first, 0, transposed=True)
+        return self.edit.rounded(chunk, first, piece.columns.start)
 
-    def restored(self, block: torch.Tensor, first: int) -> torch.Tensor:
-        """What the values were before, up to rounding: not finite where a scale of 0 has removed them.
+    def restored(self, chunk: torch.Tensor, first: int) -> torch.Tensor:
+        """The values before the edit, up to rounding; not finite where a scale is 0.
 
-        The same numbers on every machine: products and sums are taken one by one, in the order of the rank.
+        The same on every machine: products and sums are computed one by one in the order of the rank.
 
         Args:
-            block: rows of the edited tensor, of any float dtype.
+            chunk: rows of the edited tensor, of any float dtype.
             first: index of its first row.
 
         Returns:
             float64, of the same shape.
         """
         if not self.pieces:
-            return block.double() - self._bias(block, first)
+            return chunk.double() - self._bias(chunk, first)
         if self.pieces[0].index is None:
-            return self._restored_piece(self.pieces[0], block, first)
-        experts = zip(self.pieces[first : first + len(block)], block, strict=True)
-        return torch.stack([self._restored_piece(piece, own, 0) for piece, own in experts])
+            return self._restored_piece(self.pieces[0], chunk, first)
+        experts = zip(self.pieces[first : first + len(chunk)], chunk, strict=True)
+        return torch.stack([self._restored_piece(piece, expert, 0) for piece, expert in experts])
 
-    def _restored_piece(self, piece: StoredPiece, block: torch.Tensor, first: int) -> torch.Tensor:
+    def _restored_piece(self, piece: StoredPiece, chunk: torch.Tensor, first: int) -> torch.Tensor:
         if piece.transposed:
-            return taken_back(self.edit, block.T, 0, piece.columns.start + first).T
-        return taken_back(self.edit, block, first, piece.columns.start)
+            return undone(self.edit, chunk.T, 0, piece.columns.start + first).T
+        return undone(self.edit, chunk, first, piece.columns.start)
 
-    def _bias(self, block: torch.Tensor, first: int) -> torch.Tensor:
+    def _bias(self, chunk: torch.Tensor, first: int) -> torch.Tensor:
         if self.edit.bias is None:
             raise BrocaError(f"{self.entry.name}: the plan has no bias for it")
-        return _part(self.edit.bias, first, len(block))
+        return _part(self.edit.bias, first, len(chunk))
 
 
-def taken_back(edit: ModuleEdit, weight: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:
-    """W = diag(1/r) (W' - U K^T) diag(1/c) for a block of W' that starts at a row and a column.
+def undone(edit: ModuleEdit, weight: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:
+    """W = diag(1/r) (W' - U K^T) diag(1/c) for a part of W' that starts at a row and a column.
 
     Args:
-        edit: that made W' of W.
+        edit: from W to W'.
         weight: [rows, columns], any float dtype.
-        row: index of the block's first row.
-        column: index of the block's first column.
+        row: index of the first row.
+        column: index of the first column.
 
     Returns:
         [rows, columns] in float64; not finite where a scale is 0.
@@ -102,7 +102,7 @@ def taken_back(edit: ModuleEdit, weight: torch.Tensor, row: int = 0, column: int
     rows, columns = base.shape
     if edit.left is not None and edit.right is not None:
         lefts, rights = _part(edit.left, row, rows), _part(edit.right, column, columns)
-        # One after another: a matrix product adds in an order of its own on each machine.
+        # One by one: the order of sums in a matrix product depends on the machine.
         for left, right in zip(lefts.T, rights.T, strict=True):
             base = base - left[:, None] * right
     if edit.column_scale is not None:
@@ -117,24 +117,24 @@ def _part(factor: torch.Tensor, first: int, count: int) -> torch.Tensor:
 
 
 def tensor_edits(source: ModelSource, plan: Plan) -> tuple[TensorEdit, ...]:
-    """What the plan does to each tensor that the checkpoint has, in the order of the plan.
+    """The change of each tensor in the checkpoint, in the order of the plan.
 
     Raises:
-        BrocaError: the plan does not fit the model, by tensor name.
+        BrocaError: the plan does not fit the model; names the tensor.
     """
     weights = Weights(source)
-    found = []
+    edits = []
     for edit in plan.edits:
         if edit.changes_weight:
             pieces = weights.pieces(edit.layer, edit.block)
             check_shape(edit, pieces, source.anatomy.residual)
-            # The experts of a mixture may lie in one tensor or in one each.
+            # The experts of a mixture may be in one tensor or in one each.
             by_tensor: dict[str, tuple[TensorEntry, list[StoredPiece]]] = {}
             for piece, entry in pieces:
                 if len(pieces) > 1 and piece.index is None and not edit.changes(piece.columns):
                     continue
                 by_tensor.setdefault(entry.name, (entry, []))[1].append(piece)
-            found += [TensorEdit(entry, edit, tuple(own)) for entry, own in by_tensor.values()]
+            edits += [TensorEdit(entry, edit, tuple(of_tensor)) for entry, of_tensor in by_tensor.values()]
         bias = None if edit.bias is None else weights.bias(edit.layer, edit.block)
         if edit.bias is not None and bias is not None:
             if len(edit.bias) != source.anatomy.residual:
@@ -142,15 +142,15 @@ def tensor_edits(source: ModelSource, plan: Plan) -> tuple[TensorEdit, ...]:
                     f"the plan does not fit tensor {bias.name} of shape {list(bias.shape)}: it has "
                     f"{len(edit.bias)} entries"
                 )
-            found.append(TensorEdit(bias, edit, ()))
-    return tuple(found)
+            edits.append(TensorEdit(bias, edit, ()))
+    return tuple(edits)
 
 
 def check_shape(edit: ModuleEdit, pieces: Sequence[tuple[StoredPiece, TensorEntry]], rows: int) -> None:
-    """Refuse an edit whose sizes are not those of its weight W [rows, n].
+    """Check that the sizes of an edit are those of its weight W [rows, n].
 
     Raises:
-        BrocaError: by tensor name.
+        BrocaError: names the tensor.
     """
     columns = pieces[-1][0].columns.stop
     name = pieces[0][1].name
@@ -169,11 +169,11 @@ def check_shape(edit: ModuleEdit, pieces: Sequence[tuple[StoredPiece, TensorEntr
 
 @dataclass(frozen=True)
 class AddedBiases:
-    """What a checkpoint needs to hold biases that it has no place for.
+    """Tensors and settings that add biases to a checkpoint without them.
 
     Attributes:
-        tensors: name -> values in the stored dtype: the plan's, and zeros wherever else the config's
-            setting asks for one.
+        tensors: name -> values in the stored dtype: the plan's, and zeros for all other biases that the
+            config's setting requires.
         settings: of the config, to be set.
     """
 
@@ -182,7 +182,7 @@ class AddedBiases:
 
 
 def added_biases(source: ModelSource, plan: Plan) -> AddedBiases:
-    """The biases of a plan whose module has none in the checkpoint.
+    """The biases of a plan for modules without a bias in the checkpoint.
 
     Raises:
         BrocaError: the architecture has no setting for such a bias.

@@ -1,4 +1,4 @@
-"""Output weights of a checkpoint, read from disk one at a time and assembled from the tensors that hold them."""
+"""Output weights of a checkpoint, read from disk one at a time and assembled from their tensors."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from neurons.models.source import ModelSource
 
 
 class Weights:
-    """Reads the weight W [d, n] of a block's output module by (layer, block)."""
+    """Reads the weight W [d, n] of an output module by (layer, block)."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
         self._entries = tensor_entries(source.checkpoint)
 
     def pieces(self, layer: int, block: str) -> tuple[tuple[StoredPiece, TensorEntry], ...]:
-        """Where W lies on disk: pieces that cover its columns once, in their order.
+        """The location of W on disk: pieces that cover its columns once, in order.
 
         Raises:
-            BrocaError: the checkpoint lacks a tensor, or has one of another shape.
+            BrocaError: a tensor is missing or has another shape.
         """
         anatomy = self._source.anatomy
         try:
             pieces = anatomy.stored(layer, block, self._entries.keys())
         except BrocaError as error:
             raise BrocaError(f"{self._source.name}: {error}") from error
-        found = []
+        located = []
         for piece in pieces:
             entry = self._entries[piece.tensor]
             shape = (anatomy.residual, piece.columns.stop - piece.columns.start)
@@ -39,18 +39,18 @@ class Weights:
                     f"{self._source.name}: tensor {piece.tensor} has shape {list(entry.shape)} where the "
                     f"model has {list(expected)}"
                 )
-            found.append((piece, entry))
-        return tuple(found)
+            located.append((piece, entry))
+        return tuple(located)
 
     def read_piece(self, piece: StoredPiece, entry: TensorEntry) -> torch.Tensor:
-        """One piece as [d, columns] in its stored dtype; of a fused tensor, only this expert is read."""
+        """A piece as [d, columns] in its stored dtype; of a fused tensor it reads only this expert."""
         return piece.of(read_tensor(entry, piece.rows))
 
     def bias(self, layer: int, block: str) -> TensorEntry | None:
-        """Where the output module's bias lies on disk; None where the checkpoint has none.
+        """The location of the output module's bias on disk; None without a bias.
 
         Raises:
-            BrocaError: a mixture's experts, or a bias of another shape.
+            BrocaError: experts of a mixture, or a bias of another shape.
         """
         anatomy = self._source.anatomy
         if anatomy.output_bias(layer, block) is None:
@@ -65,10 +65,10 @@ class Weights:
         return entry
 
     def switched_biases(self, block: str) -> dict[str, int]:
-        """Names and lengths of the tensors that a checkpoint needs once its config asks for the block's bias.
+        """Names and lengths of the tensors that a checkpoint needs if its config enables the bias.
 
         Raises:
-            BrocaError: the architecture has no setting for that.
+            BrocaError: the architecture has no such setting.
         """
         anatomy = self._source.anatomy
         return {
@@ -78,11 +78,11 @@ class Weights:
         }
 
     def bias_name(self, layer: int, block: str) -> str:
-        """The tensor that holds the output module's bias, or would."""
+        """The name of the tensor for the output module's bias."""
         return self._source.anatomy.stored_bias(layer, block, self._entries.keys())
 
     def stored_dtype(self, layer: int, block: str) -> torch.dtype:
-        """The dtype in which the checkpoint keeps W, and would keep a bias beside it."""
+        """The stored dtype of W, also for a bias beside it."""
         return READABLE_DTYPES[self.pieces(layer, block)[0][1].dtype]
 
     def read(self, layer: int, block: str) -> torch.Tensor:

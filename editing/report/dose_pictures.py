@@ -15,7 +15,7 @@ from editing.methods.keyed_edit import KEYED
 from editing.report.curves import COLOURS, plainly
 from editing.report.inline_svg import label
 from editing.study.doses import harm
-from neurons.neuron_sets.pictures import TITLE, titled
+from neurons.neuron_sets.pictures import TITLE, title_of
 
 WIDE, HIGH = 8.6, 4.6  # inches
 ROW = 0.165  # inches, of the legend
@@ -86,7 +86,7 @@ def dose_figure(
         xlim=(-0.02, 1.02),
     )
     what = label(f"what steering {source} to {target} costs, at parts of each way's strength")
-    axis.set_title(titled(what, {}, (), WIDE - 3), fontsize=TITLE)
+    axis.set_title(title_of(what, {}, (), WIDE - 3), fontsize=TITLE)
     groups = [
         (head, [key for permanent, key in keys if permanent is wanted])
         for head, wanted in (("permanent edits", True), ("hooks and prompts", False))

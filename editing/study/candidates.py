@@ -9,7 +9,7 @@ from typing import Any
 
 from editing.methods.material import Material
 from editing.methods.method import Method, Steering
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import Plan
 from neurons.errors import BrocaError
 

@@ -16,7 +16,7 @@ from functools import partial
 from editing.evaluation.evaluation import Outcome
 from editing.methods.material import Material
 from editing.methods.method import Method
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.study.candidates import Candidate, candidate
 
 

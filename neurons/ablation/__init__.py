@@ -1,1 +1,1 @@
-"""Ablation: what a model loses without some neurons."""
+"""Ablation: the rise of a model's loss without given neurons."""

@@ -1,4 +1,4 @@
-"""Ablation conditions on text: the loss of every text under each, the layers below computed once for all."""
+"""The loss of texts under ablation conditions; layers below the ablated ones are computed once for all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from neurons.ablation.replacement import Replacement, ablating_readers
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.ablation.replacement import Replacement, ablation_hooks
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import BrocaError
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
@@ -19,8 +19,8 @@ from neurons.recording.partial_forward import Kept, forward_from, forward_keepin
 from neurons.recording.text_losses import predicted, text_losses
 from neurons.text.batches import TokenBatch
 
-# Share of a GPU's memory that hidden states may take before they are kept in the computer's.
-_KEPT_SHARE = 0.1
+# Fraction of GPU memory for kept hidden states; more are kept in main memory.
+_KEPT_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Condition:
     """Neurons that are ablated together.
 
     Attributes:
-        rows: int64 [n, 2], (layer, neuron), in that order; none: the model as it is.
-        replacement: how.
+        rows: int64 [n, 2], (layer, neuron), sorted; empty for the unchanged model.
+        replacement: what replaces their values.
     """
 
     rows: torch.Tensor
@@ -37,27 +37,27 @@ class Condition:
 
     @property
     def first_layer(self) -> int | None:
-        """The first layer in which something is replaced."""
+        """The first layer with an ablated neuron; None without any."""
         return int(self.rows[:, 0].min()) if len(self.rows) else None
 
     @cached_property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits: equal conditions have equal ones."""
-        way = self.replacement
-        found = hashlib.sha256(self.rows.contiguous().numpy().tobytes())
+        """Sixteen hexadecimal digits that identify the condition."""
+        by = self.replacement
+        digest = hashlib.sha256(self.rows.contiguous().numpy().tobytes())
         if len(self.rows):
-            found.update(f"{way.way} {way.seed if way.way == 'resample' else ''}".encode())
-            if way.way == "mean" and way.means is not None:
-                own = way.means[self.rows[:, 0], self.rows[:, 1]]
-                found.update(own.contiguous().numpy().tobytes())
-        return found.hexdigest()[:16]
+            digest.update(f"{by.kind} {by.seed if by.kind == 'resample' else ''}".encode())
+            if by.kind == "mean" and by.means is not None:
+                means = by.means[self.rows[:, 0], self.rows[:, 1]]
+                digest.update(means.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 UNTOUCHED = Condition(torch.zeros(0, 2, dtype=torch.int64))
 
 
 class Ledger(Protocol):
-    """Keeps losses that are done, by (language, number of the batch, digest of the condition)."""
+    """A store of finished losses by (language, index of the batch, digest of the condition)."""
 
     def get(self, language: str, turn: int, digest: str) -> torch.Tensor | None: ...
 
@@ -65,7 +65,7 @@ class Ledger(Protocol):
 
 
 class InMemory:
-    """A ledger that is gone with the process."""
+    """A ledger in memory."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, int, str], torch.Tensor] = {}
@@ -79,10 +79,10 @@ class InMemory:
 
 @dataclass(frozen=True)
 class TextLosses:
-    """What each text costs under each condition.
+    """The loss of each text under each condition.
 
     Attributes:
-        tokens: language -> int64 [texts], predicted tokens of each.
+        tokens: language -> int64 [texts], number of predicted tokens.
         sums: language -> float64 [texts, conditions], negative log-likelihoods, nats.
     """
 
@@ -100,17 +100,17 @@ def condition_losses(
 ) -> TextLosses:
     """The loss of every text under every condition; the model is unchanged afterwards.
 
-    Batch by batch: one whole pass keeps what enters every layer that is the first of some condition, and
-    each condition runs from there up.  Conditions that replace the same values in the same way are run once.
+    For each batch, one full pass keeps the input of every layer that is the first of a condition, and each
+    condition runs from there.  Equal conditions run once.
 
     Args:
         loaded: the model.
-        batches: language -> its batches, a text a row.
+        batches: language -> its batches, one text a row.
         conditions: in the order of the result's columns.
-        ledger: where finished losses are looked up and put down; None keeps them in memory.
-        progress: called with the tokens of each batch, for each of the different conditions.
-        whole: run every condition from the first layer, as a model must whose layers share more than
-            hidden states; what ``starts_in_the_middle`` finds decides otherwise.
+        ledger: the store of finished losses; None keeps them in memory.
+        progress: called with the number of tokens of each batch, for each distinct condition.
+        whole: run every condition from the first layer, as for a model whose layers share more than hidden
+            states; by default this depends on ``starts_in_the_middle``.
 
     Raises:
         BrocaError: a neuron that the model does not have, or a loss that is not finite.
@@ -118,26 +118,26 @@ def condition_losses(
     anatomy = loaded.anatomy
     for condition in conditions:
         _require_inside(condition.rows, anatomy.layers, anatomy.neurons)
-    different = {condition.digest: condition for condition in conditions}
+    distinct = {condition.digest: condition for condition in conditions}
     book: Ledger = InMemory() if ledger is None else ledger
     from_below = not whole and starts_in_the_middle(loaded.model, anatomy)
     tokens, sums = {}, {}
-    for language, some in batches.items():
-        for turn, batch in enumerate(some):
+    for language, of_language in batches.items():
+        for turn, batch in enumerate(of_language):
             size = int(batch.counted.sum())
-            missing = [c for d, c in different.items() if book.get(language, turn, d) is None]
-            if progress is not None and len(missing) < len(different):
-                progress(size * (len(different) - len(missing)))
+            missing = [c for d, c in distinct.items() if book.get(language, turn, d) is None]
+            if progress is not None and len(missing) < len(distinct):
+                progress(size * (len(distinct) - len(missing)))
             for condition, losses in batch_losses(loaded, batch, missing, f"{language} {turn}", from_below):
                 if not bool(torch.isfinite(losses).all()):
                     raise not_finite(loaded, f"the loss of a text of language {language!r}")
                 book.put(language, turn, condition.digest, losses)
                 if progress is not None:
                     progress(size)
-        tokens[language] = torch.cat([predicted(batch).sum(1) for batch in some])
+        tokens[language] = torch.cat([predicted(batch).sum(1) for batch in of_language])
         columns = {
-            digest: torch.cat([_held(book, language, turn, digest) for turn in range(len(some))])
-            for digest in different
+            digest: torch.cat([_held(book, language, turn, digest) for turn in range(len(of_language))])
+            for digest in distinct
         }
         sums[language] = torch.stack([columns[c.digest] for c in conditions], dim=1)
     return TextLosses(tokens, sums)
@@ -146,11 +146,11 @@ def condition_losses(
 def batch_losses(
     loaded: LoadedModel, batch: TokenBatch, conditions: Sequence[Condition], turn: str, from_below: bool
 ) -> Iterator[tuple[Condition, torch.Tensor]]:
-    """Each condition with the loss of each of the batch's texts (nats, float64 [rows], on the CPU).
+    """Each condition with the loss of each text of the batch (nats, float64 [rows], on the CPU).
 
     Args:
-        turn: names the batch, for what is drawn.
-        from_below: start conditions in the middle.
+        turn: name of the batch, which seeds random draws.
+        from_below: start conditions at their first ablated layer.
     """
     if not conditions:
         return
@@ -162,7 +162,7 @@ def batch_losses(
     untouched = [c for c in conditions if c.first_layer is None]
     with torch.no_grad():
         if layers or untouched:
-            with reading(anatomy, _listening(loaded)):
+            with site_hooks(anatomy, _no_op_hooks(loaded)):
                 keep_on = _kept_on(loaded, batch, len(layers))
                 hidden, kept = forward_keeping(model, anatomy, on_device, layers, keep_on)
             for condition in untouched:
@@ -171,35 +171,33 @@ def batch_losses(
         for condition in conditions:
             if condition.first_layer is None:
                 continue
-            readers = ablating_readers(
-                anatomy, condition.rows, condition.replacement, on_device.counted, turn
-            )
-            with reading(anatomy, {**_listening(loaded), **readers}):
+            hooks = ablation_hooks(anatomy, condition.rows, condition.replacement, on_device.counted, turn)
+            with site_hooks(anatomy, {**_no_op_hooks(loaded), **hooks}):
                 start = condition.first_layer if from_below else 0
                 hidden = forward_from(model, anatomy, on_device, start, kept)
             yield condition, text_losses(model, hidden, on_device)
 
 
-def _listening(loaded: LoadedModel) -> dict[tuple[str, int], Reader]:
-    """Readers that change nothing, at every mixture of experts.
+def _no_op_hooks(loaded: LoadedModel) -> dict[tuple[str, int], SiteHook]:
+    """Hooks that change nothing, at every mixture of experts.
 
-    A mixture that is read computes its experts one by one; so must those of the other layers and of the
-    untouched model, or rounding would differ between them.
+    A hooked mixture computes its experts one by one; so must those of the other layers and of the unchanged
+    model, or rounding would differ between them.
     """
 
-    def listen(values: torch.Tensor, routed: Routed | None) -> None:
+    def no_op(values: torch.Tensor, routed: Routed | None) -> None:
         return None
 
-    return {("mlp_in", layer): listen for layer in range(loaded.anatomy.layers * loaded.anatomy.mixed)}
+    return {("mlp_in", layer): no_op for layer in range(loaded.anatomy.layers * loaded.anatomy.mixed)}
 
 
 def _kept_on(loaded: LoadedModel, batch: TokenBatch, layers: int) -> torch.device | None:
-    """Where hidden states are kept; None: on the model's device."""
+    """The device that keeps hidden states; None is the model's device."""
     if loaded.device.type != "cuda":
         return None
     needed = layers * batch.ids.numel() * loaded.anatomy.residual * loaded.model.dtype.itemsize
     total = torch.cuda.get_device_properties(loaded.device).total_memory
-    return torch.device("cpu") if needed > _KEPT_SHARE * total else None
+    return torch.device("cpu") if needed > _KEPT_FRACTION * total else None
 
 
 def _held(book: Ledger, language: str, turn: int, digest: str) -> torch.Tensor:
@@ -212,4 +210,4 @@ def _require_inside(rows: torch.Tensor, layers: int, width: int) -> None:
     if len(rows) and not (
         bool((rows >= 0).all()) and int(rows[:, 0].max()) < layers and int(rows[:, 1].max()) < width
     ):
-        raise BrocaError(f"a neuron to ablate lies outside the model's {layers} x {width}")
+        raise BrocaError(f"a neuron to ablate is outside the model's {layers} x {width}")

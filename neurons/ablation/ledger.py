@@ -1,4 +1,4 @@
-"""Losses of an unfinished ablation study on disk: a line of JSON for each condition on each batch."""
+"""Losses of an unfinished ablation study on disk: one line of JSON for each condition and batch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import torch
 
 
 class LedgerFile:
-    """``.NAME.unfinished`` beside a study's output: what is done, so that a stopped study goes on there.
+    """``.NAME.unfinished`` beside a study's output: its finished losses, from which a stopped study resumes.
 
-    The first line names what was measured on what text; a file of something else is begun anew.  A line
-    that was cut off is dropped.  Numbers are written with all their digits, so what is read back has the
-    same bits.
+    The first line holds the key; a file with another key is overwritten.  A truncated line is dropped.
+    Numbers are written with all their digits, so that reading them gives the same bits.
 
     Args:
         out: the study's output.
-        key: names model, text and batches.
+        key: identifies model, text and batches.
     """
 
     def __init__(self, out: Path, key: str) -> None:
@@ -48,7 +47,7 @@ class LedgerFile:
 
     @property
     def done(self) -> int:
-        """Conditions times batches that are done."""
+        """Number of finished pairs of condition and batch."""
         return len(self._held)
 
     def get(self, language: str, turn: int, digest: str) -> torch.Tensor | None:
@@ -59,7 +58,7 @@ class LedgerFile:
         self._write({"at": [language, turn, digest], "losses": losses.tolist()})
 
     def remove(self) -> None:
-        """The study is written: nothing is unfinished."""
+        """Delete the file, once the study is written."""
         self.path.unlink(missing_ok=True)
 
     def _write(self, line: object) -> None:
@@ -68,21 +67,21 @@ class LedgerFile:
         self._stream.flush()
 
     def _read(self) -> int:
-        """Take in the lines of this key; bytes of the file that are good."""
+        """Read the lines if the key matches; the number of valid bytes of the file."""
         if not self.path.is_file():
             return 0
         good = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
             try:
-                found = json.loads(line)
+                entry = json.loads(line)
                 if not line.endswith(b"\n"):
                     break
                 if number == 0:
-                    if found["key"] != self.key:
+                    if entry["key"] != self.key:
                         return 0
                 else:
-                    language, turn, digest = found["at"]
-                    losses = torch.tensor(found["losses"], dtype=torch.float64)
+                    language, turn, digest = entry["at"]
+                    losses = torch.tensor(entry["losses"], dtype=torch.float64)
                     self._held[language, turn, digest] = losses
             except (ValueError, KeyError, TypeError):
                 break

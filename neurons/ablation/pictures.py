@@ -1,4 +1,4 @@
-"""Pictures of an ablation study: its matrices as heat maps, and its dose curves."""
+"""Figures of an ablation study: its matrices as heat maps, and its dose-response curves."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import torch
 from matplotlib.figure import Figure
 
 from neurons.ablation.study import SetOutcome, Study, set_title
-from neurons.neuron_sets.pictures import MOST_NUMBERED, WIDEST
+from neurons.neuron_sets.pictures import MAX_NUMBERED, MAX_WIDTH
 
 COLOURS = "RdBu_r"
 _COLUMNS = 3
 
 
 def matrix_figure(study: Study) -> Figure:
-    """The rise of each language's loss without each language's neurons: a heat map a set, one scale for all.
+    """Heat maps, outcome for each set, of the rise of each language's loss without each language's neurons.
 
-    Beside each row the mean over draws of what as many random neurons do to its own language.
+    A column on the right shows the mean rise of the row's language without as many random neurons.
     """
     count, sets = len(study.languages), study.sets
     columns = min(len(sets), _COLUMNS)
     rows = math.ceil(len(sets) / columns)
-    side = min((WIDEST - 2) / columns, max(3.2, 0.62 * (count + 1) + 1.2))
+    side = min((MAX_WIDTH - 2) / columns, max(3.2, 0.62 * (count + 1) + 1.2))
     figure = Figure(figsize=(side * columns + 1.4, side * 0.92 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    most = max(float(one.own.change.abs().max()) for one in sets) or 1.0
+    maximum = max(float(outcome.own.change.abs().max()) for outcome in sets) or 1.0
     image: Any = None
     for place, axis in enumerate(axes.flat):
         if place >= len(sets):
             axis.set_visible(False)
             continue
-        one = sets[place]
-        values, names = _with_random(one, list(study.languages))
+        outcome = sets[place]
+        values, names = _with_random(outcome, list(study.languages))
         colours = matplotlib.colormaps[COLOURS].with_extremes(bad="0.85")
         image = axis.imshow(
-            values.numpy(), cmap=colours, vmin=-most, vmax=most, interpolation="nearest", aspect="auto"
+            values.numpy(), cmap=colours, vmin=-maximum, vmax=maximum, interpolation="nearest", aspect="auto"
         )
-        if count <= MOST_NUMBERED:
+        if count <= MAX_NUMBERED:
             for i, row in enumerate(values.tolist()):
                 for j, value in enumerate(row):
-                    dark = abs(value) > 0.6 * most
+                    dark = abs(value) > 0.6 * maximum
                     axis.text(
                         j,
                         i,
@@ -58,9 +58,9 @@ def matrix_figure(study: Study) -> Figure:
         slant = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 6 else {}
         axis.set_xticks(range(len(names)), names, **slant)
         axis.set_yticks(range(count), study.languages)
-        figures = one.specificity
+        figures = outcome.specificity
         axis.set_title(
-            f"{set_title(one.name, one.method)}\nspecificity {figures.value:.1f} [{figures.low:.1f}, {figures.high:.1f}]",
+            f"{set_title(outcome.name, outcome.method)}\nspecificity {figures.value:.1f} [{figures.low:.1f}, {figures.high:.1f}]",
             fontsize=9,
         )
         axis.set_xlabel("measured language")
@@ -70,47 +70,47 @@ def matrix_figure(study: Study) -> Figure:
 
 
 def doses_figure(study: Study) -> Figure:
-    """Rise of the own language's loss by dose, with its interval, and the mean of the others dashed."""
+    """Rise of the ablated language's loss by fraction of neurons, with interval; others' mean dashed."""
     sets = study.sets
     columns = min(len(sets), _COLUMNS)
     rows = math.ceil(len(sets) / columns)
-    figure = Figure(figsize=(min(WIDEST, 4.6 * columns + 1.0), 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(min(MAX_WIDTH, 4.6 * columns + 1.0), 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for place, axis in enumerate(axes.flat):
         if place >= len(sets):
             axis.set_visible(False)
             continue
-        one = sets[place]
-        shares = [100 * dose.share for dose in one.doses]
-        changes = torch.stack([dose.changes.change for dose in one.doses])
-        lows = torch.stack([dose.changes.low for dose in one.doses])
-        highs = torch.stack([dose.changes.high for dose in one.doses])
+        outcome = sets[place]
+        percents = [100 * dose.share for dose in outcome.doses]
+        changes = torch.stack([dose.changes.change for dose in outcome.doses])
+        lows = torch.stack([dose.changes.low for dose in outcome.doses])
+        highs = torch.stack([dose.changes.high for dose in outcome.doses])
         count = len(study.languages)
         for i, language in enumerate(study.languages):
             colour = f"C{i % 10}"
-            axis.plot(shares, changes[:, i, i], marker="o", markersize=3, color=colour, label=language)
-            axis.fill_between(shares, lows[:, i, i], highs[:, i, i], color=colour, alpha=0.2, linewidth=0)
+            axis.plot(percents, changes[:, i, i], marker="o", markersize=3, color=colour, label=language)
+            axis.fill_between(percents, lows[:, i, i], highs[:, i, i], color=colour, alpha=0.2, linewidth=0)
             others = (changes[:, i].sum(-1) - changes[:, i, i]) / (count - 1)
-            axis.plot(shares, others, linestyle="--", linewidth=0.9, color=colour)
+            axis.plot(percents, others, linestyle="--", linewidth=0.9, color=colour)
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set_xscale("log")
-        axis.set_xticks(shares, [f"{share:g}" for share in shares], minor=False)
+        axis.set_xticks(percents, [f"{percent:g}" for percent in percents], minor=False)
         axis.set_xticks([], minor=True)
         whole = "the model's neurons" if study.settings.dose_of_model else "each language's neurons"
         axis.set_xlabel(f"ablated, % of {whole}, best first")
-        axis.set_title(set_title(one.name, one.method), fontsize=9)
+        axis.set_title(set_title(outcome.name, outcome.method), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("rise of the loss, nats a token\n(solid: own language, dashed: the others)")
+    axes[0, 0].set_ylabel("rise of the loss, nats a token\n(solid: ablated language, dashed: mean of others)")
     axes[0, 0].legend(fontsize=8, frameon=False, ncols=2 if len(study.languages) > 5 else 1)
     return figure
 
 
-def _with_random(one: SetOutcome, languages: list[str]) -> tuple[torch.Tensor, list[str]]:
-    """The matrix [K, K + controls] with the controls' diagonals behind it, and its columns' names."""
-    columns, names = [one.own.change], languages
-    for control, draws in one.controls.items():
+def _with_random(outcome: SetOutcome, languages: list[str]) -> tuple[torch.Tensor, list[str]]:
+    """The matrix [K, K + controls] with the controls' diagonals last, and its column names."""
+    columns, names = [outcome.own.change], languages
+    for control, draws in outcome.controls.items():
         if draws:
-            own = torch.stack([draw.change.diagonal() for draw in draws]).mean(0)
-            columns.append(own[:, None])
+            diagonal = torch.stack([draw.change.diagonal() for draw in draws]).mean(0)
+            columns.append(diagonal[:, None])
             names = [*names, control]
     return torch.cat(columns, dim=1), names

@@ -1,12 +1,12 @@
-"""Ablation at ``mlp_in``: what takes the place of some neurons' values while a model runs.
+"""Ablation at ``mlp_in``: hooks that replace the values of neurons while a model runs.
 
-    zero      0, at every position: what zeroing their columns of ``down_proj`` does
-    mean      each neuron's mean over text, or over one language's, at every counted token
+    zero      0 at every position, as if their columns of ``down_proj`` were zeroed
+    mean      each neuron's mean over text, or over the text of one language, at every counted token
     resample  the values, all neurons of a layer together, of a random other counted token of the batch;
               of a mixture, of a random other counted token that reached the expert
 
-What is not counted (the first position, which serves as an attention sink) keeps its values under ``mean``
-and ``resample``: neither means nor draws come from there.
+Uncounted positions (the first, which serves as an attention sink) keep their values under ``mean`` and
+``resample``: neither means nor draws come from them.
 """
 
 from __future__ import annotations
@@ -18,96 +18,96 @@ from dataclasses import dataclass
 import torch
 
 from neurons.architectures.anatomy import Anatomy
-from neurons.architectures.sites import Reader, Routed
+from neurons.architectures.sites import Routed, SiteHook
 from neurons.errors import UsageError
 
-WAYS = ("zero", "mean", "resample")
+REPLACEMENTS = ("zero", "mean", "resample")
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A way of ablating.
+    """What replaces the values of ablated neurons.
 
     Attributes:
-        way: one of ``WAYS``.
+        kind: one of ``REPLACEMENTS``.
         means: float32 [L, I], for "mean".
-        seed: of the draws of "resample".
+        seed: for the draws of "resample".
     """
 
-    way: str = "zero"
+    kind: str = "zero"
     means: torch.Tensor | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.way not in WAYS:
-            raise UsageError(f"neurons are not ablated by {self.way!r}: choose {', '.join(WAYS)}")
-        if self.way == "mean" and self.means is None:
-            raise UsageError("to ablate by the mean, means of the neurons are needed: record mlp_in:sum")
+        if self.kind not in REPLACEMENTS:
+            raise UsageError(f"replacement {self.kind!r} is unknown: choose from {', '.join(REPLACEMENTS)}")
+        if self.kind == "mean" and self.means is None:
+            raise UsageError("mean ablation needs the means of the neurons: record mlp_in:sum")
 
 
-# (values [..., n of the columns], which of them are counted, layer, expert) -> what takes their place
+# (values [..., n of the columns], mask of counted positions, layer, expert) -> new values
 _Fill = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 
-def ablating_readers(
+def ablation_hooks(
     anatomy: Anatomy, rows: torch.Tensor, replacement: Replacement, counted: torch.Tensor, turn: str
-) -> dict[tuple[str, int], Reader]:
-    """Readers for ``neurons.architectures.sites.reading`` that ablate neurons on one batch.
+) -> dict[tuple[str, int], SiteHook]:
+    """Hooks for ``neurons.architectures.sites.site_hooks`` that ablate neurons on one batch.
 
-    They write into the values that they are given, so gradients must be off.
+    They write into the values in place, so gradients must be off.
 
     Args:
         anatomy: of the model.
         rows: int64 [n, 2], (layer, neuron).
-        replacement: how.
+        replacement: what replaces their values.
         counted: bool [rows, length] of the batch, on the model's device.
-        turn: names the batch: draws of "resample" follow from it and the seed.
+        turn: name of the batch; the draws of "resample" depend on it and the seed.
     """
-    readers: dict[tuple[str, int], Reader] = {}
+    hooks: dict[tuple[str, int], SiteHook] = {}
     for layer in rows[:, 0].unique().tolist():
-        own = rows[rows[:, 0] == layer, 1].to(counted.device)
-        fill = _fill_of(replacement, own, turn, anatomy)
-        readers["mlp_in", layer] = _reader(anatomy, layer, own, fill, counted)
-    return readers
+        neurons = rows[rows[:, 0] == layer, 1].to(counted.device)
+        fill = _fill_of(replacement, neurons, turn, anatomy)
+        hooks["mlp_in", layer] = _hook(anatomy, layer, neurons, fill, counted)
+    return hooks
 
 
-def _reader(
+def _hook(
     anatomy: Anatomy, layer: int, own: torch.Tensor, fill: _Fill | None, counted: torch.Tensor
-) -> Reader:
+) -> SiteHook:
     width = anatomy.expert_width
     columns = {expert: own[own // width == expert] % width for expert in (own // width).unique().tolist()}
 
-    def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+    def hook(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
         expert = 0 if routed is None else routed.expert
         if expert not in columns:
             return None
-        here = columns[expert]
+        of_expert = columns[expert]
         if fill is None:
-            return values.index_fill_(-1, here, 0)
+            return values.index_fill_(-1, of_expert, 0)
         seen = counted if routed is None else counted.flatten()[routed.tokens]
-        values[..., here] = fill(values[..., here], seen, layer, expert).to(values.dtype)
+        values[..., of_expert] = fill(values[..., of_expert], seen, layer, expert).to(values.dtype)
         return values
 
-    return read
+    return hook
 
 
-def _fill_of(replacement: Replacement, own: torch.Tensor, turn: str, anatomy: Anatomy) -> _Fill | None:
-    """None: zero."""
-    if replacement.way == "mean":
+def _fill_of(replacement: Replacement, neurons: torch.Tensor, turn: str, anatomy: Anatomy) -> _Fill | None:
+    """The function that gives new values; None stands for zero."""
+    if replacement.kind == "mean":
         means = replacement.means
         assert means is not None
 
         def by_mean(values: torch.Tensor, seen: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
-            here = own[own // anatomy.expert_width == expert].cpu()
-            return torch.where(seen[..., None], means[layer, here].to(values), values)
+            of_expert = neurons[neurons // anatomy.expert_width == expert].cpu()
+            return torch.where(seen[..., None], means[layer, of_expert].to(values), values)
 
         return by_mean
-    if replacement.way == "resample":
+    if replacement.kind == "resample":
 
         def by_another(values: torch.Tensor, seen: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
             flat = values.flatten(0, -2)
             places = seen.flatten().nonzero()[:, 0]
-            # In a dense model every layer draws the same tokens, so that what is written fits together.
+            # In a dense model every layer draws the same tokens, so that the layers stay consistent.
             name = f"{replacement.seed} {turn}" + (f" {layer} {expert}" if anatomy.mixed else "")
             changed = flat.clone()
             changed[places] = flat[places[others(len(places), name).to(places.device)]]
@@ -118,9 +118,9 @@ def _fill_of(replacement: Replacement, own: torch.Tensor, turn: str, anatomy: An
 
 
 def others(count: int, name: str) -> torch.Tensor:
-    """For each of ``count`` items a random other one, int64 [count]; equal names give equal draws.
+    """For each of ``count`` items the index of a random other, int64 [count]; equal names give equal draws.
 
-    A single item has no other and stays.
+    A single item maps to itself.
     """
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
     generator = torch.Generator().manual_seed(seed)

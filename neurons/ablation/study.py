@@ -14,7 +14,7 @@ import torch
 from neurons.ablation.conditions import UNTOUCHED, Condition, TextLosses, condition_losses
 from neurons.ablation.ledger import LedgerFile
 from neurons.ablation.matrix import Changes, Specificity, bootstrapped, specificity
-from neurons.ablation.replacement import WAYS, Replacement
+from neurons.ablation.replacement import REPLACEMENTS, Replacement
 from neurons.errors import UsageError
 from neurons.files.artifact import package_versions
 from neurons.models.memory import batches_for
@@ -38,7 +38,7 @@ class Settings:
     """What is done; defaults are Broca's own choices.
 
     Attributes:
-        way: one of ``neurons.ablation.replacement.WAYS``.
+        way: one of ``neurons.ablation.replacement.REPLACEMENTS``.
         mean_of: "mean": the language whose mean it is; None: of all text together.
         controls: of ``CONTROLS``: as many random neurons in each layer, and random ones about as active.
         draws: of each control.
@@ -61,8 +61,8 @@ class Settings:
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
-        if self.way not in WAYS:
-            raise UsageError(f"neurons are not ablated by {self.way!r}: choose {', '.join(WAYS)}")
+        if self.way not in REPLACEMENTS:
+            raise UsageError(f"neurons are not ablated by {self.way!r}: choose {', '.join(REPLACEMENTS)}")
         if self.mean_of is not None and self.way != "mean":
             raise UsageError(f"a language's mean means nothing to the way {self.way!r}: it is for 'mean'")
         unknown = [control for control in self.controls if control not in CONTROLS]
@@ -233,7 +233,7 @@ def ablation_study(
         metadata={
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
-            **loaded.told,
+            **loaded.provenance,
             "corpus": {"digest": corpus.digest, "part": corpus.part},
             "read": text_read(corpus, batches),
             "packages": package_versions(),
@@ -380,7 +380,7 @@ def _key_pieces(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]
         str(loaded.model.dtype),
         loaded.device.type,
         package_versions(),
-        *loaded.told.values(),
+        *loaded.provenance.values(),
     ]
     yield json.dumps(model, sort_keys=True).encode()
     for language, some in batches.items():

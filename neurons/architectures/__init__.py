@@ -1,1 +1,1 @@
-"""Architectures: how each family names and builds its parts, in memory and on disk; what every room reads of a model it reads through here."""
+"""Architectures: the parts of each family of models, in memory and on disk, and the hooks at their sites."""

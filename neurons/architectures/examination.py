@@ -1,9 +1,9 @@
-"""An architecture that is not in the table, examined by its structure alone.
+"""Examination of an architecture that is not in the table, by its structure.
 
-Looked for: one list of decoder layers; in each, an attention whose last linear module is [d, A*D], and
+Expected are one list of decoder layers; in each, an attention whose last linear module is [d, A*D], and
 an MLP whose last linear module writes d from its own width I, beside one linear module that writes I
 (not gated), two of which one is called gate (gated), or one that writes 2 I (gated, fused, gate first);
-or fused experts ([E, d, I] or [E, I, d]).  What is found is a guess until ``neurons.architectures.self_check`` passes.
+or fused experts ([E, d, I] or [E, I, d]).  The result is a guess until the self-check passes.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ def examine(model: Any) -> Layout:
     """The layout of a model of an unknown architecture.
 
     Raises:
-        BrocaError: names what is missing or not told apart.
+        BrocaError: names what is missing or ambiguous.
     """
     text = model.config.get_text_config()
     name = model.config.model_type
 
-    def refused(what: str) -> BrocaError:
+    def unsupported(what: str) -> BrocaError:
         return BrocaError(
-            f"architecture {name!r} is not known to Broca and was examined by its structure: {what}; "
-            f"Broca knows {', '.join(LAYOUTS)}"
+            f"architecture {name!r} is not in the table and was examined by its structure: {what}; the table "
+            f"has {', '.join(LAYOUTS)}"
         )
 
     for attribute in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if not isinstance(getattr(text, attribute, None), int):
-            raise refused(f"its config has no {attribute}")
+            raise unsupported(f"its config has no {attribute}")
     activation = next((a for a in _ACTIVATIONS if isinstance(getattr(text, a, None), str)), None)
     if activation is None:
-        raise refused("its config names no activation")
+        raise unsupported("its config names no activation")
     d = text.hidden_size
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or d // heads
 
-    path, blocks = _layer_list(model, text.num_hidden_layers, refused)
+    path, blocks = _layer_list(model, text.num_hidden_layers, unsupported)
     block = blocks[0]
     shapes = _linear_shapes(block)
     attentions = {
@@ -53,12 +53,14 @@ def examine(model: Any) -> Layout:
         if ("attn" in child or "attention" in child) and any(_inside(p, child) for p in shapes)
     }
     if len(attentions) != 1:
-        found = ", ".join(sorted(attentions)) or "none"
-        raise refused(f"layer 0 needs one attention module with linear modules in it, found: {found}")
+        names = ", ".join(sorted(attentions)) or "none"
+        raise unsupported(f"layer 0 must have one attention module with linear modules, but has: {names}")
     attention = attentions.pop()
     attn = [p for p, shape in shapes.items() if _inside(p, attention) and shape == (d, heads * head_dim)]
     if not attn:
-        raise refused(f"layer 0, {attention} has no output linear module of shape {(d, heads * head_dim)}")
+        raise unsupported(
+            f"layer 0, {attention} has no output linear module of shape {(d, heads * head_dim)}"
+        )
     rest = {p: shape for p, shape in shapes.items() if not _inside(p, attention)}
     experts = [
         p
@@ -78,7 +80,7 @@ def examine(model: Any) -> Layout:
         count = module.down_proj.shape[0]
         beside = [p for p, shape in rest.items() if shape != (count, d)]
         if len(experts) > 1 or beside:
-            raise refused(f"layer 0 has {', '.join([*experts[1:], *beside])} beside the experts {gate}")
+            raise unsupported(f"layer 0 has {', '.join([*experts[1:], *beside])} beside the experts {gate}")
         mixture = gate.rpartition(".")[0]
         flipped = bool(getattr(module, "is_transposed", False))
         outputs["mlp"] = f"{gate}.down_proj"
@@ -87,11 +89,11 @@ def examine(model: Any) -> Layout:
     else:
         down = [p for p, (to, _) in rest.items() if to == d]
         if not down:
-            raise refused(f"layer 0 has no MLP: no linear module beside {attention} writes {d}")
+            raise unsupported(f"layer 0 has no MLP: no linear module beside {attention} writes {d}")
         mlp = down[-1]
         width = rest.pop(mlp)[1]
         into = {p: shape[0] for p, shape in rest.items()}
-        gate, up = _gate_and_up(into, mlp, width, refused)
+        gate, up = _gate_and_up(into, mlp, width, unsupported)
         outputs["mlp"] = mlp
         stored["mlp"] = (StoredForm(f"{mlp}.weight", _conv(block, mlp)),)
         transposed += ["mlp"] if _conv(block, mlp) else []
@@ -112,8 +114,8 @@ def examine(model: Any) -> Layout:
     )
 
 
-def _layer_list(model: Any, depth: int, refused: Any) -> tuple[str, list[nn.Module]]:
-    """The list of decoder layers: the one whose layers, all of one class, are as many as the config says."""
+def _layer_list(model: Any, depth: int, unsupported: Any) -> tuple[str, list[nn.Module]]:
+    """The list of decoder layers: of one class, and as many as in the config."""
     lists = [
         (path, list(module))
         for path, module in model.named_modules()
@@ -125,38 +127,38 @@ def _layer_list(model: Any, depth: int, refused: Any) -> tuple[str, list[nn.Modu
         and "encoder" not in path.split(".")
     ]
     if len(lists) != 1:
-        found = ", ".join(path for path, _ in lists) or "none"
-        raise refused(f"one list of {depth} decoder layers is needed, found: {found}")
+        names = ", ".join(path for path, _ in lists) or "none"
+        raise unsupported(f"the model must have one list of {depth} decoder layers, but has: {names}")
     return lists[0]
 
 
-def _gate_and_up(into: dict[str, int], mlp: str, width: int, refused: Any) -> tuple[str, str | None]:
-    """The module of the pre-activation and that of the linear branch, among those that feed the MLP."""
+def _gate_and_up(into: dict[str, int], mlp: str, width: int, unsupported: Any) -> tuple[str, str | None]:
+    """The modules of the pre-activation and of the linear branch, among those that feed the MLP."""
     if len(into) == 1:
         ((only, size),) = into.items()
         if size in (width, 2 * width):
             return only, only if size == 2 * width else None
-        raise refused(f"layer 0, {only} writes {size}, and {mlp} reads {width}")
+        raise unsupported(f"layer 0, {only} writes {size}, and {mlp} reads {width}")
     if len(into) == 2 and set(into.values()) == {width}:
         gates = [path for path in into if "gate" in path.rpartition(".")[2]]
         if len(gates) == 1:
             return gates[0], next(path for path in into if path != gates[0])
-        raise refused(f"layer 0: which of {' and '.join(into)} is the gate is not told by their names")
+        raise unsupported(f"layer 0: the names of {' and '.join(into)} do not tell which is the gate")
     if not into:
-        raise refused(f"layer 0 has no linear module that feeds {mlp}")
-    raise refused(f"layer 0 has {', '.join(into)} beside {mlp}, and which of them feeds it is not clear")
+        raise unsupported(f"layer 0 has no linear module that feeds {mlp}")
+    raise unsupported(f"layer 0 has {', '.join(into)} beside {mlp}, and it is unclear which of them feeds it")
 
 
 def _linear_shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path -> (outputs, inputs) of every linear module, in the order in which they were registered."""
-    found = {}
+    """Path -> (outputs, inputs) of every linear module, in order of registration."""
+    shapes = {}
     for path, module in block.named_modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
-            found[path] = (weight.shape[0], weight.shape[1])
+            shapes[path] = (weight.shape[0], weight.shape[1])
         elif type(module).__name__ == "Conv1D":
-            found[path] = (weight.shape[1], weight.shape[0])
-    return found
+            shapes[path] = (weight.shape[1], weight.shape[0])
+    return shapes
 
 
 def _conv(block: nn.Module, path: str) -> bool:
@@ -168,7 +170,7 @@ def _inside(path: str, parent: str) -> bool:
 
 
 def _expert_forms(gate: str, flipped: bool) -> Iterator[StoredForm]:
-    """The ways in which checkpoints hold down_proj of fused experts, as far as families share them."""
+    """Common names and shapes of down_proj of fused experts in checkpoints."""
     for experts in (gate, "block_sparse_moe.experts"):
         for name in ("down_proj", "w2"):
             yield StoredForm(f"{experts}.{{expert}}.{name}.weight")
@@ -177,7 +179,7 @@ def _expert_forms(gate: str, flipped: bool) -> Iterator[StoredForm]:
 
 
 def _prefixes(layers: str, base: str) -> tuple[str, ...]:
-    """Names on disk start as in memory, or without the base model's name, or as old wrappers' files do."""
+    """Prefixes of names on disk: as in memory, without the base model's name, or of old wrappers."""
     wrapped = layers.replace("model.language_model.", "language_model.model.", 1)
     return tuple(dict.fromkeys(f"{path}." for path in (layers, layers.removeprefix(f"{base}."), wrapped)))
 

@@ -1,6 +1,6 @@
-"""How each family of architectures names its parts, in memory and on disk: one entry a family.
+"""Names of the parts of each family of architectures, in memory and on disk: one entry for each family.
 
-Nothing else in Broca knows a family by name.  Paths lead from a decoder layer unless said otherwise.
+No other code refers to a family by name.  Paths start at a decoder layer unless stated otherwise.
 An architecture that is not in the table is examined by its structure (``neurons.architectures.examination``).
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StoredForm:
-    """One way in which checkpoints hold an output weight W [d, n].
+    """A form in which checkpoints store an output weight W [d, n].
 
     Attributes:
-        name: of the tensor behind the layer's prefix; ``{expert}`` where every expert has its own.
+        name: of the tensor after the layer's prefix; ``{expert}`` if every expert has its own.
         transposed: stored [n, d] (of each expert: [I, d]).
-        fused: all experts in one tensor, the expert being its first dimension.
+        fused: all experts in one tensor, indexed by its first dimension.
     """
 
     name: str
@@ -28,11 +28,11 @@ class StoredForm:
 
 @dataclass(frozen=True)
 class BiasSwitch:
-    """A setting that gives an output module a bias which transformers and vLLM both read.
+    """A config setting that adds a bias to an output module in both transformers and vLLM.
 
     Attributes:
-        setting: of the config, False in the usual checkpoint.
-        modules: paths of all modules that get a bias with it: each must then be in the file.
+        setting: of the config, usually False.
+        modules: paths of all modules that get a bias with it; the file must then have all of them.
     """
 
     setting: str
@@ -41,55 +41,54 @@ class BiasSwitch:
 
 @dataclass(frozen=True)
 class ConfigNames:
-    """What a dense family's config.json says of its shapes, and under which names (transformers' own first).
+    """Names of the shapes in a dense family's config.json (transformers' own first).
 
     Attributes:
-        layers: names of the number of layers; where several are there, they must agree (here and below).
+        layers: names of the number of layers; if several are present, they must agree (here and below).
         heads: of the number of query heads.
         residual: of the width d.
         width: of the number of neurons I.
-        widening: I / d where config.json leaves I open; None where it must say it.
-        biases: block -> whether its output module has a bias, or the setting that says so; no entry: none.
-        part: the key that the language model's settings lie under in a wrapper's config.json.
+        expansion: I / d if config.json omits I; None if it must be present.
+        biases: block -> whether its output module has a bias, or the name of the setting; absent: no bias.
+        part: the key of the language model's settings in a wrapper's config.json.
     """
 
     layers: tuple[str, ...] = ("num_hidden_layers",)
     heads: tuple[str, ...] = ("num_attention_heads",)
     residual: tuple[str, ...] = ("hidden_size",)
     width: tuple[str, ...] = ("intermediate_size",)
-    widening: int | None = None
+    expansion: int | None = None
     biases: Mapping[str, bool | str] = field(default_factory=dict)
     part: str | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one family names its parts.
+    """Names of the parts of one family.
 
     Attributes:
         layers: path of the list of decoder layers from the causal language model.
         outputs: block -> path of the linear module that writes to the residual; of a mixture, the path
             of the parameter that holds down_proj of all experts.
         gate: the module whose output is the pre-activation; of a mixture, the experts.
-        up: the module of the linear branch; None where the MLP is not gated; the same as ``gate`` where
-            one module computes both, the gate first.
-        prefixes: what stands before the layer's number in names on disk, the present one first, then
-            those of older files.
-        stored: block -> the ways in which checkpoints hold its weight, the usual one first.
-        activation: the config's attribute that names the activation; None where the family has a fixed
-            one, whose sign is its input's.
+        up: the module of the linear branch; None if the MLP is not gated; the same as ``gate`` if one
+            module computes both, the gate first.
+        prefixes: of the layer's number in names on disk, the current one first, then those of older files.
+        stored: block -> forms of its weight in checkpoints, the usual one first.
+        activation: the config's attribute that names the activation; None if the family has a fixed one,
+            which preserves signs.
         transposed: blocks whose weight is [n, d] in memory (of a mixture: [E, I, d]).
-        mixture: the block of a mixture of experts, whose output is added to the residual; else None.
-        residual: whether the modules' outputs are added to the residual as they are (no norm after).
+        mixture: the module of a mixture of experts, whose output is added to the residual; else None.
+        residual: whether the modules' outputs are added to the residual unchanged (no norm after).
         residual_unless: (attribute of the config, its value that puts a norm after the outputs).
-        softcap: the config's attribute with the logits' soft cap, None where the head has none.
-        logit_scale: the config's attribute that the logits are multiplied with.
-        logit_divisor: the config's attribute that the logits are divided by.
-        bypassed_by: the config's attribute that, where it is true, lets the model compute without calling
-            its modules, so that hooks see nothing; None where there is none.
-        bias_switches: block -> the setting that gives its output module a bias, where the family has one.
-        examined: found by structure, not from the table: accepted only with a self-check.
-        names: how its config.json is read where transformers is not asked; None: it always is.
+        softcap: the config's attribute of the logits' soft cap; None without one.
+        logit_scale: the config's attribute that multiplies the logits.
+        logit_divisor: the config's attribute that divides the logits.
+        bypassed_by: the config's attribute that, if true, makes the model compute without calling its
+            modules, so that hooks see nothing; None without one.
+        bias_switches: block -> the setting that adds a bias to its output module, if the family has one.
+        examined: found by structure, not in the table: valid only with a self-check.
+        names: to read its config.json without transformers; None always uses transformers.
     """
 
     layers: str
@@ -112,7 +111,7 @@ class Layout:
     names: ConfigNames | None = None
 
     def for_config(self, text: Any) -> Layout:
-        """The layout of one model: what depends on its (text) config is settled."""
+        """The layout of one model, with what depends on its (text) config resolved."""
         if self.residual_unless is None:
             return self
         attribute, value = self.residual_unless
@@ -136,7 +135,7 @@ def _dense(
     names: ConfigNames = ConfigNames(),
     **rest: Any,
 ) -> Layout:
-    """A family without experts; old files may lack the first part of ``layers``, the base model's name."""
+    """A dense family; old files may lack the first part of ``layers``, the base model's name."""
     return Layout(
         layers=layers,
         outputs={"attn": attn, "mlp": mlp},
@@ -151,7 +150,7 @@ def _dense(
 
 
 def _mixture(*down: StoredForm, **rest: Any) -> Layout:
-    """A family whose layers hold all experts in one parameter, under ``mlp.experts``."""
+    """A mixture of experts with all experts in one parameter, under ``mlp.experts``."""
     return Layout(
         layers="model.layers",
         outputs={"attn": "self_attn.o_proj", "mlp": "mlp.experts.down_proj"},
@@ -171,12 +170,12 @@ _GPT2_NAMES = ConfigNames(
     heads=("num_attention_heads", "n_head"),
     residual=("hidden_size", "n_embd"),
     width=("n_inner",),
-    widening=4,
+    expansion=4,
     biases={"attn": True, "mlp": True},
 )
 _EACH_EXPERT = StoredForm("mlp.experts.{expert}.down_proj.weight")
 _ALL_EXPERTS = StoredForm("mlp.experts.down_proj", fused=True)
-# Gemma 2 and 3 normalise what attention and MLP return before they add it.
+# Gemma 2 and 3 normalise the outputs of attention and MLP before adding them.
 _GEMMA = replace(
     _GATED,
     activation="hidden_activation",
@@ -187,7 +186,7 @@ _GEMMA = replace(
 
 # model_type of the config -> layout
 LAYOUTS: dict[str, Layout] = {
-    # Of the gated families, the only one whose biases vLLM reads wherever the config asks for them.
+    # The only gated family whose biases vLLM reads wherever the config sets them.
     "llama": replace(
         _GATED,
         bias_switches={
@@ -205,7 +204,7 @@ LAYOUTS: dict[str, Layout] = {
     "gemma": replace(_GATED, names=_BIAS_IN_ATTENTION),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    # The vision-language wrapper, which leaves the soft cap out.
+    # The vision-language wrapper, which has no soft cap.
     "gemma3": replace(
         _GEMMA,
         layers="model.language_model.layers",
@@ -278,7 +277,7 @@ LAYOUTS: dict[str, Layout] = {
         names=ConfigNames(
             residual=("hidden_size", "n_embed"),
             width=("ffn_hidden_size",),
-            widening=4,
+            expansion=4,
             biases={"attn": "bias", "mlp": "bias"},
         ),
     ),
@@ -290,7 +289,7 @@ LAYOUTS: dict[str, Layout] = {
         _ALL_EXPERTS,
     ),
     "qwen3_moe": _mixture(_EACH_EXPERT, _ALL_EXPERTS),
-    # A clamped SwiGLU of its own, positive exactly where the gate is.
+    # A clamped SwiGLU, positive exactly where the gate is.
     "gpt_oss": _mixture(
         StoredForm("mlp.experts.down_proj", transposed=True, fused=True),
         activation=None,

@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits, by bitsandbytes: enough to read activations and gradients, not to edit."""
+"""Weights in 4 or 8 bits with bitsandbytes: for activations and gradients, not for edits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QUANTISED = ("Params4bit", "Int8Params")
 
 
 def quantised_settings(bits: int) -> dict[str, Any]:
-    """What files say of figures that were read off quantised weights.
+    """The provenance that files record for results from quantised weights.
 
     Args:
         bits: 4 (NF4) or 8 (LLM.int8).
@@ -24,7 +24,7 @@ def quantised_settings(bits: int) -> dict[str, Any]:
         UsageError: another number, or bitsandbytes is not installed.
     """
     if bits not in BITS:
-        raise UsageError(f"weights cannot be loaded in {bits} bits: choose 4 or 8")
+        raise UsageError(f"{bits} bits are not supported: choose 4 or 8")
     try:
         installed = version("bitsandbytes")
     except PackageNotFoundError as error:
@@ -40,7 +40,7 @@ def quantisation_config(bits: int, dtype: Any) -> Any:
 
     Args:
         bits: 4 or 8.
-        dtype: in which is computed; None: float32.
+        dtype: of the computation; None is float32.
     """
     import transformers
 
@@ -54,10 +54,10 @@ def quantisation_config(bits: int, dtype: Any) -> Any:
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Have bitsandbytes leave the weights as it laid them out on loading.
+    """Keep bitsandbytes' layout of the weights from loading.
 
-    On some CPUs it packs them anew at the first pass without gradients; passes with gradients then have none,
-    and what the weights stand for can no longer be read.
+    On some CPUs it repacks them at the first pass without gradients; later passes then have no gradients, and
+    the weights can no longer be dequantised.
     """
     for module in model.modules():
         owner: Any = module
@@ -66,7 +66,7 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def dequantised(module: nn.Module, parameter: torch.Tensor) -> torch.Tensor:
-    """The numbers that a quantised parameter stands for, shaped as the model's own; any other as it is."""
+    """A quantised parameter dequantised, in the model's shape; any other parameter unchanged."""
     if type(parameter).__name__ not in _QUANTISED:
         return parameter
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -74,5 +74,5 @@ def dequantised(module: nn.Module, parameter: torch.Tensor) -> torch.Tensor:
 
     owner: Any = module
     values: torch.Tensor = dequantize_bnb_weight(parameter, getattr(owner, "state", None))
-    # bitsandbytes has linear modules alone.
+    # bitsandbytes has only linear modules.
     return values.T if issubclass(owner.source_cls, Conv1D) else values

@@ -1,8 +1,7 @@
-"""Weights that wait on disk or in main memory until their module runs: read there, and replaced there.
+"""Offloaded weights, on disk or in main memory: how to read and to replace them.
 
-accelerate's hooks put an offloaded module's weights in place before it runs and take them away after it;
-in between its parameters are on the meta device and hold nothing.  What is read or replaced is therefore
-the entry in the hooks' map of weights.
+accelerate's hooks load an offloaded module's weights before it runs and remove them afterwards; in between
+its parameters are on the meta device.  So this module reads and replaces entries in the hooks' map of weights.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from neurons.architectures.low_bits import dequantised
 
 
 def has_offloaded(module: nn.Module) -> bool:
-    """Whether a module's own weights are taken away when it has run."""
+    """Whether a module's own weights are offloaded."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module with a weight computes, also while its weights are elsewhere."""
+    """The device on which a module with a weight computes, also while its weights are offloaded."""
     owner: Any = module
     if has_offloaded(module):
         return torch.device(owner._hf_hook.execution_device)
-    found: torch.device = owner.weight.device
-    return found
+    device: torch.device = owner.weight.device
+    return device
 
 
-def waiting_bytes(model: nn.Module) -> int:
-    """The bytes of the weights that are not on the device that computes with them until it does."""
+def offloaded_bytes(model: nn.Module) -> int:
+    """Bytes of the offloaded weights."""
     return sum(
         parameter.nbytes
         for module in model.modules()
@@ -46,94 +45,94 @@ def waiting_bytes(model: nn.Module) -> int:
 
 
 def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
-    """The values of a parameter or buffer wherever they are: the live ones, or read from where they wait.
+    """The values of a parameter or buffer, whether live or offloaded.
 
     Args:
         model: any module.
-        name: of the tensor, from the model.
+        name: of the tensor, relative to ``model``.
     """
-    module, own = _owner(model, name)
-    live: torch.Tensor = dequantised(module, getattr(module, own)).data
-    waiting: torch.Tensor = module._hf_hook.weights_map[own] if live.is_meta else live
-    return waiting
+    module, leaf = _owner(model, name)
+    live: torch.Tensor = dequantised(module, getattr(module, leaf)).data
+    values: torch.Tensor = module._hf_hook.weights_map[leaf] if live.is_meta else live
+    return values
 
 
 @contextmanager
 def replaced(model: nn.Module, name: str, values: torch.Tensor) -> Iterator[None]:
-    """The model computes with other values of a parameter or buffer inside the block, with its own after it.
+    """Context in which the model computes with other values of a parameter or buffer.
 
-    Of an offloaded parameter the values wait in a temporary file, so they cost memory only while their
+    For an offloaded parameter the values are in a temporary file, so they take memory only while their
     module runs.
 
     Args:
         model: any module.
-        name: of the tensor, from the model; of tied ones that are offloaded, each waits for itself.
-        values: of its shape; brought to its dtype and device.
+        name: of the tensor, relative to ``model``; tied offloaded tensors are replaced one by one.
+        values: of its shape; cast to its dtype and device.
     """
-    module, own = _owner(model, name)
-    parameter: torch.Tensor = getattr(module, own)
+    module, leaf = _owner(model, name)
+    parameter: torch.Tensor = getattr(module, leaf)
     if not parameter.is_meta:
         kept = parameter.data
         parameter.data = values.to(kept.device, kept.dtype)
-        del values  # else this frame would hold them besides
+        del values  # otherwise this frame keeps them
         try:
             yield
         finally:
             parameter.data = kept
         return
     waiting = module._hf_hook.weights_map
-    key, loader = f"{waiting.prefix}{own}", waiting.dataset
-    kept_values, kept_place = loader.state_dict.pop(key, None), loader.index.get(key)
+    key, loader = f"{waiting.prefix}{leaf}", waiting.dataset
+    kept_values, kept_entry = loader.state_dict.pop(key, None), loader.index.get(key)
     with TemporaryDirectory(prefix="broca-") as folder:
         file = Path(folder) / "values.safetensors"
-        save_file({own: values.to(parameter.dtype).contiguous()}, file)
+        save_file({leaf: values.to(parameter.dtype).contiguous()}, file)
         del values
         dtype = str(parameter.dtype).removeprefix("torch.")
-        loader.index[key] = {"safetensors_file": str(file), "weight_name": own, "dtype": dtype}
+        loader.index[key] = {"safetensors_file": str(file), "weight_name": leaf, "dtype": dtype}
         try:
             yield
         finally:
-            if kept_place is None:
+            if kept_entry is None:
                 del loader.index[key]
             else:
-                loader.index[key] = kept_place
+                loader.index[key] = kept_entry
             if kept_values is not None:
                 loader.state_dict[key] = kept_values
 
 
 @contextmanager
 def overwritten(model: nn.Module, name: str, values: torch.Tensor, folder: Path) -> Iterator[None]:
-    """As ``replaced``, but a tensor in memory is written over, and its own values wait in a file.
+    """As ``replaced``, but a tensor in memory is overwritten, with its own values saved in a file.
 
     Args:
         model: any module.
-        name: of the tensor, from the model.
-        values: of its shape; brought to its dtype and device.
-        folder: for the file, which is left there: it is not written again when the same is overwritten again.
+        name: of the tensor, relative to ``model``.
+        values: of its shape; cast to its dtype and device.
+        folder: for the file, which remains there and is reused when the same tensor is overwritten again.
     """
-    module, own = _owner(model, name)
-    live: torch.Tensor = getattr(module, own).data
+    module, leaf = _owner(model, name)
+    live: torch.Tensor = getattr(module, leaf).data
     if live.is_meta:
         with replaced(model, name, values):
             yield
         return
     file = folder / f"{name}.safetensors"
     if not file.exists():
-        save_file({own: live.contiguous()}, file)
+        save_file({leaf: live.contiguous()}, file)
     try:
         live.copy_(values)
-        del values  # else this frame would hold them
+        del values  # otherwise this frame keeps them
         yield
     finally:
-        live.copy_(load_file(file)[own])
+        live.copy_(load_file(file)[leaf])
 
 
 @contextmanager
 def with_bias(module: Any, values: torch.Tensor) -> Iterator[None]:
-    """A linear module without a bias has one inside the block.
+    """Context in which a linear module without a bias has one.
 
     Args:
-        values: [d], brought to the dtype and device of the module's weight.
+        values: [d], cast to the dtype and device of the module's weight.
     """
     bias = values.to(module.weight.dtype)
     with ExitStack() as undo:
@@ -144,55 +143,55 @@ def with_bias(module: Any, values: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def let_gradients_read_again(model: nn.Module) -> None:
-    """Have the backward pass read the offloaded weights again, and not hold all of them since the forward.
+def reload_for_gradients(model: nn.Module) -> None:
+    """Reload offloaded weights in the backward pass instead of keeping all of them from the forward pass.
 
     The weights must be frozen.
     """
     for module in model.modules():
         owner: Any = module
         if has_offloaded(module):
-            # What accelerate's hook calls once the weights are there.
+            # accelerate's hook calls this once the weights are loaded.
             owner._old_forward = partial(_forward, module, owner._old_forward)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[Any, str]:
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def _forward(module: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
     loader, prefix = module._hf_hook.weights_map.dataset, module._hf_hook.weights_map.prefix
-    # Where each weight begins and ends in memory, and how it is read again: as now, whatever replaces it later.
+    # Address range of each weight, and a function that reloads it as it is now, even if it is replaced later.
     weights = {
-        tensor.data_ptr(): (tensor.data_ptr() + tensor.nbytes, tensor.storage_offset(), tensor.device, again)
+        tensor.data_ptr(): (tensor.data_ptr() + tensor.nbytes, tensor.storage_offset(), tensor.device, reload)
         for name, tensor in module.named_parameters(recurse=False)
-        for again in [_reading(loader, f"{prefix}{name}")]
+        for reload in [_reloader(loader, f"{prefix}{name}")]
     }
 
     def pack(tensor: torch.Tensor) -> Any:
-        place = tensor.data_ptr()
-        for begin, (end, offset, device, again) in weights.items():
-            if begin <= place < end and tensor.device == device:
+        address = tensor.data_ptr()
+        for begin, (end, offset, device, reload) in weights.items():
+            if begin <= address < end and tensor.device == device:
                 within = (tensor.storage_offset() - offset, tuple(tensor.shape), tensor.stride())
-                return again, within, device
+                return reload, within, device
         return tensor
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        again, (offset, shape, stride), device = packed
-        values: torch.Tensor = again().to(device)
+        reload, (offset, shape, stride), device = packed
+        values: torch.Tensor = reload().to(device)
         return values.as_strided(shape, stride, values.storage_offset() + offset)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return forward(*inputs, **named)
 
 
-def _reading(loader: Any, key: str) -> Callable[[], torch.Tensor]:
+def _reloader(loader: Any, key: str) -> Callable[[], torch.Tensor]:
     if key in loader.state_dict:
         return partial(loader.state_dict.__getitem__, key)
-    place = loader.index[key]
-    return partial(type(loader)(index={key: place}, device=loader.device).__getitem__, key)
+    entry = loader.index[key]
+    return partial(type(loader)(index={key: entry}, device=loader.device).__getitem__, key)

@@ -1,12 +1,12 @@
-"""Whether a config says that its checkpoint is quantised, in which way, and what to do to edit it."""
+"""Whether and how a checkpoint is quantised, from its config, and how to get an editable one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 _FP8 = "fp8"
-# What dequantises the kinds that Broca does not, by quant_method of the config.
-_OTHER_WAYS = {
+# How to dequantise kinds that Broca does not, by quant_method of the config.
+_REMEDIES = {
     "mxfp4": "load it in transformers with quantization_config=Mxfp4Config(dequantize=True) and save it",
     "bitsandbytes": "load it in transformers, call model.dequantize() and save it",
     "compressed-tensors": "load it in transformers with "
@@ -16,35 +16,35 @@ _OTHER_WAYS = {
 
 
 def quantisation(settings: Any) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a config (JSON values), or of one of its parts; None where it has none."""
-    # Models of several parts keep the setting in the part, for example under text_config.
+    """The ``quantization_config`` of a config (JSON values), or of one of its parts; None without one."""
+    # Models of several parts have the setting in a part, for example under text_config.
     if not isinstance(settings, dict):
         return None
-    own = settings.get("quantization_config")
-    if own is not None:
-        return own if isinstance(own, dict) else {}
-    return next((found for part in settings.values() if (found := quantisation(part)) is not None), None)
+    config = settings.get("quantization_config")
+    if config is not None:
+        return config if isinstance(config, dict) else {}
+    return next((of for part in settings.values() if (of := quantisation(part)) is not None), None)
 
 
 def is_quantised(settings: Any) -> bool:
     return quantisation(settings) is not None
 
 
-def fp8_block_size(settings: Any) -> tuple[int, int] | None:
-    """(a, b) of a config whose weights are FP8 blocks of a x b numbers; None for any other."""
-    found = quantisation(settings) or {}
-    size = found.get("weight_block_size")
-    if found.get("quant_method") != _FP8 or not isinstance(size, list) or len(size) != 2:
+def fp8_tile_size(settings: Any) -> tuple[int, int] | None:
+    """(a, b) of a config whose weights are FP8 in tiles of a x b numbers; None for any other."""
+    config = quantisation(settings) or {}
+    size = config.get("weight_block_size")
+    if config.get("quant_method") != _FP8 or not isinstance(size, list) or len(size) != 2:
         return None
     if not all(type(item) is int and item > 0 for item in size):
         return None
     return size[0], size[1]
 
 
-def way_out(settings: Any) -> str:
-    """What to do with a quantised checkpoint that shall be edited, as the end of a sentence."""
-    if fp8_block_size(settings) is not None:
+def quantised_remedy(settings: Any) -> str:
+    """How to get an editable checkpoint from a quantised one, as the end of a sentence."""
+    if fp8_tile_size(settings) is not None:
         return "write it unquantised first, with `broca export MODEL --dequantise bf16 --out DIRECTORY`"
     method = (quantisation(settings) or {}).get("quant_method")
-    other = _OTHER_WAYS.get(str(method))
+    other = _REMEDIES.get(str(method))
     return "start from the unquantised checkpoint" + ("" if other is None else f", or {other}")

@@ -1,11 +1,10 @@
-"""Whether an anatomy is right: what a hook silences at a site is what its weight, zeroed, silences.
+"""Self-check of an anatomy: zeroing a component at its site must equal zeroing its weight.
 
 Zeroing one input of a linear module and zeroing the column of its weight that reads this input are the
 same computation.  If the logits agree, and differ from those of the unedited model, then the site, the
-module and the columns belong together.  Four more checks tie them to the model: act(mlp_act) * mlp_up is
-mlp_in, nothing linear runs after the output module inside its block, what is added to the output of a
-module that claims to write to the residual stream as it is arrives there, and ``logits`` of the last
-hidden states are the model's.
+module and the columns belong together.  Four more checks: act(mlp_act) * mlp_up is mlp_in; no linear module
+runs after the output module in its parent; a vector added to the output of a module that writes to the
+residual stream unchanged arrives there; and ``logits`` of the last hidden states are the model's.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from torch import nn
 
 from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of
 from neurons.architectures.layouts import Layout
-from neurons.architectures.sites import Reader, Routed, logits, reading
+from neurons.architectures.sites import Routed, SiteHook, logits, site_hooks
 from neurons.errors import BrocaError, first_line
 
-# Of the change that silencing makes: how far hook and weight may lie apart, for rounding alone.
+# Tolerance for rounding between hook and weight, as a fraction of the change of the logits.
 _TOLERANCE = 1e-2
 _ROWS, _LENGTH = 2, 8
-# Parameters of a random model that is still made in seconds.
-_LARGEST = 300_000_000
+# Maximum parameters of a random model: more take too long to initialise.
+_MAX_PARAMETERS = 300_000_000
 
 
 def example_ids(vocabulary: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Token ids [2, 8] for a check, spread over the vocabulary."""
+    """Token ids [2, 8] for a check, from all parts of the vocabulary."""
     count = _ROWS * _LENGTH
     ids = torch.arange(count, dtype=torch.int64) * 7919 % max(1, vocabulary - 1) + 1
     return (ids % vocabulary).view(_ROWS, _LENGTH).to(device)
@@ -40,10 +39,10 @@ def example_ids(vocabulary: int, device: torch.device | str = "cpu") -> torch.Te
 
 @torch.no_grad()
 def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
-    """Refuse an anatomy that does not fit its model; the model is bit-identical afterwards.
+    """Check that an anatomy fits its model; the model is bit-identical afterwards.
 
-    Looked at are the first, the middle and the last layer, there the neuron and the head that write most
-    (of a mixture, a neuron in an expert that tokens are routed to).
+    Checks the first, the middle and the last layer, each with the neuron and the head of largest contribution
+    (of a mixture, a neuron in an expert that gets tokens).
 
     Args:
         model: causal language model in eval mode.
@@ -51,7 +50,7 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
         ids: int64 [rows, length], tokens without padding, on the model's device.
 
     Raises:
-        BrocaError: what does not fit, by layer and block.
+        BrocaError: names the layer and the module that do not fit.
     """
     last = anatomy.layers - 1
     for layer in sorted({0, last // 2, last}):
@@ -60,26 +59,26 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
         for block in BLOCKS:
             _check_silence(model, anatomy, layer, block, ids)
     if anatomy.residual_output and not writes_to_residual(model, anatomy, ids):
-        raise _wrong(anatomy, last, "mlp", "what it writes does not reach the residual stream as it is")
+        raise _wrong(anatomy, last, "mlp", "its output does not reach the residual stream unchanged")
     plain = model(input_ids=ids, use_cache=False).logits
     made = logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if plain.shape != made.shape or not torch.allclose(plain.float(), made.float(), rtol=1e-2, atol=1e-4):
         raise BrocaError(
-            f"{anatomy.model_type}: the model does something to its logits after the output embeddings that "
-            "Broca does not know, so a loss would be wrong"
+            f"{anatomy.model_type}: the model changes its logits after the output embeddings in a way that "
+            "Broca does not support, so losses would be wrong"
         )
 
 
 @torch.no_grad()
 def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
-    """Whether a vector added to the MLP's output arrives in the residual stream as it is (last layer)."""
+    """Whether a vector added to the MLP's output arrives in the residual stream unchanged (last layer)."""
     layer = anatomy.layers - 1
     arrived: list[torch.Tensor] = []
 
     def keep(values: torch.Tensor, _: Routed | None) -> None:
         arrived.append(values.float().clone())
 
-    with reading(anatomy, {("block_out", layer): keep}):
+    with site_hooks(anatomy, {("block_out", layer): keep}):
         model.base_model(input_ids=ids, use_cache=False)
     size = arrived[0].abs().mean()
     added = size * torch.where(torch.arange(anatomy.residual, device=ids.device) % 3 == 0, 4.0, -2.0)
@@ -87,21 +86,21 @@ def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
     def add(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
         return values + added.to(values.dtype)
 
-    with reading(anatomy, {("block_out", layer): keep, ("mlp_out", layer): add}):
+    with site_hooks(anatomy, {("block_out", layer): keep, ("mlp_out", layer): add}):
         model.base_model(input_ids=ids, use_cache=False)
     before, after = arrived
-    # Loose enough for bfloat16; a norm or a factor in between is far off.
+    # Tolerance for bfloat16; a norm or a factor in between gives a much larger error.
     return bool(((after - before - added).abs().mean() <= 0.02 * added.abs().mean()).item())
 
 
 def checked(model: Any, anatomy: Anatomy) -> Anatomy:
-    """Self-check an examined anatomy on the model that it was found in.
+    """Self-check an examined anatomy on its model.
 
     Returns:
-        The anatomy with the layout's ``residual`` as it was measured.
+        The anatomy with the measured ``residual`` of the layout.
 
     Raises:
-        BrocaError: what does not fit, or the model cannot be run.
+        BrocaError: the anatomy does not fit, or the model cannot run.
     """
     ids = example_ids(model.config.get_text_config().vocab_size, model.get_input_embeddings().weight.device)
     try:
@@ -110,30 +109,30 @@ def checked(model: Any, anatomy: Anatomy) -> Anatomy:
         self_check(model, anatomy, ids)
     except BrocaError:
         raise
-    # Anything may go wrong in a model of which nothing is known but its structure.
+    # A model of unknown architecture may raise anything.
     except Exception as error:
         raise BrocaError(
-            f"architecture {anatomy.model_type!r} is not known to Broca, and the self-check of its anatomy could "
+            f"architecture {anatomy.model_type!r} is not in the table, and the self-check of its anatomy could "
             f"not run ({type(error).__name__}: {first_line(error)})"
         ) from error
     return anatomy
 
 
-def checked_by_likeness(config: Any, layout: Layout) -> Layout:
+def checked_on_small_model(config: Any, layout: Layout) -> Layout:
     """Self-check an architecture without its weights, on a small random model of the same config class.
 
-    The model has two layers and a small vocabulary.  It is made narrow as well where the architecture
-    lets itself be; where it does not, the check is made at the config's own widths.
+    The model has two layers and a small vocabulary.  It is also narrow if the architecture allows it;
+    otherwise it has the config's own widths.
 
     Args:
         config: of the real model.
-        layout: that was found in the real model, without its weights.
+        layout: of the real model, examined without its weights.
 
     Returns:
-        The layout with ``residual`` as it was measured.
+        The layout with the measured ``residual``.
 
     Raises:
-        BrocaError: the architecture fails the check, or no small model of it can be made.
+        BrocaError: the architecture fails the check, or no small model can be built.
     """
     try:
         return _checked_small(config, layout, narrow=True)
@@ -144,19 +143,19 @@ def checked_by_likeness(config: Any, layout: Layout) -> Layout:
 def _checked_small(config: Any, layout: Layout, narrow: bool) -> Layout:
     try:
         model = _small_model(config, narrow)
-    # As above: a config class may refuse any of the sizes, in any way.
+    # A config class may raise anything for these sizes.
     except Exception as error:
         raise BrocaError(
-            f"architecture {config.model_type!r} is not known to Broca, and no small model of it could be made to "
+            f"architecture {config.model_type!r} is not in the table, and no small model could be built to "
             f"check its anatomy ({type(error).__name__}: {first_line(error)})"
         ) from error
-    found = anatomy_of(model)
-    if found.layout != layout:
+    anatomy = anatomy_of(model)
+    if anatomy.layout != layout:
         raise BrocaError(
-            f"architecture {config.model_type!r} is not known to Broca, and its anatomy is another in a small "
-            f"model: {dict(found.layout.outputs)} and not {dict(layout.outputs)}"
+            f"architecture {config.model_type!r} is not in the table, and a small model of it has another "
+            f"anatomy: {dict(anatomy.layout.outputs)} instead of {dict(layout.outputs)}"
         )
-    return checked(model, found).layout
+    return checked(model, anatomy).layout
 
 
 def _small_model(config: Any, narrow: bool) -> Any:
@@ -164,11 +163,11 @@ def _small_model(config: Any, narrow: bool) -> Any:
 
     small = copy.deepcopy(config)
     text = small.get_text_config()
-    wanted: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": min(text.vocab_size, 512)}
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": min(text.vocab_size, 512)}
     if narrow:
         shared = max(1, text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or 1))
         heads = 4 if shared < 4 else 8
-        wanted |= {
+        sizes |= {
             "hidden_size": 16 * heads,
             "num_attention_heads": heads,
             "num_key_value_heads": heads // min(shared, heads),
@@ -176,7 +175,7 @@ def _small_model(config: Any, narrow: bool) -> Any:
             "intermediate_size": 96,
             "moe_intermediate_size": 40,
         }
-    for name, value in wanted.items():
+    for name, value in sizes.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, value)
     vision: Any = getattr(small, "vision_config", None)
@@ -190,9 +189,9 @@ def _small_model(config: Any, narrow: bool) -> Any:
                 setattr(holder, name, None)
     with torch.device("meta"):
         size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(small).parameters())
-    if size > _LARGEST:
+    if size > _MAX_PARAMETERS:
         raise BrocaError(
-            f"two layers of it are {size:.1e} parameters, and no more than {_LARGEST:.0e} are made"
+            f"two of its layers have {size:.1e} parameters, more than the maximum of {_MAX_PARAMETERS:.0e}"
         )
     model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
@@ -213,12 +212,12 @@ def _check_silence(model: Any, anatomy: Anatomy, layer: int, block: str, ids: to
         start = 0 if routed is None else routed.expert * anatomy.expert_width
         totals[start : start + len(amount)] += amount
 
-    # Always with a reader, so that a mixture takes the same way through its experts each time.
+    # Always with a hook, so that a mixture uses the same implementation of its experts each time.
     plain = _logits_of(model, anatomy, (site, layer), sum_up, ids)
     width = anatomy.component_width(block)
-    # Not the most active one alone: its weight may have been zeroed by an edit.
-    written = totals * anatomy.output_weight(layer, block).norm(dim=-2).flatten().double()
-    component = int(written.view(-1, width).sum(1).argmax())
+    # Weighted by the norm of the weight, which an edit may have zeroed.
+    contribution = totals * anatomy.output_weight(layer, block).norm(dim=-2).flatten().double()
+    component = int(contribution.view(-1, width).sum(1).argmax())
     columns = slice(component * width, (component + 1) * width)
 
     def silence(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
@@ -250,14 +249,14 @@ def _check_gating(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -
     activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[getattr(text, anatomy.layout.activation)]
     seen: dict[tuple[str, int], torch.Tensor] = {}
 
-    def keep(site: str) -> Reader:
-        def read(values: torch.Tensor, routed: Routed | None) -> None:
+    def keep(site: str) -> SiteHook:
+        def hook(values: torch.Tensor, routed: Routed | None) -> None:
             seen[site, -1 if routed is None else routed.expert] = values.clone()
 
-        return read
+        return hook
 
     sites = ("mlp_act", "mlp_up", "mlp_in")
-    with reading(anatomy, {(site, layer): keep(site) for site in sites}):
+    with site_hooks(anatomy, {(site, layer): keep(site) for site in sites}):
         model.base_model(input_ids=ids, use_cache=False)
     for (site, expert), values in seen.items():
         if site != "mlp_in":
@@ -267,13 +266,13 @@ def _check_gating(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -
         if made.shape != values.shape or not torch.allclose(
             made.float(), values.float(), rtol=2e-2, atol=1e-3 * float(values.abs().max())
         ):
-            raise _wrong(anatomy, layer, "mlp", "its input is not the activation of what feeds it")
+            raise _wrong(anatomy, layer, "mlp", "its input is not the activation of its gate")
     if not seen:
-        raise _wrong(anatomy, layer, "mlp", "nothing passes its sites")
+        raise _wrong(anatomy, layer, "mlp", "its sites see no values")
 
 
 def _check_order(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> None:
-    """The output module lies in its layer and is the last linear one that runs in its block."""
+    """The output module is in its layer and is the last linear module to run in its parent."""
     inside = {module: path for path, module in anatomy.blocks[layer].named_modules()}
     ran: list[nn.Module] = []
     handles = [
@@ -289,7 +288,7 @@ def _check_order(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) ->
     for block in BLOCKS:
         output = anatomy.outputs[block][layer]
         if output not in inside:
-            raise _wrong(anatomy, layer, block, "its output module does not lie in the layer")
+            raise _wrong(anatomy, layer, block, "its output module is not in the layer")
         if anatomy.mixed and block == "mlp":
             continue
         parent = inside[output].rpartition(".")[0]
@@ -300,11 +299,11 @@ def _check_order(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) ->
 
 
 def _logits_of(
-    model: Any, anatomy: Anatomy, at: tuple[str, int], reader: Reader, ids: torch.Tensor
+    model: Any, anatomy: Anatomy, at: tuple[str, int], hook: SiteHook, ids: torch.Tensor
 ) -> torch.Tensor:
-    with reading(anatomy, {at: reader}):
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
-    return found
+    with site_hooks(anatomy, {at: hook}):
+        made: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return made
 
 
 @contextmanager
@@ -320,6 +319,6 @@ def _zeroed(anatomy: Anatomy, layer: int, block: str, columns: slice) -> Iterato
 
 def _wrong(anatomy: Anatomy, layer: int, block: str, what: str) -> BrocaError:
     return BrocaError(
-        f"{anatomy.model_type}, layer {layer}, {block} ({anatomy.layout.outputs[block]}): {what}; Broca does not "
-        "know where this architecture keeps its neurons"
+        f"{anatomy.model_type}, layer {layer}, {block} ({anatomy.layout.outputs[block]}): {what}; the "
+        "anatomy of this architecture is not known"
     )

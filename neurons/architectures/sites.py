@@ -1,8 +1,8 @@
-"""Reading activations at sites, and replacing them, while a model runs: hooks on modules, and on experts.
+"""Hooks that read or replace activations at sites while a model runs, on modules and on experts.
 
-Fused experts have no module of their own per expert.  While something reads them, transformers' registry
-of experts forwards (``transformers.integrations.moe``) is made to select one that computes what the stock
-eager one does and hands over each expert's values on the way.
+Fused experts have no module for each expert.  While hooks are on them, transformers' registry of experts
+forwards (``transformers.integrations.moe``) selects one that computes the same as the stock eager one and
+passes each expert's values to the hooks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EXPERTS_FORWARD = "broca_reading"
 
 @dataclass(frozen=True)
 class Routed:
-    """Which tokens an expert's values belong to.
+    """The tokens of an expert's values.
 
     Attributes:
         expert: index of the expert.
@@ -37,33 +37,32 @@ class Routed:
     tokens: torch.Tensor
 
 
-Reader = Callable[[torch.Tensor, Routed | None], torch.Tensor | None]
+SiteHook = Callable[[torch.Tensor, Routed | None], torch.Tensor | None]
 
 
 def expert_units(anatomy: Anatomy, routed: Routed) -> slice:
-    """An expert's neurons among those of its layer."""
+    """The slice of an expert's neurons in its layer."""
     first_unit = routed.expert * anatomy.expert_width
     return slice(first_unit, first_unit + anatomy.expert_width)
 
 
 @contextmanager
-def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
-    """Hand a site's values to ``readers[site, layer]`` at every forward pass inside the block.
+def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> Iterator[None]:
+    """Context in which every forward pass calls ``hooks[site, layer]`` with the values at that site.
 
-    A reader is called as ``reader(values, None)`` with values [rows, length, width].  For the neurons of
-    a mixture (``mlp_act``, ``mlp_up``, ``mlp_in``) it is called as ``reader(values, routed)``, once for
-    each expert that has tokens, with values [n, I].  A tensor that it gives back, of the same shape,
-    takes the place of the values in the forward pass.
+    A hook is called as ``hook(values, None)`` with values [rows, length, width].  For the neurons of
+    a mixture (``mlp_act``, ``mlp_up``, ``mlp_in``) it is called as ``hook(values, routed)``, once for
+    each expert that has tokens, with values [n, I].  If it returns a tensor, of the same shape, that tensor
+    replaces the values in the forward pass.
 
-    Values hold until the reader returns: some models write into them afterwards, so what is kept must be
-    a copy.  Of a model that is spread over several devices they are handed over on one.  Where gradients are enabled the values lie on the path to the loss and
-    ``values.register_hook`` works, also where all weights are frozen.
+    Some models write into the values after the hook returns, so it must copy what it keeps.  For a model on
+    several devices all hooks get values on one device.  If gradients are enabled, the values are on the path
+    to the loss and ``values.register_hook`` works, even if all weights are frozen.
 
     Raises:
-        BrocaError: a site or layer that there is not, or, at the forward pass, a replacement of another
-            shape.
+        BrocaError: an unknown site or layer, or, at the forward pass, a replacement of another shape.
     """
-    for site, layer in readers:
+    for site, layer in hooks:
         if site not in SITES or not 0 <= layer < anatomy.layers:
             raise BrocaError(
                 f"there is no site {site} in layer {layer}: sites are {', '.join(SITES)}, layers "
@@ -71,48 +70,48 @@ def reading(anatomy: Anatomy, readers: Mapping[tuple[str, int], Reader]) -> Iter
             )
     where = anatomy.gathered_on
     if where is not None:
-        readers = {place: _gathered(reader, where) for place, reader in readers.items()}
+        hooks = {place: _gathered(hook, where) for place, hook in hooks.items()}
     with ExitStack() as open_now:
-        routed: dict[int, dict[str, Reader]] = {}
+        routed: dict[int, dict[str, SiteHook]] = {}
         shapes: dict[int, _RowShape] = {}
-        for (site, layer), reader in readers.items():
+        for (site, layer), hook in hooks.items():
             if anatomy.mixed and site in EXPERT_SITES:
-                routed.setdefault(layer, {})[site] = reader
+                routed.setdefault(layer, {})[site] = hook
                 continue
             if layer not in shapes:
                 shapes[layer] = _RowShape()
                 handle = anatomy.blocks[layer].register_forward_pre_hook(shapes[layer].note, with_kwargs=True)
                 open_now.callback(handle.remove)
             module, is_input = site_module(anatomy, site, layer)
-            hook = _Hook(reader, shapes[layer], _half(anatomy, site))
+            placed = _ModuleHook(hook, shapes[layer], _half(anatomy, site))
             handle = (
-                module.register_forward_pre_hook(hook.before)
+                module.register_forward_pre_hook(placed.before)
                 if is_input
-                else module.register_forward_hook(hook.after)
+                else module.register_forward_hook(placed.after)
             )
             open_now.callback(handle.remove)
         if routed:
-            experts = {anatomy.gates[layer]: own for layer, own in routed.items()}
-            open_now.enter_context(_experts_read(experts))
+            experts = {anatomy.gates[layer]: by_site for layer, by_site in routed.items()}
+            open_now.enter_context(_experts_hooked(experts))
         yield
 
 
-def _gathered(reader: Reader, where: torch.device) -> Reader:
-    """The reader of a model that lies on several devices: it is called with values, and gives some, on one."""
+def _gathered(hook: SiteHook, where: torch.device) -> SiteHook:
+    """The hook with values on one device, for a model on several devices."""
 
-    def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+    def on_one_device(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
         moved = _moved(values, where)
         if moved is values:
-            return reader(values, routed)
-        offered = reader(
+            return hook(values, routed)
+        offered = hook(
             moved, None if routed is None else replace(routed, tokens=_moved(routed.tokens, where))
         )
         if offered is None and torch.is_grad_enabled():
-            # What the reader saw must lie on the path to the loss.
+            # The values that the hook saw must be on the path to the loss.
             offered = moved
         return None if offered is None else _moved(offered, values.device)
 
-    return read
+    return on_one_device
 
 
 def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
@@ -122,13 +121,13 @@ def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
 def logits(
     model: Any, hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """The logits [..., vocabulary] of last hidden states [..., d] on their device, as ``model(...).logits``
-    has them.
+    """The logits [..., vocabulary] of last hidden states [..., d] on their device, equal to
+    ``model(...).logits``.
 
-    The output embeddings alone are not enough where the family scales the logits or caps them softly.
+    Beyond the output embeddings this applies the family's scale and soft cap of the logits.
 
     Args:
-        head: takes the place of the model's output embeddings.
+        head: replaces the model's output embeddings.
     """
     text = model.config.get_text_config()
     layout = LAYOUTS.get(model.config.model_type) or _examined_once(model)
@@ -146,7 +145,7 @@ def logits(
     return made
 
 
-# What logits take of models of unknown architectures: examined once, as logits are made a chunk at a time.
+# Layouts of models of unknown architecture: examined once, as logits are computed in chunks.
 _examined: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
@@ -157,14 +156,14 @@ def _examined_once(model: nn.Module) -> Layout:
 
 
 def _half(anatomy: Anatomy, site: str) -> int | None:
-    """Which half of a fused module's output a site is; None: all of it."""
+    """The index of a site's half in a fused module's output; None if it is the whole output."""
     if site not in ("mlp_act", "mlp_up") or anatomy.layout.gate != anatomy.layout.up:
         return None
     return 0 if site == "mlp_act" else 1
 
 
 class _RowShape:
-    """(rows, length) of the hidden states that a layer was given: some flatten them inside."""
+    """(rows, length) of a layer's input: some layers flatten it."""
 
     def __init__(self) -> None:
         self.shape: torch.Size | None = None
@@ -174,10 +173,10 @@ class _RowShape:
 
 
 @dataclass(frozen=True)
-class _Hook:
-    """One reader at one module."""
+class _ModuleHook:
+    """A hook at one module."""
 
-    reader: Reader
+    hook: SiteHook
     rows: _RowShape
     half: int | None
 
@@ -192,85 +191,85 @@ class _Hook:
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     def _changed(self, values: torch.Tensor) -> torch.Tensor | None:
-        """What takes the values' place; None leaves them, without a copy."""
+        """The replacement of the values; None keeps them without a copy."""
         if self.half is None:
             return self._offered(values)
         parts = list(values.chunk(2, dim=-1))
-        own = self._offered(parts[self.half])
-        if own is None and not torch.is_grad_enabled():
+        half = self._offered(parts[self.half])
+        if half is None and not torch.is_grad_enabled():
             return None
-        parts[self.half] = parts[self.half] if own is None else own
+        parts[self.half] = parts[self.half] if half is None else half
         return torch.cat(parts, dim=-1)
 
     def _offered(self, values: torch.Tensor) -> torch.Tensor | None:
         if values.ndim == 3 or self.rows.shape is None:
-            return _offer(self.reader, values, None)
+            return _offer(self.hook, values, None)
         shape = values.shape
-        offered = _offer(self.reader, values.view(*self.rows.shape, shape[-1]), None)
+        offered = _offer(self.hook, values.view(*self.rows.shape, shape[-1]), None)
         return None if offered is None else offered.reshape(shape)
 
 
-def _offer(reader: Reader, values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
-    """Call a reader; what must take the values' place, or None.
+def _offer(hook: SiteHook, values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+    """Call a hook; its replacement of the values, or None.
 
-    With gradients enabled something always does: the reader's tensor, or the values that it was given,
-    so that a hook on them sees the gradient.
+    With gradients enabled there always is one: the hook's tensor, or the values passed to it, so that a
+    gradient hook on them works.
     """
     tracked = torch.is_grad_enabled()
     leaf = tracked and not values.requires_grad
     if leaf:
-        # The weights are frozen, so nothing before this site asks for a gradient.
+        # The weights are frozen, so nothing before this site requires a gradient.
         values = values.detach().requires_grad_(True)
-    replaced = reader(values, routed)
+    replaced = hook(values, routed)
     if replaced is None:
-        # A leaf may not be written into, and some models add to what a module returned in place.
+        # A leaf cannot be written into, and some models add to a module's output in place.
         return (values.clone() if leaf else values) if tracked else None
     if replaced.shape != values.shape:
         raise BrocaError(
-            f"a reader replaced values of shape {list(values.shape)} by some of shape {list(replaced.shape)}"
+            f"a hook replaced values of shape {list(values.shape)} by values of shape {list(replaced.shape)}"
         )
     return replaced.to(values.dtype)
 
 
-# experts module -> the readers of its sites, the contexts that opened first coming first
-_readers_of: dict[nn.Module, list[Mapping[str, Reader]]] = {}
-# id of a config -> the experts forward that it selected before anything was read
+# experts module -> the hooks of its sites, in the order of their contexts
+_hooks_of: dict[nn.Module, list[Mapping[str, SiteHook]]] = {}
+# id of a config -> the experts forward that it selected before any hook
 _selected: dict[int, str | None] = {}
 
 
 @contextmanager
-def _experts_read(readers: Mapping[nn.Module, Mapping[str, Reader]]) -> Iterator[None]:
-    """Have these experts modules call their readers; the config's own choice comes back afterwards."""
+def _experts_hooked(hooks: Mapping[nn.Module, Mapping[str, SiteHook]]) -> Iterator[None]:
+    """Context in which these experts modules call their hooks."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if _EXPERTS_FORWARD not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_FORWARD, _experts_forward)
-    configs: dict[int, Any] = {id(module.config): module.config for module in readers}
+    configs: dict[int, Any] = {id(module.config): module.config for module in hooks}
     with ExitStack() as undo:
         for key, config in configs.items():
             before = config._experts_implementation_internal
             if before != _EXPERTS_FORWARD:
                 _selected[key] = before
                 undo.callback(_selected.pop, key)
-                # Not through the property, which would choose for the config's parts as well.
+                # Not through the property, which also sets the config's parts.
                 config._experts_implementation_internal = _EXPERTS_FORWARD
                 undo.callback(setattr, config, "_experts_implementation_internal", before)
-        for module, own in readers.items():
-            _readers_of.setdefault(module, []).append(own)
-            undo.callback(_close, module, own)
+        for module, of_module in hooks.items():
+            _hooks_of.setdefault(module, []).append(of_module)
+            undo.callback(_close, module, of_module)
         yield
 
 
-def _close(module: nn.Module, own: Mapping[str, Reader]) -> None:
-    kept = [readers for readers in _readers_of.pop(module) if readers is not own]
+def _close(module: nn.Module, of_module: Mapping[str, SiteHook]) -> None:
+    kept = [hooks for hooks in _hooks_of.pop(module) if hooks is not of_module]
     if kept:
-        _readers_of[module] = kept
+        _hooks_of[module] = kept
 
 
 def _experts_forward(
     self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """All experts of a mixture, as the stock eager forward computes them, with the readers called.
+    """The stock eager forward of all experts of a mixture, with hooks.
 
     Args:
         self: the experts module: ``gate_up_proj`` [E, 2I, d] and ``down_proj`` [E, d, I], both with their
@@ -278,28 +277,28 @@ def _experts_forward(
             ``is_concatenated``.
         hidden: [tokens, d].
         chosen: int64 [tokens, k], experts of each token.
-        weights: [tokens, k], what each expert's output is multiplied with.
+        weights: [tokens, k], of the experts' outputs.
     """
-    readers = _readers_of.get(self)
-    if readers is None:
+    hooks = _hooks_of.get(self)
+    if hooks is None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        # A layer that nobody reads goes the way that its config had chosen.
+        # A layer without hooks uses the implementation that its config had selected.
         stock = ALL_EXPERTS_FUNCTIONS.get_interface(
             _selected[id(self.config)], type(self).forward.__wrapped__
         )
-        unread: torch.Tensor = stock(self, hidden, chosen, weights)
-        return unread
+        unhooked: torch.Tensor = stock(self, hidden, chosen, weights)
+        return unhooked
     out = torch.zeros_like(hidden)
     for expert in chosen.unique().tolist():
-        # Expert parallelism marks choices of other devices with a number past the last expert.
+        # Expert parallelism marks experts on other devices with an index past the last one.
         if expert >= self.num_experts:
             continue
         tokens, place = torch.where(chosen == expert)
         routed = Routed(expert, tokens)
         gate_up = _experts_linear(self, "gate_up_proj", hidden[tokens], expert)
-        gate_up = _read_halves(gate_up, self.is_concatenated, readers, routed)
-        inside = _read_experts(readers, "mlp_in", self._apply_gate(gate_up), routed)
+        gate_up = _hook_halves(gate_up, self.is_concatenated, hooks, routed)
+        inside = _hook_experts(hooks, "mlp_in", self._apply_gate(gate_up), routed)
         written = _experts_linear(self, "down_proj", inside, expert)
         weighted = written * weights[tokens, place, None]
         out.index_add_(0, tokens, weighted.to(out.dtype))
@@ -312,26 +311,26 @@ def _experts_linear(self: Any, name: str, inputs: torch.Tensor, expert: int) -> 
     return made + getattr(self, f"{name}_bias")[expert] if self.has_bias else made
 
 
-def _read_halves(
-    gate_up: torch.Tensor, concatenated: bool, readers: list[Mapping[str, Reader]], routed: Routed
+def _hook_halves(
+    gate_up: torch.Tensor, concatenated: bool, hooks: list[Mapping[str, SiteHook]], routed: Routed
 ) -> torch.Tensor:
-    if not any(site in own for own in readers for site in ("mlp_act", "mlp_up")):
+    if not any(site in of_context for of_context in hooks for site in ("mlp_act", "mlp_up")):
         return gate_up
     gate, up = gate_up.chunk(2, dim=-1) if concatenated else (gate_up[..., ::2], gate_up[..., 1::2])
-    read_gate = _read_experts(readers, "mlp_act", gate, routed)
-    read_up = _read_experts(readers, "mlp_up", up, routed)
-    if read_gate is gate and read_up is up and not torch.is_grad_enabled():
+    new_gate = _hook_experts(hooks, "mlp_act", gate, routed)
+    new_up = _hook_experts(hooks, "mlp_up", up, routed)
+    if new_gate is gate and new_up is up and not torch.is_grad_enabled():
         return gate_up
     if concatenated:
-        return torch.cat([read_gate, read_up], dim=-1)
-    return torch.stack([read_gate, read_up], dim=-1).flatten(-2)
+        return torch.cat([new_gate, new_up], dim=-1)
+    return torch.stack([new_gate, new_up], dim=-1).flatten(-2)
 
 
-def _read_experts(
-    readers: list[Mapping[str, Reader]], site: str, values: torch.Tensor, routed: Routed
+def _hook_experts(
+    hooks: list[Mapping[str, SiteHook]], site: str, values: torch.Tensor, routed: Routed
 ) -> torch.Tensor:
-    for own in readers:
-        if site in own:
-            offered = _offer(own[site], values, routed)
+    for of_context in hooks:
+        if site in of_context:
+            offered = _offer(of_context[site], values, routed)
             values = values if offered is None else offered
     return values

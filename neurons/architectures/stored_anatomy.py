@@ -1,8 +1,8 @@
-"""Where a checkpoint's neurons are, from config.json and the tensors' headers: no model class is imported.
+"""The anatomy of a checkpoint from config.json and the tensors' headers, without importing a model class.
 
-Only for dense families whose layout has ``names``, and only where config.json says all that is asked of
-it and the tensors agree.  Wherever a default of transformers' would have to be known, or something does
-not fit, the answer is None, and transformers decides what the checkpoint is, or what is wrong with it.
+Only for dense families whose layout has ``names``, and only if config.json has every needed value and the
+tensors agree.  Where a default of transformers would matter, or something does not fit, the result is None,
+and transformers interprets the checkpoint or reports the fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from neurons.architectures.quantisation import is_quantised
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry
 
-# What transformers takes for the language model's part of a config.
+# Names that transformers accepts for the language model's part of a config.
 _PARTS = ("text_config", "text_encoder", "decoder", "generator")
 
 
@@ -32,9 +32,8 @@ def stored_anatomy(settings: Mapping[str, Any], entries: Mapping[str, TensorEntr
         entries: of all tensors, by name (``neurons.files.tensor_files.tensor_entries``).
 
     Returns:
-        What ``anatomy_of`` finds in the model, its modules empty (meta device) and only those that the
-        layout names; None where the files leave something to transformers' own defaults, do not agree
-        with each other, or are to be refused.
+        The result of ``anatomy_of``, with empty modules (meta device) and only those that the layout names;
+        None where the files rely on defaults of transformers, disagree, or are invalid.
     """
     model_type = settings.get("model_type")
     layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
@@ -42,7 +41,7 @@ def stored_anatomy(settings: Mapping[str, Any], entries: Mapping[str, TensorEntr
     if layout is None or layout.names is None or "configuration_files" in settings or is_quantised(settings):
         return None
     text = _language_part(settings, layout.names)
-    if text is None or not _settles(text, layout):
+    if text is None or not _is_explicit(text, layout):
         return None
     try:
         layout = layout_of(_as_config(str(model_type), text)) or layout
@@ -58,8 +57,8 @@ def _language_part(settings: Mapping[str, Any], names: ConfigNames) -> Mapping[s
     return text if isinstance(text, Mapping) else None
 
 
-def _settles(text: Mapping[str, Any], layout: Layout) -> bool:
-    """Whether config.json itself says what decides over the layout."""
+def _is_explicit(text: Mapping[str, Any], layout: Layout) -> bool:
+    """Whether config.json states every setting that the layout depends on."""
     if layout.activation is not None and not isinstance(text.get(layout.activation), str):
         return False
     switches = [layout.bypassed_by, layout.residual_unless[0] if layout.residual_unless else None]
@@ -67,7 +66,7 @@ def _settles(text: Mapping[str, Any], layout: Layout) -> bool:
 
 
 def _as_config(model_type: str, text: Mapping[str, Any]) -> Any:
-    """The settings as ``layout_of`` looks at a config of transformers'."""
+    """The settings in the form of a transformers config, for ``layout_of``."""
     part = SimpleNamespace(**{"model_type": model_type, **text})
     return SimpleNamespace(model_type=model_type, get_text_config=lambda: part)
 
@@ -79,26 +78,26 @@ def _assembled(
     text: Mapping[str, Any],
     entries: Mapping[str, TensorEntry],
 ) -> Anatomy | None:
-    layers, heads, d = (_number(text, own) for own in (names.layers, names.heads, names.residual))
+    layers, heads, d = (_number(text, keys) for keys in (names.layers, names.heads, names.residual))
     stems = [prefix for prefix in layout.prefixes if f"{prefix}0.{layout.stored['attn'][0].name}" in entries]
-    # transformers refuses heads that do not share d evenly, in some families even beside a head_dim.
+    # transformers rejects heads that do not divide d, in some families even with a head_dim.
     if layers is None or heads is None or d is None or d % heads or len(stems) != 1:
         return None
     blocks = _skeletons(layout, stems[0], layers, entries)
-    # As ``anatomy_of`` takes it; o_proj's columns, which ``assembled`` measures, must then be its heads'.
+    # As in ``anatomy_of``; ``assembled`` then checks the columns of o_proj.
     head_dim = d // heads if text.get("head_dim") is None else _number(text, ("head_dim",))
     if blocks is None or head_dim is None:
         return None
-    found = assembled(layout, model_type, blocks, residual=d, heads=heads, head_dim=head_dim)
+    anatomy = assembled(layout, model_type, blocks, residual=d, heads=heads, head_dim=head_dim)
     width = _number(text, names.width)
-    if width is None and names.widening is not None and all(text.get(name) is None for name in names.width):
-        width = names.widening * d
-    fits = found.neurons == width and _reads_and_writes(found) and _has_its_biases(found, names, text)
-    return found if fits else None
+    if width is None and names.expansion is not None and all(text.get(name) is None for name in names.width):
+        width = names.expansion * d
+    fits = anatomy.neurons == width and _reads_and_writes(anatomy) and _has_its_biases(anatomy, names, text)
+    return anatomy if fits else None
 
 
 def _number(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    """The size that config.json gives under one or more names; None where there is none, or two."""
+    """The size that config.json has under one or more names; None if absent or ambiguous."""
     given = [text[name] for name in names if text.get(name) is not None]
     sized = all(type(value) is int and value > 0 and value == given[0] for value in given)
     return given[0] if given and sized else None
@@ -107,7 +106,7 @@ def _number(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 def _skeletons(
     layout: Layout, stem: str, layers: int, entries: Mapping[str, TensorEntry]
 ) -> tuple[nn.Module, ...] | None:
-    """The decoder layers, each with the modules that the layout names; None where one lacks its weight."""
+    """The decoder layers with the modules that the layout names; None if a weight is missing."""
     paths = {*layout.outputs.values(), layout.gate, layout.up or layout.gate}
     paths |= {path for switch in layout.bias_switches.values() for path in switch.modules}
     blocks = []
@@ -124,7 +123,7 @@ def _skeletons(
 
 
 def _module(stem: str, entries: Mapping[str, TensorEntry]) -> nn.Module | None:
-    """An empty linear module; None where the file has no matrix of numbers for its weight."""
+    """An empty linear module; None if the file has no floating-point matrix for its weight."""
     module = nn.Module()
     for name, dimensions in (("weight", 2), ("bias", 1)):
         entry = entries.get(stem + name)
@@ -138,7 +137,7 @@ def _module(stem: str, entries: Mapping[str, TensorEntry]) -> nn.Module | None:
 
 
 def _inside(block: nn.Module, path: str) -> nn.Module:
-    """The module at a path, made where it is not there."""
+    """The module at a path, created if missing."""
     for name in path.split(".") if path else ():
         if name not in dict(block.named_children()):
             block.add_module(name, nn.Module())
@@ -147,7 +146,7 @@ def _inside(block: nn.Module, path: str) -> nn.Module:
 
 
 def _reads_and_writes(anatomy: Anatomy) -> bool:
-    """Whether gates and ups, which ``assembled`` does not measure, read d and write I (one for both: 2 I)."""
+    """Whether gates and ups, which ``assembled`` does not check, map d to I (to 2 I if fused)."""
     layout = anatomy.layout
     shape = (anatomy.neurons * (2 if layout.up == layout.gate else 1), anatomy.residual)
     return all(
@@ -157,15 +156,15 @@ def _reads_and_writes(anatomy: Anatomy) -> bool:
 
 
 def _has_its_biases(anatomy: Anatomy, names: ConfigNames, text: Mapping[str, Any]) -> bool:
-    """Whether exactly those output modules have a bias [d] in the file for which the config asks for one."""
+    """Whether exactly the output modules with a bias in the config have a bias [d] in the file."""
     for block in BLOCKS:
-        asked = names.biases.get(block, False)
-        if isinstance(asked, str):
-            # A bias switch is off where config.json does not have it; what other settings then are is not known.
-            asked = text.get(asked, False if block in anatomy.layout.bias_switches else None)
-        if not isinstance(asked, bool):
+        has_bias = names.biases.get(block, False)
+        if isinstance(has_bias, str):
+            # A missing bias switch is off; the default of other settings is unknown.
+            has_bias = text.get(has_bias, False if block in anatomy.layout.bias_switches else None)
+        if not isinstance(has_bias, bool):
             return False
-        expected = (anatomy.residual,) if asked else None
+        expected = (anatomy.residual,) if has_bias else None
         for layer in range(anatomy.layers):
             bias = anatomy.output_bias(layer, block)
             if (None if bias is None else tuple(bias.shape)) != expected:

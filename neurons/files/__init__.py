@@ -1,1 +1,1 @@
-"""Files: Broca's own artifacts, safetensors headers and offsets, digests; nothing of models."""
+"""Files: Broca's own artifacts, safetensors headers and offsets, digests; no models here."""

@@ -1,6 +1,6 @@
-"""One safetensors file with JSON metadata: the only reader and writer of Broca's own files.
+"""Broca's artifacts: safetensors files with JSON metadata.
 
-The header's ``__metadata__`` holds one key, ``broca``, whose value is a JSON object with ``kind``,
+The header's ``__metadata__`` has one key, ``broca``; its value is a JSON object with ``kind``,
 ``format_version``, ``packages`` and the fields of that kind (languages, settings, fingerprint, ...).
 """
 
@@ -28,7 +28,7 @@ KINDS = ("statistics", "neurons", "direction", "edit", "unfinished")
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a Broca file holds: its kind, its metadata (JSON values) and its tensors by name."""
+    """The content of a Broca file: kind, metadata (JSON values) and tensors by name."""
 
     kind: str
     metadata: dict[str, Any]
@@ -36,7 +36,7 @@ class Artifact:
 
 
 def write_atomically(path: Path | str, content: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new one, never half."""
+    """Write a file so that a crash leaves either the old or the new content."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -45,7 +45,7 @@ def write_atomically(path: Path | str, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files that only their owner may read; a result is as readable as any other file.
+        # mkstemp creates files that only the owner can read; results get the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)
@@ -56,7 +56,7 @@ def write_atomically(path: Path | str, content: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A JSON document that any reader takes: NaN and infinities, which JSON lacks, become null."""
+    """A valid JSON document: NaN and infinities become null."""
     text = json.dumps(_plain(value), indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
     return (text + "\n").encode()
 
@@ -83,7 +83,7 @@ def package_versions() -> dict[str, str]:
 
 
 def artifact_bytes(kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> bytes:
-    """The file's bytes; equal input gives equal bytes.
+    """The bytes of a file; equal input gives equal bytes.
 
     Args:
         kind: one of ``KINDS``.
@@ -116,7 +116,7 @@ def load_artifact(path: Path | str, kind: str | None = None) -> Artifact:
 
     Args:
         path: the file.
-        kind: the kind that is expected, or None for any.
+        kind: the expected kind, or None for any.
 
     Raises:
         UsageError: no such file, or a directory.
@@ -138,12 +138,12 @@ def load_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         raise BrocaError(f"{path}: not a file that Broca wrote, or a damaged one") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("format_version"), int):
         raise BrocaError(f"{path}: not a readable Broca file (its metadata is damaged)")
-    found = str(metadata.get("kind"))
+    of_file = str(metadata.get("kind"))
     if metadata["format_version"] > FORMAT_VERSION:
         raise BrocaError(
             f"{path}: written by a newer Broca (format {metadata['format_version']}, this one reads "
             f"{FORMAT_VERSION}): update broca"
         )
-    if kind is not None and found != kind:
-        raise BrocaError(f"{path}: holds {found!r}, but {kind!r} is needed here")
-    return Artifact(kind=found, metadata=metadata, tensors=tensors)
+    if kind is not None and of_file != kind:
+        raise BrocaError(f"{path}: holds {of_file!r}, but {kind!r} is needed here")
+    return Artifact(kind=of_file, metadata=metadata, tensors=tensors)

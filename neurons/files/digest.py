@@ -1,4 +1,4 @@
-"""The sha256 of a file or a directory: what it is, wherever it lies."""
+"""The sha256 of a file or a directory, independent of its path."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DIGESTS = OncePerState()
 
 
 def digest(path: Path) -> str | None:
-    """sha256 of a file, or of a directory's file names and contents; None where there is nothing.
+    """sha256 of a file, or of a directory's file names and contents; None if it does not exist.
 
-    A file is read once in a process while it stays as it is (``neurons.files.file_states``).
+    A file is read once in a process while it is unchanged (``neurons.files.file_states``).
     """
     if path.is_dir():
         inside = {

@@ -1,8 +1,8 @@
-"""What is computed from files, computed once in a process for each state that they are in.
+"""A cache of values computed from files, valid while the files are unchanged.
 
-Files are in the same state while their names, places on disk, sizes and times of change are the same.  The
-system's clock of such times ticks every few milliseconds, so that a file could change twice within one tick:
-what is computed from it waits until the tick in which it last changed is over.
+Files are unchanged while their names, inodes, sizes and times of change are the same.  The clock of such times
+ticks every few milliseconds, so a file could change twice within a tick: the computation waits until the tick
+of the last change is over.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _State = tuple[tuple[str, int, int, int, int, int], ...]
 
 
 class OncePerState:
-    """Remembers one text for each place: the last that was computed there."""
+    """A cache of one text for each path."""
 
     def __init__(self) -> None:
         self._kept: dict[Path, tuple[_State, str]] = {}
 
     def get(self, place: Path, files: Sequence[Path], compute: Callable[[], str]) -> str:
-        """What ``compute`` gives, or gave when the files were in the state that they are in now.
+        """The result of ``compute``, cached while the files are unchanged.
 
         Args:
-            place: what the text is of.
-            files: everything that it depends on; all of them are there.
+            place: the path that the text describes.
+            files: all files that it depends on, which must exist.
             compute: reads the files.
         """
         place, state = place.absolute(), _state(files)
@@ -46,17 +46,17 @@ class OncePerState:
 
 
 def _state(files: Sequence[Path]) -> _State:
-    found = []
+    states = []
     for file in files:
         status = file.stat()
-        # The time of change cannot be set by hand, as that of modification can.
+        # Unlike the modification time, ctime cannot be set by hand.
         times = status.st_mtime_ns, status.st_ctime_ns
-        found.append((str(file), status.st_dev, status.st_ino, status.st_size, *times))
-    return tuple(found)
+        states.append((str(file), status.st_dev, status.st_ino, status.st_size, *times))
+    return tuple(states)
 
 
 def _wait_out_the_tick(state: _State) -> None:
-    newest = max((one[-1] for one in state), default=0)
+    newest = max((file[-1] for file in state), default=0)
     left = newest + TICK - time.time_ns()
     if 0 < left <= TICK:
         time.sleep(left / 1e9)

@@ -1,4 +1,4 @@
-"""Where each tensor of a checkpoint directory lies: file, dtype, shape and bytes, from the headers alone."""
+"""The file, dtype, shape and byte range of each tensor of a checkpoint directory, from the headers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ READABLE_DTYPES = {
 
 _SINGLE = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
-# The limit of the safetensors library itself: a longer header is a damaged length, not a model.
-_LONGEST_HEADER = 100_000_000
-# What a tensor in memory can have: sizes of 63 bits, and no more dimensions than torch computes with.
-_LARGEST_SIZE = 2**63 - 1
-_MOST_DIMENSIONS = 64
-# Of a name or a value that may be of any length, as much as a sentence can carry.
-_MOST_SHOWN = 120
+# The limit of the safetensors library: a longer header is a damaged length.
+_MAX_HEADER = 100_000_000
+# Limits of torch: sizes of 63 bits, and the maximum number of dimensions.
+_MAX_SIZE = 2**63 - 1
+_MAX_DIMENSIONS = 64
+# Maximum characters of a name or value in a message.
+_MAX_SHOWN = 120
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -40,7 +40,7 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-# How the format spells its dtypes, known and yet to come.
+# Names of dtypes in the format, also of future ones.
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 OTHER_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -65,37 +65,37 @@ class TensorEntry:
 def tensor_entries(checkpoint: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint directory, in name order, without reading a weight.
 
-    The files are ``model.safetensors`` or those of an index; without either, the one ``*.safetensors`` file
-    there is.  Only the top level of the directory is looked at.
+    The files are ``model.safetensors`` or those of an index; without either, the only ``*.safetensors`` file.
+    Only the top level of the directory is searched.
 
     Raises:
         BrocaError: no safetensors weights, several without an index, ``model.safetensors`` beside an index of
-            other files or beside a file with tensors of the same names, a missing shard, a tensor that the
-            index promises and its shard lacks or that lies in two of the index's shards, or a file that is
-            cut short or damaged; always by the name of the file, and of the tensor where there is one.
+            other files or beside a file with tensors of the same names, a missing shard, a tensor that is in
+            none or in two of the index's shards, or a truncated or damaged file; names the file, and the tensor
+            if there is one.
     """
     files, weight_map = _layout(checkpoint)
     headers = {file.name: _header(file) for file in files}
     if weight_map is None:
-        found = headers[files[0].name]
+        entries = headers[files[0].name]
         others = [file for file in sorted(checkpoint.glob("*.safetensors")) if file not in files]
-        # transformers reads the one file, and vLLM without an index all of them.
+        # transformers reads only this file; vLLM reads all files if there is no index.
         _each_once([*files, *others], headers | {file.name: _header(_present(file)) for file in others})
     else:
         _each_once(files, headers)
-        found = {}
+        entries = {}
         for name, shard in weight_map.items():
             if name not in headers[shard]:
                 raise BrocaError(
-                    f"tensor {_shown(name)} is not in {checkpoint / shard}, where the index of the checkpoint "
-                    "places it: download the checkpoint again."
+                    f"tensor {_shown(name)} is not in {checkpoint / shard}, where the index places "
+                    "it: download the checkpoint again."
                 )
-            found[name] = headers[shard][name]
-    return dict(sorted(found.items()))
+            entries[name] = headers[shard][name]
+    return dict(sorted(entries.items()))
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The distinct files that hold the tensors, sorted; the paths lie inside ``checkpoint``.
+    """The distinct files of the tensors, sorted, as paths inside ``checkpoint``.
 
     Raises:
         BrocaError: as :func:`tensor_entries`, except for damage inside the files, which are not opened.
@@ -106,22 +106,22 @@ def weight_files(checkpoint: Path) -> list[Path]:
 def read_tensor(
     entry: TensorEntry, rows: slice | None = None, into: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The values of one tensor in their stored dtype, on the CPU, read from its bytes alone.
+    """The values of a tensor in its stored dtype, on the CPU; reads only its bytes.
 
     Args:
-        entry: where the tensor lies.
-        rows: a slice without a step that picks entries of the first dimension; None reads all.
-        into: uint8 [at least the bytes to be read], contiguous: memory for the values, which the result
-            then shares.  Default: new memory, whose first use costs more than the reading.
+        entry: the location of the tensor.
+        rows: a slice of the first dimension without a step; None reads all.
+        into: a contiguous uint8 buffer of at least the bytes to read, which the result then shares.  Default:
+            new memory, whose first use costs more than the reading.
 
     Raises:
-        BrocaError: the dtype is not F64, F32, F16 or BF16, the tensor has no rows to slice, the file
-            ends early or cannot be read, or the values do not fit in memory.
+        BrocaError: the dtype is not F64, F32, F16 or BF16, the tensor has no rows, the file
+            is truncated or unreadable, or the values do not fit in memory.
     """
     if entry.dtype not in READABLE_DTYPES:
         raise BrocaError(
-            f"tensor {_shown(entry.name)} in {entry.file} is stored as {_shown(entry.dtype)}, and only "
-            f"{', '.join(READABLE_DTYPES)} can be read: start from an unquantised checkpoint."
+            f"tensor {_shown(entry.name)} in {entry.file} is stored as {_shown(entry.dtype)}, but only "
+            f"{', '.join(READABLE_DTYPES)} can be read: use an unquantised checkpoint."
         )
     shape, begin, end = entry.shape, entry.begin, entry.end
     if rows is not None:
@@ -136,7 +136,7 @@ def read_tensor(
         begin += first * row_bytes
         end = begin + count * row_bytes
         shape = (count, *shape[1:])
-    content = _room(entry, end - begin) if into is None else into[: end - begin]
+    content = _buffer(entry, end - begin) if into is None else into[: end - begin]
     with _opened(entry.file) as stream:
         stream.seek(begin)
         try:
@@ -150,14 +150,14 @@ def read_tensor(
     return content.view(READABLE_DTYPES[entry.dtype]).reshape(shape)
 
 
-def _room(entry: TensorEntry, size: int) -> torch.Tensor:
+def _buffer(entry: TensorEntry, size: int) -> torch.Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8)
     except (RuntimeError, MemoryError) as error:
-        # What torch raises where the system refuses; a sparse file can claim terabytes and hold them.
+        # torch raises these if the system refuses; a sparse file can claim terabytes.
         raise BrocaError(
             f"tensor {_shown(entry.name)} in {entry.file} has {size / 1e9:.1f} GB, which do not fit in memory: "
-            "use a machine with more of it."
+            "use a machine with more memory."
         ) from error
 
 
@@ -170,7 +170,7 @@ def _opened(file: Path) -> BufferedReader:
 
 def _unreadable(file: Path, error: OSError) -> NoReturn:
     raise BrocaError(
-        f"{file} cannot be read ({error.strerror}): mend its permissions or its disk, then run again."
+        f"{file} cannot be read ({error.strerror}): fix its permissions or its disk, then run again."
     ) from error
 
 
@@ -201,8 +201,8 @@ def _layout(checkpoint: Path) -> tuple[list[Path], dict[str, str] | None]:
     singles = sorted(checkpoint.glob("*.safetensors"))
     if len(singles) > 1:
         raise BrocaError(
-            f"{checkpoint} has several weight files ({_names(singles)}) and no index that says which tensor "
-            f"lies where: add the *{INDEX_ENDING} of the checkpoint, or keep one file."
+            f"{checkpoint} has several weight files ({_names(singles)}) and no index that maps tensors "
+            f"to files: add the *{INDEX_ENDING} of the checkpoint, or keep one file."
         )
     if singles:
         return [_present(singles[0])], None
@@ -217,78 +217,80 @@ def _layout(checkpoint: Path) -> tuple[list[Path], dict[str, str] | None]:
     )
 
 
-def _names(files: list[Path], most: int = 5) -> str:
-    left_out = f" and {len(files) - most} more" if len(files) > most else ""
-    return ", ".join(file.name for file in files[:most]) + left_out
+def _names(files: list[Path], maximum: int = 5) -> str:
+    left_out = f" and {len(files) - maximum} more" if len(files) > maximum else ""
+    return ", ".join(file.name for file in files[:maximum]) + left_out
 
 
 def _present(file: Path) -> Path:
-    # A hub cache whose blob was deleted, or whose download broke off, leaves a link that leads nowhere.
-    # A link that leads out of the directory is no fault: a hub cache is made of such links.
+    # A deleted blob or an interrupted download leaves a broken link in a hub cache.  Links out of the directory
+    # are valid: a hub cache consists of them.
     try:
-        found, linked = file.is_file(), file.is_symlink()
+        exists, linked = file.is_file(), file.is_symlink()
     except OSError:
-        # A name longer than any file's, for one: an index may hold it.
-        found = linked = False
-    if not found:
-        fault = "is a link to a file that is gone" if linked else "is missing or not a file"
+        # For example a name in an index that is too long for the file system.
+        exists = linked = False
+    if not exists:
+        fault = "is a broken link" if linked else "is missing or not a file"
         raise BrocaError(f"{file.parent / _shown(file.name)} {fault}: download the checkpoint again.")
     return file
 
 
 def _each_once(files: list[Path], headers: dict[str, dict[str, TensorEntry]]) -> None:
-    """Refuse a tensor that lies in two files: transformers loads the later shard's, whatever the index says."""
+    """Reject a tensor in two files: transformers loads the later one, whatever the index says."""
     holder: dict[str, Path] = {}
     for file in files:
         for name in headers[file.name]:
             if name in holder:
                 raise BrocaError(
-                    f"tensor {_shown(name)} lies in {holder[name]} and in {file.name}, and which of them a loader "
-                    "takes is open: leave it in one of them, or remove the file that is not the model's."
+                    f"tensor {_shown(name)} is in both {holder[name]} and {file.name}, and loaders differ in which they "
+                    "use: keep it in one of them, or remove the file that is not part of the model."
                 )
             holder[name] = file
 
 
 def _shown(text: object) -> str:
-    """A name or value from a file as a sentence can carry it: short, printable, in a terminal harmless."""
+    """A name or value from a file, shortened and made printable for a message."""
     plain = text if isinstance(text, str) else reprlib.repr(text)
     plain = plain if plain.isprintable() else ascii(plain)
-    return plain if len(plain) <= _MOST_SHOWN else f"{plain[:_MOST_SHOWN]}..."
+    return plain if len(plain) <= _MAX_SHOWN else f"{plain[:_MAX_SHOWN]}..."
 
 
 def _parsed(content: bytes) -> Any:
-    """The value of a JSON text in UTF-8, read as strictly as the loaders of other languages read it.
+    """Parse JSON in UTF-8, as strictly as loaders in other languages.
 
     Raises:
-        ValueError: it is none, or names something twice, in one sentence.
+        ValueError: invalid JSON, or a duplicate name.
     """
 
-    def told_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members: dict[str, Any] = {}
         for name, value in pairs:
             if name in members:
-                raise ValueError(f"the name {_shown(name)} is there twice")
-            # JSON can spell half of a surrogate pair, which no encoding can write.
+                raise ValueError(f"the name {_shown(name)} is duplicated")
+            # JSON can escape half of a surrogate pair, which cannot be encoded.
             for text in (name, value):
                 if isinstance(text, str) and _SURROGATE.search(text):
-                    raise ValueError(f"{_shown(text)} is no text")
+                    raise ValueError(f"{_shown(text)} is not valid text")
             members[name] = value
         return members
 
-    def no_number(text: str) -> NoReturn:
-        raise ValueError(f"{text} is no number of JSON")
+    def not_a_number(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not a JSON number")
 
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=told_once, parse_constant=no_number)
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=not_a_number
+        )
     except (RecursionError, MemoryError) as error:
-        raise ValueError("it is nested too deeply or too large to be read") from error
+        raise ValueError("it is too large or nested too deeply") from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     with _opened(index) as stream:
         try:
             size = os.fstat(stream.fileno()).st_size
-            if size > _LONGEST_HEADER:
+            if size > _MAX_HEADER:
                 raise BrocaError(f"{index} ({size} bytes) is too large to be an index: download it again.")
             content = _parsed(stream.read())
         except ValueError as error:
@@ -299,7 +301,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BrocaError(f"{index} has no weight_map that names its tensors: download it again.")
     for name, shard in weight_map.items():
-        # A shard elsewhere would be read, and later written, outside the checkpoint directory.
+        # A path would be read, and later written, outside the checkpoint directory.
         if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
             raise BrocaError(
                 f"{index} places tensor {_shown(name)} in {_shown(repr(shard))}, which is not the name of a file "
@@ -316,9 +318,9 @@ def _header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(start, "little")
             if start == b"version ":
                 raise BrocaError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull.")
-            if len(start) < 8 or length > size - 8 or length > _LONGEST_HEADER:
+            if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
                 raise BrocaError(
-                    f"{file} ({size} bytes) is cut short or no safetensors file: download it again."
+                    f"{file} ({size} bytes) is truncated or not a safetensors file: download it again."
                 )
             content = stream.read(length)
         except OSError as error:
@@ -335,7 +337,7 @@ def _header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _check_places(file: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
-    """The tensors lie one after the other and fill the file, as the format asks and every loader insists."""
+    """Check that the tensors are contiguous and fill the file, as the format requires."""
     before, reached = "the header", data_start
     for entry in sorted(entries, key=lambda e: (e.begin, e.end)):
         if entry.begin < reached:
@@ -367,12 +369,12 @@ def _entry(file: Path, name: str, value: Any, data_start: int, size: int) -> Ten
         raise damaged
     begin, end = offsets
     numbers = _product(shape)
-    # A dtype newer than this table has an unknown width; its place in the file is still checked.
+    # A dtype that is not in the table has an unknown width; its byte range is still checked.
     if numbers is None or begin > end or (dtype in _BITS and (end - begin) * 8 != numbers * _BITS[dtype]):
         raise damaged
     if data_start + end > size:
         raise BrocaError(
-            f"{file} is cut short: it has {size} bytes and tensor {_shown(name)} ends at {data_start + end}; "
+            f"{file} is truncated: it has {size} bytes and tensor {_shown(name)} ends at {data_start + end}; "
             "download it again."
         )
     return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, data_start + end)
@@ -385,17 +387,17 @@ def _is_metadata(value: object) -> bool:
 
 
 def _product(shape: list[int]) -> int | None:
-    """How many numbers a tensor has, or None for a shape that none has: numbers this long take forever."""
-    if len(shape) > _MOST_DIMENSIONS:
+    """Number of values of a tensor, or None for a shape beyond the limits."""
+    if len(shape) > _MAX_DIMENSIONS:
         return None
     numbers, strides = 1, 1
     for size in shape:
         numbers, strides = numbers * size, strides * max(size, 1)
-        if strides > _LARGEST_SIZE:
+        if strides > _MAX_SIZE:
             return None
     return numbers
 
 
 def _counts(value: object) -> TypeGuard[list[int]]:
-    # bool is an int in Python, and true is no size.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _LARGEST_SIZE for item in value)
+    # bool is an int in Python, but true is not a size.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)

@@ -1,1 +1,1 @@
-"""Models: a hub id or a directory to a loaded model that fits in memory; no text is read here."""
+"""Models: load a model from a hub id or a directory within a memory limit; no text is read here."""

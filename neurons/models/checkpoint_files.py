@@ -1,7 +1,7 @@
-"""What lies in a checkpoint directory that makes transformers, vLLM and Broca see different models.
+"""Checks for contents of a checkpoint directory with which transformers, vLLM and Broca load different models.
 
-Names and headers are looked at, and the bytes of two tensors where a file says that they are one.
-docs/checkpoints.md has the table of what each gets.
+They look at names and headers, and at the values of two tensors that should be tied.  docs/checkpoints.md has a
+table of what each engine loads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 4096
 
 
 def check_directory(model: str, checkpoint: Path) -> None:
-    """Refuse a directory that holds no model, or more than one.
+    """Reject a directory without a model, or with more than one.
 
     Args:
         model: as the user wrote it.
@@ -33,8 +33,8 @@ def check_directory(model: str, checkpoint: Path) -> None:
 
     Raises:
         UsageError: no ``config.json``, or an adapter without its base model.
-        BrocaError: an adapter beside a model; a setting or file by which one engine alone reads other weights, or
-            reads them in another way; a damaged ``generation_config.json``.
+        BrocaError: an adapter beside a model; a setting or file that makes one engine read other weights, or read
+            them differently; a damaged ``generation_config.json``.
     """
     adapter = (checkpoint / _ADAPTER).is_file()
     if not (checkpoint / "config.json").is_file() or (adapter and not _has_weights(checkpoint)):
@@ -43,27 +43,27 @@ def check_directory(model: str, checkpoint: Path) -> None:
             of = f" of {base}" if isinstance(base, str) and base else ""
             raise UsageError(
                 f"{model}: an adapter{of}, not a model: load it on its base model with peft, call "
-                "merge_and_unload() and save_pretrained(), and name what that writes"
+                "merge_and_unload() and save_pretrained(), and use the result"
             )
         raise UsageError(f"{model}: a directory without config.json, so not a model checkpoint")
     if adapter:
         raise BrocaError(
-            f"{model}: has an adapter ({_ADAPTER}) beside a whole model; transformers adds it where peft is installed, "
-            "and vLLM never does: move the adapter to a directory of its own, or merge it and remove it"
+            f"{model}: has an adapter ({_ADAPTER}) beside a whole model; transformers adds it if peft is installed, "
+            "vLLM does not: move the adapter to a directory of its own, or merge it and remove it"
         )
     settings = _settings(checkpoint / "config.json")
     other = settings.get("transformers_weights")
     if other is not None:
         raise BrocaError(
             f"{model}: its config.json has transformers_weights {other!r}, from which transformers reads the weights "
-            "and vLLM does not: remove the setting, and leave the weights to use as the only ones"
+            "and vLLM does not: remove the setting and all weights but those to use"
         )
-    # Of a checkpoint that is quantised for both, config.json says so too.
+    # A checkpoint that is quantised for both engines has a quantization_config in config.json.
     if not is_quantised(settings):
         for what in _QUANTISED_FOR_VLLM:
             if what in settings or (checkpoint / what).is_file():
                 raise BrocaError(
-                    f"{model}: by its {what} vLLM takes the weights for quantised, and transformers does not: remove it, "
+                    f"{model}: with its {what} vLLM treats the weights as quantised, transformers does not: remove it, "
                     "or start from the unquantised checkpoint"
                 )
     _check_ends(model, checkpoint)
@@ -74,27 +74,26 @@ def _check_ends(model: str, checkpoint: Path) -> None:
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ends = found.get("eos_token_id")
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, RecursionError, AttributeError):
         ends = path.name
     if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
         raise BrocaError(
-            f"{model}: its {path.name} is no JSON object whose eos_token_id is a number or several, so engines differ in "
-            "where an answer ends: correct it or remove it"
+            f"{model}: its {path.name} is not a JSON object with one or more numbers as eos_token_id, so engines end "
+            "answers differently: correct or remove it"
         )
 
 
 def check_tied(model: str, checkpoint: Path, tied: bool | None = None) -> None:
-    """Refuse an output head that is stored beside the embedding that it is said to be, and differs from it.
+    """Reject a stored output head that differs from the embedding to which the config ties it.
 
     Args:
         model: as the user wrote it.
         checkpoint: the directory.
-        tied: ``tie_word_embeddings``; None takes what config.json says, False where it does not.
+        tied: ``tie_word_embeddings``; None reads it from config.json, False if absent.
 
     Raises:
-        BrocaError: both tensors by name; or as ``tensor_entries``.
+        BrocaError: names both tensors; or as ``tensor_entries``.
     """
     if tied is None:
         tied = bool(_settings(checkpoint / "config.json").get("tie_word_embeddings"))
@@ -106,14 +105,14 @@ def check_tied(model: str, checkpoint: Path, tied: bool | None = None) -> None:
     )
     if len(heads) == len(embeddings) == 1 and not _equal(heads[0], embeddings[0]):
         raise BrocaError(
-            f"{model}: tie_word_embeddings says that {heads[0].name} is {embeddings[0].name}, and the two differ: "
-            "transformers computes with both, vLLM with the embedding alone: set tie_word_embeddings to false, "
+            f"{model}: tie_word_embeddings ties {heads[0].name} to {embeddings[0].name}, but the two differ: "
+            "transformers uses both, vLLM only the embedding: set tie_word_embeddings to false, "
             f"or remove {heads[0].name} from the weights"
         )
 
 
 def check_architecture(model: str, config: Any) -> None:
-    """Refuse ``architectures`` of another model type: vLLM goes by them, transformers by ``model_type``.
+    """Reject ``architectures`` of another model type: vLLM uses them, transformers uses ``model_type``.
 
     Args:
         model: as the user wrote it.
@@ -126,21 +125,21 @@ def check_architecture(model: str, config: Any) -> None:
 
     types = {config.model_type, config.get_text_config().model_type}
     for name in config.architectures or ():
-        own = getattr(getattr(transformers, name, None), "config_class", None)
-        if own is not None and own.model_type not in types:
+        config_class = getattr(getattr(transformers, name, None), "config_class", None)
+        if config_class is not None and config_class.model_type not in types:
             raise BrocaError(
-                f"{model}: its config.json has model_type {config.model_type!r}, by which transformers goes, and "
-                f"architectures {name!r} of {own.model_type!r}, by which vLLM goes: correct the wrong one"
+                f"{model}: its config.json has model_type {config.model_type!r}, which transformers uses, and "
+                f"architectures {name!r} of {config_class.model_type!r}, which vLLM uses: correct the wrong one"
             )
 
 
-def quantised_sentence(model: str, checkpoint: Path, way_out: str) -> str:
-    """Why a checkpoint whose config.json has a ``quantization_config`` is refused.
+def quantised_message(model: str, checkpoint: Path, remedy: str) -> str:
+    """The error message for a checkpoint with a ``quantization_config``.
 
     Args:
         model: as the user wrote it.
         checkpoint: the directory.
-        way_out: what to do where the weights are quantised.
+        remedy: how to get an editable checkpoint if the weights are quantised.
     """
     try:
         entries: Iterable[TensorEntry] = tensor_entries(checkpoint).values()
@@ -149,10 +148,10 @@ def quantised_sentence(model: str, checkpoint: Path, way_out: str) -> str:
         plain = False
     if plain:
         return (
-            f"{model}: its config.json has a quantization_config, and its weights are stored unquantised: engines "
-            "would quantise them as they load: remove quantization_config from config.json"
+            f"{model}: its config.json has a quantization_config, but its weights are stored unquantised: engines "
+            "would quantise them on loading: remove quantization_config from config.json"
         )
-    return f"{model}: a quantised checkpoint; its weights cannot be edited: {way_out}"
+    return f"{model}: a quantised checkpoint, whose weights cannot be edited: {remedy}"
 
 
 def _has_weights(checkpoint: Path) -> bool:
@@ -170,9 +169,9 @@ def _equal(first: TensorEntry, second: TensorEntry) -> bool:
 
 
 def _settings(path: Path) -> Mapping[str, Any]:
-    """{} also where the file is damaged, which whoever reads it for its own sake says."""
+    """The values of a JSON file; {} if it is damaged, which its main reader reports."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}

@@ -1,4 +1,4 @@
-"""Whether a checkpoint has all of its model's weights; transformers would fill the others at random and go on."""
+"""Check that a checkpoint has all weights of its model; transformers initialises missing ones at random."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from neurons.errors import BrocaError
 
 
 def require_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
-    """Refuse a model of which transformers made weights up.
+    """Reject a model with weights that transformers initialised.
 
     Args:
         name: of the model, as the user wrote it.
-        model: as ``from_pretrained`` gave it, told to ignore mismatched sizes.
-        report: what ``output_loading_info`` says: ``missing_keys``, ``unexpected_keys`` and
+        model: from ``from_pretrained`` with ``ignore_mismatched_sizes``.
+        report: from ``output_loading_info``: ``missing_keys``, ``unexpected_keys`` and
             ``mismatched_keys``, (tensor, shape in the checkpoint, shape in the model).
 
     Raises:
-        BrocaError: the first tensor by name, and what helps.
+        BrocaError: names the first tensor and the fix.
     """
     if mismatched := sorted(report["mismatched_keys"]):
-        tensor, stored, wanted = mismatched[0]
+        tensor, stored, expected = mismatched[0]
         raise BrocaError(
-            f"{name}: tensor {tensor} is {list(stored)} in the checkpoint and {list(wanted)} by its config.json: "
-            "put the config.json there that the weights were saved with"
+            f"{name}: tensor {tensor} is {list(stored)} in the checkpoint and {list(expected)} by its config.json: "
+            "use the config.json that was saved with the weights"
         )
     missing = sorted(map(str, report["missing_keys"]))
     if not missing:
@@ -36,14 +36,14 @@ def require_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
             '"tie_word_embeddings": true in config.json'
         )
     for tensor in sorted(map(str, report["unexpected_keys"])):
-        if own := next((one for one in missing if tensor.endswith(f".{one}")), None):
+        if name_in_model := next((key for key in missing if tensor.endswith(f".{key}")), None):
             raise BrocaError(
-                f"{name}: the checkpoint has {tensor} where the model reads {own}: save it again without the "
-                f"wrapper that adds {tensor.removesuffix(own)!r} (of an adapter: merged into its model)"
+                f"{name}: the checkpoint has {tensor} where the model reads {name_in_model}: save it again without the "
+                f"wrapper that adds {tensor.removesuffix(name_in_model)!r} (of an adapter: merged into its model)"
             )
     raise BrocaError(
-        f"{name}: the checkpoint lacks {len(missing)} of the weights that its config.json asks for, {missing[0]} "
-        "first: download or save it again whole, or put the config.json there that the weights were saved with"
+        f"{name}: the checkpoint lacks {len(missing)} of the weights that its config.json requires, first {missing[0]}: "
+        "download or save it again completely, or use the config.json that was saved with the weights"
     )
 
 

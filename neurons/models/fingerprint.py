@@ -1,8 +1,8 @@
-"""A fingerprint of a checkpoint: files made from one model are refused by another.
+"""A fingerprint of a checkpoint, so that files made with one model are rejected for another.
 
-Covers the config, the names, shapes and dtypes of all tensors, and sampled bytes of each: a digest of
-every byte would cost as much as reading the model.  A checkpoint that Broca has edited also counts
-its plan, so that even an edit of one neuron, which sampling could miss, makes another fingerprint.
+It covers the config, the names, shapes and dtypes of all tensors, and sampled bytes of each: a digest of all
+bytes would cost as much as reading the model.  For an edited checkpoint it also covers the plan, so that even
+an edit of one neuron, which sampling could miss, changes it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from neurons.files.tensor_files import tensor_entries
 SAMPLES, SAMPLE_BYTES = 64, 64
 PLAN_IN_CHECKPOINT = Path("broca") / "edit.safetensors"
 FINGERPRINTS = OncePerState()
-# Written by whatever saved the model last; says nothing of what the model computes.
+# Written by the program that saved the model; without effect on what the model computes.
 VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Sixteen hexadecimal digits that name the model in a checkpoint directory.
+    """Sixteen hexadecimal digits that identify the model in a checkpoint directory.
 
-    Read once in a process while the directory's files stay as they are (``neurons.files.file_states``).
+    Computed once in a process while the files are unchanged (``neurons.files.file_states``).
     """
     plan = checkpoint / PLAN_IN_CHECKPOINT
-    beside = [*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors"), plan]
-    files = sorted(path for path in beside if path.is_file())
+    candidates = [*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors"), plan]
+    files = sorted(path for path in candidates if path.is_file())
     return FINGERPRINTS.get(checkpoint, files, lambda: _fingerprint(checkpoint, plan))
 
 

@@ -1,4 +1,4 @@
-"""Where a model's weights go: on one device where they fit, else over all that there is, down to the disk."""
+"""Placement of a model's weights: on one device if they fit, else on all devices and on disk."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import torch
 from neurons.files.tensor_files import READABLE_DTYPES, tensor_entries
 from neurons.models.processes import local_processes
 
-# Of what is free, for weights: activations take the rest.
+# Fraction of the free memory for weights; the rest is for activations.
 FOR_WEIGHTS = 0.9
 
 
-def memory_to_spread_over(
+def max_memory_per_device(
     checkpoint: Path, where: torch.device, each: float | None, max_memory: int | None = None
 ) -> dict[int | str, int] | None:
-    """The bytes of each device that weights may take, as accelerate's ``max_memory``; the rest goes to disk.
+    """Maximum bytes of weights on each device, as accelerate's ``max_memory``; the rest is on disk.
 
     Args:
         checkpoint: a local directory.
-        where: the device that is to compute.
-        each: bytes of a weight in memory; None: as it is stored.
-        max_memory: most bytes of weights on each GPU and in main memory.  Default: 90 % of what is free.
+        where: the device of the computation.
+        each: bytes of a weight in memory; None: as stored.
+        max_memory: maximum bytes of weights on each GPU and in main memory.  Default: 90 % of the free memory.
 
     Returns:
-        GPU number or "cpu" -> bytes; None where all weights fit on ``where``.
+        GPU number or "cpu" -> bytes; None if all weights fit on ``where``.
     """
     if _size(checkpoint, each) <= _allowed(_free(where), max_memory):
         return None
     from accelerate.utils import get_max_memory
 
-    _, here = local_processes()
+    _, processes = local_processes()
     free = get_max_memory()
-    if here > 1:
-        # The other GPUs are other processes' own.
-        own = (where.index or 0,) if where.type == "cuda" else ()
-        free = {device: free[device] for device in (*own, "cpu")} | {"cpu": free["cpu"] // here}
+    if processes > 1:
+        # The other GPUs belong to other processes.
+        gpus = (where.index or 0,) if where.type == "cuda" else ()
+        free = {device: free[device] for device in (*gpus, "cpu")} | {"cpu": free["cpu"] // processes}
     return {device: _allowed(size, max_memory) for device, size in free.items()}
 
 
@@ -55,8 +55,8 @@ def _free(where: torch.device) -> int:
         return int(torch.cuda.mem_get_info(where)[0])
     from accelerate.utils import get_max_memory
 
-    _, here = local_processes()
-    return int(get_max_memory()["cpu"]) // here
+    _, processes = local_processes()
+    return int(get_max_memory()["cpu"]) // processes
 
 
 def _allowed(free: int, max_memory: int | None) -> int:

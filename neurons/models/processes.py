@@ -1,4 +1,4 @@
-"""Several processes that share one recording (``accelerate launch``): who does what, and whose sums are kept."""
+"""Several processes of one recording (``accelerate launch``): ranks, devices and reductions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from neurons.errors import UsageError
 
 
 def world() -> tuple[int, int]:
-    """(number of this process, how many there are); (0, 1) without a launcher."""
+    """(rank, number of processes); (0, 1) without a launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     import accelerate
@@ -21,56 +21,48 @@ def world() -> tuple[int, int]:
 
 
 def local_processes() -> tuple[int, int]:
-    """(number of this process on this machine, how many are here); (0, 1) without a launcher."""
+    """(local rank, rank of processes on this machine); (0, 1) without a launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
     # torchrun and accelerate set it; another launcher may not.
-    return number, max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return rank, max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def own_gpu() -> torch.device:
-    """The GPU of this process: each on a machine takes one of its own.
+    """The GPU of this process; each process on a machine has its own.
 
     Raises:
         UsageError: more processes than GPUs.
     """
-    number, here = local_processes()
-    if here == 1:
+    rank, processes = local_processes()
+    if processes == 1:
         return torch.device("cuda")
     gpus = torch.cuda.device_count()
-    if here > gpus:
+    if processes > gpus:
         raise UsageError(
-            f"{here} processes were started on a machine with {gpus} GPU{'s' * (gpus != 1)}, and each takes one of "
-            f"its own: start at most {gpus}, or choose --device cpu"
+            f"{processes} processes were started on a machine with {gpus} GPU{'s' * (gpus != 1)}, but each needs its "
+            f"own: start at most {gpus}, or use --device cpu"
         )
-    return torch.device("cuda", number)
+    return torch.device("cuda", rank)
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes."""
+    """Whether this is the process that prints and writes."""
     return world()[0] == 0
 
 
-def together(
+def all_reduce(
     values: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Every process's values combined, in the order of the processes, so that each gets the same bits."""
+    """The values of all processes combined in order of rank, so that all get the same bits."""
     if world()[1] == 1:
         return values
     import accelerate
 
     device = accelerate.PartialState().device
-    everyone = accelerate.utils.gather(values[None].contiguous().to(device)).to(values.device)
-    total: torch.Tensor = everyone[0]
-    for other in everyone[1:]:
+    gathered = accelerate.utils.gather(values[None].contiguous().to(device)).to(values.device)
+    total: torch.Tensor = gathered[0]
+    for other in gathered[1:]:
         total = combine(total, other)
     return total
-
-
-def wait() -> None:
-    """Until every process is here."""
-    if world()[1] > 1:
-        import accelerate
-
-        accelerate.PartialState().wait_for_everyone()

@@ -1,7 +1,7 @@
-"""What a tokenizer puts before a text of its own accord, as every engine that serves the model has it.
+"""The tokens that a tokenizer adds before a text, as in every engine that serves the model.
 
-Many define a beginning-of-sequence token that they never add (SmolLM2's, Qwen's): no engine serves the model with
-it, so figures taken with it are of another use.
+Many define a beginning-of-sequence token that they never add (SmolLM2's, Qwen's): no engine uses it, so results
+with it would not describe the served model.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from neurons.errors import BrocaError
 
 
 def start_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The ids that the tokenizer puts before a text; what it puts behind one does not count.
+    """The ids that the tokenizer adds before a text, without those that it adds after it.
 
     Raises:
-        BrocaError: it reads the text itself in another way when it adds its own tokens.
+        BrocaError: the tokenizer splits the text differently when it adds special tokens.
     """
     text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
@@ -23,6 +23,6 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
         if whole[first : first + len(text)] == text:
             return tuple(whole[:first])
     raise BrocaError(
-        f"the tokenizer makes {text} of the text 'a', and {whole} where it adds its own tokens, so what it puts "
-        "before a text is not known: mend tokenizer.json"
+        f"the tokenizer encodes 'a' as {text}, and with special tokens as {whole}, so its start tokens are unknown: "
+        "fix tokenizer.json"
     )

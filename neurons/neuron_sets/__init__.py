@@ -1,1 +1,1 @@
-"""Neuron sets: which neurons belong to which language; made, compared, exchanged, drawn and explained."""
+"""Neuron sets: identify, compare, convert, plot and report the neurons of each language."""

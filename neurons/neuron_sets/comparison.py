@@ -1,8 +1,8 @@
-"""Comparison: how far neuron sets of one model agree, by Jaccard index, share and rank of their scores.
+"""Comparison of neuron sets of one model, by Jaccard index, overlap fraction and rank correlation of scores.
 
-    Jaccard(A, B) = |A and B| / |A or B|;  share of A in B = |A and B| / |A|
+    Jaccard(A, B) = |A and B| / |A or B|;  fraction of A in B = |A and B| / |A|
 
-Neither is a number where it would divide by 0 (NaN): two empty sets agree in nothing that could be counted.
+Both are NaN where they would divide by 0, as for two empty sets.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from neurons.errors import BrocaError, UsageError
 from neurons.neuron_sets.neuron_set import NeuronSet
 
 # Spearman's correlation of two neurons is 1 or -1 whatever the scores.
-FEWEST_RANKED = 3
+MIN_RANKED = 3
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two neuron sets, language by language.
+    """Comparison of two neuron sets, by language.
 
     Attributes:
-        first, second: places in ``Comparison.names``.
-        shared: int64 [K], neurons that both have.
-        either: int64 [K], neurons that one of them has, or both.
+        first, second: indices into ``Comparison.names``.
+        shared: int64 [K], neurons in both.
+        either: int64 [K], neurons in at least one of them.
         jaccard: float64 [K].
         by_layer: float64 [L, K], Jaccard within each layer.
-        first_in_second: float64 [K], share of the first's neurons that the second has too.
+        first_in_second: float64 [K], fraction of the first's neurons that are also in the second.
         second_in_first: float64 [K].
-        rank_correlation: Spearman's, of the scores of the shared neurons, a language each; None with
-            fewer than 3, or where all scores of one set are equal.
+        rank_correlation: Spearman's, of the scores of the shared neurons, for each language; None with fewer
+            than 3 of them, or where all scores of one set are equal.
     """
 
     first: int
@@ -49,33 +49,33 @@ class Pair:
 
     @property
     def overall_jaccard(self) -> float | None:
-        """Jaccard of all languages together, a neuron counted once for each language that it is in.
+        """Jaccard index of all languages together; a neuron counts once for each of its languages.
 
-        None where neither set has a neuron.
+        None where both sets are empty.
         """
         either = int(self.either.sum())
         return int(self.shared.sum()) / either if either else None
 
     @property
     def mean_rank_correlation(self) -> float | None:
-        """Over the languages that have one; None where none has."""
-        found = [value for value in self.rank_correlation if value is not None]
-        return sum(found) / len(found) if found else None
+        """Mean over the languages with a rank correlation; None without any."""
+        correlations = [value for value in self.rank_correlation if value is not None]
+        return sum(correlations) / len(correlations) if correlations else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """S neuron sets side by side, over the K languages that all have.
+    """Comparison of S neuron sets over the K languages that all of them have.
 
     Attributes:
         names: of the sets.
-        languages: the common ones, in the first set's order.
-        left_out: languages of each set that another lacks.
-        sizes: int64 [S, K], neurons.
-        across: float64 [S, K, S, K], Jaccard of every language of every set with every other.
-        pairs: every two sets, in order.
-        methods: of the sets; None where a set does not say.
-        model: "model" and "fingerprint" of all sets, as far as one of them says.
+        languages: the common languages, in the first set's order.
+        left_out: languages of each set that another set does not have.
+        sizes: int64 [S, K], number of neurons.
+        across: float64 [S, K, S, K], Jaccard index of every language of every set with every other.
+        pairs: all pairs of sets, in order.
+        methods: of the sets; None where unknown.
+        model: "model" and "fingerprint" of the sets, as far as known.
     """
 
     names: tuple[str, ...]
@@ -92,11 +92,11 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
     """Compare two or more neuron sets of one model.
 
     Args:
-        sets: the sets; one that names no model (read from a foreign file) goes with every other.
-        names: what to call them.
+        sets: the sets; a set without a fingerprint (from a foreign file) is compatible with every other.
+        names: a name for each.
 
     Raises:
-        UsageError: fewer than two.
+        UsageError: fewer than two sets.
         BrocaError: sets of different models or shapes, or no language in common.
     """
     if len(sets) < 2:
@@ -108,17 +108,16 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
     if not languages:
         held = "; ".join(f"{name}: {', '.join(s.languages)}" for name, s in zip(names, sets, strict=True))
         raise BrocaError(
-            f"the neuron sets have no language in common ({held}): identify them with one --languages"
+            f"the neuron sets have no language in common ({held}): identify them with the same --languages"
         )
-    rows = [[s.of(language) for language in languages] for s in sets]
-    places = [[_places(of, sets[0].neurons) for of in languages_] for languages_ in rows]
-    flat = [of for languages_ in places for of in languages_]
+    places = [[_places(s.of(language), sets[0].neurons) for language in languages] for s in sets]
+    flat = [neurons for of_set in places for neurons in of_set]
     count = len(languages)
     return Comparison(
         names=tuple(names),
         languages=languages,
         left_out=tuple(tuple(k for k in s.languages if k not in languages) for s in sets),
-        sizes=torch.tensor([[len(of) for of in languages_] for languages_ in places]),
+        sizes=torch.tensor([[len(neurons) for neurons in of_set] for of_set in places]),
         across=_every_jaccard(flat).reshape(len(sets), count, len(sets), count),
         pairs=tuple(_pair(sets, languages, i, j) for i, j in combinations(range(len(sets)), 2)),
         methods=tuple(s.metadata.get("method") for s in sets),
@@ -132,46 +131,46 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
 
 
 def language_overlap(neurons: NeuronSet) -> torch.Tensor:
-    """Jaccard of every two languages of a set, float64 [K, K]."""
+    """Jaccard index of every pair of languages of a set, float64 [K, K]."""
     return _every_jaccard([_places(rows, neurons.neurons) for rows in neurons.members.values()])
 
 
 def spearman(first: torch.Tensor, second: torch.Tensor) -> float | None:
-    """Spearman's rank correlation of two float64 [n]; equal values share their mean rank.
+    """Spearman's rank correlation of two float64 [n]; equal values get their mean rank.
 
-    None with fewer than 3, or where all values of one are equal.
+    None with fewer than 3 values, or where all values of one are equal.
     """
-    if len(first) < FEWEST_RANKED or any(bool((values == values[0]).all()) for values in (first, second)):
+    if len(first) < MIN_RANKED or any(bool((values == values[0]).all()) for values in (first, second)):
         return None
     return float(spearmanr(first.numpy(), second.numpy()).statistic)
 
 
 def _require_one_model(sets: Sequence[NeuronSet], names: Sequence[str]) -> None:
-    for (name, one), (other_name, other) in combinations(zip(names, sets, strict=True), 2):
-        marks = [s.metadata.get("fingerprint") for s in (one, other)]
-        if all(marks) and marks[0] != marks[1]:
+    for (a, first), (b, second) in combinations(zip(names, sets, strict=True), 2):
+        prints = [s.metadata.get("fingerprint") for s in (first, second)]
+        if all(prints) and prints[0] != prints[1]:
             raise BrocaError(
-                f"{name} and {other_name} are of two models, fingerprints {marks[0]} and {marks[1]}: "
-                "a neuron's number means nothing in another model, so compare sets of one"
+                f"{a} and {b} are of two models, fingerprints {prints[0]} and {prints[1]}: compare neuron sets of "
+                "the same model"
             )
-        if (one.layers, one.neurons) != (other.layers, other.neurons):
+        if (first.layers, first.neurons) != (second.layers, second.neurons):
             raise BrocaError(
-                f"{name} is of {one.layers} layers x {one.neurons} neurons, {other_name} of "
-                f"{other.layers} x {other.neurons}: these are two models, so compare sets of one"
+                f"{a} is of {first.layers} layers x {first.neurons} neurons, {b} of {second.layers} x "
+                f"{second.neurons}: compare neuron sets of the same model"
             )
 
 
 def _places(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """One number a neuron, int64 [n], ascending as the rows are."""
+    """The flat index of each neuron, int64 [n], ascending."""
     return rows[:, 0] * width + rows[:, 1]
 
 
 def _every_jaccard(places: Sequence[torch.Tensor]) -> torch.Tensor:
     """float64 [n, n]."""
     shared = torch.zeros(len(places), len(places), dtype=torch.float64)
-    for i, one in enumerate(places):
-        for j, other in enumerate(places[: i + 1]):
-            shared[i, j] = shared[j, i] = int(torch.isin(one, other).sum())
+    for i, first in enumerate(places):
+        for j, second in enumerate(places[: i + 1]):
+            shared[i, j] = shared[j, i] = int(torch.isin(first, second).sum())
     size = shared.diagonal()
     return shared / (size[:, None] + size[None, :] - shared)
 
@@ -187,7 +186,7 @@ def _pair(sets: Sequence[NeuronSet], languages: Sequence[str], first: int, secon
         )
         shared.append(int(also_b.sum()))
         by_layer.append(common.double() / (of_a + of_b - common))
-        # Both sets are in (layer, neuron) order, so what they share stands in the same order.
+        # Both sets are in (layer, neuron) order, and so are the shared neurons of each.
         correlations.append(spearman(a.scores[language][also_b], b.scores[language][also_a]))
     both = torch.tensor(shared)
     sizes = [torch.tensor([len(s.of(language)) for language in languages]) for s in (a, b)]

@@ -1,9 +1,9 @@
-"""Other projects' files: language masks and activation counts of the LAPE family, in and out.
+"""Import and export of other projects' files: language masks and activation counts of the LAPE family.
 
 Masks (arXiv 2402.16438, RUCAIBox/Language-Specific-Neurons): a list of K languages, each a list of L layers,
-each a sorted int64 tensor of neuron indices; the languages have no names.  Counts, a file a language:
+each a sorted int64 tensor of neuron indices; the languages have no names.  Counts, a file for each language:
 ``{"n": int, "over_zero": integers [L, I]}`` there, ``total_tokens`` for ``n`` in
-NJUNLP/Language-Neurons-Alignment.  Only plain tensors and numbers are read: no file's code ever runs.
+NJUNLP/Language-Neurons-Alignment.  Only plain tensors and numbers are read: no code in a file ever runs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ TOKEN_NAMES = ("n", "total_tokens")
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file begins as ``torch.save`` begins one: a zip archive, or the older pickle.
+    """Whether a file starts like one of ``torch.save``: a zip archive, or the older pickle.
 
     Raises:
-        BrocaError: there is no such file.
+        BrocaError: no such file.
     """
     if not path.is_file():
         raise BrocaError(f"{path}: there is no such file")
     with path.open("rb") as stream:
         start = stream.read(9)
-    # The ninth byte of a safetensors file opens its JSON header, whatever its length before it is.
+    # The ninth byte of a safetensors file opens its JSON header, after 8 bytes of its length.
     return start[8:] != b"{" and (start.startswith(b"PK") or start.startswith(b"\x80"))
 
 
@@ -46,15 +46,15 @@ def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | N
         path: the file, list[K] of list[L] of integer tensors [n]; an empty tensor may be of any dtype,
             as ``torch.tensor([])`` is a float.
         languages: names of the K languages, in the file's order.
-        width: neurons I a layer, which the file does not say.
-        layers: L that is expected; None takes the file's.
+        width: neurons I a layer, which the file does not hold.
+        layers: the expected L; None accepts the file's.
 
     Returns:
-        The set, with every score 0 (the file has none) and no fingerprint: it goes with any model.
+        The set, with all scores 0 (the file has none) and without a fingerprint: it fits any model.
 
     Raises:
-        BrocaError: no such file, or not such a file.
-        UsageError: a file of another number of languages, layers or neurons than said, or bad names.
+        BrocaError: no such file, or not a mask file.
+        UsageError: another number of languages, layers or neurons than given, or bad names.
     """
     if width < 1:
         raise UsageError(f"the width is {width}, but a layer has at least one neuron")
@@ -65,13 +65,13 @@ def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | N
         raise BrocaError(f"{path}: {shape}, but this is {_what(content)}")
     if len(content) != len(languages):
         raise UsageError(
-            f"{path}: the file has {len(content)} languages, but {len(languages)} are named "
+            f"{path}: the file has {len(content)} languages, but {len(languages)} names are given "
             f"({', '.join(languages)})"
         )
     depths = {len(of_layers) for of_layers in content}
     if len(depths) > 1 or 0 in depths:
-        found = ", ".join(f"{k} {len(rows)}" for k, rows in zip(languages, content, strict=True))
-        raise BrocaError(f"{path}: the languages differ in their number of layers ({found})")
+        depth_of_each = ", ".join(f"{k} {len(rows)}" for k, rows in zip(languages, content, strict=True))
+        raise BrocaError(f"{path}: the languages differ in their number of layers ({depth_of_each})")
     depth = depths.pop()
     if layers is not None and depth != layers:
         raise UsageError(f"{path}: the file has {depth} layers, but the model has {layers}")
@@ -94,9 +94,9 @@ def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | N
 
 
 def write_masks(neurons: NeuronSet, path: Path) -> None:
-    """Write a neuron set as a published mask file; scores, kinds and names are not in it.
+    """Write a neuron set as a mask file, without scores, kinds and names of languages.
 
-    The languages are in the order of ``neurons.languages``; one without neurons keeps L empty tensors.
+    The languages are in the order of ``neurons.languages``; a language without neurons has L empty tensors.
     A neuron of an expert is written by its number in the layer, e * (I / E) + j.
     """
     masks = [neurons.by_layer(language) for language in neurons.languages]
@@ -106,18 +106,18 @@ def write_masks(neurons: NeuronSet, path: Path) -> None:
 
 
 def read_counts(paths: Mapping[str, Path]) -> Statistics:
-    """Published activation counts, a file a language, as statistics.
+    """Published activation counts, one file for each language, as statistics.
 
     Args:
         paths: language -> file, a dictionary of ``n`` or ``total_tokens`` (int) and ``over_zero``
-            [L, I].  Floats are taken where they are whole and still below the size from which their
-            dtype skips numbers (2^24 for float32): a larger sum has lost counts on its way.
+            [L, I].  Floats are accepted if they are whole and below the size from which their dtype
+            skips integers (2^24 for float32): larger sums have lost counts.
 
     Returns:
-        Statistics with ``mlp_act:positive``; texts are 0 and the fingerprint "", being unknown.
+        Statistics with ``mlp_act:positive``; the unknown texts are 0 and the fingerprint is "".
 
     Raises:
-        BrocaError: no such file, or not such a file, or counts that cannot be.
+        BrocaError: no such file, not a count file, or impossible counts.
         UsageError: no languages, bad names, or files of different shapes.
     """
     _require_names(list(paths))
@@ -143,7 +143,7 @@ def read_counts(paths: Mapping[str, Path]) -> Statistics:
         metadata={
             "method": "foreign counts",
             "files": digests,
-            # By these, merging the same file twice is seen.
+            # These let ``merge`` detect the same file twice.
             "corpora": [{"digest": digest, "language": k} for k, digest in digests.items()],
         },
     )
@@ -159,7 +159,7 @@ def _load(path: Path) -> tuple[Any, str]:
     except MemoryError:
         raise
     except Exception as error:
-        # Whatever torch's reader stumbles over, from a cut archive to a pickle that wants to run code.
+        # torch.load raises many types, from a cut archive to a pickle that wants to run code.
         raise BrocaError(
             f"{path}: not a torch file of plain tensors, or damaged; nothing in it was run "
             f"({type(error).__name__}: {first_line(error)[:120]})"
@@ -183,10 +183,10 @@ def _rows(layer: int, indices: Any, width: int, where: str, shape: str) -> torch
         raise BrocaError(f"{where}: neuron {low} is negative")
     if high >= width:
         raise UsageError(f"{where}: neuron {high} is outside a layer of {width} neurons (--width)")
-    found, times = neurons.unique(return_counts=True)
-    if len(found) != len(neurons):
-        raise BrocaError(f"{where}: neuron {int(found[times > 1][0])} is named twice")
-    return torch.stack([torch.full_like(found, layer), found], dim=1)
+    unique, counts = neurons.unique(return_counts=True)
+    if len(unique) != len(neurons):
+        raise BrocaError(f"{where}: neuron {int(unique[counts > 1][0])} is named twice")
+    return torch.stack([torch.full_like(unique, layer), unique], dim=1)
 
 
 def _counts(path: Path, content: Any) -> tuple[torch.Tensor, int]:
@@ -204,7 +204,7 @@ def _counts(path: Path, content: Any) -> tuple[torch.Tensor, int]:
         raise BrocaError(f"{path}: n is {tokens['n']}, but total_tokens is {tokens['total_tokens']}")
     seen = next(iter(tokens.values()))
     if seen < 1:
-        raise BrocaError(f"{path}: counted over {seen} tokens, but there must be at least one")
+        raise BrocaError(f"{path}: counted over {seen} tokens, but at least one is needed")
     count = content["over_zero"]
     if not _is_dense(count) or count.dim() != 2 or count.numel() == 0:
         raise BrocaError(f"{path}: over_zero is a tensor of layers x neurons, but this is {_what(count)}")
@@ -233,8 +233,8 @@ def _whole(path: Path, count: torch.Tensor) -> torch.Tensor:
     exact = int(2 / torch.finfo(count.dtype).eps)
     if float(count.max()) >= exact:
         raise BrocaError(
-            f"{path}: over_zero is {_dtype(count)}, which skips numbers from {exact} on, and has larger "
-            "counts: some were lost when they were summed; count again in integers"
+            f"{path}: over_zero is {_dtype(count)}, which skips integers from {exact} on, and has larger "
+            "counts, so some may be lost: count again in integers"
         )
     return count.to(torch.int64)
 
@@ -262,7 +262,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_dense(value: Any) -> bool:
-    """Whether it is a tensor whose values are there: not sparse, not quantised, not without memory."""
+    """Whether it is a dense CPU tensor: not sparse, quantised or on the meta device."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -284,7 +284,7 @@ def _by(values: torch.Tensor) -> str:
 
 
 def _what(value: Any) -> str:
-    """What a thing is, in a few words."""
+    """A short description of a value."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)} of {_dtype(value)}"
     if isinstance(value, dict):

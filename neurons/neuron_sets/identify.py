@@ -1,4 +1,4 @@
-"""Statistics or a model in, neuron set out: score, select, and say how it was done."""
+"""Identify language neurons: from a model or statistics to a neuron set with its provenance."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ def identify(
     selection: Mapping[str, Any] | None = None,
     out: Path | None = None,
 ) -> NeuronSet:
-    """Find language neurons in text.
+    """Identify language neurons from text.
 
     Args:
         loaded: the model.
         corpus: text of at least two languages.
         method: a key of ``neurons.scorers.registry.METHODS`` that reads text.
-        top_rate: share of all neurons kept; None takes the method's own.
-        tokens: most tokens a language; None takes all.
+        top_rate: fraction of all neurons to keep; None takes the method's default.
+        tokens: maximum tokens a language; None takes all.
         block: tokens a block; None takes the model's context, at most 2048.
-        progress: called with the number of tokens done.
-        settings: of the scorer, those that differ from the published.
-        selection: fields of ``Selection`` that differ from the method's own.
-        out: where the set will be written: an unfinished recording is kept beside it.
+        progress: called with the number of tokens of each batch.
+        settings: of the scorer; the others keep the published values.
+        selection: fields of ``Selection``; the others keep the method's defaults.
+        out: where the set will be written; an unfinished recording is kept beside it.
 
     Raises:
         UsageError: an unknown method or one that reads no text, too little text in a language, text that
-            is not parallel where it must be, or a rate outside (0, 1].
+            is not parallel for a method that needs it, or a rate outside (0, 1].
     """
-    chosen = method_of(method)
-    if chosen.control or chosen.reads == PROMPTS:
-        raise UsageError(f"method {method!r} does not read text: it needs {_needs(chosen)}")
+    scorer = method_of(method)
+    if scorer.control or scorer.reads == PROMPTS:
+        raise UsageError(f"method {method!r} does not read text: it needs {_needs(scorer)}")
     require_parallel(method, corpus)
     statistics = record_corpus(
-        loaded, corpus, chosen.moments, chosen.reads, tokens, block, progress=progress, out=out
+        loaded, corpus, scorer.moments, scorer.reads, tokens, block, progress=progress, out=out
     )
     return neurons_from(statistics, method, top_rate, settings, selection)
 
@@ -79,29 +79,29 @@ def identify_by_prompts(
     selection: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> NeuronSet:
-    """Find language neurons by prompts with answers.
+    """Identify language neurons from prompts with answers.
 
     Args:
         prompts: of at least two languages.
         method: "culnig" or "integrated-gradients".
-        control: culnig's: the options without the question.
-        recognition: culnig's second control, where there is one.
+        control: for culnig, the options without the question.
+        recognition: for culnig, the optional second control.
 
     Raises:
         UsageError: prompts that the method needs are missing.
     """
-    chosen = method_of(method)
+    scorer = method_of(method)
     require_prompts(method, prompts, control)
-    needs_control = _CONTROL in chosen.moments
+    needs_control = _CONTROL in scorer.moments
     given = {
         "answer" if needs_control else "integrated": prompts,
         **({"answer_control": control} if needs_control else {}),
         **({"answer_recognition": recognition} if recognition is not None else {}),
     }
     recorded = [
-        record_answers(loaded, some, moment, progress=progress)
-        for moment, some in given.items()
-        if some is not None
+        record_answers(loaded, of_moment, moment, progress=progress)
+        for moment, of_moment in given.items()
+        if of_moment is not None
     ]
     statistics = side_by_side(recorded)
     statistics.metadata.update(
@@ -109,8 +109,8 @@ def identify_by_prompts(
         layers=loaded.anatomy.layers,
         neurons=loaded.anatomy.neurons,
         experts=loaded.anatomy.experts,
-        prompts={moment: some.digest for moment, some in given.items() if some is not None},
-        **loaded.told,
+        prompts={moment: of_moment.digest for moment, of_moment in given.items() if of_moment is not None},
+        **loaded.provenance,
     )
     return neurons_from(statistics, method, top_rate, settings, selection)
 
@@ -122,34 +122,34 @@ def neurons_from(
     settings: Mapping[str, Any] | None = None,
     selection: Mapping[str, Any] | None = None,
 ) -> NeuronSet:
-    """Score recorded statistics and choose neurons; no model is needed.
+    """Score recorded statistics and select neurons, without a model.
 
     Args:
-        statistics: that hold what the method needs.
+        statistics: with the moments that the method needs.
         method: a key of ``neurons.scorers.registry.METHODS``.
-        top_rate: share of all neurons kept; None takes the method's own.
-        settings: of the scorer, those that differ from the published.
-        selection: fields of ``Selection`` that differ from the method's own.
+        top_rate: fraction of all neurons to keep; None takes the method's default.
+        settings: of the scorer; the others keep the published values.
+        selection: fields of ``Selection``; the others keep the method's defaults.
 
     Raises:
         UsageError: an unknown method or setting, statistics that lack what it needs, or a top rate that
             keeps no neuron.
     """
-    chosen = method_of(method)
-    if chosen.control:
+    scorer = method_of(method)
+    if scorer.control:
         raise UsageError(
-            f"method {method!r} follows another neuron set: give it with --like neurons.safetensors"
+            f"method {method!r} is a control of another set: give it with --like neurons.safetensors"
         )
     for corpus in statistics.metadata.get("corpora", []):
-        _require_parallel(method, chosen, corpus.get("lines", {}))
-    rate = chosen.selection.top_rate if top_rate is None else top_rate
-    how = chosen.selection.changed(top_rate=rate, **(selection or {}))
-    scores = chosen.of(settings or {}).scores(statistics, how.top_rate)
-    found = select(scores, how.changed(top_rate=1.0) if chosen.rate_in_score else how)
+        _require_parallel(method, scorer, corpus.get("lines", {}))
+    rate = scorer.selection.top_rate if top_rate is None else top_rate
+    rule = scorer.selection.changed(top_rate=rate, **(selection or {}))
+    scores = scorer.of(settings or {}).scores(statistics, rule.top_rate)
+    selected = select(scores, rule.changed(top_rate=1.0) if scorer.rate_in_score else rule)
     layers, width, _ = scores.values.shape
-    if round(how.top_rate * layers * width) == 0:
+    if round(rule.top_rate * layers * width) == 0:
         raise UsageError(
-            f"the top rate {how.top_rate} keeps none of {layers * width:,} neurons: take at least "
+            f"the top rate {rule.top_rate} keeps none of {layers * width:,} neurons: use at least "
             f"{1 / (layers * width):.1g}"
         )
     languages = statistics.languages
@@ -158,27 +158,27 @@ def neurons_from(
         "fingerprint": statistics.fingerprint,
         "method": method,
         "tokens": dict(zip(languages, statistics.tokens.tolist(), strict=True)),
-        "settings": {**asdict(chosen.of(settings or {})), **how.as_json()},
+        "settings": {**asdict(scorer.of(settings or {})), **rule.as_json()},
         "recording": statistics.metadata.get("settings", {}),
         "notes": scores.notes,
     }
     return neuron_set(
-        {language: one.rows for language, one in zip(languages, found, strict=True)},
-        {language: one.scores for language, one in zip(languages, found, strict=True)},
+        {language: item.rows for language, item in zip(languages, selected, strict=True)},
+        {language: item.scores for language, item in zip(languages, selected, strict=True)},
         layers,
         width,
         metadata,
-        {language: one.kinds for language, one in zip(languages, found, strict=True)},
+        {language: item.kinds for language, item in zip(languages, selected, strict=True)},
     )
 
 
 def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = None) -> NeuronSet:
-    """The control of a neuron set: for each language as many random neurons in each layer, none of its own.
+    """A random control of a neuron set: as many random neurons in each layer, none of the language's own.
 
     Args:
         like: the set.
-        seed: of the draw.
-        statistics: with ``mlp_in:absolute``: the control is then alike in activity too.
+        seed: random seed.
+        statistics: with ``mlp_in:absolute``, to match the control in activity too.
 
     Raises:
         UsageError: a layer without enough other neurons, or statistics of another model.
@@ -189,8 +189,8 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
         if statistics is None:
             members[language] = random_like(rows, like.layers, like.neurons, seed * len(like.languages) + k)
         else:
-            # Activity over all languages together: what is matched must not be the language itself.
-            # Where an expert saw no token, nothing was active.
+            # Activity over all languages together, so that language specificity is not matched.
+            # An expert without tokens has activity 0.
             seen = statistics.seen().sum(-1).clamp(min=1)
             activity = statistics.moment("mlp_in:absolute").sum(-1) / seen
             members[language] = random_matched(rows, activity, seed * len(like.languages) + k)
@@ -211,11 +211,13 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
     return neuron_set(members, scores, like.layers, like.neurons, metadata)
 
 
-def random_of(source: ModelSource, languages: tuple[str, ...], top_rate: float, seed: int = 0) -> NeuronSet:
-    """Random neurons for some languages of a model, without a set to follow."""
+def random_neurons(
+    source: ModelSource, languages: tuple[str, ...], top_rate: float, seed: int = 0
+) -> NeuronSet:
+    """Random neurons for languages of a model, not matched to another set."""
     anatomy = source.anatomy
     scores = random_scores(anatomy.layers, anatomy.neurons, len(languages), seed)
-    found = select(scores, Selection(top_rate=top_rate))
+    selected = select(scores, Selection(top_rate=top_rate))
     metadata = {
         "model": source.label,
         "fingerprint": source.fingerprint,
@@ -224,37 +226,37 @@ def random_of(source: ModelSource, languages: tuple[str, ...], top_rate: float, 
         "settings": {"seed": seed, "top_rate": top_rate},
     }
     return neuron_set(
-        {language: one.rows for language, one in zip(languages, found, strict=True)},
-        {language: one.scores for language, one in zip(languages, found, strict=True)},
+        {language: item.rows for language, item in zip(languages, selected, strict=True)},
+        {language: item.scores for language, item in zip(languages, selected, strict=True)},
         anatomy.layers,
         anatomy.neurons,
         metadata,
-        {language: one.kinds for language, one in zip(languages, found, strict=True)},
+        {language: item.kinds for language, item in zip(languages, selected, strict=True)},
     )
 
 
 def require_prompts(method: str, prompts: Prompts | None, control: Prompts | None) -> None:
     """
     Raises:
-        UsageError: prompts that the method needs are missing; with an example.
+        UsageError: prompts that the method needs are missing; the message has an example.
     """
-    chosen = method_of(method)
-    if prompts is None or (_CONTROL in chosen.moments and control is None):
-        raise UsageError(f"method {method!r} needs {_needs(chosen)}")
+    scorer = method_of(method)
+    if prompts is None or (_CONTROL in scorer.moments and control is None):
+        raise UsageError(f"method {method!r} needs {_needs(scorer)}")
 
 
 def require_parallel(method: str, corpus: Corpus) -> None:
     """
     Raises:
-        UsageError: the method compares translations and the files differ in length; with an example.
+        UsageError: the method compares translations and the files differ in length.
     """
     _require_parallel(method, method_of(method), {k: len(texts) for k, texts in corpus.texts.items()})
 
 
 def _needs(method: type[Scorer]) -> str:
-    """What a method that reads no text is to be given, with an example."""
+    """The required options of a method that reads no text, with an example."""
     if method.reads != PROMPTS:
-        return "a neuron set to follow: --like neurons.safetensors"
+        return "a neuron set to control for: --like neurons.safetensors"
     control = " and --control DIR" if _CONTROL in method.moments else ""
     return f"--prompts DIR{control}, directories of <language>.jsonl with lines like {EXAMPLE}"
 
@@ -264,5 +266,5 @@ def _require_parallel(name: str, method: type[Scorer], lines: Mapping[str, int])
         counts = ", ".join(f"{language} {count}" for language, count in lines.items())
         raise UsageError(
             f"method {name!r} needs parallel text, line i of every file the same text, for example NTREX-128; "
-            f"here the files have different numbers of lines: {counts}"
+            f"the files have different numbers of lines: {counts}"
         )

@@ -1,4 +1,4 @@
-"""One neuron explained: where it is most active, what it writes, and how active it is in each language."""
+"""Report on one neuron: where it is most active, what it writes, and its activity in each language."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from neurons.text.corpus import Corpus
 from neurons.text.token_budget import MEANS
 
 SNIPPETS, TOKENS = 10, 10
-BEFORE, AFTER = 24, 12  # tokens of a snippet on either side
+BEFORE, AFTER = 24, 12  # tokens of a snippet before and after the marked one
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """A place in text where the neuron is active.
+    """A position in text where the neuron is active.
 
     Attributes:
         language: of the text.
-        line: of its corpus.
-        value: at ``mlp_in`` of the marked token.
+        line: of the corpus.
+        value: ``mlp_in`` at the token.
         before: text before the token.
         token: the token's text.
         after: text after it.
@@ -46,15 +46,15 @@ class Snippet:
 
 @dataclass(frozen=True)
 class Activity:
-    """What a neuron does with a language's counted tokens.
+    """A neuron's activity over the counted tokens of a language.
 
     Attributes:
         tokens: that reached it (all, in a dense model).
-        firing: share of them with ``mlp_act`` > 0.
+        firing: fraction of them with ``mlp_act`` > 0.
         mean: mean of ``mlp_in``.
         absolute: mean of |``mlp_in``|.
-        low: least of ``mlp_in``.
-        high: largest of ``mlp_in``.
+        low: minimum of ``mlp_in``.
+        high: maximum of ``mlp_in``.
     """
 
     tokens: int
@@ -67,16 +67,16 @@ class Activity:
 
 @dataclass(frozen=True)
 class NeuronReport:
-    """A neuron explained.
+    """Report on one neuron.
 
     Attributes:
         layer: of the neuron.
         neuron: its number in the layer (expert e, j: e * I + j).
-        value_norm: length of its value.
-        snippets: the largest |value| first, at most one of each text.
-        promoted: (token, rise of its logit), the largest first, of the value through the lens; a negative
-            activation does the reverse.
-        suppressed: the same, the smallest first.
+        value_norm: norm of its value vector.
+        snippets: by descending |value|, at most one from each text.
+        promoted: (token, change of its logit), largest first, from the logit lens of the value vector; a
+            negative activation has the opposite effect.
+        suppressed: the same, smallest first.
         activity: by language.
     """
 
@@ -91,7 +91,7 @@ class NeuronReport:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One batch's values of the neuron: [rows, length], NaN where nothing was counted or routed."""
+    """Values of the neuron on one batch: [rows, length], NaN where not counted or not routed to it."""
 
     inside: torch.Tensor
     before_activation: torch.Tensor
@@ -104,19 +104,19 @@ def neuron_report(
     neuron: int,
     snippets: int = SNIPPETS,
     tokens: int = TOKENS,
-    most_tokens: int | None = None,
+    max_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> NeuronReport:
-    """Read a corpus and explain a neuron.
+    """Read a corpus and report on a neuron.
 
     Args:
         loaded: the model.
         corpus: text by language.
         layer: 0 to L - 1.
         neuron: 0 to I - 1.
-        snippets: how many.
-        tokens: how many promoted, and how many suppressed.
-        most_tokens: of a language; None takes all.
+        snippets: number of snippets.
+        tokens: number of promoted and of suppressed tokens.
+        max_tokens: maximum tokens of a language; None takes all.
         progress: called with the number of tokens of each batch.
 
     Raises:
@@ -131,18 +131,18 @@ def neuron_report(
         )
     activity: dict[str, Activity] = {}
     best: list[Snippet] = []
-    for language, batches in language_batches(loaded, corpus, most_tokens, default=MEANS.tokens).items():
+    for language, batches in language_batches(loaded, corpus, max_tokens, default=MEANS.tokens).items():
         seen = _read(loaded, batches, layer, neuron, progress)
-        for batch, one in zip(batches, seen, strict=True):
-            best = _best(best + _strongest(loaded, batch, one.inside, language, snippets), snippets)
+        for batch, values in zip(batches, seen, strict=True):
+            best = _best(best + _strongest(loaded, batch, values.inside, language, snippets), snippets)
         activity[language] = _activity(seen)
         read = sum(int(batch.counted.sum()) for batch in batches)
         if math.isinf(activity[language].absolute) or (
             not anatomy.mixed and activity[language].tokens < read
         ):
             raise not_finite(loaded, f"neuron {neuron} of layer {layer}")
-    own = slice(neuron, neuron + 1)
-    value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), own)[:, 0].to(loaded.device)
+    column = slice(neuron, neuron + 1)
+    value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), column)[:, 0].to(loaded.device)
     promoted, suppressed = _tokens(loaded, value, tokens)
     return NeuronReport(
         layer, neuron, float(value.float().norm()), tuple(best), promoted, suppressed, activity
@@ -155,13 +155,13 @@ def _read(
     """A neuron's values on each batch."""
     anatomy = loaded.anatomy
     expert, column = divmod(neuron, anatomy.expert_width)
-    found = {
+    recorded = {
         site: [torch.full(batch.ids.shape, torch.nan) for batch in batches] for site in ("mlp_in", "mlp_act")
     }
 
     def keeper(site: str) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            kept = found[site][at.index]
+            kept = recorded[site][at.index]
             if routed is None:
                 kept.copy_(values[..., column])
             elif routed.expert == expert:
@@ -169,27 +169,27 @@ def _read(
 
         return read
 
-    readers = {(site, layer): keeper(site) for site in found}
+    readers = {(site, layer): keeper(site) for site in recorded}
     read_text(loaded, [(0, batch) for batch in batches], readers, progress)
     kept = {
         site: [
-            values.masked_fill(~batch.counted, torch.nan) for values, batch in zip(own, batches, strict=True)
+            values.masked_fill(~batch.counted, torch.nan) for values, batch in zip(of, batches, strict=True)
         ]
-        for site, own in found.items()
+        for site, of in recorded.items()
     }
     return [_Seen(*pair) for pair in zip(kept["mlp_in"], kept["mlp_act"], strict=True)]
 
 
 def _activity(seen: Sequence[_Seen]) -> Activity:
-    inside = torch.cat([one.inside.flatten() for one in seen]) if seen else torch.zeros(0)
-    gate = torch.cat([one.before_activation.flatten() for one in seen]) if seen else torch.zeros(0)
-    there = ~torch.isnan(inside)
-    values = inside[there].double()
+    inside = torch.cat([values.inside.flatten() for values in seen]) if seen else torch.zeros(0)
+    gate = torch.cat([values.before_activation.flatten() for values in seen]) if seen else torch.zeros(0)
+    present = ~torch.isnan(inside)
+    values = inside[present].double()
     if not len(values):
         return Activity(0, *[float("nan")] * 5)
     return Activity(
         tokens=len(values),
-        firing=float((gate[there] > 0).double().mean()),
+        firing=float((gate[present] > 0).double().mean()),
         mean=float(values.mean()),
         absolute=float(values.abs().mean()),
         low=float(values.min()),
@@ -200,7 +200,7 @@ def _activity(seen: Sequence[_Seen]) -> Activity:
 def _strongest(
     loaded: LoadedModel, batch: TokenBatch, values: torch.Tensor, language: str, count: int
 ) -> list[Snippet]:
-    """The strongest place of each of the batch's strongest texts."""
+    """The position of largest |value| in each of the ``count`` texts where it is largest."""
     strength = values.abs().nan_to_num(-1.0)
     strongest, places = strength.max(dim=1)
     rows = strongest.argsort(descending=True, stable=True)[:count]
@@ -217,7 +217,7 @@ def _snippet(
     length = int(batch.attention[row].sum())
     ids = batch.ids[row, :length].tolist()
     start = max(len(start_tokens(loaded.tokenizer)), place - BEFORE)
-    # Cut out of longer texts, since a letter may lie in several tokens and a space in none.
+    # Cut from longer decoded texts: a character may span tokens, and decoding one token may drop its space.
     before = _text(loaded, ids[start:place])
     upto = _text(loaded, ids[start : place + 1])
     whole = _text(loaded, ids[start : place + 1 + AFTER])
@@ -234,31 +234,31 @@ def _snippet(
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts begin alike with."""
+    """Length of the common prefix of two texts."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
         min(len(first), len(second)),
     )
 
 
-def _best(found: Sequence[Snippet], count: int) -> list[Snippet]:
-    return sorted(found, key=lambda one: -abs(one.value))[:count]
+def _best(snippets: Sequence[Snippet], count: int) -> list[Snippet]:
+    return sorted(snippets, key=lambda snippet: -abs(snippet.value))[:count]
 
 
 def _tokens(
     loaded: LoadedModel, value: torch.Tensor, count: int
 ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
-    """What a value promotes and what it suppresses; equal logits in the order of the vocabulary."""
+    """The tokens that a value promotes and suppresses; ties in the order of the vocabulary."""
     known = min(len(loaded.tokenizer), loaded.model.get_output_embeddings().weight.shape[0])
-    rises = lens_logits(loaded.model, loaded.anatomy, value[None])[0, :known]
+    changes = lens_logits(loaded.model, loaded.anatomy, value[None])[0, :known]
 
     def named(order: torch.Tensor) -> tuple[tuple[str, float], ...]:
         ids = order[:count].tolist()
-        return tuple((_text(loaded, [token]), float(rises[token])) for token in ids)
+        return tuple((_text(loaded, [token]), float(changes[token])) for token in ids)
 
-    return named(rises.argsort(descending=True, stable=True)), named(rises.argsort(stable=True))
+    return named(changes.argsort(descending=True, stable=True)), named(changes.argsort(stable=True))
 
 
 def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
-    found: str = loaded.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-    return found
+    text: str = loaded.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return text

@@ -1,4 +1,4 @@
-"""A neuron set: which neurons belong to which language, with what score and of what kind."""
+"""A neuron set: the neurons of each language, with score and kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NeuronSet:
     """Neurons by language.
 
     Attributes:
-        members: language -> int64 [n, 2], rows (layer, neuron) in that order, unique.
+        members: language -> int64 [n, 2], unique rows (layer, neuron), sorted.
         scores: language -> float64 [n], the method's score of each row of ``members``.
         kinds: language -> int64 [n], each row's index into ``neurons.scorers.selection.KINDS``.
         layers: L of the model.
@@ -46,35 +46,35 @@ class NeuronSet:
 
     @property
     def empty_languages(self) -> tuple[str, ...]:
-        """Languages for which the method found no neuron."""
+        """Languages without neurons."""
         return tuple(language for language, rows in self.members.items() if len(rows) == 0)
 
     def of(self, language: str) -> torch.Tensor:
         """Rows (layer, neuron) of a language.
 
         Raises:
-            UsageError: the set does not know the language.
+            UsageError: the set does not have the language.
         """
         if language not in self.members:
             raise UsageError(f"the neuron set has no language {language!r}: it has {', '.join(self.members)}")
         return self.members[language]
 
     def kind_counts(self, language: str) -> dict[str, int]:
-        """How many of a language's neurons are of each kind."""
+        """Number of a language's neurons of each kind."""
         self.of(language)
         counts = torch.bincount(self.kinds[language], minlength=len(KINDS)).tolist()
         return dict(zip(KINDS, counts, strict=True))
 
     def by_layer(self, language: str) -> list[torch.Tensor]:
-        """Neuron indices of a language, int64, one tensor a layer."""
+        """Neuron indices of a language, int64, one tensor for each layer."""
         rows = self.of(language)
         return [rows[rows[:, 0] == layer, 1] for layer in range(self.layers)]
 
     def require_model(self, source: ModelSource) -> None:
-        """Refuse a model that the neurons were not found in.
+        """Check that the neurons were identified in this model.
 
         Raises:
-            BrocaError: another fingerprint; a set that names none passes.
+            BrocaError: another fingerprint; a set without a fingerprint passes.
         """
         if "fingerprint" in self.metadata:
             source.require_fingerprint(self.metadata, "the neuron set")
@@ -98,11 +98,11 @@ def neuron_set(
     """A NeuronSet with the rows of each language in (layer, neuron) order.
 
     Args:
-        kinds: as the attribute; None takes the number of languages in ``members`` that have a neuron.
+        kinds: as the attribute; None derives them from the number of languages in ``members``.
 
     Raises:
-        BrocaError: a neuron that the model does not have, or one named twice; scores or kinds that are
-            not one a neuron, or a kind that does not exist.
+        BrocaError: a neuron that the model does not have or that is named twice; a number of scores or kinds
+            other than that of neurons, or a kind that does not exist.
     """
     for language, rows in members.items():
         if len(rows) and not (
@@ -116,7 +116,9 @@ def neuron_set(
                 held = len(values[language]) if language in values else 0
                 raise BrocaError(f"language {language!r} has {len(rows)} neurons, but {held} {name}")
         if kinds is not None and not bool(((kinds[language] >= 0) & (kinds[language] < len(KINDS))).all()):
-            raise BrocaError(f"language {language!r} has a kind of neuron beyond {', '.join(KINDS)}")
+            raise BrocaError(
+                f"language {language!r} has an unknown kind of neuron: known are {', '.join(KINDS)}"
+            )
     if kinds is None:
         owners = torch.zeros(layers * neurons, dtype=torch.int64)
         for rows in members.values():
@@ -138,10 +140,10 @@ def _flat(rows: torch.Tensor, neurons: int) -> torch.Tensor:
 
 
 def load_neuron_set(path: Path | str) -> NeuronSet:
-    """Read what ``NeuronSet.save`` wrote.
+    """Read a file of ``NeuronSet.save``.
 
     Raises:
-        UsageError, BrocaError: as ``load_artifact`` and ``neuron_set``, or what is no neuron set, by name.
+        UsageError, BrocaError: as ``load_artifact`` and ``neuron_set``, or the file is not a neuron set.
     """
     artifact = load_artifact(path, "neurons")
     fault = _fault(artifact)
@@ -168,10 +170,10 @@ def load_neuron_set(path: Path | str) -> NeuronSet:
 
 
 def _fault(artifact: Artifact) -> str | None:
-    """What is wrong with a neuron set's metadata or tensors; None where nothing is."""
+    """The first fault in a neuron set's metadata or tensors; None without any."""
     metadata, tensors = artifact.metadata, artifact.tensors
     languages = metadata.get("languages")
-    if not isinstance(languages, list) or not all(isinstance(one, str) for one in languages):
+    if not isinstance(languages, list) or not all(isinstance(language, str) for language in languages):
         return f"its languages are {languages!r}"
     if not isinstance(metadata.get("settings", {}), dict):
         return f"its settings are {metadata['settings']!r}"
@@ -179,7 +181,7 @@ def _fault(artifact: Artifact) -> str | None:
     sizes["experts"] = metadata.get("experts", 1)
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
-            return f"it is of {size!r} {name}"
+            return f"it has {size!r} {name}"
     for i, language in enumerate(languages):
         rows, scores, kinds = (tensors.get(f"{name}.{i}") for name in ("members", "scores", "kinds"))
         if rows is None or rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype != torch.int64:

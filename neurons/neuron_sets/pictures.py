@@ -1,6 +1,6 @@
-"""Pictures of neuron sets, statistics and comparisons: matplotlib figures, and one way to write them.
+"""Figures of neuron sets, statistics and comparisons, and how to save them.
 
-Sizes grow with what is shown, within what a page holds; where numbers would not fit, colour alone speaks.
+Figures grow with their content up to the width of a page; cells too small for numbers show colour only.
 """
 
 from __future__ import annotations
@@ -21,94 +21,94 @@ from neurons.errors import UsageError
 from neurons.files.artifact import write_atomically
 from neurons.neuron_sets.comparison import Comparison, language_overlap
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.scorers.scores import shares
+from neurons.scorers.scores import fractions
 from neurons.statistics.statistics import Statistics
 
 FORMATS = ("png", "svg")
 COLOURS = "Blues"
 RESOLUTION = 150  # dots an inch
-WIDEST = 16.0  # inches
-MOST_NUMBERED = 24  # rows or columns of a heat map whose cells hold numbers
+MAX_WIDTH = 16.0  # inches
+MAX_NUMBERED = 24  # rows or columns of a heat map with numbers in its cells
 BINS = 60
-MOST_NAMED = 8  # languages in a title
+MAX_NAMED = 8  # languages in a title
 TITLE = 10  # points
-LETTER, LINE = 0.082, 0.17  # inches, of a title: a letter's mean width, generously, and a line's height
+LETTER, LINE = 0.082, 0.17  # inches in a title: upper bound of a letter's mean width, height of a line
 
 
 def picture_format(path: Path) -> str:
-    """png or svg, by the suffix.
+    """ "png" or "svg", from the suffix.
 
     Raises:
         UsageError: another suffix.
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise UsageError(f"{path}: a picture ends in .png or .svg")
+        raise UsageError(f"{path}: the name of a picture must end in .png or .svg")
     return kind
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG or SVG, by the suffix, atomically; equal figures give equal bytes.
+    """Write a PNG or SVG file, by the suffix, atomically; equal figures give equal bytes.
 
     Raises:
         UsageError: as ``picture_format``.
     """
     kind = picture_format(path)
     buffer = io.BytesIO()
-    # Without a fixed salt and date the same numbers would give other bytes.
+    # A random salt or a date would change the bytes.
     with matplotlib.rc_context({"svg.hashsalt": "broca"}):
         empty = {"Software": None} if kind == "png" else {"Date": None}
         figure.savefig(buffer, format=kind, dpi=RESOLUTION, metadata=empty)
     write_atomically(path, buffer.getvalue())
 
 
-def titled(what: str, about: Mapping[str, Any], languages: Sequence[str], wide: float) -> str:
-    """A title: what is shown, and beneath it by which method, of which model and of which languages.
+def title_of(what: str, about: Mapping[str, Any], languages: Sequence[str], width: float) -> str:
+    """A title: the content, and on further lines method, model and languages.
 
     Args:
         what: the first line.
-        about: a file's metadata: method, model, fingerprint, each where it is known.
-        languages: all of them.
-        wide: inches that the title has.
+        about: metadata of a file: method, model, fingerprint, where known.
+        languages: all languages.
+        width: width of the title in inches.
     """
     model = about.get("model")
     if model and about.get("fingerprint"):
-        # A directory's name is not much of a name.
+        # A directory's name alone does not identify a model.
         model = f"{model} ({about['fingerprint'][:8]})"
-    some = ", ".join(languages) if len(languages) <= MOST_NAMED else f"{len(languages)} languages"
-    most = max(20, int(wide / LETTER))
-    lines = textwrap.wrap(what, most)
-    told = ""
-    for part in (part for part in (about.get("method"), model, some) if part):
-        joined = f"{told}; {part}" if told else part
-        if told and len(joined) > most:
-            lines += textwrap.wrap(told, most)
+    named = ", ".join(languages) if len(languages) <= MAX_NAMED else f"{len(languages)} languages"
+    letters = max(20, int(width / LETTER))
+    lines = textwrap.wrap(what, letters)
+    line = ""
+    for part in (part for part in (about.get("method"), model, named) if part):
+        joined = f"{line}; {part}" if line else part
+        if line and len(joined) > letters:
+            lines += textwrap.wrap(line, letters)
             joined = part
-        told = joined
-    return "\n".join([*lines, *textwrap.wrap(told, most)])
+        line = joined
+    return "\n".join([*lines, *textwrap.wrap(line, letters)])
 
 
 def _more(title: str) -> float:
-    """Inches that a title takes beyond its first line."""
+    """Height in inches of a title beyond its first line."""
     return LINE * title.count("\n")
 
 
 def layers_figure(neurons: NeuronSet) -> Figure:
-    """How many neurons each language has in each layer: a heat map, languages down, layers across."""
+    """Heat map of the number of neurons of each language (rows) in each layer (columns)."""
     languages = neurons.languages
     counts = torch.stack(
         [torch.bincount(neurons.of(k)[:, 0], minlength=neurons.layers) for k in languages]
     ).double()
     cell = 0.2 + 0.1 * len(f"{int(counts.max()):,}")
     names = [f"{k}  ({int(total):,})" for k, total in zip(languages, counts.sum(1), strict=True)]
-    width = min(WIDEST, max(4.5, 2.0 + max(map(len, names)) * 0.08 + cell * neurons.layers))
-    title = titled("neurons of each language by layer", neurons.metadata, languages, width - 1)
+    width = min(MAX_WIDTH, max(4.5, 2.0 + max(map(len, names)) * 0.08 + cell * neurons.layers))
+    title = title_of("neurons of each language by layer", neurons.metadata, languages, width - 1)
     figure = Figure(figsize=(width, 1.5 + 0.32 * len(languages) + _more(title)), layout="constrained")
     axis = figure.subplots()
-    numbered = cell * neurons.layers <= WIDEST - 3
+    numbered = cell * neurons.layers <= MAX_WIDTH - 3
     _heat_map(figure, axis, counts, "neurons", "{:,.0f}" if numbered else None)
     for text in axis.texts:
-        # Empty layers are many, and the colour says it.
+        # Many cells are 0; their colour is enough.
         text.set_visible(text.get_text() != "0")
     axis.set(xlabel="layer")
     axis.set_title(title, fontsize=TITLE)
@@ -118,22 +118,22 @@ def layers_figure(neurons: NeuronSet) -> Figure:
 
 
 def overlap_figure(neurons: NeuronSet) -> Figure:
-    """Jaccard index of every two languages; the diagonal, which would be 1, tells how many neurons."""
+    """Heat map of the Jaccard index of every pair of languages; the diagonal shows the number of neurons."""
     languages = neurons.languages
     overlap = language_overlap(neurons)
-    side = min(WIDEST - 1.5, 1.6 + 0.45 * len(languages))
+    side = min(MAX_WIDTH - 1.5, 1.6 + 0.45 * len(languages))
     wide = max(4.2, side + 1.2)
-    title = titled("neurons that languages share", neurons.metadata, languages, wide - 1)
+    title = title_of("neurons that languages share", neurons.metadata, languages, wide - 1)
     figure = Figure(figsize=(wide, max(3.0, side) + _more(title)), layout="constrained")
     axis = figure.subplots()
     shown = overlap.clone().fill_diagonal_(math.nan)
-    _heat_map(figure, axis, shown, "Jaccard index", "{:.2f}" if len(languages) <= MOST_NUMBERED else None)
+    _heat_map(figure, axis, shown, "Jaccard index", "{:.2f}" if len(languages) <= MAX_NUMBERED else None)
     for i, language in enumerate(languages):
         size = len(neurons.of(language))
         axis.text(i, i, f"{size:,}", ha="center", va="center", fontsize=8, color="black")
-    axis.set_xticks(range(len(languages)), languages, **_slanted(languages))
+    axis.set_xticks(range(len(languages)), languages, **_label_rotation(languages))
     axis.set_yticks(range(len(languages)), languages)
-    axis.set_xlabel("diagonal: how many each has")
+    axis.set_xlabel("diagonal: number of neurons")
     axis.set_title(title, fontsize=TITLE)
     return figure
 
@@ -146,28 +146,28 @@ def entropies(statistics: Statistics) -> torch.Tensor:
     """
     positive = statistics.moment("mlp_act:positive").double()
     if len(statistics.languages) < 2:
-        raise UsageError("an entropy over languages needs at least two, and the statistics have one")
+        raise UsageError("an entropy needs at least two languages, but the statistics have one")
     seen = statistics.seen()
     probability = torch.where(seen > 0, positive / seen, 0.0)
-    share = shares(probability)
-    entropy = -torch.xlogy(share, share).sum(-1)
+    normalised = fractions(probability)
+    entropy = -torch.xlogy(normalised, normalised).sum(-1)
     return entropy[(positive > 0).any(-1)]
 
 
 def entropy_figure(statistics: Statistics) -> Figure:
-    """Histogram of the entropy of all neurons that fire, none hidden by LAPE's filter."""
-    found = entropies(statistics)
+    """Histogram of the entropy of all neurons that fire, without LAPE's filter."""
+    values = entropies(statistics)
     layers, width, languages = statistics.moment("mlp_act:positive").shape
-    most = math.log(languages)
-    silent = layers * width - len(found)
-    what = f"entropy of {len(found):,} neurons over {languages} languages"
+    maximum = math.log(languages)
+    silent = layers * width - len(values)
+    what = f"entropy of {len(values):,} neurons over {languages} languages"
     what += f"; {silent:,} never fire" if silent else ""
-    title = titled(what, _about(statistics), statistics.languages, 6.5)
+    title = title_of(what, _about(statistics), statistics.languages, 6.5)
     figure = Figure(figsize=(7.5, 4 + _more(title)), layout="constrained")
     axis = figure.subplots()
-    # Rounding may carry an even neuron just past ln K, and out of the last bin.
-    axis.hist(found.clamp(0, most).numpy(), bins=BINS, range=(0, most), color="C0")
-    marks = _shares_of(languages)
+    # Rounding may put a value just above ln K, outside the last bin.
+    axis.hist(values.clamp(0, maximum).numpy(), bins=BINS, range=(0, maximum), color="C0")
+    marks = _marked_counts(languages)
     for count in marks:
         axis.axvline(math.log(count), color="black", linewidth=0.8, linestyle=":", zorder=0)
     axis.set_yscale("log")
@@ -175,7 +175,7 @@ def entropy_figure(statistics: Statistics) -> Figure:
     axis.set(
         xlabel="entropy, nats",
         ylabel="neurons",
-        xlim=(-0.02 * most, 1.02 * most),
+        xlim=(-0.02 * maximum, 1.02 * maximum),
     )
     axis.set_title(title, fontsize=TITLE)
     top = axis.secondary_xaxis("top")
@@ -185,55 +185,55 @@ def entropy_figure(statistics: Statistics) -> Figure:
     return figure
 
 
-def _shares_of(languages: int) -> list[int]:
-    """Numbers of languages to mark: all of a few, else powers of two and the last, none too close to it."""
+def _marked_counts(languages: int) -> list[int]:
+    """Numbers of languages to mark: all up to 8, else powers of two well below the last, and the last."""
     if languages <= 8:
         return list(range(1, languages + 1))
     return [2**i for i in range(languages.bit_length()) if 2**i < 0.8 * languages] + [languages]
 
 
 def routing_figure(statistics: Statistics) -> Figure:
-    """Share of each language's tokens that reached each expert: a heat map a language, one scale for all.
+    """Heat maps, one for each language, of the fraction of its tokens routed to each expert.
 
     Raises:
         UsageError: the model has no experts.
     """
-    share = statistics.routing_share()
-    layers, experts, count = share.shape
+    routed = statistics.routing_fraction()
+    layers, experts, count = routed.shape
     columns = min(count, 4 if experts > 16 else 6)
     rows = math.ceil(count / columns)
-    wide = min((WIDEST - 1.5) / columns, max(1.7, 0.5 + 0.1 * experts))
+    wide = min((MAX_WIDTH - 1.5) / columns, max(1.7, 0.5 + 0.1 * experts))
     high = min(2.6, max(1.3, 0.5 + 0.1 * layers))
     across = max(5.5, wide * columns + 1.5)
-    even = float(share.nanmean())
+    even = float(routed.nanmean())
     what = f"where each language's tokens are routed (evenly: {even:.3g})"
-    title = titled(what, _about(statistics), (), across)
+    title = title_of(what, _about(statistics), (), across)
     figure = Figure(figsize=(across, high * rows + 0.9 + _more(title)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     image = None
-    largest = float(share[torch.isfinite(share)].max()) if bool(torch.isfinite(share).any()) else 1.0
+    largest = float(routed[torch.isfinite(routed)].max()) if bool(torch.isfinite(routed).any()) else 1.0
     for k, axis in enumerate(axes.flat):
         if k >= count:
             axis.set_visible(False)
             continue
         image = axis.imshow(
-            share[..., k].numpy(), aspect="auto", cmap=COLOURS, vmin=0, vmax=largest, interpolation="nearest"
+            routed[..., k].numpy(), aspect="auto", cmap=COLOURS, vmin=0, vmax=largest, interpolation="nearest"
         )
         axis.set_title(statistics.languages[k], fontsize=9)
         for line in (axis.xaxis, axis.yaxis):
             line.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-        # The last panel of a column has the numbers, also where the last row is not full.
+        # The last panel of each column has tick labels, also where the last row is not full.
         axis.tick_params(labelsize=8, labelbottom=k + columns >= count)
     figure.supxlabel("expert", fontsize=9)
     figure.supylabel("layer", fontsize=9)
     figure.suptitle(title, fontsize=TITLE)
-    _scale(figure, image, axes, "share of tokens")
+    _scale(figure, image, axes, "fraction of tokens")
     return figure
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Two heat maps of Jaccard indices: every language of every set with every other, and beside it two
-    sets layer by layer, or the pairs of more sets.
+    """Two heat maps of Jaccard indices: every language of every set with every other, and the same language
+    in two sets by layer, or in each pair of more sets.
     """
     sets, count = comparison.sizes.shape
     side = sets * count
@@ -245,7 +245,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
             f"{k}  ({'-' if math.isnan(j) else f'{j:.2f}'})"
             for k, j in zip(comparison.languages, pair.jaccard.tolist(), strict=True)
         ]
-        beside_title = "the same language, layer by layer\n(in brackets: in all layers)"
+        beside_title = "the same language by layer\n(in brackets: all layers)"
         beside_width = min(5.5, max(2.6, 0.3 * values.shape[1] + 0.8))
     else:
         values = torch.stack([pair.jaccard for pair in comparison.pairs], dim=1)
@@ -253,20 +253,20 @@ def comparison_figure(comparison: Comparison) -> Figure:
         beside_title = "the same language in two sets"
         beside_width = min(5.5, max(2.6, 0.45 * len(comparison.pairs) + 0.8))
     wide = map_side + beside_width + 3.2
-    told = "; ".join(
+    used = "; ".join(
         f"{_short(name, 40)}: {method}"
         for name, method in zip(comparison.names, comparison.methods, strict=True)
         if method and method != name
     )
-    title = titled("neurons that sets and languages share", comparison.model, (told,) if told else (), wide)
+    title = title_of("neurons that sets and languages share", comparison.model, (used,) if used else (), wide)
     figure = Figure(figsize=(wide, map_side + 1.7 + _more(title)), layout="constrained")
     figure.suptitle(title, fontsize=TITLE)
     left, right = figure.subplots(1, 2, width_ratios=[map_side + 1, beside_width + 0.6])
 
     across = comparison.across.reshape(side, side).clone().fill_diagonal_(math.nan)
-    # One scale for both, as both hold the same quantity.
+    # One scale for both: they show the same quantity.
     largest = max(_largest(across), _largest(values))
-    _heat_map(figure, left, across, None, "{:.2f}" if side <= MOST_NUMBERED else None, largest)
+    _heat_map(figure, left, across, None, "{:.2f}" if side <= MAX_NUMBERED else None, largest)
     names = list(comparison.languages) * sets
     small = {"fontsize": 8 if side <= 40 else 6}
     left.set_xticks(range(side), names, **small, rotation=90 if side > 12 or max(map(len, names)) > 3 else 0)
@@ -312,9 +312,9 @@ def _heat_map(
     number: str | None,
     largest: float | None = None,
 ) -> None:
-    """Values [rows, columns] as colours from 0 up, NaN grey, and in numbers where a format is given.
+    """Values [rows, columns] as colours from 0 up, NaN grey, with numbers if a format is given.
 
-    Without a label there is no scale beside it; without the largest value the scale ends at these values'.
+    Without a label no colour bar is drawn; ``largest`` is the end of the scale, by default the maximum.
     """
     largest = _largest(values) if largest is None else largest
     colours = matplotlib.colormaps[COLOURS].with_extremes(bad="0.85")
@@ -325,14 +325,14 @@ def _heat_map(
         _scale(figure, image, axis, label)
     if number is None:
         return
-    there = torch.isfinite(values)
-    for (row, column), value in zip(there.nonzero().tolist(), values[there].tolist(), strict=True):
+    finite = torch.isfinite(values)
+    for (row, column), value in zip(finite.nonzero().tolist(), values[finite].tolist(), strict=True):
         colour = "white" if value > 0.6 * largest else "black"
         axis.text(column, row, number.format(value), ha="center", va="center", fontsize=8, color=colour)
 
 
 def _scale(figure: Figure, image: Any, axes: Any, label: str) -> None:
-    """A colour scale as wide as a finger, whatever the size of the figure."""
+    """A colour bar 0.2 inches wide, independent of the size of the figure."""
     wide, high = figure.get_size_inches()
     bar = figure.colorbar(
         image, ax=axes, label=label, pad=0.15 / wide, fraction=1.0 / wide, aspect=high / 0.2
@@ -342,8 +342,8 @@ def _scale(figure: Figure, image: Any, axes: Any, label: str) -> None:
     bar.update_ticks()
 
 
-def _slanted(labels: Sequence[str]) -> dict[str, Any]:
-    """Long names under a narrow column would run into each other."""
+def _label_rotation(labels: Sequence[str]) -> dict[str, Any]:
+    """Tick label options that keep long names from overlapping."""
     return {"rotation": 45, "ha": "right"} if max(map(len, labels)) > 3 else {}
 
 
@@ -351,9 +351,9 @@ def _about(statistics: Statistics) -> dict[str, Any]:
     return {"model": statistics.metadata.get("model"), "fingerprint": statistics.fingerprint}
 
 
-def _short(name: str, most: int) -> str:
-    """Both ends of a name that is too long: files differ in either."""
-    if len(name) <= most:
+def _short(name: str, length: int) -> str:
+    """A name shortened in the middle: file names differ at either end."""
+    if len(name) <= length:
         return name
-    end = (most - 1) // 2
-    return name[: most - 1 - end] + "\N{HORIZONTAL ELLIPSIS}" + name[len(name) - end :]
+    end = (length - 1) // 2
+    return name[: length - 1 - end] + "\N{HORIZONTAL ELLIPSIS}" + name[len(name) - end :]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from neurons.architectures.anatomy import Anatomy
-from neurons.architectures.sites import Reader, Routed, expert_units, reading
+from neurons.architectures.sites import Routed, SiteHook, expert_units, site_hooks
 from neurons.errors import UsageError
 from neurons.models.embedded import require_embedded
 from neurons.models.memory import batches_for
@@ -98,7 +98,7 @@ def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[
             raise UsageError(
                 f"language {language!r}: a prompt has {len(row)} tokens, and the model reads {longest}: shorten it"
             )
-        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedded)
+        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedding_rows)
         rows.append(row)
         answers.append(answer)
     return rows, torch.tensor(answers)
@@ -126,7 +126,7 @@ def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> tor
             values
         )
 
-    def reader_of(layer: int) -> Reader:
+    def reader_of(layer: int) -> SiteHook:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             if not values.requires_grad:
                 values.requires_grad_(True)
@@ -137,7 +137,7 @@ def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> tor
 
     layers = range(loaded.anatomy.layers)
     with (
-        reading(loaded.anatomy, {(CULNIG_SITE, layer): reader_of(layer) for layer in layers}),
+        site_hooks(loaded.anatomy, {(CULNIG_SITE, layer): reader_of(layer) for layer in layers}),
         torch.enable_grad(),
     ):
         probability = _probability(loaded, batch, wanted)
@@ -158,11 +158,11 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, st
     rows = torch.arange(len(batch.ids), device=batch.ids.device)
     last = batch.attention.sum(1) - 1
     given: dict[int, torch.Tensor] = {}
-    readers: dict[tuple[str, int], Reader] = {
+    readers: dict[tuple[str, int], SiteHook] = {
         (INTEGRATED_SITE, layer): _keep(loaded.anatomy, given, layer, last, batch.ids.shape[1])
         for layer in range(loaded.anatomy.layers)
     }
-    with reading(loaded.anatomy, readers), torch.no_grad():
+    with site_hooks(loaded.anatomy, readers), torch.no_grad():
         forward(loaded.model, batch)
     many = TokenBatch(*(part.repeat(steps, 1) for part in (batch.ids, batch.attention, batch.counted)))
     share = torch.arange(1, steps + 1, device=rows.device) / steps
@@ -170,7 +170,7 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, st
     for layer, activation in given.items():
         scaled = (share.to(activation)[:, None, None] * activation).flatten(0, 1).requires_grad_(True)
         replaced = _replace(loaded.anatomy, scaled, last.repeat(steps), batch.ids.shape[1])
-        with reading(loaded.anatomy, {(INTEGRATED_SITE, layer): replaced}), torch.enable_grad():
+        with site_hooks(loaded.anatomy, {(INTEGRATED_SITE, layer): replaced}), torch.enable_grad():
             _probability(loaded, many, wanted.repeat(steps)).sum().backward()
         assert scaled.grad is not None
         found.append(integrate(activation, scaled.grad.view(steps, *activation.shape)).cpu())
@@ -179,7 +179,7 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, st
 
 def _keep(
     anatomy: Anatomy, given: dict[int, torch.Tensor], layer: int, last: torch.Tensor, length: int
-) -> Reader:
+) -> SiteHook:
     """Keeps the values at each row's last token, [rows, I]."""
 
     def read(values: torch.Tensor, routed: Routed | None) -> None:
@@ -195,7 +195,7 @@ def _keep(
     return read
 
 
-def _replace(anatomy: Anatomy, scaled: torch.Tensor, last: torch.Tensor, length: int) -> Reader:
+def _replace(anatomy: Anatomy, scaled: torch.Tensor, last: torch.Tensor, length: int) -> SiteHook:
     """Puts other values, [rows, I], at each row's last token."""
 
     def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor:

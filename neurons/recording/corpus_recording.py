@@ -139,7 +139,7 @@ def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], momen
     named = {
         "fingerprint": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),
-        **loaded.told,
+        **loaded.provenance,
         "device": loaded.device.type,
         "moments": list(moments),
         "packages": package_versions(),
@@ -168,7 +168,7 @@ def _metadata(
         "layers": loaded.anatomy.layers,
         "neurons": loaded.anatomy.neurons,
         "experts": loaded.anatomy.experts,
-        **loaded.told,
+        **loaded.provenance,
         "corpora": [
             {
                 "digest": corpus.digest,

@@ -18,7 +18,7 @@ from neurons.models.memory import (
     covariance_bytes,
     covariance_room,
     kept_bytes,
-    most_room,
+    max_room,
     room,
     solving_bytes,
 )
@@ -243,10 +243,10 @@ def _parts(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dic
     for layer in sorted({layer for _, layer in units}):
         own = {place: index for place, index in units.items() if place[1] == layer}
         size = sum(covariance_bytes(len(index)) for index in own.values())
-        if size + solving > most_room(loaded):
+        if size + solving > max_room(loaded):
             raise BrocaError(
                 f"{loaded.name}: the covariances of layer {layer} and what is solved with them take "
-                f"{(size + solving) / 1e9:.1f} GB beside weights and libraries, and {most_room(loaded) / 1e9:.1f} GB are "
+                f"{(size + solving) / 1e9:.1f} GB beside weights and libraries, and {max_room(loaded) / 1e9:.1f} GB are "
                 "left of what is allowed: allow more (--max-memory), or let the key use some neurons only (--neurons)"
             )
         if not parts or size > left:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from neurons.models.memory import (
     LIBRARIES,
-    MOST_TOKENS,
+    MAX_TOKENS,
     Need,
     Sizes,
     backward_bytes,
@@ -39,16 +39,16 @@ class Text:
     row: int
     tokens: int
     texts: int
-    batch: int = MOST_TOKENS
+    batch: int = MAX_TOKENS
 
 
 def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> Text:
     """What a corpus is as this model's tokenizer reads it; rows of full length where there is no tokenizer."""
     length = block_length(planned.model)
     if planned.tokenizer is None:
-        count = MOST_TOKENS if tokens is None else tokens
+        count = MAX_TOKENS if tokens is None else tokens
         return Text(len(corpus.languages), length, count * len(corpus.languages), count // length + 1)
-    batches = language_batches(planned, corpus, tokens, MOST_TOKENS)
+    batches = language_batches(planned, corpus, tokens, MAX_TOKENS)
     flat = [batch for some in batches.values() for batch in some]
     return Text(
         len(corpus.languages),

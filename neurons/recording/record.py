@@ -12,7 +12,7 @@ from neurons.architectures.anatomy import Anatomy
 from neurons.architectures.sites import Routed
 from neurons.models.next_token import token_losses
 from neurons.models.not_finite import explained
-from neurons.models.processes import together
+from neurons.models.processes import all_reduce
 from neurons.models.source import LoadedModel
 from neurons.recording.collectors import (
     ATTRIBUTION,
@@ -143,18 +143,18 @@ def record(
         )
     with explained(loaded):
         totals.require_finite()
-    tokens, texts = together(counts, torch.add)
+    tokens, texts = all_reduce(counts, torch.add)
     return Statistics(
         languages=languages,
         tokens=tokens,
         texts=texts,
         moments={
-            f"{site}:{moment}": together(totals.stacked(f"{site}:{moment}"), combine_of(f"{site}:{moment}"))
+            f"{site}:{moment}": all_reduce(totals.stacked(f"{site}:{moment}"), combine_of(f"{site}:{moment}"))
             for site, moment in parsed
         },
         fingerprint=loaded.fingerprint,
-        routed=together(totals.stacked("routed"), torch.add) if anatomy.experts > 1 else None,
-        responses={language: together(values, torch.add) for language, values in responses.items()},
+        routed=all_reduce(totals.stacked("routed"), torch.add) if anatomy.experts > 1 else None,
+        responses={language: all_reduce(values, torch.add) for language, values in responses.items()},
         lines=lines,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neurons.architectures.sites import Reader, Routed, reading
+from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.models.not_finite import explained
 from neurons.models.processes import world
 from neurons.models.source import LoadedModel
@@ -55,7 +55,7 @@ class Position:
         return values.detach()[self.counted.to(values.device)]
 
 
-# As ``neurons.architectures.sites.Reader``, told where the pass is; it replaces nothing.
+# As ``neurons.architectures.sites.SiteHook``, with the position of the pass; it replaces nothing.
 PositionReader = Callable[[torch.Tensor, Routed | None, Position], None]
 
 
@@ -115,11 +115,11 @@ def read_text(
     """
     current: list[Position] = []
 
-    def bound(read: PositionReader) -> Reader:
+    def bound(read: PositionReader) -> SiteHook:
         return lambda values, routed: read(values, routed, current[0])
 
     own = {place: bound(read) for place, read in readers.items()}
-    with explained(loaded), reading(loaded.anatomy, own), torch.set_grad_enabled(gradients):
+    with explained(loaded), site_hooks(loaded.anatomy, own), torch.set_grad_enabled(gradients):
         for at, (k, batch) in enumerate(batches):
             on_device = batch.to(loaded.device)
             places = None if lines is None else torch.searchsorted(lines[k], batch.line_numbers)

@@ -1,1 +1,1 @@
-"""Scorers: statistics to scores of neurons, a published method a file, and how neurons are chosen by them."""
+"""Scorers: scores of neurons from statistics, one published method in each file, and selection by score."""

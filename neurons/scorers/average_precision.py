@@ -1,4 +1,4 @@
-"""Average precision: neurons whose response tells a language's texts from all others (Kojima et al., NAACL 2024).
+"""Average precision: neurons that separate a language's texts from all others (Kojima et al., NAACL 2024).
 
 arXiv 2404.02431, after the expert units of Cuadros et al. (ICML 2022).  A neuron's response to a text is
 its mean over the text's tokens; for language k the texts of k are positive, all others negative, and
@@ -23,18 +23,18 @@ from neurons.scorers.scores import Scores
 from neurons.scorers.selection import Selection
 from neurons.statistics.statistics import Statistics
 
-CHUNK = 128  # neurons sorted at a time: some 60 bytes for each of them and each text
+CHUNK = 128  # neurons sorted at a time: about 60 bytes for each neuron and text
 
 
 def average_precision(responses: Sequence[torch.Tensor]) -> Scores:
     """Score every neuron for every language.
 
     Args:
-        responses: one tensor a language, [n_k, L, I], the mean response to each of its texts.
+        responses: a tensor for each language, [n_k, L, I], the mean response to each of its texts.
 
     Returns:
         Scores with AP in (0, 1] as values; every neuron may belong to every language.  Its note ``chance``
-        is each language's share of the texts, about the AP of a neuron that knows nothing.
+        is each language's fraction of the texts, about the AP of an uninformative neuron.
 
     Raises:
         UsageError: fewer than two languages, a language without texts, or responses of different models.
@@ -68,20 +68,20 @@ def average_precision(responses: Sequence[torch.Tensor]) -> Scores:
 
 
 def _average_precision(responses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """AP [neurons, K] of responses [neurons, N] to texts that stand language by language, n_k of each."""
+    """AP [neurons, K] of responses [neurons, N] to texts grouped by language, n_k of each."""
     ranked, order = responses.sort(dim=-1, descending=True)
-    # How many texts, then how many of the language, respond at least as much as each text.
-    reached = torch.empty_like(order).scatter_(-1, order, _up_to(ranked))
+    # The number of texts, then of texts of the language, with at least this response.
+    ranks = torch.empty_like(order).scatter_(-1, order, _up_to(ranked))
     columns = []
-    for own in reached.split(list(counts), dim=-1):
-        reached_own = own.sort(dim=-1).values
+    for unsorted in ranks.split(list(counts), dim=-1):
+        ranks_of_language = unsorted.sort(dim=-1).values
         # Each positive text raises the recall by 1 / n_k at its threshold.
-        columns.append((_up_to(reached_own).double() / reached_own).mean(-1))
+        columns.append((_up_to(ranks_of_language).double() / ranks_of_language).mean(-1))
     return torch.stack(columns, dim=-1)
 
 
 def _up_to(ranked: torch.Tensor) -> torch.Tensor:
-    """int64: how many values of a sorted row stand before each one's equals end, they counted."""
+    """int64: the 1-based position of the last value equal to each value of a sorted row."""
     places = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
     last = torch.ones_like(ranked, dtype=torch.bool)
     last[:, :-1] = ranked[:, :-1] != ranked[:, 1:]
@@ -91,43 +91,43 @@ def _up_to(ranked: torch.Tensor) -> torch.Tensor:
 
 
 def forcing_values(responses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """What the paper sets a neuron to: the median of its responses to the texts of the language.
+    """Values that the paper forces neurons to: the median of their responses to texts of the language.
 
     Args:
         responses: [n, L, I], the mean response to each text of the language.
         rows: int64 [m, 2], (layer, neuron).
 
     Returns:
-        float64 [m]; of an even number of texts, the mean of the middle two.
+        float64 [m]; for an even number of texts the mean of the middle two.
 
     Raises:
-        UsageError: no texts.
+        UsageError: there are no texts.
     """
     if len(responses) == 0:
-        raise UsageError("a forcing value is a median over texts, and there are none")
+        raise UsageError("a forcing value is a median over texts, but there are no texts")
     ranked = responses[:, rows[:, 0], rows[:, 1]].double().sort(dim=0).values
     return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
 
 
 def responses_of(statistics: Statistics) -> list[torch.Tensor]:
-    """The texts' responses, language by language.
+    """The responses to texts, by language.
 
     Raises:
-        UsageError: statistics without them.
+        UsageError: the statistics hold none.
     """
     if not statistics.responses:
         raise UsageError(
-            "the statistics hold no responses of single texts: record them with `broca record ... --for "
+            "the statistics hold no responses to single texts: record them with `broca record ... --for "
             "average-precision`"
         )
     return [statistics.responses[language] for language in statistics.languages]
 
 
 class AveragePrecision(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "average-precision"
-    line = "how well a neuron's mean response tells the language's texts from others, top and bottom"
+    line = "how well a neuron's mean response separates the language's texts from others, top and bottom"
     source = "arXiv 2404.02431"
     moments = (RESPONSES,)
     reads = TEXTS

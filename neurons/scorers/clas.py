@@ -1,4 +1,4 @@
-"""CLAS classes: which neurons are on for all languages, for some, for one or for none (arXiv 2601.16390).
+"""CLAS classes: neurons that are active in all languages, several, one or none (arXiv 2601.16390).
 
 With h the input of ``down_proj`` (its channels are the neurons), over parallel texts:
 
@@ -7,8 +7,8 @@ With h the input of ``down_proj`` (its channels are the neurons), over parallel 
     all-shared: active in all K languages     partial-shared: in 2 to K-1
     specific: in one                          dead: in none
 
-Specific and partial-shared neurons belong to the languages that they are active in; a language's best have
-the largest m.  The paper scales partial-shared channels up and specific ones down, in the last layers.
+Specific and partial-shared neurons belong to the languages that they are active in, ranked by m.  The paper
+scales partial-shared channels up and specific ones down, in the last layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from neurons.scorers.means import require_finite, require_several
 from neurons.scorers.method import TEXTS, Scorer
-from neurons.scorers.scores import Scores, shares
+from neurons.scorers.scores import Scores, fractions
 from neurons.scorers.selection import Selection
 from neurons.statistics.statistics import Statistics
 
@@ -28,19 +28,19 @@ def clas(mean: torch.Tensor) -> Scores:
     """Score every neuron for every language.
 
     Args:
-        mean: float64 [L, I, K], m, from texts that say the same in every language.
+        mean: float64 [L, I, K], m, over parallel texts.
 
     Returns:
         values m; member m > 0, so that the kinds of ``neurons.scorers.selection`` are the classes (specific,
-        related = partial-shared, general = all-shared; a dead neuron is no language's); share of the
-        positive part of m.
+        related = partial-shared, general = all-shared; a dead neuron belongs to no language); exclusivity
+        of the positive part of m.
 
     Raises:
         UsageError: fewer than two languages.
         BrocaError: a mean that is not finite.
     """
     member = _active(mean)
-    return Scores(values=mean.double(), member=member, share=shares(mean.clamp(min=0)))
+    return Scores(values=mean.double(), member=member, exclusivity=fractions(mean.clamp(min=0)))
 
 
 def clas_classes(mean: torch.Tensor) -> torch.Tensor:
@@ -60,10 +60,10 @@ def _active(mean: torch.Tensor) -> torch.Tensor:
 
 
 class Clas(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "clas"
-    line = "neurons whose mean is above 0 in one language of parallel text only"
+    line = "neurons with a mean above 0 in only one language of parallel text"
     source = "arXiv 2601.16390"
     moments = ("mlp_in:text_mean",)
     reads = TEXTS

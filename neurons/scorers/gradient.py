@@ -1,12 +1,12 @@
-"""Gradient x activation: how much a language's likelihood leans on a neuron, to first order.
+"""Gradient x activation: how much a language's likelihood depends on a neuron, to first order.
 
-The Taylor criterion of arXiv 1611.06440, a token at a time: with h the input of ``down_proj`` and Loss the
+The Taylor criterion of arXiv 1611.06440 for each token: with h the input of ``down_proj`` and Loss the
 negative log-likelihood of the text,
 
     R[l, j, k] = mean over the tokens of language k of |h_j * dLoss/dh_j|
 
-Each language has the neurons of largest R.  Neurons that matter to every language are among them:
-``gradient_contrast`` removes those, as does a least exclusivity when neurons are selected.
+Each language has the neurons of largest R, including those that matter to every language:
+``gradient_contrast`` removes these, as does a minimum exclusivity in the selection.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from neurons.errors import BrocaError
 from neurons.scorers.means import means
 from neurons.scorers.method import Scorer
-from neurons.scorers.scores import Scores, shares
+from neurons.scorers.scores import Scores, fractions
 from neurons.statistics.statistics import Statistics
 
 
@@ -25,32 +25,32 @@ def gradient(attribution: torch.Tensor, seen: torch.Tensor) -> Scores:
 
     Args:
         attribution: float64 [L, I, K], sum over tokens of |h * dLoss/dh|.
-        seen: int64 [K], tokens; or [L, I, K], tokens that each neuron's expert was asked for.
+        seen: int64 [K], tokens; or [L, I, K], tokens routed to each neuron's expert.
 
     Returns:
-        values R; member R > 0; share R / sum_k R.
+        values R; member R > 0; exclusivity R / sum_k R.
 
     Raises:
         UsageError: a language without tokens.
         BrocaError: an attribution that is not finite or is negative.
     """
     mean = mean_attribution(attribution, seen)
-    return Scores(values=mean, member=mean > 0, share=shares(mean))
+    return Scores(values=mean, member=mean > 0, exclusivity=fractions(mean))
 
 
 def mean_attribution(attribution: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """R, float64 [L, I, K]; arguments and errors as ``gradient``."""
     mean = means(attribution, seen)
     if bool((mean < 0).any()):
-        raise BrocaError("an attribution is negative, but it is a sum of absolute values: record it again")
+        raise BrocaError("an attribution is negative, but it is a sum of absolute values: record again")
     return mean
 
 
 class Gradient(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "gradient"
-    line = "gradient x activation: what the language's likelihood leans on"
+    line = "gradient x activation: what the language's likelihood depends on"
     source = "first-order attribution, arXiv 1611.06440"
     moments = ("mlp_in:attribution",)
 

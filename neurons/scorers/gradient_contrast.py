@@ -1,4 +1,4 @@
-"""Contrastive gradient x activation: which neurons a language's likelihood leans on more than any other's.
+"""Contrastive gradient x activation: neurons that one language's likelihood depends on more than any other's.
 
 First-order attribution (arXiv 1611.06440), made contrastive; the contrast is Broca's own.  With h the
 input of ``down_proj`` and Loss the negative log-likelihood of the text:
@@ -7,10 +7,10 @@ input of ``down_proj`` and Loss the negative log-likelihood of the text:
     S_k        = R_k / sum_{l, j} R_k
     score_k    = S_k - max_{i != k} S_i
 
-and language k has the neurons of largest score_k among those above 0.  Shares make languages
-comparable whose losses differ; the difference to the runner-up removes neurons that matter to every
-language.  Unlike activation counts it does not depend on how often a neuron fires, which small SiLU
-models do for most tokens of all languages.
+and language k has the neurons of largest score_k among those above 0.  The normalisation makes languages
+with different losses comparable; the difference to the best other language removes neurons that matter
+to every language.  Unlike activation counts, the score does not depend on how often a neuron fires: in
+small SiLU models neurons fire on most tokens of all languages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from neurons.errors import UsageError
 from neurons.scorers.gradient import mean_attribution
 from neurons.scorers.means import require_several
 from neurons.scorers.method import Scorer
-from neurons.scorers.scores import Scores, shares
+from neurons.scorers.scores import Scores, fractions
 from neurons.statistics.statistics import Statistics
 
 
@@ -30,10 +30,10 @@ def gradient_contrast(attribution: torch.Tensor, tokens: torch.Tensor) -> Scores
 
     Args:
         attribution: float64 [L, I, K], sum over tokens of |h * dLoss/dh|.
-        tokens: int64 [K], tokens of each language.
+        tokens: int64 [K], number of tokens.
 
     Returns:
-        values score_k; member score_k > 0; share S_k / sum_k S_k.
+        values score_k; member score_k > 0; exclusivity S_k / sum_k S_k.
 
     Raises:
         UsageError: fewer than two languages, or a language without tokens or attribution.
@@ -45,21 +45,21 @@ def gradient_contrast(attribution: torch.Tensor, tokens: torch.Tensor) -> Scores
     total = mean.sum((0, 1))
     if not bool((total > 0).all()):
         raise UsageError(
-            f"language number {int((total <= 0).nonzero()[0]) + 1} has no attribution at all: "
-            "its text moves no neuron, so leave it out"
+            f"language number {int((total <= 0).nonzero()[0]) + 1} has no attribution: the loss of its "
+            "text depends on no neuron, so leave it out"
         )
     of_language = mean / total
     best, where = of_language.topk(2, dim=-1)
-    own_is_best = torch.arange(languages, device=mean.device) == where[..., :1]
-    score = of_language - torch.where(own_is_best, best[..., 1:], best[..., :1])
-    return Scores(values=score, member=score > 0, share=shares(of_language))
+    is_best = torch.arange(languages, device=mean.device) == where[..., :1]
+    score = of_language - torch.where(is_best, best[..., 1:], best[..., :1])
+    return Scores(values=score, member=score > 0, exclusivity=fractions(of_language))
 
 
 class GradientContrast(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "gradient-contrast"
-    line = "gradient x activation, less the largest of any other language"
+    line = "gradient x activation minus the largest of any other language"
     source = "Broca"
     moments = ("mlp_in:attribution",)
 

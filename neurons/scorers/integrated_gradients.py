@@ -1,12 +1,12 @@
 """Integrated gradients of the answer: knowledge neurons by language (Dai et al., ACL 2022, arXiv 2104.08696).
 
 With P(y | a) the probability of a prompt's answer when the neuron's activation is set to a, the integral
-from 0 to the activation that the prompt gives, by its right Riemann sum of m steps (the paper has m = 20):
+from 0 to the prompt's own activation, as a right Riemann sum of m steps (the paper has m = 20):
 
     (a_j / m) * sum_{i=1..m} dP(y | (i/m) * a_j) / da_j
 
-Each language has the neurons of largest mean over its prompts.  With m to infinity it is P(y | a_j) -
-P(y | 0), where one neuron is moved alone.
+Each language has the neurons of largest mean over its prompts.  As m goes to infinity the sum converges to
+P(y | a_j) - P(y | 0) with only this neuron changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from neurons.errors import BrocaError
 from neurons.scorers.means import means
 from neurons.scorers.method import PROMPTS, Scorer, answers
-from neurons.scorers.scores import Scores, shares
+from neurons.scorers.scores import Scores, fractions
 from neurons.statistics.statistics import Statistics
 
 
@@ -25,17 +25,17 @@ def integrated_gradients(integrated: torch.Tensor, prompts: torch.Tensor) -> Sco
 
     Args:
         integrated: float64 [L, I, K], sum over prompts of ``integrate``.
-        prompts: int64 [K].
+        prompts: int64 [K], number of prompts.
 
     Returns:
-        values, the mean over prompts; member where it is above 0; share of its positive part.
+        values, the mean over prompts; member where it is above 0; exclusivity of its positive part.
 
     Raises:
         UsageError: a language without prompts.
         BrocaError: a sum that is not finite.
     """
     mean = means(integrated, prompts, "prompts")
-    return Scores(values=mean, member=mean > 0, share=shares(mean.clamp(min=0)))
+    return Scores(values=mean, member=mean > 0, exclusivity=fractions(mean.clamp(min=0)))
 
 
 def integrate(activation: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -43,21 +43,21 @@ def integrate(activation: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor
 
     Args:
         activation: [rows, I], a.
-        gradients: [m, rows, I], number i - 1 taken with the activation at (i / m) * a.
+        gradients: [m, rows, I]; index i - 1 is the gradient at the activation (i / m) * a.
 
     Raises:
-        BrocaError: no step, or gradients that are not of these activations.
+        BrocaError: no step, or gradients of another shape.
     """
     if not len(gradients) or gradients.shape[1:] != activation.shape:
         raise BrocaError(
             f"gradients {list(gradients.shape)} do not fit activations {list(activation.shape)}: "
-            "one step or more of the same shape is needed"
+            "at least one step of the same shape is needed"
         )
     return activation.double() * gradients.sum(0, dtype=torch.float64) / len(gradients)
 
 
 class IntegratedGradients(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "integrated-gradients"
     line = "integrated gradients of answers: knowledge neurons"

@@ -1,14 +1,14 @@
 """LAPE, language activation probability entropy (Tang et al., ACL 2024, arXiv 2402.16438).
 
-With c[l, j, k] the tokens of language k on which neuron (l, j) is active and n_k the tokens of k:
+With c[l, j, k] the number of tokens of language k on which neuron (l, j) is active and n_k the tokens of k:
 
     P = c / n_k          Q = P / sum_k P  (0/0 -> 0)          H = -sum_k Q ln Q  (nats, 0 ln 0 = 0)
 
-1. tau = the round(filter_rate * L*I*K)-th smallest P; a neuron with no P > tau is out (H = +inf).
+1. tau = the round(filter_rate * L*I*K)-th smallest P; a neuron with no P > tau is excluded (H = +inf).
 2. The round(top_rate * L*I) neurons of smallest H are kept, over all layers together: that is
    ``select(scores, Selection(scope="global", top_rate=...))``, with 0.01 in section 4.1 of the paper.
 3. bar = the round(activation_rate * L*I*K)-th smallest P; a kept neuron belongs to every language
-   with P > bar: to several, to one or to none.
+   with P > bar: several, one or none.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 
 from neurons.scorers.means import means, require_rate, require_several
 from neurons.scorers.method import Scorer
-from neurons.scorers.scores import Scores, shares
+from neurons.scorers.scores import Scores, fractions
 from neurons.scorers.selection import Selection
 from neurons.scorers.setting import setting
 from neurons.statistics.statistics import Statistics
 
-FILTER_RATE = 0.95  # the released code, as is the next
+FILTER_RATE = 0.95  # the released code, as is ACTIVATION_RATE
 ACTIVATION_RATE = 0.95
 
 
@@ -38,13 +38,13 @@ def lape(
 
     Args:
         positive: int64 [L, I, K], tokens with activation > 0.
-        seen: int64 [K], tokens; or [L, I, K], tokens that each neuron's expert was asked for.
-        filter_rate: share of all P at or below tau.
-        activation_rate: share of all P at or below bar.
+        seen: int64 [K], tokens; or [L, I, K], tokens routed to each neuron's expert.
+        filter_rate: fraction of all P at or below tau.
+        activation_rate: fraction of all P at or below bar.
 
     Returns:
         values -H, the same for all languages, -inf for a neuron that the filter removed; member P > bar;
-        share Q; notes "tau" and "bar".
+        exclusivity Q; notes "tau" and "bar".
 
     Raises:
         UsageError: fewer than two languages, a language without tokens, or a rate outside (0, 1].
@@ -55,7 +55,7 @@ def lape(
 
 
 def entropy_scores(probability: torch.Tensor, filter_rate: float, activation_rate: float) -> Scores:
-    """Steps 1 to 3 without the choice, for any non-negative P [L, I, K].
+    """Steps 1 to 3 without the selection, for any non-negative P [L, I, K].
 
     Raises:
         UsageError: a rate outside (0, 1].
@@ -68,15 +68,15 @@ def entropy_scores(probability: torch.Tensor, filter_rate: float, activation_rat
     return Scores(
         values=values[..., None].expand_as(probability),
         member=probability > bar,
-        share=shares(probability),
+        exclusivity=fractions(probability),
         notes={"tau": tau, "bar": bar},
     )
 
 
 def entropy(probability: torch.Tensor) -> torch.Tensor:
-    """H of the shares of a non-negative quantity, nats, float64 [L, I]; 0 where there is nothing to share."""
-    share = shares(probability)
-    return -torch.xlogy(share, share).sum(-1)
+    """H of a non-negative quantity normalised over languages, nats, float64 [L, I]; 0 where the sum is 0."""
+    normalised = fractions(probability)
+    return -torch.xlogy(normalised, normalised).sum(-1)
 
 
 def smallest(values: torch.Tensor, rate: float) -> float:
@@ -87,17 +87,19 @@ def smallest(values: torch.Tensor, rate: float) -> float:
 
 @dataclass(frozen=True)
 class Lape(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "lape"
-    line = "entropy of how often a neuron fires in each language"
+    line = "entropy over languages of the probability that a neuron is active"
     source = "arXiv 2402.16438"
     moments = ("mlp_act:positive",)
     selection = Selection(scope="global", top_rate=0.01)
 
-    filter_rate: float = setting(FILTER_RATE, "quantile of rates that one must reach")
+    filter_rate: float = setting(
+        FILTER_RATE, "quantile of all firing rates that a neuron must exceed in some language"
+    )
     activation_rate: float = setting(
-        ACTIVATION_RATE, "quantile of all rates from which on a neuron counts as firing"
+        ACTIVATION_RATE, "quantile of all firing rates above which a neuron belongs to a language"
     )
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:

@@ -1,13 +1,13 @@
-"""LAPE of gradient x activation: the entropy of how much a language's likelihood leans on a neuron.
+"""LAPE of gradient x activation: the entropy of how much a language's likelihood depends on a neuron.
 
 As LAPE (arXiv 2402.16438), with the first-order attribution R (the Taylor criterion of arXiv 1611.06440)
-in place of the probability of firing, so that how often a neuron fires no longer counts:
+in place of the probability of firing, so that the score does not depend on how often a neuron fires:
 
     R = mean over the tokens of language k of |h_j * dLoss/dh_j|
     Q = R / sum_k R          H = -sum_k Q ln Q
 
-with tau, bar and the choice of neurons as in ``neurons.scorers.lape``.  R is in nats a token and is not
-scaled: a language whose tokens are harder has larger R everywhere (``gradient_contrast`` evens that out).
+with tau, bar and the selection as in ``neurons.scorers.lape``.  R is in nats a token and is not
+normalised: a language with harder tokens has larger R everywhere (``gradient_contrast`` normalises it).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def lape_gradient(
 
     Args:
         attribution: float64 [L, I, K], sum over tokens of |h * dLoss/dh|.
-        seen: int64 [K], tokens; or [L, I, K], tokens that each neuron's expert was asked for.
-        filter_rate: share of all R at or below tau; LAPE's default.
-        activation_rate: share of all R at or below bar; LAPE's default.
+        seen: int64 [K], tokens; or [L, I, K], tokens routed to each neuron's expert.
+        filter_rate: fraction of all R at or below tau.
+        activation_rate: fraction of all R at or below bar.
 
     Returns:
         values -H, the same for all languages, -inf for a neuron that the filter removed; member R > bar;
-        share Q; notes "tau" and "bar".
+        exclusivity Q; notes "tau" and "bar".
 
     Raises:
         UsageError: fewer than two languages, a language without tokens, or a rate outside (0, 1].
@@ -48,7 +48,7 @@ def lape_gradient(
 
 
 class LapeGradient(Lape):
-    """The method, with LAPE's settings."""
+    """The registered scorer, with LAPE's settings."""
 
     name = "lape-gradient"
     line = "LAPE's entropy of gradient x activation instead of firing rates"

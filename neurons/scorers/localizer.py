@@ -1,15 +1,15 @@
 """Localizer: neurons that respond more to a language than to all others (AlKhamissi et al., NAACL 2025).
 
-arXiv 2411.02280, "The LLM Language Network", a localizer contrast of neuroscience.  With |m| the size of
-a unit's mean activation over a text, a and s^2 its mean and variance over the n texts of language k, and
+arXiv 2411.02280, "The LLM Language Network", a localizer contrast of neuroscience.  With |m| the absolute
+value of a unit's mean over a text, a and s^2 its mean and variance over the n texts of language k, and
 a', s'^2, n' those over the texts of all other languages pooled, Welch's
 
     t = (a - a') / sqrt(s^2/n + s'^2/n')
 
     df = (s^2/n + s'^2/n')^2 / ((s^2/n)^2/(n - 1) + (s'^2/n')^2/(n' - 1))
 
-The paper takes the top 1 % of t.  Asked for, a false discovery rate keeps only the units whose two-sided
-p, adjusted over all units of the language (Benjamini & Hochberg 1995), is at most the rate.
+The paper takes the top 1 % of t.  An optional false discovery rate keeps only units with a two-sided p,
+adjusted over all units of the language (Benjamini & Hochberg 1995), of at most the rate.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from neurons.scorers.scores import Scores
 from neurons.scorers.setting import setting
 from neurons.statistics.statistics import Statistics
 
-# Squared deviations below this part of the sum of squares are what rounding leaves of a difference of
-# two sums, not a variance; it stands for a spread of a millionth of the mean.
+# Below this fraction of the sum of squares the squared deviations are rounding error, not variance: it
+# corresponds to a standard deviation of a millionth of the mean.
 ROUNDING = 1e-12
 
 
@@ -42,13 +42,12 @@ def localizer(
     Args:
         text_absolute: float64 [L, I, K], sum over texts of |m|.
         text_square: float64 [L, I, K], sum over texts of m^2.
-        texts: int64 [K], texts summed over.
-        false_discovery_rate: largest adjusted p of a member; None asks for no significance.
+        texts: int64 [K], number of texts.
+        false_discovery_rate: maximum adjusted p of a member; None skips the test.
 
     Returns:
-        Scores with t as values; a member has t > 0 (and is significant).  A unit without any variance
-        has t = 0 where the two means are equal and -inf, which is never selected, where they are not:
-        t does not exist there, and p counts as 1.
+        Scores with t as values; a member has t > 0 (and is significant).  For a unit without variance t is
+        undefined: it is 0 where the two means are equal, otherwise -inf, which is never selected; p is 1.
 
     Raises:
         UsageError: fewer than two languages, fewer than two texts of a language, or a rate outside (0, 1].
@@ -68,7 +67,7 @@ def localizer(
     values = torch.empty(text_absolute.shape, dtype=torch.float64)
     member = torch.empty(text_absolute.shape, dtype=torch.bool)
     for k in range(languages):
-        # Summed, not subtracted from the total: a rare language would drown in the total's rounding.
+        # Summed, not subtracted from the total: the total's rounding error could exceed a rare language.
         others = [other for other in range(languages) if other != k]
         t, freedom = _welch(
             *_moments(text_absolute[..., k], text_square[..., k], int(texts[k])),
@@ -91,7 +90,7 @@ def _moments(total: torch.Tensor, square: torch.Tensor, texts: int) -> tuple[tor
     mean = total.double().cpu() / texts
     square = square.double().cpu()
     deviation = square - mean * mean * texts
-    # At most 0 as well as merely small: the difference may round below 0.
+    # Also where it is negative: the difference may round below 0.
     deviation = torch.where(deviation <= ROUNDING * square, 0.0, deviation)
     return mean, deviation / (texts - 1)
 
@@ -104,12 +103,12 @@ def _welch(
     other_variance: torch.Tensor,
     other_texts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """t and its degrees of freedom, [L, I]; without any variance, t as ``localizer`` says and df = 1."""
+    """t and its degrees of freedom, [L, I]; without variance t as in ``localizer`` and df = 1."""
     error, other_error = variance / texts, other_variance / other_texts
     both = error + other_error
-    part = torch.where(both > 0, error / both, 1.0)
-    # The formula divided by the square of ``both``, which may be too small to be squared.
-    freedom = 1 / (part**2 / (texts - 1) + (1 - part) ** 2 / (other_texts - 1))
+    fraction = torch.where(both > 0, error / both, 1.0)
+    # Normalised by ``both``, the square of which may underflow.
+    freedom = 1 / (fraction**2 / (texts - 1) + (1 - fraction) ** 2 / (other_texts - 1))
     constant = torch.where(torch.isclose(mean, other_mean, rtol=ROUNDING**0.5, atol=0), 0.0, -torch.inf)
     return torch.where(both > 0, (mean - other_mean) / both.sqrt(), constant), freedom
 
@@ -124,15 +123,15 @@ def _adjusted(t: torch.Tensor, freedom: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Localizer(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "localizer"
-    line = "Welch's t of a neuron's size in the language's texts against all others"
+    line = "Welch's t of a neuron's absolute mean in the language's texts against all others"
     source = "arXiv 2411.02280"
     moments = ("mlp_in:text_absolute", "mlp_in:text_square")
     reads = TEXTS
 
-    false_discovery_rate: float | None = setting(None, "of the neurons kept, at most; no test")
+    false_discovery_rate: float | None = setting(None, "maximum false discovery rate; by default no test")
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
         total, square = (statistics.moment(moment) for moment in self.moments)

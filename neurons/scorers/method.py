@@ -1,4 +1,4 @@
-"""A scorer as a method: a frozen dataclass of its settings that says what must be recorded and scores it."""
+"""The base class of scorers: a frozen dataclass of settings, required moments and a scoring function."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from neurons.scorers.selection import Selection
 from neurons.scorers.setting import Configured
 from neurons.statistics.statistics import Statistics
 
-# What a method reads: text in full blocks, a text a row, prompts with answers.
+# The input of a scorer: text packed into full blocks, one text a row, or prompts with answers.
 PACKED, TEXTS, PROMPTS, NOTHING = "blocks", "texts", "prompts", "nothing"
 RESPONSES = "mlp_in:responses"
 
 
 @dataclass(frozen=True)
 class Scorer(Configured):
-    """What every method declares; its fields are its settings.
+    """Class attributes that every scorer declares; the dataclass fields are its settings.
 
     Attributes:
-        name: on the command line.
-        line: what it is, in a line.
-        source: where it was published.
-        moments: what must be recorded.
-        reads: "blocks" (full blocks of joined text), "texts" (a text a row), "prompts" (with answers) or
+        name: the value of ``--method``.
+        line: a description in one line.
+        source: the publication.
+        moments: statistics that must be recorded.
+        reads: "blocks" (full blocks of joined text), "texts" (one text a row), "prompts" (with answers) or
             "nothing".
-        selection: how neurons are chosen where nothing else is asked for.
-        control: whether it follows another set and scores nothing.
-        rate_in_score: whether the top rate is the scorer's business and selection takes all its members.
+        selection: the default selection of neurons.
+        control: whether it is a random control of another neuron set and gives no scores.
+        rate_in_score: whether the scorer applies the top rate itself, so that selection keeps all members.
         parallel: whether line i must be the same text in every language.
     """
 
@@ -46,7 +46,7 @@ class Scorer(Configured):
 
     @classmethod
     def needs(cls) -> str:
-        """What ``broca identify`` must be given, as options; in brackets what it may."""
+        """The options that ``broca identify`` requires for it; optional ones in brackets."""
         if cls.reads == NOTHING:
             return "--like, or MODEL --languages"
         if cls.control:
@@ -60,11 +60,11 @@ class Scorer(Configured):
         """Score every neuron.
 
         Raises:
-            UsageError: statistics that lack what it needs.
+            UsageError: the statistics lack a moment that it needs.
         """
         raise NotImplementedError
 
 
 def answers(statistics: Statistics, moment: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A moment of answers, and the prompts of each language that it is of."""
+    """A moment summed over answers, and its number of prompts in each language."""
     return statistics.moment(moment), statistics.prompts[moment.partition(":")[2]]

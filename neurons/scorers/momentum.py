@@ -1,12 +1,12 @@
-"""Momentum: neurons that move the same way in nearly every contrastive pair (AUSteer, ICLR 2026).
+"""Momentum: neurons that change in the same direction in nearly every contrastive pair (AUSteer, ICLR 2026).
 
 Over N pairs of a neuron's responses x+ and x-:
 
-    r+ = share of pairs with x+ > x-          r- = share with x- > x+          score = max(r+, r-)
+    r+ = fraction of pairs with x+ > x-       r- = fraction with x- > x+       score = max(r+, r-)
 
-A share has no scale, so layers are comparable; N pairs know only N + 1 shares, so ties are common and
-the larger mean |x+ - x-| goes first.  For language k the pairs are each of its texts against the same
-text in every other language: N * (K - 1) pairs.
+A fraction has no scale, so layers are comparable; N pairs give only N + 1 values, so ties are common and
+the larger mean |x+ - x-| ranks first.  For language k each of its texts is paired with the same text in
+every other language: N * (K - 1) pairs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CHUNK = 16  # pairs compared at a time, as float64 of all neurons
 
 @dataclass(frozen=True)
 class MomentumRates:
-    """How the pairs of every neuron compare.
+    """Comparison of the pairs for every neuron.
 
     Attributes:
         rate_up: float64 [L, I], r+.
-        rate_down: float64 [L, I], r-; with ``rate_up`` less than 1 where pairs are equal.
+        rate_down: float64 [L, I], r-; the two sum to less than 1 where pairs are equal.
         difference: float64 [L, I], mean over pairs of |x+ - x-|.
     """
 
@@ -43,7 +43,7 @@ class MomentumRates:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over pairs, [L, I]: int64 how many go up, how many go down; float64 the sum of |x+ - x-|."""
+    """Over pairs, [L, I]: int64 counts of increases and decreases; float64 sum of |x+ - x-|."""
 
     up: torch.Tensor
     down: torch.Tensor
@@ -55,10 +55,10 @@ def momentum_rates(positive: torch.Tensor, negative: torch.Tensor) -> MomentumRa
 
     Args:
         positive: [N, L, I].
-        negative: [N, L, I], the other half of each pair.
+        negative: [N, L, I], the second response of each pair.
 
     Raises:
-        UsageError: no pairs, or responses that do not pair up.
+        UsageError: no pairs, or responses of different shapes.
         BrocaError: a response that is not finite.
     """
     pairs = len(positive)
@@ -74,14 +74,14 @@ def momentum(responses: torch.Tensor | Sequence[torch.Tensor]) -> Scores:
     """Score every neuron for every language.
 
     Args:
-        responses: [K, N, L, I], or K tensors [N, L, I]: of each language, text i a translation of text i
+        responses: [K, N, L, I], or K tensors [N, L, I]; text i of each language is a translation of text i
             of every other.
 
     Returns:
         Scores with max(r+, r-) as values, mean |x+ - x-| as tie; every neuron may belong to every language.
 
     Raises:
-        UsageError: fewer than two languages, no texts, or languages of unequal texts.
+        UsageError: fewer than two languages, no texts, or different numbers of texts.
         BrocaError: a response that is not finite.
     """
     halves = list(responses)
@@ -90,7 +90,7 @@ def momentum(responses: torch.Tensor | Sequence[torch.Tensor]) -> Scores:
     counts = [len(texts) for texts in halves]
     if len(set(counts)) > 1:
         raise UsageError(
-            f"momentum: parallel text needed, but the languages have {', '.join(map(str, counts))} texts"
+            f"momentum needs parallel text, but the languages have {', '.join(map(str, counts))} texts"
         )
     up = [torch.zeros(halves[0].shape[1:], dtype=torch.int64, device=halves[0].device) for _ in halves]
     down = [torch.zeros_like(zeros) for zeros in up]
@@ -117,17 +117,17 @@ def momentum(responses: torch.Tensor | Sequence[torch.Tensor]) -> Scores:
 
 def _sums(positive: torch.Tensor, negative: torch.Tensor) -> _Sums:
     if len(positive) == 0:
-        raise UsageError("momentum: there are no pairs to compare")
+        raise UsageError("momentum: there are no pairs")
     if positive.shape != negative.shape:
         raise UsageError(
-            f"momentum: parallel text needed, but responses {list(positive.shape)} and {list(negative.shape)} "
-            f"(texts, layers, neurons) do not pair up"
+            f"momentum needs parallel text, but the responses have shapes {list(positive.shape)} and "
+            f"{list(negative.shape)} (texts, layers, neurons)"
         )
     up = torch.zeros(positive.shape[1:], dtype=torch.int64, device=positive.device)
     down, difference = torch.zeros_like(up), torch.zeros_like(up, dtype=torch.float64)
     for start in range(0, len(positive), CHUNK):
         step = positive[start : start + CHUNK].double() - negative[start : start + CHUNK].double()
-        # By sign: two different numbers never have the difference 0 in IEEE arithmetic.
+        # The sign is exact: in IEEE arithmetic two different numbers never have the difference 0.
         up += (step > 0).sum(0)
         down += (step < 0).sum(0)
         difference += step.abs().sum(0)
@@ -138,10 +138,10 @@ def _sums(positive: torch.Tensor, negative: torch.Tensor) -> _Sums:
 
 
 class Momentum(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "momentum"
-    line = "how often a neuron goes the same way between a text and its translations"
+    line = "how often a neuron changes in the same direction between a text and its translations"
     source = "AUSteer, ICLR 2026"
     moments = (RESPONSES,)
     reads = TEXTS
@@ -152,7 +152,7 @@ class Momentum(Scorer):
 
 
 def _parallel_responses(statistics: Statistics) -> list[torch.Tensor]:
-    """Responses to the lines that every language has."""
+    """Responses to the lines that all languages have in common."""
     responses = responses_of(statistics)
     lines = [statistics.lines[language] for language in statistics.languages]
     common = lines[0]
@@ -160,6 +160,6 @@ def _parallel_responses(statistics: Statistics) -> list[torch.Tensor]:
         common = common[torch.isin(common, other)]
     if not len(common):
         raise UsageError(
-            "no line has a text in every language: parallel text is needed, line by line the same"
+            "no line has a text in every language: parallel text is needed, with line i the same text in each"
         )
-    return [values[torch.isin(own, common)] for values, own in zip(responses, lines, strict=True)]
+    return [values[torch.isin(numbers, common)] for values, numbers in zip(responses, lines, strict=True)]

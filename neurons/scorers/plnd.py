@@ -1,14 +1,14 @@
 """PLND, parallel language-specific neuron detection (Zhao et al., NeurIPS 2024, arXiv 2402.18815).
 
-The importance of a neuron for a document is how much the block's output changes without it, for an MLP
-neuron sum over tokens t of |h_tj| * ||column j of down_proj||.  With rank 0 the most important neuron of
-its layer and k = round(top_rate * I):
+The importance of a neuron for a document is the change of the MLP's output without it, the sum over
+tokens t of |h_tj| * ||column j of down_proj||.  With rank 0 the most important neuron of its layer
+and k = round(top_rate * I):
 
     worst_rank[l, j, c] = max over the documents of language c of the rank of neuron (l, j)
-    set of c            = {(l, j): worst_rank < k}, the neurons that are among the k best in EVERY document
+    set of c            = {(l, j): worst_rank < k}, the neurons among the k most important in EVERY document
 
-Language-specific neurons are the set without the neurons of all languages' sets: ``select(scores,
-Selection(top_rate=1.0, kinds=("specific", "related")))`` (of the whole model: no neuron is cut off here).
+Language-specific neurons are those that are not in the sets of all languages: ``select(scores,
+Selection(top_rate=1.0, kinds=("specific", "related")))``, where 1.0 because the ranks already set the rate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from neurons.scorers.scores import Scores
 from neurons.scorers.selection import Selection
 from neurons.statistics.statistics import Statistics
 
-TOP_RATE = 0.01  # of a layer; Broca's own, as large as LAPE's share: the paper sets k by hand
+TOP_RATE = 0.01  # of a layer; our choice, as in LAPE: the paper sets k by hand
 
 
 def plnd(worst_rank: torch.Tensor, top_rate: float = TOP_RATE) -> Scores:
@@ -31,14 +31,14 @@ def plnd(worst_rank: torch.Tensor, top_rate: float = TOP_RATE) -> Scores:
     Args:
         worst_rank: int64 [L, I, K], the largest 0-based rank of the neuron within its layer over all
             documents of the language.
-        top_rate: share of a layer's neurons that counts as its most important in one document.
+        top_rate: fraction of a layer's neurons that count as most important in a document.
 
     Returns:
-        values 1 - worst_rank / I; member worst_rank < round(top_rate * I); no share.
+        values 1 - worst_rank / I; member worst_rank < round(top_rate * I); no exclusivity.
 
     Raises:
         UsageError: a rate outside (0, 1] or too small to keep a neuron of a layer, a language without
-            documents, or what are no ranks.
+            documents, or values that are not ranks.
     """
     width = worst_rank.shape[1]
     kept = rate_count("top rate", top_rate, width)
@@ -47,15 +47,15 @@ def plnd(worst_rank: torch.Tensor, top_rate: float = TOP_RATE) -> Scores:
     # One document gives every rank once, and more documents only raise them.
     empty = (worst_rank.sum(1) < width * (width - 1) // 2).any(0)
     if bool(empty.any()):
-        raise UsageError(f"language number {int(empty.nonzero()[0]) + 1} is without documents: give it some")
+        raise UsageError(f"language number {int(empty.nonzero()[0]) + 1} has no documents: give it some")
     return Scores(values=1 - worst_rank.double() / width, member=worst_rank < kept)
 
 
 def document_importance_ranks(importance: torch.Tensor) -> torch.Tensor:
-    """Each neuron's place in its document, int64 [rows, I]: 0 the most important; ties by neuron.
+    """The rank of each neuron in each document, int64 [rows, I]: 0 is the most important; ties by neuron.
 
     Args:
-        importance: [rows, I], a document a row.
+        importance: [rows, I], one document a row.
 
     Raises:
         BrocaError: an importance that is not finite.
@@ -67,10 +67,10 @@ def document_importance_ranks(importance: torch.Tensor) -> torch.Tensor:
 
 
 class Plnd(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "plnd"
-    line = "neurons whose removal changes every text of a language most, exact"
+    line = "neurons that, when removed, change every text of a language the most (exact)"
     source = "arXiv 2402.18815"
     moments = ("mlp_in:worst_rank",)
     reads = TEXTS
@@ -82,9 +82,9 @@ class Plnd(Scorer):
 
 
 class PlndReleased(Plnd):
-    """The method."""
+    """The registered scorer."""
 
     name = "plnd-released"
-    line = "the same as the released code has it: the size of up_proj's output alone"
+    line = "PLND as in the released code: the absolute value of up_proj's output"
     source = "arXiv 2402.18815, released code"
     moments = ("mlp_up:worst_rank",)

@@ -1,9 +1,9 @@
-"""Random controls: neurons drawn by chance, which every result stands beside.
+"""Random controls: randomly drawn neurons to compare every result with.
 
-``random_like`` draws as many in each layer as a set has there, none of them its own: the control of
-LAPE (Tang et al., arXiv 2402.16438) and of the localizer (AlKhamissi et al., arXiv 2411.02280).
+``random_like`` draws as many neurons in each layer as a set has there, none of them from the set: the control
+of LAPE (Tang et al., arXiv 2402.16438) and of the localizer (AlKhamissi et al., arXiv 2411.02280).
 ``random_matched`` draws neurons that are also about as active as the set's, since language neurons fire
-more, or less, than most.  ``random_scores`` is the scorer that knows nothing.
+more, or less, than the average.  ``random_scores`` is an uninformative scorer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.scorers.method import NOTHING, Scorer
 from neurons.scorers.scores import Scores
 
-NEAREST = 10  # Broca's own choice
+NEAREST = 10  # our choice
 
 
 def random_like(rows: torch.Tensor, layers: int, width: int, seed: int) -> torch.Tensor:
@@ -26,20 +26,20 @@ def random_like(rows: torch.Tensor, layers: int, width: int, seed: int) -> torch
         rows: int64 [n, 2], (layer, neuron).
         layers: L of the model.
         width: I of the model.
-        seed: of the draw; equal seeds give equal neurons.
+        seed: equal seeds give equal neurons.
 
     Returns:
         int64 [n, 2], in (layer, neuron) order.
 
     Raises:
-        UsageError: a layer with too few others.
+        UsageError: a layer with too few other neurons.
         BrocaError: a neuron that the model does not have, or one named twice.
     """
-    own = _own(rows, layers, width)
+    excluded = _mask(rows, layers, width)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for layer in range(layers):
-        candidates = (~own[layer]).nonzero()[:, 0]
+        candidates = (~excluded[layer]).nonzero()[:, 0]
         wanted = width - len(candidates)
         _require_room(layer, wanted, width)
         picked = candidates[torch.randperm(len(candidates), generator=generator)[:wanted]].sort().values
@@ -52,30 +52,30 @@ def random_matched(
 ) -> torch.Tensor:
     """Random neurons of the same layers that are about as active as ``rows``, none of them among ``rows``.
 
-    In each layer the rows choose in a random order, each one of the ``nearest`` neurons not yet taken
-    that are closest to it in the layer's order of activity (equally far: the less active first).
+    In each layer the rows draw in random order, each one of the ``nearest`` remaining neurons closest to it
+    in rank of activity (of two equally close, the less active first).
 
     Args:
         rows: int64 [n, 2], (layer, neuron).
-        activity: float64 [L, I], what is matched, such as the share of tokens that a neuron fires on.
-        seed: of the draw; equal seeds give equal neurons.
-        nearest: how many neurons each is drawn from; fewer where fewer are left.
+        activity: float64 [L, I], the quantity to match, such as the fraction of tokens that fire.
+        seed: equal seeds give equal neurons.
+        nearest: number of neurons that each is drawn from; fewer where fewer remain.
 
     Returns:
         int64 [n, 2]; row i is the control of row i of ``rows``.
 
     Raises:
-        UsageError: a layer with too few others, or a ``nearest`` below 1.
+        UsageError: a layer with too few other neurons, or a ``nearest`` below 1.
         BrocaError: a neuron that the model does not have or one named twice, or an activity that is not
             a number.
     """
     layers, width = activity.shape
     if nearest < 1:
-        raise UsageError(f"a control is drawn from the nearest {nearest} neurons: it must be at least 1")
+        raise UsageError(f"a matched control needs at least 1 nearest neuron, not {nearest}")
     if bool(torch.isnan(activity).any()):
         layer, neuron = torch.isnan(activity).nonzero()[0].tolist()
         raise BrocaError(f"the activity of neuron {neuron} in layer {layer} is not a number")
-    own = _own(rows, layers, width)
+    excluded = _mask(rows, layers, width)
     generator = torch.Generator().manual_seed(seed)
     matched = rows.to(torch.int64).clone()
     for layer in rows[:, 0].unique().tolist():
@@ -86,7 +86,7 @@ def random_matched(
         rank[order] = torch.arange(width)
         at = at[torch.randperm(len(at), generator=generator)]
         chances = torch.rand(len(at), generator=generator, dtype=torch.float64)
-        free = (~own[layer])[order].nonzero()[:, 0].tolist()
+        free = (~excluded[layer])[order].nonzero()[:, 0].tolist()
         taken = _take_nearest(rank[rows[at, 1]].tolist(), free, chances.tolist(), nearest)
         matched[at, 1] = order[torch.tensor(taken)]
     return matched
@@ -99,7 +99,7 @@ def random_scores(layers: int, width: int, languages: int, seed: int) -> Scores:
         layers: L of the model.
         width: I of the model.
         languages: K.
-        seed: of the draw; equal seeds give equal scores.
+        seed: equal seeds give equal scores.
     """
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(layers, width, languages, generator=generator, dtype=torch.float64)
@@ -107,10 +107,10 @@ def random_scores(layers: int, width: int, languages: int, seed: int) -> Scores:
 
 
 def _take_nearest(wanted: list[int], free: list[int], chances: list[float], nearest: int) -> list[int]:
-    """For each rank wanted one of the ``nearest`` free ranks, which is then free no longer."""
+    """Draw for each wanted rank one of the ``nearest`` free ranks and remove it from ``free``."""
     taken = []
-    # One after the other: what a row may choose depends on all choices before.  ``free`` ascends, so
-    # the nearest lie within ``nearest`` places to either side.
+    # Sequential: each draw depends on all draws before.  ``free`` is sorted, so the nearest lie within
+    # ``nearest`` places to either side.
     for rank, chance in zip(wanted, chances, strict=True):
         place = bisect_left(free, rank)
         window = range(max(0, place - nearest), min(len(free), place + nearest))
@@ -119,39 +119,39 @@ def _take_nearest(wanted: list[int], free: list[int], chances: list[float], near
     return taken
 
 
-def _own(rows: torch.Tensor, layers: int, width: int) -> torch.Tensor:
+def _mask(rows: torch.Tensor, layers: int, width: int) -> torch.Tensor:
     """bool [L, I]: the neurons of ``rows``."""
     if len(rows) and not (
         bool((rows >= 0).all()) and int(rows[:, 0].max()) < layers and int(rows[:, 1].max()) < width
     ):
-        raise BrocaError(f"a control was asked for a neuron outside {layers} x {width}")
-    own = torch.zeros(layers, width, dtype=torch.bool)
-    own[rows[:, 0], rows[:, 1]] = True
-    if int(own.sum()) != len(rows):
-        raise BrocaError("a control was asked for a neuron that is named twice")
-    return own
+        raise BrocaError(f"the neuron set has a neuron outside {layers} x {width}")
+    mask = torch.zeros(layers, width, dtype=torch.bool)
+    mask[rows[:, 0], rows[:, 1]] = True
+    if int(mask.sum()) != len(rows):
+        raise BrocaError("the neuron set names a neuron twice")
+    return mask
 
 
 def _require_room(layer: int, wanted: int, width: int) -> None:
     if 2 * wanted > width:
-        raise UsageError(f"the neurons are more than half of layer {layer}: no control is left")
+        raise UsageError(f"the neurons are more than half of layer {layer}: too few are left for a control")
 
 
 class Random(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "random"
-    line = "a control: as many neurons in the same layers, at random"
+    line = "a control: as many random neurons in the same layers"
     source = "-"
     reads = NOTHING
     control = True
 
 
 class RandomMatched(Scorer):
-    """The method."""
+    """The registered scorer."""
 
     name = "random-matched"
-    line = "a control: the same, and alike in activity"
+    line = "a control: random neurons of the same layers with similar activity"
     source = "-"
     moments = ("mlp_in:absolute",)
     control = True

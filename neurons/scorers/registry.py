@@ -1,4 +1,4 @@
-"""All scorers.  One is added by its own file and its name here."""
+"""The registry of scorers.  To add one, write its file and list its class here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ALL: tuple[type[Scorer], ...] = (
     Random,
     RandomMatched,
 )
-METHODS: dict[str, type[Scorer]] = {one.name: one for one in _ALL}
+METHODS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in _ALL}
 
 
 def method_of(name: str) -> type[Scorer]:
@@ -49,7 +49,7 @@ def method_of(name: str) -> type[Scorer]:
 
 
 def moments_of(names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """What one recording for several methods must hold, and how it reads the text.
+    """The moments that one recording for several methods must hold, and how it reads the text.
 
     Raises:
         UsageError: an unknown method, or one that is not computed from text.

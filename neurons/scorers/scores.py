@@ -1,4 +1,4 @@
-"""Scores: what a scorer says of every neuron and language, before any is chosen."""
+"""Scores: the result of a scorer for every neuron and language, before selection."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from neurons.errors import BrocaError
 
 @dataclass(frozen=True)
 class Scores:
-    """What every scorer ends in; ``neurons.scorers.selection`` turns it into neurons.
+    """The result of every scorer; ``neurons.scorers.selection`` selects neurons from it.
 
     Attributes:
-        values: float64 [L, I, K]; the larger, the more the neuron is that language's.  A score that is
-            the same for all languages (LAPE's entropy) is repeated K times.
-        member: bool [L, I, K], the languages that a neuron may belong to at all.
-        share: float64 [L, I, K] or None: the language's part of what the neuron does, 0 to 1, summing to
-            1 over languages (0 for a neuron that does nothing).
-        tie: float64 [L, I, K] or None: which of two equal values goes first, the larger.
-        notes: JSON values that the scorer wants remembered: thresholds, lambda, ...
+        values: float64 [L, I, K]; larger values mean that the neuron is more specific to the language.  A
+            score that is the same for all languages (LAPE's entropy) is repeated K times.
+        member: bool [L, I, K], the languages that a neuron may belong to.
+        exclusivity: float64 [L, I, K] or None: the language's fraction of the neuron's activity, 0 to 1,
+            summing to 1 over languages (0 for an inactive neuron).
+        tie: float64 [L, I, K] or None: of two equal values the one with the larger ``tie`` ranks first.
+        notes: JSON values to be saved with the neuron set: thresholds, lambda, ...
     """
 
     values: torch.Tensor
     member: torch.Tensor
-    share: torch.Tensor | None = None
+    exclusivity: torch.Tensor | None = None
     tie: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -36,7 +36,7 @@ class Scores:
             raise BrocaError(f"the score of neuron {neuron} in layer {layer} is not a number")
 
 
-def shares(values: torch.Tensor) -> torch.Tensor:
-    """Each language's part of a non-negative quantity [L, I, K]; 0 where there is nothing to share."""
+def fractions(values: torch.Tensor) -> torch.Tensor:
+    """Each language's fraction of a non-negative quantity [L, I, K]; 0 where the sum is 0."""
     total = values.double().sum(-1, keepdim=True)
     return torch.where(total > 0, values.double() / total, 0.0)

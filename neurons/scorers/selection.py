@@ -1,7 +1,7 @@
-"""Selection: scores to neurons, by rate, threshold, exclusivity, layers and kind.
+"""Selection of neurons from scores, by rate, threshold, exclusivity, layers and kind.
 
-A neuron's *kind* counts the languages that it is selected for: ``specific`` (one), ``related`` (two to K-1),
-``general`` (all K); the words are those of the LAPE extension NJUNLP/Language-Neurons-Alignment.
+A neuron's *kind* follows from the number of its languages: ``specific`` (1), ``related`` (2 to K-1),
+``general`` (all K), named as in the LAPE extension NJUNLP/Language-Neurons-Alignment.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Selection:
     """How neurons are chosen from scores.
 
     Attributes:
-        scope: "language": each language has the best of its own members; "global": the best neurons of
-            all, by their best score, each belonging to every language whose member it is.
-        top_rate: share of the neurons of the chosen layers that is kept, per language or in all.
-        ends: the largest scores, the smallest, or as many of both.
-        threshold: only scores of at least this.
-        min_exclusivity: only neurons whose language has at least this share of what they do.
-        layers: only these; None takes all.
-        kinds: only neurons of these kinds; None takes all.
+        scope: "language": rank the members of each language separately; "global": rank all neurons
+            together by their best score; each belongs to every language that it is a member of.
+        top_rate: fraction of the neurons of the selected layers to keep, per language or in all.
+        ends: keep the largest scores, the smallest, or the same number of both.
+        threshold: minimum score.
+        min_exclusivity: minimum exclusivity, 0 to 1.
+        layers: only these layers; None allows all.
+        kinds: only neurons of these kinds; None allows all.
     """
 
     scope: str = "language"
@@ -46,20 +46,20 @@ class Selection:
 
     def __post_init__(self) -> None:
         if not 0 < self.top_rate <= 1:
-            raise UsageError(f"the top rate is {self.top_rate}, but a rate lies in (0, 1]")
+            raise UsageError(f"the top rate is {self.top_rate}, but it must lie in (0, 1]")
         for name, value, known in (("scope", self.scope, SCOPES), ("ends", self.ends, ENDS)):
             if value not in known:
                 raise UsageError(f"{name} {value!r} is unknown: choose from {', '.join(known)}")
         if self.threshold is not None and math.isnan(self.threshold):
             raise UsageError("the threshold is not a number")
         if self.min_exclusivity is not None and not 0 <= self.min_exclusivity <= 1:
-            raise UsageError(f"the least exclusivity is {self.min_exclusivity}, but a share lies in [0, 1]")
+            raise UsageError(f"the minimum exclusivity is {self.min_exclusivity}, but it must lie in [0, 1]")
         for kind in self.kinds or ():
             if kind not in KINDS:
                 raise UsageError(f"kind {kind!r} is unknown: choose from {', '.join(KINDS)}")
 
     def changed(self, **settings: Any) -> Selection:
-        """This selection with the settings that are not None."""
+        """A copy with the settings that are not None replaced."""
         return replace(self, **{name: value for name, value in settings.items() if value is not None})
 
     def as_json(self) -> dict[str, Any]:
@@ -82,23 +82,23 @@ class Selected:
 
 
 def eligible(scores: Scores, selection: Selection) -> torch.Tensor:
-    """bool [L, I, K]: what passes everything but membership and the rate.
+    """bool [L, I, K]: what passes all criteria except membership and the rate.
 
     Raises:
-        UsageError: an exclusivity is asked of a method that has no shares, or a layer that is not there.
+        UsageError: a minimum exclusivity for a method without it, or a layer that the model does not have.
     """
     layers = scores.values.shape[0]
     allowed = torch.isfinite(scores.values)
     if selection.threshold is not None:
         allowed = allowed & (scores.values >= selection.threshold)
     if selection.min_exclusivity is not None:
-        if scores.share is None:
-            raise UsageError("this method gives no shares, so it has no exclusivity: leave it out")
-        allowed = allowed & (scores.share >= selection.min_exclusivity)
+        if scores.exclusivity is None:
+            raise UsageError("this method does not compute an exclusivity: leave the minimum exclusivity out")
+        allowed = allowed & (scores.exclusivity >= selection.min_exclusivity)
     if selection.layers is not None:
         missing = [layer for layer in selection.layers if not 0 <= layer < layers]
         if missing:
-            raise UsageError(f"layer {missing[0]} is not there: the model has layers 0-{layers - 1}")
+            raise UsageError(f"layer {missing[0]} does not exist: the model has layers 0-{layers - 1}")
         inside = torch.zeros(layers, dtype=torch.bool)
         inside[list(selection.layers)] = True
         allowed = allowed & inside[:, None, None]
@@ -108,7 +108,7 @@ def eligible(scores: Scores, selection: Selection) -> torch.Tensor:
 def kind_of(languages: torch.Tensor, count: int) -> torch.Tensor:
     """Index into ``KINDS`` from the number of languages that neurons belong to, of ``count`` in all.
 
-    Where there is but one language, its neurons are specific.
+    With a single language its neurons are specific.
     """
     return torch.where(languages <= 1, 0, torch.where(languages < count, 1, 2))
 
@@ -122,41 +122,41 @@ def select(scores: Scores, selection: Selection) -> list[Selected]:
     layers, width, languages = scores.values.shape
     allowed = eligible(scores, selection)
     chosen_layers = layers if selection.layers is None else len(set(selection.layers))
-    most = round(selection.top_rate * chosen_layers * width)
+    kept_count = round(selection.top_rate * chosen_layers * width)
     member = (allowed & scores.member).flatten(0, 1)
     if selection.scope == "global":
-        # As LAPE does it: a neuron that is kept and is no language's member belongs to none.
-        kept = _ends(*_of_best_language(scores, allowed), most, selection.ends)
+        # As in LAPE: a kept neuron that is a member of no language belongs to none.
+        kept = _ends(*_of_best_language(scores, allowed), kept_count, selection.ends)
         places = [kept[member[kept, k]] for k in range(languages)]
     else:
         places = []
         for k in range(languages):
             values = scores.values[..., k].flatten()
             tie = None if scores.tie is None else scores.tie[..., k].flatten()
-            places.append(_ends((values, tie), (values, tie), member[:, k], most, selection.ends))
+            places.append(_ends((values, tie), (values, tie), member[:, k], kept_count, selection.ends))
     owners = torch.bincount(torch.cat(places), minlength=layers * width)
     kinds = kind_of(owners, languages)
-    found = []
+    selected = []
     for k, at in enumerate(places):
         if selection.kinds is not None:
             wanted = torch.tensor([KINDS.index(kind) for kind in selection.kinds])
             at = at[torch.isin(kinds[at], wanted)]
-        found.append(
+        selected.append(
             Selected(
                 rows=torch.stack([at // width, at % width], dim=1),
                 scores=scores.values[..., k].flatten()[at],
                 kinds=kinds[at],
             )
         )
-    return found
+    return selected
 
 
-# What neurons are ordered by: the values, and what decides between equal values.
+# Values to rank by, and tie breakers.
 _Order = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def _of_best_language(scores: Scores, allowed: torch.Tensor) -> tuple[_Order, _Order, torch.Tensor]:
-    """For each neuron its largest allowed score, its smallest, and whether it has any; [L*I] each."""
+    """The largest and the smallest allowed score of each neuron, and whether it has any; [L*I] each."""
     values = scores.values
     orders: list[_Order] = []
     for extreme in (
@@ -165,16 +165,16 @@ def _of_best_language(scores: Scores, allowed: torch.Tensor) -> tuple[_Order, _O
     ):
         tie = None
         if scores.tie is not None:
-            here = allowed & (values == extreme[..., None])
-            tie = torch.where(here, scores.tie, -torch.inf).amax(-1).flatten()
+            equal = allowed & (values == extreme[..., None])
+            tie = torch.where(equal, scores.tie, -torch.inf).amax(-1).flatten()
         orders.append((extreme.flatten(), tie))
     return orders[0], orders[1], allowed.any(-1).flatten()
 
 
-def _ends(best: _Order, worst: _Order, allowed: torch.Tensor, most: int, ends: str) -> torch.Tensor:
-    """Places of the ``most`` largest, smallest or both; a place that is in both stands once."""
-    top = _first(best, allowed, most, descending=True)
-    bottom = _first(worst, allowed, most, descending=False)
+def _ends(best: _Order, worst: _Order, allowed: torch.Tensor, count: int, ends: str) -> torch.Tensor:
+    """Indices of the ``count`` largest, smallest or both, without duplicates."""
+    top = _first(best, allowed, count, descending=True)
+    bottom = _first(worst, allowed, count, descending=False)
     if ends == "top":
         return top
     if ends == "bottom":
@@ -182,31 +182,31 @@ def _ends(best: _Order, worst: _Order, allowed: torch.Tensor, most: int, ends: s
     return torch.cat([top, bottom[~torch.isin(bottom, top)]])
 
 
-def _first(order: _Order, allowed: torch.Tensor, most: int, descending: bool) -> torch.Tensor:
+def _first(order: _Order, allowed: torch.Tensor, count: int, descending: bool) -> torch.Tensor:
     values, tie = order
     candidates = allowed.nonzero()[:, 0]
     if tie is not None:
         candidates = candidates[torch.argsort(tie[candidates], descending=True, stable=True)]
     ranked = torch.argsort(values[candidates], descending=descending, stable=True)
-    return candidates[ranked[:most]]
+    return candidates[ranked[:count]]
 
 
 def parse_layers(text: str, layers: int | None = None, kind: str = "layers") -> tuple[int, ...]:
     """Layers named as ``1-3``, ``4`` or ``1-3,6``.
 
     Args:
-        layers: how many the model has; None does not ask.
-        kind: what they are called where they are others, as heads.
+        layers: number of layers of the model; None skips this check.
+        kind: the noun in messages, such as "heads".
 
     Raises:
-        UsageError: not of that form, or a layer that the model does not have.
+        UsageError: another form, or a layer that the model does not have.
     """
     chosen: set[int] = set()
     for piece in text.split(","):
-        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece.strip())
-        if found is None:
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece.strip())
+        if match is None:
             raise UsageError(f"{kind} {text!r}: write them as 1-3 or 1,2,5")
-        low, high = int(found[1]), int(found[2] or found[1])
+        low, high = int(match[1]), int(match[2] or match[1])
         if low > high:
             raise UsageError(f"{kind} {text!r}: {piece.strip()} runs backwards")
         chosen.update(range(low, high + 1))

@@ -1,7 +1,7 @@
-"""What a user may tell a method: a name, a kind, a default and a line, declared once and read in one place.
+"""Settings of methods: kind, default and help line of each, declared once as dataclass fields.
 
-Scorers, directions and edits declare their settings with these, and a recipe its fields.  A text (``--set
-name=value``) and a value (TOML, or a call from Python) are held to the same kind.
+Scorers, directions and edits declare their settings with these, and a recipe its fields.  Text (``--set
+name=value``) and values (TOML, or a call from Python) go through the same check.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0
 
 @dataclass(frozen=True)
 class Range:
-    """Where ``broca tune`` looks for a number.
+    """The interval of numbers that ``broca tune`` searches.
 
     Attributes:
         low, high: both included.
-        log: whether it is searched by ratios.
+        log: whether to search on a logarithmic scale.
     """
 
     low: float
@@ -44,16 +44,16 @@ class Range:
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing that can be told.
+    """A setting of a method.
 
     Attributes:
-        kind: one of this module's.
-        default: None where the method decides.
-        line: what it does.
-        words: the words that are allowed; empty allows any.
-        search: of a number: where ``broca tune`` looks; None: it keeps the default.
+        kind: one of this module's constants.
+        default: None where the method computes it.
+        line: help in one line.
+        words: the allowed words; empty allows any.
+        search: of a number: the interval that ``broca tune`` searches; None keeps the default.
         search_words: whether ``broca tune`` tries the words.
-        grid: values that ``broca evaluate --methods`` tries; empty: the default alone.
+        grid: values that ``broca evaluate --methods`` tries; empty: only the default.
     """
 
     kind: str
@@ -65,45 +65,47 @@ class Setting:
     grid: tuple[Any, ...] = ()
 
     def read(self, typed: str, text: str) -> Any:
-        """The value in a text.
+        """Parse a value from text.
 
         Args:
-            typed: the option as the user wrote it, for the refusal.
-            text: the value's.
+            typed: the option as the user wrote it, for the error message.
+            text: the text of the value.
 
         Raises:
-            UsageError: not of this kind.
+            UsageError: the text is not of this kind.
         """
         value = self._parsed(text)
-        if value is None or not self.takes(value):
+        if value is None or not self.accepts(value):
             raise UsageError(f"{typed}: give {', '.join(self.words) or self.kind}")
-        return self._whole(value)
+        return self._as_integer(value)
 
     def require(self, name: str, value: Any) -> Any:
-        """A value of TOML or Python; None stands for a default of None.
+        """Check a value from TOML or Python; None is valid where the default is None.
 
         Raises:
-            UsageError: not of this kind.
+            UsageError: the value is not of this kind.
         """
         if value is None and self.default is None:
             return None
-        if self.takes(value):
-            return self._whole(value)
+        if self.accepts(value):
+            return self._as_integer(value)
         if self.words and isinstance(value, str):
-            raise UsageError(f"{name} is {' or '.join(map(repr, self.words))}, not {value!r}")
+            raise UsageError(f"{name} must be {' or '.join(map(repr, self.words))}, not {value!r}")
         raise UsageError(f"{name} must be {_IN_TOML.get(self.kind, self.kind)}, not {value!r}")
 
-    def takes(self, value: Any) -> bool:
+    def accepts(self, value: Any) -> bool:
         """Whether a value is of this kind and one of the words."""
         if self.kind == YES_NO:
             return isinstance(value, bool)
         if self.kind == WORD:
             return isinstance(value, str | Path) and (not self.words or value in self.words)
         if self.kind == WORDS:
-            return isinstance(value, list | tuple) and all(isinstance(one, str) and one for one in value)
+            return isinstance(value, list | tuple) and all(isinstance(word, str) and word for word in value)
         if self.kind == NUMBERS:
             return (
-                isinstance(value, list | tuple) and bool(value) and all(_finite(one) and one for one in value)
+                isinstance(value, list | tuple)
+                and bool(value)
+                and all(_finite(number) and number for number in value)
             )
         if not _finite(value) or (self.kind != NUMBER and value != int(value)):
             return False
@@ -124,32 +126,32 @@ class Setting:
             return numbers
         return numbers[0] if len(numbers) == 1 else None
 
-    def _whole(self, value: Any) -> Any:
+    def _as_integer(self, value: Any) -> Any:
         return int(value) if self.kind in (WHOLE, COUNT) else value
 
 
 def setting(default: Any = MISSING, line: str = "", *, kind: str = "", **more: Any) -> Any:
-    """A dataclass's field that is a setting.
+    """A dataclass field that is a setting.
 
     Args:
-        default: none makes the field one that must be given.
-        line: what it does.
-        kind: in place of the one that the field's annotation says.
-        more: of ``Setting``'s other attributes.
+        default: without one the field is required.
+        line: help in one line.
+        kind: overrides the kind that the field's annotation implies.
+        more: other attributes of ``Setting``.
     """
     return field(default=default, metadata={"setting": {"line": line, "kind": kind, **more}})
 
 
 @cache
 def declared(owner: type) -> Mapping[str, Setting]:
-    """The settings of a dataclass, one a field, in their order."""
+    """The settings of a dataclass, one for each field, in order."""
     hints = get_type_hints(owner)
-    found = {}
-    for one in fields(owner):
-        told = dict(one.metadata.get("setting", {}))
-        kind = told.pop("kind", "") or _kind(hints[one.name])
-        found[one.name] = Setting(kind, None if one.default is MISSING else one.default, **told)
-    return found
+    settings = {}
+    for item in fields(owner):
+        options = dict(item.metadata.get("setting", {}))
+        kind = options.pop("kind", "") or _kind(hints[item.name])
+        settings[item.name] = Setting(kind, None if item.default is MISSING else item.default, **options)
+    return settings
 
 
 @dataclass(frozen=True)
@@ -158,70 +160,70 @@ class Configured:
 
     @classmethod
     def settings(cls) -> Mapping[str, Setting]:
-        """What ``--set`` takes."""
+        """The settings that ``--set`` accepts."""
         owner: Any = cls
         return declared(owner)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """The method with settings in place of its defaults.
+        """The method with the given settings; the others keep their defaults.
 
         Raises:
             UsageError: a setting that the method does not have, or a value of the wrong kind.
         """
-        return cls(**read_given(cls.settings(), given))
+        return cls(**read_settings(cls.settings(), given))
 
 
 def assigned(assignments: Sequence[str], already: Sequence[str] = ()) -> dict[str, str]:
-    """The texts of ``--set name=value``, by name.
+    """Split each ``--set name=value`` into name and text.
 
     Args:
         assignments: as the user wrote them.
-        already: names that were given by options of their own.
+        already: names that were set by other options.
 
     Raises:
-        UsageError: no name or no value, or a name twice.
+        UsageError: a missing name or value, or a repeated name.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
             raise UsageError(f"--set {assignment}: write a name and a value, as {name or 'name'}=value")
-        if name in found or name in already:
+        if name in texts or name in already:
             raise UsageError(f"--set {assignment}: {name} is given twice")
-        found[name] = value.strip()
-    return found
+        texts[name] = value.strip()
+    return texts
 
 
-def read_given(
+def read_settings(
     declared: Mapping[str, Setting], given: Mapping[str, Any], typed: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What was given, as values.
+    """Parse and check the given settings.
 
     Args:
-        declared: all that the method has.
-        given: texts, or values.
+        declared: all settings of the method.
+        given: name -> text or value.
         typed: name -> how the user wrote it; by default as ``--set name=value``.
 
     Raises:
         UsageError: a setting that the method does not have, or a value of the wrong kind.
     """
-    found = {}
+    values = {}
     for name, value in given.items():
         if name not in declared:
             known = ", ".join(declared) or "none"
-            raise UsageError(f"setting {name!r} is not one of this method's: it has {known}")
+            raise UsageError(f"this method has no setting {name!r}: it has {known}")
         if isinstance(value, str):
-            found[name] = declared[name].read((typed or {}).get(name, f"--set {name}={value}"), value)
+            values[name] = declared[name].read((typed or {}).get(name, f"--set {name}={value}"), value)
         else:
-            found[name] = declared[name].require(f"setting {name}", value)
-    return found
+            values[name] = declared[name].require(f"setting {name}", value)
+    return values
 
 
 def defaults(declared: Mapping[str, Setting]) -> dict[str, Any]:
     """Every setting's default, by name."""
-    return {name: one.default for name, one in declared.items()}
+    return {name: setting.default for name, setting in declared.items()}
 
 
 def _finite(value: Any) -> bool:
@@ -229,8 +231,8 @@ def _finite(value: Any) -> bool:
 
 
 def _kind(hint: Any) -> str:
-    """What an annotation says, None left out."""
-    options = [one for one in get_args(hint) if one is not type(None)]
+    """The kind that an annotation implies, ``None`` in a union left out."""
+    options = [option for option in get_args(hint) if option is not type(None)]
     if hint is not None and type(None) in get_args(hint):
         return _kind(options[0])
     if getattr(hint, "__origin__", None) is tuple:

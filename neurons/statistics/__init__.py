@@ -1,1 +1,1 @@
-"""Statistics: what is summed over tokens and texts, and the file that keeps it; no model is run here."""
+"""Statistics: sums over tokens and texts, and their file; no model runs here."""

@@ -1,7 +1,7 @@
 """Bootstrap intervals of a ratio of sums over texts (Efron, "Better Bootstrap Confidence Intervals", 1987).
 
-With a_d the change of text d's loss and n_d its tokens, the estimate is sum_d a_d / sum_d n_d.  Texts are
-drawn with replacement, as many as there are; all conditions share the draws.  BCa: with B replicates r_b,
+With a_d the change of text d's loss and n_d its tokens, the estimate is sum_d a_d / sum_d n_d.  Samples are
+of as many texts, with replacement; all conditions use the same samples.  BCa: with B replicates r_b,
 
     z0 = Phi^-1( (#{r_b < r} + #{r_b <= r}) / 2B )
     a  = 1/6 * sum_d u_d^3 / (sum_d u_d^2)^1.5,    u_d = mean_e r_(e) - r_(d)
@@ -19,7 +19,7 @@ from neurons.errors import UsageError
 
 DRAWS = 2000
 CONFIDENCE = 0.95
-_DRAWN_AT_ONCE = 4_000_000  # numbers
+_DRAWN_AT_ONCE = 4_000_000  # indices
 _ROUNDING = 1e-12
 
 
@@ -34,37 +34,37 @@ def replicates(sums: torch.Tensor, tokens: torch.Tensor, draws: int, seed: int) 
     Args:
         sums: float64 [texts, C].
         tokens: [texts], each at least 1.
-        draws: samples.
+        draws: number of samples.
         seed: equal seeds and numbers of texts give equal samples.
 
     Raises:
-        UsageError: no draw, or no text.
+        UsageError: no samples, or no texts.
     """
     texts = len(tokens)
     if draws < 1 or texts < 1:
         raise UsageError(f"{draws} bootstrap samples of {texts} texts: at least one of each is needed")
     generator = np.random.default_rng(seed)
     weights = tokens.double()
-    found = []
+    estimates = []
     step = max(1, _DRAWN_AT_ONCE // texts)
     for begin in range(0, draws, step):
         rows = min(step, draws - begin)
         drawn = generator.integers(0, texts, (rows, texts)) + texts * np.arange(rows)[:, None]
         counts = torch.from_numpy(np.bincount(drawn.ravel(), minlength=rows * texts)).view(rows, texts)
-        often = counts.double()
-        found.append((often @ sums) / (often @ weights)[:, None])
-    return torch.cat(found)
+        multiplicity = counts.double()
+        estimates.append((multiplicity @ sums) / (multiplicity @ weights)[:, None])
+    return torch.cat(estimates)
 
 
 def without_each(sums: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The estimate without each text in turn, float64 [texts, C]; NaN where no text is left."""
+    """Leave-one-out estimates, float64 [texts, C]; NaN where no text is left."""
     weights = tokens.double()
     return (sums.sum(0) - sums) / (weights.sum() - weights)[:, None]
 
 
 def percentile_interval(drawn: torch.Tensor, confidence: float = CONFIDENCE) -> torch.Tensor:
-    """Quantiles of replicates [draws, ...]: float64 [2, ...], the low end first; infinities are in order."""
-    _require_share(confidence)
+    """Quantiles of replicates [draws, ...]: float64 [2, ...], the low end first; infinities are allowed."""
+    _require_confidence(confidence)
     tail = (1 - confidence) / 2
     ordered = drawn.sort(dim=0).values
     return torch.stack(
@@ -81,19 +81,19 @@ def bca_interval(
         drawn: replicates, float64 [draws, C].
         estimate: float64 [C].
         without: ``without_each``, float64 [texts, C].
-        confidence: that the interval covers the truth; default 95 %, by custom.
+        confidence: nominal coverage of the interval; default 95 %, the convention.
 
     Returns:
-        float64 [2, C], the low end first; the estimate twice where all replicates are equal, NaN where
-        there is a single text.
+        float64 [2, C], the low end first; the estimate twice where all replicates are equal, NaN for
+        a single text.
 
     Raises:
         UsageError: a confidence outside (0, 1).
     """
-    _require_share(confidence)
+    _require_confidence(confidence)
     if len(without) < 2:
         return torch.full((2, len(estimate)), torch.nan, dtype=torch.float64)
-    # Of few texts some samples are all of them in another order: equal to the estimate but for rounding.
+    # With few texts some samples are permutations of all texts: equal to the estimate up to rounding.
     apart = torch.where((drawn - estimate).abs() <= _ROUNDING * estimate.abs(), 0.0, drawn - estimate)
     below = ((apart < 0).double() + (apart <= 0).double()).mean(0) / 2
     bias = torch.special.ndtri(below)
@@ -106,23 +106,23 @@ def bca_interval(
         shifted = bias + z
         place = torch.special.ndtr(bias + shifted / (1 - acceleration * shifted))
         ends.append(_quantile(ordered, place.nan_to_num(0.5)))
-    found = torch.stack(ends)
-    # Rounding leaves a breath of spread where every text changes by the same.
+    interval = torch.stack(ends)
+    # Where every text changes by the same amount, replicates differ only by rounding.
     constant = ordered[-1] == ordered[0]
-    return torch.where(constant, ordered[0], found)
+    return torch.where(constant, ordered[0], interval)
 
 
-def _quantile(ordered: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Linear interpolation between order statistics [draws, ...], another share for each column."""
-    place = share.double() * (len(ordered) - 1)
+def _quantile(ordered: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+    """Linear interpolation between order statistics [draws, ...], at a fraction for each column."""
+    place = fraction.double() * (len(ordered) - 1)
     low = place.floor().clamp(0, len(ordered) - 1).long()
     high = (low + 1).clamp(max=len(ordered) - 1)
     below, above = ordered.gather(0, low[None])[0], ordered.gather(0, high[None])[0]
     rest = place - low
-    # Not below + rest * (above - below): between two infinities that would be no number.
+    # Without the equality test, two equal infinities would give NaN.
     return torch.where(rest == 0, below, torch.where(below == above, below, below + rest * (above - below)))
 
 
-def _require_share(confidence: float) -> None:
+def _require_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
-        raise UsageError(f"a confidence of {confidence} is impossible: it lies between 0 and 1, as 0.95")
+        raise UsageError(f"confidence {confidence} must lie between 0 and 1, such as 0.95")

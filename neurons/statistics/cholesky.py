@@ -1,4 +1,4 @@
-"""Linear systems of a symmetric positive definite matrix: one way to solve them, and one way to say that it is none."""
+"""Linear systems with a symmetric positive definite matrix, solved by Cholesky factorisation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from neurons.errors import BrocaError
 
 
 class NotPositiveDefiniteError(BrocaError):
-    """A matrix that ought to be positive definite is not, or holds NaN or infinity."""
+    """A matrix is not positive definite, or holds NaN or infinity."""
 
 
 def solve_positive_definite(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """matrix^-1 right by Cholesky's factors, float64, of the shape of ``right``.
+    """matrix^-1 right by Cholesky factorisation, float64, of the shape of ``right``.
 
-    Half the work of a general solver, and no answer where a general one gives noise.
+    Half the work of a general solver, and an error where a general solver returns noise.
 
     Args:
         matrix: [n, n], symmetric; its upper triangle is not read.
@@ -27,8 +27,8 @@ def solve_positive_definite(matrix: torch.Tensor, right: torch.Tensor) -> torch.
     factor, failed = torch.linalg.cholesky_ex(matrix.double())
     if int(failed):
         raise NotPositiveDefiniteError(
-            f"a matrix of {len(matrix)} rows is not positive definite: its row {int(failed) - 1} depends on those "
-            "before it, or is not finite"
+            f"a matrix of {len(matrix)} rows is not positive definite: its row {int(failed) - 1} depends on "
+            "earlier rows, or is not finite"
         )
     columns = right.double()[:, None] if right.ndim == 1 else right.double()
     solution = torch.cholesky_solve(columns, factor).reshape(right.shape)

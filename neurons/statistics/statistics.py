@@ -1,4 +1,4 @@
-"""Statistics: what a pass over the text leaves behind, per layer, unit and language; a file that merges exactly."""
+"""Statistics of a pass over text, per layer, unit and language, in a file that merges exactly."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from neurons.architectures.anatomy import SITES
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import load_artifact, save_artifact
 
-# What may be recorded of a site's values x [tokens, units], and how two recordings become one.  A text's
-# mean is over its counted tokens; a neuron of an expert is 0 where its expert is not asked.
+# The moments of a site's values x [tokens, units], with dtypes.  A text's mean is over its counted tokens; a
+# neuron of an expert is 0 at tokens that are not routed to it.
 MOMENTS: dict[str, torch.dtype] = {
     "positive": torch.int64,  # tokens with x > 0
     "sum": torch.float64,  # sum over tokens of x
@@ -30,11 +30,11 @@ MOMENTS: dict[str, torch.dtype] = {
     "answer_recognition": torch.float64,  # ... over recognition prompts
     "integrated": torch.float64,  # sum over prompts of the integrated gradient of the answer's probability
 }
-MERGED_BY_LARGEST = ("worst_rank",)
+MERGED_BY_MAXIMUM = ("worst_rank",)
 
 
 def parse_moment(name: str) -> tuple[str, str]:
-    """``site:moment`` to its two halves."""
+    """Split ``site:moment``."""
     site, _, moment = name.partition(":")
     if site not in SITES or moment not in MOMENTS:
         raise ValueError(f"{name!r} is not site:moment with a site of {SITES} and one of {tuple(MOMENTS)}")
@@ -50,15 +50,15 @@ class Statistics:
     """Sums over the counted tokens of each language.
 
     Attributes:
-        languages: the K names.
+        languages: the K languages.
         tokens: int64 [K].
-        texts: int64 [K], rows: texts, or blocks where the text was packed, or prompts.
+        texts: int64 [K], number of rows: texts, blocks of packed text, or prompts.
         moments: ``site:moment`` -> [L, width, K], int64 for counts and ranks, float64 for sums.
-        fingerprint: of the model; "" where it is not known (foreign files).
+        fingerprint: of the model; "" if unknown (foreign files).
         routed: int64 [L, E, K], tokens that were routed to each expert; None in a dense model.
-        responses: language -> float32 [texts, L, I], each text's mean at ``mlp_in``; empty unless asked for.
-        lines: language -> int64 [texts], ascending: which line of the corpus each response is of.
-        prompts: moment -> int64 [K], prompts that it was summed over, where it was not over text.
+        responses: language -> float32 [texts, L, I], each text's mean at ``mlp_in``; empty if not recorded.
+        lines: language -> int64 [texts], ascending: the line of the corpus of each response.
+        prompts: moment -> int64 [K], number of prompts, for moments over prompts.
         metadata: JSON values: model, corpora, settings.
     """
 
@@ -81,7 +81,7 @@ class Statistics:
         """A moment [L, width, K].
 
         Raises:
-            UsageError: it was not recorded.
+            UsageError: the moment was not recorded.
         """
         if name not in self.moments:
             held = ", ".join(self.moments) or "no moments"
@@ -94,25 +94,25 @@ class Statistics:
         """Tokens that reached each neuron, int64, [K] or (for experts) [L, I, K].
 
         Raises:
-            UsageError: the model has experts, and no moment of its neurons was recorded.
+            UsageError: a mixture of experts without a recorded moment of neurons.
         """
         if self.routed is None:
             return self.tokens
-        # Not mlp_out, which is as wide as the residual.
+        # Not mlp_out, whose width is that of the residual stream.
         sites = ("mlp_act:", "mlp_up:", "mlp_in:")
         widths = [values.shape[1] for name, values in self.moments.items() if name.startswith(sites)]
         if not widths:
-            raise UsageError("the statistics have no moment of a neuron, so none says how many an expert has")
+            raise UsageError("the statistics have no moment of neurons, so the width of an expert is unknown")
         return self.routed.repeat_interleave(widths[0] // self.experts, dim=1)
 
-    def routing_share(self) -> torch.Tensor:
-        """Share of each language's tokens that reached an expert, float64 [L, E, K].
+    def routing_fraction(self) -> torch.Tensor:
+        """Fraction of each language's tokens that are routed to each expert, float64 [L, E, K].
 
         Raises:
             UsageError: the model has no experts.
         """
         if self.routed is None:
-            raise UsageError("this model has no experts, so nothing is routed")
+            raise UsageError("the model has no experts, so tokens are not routed")
         return self.routed.double() / self.tokens
 
     def token_mean(self, site: str) -> torch.Tensor:
@@ -138,7 +138,7 @@ class Statistics:
 
 
 def load_statistics(path: Path | str) -> Statistics:
-    """Read what ``Statistics.save`` wrote."""
+    """Read a file of ``Statistics.save``."""
     artifact = load_artifact(path, "statistics")
     languages = tuple(artifact.metadata["languages"])
     tensors = artifact.tensors
@@ -169,7 +169,7 @@ def _group(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
-    """Statistics of both recordings together: the sums of the two, for languages of either.
+    """The sum of two recordings, for the languages of either.
 
     Raises:
         UsageError: recordings of different models or of different moments, or with text in common.
@@ -177,17 +177,17 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     _require_alike(first, second)
     common = {c["digest"] for c in _corpora(first)} & {c["digest"] for c in _corpora(second)}
     if common and set(first.languages) & set(second.languages):
-        raise UsageError("both statistics were recorded on the same text, which would count twice")
+        raise UsageError("both statistics were recorded on the same text, which would be counted twice")
     languages = tuple(dict.fromkeys(first.languages + second.languages))
 
     def joined(
-        one: torch.Tensor, other: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        left: torch.Tensor, right: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         columns = []
         for language in languages:
             held = [
                 values[..., which.languages.index(language)]
-                for which, values in ((first, one), (second, other))
+                for which, values in ((first, left), (second, right))
                 if language in which.languages
             ]
             columns.append(held[0] if len(held) == 1 else combine(*held))
@@ -215,17 +215,17 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
 
 
 def combine_of(moment: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """How two values of a moment (``site:moment``) become one."""
-    return torch.maximum if parse_moment(moment)[1] in MERGED_BY_LARGEST else torch.add
+    """The function that combines two values of a moment (``site:moment``)."""
+    return torch.maximum if parse_moment(moment)[1] in MERGED_BY_MAXIMUM else torch.add
 
 
 def subtract(whole: Statistics, prefix: Statistics) -> Statistics:
-    """Counts of what follows a prefix: clamp(whole - prefix, 0); tokens at least 1.
+    """Counts without a prefix: clamp(whole - prefix, 0); tokens at least 1.
 
-    As NJUNLP/Language-Neurons-Alignment counts a response without its prompt.
+    NJUNLP/Language-Neurons-Alignment counts responses without their prompts this way.
 
     Raises:
-        UsageError: other models, languages or moments, or moments that are not counts of tokens.
+        UsageError: different models, languages or moments, or moments that are not counts of tokens.
     """
     _require_alike(whole, prefix)
     if whole.languages != prefix.languages:
@@ -252,13 +252,15 @@ def _require_alike(first: Statistics, second: Statistics) -> None:
         raise UsageError(
             f"the statistics are of two models, fingerprints {first.fingerprint} and {second.fingerprint}"
         )
-    one, other = ([*s.moments] + ["responses"] * bool(s.responses) for s in (first, second))
-    if set(one) != set(other):
-        raise UsageError(f"the statistics hold different things: {', '.join(one)}, and {', '.join(other)}")
+    a, b = ([*s.moments] + ["responses"] * bool(s.responses) for s in (first, second))
+    if set(a) != set(b):
+        raise UsageError(f"the statistics hold different moments: {', '.join(a)}, and {', '.join(b)}")
     if set(first.prompts) != set(second.prompts):
-        raise UsageError("the statistics differ in what was summed over prompts")
+        raise UsageError("the statistics differ in their moments over prompts")
     if first.experts != second.experts or (first.routed is None) != (second.routed is None):
-        raise BrocaError(f"the statistics are of {first.experts} experts a layer and of {second.experts}")
+        raise BrocaError(
+            f"the statistics are of models with {first.experts} and {second.experts} experts a layer"
+        )
     for name, values in first.moments.items():
         if values.shape[:2] != second.moments[name].shape[:2]:
             raise BrocaError(f"the statistics differ in the shape of {name}")
@@ -273,5 +275,5 @@ def _either(
     languages: tuple[str, ...], first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     if any(language in first and language in second for language in languages):
-        raise UsageError("responses of one language cannot be merged: their lines are of two texts")
+        raise UsageError("responses of the same language cannot be merged: their lines are of two texts")
     return {**first, **second}

@@ -8,38 +8,38 @@ import torch
 
 from neurons.statistics.fused_sums import add_fused
 
-EXACT = (torch.float32, torch.float64)  # what the fused sums take; half precision fits in float32
-PIECE = 2**18  # values: smaller pieces cost calls, larger ones memory
+EXACT = (torch.float32, torch.float64)  # dtypes of the fused sums; half precision fits in float32
+CHUNK = 2**18  # values: smaller chunks cost calls, larger ones memory
 
-# The moments of single tokens, and those of a text's mean (``neurons.statistics.statistics.MOMENTS``).
+# Moments over tokens, and moments over the means of texts (``neurons.statistics.statistics.MOMENTS``).
 OF_TOKENS = ("positive", "sum", "square", "absolute")
 OF_TEXTS = ("text_mean", "text_square", "text_absolute")
 
 
 def add_tokens(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
-    """Add the values of the counted tokens to the totals that are there, by name of the moment.
+    """Add the values of the counted tokens to the totals.
 
     Args:
         values: [..., units], any floating-point type.
-        positions: int64 [n], which tokens, counted through all dimensions but the last.
+        positions: int64 [n], indices of tokens in the flattened leading dimensions.
         totals: moment (``OF_TOKENS``) -> [units]; ``positive`` is int64, the others float64.
     """
     values = values.detach().flatten(0, -2)
     if values.device.type != "cpu":
-        add_piecewise(values, positions, totals)
+        add_chunked(values, positions, totals)
     else:
         add_fused(values if values.dtype in EXACT else values.float(), positions, totals)
 
 
-def add_piecewise(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
+def add_chunked(values: torch.Tensor, positions: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
     """``neurons.statistics.fused_sums.add_fused`` by tensor operations, on any device."""
-    for some in positions.split(max(1, PIECE // values.shape[-1])):
-        piece = values[some]
-        exact = piece.double()
+    for chunk in positions.split(max(1, CHUNK // values.shape[-1])):
+        selected = values[chunk]
+        exact = selected.double()
         if "sum" in totals:
             totals["sum"].add_(exact.sum(0))
         if "positive" in totals:
-            totals["positive"].add_((piece > 0).sum(0))
+            totals["positive"].add_((selected > 0).sum(0))
         if "absolute" in totals:
             totals["absolute"].add_(exact.abs().sum(0))
         if "square" in totals:
@@ -52,23 +52,23 @@ def text_sums(values: torch.Tensor, counted: torch.Tensor, absolute: bool = Fals
     Args:
         values: [rows, length, units].
         counted: bool [rows, length].
-        absolute: of the values' sizes.
+        absolute: sum absolute values.
 
     Returns:
         float64 [rows, units].
     """
-    found = torch.empty(len(values), values.shape[-1], dtype=torch.float64, device=values.device)
-    rows = max(1, PIECE // max(1, values[0].numel()))
+    sums = torch.empty(len(values), values.shape[-1], dtype=torch.float64, device=values.device)
+    rows = max(1, CHUNK // max(1, values[0].numel()))
     for first in range(0, len(values), rows):
-        some = slice(first, first + rows)
-        # What stands on padding may be anything, also not a number.
-        inside = values[some].double().masked_fill_(~counted[some, :, None], 0.0)
-        found[some] = (inside.abs_() if absolute else inside).sum(1)
-    return found
+        chunk = slice(first, first + rows)
+        # Values at padding may be anything, also NaN.
+        inside = values[chunk].double().masked_fill_(~counted[chunk, :, None], 0.0)
+        sums[chunk] = (inside.abs_() if absolute else inside).sum(1)
+    return sums
 
 
 def add_texts(means: torch.Tensor, totals: Mapping[str, torch.Tensor]) -> None:
-    """Add the means of texts, float64 [rows, units], to the totals [units] that are there."""
+    """Add the means of texts, float64 [rows, units], to the totals [units]."""
     if "text_mean" in totals:
         totals["text_mean"].add_(means.sum(0))
     if "text_square" in totals:

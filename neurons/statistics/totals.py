@@ -1,4 +1,4 @@
-"""Totals: the running sums of a recording, each on the device of its layer."""
+"""Running sums of a recording, each on the device of its layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Totals:
     """Sums by name, layer and language.
 
     Attributes:
-        languages: how many, K.
-        layers: how many, L.
-        widths: name -> units.
-        dtypes: name -> of its sums.
+        languages: number of languages K.
+        layers: number of layers L.
+        widths: name -> number of units.
+        dtypes: name -> dtype of its sums.
     """
 
     languages: int
@@ -28,7 +28,7 @@ class Totals:
     _sums: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     def of(self, name: str, layer: int, device: torch.device) -> torch.Tensor:
-        """[K, width] to add to, first zeros; the same tensor until another device asks, or a ``restore``."""
+        """The sum [K, width] to add to, initially 0; the same tensor until ``restore`` or another device."""
         key = (name, layer)
         if key not in self._sums:
             shape = (self.languages, self.widths[name])
@@ -39,16 +39,16 @@ class Totals:
 
     def stacked(self, name: str) -> torch.Tensor:
         """[L, width, K] on the CPU."""
-        nothing = torch.zeros(self.languages, self.widths[name], dtype=self.dtypes[name])
-        sums = [self._sums.get((name, layer), nothing).cpu() for layer in range(self.layers)]
+        zeros = torch.zeros(self.languages, self.widths[name], dtype=self.dtypes[name])
+        sums = [self._sums.get((name, layer), zeros).cpu() for layer in range(self.layers)]
         return torch.stack(sums).transpose(1, 2).contiguous()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything, for a file."""
+        """All sums, for a file."""
         return {f"{name}@{layer}": values for (name, layer), values in self._sums.items()}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what ``state`` gave."""
+        """Continue from a saved ``state``."""
         for key, values in state.items():
             name, _, layer = key.rpartition("@")
             self._sums[name, int(layer)] = values

@@ -11,7 +11,7 @@ import torch
 
 from neurons.errors import UsageError
 from neurons.models.embedded import require_embedded
-from neurons.models.memory import MOST_TOKENS, batches_for
+from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.text.corpus import Corpus
@@ -21,7 +21,7 @@ LONGEST_BLOCK = 2048
 LONGEST_BLOCK_BACKWARD = (
     512  # what is kept for a gradient grows with the block: 2,048 tokens of a 0.5B take 4 GB
 )
-TOKENS_A_BATCH = MOST_TOKENS
+TOKENS_A_BATCH = MAX_TOKENS
 LINES_AT_ONCE = 1000  # that are tokenised
 MOST_PADDING = 128  # positions a batch: a pass for so many costs about what one more batch does
 
@@ -281,7 +281,7 @@ def packed_corpus(
 
 def _require_embedded(loaded: LoadedModel, found: Mapping[str, Sequence[TokenBatch]]) -> None:
     highest = max((int(batch.ids.max()) for batches in found.values() for batch in batches), default=0)
-    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedded)
+    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedding_rows)
 
 
 def _groups(

@@ -16,7 +16,7 @@ import torch
 
 from neurons.errors import UsageError
 from neurons.models.embedded import require_embedded
-from neurons.models.memory import MOST_TOKENS, batches_for
+from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
 from neurons.text.batches import TokenBatch, block_length, row_batches
 from neurons.text.conversations import ANSWER, HEADER, ROLES, THOUGHT, USER, RoleTokens
@@ -75,7 +75,7 @@ def conversation_batches(
             raise UsageError(
                 f"a conversation in {language!r} has {longest} tokens, and {context} are read at once: shorten it"
             )
-        most = tokens_a_batch or min(MOST_TOKENS, batches_for(loaded, False, max(1, longest))[0])
+        most = tokens_a_batch or min(MAX_TOKENS, batches_for(loaded, False, max(1, longest))[0])
         numbers = [_group_numbers(one, 2 * place, len(groups) - 1) for one in some]
         for number, name in enumerate(said_in(language), start=2 * place):
             if not any(bool((own[1:] == number).any()) for own in numbers):
@@ -83,7 +83,7 @@ def conversation_batches(
         rows = row_batches([one.ids.tolist() for one in some], 1, tokens_a_batch=most)
         batches[language] = [_grouped(batch, numbers) for batch in rows]
     highest = max((int(batch.ids.max()) for some in batches.values() for batch in some), default=0)
-    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedded)
+    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedding_rows)
     return ConversationBatches(batches, groups)
 
 

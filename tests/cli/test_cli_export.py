@@ -102,7 +102,7 @@ def test_what_could_not_be_pushed_is_refused_before_any_work(broca, model, edit,
     for token, repo, status, said in (
         ("hf_none", "me/x/y", 2, "me/x/y: not a valid repository name"),
         ("hf_none", "--", 2, "not a valid repository name"),
-        ("", "me/x", 1, "me/x: no token to push with"),
+        ("", "me/x", 1, "me/x: there is no token"),
     ):
         monkeypatch.setattr(huggingface_hub, "get_token", lambda token=token: token or None)
         out = tmp_path / "out"

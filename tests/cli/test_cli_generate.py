@@ -17,7 +17,7 @@ from editing.directions.diffmean import diffmean_direction
 from editing.evaluation.generation import generate
 from editing.evaluation.vllm_generation import VllmWriter, generate_by_vllm
 from editing.methods.directional_ablation import directional_ablation_plan
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import UsageError
 
 TEXTS = ["beef cab", "stop milk"]

@@ -5,7 +5,7 @@ import pytest
 from editing.pipeline.recipe import read_recipe
 from editing.study.registry import edits
 from neurons.errors import UsageError
-from neurons.scorers.setting import NUMBER, WHOLE, read_given
+from neurons.scorers.setting import NUMBER, WHOLE, read_settings
 
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "1e999")
 # Nothing is read before these are refused: MODEL is not there, and FILE and FOLDER are empty.
@@ -76,7 +76,7 @@ def test_no_methods_number_may_be_other_than_finite(value):
         for name, setting in method.settings().items():
             if setting.kind in (NUMBER, WHOLE):
                 with pytest.raises(UsageError, match=name):
-                    read_given(method.settings(), {name: value})
+                    read_settings(method.settings(), {name: value})
 
 
 @pytest.mark.parametrize(

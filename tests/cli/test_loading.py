@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from editing.checkpoints.export import export
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.models.source import load_model
 

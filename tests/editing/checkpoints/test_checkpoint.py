@@ -281,17 +281,17 @@ def test_blocks_of_a_few_rows_equal_one_block(tmp_path: Path, dtype: torch.dtype
 
         return replace
 
-    for block_bytes in (1, 4 * 4 * dtype.itemsize, 1 << 20):
+    for chunk_bytes in (1, 4 * 4 * dtype.itemsize, 1 << 20):
         seen.clear()
-        target = tmp_path / f"target{block_bytes}"
+        target = tmp_path / f"target{chunk_bytes}"
         write_checkpoint(
-            source, target, {name: scaled(name) for name in weights()}, {}, block_bytes=block_bytes
+            source, target, {name: scaled(name) for name in weights()}, {}, chunk_bytes=chunk_bytes
         )
-        if block_bytes == 4 * 4 * dtype.itemsize:
+        if chunk_bytes == 4 * 4 * dtype.itemsize:
             assert seen["down"] == [(0, (4, 4)), (4, (4, 4)), (8, (1, 4))]
             assert seen["experts"] == [(0, (1, 4, 5)), (1, (1, 4, 5)), (2, (1, 4, 5))]
             assert seen["norm"] == [(0, (6,))]
-        if block_bytes == 1:
+        if chunk_bytes == 1:
             assert len(seen["down"]) == 9
     files = [(path / "model.safetensors").read_bytes() for path in sorted(tmp_path.glob("target*"))]
     assert files[0] == files[1] == files[2] != (source / "model.safetensors").read_bytes()
@@ -328,7 +328,7 @@ def test_progress_counts_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tmp_path / "target",
         {"down": halved},
         {"README.md": b"x"},
-        block_bytes=32,
+        chunk_bytes=32,
         progress=lambda done, total: calls.append((done, total)),
     )
     copied = sum(path.stat().st_size for path in source.rglob("*") if path.is_file()) - len(b"old card")
@@ -543,10 +543,10 @@ def test_a_place_is_asked_before_any_work(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(BrocaError, match="cannot be written to"):
         check_target(tmp_path / ("x" * 250))
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != old)
-    with pytest.raises(BrocaError, match="so not be replaced"):
+    with pytest.raises(BrocaError, match="not be replaced"):
         check_target(old, overwrite=True)
     monkeypatch.setattr(Path, "is_mount", lambda self: True)
-    with pytest.raises(BrocaError, match="where a disk is mounted"):
+    with pytest.raises(BrocaError, match="mounted"):
         check_target(old, overwrite=True)
 
 
@@ -585,7 +585,7 @@ def test_failure_in_the_middle_leaves_what_was_there(
     before = snapshot(tmp_path)
     with pytest.raises(error):
         write_checkpoint(
-            source, target, {"down": halved, "up": replace}, {}, overwrite=overwrite, block_bytes=40
+            source, target, {"down": halved, "up": replace}, {}, overwrite=overwrite, chunk_bytes=40
         )
     assert snapshot(tmp_path) == before
 
@@ -700,7 +700,7 @@ STOPS = textwrap.dedent(
 
     source, target, overwrite = sys.argv[1:]
     write_checkpoint(
-        Path(source), Path(target), {"down": replace}, {}, overwrite=bool(overwrite), block_bytes=16
+        Path(source), Path(target), {"down": replace}, {}, overwrite=bool(overwrite), chunk_bytes=16
     )
     """
 )
@@ -955,7 +955,7 @@ def refused(source: Path, target: Path, message: str, name: str = "up", overwrit
 def test_existing_target(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
     make(tmp_path / "old")
-    refused(source, tmp_path / "old", "exists already: add --overwrite")
+    refused(source, tmp_path / "old", "add --overwrite")
     (tmp_path / "file").write_text("mine")
     refused(source, tmp_path / "file", "is a file")
 
@@ -1017,7 +1017,7 @@ def test_damaged_config(tmp_path: Path) -> None:
 
 def test_unknown_name_and_unreadable_dtype(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
-    refused(source, tmp_path / "target", "no tensor model.up to replace", name="model.up")
+    refused(source, tmp_path / "target", "no tensor model.up", name="model.up")
     save_file({"up": torch.zeros(3, dtype=torch.int8)}, source / "model.safetensors")
     refused(source, tmp_path / "target", "tensor up is stored as I8")
 
@@ -1025,10 +1025,10 @@ def test_unknown_name_and_unreadable_dtype(tmp_path: Path) -> None:
 def test_broken_links_loops_and_pipes_in_the_source(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
     (source / "vocab.json").symlink_to("../blobs/gone")
-    refused(source, tmp_path / "target", r"vocab\.json is a link to a file that is gone")
+    refused(source, tmp_path / "target", r"vocab\.json .* link")
     (source / "vocab.json").unlink()
     (source / "onnx" / "loop").symlink_to("..")
-    refused(source, tmp_path / "target", "loop is a link to a directory that holds it")
+    refused(source, tmp_path / "target", "loop is a link")
     (source / "onnx" / "loop").unlink()
     os.mkfifo(source / "pipe")
     refused(source, tmp_path / "target", "pipe is not a regular file")
@@ -1044,7 +1044,7 @@ def test_too_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    refused(source, tmp_path / "new" / "target", r"GB and .* GB free: make room")
+    refused(source, tmp_path / "new" / "target", r"GB but .* GB free")
     free += 1
     write_checkpoint(source, tmp_path / "new" / "target", {}, {})
     assert asked == [tmp_path, tmp_path]

@@ -11,7 +11,7 @@ from editing.checkpoints.checkpoint import write_checkpoint
 from editing.checkpoints.export import export
 from editing.checkpoints.undo import undo
 from editing.plans.plan import ModuleEdit, make_plan
-from editing.plans.tensor_edits import taken_back
+from editing.plans.tensor_edits import undone
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.fingerprint import fingerprint
@@ -113,8 +113,8 @@ def test_blocks_of_a_few_rows_give_the_same(tmp_path, monkeypatch):
 
     source = base_at(tmp_path / "base", dtype="bfloat16")
     write, keep = module.write_checkpoint, module.write_remainder
-    monkeypatch.setattr(module, "write_checkpoint", lambda *a, **k: write(*a, **k, block_bytes=700))
-    monkeypatch.setattr(module, "write_remainder", lambda *a: keep(*a, block_bytes=700))
+    monkeypatch.setattr(module, "write_checkpoint", lambda *a, **k: write(*a, **k, chunk_bytes=700))
+    monkeypatch.setattr(module, "write_remainder", lambda *a: keep(*a, chunk_bytes=700))
     export(source, plan_for(source, varied_edits(source.anatomy)), tmp_path / "edited", undoable=True)
     undo(open_model(str(tmp_path / "edited")), tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(source.checkpoint)
@@ -157,7 +157,7 @@ def test_taking_back_is_the_inverse_and_the_same_in_any_block():
     )
     W = random(20, 30).double()
     changed = edit.apply(W)
-    found = taken_back(edit, changed)
+    found = undone(edit, changed)
     for i in range(20):
         for j in range(30):
             low_rank = sum(float(edit.left[i, k]) * float(edit.right[j, k]) for k in range(5))
@@ -169,7 +169,7 @@ def test_taking_back_is_the_inverse_and_the_same_in_any_block():
         (slice(0, 20), slice(7, 9)),
         (slice(5, 18), slice(1, 28)),
     ):
-        part = taken_back(edit, changed[rows, columns].clone(), rows.start, columns.start)
+        part = undone(edit, changed[rows, columns].clone(), rows.start, columns.start)
         assert torch.equal(part, found[rows, columns])
 
 
@@ -213,7 +213,7 @@ def test_a_config_that_was_changed(edited):
 
 
 def test_no_remainder_and_no_edit(edited, tmp_path):
-    refused(tmp_path / "base", "holds no edit of Broca's")
+    refused(tmp_path / "base", "nothing to undo")
     (edited / "broca" / "remainder.safetensors").unlink()
     refused(edited, "without --undoable")
 
@@ -227,7 +227,7 @@ def test_a_remainder_of_another_export(edited, tmp_path):
     export(source, plan_for(source, varied_edits(source.anatomy)), tmp_path / "other", undoable=True)
     remainder = "broca/remainder.safetensors"
     shutil.copyfile(tmp_path / "other" / remainder, edited / remainder)
-    refused(edited, "are of two exports")
+    refused(edited, "different exports")
 
 
 def test_a_damaged_remainder(edited):
@@ -235,7 +235,7 @@ def test_a_damaged_remainder(edited):
     content = bytearray(path.read_bytes())
     content[-40:] = bytes(40)
     path.write_bytes(content)
-    refused(edited, "damaged|does not fit|does not come out")
+    refused(edited, "damaged|does not fit|is not restored")
     path.write_bytes(b"not a file")
     refused(edited, "cannot be read")
 

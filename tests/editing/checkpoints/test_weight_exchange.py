@@ -10,8 +10,8 @@ import torch
 from accelerate.utils.offload import OffloadedWeightsLoader
 from safetensors.torch import load_file, save_file
 from test_anatomy import logits_of, silencing_plan
+from test_applied import assert_untouched, state
 from test_biases import bias_plan
-from test_live import assert_untouched, state
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from editing.checkpoints.export import export

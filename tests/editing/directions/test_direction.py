@@ -11,10 +11,10 @@ import torch
 from cli.direction import command
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction, load_direction
+from editing.directions.estimation import direction_of
 from editing.directions.length import along, into, unit, without_neutral
 from editing.directions.recorded import record_texts
 from editing.directions.registry import METHODS
-from editing.directions.take import direction_of
 from editing.directions.winsorise import winsorise
 from editing.methods.steer2edit import steer2edit_plan
 from neurons.errors import BrocaError, UsageError

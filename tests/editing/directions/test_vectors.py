@@ -59,7 +59,7 @@ def test_gguf_in_half_precision(source, tmp_path):
 
 def test_gguf_of_a_model_is_refused(source, tmp_path):
     path = write_gguf(tmp_path / "v.gguf", {"direction.1": VECTORS[1].numpy()}, "llama")
-    with pytest.raises(BrocaError, match="'llama' and no control vector"):
+    with pytest.raises(BrocaError, match="'llama'"):
         read_vectors(path, source)
 
 
@@ -143,7 +143,7 @@ def test_one_vector_needs_its_layer(source, tmp_path, suffix):
     path = save_array(tmp_path / f"v{suffix}", VECTORS[1])
     assert_same(read_vectors(path, source, [2]), {2: VECTORS[1]})
     for layers in (None, [1, 2]):
-        with pytest.raises(UsageError, match="name the one layer"):
+        with pytest.raises(UsageError, match="one vector"):
             read_vectors(path, source, layers)
     with pytest.raises(UsageError, match="layers 0-2"):
         read_vectors(path, source, [3])
@@ -183,7 +183,7 @@ def test_numbers_that_are_not_finite_are_refused(source, tmp_path):
 
 def test_zeros_are_refused(source, tmp_path):
     torch.save({1: torch.zeros(64)}, tmp_path / "v.pt")
-    with pytest.raises(BrocaError, match="other than zeros"):
+    with pytest.raises(BrocaError, match="zeros"):
         read_vectors(tmp_path / "v.pt", source)
 
 

@@ -16,7 +16,7 @@ from editing.hooks.steering import residual_steering
 from editing.hooks.subspace_removal import SubspaceRemoval, middle_layers, top_layers
 from editing.methods.austeer import austeer_plan
 from editing.methods.clas import clas_factors
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.scorers.momentum import MomentumRates
@@ -25,7 +25,7 @@ IDS = torch.tensor([[0, 5, 80, 33, 7], [0, 90, 91, 17, 2]])
 LAYERS, NEURONS = 3, 48
 
 
-def random_of(seed, *shape):
+def random_neurons(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -67,7 +67,7 @@ def same_as_by_hand(loaded, way, by_hand):
 
 
 def test_residual_diffmean(llama):
-    vector = random_of(1, 64)
+    vector = random_neurons(1, 64)
 
     def add(layer, values):
         return values + 1.5 * vector.float() if layer == 1 else values
@@ -82,7 +82,7 @@ def test_residual_diffmean(llama):
 
 @pytest.fixture(scope="module")
 def masks():
-    on, off = random_of(2, LAYERS, NEURONS) > 0.5, random_of(3, LAYERS, NEURONS) > 0.5
+    on, off = random_neurons(2, LAYERS, NEURONS) > 0.5, random_neurons(3, LAYERS, NEURONS) > 0.5
     on[0], off[0] = False, False  # a layer that nothing is done to
     assert (on & off).any() and (on & ~off).any() and (off & ~on).any()
     return on, off
@@ -93,7 +93,7 @@ def masks():
 def test_language_arithmetic_acts_on_the_activation(llama, masks, mode, fill):
     """By hand at the activation function, before the linear branch multiplies it."""
     on, off = masks
-    target, other = random_of(4, LAYERS, NEURONS), random_of(5, LAYERS, NEURONS)
+    target, other = random_neurons(4, LAYERS, NEURONS), random_neurons(5, LAYERS, NEURONS)
     way = LanguageArithmetic(llama, target, other, on, off, mode, 2.0, fill)
 
     def change(layer, values):
@@ -119,7 +119,7 @@ def test_language_arithmetic_acts_on_the_activation(llama, masks, mode, fill):
 def test_language_arithmetic_without_gates(checkpoint_of, masks):
     loaded = load_model(str(checkpoint_of("gpt2")), device="cpu")
     on, off = masks
-    target = random_of(4, LAYERS, NEURONS)
+    target = random_neurons(4, LAYERS, NEURONS)
     way = LanguageArithmetic(loaded, target, target, on, off, "additive", 1.0)
 
     def change(layer, values):
@@ -132,7 +132,7 @@ def test_language_arithmetic_without_gates(checkpoint_of, masks):
 
 
 def test_language_arithmetic_refuses(llama, checkpoint_of, masks):
-    means = random_of(4, LAYERS, NEURONS)
+    means = random_neurons(4, LAYERS, NEURONS)
     with (
         pytest.raises(UsageError, match="mode 'loud'"),
         LanguageArithmetic(llama, means, means, *masks, "loud")(),
@@ -172,8 +172,8 @@ def test_clas_mixes_what_it_scaled(llama, strength):
 @pytest.fixture(scope="module")
 def rates():
     def of(width, seed):
-        up = random_of(seed, LAYERS, width).abs() % 1
-        return MomentumRates(up, (1 - up) * 0.9, random_of(seed + 1, LAYERS, width).abs())
+        up = random_neurons(seed, LAYERS, width).abs() % 1
+        return MomentumRates(up, (1 - up) * 0.9, random_neurons(seed + 1, LAYERS, width).abs())
 
     return {"attn": of(64, 7), "mlp": of(NEURONS, 9)}
 
@@ -221,7 +221,7 @@ def test_scaled_inputs_reach_the_right_expert(checkpoint_of):
 
 
 def test_subspace_removal(llama):
-    bases = [torch.linalg.qr(random_of(20 + layer, 64, 2))[0] for layer in range(LAYERS)]
+    bases = [torch.linalg.qr(random_neurons(20 + layer, 64, 2))[0] for layer in range(LAYERS)]
     direction = Direction("en", "fr", {}, {}, {}, {"block_out": torch.stack(bases)})
     strengths = {0: 0.7, 2: -0.4}
     way = SubspaceRemoval(llama, direction, strengths)

@@ -8,8 +8,8 @@ import torch
 
 from editing.methods import austeer as austeer_module
 from editing.methods.austeer import ALPHA, CHANNELS, austeer, austeer_plan, corpus_rates, neuron_rates
-from editing.plans.live import applied
-from neurons.architectures.sites import reading
+from editing.plans.applied import applied
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.recording.record import record
@@ -137,7 +137,7 @@ def test_equals_a_hook_on_the_input_channels(checkpoint_of, model_type):
         return read
 
     readers = {(f"{block}_in", layer): reader_of(block, layer) for block in widths for layer in range(3)}
-    with reading(loaded.anatomy, readers):
+    with site_hooks(loaded.anatomy, readers):
         expected = logits(loaded)
     with applied(loaded, plan):
         found = logits(loaded)

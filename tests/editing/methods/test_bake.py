@@ -10,7 +10,7 @@ import torch
 
 from editing.hooks.steering import residual_steering
 from editing.methods.bake import bake_plan, constant_key, fourth_moments, ledoit_wolf_eps, total_moments
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model

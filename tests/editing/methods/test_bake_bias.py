@@ -5,7 +5,7 @@ import torch
 
 from editing.hooks.steering import residual_steering
 from editing.methods.bake_bias import bake_bias_plan
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
 

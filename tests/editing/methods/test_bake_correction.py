@@ -6,7 +6,7 @@ import torch
 
 from editing.methods.bake import bake_plan
 from editing.methods.bake_correction import RemainderMoments, corrected_plan, correction_key
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.text.corpus import Corpus
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from editing.methods.clas import clas_factors, clas_plan, classes_of_set, last_layers
-from editing.plans.live import applied
-from neurons.architectures.sites import reading
+from editing.plans.applied import applied
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.neuron_sets.neuron_set import neuron_set
 from neurons.scorers.clas import CLASSES
@@ -73,7 +73,7 @@ def mixed_logits(loaded, statistics, layers, a, b, g, languages=LANGUAGES):
 
         return read
 
-    with reading(loaded.anatomy, {("mlp_in", layer): reader_of(layer) for layer in layers}):
+    with site_hooks(loaded.anatomy, {("mlp_in", layer): reader_of(layer) for layer in layers}):
         return logits(loaded)
 
 

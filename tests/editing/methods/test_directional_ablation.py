@@ -15,9 +15,9 @@ from editing.methods.directional_ablation import (
     directional_ablation_plan,
     without,
 )
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.weights import Weights
-from neurons.architectures.sites import reading
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 
@@ -173,7 +173,7 @@ def logits_without(loaded, vectors, strength=1.0):
         return read
 
     readers = {(f"{block}_out", layer): reader_of(vector) for (layer, block), vector in vectors.items()}
-    with reading(loaded.anatomy, readers):
+    with site_hooks(loaded.anatomy, readers):
         return logits(loaded)
 
 
@@ -234,7 +234,7 @@ def test_the_residual_keeps_only_what_the_embeddings_write_along_it(loaded_of):
         plan = directional_ablation_plan(loaded, direction, form=form, from_layer=1)
         with (
             applied(loaded, plan),
-            reading(loaded.anatomy, {("block_out", at): reader_of(at) for at in range(3)}),
+            site_hooks(loaded.anatomy, {("block_out", at): reader_of(at) for at in range(3)}),
         ):
             logits(loaded)
         embedded = loaded.model.model.embed_tokens.weight[IDS].double() @ unit
@@ -349,7 +349,7 @@ def test_the_modules_mean_output_is_what_is_spared(loaded_of):
         return read
 
     sites = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-    with reading(loaded.anatomy, {(site, 1): reader_of(site) for site in sites}):
+    with site_hooks(loaded.anatomy, {(site, 1): reader_of(site) for site in sites}):
         logits(loaded)
     direction = random_direction(loaded)
     for site in ("attn_in", "mlp_in"):

@@ -12,7 +12,7 @@ from scipy.linalg import null_space
 from editing.directions.direction import Direction
 from editing.methods.key import key
 from editing.methods.keyed import keyed_plan
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures.anatomy import first
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model

@@ -8,7 +8,7 @@ from editing.directions.direction import Direction
 from editing.methods.key import key_problem
 from editing.methods.keyed import keyed_plan
 from editing.methods.sparse_key import sparse_key
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_set import neuron_set

@@ -13,8 +13,8 @@ from editing.methods.language_arithmetic import (
     language_arithmetic_plan,
     mean_shift,
 )
-from editing.plans.live import applied
-from neurons.architectures.sites import reading
+from editing.plans.applied import applied
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_set import neuron_set
@@ -134,7 +134,7 @@ def test_without_gates_the_bias_form_is_exactly_the_intervention(checkpoint_of, 
         own = means[layer]
         readers["mlp_in", layer] = intervention(arithmetic(own["qab"], own["qaa"], on, off, mode, 2.0, -0.1))
     unsteered = logits(loaded)
-    with reading(loaded.anatomy, readers):
+    with site_hooks(loaded.anatomy, readers):
         expected = logits(loaded)
     with applied(loaded, plan):
         found = logits(loaded)
@@ -200,7 +200,7 @@ def test_deactivation_alone_is_exact_and_reads_no_text(llama, monkeypatch):
         values[..., [3, 9, 40]] = 0
         return values
 
-    with reading(llama.anatomy, {("mlp_in", layer): silence for layer in (0, 2)}):
+    with site_hooks(llama.anatomy, {("mlp_in", layer): silence for layer in (0, 2)}):
         expected = logits(llama)
     with applied(llama, plan):
         found = logits(llama)

@@ -14,7 +14,7 @@ from editing.methods.keyed import keyed_plan
 from editing.methods.keyed_search import KeyedSearch
 from editing.methods.learned_values import HELD_OUT, LEARNED_AT, LearnedValues, _loss, learned_values
 from editing.methods.material import Material
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from editing.study.search_space import spaces
 from neurons.errors import BrocaError, UsageError

@@ -12,7 +12,7 @@ from editing.directions.direction import Direction
 from editing.methods.keyed import keyed_plan
 from editing.methods.norm_value import rms_norm, value_through_norm
 from editing.methods.output_norm import output_norm, source_tokens
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.text.batches import language_batches

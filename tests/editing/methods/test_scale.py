@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from editing.methods.scale import column_scaling, scale_plan
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.neuron_sets.neuron_set import neuron_set
 

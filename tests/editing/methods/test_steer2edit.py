@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction, load_direction
 from editing.methods.steer2edit import relative_activity, steer2edit, steer2edit_plan
-from editing.plans.live import applied
-from neurons.architectures.sites import reading
+from editing.plans.applied import applied
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
 from neurons.neuron_sets.neuron_set import neuron_set
@@ -360,7 +360,7 @@ def test_the_edited_model_computes_what_a_hook_would(loaded_qwen, direction, wei
         readers[f"{edit.block}_in", edit.layer] = before((edit.layer, edit.block))
         readers[f"{edit.block}_out", edit.layer] = after(edit, module)
     with torch.no_grad():
-        with reading(loaded_qwen.anatomy, readers):
+        with site_hooks(loaded_qwen.anatomy, readers):
             expected = loaded_qwen.model(ids).logits
         with applied(loaded_qwen, plan):
             found = loaded_qwen.model(ids).logits

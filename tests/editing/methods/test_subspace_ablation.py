@@ -9,8 +9,8 @@ import torch
 from editing.directions.direction import Direction
 from editing.methods.directional_ablation import directional_ablation_plan
 from editing.methods.subspace_ablation import orthonormal, subspace_ablation, subspace_ablation_plan
-from editing.plans.live import applied
-from neurons.architectures.sites import reading
+from editing.plans.applied import applied
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 
@@ -115,7 +115,7 @@ def logits_without(loaded, bases, strength):
         return read
 
     readers = {(f"{block}_out", layer): reader_of(basis) for (layer, block), basis in bases.items()}
-    with reading(loaded.anatomy, readers):
+    with site_hooks(loaded.anatomy, readers):
         return logits(loaded)
 
 

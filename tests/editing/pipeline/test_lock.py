@@ -10,7 +10,7 @@ from editing.pipeline import lock_text
 from editing.pipeline.lock import Lock, language_lock, lock_of
 from editing.pipeline.lock_measures import BASE, PROMPTED, STEERED, lock_figures, mean_chrf
 from editing.pipeline.lock_text import BUILD, CHOOSE, REPORT, prompt_of, taught
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 

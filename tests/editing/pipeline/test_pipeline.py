@@ -14,7 +14,7 @@ from editing.methods.learned_values import LEARNED_AT
 from editing.pipeline.recipe import Recipe, read_recipe
 from editing.pipeline.run import run
 from editing.pipeline.stages import KEPT, RUNS
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.files import digest as digests

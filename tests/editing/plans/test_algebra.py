@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editing.plans.algebra import after, compose, inverse, inverted, on_components, restricted
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import FACTORS, ModuleEdit, make_plan
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.models.source import load_model
@@ -145,7 +145,7 @@ def test_a_scale_of_zero_cannot_be_undone():
 
 @pytest.mark.parametrize("factor", ["row_scale", "bias"])
 def test_what_is_no_ones_component_cannot_be_restricted(factor):
-    with pytest.raises(BrocaError, match="no one component"):
+    with pytest.raises(BrocaError, match="layer 0, mlp"):
         on_components(random_edit(0, (factor, "left", "right")), range(COLUMNS), 1)
 
 

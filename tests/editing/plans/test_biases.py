@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from editing.checkpoints.export import export
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.errors import BrocaError
 from neurons.models.source import load_model
@@ -83,7 +83,7 @@ def test_a_llama_gets_every_bias_that_its_config_then_asks_for(checkpoint_of, tm
 @pytest.mark.parametrize("model_type", ["qwen3", "mistral", "gemma"])
 def test_where_no_config_can_ask_for_it_a_bias_is_refused(checkpoint_of, tmp_path, model_type):
     loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
-    assert not loaded.anatomy.can_carry_bias("mlp")
+    assert not loaded.anatomy.supports_bias("mlp")
     plan = bias_plan(loaded, ("mlp",))
     with pytest.raises(BrocaError, match="has no bias"), applied(loaded, plan):
         raise AssertionError("entered")
@@ -94,6 +94,6 @@ def test_where_no_config_can_ask_for_it_a_bias_is_refused(checkpoint_of, tmp_pat
 
 def test_experts_have_no_bias_in_common(checkpoint_of):
     loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
-    assert not loaded.anatomy.can_carry_bias("mlp")
+    assert not loaded.anatomy.supports_bias("mlp")
     with pytest.raises(BrocaError, match="experts"), applied(loaded, bias_plan(loaded, ("mlp",))):
         raise AssertionError("entered")

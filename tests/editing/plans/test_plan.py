@@ -197,7 +197,7 @@ def test_refuses_a_strength_between_rows_and_columns():
 
 
 def test_refuses_an_edit_without_a_factor():
-    with pytest.raises(BrocaError, match=r"layer 0, mlp.*changes nothing"):
+    with pytest.raises(BrocaError, match="layer 0, mlp"):
         make_plan([random_edit(wanted=())], {})
 
 

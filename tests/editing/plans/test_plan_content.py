@@ -68,7 +68,7 @@ def test_what_the_faults_are_made_of_is_a_plan(saved):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_file_without_a_plan_is_refused(broca, saved, name):
     path = saved(*FAULTS[name])
-    with pytest.raises(BrocaError, match=f"{path}: not a whole plan"):
+    with pytest.raises(BrocaError, match=f"{path}: not a valid plan"):
         load_plan(path)
     status, out, err = broca("inspect", path)
     assert (status, out) == (1, "") and err.count("\n") == 1 and str(path) in err

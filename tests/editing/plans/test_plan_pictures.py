@@ -7,7 +7,7 @@ import torch
 
 from editing.plans.component_changes import component_count
 from editing.plans.plan import ModuleEdit, make_plan
-from editing.plans.plan_pictures import MOST_COLUMNS, component_sizes, plan_figure
+from editing.plans.plan_pictures import MAX_COLUMNS, component_sizes, plan_figure
 from neurons.neuron_sets.pictures import save_figure
 
 D, HEADS, WIDTH = 6, 4, 3
@@ -71,17 +71,17 @@ def test_heads_are_counted_from_the_columns_that_change(chosen, columns, count):
 
 def test_heat_map_shows_each_component_in_its_place(tmp_path):
     plan = make_plan(
-        [head_edit(0), head_edit(2, (0, 3)), neuron_edit(1, 2 * MOST_COLUMNS, (0, 7))],
+        [head_edit(0), head_edit(2, (0, 3)), neuron_edit(1, 2 * MAX_COLUMNS, (0, 7))],
         {"method": "made"},
     )
     figure = plan_figure(plan)
     heads, neurons = (axis.images[0].get_array() for axis in figure.axes if axis.images)
     assert heads.shape == (3, HEADS)
     assert (heads > 0).tolist() == [[False, True, True, False], [False] * 4, [True, False, False, True]]
-    assert neurons.shape == (3, MOST_COLUMNS)
+    assert neurons.shape == (3, MAX_COLUMNS)
     assert neurons.nonzero()[1].tolist() == [0, 3]
     assert neurons.nonzero()[0].tolist() == [1, 1]
-    assert figure.get_suptitle() == "how far the edit changes each component\nmade"
+    assert figure.get_suptitle() == "change of each component\nmade"
     save_figure(figure, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
@@ -89,4 +89,4 @@ def test_heat_map_shows_each_component_in_its_place(tmp_path):
 def test_the_title_names_pair_method_and_model():
     about = {"method": "keyed", "model": "m", "fingerprint": "0123456789", "source": "en", "target": "fr"}
     title = plan_figure(make_plan([head_edit()], about)).get_suptitle()
-    assert title == "how far the edit changes each component, en to fr\nkeyed; m (01234567)"
+    assert title == "change of each component, en to fr\nkeyed; m (01234567)"

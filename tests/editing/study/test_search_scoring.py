@@ -7,7 +7,7 @@ import torch
 from test_evaluation import LINES, NEW_TOKENS, always, spaced_word
 
 from editing.evaluation.evaluation import Evaluation
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from editing.study.search import MEASURED, Search
 from editing.study.search_scoring import Scoring

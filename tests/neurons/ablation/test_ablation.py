@@ -266,12 +266,12 @@ def test_digests_name_what_differs():
 
 @pytest.mark.parametrize("place", [(3, 0), (0, 48), (-1, 0)])
 def test_a_neuron_that_the_model_lacks_is_refused(llama, place):
-    with pytest.raises(BrocaError, match="outside the model's 3 x 48"):
+    with pytest.raises(BrocaError, match="3 x 48"):
         condition_losses(llama, some_batches(llama), [Condition(rows_of(place))])
 
 
 def test_an_unknown_way_or_a_mean_without_means_is_refused():
-    with pytest.raises(UsageError, match="choose zero, mean, resample"):
+    with pytest.raises(UsageError, match="zero, mean, resample"):
         Replacement("median")
     with pytest.raises(UsageError, match="mlp_in:sum"):
         Replacement("mean")

@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused(llama, small):
     with pytest.raises(UsageError, match="no neuron set"):
         ablation_study(llama, corpus, {})
     crowded = set_of({**OWN, "qaa": [(0, j) for j in range(30)]})
-    with pytest.raises(UsageError, match=r"layer 0: no control is left; ablate fewer .* \(0 draws\)"):
+    with pytest.raises(UsageError, match=r"layer 0: .*\(0 draws\)"):
         ablation_study(llama, corpus, {"a": crowded})
     other = record_corpus(llama, corpus, ("mlp_in:sum",), "texts")
     with pytest.raises(UsageError, match="mlp_in:absolute"):
@@ -385,7 +385,7 @@ def test_the_command_streams_resumes_and_repeats(arguments, small, tmp_path, mon
     ("extra", "message"),
     [
         (["--dose-picture", "d.png"], "needs --doses"),
-        (["--picture", "m.jpg"], "ends in .png or .svg"),
+        (["--picture", "m.jpg"], ".png or .svg"),
         (["--controls", "random", "--statistics", __file__], "means nothing"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 
 from editing.checkpoints.weight_exchange import Exchange
 from editing.directions.diffmean import diffmean_direction
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures import low_bits
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
@@ -94,7 +94,7 @@ def test_they_are_not_edited(checkpoint_of, steered_like, bits):
 @pytest.fixture(scope="module")
 def steered_like(llama, tmp_path_factory):
     """(a plan for the llama, the checkpoint with it)."""
-    from test_live import random_plan
+    from test_applied import random_plan
 
     from editing.checkpoints.export import export
 
@@ -150,7 +150,7 @@ def test_without_bitsandbytes_one_sentence_says_how_to_get_it(
 ):
     from importlib.metadata import PackageNotFoundError
 
-    from neurons.neuron_sets.identify import random_of
+    from neurons.neuron_sets.identify import random_neurons
 
     def missing(package):
         raise PackageNotFoundError(package)
@@ -158,7 +158,7 @@ def test_without_bitsandbytes_one_sentence_says_how_to_get_it(
     monkeypatch.setattr(low_bits, "version", missing)
     further = {"direction": ["--source", "qaa", "--target", "qab"]}
     if command == "ablate":
-        random_of(llama, ("qaa",), 0.1).save(tmp_path / "n.safetensors")
+        random_neurons(llama, ("qaa",), 0.1).save(tmp_path / "n.safetensors")
         further["ablate"] = ["--neurons", tmp_path / "n.safetensors"]
     asked = [checkpoint_of(), "--corpus", corpus_directory, "--load-in-4bit", "--out", tmp_path / "out"]
     status, _, said = broca(command, *asked, *further.get(command, []))

@@ -17,8 +17,8 @@ from editing.evaluation.evaluation import Evaluation
 from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.keyed import keyed_plan
 from editing.methods.learned_values import learned_values
-from editing.plans.live import applied
-from neurons.architectures.sites import reading
+from editing.plans.applied import applied
+from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_report import neuron_report
@@ -214,7 +214,7 @@ def test_values_that_are_moved_to_one_device_count_the_same(checkpoint_of, corpu
 def test_values_are_handed_over_on_the_device_that_they_are_gathered_on(llama, corpus):
     anatomy = replace(llama.anatomy, gathered_on=torch.device("meta"))
     seen = []
-    with reading(anatomy, {("mlp_in", 2): lambda values, _: seen.append(values.device)}):
+    with site_hooks(anatomy, {("mlp_in", 2): lambda values, _: seen.append(values.device)}):
         logits_of(llama)
     assert seen == [torch.device("meta")]
 

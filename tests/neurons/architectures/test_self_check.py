@@ -11,7 +11,7 @@ import transformers
 from test_anatomy import IDS, logits_of, silencing_plan
 
 from editing.checkpoints.export import export
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from neurons.architectures import sites
 from neurons.architectures.anatomy import anatomy_of
 from neurons.architectures.examination import examine
@@ -241,7 +241,7 @@ def test_a_new_architecture_that_is_turned_while_loading_is_refused(tmp_path):
     with torch.no_grad():
         weight = loaded.model.model.layers[2].self_attn.o_proj.weight
         weight.copy_(weight.T.clone())
-    with pytest.raises(BrocaError, match=r"layers\.2\.self_attn\.o_proj\.weight is not in memory what"):
+    with pytest.raises(BrocaError, match=r"layers\.2\.self_attn\.o_proj\.weight"):
         _compare_with_disk("a", tmp_path / "a", loaded.anatomy)
 
 
@@ -252,14 +252,14 @@ def test_a_new_architecture_that_is_turned_while_loading_is_refused(tmp_path):
             transformers.MambaConfig,
             transformers.MambaForCausalLM,
             {},
-            r"'mamba' is not known.*attention module.*none",
+            r"'mamba'.*attention module.*none",
         ),
-        (transformers.RwkvConfig, transformers.RwkvForCausalLM, {}, r"'rwkv' is not known.*activation"),
+        (transformers.RwkvConfig, transformers.RwkvForCausalLM, {}, r"'rwkv'.*activation"),
         (
             transformers.Qwen2MoeConfig,
             transformers.Qwen2MoeForCausalLM,
             {**_EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 24},
-            r"'qwen2_moe' is not known.*shared_expert\.down_proj.* beside the experts",
+            r"'qwen2_moe'.*shared_expert\.down_proj.* beside the experts",
         ),
         (
             transformers.StableLmConfig,

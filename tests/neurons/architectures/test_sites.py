@@ -9,7 +9,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from neurons.architectures.anatomy import EXPERT_SITES, SITES, anatomy_of
 from neurons.architectures.layouts import LAYOUTS
-from neurons.architectures.sites import Routed, logits, reading
+from neurons.architectures.sites import Routed, logits, site_hooks
 from neurons.errors import BrocaError
 
 FAMILIES = list(models.FAMILIES)
@@ -60,7 +60,7 @@ def combined(family, model, act, up):
 def test_sites_are_what_they_say(model_of, family):
     model, anatomy = model_of(family)
     seen, calls = {}, []
-    with reading(anatomy, all_sites(anatomy, seen)), torch.no_grad():
+    with site_hooks(anatomy, all_sites(anatomy, seen)), torch.no_grad():
         found = model(IDS, output_hidden_states=True, use_cache=False)
     states = found.hidden_states
     rows, length = IDS.shape
@@ -118,7 +118,7 @@ def test_tokens_are_those_that_the_router_sent(model_of, family):
     mixtures = [anatomy.mixtures[layer] for layer in range(3)]
     routers = [getattr(mixture, "router", None) or mixture.gate for mixture in mixtures]
     handles = [router.register_forward_hook(note(layer)) for layer, router in enumerate(routers)]
-    with reading(anatomy, all_sites(anatomy, seen)), torch.no_grad():
+    with site_hooks(anatomy, all_sites(anatomy, seen)), torch.no_grad():
         model(IDS)
     for handle in handles:
         handle.remove()
@@ -138,20 +138,20 @@ def test_values_given_back_replace_the_values(model_of, family):
     with torch.no_grad():
         plain = model(IDS).logits
         same = {(site, layer): lambda v, routed: v.clone() for site in SITES for layer in range(3)}
-        with reading(anatomy, same):
+        with site_hooks(anatomy, same):
             torch.testing.assert_close(model(IDS).logits, plain)
         for site in SITES:
             changed = {(site, last): lambda v, routed: v + torch.linspace(-1, 2, v.shape[-1])}
-            with reading(anatomy, changed):
+            with site_hooks(anatomy, changed):
                 assert float((model(IDS).logits - plain).abs().max()) > 1e-3
         seen = {}
         wanted = {
             ("mlp_out", last): lambda v, routed: v + 3,
             ("block_out", last): lambda v, routed: seen.__setitem__("after", v.clone()),
         }
-        with reading(anatomy, {("block_out", last): lambda v, _: seen.__setitem__("before", v.clone())}):
+        with site_hooks(anatomy, {("block_out", last): lambda v, _: seen.__setitem__("before", v.clone())}):
             model(IDS)
-        with reading(anatomy, wanted):
+        with site_hooks(anatomy, wanted):
             model(IDS)
         moved = torch.allclose(seen["after"], seen["before"] + 3, rtol=1e-4, atol=1e-4)
         assert moved == anatomy.residual_output
@@ -179,9 +179,9 @@ def test_gradients_are_the_slopes_of_the_loss(model_of, family, site):
         added[key] = torch.zeros_like(values).requires_grad_(True)
         return values + added[key]
 
-    with reading(anatomy, {(site, layer): record}):
+    with site_hooks(anatomy, {(site, layer): record}):
         loss().backward()
-    with reading(anatomy, {(site, layer): add_zero}):
+    with site_hooks(anatomy, {(site, layer): add_zero}):
         loss().backward()
     assert gradients.keys() == added.keys()
     for key, gradient in gradients.items():
@@ -193,7 +193,7 @@ def test_gradients_are_the_slopes_of_the_loss(model_of, family, site):
                 same = key == (-1 if routed is None else routed.expert)
                 return values + size * gradient / gradient.norm() if same else None
 
-            with reading(anatomy, {(site, layer): move}), torch.no_grad():
+            with site_hooks(anatomy, {(site, layer): move}), torch.no_grad():
                 return float(loss())
 
         slope = (moved(step) - moved(-step)) / (2 * step)
@@ -228,7 +228,7 @@ def test_without_gradients_nothing_is_copied(model_of, family):
 
     with (
         torch.no_grad(),
-        reading(anatomy, {("mlp_act", 0): read("mlp_act"), ("mlp_up", 0): read("mlp_up")}),
+        site_hooks(anatomy, {("mlp_act", 0): read("mlp_act"), ("mlp_up", 0): read("mlp_up")}),
     ):
         model(IDS)
     if family in MIXTURES:
@@ -250,12 +250,12 @@ def test_reading_experts_computes_what_the_stock_forward_computes(family, implem
         # One layer read, so that the others go the chosen way, then all of them.
         for layers in ([1], range(3)):
             readers = {("mlp_in", layer): lambda values, routed: None for layer in layers}
-            with reading(anatomy, readers):
+            with site_hooks(anatomy, readers):
                 assert config._experts_implementation != implementation
                 torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-5, atol=1e-5)
             assert config._experts_implementation == implementation
         assert torch.equal(model(IDS).logits, plain)
-        with reading(anatomy, {("attn_in", 0): lambda values, routed: None}):
+        with site_hooks(anatomy, {("attn_in", 0): lambda values, routed: None}):
             assert config._experts_implementation == implementation
             assert torch.equal(model(IDS).logits, plain)
 
@@ -272,7 +272,7 @@ def test_unread_layers_take_the_stock_way(family, monkeypatch):
         "batched_mm",
         lambda self, *given: called.append(self) or stock(self, *given),
     )
-    with torch.no_grad(), reading(anatomy, {("mlp_act", 1): lambda values, routed: None}):
+    with torch.no_grad(), site_hooks(anatomy, {("mlp_act", 1): lambda values, routed: None}):
         model(IDS)
     assert called == [anatomy.gates[0], anatomy.gates[2]]
 
@@ -282,13 +282,13 @@ def test_readings_inside_each_other_see_what_the_outer_ones_left(model_of, famil
     model, anatomy = model_of(family)
     before = model.config._experts_implementation
     seen, outer = [], []
-    with torch.no_grad(), reading(anatomy, {("mlp_up", 0): lambda v, routed: torch.full_like(v, 2.0)}):
-        with reading(anatomy, {("mlp_up", 0): lambda v, routed: seen.append(v.clone())}):
+    with torch.no_grad(), site_hooks(anatomy, {("mlp_up", 0): lambda v, routed: torch.full_like(v, 2.0)}):
+        with site_hooks(anatomy, {("mlp_up", 0): lambda v, routed: seen.append(v.clone())}):
             model(IDS)
         assert seen
         assert all(bool((values == 2).all()) for values in seen)
         count = len(seen)
-        with reading(anatomy, {("mlp_in", 0): lambda v, routed: outer.append(v.clone())}):
+        with site_hooks(anatomy, {("mlp_in", 0): lambda v, routed: outer.append(v.clone())}):
             model(IDS)
     model(IDS)
     assert len(seen) == len(outer) == count
@@ -308,7 +308,7 @@ def test_an_error_in_a_reader_leaves_the_model_as_it_was(family):
 
         with (
             pytest.raises(ZeroDivisionError),
-            reading(anatomy, {("mlp_in", 1): fail, ("block_out", 0): lambda v, routed: None}),
+            site_hooks(anatomy, {("mlp_in", 1): fail, ("block_out", 0): lambda v, routed: None}),
         ):
             model(IDS)
         assert torch.equal(model(IDS).logits, plain)
@@ -336,7 +336,7 @@ def test_padding_does_not_move_what_is_read(model_of, family):
     seen = {}
     for name, ids, given in (("padded", IDS, mask), ("short", IDS[1:, :6], None)):
         readers = {("attn_in", 2): lambda v, routed, name=name: seen.__setitem__(name, v.clone())}
-        with torch.no_grad(), reading(anatomy, readers):
+        with torch.no_grad(), site_hooks(anatomy, readers):
             model.base_model(input_ids=ids, attention_mask=given, use_cache=False)
     torch.testing.assert_close(seen["padded"][1:, :6], seen["short"])
 
@@ -344,13 +344,16 @@ def test_padding_does_not_move_what_is_read(model_of, family):
 def test_what_is_wrong_is_refused(model_of):
     model, anatomy = model_of("llama")
     for at in (("mlp_on", 0), ("mlp_in", 3), ("mlp_in", -1)):
-        with pytest.raises(BrocaError, match="there is no site"), reading(anatomy, {at: lambda v, r: None}):
+        with (
+            pytest.raises(BrocaError, match="there is no site"),
+            site_hooks(anatomy, {at: lambda v, r: None}),
+        ):
             pass
     for family in ("llama", "mixtral"):
         model, anatomy = model_of(family)
         with (
             pytest.raises(BrocaError, match="shape"),
-            reading(anatomy, {("mlp_in", 0): lambda v, routed: v[..., 1:]}),
+            site_hooks(anatomy, {("mlp_in", 0): lambda v, routed: v[..., 1:]}),
             torch.no_grad(),
         ):
             model(IDS)
@@ -359,7 +362,7 @@ def test_what_is_wrong_is_refused(model_of):
 def test_a_routed_reader_knows_its_expert(model_of):
     model, anatomy = model_of("qwen3_moe")
     seen = []
-    with torch.no_grad(), reading(anatomy, {("mlp_act", 1): lambda v, routed: seen.append(routed)}):
+    with torch.no_grad(), site_hooks(anatomy, {("mlp_act", 1): lambda v, routed: seen.append(routed)}):
         model(IDS)
     assert all(isinstance(routed, Routed) for routed in seen)
     assert [routed.expert for routed in seen] == sorted({routed.expert for routed in seen})

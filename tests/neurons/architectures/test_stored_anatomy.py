@@ -80,7 +80,7 @@ def assert_the_same(found, expected, names):
         assert len(getattr(found, part)) == len(getattr(expected, part)) == expected.layers
     assert found.mixtures == expected.mixtures == ()
     for block in BLOCKS:
-        assert found.can_carry_bias(block) == expected.can_carry_bias(block)
+        assert found.supports_bias(block) == expected.supports_bias(block)
         for layer in range(expected.layers):
             assert found.output_parameter(layer, block).shape == expected.output_parameter(layer, block).shape
             assert found.output_weight(layer, block).shape == expected.output_weight(layer, block).shape
@@ -301,7 +301,7 @@ def test_a_quantised_checkpoint_is_refused_as_ever(copy):
     with pytest.raises(BrocaError) as refused:
         open_model(str(checkpoint))
     assert str(refused.value) == (
-        f"{checkpoint}: a quantised checkpoint; its weights cannot be edited: start from the unquantised "
+        f"{checkpoint}: a quantised checkpoint, whose weights cannot be edited: start from the unquantised "
         "checkpoint, or load it in transformers with quantization_config=Mxfp4Config(dequantize=True) and save it"
     )
 

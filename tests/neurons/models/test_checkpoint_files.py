@@ -102,7 +102,7 @@ def test_a_head_that_is_said_to_be_the_embedding(tied, look):
     other = embedding.clone()
     other[-1, -1] += 1
     add_tensor(tied, "lm_head.weight", other)
-    with pytest.raises(BrocaError, match=r"lm_head\.weight is model\.embed_tokens\.weight"):
+    with pytest.raises(BrocaError, match=r"lm_head\.weight.* model\.embed_tokens\.weight"):
         look(str(tied))
     change(tied / "config.json", tie_word_embeddings=False)
     assert look(str(tied)).anatomy.layers == 3
@@ -114,7 +114,7 @@ def test_a_family_that_ties_unless_it_is_told_otherwise(checkpoint_of, tmp_path)
     settings.pop("tie_word_embeddings", None)
     (tied / "config.json").write_text(json.dumps(settings))
     add_tensor(tied, "lm_head.weight", load_file(tied / WEIGHTS)["model.embed_tokens.weight"] + 1)
-    with pytest.raises(BrocaError, match=r"lm_head\.weight is model\.embed_tokens\.weight"):
+    with pytest.raises(BrocaError, match=r"lm_head\.weight.* model\.embed_tokens\.weight"):
         load_model(str(tied), "cpu")
 
 

@@ -21,7 +21,7 @@ def extended(llama):
     """The llama with a tokenizer that a fine-tune gave a padding token."""
     tokenizer = models.tiny_tokenizer.__wrapped__()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id == llama.embedded
+    assert tokenizer.pad_token_id == llama.embedding_rows
     return replace(llama, tokenizer=tokenizer)
 
 
@@ -57,7 +57,7 @@ def needs_answer(loaded, text):
 @pytest.mark.parametrize("needs", [needs_text, needs_packed, needs_prompt, needs_answer])
 def test_a_text_that_needs_such_a_token_is_refused_with_both_numbers(extended, needs, monkeypatch):
     monkeypatch.setattr(type(extended.model), "forward", lambda *_, **__: pytest.fail("work was done"))
-    highest, rows = extended.tokenizer.pad_token_id, extended.embedded
+    highest, rows = extended.tokenizer.pad_token_id, extended.embedding_rows
     with pytest.raises(UsageError, match=rf"{highest} \('\[PAD\]'\).* {rows} rows"):
         needs(extended, "cab [PAD] add cab add cab add cab add cab add cab add")
 

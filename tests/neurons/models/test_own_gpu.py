@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neurons.errors import UsageError
-from neurons.models.placement import memory_to_spread_over
+from neurons.models.placement import max_memory_per_device
 from neurons.models.source import pick_device
 
 
@@ -53,9 +53,9 @@ def test_a_launcher_that_says_little_is_still_caught(gpus, monkeypatch):
 def test_on_a_cpu_the_processes_share_what_is_free(gpus, checkpoint_of, monkeypatch):
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 500_000})
     cpu = torch.device("cpu")
-    assert memory_to_spread_over(checkpoint_of(), cpu, 4) is None
+    assert max_memory_per_device(checkpoint_of(), cpu, 4) is None
     gpus(count=0, processes=2)
-    assert memory_to_spread_over(checkpoint_of(), cpu, 4) == {"cpu": 225_000}
+    assert max_memory_per_device(checkpoint_of(), cpu, 4) == {"cpu": 225_000}
 
 
 def test_a_process_leaves_the_gpus_of_the_others_alone(gpus, checkpoint_of, monkeypatch):
@@ -64,7 +64,7 @@ def test_a_process_leaves_the_gpus_of_the_others_alone(gpus, checkpoint_of, monk
     monkeypatch.setattr(
         "accelerate.utils.get_max_memory", lambda *_: {0: 100_000, 1: 100_000, "cpu": 1_000_000}
     )
-    found = memory_to_spread_over(checkpoint_of(), pick_device(), 4)
+    found = max_memory_per_device(checkpoint_of(), pick_device(), 4)
     assert found == {1: 90_000, "cpu": 450_000}
 
 
@@ -74,5 +74,5 @@ def test_without_a_launcher_all_gpus_are_there(gpus, checkpoint_of, monkeypatch)
     monkeypatch.setattr(
         "accelerate.utils.get_max_memory", lambda *_: {0: 100_000, 1: 100_000, "cpu": 1_000_000}
     )
-    found = memory_to_spread_over(checkpoint_of(), pick_device(), 4, max_memory=80_000)
+    found = max_memory_per_device(checkpoint_of(), pick_device(), 4, max_memory=80_000)
     assert found == {0: 80_000, 1: 80_000, "cpu": 80_000}

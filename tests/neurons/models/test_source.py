@@ -80,7 +80,7 @@ def test_a_wrapper_around_every_name_is_named(copy):
 def test_unknown_architectures_are_refused_before_any_weight_is_read(copy, config):
     config.save_pretrained(copy)
     for look in (open_model, load_model):
-        with pytest.raises(BrocaError, match=f"'{config.model_type}' is not known"):
+        with pytest.raises(BrocaError, match=f"'{config.model_type}'"):
             look(str(copy))
 
 

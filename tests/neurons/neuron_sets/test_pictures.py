@@ -234,7 +234,7 @@ def test_equal_figures_give_equal_bytes(tmp_path, suffix):
 
 @pytest.mark.parametrize("name", ["picture.pdf", "picture", "png", "picture.png.txt"])
 def test_another_kind_of_picture_is_refused(tmp_path, name):
-    with pytest.raises(UsageError, match=r"ends in \.png or \.svg"):
+    with pytest.raises(UsageError, match=r"\.png or \.svg"):
         pictures.save_figure(pictures.layers_figure(neurons(1, 1)), tmp_path / name)
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 
-from neurons.architectures.sites import reading
+from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.identify import require_prompts
@@ -145,7 +145,7 @@ def test_prompts_of_different_length_do_not_see_each_other(llama, moment):
         seen.append(tuple(values.shape[:2]))
 
     done = []
-    with reading(llama.anatomy, {("block_out", 0): look}):
+    with site_hooks(llama.anatomy, {("block_out", 0): look}):
         several = record_answers(llama, prompts_of({"qac": OF["qac"]}), moment, STEPS, done.append)
     assert done == [3]
     assert seen[0][0] == 3
@@ -181,7 +181,7 @@ def probability_with(loaded, row, answer, site, layer, change):
 
     # The stock way through layers that nobody reads has no float64.
     others = {(site, other): lambda values, routed: None for other in range(loaded.anatomy.layers)}
-    with reading(loaded.anatomy, others | {(site, layer): read}), torch.no_grad():
+    with site_hooks(loaded.anatomy, others | {(site, layer): read}), torch.no_grad():
         return float(loaded.model(torch.tensor([row])).logits[0, -1].softmax(-1)[answer])
 
 

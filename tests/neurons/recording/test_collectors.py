@@ -4,7 +4,7 @@ import models
 import pytest
 import torch
 
-from neurons.architectures.sites import reading
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
 from neurons.models.source import load_model
 from neurons.recording.record import record
@@ -143,7 +143,7 @@ def hooked(loaded, batches, sites):
             readers = {
                 (site, layer): reader(site, layer) for site in sites for layer in range(anatomy.layers)
             }
-            with reading(anatomy, readers), torch.no_grad():
+            with site_hooks(anatomy, readers), torch.no_grad():
                 loaded.model(input_ids=batch.ids, attention_mask=batch.attention.long())
             for site in sites:
                 found[site][language].append(dense[site][:, batch.counted.flatten()])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from neurons.architectures.anatomy import anatomy_of
-from neurons.architectures.sites import reading
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
 from neurons.recording.lens import lens_logits
 from neurons.recording.partial_forward import forward_from, forward_keeping, starts_in_the_middle
@@ -59,9 +59,9 @@ def test_the_bits_of_a_whole_pass_with_something_replaced(family):
     _, kept = forward_keeping(model, anatomy, batch, [2])
     # A mixture that is read computes its experts in another order: both passes are read alike.
     quiet = {("mlp_in", layer): lambda values, routed: None for layer in range(3 * anatomy.mixed)}
-    with torch.no_grad(), reading(anatomy, quiet):
+    with torch.no_grad(), site_hooks(anatomy, quiet):
         plain, kept = forward_keeping(model, anatomy, batch, [2])
-    with torch.no_grad(), reading(anatomy, {**quiet, ("mlp_in", 2): changed}):
+    with torch.no_grad(), site_hooks(anatomy, {**quiet, ("mlp_in", 2): changed}):
         whole = forward(model, batch)
         assert torch.equal(forward_from(model, anatomy, batch, 2, kept), whole)
     assert not torch.equal(whole, plain)

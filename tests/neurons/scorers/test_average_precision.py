@@ -61,7 +61,7 @@ def test_equals_the_formula(seed, dtype):
     assert scores.member.dtype == torch.bool
     assert scores.member.shape == scores.values.shape
     assert bool(scores.member.all())
-    assert scores.share is None
+    assert scores.exclusivity is None
     assert scores.tie is None
     assert scores.notes == {"chance": [n / sum(counts) for n in counts]}
 
@@ -144,7 +144,7 @@ def test_a_language_without_texts_is_refused():
 
 
 def test_responses_of_two_models_are_refused():
-    with pytest.raises(UsageError, match="number 2 has responses of 2 x 5 neurons, the first of 2 x 4"):
+    with pytest.raises(UsageError, match="number 2 has responses of 2 x 5"):
         average_precision([torch.ones(3, 2, 4), torch.ones(3, 2, 5)])
 
 
@@ -168,5 +168,5 @@ def test_forcing_values_are_medians(texts):
 
 def test_forcing_values_of_nothing():
     assert forcing_values(torch.ones(3, 2, 4), torch.zeros(0, 2, dtype=torch.int64)).shape == (0,)
-    with pytest.raises(UsageError, match="there are none"):
+    with pytest.raises(UsageError, match="no texts"):
         forcing_values(torch.ones(0, 2, 4), torch.tensor([[0, 0]]))

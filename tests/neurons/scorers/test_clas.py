@@ -41,7 +41,7 @@ def test_equals_the_definition(languages):
         assert scores.member[layer, neuron].tolist() == [x > 0 for x in row]
         total = sum(max(x, 0) for x in row)
         parts = [max(x, 0) / total if total else 0.0 for x in row]
-        assert scores.share[layer, neuron].tolist() == pytest.approx(parts, rel=1e-14)
+        assert scores.exclusivity[layer, neuron].tolist() == pytest.approx(parts, rel=1e-14)
 
 
 def test_the_kinds_of_a_selection_are_the_classes():
@@ -69,5 +69,5 @@ def test_refusals(function):
     with pytest.raises(UsageError, match="at least two"):
         function(mean[..., :1])
     mean[1, 2, 0] = torch.nan
-    with pytest.raises(BrocaError, match="neuron 2 in layer 1 is not finite"):
+    with pytest.raises(BrocaError, match="neuron 2 in layer 1"):
         function(mean)

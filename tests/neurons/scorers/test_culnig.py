@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neurons.errors import BrocaError, UsageError
-from neurons.scorers.culnig import LEAST_Z, RECOGNITION_RATE, TOP_RATE, answer_scores, culnig
+from neurons.scorers.culnig import MIN_Z, RECOGNITION_RATE, TOP_RATE, answer_scores, culnig
 from neurons.scorers.selection import Selection, select
 
 LAYERS, WIDTH, LANGUAGES = 2, 100, 4
@@ -86,7 +86,7 @@ def test_equals_the_formula(seed, with_recognition):
         assert result.values[place].tolist() == pytest.approx(row, abs=1e-13)
     assert members_of(result) == members
     assert result.notes == {"recognition": with_recognition}
-    assert result.share is None
+    assert result.exclusivity is None
     for k, found in enumerate(select(result, Selection(top_rate=settings[0]))):
         expected = sorted(members[k], key=lambda place: (-values[place][k], place))
         assert [tuple(row) for row in found.rows.tolist()] == expected
@@ -101,7 +101,7 @@ def test_each_step_removes_what_was_planted_for_it():
     without = given[:2] + [None] + given[3:5] + [None]
     found = members_of(culnig(*without, **rates))
     assert found == [a | b for a, b in zip(own, recognised, strict=True)]
-    alike = members_of(culnig(*given, **rates, least_z=-10.0))
+    alike = members_of(culnig(*given, **rates, min_z=-10.0))
     assert alike == [one | {(1, 50)} for one in own]
     given[1] = torch.zeros_like(given[1])
     uncontrolled = members_of(culnig(*given, **rates | {"top_rate": 4 / 200}))
@@ -109,7 +109,7 @@ def test_each_step_removes_what_was_planted_for_it():
 
 
 def test_published_rates():
-    assert (TOP_RATE, RECOGNITION_RATE, LEAST_Z) == (0.003, 0.01, 0.5)
+    assert (TOP_RATE, RECOGNITION_RATE, MIN_Z) == (0.003, 0.01, 0.5)
     generator = torch.Generator().manual_seed(0)
     target = torch.rand(2, 500, 3, generator=generator, dtype=torch.float64)
     recognition = torch.rand(2, 500, 3, generator=generator, dtype=torch.float64)
@@ -126,7 +126,7 @@ def test_equal_values_deviate_by_nothing():
     result = culnig(target, torch.zeros_like(target), None, ones, ones, None, top_rate=1.0)
     assert members_of_first_five(result) == 0
     assert result.member[0, 5:].tolist() == [[True, False, False]] * 5
-    result = culnig(target, torch.zeros_like(target), None, ones, ones, None, top_rate=1.0, least_z=0.0)
+    result = culnig(target, torch.zeros_like(target), None, ones, ones, None, top_rate=1.0, min_z=0.0)
     assert members_of_first_five(result) == 15
 
 
@@ -149,12 +149,12 @@ def test_refusals():
     for at, name in ((3, "prompts"), (4, "control prompts"), (5, "recognition prompts")):
         wrong = list(given)
         wrong[at] = given[at] * torch.tensor([1, 1, 0, 1])
-        with pytest.raises(UsageError, match=f"language number 3 is without {name}"):
+        with pytest.raises(UsageError, match=f"number 3 has no {name}"):
             culnig(*wrong, 0.1)
     for at in (2, 5):
         wrong = list(given)
         wrong[at] = None
-        with pytest.raises(UsageError, match="go together"):
+        with pytest.raises(UsageError, match="both or neither"):
             culnig(*wrong, 0.1)
     with pytest.raises(BrocaError, match="control score is negative"):
         culnig(given[0], -given[1], *given[2:], 0.1)

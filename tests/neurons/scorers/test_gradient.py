@@ -40,7 +40,7 @@ def test_equals_the_formula(seed, experts):
             assert result.values[layer, neuron].tolist() == pytest.approx(row, rel=1e-14)
             assert result.member[layer, neuron].tolist() == [r > 0 for r in row]
             parts = [r / total if total else 0.0 for r in row]
-            assert result.share[layer, neuron].tolist() == pytest.approx(parts, rel=1e-12)
+            assert result.exclusivity[layer, neuron].tolist() == pytest.approx(parts, rel=1e-12)
     for k, found in enumerate(chosen(result, top_rate=0.2)):
         order = sorted(
             (place for place in mean if mean[place][k] > 0), key=lambda place: (-mean[place][k], place)
@@ -58,12 +58,12 @@ def test_a_shared_neuron_is_first_for_all_and_exclusivity_takes_it_away():
 
 def test_refusals():
     ones, tokens = torch.ones(2, 5, 3, dtype=torch.float64), torch.tensor([3, 3, 3])
-    with pytest.raises(UsageError, match="language number 3 is without tokens"):
+    with pytest.raises(UsageError, match="number 3 has no tokens"):
         gradient(ones, torch.tensor([3, 3, 0]))
-    with pytest.raises(UsageError, match="language number 1 is without tokens"):
+    with pytest.raises(UsageError, match="number 1 has no tokens"):
         gradient(ones, torch.ones(2, 5, 3, dtype=torch.int64) * torch.tensor([0, 1, 1]))
     ones[1, 4, 2] = torch.nan
-    with pytest.raises(BrocaError, match="neuron 4 in layer 1 is not finite"):
+    with pytest.raises(BrocaError, match="neuron 4 in layer 1"):
         gradient(ones, tokens)
     ones[1, 4, 2] = -1
     with pytest.raises(BrocaError, match="negative"):

@@ -56,10 +56,10 @@ def test_equals_the_formula(seed):
     for (layer, neuron), expected in share.items():
         total = sum(expected)
         parts = [0.0] * languages if (layer, neuron) in dead else [s / total for s in expected]
-        assert result.share[layer, neuron].tolist() == pytest.approx(parts, rel=1e-10)
+        assert result.exclusivity[layer, neuron].tolist() == pytest.approx(parts, rel=1e-10)
         assert result.values[layer, neuron].tolist() == pytest.approx(score[layer, neuron], abs=1e-14)
         assert result.member[layer, neuron].tolist() == [s > 0 for s in score[layer, neuron]]
-    assert result.values.dtype == result.share.dtype == torch.float64
+    assert result.values.dtype == result.exclusivity.dtype == torch.float64
     assert chosen(result, rate) == kept
 
 
@@ -92,7 +92,7 @@ def test_only_neurons_above_the_runner_up_are_kept():
     result = gradient_contrast(attribution, torch.tensor([1, 1]))
     assert chosen(result, 1.0) == [[(0, 2)], [(0, 0), (0, 1)]]
     # S is 1/4 1/4 1/2 for the first language and 3/7 3/7 1/7 for the second.
-    assert result.share[0, :, 0].tolist() == pytest.approx([7 / 19, 7 / 19, 7 / 9])
+    assert result.exclusivity[0, :, 0].tolist() == pytest.approx([7 / 19, 7 / 19, 7 / 9])
 
 
 def test_a_language_with_a_larger_loss_or_more_tokens_wins_nothing_by_that():
@@ -101,7 +101,7 @@ def test_a_language_with_a_larger_loss_or_more_tokens_wins_nothing_by_that():
     scaled = gradient_contrast(attribution * torch.tensor([1.0, 50.0, 3.0]), torch.tensor([7, 70, 700]))
     assert chosen(plain, 0.2) == chosen(scaled, 0.2)
     torch.testing.assert_close(plain.values, scaled.values)
-    torch.testing.assert_close(plain.share, scaled.share)
+    torch.testing.assert_close(plain.exclusivity, scaled.exclusivity)
 
 
 def test_refusals():
@@ -110,9 +110,9 @@ def test_refusals():
         gradient_contrast(ones[..., :1], tokens[:1])
     with pytest.raises(UsageError, match="language number 2 has no attribution"):
         gradient_contrast(ones * torch.tensor([1.0, 0.0]), tokens)
-    with pytest.raises(UsageError, match="language number 2 is without tokens"):
+    with pytest.raises(UsageError, match="number 2 has no tokens"):
         gradient_contrast(ones, torch.tensor([3, 0]))
-    with pytest.raises(BrocaError, match="neuron 0 in layer 0 is not finite"):
+    with pytest.raises(BrocaError, match="neuron 0 in layer 0"):
         gradient_contrast(ones * torch.tensor([1.0, torch.inf]), tokens)
     with pytest.raises(BrocaError, match="negative"):
         gradient_contrast(-ones, tokens)

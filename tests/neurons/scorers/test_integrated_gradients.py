@@ -107,7 +107,7 @@ def test_scores_equal_the_formula(seed):
             parts = [max(x, 0) / total if total else 0.0 for x in row]
             assert result.values[layer, j].tolist() == pytest.approx(row, rel=1e-14)
             assert result.member[layer, j].tolist() == [x > 0 for x in row]
-            assert result.share[layer, j].tolist() == pytest.approx(parts, rel=1e-12)
+            assert result.exclusivity[layer, j].tolist() == pytest.approx(parts, rel=1e-12)
     for k, found in enumerate(select(result, Selection(top_rate=0.2))):
         order = sorted((p for p in mean if mean[p][k] > 0), key=lambda p: (-mean[p][k], p))
         assert [tuple(row) for row in found.rows.tolist()] == order[: round(0.2 * len(mean))]
@@ -115,10 +115,10 @@ def test_scores_equal_the_formula(seed):
 
 def test_refusals():
     ones = torch.ones(2, 4, 2, dtype=torch.float64)
-    with pytest.raises(UsageError, match="language number 2 is without prompts"):
+    with pytest.raises(UsageError, match="number 2 has no prompts"):
         integrated_gradients(ones, torch.tensor([3, 0]))
     ones[0, 1, 1] = torch.inf
-    with pytest.raises(BrocaError, match="neuron 1 in layer 0 is not finite"):
+    with pytest.raises(BrocaError, match="neuron 1 in layer 0"):
         integrated_gradients(ones, torch.tensor([3, 3]))
     with pytest.raises(BrocaError, match="do not fit"):
         integrate(rows(), torch.zeros(0, 3, 5))

@@ -60,7 +60,7 @@ def assert_same_scores(result, probability, entropies, tau, bar):
             assert value == pytest.approx(expected, abs=1e-12)
             assert bool(result.member[layer, neuron, k]) == (x > bar)
             expected = x / total if total > 0 else 0.0
-            assert float(result.share[layer, neuron, k]) == pytest.approx(expected, rel=1e-14)
+            assert float(result.exclusivity[layer, neuron, k]) == pytest.approx(expected, rel=1e-14)
     assert result.notes == {"tau": tau, "bar": bar}
     assert result.tie is None
 
@@ -176,7 +176,7 @@ def test_an_expert_is_judged_by_the_tokens_that_it_sees():
     seen = torch.tensor([[[100, 100, 100], [10, 10, 0], [100, 100, 100], [100, 100, 100]]])
     result = lape(counts, seen, filter_rate=0.5, activation_rate=0.75)
     torch.testing.assert_close(result.values[0, 1], result.values[0, 0], rtol=0, atol=0)
-    assert result.share[0, 1].tolist() == pytest.approx([0.8, 0.2, 0])
+    assert result.exclusivity[0, 1].tolist() == pytest.approx([0.8, 0.2, 0])
     assert chosen(result, 0.5)[0] == [(0, 0), (0, 1)]
     dense = lape(counts, torch.tensor([100, 100, 100]), filter_rate=0.5, activation_rate=0.75)
     assert (0, 1) not in chosen(dense, 0.5)[0]
@@ -203,9 +203,9 @@ def test_one_language_is_refused():
 
 def test_a_language_without_tokens_is_refused():
     ones = torch.ones(1, 4, 2, dtype=torch.int64)
-    with pytest.raises(UsageError, match="language number 2 is without tokens"):
+    with pytest.raises(UsageError, match="number 2 has no tokens"):
         lape(ones, torch.tensor([5, 0]))
-    with pytest.raises(UsageError, match="language number 1 is without tokens"):
+    with pytest.raises(UsageError, match="number 1 has no tokens"):
         lape(ones, ones * torch.tensor([0, 3]))
 
 

@@ -54,11 +54,11 @@ def random_counts(seed, layers=3, width=40, languages=5):
 
 
 @pytest.mark.parametrize(
-    ("top_rate", "most_penalty", "found"),
+    ("top_rate", "max_penalty", "found"),
     [(0.3, 0.8, "between"), (0.1, 0.8, "between"), (0.3, 0.05, "largest"), (0.95, 0.8, "none")],
 )
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_the_formula(seed, top_rate, most_penalty, found):
+def test_equals_the_formula(seed, top_rate, max_penalty, found):
     counts, tokens = random_counts(seed)
     counts[1, 3] = counts[2, 5] = 0
     activation_rate = 0.6
@@ -70,15 +70,15 @@ def test_equals_the_formula(seed, top_rate, most_penalty, found):
         kept = naive_kept(probability, penalty, top_rate)
         return not any(all(x > bar for x in probability[place]) for place in kept)
 
-    result = lape_general(counts, torch.tensor(tokens), top_rate, activation_rate, most_penalty)
+    result = lape_general(counts, torch.tensor(tokens), top_rate, activation_rate, max_penalty)
     assert result.notes["bar"] == bar
     penalty = result.notes["lambda"]
     assert keeps_no_general(penalty) == (found != "none")
     if found == "between":
-        assert 0 < penalty < most_penalty
+        assert 0 < penalty < max_penalty
         assert not keeps_no_general(penalty + 1e-3)
     else:
-        assert penalty == (most_penalty if found == "largest" else 0)
+        assert penalty == (max_penalty if found == "largest" else 0)
     for place, score in naive_scores(probability, penalty).items():
         assert result.values[place].tolist() == pytest.approx([-score] * len(tokens), abs=1e-12)
         assert result.member[place].tolist() == [x > bar for x in probability[place]]
@@ -100,7 +100,7 @@ def test_lambda_where_a_general_neuron_would_come_in():
     # so the general one is the lower when lambda * .6/c > .9183.
     counts, tokens = planted(400)
     crossing = (math.log(3) / math.log(2) - 2 / 3) * 0.75 / 0.6
-    result = lape_general(counts, tokens, 1 / 20, 0.9, most_penalty=5.0)
+    result = lape_general(counts, tokens, 1 / 20, 0.9, max_penalty=5.0)
     assert crossing - 1e-3 <= result.notes["lambda"] <= crossing
     assert chosen(result, 1 / 20) == [[(0, 0)], []]
     # The published range ends below that.
@@ -123,7 +123,7 @@ def test_a_neuron_that_never_fires_is_not_the_best():
     counts[0, 7] = 0
     result = lape_general(counts, tokens, 1 / 20, 0.9)
     assert result.values[0, 7].tolist() == [-1, -1]
-    assert result.share[0, 7].tolist() == [0, 0]
+    assert result.exclusivity[0, 7].tolist() == [0, 0]
     assert chosen(result, 1 / 20) == [[(0, 0)], []]
 
 
@@ -152,7 +152,7 @@ def test_refusals():
     counts, tokens = planted(400)
     with pytest.raises(UsageError, match="at least two"):
         lape_general(counts[..., :1], tokens[:1])
-    with pytest.raises(UsageError, match="language number 2 is without tokens"):
+    with pytest.raises(UsageError, match="number 2 has no tokens"):
         lape_general(counts, torch.tensor([1000, 0]), 0.5)
     with pytest.raises(UsageError, match=r"top rate 0.01 of 20 neurons is none: raise it to 0.05"):
         lape_general(counts, tokens)
@@ -162,5 +162,5 @@ def test_refusals():
         with pytest.raises(UsageError, match="activation rate"):
             lape_general(counts, tokens, 0.5, activation_rate=rate)
     for penalty in (-0.1, math.nan, math.inf):
-        with pytest.raises(UsageError, match="largest penalty"):
-            lape_general(counts, tokens, 0.5, most_penalty=penalty)
+        with pytest.raises(UsageError, match="penalty"):
+            lape_general(counts, tokens, 0.5, max_penalty=penalty)

@@ -36,12 +36,12 @@ def test_equals_the_formula(seed):
     entropies = {}
     for place, row in mean.items():
         total = sum(row)
-        shares = [r / total if total else 0.0 for r in row]
-        assert result.share[place].tolist() == pytest.approx(shares, rel=1e-12)
+        fractions = [r / total if total else 0.0 for r in row]
+        assert result.exclusivity[place].tolist() == pytest.approx(fractions, rel=1e-12)
         assert result.member[place].tolist() == [r > bar for r in row]
         entropies[place] = math.inf
         if max(row) > tau:
-            entropies[place] = -sum(q * math.log(q) for q in shares if q > 0)
+            entropies[place] = -sum(q * math.log(q) for q in fractions if q > 0)
         assert result.values[place].tolist() == pytest.approx([-entropies[place]] * languages, abs=1e-12)
     order = sorted((p for p in mean if entropies[p] < math.inf), key=lambda p: (entropies[p], p))
     kept = order[: round(top_rate * layers * width)]
@@ -65,7 +65,7 @@ def test_refusals():
     ones, tokens = torch.ones(1, 5, 2, dtype=torch.float64), torch.tensor([3, 3])
     with pytest.raises(UsageError, match="at least two"):
         lape_gradient(ones[..., :1], tokens[:1])
-    with pytest.raises(UsageError, match="language number 1 is without tokens"):
+    with pytest.raises(UsageError, match="number 1 has no tokens"):
         lape_gradient(ones, torch.tensor([0, 3]))
     with pytest.raises(UsageError, match="filter rate"):
         lape_gradient(ones, tokens, filter_rate=0)

@@ -55,7 +55,7 @@ def test_equals_the_formula(seed):
     scores = localizer(*sums(texts))
     assert scores.values.shape == (2, 11, 3)
     assert scores.values.dtype == torch.float64
-    assert scores.share is None
+    assert scores.exclusivity is None
     assert scores.tie is None
     assert scores.notes == {}
     for k in range(3):
@@ -178,7 +178,7 @@ def test_bad_input_is_refused():
     absolute, square, texts = sums(drawn(0))
     with pytest.raises(UsageError, match="at least two"):
         localizer(absolute[..., :1], square[..., :1], texts[:1])
-    with pytest.raises(UsageError, match="at least two texts of a language: number 3 has 1"):
+    with pytest.raises(UsageError, match="number 3 has 1"):
         localizer(absolute, square, torch.tensor([5, 2, 1]))
     for rate in (0.0, -0.1, 1.5, math.nan):
         with pytest.raises(UsageError, match="false discovery rate"):

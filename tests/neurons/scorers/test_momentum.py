@@ -61,7 +61,7 @@ def test_every_text_is_paired_with_the_same_text_of_every_other_language(languag
     assert scores.values.dtype == scores.tie.dtype == torch.float64
     assert scores.member.shape == scores.values.shape
     assert bool(scores.member.all())
-    assert scores.share is None
+    assert scores.exclusivity is None
     assert scores.notes == {"pairs": 9 * (languages - 1)}
 
 
@@ -110,11 +110,11 @@ def test_the_smallest_difference_is_seen():
 
 
 def test_unequal_texts_are_refused():
-    with pytest.raises(UsageError, match="parallel text needed, but the languages have 4, 4, 5 texts"):
+    with pytest.raises(UsageError, match="4, 4, 5"):
         momentum([torch.ones(4, 1, 2), torch.ones(4, 1, 2), torch.ones(5, 1, 2)])
-    with pytest.raises(UsageError, match="parallel text needed"):
+    with pytest.raises(UsageError, match="parallel text"):
         momentum_rates(torch.ones(4, 1, 2), torch.ones(1, 1, 2))
-    with pytest.raises(UsageError, match="parallel text needed"):
+    with pytest.raises(UsageError, match="parallel text"):
         momentum([torch.ones(4, 1, 2), torch.ones(4, 1, 3)])
 
 

@@ -66,7 +66,7 @@ def test_equals_the_intersection_over_documents(seed, rate):
     common = set.intersection(*sets)
     specific = chosen(scores, kinds=("specific", "related"))
     assert specific == [own - common for own in sets]
-    assert scores.share is None
+    assert scores.exclusivity is None
 
 
 def test_finds_the_planted_neurons():
@@ -108,7 +108,7 @@ def test_refusals():
         plnd(worst, 0.005)
     nothing = worst.clone()
     nothing[..., 1] = 0  # what a recording without a document leaves
-    with pytest.raises(UsageError, match="language number 2 is without documents"):
+    with pytest.raises(UsageError, match="number 2 has no documents"):
         plnd(nothing, 0.1)
     for outside in (-1, WIDTH):
         wrong = worst.clone()

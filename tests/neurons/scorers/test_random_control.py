@@ -163,19 +163,19 @@ def test_no_control_is_left_above_half_a_layer():
 @pytest.mark.parametrize("row", [[4, 0], [0, 12], [-1, 0], [0, -1]])
 def test_a_neuron_that_the_model_does_not_have_is_refused(row):
     rows = torch.tensor([[0, 0], row])
-    with pytest.raises(BrocaError, match="outside 4 x 12"):
+    with pytest.raises(BrocaError, match="4 x 12"):
         random_like(rows, LAYERS, WIDTH, 0)
-    with pytest.raises(BrocaError, match="outside 4 x 12"):
+    with pytest.raises(BrocaError, match="4 x 12"):
         random_matched(rows, torch.zeros(LAYERS, WIDTH), 0)
 
 
 def test_other_bad_input_is_refused():
     twice = torch.tensor([[1, 2], [1, 2]])
-    with pytest.raises(BrocaError, match="named twice"):
+    with pytest.raises(BrocaError, match="twice"):
         random_like(twice, LAYERS, WIDTH, 0)
-    with pytest.raises(BrocaError, match="named twice"):
+    with pytest.raises(BrocaError, match="twice"):
         random_matched(twice, torch.zeros(LAYERS, WIDTH), 0)
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="nearest"):
         random_matched(twice[:1], torch.zeros(LAYERS, WIDTH), 0, nearest=0)
     activity = torch.zeros(LAYERS, WIDTH)
     activity[2, 7] = torch.nan
@@ -188,7 +188,7 @@ def test_random_scores_are_uniform_and_independent():
     assert scores.values.shape == scores.member.shape == (4, 5000, 3)
     assert scores.values.dtype == torch.float64
     assert bool(scores.member.all())
-    assert (scores.share, scores.tie, scores.notes) == (None, None, {"seed": 1})
+    assert (scores.exclusivity, scores.tie, scores.notes) == (None, None, {"seed": 1})
     for k in range(3):
         assert stats.kstest(scores.values[..., k].flatten().numpy(), "uniform").statistic < 0.02
     correlation = torch.corrcoef(scores.values.flatten(0, 1).T)

@@ -1,4 +1,4 @@
-"""Scores: what they refuse, and shares."""
+"""Scores: what they refuse, and fractions."""
 
 import math
 import random
@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from neurons.errors import BrocaError
-from neurons.scorers.scores import Scores, shares
+from neurons.scorers.scores import Scores, fractions
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0), (1, 4, 2), (2, 3, 1)])
 def test_a_score_that_is_not_a_number_is_named(place):
     values = torch.zeros(3, 5, 3, dtype=torch.float64)
     values[place] = math.nan
-    with pytest.raises(BrocaError, match=f"score of neuron {place[1]} in layer {place[0]} is not a number"):
+    with pytest.raises(BrocaError, match=f"neuron {place[1]} in layer {place[0]}"):
         Scores(values=values, member=torch.ones_like(values, dtype=torch.bool))
 
 
 def test_infinite_scores_are_scores():
     values = torch.tensor([[[math.inf, -math.inf, 0.0]]], dtype=torch.float64)
     scores = Scores(values=values, member=torch.ones_like(values, dtype=torch.bool))
-    assert (scores.share, scores.tie, scores.notes) == (None, None, {})
+    assert (scores.exclusivity, scores.tie, scores.notes) == (None, None, {})
     assert torch.equal(scores.values, values)
 
 
@@ -38,7 +38,7 @@ def test_shares_equal_the_formula(seed):
     drawn = [[[chooser.random() ** 4 for _ in range(4)] for _ in range(6)] for _ in range(2)]
     drawn[1][2] = [0.0] * 4
     drawn[0][5] = [0.0, 0.0, 1e-300, 0.0]
-    found = shares(torch.tensor(drawn, dtype=torch.float64))
+    found = fractions(torch.tensor(drawn, dtype=torch.float64))
     for layer in range(2):
         for neuron in range(6):
             total = sum(drawn[layer][neuron])
@@ -48,7 +48,7 @@ def test_shares_equal_the_formula(seed):
 
 
 def test_shares_of_counts_are_exact():
-    found = shares(torch.tensor([[[1, 3, 0], [0, 0, 0], [2**60, 0, 2**60]]]))
+    found = fractions(torch.tensor([[[1, 3, 0], [0, 0, 0], [2**60, 0, 2**60]]]))
     assert found.dtype == torch.float64
     assert found.tolist() == [[[0.25, 0.75, 0], [0, 0, 0], [0.5, 0, 0.5]]]
 
@@ -57,4 +57,4 @@ def test_shares_of_float32_are_float64():
     values = torch.tensor([[[0.1, 0.2, 0.4]]])
     total = sum(values.double().flatten().tolist())
     expected = [x / total for x in values.double().flatten().tolist()]
-    assert shares(values).flatten().tolist() == pytest.approx(expected, rel=1e-15)
+    assert fractions(values).flatten().tolist() == pytest.approx(expected, rel=1e-15)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurons.errors import UsageError
-from neurons.scorers.scores import Scores, shares
+from neurons.scorers.scores import Scores, fractions
 from neurons.scorers.selection import ENDS, KINDS, SCOPES, Selection, eligible, kind_of, select
 
 
@@ -25,7 +25,8 @@ def naive_select(scores, selection):
             math.isfinite(values[i][j][k])
             and (selection.threshold is None or values[i][j][k] >= selection.threshold)
             and (
-                selection.min_exclusivity is None or float(scores.share[i, j, k]) >= selection.min_exclusivity
+                selection.min_exclusivity is None
+                or float(scores.exclusivity[i, j, k]) >= selection.min_exclusivity
             )
         )
 
@@ -111,7 +112,7 @@ def random_scores(seed, shape=(3, 8, 4), levels=0, tie_levels=0):
     return Scores(
         values=values,
         member=torch.rand(shape, generator=generator) < 0.6,
-        share=shares(torch.rand(shape, generator=generator) ** 3),
+        exclusivity=fractions(torch.rand(shape, generator=generator) ** 3),
         tie=torch.randint(tie_levels, shape, generator=generator).double() if tie_levels else None,
     )
 
@@ -241,7 +242,7 @@ def test_the_rate_is_of_the_chosen_layers():
 
 def test_exclusivity_is_inclusive_and_of_the_language():
     share = torch.tensor([[[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]], dtype=torch.float64)
-    scores = scores_of([[[1, 1], [2, 2], [3, 3]]], share=share)
+    scores = scores_of([[[1, 1], [2, 2], [3, 3]]], exclusivity=share)
     assert rows_of(select(scores, Selection(top_rate=1.0, min_exclusivity=0.5))) == [
         [[0, 1], [0, 0]],
         [[0, 2], [0, 1]],
@@ -296,9 +297,11 @@ def test_a_rate_that_is_less_than_half_a_neuron_selects_none():
 
 def test_selecting_changes_no_scores():
     scores = random_scores(3, levels=3, tie_levels=3)
-    before = [tensor.clone() for tensor in (scores.values, scores.member, scores.share, scores.tie)]
+    before = [tensor.clone() for tensor in (scores.values, scores.member, scores.exclusivity, scores.tie)]
     select(scores, Selection("global", 0.5, "both", 0.0, 0.2, (0, 1), ("related",)))
-    for tensor, old in zip((scores.values, scores.member, scores.share, scores.tie), before, strict=True):
+    for tensor, old in zip(
+        (scores.values, scores.member, scores.exclusivity, scores.tie), before, strict=True
+    ):
         assert torch.equal(tensor, old)
 
 
@@ -364,10 +367,10 @@ def test_an_unknown_word_is_named(setting, known):
 
 @pytest.mark.parametrize("layer", [-1, 3, 99])
 def test_a_layer_that_is_not_there_is_named(layer):
-    with pytest.raises(UsageError, match=f"layer {layer} is not there: the model has layers 0-2"):
+    with pytest.raises(UsageError, match=f"layer {layer} .* 0-2"):
         select(random_scores(0), Selection(layers=(0, layer)))
 
 
 def test_exclusivity_without_shares_is_refused():
-    with pytest.raises(UsageError, match="gives no shares"):
+    with pytest.raises(UsageError, match="exclusivity"):
         select(scores_of([[[1.0]]]), Selection(min_exclusivity=0.5))

@@ -186,17 +186,17 @@ def test_responses_of_different_languages_come_together():
 
 
 def test_responses_of_one_language_are_refused():
-    with pytest.raises(UsageError, match="responses of one language"):
+    with pytest.raises(UsageError, match="responses"):
         merge(drawn_statistics(0, responses=True), drawn_statistics(1, ("fa", "en"), responses=True))
 
 
 def test_the_same_text_is_refused_only_where_it_would_count_twice():
-    with pytest.raises(UsageError, match="count twice"):
+    with pytest.raises(UsageError, match="twice"):
         merge(drawn_statistics(0), drawn_statistics(0))
     both = merge(drawn_statistics(0, ("uk", "ko")), drawn_statistics(0, ("fa",)))
     assert both.languages == LANGUAGES
     # Text that came in by an earlier merge counts twice as well.
-    with pytest.raises(UsageError, match="count twice"):
+    with pytest.raises(UsageError, match="twice"):
         merge(merge(drawn_statistics(1), drawn_statistics(2)), drawn_statistics(2))
 
 
@@ -223,13 +223,11 @@ def test_unlike_statistics_are_refused():
     first, second = drawn_statistics(0), drawn_statistics(1)
     with pytest.raises(UsageError, match=r"two models, fingerprints f+ and 0+"):
         merge(first, replace(second, fingerprint="0" * 16))
-    with pytest.raises(
-        UsageError, match=r"different things: mlp_act:positive, mlp_in:sum.*, and mlp_act:positive$"
-    ):
+    with pytest.raises(UsageError, match=r": mlp_act:positive, mlp_in:sum.*, and mlp_act:positive$"):
         merge(first, drawn_statistics(1, names=NAMES[:1]))
-    with pytest.raises(UsageError, match=r"different things: .*text_mean, and .*text_mean, responses"):
+    with pytest.raises(UsageError, match=r"text_mean, and .*text_mean, responses"):
         merge(first, drawn_statistics(1, responses=True))
-    with pytest.raises(BrocaError, match="1 experts a layer and of 3"):
+    with pytest.raises(BrocaError, match="1 and 3 experts"):
         merge(first, drawn_statistics(1, experts=3))
     wider = {**second.moments, "mlp_in:sum": torch.zeros(LAYERS, WIDTH + 1, 3, dtype=torch.float64)}
     with pytest.raises(BrocaError, match="shape of mlp_in:sum"):
@@ -283,7 +281,7 @@ def test_a_dense_model_shows_every_token_to_every_neuron():
     assert dense.experts == 1
     assert torch.equal(dense.seen(), dense.tokens)
     with pytest.raises(UsageError, match="no experts"):
-        dense.routing_share()
+        dense.routing_fraction()
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[::-1], ("mlp_out:text_mean", *NAMES), ("mlp_up:worst_rank",)])
@@ -292,7 +290,7 @@ def test_a_neuron_sees_the_tokens_of_its_expert(names):
     if "mlp_out:text_mean" in names:  # as wide as the residual, not as the neurons
         mixture.moments["mlp_out:text_mean"] = torch.zeros(LAYERS, 4, 3, dtype=torch.float64)
     assert mixture.experts == EXPERTS
-    seen, share = mixture.seen(), mixture.routing_share()
+    seen, share = mixture.seen(), mixture.routing_fraction()
     assert seen.shape == (LAYERS, WIDTH, 3)
     assert seen.dtype == torch.int64
     assert share.shape == (LAYERS, EXPERTS, 3)
@@ -307,7 +305,7 @@ def test_a_neuron_sees_the_tokens_of_its_expert(names):
 
 
 def test_experts_without_a_moment_of_their_neurons():
-    with pytest.raises(UsageError, match="no moment of a neuron"):
+    with pytest.raises(UsageError, match="no moment"):
         drawn_statistics(0, names=("block_out:text_mean",), experts=EXPERTS).seen()
 
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from neurons.statistics.fused_sums import TOKENS_A_BLOCK, add_fused
-from neurons.statistics.sums import OF_TOKENS, add_piecewise, add_tokens
+from neurons.statistics.fused_sums import CHUNK_TOKENS, add_fused
+from neurons.statistics.sums import OF_TOKENS, add_chunked, add_tokens
 
 
 def zeros(units, moments=OF_TOKENS):
@@ -37,11 +37,11 @@ def some_values(tokens, units, dtype=torch.float32):
     return values.to(dtype)
 
 
-@pytest.mark.parametrize("add", [add_fused, add_piecewise])
+@pytest.mark.parametrize("add", [add_fused, add_chunked])
 @pytest.mark.parametrize("moments", [("positive",), ("sum",), ("square", "absolute"), OF_TOKENS])
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, TOKENS_A_BLOCK + 5, 2 * TOKENS_A_BLOCK])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, CHUNK_TOKENS + 5, 2 * CHUNK_TOKENS])
 def test_equals_a_loop(add, moments, tokens, monkeypatch):
-    monkeypatch.setattr("neurons.statistics.sums.PIECE", 7 * 100)
+    monkeypatch.setattr("neurons.statistics.sums.CHUNK", 7 * 100)
     values = some_values(tokens + 9, 7)
     # Out of their order, with gaps between them.
     positions = torch.randperm(tokens + 9, generator=torch.Generator().manual_seed(1))[:tokens]
@@ -57,14 +57,14 @@ def test_equals_a_loop(add, moments, tokens, monkeypatch):
             assert total.tolist() == pytest.approx(expected[moment], rel=1e-13, abs=1e-12)
 
 
-@pytest.mark.parametrize("add", [add_fused, add_piecewise])
+@pytest.mark.parametrize("add", [add_fused, add_chunked])
 def test_no_token_adds_nothing(add):
     totals = zeros(5)
     add(torch.full((4, 5), torch.nan), torch.zeros(0, dtype=torch.int64), totals)
     assert all(not total.any() for total in totals.values())
 
 
-@pytest.mark.parametrize("add", [add_fused, add_piecewise])
+@pytest.mark.parametrize("add", [add_fused, add_chunked])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_visible(add, bad):
     values = some_values(6, 5)
@@ -89,7 +89,7 @@ def test_float32_is_summed_in_float64():
 def test_every_type_and_shape(dtype):
     values = some_values(6, 8, dtype)
     wanted, positions = zeros(8), torch.tensor([5, 1, 2])
-    add_piecewise(values, positions, wanted)
+    add_chunked(values, positions, wanted)
     for shaped in (values, values.view(2, 3, 8), values.t().contiguous().t()):
         totals = zeros(8)
         add_tokens(shaped, positions, totals)
@@ -98,7 +98,7 @@ def test_every_type_and_shape(dtype):
 
 
 def test_the_number_of_threads_changes_no_bit():
-    values, positions = some_values(5 * TOKENS_A_BLOCK + 3, 33), torch.arange(1, 5 * TOKENS_A_BLOCK)
+    values, positions = some_values(5 * CHUNK_TOKENS + 3, 33), torch.arange(1, 5 * CHUNK_TOKENS)
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):

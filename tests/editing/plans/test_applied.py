@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from editing.checkpoints.export import export
-from editing.plans.live import applied
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.errors import BrocaError
 from neurons.models.source import load_model

@@ -1,4 +1,4 @@
-"""A plan on a loaded model, and off again exactly."""
+"""Apply a plan to a loaded model, and revert it exactly."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from neurons.models.source import LoadedModel
 
 @contextmanager
 def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
-    """The model computes with the plan's weights inside the block and with its own after it.
+    """Context in which the model computes with the plan's weights.
 
-    The edited weights are those that an exported checkpoint would hold: computed from the weights on
-    disk and rounded to their stored dtype.  None applies nothing.
+    The edited weights are those of an exported checkpoint: computed from the weights on
+    disk and rounded to their stored dtype.  None leaves the model unchanged.
 
     Raises:
-        BrocaError: the plan was made for another model or names a layer that this one lacks, or the model's
-            weights are quantised.
+        BrocaError: the plan was made for another model or names a layer that it does not have, or the
+            model's weights are quantised.
     """
     if plan is None:
         yield
@@ -48,21 +48,21 @@ def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo:
     pieces = weights.pieces(edit.layer, edit.block)
     check_shape(edit, pieces, loaded.anatomy.residual)
     module, name = loaded.anatomy.outputs[edit.block][edit.layer], loaded.anatomy.parameter_name(edit.block)
-    elsewhere = has_offloaded(module)
+    offloaded = has_offloaded(module)
     live = loaded.anatomy.weight_values(edit.layer, edit.block)
-    if elsewhere:
+    if offloaded:
         live = live.clone()
     for piece, entry in pieces:
-        # Of a mixture's experts, only those that change need a second copy.
+        # Only experts that change need a second copy.
         if not edit.changes(piece.columns):
             continue
         stored = weights.read_piece(piece, entry)
         edited = edit.rounded(stored, 0, piece.columns.start).stored
-        own = loaded.anatomy.columns(edit.block, live, piece.columns)
-        if not elsewhere:
-            undo.callback(own.copy_, own.clone())
-        own.copy_(edited)
-    if elsewhere:
+        target = loaded.anatomy.columns(edit.block, live, piece.columns)
+        if not offloaded:
+            undo.callback(target.copy_, target.clone())
+        target.copy_(edited)
+    if offloaded:
         undo.enter_context(replaced(module, name, loaded.anatomy.oriented(edit.block, live)))
 
 
@@ -76,6 +76,6 @@ def _apply_bias(
         edited = round_once(stored.double() + bias.double(), stored.dtype)
         undo.enter_context(replaced(module, "bias", edited))
         return
-    weights.switched_biases(edit.block)  # refuses a model whose checkpoint could not hold it
+    weights.switched_biases(edit.block)  # raises if a checkpoint cannot hold the bias
     rounded = round_once(bias.double(), weights.stored_dtype(edit.layer, edit.block))
     undo.enter_context(with_bias(module, rounded))

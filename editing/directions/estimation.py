@@ -1,4 +1,4 @@
-"""A model and a corpus in, a direction out, by any method: read the text once, find, set the length."""
+"""Estimate a direction from a model and a corpus with any method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from editing.directions.recorded import Recorded, record_texts
 from editing.directions.registry import method_of
 from editing.directions.sae import Autoencoder, LanguageFeatures, Sae, language_features
 from editing.directions.sae_recording import firing, random_batches, require_fit
-from editing.directions.texts import Found, Texts
+from editing.directions.texts import Estimate, Texts
 from editing.directions.winsorise import require_quantile, winsorise
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
@@ -26,7 +26,7 @@ from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import DIRECTIONS, text_read
 
-Finder = Callable[[Texts], Found]
+Estimator = Callable[[Texts], Estimate]
 
 
 def direction_of(
@@ -44,7 +44,7 @@ def direction_of(
     autoencoders: Sequence[Autoencoder] = (),
     progress: Progress | None = None,
 ) -> Direction:
-    """Take a direction.
+    """Estimate a direction.
 
     Args:
         loaded: the model.
@@ -53,88 +53,88 @@ def direction_of(
         target: language name.
         method: a key of ``editing.directions.registry.METHODS``.
         winsorised: clip each coordinate of the texts' means to the quantiles 1 - q to q
-            (``editing.directions.winsorise``); None clips nothing.  The inputs' means are never clipped.
-        project_neutral: take the component along the mean of both languages off each vector
-            (``editing.directions.length``); subspaces stay as they are.
-        unit_length: vectors of length 1 instead of the method's own length.
-        tokens: most tokens a language; None: the corpus's, else ``DIRECTIONS.tokens``.
-        settings: of the method, those that differ from its defaults.
-        autoencoders: of ``sae``.
-        progress: called with the number of tokens done.
+            (``editing.directions.winsorise``); None does not clip.  The inputs' means are never clipped.
+        project_neutral: remove the component along the mean of both languages from each vector
+            (``editing.directions.length``); subspaces are unchanged.
+        unit_length: vectors of length 1 instead of the method's length.
+        tokens: maximum tokens a language; None: the corpus's, else ``DIRECTIONS.tokens``.
+        settings: of the method; the others keep their defaults.
+        autoencoders: for ``sae``.
+        progress: called with the number of tokens of each batch.
 
     Returns:
         A direction with vectors at attn_out, mlp_out and block_out of every layer and the inputs' means;
-        ``metadata["measures"]`` holds, by site and layer, what the method tells of itself and the
-        ``cosine`` of its vector with DiffMean, before the neutral mean is projected off.
+        ``metadata["measures"]`` holds, by site and layer, the method's measures and the ``cosine`` of its
+        vector with DiffMean before the neutral mean is removed.
 
     Raises:
-        UsageError: an unknown method, language or setting, text that is not parallel where it must be,
-            autoencoders missing, not fitting or not meant.
-        BrocaError: languages that do not differ, or a method that finds nothing.
+        UsageError: an unknown method, language or setting, text that is not parallel for a method that needs
+            it, or missing, unfit or unused autoencoders.
+        BrocaError: languages that do not differ, or a method without a result.
     """
-    chosen = method_of(method).of(settings or {})
+    estimator = method_of(method).of(settings or {})
     _require_languages(corpus, source, target)
-    if chosen.parallel:
+    if estimator.parallel:
         _require_parallel(method, corpus, source, target)
     if winsorised is not None:
         require_quantile(winsorised)
-    if isinstance(chosen, Sae) != bool(autoencoders):
+    if isinstance(estimator, Sae) != bool(autoencoders):
         raise UsageError(
             "method 'sae' needs an autoencoder: give --sae PATH (SAE-Lens or Gemma-Scope)"
-            if isinstance(chosen, Sae)
-            else f"method {method!r} reads no autoencoder: leave --sae out, or give --method sae"
+            if isinstance(estimator, Sae)
+            else f"method {method!r} does not use an autoencoder: leave --sae out, or use --method sae"
         )
-    for one in autoencoders:
-        require_fit(loaded, one)
+    for sae in autoencoders:
+        require_fit(loaded, sae)
     plain = winsorised is None and not project_neutral and not unit_length and tokens is None
-    if isinstance(chosen, DiffMean) and plain:
+    if isinstance(estimator, DiffMean) and plain:
         return diffmean_direction(loaded, corpus, source, target, progress)
-    languages = corpus.languages if chosen.all_languages else (source, target)
-    wanted = corpus.only(*languages)
-    batches = language_batches(loaded, wanted, tokens, default=DIRECTIONS.tokens)
+    languages = corpus.languages if estimator.all_languages else (source, target)
+    read = corpus.only(*languages)
+    batches = language_batches(loaded, read, tokens, default=DIRECTIONS.tokens)
     recorded = record_texts(loaded, batches, progress)
-    finders: Mapping[tuple[str, int], Finder] = {}
+    by_place: Mapping[tuple[str, int], Estimator] = {}
     notes: dict[str, Any] = {}
-    if isinstance(chosen, Sae):
-        features = _features(loaded, batches[target], autoencoders, chosen, progress)
-        finders = _by_autoencoders(autoencoders, features, loaded.anatomy.layers)
+    if isinstance(estimator, Sae):
+        features = _features(loaded, batches[target], autoencoders, estimator, progress)
+        by_place = _by_autoencoders(autoencoders, features, loaded.anatomy.layers)
         notes["autoencoders"] = [
-            {"name": one.name, "layer": one.layer, "site": one.site, "features": found.features.tolist()}
-            for one, found in zip(autoencoders, features, strict=True)
+            {"name": sae.name, "layer": sae.layer, "site": sae.site, "features": of_sae.features.tolist()}
+            for sae, of_sae in zip(autoencoders, features, strict=True)
         ]
     places = [(site, layer) for site in OUTPUT_SITES for layer in range(loaded.anatomy.layers)]
-    results: dict[tuple[str, int], Found] = {}
+    results: dict[tuple[str, int], Estimate] = {}
     for site, layer in places:
-        texts = _texts(recorded, source, target, site, layer, chosen.parallel, winsorised)
-        finder = finders.get((site, layer), chosen.find)
+        texts = _texts(recorded, source, target, site, layer, estimator.parallel, winsorised)
+        at_place = by_place.get((site, layer), estimator.estimate)
         try:
-            found = finder(texts)
+            estimate = at_place(texts)
         except BrocaError as error:
             raise type(error)(f"{error} (at {site} of layer {layer})") from error
-        vector = found.vector
+        vector = estimate.vector
         cosine = float(unit(vector) @ unit(texts.diffmean))
         if project_neutral:
             s, t = languages.index(source), languages.index(target)
             vector = without_neutral(vector, (texts.means[s] + texts.means[t]) / 2)
         if unit_length:
             vector = unit(vector)
-        results[site, layer] = Found(vector, found.basis, {**found.measures, "cosine": cosine})
+        results[site, layer] = Estimate(vector, estimate.basis, {**estimate.measures, "cosine": cosine})
     metadata = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
-        **loaded.told,
+        **loaded.provenance,
         "method": method,
         "corpus": {"digest": corpus.digest, "part": corpus.part},
         "tokens": dict(zip(recorded.languages, recorded.tokens.tolist(), strict=True)),
         "texts": recorded.texts,
         "settings": {
-            **asdict(chosen),
+            **asdict(estimator),
             "winsorised": winsorised,
             "project_neutral": project_neutral,
             "unit_length": unit_length,
             "most_tokens": tokens,
         },
-        "read": text_read(wanted, batches),
+        "read": text_read(read, batches),
         **notes,
     }
     return _assembled(source, target, results, recorded, metadata)
@@ -143,7 +143,7 @@ def direction_of(
 def _assembled(
     source: str,
     target: str,
-    results: Mapping[tuple[str, int], Found],
+    results: Mapping[tuple[str, int], Estimate],
     recorded: Recorded,
     metadata: dict[str, Any],
 ) -> Direction:
@@ -151,10 +151,12 @@ def _assembled(
     measures: dict[str, dict[str, list[float]]] = {}
     vectors, subspaces = {}, {}
     for site in OUTPUT_SITES:
-        own = [results[site, layer] for layer in range(layers)]
-        vectors[site] = torch.stack([found.vector for found in own])
-        measures[site] = {name: [found.measures[name] for found in own] for name in own[0].measures}
-        bases = [found.basis for found in own if found.basis is not None]
+        estimates = [results[site, layer] for layer in range(layers)]
+        vectors[site] = torch.stack([estimate.vector for estimate in estimates])
+        measures[site] = {
+            name: [estimate.measures[name] for estimate in estimates] for name in estimates[0].measures
+        }
+        bases = [estimate.basis for estimate in estimates if estimate.basis is not None]
         if bases:
             subspaces[site] = _padded(bases)
     windows = {
@@ -176,7 +178,7 @@ def _assembled(
 
 
 def _padded(bases: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[L, d, largest rank], zeros past a layer's own rank."""
+    """[L, d, largest rank], with zeros beyond the rank of a layer."""
     rank = max(basis.shape[1] for basis in bases)
     padded = torch.zeros(len(bases), bases[0].shape[0], rank, dtype=torch.float64)
     for into, basis in zip(padded, bases, strict=True):
@@ -193,7 +195,7 @@ def _texts(
     parallel: bool,
     winsorised: float | None,
 ) -> Texts:
-    values = {language: own[site][:, layer].double() for language, own in recorded.outputs.items()}
+    values = {language: outputs[site][:, layer].double() for language, outputs in recorded.outputs.items()}
     means = recorded.means[site][layer].T
     if winsorised is not None:
         values = {language: winsorise(of_texts, winsorised) for language, of_texts in values.items()}
@@ -213,36 +215,38 @@ def _features(
     method: Sae,
     progress: Progress | None,
 ) -> list[LanguageFeatures]:
-    """The target's own features of each autoencoder."""
+    """The target's features of each autoencoder."""
     of_target = firing(loaded, on_target, autoencoders, progress)
     at_random = random_batches(loaded, on_target, method.seed)
     of_random = firing(loaded, at_random, autoencoders, progress)
     return [
-        language_features(own, others, one.decoder, method.target_rate, method.random_rate)
-        for one, own, others in zip(autoencoders, of_target, of_random, strict=True)
+        language_features(target, random, sae.decoder, method.target_rate, method.random_rate)
+        for sae, target, random in zip(autoencoders, of_target, of_random, strict=True)
     ]
 
 
 def _by_autoencoders(
-    autoencoders: Sequence[Autoencoder], found: Sequence[LanguageFeatures], layers: int
-) -> dict[tuple[str, int], Finder]:
-    """At an autoencoder's own place its vector, elsewhere the nearest one's as a line; the lower of equals."""
+    autoencoders: Sequence[Autoencoder], features: Sequence[LanguageFeatures], layers: int
+) -> dict[tuple[str, int], Estimator]:
+    """At an autoencoder's site its vector, elsewhere the line of the nearest; of two the lower layer's."""
     by_layer = sorted(range(len(autoencoders)), key=lambda at: autoencoders[at].layer)
-    finders: dict[tuple[str, int], Finder] = {}
+    estimators: dict[tuple[str, int], Estimator] = {}
     for site in OUTPUT_SITES:
         for layer in range(layers):
             nearest = min(
                 by_layer,
                 key=lambda at: (abs(autoencoders[at].layer - layer), autoencoders[at].site != site),
             )
-            one, vector = autoencoders[nearest], found[nearest].vector
-            own = (one.site, one.layer) == (site, layer)
-            finders[site, layer] = partial(_given, vector, own)
-    return finders
+            sae, vector = autoencoders[nearest], features[nearest].vector
+            is_site = (sae.site, sae.layer) == (site, layer)
+            estimators[site, layer] = partial(_given, vector, is_site)
+    return estimators
 
 
-def _given(vector: torch.Tensor, own: bool, texts: Texts) -> Found:
-    return Found(vector if own else along(unit(vector), texts.diffmean), measures={"read": float(own)})
+def _given(vector: torch.Tensor, is_site: bool, texts: Texts) -> Estimate:
+    return Estimate(
+        vector if is_site else along(unit(vector), texts.diffmean), measures={"read": float(is_site)}
+    )
 
 
 def _require_languages(corpus: Corpus, source: str, target: str) -> None:
@@ -257,5 +261,5 @@ def _require_parallel(method: str, corpus: Corpus, source: str, target: str) -> 
         counts = ", ".join(f"{language} {count}" for language, count in lines.items())
         raise UsageError(
             f"method {method!r} needs parallel text, line i of both files the same text, for example NTREX-128; "
-            f"here the files have different numbers of lines: {counts}"
+            f"the files have different numbers of lines: {counts}"
         )
