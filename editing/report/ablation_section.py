@@ -26,13 +26,12 @@ def ablation_content(study: Study, name: str) -> Markup:
     Args:
         name: tells its pictures from another study's.
     """
-    said = study.metadata.get("settings") or {}
     most = max((_most(one) for one in study.sets), default=0.0) or 1.0
     return rendered(
         "ablation",
         part=provenance(study.metadata).part,
-        way=f"mean of {said['mean_of']}" if said.get("mean_of") else str(said.get("way", "not said")),
-        confidence=said.get("confidence"),
+        way=f"mean of {study.settings.mean_of}" if study.settings.mean_of else study.settings.way,
+        confidence=study.settings.confidence,
         tokens=sum(study.tokens),
         sets=[_row(one) for one in study.sets],
         matrices=[(set_title(one.name, one.method), _matrix(study, one, most)) for one in study.sets],
