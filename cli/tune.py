@@ -123,13 +123,14 @@ def command(**options: Any) -> None:
     from editing.study.origin import measured_by, processor, texts_read
     from editing.study.registry import searched_named
     from editing.study.search import STUDY, Search
-    from editing.study.search_report import choose, confirmed, front, pictures
+    from editing.study.search_report import choose, confirmed, front, front_figure
     from editing.study.search_result import SearchResult, search_document
     from editing.study.search_scoring import Scoring, third_languages
     from editing.study.search_space import spaces
     from editing.study.trial import Goals
     from neurons.files.artifact import json_bytes, write_atomically
     from neurons.models.source import load_model
+    from neurons.neuron_sets.pictures import FORMATS, save_figure
     from neurons.scorers.selection import parse_layers
     from neurons.text.corpus import read_corpus
     from neurons.text.token_budget import DIRECTIONS
@@ -225,8 +226,9 @@ def command(**options: Any) -> None:
         },
     )
     plan.save(asked.out / PLAN)
-    for name, content in pictures(result).items():
-        write_atomically(asked.out / name, content)
+    figure = front_figure(result)
+    for kind in FORMATS:
+        save_figure(figure, asked.out / f"front.{kind}")
     write_atomically(asked.out / RESULT, json_bytes(search_document(result)))
     _show(screen, result, asked.out)
     if not ended:

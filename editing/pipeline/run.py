@@ -18,6 +18,7 @@ from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import load_direction
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.language_id import check_languages
+from editing.evaluation.outcome import Outcome, Refused
 from editing.hooks.residual import DiffMean
 from editing.methods.keyed import LEARNED, require_common_inputs
 from editing.methods.keyed_edit import Keyed
@@ -27,7 +28,7 @@ from editing.pipeline.needs import direction_need, evaluation_need, key_need, le
 from editing.pipeline.recipe import Recipe
 from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
-from editing.report.run_report import report_files
+from editing.report.run_report import markdown, report_figure
 from editing.study.candidates import Candidate, candidate, candidates_of
 from editing.study.comparison import best_of
 from editing.study.origin import measured_by, processor, text_measured, texts_read
@@ -42,6 +43,7 @@ from neurons.models.memory import Need
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model, pick_device
 from neurons.neuron_sets.identify import identify
 from neurons.neuron_sets.neuron_set import load_neuron_set
+from neurons.neuron_sets.pictures import FORMATS, save_figure
 from neurons.recording.needs import recording_need, text_of
 from neurons.scorers.registry import METHODS, method_of
 from neurons.scorers.selection import parse_layers
@@ -319,7 +321,8 @@ class _Run:
     def edit(self, target: str) -> None:
         material = self.material(target)
         hooks, _ = candidates_of(DiffMean, material)
-        steer2edit, tried = candidates_of(Steer2Edit, material)
+        steer2edit, refused = candidates_of(Steer2Edit, material)
+        tried: list[Outcome | Refused] = [*refused]
         ways = [hooks, steer2edit, list(self.keyed(material))]
         chosen: dict[str, Candidate] = {}
         with self.screen.progress(
@@ -402,5 +405,9 @@ class _Run:
         return tuple(report for file in files for report in load_reports(file))
 
     def report(self) -> None:
-        for name, content in report_files(self.reports()).items():
-            write_atomically(self.out / name, content)
+        reports = self.reports()
+        write_atomically(self.out / "report.json", json_bytes(list(map(document, reports))))
+        write_atomically(self.out / "report.md", markdown(reports).encode())
+        figure = report_figure(reports)
+        for kind in FORMATS:
+            save_figure(figure, self.out / f"report.{kind}")

@@ -46,14 +46,14 @@ def _most(one: SetOutcome) -> float:
 def _row(one: SetOutcome) -> list[str]:
     found, own = one.specificity, one.own.change.diagonal()
     largest = int(((own >= one.own.change.amax(1)) & (own > 0)).sum())
-    ends = f"[{number(found.low, '.2f')}, {number(found.high, '.2f')}]"
+    low, high = (number(end, ".2f") for end in found.interval)
     return [
         one.name,
         one.method,
         span(one.sizes),
         number(found.own, "+.4f"),
         number(found.other, "+.4f"),
-        f"{number(found.value, '.2f')} {ends}",
+        f"{number(found.value, '.2f')} [{low}, {high}]",
         f"{largest} of {len(own)}",
     ]
 

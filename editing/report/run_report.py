@@ -1,14 +1,13 @@
-"""The result of a run for people: a Markdown table, a plot, and the numbers as JSON."""
+"""Evaluations for people: Markdown with what its columns mean, and a picture."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+
+from matplotlib.figure import Figure
 
 from editing.report.tables import doses_table, methods_table, ways_table
 from editing.study.results import Report
-from neurons.files.artifact import json_bytes
-from neurons.files.json_file import document
 
 
 def methods_markdown(report: Report) -> str:
@@ -50,15 +49,6 @@ def _doses_markdown(report: Report) -> list[str]:
     ]
 
 
-def report_files(reports: Sequence[Report]) -> dict[str, bytes]:
-    """report.json, report.md, report.png and report.svg, by name; equal reports give equal bytes."""
-    return {
-        "report.json": json_bytes(list(map(document, reports))),
-        "report.md": markdown(reports).encode(),
-        **plots(reports),
-    }
-
-
 def markdown(reports: Sequence[Report]) -> str:
     """The tables, with what their columns mean and some text that was written."""
     parts = ["# Steering, measured\n"]
@@ -84,11 +74,8 @@ def markdown(reports: Sequence[Report]) -> str:
     return "\n".join(parts)
 
 
-def plots(reports: Sequence[Report]) -> dict[str, bytes]:
-    """Target share, fluency gap and NLL rises of every way, a row of panels a target; PNG and SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+def report_figure(reports: Sequence[Report]) -> Figure:
+    """Target share, fluency gap and NLL rises of every way, a row of panels a target."""
     figure = Figure(figsize=(12, 3.4 * len(reports)), layout="constrained")
     axes = figure.subplots(len(reports), 3, squeeze=False, width_ratios=[1, 1, 2])
     for (share, gap, rise), report in zip(axes, reports, strict=True):
@@ -115,12 +102,4 @@ def plots(reports: Sequence[Report]) -> dict[str, bytes]:
             axis.invert_yaxis()
             axis.spines[["top", "right"]].set_visible(False)
         share.set_ylabel(f"{report.source} to {report.target}")
-    found = {}
-    # Without a fixed salt and date the same numbers would give other bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "broca"}):
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            empty = {"Software": None} if kind == "png" else {"Date": None}
-            figure.savefig(buffer, format=kind, dpi=150, metadata=empty)
-            found[f"report.{kind}"] = buffer.getvalue()
-    return found
+    return figure

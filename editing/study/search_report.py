@@ -14,11 +14,12 @@ continuations is partly luck.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from editing.evaluation.outcome import Outcome
 from editing.study.search import Search
@@ -171,11 +172,8 @@ def goals_met(outcome: Outcome, ceiling: float, source: str, target: str, goals:
     }
 
 
-def pictures(search: SearchResult) -> dict[str, bytes]:
-    """Share against harm and against the fluency gap; front.png and front.svg."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+def front_figure(search: SearchResult) -> Figure:
+    """Share against harm and against the fluency gap."""
     trials, goals = search.trials, search.goals
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels: tuple[tuple[str, Callable[[Trial], float], float | None], ...] = (
@@ -224,12 +222,4 @@ def pictures(search: SearchResult) -> dict[str, bytes]:
         figure.axes[-1].legend(fontsize=8, loc="lower right")
     title = f"{search.source} to {search.target}, {len(trials)} edits on the choosing part (dashed: goals)"
     figure.suptitle(title, fontsize=11)
-    found = {}
-    # Without a fixed salt and date the same numbers would give other bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "broca"}):
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            empty = {"Software": None} if kind == "png" else {"Date": None}
-            figure.savefig(buffer, format=kind, dpi=150, metadata=empty)
-            found[f"front.{kind}"] = buffer.getvalue()
-    return found
+    return figure

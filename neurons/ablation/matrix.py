@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from neurons.ablation.conditions import TextLosses
+from neurons.files.json_file import Figure
 from neurons.statistics.bootstrap import (
     CONFIDENCE,
     DRAWS,
@@ -54,17 +55,15 @@ class Specificity:
     Attributes:
         value: mean of the diagonal / mean of the rest; inf where the rest does not rise and the diagonal
             does, 0 where the diagonal does not rise.
-        low: lower end of its interval.
-        high: its upper end.
+        interval: its lower and upper end.
         own: mean of the diagonal, nats a token.
         other: mean of the rest, nats a token.
     """
 
-    value: float
-    low: float
-    high: float
-    own: float
-    other: float
+    value: Figure
+    interval: tuple[Figure, Figure]
+    own: Figure
+    other: Figure
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def specificity(matrix: torch.Tensor, drawn: torch.Tensor, confidence: float = C
     own, other = _parts(matrix[None])
     low, high = percentile_interval(_quotient(*_parts(drawn)), confidence).tolist()
     value = float(_quotient(own, other)[0])
-    return Specificity(value, low, high, float(own[0]), float(other[0]))
+    return Specificity(value, (low, high), float(own[0]), float(other[0]))
 
 
 def clear_of(own: Changes, controls: Sequence[Changes]) -> list[bool]:

@@ -25,7 +25,7 @@ def as_markdown(study: Study) -> str:
                     _range(one.sizes),
                     f"{one.specificity.own:+.4f}",
                     f"{one.specificity.other:+.4f}",
-                    f"{one.specificity.value:.2f} [{one.specificity.low:.2f}, {one.specificity.high:.2f}]",
+                    "{:.2f} [{:.2f}, {:.2f}]".format(one.specificity.value, *one.specificity.interval),
                     f"{sum(largest_is_own(one.own))} of {len(study.languages)}",
                 ]
                 for one in study.sets

@@ -52,12 +52,7 @@ def _set_json(study: Study, one: SetOutcome) -> dict[str, Any]:
         "perplexity_change": by_language(one.own.nll.exp() - study.baseline.exp(), languages),
         **_changes_json(one.own, languages),
         "own_is_largest": dict(zip(languages, largest_is_own(one.own), strict=True)),
-        "specificity": {
-            "value": one.specificity.value,
-            "interval": [one.specificity.low, one.specificity.high],
-            "own": one.specificity.own,
-            "other": one.specificity.other,
-        },
+        "specificity": one.specificity,
     }
     for control, draws in one.controls.items():
         if draws:
@@ -110,14 +105,6 @@ class _Matrices:
         )
 
 
-@dataclass(frozen=True)
-class _Specificity:
-    value: Figure
-    interval: tuple[Figure, Figure]
-    own: Figure
-    other: Figure
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Dose(_Matrices):
     share: float
@@ -129,13 +116,13 @@ class _Set(_Matrices):
     name: str
     method: str
     neurons: Mapping[str, int]
-    specificity: _Specificity
+    specificity: Specificity
     doses: tuple[_Dose, ...]
-    random_draws: tuple[_Matrices, ...] = ()
     matched_draws: tuple[_Matrices, ...] = ()
+    random_draws: tuple[_Matrices, ...] = ()
 
     def outcome(self, languages: Sequence[str]) -> SetOutcome:
-        found, draws = self.specificity, {"random": self.random_draws, "matched": self.matched_draws}
+        draws = {"matched": self.matched_draws, "random": self.random_draws}
         return SetOutcome(
             name=self.name,
             method=self.method,
@@ -150,7 +137,7 @@ class _Set(_Matrices):
                 Dose(one.share, tuple(one.neurons[k] for k in languages), one.changes(languages))
                 for one in self.doses
             ),
-            specificity=Specificity(found.value, *found.interval, found.own, found.other),
+            specificity=self.specificity,
         )
 
 
