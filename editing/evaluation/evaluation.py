@@ -297,10 +297,11 @@ class Evaluation:
         }
 
     def _other(self, language: str, found: Answers, own: Answers) -> OtherLanguage:
+        gap = continuation_nll(self._loaded, found.items) - self._nll_of_own(language)
         return OtherLanguage(
             share=found.share(language),
             ceiling=own.share(language),
-            fluency_gap=continuation_nll(self._loaded, found.items) - self._nll_of_own(language),
+            fluency_gap=None if gap != gap else gap,
             distinct_pairs=found.distinct_pairs,
             longest_repeat=found.longest_repeat,
             answer_words=found.words,

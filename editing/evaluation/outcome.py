@@ -31,13 +31,13 @@ class OtherLanguage:
     Attributes:
         share: of the answers that are in the prompts' language.
         ceiling: the same share of the unedited model's.
-        fluency_gap: nats a token; NaN where nothing was written.
+        fluency_gap: nats a token; None where nothing was written.
         distinct_pairs, longest_repeat, answer_words: as those of ``Outcome``.
     """
 
     share: Figure
     ceiling: Figure
-    fluency_gap: Figure
+    fluency_gap: float | None
     distinct_pairs: Figure
     longest_repeat: Figure
     answer_words: Figure

@@ -123,7 +123,9 @@ def test_doses_without_a_dose_are_refused(tmp_path):
             load_reports(written(tmp_path / "a.json", value))
 
 
-@pytest.mark.parametrize("place", [("trials", 0, "method"), ("report", "goals_met"), ("goals", "rise"), ("front",)])
+@pytest.mark.parametrize(
+    "place", [("trials", 0, "method"), ("report", "goals_met"), ("goals", "rise"), ("front",)]
+)
 def test_a_broken_search_is_refused_by_field(place):
     value = studies.tuned()
     part, key = at(value, *place)

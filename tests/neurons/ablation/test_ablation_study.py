@@ -16,9 +16,11 @@ from cli.ablate import command
 from neurons.ablation import pictures as ablation_pictures
 from neurons.ablation.conditions import TextLosses
 from neurons.ablation.matrix import Changes, bootstrapped, clear_of, largest_is_own, specificity
-from neurons.ablation.report import as_json, as_markdown
+from neurons.ablation.report import as_markdown
 from neurons.ablation.study import Settings, ablation_study, dosed
+from neurons.ablation.study_file import study_document, study_of
 from neurons.errors import BrocaError, UsageError
+from neurons.files.artifact import json_bytes
 from neurons.models.source import load_model
 from neurons.neuron_sets import pictures
 from neurons.neuron_sets.neuron_set import neuron_set
@@ -82,7 +84,8 @@ def test_planted_neurons_hurt_their_own_language_alone(planted, corpus):
         assert len(one.controls[control]) == 3
         assert clear_of(one.own, one.controls[control]) == [True] * 3
     assert one.specificity.value > 50
-    assert one.specificity.low <= one.specificity.value <= one.specificity.high
+    low, high = one.specificity.interval
+    assert low <= one.specificity.value <= high
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +285,9 @@ def test_what_does_not_fit_is_refused(llama, small):
 
 def test_the_document_and_the_tables(small):
     study = small[3]
-    document = as_json(study, "broca ablate ...")
-    json.dumps(document)
+    content = json_bytes(study_document(study))
+    document = json.loads(content)
+    assert json_bytes(study_document(study_of(document, "a.json"))) == content
     assert set(document["baseline"]) == set(document["ablated"]) == set(models.LANGUAGES)
     one = study.sets[0]
     mean = (one.controls["random"][0].nll[1, 2] + one.controls["random"][1].nll[1, 2]) / 2
