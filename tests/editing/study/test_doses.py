@@ -126,7 +126,7 @@ def test_the_table_sets_the_keyed_edit_beside_each_dose():
     head, rows = doses_table(Report("en", "fr", 1.0, 2, (at(0.0, 0.0, 0.0),), curves=curves))
     assert head[-1] == "keyed edit's at that share"
     assert [row[-1] for row in rows] == ["-", "-", "-", "+0.010", "-"]
-    assert report.dose_rows()[3] == ["other", "0.5", "0.40", "+0.00", "+0.300", "+0.010"]
+    assert rows[3] == ["other", "0.5", "0.40", "+0.00", "+0.300", "+0.010"]
 
 
 def test_costs_at_the_same_share():
