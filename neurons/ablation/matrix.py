@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -141,8 +142,8 @@ def largest_is_own(own: Changes) -> list[bool]:
     return (own.change.argmax(1) == torch.arange(len(own.change))).tolist()
 
 
-def by_language(values: torch.Tensor, languages: Sequence[str]) -> dict[str, Mapping[str, float]]:
-    """[K, K] as ablated language -> measured language -> value."""
+def by_language(values: torch.Tensor, languages: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """[K, K, ...] as ablated language -> measured language -> value, a list where there are more dimensions."""
     return {
         ablated: dict(zip(languages, row, strict=True))
         for ablated, row in zip(languages, values.tolist(), strict=True)

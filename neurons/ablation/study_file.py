@@ -75,16 +75,13 @@ def _set_json(study: Study, one: SetOutcome) -> dict[str, Any]:
 
 
 def _changes_json(changes: Changes, languages: Sequence[str]) -> dict[str, Any]:
-    low, high = by_language(changes.low, languages), by_language(changes.high, languages)
-    return {
-        "change": by_language(changes.change, languages),
-        "intervals": {i: {j: [low[i][j], high[i][j]] for j in languages} for i in languages},
-    }
+    ends = torch.stack([changes.low, changes.high], dim=-1)
+    return {"change": by_language(changes.change, languages), "intervals": by_language(ends, languages)}
 
 
 @dataclass(frozen=True)
 class _Matrices:
-    """Matrices of a document, ablated language -> measured language; of a draw ``nll``, else ``ablated``."""
+    """Of a document, ablated language -> measured language -> value; ``nll`` of a draw, ``ablated`` of all else."""
 
     change: Matrix
     intervals: Mapping[str, Mapping[str, tuple[Figure, Figure]]]
@@ -92,17 +89,11 @@ class _Matrices:
     nll: Matrix = field(default_factory=dict)
 
     def changes(self, languages: Sequence[str]) -> Changes:
-        ends = (
-            {i: {j: pair[end] for j, pair in row.items()} for i, row in self.intervals.items()}
-            for end in (0, 1)
+        nll, change, ends = (
+            torch.tensor([[one[i][j] for j in languages] for i in languages], dtype=torch.float64)
+            for one in (self.nll or self.ablated, self.change, self.intervals)
         )
-        matrices = (self.nll or self.ablated, self.change, *ends)
-        return Changes(
-            *(
-                torch.tensor([[one[i][j] for j in languages] for i in languages], dtype=torch.float64)
-                for one in matrices
-            )
-        )
+        return Changes(nll, change, *ends.unbind(-1))
 
 
 @dataclass(frozen=True, kw_only=True)
