@@ -100,6 +100,8 @@ def outcome(name, share, target="ar", text=ARABIC, **changes):
         "languages_found": {target: 3},
         "samples": (Sample("The children did not", text, target),),
         "details": {"settings": {"strength": 3.5}, "components": 12, "relative_change": 0.31},
+        "agreement": 1.0,
+        **dict.fromkeys(("sentence_share", "distinct_pairs", "longest_repeat", "answer_words"), 0.0),
     }
     return Outcome(**{**fields, **changes})
 

@@ -249,7 +249,7 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
         0.9,
         failures={"empty": 1, "looping": 2},
         relevance={"scorer": "chrF", "mean": 0.4, "steering_score": 0.55},
-        others={"zh": OtherLanguage(0.7, 0.9, math.nan, 0.9, 0.0, 8.0)},
+        others={"zh": OtherLanguage(0.7, 0.9, None, 0.9, 0.0, 8.0)},
         effectiveness=0.9,
         entanglement=0.141,
     )
