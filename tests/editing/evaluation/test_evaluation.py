@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import models
@@ -303,7 +303,7 @@ def test_side_effects_on_every_other_language(llama, corpus):
         gap = mean(naive_nlls(llama.model, [[0, *item.ids] for item in steered])) - mean(
             naive_nlls(llama.model, [[0, *item.ids] for item in own])
         )
-        assert told == {
+        assert asdict(told) == {
             "share": shares[0],
             "ceiling": shares[1],
             "fluency_gap": pytest.approx(gap, rel=1e-3, abs=1e-4),

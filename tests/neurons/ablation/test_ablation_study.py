@@ -225,7 +225,7 @@ def test_specificity_by_hand():
         off = sum(d[i][j] for i in range(3) for j in range(3) if i != j) / 6
         quotients.append(sum(d[i][i] for i in range(3)) / 3 / off)
     expected = np.quantile(quotients, [0.05, 0.95])
-    assert (figures.low, figures.high) == pytest.approx(tuple(expected))
+    assert figures.interval == pytest.approx(tuple(expected))
     for j in range(3):
         sums, tokens = losses.sums[str(j)], losses.tokens[str(j)]
         chosen = np.random.default_rng(4 * 3 + j).integers(0, 6, (50, 6))
@@ -240,7 +240,7 @@ def test_specificity_without_side_effects_and_without_effect():
     none = torch.zeros(5, 2, 2, dtype=torch.float64)
     sharp = torch.tensor([[1.0, -0.1], [0.0, 1.0]], dtype=torch.float64)
     found = specificity(sharp, none + sharp)
-    assert found.value == found.low == found.high == math.inf
+    assert found.interval == (found.value,) * 2 == (math.inf,) * 2
     assert specificity(-sharp, none - sharp).value == 0
 
 
