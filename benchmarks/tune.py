@@ -23,9 +23,10 @@ import torch
 
 from editing.methods.material import Material
 from editing.plans.applied import applied
-from editing.study.search import MEASURED, Search, Trial
+from editing.study.search import Search
 from editing.study.search_scoring import Scoring
 from editing.study.search_space import spaces
+from editing.study.trial import MEASURED, Trial
 from neurons.models.source import load_model
 from neurons.text.corpus import read_corpus
 

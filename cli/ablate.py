@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,9 @@ def command(**options: Any) -> None:
     from editing.study.origin import file_read, processor
     from neurons.ablation import pictures as ablation_pictures
     from neurons.ablation.ledger import LedgerFile
-    from neurons.ablation.report import as_json, as_markdown
+    from neurons.ablation.report import as_markdown
     from neurons.ablation.study import Settings, ablation_study
+    from neurons.ablation.study_file import study_document
     from neurons.errors import UsageError
     from neurons.files.artifact import json_bytes, write_atomically
     from neurons.models.source import load_model
@@ -169,7 +171,8 @@ def command(**options: Any) -> None:
         batch_tokens=study.metadata["settings"]["batch_tokens"],
         **loaded_as(loaded),
     )
-    document = {**as_json(study, repeats), "inputs": inputs, "processor": processor(loaded.device)}
+    about = {"command": repeats, "inputs": inputs, "processor": processor(loaded.device)}
+    document = study_document(replace(study, metadata=study.metadata | about))
     if asked.picture is not None:
         pictures.save_figure(ablation_pictures.matrix_figure(study), asked.picture)
     if asked.dose_picture is not None:

@@ -31,10 +31,9 @@ from cli.options import (
     tokens_option,
 )
 from cli.screen import Screen
-from cli.tables import report_table
+from cli.tables import report_table, say_samples
 
 if TYPE_CHECKING:
-    from editing.evaluation.evaluation import Outcome
     from editing.evaluation.likelihood import Steering
     from editing.evaluation.questions import Questions
     from editing.evaluation.relevance import Scorer
@@ -156,10 +155,13 @@ def command(
     from editing.evaluation.questions import read_questions
     from editing.plans.applied import applied
     from editing.plans.plan import load_plan
-    from editing.report.run_report import methods_markdown, report_from_json
+    from editing.report.run_report import methods_markdown
+    from editing.report.tables import details_of, methods_table
     from editing.study.origin import file_read, measured_by, model_read, processor, text_measured, texts_read
+    from editing.study.results import Report
     from neurons.errors import UsageError
     from neurons.files.artifact import json_bytes, write_atomically
+    from neurons.files.json_file import document
     from neurons.models.source import load_model
     from neurons.text.corpus import read_corpus
     from neurons.text.token_budget import LOSSES
@@ -268,9 +270,7 @@ def command(
             write=writer,
         )
 
-    def told(
-        measuring: Evaluation, outcomes: list[Outcome], writer: VllmWriter | None = None
-    ) -> dict[str, Any]:
+    def about(measuring: Evaluation, writer: VllmWriter | None = None) -> dict[str, Any]:
         return {
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
@@ -295,11 +295,6 @@ def command(
                 "seed": seed,
                 "dtype": str(loaded.model.dtype).removeprefix("torch."),
             },
-            "source": source,
-            "target": target,
-            "ceiling": measuring.ceiling,
-            "continuations": measuring.continuations,
-            "outcomes": [outcome.as_json() for outcome in outcomes],
         }
 
     if methods is not None:
@@ -312,23 +307,13 @@ def command(
         with screen.progress(f"Comparing, {source} to {target}", len(ways), "ways") as advance:
             choosing, measuring = (evaluation(corpora[name], halves[name]) for name in ("choose", "report"))
             for compared in compare_ways(ways, material, choosing, measuring, _stage(screen), doses or ()):
-                value = {
-                    **told(measuring, list(compared.outcomes)),
-                    "methods": list(ways),
-                    "tried": list(compared.tried),
-                    "notes": list(compared.notes),
-                    "curves": {
-                        title: [outcome.as_json() for outcome in outcomes]
-                        for title, outcomes in compared.curves.items()
-                    },
-                }
+                report = replace(compared, about=about(measuring))
                 # After every way: whoever stops it here keeps what was measured.
-                write_atomically(out, json_bytes(value))
-                write_atomically(table, methods_markdown(report_from_json(value)).encode())
+                write_atomically(out, json_bytes(document(report)))
+                write_atomically(table, methods_markdown(report).encode())
                 advance(1)
-        report = report_from_json(value)
-        screen.table(report.title, report.method_columns(), report.method_rows())
-        for note in report.notes:
+        screen.table(report.title, *methods_table(report))
+        for note in report.notes or ():
             screen.say(note)
         screen.say(f"the same as Markdown: {table}")
         if report.curves:
@@ -339,7 +324,7 @@ def command(
             least = report.outcomes[0].target_share
             save_figure(dose_figure(report.curves, source, target, report.ceiling, least), picture)
             screen.say(f"what each way costs at the share that it reaches: {picture}")
-        screen.result({"out": out, **value}, out)
+        screen.result({"out": out, **document(report)}, out)
         return
     models = 1 if plan is None and other is None else 2
     with (
@@ -358,16 +343,21 @@ def command(
             steering = _both(with_others, writing_steered)
             outcomes.append(measuring.measure("against", steering, kl=True, others=others))
             advance(1)
-    value = told(measuring, outcomes, writer)
-    write_atomically(out, json_bytes(value))
-    report = report_from_json(value)
+    report = Report(
+        source,
+        target,
+        measuring.ceiling,
+        measuring.continuations,
+        tuple(outcomes),
+        about=about(measuring, writer),
+    )
+    write_atomically(out, json_bytes(document(report)))
     tell_read(screen, measuring.read, LOSSES.least)
     report_table(screen, report)
-    for line in report.details_of(outcomes[-1]):
+    for line in details_of(report, outcomes[-1]):
         screen.say(line)
-    for sample in outcomes[-1].samples[:3]:
-        screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
-    screen.result({"out": out, **value}, out)
+    say_samples(screen, outcomes[-1])
+    screen.result({"out": out, **document(report)}, out)
 
 
 @contextmanager

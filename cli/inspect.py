@@ -210,24 +210,14 @@ def _changes(edit: ModuleEdit) -> list[tuple[int, float]]:
 
 
 def _measured(screen: Screen, file: Path) -> None:
-    import json
-
     from cli.tables import report_table
-    from editing.report.run_report import report_from_json
-    from neurons.errors import BrocaError
+    from editing.study.results import load_reports
+    from neurons.files.json_file import document
 
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        reports = [report_from_json(item) for item in (value if isinstance(value, list) else [value])]
-        for report in reports:
-            report.rows()  # an outcome that lacks a language
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise BrocaError(
-            f"{file}: not a report of broca evaluate or broca run (of a checkpoint, name the directory)"
-        ) from error
+    reports = load_reports(file)
     for report in reports:
         report_table(screen, report)
-    screen.result({"reports": value})
+    screen.result({"reports": list(map(document, reports))})
 
 
 def _checkpoint(screen: Screen, directory: Path) -> None:

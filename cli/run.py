@@ -13,7 +13,7 @@ from cli.command_line import command_line
 from cli.corpora import tell, tell_read
 from cli.options import IN_FILE, OUT_DIRECTORY, dry_run_option, json_option, max_memory_option
 from cli.screen import Screen
-from cli.tables import report_table
+from cli.tables import report_table, say_samples
 
 if TYPE_CHECKING:
     from editing.pipeline.recipe import Recipe
@@ -82,8 +82,7 @@ def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None
         report_table(screen, report)
         for outcome in (report.outcomes[0], report.outcomes[-1]):
             screen.say(f"{outcome.name}:")
-            for sample in outcome.samples[:3]:
-                screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
+            say_samples(screen, outcome)
     screen.say(f"table and plot: {result.out / 'report.md'} {result.out / 'report.png'}")
     checkpoints = [result.out / f"checkpoint-{report.target}" for report in result.reports]
     screen.result(
@@ -97,7 +96,7 @@ def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None
                     "target": report.target,
                     "ceiling": report.ceiling,
                     "continuations": report.continuations,
-                    "outcomes": [outcome.as_json() for outcome in report.outcomes],
+                    "outcomes": report.outcomes,
                 }
                 for report in result.reports
             ],

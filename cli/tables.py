@@ -8,8 +8,9 @@ from cli.screen import Screen
 
 if TYPE_CHECKING:
     from editing.directions.direction import Direction
+    from editing.evaluation.outcome import Outcome
     from editing.plans.plan import Plan
-    from editing.report.run_report import Report
+    from editing.study.results import Report
     from neurons.architectures.anatomy import Anatomy
 
 
@@ -96,6 +97,14 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
 
 def report_table(screen: Screen, report: Report) -> None:
     """All ways of steering side by side."""
-    screen.table(report.title, report.columns(), report.rows())
-    for note in report.notes:
+    from editing.report.tables import ways_table
+
+    screen.table(report.title, *ways_table(report))
+    for note in report.notes or ():
         screen.say(note)
+
+
+def say_samples(screen: Screen, outcome: Outcome) -> None:
+    """The first few prompts, and what was written after them."""
+    for sample in outcome.samples[:3]:
+        screen.say(f"  {sample.prompt} | {sample.line}")

@@ -28,10 +28,9 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.evaluation.evaluation import Outcome
     from editing.plans.plan import Plan
-    from editing.study.search import Search, Trial
-    from editing.study.search_report import Choice
+    from editing.study.search_result import Reported, SearchResult
+    from editing.study.trial import Goals
     from neurons.models.memory import Need
     from neurons.models.source import LoadedModel
     from neurons.text.corpus import Corpus
@@ -123,11 +122,15 @@ def command(**options: Any) -> None:
     from editing.plans.applied import applied
     from editing.study.origin import measured_by, processor, texts_read
     from editing.study.registry import searched_named
-    from editing.study.search import STUDY, Goals, Search
-    from editing.study.search_report import choose, confirmed
+    from editing.study.search import STUDY, Search
+    from editing.study.search_report import choose, confirmed, front, front_figure
+    from editing.study.search_result import SearchResult, search_document
     from editing.study.search_scoring import Scoring, third_languages
     from editing.study.search_space import spaces
+    from editing.study.trial import Goals
+    from neurons.files.artifact import json_bytes, write_atomically
     from neurons.models.source import load_model
+    from neurons.neuron_sets.pictures import FORMATS, save_figure
     from neurons.scorers.selection import parse_layers
     from neurons.text.corpus import read_corpus
     from neurons.text.token_budget import DIRECTIONS
@@ -195,23 +198,39 @@ def command(**options: Any) -> None:
     trials = confirmed(search, seeds=seeds) if ended else search.trials
     choice = choose(trials, goals, scoring.ceiling)
     plan = search.plan(choice.trial)
-    outcomes, ceiling = _measured(screen, asked, loaded, corpora["report"], plan) if ended else ([], None)
-    value = _result(asked, search, trials, choice, outcomes, ceiling)
-    value |= {
-        "model": loaded.label,
-        "fingerprint": loaded.fingerprint,
-        "corpora": texts_read(corpora.values()),
-        "packages": measured_by("optuna"),
-        "processor": processor(loaded.device),
-        "command": command_line(
-            languages=asked.languages or corpora["report"].languages,
-            samples=asked.samples,
-            **loaded_as(loaded),
-        ),
-        "finished": ended,
-    }
-    _write(asked.out, value, plan, trials, choice, search)
-    _show(screen, asked, value, trials, choice, search, outcomes)
+    result = SearchResult(
+        source=asked.source,
+        target=asked.target,
+        goals=goals,
+        ceiling=scoring.ceiling,
+        trials=tuple(trials),
+        front=tuple(trial.number for trial in front(trials)),
+        chosen=choice.trial.number,
+        chosen_meets_goals=choice.met,
+        why=choice.why,
+        report=_reported(screen, asked, loaded, corpora["report"], plan, goals) if ended else None,
+        finished=ended,
+        about={
+            "identity": search.identity,
+            "edit": PLAN,
+            "model": loaded.label,
+            "fingerprint": loaded.fingerprint,
+            "corpora": texts_read(corpora.values()),
+            "packages": measured_by("optuna"),
+            "processor": processor(loaded.device),
+            "command": command_line(
+                languages=asked.languages or corpora["report"].languages,
+                samples=asked.samples,
+                **loaded_as(loaded),
+            ),
+        },
+    )
+    plan.save(asked.out / PLAN)
+    figure = front_figure(result)
+    for kind in FORMATS:
+        save_figure(figure, asked.out / f"front.{kind}")
+    write_atomically(asked.out / RESULT, json_bytes(search_document(result)))
+    _show(screen, result, asked.out)
     if not ended:
         raise click.exceptions.Abort
 
@@ -260,12 +279,14 @@ def _identity(
     }
 
 
-def _measured(
-    screen: Screen, asked: SimpleNamespace, loaded: LoadedModel, corpus: Corpus, plan: Plan
-) -> tuple[list[Outcome], float]:
-    """The unedited and the edited model on text that nothing was chosen on, and the ceiling there."""
+def _reported(
+    screen: Screen, asked: SimpleNamespace, loaded: LoadedModel, corpus: Corpus, plan: Plan, goals: Goals
+) -> Reported:
+    """The unedited and the edited model on text that nothing was chosen on."""
     from editing.evaluation.evaluation import Evaluation
     from editing.plans.applied import applied
+    from editing.study.search_report import goals_met
+    from editing.study.search_result import Reported
 
     with screen.progress("Reporting", 2, "models") as advance:
         evaluation = Evaluation(
@@ -287,108 +308,30 @@ def _measured(
         }
         edited = evaluation.measure("tuned edit", partial(applied, loaded, plan), details, kl=True)
         advance(1)
-    return [evaluation.base, edited], evaluation.ceiling
+    met = goals_met(edited, evaluation.ceiling, asked.source, asked.target, goals)
+    return Reported(evaluation.ceiling, evaluation.continuations, met, (evaluation.base, edited))
 
 
-def _result(
-    asked: SimpleNamespace,
-    search: Search,
-    trials: list[Trial],
-    choice: Choice,
-    outcomes: list[Outcome],
-    ceiling: float | None,
-) -> dict[str, Any]:
-    """tune.json but for what it says of its making."""
-    from editing.study.search_report import front, goals_met
+def _show(screen: Screen, search: SearchResult, out: Path) -> None:
+    from cli.tables import report_table, say_samples
+    from editing.study.search_report import COLUMNS, rows
+    from editing.study.search_result import search_document
 
-    report = None
-    if outcomes and ceiling is not None:
-        met = goals_met(outcomes[-1], ceiling, asked.source, asked.target, search.goals)
-        report = {
-            "ceiling": ceiling,
-            "continuations": sum(outcomes[-1].languages_found.values()),
-            "goals_met": met,
-            "outcomes": [outcome.as_json() for outcome in outcomes],
-        }
-    return {
-        "source": asked.source,
-        "target": asked.target,
-        "identity": search.identity,
-        "goals": {
-            "share": search.goals.share,
-            "fluency_gap": search.goals.fluency_gap,
-            "rise": search.goals.rise,
-        },
-        "ceiling": search.ceiling,
-        "trials": [
-            {**trial.as_json(), "share": trial.share, "rise": trial.rise, "harm": trial.harm}
-            for trial in trials
-        ],
-        "front": [trial.number for trial in front(trials)],
-        "chosen": choice.trial.number,
-        "chosen_meets_goals": choice.met,
-        "why": choice.why,
-        "report": report,
-        "edit": PLAN,
-    }
-
-
-def _write(
-    out: Path, value: dict[str, Any], plan: Plan, trials: list[Trial], choice: Choice, search: Search
-) -> None:
-    from editing.study.search_report import pictures
-    from neurons.files.artifact import json_bytes, write_atomically
-
-    title = f"{value['source']} to {value['target']}, {len(trials)} edits on the choosing part"
-    plan.save(out / PLAN)
-    drawn = pictures(trials, search.goals, search.ceiling, choice.trial, title)
-    for name, content in drawn.items():
-        write_atomically(out / name, content)
-    write_atomically(out / RESULT, json_bytes(value))
-
-
-def _show(
-    screen: Screen,
-    asked: SimpleNamespace,
-    value: dict[str, Any],
-    trials: list[Trial],
-    choice: Choice,
-    search: Search,
-    outcomes: list[Outcome],
-) -> None:
-    from cli.tables import report_table
-    from editing.report.run_report import Report
-    from editing.study.search_report import COLUMNS, front, rows
-
-    best = front(trials) or [choice.trial]
-    if choice.trial.number not in {trial.number for trial in best}:
-        best = [choice.trial, *best]
-    early = sum(trial.state != "measured" for trial in trials)
+    early = sum(trial.state != "measured" for trial in search.trials)
     screen.table(
-        f"front of {len(trials)} edits ({early} not measured in full), on the part that edits are chosen on",
+        f"front of {len(search.trials)} edits ({early} not measured in full), on the part that edits are chosen on",
         COLUMNS,
-        rows(best, search.goals, search.ceiling, choice.trial.number),
+        rows(search),
         words=3,
     )
-    screen.say(f"* trial {choice.trial.number}: {choice.why}")
-    if outcomes:
-        report = value["report"]
-        report_table(
-            screen,
-            Report(
-                value["model"],
-                asked.source,
-                asked.target,
-                report["ceiling"],
-                report["continuations"],
-                tuple(outcomes),
-            ),
-        )
-        missed = [name for name, met in report["goals_met"].items() if not met]
-        screen.say(f"goals on this part: {'not met: ' + ', '.join(missed) if missed else 'all met'}")
-        for sample in outcomes[-1].samples[:3]:
-            screen.say(f"  {sample['prompt']} | {' '.join(sample['continuation'].split())}")
-    else:
+    screen.say(f"* trial {search.chosen}: {search.why}")
+    report = search.result
+    if report is None or search.report is None:
         screen.say("the search was stopped, so nothing is reported: the same command goes on")
-    screen.say(f"all trials and front: {asked.out / RESULT} {asked.out / 'front.png'}")
-    screen.result({"out": asked.out, **value}, asked.out / PLAN)
+    else:
+        report_table(screen, report)
+        missed = [name for name, met in search.report.goals_met.items() if not met]
+        screen.say(f"goals on this part: {'not met: ' + ', '.join(missed) if missed else 'all met'}")
+        say_samples(screen, report.outcomes[-1])
+    screen.say(f"all trials and front: {out / RESULT} {out / 'front.png'}")
+    screen.result({"out": out, **search_document(search)}, out / PLAN)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 
 import torch
 
-from editing.evaluation.evaluation import Outcome
+from editing.evaluation.outcome import Outcome, Refused, Sample
 from editing.plans.plan import ModuleEdit, make_plan
-from editing.report.run_report import Report, report_files
-from editing.study.search import Trial
+from editing.study.results import Choice, Report
+from editing.study.search_result import Reported, SearchResult, search_document
+from editing.study.trial import Goals, Trial
 from neurons.ablation.matrix import Changes, Specificity
-from neurons.ablation.report import as_json
 from neurons.ablation.study import Dose, SetOutcome, Settings, Study
+from neurons.ablation.study_file import study_document
 from neurons.files.artifact import json_bytes
+from neurons.files.json_file import document
 from neurons.neuron_sets.neuron_set import neuron_set
 
 LANGUAGES = ("ar", "en", "zh")
@@ -95,8 +98,10 @@ def outcome(name, share, target="ar", text=ARABIC, **changes):
         "nll_rise": {"ar": 0.012, "en": 1.5, "zh": -0.034},
         "kl": {"zh": 0.021},
         "languages_found": {target: 3},
-        "samples": ({"prompt": "The children did not", "continuation": text, "language": target},),
+        "samples": (Sample("The children did not", text, target),),
         "details": {"settings": {"strength": 3.5}, "components": 12, "relative_change": 0.31},
+        "agreement": 1.0,
+        **dict.fromkeys(("sentence_share", "distinct_pairs", "longest_repeat", "answer_words"), 0.0),
     }
     return Outcome(**{**fields, **changes})
 
@@ -132,47 +137,34 @@ def dosed(doses=DOSES, base=0.05):
     """The JSON of ``broca evaluate --methods --doses`` with known numbers."""
     curves = dose_curves(doses)
     ways = [outcome("base", base), *(one[-1] for one in curves.values())]
-    return {
-        "source": "en",
-        "target": "ar",
-        "ceiling": 0.96,
-        "continuations": 100,
-        "notes": [],
-        "outcomes": [one.as_json() for one in ways],
-        "curves": {way: [one.as_json() for one in some] for way, some in curves.items()},
-    }
+    return written(Report("en", "ar", 0.96, 100, tuple(ways), notes=(), curves=curves))
+
+
+def written(result):
+    """The values of a result's file, as JSON has them."""
+    return json.loads(json_bytes(document(result)))
 
 
 def write_run(directory, name="model", edited="keyed edit", text=ARABIC, prompt="The children did not"):
     """What ``broca run`` leaves, but for the checkpoint's weights."""
-    sample = {"prompt": prompt, "continuation": "want to sleep.", "language": "en"}
+    sample = Sample(prompt, "want to sleep.", "en")
     base = outcome("base", 0.0, samples=(sample,), kl={}, details={}, fluency_gap=float("nan"))
-    written = {"prompt": prompt, "continuation": text, "language": "ar"}
-    other = {"prompt": prompt, "continuation": CHINESE, "language": "zh"}
-    ways = (base, outcome(edited, 0.97, samples=(written,)), outcome("hook", 0.5, samples=(other,)))
-    report = Report(name, "en", "ar", 0.98, 102, ways, ("A note.",))
-    document = {
-        "model": name,
-        "fingerprint": "0123456789abcdef",
-        "source": "en",
-        "target": "ar",
-        "ceiling": 0.98,
-        "continuations": 102,
-        "notes": ["A note."],
-        "outcomes": [one.as_json() for one in ways],
-    }
-    (directory / "measured-ar.json").write_bytes(json_bytes(document))
-    (directory / "report.json").write_bytes(report_files([report])["report.json"])
+    edit, other = Sample(prompt, text, "ar"), Sample(prompt, CHINESE, "zh")
+    ways = (base, outcome(edited, 0.97, samples=(edit,)), outcome("hook", 0.5, samples=(other,)))
+    about = {"model": name, "fingerprint": "0123456789abcdef"}
+    report = document(Report("en", "ar", 0.98, 102, ways, ("A note.",), about=about))
+    (directory / "measured-ar.json").write_bytes(json_bytes(report))
+    (directory / "report.json").write_bytes(json_bytes([report]))
     (directory / "report.md").write_text("# as Markdown")
     stage = {"inputs": "1", "outputs": {"measured-ar.json": "2"}}
     (directory / "run.json").write_bytes(json_bytes({"measure ar": stage}))
-    tried = [
-        outcome(edited, 0.9, details={"settings": {"strength": 2.0}}).as_json(),
-        outcome(edited, 0.97).as_json(),
-        {"name": "Steer2Edit", "settings": {"alpha": 0.8}, "refused": "nothing changes"},
-    ]
-    choice = {"ceiling": 0.99, "chosen": {edited: {"strength": 3.5}}, "tried": tried}
-    (directory / "choice-ar.json").write_bytes(json_bytes(choice))
+    tried = (
+        outcome(edited, 0.9, details={"settings": {"strength": 2.0}}),
+        outcome(edited, 0.97),
+        Refused("Steer2Edit", {"alpha": 0.8}, "nothing changes"),
+    )
+    choice = Choice("en", "ar", 0.99, {edited: {"strength": 3.5}}, tried)
+    (directory / "choice-ar.json").write_bytes(json_bytes(document(choice)))
     members = {"ar": [[0, 1], [1, 2]], "en": [[0, 1]], "zh": []}
     found = neuron_set(
         {k: torch.tensor(rows, dtype=torch.int64).reshape(-1, 2) for k, rows in members.items()},
@@ -217,7 +209,7 @@ def ablation(name="neurons", command="broca ablate model --neurons neurons.safet
         own,
         {"random": (changes(5), changes(6)), "matched": ()},
         doses,
-        Specificity(20.0, 15.0, 25.0, 1.05, 0.05),
+        Specificity(20.0, (15.0, 25.0), 1.05, 0.05),
     )
     study = Study(
         LANGUAGES,
@@ -232,9 +224,10 @@ def ablation(name="neurons", command="broca ablate model --neurons neurons.safet
             "corpus": {"digest": "e" * 64, "part": "report"},
             "packages": {"torch": "2.0"},
             "settings": {"way": "zero", "confidence": 0.95, "dose_of_model": False},
+            "command": command,
         },
     )
-    return as_json(study, command)
+    return json.loads(json_bytes(study_document(study)))
 
 
 def tuned(command="broca tune model --source en --target ar"):
@@ -246,27 +239,29 @@ def tuned(command="broca tune model --source en --target ar"):
         Trial(2, "bake", {"strength": 9.0}, found=70, fluency_gap=0.9, kl={"zh": 0.2}, **whole),
         Trial(3, "bake", {"strength": 1.0}, state="hopeless", found=1, continuations=16, why="1 of 16"),
     ]
-    return {
-        "source": "en",
-        "target": "ar",
-        "identity": {"model": "0123456789abcdef", "corpus": {"choose": "f" * 64}, "seed": 0},
-        "goals": {"share": 0.95, "fluency_gap": 0.3, "rise": 0.05},
-        "ceiling": 0.97,
-        "trials": [
-            {**one.as_json(), "share": one.share, "rise": one.rise, "harm": one.harm} for one in trials
-        ],
-        "front": [1, 0],
-        "chosen": 1,
-        "chosen_meets_goals": True,
-        "why": "the least harmful of 1 that meet all goals",
-        "report": {
-            "ceiling": 0.96,
-            "continuations": 100,
-            "goals_met": {"share": True, "fluency gap": True, "rise": False},
-            "outcomes": [outcome("base", 0.0).as_json(), outcome("tuned edit", 0.94).as_json()],
+    reported = Reported(
+        ceiling=0.96,
+        continuations=100,
+        goals_met={"share": True, "fluency gap": True, "rise": False},
+        outcomes=(outcome("base", 0.0), outcome("tuned edit", 0.94)),
+    )
+    search = SearchResult(
+        source="en",
+        target="ar",
+        goals=Goals(0.95, 0.3, 0.05),
+        ceiling=0.97,
+        trials=tuple(trials),
+        front=(1, 0),
+        chosen=1,
+        chosen_meets_goals=True,
+        why="the least harmful of 1 that meet all goals",
+        report=reported,
+        finished=True,
+        about={
+            "identity": {"model": "0123456789abcdef", "corpus": {"choose": "f" * 64}, "seed": 0},
+            "packages": {"optuna": "5.0"},
+            "command": command,
+            "model": "model",
         },
-        "packages": {"optuna": "5.0"},
-        "command": command,
-        "finished": True,
-        "model": "model",
-    }
+    )
+    return json.loads(json_bytes(search_document(search)))

@@ -22,10 +22,9 @@ openings of held-out lines.  Of what it writes:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -35,6 +34,7 @@ from editing.evaluation.entanglement import effectiveness, entanglement
 from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
 from editing.evaluation.language_id import EMPTY, agreement, check_languages, second_opinion, sentence_share
 from editing.evaluation.likelihood import Steering, UneditedText, continuation_nll, read_again, read_unedited
+from editing.evaluation.outcome import OtherLanguage, Outcome, Sample
 from editing.evaluation.questions import Questions
 from editing.evaluation.relevance import Scorer, relevance
 from neurons.errors import UsageError
@@ -52,109 +52,6 @@ LOOPING = "looping"
 
 # Prompts, most new tokens, temperature and seed to one continuation a prompt, as ``generate`` has them.
 Writer = Callable[[Sequence[str | Sequence[int]], int, float, int], list[Continuation]]
-
-
-_FIGURES = (
-    *("source_share", "distinct", "fluency_gap", "agreement", "sentence_share"),
-    *("distinct_pairs", "longest_repeat", "answer_words"),
-)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One way of steering, measured.
-
-    Attributes:
-        name: of the way.
-        target_share, source_share: of the answers; failures count to neither.
-        distinct: mean share of distinct words in an answer.
-        fluency_gap: nats a token; NaN where nothing was written.
-        nll: language -> nats a token, steered.
-        nll_rise: language -> nats a token, steered minus unedited.
-        kl: third language -> nats a position; empty where it was not asked for.
-        languages_found: label -> number of answers, failures by their label too.
-        samples: the first few {"prompt", "continuation", "language"}.
-        details: what else is known of it: settings, components edited, ||dW||/||W||.
-        failures: "empty" and "looping" -> number of answers.
-        agreement: share of answers of which the second detector says the same.
-        sentence_share: mean share of an answer's sentences that are in the target.
-        distinct_pairs: mean distinct-2.
-        longest_repeat: mean share of an answer's words in the longest passage that it repeats.
-        answer_words: mean number of words.
-        relevance: "scorer", "mean", "steering_score", "item_score"; empty without a scorer.
-        others: language -> "share", "ceiling", "fluency_gap" (None where nothing was written),
-            "distinct_pairs", "longest_repeat", "answer_words"; empty where it was not asked for.
-        effectiveness, entanglement: None where ``others`` were not asked for, or nothing was to be gained.
-    """
-
-    name: str
-    target_share: float
-    source_share: float
-    distinct: float
-    fluency_gap: float
-    nll: dict[str, float]
-    nll_rise: dict[str, float]
-    kl: dict[str, float]
-    languages_found: dict[str, int]
-    samples: tuple[dict[str, str], ...]
-    details: dict[str, Any] = field(default_factory=dict)
-    failures: dict[str, int] = field(default_factory=dict)
-    agreement: float = 1.0
-    sentence_share: float = 0.0
-    distinct_pairs: float = 0.0
-    longest_repeat: float = 0.0
-    answer_words: float = 0.0
-    relevance: dict[str, Any] = field(default_factory=dict)
-    others: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    effectiveness: float | None = None
-    entanglement: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Outcome:
-        """What ``as_json`` gave, also an older or a newer Broca's.
-
-        A figure that is missing, or null, was not measured: NaN.  Numbers that this class does not know are in
-        ``details["further"]``.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
-        known = {one.name for one in fields(cls)}
-        further = {k: float(v) for k, v in value.items() if k not in known and type(v) in (int, float)}
-        figures: dict[str, Any] = {name: measured(value.get(name)) for name in _FIGURES}
-        by_language: dict[str, Any] = {
-            name: {str(k): measured(one) for k, one in (value.get(name) or {}).items()}
-            for name in ("nll", "nll_rise", "kl")
-        }
-        counts: dict[str, Any] = {
-            name: {str(k): int(one) for k, one in (value.get(name) or {}).items()}
-            for name in ("languages_found", "failures")
-        }
-        return cls(
-            name=str(value["name"]),
-            target_share=measured(value["target_share"]),
-            **figures,
-            **by_language,
-            **counts,
-            samples=tuple(
-                {key: str(one[key]) for key in ("prompt", "continuation")}
-                | {"language": str(one.get("language", ""))}
-                for one in value.get("samples") or ()
-            ),
-            details={**(value.get("details") or {}), **({"further": further} if further else {})},
-            relevance=dict(value.get("relevance") or {}),
-            others={str(k): dict(one) for k, one in (value.get("others") or {}).items()},
-            effectiveness=value.get("effectiveness"),
-            entanglement=value.get("entanglement"),
-        )
-
-
-def measured(value: Any) -> float:
-    """A figure from JSON; NaN where it has null, which is how JSON says that nothing was measured."""
-    return math.nan if value is None else float(value)
 
 
 class Evaluation:
@@ -297,7 +194,7 @@ class Evaluation:
             kl={},
             languages_found={label: labels.count(label) for label in sorted(set(labels))},
             samples=tuple(
-                {"prompt": one.text, "continuation": item.text, "language": label}
+                Sample(one.text, item.text, label)
                 for one, item, label in zip(asked[:SAMPLES_SHOWN], answers.items, labels, strict=False)
             ),
             details=details or {},
@@ -399,16 +296,16 @@ class Evaluation:
             for language, some in self._batches.items()
         }
 
-    def _other(self, language: str, found: Answers, own: Answers) -> dict[str, float | None]:
+    def _other(self, language: str, found: Answers, own: Answers) -> OtherLanguage:
         gap = continuation_nll(self._loaded, found.items) - self._nll_of_own(language)
-        return {
-            "share": found.share(language),
-            "ceiling": own.share(language),
-            "fluency_gap": None if gap != gap else gap,
-            "distinct_pairs": found.distinct_pairs,
-            "longest_repeat": found.longest_repeat,
-            "answer_words": found.words,
-        }
+        return OtherLanguage(
+            share=found.share(language),
+            ceiling=own.share(language),
+            fluency_gap=None if gap != gap else gap,
+            distinct_pairs=found.distinct_pairs,
+            longest_repeat=found.longest_repeat,
+            answer_words=found.words,
+        )
 
     def _sentence_share(self, text: str) -> float:
         return sentence_share(text, self.target, self._corpus.languages)

@@ -6,7 +6,6 @@ report.  What is reported of the edit is measured on the checkpoint that was wri
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import load_direction
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.language_id import check_languages
+from editing.evaluation.outcome import Outcome, Refused
 from editing.hooks.residual import DiffMean
 from editing.methods.keyed import LEARNED, require_common_inputs
 from editing.methods.keyed_edit import Keyed
@@ -28,19 +28,22 @@ from editing.pipeline.needs import direction_need, evaluation_need, key_need, le
 from editing.pipeline.recipe import Recipe
 from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
-from editing.report.run_report import Report, report_files, report_from_json
+from editing.report.run_report import markdown, report_figure
 from editing.study.candidates import Candidate, candidate, candidates_of
 from editing.study.comparison import best_of
 from editing.study.origin import measured_by, processor, text_measured, texts_read
+from editing.study.results import Choice, Report, load_choice, load_reports
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
 from neurons.files.artifact import json_bytes, write_atomically
 from neurons.files.digest import digest
+from neurons.files.json_file import document
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.memory import Need
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model, pick_device
 from neurons.neuron_sets.identify import identify
 from neurons.neuron_sets.neuron_set import load_neuron_set
+from neurons.neuron_sets.pictures import FORMATS, save_figure
 from neurons.recording.needs import recording_need, text_of
 from neurons.scorers.registry import METHODS, method_of
 from neurons.scorers.selection import parse_layers
@@ -258,14 +261,14 @@ class _Run:
             ["report.json", "report.md", "report.png", "report.svg"],
             self.report,
         )
-        neurons = load_neuron_set(self.out / "neurons.safetensors")
+        neurons, reports = load_neuron_set(self.out / "neurons.safetensors"), self.reports()
         return Result(
             self.out,
-            tuple(self.read_report(target) for target in recipe.targets),
+            reports,
             {language: len(neurons.of(language)) for language in neurons.languages},
             (
                 next((one["read"] for one in neurons.metadata.get("corpora", []) if "read" in one), {}),
-                self.measured(recipe.targets[0]).get("read", {}),
+                reports[0].about.get("read", {}),
             ),
         )
 
@@ -318,7 +321,8 @@ class _Run:
     def edit(self, target: str) -> None:
         material = self.material(target)
         hooks, _ = candidates_of(DiffMean, material)
-        steer2edit, tried = candidates_of(Steer2Edit, material)
+        steer2edit, refused = candidates_of(Steer2Edit, material)
+        tried: list[Outcome | Refused] = [*refused]
         ways = [hooks, steer2edit, list(self.keyed(material))]
         chosen: dict[str, Candidate] = {}
         with self.screen.progress(
@@ -334,16 +338,15 @@ class _Run:
         assert plan is not None
         plan.save(self.out / f"edit-{target}.safetensors")
         settings = {way: candidate.settings for way, candidate in chosen.items()}
-        content = {
-            **self.origin("estimate", "choose"),
-            "corpus": text_measured(self.corpora["choose"]),
-            "source": self.recipe.source,
-            "target": target,
-            "ceiling": evaluation.ceiling,
-            "chosen": settings,
-            "tried": tried,
-        }
-        write_atomically(self.out / f"choice-{target}.json", json_bytes(content))
+        found = Choice(
+            source=self.recipe.source,
+            target=target,
+            ceiling=evaluation.ceiling,
+            chosen=settings,
+            tried=tuple(tried),
+            about={**self.origin("estimate", "choose"), "corpus": text_measured(self.corpora["choose"])},
+        )
+        write_atomically(self.out / f"choice-{target}.json", json_bytes(document(found)))
 
     def export(self, target: str) -> None:
         plan = load_plan(self.out / f"edit-{target}.safetensors")
@@ -352,7 +355,7 @@ class _Run:
 
     def measure(self, target: str) -> None:
         material = self.material(target)
-        chosen = json.loads((self.out / f"choice-{target}.json").read_text(encoding="utf-8"))["chosen"]
+        chosen = load_choice(self.out / f"choice-{target}.json").chosen
         plan = load_plan(self.out / f"checkpoint-{target}" / PLAN_IN_CHECKPOINT)
         # Left on disk: one model in memory is enough.
         exported = load_model(str(self.out / f"checkpoint-{target}"), dtype=self.recipe.dtype, max_memory=0)
@@ -381,29 +384,30 @@ class _Run:
             notes.append(
                 f"The command alone does not repeat these figures: {'; '.join(self.kept)}; put these files there too."
             )
-        content = {
-            **self.origin("estimate", "choose", "report"),
-            "corpus": text_measured(self.corpora["report"]),
-            "read": evaluation.read,
-            "source": self.recipe.source,
-            "target": target,
-            "ceiling": evaluation.ceiling,
-            "continuations": evaluation.continuations,
-            "notes": notes,
-            "outcomes": [outcome.as_json() for outcome in outcomes],
-        }
-        write_atomically(self.out / f"measured-{target}.json", json_bytes(content))
-
-    def measured(self, target: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(
-            (self.out / f"measured-{target}.json").read_text(encoding="utf-8")
+        found = Report(
+            source=self.recipe.source,
+            target=target,
+            ceiling=evaluation.ceiling,
+            continuations=evaluation.continuations,
+            outcomes=tuple(outcomes),
+            notes=tuple(notes),
+            about={
+                **self.origin("estimate", "choose", "report"),
+                "corpus": text_measured(self.corpora["report"]),
+                "read": evaluation.read,
+            },
         )
-        return content
+        write_atomically(self.out / f"measured-{target}.json", json_bytes(document(found)))
 
-    def read_report(self, target: str) -> Report:
-        return report_from_json(self.measured(target))
+    def reports(self) -> tuple[Report, ...]:
+        """Those of the measured-*.json, in the recipe's order."""
+        files = (self.out / f"measured-{target}.json" for target in self.recipe.targets)
+        return tuple(report for file in files for report in load_reports(file))
 
     def report(self) -> None:
-        reports = [self.read_report(target) for target in self.recipe.targets]
-        for name, content in report_files(reports).items():
-            write_atomically(self.out / name, content)
+        reports = self.reports()
+        write_atomically(self.out / "report.json", json_bytes(list(map(document, reports))))
+        write_atomically(self.out / "report.md", markdown(reports).encode())
+        figure = report_figure(reports)
+        for kind in FORMATS:
+            save_figure(figure, self.out / f"report.{kind}")

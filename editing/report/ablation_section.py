@@ -26,13 +26,12 @@ def ablation_content(study: Study, name: str) -> Markup:
     Args:
         name: tells its pictures from another study's.
     """
-    said = study.metadata.get("settings") or {}
     most = max((_most(one) for one in study.sets), default=0.0) or 1.0
     return rendered(
         "ablation",
         part=provenance(study.metadata).part,
-        way=f"mean of {said['mean_of']}" if said.get("mean_of") else str(said.get("way", "not said")),
-        confidence=said.get("confidence"),
+        way=f"mean of {study.settings.mean_of}" if study.settings.mean_of else study.settings.way,
+        confidence=study.settings.confidence,
         tokens=sum(study.tokens),
         sets=[_row(one) for one in study.sets],
         matrices=[(set_title(one.name, one.method), _matrix(study, one, most)) for one in study.sets],
@@ -47,14 +46,14 @@ def _most(one: SetOutcome) -> float:
 def _row(one: SetOutcome) -> list[str]:
     found, own = one.specificity, one.own.change.diagonal()
     largest = int(((own >= one.own.change.amax(1)) & (own > 0)).sum())
-    ends = f"[{number(found.low, '.2f')}, {number(found.high, '.2f')}]"
+    low, high = (number(end, ".2f") for end in found.interval)
     return [
         one.name,
         one.method,
         span(one.sizes),
         number(found.own, "+.4f"),
         number(found.other, "+.4f"),
-        f"{number(found.value, '.2f')} {ends}",
+        f"{number(found.value, '.2f')} [{low}, {high}]",
         f"{largest} of {len(own)}",
     ]
 

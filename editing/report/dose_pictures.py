@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from editing.evaluation.evaluation import Outcome
+from editing.evaluation.outcome import Outcome
 from editing.methods.keyed_edit import KEYED
 from editing.report.curves import COLOURS, plainly
 from editing.report.inline_svg import label

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from editing.evaluation.evaluation import Outcome
+from editing.evaluation.outcome import Outcome
 from editing.methods.keyed_edit import KEYED
 from editing.report.dose_pictures import LINEAR, dose_figure, is_measured
 from editing.report.inline_svg import drawn
-from editing.report.run_report import Report
 from editing.report.templating import rendered
 from editing.study.doses import Cost, costs, harm
+from editing.study.results import Report
 
 
 def doses_content(result: Report, name: str) -> Markup:
@@ -23,14 +23,14 @@ def doses_content(result: Report, name: str) -> Markup:
         result: with curves.
         name: tells its picture from another result's.
     """
-    source, target = result.source, result.target
+    source, target, measured = result.source, result.target, result.curves or {}
     curves = {
         way: kept
-        for way, doses in result.curves.items()
+        for way, doses in measured.items()
         if (kept := [one for one in doses if is_measured(one, source, target)])
     }
-    every = sum(map(len, result.curves.values()))
-    base = result.outcomes[0].target_share if result.outcomes else math.nan
+    every = sum(map(len, measured.values()))
+    base = result.outcomes[0].target_share
     least = base if math.isfinite(base) else 0.0
     drawing = None
     if curves:

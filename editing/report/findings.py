@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from editing.plans.plan import Plan, load_plan
 from editing.report.provenance import Provenance, provenance
-from editing.report.run_report import Report, report_from_json
-from editing.report.searched import SearchResult, read_search
-from editing.report.tried import Choice, read_choice, read_tried
-from neurons.ablation.report import study_from_json
+from editing.study.results import Choice, Report, report_of
+from editing.study.search_result import SearchResult
 from neurons.ablation.study import Study
+from neurons.ablation.study_file import study_of
 from neurons.errors import BrocaError, UsageError
+from neurons.files.digest import digest
+from neurons.files.json_file import checked, read_json
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.neuron_sets.neuron_set import NeuronSet, load_neuron_set
 
@@ -160,42 +160,38 @@ def _is_ours(page: Path) -> bool:
 
 def _json(path: Path, name: str, found: Findings) -> File:
     try:
-        content = path.read_bytes()
-        value = json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        return _strange(name, f"not readable as JSON ({error})")
-    try:
+        value = read_json(path)
         what = _document(value, path, name, found)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, UsageError) as error:
-        return _strange(name, f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error))
+    except UsageError as error:
+        return _strange(name, str(error).removeprefix(f"{path}: "))
     if what is None:
         return _strange(name, "JSON of another kind")
     # A run's report.json is a list whose entries are of one making.
     one = value[0] if isinstance(value, list) else value
     origin = provenance(one) if isinstance(one, Mapping) else None
-    return File(name, what, hashlib.sha256(content).hexdigest(), origin)
+    return File(name, what, digest(path) or "", origin)
 
 
 def _document(value: Any, path: Path, name: str, found: Findings) -> str | None:
     """What a JSON document is, once its result is among the findings; None of an unknown one."""
     if isinstance(value, list) and value and all(_has(one, "outcomes", "target") for one in value):
         for one in value:
-            _add_steering(found, name, report_from_json(one))
+            _add_steering(found, name, report_of(one, path))
         return "steering, all targets of a run"
     if _has(value, "trials", "front"):
-        found.searches.append(Named(name, read_search(value)))
+        found.searches.append(Named(name, checked(SearchResult, value, path)))
         return "search"
     if _has(value, "sets", "baseline", "languages"):
-        found.ablations.append(Named(name, study_from_json(value)))
+        found.ablations.append(Named(name, study_of(value, path)))
         return "ablation study"
     if _has(value, "outcomes", "target"):
-        tried = read_tried(value)
-        _add_steering(found, name, report_from_json(value))
-        if tried is not None:
-            found.choices.append(Named(name, tried))
+        report = report_of(value, path)
+        _add_steering(found, name, report)
+        if report.choice is not None:
+            found.choices.append(Named(name, report.choice))
         return "steering, measured"
     if _has(value, "tried", "chosen"):
-        found.choices.append(Named(name, read_choice(value, path.stem.removeprefix("choice-"))))
+        found.choices.append(Named(name, checked(Choice, value, path)))
         return "settings that were tried"
     if isinstance(value, dict) and value and all(_has(one, "inputs", "outputs") for one in value.values()):
         return f"stages of a run: {', '.join(sorted(value))}"
@@ -211,7 +207,7 @@ def _add_steering(found: Findings, name: str, result: Report) -> None:
 def _figures(one: Report) -> tuple[Any, ...]:
     """What two files that hold the same measurement have in common; NaN is written, for it equals nothing."""
     ways = [repr((way.name, way.target_share, way.fluency_gap, way.nll_rise)) for way in one.outcomes]
-    doses = [(name, *(dose.details["dose"] for dose in doses)) for name, doses in one.curves.items()]
+    doses = [(name, *(dose.details["dose"] for dose in doses)) for name, doses in (one.curves or {}).items()]
     return one.source, one.target, one.continuations, ways, doses
 
 
@@ -233,11 +229,9 @@ def _artifact(path: Path, name: str, found: Findings) -> File:
         return _strange(name, str(error).removeprefix(f"{path}: "))
     except (KeyError, TypeError, ValueError) as error:
         return _strange(name, f"damaged ({error})")
-    digest = ""
-    if kind in ("neurons", "edit", "direction"):
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(name, _ARTIFACTS.get(kind, f"{kind}, not shown"), digest, provenance(metadata))
+    read = kind in ("neurons", "edit", "direction")
+    what = _ARTIFACTS.get(kind, f"{kind}, not shown")
+    return File(name, what, digest(path) or "" if read else "", provenance(metadata))
 
 
 def _header(path: Path) -> dict[str, Any]:

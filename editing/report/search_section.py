@@ -10,15 +10,15 @@ from markupsafe import Markup
 from editing.report.curves import Point, trade_off
 from editing.report.formats import plain
 from editing.report.inline_svg import Drawing
-from editing.report.searched import SearchResult
 from editing.report.steering_section import steering_content
 from editing.report.templating import rendered
-from editing.study.search import MEASURED, NOTHING, Trial
+from editing.study.search_result import SearchResult
+from editing.study.trial import MEASURED, NOTHING, Trial
 
 _GOALS = {
-    "share": "share at least {} of the ceiling",
     "fluency_gap": "fluency gap at most {}",
     "rise": "NLL rise of a third language at most {}",
+    "share": "share at least {} of the ceiling",
 }
 
 
@@ -33,10 +33,10 @@ def search_content(search: SearchResult, name: str) -> Markup:
         "search",
         search=search,
         result=steering_content(search.result, f"{name}-steering") if search.result else "",
-        missed=[goal for goal, met in search.met.items() if not met],
+        missed=[goal for goal, met in search.report.goals_met.items() if not met] if search.report else [],
         idle=sum(trial.state == NOTHING for trial in search.trials),
         given_up=sum(trial.state not in (MEASURED, NOTHING) for trial in search.trials),
-        goals=[_GOALS.get(goal, goal + " {}").format(plain(value)) for goal, value in search.goals.items()],
+        goals=[words.format(plain(getattr(search.goals, goal))) for goal, words in _GOALS.items()],
         drawings=[
             _drawing(search, f"{name}-harm", "mean KL of third languages, nats", _harm),
             _drawing(search, f"{name}-gap", "fluency gap, nats a token", _gap),
@@ -78,4 +78,4 @@ def _drawing(
         f"What the trials reach against what they cost ({cost_label}). Ringed: on the Pareto front of share, "
         "fluency gap and KL; large: chosen. Trials that were given up are left out."
     )
-    return trade_off(caption, points, search.ceiling, f"share {search.target or 'target'}", cost_label, name)
+    return trade_off(caption, points, search.ceiling, f"share {search.target}", cost_label, name)

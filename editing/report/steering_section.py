@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from editing.evaluation.evaluation import Outcome, measured
+from editing.evaluation.outcome import Outcome
 from editing.report.doses_section import doses_content
 from editing.report.formats import count, number, plain
 from editing.report.heat_maps import Cell, HeatMap
 from editing.report.provenance import provenance
-from editing.report.run_report import Report
 from editing.report.templating import rendered
+from editing.study.results import Report
 
 # Figure of an Outcome -> its head, and how it is written.
 FIGURES = {
@@ -40,7 +40,7 @@ def steering_content(result: Report, name: str) -> Markup:
     return rendered(
         "steering",
         result=result,
-        part=provenance(result.origin).part,
+        part=provenance(result.about).part,
         edited=any(way.details.get("components") for way in ways),
         effective=any(way.effectiveness is not None for way in ways),
         detail=_detail,
@@ -59,15 +59,14 @@ def samples_by_prompt(ways: Sequence[Outcome]) -> dict[str, list[tuple[str, str,
     found: dict[str, list[tuple[str, str, str]]] = {}
     for way in ways:
         for one in way.samples:
-            prompt, text = (" ".join(one[key].split()) for key in ("prompt", "continuation"))
-            found.setdefault(prompt, []).append((way.name, text, one["language"]))
+            prompt = " ".join(one.prompt.split())
+            found.setdefault(prompt, []).append((way.name, one.line, one.language))
     return found
 
 
 def _writing(ways: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: how the answers are written.  Figures of different scorers are never in one column."""
     figures = [key for key in FIGURES if any(not math.isnan(getattr(way, key)) for way in ways)]
-    further = _keys(way.details.get("further", {}) for way in ways)
     failures = _keys(way.failures for way in ways)
     relevance = _keys(
         {(str(way.relevance.get("scorer", "")), key): 0 for key in way.relevance if key != "scorer"}
@@ -76,7 +75,6 @@ def _writing(ways: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     head = [
         "way",
         *(FIGURES[key][0] for key in figures),
-        *(key.replace("_", " ") for key in further),
         *failures,
         *(f"relevance ({scorer}): {key.replace('_', ' ')}" for scorer, key in relevance),
     ]
@@ -84,12 +82,9 @@ def _writing(ways: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
         [
             way.name,
             *(number(getattr(way, key), FIGURES[key][1]) for key in figures),
-            *(number(way.details.get("further", {}).get(key), ".3g") for key in further),
             *(count(way.failures.get(key)) for key in failures),
             *(
-                number(
-                    measured(way.relevance.get(key) if way.relevance.get("scorer") == scorer else None), ".2f"
-                )
+                number(way.relevance.get(key) if way.relevance.get("scorer") == scorer else None, ".2f")
                 for scorer, key in relevance
             ),
         ]
@@ -105,9 +100,9 @@ def _maps(result: Report) -> list[HeatMap]:
     # The source last: that its own text becomes less likely is what steering is for.
     rises = [*ends[:1], *(k for k in rises if k not in ends), source] if rises else []
     third, others = _keys(way.kl for way in ways), _keys(way.others for way in ways)
-    unedited = {k: measured(one.get("ceiling")) for way in ways for k, one in way.others.items()}
+    unedited = {k: one.ceiling for way in ways for k, one in way.others.items()}
     shares = [
-        (way.name, {k: measured(way.others.get(k, {}).get("share")) for k in others})
+        (way.name, {k: way.others[k].share if k in way.others else math.nan for k in others})
         for way in ways
         if way.others
     ]

@@ -18,7 +18,6 @@ from editing.report.provenance_section import again_content, files_content, prov
 from editing.report.search_section import search_content
 from editing.report.steering_section import steering_content
 from editing.report.templating import rendered
-from editing.report.tried import Choice
 from neurons.errors import BrocaError, first_line
 
 
@@ -39,16 +38,11 @@ def study_page(found: Findings) -> bytes:
     """
     sections = [
         *_each("steering", found.steering, "Steering: {0.source} to {0.target} ({1})", steering_content),
-        *_each("search", found.searches, "Search: {0.pair}({1})", search_content),
+        *_each("search", found.searches, "Search: {0.source} to {0.target} ({1})", search_content),
         *_each("ablation", found.ablations, "Ablation: {1}", ablation_content),
         *_each("neurons", found.neurons, "Neurons: {1}", lambda neurons, _: neurons_content(neurons)),
         *_each("edit", found.edits, "Edit: {1}", edit_content),
-        *_each(
-            "choice",
-            found.choices,
-            "Settings tried: {1}",
-            lambda choice, name: choice_content(choice, _source(found, choice), name),
-        ),
+        *_each("choice", found.choices, "Settings tried: {1}", choice_content),
     ]
     if found.steering or found.searches:
         sections.append(Section("meanings", "What the figures mean", rendered("meanings")))
@@ -73,19 +67,6 @@ def _each(
             raise BrocaError(
                 f"{one.file}: cannot be shown ({first_line(error)}): move it out of the directory, or make it again"
             ) from error
-
-
-def _source(found: Findings, choice: Choice) -> str | None:
-    """The source language of a choice: as it says, or of the measurement that lies beside it."""
-    if choice.source:
-        return choice.source
-    (place,) = [one.place for one in found.choices if one.result is choice]
-    sources = {
-        one.result.source
-        for one in found.steering
-        if one.result.target == choice.target and one.place == place
-    }
-    return sources.pop() if len(sources) == 1 else None
 
 
 def _subtitle(found: Findings) -> str:

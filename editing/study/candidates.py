@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from editing.evaluation.outcome import Refused
 from editing.methods.material import Material
 from editing.methods.method import Method, Steering
 from editing.plans.applied import applied
@@ -57,12 +58,12 @@ def candidate(method: type[Method], material: Material, settings: Mapping[str, A
     return Candidate(method.title, told, None, one.hooks(prepared), told.get("instruction"))
 
 
-def candidates_of(method: type[Method], material: Material) -> tuple[list[Candidate], list[dict[str, Any]]]:
+def candidates_of(method: type[Method], material: Material) -> tuple[list[Candidate], list[Refused]]:
     """The candidates of a method's grid, and the settings that it refuses here with the reason."""
     found, refused = [], []
     for settings in method.grid(material):
         try:
             found.append(candidate(method, material, settings))
         except BrocaError as error:
-            refused.append({"name": method.title, "settings": settings, "refused": str(error)})
+            refused.append(Refused(method.title, settings, str(error)))
     return found, refused

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from editing.evaluation.evaluation import Evaluation, Outcome
+from editing.evaluation.evaluation import Evaluation
+from editing.evaluation.outcome import Outcome, Refused
 from editing.study.candidates import Candidate
 
 ENOUGH_OF_CEILING = 0.9
@@ -28,7 +28,7 @@ def measure_candidates(
 
 def promising(
     evaluation: Evaluation, candidates: Sequence[Candidate]
-) -> tuple[list[Candidate], list[dict[str, Any]]]:
+) -> tuple[list[Candidate], list[Refused]]:
     """Candidates that are worth measuring, and the others, refused, with what they reached on a few prompts.
 
     One alone is measured.  Worth it is a target share of at least ``LEAST_OF_FEW`` of the ceiling on a few prompts; where none reaches it,
@@ -45,13 +45,13 @@ def promising(
             kept.append(one)
         else:
             reached = f"{share:.0%} of the answers to a few prompts in {evaluation.target}, so not measured"
-            left.append({"name": one.way, "settings": one.settings, "refused": reached})
+            left.append(Refused(one.way, one.settings, reached))
     return kept, left
 
 
 def best_of(
     evaluation: Evaluation, candidates: Sequence[Candidate], tell: Callable[[int], None]
-) -> tuple[Candidate | None, list[dict[str, Any]]]:
+) -> tuple[Candidate | None, list[Outcome | Refused]]:
     """What ``choose`` takes of the promising candidates, with no more reading than that needs.
 
     Harm is read only where several steer well: between others it decides nothing.
@@ -62,7 +62,7 @@ def best_of(
         tell: called with the number of candidates that are done.
 
     Returns:
-        The best, None of none; and for each candidate its outcome or why it was refused, as JSON values.
+        The best, None of none; and for each candidate its outcome or why it was refused.
     """
     kept, left = promising(evaluation, candidates)
     tell(len(left))
@@ -80,7 +80,7 @@ def best_of(
             for one, outcome in measured
         ]
     best = choose(measured, evaluation.ceiling, evaluation.source)[0] if measured else None
-    return best, left + [outcome.as_json() for _, outcome in measured]
+    return best, [*left, *(outcome for _, outcome in measured)]
 
 
 def choose(

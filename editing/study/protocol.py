@@ -4,34 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from editing.evaluation.evaluation import Evaluation, Outcome
+from editing.evaluation.evaluation import Evaluation
+from editing.evaluation.outcome import Outcome, Refused
 from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.study.candidates import Candidate, candidates_of
 from editing.study.comparison import choose, measure_candidates
 from editing.study.doses import weaker
+from editing.study.results import Report
 from neurons.errors import BrocaError
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What came out so far.
-
-    Attributes:
-        outcomes: the base first, then each way's chosen setting, on the part that is reported.
-        tried: every setting on the part that is chosen on, or the reason why it was refused.
-        notes: ways that could not be tried at all, or at other doses, with the reason.
-        curves: title -> the chosen setting at each dose, ascending, on the part that is reported; each
-            outcome's details tell the dose.  Empty where no doses were asked for.
-    """
-
-    outcomes: tuple[Outcome, ...]
-    tried: tuple[dict[str, Any], ...]
-    notes: tuple[str, ...]
-    curves: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
 
 
 def compare_ways(
@@ -41,7 +24,7 @@ def compare_ways(
     reporting: Evaluation,
     tell: Callable[[str], None] | None = None,
     doses: Sequence[float] = (),
-) -> Iterator[Compared]:
+) -> Iterator[Report]:
     """Choose and report, way by way.
 
     Args:
@@ -53,27 +36,42 @@ def compare_ways(
         doses: parts of the chosen strength at which each way is reported besides (``editing.study.doses``).
 
     Yields:
-        All that is known after each way, so that what was measured can be kept when the rest is not awaited.
+        All that is known after each way, so that what was measured can be kept when the rest is not awaited; of
+        ways that could not be tried at all, or at other doses, a note says the reason.
 
     Raises:
         BrocaError: no way could be tried.
     """
     outcomes = [reporting.measure("base", nullcontext, others=True)]
-    tried: list[dict[str, Any]] = []
+    tried: list[Outcome | Refused] = []
     notes: list[str] = []
     curves: dict[str, tuple[Outcome, ...]] = {}
+
+    def found() -> Report:
+        return Report(
+            source=reporting.source,
+            target=reporting.target,
+            ceiling=reporting.ceiling,
+            continuations=reporting.continuations,
+            outcomes=tuple(outcomes),
+            notes=tuple(notes),
+            methods=tuple(ways),
+            tried=tuple(tried),
+            curves=dict(curves),
+        )
+
     for way in ways.values():
         if tell is not None:
             tell(way.title)
         candidates, refused = candidates_of(way, material)
         tried += refused
         if not candidates:
-            reason = refused[0]["refused"] if refused else "it has no setting for these languages"
+            reason = refused[0].refused if refused else "it has no setting for these languages"
             notes.append(f"{way.title}: not tried: {reason}")
-            yield Compared(tuple(outcomes), tuple(tried), tuple(notes), dict(curves))
+            yield found()
             continue
         measured = list(measure_candidates(choosing, candidates))
-        tried += [outcome.as_json() for _, outcome in measured]
+        tried += [outcome for _, outcome in measured]
         best, _ = choose(measured, choosing.ceiling, choosing.source)
         details = {**best.details(), "permanent": way.permanent, "tried": len(measured)}
         outcomes.append(
@@ -85,7 +83,7 @@ def compare_ways(
             curve, reason = _curve(way, material, best, doses, reporting)
             curves[way.title] = (*curve, replace(outcomes[-1], details={**details, "dose": 1.0}))
             notes += [f"{way.title}: not at other doses: {reason}"] if reason else []
-        yield Compared(tuple(outcomes), tuple(tried), tuple(notes), dict(curves))
+        yield found()
     if len(outcomes) == 1:
         raise BrocaError(f"no way could be tried: {'; '.join(notes)}")
 

@@ -23,7 +23,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ from optuna.trial import TrialState
 from editing.plans.plan import Plan
 from editing.study.search_scoring import Harm, Written
 from editing.study.search_space import Settings, Space, Value
+from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, Goals, Trial
 from neurons.errors import BrocaError, NothingToChangeError
 
 STUDY = "study.jsonl"
@@ -43,8 +44,6 @@ FEW_PROMPTS = 16
 UNLIKELY = 0.01
 HOPELESS_RISE = 5.0
 DRAWN_AT_RANDOM = 8
-NOTHING_WRITTEN = 10.0  # a fluency gap for an edit that writes nothing
-MEASURED, HOPELESS, NOTHING = "measured", "hopeless", "changes nothing"
 
 
 class Scorer(Protocol):
@@ -59,122 +58,6 @@ class Scorer(Protocol):
     def written(self, seed: int | None = None) -> Written: ...
 
     def fluency_gap(self, written: Written) -> float: ...
-
-
-@dataclass(frozen=True)
-class Goals:
-    """What an edit is to reach.
-
-    Attributes:
-        share: of the ceiling, at least.
-        fluency_gap: nats a token, at most.
-        rise: of a third language's NLL, nats a token, at most.
-    """
-
-    share: float = 0.95
-    fluency_gap: float = 0.3
-    rise: float = 0.05
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One edit that was tried.
-
-    Attributes:
-        number: in the order in which they were tried.
-        method: of ``editing.study.registry.searched``.
-        settings: of the method.
-        state: MEASURED, HOPELESS or NOTHING.
-        found, continuations: in the target, of how many; of the first few prompts where it is hopeless.
-        prompts: how many different ones were continued.
-        fluency_gap: nats a token; None where it was not measured.
-        nll_rise, kl: third language -> nats; empty where they were not measured.
-        why: it is hopeless, in words.
-    """
-
-    number: int
-    method: str
-    settings: Mapping[str, Value]
-    state: str
-    found: int = 0
-    continuations: int = 0
-    prompts: int = 0
-    fluency_gap: float | None = None
-    nll_rise: Mapping[str, float] = field(default_factory=dict)
-    kl: Mapping[str, float] = field(default_factory=dict)
-    why: str = ""
-
-    @property
-    def share(self) -> float:
-        return self.found / self.continuations if self.continuations else 0.0
-
-    @property
-    def share_error(self) -> float:
-        """Standard error of the share over prompts, as if one more had failed.
-
-        A prompt's continuations are alike, so several of them count as one: the error is rather too large.
-        """
-        if not self.prompts:
-            return 1.0
-        share = self.share * self.prompts / (self.prompts + 1)
-        return math.sqrt(share * (1 - share) / self.prompts)
-
-    @property
-    def rise(self) -> float:
-        return max(self.nll_rise.values(), default=0.0)
-
-    @property
-    def harm(self) -> float:
-        """The third languages' mean KL."""
-        return sum(self.kl.values()) / len(self.kl) if self.kl else 0.0
-
-    def gap(self) -> float:
-        """The fluency gap as a number that can be compared."""
-        gap = self.fluency_gap
-        return NOTHING_WRITTEN if gap is None or math.isnan(gap) else gap
-
-    def misses(self, goals: Goals, ceiling: float) -> dict[str, float]:
-        """By how much of itself each goal is missed; 0 or below where it is met."""
-        share = goals.share * ceiling
-        found = {"share": (share - self.share) / share}
-        if self.state == MEASURED:
-            found["fluency gap"] = (self.gap() - goals.fluency_gap) / goals.fluency_gap
-        if self.nll_rise:
-            found["rise"] = (self.rise - goals.rise) / goals.rise
-        return found
-
-    def meets(self, goals: Goals, ceiling: float) -> bool:
-        return self.state == MEASURED and all(miss <= 0 for miss in self.misses(goals, ceiling).values())
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], place: int = 0) -> Trial:
-        """What ``as_json`` gave, also an older Broca's.
-
-        Args:
-            place: its number where it has none.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
-        gap, tried = value.get("fluency_gap"), int(value.get("continuations") or 0)
-        return cls(
-            number=int(value.get("number", place)),
-            method=str(value["method"]),
-            settings=dict(value["settings"]),
-            state=str(value.get("state", MEASURED)),
-            found=int(value["found"]) if tried else 0,
-            continuations=tried,
-            prompts=int(value.get("prompts") or 0),
-            fluency_gap=None if gap is None else float(gap),
-            nll_rise={
-                str(k): float(one) for k, one in (value.get("nll_rise") or {}).items() if one is not None
-            },
-            kl={str(k): float(one) for k, one in (value.get("kl") or {}).items() if one is not None},
-            why=str(value.get("why") or ""),
-        )
 
 
 class Search:
@@ -295,7 +178,7 @@ class Search:
         if trial is None:
             self._study.tell(asked, state=TrialState.FAIL)
             return None
-        asked.set_user_attr("trial", trial.as_json())
+        asked.set_user_attr("trial", asdict(trial))
         for name, miss in trial.misses(self.goals, self.ceiling).items():
             asked.set_constraint(name, miss)
         if trial.state == MEASURED:

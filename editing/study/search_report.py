@@ -1,4 +1,4 @@
-"""What a search found: its front, the one edit that is chosen, the table, the picture and tune.json.
+"""What a search found: its front, the one edit that is chosen, the table and the picture.
 
 **The choice.**  Of the measured trials that meet all goals, the least harmful (mean KL on third languages): of those
 whose share has two standard errors to spare; where none has, of those that have one; where none has that, of all.
@@ -14,14 +14,17 @@ continuations is partly luck.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from editing.evaluation.evaluation import Outcome
-from editing.study.search import HOPELESS, MEASURED, NOTHING, Goals, Search, Trial
+from matplotlib.figure import Figure
+
+from editing.evaluation.outcome import Outcome
+from editing.study.search import Search
+from editing.study.search_result import SearchResult
+from editing.study.trial import HOPELESS, MEASURED, NOTHING, Goals, Trial
 from neurons.errors import NothingToChangeError
 
 CONFIRMED = 4
@@ -131,20 +134,22 @@ def _harm(trial: Trial) -> tuple[float, int]:
     return trial.harm, trial.number
 
 
-def rows(trials: Sequence[Trial], goals: Goals, ceiling: float, chosen: int | None = None) -> list[list[str]]:
-    """The table's rows, as ``COLUMNS``."""
+def rows(search: SearchResult) -> list[list[str]]:
+    """The table's rows, as ``COLUMNS``: the front, before it the chosen trial where that is not on it."""
+    by_number = {trial.number: trial for trial in search.trials}
+    shown = search.front if search.chosen in search.front else (search.chosen, *search.front)
     found = []
-    for trial in trials:
+    for trial in map(by_number.__getitem__, shown):
         found.append(
             [
-                f"{trial.number}{' *' if trial.number == chosen else ''}",
+                f"{trial.number}{' *' if trial.number == search.chosen else ''}",
                 trial.method,
                 ", ".join(f"{name} {_shown(value)}" for name, value in trial.settings.items()),
                 f"{trial.share:.2f}",
                 "-" if trial.fluency_gap is None or math.isnan(trial.fluency_gap) else f"{trial.gap():+.2f}",
                 f"{trial.rise:+.3f}",
                 f"{trial.harm:.4f}",
-                "yes" if trial.meets(goals, ceiling) else "no",
+                "yes" if trial.meets(search.goals, search.ceiling) else "no",
             ]
         )
     return found
@@ -167,14 +172,9 @@ def goals_met(outcome: Outcome, ceiling: float, source: str, target: str, goals:
     }
 
 
-def pictures(
-    trials: Sequence[Trial], goals: Goals, ceiling: float, chosen: Trial, title: str
-) -> dict[str, bytes]:
-    """Share against harm and against the fluency gap; front.png and front.svg."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    best = {trial.number for trial in front(trials)}
+def front_figure(search: SearchResult) -> Figure:
+    """Share against harm and against the fluency gap."""
+    trials, goals = search.trials, search.goals
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels: tuple[tuple[str, Callable[[Trial], float], float | None], ...] = (
         ("mean KL on third languages, nats", lambda trial: trial.harm, None),
@@ -187,8 +187,10 @@ def pictures(
                 for trial in trials
                 if trial.state == HOPELESS and (trial.kl if limit is None else trial.fluency_gap is not None)
             ],
-            "measured": [trial for trial in trials if trial.state == MEASURED and trial.number not in best],
-            "front": [trial for trial in trials if trial.number in best],
+            "measured": [
+                trial for trial in trials if trial.state == MEASURED and trial.number not in search.front
+            ],
+            "front": [trial for trial in trials if trial.number in search.front],
         }
         colours = {"given up early": "0.8", "measured": "0.55", "front": "C0"}
         for name, group in groups.items():
@@ -200,7 +202,7 @@ def pictures(
                     label=name,
                     s=28,
                 )
-        if chosen.state == MEASURED:
+        for chosen in (one for one in trials if one.number == search.chosen and one.state == MEASURED):
             axis.scatter(
                 [figure_of(chosen)],
                 [chosen.share],
@@ -210,7 +212,7 @@ def pictures(
                 linewidths=2,
                 label="chosen",
             )
-        axis.axhline(goals.share * ceiling, color="black", linestyle="--", linewidth=1)
+        axis.axhline(goals.share * search.ceiling, color="black", linestyle="--", linewidth=1)
         if limit is not None:
             axis.axvline(limit, color="black", linestyle="--", linewidth=1)
         axis.set(xlabel=label, ylim=(-0.02, 1.02))
@@ -218,13 +220,6 @@ def pictures(
     figure.axes[0].set(ylabel="share of the target")
     if figure.axes[-1].collections:
         figure.axes[-1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"{title} (dashed: goals)", fontsize=11)
-    found = {}
-    # Without a fixed salt and date the same numbers would give other bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "broca"}):
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            empty = {"Software": None} if kind == "png" else {"Date": None}
-            figure.savefig(buffer, format=kind, dpi=150, metadata=empty)
-            found[f"front.{kind}"] = buffer.getvalue()
-    return found
+    title = f"{search.source} to {search.target}, {len(trials)} edits on the choosing part (dashed: goals)"
+    figure.suptitle(title, fontsize=11)
+    return figure

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from neurons.ablation.conditions import TextLosses
+from neurons.files.json_file import Figure
 from neurons.statistics.bootstrap import (
     CONFIDENCE,
     DRAWS,
@@ -54,17 +56,15 @@ class Specificity:
     Attributes:
         value: mean of the diagonal / mean of the rest; inf where the rest does not rise and the diagonal
             does, 0 where the diagonal does not rise.
-        low: lower end of its interval.
-        high: its upper end.
+        interval: its lower and upper end.
         own: mean of the diagonal, nats a token.
         other: mean of the rest, nats a token.
     """
 
-    value: float
-    low: float
-    high: float
-    own: float
-    other: float
+    value: Figure
+    interval: tuple[Figure, Figure]
+    own: Figure
+    other: Figure
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def specificity(matrix: torch.Tensor, drawn: torch.Tensor, confidence: float = C
     own, other = _parts(matrix[None])
     low, high = percentile_interval(_quotient(*_parts(drawn)), confidence).tolist()
     value = float(_quotient(own, other)[0])
-    return Specificity(value, low, high, float(own[0]), float(other[0]))
+    return Specificity(value, (low, high), float(own[0]), float(other[0]))
 
 
 def clear_of(own: Changes, controls: Sequence[Changes]) -> list[bool]:
@@ -142,8 +142,8 @@ def largest_is_own(own: Changes) -> list[bool]:
     return (own.change.argmax(1) == torch.arange(len(own.change))).tolist()
 
 
-def by_language(values: torch.Tensor, languages: Sequence[str]) -> dict[str, Mapping[str, float]]:
-    """[K, K] as ablated language -> measured language -> value."""
+def by_language(values: torch.Tensor, languages: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """[K, K, ...] as ablated language -> measured language -> value, a list where there are more dimensions."""
     return {
         ablated: dict(zip(languages, row, strict=True))
         for ablated, row in zip(languages, values.tolist(), strict=True)

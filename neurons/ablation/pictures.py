@@ -58,11 +58,8 @@ def matrix_figure(study: Study) -> Figure:
         slant = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 6 else {}
         axis.set_xticks(range(len(names)), names, **slant)
         axis.set_yticks(range(count), study.languages)
-        figures = outcome.specificity
-        axis.set_title(
-            f"{set_title(outcome.name, outcome.method)}\nspecificity {figures.value:.1f} [{figures.low:.1f}, {figures.high:.1f}]",
-            fontsize=9,
-        )
+        figures = "{:.1f} [{:.1f}, {:.1f}]".format(outcome.specificity.value, *outcome.specificity.interval)
+        axis.set_title(f"{set_title(outcome.name, outcome.method)}\nspecificity {figures}", fontsize=9)
         axis.set_xlabel("measured language")
         axis.set_ylabel("ablated language")
     figure.colorbar(image, ax=axes, label="rise of the loss, nats a token", aspect=30, pad=0.02)

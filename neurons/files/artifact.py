@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,17 @@ def write_atomically(path: Path | str, content: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A valid JSON document: NaN and infinities become null."""
+    """A valid JSON document: NaN and infinities become null.
+
+    Dataclasses are objects of their fields (``neurons.files.json_file`` reads them back).
+    """
     text = json.dumps(_plain(value), indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
     return (text + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        value = {one.name: getattr(value, one.name) for one in fields(value)}
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

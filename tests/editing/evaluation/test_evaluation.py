@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import models
@@ -92,10 +92,10 @@ def text_rows(loaded, language):
 
 def test_prompts_are_openings_of_the_source(llama, evaluation, corpus):
     assert evaluation.continuations == 6
-    assert evaluation.base.samples[0]["prompt"] == "The dog sleeps in the big"
+    assert evaluation.base.samples[0].prompt == "The dog sleeps in the big"
     few = Evaluation(llama, corpus, "en", "fr", samples=3, most_prompts=2, new_tokens=2)
     assert few.continuations == 6
-    shown = [sample["prompt"] for sample in few.base.samples]
+    shown = [sample.prompt for sample in few.base.samples]
     assert shown == ["The dog sleeps in the big", "We go to the cinema early"] * 2 + [shown[0]]
 
 
@@ -123,8 +123,8 @@ def test_base_equals_what_the_model_writes(llama, evaluation):
         naive_nlls(llama.model, [[0, *item.ids] for item in own])
     )
     assert base.fluency_gap == pytest.approx(gap, rel=1e-3, abs=1e-4)
-    assert [sample["continuation"] for sample in base.samples] == [item.text for item in answers[:5]]
-    assert [sample["language"] for sample in base.samples] == labels[:5]
+    assert [sample.continuation for sample in base.samples] == [item.text for item in answers[:5]]
+    assert [sample.language for sample in base.samples] == labels[:5]
 
 
 def test_identity_steering_changes_nothing(evaluation):
@@ -149,7 +149,7 @@ def spaced_word():
 def test_one_forced_token_is_no_fluent_text(llama, evaluation):
     token, text = spaced_word()
     found = evaluation.measure("forced", partial(always, llama, token))
-    assert {sample["continuation"] for sample in found.samples} == {text * NEW_TOKENS}
+    assert {sample.continuation for sample in found.samples} == {text * NEW_TOKENS}
     assert found.distinct == pytest.approx(1 / NEW_TOKENS)
     label = identify_language(text * NEW_TOKENS, LANGUAGES)
     assert found.languages_found == {label: 6}
@@ -303,7 +303,7 @@ def test_side_effects_on_every_other_language(llama, corpus):
         gap = mean(naive_nlls(llama.model, [[0, *item.ids] for item in steered])) - mean(
             naive_nlls(llama.model, [[0, *item.ids] for item in own])
         )
-        assert told == {
+        assert asdict(told) == {
             "share": shares[0],
             "ceiling": shares[1],
             "fluency_gap": pytest.approx(gap, rel=1e-3, abs=1e-4),
@@ -318,7 +318,7 @@ def test_side_effects_on_every_other_language(llama, corpus):
     assert same == replace(fresh.measure("base", nullcontext, others=True), name="identity")
     assert (same.effectiveness, same.entanglement) == (0, 0)
     silent = fresh.measure("silent", partial(always, llama, 1), others=True)
-    assert all(told["fluency_gap"] is None and told["share"] == 0 for told in silent.others.values())
+    assert all(told.fluency_gap is None and told.share == 0 for told in silent.others.values())
 
 
 QUESTIONS = Questions(
@@ -338,8 +338,8 @@ def test_questions_are_answered_in_completion_style(llama, corpus):
     asked = ["How long does the dog sleep?\n", "Where do we go?\n"]
     answers = generate(llama, asked, NEW_TOKENS, temperature=0)
     assert (fresh.continuations, fresh.prompt_style, fresh.ceiling_from) == (2, "completion", "completion")
-    assert [sample["continuation"] for sample in fresh.base.samples] == [item.text for item in answers]
-    assert fresh.base.samples[0]["prompt"] == "How long does the dog sleep?"
+    assert [sample.continuation for sample in fresh.base.samples] == [item.text for item in answers]
+    assert fresh.base.samples[0].prompt == "How long does the dog sleep?"
     own = generate(llama, ["Combien de temps le chien dort-il ?\n"], NEW_TOKENS, temperature=0)
     assert fresh.ceiling == share_of([item.text for item in own], "fr")
     only = Questions({"en": QUESTIONS.of["en"]}, "digest")
@@ -354,8 +354,8 @@ def test_an_instruction_stands_before_every_prompt_of_the_source(llama, corpus):
     found = fresh.measure("prompt", nullcontext, others=True, instruction="En français.")
     asked = [f"En français. {opening(line)}" for line in LINES["en"] if line][:2]
     answers = generate(llama, asked, NEW_TOKENS, seed=5)
-    assert [sample["continuation"] for sample in found.samples] == [item.text for item in answers]
-    assert found.samples[0]["prompt"] == "The dog sleeps in the big"
+    assert [sample.continuation for sample in found.samples] == [item.text for item in answers]
+    assert found.samples[0].prompt == "The dog sleeps in the big"
     assert found.nll_rise == dict.fromkeys(LANGUAGES, 0.0)
     assert found.entanglement == 0
 
@@ -401,8 +401,8 @@ def test_another_may_write_the_answers_while_all_else_is_measured_on_the_model(l
         (openings_of["en"], 3, 0.5, 7, False),
         (openings_of["en"], 3, 0.5, 7, True),
     ]
-    assert {sample["continuation"] for sample in fresh.base.samples} == {text * 2}
-    assert {sample["continuation"] for sample in found.samples} == {text * 3}
+    assert {sample.continuation for sample in fresh.base.samples} == {text * 2}
+    assert {sample.continuation for sample in found.samples} == {text * 3}
     nlls = [mean(naive_nlls(llama.model, [[0, *[token] * count]])) for count in (2, 3)]
     assert found.fluency_gap == pytest.approx(nlls[1] - nlls[0], rel=1e-3, abs=1e-4)
     own = Evaluation(llama, corpus, "en", "fr", **settings)

@@ -1,6 +1,5 @@
 """The page's parts: escaping, colours, numbers, directions of writing, drawings that stand alone."""
 
-import json
 import math
 import re
 
@@ -9,21 +8,17 @@ import studies
 from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 
-from editing.evaluation.evaluation import Outcome
-from editing.report.ablation_section import ablation_content
+from editing.evaluation.outcome import OtherLanguage, Refused, Sample
+from editing.report.choice_section import choice_content
 from editing.report.curves import Curve, Point, doses_picture, trade_off
 from editing.report.formats import LONGEST, clean, number, plain, span
 from editing.report.heat_maps import COOL, FULL, WARM, Cell, HeatMap, colour
 from editing.report.inline_svg import drawn, label
 from editing.report.provenance import provenance
-from editing.report.run_report import report_from_json
 from editing.report.steering_section import samples_by_prompt, steering_content
 from editing.report.templating import TEMPLATES, rendered
-from editing.report.tried import read_choice, read_tried
 from editing.report.writing import language_tag, marks, writing_direction
-from editing.study.search import Trial
-from neurons.ablation.report import as_json, study_from_json
-from neurons.files.artifact import json_bytes
+from editing.study.results import Report
 
 PARTS = TEMPLATES.get_template("parts.html.j2").module
 
@@ -170,16 +165,14 @@ def test_bars(share, length):
 
 def test_samples_stand_together_by_prompt():
     def way(name, *samples):
-        keys = ("prompt", "continuation", "language")
-        return studies.outcome(name, 0.5, samples=tuple(dict(zip(keys, one, strict=True)) for one in samples))
+        return studies.outcome(name, 0.5, samples=tuple(Sample(*one) for one in samples))
 
     base = way("base", ("One", "un\ndeux", "fr"), ("Two", "", "empty"))
     edit = way("edit", ("Two", studies.ARABIC, "ar"), ("One", "x", "other"))
     found = samples_by_prompt([base, edit])
     assert list(found) == ["One", "Two"]
     assert found["One"] == [("base", "un deux", "fr"), ("edit", "x", "other")]
-    value = {**studies.dosed(), "curves": {}, "outcomes": [base.as_json(), edit.as_json()]}
-    page = studies.Page(steering_content(report_from_json(value), "name"))
+    page = studies.Page(steering_content(Report("en", "ar", 0.96, 100, (base, edit)), "name"))
     first, second = page.all("li")
     assert first["text"] == "Onebase frun deuxedit otherx"
     assert second["text"] == f"Twobase empty(nothing)edit ar{studies.ARABIC}"
@@ -256,23 +249,18 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
         0.9,
         failures={"empty": 1, "looping": 2},
         relevance={"scorer": "chrF", "mean": 0.4, "steering_score": 0.55},
-        others={"zh": {"share": 0.7, "ceiling": 0.9, "fluency_gap": None}},
+        others={"zh": OtherLanguage(0.7, 0.9, None, 0.9, 0.0, 8.0)},
         effectiveness=0.9,
         entanglement=0.141,
     )
-    value = {
-        "source": "en",
-        "target": "ar",
-        "ceiling": 1.0,
-        "continuations": 10,
-        "outcomes": [studies.outcome("base", 0.0).as_json(), chosen.as_json()],
-        "tried": [chosen.as_json(), {"name": "bake", "settings": {"layer": 1}, "refused": "no"}],
-    }
-    result, tried = report_from_json(value), read_tried(value)
-    way = result.outcomes[1]
-    assert way.failures == {"empty": 1, "looping": 2}
-    assert tried.chosen["hook"] == {"strength": 3.5} and tried.tried[1].details["refused"] == "no"
-    assert tried.is_chosen(tried.tried[0]) and not tried.is_chosen(tried.tried[1])
+    tried = (chosen, Refused("bake", {"layer": 1}, "no"))
+    result = Report("en", "ar", 1.0, 10, (studies.outcome("base", 0.0), chosen), tried=tried)
+    page = studies.Page(choice_content(result.choice, "name"))
+    _, *rows = page.texts("Settings tried")
+    assert [[row[0], row[1], row[4]] for row in rows] == [
+        ["hook", "0.90", "strength 3.5"], ["bake", "–", "layer 1 (no)"],
+    ]  # fmt: skip
+    assert [one["text"][:4] for one in page.all("tr", **{"class": "marked"})] == ["hook"]
     page = studies.Page(steering_content(result, "name"))
     head, base, hook = page.texts("en to ar, all ways")
     assert head[7:9] == ["effectiveness", "entanglement"]
@@ -284,53 +272,4 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
     assert page.texts("Share of answers in the prompt's own language") == [["way", "zh"], ["hook", "0.70"]]
     assert page.texts("NLL rise on each language's text")[0] == ["way", "ar", "zh", "en"]
     assert page.texts("KL of next-token distributions")[2] == ["hook", "0.021"]
-    assert (tried.source, tried.target) == ("en", "ar")
-    assert read_tried({**value, "tried": []}) is None
-    choice = {**value, "chosen": {}, "ceiling": 0.9}
-    assert read_choice(choice, "renamed").target == "ar"
-
-
-def test_a_choice_without_its_numbers_is_refused():
-    with pytest.raises(KeyError):
-        read_choice({"ceiling": 1.0, "chosen": {}, "tried": [{"name": "x"}]}, "fr")
-
-
-def test_an_outcome_is_read_as_it_was_written():
-    written = studies.outcome(
-        "way", 0.5, others={"zh": {"share": 0.7, "fluency_gap": None}}, effectiveness=0.5
-    )
-    assert Outcome.from_json(json.loads(json_bytes(written.as_json()))) == written
-    trial = Trial(3, "bake", {"strength": 1.0}, "measured", 5, 10, 10, 0.25, {"zh": 0.1}, {"zh": 0.2}, "why")
-    assert Trial.from_json(json.loads(json_bytes(trial.as_json()))) == trial
-
-
-def test_figures_that_an_older_file_lacks_were_not_measured():
-    old = Outcome.from_json({"name": "way", "target_share": 0.5, "fluency_gap": None, "novel": 3})
-    missing = (old.fluency_gap, old.agreement, old.sentence_share, old.answer_words)
-    assert all(map(math.isnan, missing)) and (old.nll_rise, old.samples) == ({}, ())
-    value = {
-        **studies.dosed(),
-        "outcomes": [{"name": "way", "target_share": 0.5, "novel": 3}],
-        "curves": None,
-    }
-    page = studies.Page(steering_content(report_from_json(value), "name"))
-    assert page.texts("How they write") == [["way", "novel"], ["way", "3"]]
-    trial = Trial.from_json({"method": "bake", "settings": {}}, 7)
-    assert (trial.number, trial.continuations, trial.fluency_gap) == (7, 0, None)
-
-
-def test_an_ablation_study_is_read_as_it_was_written():
-    value = json.loads(json_bytes(studies.ablation()))
-    study = study_from_json(value)
-    again = json.loads(json_bytes(as_json(study, value["command"])))
-    assert again == value
-    del value["settings"], value["tokens"]
-    for one in value["sets"]:
-        del one["intervals"], one["specificity"], one["doses"]
-    old = study_from_json(value)
-    assert old.tokens == (0, 0, 0) and old.sets[0].doses == () and old.sets[0].own.low.isnan().all()
-    assert old.sets[0].own.change.equal(study.sets[0].own.change)
-    page = studies.Page(ablation_content(old, "name"))
-    assert "(not said)" in page.all("p")[0]["text"] and "intervals" not in page.all("p")[0]["text"]
-    with pytest.raises(ValueError, match="no languages"):
-        study_from_json({**value, "languages": []})
+    assert Report("en", "ar", 1.0, 10, (chosen,), tried=()).choice is None

@@ -7,13 +7,17 @@ import pytest
 import torch
 from test_ways import NEVER
 
-from editing.evaluation.evaluation import Evaluation, Outcome
-from editing.report.run_report import Report, methods_markdown
+from editing.evaluation.evaluation import Evaluation
+from editing.evaluation.outcome import Outcome
+from editing.report.run_report import methods_markdown
+from editing.report.tables import doses_table
 from editing.study.candidates import candidate, candidates_of
 from editing.study.doses import Cost, costs, harm, weaker
 from editing.study.protocol import compare_ways
 from editing.study.registry import compared, compared_named
+from editing.study.results import Report, report_of
 from neurons.files.artifact import json_bytes
+from neurons.files.json_file import document
 
 ALL = compared()
 
@@ -81,16 +85,14 @@ def test_the_protocol_reports_each_dose(llama, material, parts):
         expected = [1.0] if outcome.name.startswith("prompt") else [0.25, 0.5, 1.0]
         assert [one.details["dose"] for one in curve] == expected
     assert "prompt, target language: not at other doses: it has no strength" in found.notes
-    value = json.loads(
-        json_bytes({title: [one.as_json() for one in outcomes] for title, outcomes in found.curves.items()})
-    )
-    read = {title: tuple(map(Outcome.from_json, some)) for title, some in value.items()}
-    report = Report("tiny", "en", "fr", 1.0, 2, found.outcomes, curves=read)
-    assert [row[:2] for row in report.dose_rows()][:4] == [
+    report = report_of(json.loads(json_bytes(document(found))), "methods.json")
+    assert list(report.curves) == titles[1:] and report.methods == tuple(ways)
+    assert [row[:2] for row in doses_table(report)[1]][:4] == [
         ["prompt, target language", "1"], ["DiffMean hook", "0.25"], ["DiffMean hook", "0.5"], ["DiffMean hook", "1"],
     ]  # fmt: skip
     assert "| baked DiffMean | 0.25 |" in methods_markdown(report)
     assert "parts of its chosen" not in methods_markdown(replace(report, curves={}))
+    assert "parts of its chosen" not in methods_markdown(replace(report, curves=None))
     baked = found.curves["baked DiffMean"]
     assert baked[0].nll != baked[1].nll != baked[2].nll
     *_, without = compare_ways(compared_named(["prompt-target"]), material, choosing, reporting)
@@ -121,10 +123,10 @@ def test_the_table_sets_the_keyed_edit_beside_each_dose():
         "keyed edit": (at(0.5, 0.01, 0.5), at(0.9, 0.02, 1.0)),
         "other": (at(0.0, 0.3, 0.25), at(0.4, 0.3, 0.5), at(1.0, 0.4, 1.0)),
     }
-    report = Report("tiny", "en", "fr", 1.0, 2, (at(0.0, 0.0, 0.0),), curves=curves)
-    assert report.dose_columns()[-1] == "keyed edit's at that share"
-    assert [row[-1] for row in report.dose_rows()] == ["-", "-", "-", "+0.010", "-"]
-    assert report.dose_rows()[3] == ["other", "0.5", "0.40", "+0.00", "+0.300", "+0.010"]
+    head, rows = doses_table(Report("en", "fr", 1.0, 2, (at(0.0, 0.0, 0.0),), curves=curves))
+    assert head[-1] == "keyed edit's at that share"
+    assert [row[-1] for row in rows] == ["-", "-", "-", "+0.010", "-"]
+    assert rows[3] == ["other", "0.5", "0.40", "+0.00", "+0.300", "+0.010"]
 
 
 def test_costs_at_the_same_share():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from editing.evaluation.evaluation import Outcome
+from editing.evaluation.outcome import Outcome
 from editing.study.candidates import Candidate
 from editing.study.comparison import best_of, promising
 
@@ -35,8 +35,8 @@ def test_what_is_worth_measuring(shares, kept):
     some = candidates(len(shares))
     found, left = promising(evaluation_of(shares), some)
     assert found == [some[i] for i in kept]
-    assert [one["settings"]["strength"] for one in left] == [i for i in range(len(shares)) if i not in kept]
-    assert all(one["name"] == "way" and "fr" in one["refused"] for one in left)
+    assert [one.settings["strength"] for one in left] == [i for i in range(len(shares)) if i not in kept]
+    assert all(one.name == "way" and "fr" in one.refused for one in left)
 
 
 class Told:

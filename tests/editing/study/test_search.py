@@ -4,16 +4,17 @@ import json
 import math
 import signal
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 from scipy.stats import binom
 
-from editing.study.search import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, Goals, Search, Trial, at_most
+from editing.study.search import Search, at_most
 from editing.study.search_report import choose
 from editing.study.search_scoring import Harm, Written
 from editing.study.search_space import Knob, Space
+from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, Goals, Trial
 from neurons.errors import BrocaError, NothingToChangeError
 
 CEILING = 0.9
@@ -138,7 +139,7 @@ def test_what_a_trial_holds():
         "fluency gap": pytest.approx(-2 / 3),
         "rise": pytest.approx((0.405 - 0.05) / 0.05),
     }
-    assert json.loads(json.dumps(trial.as_json()))["settings"] == dict(SPACE.known[0])
+    assert json.loads(json.dumps(asdict(trial)))["settings"] == dict(SPACE.known[0])
 
 
 def space_of(*known):

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from editing.study.search import HOPELESS, MEASURED, NOTHING, Goals, Trial
-from editing.study.search_report import choose, confirmed, front, pictures, rows, total_miss
+from editing.study.search_report import choose, confirmed, front, front_figure, rows, total_miss
+from editing.study.search_result import SearchResult
+from editing.study.trial import HOPELESS, MEASURED, NOTHING, Goals, Trial
 from neurons.errors import NothingToChangeError
+from neurons.neuron_sets.pictures import save_figure
 
 GOALS = Goals()
 
@@ -128,20 +130,31 @@ def test_confirming_ends_where_there_is_nothing_more():
     assert confirmed(none, 4, [8, 9]) == none.trials
 
 
+def result(trials, chosen):
+    best = tuple(one.number for one in front(trials))
+    return SearchResult("en", "fr", GOALS, 1.0, tuple(trials), best, chosen, True, "", None, False)
+
+
 def test_rows():
     odd = replace(trial(7, 97, float("nan"), 0.25, rise=0.01), settings={"layers": "all", "strength": 2.0})
-    assert rows([odd], GOALS, 1.0, 7) == [
+    assert rows(result([odd], 7)) == [
         ["7 *", "keyed", "layers all, strength 2", "0.97", "-", "+0.010", "0.2500", "no"]
     ]
-    assert rows([trial(1, 97, 0.1, 0.25)], GOALS, 1.0, 7)[0][0] == "1"
-    assert rows([trial(1, 97, 0.1, 0.25)], GOALS, 1.0, 7)[0][-1] == "yes"
+    one, worse = trial(1, 97, 0.1, 0.25), trial(2, 96, 0.2, 0.5)
+    assert [row[0] for row in rows(result([one, worse], 1))] == ["1 *"]
+    # What is chosen is shown, though something else is better in everything.
+    assert [[row[0], row[-1]] for row in rows(result([one, worse], 2))] == [["2 *", "yes"], ["1", "yes"]]
 
 
-def test_pictures_are_the_same_bytes_for_the_same_trials():
+def test_the_picture_is_the_same_bytes_for_the_same_trials(tmp_path):
     trials = [trial(i, 90 + i, i / 10, i / 20) for i in range(5)] + [early(9)]
-    drawn = [pictures(trials, GOALS, 1.0, trials[2], "en to fr") for _ in range(2)]
-    assert drawn[0] == drawn[1]
-    assert drawn[0]["front.png"].startswith(b"\x89PNG")
-    assert b"<svg" in drawn[0]["front.svg"]
-    assert pictures(trials, GOALS, 1.0, trials[3], "en to fr") != drawn[0]
-    assert pictures([early(0)], GOALS, 1.0, early(0), "en to fr")
+
+    def drawn(name, trials, chosen):
+        save_figure(front_figure(result(trials, chosen)), tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    for kind, begin in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        first = drawn(f"a.{kind}", trials, 2)
+        assert first.startswith(begin) and drawn(f"b.{kind}", trials, 2) == first
+        assert drawn(f"c.{kind}", trials, 3) != first
+        assert drawn(f"d.{kind}", [early(0)], 0)

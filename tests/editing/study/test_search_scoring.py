@@ -9,9 +9,10 @@ from test_evaluation import LINES, NEW_TOKENS, always, spaced_word
 from editing.evaluation.evaluation import Evaluation
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
-from editing.study.search import MEASURED, Search
+from editing.study.search import Search
 from editing.study.search_scoring import Scoring
 from editing.study.search_space import Knob, Space
+from editing.study.trial import MEASURED
 from neurons.errors import BrocaError, UsageError
 from neurons.text.corpus import Corpus
 

@@ -1,22 +1,27 @@
 """Every way of steering on a tiny model: made, chosen on one part of the text, reported on another."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from test_evaluation import LINES
 
-from editing.evaluation.evaluation import Evaluation, Outcome
+from editing.evaluation.evaluation import Evaluation
+from editing.evaluation.outcome import Refused
 from editing.methods.material import Material
 from editing.methods.method import Method
-from editing.report.run_report import Report, methods_markdown
+from editing.report.run_report import methods_markdown
+from editing.report.tables import details_of, methods_table
 from editing.study import protocol, registry
 from editing.study.candidates import Candidate, candidates_of
 from editing.study.comparison import choose
 from editing.study.protocol import compare_ways
 from editing.study.registry import compared_named
+from editing.study.results import report_of
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import json_bytes
+from neurons.files.json_file import document
 from neurons.text.corpus import Corpus
 
 ALL = registry.compared()
@@ -37,9 +42,7 @@ def test_every_way_steers_and_leaves_no_trace(llama, material, name):
     base = logits(llama)
     found, refused = candidates_of(ALL[name], material)
     if name == "steer2edit-lape" and not found:
-        assert all(
-            "lape finds no neuron" in one["refused"] or "importance" in one["refused"] for one in refused
-        )
+        assert all("lape finds no neuron" in one.refused or "importance" in one.refused for one in refused)
         return
     assert found, refused
     assert len({json.dumps(one.settings) for one in found}) == len(found)
@@ -116,10 +119,10 @@ def test_settings_are_chosen_on_one_part_and_reported_on_another(compared, mater
         again = reporting.measure(name, best.steering, kl=True, others=True)
         for field in ("nll", "kl", "target_share", "others", "samples"):
             assert getattr(again, field) == getattr(outcome, field), field
-    tried = [one for one in found.tried if one["name"] == "DiffMean hook"]
+    tried = [one for one in found.tried if one.name == "DiffMean hook"]
     assert len(tried) == 4  # two layers of three, twice
     assert found.notes == ("never: not tried: not in this model",)
-    assert {"name": "never", "settings": {}, "refused": "not in this model"} in found.tried
+    assert Refused("never", {}, "not in this model") in found.tried
 
 
 def test_the_estimate_is_not_measured_on(compared, material, parts, monkeypatch):
@@ -153,19 +156,18 @@ def test_an_instruction_is_used_to_choose_too(llama, parts):
 
 def test_the_table_survives_the_file(compared):
     found, _, reporting = compared
-    value = json.loads(json_bytes([outcome.as_json() for outcome in found.outcomes]))
-    report = Report(
-        "tiny", "en", "fr", reporting.ceiling, 3, tuple(map(Outcome.from_json, value)), ("A note.",)
-    )
-    rows = report.method_rows()
-    assert [len(row) for row in rows] == [len(report.method_columns())] * 4
+    noted = replace(found, notes=("A note.",), about={"model": "tiny"})
+    report = report_of(json.loads(json_bytes(document(noted))), "methods.json")
+    assert (report.ceiling, report.continuations) == (reporting.ceiling, reporting.continuations)
+    head, rows = methods_table(report)
+    assert [len(row) for row in rows] == [len(head)] * 4
     keyed = next(outcome for outcome in found.outcomes if outcome.name == "keyed edit")
     assert rows[-1][0] == "keyed edit"
-    assert rows[-1][report.method_columns().index("KL, largest")] == f"{max(keyed.kl.values()):.3f}"
-    assert rows[-1][report.method_columns().index("NLL third, largest")] == f"{keyed.nll_rise['de']:+.3f}"
+    assert rows[-1][head.index("KL, largest")] == f"{max(keyed.kl.values()):.3f}"
+    assert rows[-1][head.index("NLL third, largest")] == f"{keyed.nll_rise['de']:+.3f}"
     text = methods_markdown(report)
     assert text.count("\n| ") == 5 and "A note." in text and "| keyed edit |" in text
-    lines = "\n".join(report.details_of(keyed))
+    lines = "\n".join(details_of(report, keyed))
     assert "on de prompts" in lines and "entanglement" in lines
 
 

@@ -16,9 +16,11 @@ from cli.ablate import command
 from neurons.ablation import pictures as ablation_pictures
 from neurons.ablation.conditions import TextLosses
 from neurons.ablation.matrix import Changes, bootstrapped, clear_of, largest_is_own, specificity
-from neurons.ablation.report import as_json, as_markdown
+from neurons.ablation.report import as_markdown
 from neurons.ablation.study import Settings, ablation_study, dosed
+from neurons.ablation.study_file import study_document, study_of
 from neurons.errors import BrocaError, UsageError
+from neurons.files.artifact import json_bytes
 from neurons.models.source import load_model
 from neurons.neuron_sets import pictures
 from neurons.neuron_sets.neuron_set import neuron_set
@@ -82,7 +84,8 @@ def test_planted_neurons_hurt_their_own_language_alone(planted, corpus):
         assert len(one.controls[control]) == 3
         assert clear_of(one.own, one.controls[control]) == [True] * 3
     assert one.specificity.value > 50
-    assert one.specificity.low <= one.specificity.value <= one.specificity.high
+    low, high = one.specificity.interval
+    assert low <= one.specificity.value <= high
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +225,7 @@ def test_specificity_by_hand():
         off = sum(d[i][j] for i in range(3) for j in range(3) if i != j) / 6
         quotients.append(sum(d[i][i] for i in range(3)) / 3 / off)
     expected = np.quantile(quotients, [0.05, 0.95])
-    assert (figures.low, figures.high) == pytest.approx(tuple(expected))
+    assert figures.interval == pytest.approx(tuple(expected))
     for j in range(3):
         sums, tokens = losses.sums[str(j)], losses.tokens[str(j)]
         chosen = np.random.default_rng(4 * 3 + j).integers(0, 6, (50, 6))
@@ -237,7 +240,7 @@ def test_specificity_without_side_effects_and_without_effect():
     none = torch.zeros(5, 2, 2, dtype=torch.float64)
     sharp = torch.tensor([[1.0, -0.1], [0.0, 1.0]], dtype=torch.float64)
     found = specificity(sharp, none + sharp)
-    assert found.value == found.low == found.high == math.inf
+    assert found.interval == (found.value,) * 2 == (math.inf,) * 2
     assert specificity(-sharp, none - sharp).value == 0
 
 
@@ -282,8 +285,9 @@ def test_what_does_not_fit_is_refused(llama, small):
 
 def test_the_document_and_the_tables(small):
     study = small[3]
-    document = as_json(study, "broca ablate ...")
-    json.dumps(document)
+    content = json_bytes(study_document(study))
+    document = json.loads(content)
+    assert json_bytes(study_document(study_of(document, "a.json"))) == content
     assert set(document["baseline"]) == set(document["ablated"]) == set(models.LANGUAGES)
     one = study.sets[0]
     mean = (one.controls["random"][0].nll[1, 2] + one.controls["random"][1].nll[1, 2]) / 2

@@ -1,0 +1,140 @@
+"""The tables of an evaluation for a terminal and for Markdown: the head, and a row of formatted cells each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from editing.evaluation.outcome import Outcome
+from editing.methods.keyed_edit import KEYED
+from editing.study.doses import costs, harm
+from editing.study.results import Report
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def ways_table(report: Report) -> Table:
+    """A row an outcome; the NLL columns are rises in nats a token, KL the largest."""
+    # The source last: that its own text becomes less likely is what the edit is for.
+    languages = [report.target, *report.third_languages, report.source]
+    head = [
+        "",
+        f"share {report.target}",
+        f"share {report.source}",
+        "distinct words",
+        "fluency gap",
+        *(f"NLL {language}" for language in languages),
+        "KL",
+        "components",
+        "||dW||/||W||",
+    ]
+    return head, [
+        [
+            outcome.name,
+            _number(outcome.target_share, ".2f"),
+            _number(outcome.source_share, ".2f"),
+            _number(outcome.distinct, ".2f"),
+            _number(outcome.fluency_gap, "+.2f"),
+            *(_number(outcome.nll_rise.get(language), "+.2f") for language in languages),
+            _number(max(outcome.kl.values(), default=None), ".3f"),
+            str(outcome.details.get("components") or "-"),
+            _number(outcome.details.get("relative_change") or None, ".2f"),
+        ]
+        for outcome in report.outcomes
+    ]
+
+
+def methods_table(report: Report) -> Table:
+    """A row an outcome, of many ways: one figure for all third languages; the ceiling is in the title."""
+    scorer = next((one.relevance["scorer"] for one in report.outcomes if one.relevance), None)
+    head = [
+        "",
+        f"share {report.target}",
+        "fluency gap",
+        f"NLL {report.target}",
+        "NLL third, largest",
+        "KL, largest",
+        *([f"relevance ({scorer})", "steering score"] if scorer else []),
+        "effectiveness",
+        "entanglement",
+        "failures",
+        "||dW||/||W||",
+        "settings",
+    ]
+    return head, [
+        [
+            outcome.name,
+            _number(outcome.target_share, ".2f"),
+            _number(outcome.fluency_gap, "+.2f"),
+            _number(outcome.nll_rise.get(report.target), "+.3f"),
+            _number(max((outcome.nll_rise[k] for k in report.third_languages), default=None), "+.3f"),
+            _number(max(outcome.kl.values(), default=None), ".3f"),
+            *(_number(outcome.relevance.get(key), ".2f") for key in ("mean", "steering_score") if scorer),
+            _number(outcome.effectiveness, ".2f"),
+            _number(outcome.entanglement, ".3f"),
+            str(sum(outcome.failures.values())),
+            _number(outcome.details.get("relative_change") or None, ".2f"),
+            ", ".join(f"{name} {_word(one)}" for name, one in outcome.details.get("settings", {}).items())
+            or "-",
+        ]
+        for outcome in report.outcomes
+    ]
+
+
+def doses_table(report: Report) -> Table:
+    """A row a dose of each way; beside it, of the keyed edit, the least harm that steers at least as far."""
+    curves = report.curves or {}
+    source, target, base = report.source, report.target, report.outcomes[0].target_share
+    keyed = KEYED in curves
+    beside = {
+        (one.way, one.dose): one.other
+        for one in (costs(curves, KEYED, source, target, base) if keyed else ())
+    }
+    head = ["", "dose", f"share {target}", "fluency gap", "NLL third, largest"]
+    return head + [f"{KEYED}'s at that share"] * keyed, [
+        [
+            title,
+            f"{one.details['dose']:g}",
+            _number(one.target_share, ".2f"),
+            _number(one.fluency_gap, "+.2f"),
+            f"{harm(one, source, target):+.3f}",
+            *[_number(beside.get((title, one.details["dose"])), "+.3f")] * keyed,
+        ]
+        for title, outcomes in curves.items()
+        for one in outcomes
+    ]
+
+
+def details_of(report: Report, outcome: Outcome) -> list[str]:
+    """What the table has no room for, a line each."""
+    lines = [
+        f"{outcome.name}: sentences in {report.target} {outcome.sentence_share:.2f}, second detector agrees "
+        f"{outcome.agreement:.2f}, empty {outcome.failures.get('empty', 0)}, looping "
+        f"{outcome.failures.get('looping', 0)}, {outcome.answer_words:.0f} words an answer"
+    ]
+    if outcome.relevance:
+        found = outcome.relevance
+        lines.append(
+            f"relevance ({found['scorer']}) {found['mean']:.2f}, steering score {found['steering_score']:.2f} "
+            f"(by item {found['item_score']:.2f})"
+        )
+    if outcome.others:
+        lines.append(
+            f"effectiveness {_number(outcome.effectiveness, '.2f')}, entanglement "
+            f"{_number(outcome.entanglement, '.3f')}"
+        )
+    for language, own in outcome.others.items():
+        lines.append(
+            f"on {language} prompts: share {language} {own.share:.2f} (unedited {own.ceiling:.2f}), "
+            f"fluency gap {_number(own.fluency_gap, '+.2f')}, longest repeat "
+            f"{own.longest_repeat:.2f}, {own.answer_words:.0f} words"
+        )
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _word(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
