@@ -28,7 +28,7 @@ Stage = Callable[[str, int | None, str], AbstractContextManager[Progress]]
 BUILD, CHOOSE, REPORT = "estimate", "choose", "report"
 # Languages that a lock keeps where none are named: of many scripts and families.
 KEPT = ("ar", "de", "en", "es", "fr", "it", "ja", "pt", "ru", "zh")
-ANSWER_TOKENS, KEPT_ANSWER_TOKENS = 60, 24
+ANSWER_TOKENS, KEPT_ANSWER_TOKENS = 60, 32
 MOST_EXAMPLES = 64
 LANGUAGES_AT_ONCE = 2  # whose questions fill a batch
 LEAST_OBEYED = 0.5

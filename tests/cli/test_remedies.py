@@ -112,7 +112,7 @@ def test_a_comparison_goes_on_without_what_experts_cannot_do(checkpoint_of, know
     assert names
     for way in compared_named(names).values():
         found, refused = candidates_of(way, material)
-        assert not found and all("experts" in one["refused"] for one in refused)
+        assert not found and all("experts" in one.refused for one in refused)
 
 
 def test_moments_know_when_nothing_fires(llama, corpus):

@@ -1,6 +1,6 @@
 """``broca steer``: English questions are answered in French without being told to; German ones as before.
 
-Measured on 16 questions each: French 0 -> 1.00 (prompted 1.00), German KL .0x.
+Measured on 16 questions each: French 0 -> 1.00 (1.00 told to), German .94 -> .81 of 16, KL .03 (docs/chat.md).
 """
 
 import pytest

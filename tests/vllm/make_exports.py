@@ -211,8 +211,8 @@ def main() -> None:
             if name == "llama":
                 write(made, "rank-1", random_plan(source, low_rank_only=True), adapter=True)
         if arguments.real is not None:
-            steered = arguments.real / "made" / "steered"
-            case("smollm2", arguments.real / "model")["exported"].append(str(steered))
+            made = case("smollm2", arguments.real / "model")
+            made["exported"] += [str(arguments.real / "made" / name) for name in ("steered", "locked")]
     (arguments.out / "cases.json").write_text(json.dumps(cases, indent=1), encoding="utf-8")
 
 

@@ -42,7 +42,7 @@ DERIVED = {
 @pytest.mark.parametrize("name", DERIVED)
 def test_a_multiple_is_refused(normed, plan, parts, tmp_path, broca, name):
     made = DERIVED[name](normed, plan, parts["estimate"].texts)
-    with pytest.raises(UsageError, match=r"layer 0, attn.*0\.5 times"):
+    with pytest.raises(UsageError, match=r"layer 0, attn.*0\.5"):
         made.scaled(0.5)
     assert made.scaled(1) is made
     path = tmp_path / "edit.safetensors"

@@ -230,7 +230,7 @@ def test_a_hub_id_stays_a_hub_id(tmp_path):
         ("samples = 0", "samples"),
         ("targets = 'fr'", "targets"),
         ("key_neurons = 'some'", "key_neurons"),
-        ("values = 'guessed'", "values is 'means' or 'learned'"),
+        ("values = 'guessed'", "guessed"),
         ("targets = ['en']", "'en'"),
         ("targets = []", "targets"),
         ("not toml", "TOML"),
