@@ -116,10 +116,10 @@ def test_works_where_nothing_can_be_written(tmp_path):
     code = (
         "import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"
-        "import torch; from neurons.statistics.fused_sums import add_fused, _add_blocks\n"
+        "import torch; from neurons.statistics.fused_sums import add_fused, _add_chunks\n"
         "t = {'sum': torch.zeros(2, dtype=torch.float64)}\n"
         "add_fused(torch.ones(3, 2), torch.arange(3), t)\n"
-        "print(t['sum'].tolist(), type(_add_blocks._cache).__name__)"
+        "print(t['sum'].tolist(), type(_add_chunks._cache).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split("\n")[0] == "[3.0, 3.0] NullCache", done.stderr
