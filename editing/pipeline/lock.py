@@ -136,7 +136,9 @@ def language_lock(
         lock: which.
         layers: whose ``down_proj`` change; None: the middle ones.
         eps: of the keys.
-        passes, rate, seed: of learning.
+        passes: of learning, over all examples.
+        rate: Adam's (``distilled_values``).
+        seed: of the order of the examples.
         stage: tells of the work.
 
     Raises:
