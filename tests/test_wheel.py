@@ -40,10 +40,18 @@ def test_the_wheel_holds_packages_and_demo(unpacked):
     for path in ("recipe.toml", "model/model.safetensors", "model/README.md", "corpus/en.txt"):
         shipped = unpacked / "cli" / "shipped" / path
         assert shipped.read_bytes() == (ROOT / "artifacts" / "demo" / path).read_bytes()
+    questions = {path.name for path in (ROOT / "artifacts" / "questions").iterdir()}
+    assert questions == {path.name for path in (unpacked / "cli" / "questions").iterdir()}
 
 
-def test_the_demo_finds_its_files_there(unpacked, tmp_path):
-    code = "from cli.demo import shipped; print(shipped())"
+@pytest.mark.parametrize(
+    "code, folder",
+    [
+        ("from cli.demo import shipped; print(shipped())", "shipped"),
+        ("from cli.steer import shipped_questions; print(shipped_questions())", "questions"),
+    ],
+)
+def test_commands_find_their_files_there(unpacked, tmp_path, code, folder):
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(unpacked)},
@@ -51,4 +59,4 @@ def test_the_demo_finds_its_files_there(unpacked, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip() == str(unpacked / "cli" / "shipped"), done.stderr
+    assert done.stdout.strip() == str(unpacked / "cli" / folder), done.stderr
