@@ -15,9 +15,9 @@ from cli.options import (
     OUT_FILE,
     CommaSeparated,
     FiniteRange,
-    device_options,
     json_option,
     model_argument,
+    served_device_options,
 )
 from cli.screen import Screen
 from cli.steer import shipped_questions
@@ -49,7 +49,7 @@ SHOWN = 60  # characters of an answer
     help="0 takes the likeliest token always.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@device_options
+@served_device_options
 @click.option("--out", type=OUT_FILE, required=True, help="File for the conversations (.jsonl).")
 @json_option
 def command(**options: Any) -> None:

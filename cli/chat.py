@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import FiniteRange, device_options, model_argument
+from cli.options import FiniteRange, model_argument, served_device_options
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ NEW = "/new"
     show_default=True,
     help="0 takes the likeliest token always.",
 )
-@device_options
+@served_device_options
 def command(
     model: str,
     beside: str | None,

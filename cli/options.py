@@ -222,18 +222,25 @@ def corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def device_options(
+    command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's own"
+) -> Callable[..., Any]:
     command = max_memory_option(command)
     command = click.option(
         "--dtype",
         default="auto",
         show_default=True,
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        help="Of the activations; auto is float32 on a CPU, else the checkpoint's own.",
+        help=f"Of the activations; auto is {auto}.",
     )(command)
     return click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
     )(command)
+
+
+def served_device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``device_options`` of a command that computes as the checkpoint is served (``neurons.models.own_dtype``)."""
+    return device_options(command, "the checkpoint's own, but float32 on a CPU without instructions for it")
 
 
 def quantised_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,10 +16,10 @@ from cli.options import (
     LANGUAGE,
     OUT_DIRECTORY,
     CommaSeparated,
-    device_options,
     dry_run_option,
     json_option,
     model_argument,
+    served_device_options,
 )
 from cli.screen import Screen
 
@@ -71,7 +71,7 @@ def shipped_questions() -> Path:
 )
 @click.option("--lora", type=OUT_DIRECTORY, help="Write an adapter for PEFT and vLLM here, too.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the examples.")
-@device_options
+@served_device_options
 @dry_run_option
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
 @click.option("--out", type=OUT_DIRECTORY, help="Directory for the checkpoint.  [default: <MODEL>-<TO>]")
