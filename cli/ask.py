@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,13 +15,17 @@ from cli.options import (
     IN_PATH,
     OUT_FILE,
     CommaSeparated,
-    FiniteRange,
+    engine_option,
     json_option,
     model_argument,
     served_device_options,
+    writing_options,
 )
 from cli.screen import Screen
 from cli.steer import shipped_questions
+
+if TYPE_CHECKING:
+    from editing.evaluation.ask import Write
 
 SHOWN = 60  # characters of an answer
 
@@ -33,21 +38,8 @@ SHOWN = 60  # characters of an answer
     help="A file or directory with question_id and text.  [default: Broca's own, 64 in 25 languages]",
 )
 @click.option("--languages", type=CommaSeparated(), help="Which of the questions.  [default: all]")
-@click.option(
-    "--engine",
-    type=click.Choice(["transformers", "vllm"]),
-    default="transformers",
-    show_default=True,
-    help="What runs the model; vllm must be installed beside Broca.",
-)
-@click.option("--new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option(
-    "--temperature",
-    type=FiniteRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token always.",
-)
+@engine_option
+@writing_options(200)
 @click.option("--seed", type=int, default=0, show_default=True)
 @served_device_options
 @click.option("--out", type=OUT_FILE, required=True, help="File for the conversations (.jsonl).")
@@ -63,31 +55,35 @@ def command(**options: Any) -> None:
     """
     asked = SimpleNamespace(**options)
     screen = Screen(asked.as_json)
-    from editing.evaluation.ask import ask, settings_digest
+    from editing.evaluation.ask import ask, read_answers, settings_digest
     from editing.evaluation.asking import chat_tokens
     from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
+    from neurons.models.own_dtype import own_dtype
+    from neurons.text.conversations import ANOTHER_MODEL
+    from neurons.text.corpus_files import language_label
 
     if asked.out.suffix != ".jsonl":
         raise UsageError(f"{asked.out}: answers are written as .jsonl: name such a file")
+    if asked.engine == "vllm" and asked.device != "auto":
+        raise UsageError("vLLM runs on the device that it was built for: leave --device out")
     questions = read_questions(asked.questions or shipped_questions()).of
-    wanted = asked.languages or tuple(questions)
+    wanted = tuple(questions) if asked.languages is None else tuple(map(language_label, asked.languages))
     if missing := [name for name in wanted if name not in questions]:
         raise UsageError(
             f"there are no questions in {missing[0]!r}: there are some in {', '.join(questions)}"
         )
     chosen = {name: questions[name] for name in wanted}
-    settings = {
-        "new_tokens": asked.new_tokens,
-        "temperature": asked.temperature,
-        "seed": asked.seed,
-        "engine": asked.engine,
-    }
-    tokenizer, fingerprint, write = _engine(screen, asked)
-    of = settings_digest(fingerprint, settings)
+    # Another file is refused before a model is loaded.
+    read_answers(asked.out)
+    dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
+    settings = {"new_tokens": asked.new_tokens, "temperature": asked.temperature, "seed": asked.seed}
     count = sum(map(len, chosen.values()))
-    with screen.progress("Asking", count, "questions") as tell:
-        rows = ask(write, partial(chat_tokens, tokenizer), chosen, Path(asked.out), of, tell)
+    with _engine(screen, asked, dtype) as (tokenizer, fingerprint, write):
+        of = settings_digest(fingerprint, {**settings, "engine": asked.engine, "dtype": dtype})
+        prompt = partial(chat_tokens, tokenizer, way_out=ANOTHER_MODEL)
+        with screen.progress("Asking", count, "questions") as tell:
+            rows = ask(partial(write, **settings), prompt, chosen, asked.out, of, tell)
     screen.table(
         f"{count} answers",
         ["language", "question", "answer"],
@@ -100,36 +96,30 @@ def command(**options: Any) -> None:
     screen.result({"out": asked.out, "answers": count, "languages": list(chosen), "of": of}, asked.out)
 
 
-def _engine(screen: Screen, asked: SimpleNamespace) -> tuple[Any, str, Any]:
-    """The tokenizer, the fingerprint and what writes."""
-    from editing.evaluation.generation import generate
+@contextmanager
+def _engine(screen: Screen, asked: SimpleNamespace, dtype: str) -> Iterator[tuple[Any, str, Write]]:
+    """The tokenizer, the fingerprint and what writes, which is started once for all questions."""
     from editing.pipeline.lock_text import require_chat
-    from neurons.errors import UsageError
-    from neurons.models.own_dtype import own_dtype
-    from neurons.models.source import load_model, locate, open_model
 
-    settings = {
-        "new_tokens": asked.new_tokens,
-        "temperature": asked.temperature,
-        "seed": asked.seed,
-    }
     if asked.engine == "vllm":
         import transformers
 
-        from editing.evaluation.vllm_generation import generate_by_vllm, require_vllm
+        from editing.evaluation.vllm_generation import VllmWriter, require_vllm
+        from neurons.models.source import locate, open_model
 
-        if asked.device != "auto":
-            raise UsageError("vLLM runs on the device that it was built for: leave --device out")
         require_vllm()
         source = open_model(asked.model)
         tokenizer = transformers.AutoTokenizer.from_pretrained(locate(asked.model), trust_remote_code=False)
         require_chat(asked.model, tokenizer)
-        write = partial(generate_by_vllm, asked.model, tokenizer, dtype=asked.dtype, **settings)
-        return tokenizer, source.fingerprint, write
-    dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
+        with VllmWriter(asked.model, tokenizer, dtype) as write:
+            yield tokenizer, source.fingerprint, write
+        return
+    from editing.evaluation.generation import generate
+    from neurons.models.source import load_model
+
     loaded = announced(screen, load_model(asked.model, asked.device, dtype))
     require_chat(loaded.name, loaded.tokenizer)
-    return loaded.tokenizer, loaded.fingerprint, partial(generate, loaded, **settings)
+    yield loaded.tokenizer, loaded.fingerprint, partial(generate, loaded)
 
 
 def _short(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import FiniteRange, model_argument, served_device_options
+from cli.options import model_argument, served_device_options, writing_options
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -20,14 +20,7 @@ NEW = "/new"
 @model_argument
 @click.option("--beside", metavar="BASE", help="Another model that answers the same: hub id or directory.")
 @click.option("--system", help="A system message.  [default: the chat template's own]")
-@click.option("--new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option(
-    "--temperature",
-    type=FiniteRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token always.",
-)
+@writing_options(512)
 @served_device_options
 def command(
     model: str,

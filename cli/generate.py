@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.loading import announced
-from cli.options import IN_FILE, OUT_FILE, FiniteRange, Many, device_options, json_option, model_argument
+from cli.options import (
+    IN_FILE,
+    OUT_FILE,
+    Many,
+    device_options,
+    engine_option,
+    json_option,
+    model_argument,
+    writing_options,
+)
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -36,21 +45,8 @@ UNEDITED, EDITED = "unedited", "edited"
     default=None,
     help="Through the tokenizer's chat template, or as plain text to go on with.  [default: as the tokenizer has it]",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(["transformers", "vllm"]),
-    default="transformers",
-    show_default=True,
-    help="What runs the model; vllm must be installed beside Broca, and reads checkpoints only.",
-)
-@click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option(
-    "--temperature",
-    type=FiniteRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token always.",
-)
+@engine_option
+@writing_options(40)
 @click.option("--seed", type=int, default=0, show_default=True)
 @device_options
 @click.option("--out", type=OUT_FILE, help="File for the texts (.json).")

@@ -267,6 +267,33 @@ def bits_asked(asked: Any) -> int | None:
     return 4 if asked.load_in_4bit else 8 if asked.load_in_8bit else None
 
 
+def writing_options(new_tokens: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``new_tokens`` and ``temperature``."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = click.option(
+            "--temperature",
+            type=FiniteRange(min=0),
+            default=0.0,
+            show_default=True,
+            help="0 takes the likeliest token always.",
+        )(command)
+        return click.option(
+            "--new-tokens", type=click.IntRange(min=1), default=new_tokens, show_default=True
+        )(command)
+
+    return add
+
+
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What runs the model; vllm must be installed beside Broca, and reads checkpoints only.",
+)
+
+
 class MemorySize(click.ParamType[int]):
     """``8GB``, ``24GiB`` or a number of bytes."""
 

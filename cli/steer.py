@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from editing.pipeline.lock import Lock, Locked
     from editing.pipeline.lock_measures import LockFigures
     from editing.plans.plan import Plan
+    from neurons.models.source import ModelSource
 
 ALL = "all"
 SHOWN = 6  # questions side by side
@@ -91,15 +92,19 @@ def command(**options: Any) -> None:
     screen = Screen(asked.as_json)
     begin = time.monotonic()
     from editing.checkpoints.adapter import check_adapter_place
+    from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
     from editing.evaluation.questions import read_questions
     from editing.pipeline.lock import language_lock, lock_of
     from editing.pipeline.lock_measures import lock_figures
+    from neurons.errors import UsageError
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
+    from neurons.text.corpus_files import language_label
 
     questions = read_questions(asked.questions or shipped_questions())
-    lock = lock_of(questions, asked.target, None if asked.source == ALL else asked.source, asked.keep)
+    keep = None if asked.keep is None else tuple(map(language_label, asked.keep))
+    lock = lock_of(questions, asked.target, None if asked.source == ALL else asked.source, keep)
     dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
     if asked.dry_run:
         from cli.dry_run import dry_run
@@ -109,17 +114,23 @@ def command(**options: Any) -> None:
             screen, asked.model, asked.device, dtype, lambda planned: lock_needs(planned, questions, lock)
         )
         return
-    out = asked.out or Path(f"{Path(asked.model).name}-{asked.target}")
+    out = asked.out or Path(f"{Path(asked.model).resolve().name}-{asked.target}")
     check_target(out, asked.overwrite)
+    places = [out]
     if asked.lora is not None:
+        if asked.lora.resolve() == out.resolve():
+            raise UsageError(f"{out} is both --out and --lora: name another directory for the adapter")
         check_adapter_place(asked.lora, asked.overwrite)
+        places.append(asked.lora)
     if Path(asked.model).is_dir():
-        place_apart(Path(asked.model), out)
+        for place in places:
+            place_apart(Path(asked.model), place)
     loaded = announced(screen, load_model(asked.model, asked.device, dtype))
+    require_unedited(loaded)
     made = language_lock(loaded, questions, lock, seed=asked.seed, stage=screen.progress)
     figures = lock_figures(loaded, questions, lock, made.plan, stage=screen.progress)
     plan = replace(made.plan, metadata={**made.plan.metadata, "measured": figures.as_json()})
-    written = _written(screen, asked, out, plan)
+    written = _written(screen, asked, loaded, out, plan)
     _show(screen, lock, made, figures)
     seconds = time.monotonic() - begin
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
@@ -138,13 +149,13 @@ def command(**options: Any) -> None:
     )
 
 
-def _written(screen: Screen, asked: SimpleNamespace, out: Path, plan: Plan) -> dict[str, Any]:
+def _written(
+    screen: Screen, asked: SimpleNamespace, source: ModelSource, out: Path, plan: Plan
+) -> dict[str, Any]:
     """The checkpoint, and the adapter where one is wanted."""
     from editing.checkpoints.adapter import export_adapter
     from editing.checkpoints.export import export
-    from neurons.models.source import open_model
 
-    source = open_model(asked.model)
     with screen.copying("Writing") as tell:
         found = export(source, plan, out, asked.overwrite, tell)
     result: dict[str, Any] = {"tensors": len(found.tensors), "relative_change": found.relative_change}

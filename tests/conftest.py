@@ -1,10 +1,13 @@
 """Checkpoints, loaded models and a corpus that all tests share; none of them may be changed."""
 
+import json
+import shutil
 import sys
 
 import models
 import pytest
 import torch
+from conversations import CHATML
 
 from cli.main import main
 from neurons.models.source import load_model, open_model
@@ -44,6 +47,33 @@ def checkpoint_of(tmp_path_factory):
         return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chatting(checkpoint_of):
+    """A llama with a chat template, loaded."""
+    loaded = load_model(str(checkpoint_of()), device="cpu")
+    loaded.tokenizer.chat_template = CHATML
+    return loaded
+
+
+@pytest.fixture
+def chat_model(checkpoint_of, tmp_path):
+    """The directory of a llama with a chat template."""
+    directory = shutil.copytree(checkpoint_of(), tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(CHATML)
+    return directory
+
+
+@pytest.fixture
+def few_questions(tmp_path):
+    """A directory of questions in en, fr and de, eight of each."""
+    directory = tmp_path / "questions"
+    directory.mkdir()
+    for language, letters in (("en", "abc"), ("fr", "def"), ("de", "ghi")):
+        rows = [{"question_id": str(i), "text": f"{letters} {letters[i % 3]} {i}?"} for i in range(8)]
+        (directory / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return directory
 
 
 @pytest.fixture(scope="session")

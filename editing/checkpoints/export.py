@@ -51,6 +51,16 @@ class Exported:
     remainder_bytes: int | None = None
 
 
+def require_unedited(source: ModelSource) -> None:
+    """Reject a checkpoint that was edited before.
+
+    Raises:
+        BrocaError: it was.
+    """
+    if (source.checkpoint / PLAN_IN_CHECKPOINT).exists():
+        raise BrocaError(f"{source.name}: was already edited by Broca: edit its base model instead")
+
+
 def export(
     source: ModelSource,
     plan: Plan,
@@ -81,8 +91,7 @@ def export(
     """
     out = Path(out)
     source.require_fingerprint(plan.metadata, "the plan")
-    if (source.checkpoint / PLAN_IN_CHECKPOINT).exists():
-        raise BrocaError(f"{source.name}: was already edited by Broca: edit its base model instead")
+    require_unedited(source)
     edits = tensor_edits(source, plan)
     biases = added_biases(source, plan)
     sums = {edit.entry.name: torch.zeros(3, dtype=torch.float64) for edit in edits}

@@ -22,7 +22,7 @@ from neurons.files.artifact import write_atomically
 
 AT_ONCE = 64
 # Prompts -> their answers, as ``editing.evaluation.generation.generate`` and vLLM's writer.
-Write = Callable[[Sequence[Sequence[int]]], Sequence[Continuation]]
+Write = Callable[..., Sequence[Continuation]]
 Row = dict[str, Any]
 
 
@@ -54,11 +54,17 @@ def ask(
         All rows, by language in the order of the questions.
 
     Raises:
-        UsageError: ``out`` holds answers of another model or other settings.
+        UsageError: ``out`` holds answers of another model or other settings, or to another question of the same number.
         BrocaError: ``out`` is not such a file.
     """
     found = read_answers(out, of)
     wanted = [(language, one) for language, some in questions.items() for one in some]
+    for language, one in wanted:
+        row = found.get((language, one.question_id))
+        if row is not None and row["messages"][0]["content"] != one.text:
+            raise UsageError(
+                f"{out} answers another question {one.question_id} in {language!r}: name another file, or remove it"
+            )
     left = [(language, one) for language, one in wanted if (language, one.question_id) not in found]
     if progress is not None:
         progress(len(wanted) - len(left))
@@ -88,15 +94,16 @@ def read_answers(path: Path, of: str | None = None) -> dict[tuple[str, str], Row
         UsageError: rows that are not ``of`` this.
         BrocaError: not a file that ``ask`` wrote.
     """
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return {}
     found: dict[tuple[str, str], Row] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: an answer may hold other characters that end a line.
+    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
         try:
             row = json.loads(line)
             key = str(row["language"]), str(row["question_id"])
             said = row["of"]
-            roles = [message["role"] for message in row["messages"]]
+            roles = [message["role"] for message in row["messages"] if isinstance(message["content"], str)]
         except (ValueError, KeyError, TypeError) as error:
             raise BrocaError(
                 f"{path}: line {number} is no answer of `broca ask`: name another file"

@@ -22,7 +22,7 @@ NEW_TOKENS = 40
 
 
 @contextmanager
-def plain_settings(model: Any) -> Iterator[None]:
+def _plain_settings(model: Any) -> Iterator[None]:
     """Without what the checkpoint's generation_config.json advises, which would make models incomparable."""
     advised = model.generation_config
     model.generation_config = GenerationConfig(
@@ -37,7 +37,7 @@ def plain_settings(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def whole_rows(model: Any) -> Iterator[None]:
+def _whole_rows(model: Any) -> Iterator[None]:
     """Hand the output embeddings their hidden states in one piece.
 
     transformers hands over the last position of each prompt, a view with gaps, of which torch makes a product
@@ -52,6 +52,39 @@ def whole_rows(model: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def writing(loaded: LoadedModel, temperature: float) -> Iterator[dict[str, Any]]:
+    """Further arguments for transformers' ``generate``, called inside the block.
+
+    Args:
+        loaded: the model.
+        temperature: 0 takes the likeliest token always.
+
+    Raises:
+        BrocaError: inside, a likelihood that is not finite.
+    """
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    with explained(loaded), torch.no_grad(), _plain_settings(loaded.model), _whole_rows(loaded.model):
+        yield {
+            "pad_token_id": _padding(loaded) or 0,
+            "logits_processor": [_require_numbers],
+            **sampling,
+        }
+
+
+def _padding(loaded: LoadedModel) -> int | None:
+    """A token that the model has an embedding of: a fine-tune may have added a padding token that it has not.
+
+    Under the mask any will do.
+    """
+    known = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
+    return next((token for token in known if token is not None and token < loaded.embedding_rows), None)
 
 
 @dataclass(frozen=True)
@@ -84,15 +117,8 @@ def generate(
         BrocaError: a likelihood that is not finite.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
-    known = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-    # A fine-tune may have added a padding token that the embedding has no row of; under the mask any will do.
-    padding = next((token for token in known if token is not None and token < loaded.embedding_rows), None)
+    padding = _padding(loaded)
     rows = prompt_rows(loaded.name, tokenizer, prompts, loaded.embedding_rows)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
     found: list[Continuation] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     # The caller's own random numbers go on as if nothing had been drawn.
@@ -106,14 +132,12 @@ def generate(
             for i, row in enumerate(some):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
-            with explained(loaded), torch.no_grad(), plain_settings(model), whole_rows(model):
+            with writing(loaded, temperature) as settings:
                 output = model.generate(
                     input_ids=ids.to(loaded.device),
                     attention_mask=mask.to(loaded.device),
                     max_new_tokens=new_tokens,
-                    pad_token_id=padding or 0,
-                    logits_processor=[_require_numbers],
-                    **sampling,
+                    **settings,
                 )
             ends = model.generation_config.eos_token_id
             end_ids = set(ends if isinstance(ends, list) else [ends]) | {padding}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from editing.evaluation.generation import plain_settings, whole_rows
+from editing.evaluation.generation import writing
 from neurons.models.embedded import require_embedded
 from neurons.models.source import LoadedModel
 from neurons.text.conversations import rendered
@@ -48,7 +48,7 @@ class Talk:
         """
         import transformers
 
-        tokenizer, model = self.loaded.tokenizer, self.loaded.model
+        tokenizer = self.loaded.tokenizer
         chat = [*self.messages, {"role": "user", "content": content}]
         text = rendered(tokenizer, chat, True, "choose another model")
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -56,21 +56,17 @@ class Talk:
         streamer: Any = transformers.TextIteratorStreamer(
             tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-        sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        )
         failed: list[Exception] = []
 
         def write() -> None:
             try:
-                with torch.no_grad(), plain_settings(model), whole_rows(model):
-                    model.generate(
+                with writing(self.loaded, self.temperature) as settings:
+                    self.loaded.model.generate(
                         input_ids=ids.to(self.loaded.device),
                         attention_mask=torch.ones_like(ids).to(self.loaded.device),
                         max_new_tokens=self.new_tokens,
-                        pad_token_id=tokenizer.eos_token_id,
                         streamer=streamer,
-                        **sampling,
+                        **settings,
                     )
             except Exception as error:
                 failed.append(error)

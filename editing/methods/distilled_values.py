@@ -22,6 +22,7 @@ one language alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +33,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_divergences
 from neurons.models.source import LoadedModel
+from neurons.recording.recomputation import recomputing
 from neurons.recording.text_pass import Position, PositionReader, Progress, forward, numbered, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
@@ -78,6 +80,7 @@ class _Lesson:
 
     batch: TokenBatch
     hidden: torch.Tensor  # [n, d]
+    recomputes: bool = False
 
 
 def distilled_values(
@@ -133,12 +136,17 @@ def distilled_values(
         for first in range(0, len(order), EXAMPLES_A_STEP):
             lessons = _lessons(loaded, examples, answers, order[first : first + EXAMPLES_A_STEP], True)
             count = sum(len(lesson.hidden) for lesson in lessons)
-            optimizer.zero_grad()
+            # A leaf, for the backward pass of a layer that is computed again ends there, once a layer.
+            written = (z.detach() * scale).requires_grad_(True)
             for lesson in lessons:
-                with torch.enable_grad():
-                    sums = _divergences(loaded, plan, lesson, z * scale).sum()
+                again = recomputing(loaded.anatomy) if lesson.recomputes else nullcontext()
+                # The backward pass inside too, where layers that are computed again are edited again.
+                with torch.enable_grad(), again, adding(loaded, plan, written):
+                    sums = _plain_divergences(loaded, lesson).sum()
                     (sums / count).backward()
                 total += float(sums.detach())
+            assert written.grad is not None
+            z.grad = written.grad * scale
             optimizer.step()
             tokens += count
             if progress is not None:
@@ -187,10 +195,13 @@ def _finite(loaded: LoadedModel, value: float) -> float:
 
 def _rows(
     loaded: LoadedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], backward: bool
-) -> list[TokenBatch]:
-    """Prompts with their answers, where what predicts the answer, and what follows it, is counted."""
+) -> tuple[list[TokenBatch], bool]:
+    """Prompts with their answers, where what predicts the answer, and what follows it, is counted.
+
+    And whether activations are to be computed again in the backward pass.
+    """
     rows = [[*prompt, *answer] for prompt, answer in pairs]
-    at_once = batches_for(loaded, backward, max(map(len, rows)))[0]
+    at_once, recomputes = batches_for(loaded, backward, max(map(len, rows)))
     batches = []
     for batch in row_batches(rows, 0, tokens_a_batch=at_once):
         counted = torch.zeros_like(batch.counted)
@@ -198,14 +209,14 @@ def _rows(
             prompt, answer = pairs[line]
             counted[row, len(prompt) - 1 : len(prompt) + len(answer)] = True
         batches.append(replace(batch, counted=counted))
-    return batches
+    return batches, recomputes
 
 
 def _teachers_states(loaded: LoadedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
     """Each example's last hidden states [n, d] of the teacher, on the CPU."""
     found: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        for batch in _rows(loaded, [(one.teacher, one.answer) for one in examples], False):
+        for batch in _rows(loaded, [(one.teacher, one.answer) for one in examples], False)[0]:
             hidden = forward(loaded.model, batch.to(loaded.device)).cpu()
             for row, line in enumerate(batch.line_numbers.tolist()):
                 found[line] = hidden[row][batch.counted[row]]
@@ -220,9 +231,10 @@ def _lessons(
     backward: bool,
 ) -> list[_Lesson]:
     pairs = [(examples[place].student, examples[place].answer) for place in places]
+    batches, recomputes = _rows(loaded, pairs, backward)
     return [
-        _Lesson(batch, torch.cat([states[places[line]] for line in batch.line_numbers.tolist()]))
-        for batch in _rows(loaded, pairs, backward)
+        _Lesson(batch, torch.cat([states[places[line]] for line in batch.line_numbers.tolist()]), recomputes)
+        for batch in batches
     ]
 
 
@@ -242,7 +254,7 @@ def _output_sizes(
 ) -> torch.Tensor:
     """r, float64 [modules, 1]: root mean square of the coordinates that each module writes at the counted positions."""
     sums = torch.zeros(len(edits), dtype=torch.float64)
-    batches = _rows(loaded, [(one.student, one.answer) for one in examples], False)
+    batches, _ = _rows(loaded, [(one.student, one.answer) for one in examples], False)
 
     def reader(number: int) -> PositionReader:
         def read(values: torch.Tensor, _: object, at: Position) -> None:

@@ -18,6 +18,7 @@ from editing.evaluation.questions import Questions, taken
 from editing.methods.conversation_keys import coefficients, conversation_keys, middle_layers
 from editing.methods.distilled_values import PASSES, RATE, distilled_values
 from editing.methods.key import EPS
+from editing.methods.keyed import require_common_inputs
 from editing.pipeline.lock_text import (
     ANSWER_TOKENS,
     BUILD,
@@ -40,6 +41,7 @@ from neurons.models.source import LoadedModel
 from neurons.text.conversation_batches import conversation_batches
 
 METHOD = "steer"
+LEAST_QUESTIONS = 4  # of which a part each to build on, to choose on and to report
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,15 @@ def lock_of(
         raise UsageError(
             f"the language identifier does not know {unknown[0]!r}, so nothing could be measured in it"
         )
+    few = next((name for name in named if len(questions.of[name]) < LEAST_QUESTIONS), None)
+    if few is not None:
+        raise UsageError(
+            f"there are {len(questions.of[few])} questions in {few!r}: give {LEAST_QUESTIONS} or more, to build on, to choose "
+            "on and to report"
+        )
     if source == target:
         raise UsageError(f"questions in {target!r} are answered in {target!r} already: name another language")
-    offered = [name for name in KEPT if name in questions.of]
+    offered = [name for name in KEPT if len(questions.of.get(name, ())) >= LEAST_QUESTIONS]
     if source is None:
         if keep:
             raise UsageError("from every language nothing but the target is kept: leave --keep out")
@@ -142,10 +150,12 @@ def language_lock(
         stage: tells of the work.
 
     Raises:
-        UsageError: no chat template, or as ``role_tokens``.
-        BrocaError: a teacher that does not obey, or as keys and learning.
+        UsageError: no chat template, a mixture of experts, or as ``role_tokens``.
+        BrocaError: quantised weights, a teacher that does not obey, or as keys and learning.
     """
     require_chat(loaded.name, loaded.tokenizer)
+    require_common_inputs(loaded.anatomy, ("mlp",))
+    loaded.require_exact("an edit")
     chosen = middle_layers(loaded.anatomy.layers) if layers is None else tuple(layers)
     most = max(8, MOST_EXAMPLES // len(lock.sources))
     with stage("Asking with the instruction", 2, "parts") as tell:
@@ -153,6 +163,7 @@ def language_lock(
         tell(1)
         require_obeyed(loaded, lessons, lock.target)
         exams = taught(loaded, questions, lock.sources, lock.target, CHOOSE, max(2, most // 2))
+        require_obeyed(loaded, exams, lock.target)
         tell(1)
     conversations = own_conversations(loaded, questions, lock.languages, stage)
     text = conversation_batches(loaded, conversations)

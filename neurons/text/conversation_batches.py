@@ -19,10 +19,9 @@ from neurons.models.embedded import require_embedded
 from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
 from neurons.text.batches import TokenBatch, block_length, row_batches
-from neurons.text.conversations import ANSWER, HEADER, ROLES, THOUGHT, USER, RoleTokens
+from neurons.text.conversations import ANSWER, HEADER, THOUGHT, USER, RoleTokens
 
 TEMPLATE_GROUP = "template"
-_SAID = tuple(ROLES.index(role) for role in (USER, ANSWER, THOUGHT))
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ def conversation_batches(
 
 def _group_numbers(one: RoleTokens, own: int, template: int) -> torch.Tensor:
     numbers = torch.full_like(one.roles, template)
-    numbers[torch.isin(one.roles, torch.tensor(_SAID))] = own
-    numbers[one.roles == ROLES.index(HEADER)] = own + 1
+    numbers[one.of(USER, ANSWER, THOUGHT)] = own
+    numbers[one.of(HEADER)] = own + 1
     return numbers
 
 

@@ -28,6 +28,7 @@ from neurons.errors import UsageError, first_line
 ROLES = ("template", "system", "user", "header", "answer", "thought")
 TEMPLATE, SYSTEM, USER, HEADER, ANSWER, THOUGHT = ROLES
 ASSISTANT = "assistant"
+ANOTHER_MODEL = "give a model with another one"
 _SPOKEN = {"system": SYSTEM, "user": USER, ASSISTANT: ANSWER}
 _BEFORE_THOUGHT, _AFTER_THOUGHT = "<think>", "</think>"
 
@@ -87,7 +88,7 @@ def rendered(
     tokenizer: Any,
     chat: Sequence[dict[str, str]],
     answer_follows: bool = False,
-    way_out: str = "leave it out with --no-chat",
+    way_out: str = ANOTHER_MODEL,
 ) -> str:
     """The text of a chat by the tokenizer's template.
 

@@ -1,10 +1,8 @@
 """``broca ask``: answers are the model's own, and a stopped run goes on where it was."""
 
 import json
-import shutil
 
 import pytest
-from conversations import CHATML
 
 from editing.evaluation import ask as asking
 from editing.evaluation.generation import generate
@@ -15,20 +13,13 @@ from neurons.models.source import load_model
 
 
 @pytest.fixture
-def model(checkpoint_of, tmp_path):
-    directory = shutil.copytree(checkpoint_of("llama"), tmp_path / "model")
-    (directory / "chat_template.jinja").write_text(CHATML)
-    return directory
+def model(chat_model):
+    return chat_model
 
 
 @pytest.fixture
-def questions(tmp_path):
-    directory = tmp_path / "questions"
-    directory.mkdir()
-    for language, letters in (("en", "abc"), ("fr", "def")):
-        rows = [{"question_id": str(i), "text": f"{letters} {letters[i % 3]} {i}?"} for i in range(5)]
-        (directory / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return directory
+def questions(few_questions):
+    return few_questions
 
 
 def read(path):
@@ -44,7 +35,7 @@ def test_rows_are_conversations_with_the_likeliest_answers(broca, model, questio
     loaded = load_model(str(model), device="cpu")
     rows = read(out)
     assert [(row["language"], row["question_id"]) for row in rows] == [
-        (language, str(i)) for language in ("en", "fr") for i in range(5)
+        (language, str(i)) for language in ("de", "en", "fr") for i in range(8)
     ]
     for row in rows:
         question, answer = row["messages"]
@@ -94,13 +85,71 @@ def test_a_stopped_run_keeps_whole_batches_and_goes_on(tmp_path, monkeypatch):
         asking.ask(write, prompt, questions, out, "another")
 
 
-@pytest.mark.parametrize("content", ["not JSON\n", "[]\n", '{"language": "en"}\n'])
+def test_an_answer_may_hold_any_line_separator(tmp_path):
+    questions = {"en": [Question("1", "q1")]}
+    out, text = tmp_path / "answers.jsonl", "one\u2028two\x85three\nfour"
+
+    def write(prompts):
+        return [asking.Continuation((1,), text) for _ in prompts]
+
+    for _ in range(2):
+        (row,) = asking.ask(write, lambda text: [1], questions, out, "one")
+        assert row["messages"][1]["content"] == text
+
+
+def test_an_answer_to_another_question_of_the_same_number_is_refused(tmp_path):
+    out = tmp_path / "answers.jsonl"
+
+    def write(prompts):
+        return [asking.Continuation((1,), "answer") for _ in prompts]
+
+    asking.ask(write, lambda text: [1], {"en": [Question("7", "before")]}, out, "one")
+    with pytest.raises(UsageError, match="question 7 in 'en'"):
+        asking.ask(write, lambda text: [1], {"en": [Question("7", "after")]}, out, "one")
+
+
+def test_an_engine_starts_once_for_all_batches(broca, model, questions, tmp_path, monkeypatch):
+    """Of vLLM's writer, with one in its place: this environment has none."""
+    from editing.evaluation import vllm_generation
+
+    started, batches = [], []
+
+    class Writer:
+        def __init__(self, name, tokenizer, dtype):
+            started.append(dtype)
+
+        def __enter__(self):
+            return lambda prompts, **settings: (
+                batches.append(len(prompts)) or [asking.Continuation((1,), "answer")] * len(prompts)
+            )
+
+        def __exit__(self, *_):
+            started.append("stopped")
+
+    monkeypatch.setattr(vllm_generation, "require_vllm", lambda: None)
+    monkeypatch.setattr(vllm_generation, "VllmWriter", Writer)
+    monkeypatch.setattr(asking, "AT_ONCE", 5)
+    out = tmp_path / "answers.jsonl"
+    status, _, errors = broca("ask", model, "--engine", "vllm", "--questions", questions, "--out", out)
+    assert status == 0, errors
+    assert started == ["auto", "stopped"] and batches == [5, 5, 5, 5, 4]
+
+
+def test_answers_in_another_type_are_not_mixed(broca, model, questions, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    arguments = ["ask", model, "--questions", questions, "--languages", "EN", "--new-tokens", 4, "--out", out]
+    assert broca(*arguments, "--dtype", "float32")[0] == 0
+    status, _, errors = broca(*arguments, "--dtype", "bfloat16")
+    assert status == 2 and str(out) in errors
+
+
+@pytest.mark.parametrize("content", [b"not JSON\n", b"[]\n", b'{"language": "en"}\n', b"\xff\xfe\n"])
 def test_another_file_is_not_written_over(tmp_path, content):
     out = tmp_path / "answers.jsonl"
-    out.write_text(content)
+    out.write_bytes(content)
     with pytest.raises(BrocaError, match="line 1"):
         asking.ask(lambda prompts: [], lambda text: [1], {"en": [Question("1", "q")]}, out, "one")
-    assert out.read_text() == content
+    assert out.read_bytes() == content
 
 
 @pytest.mark.parametrize(

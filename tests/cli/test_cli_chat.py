@@ -6,14 +6,11 @@ import shutil
 import pytest
 import torch
 import transformers
-from conversations import CHATML
 
 
 @pytest.fixture
-def model(checkpoint_of, tmp_path):
-    directory = shutil.copytree(checkpoint_of("llama"), tmp_path / "model")
-    (directory / "chat_template.jinja").write_text(CHATML)
-    return directory
+def model(chat_model):
+    return chat_model
 
 
 def stock_answers(directory, turns, tokens):

@@ -1,30 +1,21 @@
 """``broca steer``: a checkpoint, its card with the figures, an adapter, and one sentence where it cannot be."""
 
 import json
-import shutil
 
 import pytest
-from conversations import CHATML
 from safetensors import safe_open
 
 from editing.pipeline import lock_text
 
 
 @pytest.fixture
-def model(checkpoint_of, tmp_path):
-    directory = shutil.copytree(checkpoint_of("llama"), tmp_path / "model")
-    (directory / "chat_template.jinja").write_text(CHATML)
-    return directory
+def model(chat_model):
+    return chat_model
 
 
 @pytest.fixture
-def questions(tmp_path):
-    directory = tmp_path / "questions"
-    directory.mkdir()
-    for language, letters in (("en", "abc"), ("fr", "def"), ("de", "ghi")):
-        rows = [{"question_id": str(i), "text": f"{letters} {letters[i % 3]} {i}?"} for i in range(8)]
-        (directory / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return directory
+def questions(few_questions):
+    return few_questions
 
 
 def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, monkeypatch):
@@ -73,3 +64,32 @@ def test_languages_that_cannot_be(broca, model, questions, tmp_path, target, nam
     arguments = ["steer", model, "--to", target, "--questions", questions, "--out", tmp_path / "steered"]
     status, _, errors = broca(*arguments)
     assert status == 2 and f"'{named}'" in errors
+
+
+def test_what_cannot_be_exported_is_refused_before_the_work(broca, model, questions, tmp_path, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(lock_text, "generate", work)
+    out = tmp_path / "steered"
+    arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", out]
+    status, _, errors = broca(*arguments, "--lora", out)
+    assert status == 2 and "--lora" in errors
+    (model / "broca").mkdir()
+    (model / "broca" / "edit.safetensors").write_bytes(b"")
+    status, _, errors = broca(*arguments)
+    assert status == 1 and "already edited" in errors
+
+
+def test_too_few_questions_are_refused_by_number(broca, model, questions, tmp_path):
+    (questions / "fr.jsonl").write_text('{"question_id": "1", "text": "def?"}\n')
+    arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
+    status, _, errors = broca(*arguments)
+    assert status == 2 and "1 questions in 'fr'" in errors
+
+
+def test_a_template_that_fails_has_a_remedy_that_the_command_has(broca, model, questions, tmp_path):
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
+    status, _, errors = broca(*arguments)
+    assert status == 2 and "chat template" in errors and "--no-chat" not in errors

@@ -20,11 +20,14 @@ def test_english_is_answered_as_if_told_to_answer_in_french(steered):
     assert one["divergence"]["steered"] < 0.5 * one["divergence"]["base"]
 
 
+def test_no_question_in_a_language_that_is_kept_loses_it(steered):
+    for one in steered.value["measured"]["kept"].values():
+        assert one["steered"]["whole"] >= one["base"]["whole"] - 0.125
+
+
 def test_german_and_spanish_are_left_alone(steered):
     for language in ("de", "es"):
-        one = steered.value["measured"]["kept"][language]
-        assert one["steered"]["whole"] >= one["base"]["whole"] - 0.125
-        assert one["divergence"] < 0.2
+        assert steered.value["measured"]["kept"][language]["divergence"] < 0.2
 
 
 def test_the_checkpoint_answers_in_french_in_transformers_alone(steered):

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conversations import CHATML, chats_of
+from conversations import chats_of
 
 from editing.methods.conversation_keys import coefficients, conversation_keys, middle_layers
-from neurons.models.source import load_model
 from neurons.recording.covariance import each_moments
 from neurons.text.conversation_batches import conversation_batches
 from neurons.text.conversations import ROLES
@@ -14,10 +13,8 @@ EPS = 0.01
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint_of):
-    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
-    loaded.tokenizer.chat_template = CHATML
-    return loaded
+def loaded(chatting):
+    return chatting
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from conversations import CHATML, chats_of
+from conversations import chats_of
 
+from editing.methods import distilled_values as distillation
 from editing.methods.conversation_keys import conversation_keys
 from editing.methods.distilled_values import Example, distilled_values, mean_divergence
 from editing.plans.plan import make_plan
 from neurons.errors import UsageError
-from neurons.models.source import load_model
 from neurons.text.conversation_batches import conversation_batches
 
 EXAMPLES = [
@@ -20,10 +20,8 @@ OTHERS = [Example((5, 6, 20 + i), (5, 6, 20 + i, 30, 31, 32), (11, 12 + i, 13)) 
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint_of):
-    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
-    loaded.tokenizer.chat_template = CHATML
-    return loaded
+def loaded(chatting):
+    return chatting
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +109,20 @@ def test_learning_brings_the_student_to_the_teacher_and_leaves_the_weights(loade
         assert torch.equal(value, before[name]), name
     again = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05)
     assert again.plan.to_bytes() == found.plan.to_bytes()
+
+
+def test_activations_that_are_computed_again_give_the_same_values(loaded, keys, monkeypatch):
+    plain = distilled_values(loaded, keys, EXAMPLES, OTHERS, passes=2, rate=0.02)
+    own, forwards = distillation.batches_for, []
+    monkeypatch.setattr(distillation, "batches_for", lambda *given: (own(*given)[0], given[1]))
+    first = loaded.model.model.layers[0].mlp.register_forward_hook(lambda *_: forwards.append(1))
+    again = distilled_values(loaded, keys, EXAMPLES, OTHERS, passes=2, rate=0.02)
+    first.remove()
+    for one, other in zip(plain.plan.edits, again.plan.edits, strict=True):
+        assert one.left.any()
+        torch.testing.assert_close(one.left, other.left, rtol=1e-4, atol=1e-7)
+    # Teachers, sizes and three looks at what is kept out, and every one of the learning passes twice.
+    assert len(forwards) > 4 * len(EXAMPLES) // distillation.EXAMPLES_A_STEP + 4
 
 
 def test_the_pass_is_chosen_on_what_is_kept_out(loaded, keys):

@@ -31,10 +31,8 @@ def questions():
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint_of):
-    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
-    loaded.tokenizer.chat_template = CHATML
-    return loaded
+def loaded(chatting):
+    return chatting
 
 
 @pytest.fixture
@@ -69,6 +67,21 @@ def test_an_answer_in_another_language_teaches_nothing(loaded, questions, monkey
 def test_a_teacher_that_does_not_obey_is_refused_by_number(loaded, questions, monkeypatch):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
     with pytest.raises(BrocaError, match="0 of 8"):
+        language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+
+
+def test_nothing_to_choose_on_is_refused_before_keys(loaded, questions, monkeypatch):
+    """All of the building questions are obeyed, and none of the choosing ones."""
+    told = iter(["fr"] * 8 + ["en"] * 4)
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(told))
+    with pytest.raises(BrocaError, match="0 of 4"):
+        language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+
+
+def test_a_mixture_of_experts_is_refused_before_the_work(checkpoint_of, questions):
+    loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
+    loaded.tokenizer.chat_template = CHATML
+    with pytest.raises(UsageError, match="expert"):
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
 

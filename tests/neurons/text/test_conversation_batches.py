@@ -2,19 +2,16 @@
 
 import pytest
 import torch
-from conversations import CHATML, chats_of
+from conversations import chats_of
 
 from neurons.errors import UsageError
-from neurons.models.source import load_model
 from neurons.text.conversation_batches import TEMPLATE_GROUP, conversation_batches
 from neurons.text.conversations import ROLES, Message, RoleTokens, role_tokens
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint_of):
-    loaded = load_model(str(checkpoint_of("llama")), device="cpu")
-    loaded.tokenizer.chat_template = CHATML
-    return loaded
+def loaded(chatting):
+    return chatting
 
 
 def test_every_token_but_the_first_is_in_the_group_of_its_role_and_language(loaded):

@@ -3,15 +3,11 @@
 import models
 import pytest
 import torch
+from conversations import CHATML
 
 from neurons.errors import UsageError
 from neurons.text.conversations import ROLES, Message, role_tokens
 
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|system|>\nbe good<|end|>\n{% endif %}"
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 # As Qwen 3: thoughts of all but the last answer are left out.
 FORGETFUL = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' and not loop.last %}"
