@@ -38,7 +38,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, load_model
 from neurons.neuron_sets.identify import DEFAULT_METHOD, random_set, require_parallel
 from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
-from neurons.recording.answers import record_answers, together
+from neurons.recording.answers import merge_moments, record_answers
 from neurons.recording.corpus_recording import record_corpus
 from neurons.scorers.method import PROMPTS, Scorer
 from neurons.scorers.registry import METHODS, moments_of
@@ -85,7 +85,7 @@ def prompt_statistics(loaded: LoadedModel, prompts: Prompts, control: Prompts | 
     recorded = [record_answers(loaded, prompts, moment) for moment in ("answer", "integrated")]
     if control is not None:
         recorded.append(record_answers(loaded, control, "answer_control"))
-    return together(recorded)
+    return merge_moments(recorded)
 
 
 def _nll(loaded: LoadedModel, batches: Batches) -> dict[str, float]:

@@ -180,7 +180,7 @@ def command(**options: Any) -> None:
     if asked.out is not None:
         write_atomically(asked.out, json_bytes(document))
         LedgerFile(asked.out, "").remove()
-    tell_read(screen, study.metadata["read"], LOSSES.least)
+    tell_read(screen, study.metadata["read"], LOSSES.minimum)
     for one in study.sets:
         empty = [language for language, size in zip(study.languages, one.sizes, strict=True) if not size]
         if empty:

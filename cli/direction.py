@@ -135,7 +135,7 @@ def command(**options: Any) -> None:
     if not is_first():
         return
     found.save(asked.out)
-    tell_read(screen, found.metadata["read"], DIRECTIONS.least)
+    tell_read(screen, found.metadata["read"], DIRECTIONS.minimum)
     _show(screen, found, asked)
 
 

@@ -192,7 +192,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
     if read_of := plan.metadata.get("read"):
         from neurons.text.token_budget import KEYS
 
-        tell_read(screen, read_of, KEYS.least)
+        tell_read(screen, read_of, KEYS.minimum)
     return plan, source
 
 

@@ -352,7 +352,7 @@ def command(
         about=about(measuring, writer),
     )
     write_atomically(out, json_bytes(document(report)))
-    tell_read(screen, measuring.read, LOSSES.least)
+    tell_read(screen, measuring.read, LOSSES.minimum)
     report_table(screen, report)
     for line in details_of(report, outcomes[-1]):
         screen.say(line)

@@ -102,7 +102,7 @@ def command(**options: Any) -> None:
         return
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
-    from neurons.recording.corpus_recording import finished
+    from neurons.recording.corpus_recording import remove_unfinished
     from neurons.scorers.method import NOTHING, PROMPTS
     from neurons.scorers.registry import method_of
     from neurons.scorers.setting import assigned, read_settings
@@ -128,7 +128,7 @@ def command(**options: Any) -> None:
     if found is None or not is_first():
         return
     found.save(asked.out)
-    finished(asked.out)
+    remove_unfinished(asked.out)
     _show(screen, found, asked)
 
 
@@ -326,7 +326,7 @@ def _show(screen: Screen, found: NeuronSet, asked: SimpleNamespace) -> None:
         from neurons.text.token_budget import budget_of
 
         method = method_of(asked.method)
-        tell_read(screen, read_by[-1], budget_of(method.moments, method.reads).least)
+        tell_read(screen, read_by[-1], budget_of(method.moments, method.reads).minimum)
     by_layer = found.layers <= MOST_LAYERS_SHOWN
     kinds = {language: found.kind_counts(language) for language in found.languages}
     screen.table(

@@ -69,7 +69,7 @@ def command(**options: Any) -> None:
     """
     from neurons.models.processes import is_first
     from neurons.models.source import load_model
-    from neurons.recording.corpus_recording import finished, record_corpus
+    from neurons.recording.corpus_recording import record_corpus, remove_unfinished
     from neurons.scorers.method import NOTHING, PROMPTS
     from neurons.scorers.registry import METHODS, moments_of
     from neurons.text.token_budget import budget_of
@@ -104,8 +104,8 @@ def command(**options: Any) -> None:
     if not is_first():
         return
     statistics.save(asked.out)
-    finished(asked.out)
-    tell_read(screen, statistics.metadata["corpora"][-1]["read"], budget_of(moments, reads).least)
+    remove_unfinished(asked.out)
+    tell_read(screen, statistics.metadata["corpora"][-1]["read"], budget_of(moments, reads).minimum)
     in_blocks = [name for name in names if METHODS[name].reads not in (reads, NOTHING)]
     if in_blocks:
         screen.say(

@@ -66,7 +66,7 @@ def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None
     tell(screen, recipe.corpus, recipe.languages)
     result = run(recipe, screen, asked)
     method = method_of(recipe.method)
-    least = budget_of(method.moments, method.reads).least, LOSSES.least
+    least = budget_of(method.moments, method.reads).minimum, LOSSES.minimum
     for read, few, what in zip(result.read, least, ("neurons are from", "likelihoods are of"), strict=True):
         if read:
             tell_read(screen, read, few, f"text that {what}")

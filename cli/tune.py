@@ -157,7 +157,7 @@ def command(**options: Any) -> None:
     goals = Goals(asked.goal_share, asked.goal_gap, asked.goal_rise)
     with screen.progress("Reading", None, "tokens") as advance:
         direction = diffmean_direction(loaded, corpora["estimate"], asked.source, asked.target, advance)
-    tell_read(screen, direction.metadata["read"], DIRECTIONS.least, "text that the direction is from")
+    tell_read(screen, direction.metadata["read"], DIRECTIONS.minimum, "text that the direction is from")
     material = Material(
         loaded, corpora["estimate"], asked.source, asked.target, directions=(direction,), layers=layers
     )

@@ -160,7 +160,7 @@ def test_the_model_stays_in_the_language_of_its_prompt():
     from editing.evaluation.generation import generate
     from editing.evaluation.language_id import identify_language
     from neurons.models.source import load_model
-    from neurons.text.words import distinct_share, opening
+    from neurons.text.words import distinct_rate, opening
 
     loaded = load_model(str(DEMO / "model"), "cpu")
     own, distinct = [], []
@@ -168,7 +168,7 @@ def test_the_model_stays_in_the_language_of_its_prompt():
         lines = (DEMO / "corpus" / f"{language}.txt").read_text(encoding="utf-8").splitlines()[:50]
         for answer in generate(loaded, [opening(line) for line in lines]):
             own.append(identify_language(answer.text, LANGUAGES) == language)
-            distinct.append(distinct_share(answer.text))
+            distinct.append(distinct_rate(answer.text))
     assert sum(own) / len(own) >= 0.95
     assert sum(distinct) / len(distinct) >= 0.6
 

@@ -20,7 +20,7 @@ from editing.evaluation.likelihood import mean_nll
 from neurons.models.source import load_model
 from neurons.text.batches import language_batches
 from neurons.text.corpus import read_corpus
-from neurons.text.words import distinct_share, opening
+from neurons.text.words import distinct_rate, opening
 
 PROMPTS = 50
 
@@ -51,7 +51,7 @@ def main(model: str, text: Path, languages: str, seed: int) -> None:
         answers = [item.text for item in generate(loaded, prompts, seed=seed)]
         own = [identify_language(answer, corpus.languages) for answer in answers].count(language)
         shares.append(own / len(answers))
-        distinct = sum(map(distinct_share, answers)) / len(answers)
+        distinct = sum(map(distinct_rate, answers)) / len(answers)
         print(
             f"| {language} | {nll * tokens / size / math.log(2):.3f} | {nll:.3f} | {shares[-1]:.2f} | "
             f"{distinct:.2f} |"

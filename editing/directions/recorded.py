@@ -23,9 +23,9 @@ from neurons.recording.text_pass import (
     Position,
     PositionReader,
     Progress,
+    batches_of_process,
     line_numbers,
     numbered,
-    own_share,
     read_text,
 )
 from neurons.statistics.totals import Totals
@@ -122,7 +122,7 @@ def record_texts(
         )
         for site in sites
     }
-    of_process = own_share(numbered(batches))
+    of_process = batches_of_process(numbered(batches))
     counted = torch.zeros(len(languages), dtype=torch.int64)
     for k, batch in of_process:
         counted[k] += batch.counted.sum()

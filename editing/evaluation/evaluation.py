@@ -43,7 +43,7 @@ from neurons.models.source import LoadedModel
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import LOSSES, text_read
-from neurons.text.words import distinct_share
+from neurons.text.words import distinct_rate
 
 SAMPLES_SHOWN = 5
 KEPT_SHARE = 1 / 4  # of the room for work, that hidden states may take
@@ -187,7 +187,7 @@ class Evaluation:
             name=name,
             target_share=answers.share(self.target),
             source_share=answers.share(self.source),
-            distinct=sum(distinct_share(text) for text in texts) / len(texts),
+            distinct=sum(distinct_rate(text) for text in texts) / len(texts),
             fluency_gap=own_nll - self._nll_of_own(self.target),
             nll={},
             nll_rise={},

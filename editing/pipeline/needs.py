@@ -27,7 +27,7 @@ from neurons.models.memory import (
     solving_bytes,
 )
 from neurons.models.source import LoadedModel
-from neurons.recording.needs import Text, passing
+from neurons.recording.needs import Text, pass_need
 
 # Python, torch and what reads tensors, without transformers; the factors of an edited tensor in float64.
 WRITER, COPIES = 300 * 2**20, 3
@@ -38,7 +38,7 @@ def direction_need(planned: LoadedModel, text: Text) -> Need:
     sizes = sizes_of(planned)
     share = 2 / text.languages if text.languages else 0
     kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * share)
-    return passing(planned, "direction", text.row, False, text.batch, kept=kept)
+    return pass_need(planned, "direction", text.row, False, text.batch, kept=kept)
 
 
 def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",)) -> Need:
@@ -68,7 +68,7 @@ def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",))
 
 def learning_need(planned: LoadedModel) -> Need:
     """``editing.methods.learned_values``."""
-    return passing(planned, "learn", LONGEST, True)
+    return pass_need(planned, "learn", LONGEST, True)
 
 
 def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[Need]:
@@ -83,7 +83,7 @@ def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[N
     learning = (longest + ANSWER_TOKENS) * EXAMPLES_A_STEP
     return [
         key_need(planned, text),
-        passing(planned, "learn", longest + ANSWER_TOKENS, True, learning),
+        pass_need(planned, "learn", longest + ANSWER_TOKENS, True, learning),
         evaluation_need(planned, text, longest),
     ]
 

@@ -15,7 +15,7 @@ from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import BrocaError
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
-from neurons.recording.partial_forward import Kept, forward_from, forward_keeping, starts_in_the_middle
+from neurons.recording.partial_forward import Kept, forward_from, forward_keeping, supports_partial_forward
 from neurons.recording.text_losses import predicted, text_losses
 from neurons.text.batches import TokenBatch
 
@@ -110,7 +110,7 @@ def condition_losses(
         ledger: the store of finished losses; None keeps them in memory.
         progress: called with the number of tokens of each batch, for each distinct condition.
         whole: run every condition from the first layer, as for a model whose layers share more than hidden
-            states; by default this depends on ``starts_in_the_middle``.
+            states; by default this depends on ``supports_partial_forward``.
 
     Raises:
         BrocaError: a neuron that the model does not have, or a loss that is not finite.
@@ -120,7 +120,7 @@ def condition_losses(
         _require_inside(condition.rows, anatomy.layers, anatomy.neurons)
     distinct = {condition.digest: condition for condition in conditions}
     book: Ledger = InMemory() if ledger is None else ledger
-    from_below = not whole and starts_in_the_middle(loaded.model, anatomy)
+    from_below = not whole and supports_partial_forward(loaded.model, anatomy)
     tokens, sums = {}, {}
     for language, of_language in batches.items():
         for turn, batch in enumerate(of_language):

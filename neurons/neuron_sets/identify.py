@@ -12,8 +12,7 @@ import torch
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
-from neurons.recording.answers import record_answers
-from neurons.recording.answers import together as side_by_side
+from neurons.recording.answers import merge_moments, record_answers
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.text_pass import Progress
 from neurons.scorers.method import PROMPTS, Scorer
@@ -103,7 +102,7 @@ def identify_by_prompts(
         for moment, of_moment in given.items()
         if of_moment is not None
     ]
-    statistics = side_by_side(recorded)
+    statistics = merge_moments(recorded)
     statistics.metadata.update(
         model=loaded.label,
         layers=loaded.anatomy.layers,

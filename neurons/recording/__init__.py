@@ -1,1 +1,1 @@
-"""Recording: a model reads text, and what its modules compute is summed."""
+"""Recording: sums of a model's activations over text."""

@@ -1,6 +1,6 @@
-"""A pass over prompts with answers: how the answer's probability leans on each neuron, summed over prompts.
+"""Attribution of answers: how much the answer's probability depends on each neuron, summed over prompts.
 
-A neuron of an expert is 0 at tokens that its expert is not asked about, and nothing leans on it there.
+A neuron of an expert is 0 at tokens that are not routed to its expert, and so is its attribution.
 """
 
 from __future__ import annotations
@@ -40,40 +40,40 @@ def record_answers(
 
     Args:
         loaded: the model.
-        prompts: with their answers; only an answer's first token is looked at.
+        prompts: prompts with answers; only the first token of an answer is used.
         moment: ``answer`` or ``answer_recognition`` (CULNIG's s at the output of the gate),
             ``answer_control`` (the same, negative scores as 0) or ``integrated`` (the integrated gradient
             at the input of ``down_proj``, at the prompt's last token).
-        steps: of the integral.
-        progress: called with the number of prompts done.
+        steps: number of steps of the integral.
+        progress: called with the number of prompts of each batch that is done.
 
     Returns:
         Statistics with ``mlp_act:answer...`` or ``mlp_in:integrated`` [L, I, K], and the counts in ``prompts``.
 
     Raises:
-        UsageError: a prompt longer than the model's context, or with a token that it has no embedding of.
-        BrocaError: a sum that is not finite, by layer.
+        UsageError: a prompt longer than the model's context, or a token without an embedding.
+        BrocaError: a sum that is not finite; names the layer.
     """
     anatomy, languages = loaded.anatomy, tuple(prompts.of)
     site = INTEGRATED_SITE if moment == "integrated" else CULNIG_SITE
     name = f"{site}:{moment}"
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
-    counts = torch.tensor([len(some) for some in prompts.of.values()])
+    counts = torch.tensor([len(of_language) for of_language in prompts.of.values()])
     tokens = [_tokens(loaded, prompts, language) for language in languages]
     for k, (rows, answers) in enumerate(tokens):
-        # Every step of the integral is a row of its own, and every expert has a place for every token.
+        # Every step of the integral is a row, and every expert has a place for every token.
         fitting, _ = batches_for(loaded, True, max(map(len, rows)))
         at_once = fitting // (steps if moment == "integrated" else 1) // anatomy.experts
         for batch in row_batches(rows, uncounted=0, tokens_a_batch=at_once):
             on_device = batch.to(loaded.device)
-            wanted = answers[batch.line_numbers].to(loaded.device)
+            targets = answers[batch.line_numbers].to(loaded.device)
             if moment == "integrated":
-                found = _integrated(loaded, on_device, wanted, steps)
+                values = _integrated(loaded, on_device, targets, steps)
             else:
-                found = _scores(loaded, on_device, wanted)
+                values = _scores(loaded, on_device, targets)
             if moment == "answer_control":
-                found = found.clamp(min=0)
-            total[..., k] += found.sum(1)
+                values = values.clamp(min=0)
+            total[..., k] += values.sum(1)
             if progress is not None:
                 progress(len(batch.ids))
     if not bool(torch.isfinite(total).all()):
@@ -96,7 +96,7 @@ def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[
         row, answer = answer_token(loaded.tokenizer, prompt)
         if len(row) > longest:
             raise UsageError(
-                f"language {language!r}: a prompt has {len(row)} tokens, and the model reads {longest}: shorten it"
+                f"language {language!r}: a prompt has {len(row)} tokens, but the model reads {longest}: shorten it"
             )
         require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedding_rows)
         rows.append(row)
@@ -104,16 +104,16 @@ def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[
     return rows, torch.tensor(answers)
 
 
-def _probability(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> torch.Tensor:
+def _probability(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) -> torch.Tensor:
     """[rows]: the probability of each row's answer after its last token."""
     last = batch.attention.sum(1) - 1
     hidden = forward(loaded.model, batch)[torch.arange(len(last), device=last.device), last]
-    return token_losses(loaded.model, hidden, wanted).neg().exp()
+    return token_losses(loaded.model, hidden, answers).neg().exp()
 
 
-def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> torch.Tensor:
+def _scores(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) -> torch.Tensor:
     """CULNIG's s, float64 [L, rows, I] on the CPU."""
-    held: dict[int, torch.Tensor] = {}
+    activations: dict[int, torch.Tensor] = {}
     gradients: dict[int, torch.Tensor] = {}
 
     def keep(into: dict[int, torch.Tensor], layer: int, values: torch.Tensor, routed: Routed | None) -> None:
@@ -126,113 +126,115 @@ def _scores(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor) -> tor
             values
         )
 
-    def reader_of(layer: int) -> SiteHook:
+    def hook_of(layer: int) -> SiteHook:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
             if not values.requires_grad:
                 values.requires_grad_(True)
-            keep(held, layer, values.detach(), routed)
+            keep(activations, layer, values.detach(), routed)
             values.register_hook(lambda gradient: keep(gradients, layer, gradient, routed))
 
         return read
 
     layers = range(loaded.anatomy.layers)
     with (
-        site_hooks(loaded.anatomy, {(CULNIG_SITE, layer): reader_of(layer) for layer in layers}),
+        site_hooks(loaded.anatomy, {(CULNIG_SITE, layer): hook_of(layer) for layer in layers}),
         torch.enable_grad(),
     ):
-        probability = _probability(loaded, batch, wanted)
+        probability = _probability(loaded, batch, answers)
         probability.sum().backward()
-    # Prompts do not see each other, so the gradient of the sum is each prompt's own.
+    # Rows are independent, so the gradient of the sum holds each row's gradient.
     return torch.stack(
         [
             answer_scores(
-                held[layer], gradients[layer], probability.detach().to(held[layer].device), batch.attention
+                activations[layer],
+                gradients[layer],
+                probability.detach().to(activations[layer].device),
+                batch.attention,
             )
             for layer in layers
         ]
     ).cpu()
 
 
-def _integrated(loaded: LoadedModel, batch: TokenBatch, wanted: torch.Tensor, steps: int) -> torch.Tensor:
+def _integrated(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor, steps: int) -> torch.Tensor:
     """The integrated gradient of each layer alone, float64 [L, rows, I] on the CPU."""
-    rows = torch.arange(len(batch.ids), device=batch.ids.device)
     last = batch.attention.sum(1) - 1
-    given: dict[int, torch.Tensor] = {}
-    readers: dict[tuple[str, int], SiteHook] = {
-        (INTEGRATED_SITE, layer): _keep(loaded.anatomy, given, layer, last, batch.ids.shape[1])
+    activations: dict[int, torch.Tensor] = {}
+    hooks: dict[tuple[str, int], SiteHook] = {
+        (INTEGRATED_SITE, layer): _keep(loaded.anatomy, activations, layer, last, batch.ids.shape[1])
         for layer in range(loaded.anatomy.layers)
     }
-    with site_hooks(loaded.anatomy, readers), torch.no_grad():
+    with site_hooks(loaded.anatomy, hooks), torch.no_grad():
         forward(loaded.model, batch)
-    many = TokenBatch(*(part.repeat(steps, 1) for part in (batch.ids, batch.attention, batch.counted)))
-    share = torch.arange(1, steps + 1, device=rows.device) / steps
-    found = []
-    for layer, activation in given.items():
-        scaled = (share.to(activation)[:, None, None] * activation).flatten(0, 1).requires_grad_(True)
+    repeated = TokenBatch(*(part.repeat(steps, 1) for part in (batch.ids, batch.attention, batch.counted)))
+    fractions = torch.arange(1, steps + 1, device=batch.ids.device) / steps
+    integrals = []
+    for layer, activation in activations.items():
+        scaled = (fractions.to(activation)[:, None, None] * activation).flatten(0, 1).requires_grad_(True)
         replaced = _replace(loaded.anatomy, scaled, last.repeat(steps), batch.ids.shape[1])
         with site_hooks(loaded.anatomy, {(INTEGRATED_SITE, layer): replaced}), torch.enable_grad():
-            _probability(loaded, many, wanted.repeat(steps)).sum().backward()
+            _probability(loaded, repeated, answers.repeat(steps)).sum().backward()
         assert scaled.grad is not None
-        found.append(integrate(activation, scaled.grad.view(steps, *activation.shape)).cpu())
-    return torch.stack(found)
+        integrals.append(integrate(activation, scaled.grad.view(steps, *activation.shape)).cpu())
+    return torch.stack(integrals)
 
 
 def _keep(
-    anatomy: Anatomy, given: dict[int, torch.Tensor], layer: int, last: torch.Tensor, length: int
+    anatomy: Anatomy, kept: dict[int, torch.Tensor], layer: int, last: torch.Tensor, length: int
 ) -> SiteHook:
-    """Keeps the values at each row's last token, [rows, I]."""
+    """A hook that keeps the values at each row's last token, [rows, I]."""
 
     def read(values: torch.Tensor, routed: Routed | None) -> None:
         at = last.to(values.device)
         if routed is None:
-            given[layer] = values[torch.arange(len(at), device=values.device), at].clone()
+            kept[layer] = values[torch.arange(len(at), device=values.device), at].clone()
             return
-        if layer not in given:
-            given[layer] = values.new_zeros(len(at), anatomy.neurons)
-        row, here = _at_last(routed, at, length)
-        given[layer][row, expert_units(anatomy, routed)] = values[here]
+        if layer not in kept:
+            kept[layer] = values.new_zeros(len(at), anatomy.neurons)
+        row, place = _at_last(routed, at, length)
+        kept[layer][row, expert_units(anatomy, routed)] = values[place]
 
     return read
 
 
 def _replace(anatomy: Anatomy, scaled: torch.Tensor, last: torch.Tensor, length: int) -> SiteHook:
-    """Puts other values, [rows, I], at each row's last token."""
+    """A hook that replaces the values at each row's last token by ``scaled`` [rows, I]."""
 
-    def read(values: torch.Tensor, routed: Routed | None) -> torch.Tensor:
+    def replace(values: torch.Tensor, routed: Routed | None) -> torch.Tensor:
         at = last.to(values.device)
         if routed is None:
             return values.index_put((torch.arange(len(at), device=values.device), at), scaled)
-        row, here = _at_last(routed, at, length)
-        return values.index_put((here,), scaled[row, expert_units(anatomy, routed)])
+        row, place = _at_last(routed, at, length)
+        return values.index_put((place,), scaled[row, expert_units(anatomy, routed)])
 
-    return read
+    return replace
 
 
 def _at_last(routed: Routed, last: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose last token reached the expert, and where among its tokens these are."""
+    """Rows whose last token is routed to the expert, and the places of these tokens among the expert's."""
     row = routed.tokens // length
-    here = (routed.tokens % length == last[row]).nonzero()[:, 0]
-    return row[here], here
+    place = (routed.tokens % length == last[row]).nonzero()[:, 0]
+    return row[place], place
 
 
-def together(recorded: Sequence[Statistics]) -> Statistics:
-    """Statistics of the same languages with all their moments side by side.
+def merge_moments(recorded: Sequence[Statistics]) -> Statistics:
+    """Statistics with the moments of all, which must have the same languages.
 
     Raises:
-        UsageError: other languages.
+        UsageError: different languages.
     """
     first = recorded[0]
     for other in recorded[1:]:
         if other.languages != first.languages:
             raise UsageError(
-                f"prompts are of {', '.join(first.languages)} and of {', '.join(other.languages)}: give the "
-                "same languages everywhere"
+                f"the prompts have different languages, {', '.join(first.languages)} and "
+                f"{', '.join(other.languages)}: use the same in all"
             )
     return Statistics(
         languages=first.languages,
         tokens=first.tokens,
         texts=first.texts,
-        moments={name: value for one in recorded for name, value in one.moments.items()},
+        moments={name: value for statistics in recorded for name, value in statistics.moments.items()},
         fingerprint=first.fingerprint,
-        prompts={name: value for one in recorded for name, value in one.prompts.items()},
+        prompts={name: value for statistics in recorded for name, value in statistics.prompts.items()},
     )

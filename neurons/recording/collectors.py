@@ -1,4 +1,4 @@
-"""Collectors: what is summed of a site's values, for tokens, for texts and for gradients."""
+"""Collectors: sums of a site's values over tokens, over texts and of gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from neurons.statistics.totals import Totals
 WORST_RANK = "worst_rank"  # of a neuron in any text (``neurons.scorers.plnd``)
 ATTRIBUTION = "attribution"
 RESPONSES = "responses"
-# The value of a neuron weighs its effect where the effect is measured, at the input of down_proj only.
+# Only activations at the input of down_proj are weighted by the norms of the neurons' output weights.
 WEIGHTED_SITE = "mlp_in"
 
 
@@ -29,19 +29,19 @@ class Collector(Protocol):
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None: ...
 
     def finish(self, layer: int, at: Position) -> None:
-        """The layer's mixture of experts is through: all that was routed has been added."""
+        """Called after the layer's mixture of experts has run and all routed tokens are added."""
 
 
 @dataclass
 class TokenSums:
-    """``OF_TOKENS`` of one site, and how many tokens were routed to each expert."""
+    """``OF_TOKENS`` of one site, and the number of tokens routed to each expert."""
 
     site: str
     moments: Sequence[str]
     anatomy: Anatomy
     totals: Totals
     counts_routed: bool = False
-    _own: dict[tuple[int, int, int | None, torch.device], dict[str, torch.Tensor]] = field(
+    _rows_by_key: dict[tuple[int, int, int | None, torch.device], dict[str, torch.Tensor]] = field(
         default_factory=dict
     )
 
@@ -50,15 +50,15 @@ class TokenSums:
         if routed is not None and self.counts_routed:
             self.totals.of("routed", layer, values.device)[at.language, routed.expert] += len(positions)
         key = (layer, at.language, None if routed is None else routed.expert, values.device)
-        if key not in self._own:
+        if key not in self._rows_by_key:
             units = slice(None) if routed is None else expert_units(self.anatomy, routed)
-            self._own[key] = self._rows(layer, at.language, units, values.device)
-        add_tokens(values, positions, self._own[key])
+            self._rows_by_key[key] = self._rows(layer, at.language, units, values.device)
+        add_tokens(values, positions, self._rows_by_key[key])
 
     def _rows(self, layer: int, language: int, units: slice, device: torch.device) -> dict[str, torch.Tensor]:
         names = {moment: f"{self.site}:{moment}" for moment in self.moments}
         if "positive" in names and "sum" not in names:
-            # NaN > 0 is False: a count alone would hide it.
+            # NaN > 0 is False, so only a sum can show it.
             names["sum"] = self.site
         return {
             moment: self.totals.of(name, layer, device)[language, units] for moment, name in names.items()
@@ -78,7 +78,7 @@ class TextSums:
     totals: Totals
     responses: Sequence[torch.Tensor] = ()
     _gathered: dict[bool, torch.Tensor] = field(default_factory=dict)
-    _lengths: dict[int, torch.Tensor] = field(default_factory=dict)
+    _norms: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
         values = values.detach()
@@ -100,10 +100,10 @@ class TextSums:
         if absolute not in self._gathered:
             width = self.anatomy.width(self.site)
             self._gathered[absolute] = torch.zeros(rows, width, dtype=torch.float64, device=values.device)
-        inside = counted.flatten()[routed.tokens]
-        exact = values[inside].double()
+        is_counted = counted.flatten()[routed.tokens]
+        exact = values[is_counted].double()
         self._gathered[absolute][:, expert_units(self.anatomy, routed)].index_add_(
-            0, routed.tokens[inside] // length, exact.abs() if absolute else exact
+            0, routed.tokens[is_counted] // length, exact.abs() if absolute else exact
         )
 
     def finish(self, layer: int, at: Position) -> None:
@@ -126,26 +126,26 @@ class TextSums:
                     if moment != WORST_RANK
                 },
             )
-            if self.responses and at.batch.shares is None:
+            if self.responses and at.batch.fractions is None:
                 self.responses[k][at.places, layer] = means.float().cpu()
             elif self.responses:
-                assert at.places is not None and at.batch.shares is not None
-                parts = (means.cpu() * at.batch.shares[:, None]).float()
+                assert at.places is not None and at.batch.fractions is not None
+                parts = (means.cpu() * at.batch.fractions[:, None]).float()
                 self.responses[k][:, layer].index_add_(0, at.places, parts)
 
     def _weight(self, layer: int, device: torch.device) -> torch.Tensor:
-        """The length of each neuron's value, or 1 where the effect of the values is not in question."""
+        """The norm of each neuron's column of down_proj at ``WEIGHTED_SITE``, else 1."""
         if self.site != WEIGHTED_SITE:
             return torch.ones((), dtype=torch.float64, device=device)
-        if layer not in self._lengths:
+        if layer not in self._norms:
             weight = self.anatomy.weight_values(layer, "mlp")
-            self._lengths[layer] = weight.double().norm(dim=-2).flatten().to(device)
-        return self._lengths[layer]
+            self._norms[layer] = weight.double().norm(dim=-2).flatten().to(device)
+        return self._norms[layer]
 
 
 @dataclass
 class Attribution:
-    """|x * dLoss/dx| of one site, summed over tokens when the backward pass comes by."""
+    """|x * dLoss/dx| of one site, summed over tokens in the backward pass."""
 
     site: str
     anatomy: Anatomy
@@ -153,17 +153,17 @@ class Attribution:
 
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
         if not values.requires_grad:
-            # The weights are frozen, so nothing below the first site asks for a gradient.
+            # The weights are frozen, so values below the first site require no gradient.
             values.requires_grad_(True)
         units = slice(None) if routed is None else expert_units(self.anatomy, routed)
         total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
         positions = at.positions(routed, values.device)
 
-        # A hook that holds the values themselves holds their graph, which holds the hook: nothing would free it.
-        held = values.detach()
+        # Detached: a hook that refers to the values refers to their graph, which refers to the hook, a cycle.
+        detached = values.detach()
 
         def on_gradient(gradient: torch.Tensor) -> None:
-            add_tokens(held * gradient, positions, {"absolute": total})
+            add_tokens(detached * gradient, positions, {"absolute": total})
 
         values.register_hook(on_gradient)
 

@@ -1,4 +1,4 @@
-"""A corpus recorded: text cut into batches that fit, read once, resumed where it was stopped."""
+"""Recording of a corpus: batches that fit into memory, read once, with resuming."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from neurons.text.batches import (
     language_batches,
     longest_row,
     packed_corpus,
-    unknown_share,
+    unknown_rate,
 )
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import budget_of, text_read
 
-MOST_UNKNOWN = 0.2
-RESPONSE_BYTES = 8 * 2**30
+MAX_UNKNOWN = 0.2
+MAX_RESPONSE_BYTES = 8 * 2**30
 
 
 def record_corpus(
@@ -47,30 +47,31 @@ def record_corpus(
     progress: Progress | None = None,
     out: Path | None = None,
 ) -> Statistics:
-    """Read a corpus once and keep the moments.
+    """Record moments of a corpus in one pass.
 
     Args:
         loaded: the model.
         corpus: text by language.
         moments: as ``neurons.recording.record.record``.
-        reads: "blocks" (joined text in full blocks) or "texts" (a text a row).
-        tokens: most tokens a language; None: the corpus's, else what the moments need (``neurons.text.token_budget``).
-        block: tokens a block; None takes the model's context, at most 2048, with gradients 512.  A text longer than
-            the context is read in parts.
-        batch_tokens: tokens read at once; None takes what the memory allows, and less after running out.
-        progress: called with the number of tokens done.
-        out: where the statistics will be written: an unfinished recording is kept beside it.
+        reads: "blocks" (text packed into full blocks) or "texts" (one text in each row).
+        tokens: maximum tokens of a language; None: ``corpus.tokens``, else what the moments need
+            (``neurons.text.token_budget``).
+        block: tokens in a block; None takes the model's context, at most 2048, with gradients 512.
+        batch_tokens: tokens in a batch; None takes what memory allows, and halves it after running out of memory.
+        progress: called with the number of tokens of each batch that is done.
+        out: output file of the statistics; the state of an unfinished recording is kept beside it.
 
     Returns:
-        Statistics, with ``unknown`` in the metadata: languages whose text the tokenizer does not know.
+        Statistics, with ``unknown`` in the metadata: languages with a rate of unknown tokens above
+        ``MAX_UNKNOWN``, and the rate.
 
     Raises:
-        UsageError: too little text in a language, a block that does not fit, or too many texts to keep
-            the responses of.
+        UsageError: too little text in a language, a block longer than the context, or too many texts to keep
+            their responses.
         BrocaError: an activation that is not finite.
     """
     if reads == TEXTS and block is not None:
-        raise UsageError("a text is read as it is, so --block means nothing to a method that reads texts")
+        raise UsageError("--block is not supported by a method that reads texts: leave it out")
     backward = any(moment.endswith(":attribution") for moment in moments)
     _require_room(loaded, corpus, moments)
     budget = budget_of(moments, reads)
@@ -86,35 +87,34 @@ def record_corpus(
         batches = cut(size)
         fitting, recomputes = batches_for(loaded, backward, longest_row(batches))
         if batch_tokens is None and size == planned and fitting != size:
-            # A longer row than was planned for: activations are recomputed, in other batches.
+            # A row is longer than planned: activations are recomputed, in other batches.
             size, batches = fitting, cut(fitting)
-        for language, some in batches.items():
-            if not some:
+        for language, of_language in batches.items():
+            if not of_language:
                 raise UsageError(f"language {language!r} has no text of two tokens or more")
         unfinished = None if out is None else Unfinished(out, _key(loaded, batches, moments))
-        found = record(loaded, batches, moments, progress, unfinished, recomputes)
-        share = {k: unknown_share(some, loaded.tokenizer) for k, some in batches.items()}
+        statistics = record(loaded, batches, moments, progress, unfinished, recomputes)
+        unknown = {k: unknown_rate(of_language, loaded.tokenizer) for k, of_language in batches.items()}
+        read = text_read(corpus, batches)
         return replace(
-            found,
-            metadata=_metadata(
-                loaded, corpus, found, reads, block, size, share, text_read(corpus, batches), backward
-            ),
+            statistics,
+            metadata=_metadata(loaded, corpus, statistics, reads, block, size, unknown, read, backward),
         )
 
     if batch_tokens is not None or world()[1] > 1:
-        # Processes that cut the text differently would count some of it twice: running out stops them all.
+        # No retry in several processes: with batches of different sizes they would count text twice.
         return attempt(planned)
     halves = iter([planned // 2**i for i in range(1, 32)])
-    found: Statistics = find_executable_batch_size(
+    statistics: Statistics = find_executable_batch_size(
         lambda batch_size: attempt(batch_size),
         starting_batch_size=planned,
         reduce_batch_size_fn=lambda: next(halves),
     )()
-    return found
+    return statistics
 
 
-def finished(out: Path) -> None:
-    """The output is written: what was kept of the unfinished recording may go."""
+def remove_unfinished(out: Path) -> None:
+    """Remove the states of unfinished recordings beside an output that is written."""
     Unfinished(out, "").remove()
     if is_first():
         for state in out.parent.glob(f".{out.name}.unfinished*"):
@@ -125,17 +125,17 @@ def _require_room(loaded: LoadedModel, corpus: Corpus, moments: Sequence[str]) -
     if not any(moment.endswith(":responses") for moment in moments):
         return
     texts = sum(len(corpus.non_empty(language)) for language in corpus.languages)
-    one = 4 * loaded.anatomy.layers * loaded.anatomy.neurons
-    if texts * one > RESPONSE_BYTES:
-        most = RESPONSE_BYTES // one // len(corpus.languages)
+    text_bytes = 4 * loaded.anatomy.layers * loaded.anatomy.neurons
+    if texts * text_bytes > MAX_RESPONSE_BYTES:
+        max_lines = MAX_RESPONSE_BYTES // text_bytes // len(corpus.languages)
         raise UsageError(
-            f"the responses of {texts:,} texts would take {texts * one / 1e9:.1f} GB: give at most {most:,} lines "
-            "a language"
+            f"the responses to {texts:,} texts would take {texts * text_bytes / 1e9:.1f} GB: give at most "
+            f"{max_lines:,} lines in each language"
         )
 
 
 def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], moments: Sequence[str]) -> str:
-    """Names a recording: only what has the same key may be gone on with."""
+    """The identity of a recording: a state is resumed only by a recording with the same key."""
     named = {
         "fingerprint": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),
@@ -145,9 +145,9 @@ def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], momen
         "packages": package_versions(),
     }
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
-    for language, some in batches.items():
+    for language, of_language in batches.items():
         digest.update(language.encode())
-        for batch in some:
+        for batch in of_language:
             digest.update(str(tuple(batch.ids.shape)).encode() + batch.ids.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -155,7 +155,7 @@ def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], momen
 def _metadata(
     loaded: LoadedModel,
     corpus: Corpus,
-    found: Statistics,
+    statistics: Statistics,
     reads: str,
     block: int | None,
     size: int,
@@ -173,7 +173,7 @@ def _metadata(
             {
                 "digest": corpus.digest,
                 "part": corpus.part,
-                "tokens": dict(zip(found.languages, found.tokens.tolist(), strict=True)),
+                "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
                 "lines": {language: len(texts) for language, texts in corpus.texts.items()},
                 "read": read,
             }
@@ -184,5 +184,5 @@ def _metadata(
             "tokens_a_batch": size,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
         },
-        "unknown": {language: share for language, share in unknown.items() if share > MOST_UNKNOWN},
+        "unknown": {language: rate for language, rate in unknown.items() if rate > MAX_UNKNOWN},
     }

@@ -1,8 +1,8 @@
-"""Means and pooled within-language covariance of a site, streamed, on the units that are asked for.
+"""Streamed means and pooled within-language covariances of selected units of a site.
 
-A covariance of 14,336 neurons takes 1.6 GB, so as many layers at a time are taken as memory has room for.  No
-layer runs twice for that: what leaves the last layer of a group is kept for every batch, and the next group
-starts there (``neurons.recording.partial_forward``).
+A covariance of 14,336 neurons takes 1.6 GB, so layers are processed in groups that fit into memory.  No layer runs
+twice: the hidden states after each group are kept for every batch, and the next group starts from them
+(``neurons.recording.partial_forward``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from neurons.models.memory import (
 )
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
-from neurons.recording.partial_forward import Kept, forward_between, starts_in_the_middle
+from neurons.recording.partial_forward import Kept, forward_between, supports_partial_forward
 from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
 from neurons.statistics.gram import Gram
 from neurons.text.batches import TokenBatch
@@ -37,12 +37,12 @@ class Moments:
     """First and second moments of one layer's site.
 
     Attributes:
-        languages: the K names: of languages, or of other groups of tokens.
-        units: int64 [S], the units (neurons) that the rest is about.
+        languages: names of the K languages, or of other groups of tokens.
+        units: int64 [S], indices of the units (neurons).
         mean: float64 [S, K], mean over the tokens of each language.
-        covariance: float64 [S, S], about each token's own language mean, over all tokens together.
-        start: float64 [S], mean over the beginning-of-sequence tokens, which are not in the rest; None
-            where the texts have none.
+        covariance: float64 [S, S], over all tokens, about the mean of each token's language.
+        start: float64 [S], mean over the beginning-of-sequence tokens, which are excluded from ``mean`` and
+            ``covariance``; None if there are none.
     """
 
     languages: tuple[str, ...]
@@ -53,7 +53,7 @@ class Moments:
 
     @property
     def silent(self) -> bool:
-        """Whether every unit is 0 on every token: of a dead layer, or of neurons that never fire."""
+        """Whether every unit is 0 on every token: a dead layer, or neurons that never fire."""
         return not bool(self.mean.any() | self.covariance.any())
 
 
@@ -70,14 +70,14 @@ def language_moments(
         loaded: the model.
         batches: language -> its batches.
         site: a site of ``neurons.architectures.anatomy.SITES``.
-        units: layer -> int64 [S], which units.
-        progress: called with the number of tokens done.
+        units: layer -> int64 [S], indices of units.
+        progress: as in ``each_moments``.
 
     Raises:
-        BrocaError: as ``site_moments``.
+        BrocaError: as ``each_moments``.
     """
-    found = site_moments(loaded, batches, {(site, layer): index for layer, index in units.items()}, progress)
-    return {layer: moments for (_, layer), moments in found.items()}
+    by_place = {(site, layer): index for layer, index in units.items()}
+    return {layer: moments for (_, layer), moments in each_moments(loaded, batches, by_place, progress)}
 
 
 def site_moments(
@@ -86,7 +86,7 @@ def site_moments(
     units: Mapping[Place, torch.Tensor],
     progress: Progress | None = None,
 ) -> dict[Place, Moments]:
-    """All of ``each_moments``, which take 8 S^2 bytes a place together."""
+    """``each_moments`` as a dictionary, which takes 8 S^2 bytes for each place."""
     return dict(each_moments(loaded, batches, units, progress))
 
 
@@ -97,19 +97,19 @@ def each_moments(
     progress: Progress | None = None,
     groups: Sequence[str] | None = None,
 ) -> Iterator[tuple[Place, Moments]]:
-    """Moments of several sites, one after the other from the lowest layer up, some layers in memory at a time.
+    """Moments of several sites in order of layers, with as many layers at a time as fit into memory.
 
-    The model must not change between two of them.
+    The model must not change during the iteration.
 
     Args:
         loaded: the model.
         batches: language -> its batches.
-        units: (site, layer) -> int64 [S], which units of it.
-        progress: called with numbers of tokens whose sum is that of all tokens.
-        groups: names of the batches' groups of tokens, which take the place of the languages.
+        units: (site, layer) -> int64 [S], indices of units.
+        progress: called with numbers of tokens that add up to the number of all tokens.
+        groups: names of the batches' groups of tokens, which replace the languages.
 
     Raises:
-        BrocaError: neurons of a mixture of experts, or moments that are not finite, by site and layer.
+        BrocaError: neurons of a mixture of experts, or moments that are not finite; names site and layer.
     """
     flat = numbered(batches)
     parts = _parts(loaded, units)
@@ -124,7 +124,7 @@ def each_moments(
             loaded,
             flat,
             sums.readers(),
-            None if progress is None else _share_of(progress, done, stop, layers),
+            None if progress is None else _partial_progress(progress, done, stop, layers),
             run=_layers_between(loaded, start, stop, kept, from_kept),
         )
         yield from sums.moments()
@@ -135,22 +135,22 @@ def each_moments(
 def _layers_between(
     loaded: LoadedModel, start: int, stop: int, kept: list[Kept | None], keeps: bool
 ) -> Callable[[int, TokenBatch], None]:
-    """Runs some layers on a batch, from what the pass before kept of it."""
+    """A function that runs the layers ``start`` to ``stop - 1`` on a batch, from what the last pass kept of it."""
 
     def run(at: int, batch: TokenBatch) -> None:
-        left = forward_between(loaded.model, loaded.anatomy, batch, start, stop, kept[at])
-        kept[at] = left if keeps else None
+        states = forward_between(loaded.model, loaded.anatomy, batch, start, stop, kept[at])
+        kept[at] = states if keeps else None
 
     return run
 
 
-def _share_of(progress: Progress, done: int, stop: int, layers: int) -> Progress:
-    """Of a batch's tokens, the part that the layers from ``done`` to ``stop`` are of all."""
+def _partial_progress(progress: Progress, done: int, stop: int, layers: int) -> Progress:
+    """Reports the fraction of a batch's tokens that corresponds to the layers ``done`` to ``stop - 1``."""
     return lambda tokens: progress(tokens * stop // layers - tokens * done // layers)
 
 
 class _Sums:
-    """The sums of some places on one pass over the text."""
+    """Sums of several places in one pass over the text."""
 
     def __init__(
         self,
@@ -163,13 +163,11 @@ class _Sums:
         self.loaded, self.languages, self.units = loaded, languages, units
         device = loaded.device
         self.tokens = torch.zeros(len(languages), dtype=torch.float64)
-        for k, some in enumerate(batches.values()):
-            for batch in some:
-                for number, own in _by_group(batch, k):
-                    self.tokens[number] += float(own.sum())
-        self.start_tokens = sum(
-            int((batch.attention & ~batch.counted).sum()) for some in batches.values() for batch in some
-        )
+        flat = numbered(batches)
+        for k, batch in flat:
+            for number, mask in _by_group(batch, k):
+                self.tokens[number] += float(mask.sum())
+        self.start_tokens = sum(int((batch.attention & ~batch.counted).sum()) for _, batch in flat)
         self.sums = {
             place: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
             for place, index in units.items()
@@ -187,18 +185,18 @@ class _Sums:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             if routed is not None:
                 raise BrocaError(
-                    f"{self.loaded.anatomy.model_type}: each expert's neurons see other tokens, so they have no "
-                    "covariance in common: read attn_in"
+                    f"{self.loaded.anatomy.model_type}: the neurons of different experts see different tokens, so "
+                    "they have no common covariance: read attn_in"
                 )
-            some = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
-            rows = at.rows(values)[:, some]
+            columns = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
+            rows = at.rows(values)[:, columns]
             gram = self.grams[place]
             gram.add(rows.to(gram.centre.device))
-            for number, own in _by_group(at.batch, at.language):
-                picked = rows if at.batch.groups is None else rows[own[at.counted].to(rows.device)]
-                self.sums[place][:, number] += picked.sum(0, dtype=torch.float64).to(gram.centre.device)
+            for number, mask in _by_group(at.batch, at.language):
+                of_group = rows if at.batch.groups is None else rows[mask[at.counted].to(rows.device)]
+                self.sums[place][:, number] += of_group.sum(0, dtype=torch.float64).to(gram.centre.device)
             starts = (at.batch.attention & ~at.counted).to(values.device)
-            at_start = values.detach()[starts][:, some]
+            at_start = values.detach()[starts][:, columns]
             self.starts[place] += at_start.sum(0, dtype=torch.float64).to(gram.centre.device)
 
         return read
@@ -213,17 +211,17 @@ class _Sums:
             covariance /= self.tokens.sum()
             start = (self.starts[place] / self.start_tokens).cpu() if self.start_tokens else None
             of_start = torch.zeros(1) if start is None else start
-            # A sum is finite only where every term is, and takes no second matrix.
+            # A sum is finite only if every term is, and needs no second matrix.
             if not bool(torch.isfinite(covariance.sum()) & torch.isfinite(of_start.sum())):
                 site, layer = place
                 raise not_finite(self.loaded, f"{site} in layer {layer}")
             yield place, Moments(self.languages, index, mean, covariance, start)
-            # Only whoever took them holds them now, or has let them go.
+            # So that the caller decides when the covariance is freed.
             del covariance
 
 
 def _by_group(batch: TokenBatch, language: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(number, bool [rows, length] of its counted tokens) of every group that a batch has tokens of."""
+    """(number, bool [rows, length] of its counted tokens) of every group with tokens in a batch."""
     if batch.groups is None:
         yield language, batch.counted
         return
@@ -232,32 +230,34 @@ def _by_group(batch: TokenBatch, language: int) -> Iterator[tuple[int, torch.Ten
 
 
 def _parts(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
-    """Places in order of their layers, as many together as memory has room for; a layer is never parted.
+    """Places in groups of consecutive layers that fit into memory; a layer is never split.
 
     Raises:
-        BrocaError: one layer is more than is allowed.
+        BrocaError: a single layer needs more than is allowed.
     """
     parts: list[dict[Place, torch.Tensor]] = []
     solving = max(solving_bytes(len(index)) for index in units.values())
-    left = 0
+    remaining = 0
     for layer in sorted({layer for _, layer in units}):
-        own = {place: index for place, index in units.items() if place[1] == layer}
-        size = sum(covariance_bytes(len(index)) for index in own.values())
+        of_layer = {place: index for place, index in units.items() if place[1] == layer}
+        size = sum(covariance_bytes(len(index)) for index in of_layer.values())
         if size + solving > max_room(loaded):
             raise BrocaError(
-                f"{loaded.name}: the covariances of layer {layer} and what is solved with them take "
-                f"{(size + solving) / 1e9:.1f} GB beside weights and libraries, and {max_room(loaded) / 1e9:.1f} GB are "
-                "left of what is allowed: allow more (--max-memory), or let the key use some neurons only (--neurons)"
+                f"{loaded.name}: the covariances of layer {layer} and solving with them take "
+                f"{(size + solving) / 1e9:.1f} GB besides weights and libraries, but only {max_room(loaded) / 1e9:.1f} "
+                "GB are left: allow more (--max-memory), or restrict the key to some neurons (--neurons)"
             )
-        if not parts or size > left:
+        if not parts or size > remaining:
             parts.append({})
-            left = covariance_room(loaded) - solving
-        parts[-1].update(own)
-        left -= size
+            remaining = covariance_room(loaded) - solving
+        parts[-1].update(of_layer)
+        remaining -= size
     return parts
 
 
 def _starts_between(loaded: LoadedModel, batches: Sequence[tuple[int, TokenBatch]]) -> bool:
-    """Whether groups can start where the one before stopped: the model allows it, and hidden states have room."""
+    """Whether a group can start where the last stopped: the model supports it, and the hidden states fit."""
     tokens = sum(batch.ids.numel() for _, batch in batches)
-    return kept_bytes(loaded, tokens) <= room(loaded) and starts_in_the_middle(loaded.model, loaded.anatomy)
+    return kept_bytes(loaded, tokens) <= room(loaded) and supports_partial_forward(
+        loaded.model, loaded.anatomy
+    )

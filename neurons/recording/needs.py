@@ -1,4 +1,4 @@
-"""What the stages that read a model need of the memory, from its sizes alone (``neurons.models.memory``)."""
+"""Memory needs of the stages that read text, computed from sizes alone (``neurons.models.memory``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from neurons.models.memory import (
     LIBRARIES,
     MAX_TOKENS,
     Need,
-    Sizes,
     backward_bytes,
     batches_for,
     forward_bytes,
@@ -25,14 +24,14 @@ from neurons.text.corpus import Corpus
 
 @dataclass(frozen=True)
 class Text:
-    """What is to be read.
+    """The size of the text to read.
 
     Attributes:
-        languages: how many.
+        languages: number of languages.
         row: tokens of the longest row.
-        tokens: of all languages together.
-        texts: rows of all languages together.
-        batch: positions of the largest batch that text by text is read in.
+        tokens: tokens of all languages.
+        texts: rows of all languages.
+        batch: positions of the largest batch of texts.
     """
 
     languages: int
@@ -43,13 +42,13 @@ class Text:
 
 
 def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> Text:
-    """What a corpus is as this model's tokenizer reads it; rows of full length where there is no tokenizer."""
+    """The size of a corpus in tokens of this model; full rows if the model has no tokenizer."""
     length = block_length(planned.model)
     if planned.tokenizer is None:
         count = MAX_TOKENS if tokens is None else tokens
         return Text(len(corpus.languages), length, count * len(corpus.languages), count // length + 1)
     batches = language_batches(planned, corpus, tokens, MAX_TOKENS)
-    flat = [batch for some in batches.values() for batch in some]
+    flat = [batch for of_language in batches.values() for batch in of_language]
     return Text(
         len(corpus.languages),
         longest_row(batches),
@@ -59,21 +58,21 @@ def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> 
     )
 
 
-def passing(
+def pass_need(
     planned: LoadedModel, stage: str, row: int, backward: bool, batch: int | None = None, **more: int
 ) -> Need:
-    """A pass over text in batches that fit.
+    """The need of a pass over text in batches that fit.
 
     Args:
         planned: the model.
-        stage: its name.
+        stage: name of the stage.
         row: tokens of the longest row.
-        backward: whether gradients are taken.
-        batch: positions of the largest batch that there is; None: batches are full.
-        more: what else -> bytes.
+        backward: whether gradients are computed.
+        batch: positions of the largest batch; None: batches are full.
+        more: further parts -> bytes.
 
     Raises:
-        BrocaError: the weights, or one row, do not fit.
+        BrocaError: the weights, or a single row, do not fit.
     """
     sizes = sizes_of(planned)
     tokens, recomputes = batches_for(planned, backward, row)
@@ -88,7 +87,7 @@ def passing(
 def recording_need(
     planned: LoadedModel, text: Text, moments: Sequence[str], reads: str, block: int | None = None
 ) -> Need:
-    """``neurons.recording.corpus_recording.record_corpus``, with the same arguments."""
+    """The need of ``neurons.recording.corpus_recording.record_corpus`` with the same arguments."""
     sizes = sizes_of(planned)
     backward = any(moment.endswith(":attribution") for moment in moments)
     kept = any(moment.endswith(":responses") for moment in moments)
@@ -98,16 +97,13 @@ def recording_need(
         row, batch = block_length(planned.model, block, backward), None
     else:
         row, batch = text.row, text.batch
-    return passing(planned, "record", row, backward, batch, sums=sums + responses)
+    return pass_need(planned, "record", row, backward, batch, sums=sums + responses)
 
 
 def ablation_need(planned: LoadedModel, text: Text) -> Need:
-    """``neurons.ablation.conditions.condition_losses``: what enters every layer is kept of one batch."""
+    """The need of ``neurons.ablation.conditions.condition_losses``, which keeps every layer's input of a batch."""
     sizes = sizes_of(planned)
     tokens = min(batches_for(planned, False, text.row)[0], text.batch)
     kept = sizes.value * sizes.residual * sizes.layers * tokens
-    return passing(planned, "ablate", text.row, False, text.batch, kept=kept, logits=_losses(sizes, tokens))
-
-
-def _losses(sizes: Sizes, tokens: int) -> int:
-    return logit_bytes(sizes, tokens, False)
+    logits = logit_bytes(sizes, tokens, False)
+    return pass_need(planned, "ablate", text.row, False, text.batch, kept=kept, logits=logits)

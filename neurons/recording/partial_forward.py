@@ -1,7 +1,7 @@
-"""Start a forward pass in the middle, or stop it there: layers are skipped, what they gave is kept from before.
+"""Partial forward passes: start at a layer from kept hidden states, or stop before one.
 
-No architecture is taken apart: the model runs as it is, with its own embeddings, masks and positions, and
-only the layers to skip have their ``forward`` exchanged for one that returns the hidden states kept.
+The model runs with its own embeddings, masks and positions.  Only the ``forward`` of the skipped layers is replaced,
+by one that returns the kept hidden states.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from neurons.text.batches import TokenBatch
 
 @dataclass(frozen=True)
 class Kept:
-    """What a forward pass of one batch can be started from.
+    """Kept values from which a forward pass of one batch can start.
 
     Attributes:
-        entering: layer -> copy of the hidden states [rows, length, d] that enter it; layer L is what
-            leaves the last one.
-        beside: layer -> what it returned beside its hidden states; None: it returned them alone.
+        entering: layer -> copy of its input hidden states [rows, length, d]; layer L is the output of the last.
+        other_outputs: layer -> its outputs besides hidden states; None: it returns only hidden states.
     """
 
     entering: Mapping[int, torch.Tensor]
-    beside: Mapping[int, tuple[Any, ...] | None]
+    other_outputs: Mapping[int, tuple[Any, ...] | None]
 
 
 @torch.no_grad()
@@ -44,26 +43,26 @@ def forward_keeping(
     layers: Collection[int],
     keep_on: torch.device | None = None,
 ) -> tuple[torch.Tensor, Kept]:
-    """A whole forward pass that keeps what enters some layers.
+    """A whole forward pass that keeps the inputs of some layers.
 
     Args:
         model: causal language model.
-        anatomy: of the model.
-        batch: on the model's device.
-        layers: that a later pass starts from, 1 to L (0 needs nothing kept).
-        keep_on: device of the copies; None: where they arise.
+        anatomy: its anatomy.
+        batch: the batch, on the model's device.
+        layers: layers from which a later pass starts, 1 to L (0 needs nothing kept).
+        keep_on: device of the copies; None: the device of the layer.
 
     Returns:
-        The last hidden states [rows, length, d], as ``neurons.recording.record.forward``, and what was kept.
+        The final hidden states [rows, length, d], as ``neurons.recording.text_pass.forward``, and what was kept.
     """
     entering: dict[int, torch.Tensor] = {}
-    beside: dict[int, tuple[Any, ...] | None] = {}
+    other_outputs: dict[int, tuple[Any, ...] | None] = {}
 
     def note(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            beside[layer] = tuple(output[1:]) if isinstance(output, tuple) else None
+            other_outputs[layer] = _other_outputs(output)
             if layer + 1 in layers:
-                # A copy: some models go on writing into what a layer returned.
+                # A copy, because some models write into the output of a layer.
                 hidden = first(output)
                 entering[layer + 1] = hidden.clone() if keep_on is None else hidden.to(keep_on, copy=True)
 
@@ -74,20 +73,24 @@ def forward_keeping(
             handle = anatomy.blocks[layer].register_forward_hook(note(layer))
             open_now.callback(handle.remove)
         hidden = forward(model, batch)
-    return hidden, Kept(entering, beside)
+    return hidden, Kept(entering, other_outputs)
+
+
+def _other_outputs(output: Any) -> tuple[Any, ...] | None:
+    return tuple(output[1:]) if isinstance(output, tuple) else None
 
 
 @torch.no_grad()
 def forward_from(
     model: Any, anatomy: Anatomy, batch: TokenBatch, layer: int, kept: Kept | None
 ) -> torch.Tensor:
-    """The last hidden states [rows, length, d] of a pass in which the layers below ``layer`` are skipped.
+    """The final hidden states [rows, length, d] of a pass that skips the layers below ``layer``.
 
     Args:
         model: causal language model.
-        anatomy: of the model.
-        batch: the one that was kept of, on the model's device.
-        layer: the first that runs, 0 to L; 0 is a whole pass, and L runs the final norm alone.
+        anatomy: its anatomy.
+        batch: the batch of ``kept``, on the model's device.
+        layer: the first layer that runs, 0 to L; 0 is a whole pass, L runs only the final norm.
         kept: from ``forward_keeping``; not needed for layer 0.
 
     Raises:
@@ -96,7 +99,7 @@ def forward_from(
     if layer == 0:
         return forward(model, batch)
     if kept is None or layer not in kept.entering:
-        raise BrocaError(f"no hidden states were kept that enter layer {layer}")
+        raise BrocaError(f"no input hidden states of layer {layer} were kept")
     with _skipped(anatomy, layer, kept, batch.ids.device):
         return forward(model, batch)
 
@@ -109,23 +112,23 @@ def forward_between(
 
     Args:
         model: causal language model.
-        anatomy: of the model.
-        batch: on the model's device.
+        anatomy: its anatomy.
+        batch: the batch, on the model's device.
         start: the first layer that runs; 0 needs nothing kept.
-        stop: the first that does not run any more, start + 1 to L.
-        kept: what an earlier call that stopped at ``start`` gave.
+        stop: the layer before which the pass stops, start + 1 to L.
+        kept: result of an earlier call that stopped at ``start``.
 
     Returns:
         What the next call needs to start at ``stop``, on the CPU; None after the last layer.
 
     Raises:
-        BrocaError: nothing was kept for the layer that starts.
+        BrocaError: nothing was kept for layer ``start``.
     """
     if stop == anatomy.layers:
         forward_from(model, anatomy, batch, start, kept)
         return None
     entering: list[torch.Tensor] = []
-    beside: dict[int, tuple[Any, ...] | None] = {} if kept is None else dict(kept.beside)
+    other_outputs: dict[int, tuple[Any, ...] | None] = {} if kept is None else dict(kept.other_outputs)
 
     def end(_: nn.Module, arguments: Any, named: Any) -> None:
         hidden = arguments[0] if arguments else named["hidden_states"]
@@ -134,7 +137,7 @@ def forward_between(
 
     def note(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            beside[layer] = tuple(output[1:]) if isinstance(output, tuple) else None
+            other_outputs[layer] = _other_outputs(output)
 
         return after
 
@@ -145,21 +148,23 @@ def forward_between(
             open_now.callback(anatomy.blocks[layer].register_forward_hook(note(layer)).remove)
         with suppress(_StopError):
             forward_from(model, anatomy, batch, start, kept)
-    return Kept({stop: entering[0]}, beside)
+    return Kept({stop: entering[0]}, other_outputs)
 
 
 class _StopError(Exception):
-    """The layers that are wanted have run."""
+    """The requested layers have run."""
 
 
 def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.Tensor:
-    """What the model makes of vectors in the residual stream after its last layer: the final norm.
+    """The final norm applied to vectors in the residual stream after the last layer.
 
     Args:
+        model: causal language model.
+        anatomy: its anatomy.
         vectors: [n, d].
 
     Returns:
-        [n, d], which ``neurons.architectures.sites.logits`` takes.
+        [n, d], input of ``neurons.architectures.sites.logits``.
     """
     device = execution_device(model.get_input_embeddings())
     ids = torch.zeros(len(vectors), 1, dtype=torch.int64, device=device)
@@ -167,15 +172,15 @@ def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.T
     batch = TokenBatch(ids, seen, seen)
     last = anatomy.layers
     _, kept = forward_keeping(model, anatomy, batch, [last])
-    given = vectors[:, None].to(kept.entering[last])
-    return forward_from(model, anatomy, batch, last, replace(kept, entering={last: given}))[:, 0]
+    hidden = vectors[:, None].to(kept.entering[last])
+    return forward_from(model, anatomy, batch, last, replace(kept, entering={last: hidden}))[:, 0]
 
 
 @torch.no_grad()
-def starts_in_the_middle(model: Any, anatomy: Anatomy) -> bool:
-    """Whether a pass from any layer gives the bits of the whole pass, on a few tokens.
+def supports_partial_forward(model: Any, anatomy: Anatomy) -> bool:
+    """Whether partial passes from the first, middle and last layer are bit-identical to the whole pass on a few tokens.
 
-    It does not where layers hand each other more than hidden states, as where they share keys and values.
+    They are not if layers exchange more than hidden states, for example shared keys and values.
     """
     device = execution_device(model.get_input_embeddings())
     ids = example_ids(model.config.get_text_config().vocab_size, device)
@@ -188,27 +193,31 @@ def starts_in_the_middle(model: Any, anatomy: Anatomy) -> bool:
             torch.equal(forward_from(model, anatomy, batch, layer, kept), whole)
             for layer in sorted({*layers[:1], *layers[len(layers) // 2 :][:1], *layers[-1:]})
         )
-    # A model of which little is known may fail in any way where a layer did not run.
+    # An unknown model may fail in many ways if a layer did not run.
     except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError):
         return False
 
 
 @contextmanager
 def _skipped(anatomy: Anatomy, layer: int, kept: Kept, device: torch.device) -> Iterator[None]:
-    # A copy, for the model may write into it; every skipped layer hands on the same.
+    # A copy, because the model may write into it; every skipped layer returns the same tensor.
     hidden = kept.entering[layer].to(device, copy=True)
 
-    def standing_in(below: int) -> Callable[..., Any]:
-        rest = kept.beside[below]
+    def stub(below: int) -> Callable[..., Any]:
+        rest = kept.other_outputs[below]
         return lambda *_, **__: hidden if rest is None else (hidden, *rest)
 
     with ExitStack() as undo:
         for below in range(layer):
-            block = anatomy.blocks[below]
-            own = vars(block).get("forward")
-            vars(block)["forward"] = standing_in(below)
-            if own is None:
-                undo.callback(vars(block).pop, "forward")
-            else:
-                undo.callback(vars(block).__setitem__, "forward", own)
+            replace_forward(anatomy.blocks[below], stub(below), undo)
         yield
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    """Replace a module's ``forward`` until ``undo`` closes."""
+    replaced = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    if replaced is None:
+        undo.callback(vars(module).pop, "forward")
+    else:
+        undo.callback(vars(module).__setitem__, "forward", replaced)

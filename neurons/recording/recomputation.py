@@ -1,7 +1,7 @@
-"""Gradients in a layer's memory: activations are not kept, the backward pass computes each layer's again.
+"""Gradient checkpointing (arXiv 1604.06174), with each decoder layer as a segment.
 
-Gradient checkpointing (arXiv 1604.06174), a decoder layer a segment; a third more time.  A layer's sites are passed
-twice: first with gradients disabled, then, last layer first, with gradients enabled.
+The backward pass recomputes the activations of each layer, which takes a third more time.  The hooks of a layer run
+twice: first with gradients disabled, then, from the last layer down, with gradients enabled.
 """
 
 from __future__ import annotations
@@ -14,32 +14,28 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from neurons.architectures.anatomy import Anatomy
+from neurons.recording.partial_forward import replace_forward
 
 
 @contextmanager
 def recomputing(anatomy: Anatomy) -> Iterator[None]:
-    """Inside, a pass with gradients enabled keeps of each layer what enters it, and nothing else.
+    """A context in which a pass with gradients keeps only the input of each layer.
 
-    Gradients reach what the layers compute from; tensors that a hook brings in from outside get none.
+    Gradients flow to the inputs of the layers, not to tensors that a hook adds from outside.
     """
     with ExitStack() as undo:
-        for block in anatomy.blocks:
-            own = vars(block).get("forward")
-            vars(block)["forward"] = _again(block.forward)
-            if own is None:
-                undo.callback(vars(block).pop, "forward")
-            else:
-                undo.callback(vars(block).__setitem__, "forward", own)
+        for layer in anatomy.blocks:
+            replace_forward(layer, _checkpointed(layer.forward), undo)
         yield
 
 
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*given: Any, **named: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*given, **named)
-        hidden, rest = (given[0], given[1:]) if given else (named.pop("hidden_states"), ())
+            return forward(*arguments, **named)
+        hidden, rest = (arguments[0], arguments[1:]) if arguments else (named.pop("hidden_states"), ())
         if not hidden.requires_grad:
-            # The embeddings are frozen, and a segment without an input that wants a gradient has none.
+            # The embeddings are frozen, and a segment computes gradients only if its input requires them.
             hidden = hidden.detach().requires_grad_(True)
         return checkpoint(
             lambda entering: forward(entering, *rest, **named),

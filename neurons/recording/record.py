@@ -1,4 +1,4 @@
-"""Recording: collectors at sites, streaming sums; no activation outlives its batch."""
+"""Recording: streamed sums by collectors at sites; no activation outlives its batch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from neurons.recording.collectors import (
 )
 from neurons.recording.recomputation import recomputing
 from neurons.recording.resume import Unfinished
+from neurons.recording.text_losses import predicted
 from neurons.recording.text_pass import (
     Position,
     PositionReader,
     Progress,
+    batches_of_process,
     forward,
     line_numbers,
     numbered,
-    own_share,
     read_text,
 )
 from neurons.statistics.statistics import Statistics, combine_of, moment_dtype, parse_moment
@@ -40,14 +41,14 @@ from neurons.statistics.sums import OF_TEXTS, OF_TOKENS
 from neurons.statistics.totals import Totals
 from neurons.text.batches import TokenBatch
 
-CHECKED_EVERY = 64  # batches between two looks for values that are not finite
+CHECKED_EVERY = 64  # batches between two checks for values that are not finite
 
 
 def loss_sum(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """Negative log-likelihood (nats) of the counted tokens given those before them, summed."""
-    wanted = batch.counted[:, 1:]
+    """The sum of the negative log-likelihoods (nats) of the predicted tokens."""
+    mask = predicted(batch)
     hidden = forward(model, batch)[:, :-1]
-    return token_losses(model, hidden[wanted.to(hidden.device)], batch.ids[:, 1:][wanted]).sum()
+    return token_losses(model, hidden[mask.to(hidden.device)], batch.ids[:, 1:][mask]).sum()
 
 
 def record(
@@ -58,32 +59,33 @@ def record(
     unfinished: Unfinished | None = None,
     recomputes: bool = False,
 ) -> Statistics:
-    """Sum moments of activations over all counted tokens, per language.
+    """Sum moments of activations over the counted tokens of each language.
 
-    Under a launcher of several processes each takes its share of the batches, and all get the same sums.
+    Under a launcher of several processes each process reads a part of the batches, and all get the same sums.
 
     Args:
         loaded: the model.
         batches: language -> its batches.
-        moments: what to sum, as ``site:moment`` (``neurons.statistics.statistics.MOMENTS``).  ``mlp_in:attribution``
-            needs a backward pass; its Loss is the sum of the negative log-likelihoods (nats) of a row's
-            tokens.  ``mlp_in:responses`` keeps each text's mean, float32, which grows with the texts.
+        moments: the moments, as ``site:moment`` (``neurons.statistics.statistics.MOMENTS``).  ``mlp_in:attribution``
+            needs a backward pass; its loss is the sum of the negative log-likelihoods (nats) of a row's tokens.
+            ``mlp_in:responses`` keeps each text's mean, float32, so its size grows with the texts.
         progress: called with the number of tokens of each batch that is done.
-        unfinished: where to keep the state; a state of the same recording is gone on with.
-        recomputes: have the backward pass compute activations again (``neurons.recording.recomputation``).
+        unfinished: keeps the state; a state of the same recording is resumed.
+        recomputes: recompute activations in the backward pass (``neurons.recording.recomputation``).
 
     Returns:
         Statistics with every moment [layers, width, languages].
 
     Raises:
-        BrocaError: an activation that is not finite, by layer and site.
+        BrocaError: an activation that is not finite; names layer and site.
     """
     anatomy, model, languages = loaded.anatomy, loaded.model, tuple(batches)
-    kept = f"mlp_in:{RESPONSES}" in moments
+    keeps_responses = f"mlp_in:{RESPONSES}" in moments
     parsed = [parse_moment(moment) for moment in moments if moment != f"mlp_in:{RESPONSES}"]
-    lines = line_numbers(batches) if kept else {}
+    lines = line_numbers(batches) if keeps_responses else {}
     responses = {
-        language: torch.zeros(len(own), anatomy.layers, anatomy.neurons) for language, own in lines.items()
+        language: torch.zeros(len(of_language), anatomy.layers, anatomy.neurons)
+        for language, of_language in lines.items()
     }
     for site, moment in parsed:
         if moment not in (*OF_TOKENS, *OF_TEXTS, WORST_RANK, ATTRIBUTION):
@@ -98,19 +100,19 @@ def record(
     def reader_of(site: str, layer: int) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             for collector in collectors.get(site, ()):
-                # Where activations are recomputed each site in a layer is passed twice, first without gradients.
+                # With recomputation the sites in a layer are read twice, first without gradients.
                 once = not recomputes or site == "block_out"
                 if once or isinstance(collector, Attribution) == torch.is_grad_enabled():
                     collector.add(layer, values, routed, at)
             if site == "mlp_out" and anatomy.experts > 1:
-                for collector in (c for some in collectors.values() for c in some):
+                for collector in (c for of_site in collectors.values() for c in of_site):
                     collector.finish(layer, at)
 
         return read
 
     sites = [*collectors, *(["mlp_out"] if anatomy.experts > 1 and "mlp_out" not in collectors else [])]
     readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
-    own = own_share(numbered(batches))
+    of_process = batches_of_process(numbered(batches))
     done, state = (0, {}) if unfinished is None else unfinished.load()
     if state:
         counts = state.pop("counts")
@@ -118,11 +120,11 @@ def record(
             responses[language].copy_(state.pop(f"responses {language}"))
         totals.restore(state)
         if progress is not None:
-            progress(int(sum(int(batch.counted.sum()) for _, batch in own[:done])))
-    left = own[done:]
+            progress(sum(int(batch.counted.sum()) for _, batch in of_process[:done]))
+    remaining = of_process[done:]
 
     def after(at: int) -> None:
-        k, batch = left[at]
+        k, batch = remaining[at]
         counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
         if (done + at + 1) % CHECKED_EVERY == 0:
             totals.require_finite()
@@ -133,10 +135,10 @@ def record(
     with recomputing(anatomy) if recomputes and backward else nullcontext():
         read_text(
             loaded,
-            left,
+            remaining,
             readers,
             progress,
-            lines=list(lines.values()) if kept else None,
+            lines=list(lines.values()) if keeps_responses else None,
             run=(lambda _, batch: loss_sum(model, batch).backward()) if backward else None,
             gradients=backward,
             after=after,
@@ -173,25 +175,25 @@ def _totals(anatomy: Anatomy, languages: int, parsed: Sequence[tuple[str, str]])
 def _collectors(
     anatomy: Anatomy, parsed: Sequence[tuple[str, str]], totals: Totals, responses: Sequence[torch.Tensor]
 ) -> dict[str, list[Collector]]:
-    """Site -> what collects there."""
+    """Site -> its collectors."""
     sites = dict.fromkeys(site for site, _ in parsed)
     if responses:
         sites["mlp_in"] = None
     if anatomy.experts > 1 and not any(site in ("mlp_act", "mlp_in") for site in sites):
         sites["mlp_in"] = None
     routing_site = next((site for site in sites if site in ("mlp_act", "mlp_in", "mlp_up")), None)
-    found: dict[str, list[Collector]] = {}
+    collectors: dict[str, list[Collector]] = {}
     for site in sites:
-        own = [moment for at, moment in parsed if at == site]
-        of_tokens = [moment for moment in own if moment in OF_TOKENS]
-        of_texts = [moment for moment in own if moment in (*OF_TEXTS, WORST_RANK)]
+        moments = [moment for at, moment in parsed if at == site]
+        of_tokens = [moment for moment in moments if moment in OF_TOKENS]
+        of_texts = [moment for moment in moments if moment in (*OF_TEXTS, WORST_RANK)]
         counts_routed = anatomy.experts > 1 and site == routing_site
-        found[site] = []
+        collectors[site] = []
         if of_tokens or counts_routed:
-            found[site].append(TokenSums(site, of_tokens, anatomy, totals, counts_routed))
+            collectors[site].append(TokenSums(site, of_tokens, anatomy, totals, counts_routed))
         if of_texts or (responses and site == "mlp_in"):
-            kept = responses if site == "mlp_in" else ()
-            found[site].append(TextSums(site, of_texts, anatomy, totals, kept))
-        if ATTRIBUTION in own:
-            found[site].append(Attribution(site, anatomy, totals))
-    return found
+            of_site = responses if site == "mlp_in" else ()
+            collectors[site].append(TextSums(site, of_texts, anatomy, totals, of_site))
+        if ATTRIBUTION in moments:
+            collectors[site].append(Attribution(site, anatomy, totals))
+    return collectors

@@ -1,4 +1,4 @@
-"""An unfinished recording on disk: the sums so far and how far they go."""
+"""The state of an unfinished recording on disk: the sums so far and the number of batches done."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from neurons.files.artifact import load_artifact, save_artifact
 from neurons.models.processes import world
 
 EVERY = 30.0  # seconds
-# Share of the time: what a recording keeps of every text takes long to write.
-MOST_FOR_WRITING = 0.02
+# Maximum fraction of the time for writing: responses to single texts take long to write.
+MAX_WRITING = 0.02
 
 
 @dataclass
 class Unfinished:
-    """Keeps a recording's state beside its output, so that a stopped run goes on where it was.
+    """Keeps a recording's state beside its output, from which a stopped run resumes.
 
     Attributes:
-        path: of the output; the state is ``.NAME.unfinished`` beside it, one for each process.
-        key: names the recording: model, text, moments, batches.  A state of another is not used.
-        every: seconds between two writes, more where writing takes more than ``MOST_FOR_WRITING`` of the time.
+        path: the output; the state is ``.NAME.unfinished`` beside it, one for each process.
+        key: identity of the recording: model, text, moments, batches.  Only a state with the same key is used.
+        every: seconds between two writes, increased to keep writing below ``MAX_WRITING`` of the time.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Unfinished:
         return self.path.with_name(f".{self.path.name}.unfinished{ending}")
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """Batches done and the state after them; (0, {}) where there is none of this recording."""
+        """Batches done and the state after them; (0, {}) if there is none of this recording."""
         try:
             artifact = load_artifact(self.file, "unfinished")
         except BrocaError:
@@ -51,8 +51,8 @@ class Unfinished:
         return int(artifact.metadata["batches"]), artifact.tensors
 
     def is_due(self) -> bool:
-        longer = max(1.0, self._took / (MOST_FOR_WRITING * EVERY))
-        return time.monotonic() - self._written >= longer * self.every
+        factor = max(1.0, self._took / (MAX_WRITING * EVERY))
+        return time.monotonic() - self._written >= factor * self.every
 
     def save(self, batches: int, tensors: Mapping[str, torch.Tensor]) -> None:
         begun = time.monotonic()

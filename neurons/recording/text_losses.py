@@ -1,4 +1,4 @@
-"""How badly a model predicts each text: the sum of its tokens' negative log-likelihoods."""
+"""The loss of each text: the sum of its tokens' negative log-likelihoods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from neurons.text.batches import TokenBatch
 
 
 def predicted(batch: TokenBatch) -> torch.Tensor:
-    """bool [rows, length - 1]: the counted tokens that follow another, which are those predicted."""
+    """bool [rows, length - 1]: the predicted tokens, which are counted and follow another."""
     return batch.counted[:, 1:]
 
 
@@ -21,15 +21,15 @@ def text_losses(model: Any, hidden: torch.Tensor, batch: TokenBatch) -> torch.Te
 
     Args:
         model: causal language model.
-        hidden: last hidden states [rows, length, d] of the batch.
-        batch: on the model's device.
+        hidden: final hidden states [rows, length, d] of the batch.
+        batch: the batch, on the model's device.
 
     Returns:
         float64 [rows], on the CPU.
     """
-    wanted = predicted(batch)
-    losses = token_losses(model, hidden[:, :-1][wanted], batch.ids[:, 1:][wanted])
-    # Put back in their places and summed by rows: adding at indices has no fixed order on a GPU.
-    spread = torch.zeros(wanted.shape, dtype=torch.float64, device=hidden.device)
-    spread[wanted] = losses.double()
-    return spread.sum(1).cpu()
+    mask = predicted(batch)
+    losses = token_losses(model, hidden[:, :-1][mask], batch.ids[:, 1:][mask])
+    # Summed over rows of a dense tensor: index_add has no fixed order on a GPU.
+    dense = torch.zeros(mask.shape, dtype=torch.float64, device=hidden.device)
+    dense[mask] = losses.double()
+    return dense.sum(1).cpu()

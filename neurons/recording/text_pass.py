@@ -1,4 +1,4 @@
-"""One pass over text: the only loop in which the model reads batches while hooks read its sites."""
+"""The pass over text: the only loop that runs the model on batches while hooks read its sites."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Numbered = list[tuple[int, TokenBatch]]  # (language number, batch)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a pass over text is: the batch that the model reads.
+    """The position of a pass over text: the batch that the model reads.
 
     Attributes:
-        index: the batch's place among those that are read.
-        language: its number k.
-        batch: on the model's device.
-        places: int64 [rows], each text's place among the texts of its language; None where they are not told.
+        index: the batch's index in the pass.
+        language: its language's index k.
+        batch: the batch, on the model's device.
+        places: int64 [rows], each text's index among the texts of its language; None if no ``lines`` are given.
     """
 
     index: int
@@ -45,22 +45,22 @@ class Position:
         return self.counted.flatten().nonzero().flatten()
 
     def positions(self, routed: Routed | None, device: torch.device) -> torch.Tensor:
-        """int64 [n], the counted tokens among the batch's, or among those that reached an expert."""
+        """int64 [n], indices of the counted tokens among those of the batch, or among those routed to an expert."""
         if routed is None:
             return self._positions.to(device)
         return self.counted.flatten().to(device)[routed.tokens].nonzero().flatten()
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
-        """[n, width]: the counted tokens' rows of values [rows, length, width], without their gradient."""
+        """[n, width]: the counted tokens of values [rows, length, width], detached."""
         return values.detach()[self.counted.to(values.device)]
 
 
-# As ``neurons.architectures.sites.SiteHook``, with the position of the pass; it replaces nothing.
+# As ``neurons.architectures.sites.SiteHook``, with the position of the pass; it replaces no values.
 PositionReader = Callable[[torch.Tensor, Routed | None, Position], None]
 
 
 def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """Hidden states [rows, length, d] of a batch, on its device; no logits are made."""
+    """Final hidden states [rows, length, d] of a batch, on its device, without logits."""
     mask = batch.attention.long() if batch.padded else None
     hidden: torch.Tensor = model.base_model(
         input_ids=batch.ids, attention_mask=mask, use_cache=False
@@ -69,12 +69,12 @@ def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
 
 
 def numbered(batches: Mapping[str, Sequence[TokenBatch]]) -> Numbered:
-    """Every language's batches, with the language's number."""
-    return [(k, batch) for k, some in enumerate(batches.values()) for batch in some]
+    """Every language's batches with the language's index."""
+    return [(k, batch) for k, of_language in enumerate(batches.values()) for batch in of_language]
 
 
-def own_share(batches: Numbered) -> Numbered:
-    """Those of this process, in the order that a single process would take them."""
+def batches_of_process(batches: Numbered) -> Numbered:
+    """The batches of this process, in the order of a single process."""
     number, processes = world()
     return batches[number::processes]
 
@@ -82,8 +82,8 @@ def own_share(batches: Numbered) -> Numbered:
 def line_numbers(batches: Mapping[str, Sequence[TokenBatch]]) -> dict[str, torch.Tensor]:
     """Language -> int64 [T], the lines of its texts, ascending."""
     return {
-        language: torch.cat([batch.line_numbers for batch in some]).unique()
-        for language, some in batches.items()
+        language: torch.cat([batch.line_numbers for batch in of_language]).unique()
+        for language, of_language in batches.items()
     }
 
 
@@ -98,16 +98,16 @@ def read_text(
     gradients: bool = False,
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Run the model on every batch, one after the other, with hooks at some sites.
+    """Run the model on every batch in order, with readers at some sites.
 
     Args:
         loaded: the model.
-        batches: what is read, in this order.
-        readers: (site, layer) -> what is called with the site's values.
+        batches: the batches, in order.
+        readers: (site, layer) -> function called with the site's values.
         progress: called with the number of counted tokens of each batch that is done.
         lines: ``line_numbers`` of each language, for ``Position.places``.
-        run: called with a batch's index and the batch on the device; None: the forward pass without logits.
-        gradients: whether the passes are recorded for a backward pass.
+        run: called with a batch's index and the batch on the device; None: ``forward``.
+        gradients: whether gradients are enabled, for a backward pass in ``run``.
         after: called with the index of each batch that is done.
 
     Raises:
@@ -118,8 +118,8 @@ def read_text(
     def bound(read: PositionReader) -> SiteHook:
         return lambda values, routed: read(values, routed, current[0])
 
-    own = {place: bound(read) for place, read in readers.items()}
-    with explained(loaded), site_hooks(loaded.anatomy, own), torch.set_grad_enabled(gradients):
+    hooks = {place: bound(read) for place, read in readers.items()}
+    with explained(loaded), site_hooks(loaded.anatomy, hooks), torch.set_grad_enabled(gradients):
         for at, (k, batch) in enumerate(batches):
             on_device = batch.to(loaded.device)
             places = None if lines is None else torch.searchsorted(lines[k], batch.line_numbers)

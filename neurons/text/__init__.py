@@ -1,1 +1,1 @@
-"""Text: corpora, prompts and the batches of tokens that are made of them."""
+"""Text: corpora, prompts, conversations and their token batches."""

@@ -1,4 +1,4 @@
-"""Texts to token batches: packed in full blocks (to count on), or a text a row (to average over texts)."""
+"""Token batches: text packed into full blocks (for counts), or one text in each row (for means over texts)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.text.corpus import Corpus
-from neurons.text.spread import spread
+from neurons.text.sampling import even_order
 
-LONGEST_BLOCK = 2048
-LONGEST_BLOCK_BACKWARD = (
-    512  # what is kept for a gradient grows with the block: 2,048 tokens of a 0.5B take 4 GB
-)
+MAX_BLOCK = 2048
+MAX_BLOCK_BACKWARD = 512  # activations for gradients grow with the block: 2,048 tokens of a 0.5B take 4 GB
 TOKENS_A_BATCH = MAX_TOKENS
-LINES_AT_ONCE = 1000  # that are tokenised
-MOST_PADDING = 128  # positions a batch: a pass for so many costs about what one more batch does
+LINES_AT_ONCE = 1000  # in one call of the tokenizer
+MAX_PADDING = 128  # positions in a batch: more cost more time than another batch
 
 
 @dataclass(frozen=True)
@@ -31,21 +29,20 @@ class TokenBatch:
     """Rows of tokens for one forward pass.
 
     Attributes:
-        ids: integers [rows, length], padded on the right; int64 once they are on a device (``to``).
+        ids: integers [rows, length], padded on the right; int64 on a device (``to``).
         attention: bool [rows, length], False on padding.
-        counted: bool [rows, length], False on padding and on the tokenizer's start tokens, which are the
-            same in every language, and on what stands first where it adds none.
-        lines: int64 [rows], which line of its corpus each row is of; None where rows are not of lines.
-        shares: float64 [rows], which part of its line's counted tokens a row has; None where rows are whole lines.
-        groups: int64 [rows, length], the number of each counted token's group, where the tokens of a row are not
-            all of one; None: all are of the batch's language.
+        counted: bool [rows, length], False on padding, on the tokenizer's start tokens, which are the same in every
+            language, and on the first position if there is no start token.
+        lines: int64 [rows], the line of the corpus in each row; None for packed text.
+        fractions: float64 [rows], the fraction of its line's counted tokens in each row; None if rows are whole lines.
+        groups: int64 [rows, length], the group of each counted token; None: all belong to the batch's language.
     """
 
     ids: torch.Tensor
     attention: torch.Tensor
     counted: torch.Tensor
     lines: torch.Tensor | None = None
-    shares: torch.Tensor | None = None
+    fractions: torch.Tensor | None = None
     groups: torch.Tensor | None = None
 
     @property
@@ -53,10 +50,10 @@ class TokenBatch:
         """``lines``.
 
         Raises:
-            UsageError: the rows are blocks of joined text.
+            UsageError: the rows are blocks of packed text.
         """
         if self.lines is None:
-            raise UsageError("blocks of joined text are no texts of their own: read the corpus text by text")
+            raise UsageError("packed text has no rows for single texts: read the corpus text by text")
         return self.lines
 
     @property
@@ -69,25 +66,25 @@ class TokenBatch:
             self.attention.to(device),
             self.counted.to(device),
             self.lines,
-            self.shares,
+            self.fractions,
             None if self.groups is None else self.groups.to(device),
         )
 
 
-def block_length(model: Any, wanted: int | None = None, backward: bool = False) -> int:
-    """Tokens a block: what was asked for, else the model's context, at most ``LONGEST_BLOCK``.
+def block_length(model: Any, length: int | None = None, backward: bool = False) -> int:
+    """Tokens in a block: ``length``, by default the model's context up to ``MAX_BLOCK``.
 
-    With ``backward`` at most ``LONGEST_BLOCK_BACKWARD``.
+    With ``backward`` the default is at most ``MAX_BLOCK_BACKWARD``.
 
     Raises:
-        UsageError: ``wanted`` is below 2 or longer than the model's context.
+        UsageError: ``length`` is below 2 or longer than the model's context.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_BLOCK
-    if wanted is None:
-        return int(min(context, LONGEST_BLOCK_BACKWARD if backward else LONGEST_BLOCK))
-    if not 2 <= wanted <= context:
-        raise UsageError(f"a block of {wanted} tokens: the model reads 2 to {context}")
-    return wanted
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_BLOCK
+    if length is None:
+        return int(min(context, MAX_BLOCK_BACKWARD if backward else MAX_BLOCK))
+    if not 2 <= length <= context:
+        raise UsageError(f"a block of {length} tokens: the model reads 2 to {context}")
+    return length
 
 
 def packed_batches(
@@ -95,21 +92,20 @@ def packed_batches(
     tokenizer: Any,
     length: int,
     language: str,
-    most_tokens: int | None = None,
+    max_tokens: int | None = None,
     tokens_a_batch: int | None = None,
 ) -> list[TokenBatch]:
-    """Texts joined by newlines and cut into full blocks; no padding, a rest shorter than a block is left.
+    """Texts joined by newlines and cut into full blocks; an incomplete last block is dropped.
 
-    Each block begins with the tokenizer's start tokens where it adds any.  The first position is not counted
-    either way, as in ``text_batches``: a block begins in the middle of a text, and what stands first serves
-    the model as an attention sink there too, with activations that would weigh in a mean like thousands.
+    Each block begins with the tokenizer's start tokens, if it adds any.  The first position is never counted,
+    as in ``text_batches``: the model uses it as an attention sink, with activations that would dominate a mean.
 
     Args:
-        texts: of one language.
+        texts: texts of one language.
         tokenizer: a transformers tokenizer.
-        length: tokens a block, start tokens included.
-        language: their name, for the error.
-        most_tokens: read so many (rounded up to whole blocks), evenly from the whole text; None reads all.
+        length: tokens in a block, including start tokens.
+        language: the language, for the error.
+        max_tokens: tokens to read (rounded up to whole blocks), evenly from the whole text; None reads all.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
 
     Raises:
@@ -117,9 +113,9 @@ def packed_batches(
     """
     start = start_tokens(tokenizer)
     body = length - len(start)
-    blocks = None if most_tokens is None else -(-most_tokens // body)
+    blocks = None if max_tokens is None else -(-max_tokens // body)
     stream = array("i")
-    for tokens in _drawn(texts, tokenizer, None if blocks is None else blocks * body, "\n").values():
+    for tokens in _sampled(texts, tokenizer, None if blocks is None else blocks * body, "\n").values():
         stream.extend(tokens)
     whole = len(stream) // body
     if whole == 0:
@@ -129,18 +125,18 @@ def packed_batches(
         )
     ids = torch.frombuffer(stream, dtype=torch.int32)[: whole * body].view(whole, body)
     if blocks is not None and whole > blocks:
-        ids = ids[sorted(spread(whole)[:blocks])]
+        ids = ids[sorted(even_order(whole)[:blocks])]
         whole = blocks
     if start:
         ids = torch.cat([torch.tensor([start], dtype=torch.int32).expand(whole, -1), ids], dim=1)
-    # One row stands for all: no token takes more memory than its number.
+    # Masks of one row, expanded, so that a token takes no more memory than its id.
     attention = torch.ones(1, length, dtype=torch.bool)
     counted = attention.clone()
     counted[:, : max(1, len(start))] = False
     rows = max(1, (TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch) // length)
     return [
-        TokenBatch(some, attention.expand(len(some), -1), counted.expand(len(some), -1))
-        for some in ids.split(rows)
+        TokenBatch(chunk, attention.expand(len(chunk), -1), counted.expand(len(chunk), -1))
+        for chunk in ids.split(rows)
     ]
 
 
@@ -148,21 +144,22 @@ def text_batches(
     texts: Sequence[str],
     tokenizer: Any,
     length: int,
-    most_tokens: int | None = None,
+    max_tokens: int | None = None,
     tokens_a_batch: int | None = None,
 ) -> list[TokenBatch]:
-    """One text a row, texts of like length together; one longer than ``length`` tokens has several rows.
+    """One text in each row, grouped by length; a text of more than ``length`` tokens has several rows.
 
-    The first position is not counted, also where the tokenizer adds no start token: what
-    stands there serves the model as an attention sink, with activations unlike any other token's.  Texts
-    that leave nothing to count are left out.
+    The first position is never counted, even without a start token: the model uses it as an attention sink,
+    with activations unlike those of other tokens.  Texts without counted tokens are dropped.
 
-    The rows' order differs from the texts' order: sums over rows do not depend on it beyond rounding,
-    and it is the same in every run.
+    The rows are not in the order of the texts.  Their order is the same in every run, and sums over rows depend
+    on it only by rounding.
 
     Args:
-        texts: of one language; "" keeps a line's place in the count.
-        most_tokens: read so many (rounded up to whole rows), evenly from the whole text; None reads all.
+        texts: texts of one language; "" keeps its line number.
+        tokenizer: a transformers tokenizer.
+        length: maximum tokens in a row, including start tokens.
+        max_tokens: tokens to read (rounded up to whole rows), evenly from the whole text; None reads all.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
     """
     start = start_tokens(tokenizer)
@@ -170,15 +167,15 @@ def text_batches(
     rows: list[list[int]] = []
     lines: list[int] = []
     used = 0
-    for line, tokens in _drawn(texts, tokenizer, most_tokens).items():
+    for line, tokens in _sampled(texts, tokenizer, max_tokens).items():
         pieces = [[*start, *tokens[first : first + body]] for first in range(0, len(tokens), body)]
-        taken = []
-        for place in spread(len(pieces)):
-            if most_tokens is None or used < most_tokens:
-                taken.append(place)
+        sampled = []
+        for place in even_order(len(pieces)):
+            if max_tokens is None or used < max_tokens:
+                sampled.append(place)
                 used += max(0, len(pieces[place]) - uncounted)
-        rows += [pieces[place] for place in sorted(taken)]
-        lines += [line] * len(taken)
+        rows += [pieces[place] for place in sorted(sampled)]
+        lines += [line] * len(sampled)
     return row_batches(rows, uncounted, lines, tokens_a_batch)
 
 
@@ -188,26 +185,26 @@ def row_batches(
     lines: Sequence[int] | None = None,
     tokens_a_batch: int | None = None,
 ) -> list[TokenBatch]:
-    """Rows of token ids, padded on the right, rows of like length together.
+    """Rows of token ids, padded on the right and grouped by length.
 
-    A batch ends where it is full, or where the next row would leave more than ``MOST_PADDING`` positions empty.
+    A batch ends when it is full, or when the next row would add more than ``MAX_PADDING`` positions of padding.
 
     Args:
-        rows: token ids; rows without a counted token are left out.
+        rows: token ids; rows without a counted token are dropped.
         uncounted: positions at the beginning of each row that are not counted.
-        lines: which line each row is; None counts the rows.
+        lines: the line of each row; None numbers the rows.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
     """
     numbered = zip(range(len(rows)) if lines is None else lines, rows, strict=True)
     kept = sorted(
         ((line, row) for line, row in numbered if len(row) > uncounted), key=lambda item: len(item[1])
     )
-    most = TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch
+    max_positions = TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch
     of_line: dict[int, int] = {}
     for line, row in kept:
         of_line[line] = of_line.get(line, 0) + len(row) - uncounted
     split = len(of_line) < len(kept)
-    return [_padded(group, uncounted, of_line if split else None) for group in _groups(kept, most)]
+    return [_padded(group, uncounted, of_line if split else None) for group in _groups(kept, max_positions)]
 
 
 def language_batches(
@@ -217,37 +214,37 @@ def language_batches(
     tokens_a_batch: int | None = None,
     default: int | None = None,
 ) -> dict[str, list[TokenBatch]]:
-    """Each language's texts, one a row.
+    """Each language's texts, one text in each row.
 
     Args:
         loaded: the model.
         corpus: text by language.
-        tokens: most of a language, evenly from the whole text; None: the corpus's own number, else the default.
+        tokens: maximum tokens of a language, evenly from the whole text; None: ``corpus.tokens``, else the default.
         tokens_a_batch: None takes what memory allows for a pass without gradients.
-        default: where neither says so; None takes all.
+        default: maximum if neither is given; None reads all.
 
     Raises:
-        UsageError: a text with a token that the model has no embedding of.
+        UsageError: the model has no embedding for a token.
     """
-    length, most = block_length(loaded.model), _most(corpus, tokens, default)
+    length, max_tokens = block_length(loaded.model), _max_tokens(corpus, tokens, default)
     at_once = (
         min(TOKENS_A_BATCH, batches_for(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
     )
-    found = {
-        language: text_batches(corpus.texts[language], loaded.tokenizer, length, most, at_once)
+    batches = {
+        language: text_batches(corpus.texts[language], loaded.tokenizer, length, max_tokens, at_once)
         for language in corpus.languages
     }
-    _require_embedded(loaded, found)
-    return found
+    _require_embedded(loaded, batches)
+    return batches
 
 
 def longest_row(batches: Mapping[str, Sequence[TokenBatch]]) -> int:
-    """Tokens of the longest row; 1 where there is none."""
-    return max((batch.ids.shape[1] for some in batches.values() for batch in some), default=1)
+    """Tokens of the longest row; 1 without rows."""
+    return max((batch.ids.shape[1] for of_language in batches.values() for batch in of_language), default=1)
 
 
-def unknown_share(batches: Sequence[TokenBatch], tokenizer: Any) -> float:
-    """Share of the counted tokens that are the tokenizer's unknown token."""
+def unknown_rate(batches: Sequence[TokenBatch], tokenizer: Any) -> float:
+    """Fraction of the counted tokens that are the tokenizer's unknown token."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     counted = sum(int(batch.counted.sum()) for batch in batches)
     if unknown is None or not counted:
@@ -263,36 +260,38 @@ def packed_corpus(
     tokens_a_batch: int | None = None,
     default: int | None = None,
 ) -> dict[str, list[TokenBatch]]:
-    """Each language's text in full blocks.
+    """Each language's text in full blocks; ``tokens`` and ``default`` as in ``language_batches``.
 
     Raises:
-        UsageError: as ``packed_batches``, or a text with a token that the model has no embedding of.
+        UsageError: as ``packed_batches``, or the model has no embedding for a token.
     """
-    length, most = block_length(loaded.model, block), _most(corpus, tokens, default)
-    found = {
+    length, max_tokens = block_length(loaded.model, block), _max_tokens(corpus, tokens, default)
+    batches = {
         language: packed_batches(
-            corpus.non_empty(language), loaded.tokenizer, length, language, most, tokens_a_batch
+            corpus.non_empty(language), loaded.tokenizer, length, language, max_tokens, tokens_a_batch
         )
         for language in corpus.languages
     }
-    _require_embedded(loaded, found)
-    return found
+    _require_embedded(loaded, batches)
+    return batches
 
 
-def _require_embedded(loaded: LoadedModel, found: Mapping[str, Sequence[TokenBatch]]) -> None:
-    highest = max((int(batch.ids.max()) for batches in found.values() for batch in batches), default=0)
+def _require_embedded(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> None:
+    highest = max(
+        (int(batch.ids.max()) for of_language in batches.values() for batch in of_language), default=0
+    )
     require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedding_rows)
 
 
 def _groups(
-    rows: Sequence[tuple[int, Sequence[int]]], tokens_a_batch: int
+    rows: Sequence[tuple[int, Sequence[int]]], max_positions: int
 ) -> Iterator[list[tuple[int, Sequence[int]]]]:
     group: list[tuple[int, Sequence[int]]] = []
     tokens = 0
     for row in rows:
         length = len(row[1])
         size = (len(group) + 1) * length
-        if group and (size > tokens_a_batch or size - tokens - length > MOST_PADDING):
+        if group and (size > max_positions or size - tokens - length > MAX_PADDING):
             yield group
             group, tokens = [], 0
         group.append(row)
@@ -301,28 +300,28 @@ def _groups(
         yield group
 
 
-def _most(corpus: Corpus, tokens: int | None, default: int | None) -> int | None:
+def _max_tokens(corpus: Corpus, tokens: int | None, default: int | None) -> int | None:
     return next((number for number in (tokens, corpus.tokens) if number is not None), default)
 
 
-def _drawn(
-    texts: Sequence[str], tokenizer: Any, most_tokens: int | None, ending: str = ""
+def _sampled(
+    texts: Sequence[str], tokenizer: Any, max_tokens: int | None, ending: str = ""
 ) -> dict[int, list[int]]:
-    """Line -> its tokens, in file order: of all lines, or of as many, spread over all, as have so many tokens."""
+    """Line -> its tokens, in file order: all lines, or evenly sampled lines with ``max_tokens`` tokens in total."""
     lines = [line for line, text in enumerate(texts) if text]
-    order = lines if most_tokens is None else [line for line in spread(len(texts)) if texts[line]]
-    found: dict[int, list[int]] = {}
+    order = lines if max_tokens is None else [line for line in even_order(len(texts)) if texts[line]]
+    of_line: dict[int, list[int]] = {}
     used = 0
     for first in range(0, len(order), LINES_AT_ONCE):
-        some = order[first : first + LINES_AT_ONCE]
-        read = tokenizer([texts[line] + ending for line in some], add_special_tokens=False)["input_ids"]
-        for line, tokens in zip(some, read, strict=True):
-            if most_tokens is None or used < most_tokens:
-                found[line] = tokens
+        chunk = order[first : first + LINES_AT_ONCE]
+        ids = tokenizer([texts[line] + ending for line in chunk], add_special_tokens=False)["input_ids"]
+        for line, tokens in zip(chunk, ids, strict=True):
+            if max_tokens is None or used < max_tokens:
+                of_line[line] = tokens
                 used += len(tokens)
-        if most_tokens is not None and used >= most_tokens:
+        if max_tokens is not None and used >= max_tokens:
             break
-    return dict(sorted(found.items()))
+    return dict(sorted(of_line.items()))
 
 
 def _padded(
@@ -339,5 +338,5 @@ def _padded(
     lines = torch.tensor([line for line, _ in rows])
     if of_line is None:
         return TokenBatch(ids, attention, counted, lines)
-    shares = [(len(row) - uncounted) / of_line[line] for line, row in rows]
-    return TokenBatch(ids, attention, counted, lines, torch.tensor(shares, dtype=torch.float64))
+    fractions = [(len(row) - uncounted) / of_line[line] for line, row in rows]
+    return TokenBatch(ids, attention, counted, lines, torch.tensor(fractions, dtype=torch.float64))

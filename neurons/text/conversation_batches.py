@@ -1,10 +1,10 @@
-"""Conversations as token batches in which every token is of a group: what is said in a language, its headers, the rest.
+"""Token batches of conversations, with a group for every token: a language's messages, its headers or the template.
 
-    <language>           what the user and the assistant say in it, thoughts included
-    <language>/header    the last token before an answer in it
-    template             what is the same in every language: the template's own tokens and system messages
+    <language>           the messages of user and assistant in the language, including thoughts
+    <language>/header    the last token before each answer in the language
+    template             the same in every language: the template's tokens and system messages
 
-The first token of every conversation is not counted: it serves a model as an attention sink.
+The first token of every conversation is not counted, because models use it as an attention sink.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ConversationBatches:
     """Conversations of several languages.
 
     Attributes:
-        batches: language -> its batches, whose ``groups`` number ``groups``.
-        groups: names.
+        batches: language -> its batches, whose ``groups`` are indices into ``groups``.
+        groups: names of the groups.
     """
 
     batches: Mapping[str, Sequence[TokenBatch]]
@@ -42,19 +42,19 @@ class ConversationBatches:
 
     @property
     def tokens(self) -> int:
-        """How many are counted."""
-        return sum(int(batch.counted.sum()) for some in self.batches.values() for batch in some)
+        """Number of counted tokens."""
+        return sum(int(batch.counted.sum()) for of_language in self.batches.values() for batch in of_language)
 
 
 def said_in(language: str) -> tuple[str, str]:
-    """The groups of a language."""
+    """The names of a language's two groups: messages and headers."""
     return language, f"{language}/header"
 
 
 def conversation_batches(
     loaded: LoadedModel, conversations: Mapping[str, Sequence[RoleTokens]], tokens_a_batch: int | None = None
 ) -> ConversationBatches:
-    """Group the tokens of conversations.
+    """Batches of conversations with the group of every token.
 
     Args:
         loaded: the model.
@@ -62,34 +62,37 @@ def conversation_batches(
         tokens_a_batch: None takes what memory allows for a pass without gradients.
 
     Raises:
-        UsageError: a language without a token or a header, a conversation longer than the model's context, or a token that
-            the model has no embedding of.
+        UsageError: a language without a message or a header, a conversation longer than the model's context, or a
+            token without an embedding.
     """
     groups = (*(name for language in conversations for name in said_in(language)), TEMPLATE_GROUP)
     context = block_length(loaded.model)
     batches: dict[str, list[TokenBatch]] = {}
-    for place, (language, some) in enumerate(conversations.items()):
-        longest = max((len(one.ids) for one in some), default=0)
+    for place, (language, of_language) in enumerate(conversations.items()):
+        longest = max((len(conversation.ids) for conversation in of_language), default=0)
         if longest > context:
             raise UsageError(
-                f"a conversation in {language!r} has {longest} tokens, and {context} are read at once: shorten it"
+                f"a conversation in {language!r} has {longest} tokens, but the model reads {context}: shorten it"
             )
-        most = tokens_a_batch or min(MAX_TOKENS, batches_for(loaded, False, max(1, longest))[0])
-        numbers = [_group_numbers(one, 2 * place, len(groups) - 1) for one in some]
+        max_tokens = tokens_a_batch or min(MAX_TOKENS, batches_for(loaded, False, max(1, longest))[0])
+        numbers = [_group_numbers(conversation, 2 * place, len(groups) - 1) for conversation in of_language]
         for number, name in enumerate(said_in(language), start=2 * place):
-            if not any(bool((own[1:] == number).any()) for own in numbers):
+            if not any(bool((of_tokens[1:] == number).any()) for of_tokens in numbers):
                 raise UsageError(f"the conversations in {language!r} have no token of the group {name!r}")
-        rows = row_batches([one.ids.tolist() for one in some], 1, tokens_a_batch=most)
+        ids = [conversation.ids.tolist() for conversation in of_language]
+        rows = row_batches(ids, 1, tokens_a_batch=max_tokens)
         batches[language] = [_grouped(batch, numbers) for batch in rows]
-    highest = max((int(batch.ids.max()) for some in batches.values() for batch in some), default=0)
+    highest = max(
+        (int(batch.ids.max()) for of_language in batches.values() for batch in of_language), default=0
+    )
     require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedding_rows)
     return ConversationBatches(batches, groups)
 
 
-def _group_numbers(one: RoleTokens, own: int, template: int) -> torch.Tensor:
-    numbers = torch.full_like(one.roles, template)
-    numbers[one.of(USER, ANSWER, THOUGHT)] = own
-    numbers[one.of(HEADER)] = own + 1
+def _group_numbers(conversation: RoleTokens, messages: int, template: int) -> torch.Tensor:
+    numbers = torch.full_like(conversation.roles, template)
+    numbers[conversation.of(USER, ANSWER, THOUGHT)] = messages
+    numbers[conversation.of(HEADER)] = messages + 1
     return numbers
 
 

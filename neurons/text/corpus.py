@@ -1,4 +1,4 @@
-"""Labelled text: a directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``, one text a line or row."""
+"""Corpora: a directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``, one text in each line or row."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from neurons.errors import UsageError
 from neurons.text.corpus_files import corpus_files
 
-# A quarter to choose settings on, a quarter to report, the rest to estimate from: by line number,
-# so that line-parallel files stay parallel.
+# Half to estimate from, a quarter to choose settings on, a quarter to report on: by line number, so that parallel
+# files stay parallel.
 PARTS = {"all": (0, 1, 2, 3), "estimate": (0, 1), "choose": (2,), "report": (3,)}
 
 
@@ -22,11 +22,11 @@ class Corpus:
     """Texts of several languages.
 
     Attributes:
-        texts: language -> its texts in file order; blank ones keep their place as "" so that line i of
-            one language stays beside line i of another.
+        texts: language -> its texts in file order; blank lines are "", so that line i of every language stays
+            parallel.
         digest: sha256 over languages and texts, hexadecimal.
-        part: which lines: "all", "estimate", "choose" or "report" (``PARTS``, by line number modulo 4).
-        tokens: most tokens of a language to read, evenly from the whole text; None: as many as what reads it needs
+        part: "all", "estimate", "choose" or "report" (``PARTS``, by line number modulo 4).
+        tokens: maximum tokens of each language to read, evenly from the whole text; None: what the method needs
             (``neurons.text.token_budget``).
     """
 
@@ -40,10 +40,10 @@ class Corpus:
         return tuple(self.texts)
 
     def require(self, *languages: str) -> None:
-        """Refuse languages that have no text here.
+        """Check that the corpus has the languages.
 
         Raises:
-            UsageError: the first of them, by name.
+            UsageError: names the first missing language.
         """
         for language in languages:
             if language not in self.texts:
@@ -52,7 +52,7 @@ class Corpus:
                 )
 
     def only(self, *languages: str) -> Corpus:
-        """The same without its other languages."""
+        """The corpus without its other languages."""
         return replace(self, texts={language: self.texts[language] for language in languages})
 
     def non_empty(self, language: str) -> list[str]:
@@ -60,31 +60,30 @@ class Corpus:
 
 
 def read_corpus(
-    directory: Path | str, languages: Sequence[str] | None = None, part: str = "all", least: int = 2
+    directory: Path | str, languages: Sequence[str] | None = None, part: str = "all", min_languages: int = 2
 ) -> Corpus:
     """Read a corpus directory.
 
     Args:
-        directory: holds one file a language, named by its code (``neurons.text.corpus_files``): ``.txt`` (UTF-8,
-            one text a line; FLORES' ``.dev`` and ``.devtest`` too), ``.jsonl`` (objects with ``text``) or
+        directory: one file for each language, named by its code (``neurons.text.corpus_files``): ``.txt`` (UTF-8, one
+            text in each line; also FLORES' ``.dev`` and ``.devtest``), ``.jsonl`` (objects with ``text``) or
             ``.parquet`` (column ``text``).
-        languages: which to read, in this order; None reads all, sorted by name.
-        part: which lines of each file: a key of ``PARTS``.
-        least: how many languages there must be.
+        languages: languages to read, in this order; None reads all, sorted by name.
+        part: lines to read, a key of ``PARTS``.
+        min_languages: minimum number of languages.
 
     Raises:
         UsageError: no such directory, a language without a file or with two, an empty file, bad UTF-8,
-            bad JSON, the same text under two names, or fewer than ``least`` languages.
+            bad JSON, the same text in two files, or fewer than ``min_languages`` languages.
     """
     directory = Path(directory)
     if part not in PARTS:
         raise UsageError(f"part {part!r} is unknown: choose from {', '.join(PARTS)}")
     files = corpus_files(directory, languages).of
-    wanted = list(files)
-    if len(wanted) < least:
+    if len(files) < min_languages:
         raise UsageError(
-            f"{directory}: {len(wanted)} language ({', '.join(wanted)}) where at least {least} are "
-            "needed: a neuron is specific to a language only beside others"
+            f"{directory}: {len(files)} language ({', '.join(files)}), but at least {min_languages} are needed: "
+            "neurons are specific to a language only in comparison with others"
         )
     digest = hashlib.sha256()
     texts = {}
@@ -93,17 +92,17 @@ def read_corpus(
         lines = _read_texts(path)
         if not any(lines):
             raise UsageError(f"{path}: language {language!r} has no text")
-        # Of the whole file: a short part may hold the same few lines by chance.
+        # Of the whole file: short parts of different files can be equal by chance.
         content = hashlib.sha256("\n".join(filter(None, lines)).encode()).digest()
         same = of_content.setdefault(content, path)
         if same != path:
             raise UsageError(
-                f"{directory}: {same.name} and {path.name} hold the same text, and languages are told apart by "
-                "their text alone: leave one out, or give it its own text"
+                f"{directory}: {same.name} and {path.name} hold the same text: remove one of them, or replace its "
+                "text by text of its language"
             )
         kept = tuple(line for i, line in enumerate(lines) if i % 4 in PARTS[part])
         if not any(kept):
-            raise UsageError(f"{path}: language {language!r} has too few lines for its part {part!r}")
+            raise UsageError(f"{path}: language {language!r} has too few lines for part {part!r}")
         texts[language] = kept
         digest.update(json.dumps([language, kept], ensure_ascii=False).encode())
     return Corpus(texts=texts, digest=digest.hexdigest(), part=part)
@@ -119,7 +118,7 @@ def _read_texts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}: line {line} is not UTF-8: convert the file") from error
-    # Not splitlines(): U+2028 and its kin occur inside texts and would shift parallel lines.
+    # Not splitlines(): U+2028 and other separators occur within texts and would shift parallel lines.
     lines = content.split("\n")
     if lines and not lines[-1]:
         lines.pop()
@@ -141,7 +140,7 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can spell half a surrogate pair, which no encoding can write."""
+    """Whether UTF-8 can encode the text: JSON can hold half a surrogate pair."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -154,5 +153,5 @@ def _read_parquet(path: Path) -> list[str]:
     except (pyarrow.ArrowInvalid, KeyError, OSError) as error:
         raise UsageError(f"{path}: not a parquet file with a column 'text' ({error})") from error
     if any(not isinstance(text, str | None) for text in column):
-        raise UsageError(f"{path}: column 'text' holds something other than strings")
+        raise UsageError(f"{path}: column 'text' holds values that are not strings")
     return [(text or "").strip() for text in column]

@@ -1,4 +1,4 @@
-"""Prompts with answers: ``<language>.jsonl``, one object with ``prompt`` and ``answer`` a line."""
+"""Prompts with answers: ``<language>.jsonl``, each line an object with ``prompt`` and ``answer``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLE = '{"prompt": "The capital of France is", "answer": " Paris"}'
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is read, and what is to come next."""
+    """A prompt and its expected continuation."""
 
     prompt: str
     answer: str
@@ -30,7 +30,7 @@ class Prompts:
 
     Attributes:
         of: language -> its prompts, in file order.
-        digest: sha256 over all of it, hexadecimal.
+        digest: sha256 over languages and files, hexadecimal.
     """
 
     of: dict[str, tuple[Prompt, ...]]
@@ -41,33 +41,31 @@ def read_prompts(directory: Path, languages: Sequence[str] | None = None) -> Pro
     """Read a directory of ``<language>.jsonl``.
 
     Args:
-        directory: holds the files, named as a corpus' (``neurons.text.corpus_files``).
-        languages: which, in this order; None reads all, sorted by name.
+        directory: holds the files, named as in a corpus (``neurons.text.corpus_files``).
+        languages: languages to read, in this order; None reads all, sorted by name.
 
     Raises:
-        UsageError: no such directory or file, an empty file, or a line that is no prompt; with an example.
+        UsageError: no such directory or file, an empty file, or a line that is not a prompt; with an example.
     """
     if not directory.is_dir():
-        raise UsageError(
-            f"{directory}: there is no such directory of <language>.jsonl with lines like {EXAMPLE}"
-        )
+        raise UsageError(f"{directory}: no such directory of <language>.jsonl with lines like {EXAMPLE}")
     try:
         files = corpus_files(directory, languages, (".jsonl",)).of
     except UsageError as error:
         raise UsageError(f"{error}; its lines are objects like {EXAMPLE}") from error
     digest = hashlib.sha256()
-    found = {}
+    prompts = {}
     for language, path in files.items():
         content = path.read_bytes()
         digest.update(json.dumps(language).encode() + content)
-        found[language] = tuple(
+        prompts[language] = tuple(
             _prompt(path, number, line)
             for number, line in enumerate(content.split(b"\n"), start=1)
             if line.strip()
         )
-        if not found[language]:
+        if not prompts[language]:
             raise UsageError(f"{path}: holds no prompt: write lines like {EXAMPLE}")
-    return Prompts(found, digest.hexdigest())
+    return Prompts(prompts, digest.hexdigest())
 
 
 def _prompt(path: Path, number: int, line: bytes) -> Prompt:
@@ -78,7 +76,7 @@ def _prompt(path: Path, number: int, line: bytes) -> Prompt:
         raise UsageError(f"{path}: line {number} is not an object like {EXAMPLE}") from error
     if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not answer:
         raise UsageError(
-            f"{path}: line {number}: 'prompt' and 'answer' are texts that are not empty: {EXAMPLE}"
+            f"{path}: line {number}: 'prompt' and 'answer' must be strings that are not empty: {EXAMPLE}"
         )
     return Prompt(prompt, answer)
 
@@ -86,19 +84,19 @@ def _prompt(path: Path, number: int, line: bytes) -> Prompt:
 def answer_token(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
     """The prompt's tokens and the first token of its answer.
 
-    The two are tokenised together, so that the answer's token is the one that the model would meet; where
-    the tokenizer joins the seam into one token, the answer is tokenised alone.
+    Both are tokenised together, as the model would read them.  If a token spans the end of the prompt, the answer
+    is tokenised alone.
 
     Raises:
-        UsageError: a prompt or an answer that the tokenizer makes nothing of.
+        UsageError: the prompt or the answer has no token.
     """
     start = [*start_tokens(tokenizer)]
-    read = tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"]
     whole = tokenizer(prompt.prompt + prompt.answer, add_special_tokens=False)["input_ids"]
-    rest = whole[len(read) :] if whole[: len(read)] == read else []
+    rest = whole[len(ids) :] if whole[: len(ids)] == ids else []
     answer = rest or tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
-    if not start + read or not answer:
+    if not start + ids or not answer:
         raise UsageError(
-            f"the tokenizer makes no token of {prompt.prompt!r} or of its answer {prompt.answer!r}"
+            f"the tokenizer gives no token for {prompt.prompt!r} or for its answer {prompt.answer!r}"
         )
-    return start + read, answer[0]
+    return start + ids, answer[0]

@@ -1,7 +1,7 @@
-"""How many tokens of a language are read where nobody says so, how few are too few, and what was read.
+"""Token budgets: default and minimum tokens of each language by kind of measurement, and what was read.
 
-The defaults are Broca's own: what the methods need on a real model to repeat a figure to about a per cent, and
-no more, for reading costs a forward pass.  Published runs of LAPE count 10 to 100 million.
+The defaults are Broca's own: about as many as the methods need on a real model to reproduce a figure within a per
+cent.  Published runs of LAPE count 10 to 100 million.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from neurons.text.corpus import Corpus
 
 @dataclass(frozen=True)
 class Budget:
-    """What a kind of reading needs.
+    """The tokens that a kind of measurement needs.
 
     Attributes:
-        tokens: of each language that are read where nothing else is said.
-        least: with fewer the figures say little.
+        tokens: default number of tokens read of each language.
+        minimum: with fewer tokens the figures are unreliable.
     """
 
     tokens: int
-    least: int
+    minimum: int
 
 
 COUNTS = Budget(1_000_000, 2_000)  # how often a neuron fires
 GRADIENTS = Budget(200_000, 1_000)
-MEANS = Budget(200_000, 1_000)  # means of texts, of neurons
-DIRECTIONS = Budget(100_000, 500)  # means of texts, in the residual stream
+MEANS = Budget(200_000, 1_000)  # of neurons over texts
+DIRECTIONS = Budget(100_000, 500)  # means over texts in the residual stream
 KEYS = Budget(100_000, 1_000)  # covariances
 LOSSES = Budget(50_000, 200)  # likelihoods, ablation, KL
 
 
 def budget_of(moments: Sequence[str], reads: str) -> Budget:
-    """What a recording of these moments needs, read in "blocks" or "texts"."""
+    """The budget of a recording of these moments from "blocks" or "texts"."""
     if any(moment.endswith(":attribution") for moment in moments):
         return GRADIENTS
     return COUNTS if reads == "blocks" else MEANS
@@ -45,18 +45,18 @@ def budget_of(moments: Sequence[str], reads: str) -> Budget:
 def text_read(corpus: Corpus, batches: Mapping[str, Sequence[TokenBatch]]) -> dict[str, dict[str, Any]]:
     """Language -> what was read of it.
 
-    ``tokens`` that counted, ``texts`` of which there is one in them (None of joined text), ``of`` so many
-    that are there, and ``cut``: share of the texts that were left out (None of joined text).
+    ``tokens``: counted tokens; ``texts``: texts with a counted token (None for packed text); ``of``: texts in the
+    corpus; ``cut``: fraction of the texts that was not read (None for packed text).
     """
-    found = {}
-    for language, some in batches.items():
-        there = len(corpus.non_empty(language))
-        lines = {line for batch in some if batch.lines is not None for line in batch.lines.tolist()}
-        joined = any(batch.lines is None for batch in some)
-        found[language] = {
-            "tokens": sum(int(batch.counted.sum()) for batch in some),
-            "texts": None if joined else len(lines),
-            "of": there,
-            "cut": None if joined else 1 - len(lines) / there if there else 0.0,
+    read = {}
+    for language, of_language in batches.items():
+        count = len(corpus.non_empty(language))
+        lines = {line for batch in of_language if batch.lines is not None for line in batch.lines.tolist()}
+        packed = any(batch.lines is None for batch in of_language)
+        read[language] = {
+            "tokens": sum(int(batch.counted.sum()) for batch in of_language),
+            "texts": None if packed else len(lines),
+            "of": count,
+            "cut": None if packed else 1 - len(lines) / count if count else 0.0,
         }
-    return found
+    return read

@@ -1,35 +1,34 @@
-"""Words of a text: openings to prompt with, and how much a text repeats itself."""
+"""Words of a text: its opening as a prompt, and its rate of distinct words."""
 
 from __future__ import annotations
 
 import regex
 
-# Scripts that write no spaces between words: each of their characters is taken as a word.
+# Scripts without spaces between words: each character counts as a word.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-# Letters and digits with their marks: vowel signs and accents are part of a word.
+# Letters and digits with their marks: vowel signs and accents belong to a word.
 _WORD = regex.compile(
     rf"{_UNSPACED}\p{{M}}*|(?:(?!{_UNSPACED})[\p{{L}}\p{{N}}_]\p{{M}}*)+"
     rf"(?:['’\-](?:(?!{_UNSPACED})[\p{{L}}\p{{N}}_]\p{{M}}*)+)*"
 )
 _IS_UNSPACED = regex.compile(_UNSPACED)
-CHARACTERS_A_WORD = 1.5  # of running Chinese text
+CHARACTERS_A_WORD = 1.5  # in Chinese text
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words; a character each in scripts without spaces."""
-    found: list[str] = _WORD.findall(text.lower())
-    return found
+    """Lower-cased words; single characters in scripts without spaces."""
+    matches: list[str] = _WORD.findall(text.lower())
+    return matches
 
 
-def distinct_share(text: str) -> float:
+def distinct_rate(text: str) -> float:
     """Distinct words over words; 0 for a text without words."""
-    found = words(text)
-    return len(set(found)) / len(found) if found else 0.0
+    all_words = words(text)
+    return len(set(all_words)) / len(all_words) if all_words else 0.0
 
 
 def opening(text: str, count: int = 6) -> str:
-    """The first ``count`` words of a text, or as many characters as make that many words in a script
-    without spaces."""
+    """The first ``count`` words of a text; in scripts without spaces about as many by number of characters."""
     if len(_IS_UNSPACED.findall(text)) * 2 > len(text):
         return text[: round(count * CHARACTERS_A_WORD)]
     return " ".join(text.split()[:count])

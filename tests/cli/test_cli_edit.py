@@ -359,7 +359,7 @@ def test_the_ablation_spares_the_mean_of_a_neutral_language(broca, files, tmp_pa
         origin = found[len(languages)].metadata["neutral"]
         assert origin["languages"] == languages and origin["corpus"]["part"] == "choose"
     loaded = load_model(str(files / "model"), device="cpu")
-    corpus = read_corpus(files / "text", ["qaa"], "choose", least=1)
+    corpus = read_corpus(files / "text", ["qaa"], "choose", min_languages=1)
     sites = ("attn_out", "mlp_out", "block_out")
     means = neutral_means(loaded, corpus, sites)
     for edit in found[1].edits:

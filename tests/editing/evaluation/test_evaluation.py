@@ -21,7 +21,7 @@ from editing.hooks.steering import residual_steering
 from editing.study.comparison import choose, largest_rise
 from neurons.errors import UsageError
 from neurons.text.corpus import Corpus
-from neurons.text.words import distinct_share, opening, words
+from neurons.text.words import distinct_rate, opening, words
 
 LANGUAGES = ("de", "en", "es", "fr")
 LINES = {
@@ -118,7 +118,7 @@ def test_base_equals_what_the_model_writes(llama, evaluation):
     assert base.target_share == labels.count("fr") / 6
     assert base.source_share == labels.count("en") / 6
     assert evaluation.ceiling == mean([identify_language(item.text, LANGUAGES) == "fr" for item in own])
-    assert base.distinct == pytest.approx(mean([distinct_share(item.text) for item in answers]))
+    assert base.distinct == pytest.approx(mean([distinct_rate(item.text) for item in answers]))
     gap = mean(naive_nlls(llama.model, [[0, *item.ids] for item in answers])) - mean(
         naive_nlls(llama.model, [[0, *item.ids] for item in own])
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from neurons.text.words import distinct_share, opening, words
+from neurons.text.words import distinct_rate, opening, words
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_marks_do_not_cut_words(text, expected):
     ],
 )
 def test_distinct_share(text, expected):
-    assert distinct_share(text) == pytest.approx(expected)
+    assert distinct_rate(text) == pytest.approx(expected)
 
 
 def test_opening_takes_the_first_words_as_they_are():

@@ -32,7 +32,7 @@ def outputs_of(model, ids):
 
 @pytest.mark.parametrize("languages", [("qab",), ("qaa", "qac")])
 def test_equals_a_loop_over_texts(llama, corpus_directory, languages):
-    corpus = read_corpus(corpus_directory, languages, "report", least=1)
+    corpus = read_corpus(corpus_directory, languages, "report", min_languages=1)
     means = {site: torch.zeros(3, 64, dtype=torch.float64) for site in SITES}
     for language in languages:
         texts = corpus.non_empty(language)

@@ -1,4 +1,4 @@
-"""What answers lean on, against differences of a llama written out by hand and against plain autograd."""
+"""Attribution of answers, against finite differences of a hand-written llama and against plain autograd."""
 
 import json
 
@@ -10,7 +10,7 @@ from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.identify import require_prompts
-from neurons.recording.answers import record_answers, together
+from neurons.recording.answers import merge_moments, record_answers
 from neurons.text.prompts import EXAMPLE, Prompt, Prompts, answer_token, read_prompts
 
 ORDER = ("qac", "qaa")
@@ -37,10 +37,12 @@ def naive_probability(model, row, answer, bump=None):
 
 def naive_s(model, row, answer):
     """CULNIG's s by autograd on the model itself, one prompt alone, float64 [layers, width]."""
-    held = {}
+    activations = {}
     handles = [
         block.mlp.gate_proj.register_forward_hook(
-            lambda module, args, output, layer=layer: held.setdefault(layer, output.requires_grad_(True))
+            lambda module, args, output, layer=layer: activations.setdefault(
+                layer, output.requires_grad_(True)
+            )
         )
         for layer, block in enumerate(model.model.layers)
     ]
@@ -49,23 +51,24 @@ def naive_s(model, row, answer):
     finally:
         for handle in handles:
             handle.remove()
-    gradients = torch.autograd.grad(p, [held[layer] for layer in range(LAYERS)])
-    found = torch.zeros(LAYERS, WIDTH, dtype=torch.float64)
+    gradients = torch.autograd.grad(p, [activations[layer] for layer in range(LAYERS)])
+    result = torch.zeros(LAYERS, WIDTH, dtype=torch.float64)
     for layer, gradient in enumerate(gradients):
         for j in range(WIDTH):
             products = [
-                float(held[layer][0, t, j].detach()) * float(gradient[0, t, j]) for t in range(len(row))
+                float(activations[layer][0, t, j].detach()) * float(gradient[0, t, j])
+                for t in range(len(row))
             ]
-            found[layer, j] = float(p.detach()) * max(products)
-    return found
+            result[layer, j] = float(p.detach()) * max(products)
+    return result
 
 
 @pytest.mark.parametrize("moment", ["answer", "answer_recognition", "answer_control"])
 def test_scores_equal_autograd_of_one_prompt_at_a_time(llama, moment):
-    found = record_answers(llama, prompts_of(OF), moment)
-    assert found.languages == ORDER
-    assert found.prompts[moment].tolist() == [3, 2]
-    assert found.fingerprint == llama.fingerprint
+    result = record_answers(llama, prompts_of(OF), moment)
+    assert result.languages == ORDER
+    assert result.prompts[moment].tolist() == [3, 2]
+    assert result.fingerprint == llama.fingerprint
     negative = 0
     for k, language in enumerate(ORDER):
         wanted = torch.zeros(LAYERS, WIDTH, dtype=torch.float64)
@@ -73,7 +76,7 @@ def test_scores_equal_autograd_of_one_prompt_at_a_time(llama, moment):
             s = naive_s(llama.model, *answer_token(llama.tokenizer, prompt))
             negative += int((s < 0).sum())
             wanted += s.clamp(min=0) if moment == "answer_control" else s
-        values = found.moments[f"mlp_act:{moment}"][..., k]
+        values = result.moments[f"mlp_act:{moment}"][..., k]
         assert values.dtype == torch.float64
         torch.testing.assert_close(values, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
     assert negative > 20  # or the control's 0 would not have been tried
@@ -90,7 +93,7 @@ def naive_integrated(model, row, answer, steps):
     """
     _, layers = naive_probability(model, row, answer)
     last, step = len(row) - 1, 1e-4
-    found = {}
+    result = {}
     for layer, neuron in PLACES:
         given = layers[layer]["mlp_in"][last].detach()
         total = 0.0
@@ -103,20 +106,20 @@ def naive_integrated(model, row, answer, steps):
                 moved[layer, last, neuron] += sign * step
                 ends.append(naive_probability(model, row, answer, moved)[0])
             total += (ends[0] - ends[1]) / (2 * step)
-        found[layer, neuron] = float(given[neuron]) / steps * total
-    return found
+        result[layer, neuron] = float(given[neuron]) / steps * total
+    return result
 
 
 def test_integrated_gradients_equal_finite_differences(llama):
-    found = record_answers(llama, prompts_of(OF), "integrated", steps=STEPS)
-    assert found.prompts["integrated"].tolist() == [3, 2]
+    result = record_answers(llama, prompts_of(OF), "integrated", steps=STEPS)
+    assert result.prompts["integrated"].tolist() == [3, 2]
     for k, language in enumerate(ORDER):
         wanted = dict.fromkeys(PLACES, 0.0)
         for prompt in OF[language]:
             row, answer = answer_token(llama.tokenizer, prompt)
             for place, value in naive_integrated(llama.model, row, answer, STEPS).items():
                 wanted[place] += value
-        values = found.moments["mlp_in:integrated"][..., k]
+        values = result.moments["mlp_in:integrated"][..., k]
         largest = max(abs(value) for value in wanted.values())
         for (layer, neuron), value in wanted.items():
             assert float(values[layer, neuron]) == pytest.approx(value, rel=1e-2, abs=1e-3 * largest)
@@ -125,7 +128,7 @@ def test_integrated_gradients_equal_finite_differences(llama):
 def test_a_fine_integral_is_what_the_layer_brings(llama):
     prompt = OF["qac"][0]
     row, answer = answer_token(llama.tokenizer, prompt)
-    found = record_answers(llama, prompts_of({"qac": (prompt,)}), "integrated", steps=400)
+    result = record_answers(llama, prompts_of({"qac": (prompt,)}), "integrated", steps=400)
     with_all, layers = naive_probability(llama.model, row, answer)
     last = len(row) - 1
     for layer in range(LAYERS):
@@ -133,7 +136,7 @@ def test_a_fine_integral_is_what_the_layer_brings(llama):
         without, _ = naive_probability(
             llama.model, row, answer, {(layer, last, j): -float(given[j]) for j in range(WIDTH)}
         )
-        sum_of_all = float(found.moments["mlp_in:integrated"][layer].sum())
+        sum_of_all = float(result.moments["mlp_in:integrated"][layer].sum())
         assert sum_of_all == pytest.approx(with_all - without, rel=0.02, abs=1e-5)
 
 
@@ -157,29 +160,29 @@ def test_prompts_of_different_length_do_not_see_each_other(llama, moment):
     total = torch.stack(alone).sum(0)
     largest = float(total.abs().max())
     torch.testing.assert_close(several.moments[name], total, rtol=1e-3, atol=1e-4 * largest)
-    assert all(float((total - one).abs().max()) > 1e-2 * largest for one in alone[:2])
+    assert all(float((total - single).abs().max()) > 1e-2 * largest for single in alone[:2])
 
 
-def test_moments_stand_side_by_side(llama):
+def test_moments_are_merged(llama):
     recorded = [record_answers(llama, prompts_of(OF), moment) for moment in ("answer", "answer_control")]
-    both = together(recorded)
+    both = merge_moments(recorded)
     assert set(both.moments) == {"mlp_act:answer", "mlp_act:answer_control"}
     assert {name: counts.tolist() for name, counts in both.prompts.items()} == {
         "answer": [3, 2],
         "answer_control": [3, 2],
     }
     other = record_answers(llama, prompts_of({"qac": OF["qac"]}), "answer")
-    with pytest.raises(UsageError, match=r"qac, qaa.*same languages"):
-        together([recorded[0], other])
+    with pytest.raises(UsageError, match=r"qac, qaa.*qac"):
+        merge_moments([recorded[0], other])
 
 
 def probability_with(loaded, row, answer, site, layer, change):
-    """The answer's probability while ``change(values, expert, tokens)`` is what one layer's experts have."""
+    """The answer's probability with ``change(values, expert, tokens)`` as the values of one layer's experts."""
 
     def read(values, routed):
         return change(values.clone(), routed.expert, routed.tokens)
 
-    # The stock way through layers that nobody reads has no float64.
+    # Layers without hooks run transformers' own experts, which do not support float64.
     others = {(site, other): lambda values, routed: None for other in range(loaded.anatomy.layers)}
     with site_hooks(loaded.anatomy, others | {(site, layer): read}), torch.no_grad():
         return float(loaded.model(torch.tensor([row])).logits[0, -1].softmax(-1)[answer])
@@ -187,15 +190,15 @@ def probability_with(loaded, row, answer, site, layer, change):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_answers_are_traced_through_experts(checkpoint_of, family):
-    """Against differences of the probability, one neuron of one expert at one token after the other."""
+    """Against finite differences of the probability, for single neurons of experts at single tokens."""
     loaded = load_model(str(checkpoint_of(family)), device="cpu")
     exact = load_model(str(checkpoint_of(family)), device="cpu")
     exact.model.double()
     anatomy = loaded.anatomy
-    width, some, steps = anatomy.expert_width, prompts_of({"qaa": OF["qaa"]}), 4
-    leans = record_answers(loaded, some, "answer").moments["mlp_act:answer"][..., 0]
-    integrated = record_answers(loaded, some, "integrated", steps).moments["mlp_in:integrated"][..., 0]
-    layer, bump = anatomy.layers - 1, 3e-2  # norms compute in float32, which smaller ones drown in
+    width, prompts, steps = anatomy.expert_width, prompts_of({"qaa": OF["qaa"]}), 4
+    scores = record_answers(loaded, prompts, "answer").moments["mlp_act:answer"][..., 0]
+    integrated = record_answers(loaded, prompts, "integrated", steps).moments["mlp_in:integrated"][..., 0]
+    layer, bump = anatomy.layers - 1, 3e-2  # norms compute in float32: smaller bumps are lost in rounding
     expected = torch.zeros(2, anatomy.neurons, dtype=torch.float64)
     for prompt in OF["qaa"]:
         row, answer = answer_token(loaded.tokenizer, prompt)
@@ -210,14 +213,14 @@ def test_answers_are_traced_through_experts(checkpoint_of, family):
                 exact, row, answer, site, layer, lambda g, e, t, into=into: keep(g, e, t, into)
             )
 
-        def slope(site, t, unit, share, row=row, answer=answer):
-            """dp/da at a share of the activation at token t, all neurons of the layer there scaled alike."""
+        def slope(site, t, unit, fraction, row=row, answer=answer):
+            """dp/da at a fraction of the activations of all neurons of the layer at token t."""
             ends = []
             for sign in (1, -1):
 
                 def change(given, expert, tokens, sign=sign):
                     here = tokens == t
-                    given[here] *= share
+                    given[here] *= fraction
                     if expert == unit // width:
                         given[here, unit % width] += sign * bump
                     return given
@@ -234,33 +237,33 @@ def test_answers_are_traced_through_experts(checkpoint_of, family):
             slopes = [slope("mlp_in", len(row) - 1, unit, i / steps) for i in range(1, steps + 1)]
             expected[1, unit] += end * sum(slopes) / steps if end else 0.0
     looked = torch.arange(0, anatomy.neurons, 7)
-    for found, naive in ((leans, expected[0]), (integrated, expected[1])):
+    for result, naive in ((scores, expected[0]), (integrated, expected[1])):
         size = float(naive.abs().max())
         assert size > 0
-        torch.testing.assert_close(found[layer, looked], naive[looked], rtol=2e-3, atol=2e-3 * size)
-    (one, *_) = OF["qaa"]
-    alone = record_answers(loaded, prompts_of({"qaa": (one,)}), "integrated", steps).moments[
+        torch.testing.assert_close(result[layer, looked], naive[looked], rtol=2e-3, atol=2e-3 * size)
+    (first, *_) = OF["qaa"]
+    alone = record_answers(loaded, prompts_of({"qaa": (first,)}), "integrated", steps).moments[
         "mlp_in:integrated"
     ]
     silent = (alone.view(anatomy.layers, anatomy.experts, width) == 0).all(2).sum(1)
-    # Nothing leans on experts that the last token is not sent to.
+    # The attribution is 0 in experts to which the last token is not routed.
     assert silent.tolist() == [anatomy.experts - loaded.model.config.num_experts_per_tok] * anatomy.layers
 
 
 def test_experts_in_a_batch_are_those_of_each_prompt_alone(checkpoint_of):
     loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
     for moment in ("answer", "integrated"):
-        (together_,) = record_answers(loaded, prompts_of({"qac": OF["qac"]}), moment, 3).moments.values()
+        (batched,) = record_answers(loaded, prompts_of({"qac": OF["qac"]}), moment, 3).moments.values()
         alone = [
-            next(iter(record_answers(loaded, prompts_of({"qac": (one,)}), moment, 3).moments.values()))
-            for one in OF["qac"]
+            next(iter(record_answers(loaded, prompts_of({"qac": (prompt,)}), moment, 3).moments.values()))
+            for prompt in OF["qac"]
         ]
-        torch.testing.assert_close(together_, sum(alone), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(batched, sum(alone), rtol=1e-4, atol=1e-9)
 
 
 def test_what_cannot_be_traced_is_refused(llama):
     long = Prompt("nut " * 200, " pop")
-    with pytest.raises(UsageError, match=r"'qac': a prompt has .* tokens, and the model reads 128"):
+    with pytest.raises(UsageError, match=r"'qac'.* 128"):
         record_answers(llama, prompts_of({"qac": (long,)}), "answer")
 
 
@@ -278,13 +281,13 @@ def test_prompts_are_read_in_the_order_of_the_file(tmp_path):
     lines = [{"prompt": prompt.prompt, "answer": prompt.answer} for prompt in OF["qac"]]
     content = "\n\n".join(json.dumps(line) for line in lines)
     directory = write(tmp_path / "prompts", qac=content, qaa=GOOD)
-    found = read_prompts(directory)
-    assert list(found.of) == ["qaa", "qac"]
-    assert found.of["qac"] == OF["qac"]
+    result = read_prompts(directory)
+    assert list(result.of) == ["qaa", "qac"]
+    assert result.of["qac"] == OF["qac"]
     assert list(read_prompts(directory, ORDER).of) == list(ORDER)
-    assert read_prompts(directory).digest == found.digest
+    assert read_prompts(directory).digest == result.digest
     write(directory, qaa=GOOD.replace("pop", "nut"))
-    assert read_prompts(directory).digest != found.digest
+    assert read_prompts(directory).digest != result.digest
 
 
 @pytest.mark.parametrize(
@@ -319,14 +322,14 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path):
 
 
 def test_missing_prompts_are_refused_with_an_example(tmp_path):
-    with pytest.raises(UsageError, match="no such directory") as none:
+    with pytest.raises(UsageError, match="nowhere") as none:
         read_prompts(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"<language>\.jsonl") as bare:
         read_prompts(write(tmp_path / "bare"))
     directory = write(tmp_path / "prompts", qac=GOOD, qaa="\n \n")
     with pytest.raises(UsageError, match=r"qab") as missing:
         read_prompts(directory, ["qac", "qab"])
-    with pytest.raises(UsageError, match="holds no prompt") as empty:
+    with pytest.raises(UsageError, match=r"qaa\.jsonl") as empty:
         read_prompts(directory)
     for caught in (none, bare, missing, empty):
         assert EXAMPLE in str(caught.value)

@@ -1,4 +1,4 @@
-"""What is summed of tokens and texts, against loops over a llama written out by hand and over plain hooks."""
+"""Sums over tokens and texts, against loops over a hand-written llama and over plain hooks."""
 
 import models
 import pytest
@@ -15,38 +15,38 @@ LAYERS, WIDTH = 3, 48
 
 
 def make_texts(language):
-    """Short and long texts in turn, one line of them empty."""
+    """Texts of different lengths, with one empty line."""
     texts = models.sentences(language, 7, seed=3, words=(1, 9))
     return [texts[0], "", *texts[1:]]
 
 
 def make_batches(tokenizer):
     batches = {k: text_batches(make_texts(k), tokenizer, 100, tokens_a_batch=60) for k in ORDER}
-    assert all(len(some) > 1 for some in batches.values())
-    assert any(batch.padded for some in batches.values() for batch in some)
+    assert all(len(of_language) > 1 for of_language in batches.values())
+    assert any(batch.padded for of_language in batches.values() for batch in of_language)
     return batches
 
 
 @pytest.fixture(scope="module")
 def by_line(llama):
     """language -> line -> site -> float64 [layers, counted tokens, width]."""
-    found = {}
+    result = {}
     for language in ORDER:
-        found[language] = {}
+        result[language] = {}
         for line, text in enumerate(make_texts(language)):
             if text:
                 ids = llama.tokenizer(text)["input_ids"]
                 _, layers = models.naive_llama(llama.model, ids)
-                found[language][line] = {
+                result[language][line] = {
                     site: torch.stack([layer[site].detach()[1:] for layer in layers])
                     for site in ("mlp_in", "mlp_up")
                 }
-    return found
+    return result
 
 
 def test_squares_and_sizes_of_tokens_and_texts(llama, by_line):
     names = ("square", "absolute", "text_square", "text_absolute")
-    found = record(llama, make_batches(llama.tokenizer), [f"mlp_in:{name}" for name in names])
+    result = record(llama, make_batches(llama.tokenizer), [f"mlp_in:{name}" for name in names])
     for k, language in enumerate(ORDER):
         wanted = {name: torch.zeros(LAYERS, WIDTH, dtype=torch.float64) for name in names}
         for sites in by_line[language].values():
@@ -59,33 +59,35 @@ def test_squares_and_sizes_of_tokens_and_texts(llama, by_line):
             wanted["text_square"] += mean * mean
             wanted["text_absolute"] += mean.abs()
         for name, expected in wanted.items():
-            values = found.moments[f"mlp_in:{name}"]
+            values = result.moments[f"mlp_in:{name}"]
             assert values.dtype == torch.float64
             torch.testing.assert_close(values[..., k], expected, rtol=1e-4, atol=1e-5)
 
 
 def naive_worst_ranks(importances):
-    """(worst rank, the least and the most that it can be by rounding), each [layers][width].
+    """(worst rank, its minimum and maximum up to rounding), each [layers][width].
 
-    ``importances``: a text each, [layers][width].
+    ``importances``: for each text [layers][width].
     """
-    exact, least, most = ([[0] * WIDTH for _ in range(LAYERS)] for _ in range(3))
+    exact, minimum, maximum = ([[0] * WIDTH for _ in range(LAYERS)] for _ in range(3))
     for importance in importances:
         for layer, row in enumerate(importance):
-            for j, own in enumerate(row):
-                above = sum(other > own for other in row)
-                surely = sum(other > own * (1 + 1e-4) for other in row)
-                maybe = sum(other > own * (1 - 1e-4) for other in row) - 1
+            for j, value in enumerate(row):
+                above = sum(other > value for other in row)
+                surely = sum(other > value * (1 + 1e-4) for other in row)
+                maybe = sum(other > value * (1 - 1e-4) for other in row) - 1
                 exact[layer][j] = max(exact[layer][j], above)
-                least[layer][j] = max(least[layer][j], surely)
-                most[layer][j] = max(most[layer][j], maybe)
-    return torch.tensor(exact), torch.tensor(least), torch.tensor(most)
+                minimum[layer][j] = max(minimum[layer][j], surely)
+                maximum[layer][j] = max(maximum[layer][j], maybe)
+    return torch.tensor(exact), torch.tensor(minimum), torch.tensor(maximum)
 
 
 @pytest.mark.parametrize("site", ["mlp_in", "mlp_up"])
 def test_worst_rank_over_the_texts(llama, by_line, site):
-    found = record(llama, make_batches(llama.tokenizer), [f"{site}:worst_rank"]).moments[f"{site}:worst_rank"]
-    assert found.dtype == torch.int64
+    result = record(llama, make_batches(llama.tokenizer), [f"{site}:worst_rank"]).moments[
+        f"{site}:worst_rank"
+    ]
+    assert result.dtype == torch.int64
     for k, language in enumerate(ORDER):
         importances, unweighted = [], []
         for sites in by_line[language].values():
@@ -93,39 +95,39 @@ def test_worst_rank_over_the_texts(llama, by_line, site):
             for layer in range(LAYERS):
                 weight = llama.model.model.layers[layer].mlp.down_proj.weight.detach().double()
                 sizes = [sum(abs(float(x)) for x in sites[site][layer, :, j]) for j in range(WIDTH)]
-                lengths = [float(weight[:, j].norm()) if site == "mlp_in" else 1.0 for j in range(WIDTH)]
-                importance.append([size * length for size, length in zip(sizes, lengths, strict=True)])
+                norms = [float(weight[:, j].norm()) if site == "mlp_in" else 1.0 for j in range(WIDTH)]
+                importance.append([size * norm for size, norm in zip(sizes, norms, strict=True)])
                 unweighted.append(sizes)
             importances.append(importance)
-        exact, least, most = naive_worst_ranks(importances)
-        assert bool(((least <= found[..., k]) & (found[..., k] <= most)).all())
-        assert float((found[..., k] == exact).double().mean()) > 0.95
-        # A single text gives every rank of a layer once; the worst of several lie above.
-        assert int(found[..., k].sum()) > LAYERS * WIDTH * (WIDTH - 1) // 2
+        exact, minimum, maximum = naive_worst_ranks(importances)
+        assert bool(((minimum <= result[..., k]) & (result[..., k] <= maximum)).all())
+        assert float((result[..., k] == exact).double().mean()) > 0.95
+        # A single text has every rank of a layer once; the worst ranks of several texts are higher.
+        assert int(result[..., k].sum()) > LAYERS * WIDTH * (WIDTH - 1) // 2
 
 
-def test_responses_stand_in_the_order_of_the_lines(llama, by_line):
+def test_responses_are_in_the_order_of_the_lines(llama, by_line):
     batches = make_batches(llama.tokenizer)
-    found = record(llama, batches, ["mlp_in:responses"])
-    assert not found.moments
+    result = record(llama, batches, ["mlp_in:responses"])
+    assert not result.moments
     for language in ORDER:
         read = [line for batch in batches[language] for line in batch.line_numbers.tolist()]
         assert read != sorted(read)
-        assert found.lines[language].tolist() == [0, 2, 3, 4, 5, 6, 7]
-        responses = found.responses[language]
+        assert result.lines[language].tolist() == [0, 2, 3, 4, 5, 6, 7]
+        responses = result.responses[language]
         assert responses.dtype == torch.float32
         assert responses.shape == (7, LAYERS, WIDTH)
-        for response, line in zip(responses, found.lines[language].tolist(), strict=True):
+        for response, line in zip(responses, result.lines[language].tolist(), strict=True):
             expected = by_line[language][line]["mlp_in"].mean(1)
             torch.testing.assert_close(response.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def hooked(loaded, batches, sites):
-    """site -> language -> float64 [layers, counted tokens, experts * I], 0 where an expert was not asked."""
+    """site -> language -> float64 [layers, counted tokens, experts * I], 0 for tokens that are not routed to an expert."""
     anatomy, width = loaded.anatomy, loaded.anatomy.expert_width
-    found = {site: {language: [] for language in batches} for site in sites}
-    for language, some in batches.items():
-        for batch in some:
+    result = {site: {language: [] for language in batches} for site in sites}
+    for language, of_language in batches.items():
+        for batch in of_language:
             rows, length = batch.ids.shape
             dense = {
                 site: torch.zeros(anatomy.layers, rows * length, anatomy.neurons, dtype=torch.float64)
@@ -146,53 +148,55 @@ def hooked(loaded, batches, sites):
             with site_hooks(anatomy, readers), torch.no_grad():
                 loaded.model(input_ids=batch.ids, attention_mask=batch.attention.long())
             for site in sites:
-                found[site][language].append(dense[site][:, batch.counted.flatten()])
-    return {site: {k: torch.cat(some, 1) for k, some in of.items()} for site, of in found.items()}
+                result[site][language].append(dense[site][:, batch.counted.flatten()])
+    return {
+        site: {k: torch.cat(of_language, 1) for k, of_language in of.items()} for site, of in result.items()
+    }
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_sums_equal_those_of_a_plain_hook(checkpoint_of, family):
     loaded = load_model(str(checkpoint_of(family)), device="cpu")
     batches = make_batches(loaded.tokenizer)
-    found = record(loaded, batches, ["mlp_act:positive", "mlp_act:sum", "mlp_in:square"])
+    result = record(loaded, batches, ["mlp_act:positive", "mlp_act:sum", "mlp_in:square"])
     values = hooked(loaded, batches, ("mlp_act", "mlp_in"))
     width = loaded.anatomy.expert_width
     for k, language in enumerate(ORDER):
         gate, inside = values["mlp_act"][language], values["mlp_in"][language]
-        assert int(found.tokens[k]) == gate.shape[1]
-        assert torch.equal(found.moments["mlp_act:positive"][..., k], (gate > 0).sum(1))
-        torch.testing.assert_close(found.moments["mlp_act:sum"][..., k], gate.sum(1), rtol=1e-9, atol=1e-9)
+        assert int(result.tokens[k]) == gate.shape[1]
+        assert torch.equal(result.moments["mlp_act:positive"][..., k], (gate > 0).sum(1))
+        torch.testing.assert_close(result.moments["mlp_act:sum"][..., k], gate.sum(1), rtol=1e-9, atol=1e-9)
         squares = (inside * inside).sum(1)
-        torch.testing.assert_close(found.moments["mlp_in:square"][..., k], squares, rtol=1e-9, atol=1e-9)
-        asked = gate.unflatten(-1, (-1, width)).ne(0).any(-1).sum(1)
-        assert torch.equal(found.routed[..., k], asked)
-    assert torch.equal(found.routed.sum(1), 2 * found.tokens.expand(LAYERS, -1))
-    assert len(found.routed.unique()) > 3
+        torch.testing.assert_close(result.moments["mlp_in:square"][..., k], squares, rtol=1e-9, atol=1e-9)
+        routed = gate.unflatten(-1, (-1, width)).ne(0).any(-1).sum(1)
+        assert torch.equal(result.routed[..., k], routed)
+    assert torch.equal(result.routed.sum(1), 2 * result.tokens.expand(LAYERS, -1))
+    assert len(result.routed.unique()) > 3
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_texts_of_experts_count_0_where_an_expert_is_not_asked(checkpoint_of, family):
+def test_tokens_that_are_not_routed_to_an_expert_count_0_in_texts(checkpoint_of, family):
     loaded = load_model(str(checkpoint_of(family)), device="cpu")
     batches = make_batches(loaded.tokenizer)
-    found = record(loaded, batches, ["mlp_in:text_mean", "mlp_in:text_square", "mlp_in:responses"])
+    result = record(loaded, batches, ["mlp_in:text_mean", "mlp_in:text_square", "mlp_in:responses"])
     values = hooked(loaded, batches, ("mlp_in",))["mlp_in"]
     for k, language in enumerate(ORDER):
         lengths = [int(n) for batch in batches[language] for n in batch.counted.sum(1)]
         lines = [line for batch in batches[language] for line in batch.line_numbers.tolist()]
         means = [text.mean(1) for text in values[language].split(lengths, dim=1)]
         total = torch.stack(means).sum(0)
-        torch.testing.assert_close(found.moments["mlp_in:text_mean"][..., k], total, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(result.moments["mlp_in:text_mean"][..., k], total, rtol=1e-9, atol=1e-9)
         total = torch.stack([mean * mean for mean in means]).sum(0)
-        torch.testing.assert_close(found.moments["mlp_in:text_square"][..., k], total, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(result.moments["mlp_in:text_square"][..., k], total, rtol=1e-9, atol=1e-9)
         for line, mean in zip(lines, means, strict=True):
-            place = found.lines[language].tolist().index(line)
-            torch.testing.assert_close(found.responses[language][place].double(), mean, rtol=1e-5, atol=1e-6)
+            place = result.lines[language].tolist().index(line)
+            torch.testing.assert_close(result.responses[language][place].double(), mean, rtol=1e-5, atol=1e-6)
 
 
-def test_worst_rank_weighs_an_experts_neurons_by_its_own_values(checkpoint_of):
+def test_worst_rank_weights_an_experts_neurons_by_its_output_weights(checkpoint_of):
     loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
     batches = make_batches(loaded.tokenizer)
-    found = record(loaded, batches, ["mlp_in:worst_rank"]).moments["mlp_in:worst_rank"]
+    result = record(loaded, batches, ["mlp_in:worst_rank"]).moments["mlp_in:worst_rank"]
     values = hooked(loaded, batches, ("mlp_in",))["mlp_in"]
     for k, language in enumerate(ORDER):
         lengths = [int(n) for batch in batches[language] for n in batch.counted.sum(1)]
@@ -205,7 +209,7 @@ def test_worst_rank_weighs_an_experts_neurons_by_its_own_values(checkpoint_of):
                 order = sorted(range(3 * WIDTH), key=lambda j, effects=effects: (-effects[j], j))
                 for rank, j in enumerate(order):
                     worst[j] = max(worst[j], rank)
-            assert found[layer, :, k].tolist() == worst
+            assert result[layer, :, k].tolist() == worst
 
 
 @pytest.mark.parametrize(

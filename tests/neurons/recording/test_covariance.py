@@ -1,4 +1,4 @@
-"""Covariances of many layers, a few at a time: the same figures, and no layer runs twice."""
+"""Covariances of groups of layers equal those of all layers at once, and no layer runs twice."""
 
 import models
 import pytest
@@ -46,18 +46,20 @@ def test_groups_of_layers_are_all_layers_at_once(loaded, corpus, monkeypatch):
         for layer, block in enumerate(loaded.anatomy.blocks)
     ]
     one_layer_at_a_time(monkeypatch)
-    told = []
-    found = dict(each_moments(loaded, batches, units_of(loaded), told.append))
+    reported = []
+    result = dict(each_moments(loaded, batches, units_of(loaded), reported.append))
     for handle in handles:
         handle.remove()
-    assert list(found) == sorted(found, key=lambda place: place[1])
+    assert list(result) == sorted(result, key=lambda place: place[1])
     for place, moments in whole.items():
         for name in ("mean", "covariance", "start"):
-            assert torch.equal(getattr(found[place], name), getattr(moments, name)), (place, name)
-    # Once a batch, and on the few tokens on which it is tried whether layers can be skipped.
-    texts = sum(len(some) for some in batches.values())
+            assert torch.equal(getattr(result[place], name), getattr(moments, name)), (place, name)
+    # Once for each batch, and on the few tokens of the check whether layers can be skipped.
+    texts = sum(len(of_language) for of_language in batches.values())
     assert all(texts <= count <= texts + 4 for count in runs)
-    assert sum(told) == sum(int(batch.counted.sum()) for some in batches.values() for batch in some)
+    assert sum(reported) == sum(
+        int(batch.counted.sum()) for of_language in batches.values() for batch in of_language
+    )
 
 
 def test_moments_are_those_of_loops(llama, corpus):
@@ -73,10 +75,10 @@ def test_moments_are_those_of_loops(llama, corpus):
             rows[k] += list(layers[1]["mlp_in"].detach()[1:])
     tokens = sum(map(len, rows.values()))
     covariance = torch.zeros(48, 48, dtype=torch.float64)
-    for k, some in rows.items():
-        mean = torch.stack(some).mean(0)
+    for k, of_language in rows.items():
+        mean = torch.stack(of_language).mean(0)
         torch.testing.assert_close(moments.mean[:, k], mean, rtol=1e-4, atol=1e-6)
-        for row in some:
+        for row in of_language:
             covariance += torch.outer(row - mean, row - mean) / tokens
     torch.testing.assert_close(moments.covariance, covariance, rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""A pass that starts in the middle has the bits of the whole pass, in every architecture."""
+"""Partial passes are bit-identical to the whole pass, in every architecture."""
 
 import models
 import pytest
@@ -8,7 +8,7 @@ from neurons.architectures.anatomy import anatomy_of
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
 from neurons.recording.lens import lens_logits
-from neurons.recording.partial_forward import forward_from, forward_keeping, starts_in_the_middle
+from neurons.recording.partial_forward import forward_from, forward_keeping, supports_partial_forward
 from neurons.recording.text_pass import forward
 from neurons.text.batches import row_batches
 
@@ -45,7 +45,7 @@ def test_the_bits_of_the_whole_pass(family):
     assert not any("forward" in vars(block) for block in anatomy.blocks)
     with torch.no_grad():
         assert torch.equal(forward(model, batch), whole)
-    assert starts_in_the_middle(model, anatomy)
+    assert supports_partial_forward(model, anatomy)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "falcon", "mixtral"])
@@ -57,7 +57,7 @@ def test_the_bits_of_a_whole_pass_with_something_replaced(family):
         return values * 1.5
 
     _, kept = forward_keeping(model, anatomy, batch, [2])
-    # A mixture that is read computes its experts in another order: both passes are read alike.
+    # A mixture with hooks computes its experts in another order, so both passes have hooks.
     quiet = {("mlp_in", layer): lambda values, routed: None for layer in range(3 * anatomy.mixed)}
     with torch.no_grad(), site_hooks(anatomy, quiet):
         plain, kept = forward_keeping(model, anatomy, batch, [2])
@@ -67,40 +67,40 @@ def test_the_bits_of_a_whole_pass_with_something_replaced(family):
     assert not torch.equal(whole, plain)
 
 
-def test_a_forward_of_an_instances_own_comes_back():
+def test_a_replaced_forward_is_restored():
     model = models.tiny_model()
     anatomy, batch = anatomy_of(model), padded_batch()
     stock = anatomy.blocks[0].forward
 
-    def own(*arguments, **named):
+    def replaced(*arguments, **named):
         return stock(*arguments, **named)
 
-    anatomy.blocks[0].forward = own
+    anatomy.blocks[0].forward = replaced
     _, kept = forward_keeping(model, anatomy, batch, [1])
     forward_from(model, anatomy, batch, 1, kept)
-    assert anatomy.blocks[0].forward is own
+    assert anatomy.blocks[0].forward is replaced
 
 
-def test_a_start_of_which_nothing_was_kept_is_refused():
+def test_a_start_at_a_layer_that_was_not_kept_is_refused():
     model = models.tiny_model()
     anatomy, batch = anatomy_of(model), padded_batch()
     _, kept = forward_keeping(model, anatomy, batch, [1])
-    with pytest.raises(BrocaError, match="enter layer 2"):
+    with pytest.raises(BrocaError, match="layer 2"):
         forward_from(model, anatomy, batch, 2, kept)
 
 
-def test_layers_that_share_more_than_hidden_states_are_told():
+def test_layers_that_share_more_than_hidden_states_are_not_supported():
     model = models.tiny_model()
     anatomy = anatomy_of(model)
     shared = {}
     anatomy.blocks[0].self_attn.register_forward_hook(lambda m, i, output: shared.update(it=output[0]))
     anatomy.blocks[2].mlp.register_forward_hook(lambda m, i, output: output + shared.pop("it", 0))
-    assert not starts_in_the_middle(model, anatomy)
+    assert not supports_partial_forward(model, anatomy)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt-post_norm", "cohere"])
 def test_the_lens_is_the_models_own_end(family):
-    """By hand: the norm after the last layer and the head, of a vector and of none."""
+    """By hand: the final norm and the head, of a vector minus those of the zero vector."""
     model = models.tiny_model(family)
     anatomy = anatomy_of(model)
     vectors = torch.randn(4, anatomy.residual, generator=torch.Generator().manual_seed(0))

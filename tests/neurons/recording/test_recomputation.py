@@ -1,4 +1,4 @@
-"""Gradients with activations computed again are those with activations kept."""
+"""Gradients with recomputed activations equal those with kept activations."""
 
 import models
 import pytest
@@ -36,10 +36,10 @@ def test_less_is_kept_for_the_backward_pass(loaded):
     batch = batches_of(loaded)["qaa"][0]
 
     def kept():
-        found = {}
+        result = {}
 
         def pack(tensor):
-            found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            result[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
             return tensor
 
         gates = [gate.register_forward_hook(lambda *_: None) for gate in loaded.anatomy.gates]
@@ -51,7 +51,7 @@ def test_less_is_kept_for_the_backward_pass(loaded):
         for handle in (*gates, leaf):
             handle.remove()
         weights = {p.untyped_storage()._cdata for p in loaded.model.parameters()}
-        return sum(size for key, size in found.items() if key not in weights)
+        return sum(size for key, size in result.items() if key not in weights)
 
     plain = kept()
     with recomputing(loaded.anatomy):

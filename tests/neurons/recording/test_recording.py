@@ -1,4 +1,4 @@
-"""Recorded sums against a llama written out by hand, token by token."""
+"""Recorded sums against a hand-written llama, token by token."""
 
 import models
 import pytest
@@ -70,8 +70,10 @@ def test_the_naive_llama_is_the_model(llama):
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_equals_a_loop_over_tokens(llama, kind, monkeypatch):
     batches = make_batches(kind, llama.tokenizer, monkeypatch)
-    assert any(batch.padded for many in batches.values() for batch in many) == (kind == "padded")
-    assert all(len(many) > 1 or len(many[0].ids) > 1 for many in batches.values())
+    assert any(batch.padded for of_language in batches.values() for batch in of_language) == (
+        kind == "padded"
+    )
+    assert all(len(of_language) > 1 or len(of_language[0].ids) > 1 for of_language in batches.values())
     wanted = [f"{site}:{moment}" for site in SITES for moment in ("sum", "text_mean")]
     statistics = record(llama, batches, [*wanted, "mlp_act:positive"])
     assert statistics.languages == ORDER
@@ -86,14 +88,14 @@ def test_equals_a_loop_over_tokens(llama, kind, monkeypatch):
         assert int(statistics.tokens[k]) == sum(len(row) - 1 for row in rows)
         assert int(statistics.texts[k]) == len(rows)
         for site in SITES:
-            found = statistics.moments[f"{site}:sum"]
-            assert found.dtype == torch.float64
-            torch.testing.assert_close(found[..., k], total[site], rtol=1e-4, atol=1e-3)
-            found = statistics.moments[f"{site}:text_mean"][..., k]
-            torch.testing.assert_close(found, mean[site], rtol=1e-4, atol=1e-3)
-        found = statistics.moments["mlp_act:positive"]
-        assert found.dtype == torch.int64
-        assert bool(((found[..., k] - positive).abs() <= unsure).all())
+            result = statistics.moments[f"{site}:sum"]
+            assert result.dtype == torch.float64
+            torch.testing.assert_close(result[..., k], total[site], rtol=1e-4, atol=1e-3)
+            result = statistics.moments[f"{site}:text_mean"][..., k]
+            torch.testing.assert_close(result, mean[site], rtol=1e-4, atol=1e-3)
+        result = statistics.moments["mlp_act:positive"]
+        assert result.dtype == torch.int64
+        assert bool(((result[..., k] - positive).abs() <= unsure).all())
         assert unsure.sum() <= 2
 
 
@@ -113,7 +115,7 @@ def test_means_divide_by_tokens_and_by_texts(llama):
         torch.testing.assert_close(statistics.text_mean("mlp_in")[..., k], by_text, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_and_bos_count_nowhere(llama):
+def test_padding_and_bos_are_not_counted(llama):
     row = llama.tokenizer("trust sport")["input_ids"]
     alone = torch.tensor([row])
     moments = ["mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean", "mlp_in:attribution"]
@@ -135,12 +137,12 @@ def test_padding_and_bos_count_nowhere(llama):
 
 def test_languages_keep_the_order_given(llama):
     batches = make_batches("packed", llama.tokenizer)
-    one = record(llama, batches, ["mlp_act:positive"])
-    two = record(llama, dict(reversed(batches.items())), ["mlp_act:positive"])
-    assert two.languages == one.languages[::-1]
-    assert torch.equal(two.tokens, one.tokens.flip(0))
-    assert torch.equal(two.moments["mlp_act:positive"], one.moments["mlp_act:positive"].flip(-1))
-    assert not torch.equal(two.moments["mlp_act:positive"], one.moments["mlp_act:positive"])
+    first = record(llama, batches, ["mlp_act:positive"])
+    second = record(llama, dict(reversed(batches.items())), ["mlp_act:positive"])
+    assert second.languages == first.languages[::-1]
+    assert torch.equal(second.tokens, first.tokens.flip(0))
+    assert torch.equal(second.moments["mlp_act:positive"], first.moments["mlp_act:positive"].flip(-1))
+    assert not torch.equal(second.moments["mlp_act:positive"], first.moments["mlp_act:positive"])
 
 
 def test_two_runs_give_identical_bytes(checkpoint_of):
@@ -150,9 +152,9 @@ def test_two_runs_give_identical_bytes(checkpoint_of):
         loaded = load_model(str(checkpoint_of()), device="cpu")
         runs.append(record(loaded, make_batches("padded", loaded.tokenizer), moments))
     for name in moments:
-        one, two = (run.moments[name].numpy().tobytes() for run in runs)
-        assert one == two
-        assert any(one)
+        first, second = (run.moments[name].numpy().tobytes() for run in runs)
+        assert first == second
+        assert any(first)
 
 
 def test_progress_adds_up_to_the_counted_tokens(llama):

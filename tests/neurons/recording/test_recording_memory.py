@@ -1,4 +1,4 @@
-"""A recording holds nothing of a batch that is done: tensors and memory do not grow with the text."""
+"""A recording keeps no tensor of a finished batch: memory does not grow with the text."""
 
 import gc
 import weakref
@@ -21,7 +21,7 @@ MOMENTS = {
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes of the storages that arose and are still there."""
+    """Bytes of the storages that were allocated and are not freed."""
 
     def __init__(self):
         super().__init__()
@@ -29,9 +29,9 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, torch.Tensor):
-                storage = one.untyped_storage()
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
                 key = storage._cdata
                 self.held[key] = storage.nbytes()
                 weakref.finalize(storage, self.held.pop, key, None)

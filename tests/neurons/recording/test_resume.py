@@ -1,10 +1,10 @@
-"""A recording that was stopped goes on where it was and ends with the same bytes."""
+"""A stopped recording resumes from its state and gives the same bytes."""
 
 import models
 import pytest
 
 from neurons.models.source import load_model
-from neurons.recording.corpus_recording import finished, record_corpus
+from neurons.recording.corpus_recording import record_corpus, remove_unfinished
 from neurons.recording.record import record
 from neurons.recording.resume import Unfinished
 from neurons.text.batches import text_batches
@@ -23,12 +23,12 @@ DONE = 4  # batches before the stop, in the second language
 
 
 def make_batches(tokenizer, seed=3):
-    found = {}
+    result = {}
     for language, count in zip(ORDER, (5, 9), strict=True):
         texts = models.sentences(language, count, seed, words=(3, 9))
-        found[language] = text_batches(texts, tokenizer, 100, tokens_a_batch=50)
-    assert len(found["qac"]) < DONE < len(found["qac"]) + len(found["qaa"]) - 1
-    return found
+        result[language] = text_batches(texts, tokenizer, 100, tokens_a_batch=50)
+    assert len(result["qac"]) < DONE < len(result["qac"]) + len(result["qaa"]) - 1
+    return result
 
 
 def stopped_after(number):
@@ -56,12 +56,12 @@ def stop(loaded, batches, out, key="one", moments=DENSE):
 
 @pytest.fixture
 def forwards(llama):
-    """Shapes of the batches that the model was asked for."""
-    asked = []
+    """Shapes of the batches that the model reads."""
+    shapes = []
     handle = llama.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: asked.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    yield asked
+    yield shapes
     handle.remove()
 
 
@@ -70,24 +70,24 @@ def test_what_was_stopped_ends_with_the_same_bytes(llama, tmp_path, forwards):
     plain = saved(record(llama, batches, DENSE), tmp_path / "plain.safetensors")
     shapes = list(forwards)
     everything = len(shapes)
-    assert everything == sum(len(some) for some in batches.values())
+    assert everything == sum(len(of_language) for of_language in batches.values())
     out = tmp_path / "out.safetensors"
     forwards.clear()
     stop(llama, batches, out)
-    # The state is of the batch before the one in which the interruption came.
+    # The state is that after the batch before the interrupted one.
     assert forwards == shapes[: DONE + 1]
     forwards.clear()
     calls = []
-    found = record(llama, batches, DENSE, calls.append, Unfinished(out, "one", every=0.0))
+    result = record(llama, batches, DENSE, calls.append, Unfinished(out, "one", every=0.0))
     assert forwards == shapes[DONE:]
     # One call for all that had been done, and one for each batch of the rest.
     assert len(calls) == 1 + everything - DONE
-    tokens = [int(batch.counted.sum()) for some in batches.values() for batch in some]
+    tokens = [int(batch.counted.sum()) for of_language in batches.values() for batch in of_language]
     assert calls == [sum(tokens[:DONE]), *tokens[DONE:]]
-    assert saved(found, out) == plain
+    assert saved(result, out) == plain
 
 
-def test_experts_go_on_as_well(checkpoint_of, tmp_path):
+def test_a_recording_of_experts_resumes(checkpoint_of, tmp_path):
     loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
     moments = ("mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean")
     batches = make_batches(loaded.tokenizer)
@@ -95,9 +95,9 @@ def test_experts_go_on_as_well(checkpoint_of, tmp_path):
     out = tmp_path / "out.safetensors"
     stop(loaded, batches, out, moments=moments)
     calls = []
-    found = record(loaded, batches, moments, calls.append, Unfinished(out, "one"))
-    assert len(calls) == 1 + sum(len(some) for some in batches.values()) - DONE
-    assert saved(found, out) == plain
+    result = record(loaded, batches, moments, calls.append, Unfinished(out, "one"))
+    assert len(calls) == 1 + sum(len(of_language) for of_language in batches.values()) - DONE
+    assert saved(result, out) == plain
 
 
 def test_it_may_be_stopped_twice(llama, tmp_path):
@@ -107,7 +107,7 @@ def test_it_may_be_stopped_twice(llama, tmp_path):
     stop(llama, batches, out)
     with pytest.raises(KeyboardInterrupt):
         record(llama, batches, DENSE, stopped_after(2), Unfinished(out, "one", every=0.0))
-    # What was gone on with is the first call, and the second is of a batch that was kept.
+    # The first call is for the resumed batches, the second for a batch whose state was saved.
     assert Unfinished(out, "one").load()[0] == DONE + 1
     assert saved(record(llama, batches, DENSE, unfinished=Unfinished(out, "one")), out) == plain
 
@@ -117,10 +117,10 @@ def test_the_state_of_another_recording_is_not_used(llama, tmp_path, forwards):
     out = tmp_path / "out.safetensors"
     stop(llama, batches, out, key="another")
     forwards.clear()
-    found = record(llama, batches, DENSE, unfinished=Unfinished(out, "one"))
-    assert len(forwards) == sum(len(some) for some in batches.values())
+    result = record(llama, batches, DENSE, unfinished=Unfinished(out, "one"))
+    assert len(forwards) == sum(len(of_language) for of_language in batches.values())
     plain = saved(record(llama, batches, DENSE), tmp_path / "plain.safetensors")
-    assert saved(found, out) == plain
+    assert saved(result, out) == plain
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
@@ -132,10 +132,10 @@ def test_a_damaged_state_is_ignored(llama, tmp_path, forwards, damage):
     content = state.read_bytes()
     state.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"not a state\n"}[damage])
     forwards.clear()
-    found = record(llama, batches, DENSE, unfinished=Unfinished(out, "one"))
-    assert len(forwards) == sum(len(some) for some in batches.values())
+    result = record(llama, batches, DENSE, unfinished=Unfinished(out, "one"))
+    assert len(forwards) == sum(len(of_language) for of_language in batches.values())
     plain = saved(record(llama, batches, DENSE), tmp_path / "plain.safetensors")
-    assert saved(found, out) == plain
+    assert saved(result, out) == plain
 
 
 def test_nothing_is_kept_before_it_is_due(llama, tmp_path):
@@ -147,7 +147,7 @@ def test_nothing_is_kept_before_it_is_due(llama, tmp_path):
     assert unfinished.load() == (0, {})
 
 
-def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+def test_writing_takes_a_small_fraction_of_the_time(tmp_path, monkeypatch):
     import neurons.recording.resume as module
 
     now = [0.0]
@@ -170,20 +170,20 @@ def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     assert unfinished.is_due()
 
 
-def test_finished_removes_the_state_and_nothing_else(llama, tmp_path):
+def test_the_state_and_nothing_else_is_removed(llama, tmp_path):
     batches = make_batches(llama.tokenizer)
     out, other = tmp_path / "out.safetensors", tmp_path / "other.safetensors"
     for path in (out, other):
         stop(llama, batches, path)
     out.write_bytes(b"the output")
     assert Unfinished(out, "one").file.exists()
-    finished(out)
+    remove_unfinished(out)
     assert not Unfinished(out, "one").file.exists()
     assert {path.name for path in tmp_path.iterdir()} == {out.name, Unfinished(other, "one").file.name}
-    finished(out)
+    remove_unfinished(out)
 
 
-def test_a_corpus_is_gone_on_with_only_where_all_is_the_same(llama, tmp_path, forwards, monkeypatch):
+def test_a_corpus_is_resumed_only_if_all_is_the_same(llama, tmp_path, forwards, monkeypatch):
     monkeypatch.setattr(Unfinished, "is_due", lambda self: True)
     corpus = read_corpus(models.write_corpus(tmp_path / "corpus", lines=12))
     out = tmp_path / "out.safetensors"
@@ -199,15 +199,15 @@ def test_a_corpus_is_gone_on_with_only_where_all_is_the_same(llama, tmp_path, fo
         forwards.clear()
 
     stop_corpus()
-    found = record_corpus(llama, corpus, moments, block=16, batch_tokens=64, out=out)
+    result = record_corpus(llama, corpus, moments, block=16, batch_tokens=64, out=out)
     assert len(forwards) == everything - DONE
-    assert saved(found, out) == saved(plain, tmp_path / "plain.safetensors")
-    finished(out)
+    assert saved(result, out) == saved(plain, tmp_path / "plain.safetensors")
+    remove_unfinished(out)
 
     stop_corpus()
     record_corpus(llama, corpus, moments[::-1], block=16, batch_tokens=64, out=out)
     assert len(forwards) == everything
-    finished(out)
+    remove_unfinished(out)
 
     stop_corpus()
     fewer = read_corpus(models.write_corpus(tmp_path / "other", lines=12, seed=9))

@@ -1,4 +1,4 @@
-"""Groups of a conversation's tokens, against their roles one by one."""
+"""Groups of a conversation's tokens, against the roles of single tokens."""
 
 import pytest
 import torch
@@ -23,11 +23,11 @@ def test_every_token_but_the_first_is_in_the_group_of_its_role_and_language(load
     for language, batches in text.batches.items():
         for batch in batches:
             for row, line in enumerate(batch.line_numbers.tolist()):
-                one = chats[language][line]
-                assert batch.ids[row][: len(one.ids)].tolist() == one.ids.tolist()
-                assert not batch.counted[row, 0] and not batch.counted[row, len(one.ids) :].any()
-                for place in range(1, len(one.ids)):
-                    role = ROLES[one.roles[place]]
+                conversation = chats[language][line]
+                assert batch.ids[row][: len(conversation.ids)].tolist() == conversation.ids.tolist()
+                assert not batch.counted[row, 0] and not batch.counted[row, len(conversation.ids) :].any()
+                for place in range(1, len(conversation.ids)):
+                    role = ROLES[conversation.roles[place]]
                     said = role in ("user", "answer", "thought")
                     group = language if said else f"{language}/header" if role == "header" else TEMPLATE_GROUP
                     assert text.groups[batch.groups[row, place]] == group

@@ -1,4 +1,4 @@
-"""Tokens of conversations and their roles, against a count of characters."""
+"""Tokens of conversations and their roles, against hand-written pieces of text."""
 
 import models
 import pytest
@@ -8,7 +8,7 @@ from conversations import CHATML
 from neurons.errors import UsageError
 from neurons.text.conversations import ROLES, Message, role_tokens
 
-# As Qwen 3: thoughts of all but the last answer are left out.
+# As Qwen 3: drops the thoughts of all answers but the last.
 FORGETFUL = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' and not loop.last %}"
     "{{ m['content'].split('</think>')[-1] | trim }}{% else %}{{ m['content'] | trim }}{% endif %}<|end|>\n{% endfor %}"
@@ -29,20 +29,20 @@ def tokenizer():
 
 
 def naive(tokenizer, pieces, answer_follows):
-    """Token by token from (role, text) pieces that were written down by hand."""
+    """(ids, roles) from hand-written pieces (role, text)."""
     letters = [role for role, text in pieces for _ in text]
     text = "".join(text for _, text in pieces)
-    found, end = [], 0
+    result, end = [], 0
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for _, end in encoded["offset_mapping"]:
-        found.append(letters[end - 1] if end else "template")
-    spoken = [i for i in range(len(found)) if found[i] in ("answer", "thought")]
+        result.append(letters[end - 1] if end else "template")
+    spoken = [i for i in range(len(result)) if result[i] in ("answer", "thought")]
     for i in spoken:
-        if i - 1 not in spoken and not (found[i] == "answer" and "thought" in found[max(0, i - 12) : i]):
-            found[i - 1] = "header"
+        if i - 1 not in spoken and not (result[i] == "answer" and "thought" in result[max(0, i - 12) : i]):
+            result[i - 1] = "header"
     if answer_follows:
-        found[-1] = "header"
-    return encoded["input_ids"], found
+        result[-1] = "header"
+    return encoded["input_ids"], result
 
 
 def pieces_of(messages, first, think=True):
@@ -64,19 +64,19 @@ def test_roles_are_those_of_each_tokens_last_character(tokenizer, system, answer
     pieces = pieces_of(chat, "" if system else "<|system|>\nbe good<|end|>\n")
     pieces += [("template", "<|assistant|>\n")] if answer_follows else []
     ids, roles = naive(tokenizer, pieces, answer_follows)
-    found = role_tokens(tokenizer, chat, answer_follows)
-    assert found.ids.tolist() == ids
-    assert [ROLES[role] for role in found.roles] == roles
+    result = role_tokens(tokenizer, chat, answer_follows)
+    assert result.ids.tolist() == ids
+    assert [ROLES[role] for role in result.roles] == roles
     assert set(roles) == {*ROLES} - (set() if system else {"system"})
-    both = found.of("user", "answer")
-    assert torch.equal(both, found.of("user") | found.of("answer"))
+    both = result.of("user", "answer")
+    assert torch.equal(both, result.of("user") | result.of("answer"))
     assert int(both.sum()) == roles.count("user") + roles.count("answer")
 
 
-def test_a_message_that_is_also_a_word_of_the_template_is_told_from_it(tokenizer):
-    found = role_tokens(tokenizer, [Message("user", "user"), Message("assistant", "end")])
+def test_a_message_equal_to_a_word_of_the_template_has_its_own_role(tokenizer):
+    result = role_tokens(tokenizer, [Message("user", "user"), Message("assistant", "end")])
     for role, text in (("user", "user"), ("answer", "end")):
-        assert tokenizer.decode(found.ids[found.of(role)]).strip() == text
+        assert tokenizer.decode(result.ids[result.of(role)]).strip() == text
 
 
 def test_a_conversation_whose_thought_the_template_drops_is_refused(tokenizer):
@@ -92,7 +92,10 @@ def test_a_conversation_whose_thought_the_template_drops_is_refused(tokenizer):
     [
         ("{{ messages[0]['content'] | upper }}", "without the user's message"),
         ("{{ messages[0]['content'] }}", "without the assistant's message"),
-        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] | length }}{% endfor %}", "does more"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{{ m['content'] | length }}{% endfor %}",
+            "changes a message",
+        ),
         ("{{ raise_exception('no such role') }}", "no such role"),
     ],
 )

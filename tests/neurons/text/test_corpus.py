@@ -14,7 +14,7 @@ from neurons.text.corpus import PARTS, read_corpus
 
 
 def directory_of(tmp_path, **files):
-    """Files by language: bytes as they are, else text; the name's ending after two underscores."""
+    """Files by language, of bytes or text; two underscores separate the suffix."""
     for name, content in files.items():
         content = content.encode() if isinstance(content, str) else content
         (tmp_path / name.replace("__", ".")).write_bytes(content)
@@ -33,7 +33,7 @@ def test_the_three_formats_read_alike(tmp_path):
         bb__jsonl="\n".join(json.dumps({"id": 1, "text": line}) if line else " " for line in lines) + "\n",
     )
     parquet(tmp_path / "cc.parquet", other=[1, 2, 3, 4], text=[line or None for line in lines])
-    read = [read_corpus(tmp_path, [language], least=1) for language in ("aa", "bb", "cc")]
+    read = [read_corpus(tmp_path, [language], min_languages=1) for language in ("aa", "bb", "cc")]
     assert [list(corpus.texts.values()) for corpus in read] == [[tuple(lines)]] * 3
     assert read[1].non_empty("bb") == [line for line in lines if line]
     assert read[1].part == "all"
@@ -56,13 +56,13 @@ def test_parts_are_disjoint_by_line_number_and_stay_parallel(tmp_path):
     assert read["all"].texts["aa"] == tuple(numbers)
     assert read["estimate"].texts["bb"] == ("b0", "", "4", "5", "8", "9")
     assert read["choose"].texts["bb"] == ("", "6", "10")
-    with pytest.raises(UsageError, match=r"'half' is unknown.*estimate"):
+    with pytest.raises(UsageError, match=r"'half'.*estimate"):
         read_corpus(tmp_path, part="half")
 
 
 def test_a_part_without_text_is_refused(tmp_path):
     directory_of(tmp_path, aa__txt="1\n2\n3\n4\n", bb__txt="1\n2\n3\n\n")
-    with pytest.raises(UsageError, match="'bb' has too few lines for its part 'report'"):
+    with pytest.raises(UsageError, match=r"'bb'.*'report'"):
         read_corpus(tmp_path, part="report")
 
 
@@ -96,23 +96,23 @@ def test_half_a_surrogate_in_json_is_refused_with_its_number(tmp_path):
 
 def test_bad_parquet_is_refused(tmp_path):
     directory_of(tmp_path, aa__txt="fine", bb__parquet="no parquet")
-    with pytest.raises(UsageError, match=r"bb\.parquet: not a parquet file with a column 'text'"):
+    with pytest.raises(UsageError, match=r"bb\.parquet"):
         read_corpus(tmp_path)
     parquet(tmp_path / "bb.parquet", words=["a"])
-    with pytest.raises(UsageError, match=r"bb\.parquet: not a parquet file with a column 'text'"):
+    with pytest.raises(UsageError, match=r"bb\.parquet"):
         read_corpus(tmp_path)
     parquet(tmp_path / "bb.parquet", text=[1, 2])
-    with pytest.raises(UsageError, match=r"bb\.parquet: column 'text' holds something other"):
+    with pytest.raises(UsageError, match=r"bb\.parquet: column 'text'"):
         read_corpus(tmp_path)
 
 
 def test_missing_things_are_named(tmp_path):
-    with pytest.raises(UsageError, match="nowhere: there is no such corpus directory"):
+    with pytest.raises(UsageError, match="nowhere"):
         read_corpus(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="holds no <language>"):
         read_corpus(directory_of(tmp_path, notes__md="text", __hidden="x"))
     directory_of(tmp_path, aa__txt="a", bb__txt="b")
-    with pytest.raises(UsageError, match=r"no text for xx, yy \(there is aa, bb\)"):
+    with pytest.raises(UsageError, match=r"xx, yy .*aa, bb"):
         read_corpus(tmp_path, ["aa", "xx", "yy"])
 
 
@@ -124,15 +124,15 @@ def test_a_language_without_text_is_refused(tmp_path, name, content):
         parquet(tmp_path / name, text=pyarrow.array(content, pyarrow.string()))
     else:
         (tmp_path / name).write_text("".join(line + "\n" for line in content))
-    with pytest.raises(UsageError, match=rf"{name}: language 'bb' has no text"):
+    with pytest.raises(UsageError, match=rf"{name}: .*'bb'"):
         read_corpus(tmp_path)
 
 
 def test_one_language_is_refused_unless_one_is_enough(tmp_path):
     directory_of(tmp_path, aa__txt="a", bb__txt="b")
-    with pytest.raises(UsageError, match=r"1 language \(bb\) where at least 2"):
+    with pytest.raises(UsageError, match=r"\(bb\)"):
         read_corpus(tmp_path, ["bb"])
-    assert read_corpus(tmp_path, ["bb"], least=1).languages == ("bb",)
+    assert read_corpus(tmp_path, ["bb"], min_languages=1).languages == ("bb",)
 
 
 def test_duplicates_are_refused(tmp_path):
@@ -140,7 +140,7 @@ def test_duplicates_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"'aa'.*aa\.jsonl and aa\.txt"):
         read_corpus(tmp_path)
     (tmp_path / "aa.jsonl").unlink()
-    with pytest.raises(UsageError, match="language aa is named twice"):
+    with pytest.raises(UsageError, match="aa"):
         read_corpus(tmp_path, ["aa", "bb", "aa"])
 
 
@@ -153,7 +153,7 @@ def test_the_same_text_under_two_names_is_refused(tmp_path, part, copy):
     assert read_corpus(tmp_path, ["aa", "en"]).languages == ("aa", "en")
 
 
-def test_parts_that_are_alike_are_no_copies(tmp_path):
+def test_equal_parts_of_different_files_are_accepted(tmp_path):
     directory_of(tmp_path, aa__txt="1\n2\n3\n4\n", bb__txt="1\n5\n6\n7\n")
     assert set(read_corpus(tmp_path, part="all").texts) == {"aa", "bb"}
 
@@ -173,7 +173,7 @@ def test_the_digest_says_what_was_read(tmp_path):
 # --- token batches -------------------------------------------------------------------------------
 
 
-# The other has a beginning-of-sequence token too, and never adds it, as SmolLM2's and Qwen's.
+# The second tokenizer never adds its beginning-of-sequence token, as those of SmolLM2 and Qwen.
 TOKENIZERS = pytest.mark.parametrize("adds_start", [True, False], ids=["start", "no start"])
 
 
@@ -199,29 +199,28 @@ def test_packed_blocks_are_full(adds_start, monkeypatch):
     assert len(ids) == len(stream) // (16 - starts)
     assert ids[:, starts:].flatten().tolist() == stream[: len(ids) * (16 - starts)]
     assert bool((ids[:, :starts] == 0).all())
-    # What stands first is an attention sink with or without a start token.
+    # The first position is an attention sink with or without a start token.
     assert bool(counted[:, 1:].all())
     assert not counted[:, 0].any()
 
 
-@pytest.mark.parametrize(("most", "rows"), [(1, 1), (15, 1), (16, 2), (45, 3), (46, 4), (10**6, None)])
-def test_packed_blocks_stop_after_enough_tokens(most, rows):
+@pytest.mark.parametrize(("max_tokens", "rows"), [(1, 1), (15, 1), (16, 2), (45, 3), (46, 4), (10**6, None)])
+def test_packed_blocks_stop_after_enough_tokens(max_tokens, rows):
     texts = models.sentences("qab", 12)
-    batches = packed_batches(texts, models.tiny_tokenizer(), 16, "qab", most)
-    found = sum(len(batch.ids) for batch in batches)
-    assert found == (rows or len(stream_of(texts)) // 15)
+    batches = packed_batches(texts, models.tiny_tokenizer(), 16, "qab", max_tokens)
+    assert sum(len(batch.ids) for batch in batches) == (rows or len(stream_of(texts)) // 15)
 
 
 def test_too_little_text_for_a_block_is_named():
     text = models.sentences("qac", 1)
     count = len(stream_of(text))
     assert len(packed_batches(text, models.tiny_tokenizer(), count + 1, "qac")[0].ids) == 1
-    with pytest.raises(UsageError, match=rf"'qac' has {count} tokens, less than one block of {count + 1}"):
+    with pytest.raises(UsageError, match=rf"'qac'.* {count} .* {count + 1}"):
         packed_batches(text, models.tiny_tokenizer(), count + 2, "qac")
 
 
 @TOKENIZERS
-def test_text_batches_hold_a_text_a_row(adds_start, monkeypatch):
+def test_text_batches_hold_one_text_in_each_row(adds_start, monkeypatch):
     monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 60)
     texts = [*models.sentences("qaa", 14, words=(1, 12)), ""]
     start = [0] * adds_start
@@ -236,7 +235,7 @@ def test_text_batches_hold_a_text_a_row(adds_start, monkeypatch):
             assert counted.tolist() == [False, *attention.tolist()[1:]]
             rows.append(ids[:length].tolist())
     encode = models.tiny_tokenizer()
-    # A text longer than a row goes on in the next one.
+    # A text longer than a row continues in the next row.
     body, whole = 20 - len(start), []
     for text in texts:
         tokens = encode(text, add_special_tokens=False)["input_ids"]
@@ -247,13 +246,13 @@ def test_text_batches_hold_a_text_a_row(adds_start, monkeypatch):
     assert len(batches) > 1
 
 
-def test_block_length_is_the_context_or_what_was_asked_for(llama):
+def test_block_length_is_the_context_or_the_given_length(llama):
     assert block_length(llama.model) == 128
     assert block_length(llama.model, 2) == 2
     assert block_length(llama.model, 128) == 128
-    for wanted in (0, 1, 129, -5):
-        with pytest.raises(UsageError, match=f"a block of {wanted} tokens: the model reads 2 to 128"):
-            block_length(llama.model, wanted)
+    for length in (0, 1, 129, -5):
+        with pytest.raises(UsageError, match=f" {length} .* 128"):
+            block_length(llama.model, length)
     long = models.tiny_model(max_position_embeddings=9000)
     assert block_length(long) == 2048
     assert block_length(long, 9000) == 9000
