@@ -170,7 +170,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         corpus=None
         if asked.corpus is None
         else replace(
-            read(screen, asked.corpus, asked.languages, asked.part or "all", method.least_languages),
+            read(screen, asked.corpus, asked.languages, asked.part or "all", method.min_languages),
             tokens=asked.tokens,
         ),
         languages=labels,
@@ -188,7 +188,7 @@ def _by_method(screen: Screen, asked: SimpleNamespace) -> tuple[Plan, ModelSourc
         return None
     with screen.progress("Recording activations", None, "tokens") as advance:
         material.progress = advance
-        plan = one.made(material)
+        plan = one.plan_for(material)
     if read_of := plan.metadata.get("read"):
         from neurons.text.token_budget import KEYS
 

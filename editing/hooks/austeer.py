@@ -52,7 +52,7 @@ class AusteerHook(Hook):
     title = "AUSteer hook"
     line = "scales the channels that separate translations"
     source = "arXiv 2602.04428"
-    weakened_by = "alpha"
+    strength_setting = "alpha"
 
     alpha: float = setting(ALPHA, grid=(1.0, 2.0, 4.0))
     channels: int = setting(CHANNELS, grid=(CHANNELS,))

@@ -22,7 +22,7 @@ class _Prompt(Hook):
     """
 
     source = "arXiv 2601.08331"
-    weakened_by = None
+    strength_setting = None
     in_target: ClassVar[bool]
 
     language: str

@@ -1,1 +1,1 @@
-"""Methods: what was found to a plan of weight edits, a method a file."""
+"""Methods: from neurons, directions and text to a plan of weight edits, one method in each file."""

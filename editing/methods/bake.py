@@ -1,24 +1,24 @@
-"""Baking a steering vector: weights that add a constant vector, for engines with no place for a new bias.
+"""Baking a steering vector: a rank-1 edit that adds an almost constant vector, for architectures without biases.
 
-In the output module of one block of a layer, with input h,
+In the output module of a layer's attention or MLP, with input h,
 
-    dW = strength * v k^T          so that the module writes (k^T h) strength v more than it did
+    dW = strength * v k^T          so that the module adds (k^T h) strength v
 
-The coefficient k^T h is to be 1 on every token and to waver as little as possible.  With mu the mean of h over
-the text of all languages together, S its covariance about mu and mu_start its mean on the beginning-of-sequence
-token (the first position, where the tokenizer adds none), to which a hook adds v as well,
+The coefficient k^T h has mean 1 and minimum variance.  With mu the mean of h over the text of all languages, S its
+covariance about mu and mu_start its mean on the beginning-of-sequence token (without a start token, on the first
+position), to which a hook adds v as well,
 
     k = argmin k^T S_eps k   subject to   k^T mu = 1,  k^T mu_start = 1        S_eps = S + eps * mean(diag S) * I
       = S_eps^-1 M (M^T S_eps^-1 M)^-1 1                                       M = [mu, mu_start]
 
-Without a start token that is k = S_eps^-1 mu / (mu^T S_eps^-1 mu), whose coefficient has standard deviation
-1 / sqrt(mu^T S^-1 mu) at eps 0, the smallest that any k has; it is the shape of ROME's update
-(arXiv 2202.05262).  The second constraint is not a nicety: every later token attends to the first one, whose
-activations are unlike any other's, so that a free key may take any value there.
+Without a start token k = S_eps^-1 mu / (mu^T S_eps^-1 mu).  At eps 0 its coefficient has standard deviation
+1 / sqrt(mu^T S^-1 mu), the minimum over all k; it has the form of ROME's update (arXiv 2202.05262).  The second
+constraint is necessary: every later token attends to the first one, whose activations are unlike all others, so an
+unconstrained key can have any value there.
 
 Ledoit and Wolf's shrinkage (Journal of Multivariate Analysis 88, 2004) replaces S by
-(1 - rho) S + rho mean(diag S) I: up to a factor, which k does not see, it is the ridge eps = rho / (1 - rho).
-So it is a choice of eps, made from T tokens x:
+(1 - rho) S + rho mean(diag S) I.  Up to a factor, which does not change k, this is the ridge eps = rho / (1 - rho),
+with rho estimated from T tokens x:
 
     rho = min(1, beta / delta)    delta = ||S - mean(diag S) I||_F^2
                                   beta  = (mean_t ||x_t - mu||^4 - ||S||_F^2) / T
@@ -26,7 +26,6 @@ So it is a choice of eps, made from T tokens x:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ from typing import Any
 
 import torch
 
-from editing.methods.reach import chosen_blocks, chosen_layers
+from editing.methods.key import KeyProblem, solve_key
+from editing.methods.scope import chosen_layers, chosen_modules, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.sites import Routed
@@ -42,17 +42,16 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import covariance_bytes, room, solving_bytes
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.recording.covariance import Moments, language_moments
-from neurons.recording.text_pass import Position, PositionReader, Progress, read_text
-from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
+from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS
 
-# Less lowers the spread a little and makes ||dW|| several times as large: this is the choice for the smaller change.
+# A smaller eps lowers the standard deviation a little and makes ||dW|| several times as large.
 EPS = 1e-2
-# In place of no ridge at all, which dead neurons would not bear; the first that rounding bears, of few tokens'
-# covariance, whose products are in float32, a larger one.
-_LEAST_EPS = (1e-10, 1e-8, 1e-6, 1e-4)
+# Used instead of eps 0, which fails with dead neurons: the first of these for which the system can be solved.  The
+# covariance is summed in float32, so few tokens need a larger one.
+_MIN_EPS = (1e-10, 1e-8, 1e-6, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -61,62 +60,61 @@ class ConstantKey:
 
     Attributes:
         vector: float64 [n], k.
-        spread: standard deviation of k^T h about its mean 1, on the text that the moments are of.
-        least_spread: the smallest spread of any key under the same constraints, that of eps 0.
+        deviation: standard deviation of k^T h about its mean 1, on the text of the moments.
+        min_deviation: minimum standard deviation of any key with the same constraints, that of eps 0.
         means: float64 [K], mean of k^T h on each language.
-        start: mean of k^T h on the start token; None where the moments have none.
-        eps: of the ridge.
+        start: mean of k^T h on the start token; None if the moments have none.
+        eps: ridge, as a fraction of the mean variance.
     """
 
     vector: torch.Tensor
-    spread: float
-    least_spread: float
+    deviation: float
+    min_deviation: float
     means: torch.Tensor
     start: float | None
     eps: float
 
 
 def total_moments(moments: Moments, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mu, S): mean [n] and covariance [n, n] about it, float64, over the tokens of all languages together.
+    """(mu, S): mean [n] and covariance [n, n] about it, float64, over the tokens of all languages.
 
     Args:
-        moments: means of the languages and covariance about these.
+        moments: means of the languages and covariance about them.
         tokens: [K], tokens of each language.
     """
-    share = tokens.double() / tokens.sum()
-    mean = moments.mean @ share
-    apart = moments.mean - mean[:, None]
-    return mean, moments.covariance + (apart * share) @ apart.T
+    weights = tokens.double() / tokens.sum()
+    mean = moments.mean @ weights
+    deviations = moments.mean - mean[:, None]
+    return mean, moments.covariance + (deviations * weights) @ deviations.T
 
 
 def constant_key(
     moments: Moments, tokens: torch.Tensor, eps: float = EPS, constrain_start: bool = True
 ) -> ConstantKey:
-    """The key of least spread that is 1 in the mean and on the start token.
+    """The key of minimum variance with mean 1 and value 1 on the start token.
 
     Args:
-        moments: of the module's input, on all its n units.
+        moments: moments of the module's input, on all its n units.
         tokens: [K], tokens of each language.
-        eps: ridge, as a share of the mean variance; not negative.
-        constrain_start: False leaves the start token free.
+        eps: ridge, as a fraction of the mean variance; not negative.
+        constrain_start: False does not constrain the start token.
 
     Raises:
         UsageError: a negative eps.
-        BrocaError: an input that is 0 everywhere, or on which the start token cannot be told from the rest.
+        BrocaError: an input that is 0 everywhere, or whose mean on the start token is a multiple of its mean.
     """
     if not 0 <= eps < float("inf"):
         raise UsageError(f"eps is {eps}: it must be 0 or above")
     mean, covariance = total_moments(moments, tokens)
-    held = moments.start is not None and constrain_start
-    constraints = (
-        torch.stack([mean, moments.start], 1) if held and moments.start is not None else mean[:, None]
-    )
-    vector = _first_solved(covariance, constraints, [eps] if eps else _LEAST_EPS)
-    least = _first_solved(covariance, constraints, _LEAST_EPS)
+    constraints = mean[:, None]
+    if moments.start is not None and constrain_start:
+        constraints = torch.stack([mean, moments.start], 1)
+    vector = _first_solved(covariance, constraints, [eps] if eps else _MIN_EPS)
+    unridged = _first_solved(covariance, constraints, _MIN_EPS)
     return ConstantKey(
         vector=vector,
-        spread=_deviation(covariance, vector),
-        least_spread=_deviation(covariance, least),
+        deviation=_deviation(covariance, vector),
+        min_deviation=_deviation(covariance, unridged),
         means=moments.mean.T @ vector,
         start=None if moments.start is None else float(moments.start @ vector),
         eps=eps,
@@ -128,26 +126,22 @@ def _first_solved(
 ) -> torch.Tensor:
     for eps in ridges[:-1]:
         with suppress(BrocaError):
-            return _least_spread(covariance, constraints, eps)
-    return _least_spread(covariance, constraints, ridges[-1])
+            return _solved(covariance, constraints, eps)
+    return _solved(covariance, constraints, ridges[-1])
 
 
-def _least_spread(covariance: torch.Tensor, constraints: torch.Tensor, eps: float) -> torch.Tensor:
+def _solved(covariance: torch.Tensor, constraints: torch.Tensor, eps: float) -> torch.Tensor:
     """argmin k^T S_eps k with k^T m = 1 for every column m of ``constraints`` [n, c]."""
-    refused = BrocaError(
-        "no coefficient of this module's input is 1 in the mean and on the start token: choose another layer or "
-        "block, or more text"
-    )
     ridged = covariance.clone()
     ridged.diagonal().add_(eps * float(covariance.diagonal().mean()))
+    targets = torch.ones(constraints.shape[1], dtype=torch.float64)
     try:
-        whitened = solve_positive_definite(ridged, constraints)
-        gram = constraints.T @ whitened
-        if int(torch.linalg.matrix_rank(gram)) < len(gram):
-            raise refused
-        return whitened @ solve_positive_definite(gram, torch.ones(len(gram), dtype=torch.float64))
-    except NotPositiveDefiniteError as error:
-        raise refused from error
+        return solve_key(KeyProblem(ridged, constraints, targets, languages=0))
+    except BrocaError as error:
+        raise BrocaError(
+            "no coefficient of this module's input has mean 1 and value 1 on the start token: choose another layer or "
+            "block, or more text"
+        ) from error
 
 
 def _deviation(covariance: torch.Tensor, vector: torch.Tensor) -> float:
@@ -155,7 +149,7 @@ def _deviation(covariance: torch.Tensor, vector: torch.Tensor) -> float:
 
 
 def ledoit_wolf_eps(covariance: torch.Tensor, fourth: float, tokens: int) -> float:
-    """The ridge that Ledoit and Wolf's shrinkage is, as a share of the mean variance.
+    """The ridge of Ledoit and Wolf's shrinkage, as a fraction of the mean variance.
 
     Args:
         covariance: S [n, n].
@@ -163,7 +157,7 @@ def ledoit_wolf_eps(covariance: torch.Tensor, fourth: float, tokens: int) -> flo
         tokens: T.
 
     Raises:
-        BrocaError: so little text that nothing of the covariance is to be believed.
+        BrocaError: so little text that the shrinkage is complete.
     """
     target = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
     delta = float((covariance - target).square().sum())
@@ -185,8 +179,8 @@ def fourth_moments(
 
     def reader_of(layer: int, mean: torch.Tensor) -> PositionReader:
         def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            apart = at.rows(values).double() - mean
-            sums[layer] += float(apart.square().sum(1).square().sum())
+            deviations = at.rows(values).double() - mean
+            sums[layer] += float(deviations.square().sum(1).square().sum())
 
         return read
 
@@ -206,108 +200,108 @@ def constant_keys(
     progress: Progress | None = None,
     constrain_start: bool = True,
 ) -> dict[int, ConstantKey]:
-    """The constant key of the block's output module in each of these layers.
+    """The constant key of the output module in each of the layers.
 
     Args:
         loaded: the model.
-        corpus: neutral text; its languages are taken together, each by its tokens.
-        layers: which layers.
-        eps: ridge, as a share of the mean variance.
-        shrinkage: choose eps by Ledoit and Wolf instead, in a second pass over the text: for modules that
-            are wide beside the text.
+        corpus: neutral text; its languages are pooled, weighted by their tokens.
+        layers: layers of the keys.
+        eps: ridge, as a fraction of the mean variance.
+        shrinkage: choose eps by Ledoit and Wolf instead, in a second pass over the text, for inputs that are wide
+            relative to the text.
         block: "mlp" (down_proj) or "attn" (o_proj).
         progress: called with the number of tokens done in the first pass.
-        constrain_start: False leaves the start token free.
+        constrain_start: False does not constrain the start token.
 
     Raises:
-        BrocaError: the experts of a mixture, or as ``constant_key`` and ``ledoit_wolf_eps``, by layer.
+        BrocaError: the experts of a mixture, or as ``constant_key`` and ``ledoit_wolf_eps``; names the layer.
     """
     site = f"{block}_in"
     if block == "mlp" and loaded.anatomy.mixed:
         raise BrocaError(
             f"{loaded.anatomy.model_type}: no neuron of a mixture of experts sees every token, so the MLP cannot "
-            "write a constant: choose --blocks attn"
+            "add a constant: choose --blocks attn"
         )
-    everything = torch.arange(loaded.anatomy.width(site))
+    units = torch.arange(loaded.anatomy.width(site))
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
-    tokens = torch.tensor([sum(int(batch.counted.sum()) for batch in some) for some in batches.values()])
-    left = room(loaded) - solving_bytes(len(everything))
-    at_once = max(1, left // covariance_bytes(len(everything)))
-    found: dict[int, ConstantKey] = {}
+    tokens = torch.tensor(
+        [sum(int(batch.counted.sum()) for batch in of_language) for of_language in batches.values()]
+    )
+    free = room(loaded) - solving_bytes(len(units))
+    at_once = max(1, free // covariance_bytes(len(units)))
+    keys: dict[int, ConstantKey] = {}
     for first in range(0, len(layers), at_once):
         group = layers[first : first + at_once]
-        moments = language_moments(loaded, batches, site, dict.fromkeys(group, everything), progress)
+        moments = language_moments(loaded, batches, site, dict.fromkeys(group, units), progress)
         ridges = dict.fromkeys(group, eps)
         if shrinkage:
-            totals = {layer: total_moments(own, tokens) for layer, own in moments.items()}
-            every_batch = [batch for some in batches.values() for batch in some]
+            totals = {layer: total_moments(of_layer, tokens) for layer, of_layer in moments.items()}
+            flat = [batch for _, batch in numbered(batches)]
             means = {layer: mean for layer, (mean, _) in totals.items()}
-            for layer, fourth in fourth_moments(loaded, every_batch, site, means).items():
+            for layer, fourth in fourth_moments(loaded, flat, site, means).items():
                 with _in_layer(layer, block):
                     ridges[layer] = ledoit_wolf_eps(totals[layer][1], fourth, int(tokens.sum()))
-        for layer, own in moments.items():
+        for layer, of_layer in moments.items():
             with _in_layer(layer, block):
-                if own.silent:
+                if of_layer.silent:
                     raise BrocaError(
-                        f"its {len(own.units)} inputs are 0 on every token, so nothing can be written by them: choose "
+                        f"its {len(of_layer.units)} inputs are 0 on every token, so it cannot add a vector: choose "
                         "another layer"
                     )
-                found[layer] = constant_key(own, tokens, ridges[layer], constrain_start)
-    return found
+                keys[layer] = constant_key(of_layer, tokens, ridges[layer], constrain_start)
+    return keys
 
 
 @contextmanager
-def _in_layer(layer: int, block: str) -> Iterator[None]:
-    """Says in an error where it arose."""
+def _in_layer(layer: int, module: str) -> Iterator[None]:
+    """Adds layer and module to the message of an error."""
     try:
         yield
     except UsageError:
         raise
     except BrocaError as error:
-        raise BrocaError(f"layer {layer}, {block}: {error}") from error
+        raise BrocaError(f"layer {layer}, {module}: {error}") from error
 
 
 def require_vectors(
-    source: ModelSource, vectors: Mapping[int, torch.Tensor], strength: float, block: str
+    source: ModelSource, vectors: Mapping[int, torch.Tensor], strength: float, module: str
 ) -> None:
-    """Refuse vectors that cannot be added at a block's output.
+    """Check vectors that are to be added at the output of a module.
 
     Raises:
-        UsageError: no vector, one of another length, of length 0 or not finite, a layer or block that there
-            is not, or a strength of 0 or not finite.
-        BrocaError: a norm stands between the block's output and the residual.
+        UsageError: no vector, a vector of another length, of length 0 or not finite, an unknown layer or module, or
+            a strength of 0 or not finite.
+        BrocaError: the model has a norm between the module's output and the residual stream.
     """
-    if strength == 0 or not math.isfinite(strength):
-        raise UsageError(f"strength {strength}: give a finite strength other than 0")
-    chosen_blocks([block])
+    require_strength(strength)
+    chosen_modules([module])
     chosen_layers(source, list(vectors))
     for layer, vector in vectors.items():
         if vector.shape != (source.anatomy.residual,):
             raise UsageError(
-                f"the vector for layer {layer} has shape {list(vector.shape)} where the model's residual has "
-                f"{source.anatomy.residual} dimensions: it is of another model"
+                f"the vector for layer {layer} has shape {list(vector.shape)}, but the model's residual stream has "
+                f"{source.anatomy.residual} dimensions: give vectors of this model"
             )
         if not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
-            raise UsageError(f"the vector for layer {layer} is zero or not finite: take it again")
+            raise UsageError(f"the vector for layer {layer} is zero or not finite: compute it again")
     if not source.anatomy.residual_output:
         raise BrocaError(
-            f"{source.anatomy.model_type}: a norm stands between its output modules and the residual, so a "
-            "constant that they write does not arrive there as it is: use --method keyed, which solves for a "
-            "value through the norm"
+            f"{source.anatomy.model_type}: a norm between output modules and residual stream changes a constant that "
+            "the modules add: use --method keyed, which solves for a value through the norm"
         )
 
 
 def baked_metadata(
-    source: ModelSource, method: str, settings: dict[str, Any], origin: Mapping[str, Any] | None
+    source: ModelSource, method: str, settings: dict[str, Any], provenance: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What a plan from plain vectors says of itself; ``origin`` adds source, target and where they are from."""
+    """The metadata of a plan from vectors; ``provenance`` adds source, target, languages and direction."""
     return {
         "model": source.label,
         "fingerprint": source.fingerprint,
         "method": method,
         "languages": [],
         "settings": settings,
-        **(origin or {}),
+        **(provenance or {}),
     }
 
 
@@ -321,25 +315,25 @@ def bake_plan(
     block: str = "mlp",
     progress: Progress | None = None,
     constrain_start: bool = True,
-    origin: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Plan:
     """A plan that adds vectors at the outputs of layers.
 
     Args:
         loaded: the model.
-        corpus: neutral text; ``read_corpus`` chooses its languages.
+        corpus: neutral text.
         vectors: layer -> [d], added after that layer ("mlp"), or after its attention ("attn").
         strength: multiplies every vector.
-        eps: ridge, as a share of the mean variance.
+        eps: ridge, as a fraction of the mean variance.
         shrinkage: choose eps by Ledoit and Wolf instead.
         block: "mlp" or "attn".
         progress: called with the number of tokens done.
-        constrain_start: whether the start token is given exactly the vector, as a hook gives it.
-        origin: fields for the plan's metadata: source, target, languages, direction.
+        constrain_start: whether the plan adds exactly the vector to the start token, as a hook does.
+        provenance: fields for the plan's metadata: source, target, languages, direction.
 
     Returns:
-        A plan of one rank-1 edit a layer; notes "spread", "least_spread", "start_coefficient", "key_means" and
-        "eps".
+        A plan with a rank-1 edit in each layer, with notes "spread" (the standard deviation of the coefficient),
+        "least_spread" (its minimum), "start_coefficient", "key_means" and "eps".
 
     Raises:
         UsageError, BrocaError: as ``require_vectors`` and ``constant_keys``.
@@ -360,36 +354,36 @@ def bake_plan(
         "constrain_start": constrain_start,
         "corpus": {"digest": corpus.digest, "part": corpus.part},
     }
-    return make_plan(edits, baked_metadata(loaded, "bake", settings, origin))
+    return make_plan(edits, baked_metadata(loaded, "bake", settings, provenance))
 
 
 def baked_edit(
     source: ModelSource,
     layer: int,
-    block: str,
+    module: str,
     value: torch.Tensor,
     key: ConstantKey,
     languages: Sequence[str],
     column_scale: torch.Tensor | None = None,
 ) -> ModuleEdit:
-    """One module that adds ``value`` [d]: W' = W diag(column_scale) + value k^T."""
-    weight = Weights(source).read(layer, block)
+    """The edit of one module that adds ``value`` [d]: W' = W diag(column_scale) + value k^T."""
+    weight = Weights(source).read(layer, module)
     value, vector = value.double().cpu(), key.vector
     change = torch.outer(value, vector)
     if column_scale is not None:
         change = change + weight * (column_scale.double() - 1)
     return ModuleEdit(
         layer=layer,
-        block=block,
-        components=tuple(range(len(vector) // source.anatomy.component_width(block))),
+        block=module,
+        components=tuple(range(len(vector) // source.anatomy.component_width(module))),
         column_scale=None if column_scale is None else column_scale.float(),
         left=value[:, None].float(),
         right=vector[:, None].float(),
         notes={
             "change_norm": float(change.norm()),
             "weight_norm": float(weight.norm()),
-            "spread": key.spread,
-            "least_spread": key.least_spread,
+            "spread": key.deviation,
+            "least_spread": key.min_deviation,
             "start_coefficient": key.start,
             "key_means": dict(zip(languages, key.means.tolist(), strict=True)),
             "eps": key.eps,

@@ -1,9 +1,9 @@
-"""Baking a steering vector as a bias: b' = b + strength * v, exactly what a hook would add, on every token.
+"""Baking a steering vector as a bias: b' = b + strength * v, equal to a hook that adds it on every token.
 
-Possible where the output module of the block (``down_proj`` or ``o_proj``) has a bias in the checkpoint, or the
-architecture's config can ask for one that transformers and serving engines both read (Llama's ``mlp_bias`` and
-``attention_bias``).  Elsewhere: ``editing.methods.bake``.  No text and no forward pass are needed, and no weight
-changes; a constant cannot travel in a LoRA adapter.
+The output module (``down_proj`` or ``o_proj``) must have a bias in the checkpoint, or the architecture's config must
+offer one that both transformers and serving engines support (Llama's ``mlp_bias`` and ``attention_bias``).
+Otherwise see ``editing.methods.bake``.  No text and no forward pass are needed, and no weight matrix changes.  A LoRA
+adapter cannot hold the bias.
 """
 
 from __future__ import annotations
@@ -25,31 +25,29 @@ def bake_bias_plan(
     vectors: Mapping[int, torch.Tensor],
     strength: float = 1.0,
     block: str = "mlp",
-    origin: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """A plan that adds vectors at the outputs of layers by biases alone.
+    """A plan that adds vectors at the outputs of layers by biases.
 
     Args:
         source: the model.
         vectors: layer -> [d], added after that layer ("mlp"), or after its attention ("attn").
         strength: multiplies every vector.
         block: "mlp" or "attn".
-        origin: fields for the plan's metadata: source, target, languages, direction.
+        provenance: fields for the plan's metadata: source, target, languages, direction.
 
     Returns:
-        A plan of edits of rank 0 and without components: ||dW|| is 0; notes "bias_norm" is ||strength v||.
+        A plan of edits of rank 0 without components: ||dW|| is 0; the note "bias_norm" is ||strength v||.
 
     Raises:
         UsageError: as ``require_vectors``.
-        BrocaError: a norm stands between the block's output and the residual, or the checkpoint can hold no
-            bias there.
+        BrocaError: as ``require_vectors``, or the architecture does not support a bias there.
     """
     require_vectors(source, vectors, strength, block)
     if not source.anatomy.supports_bias(block):
         raise BrocaError(
-            f"{source.anatomy.model_type}: {source.anatomy.layout.outputs[block]} has no bias, and no setting of "
-            "its config gives it one that serving engines read: use --method bake, which writes the vector into "
-            "the weights"
+            f"{source.anatomy.model_type}: {source.anatomy.layout.outputs[block]} has no bias, and its config has no "
+            "setting for a bias that serving engines support: use --method bake, which needs no bias"
         )
     weights = Weights(source)
     edits = []
@@ -69,4 +67,4 @@ def bake_bias_plan(
             )
         )
     settings = {"layers": sorted(vectors), "strength": strength, "block": block}
-    return make_plan(edits, baked_metadata(source, "bake-bias", settings, origin))
+    return make_plan(edits, baked_metadata(source, "bake-bias", settings, provenance))

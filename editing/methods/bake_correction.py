@@ -1,15 +1,15 @@
-"""What a baked constant leaves undone, done by the layers after it.
+"""Correction of a baked vector's error by the next layers.
 
-The coefficient of a baked vector v (``editing.methods.bake``) wavers about 1 from token to token, the more the
-deeper its layer, and the divergence from the hook grows with the square of that.  The error (1 - k^T h) v stays
-in the residual stream, so down_proj of each of the next layers may write what it can tell of it from its own
-input h': with r = 1 - the coefficients so far, read in the model as edited so far,
+The coefficient of a baked vector v (``editing.methods.bake``) varies about 1 between tokens, more in deeper layers,
+and the divergence from the hook grows with the square of the error.  The error (1 - k^T h) v stays in the residual
+stream, so down_proj of each of the next layers can add what it can predict of it from its input h'.  With r = 1 minus
+the coefficients so far, read in the model with the edits so far,
 
     dW' = strength * v q^T      q = argmin mean (r - q^T h')^2 + eps * mean(diag S) |q|^2   subject to   q^T h'_start = r_start
         = a + b (r_start - a^T h'_start) / (b^T h'_start)        a = S_eps^-1 mean(r h'),  b = S_eps^-1 h'_start
 
-with S the second moment of h' about 0.  One pass over the text a layer.  ``benchmarks/bake.py`` measures what that brings; the
-bias form, where a model can carry it, has nothing to correct.
+with S the second moment of h' about 0.  Each layer takes one pass over the text.  ``benchmarks/bake.py`` measures the
+effect.  A vector baked as a bias is exact and needs no correction.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from editing.plans.weights import Weights
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
-from neurons.recording.text_pass import Position, PositionReader, Progress, read_text
+from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
 from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
@@ -34,14 +34,14 @@ from neurons.text.token_budget import KEYS
 
 @dataclass
 class RemainderMoments:
-    """Sums over tokens of the input h [n] of a module and of what is left r.
+    """Sums over tokens of the input h [n] of a module and of the remainder r.
 
     Attributes:
         square: float64 [n, n], sum of h h^T.
         product: float64 [n], sum of r h.
         remainder: sum of r^2.
-        tokens: how many.
-        start, start_remainder, starts: sums of h [n] and r over the start tokens, and their number.
+        tokens: number of tokens.
+        start, start_remainder, starts: sums of h [n] and of r over the start tokens, and their number.
     """
 
     square: torch.Tensor
@@ -53,12 +53,12 @@ class RemainderMoments:
     starts: int = 0
 
     def add(self, inputs: torch.Tensor, remainder: torch.Tensor, batch: TokenBatch) -> None:
-        """Inputs [rows, length, n] and r [rows, length] of a batch."""
+        """Add the inputs [rows, length, n] and r [rows, length] of a batch."""
         counted, start = batch.counted, batch.attention & ~batch.counted
-        rows, left = inputs[counted].double(), remainder[counted]
+        rows, of_rows = inputs[counted].double(), remainder[counted]
         self.square.addmm_(rows.T, rows)
-        self.product += left @ rows
-        self.remainder += float(left @ left)
+        self.product += of_rows @ rows
+        self.remainder += float(of_rows @ of_rows)
         self.tokens += len(rows)
         self.start = self.start + inputs[start].double().sum(0)
         self.start_remainder += float(remainder[start].sum())
@@ -66,10 +66,10 @@ class RemainderMoments:
 
 
 def correction_key(moments: RemainderMoments, eps: float = EPS) -> tuple[torch.Tensor, float]:
-    """(q [n] float64, root mean square of what is still left) of the module's docstring.
+    """(q [n] float64 of the module's docstring, root mean square of the new remainder).
 
     Raises:
-        BrocaError: the inputs' second moment cannot be inverted, even with its ridge.
+        BrocaError: the second moment of the inputs is singular even with its ridge.
     """
     square = moments.square / moments.tokens
     ridged = square.clone()
@@ -77,18 +77,18 @@ def correction_key(moments: RemainderMoments, eps: float = EPS) -> tuple[torch.T
     product = moments.product / moments.tokens
     start = moments.start / max(moments.starts, 1)
     try:
-        both = solve_positive_definite(ridged, torch.stack([product, start.expand_as(product)], 1))
+        solved = solve_positive_definite(ridged, torch.stack([product, start.expand_as(product)], 1))
     except NotPositiveDefiniteError as error:
         raise BrocaError(
-            f"{moments.tokens} tokens do not tell the {len(ridged)} inputs of the correcting layer apart at eps {eps}: "
+            f"{moments.tokens} tokens are too few for the {len(ridged)} inputs of the correcting layer at eps {eps}: "
             "give more text or a larger eps"
         ) from error
-    key, towards = both[:, 0], both[:, 1]
-    reached = float(start @ towards) if moments.starts else 0.0
-    if reached > 0:
-        key = key + towards * ((moments.start_remainder / moments.starts - float(start @ key)) / reached)
-    left = moments.remainder / moments.tokens - 2 * float(key @ product) + float(key @ square @ key)
-    return key, max(left, 0.0) ** 0.5
+    key, step = solved[:, 0], solved[:, 1]
+    at_start = float(start @ step) if moments.starts else 0.0
+    if at_start > 0:
+        key = key + step * ((moments.start_remainder / moments.starts - float(start @ key)) / at_start)
+    square_error = moments.remainder / moments.tokens - 2 * float(key @ product) + float(key @ square @ key)
+    return key, max(square_error, 0.0) ** 0.5
 
 
 def corrected_plan(
@@ -104,40 +104,35 @@ def corrected_plan(
     Args:
         loaded: the model.
         corpus: neutral text, that of ``bake_plan``.
-        plan: of ``bake_plan`` with one vector at an MLP.
-        layers: how many layers after it correct; fewer where the model ends.
-        eps: ridge, as a share of the mean square of the inputs.
+        plan: result of ``bake_plan`` with one vector at an MLP.
+        layers: number of correcting layers; fewer if the model has no more.
+        eps: ridge, as a fraction of the mean square of the inputs.
         progress: called with the number of tokens done, over all layers.
 
     Returns:
-        The plan with an edit more for each layer; their note "spread" is of the coefficients together.
+        The plan with one more edit for each layer, whose note "spread" is the root mean square of the remainder.
 
     Raises:
-        UsageError: a plan of something else, fewer than one layer, or no layer after it.
-        BrocaError: the plan was made for another model.
+        UsageError: another kind of plan, fewer than one layer, or no layer after it.
+        BrocaError: the plan belongs to another model.
     """
     if plan.metadata["method"] != "bake" or len(plan.edits) != 1 or plan.edits[0].block != "mlp":
-        raise UsageError(
-            "only one vector, baked into the MLP of one layer, can be corrected by the next layers"
-        )
+        raise UsageError("only a single vector baked into the MLP of one layer can be corrected")
     first = plan.edits[0]
     if layers < 1 or first.layer + 1 >= loaded.anatomy.layers:
         raise UsageError(
-            f"{layers} layers after layer {first.layer} of {loaded.anatomy.layers} are to correct: give at "
-            "least one, or a vector for an earlier layer"
+            f"{layers} correcting layers after layer {first.layer} of {loaded.anatomy.layers}: give at least one, or "
+            "a vector for an earlier layer"
         )
     if first.right is None or first.left is None:
-        raise BrocaError("the baked plan has no rank-1 factors: make it again")
-    batches = [
-        batch for some in language_batches(loaded, corpus, default=KEYS.tokens).values() for batch in some
-    ]
+        raise BrocaError("the baked plan has no rank-1 factors: compute it again")
+    batches = [batch for _, batch in numbered(language_batches(loaded, corpus, default=KEYS.tokens))]
     weights = Weights(loaded)
     edits = [first]
     for layer in range(first.layer + 1, min(first.layer + 1 + layers, loaded.anatomy.layers)):
-        so_far = make_plan(edits, plan.metadata)
-        with applied(loaded, so_far):
+        with applied(loaded, make_plan(edits, plan.metadata)):
             moments = remainder_moments(loaded, batches, edits, layer, progress)
-        key, left = correction_key(moments, eps)
+        key, error = correction_key(moments, eps)
         edits.append(
             replace(
                 first,
@@ -146,7 +141,7 @@ def corrected_plan(
                 notes={
                     "change_norm": float(first.left.double().norm() * key.norm()),
                     "weight_norm": float(weights.read(layer, "mlp").norm()),
-                    "spread": left,
+                    "spread": error,
                     "eps": eps,
                 },
             )
@@ -162,26 +157,26 @@ def remainder_moments(
     layer: int,
     progress: Progress | None = None,
 ) -> RemainderMoments:
-    """Moments of down_proj's input in ``layer`` and of 1 - the coefficients of the edits before it."""
+    """Moments of down_proj's input in ``layer`` and of 1 minus the coefficients of the edits before it."""
     width = loaded.anatomy.neurons
-    found = RemainderMoments(
+    moments = RemainderMoments(
         torch.zeros(width, width, dtype=torch.float64, device=loaded.device),
         torch.zeros(width, dtype=torch.float64, device=loaded.device),
     )
-    left: list[torch.Tensor] = []
+    remainder: list[torch.Tensor] = []
 
     def coefficient(edit: ModuleEdit) -> PositionReader:
         def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
             if edit.layer == edits[0].layer:
-                left[:] = [torch.ones(at.batch.ids.shape, dtype=torch.float64, device=loaded.device)]
+                remainder[:] = [torch.ones(at.batch.ids.shape, dtype=torch.float64, device=loaded.device)]
             if edit.right is not None:
                 right = edit.right[:, 0].to(values.device, torch.float64)
-                left[0] = left[0] - values.detach().double() @ right
+                remainder[0] = remainder[0] - values.detach().double() @ right
 
         return read
 
     def last(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-        found.add(values.detach(), left[0], at.batch)
+        moments.add(values.detach(), remainder[0], at.batch)
 
     readers: dict[tuple[str, int], PositionReader] = {
         ("mlp_in", edit.layer): coefficient(edit) for edit in edits
@@ -189,5 +184,5 @@ def remainder_moments(
     readers["mlp_in", layer] = last
     read_text(loaded, [(0, batch) for batch in batches], readers, progress)
     for name in ("square", "product", "start"):
-        setattr(found, name, getattr(found, name).cpu())
-    return found
+        setattr(moments, name, getattr(moments, name).cpu())
+    return moments

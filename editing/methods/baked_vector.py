@@ -1,4 +1,4 @@
-"""A steering vector written into the weights, as methods: by a key (``bake``) or as a bias (``bake-bias``)."""
+"""The registered methods that write a steering vector into the weights: with a key (``bake``) or as a bias (``bake-bias``)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from editing.plans.plan import Plan
 from neurons.errors import UsageError
 from neurons.scorers.setting import Range, setting
 
-# Multiples of the difference of the means, once and twice, as a hook adds them.
+# Multiples of the difference of the means.
 HOOK_STRENGTHS = (1.0, 2.0)
 
 
 def hook_grid(depth: int) -> list[dict[str, Any]]:
-    """After the layers at a quarter, three eighths and half of the depth, each once; once or twice the vector."""
-    layers = sorted({min(round(depth * share), depth - 1) for share in (1 / 4, 3 / 8, 1 / 2)})
+    """The layers at a quarter, three eighths and half of the depth, without duplicates, with all ``HOOK_STRENGTHS``."""
+    layers = sorted({min(round(depth * fraction), depth - 1) for fraction in (1 / 4, 3 / 8, 1 / 2)})
     return [{"layer": layer, "strength": strength} for layer in layers for strength in HOOK_STRENGTHS]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _BakedVector(Method):
-    """A vector at every token; a study adds it after one layer."""
+    """A vector added at every token; a study adds it after one layer."""
 
     layer: int | None = None
     strength: float = setting(1.0, search=Range(0.25, 4.0, log=True))
 
     @classmethod
     def of(cls, material: Material, settings: Settings) -> _BakedVector:
-        # A search has the layer as a word.
+        # A search names the layer by a word.
         return cls(**{**settings, "layer": int(settings["layer"])})
 
     @classmethod
@@ -50,14 +50,14 @@ class _BakedVector(Method):
         return [{"layer": str(layers[len(layers) // 3]), "strength": strength} for strength in HOOK_STRENGTHS]
 
     def vectors(self, material: Material) -> tuple[dict[int, torch.Tensor], dict[str, Any]]:
-        """The vectors to bake by layer, and what the plan says of where they are from."""
+        """The vectors to bake by layer, and their provenance for the plan's metadata."""
         layers = material.layers if self.layer is None else (self.layer,)
         if material.vector is not None:
             if material.directions:
                 raise UsageError("--direction and --vector exclude each other: give one")
             return read_vectors(material.vector, material.opened, layers), {"file": material.vector.name}
         if layers is None:
-            raise UsageError("name the layer that the vector is added after: --layers 3")
+            raise UsageError("name the layer after which the vector is added, for example --layers 3")
         direction = material.direction
         vectors = direction.vectors["block_out"]
         return {layer: vectors[layer] for layer in layers}, {
@@ -74,28 +74,28 @@ class Bake(_BakedVector):
 
     name = "bake"
     title = "baked DiffMean"
-    line = "a steering vector, ours or another library's, at every token"
+    line = "adds a steering vector, of Broca or another library, at every token"
     source = "Broca"
     needs = ("corpus",)
     takes = ("direction", "vector", "layers", "blocks", "strength", "part", "languages", "device", "dtype")
 
-    eps: float = setting(EPS, "ridge, as a share of the mean variance")
-    shrinkage: bool = setting(False, "Ledoit-Wolf's ridge in place of eps")
-    correct_layers: int = setting(0, "so many later layers write what the key missed")
-    constrain_start: bool = setting(True, "the beginning-of-sequence token too")
+    eps: float = setting(EPS, "ridge, as a fraction of the mean variance")
+    shrinkage: bool = setting(False, "ridge by Ledoit and Wolf instead of eps")
+    correct_layers: int = setting(0, "number of later layers that correct the key's error")
+    constrain_start: bool = setting(True, "also exact on the beginning-of-sequence token")
 
     @classmethod
     def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
         return hook_grid(material.loaded.anatomy.layers)
 
     def prepare(self, material: Material) -> Plan:
-        """The plan at this strength, or in a study at 1, of which all others are multiples."""
-        one = replace(self, strength=1.0) if material.studied else self
-        found: Plan = material.once(one, lambda: one._solved(material))
-        return found
+        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
+        method = replace(self, strength=1.0) if material.studied else self
+        plan: Plan = material.once(method, lambda: method._solved(material))
+        return plan
 
     def _solved(self, material: Material) -> Plan:
-        vectors, origin = self.vectors(material)
+        vectors, provenance = self.vectors(material)
         loaded, text, progress = material.loaded, material.text, material.progress
         plan = bake_plan(
             loaded,
@@ -104,10 +104,10 @@ class Bake(_BakedVector):
             self.strength,
             self.eps,
             self.shrinkage,
-            _block(material),
+            _module(material),
             progress,
             self.constrain_start,
-            origin,
+            provenance,
         )
         if self.correct_layers == 0:
             return plan
@@ -119,20 +119,20 @@ class BakeBias(_BakedVector):
     """``editing.methods.bake_bias``."""
 
     name = "bake-bias"
-    line = "the same as a bias, exact, where the architecture has one"
+    line = "adds a steering vector exactly, as a bias, if the architecture has one"
     source = "exact fold"
     takes = ("direction", "vector", "layers", "blocks", "strength")
 
     def prepare(self, material: Material) -> Plan:
-        vectors, origin = self.vectors(material)
-        return bake_bias_plan(material.opened, vectors, self.strength, _block(material), origin)
+        vectors, provenance = self.vectors(material)
+        return bake_bias_plan(material.opened, vectors, self.strength, _module(material), provenance)
 
 
 def _allowed(material: Material) -> list[int]:
     return sorted(range(material.loaded.anatomy.layers) if material.layers is None else material.layers)
 
 
-def _block(material: Material) -> str:
+def _module(material: Material) -> str:
     if material.blocks is not None and len(material.blocks) != 1:
-        raise UsageError("a vector is baked into one block: --blocks attn or --blocks mlp")
+        raise UsageError("a vector is baked into one module: --blocks attn or --blocks mlp")
     return "mlp" if material.blocks is None else material.blocks[0]

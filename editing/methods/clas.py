@@ -1,13 +1,13 @@
-"""CLAS as an exact fold: shared neurons louder, specific ones quieter (arXiv 2601.16390).
+"""CLAS in the weights: scales shared neurons up and language-specific neurons down (arXiv 2601.16390).
 
-CLAS changes the input h of ``down_proj`` in the last layers, by the class of each neuron
-(``neurons.scorers.clas``), and mixes what it gets with what it had:
+CLAS changes the input h of ``down_proj`` in the last layers by the class of each neuron
+(``neurons.scorers.clas``), and interpolates between h and the result:
 
     h2 = h (1 + b)  partial-shared        h2 = h (1 - g)  specific        h2 = h  all-shared, dead
     h' = (1 - a) h + a h2
 
-so that h'_j = h_j (1 + a b) for a partial-shared neuron and h_j (1 - a g) for a specific one: a scale of
-column j of ``down_proj``, without approximation.  Published: b .4, g .2, a from -5 to 5.
+Thus h'_j = h_j (1 + a b) for a partial-shared neuron and h_j (1 - a g) for a specific one, a scale of column j of
+``down_proj`` without approximation.  Published: b .4, g .2, a from -5 to 5.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from editing.methods.material import Material
 from editing.methods.method import Method
-from editing.methods.reach import chosen_layers, require_neurons, require_strength
 from editing.methods.scale import column_scaling
+from editing.methods.scope import chosen_layers, require_neurons, require_strength
 from editing.plans.plan import Plan, make_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
@@ -33,8 +33,8 @@ from neurons.scorers.setting import Range, setting
 from neurons.statistics.statistics import Statistics
 
 SHARED_GAIN, SPECIFIC_LOSS, STRENGTH = 0.4, 0.2, 1.0
-# "The last layers" are a share of all that the paper searches for each model; this one is Broca's choice.
-LAST_SHARE = 0.25
+# Fraction of the layers that are "the last layers".  The paper searches it for each model; this is Broca's choice.
+LAST_LAYERS = 0.25
 _SPECIFIC, _SHARED = CLASSES.index("specific"), CLASSES.index("partial-shared")
 
 
@@ -44,16 +44,16 @@ def clas_factors(
     shared_gain: float = SHARED_GAIN,
     specific_loss: float = SPECIFIC_LOSS,
 ) -> torch.Tensor:
-    """What each neuron is multiplied with.
+    """The factor of each neuron.
 
     Args:
         classes: int64 of any shape, indices into ``neurons.scorers.clas.CLASSES``.
         strength: a.
-        shared_gain: b, of partial-shared neurons.
-        specific_loss: g, of specific ones.
+        shared_gain: b, for partial-shared neurons.
+        specific_loss: g, for specific neurons.
 
     Returns:
-        float64, of the same shape.
+        float64 of the same shape.
 
     Raises:
         UsageError: a setting that is not finite, a strength of 0, or no gain and no loss.
@@ -61,9 +61,9 @@ def clas_factors(
     require_strength(strength)
     for name, value in (("gain", shared_gain), ("loss", specific_loss)):
         if not abs(value) < float("inf"):
-            raise UsageError(f"the {name} is {value}: give a finite one")
+            raise UsageError(f"the {name} is {value}: give a finite number")
     if shared_gain == 0 and specific_loss == 0:
-        raise UsageError("a gain of 0 and a loss of 0 change nothing: give one of them")
+        raise UsageError("gain and loss are 0, which changes nothing: give one of them")
     factors = torch.ones(classes.shape, dtype=torch.float64)
     factors[classes == _SHARED] = 1 + strength * shared_gain
     factors[classes == _SPECIFIC] = 1 - strength * specific_loss
@@ -72,28 +72,28 @@ def clas_factors(
 
 def last_layers(layers: int) -> tuple[int, ...]:
     """The last quarter of a model's layers, at least one."""
-    return tuple(range(layers - max(1, round(LAST_SHARE * layers)), layers))
+    return tuple(range(layers - max(1, round(LAST_LAYERS * layers)), layers))
 
 
 def classes_of_set(neurons: NeuronSet) -> torch.Tensor:
-    """The class of every neuron by its kind in a set, int64 [L, I]; dead where it is in none.
+    """The class of every neuron by its kind in a set, int64 [L, I]; neurons outside the set are dead.
 
     Raises:
-        BrocaError: a neuron that is specific for one language and related for another.
+        BrocaError: a neuron with different kinds for different languages.
     """
     classes = torch.zeros(neurons.layers, neurons.neurons, dtype=torch.int64)
-    known = {"specific": _SPECIFIC, "related": _SHARED, "general": CLASSES.index("all-shared")}
-    of_kind = torch.tensor([known[kind] for kind in KINDS])
+    class_of = {"specific": _SPECIFIC, "related": _SHARED, "general": CLASSES.index("all-shared")}
+    of_kind = torch.tensor([class_of[kind] for kind in KINDS])
     for language, rows in neurons.members.items():
-        own = of_kind[neurons.kinds[language]]
+        of_language = of_kind[neurons.kinds[language]]
         before = classes[rows[:, 0], rows[:, 1]]
-        other = ((before != 0) & (before != own)).nonzero()[:, 0]
-        if len(other):
-            layer, neuron = rows[other[0]].tolist()
+        conflicts = ((before != 0) & (before != of_language)).nonzero()[:, 0]
+        if len(conflicts):
+            layer, neuron = rows[conflicts[0]].tolist()
             raise BrocaError(
-                f"neuron {neuron} of layer {layer} is of two kinds in the neuron set: identify it again"
+                f"neuron {neuron} of layer {layer} has two kinds in the neuron set: identify neurons again"
             )
-        classes[rows[:, 0], rows[:, 1]] = own
+        classes[rows[:, 0], rows[:, 1]] = of_language
     return classes
 
 
@@ -110,34 +110,35 @@ def clas_plan(
 
     Args:
         source: the model.
-        classified: statistics with ``mlp_in:text_mean`` of parallel text, or a neuron set of this model whose
-            kinds tell the classes (``broca identify --method clas --kinds specific,related``).
-        languages: only neurons active in one of these (of one of these in the set); None takes all.
-        layers: which layers; None takes the last quarter.
-        strength: a; a negative one turns shared neurons down and specific ones up.
-        shared_gain: b; 0 leaves partial-shared neurons alone.
-        specific_loss: g; 0 leaves specific neurons alone.
+        classified: statistics with ``mlp_in:text_mean`` of parallel text, or a neuron set of this model with the
+            kinds of CLAS (``broca identify --method clas --kinds specific,related``).
+        languages: scale only neurons active in one of these (members of one of these in the set); None takes all.
+        layers: layers of the neurons; None takes the last quarter.
+        strength: a; a negative one scales shared neurons down and specific ones up.
+        shared_gain: b; 0 does not scale partial-shared neurons.
+        specific_loss: g; 0 does not scale specific neurons.
 
     Raises:
         UsageError: settings as ``clas_factors``, an unknown language or layer.
-        BrocaError: another model's neurons or statistics, or no neuron of a class that is to be scaled.
+        BrocaError: neurons or statistics of another model, or no neuron of a class that should be scaled.
     """
-    inside = torch.zeros(source.anatomy.layers, dtype=torch.bool)
+    in_layers = torch.zeros(source.anatomy.layers, dtype=torch.bool)
     chosen = last_layers(source.anatomy.layers) if layers is None else chosen_layers(source, layers)
-    inside[list(chosen)] = True
-    classes, known, allowed = _classes(source, classified, languages)
-    reached = allowed & inside[:, None]
+    in_layers[list(chosen)] = True
+    classes, available, allowed = _classes(source, classified, languages)
+    scaled = allowed & in_layers[:, None]
     factors = clas_factors(classes, strength, shared_gain, specific_loss)
-    factors[~reached] = 1.0
-    for name, number, wanted in (
-        ("partial-shared", _SHARED, shared_gain),
-        ("specific", _SPECIFIC, specific_loss),
+    factors[~scaled] = 1.0
+    counts = {}
+    for name, index, setting_name, value in (
+        ("partial-shared", _SHARED, "gain", shared_gain),
+        ("specific", _SPECIFIC, "loss", specific_loss),
     ):
-        if wanted and not bool((reached & (classes == number)).any()):
+        counts[name] = int((scaled & (classes == index)).sum())
+        if value and not counts[name]:
             raise BrocaError(
                 f"no {name} neuron in layers {', '.join(map(str, chosen))}: identify with the method clas and "
-                f"the kinds specific and related, choose other layers, or set its "
-                f"{'gain' if number == _SHARED else 'loss'} to 0"
+                f"the kinds specific and related, choose other layers, or set its {setting_name} to 0"
             )
     settings = {
         "layers": list(chosen),
@@ -145,16 +146,13 @@ def clas_plan(
         "shared_gain": shared_gain,
         "specific_loss": specific_loss,
         "neurons": classified.metadata.get("method") if isinstance(classified, NeuronSet) else "clas",
-        "scaled": {
-            name: int((reached & (classes == number)).sum())
-            for name, number in (("partial-shared", _SHARED), ("specific", _SPECIFIC))
-        },
+        "scaled": counts,
     }
     metadata = {
         "model": source.label,
         "fingerprint": source.fingerprint,
         "method": "clas",
-        "languages": list(known if languages is None else languages),
+        "languages": list(available if languages is None else languages),
         "settings": settings,
     }
     return make_plan(column_scaling(source, "mlp", factors), metadata)
@@ -163,48 +161,48 @@ def clas_plan(
 def _classes(
     source: ModelSource, classified: NeuronSet | Statistics, languages: Sequence[str] | None
 ) -> tuple[torch.Tensor, tuple[str, ...], torch.Tensor]:
-    """Classes int64 [L, I], the languages known, and which neurons may change, bool [L, I]."""
-    known = classified.languages
-    unknown = [language for language in languages or () if language not in known]
+    """Classes int64 [L, I], the available languages, and the neurons that may change, bool [L, I]."""
+    available = classified.languages
+    unknown = [language for language in languages or () if language not in available]
     if unknown:
-        raise UsageError(f"no language {unknown[0]!r}: there is {', '.join(known)}")
+        raise UsageError(f"no language {unknown[0]!r}: the languages are {', '.join(available)}")
     if languages is not None and not languages:
-        raise UsageError("name at least one language, or none at all to take all of them")
+        raise UsageError("the list of languages is empty: name at least one, or leave it out to take all")
     shape = (source.anatomy.layers, source.anatomy.neurons)
     if isinstance(classified, NeuronSet):
         require_neurons(source, classified)
         allowed = torch.zeros(shape, dtype=torch.bool)
-        for language in known if languages is None else languages:
+        for language in available if languages is None else languages:
             rows = classified.of(language)
             allowed[rows[:, 0], rows[:, 1]] = True
-        return classes_of_set(classified), known, allowed
+        return classes_of_set(classified), available, allowed
     if classified.fingerprint:
         source.require_fingerprint({"fingerprint": classified.fingerprint}, "the statistics")
     mean = classified.text_mean("mlp_in")
     if mean.shape[:2] != shape:
         raise BrocaError(
-            f"the statistics are of {mean.shape[0]} x {mean.shape[1]} neurons where the model has "
+            f"the statistics have {mean.shape[0]} x {mean.shape[1]} neurons, but the model has "
             f"{shape[0]} x {shape[1]}: record them from this model"
         )
-    chosen = [known.index(language) for language in (known if languages is None else languages)]
-    return clas_classes(mean), known, (mean[..., chosen] > 0).any(-1)
+    chosen = [available.index(language) for language in (available if languages is None else languages)]
+    return clas_classes(mean), available, (mean[..., chosen] > 0).any(-1)
 
 
 def text_means(material: Material) -> Statistics:
-    """The means of a study's texts, which tell the classes."""
-    found: Statistics = material.once(
+    """The means of a study's texts, which determine the classes."""
+    statistics: Statistics = material.once(
         "text means",
         lambda: record_corpus(material.loaded, material.text, ["mlp_in:text_mean"], TEXTS),
     )
-    return found
+    return statistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClasEdit(Method):
-    """CLAS in the weights."""
+    """The registered method."""
 
     name = "clas"
-    line = "neurons that languages share up, those of one language down"
+    line = "scales neurons of several languages up and neurons of one language down"
     source = "arXiv 2601.16390"
     takes = ("statistics", "neurons", "languages", "layers", "strength")
 

@@ -1,4 +1,4 @@
-"""Crossings: openings of texts in one language that go on in another, as rows of tokens."""
+"""Crossings: openings of texts in one language continued in another, as rows of tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from neurons.text.words import opening
 
 @dataclass(frozen=True)
 class Crossing:
-    """One row.
+    """A row of tokens.
 
     Attributes:
-        ids: the tokens, after the tokenizer's start tokens where it adds any.
-        crosses: what follows the opening is ids[crosses:].
+        ids: the tokens, including the tokenizer's start tokens.
+        crosses: index of the first token after the opening.
     """
 
     ids: tuple[int, ...]
@@ -27,39 +27,39 @@ class Crossing:
 
 
 def openings_and_rests(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The openings of all texts, and what follows the opening of those that are longer than it."""
+    """The openings of all texts, and the rests of the texts that are longer than their opening."""
     whole = [" ".join(text.split()) for text in texts if text]
     rests = [text[len(opening(text)) :] for text in whole]
     return [opening(text) for text in whole], [rest for rest in rests if rest]
 
 
 def crossings(tokenizer: Any, openings: Sequence[str], rests: Sequence[str], turn: int) -> list[Crossing]:
-    """Every opening with a rest: line i with line i + turn, from the beginning again after the last.
+    """Every opening with a rest: opening i with rest i + turn, modulo the number of rests.
 
-    A row's tokens are those of the joined text; it crosses where they first differ from the opening's own.
+    The tokens are those of the joined text; it crosses where they first differ from those of the opening alone.
     """
     joined = [text + rests[(i + turn) % len(rests)] for i, text in enumerate(openings)]
     start = start_tokens(tokenizer)
     of_openings = tokenizer(list(openings), add_special_tokens=False)["input_ids"]
     of_joined = tokenizer(joined, add_special_tokens=False)["input_ids"]
     return [
-        Crossing((*start, *whole), len(start) + _common(whole, own))
-        for whole, own in zip(of_joined, of_openings, strict=True)
+        Crossing((*start, *whole), len(start) + _common_prefix(whole, alone))
+        for whole, alone in zip(of_joined, of_openings, strict=True)
     ]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    pairs = zip(ids, others, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
 
 
-def crossing_batch(rows: Sequence[Crossing], most: int) -> TokenBatch:
-    """Rows padded on the right and cut after ``most`` tokens; what follows the openings is counted."""
-    length = min(most, max(len(row.ids) for row in rows))
+def crossing_batch(rows: Sequence[Crossing], max_tokens: int) -> TokenBatch:
+    """Rows padded on the right and truncated to ``max_tokens``; the tokens after the openings are counted."""
+    length = min(max_tokens, max(len(row.ids) for row in rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     for i, row in enumerate(rows):
-        own = row.ids[:length]
-        ids[i, : len(own)] = torch.tensor(own)
+        kept = row.ids[:length]
+        ids[i, : len(kept)] = torch.tensor(kept)
     at = torch.arange(length)[None]
     attention = at < torch.tensor([[len(row.ids)] for row in rows])
     return TokenBatch(ids, attention, attention & (at >= torch.tensor([[row.crosses] for row in rows])))

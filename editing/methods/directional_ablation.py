@@ -1,4 +1,4 @@
-"""Directional ablation ("abliteration"): what a module writes along a direction is taken out of its weights.
+"""Directional ablation ("abliteration"): removes a direction from the output of modules.
 
 With v^ the unit direction, s the strength and W [d, n] the output weight of attention or MLP:
 
@@ -6,20 +6,19 @@ With v^ the unit direction, s the strength and W [d, n] the output weight of att
     norm-preserving   W' = (W - s v^ v^^T W) diag(c),   c_j = ||w_j|| / ||w_j - s v^ v^^T w_j||
     biprojected       plain, with v <- v - m^ m^^T v first, m the neutral mean at the site
 
-so that v^^T W' = (1 - s) v^^T W diag(c): nothing of the direction is left at s = 1, all of it is turned round
-at s = 2, and s < 0 amplifies.  A bias b of the module becomes b - s v^ v^^T b.  It is Steer2Edit's
-amplification c = -s for every component.
+so that v^^T W' = (1 - s) v^^T W diag(c): s = 1 removes the direction, s = 2 reverses it, and s < 0 amplifies it.
+A bias b of the module becomes b - s v^ v^^T b.  This is Steer2Edit's amplification c = -s for every component.
 
-Columns are renormalised and not rows: a column is what a neuron writes and keeps its length, and scaling it
-leaves it orthogonal to v^, whereas scaling rows turns the columns back towards v^.  A column that lies on v^
-altogether has nothing to give its length back to: it is ablated and keeps c = 1.
+Columns are renormalised rather than rows: a column is the output weight of a neuron and keeps its length, and
+scaling it leaves it orthogonal to v^, whereas scaling rows would rotate columns towards v^.  A column parallel to v^
+has no other component to rescale: it is ablated with c = 1.
 
-Biprojected (grimjim's projected and biprojected abliteration) leaves what the module writes along the
-neutral mean as it was: m^T W' = m^T W.  Where one layer's direction serves all, its own layer's mean goes out
-of it first and the mean of the layer that is edited last.
+The biprojected form (grimjim's projected and biprojected abliteration) does not change the output along the neutral
+mean: m^T W' = m^T W.  With ``from_layer`` the mean of that layer is projected out first, then the mean of the edited
+layer.
 
-The published form uses one direction, of one layer, everywhere (``from_layer``) and ablates the embeddings
-too; a plan reaches output modules only, so what the embeddings write along v stays in the residual.
+The published form uses the direction of one layer everywhere (``from_layer``) and also ablates the embeddings.  A
+plan edits only output modules, so the embeddings' component along v remains in the residual stream.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from editing.directions.direction import Direction
 from editing.methods.material import Material
 from editing.methods.method import Method, Settings
 from editing.methods.neutral_mean import neutral_means
-from editing.methods.reach import (
+from editing.methods.scope import (
     FROM_LINE,
     OWN,
     SITE_LINE,
-    chosen_blocks,
     chosen_layers,
-    chosen_site,
+    chosen_modules,
     output_bias,
+    require_site,
     require_strength,
     site_of,
     vector_at,
@@ -54,15 +53,15 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
 from neurons.scorers.setting import Range, setting
 
-# form -> (columns keep their lengths, the neutral mean is spared)
+# form -> (columns keep their lengths, the neutral mean is preserved)
 FORMS = {
     "plain": (False, False),
     "norm-preserving": (True, False),
     "biprojected": (False, True),
     "norm-preserving-biprojected": (True, True),
 }
-# What rounding to bfloat16 can leave of a column that lies on v^; no column grows by more than 1 / this.
-LEAST_REST = 2**-8
+# The remainder that rounding to bfloat16 can leave of a column parallel to v^; columns grow by at most 1 / this.
+MIN_REMAINDER = 2**-8
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Ablation:
     Attributes:
         left: float64 [d], v^.
         right: float64 [n], -s c_j v^^T w_j.
-        column_scale: float64 [n], c; None where columns are not renormalised.
+        column_scale: float64 [n], c; None if columns are not renormalised.
     """
 
     left: torch.Tensor
@@ -89,7 +88,7 @@ def directional_ablation(
         weight: [d, n].
         direction: [d], v, of any length but 0.
         strength: s; 1 removes the direction, a negative one amplifies it.
-        norm_preserving: give every column its length back.
+        norm_preserving: rescale every column to its length before.
 
     Raises:
         UsageError: a strength that is 0 or not finite.
@@ -103,9 +102,9 @@ def directional_ablation(
         return Ablation(unit, -strength * along)
     before = exact.norm(dim=0)
     after = torch.addr(exact, unit, along, alpha=-strength).norm(dim=0)
-    # Also a column of zeros, which has no length to keep.
-    lost = after <= LEAST_REST * before
-    scale = torch.where(lost, 1.0, before / torch.where(lost, 1.0, after))
+    # Includes columns of zeros.
+    parallel = after <= MIN_REMAINDER * before
+    scale = torch.where(parallel, 1.0, before / torch.where(parallel, 1.0, after))
     return Ablation(unit, -strength * scale * along, scale)
 
 
@@ -123,22 +122,22 @@ def unit_vector(direction: torch.Tensor) -> torch.Tensor:
 
 
 def without(direction: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """The direction less its component along a mean; all of it where the mean is 0.  [d] each, float64.
+    """The direction minus its component along a mean (unchanged if the mean is 0).  [d] each, float64.
 
     Raises:
-        BrocaError: nothing is left of the direction.
+        BrocaError: the direction is parallel to the mean.
     """
     vector, neutral = direction.double(), mean.double()
     size = neutral.norm()
     if not size > 0:
         return vector
     neutral = neutral / size
-    rest: torch.Tensor = vector - (neutral @ vector) * neutral
-    # Once more: after much cancellation the first difference is not quite orthogonal.
-    rest = rest - (neutral @ rest) * neutral
-    if not float(rest.norm()) > 1e-9 * float(vector.norm()):
-        raise BrocaError("the direction lies along the neutral mean, so nothing of it is left to ablate")
-    return rest
+    remainder: torch.Tensor = vector - (neutral @ vector) * neutral
+    # Twice, because cancellation can leave the first difference not quite orthogonal.
+    remainder = remainder - (neutral @ remainder) * neutral
+    if not float(remainder.norm()) > 1e-9 * float(vector.norm()):
+        raise BrocaError("the direction is parallel to the neutral mean, so nothing is left to ablate")
+    return remainder
 
 
 def directional_ablation_plan(
@@ -156,34 +155,34 @@ def directional_ablation_plan(
 
     Args:
         source: the model.
-        direction: with vectors at ``site``.
-        layers: which layers; None takes all.
-        blocks: of "attn" and "mlp".
+        direction: a direction with vectors at ``site``.
+        layers: layers to edit; None takes all.
+        blocks: "attn", "mlp" or both.
         form: a key of ``FORMS``.
-        site: "block_out", the direction of the residual stream, or "own", each block's at its output.
+        site: "block_out" (residual stream), or "own" (output of the edited module).
         strength: s, 1 removes the direction.
-        from_layer: the layer whose direction serves all layers, as published; None takes each layer's own.
-        neutral: for the biprojected forms, site -> [L, d], the mean there (``neutral_means`` takes it).  What
-            is not given is taken from the direction: its mean at the site, or, at a block's own output,
-            W mu + b, the mean of what the block writes on both languages.
+        from_layer: layer whose direction is used in all layers, as published; None takes each layer's own.
+        neutral: for the biprojected forms, site -> [L, d], the mean there (``neutral_means``).  Missing sites are
+            taken from the direction: its mean at the site, or, at the output of a module, W mu + b, the mean output
+            on both languages.
 
     Raises:
-        UsageError: an unknown form, site, block or layer, no vectors or no neutral mean at the site, or a
+        UsageError: an unknown form, site, module or layer, no vectors or no neutral mean at the site, or a
             strength of 0.
-        BrocaError: another model's direction; a norm between module and residual; a direction of length 0,
-            one that a module does not write along at all, or experts with biases of their own.
+        BrocaError: a direction of another model; a norm between module and residual stream; a direction of length
+            0, a module without output along it, or experts with biases.
     """
     if form not in FORMS:
         raise UsageError(f"form {form!r} is unknown: choose from {', '.join(FORMS)}")
     norm_preserving, biprojected = FORMS[form]
     require_strength(strength)
     direction.require_model(source)
-    chosen_site(source, site)
+    require_site(source, site)
     if from_layer is not None:
         chosen_layers(source, [from_layer])
     settings = {
         "layers": list(chosen_layers(source, layers)),
-        "blocks": list(chosen_blocks(blocks)),
+        "blocks": list(chosen_modules(blocks)),
         "form": form,
         "site": site,
         "strength": strength,
@@ -192,25 +191,28 @@ def directional_ablation_plan(
     weights = Weights(source)
     edits = []
     for layer in chosen_layers(source, layers):
-        for block in chosen_blocks(blocks):
-            at = site_of(site, block)
-            origin = layer if from_layer is None else from_layer
-            vector = vector_at(direction, at, origin)
+        for module in chosen_modules(blocks):
+            at = site_of(site, module)
+            vector_layer = layer if from_layer is None else from_layer
+            vector = vector_at(direction, at, vector_layer)
             if not bool(vector.any()):
-                raise BrocaError(f"the direction has length 0 at {at} of layer {origin}: choose other layers")
-            weight = weights.read(layer, block)
-            bias = output_bias(source, weights, layer, block)
+                raise BrocaError(
+                    f"the direction has length 0 at {at} of layer {vector_layer}: choose other layers"
+                )
+            weight = weights.read(layer, module)
+            bias = output_bias(source, weights, layer, module)
             if biprojected:
-                for place in dict.fromkeys((origin, layer)):
-                    vector = without(vector, _neutral_mean(source, weights, direction, neutral, at, place))
+                for mean_layer in dict.fromkeys((vector_layer, layer)):
+                    mean = _neutral_mean(source, weights, direction, neutral, at, mean_layer)
+                    vector = without(vector, mean)
             edits.append(
                 _module_edit(
                     weight,
                     bias,
                     directional_ablation(weight, vector, strength, norm_preserving),
                     strength,
-                    (layer, block),
-                    source.anatomy.component_width(block),
+                    (layer, module),
+                    source.anatomy.component_width(module),
                 )
             )
     return make_plan(edits, plan_metadata(source, "ablate", direction, settings))
@@ -219,37 +221,37 @@ def directional_ablation_plan(
 def _module_edit(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    found: Ablation,
+    ablation: Ablation,
     strength: float,
     place: tuple[int, str],
     width: int,
 ) -> ModuleEdit:
-    layer, block = place
-    if not bool(found.right.any()):
+    layer, module = place
+    if not bool(ablation.right.any()):
         raise BrocaError(
-            f"layer {layer}, {block}: the module writes nothing along the direction, so there is nothing to "
+            f"layer {layer}, {module}: its output has no component along the direction, so there is nothing to "
             "ablate: choose other layers or blocks"
         )
-    along = found.left @ weight
-    share = _per_component(along, width) / _per_component(weight.norm(dim=0), width)
-    chosen = _per_component(found.right, width).nonzero()[:, 0]
-    if found.column_scale is None:
-        change_norm = float(found.right.norm())
+    along = ablation.left @ weight
+    fraction = _per_component(along, width) / _per_component(weight.norm(dim=0), width)
+    chosen = _per_component(ablation.right, width).nonzero()[:, 0]
+    if ablation.column_scale is None:
+        change_norm = float(ablation.right.norm())
     else:
-        change = torch.addr(weight * (found.column_scale - 1), found.left, found.right)
+        change = torch.addr(weight * (ablation.column_scale - 1), ablation.left, ablation.right)
         change_norm = float(change.norm())
-    shift = None if bias is None else -strength * (found.left @ bias) * found.left
+    shift = None if bias is None else -strength * (ablation.left @ bias) * ablation.left
     return ModuleEdit(
         layer=layer,
-        block=block,
+        block=module,
         components=tuple(chosen.tolist()),
-        column_scale=None if found.column_scale is None else found.column_scale.float(),
-        left=found.left[:, None].float(),
-        right=found.right[:, None].float(),
+        column_scale=None if ablation.column_scale is None else ablation.column_scale.float(),
+        left=ablation.left[:, None].float(),
+        right=ablation.right[:, None].float(),
         bias=None if shift is None or not bool(shift.any()) else shift.float(),
         details={
             "c": torch.full((len(chosen),), -strength, dtype=torch.float64),
-            "share": share[chosen],
+            "share": fraction[chosen],
         },
         notes={
             "change_norm": change_norm,
@@ -260,9 +262,9 @@ def _module_edit(
 
 
 def _per_component(values: torch.Tensor, width: int) -> torch.Tensor:
-    """The length of each component's part of values [n], float64 [n / width]."""
-    lengths: torch.Tensor = values.view(-1, width).norm(dim=1)
-    return lengths
+    """The norm over each component of values [n], float64 [n / width]."""
+    norms: torch.Tensor = values.view(-1, width).norm(dim=1)
+    return norms
 
 
 def _neutral_mean(
@@ -273,38 +275,38 @@ def _neutral_mean(
     site: str,
     layer: int,
 ) -> torch.Tensor:
-    """The mean at a site of a layer, float64 [d]: as given, as the direction has it, or as it follows."""
-    for held in (neutral or {}, direction.input_means):
-        if site in held:
-            return held[site][layer].double()
-    block = site.removesuffix("_out")
-    inputs = f"{block}_in"
-    if inputs not in direction.input_means or (block == "mlp" and source.anatomy.mixed):
+    """The mean at a site of a layer, float64 [d]: given, of the direction, or computed from its mean input."""
+    for means in (neutral or {}, direction.input_means):
+        if site in means:
+            return means[site][layer].double()
+    module = site.removesuffix("_out")
+    inputs = f"{module}_in"
+    if inputs not in direction.input_means or (module == "mlp" and source.anatomy.mixed):
         raise UsageError(
             f"the biprojected form needs the neutral mean at {site}, which the direction does not have: give "
             "neutral text (--corpus), or use the form plain or norm-preserving"
         )
-    mean = weights.read(layer, block) @ direction.input_means[inputs][layer].double()
-    bias = output_bias(source, weights, layer, block)
+    mean = weights.read(layer, module) @ direction.input_means[inputs][layer].double()
+    bias = output_bias(source, weights, layer, module)
     return mean if bias is None else mean + bias
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(Method):
-    """The method; the biprojected forms spare the mean of neutral text where there is some."""
+    """The registered method; the biprojected forms preserve the mean of neutral text, if given."""
 
     name = "ablate"
     title = "directional ablation"
-    line = "the direction is taken out of what blocks write"
+    line = "removes the direction from the outputs of attention and MLP"
     source = "arXiv 2406.11717"
     needs = ("direction",)
     takes = ("layers", "blocks", "strength", "corpus", "languages", "part", "device", "dtype")
-    least_languages = 1
+    min_languages = 1
 
     strength: float = setting(1.0, search=Range(0.25, 2.0), grid=(1.0, 2.0, -1.0))
     form: str = setting(
         "plain",
-        "which form; the biprojected spare the mean of neutral text, --corpus and --languages",
+        "form; the biprojected forms preserve the mean of neutral text (--corpus, --languages)",
         words=tuple(FORMS),
     )
     site: str = setting("block_out", SITE_LINE, words=("block_out", OWN))
@@ -337,18 +339,18 @@ class Ablate(Method):
                 f"--corpus is neutral text, which form {self.form} does not use: leave it out, or give --set "
                 "form=biprojected"
             )
-        sites = tuple(dict.fromkeys(site_of(self.site, block) for block in blocks))
+        sites = tuple(dict.fromkeys(site_of(self.site, module) for module in blocks))
         neutral = neutral_means(material.loaded, corpus, sites, material.progress)
-        origin = {
+        provenance = {
             "languages": list(corpus.languages),
             "corpus": {"digest": corpus.digest, "part": corpus.part},
         }
 
-        def made(**settings: Any) -> Plan:
+        def make_neutral(**settings: Any) -> Plan:
             plan = make(neutral=neutral, **settings)
-            return Plan(plan.edits, {**plan.metadata, "neutral": origin})
+            return Plan(plan.edits, {**plan.metadata, "neutral": provenance})
 
-        return made
+        return make_neutral
 
     def plan(self, prepared: Callable[..., Plan]) -> Plan:
         return prepared(strength=self.strength)

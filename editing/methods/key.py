@@ -1,22 +1,22 @@
-"""A key: the linear coefficient k^T h that is 1 where some languages are read, 0 where others are, and steady.
+"""A key: a linear coefficient k^T h with mean 1 on source languages, mean 0 on kept languages and minimum variance.
 
-With h the input of an output module, mu_j its mean on language j, C its pooled within-language covariance
-and mu_start its mean on the start token, which every text has, of whatever language (on the first position, where
-the tokenizer adds none):
+With h the input of an output module, mu_j its mean on language j, C its pooled within-language covariance and
+mu_start its mean on the start token (without a start token, on the first position), which is the same for texts of
+all languages:
 
     k = argmin k^T F k    F = C + eps * mean(diag C) * I + weight * sum over soft languages of mu_j mu_j^T
         subject to        k^T mu_j = 1 for every source, 0 for every kept language, k^T mu_start = 0
 
-k^T C k is the variance of the coefficient about each language's own mean, and k^T mu_j its mean on language
-j: at weight 1 a mean of x on a soft language costs what a standard deviation of x costs; weight 0 leaves the
-language free and the larger it is the nearer it keeps it to what a constraint does.  With M the means that are constrained and e
-what is wanted of them, as long as M^T F^-1 M can be inverted,
+k^T C k is the variance of the coefficient about each language's mean, and k^T mu_j its mean on language j.  At
+weight 1 a mean of x on a soft language costs as much as a standard deviation of x; weight 0 does not constrain the
+language, and a large weight approaches a constraint.  With M the constrained means and e their targets, if
+M^T F^-1 M is invertible,
 
     k = F^-1 M (M^T F^-1 M)^-1 e
 
-It is linear in e: the key of two sources is the sum of the keys of each that keep the other.  Relatives:
-ROME's key k = C^-1 k_*, one constraint (arXiv 2202.05262), MEMIT's many facts (arXiv 2210.07229) and
-AlphaEdit's projection on the null space of what is kept (arXiv 2410.02355).
+k is linear in e: the key of two sources is the sum of the keys of each that keep the other.  Related work: the key
+k = C^-1 k_* of ROME, with one constraint (arXiv 2202.05262), the many facts of MEMIT (arXiv 2210.07229) and the
+null-space projection of AlphaEdit (arXiv 2410.02355).
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive
 
 EPS = 1e-2
 SOFT_WEIGHT = 1.0
-CARRIED = 0.9
+CARRIER_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
 class KeyProblem:
-    """argmin k^T form k subject to constraints^T k = wanted.
+    """argmin k^T form k subject to constraints^T k = targets.
 
     Attributes:
         form: F, float64 [S, S], symmetric, positive definite.
         constraints: M, float64 [S, m].
-        wanted: e, float64 [m].
-        languages: how many languages M tells apart, for messages.
+        targets: e, float64 [m].
+        languages: number of languages, for messages.
     """
 
     form: torch.Tensor
     constraints: torch.Tensor
-    wanted: torch.Tensor
+    targets: torch.Tensor
     languages: int
 
     def on(self, support: torch.Tensor) -> KeyProblem:
-        """The same problem with all units but ``support`` (int64) held at 0."""
+        """The same problem with all units outside ``support`` (int64) fixed at 0."""
         return KeyProblem(
-            self.form[support][:, support], self.constraints[support], self.wanted, self.languages
+            self.form[support][:, support], self.constraints[support], self.targets, self.languages
         )
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key on some units of one site.
+    """A key on units of one site.
 
     Attributes:
         vector: float64 [S], k.
-        spread: standard deviation of k^T h about each language's own mean.
-        means: float64 [K], mean of k^T h on every language: 1 on the sources, 0 on the kept ones.
-        carried: float64 [S], k_i mu_i, mu the mean of the sources' means: what unit i adds to the
-            coefficient where a source is read; the sum is 1.
-        carriers: the smallest number of units whose |k_i mu_i| make up 90 % of the sum of all.
+        deviation: standard deviation of k^T h about each language's mean.
+        means: float64 [K], mean of k^T h on every language: 1 on the sources, 0 on the kept languages.
+        contribution: float64 [S], k_i mu_i with mu the mean of the sources' means: the contribution of unit i to the
+            coefficient on the sources; the sum is 1.
+        carriers: the smallest number of units that account for 90 % of the sum of |k_i mu_i|.
     """
 
     vector: torch.Tensor
-    spread: float
+    deviation: float
     means: torch.Tensor
-    carried: torch.Tensor
+    contribution: torch.Tensor
     carriers: int
 
 
@@ -87,14 +87,14 @@ def key(
     keep_softly: Sequence[str] = (),
     soft_weight: float = SOFT_WEIGHT,
 ) -> Key:
-    """The key of least spread; the arguments are those of ``key_problem``.
+    """The key of minimum variance; arguments as in ``key_problem``.
 
     Raises:
         UsageError: as ``key_problem``.
-        BrocaError: the languages' means cannot be told apart on these units.
+        BrocaError: the languages' means are linearly dependent on these units.
     """
     problem = key_problem(moments, source, eps, keep, keep_softly, soft_weight)
-    return described(moments, source, least_spread(problem))
+    return key_of(moments, source, solve_key(problem))
 
 
 def require_key(
@@ -105,17 +105,17 @@ def require_key(
     eps: float,
     soft_weight: float,
 ) -> None:
-    """Refuse what no key can be made of, before any text is read; the arguments are those of ``key_problem``.
+    """Check the arguments of ``key_problem`` before any text is read.
 
     Raises:
-        UsageError: a language that there is no text of or that is in two of the lists, no source, or an eps or
-            soft weight that is not finite or negative.
+        UsageError: a language without text or in two of the lists, no source, or an eps or soft weight that is
+            negative or not finite.
     """
     named = [*sources, *keep, *keep_softly]
     if not sources:
-        raise UsageError("a key needs a source language: name one")
+        raise UsageError("a key needs a source language: name at least one")
     if missing := [name for name in named if name not in languages]:
-        raise UsageError(f"no text of {', '.join(missing)}: there is {', '.join(languages)}")
+        raise UsageError(f"no text of {', '.join(missing)}: the languages are {', '.join(languages)}")
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise UsageError(f"{', '.join(twice)}: a language is a source, kept, or kept softly: name it once")
     if not (0 <= eps < math.inf and 0 <= soft_weight < math.inf):
@@ -133,17 +133,17 @@ def key_problem(
     """F, M and e of the module's docstring.
 
     Args:
-        moments: of a site on the units S.
-        source: the language, or languages, on which the coefficient is 1.
-        eps: ridge, as a share of the mean variance.
-        keep: languages on which it is 0; None: all but the sources and the soft ones.  A language that is
-            in neither list is left free.
-        keep_softly: languages on which a mean other than 0 costs, but is not forbidden.
-        soft_weight: what it costs: weight x mean^2, beside the variance of the coefficient.
+        moments: moments of a site on S units.
+        source: language or languages with mean 1.
+        eps: ridge, as a fraction of the mean variance.
+        keep: languages with mean 0; None: all but the sources and the soft ones.  A language in neither list is
+            not constrained.
+        keep_softly: languages on which a mean other than 0 is penalised.
+        soft_weight: the penalty is soft_weight x mean^2, added to the variance of the coefficient.
 
     Raises:
-        UsageError: a language that the moments lack or that is in two of the lists, no source, or an
-            eps or weight that is negative or not finite.
+        UsageError: a language that the moments lack or that is in two of the lists, no source, or an eps or weight
+            that is negative or not finite.
     """
     sources = sources_of(source)
     if keep is None:
@@ -153,59 +153,59 @@ def key_problem(
     def means_of(names: Sequence[str]) -> torch.Tensor:
         return moments.mean[:, [moments.languages.index(name) for name in names]]
 
-    # In the order of the languages, so that the same constraints make the same key however they were named.
+    # In the order of the moments, so that the key does not depend on the order of the arguments.
     constrained = [name for name in moments.languages if name in (*sources, *keep)]
     constraints = means_of(constrained)
-    wanted = torch.tensor([float(name in sources) for name in constrained], dtype=torch.float64)
+    targets = torch.tensor([float(name in sources) for name in constrained], dtype=torch.float64)
     if moments.start is not None:
         constraints = torch.cat([constraints, moments.start[:, None]], dim=1)
-        wanted = torch.cat([wanted, torch.zeros(1, dtype=torch.float64)])
+        targets = torch.cat([targets, torch.zeros(1, dtype=torch.float64)])
     form = moments.covariance.clone()
     form.diagonal().add_(eps * float(moments.covariance.diagonal().mean()))
     if keep_softly and soft_weight:
         soft = means_of(keep_softly)
         form.addmm_(soft, soft.T, alpha=soft_weight)
-    return KeyProblem(form, constraints, wanted, len(moments.languages))
+    return KeyProblem(form, constraints, targets, len(moments.languages))
 
 
-def least_spread(problem: KeyProblem) -> torch.Tensor:
+def solve_key(problem: KeyProblem) -> torch.Tensor:
     """k of the module's docstring, float64 [S].
 
     Raises:
-        BrocaError: the constraints are not independent on these units.
+        BrocaError: the constraints are linearly dependent on these units.
     """
-    apart = BrocaError(
-        f"{len(problem.form)} neurons cannot tell {problem.languages} languages apart: choose more "
-        "neurons, more text or fewer languages"
+    dependent = BrocaError(
+        f"{len(problem.form)} neurons do not separate {problem.languages} languages: choose more neurons, more text "
+        "or fewer languages"
     )
     try:
         whitened = solve_positive_definite(problem.form, problem.constraints)
         gram = problem.constraints.T @ whitened
         if int(torch.linalg.matrix_rank(gram)) < len(gram):
-            raise apart
-        return whitened @ solve_positive_definite(gram, problem.wanted)
+            raise dependent
+        return whitened @ solve_positive_definite(gram, problem.targets)
     except NotPositiveDefiniteError as error:
-        raise apart from error
+        raise dependent from error
 
 
-def described(moments: Moments, source: str | Sequence[str], vector: torch.Tensor) -> Key:
-    """What a coefficient does on the text that the moments are of."""
+def key_of(moments: Moments, source: str | Sequence[str], vector: torch.Tensor) -> Key:
+    """The key with this vector, with its statistics on the text of the moments."""
     sources = [moments.languages.index(name) for name in sources_of(source)]
-    carried = vector * moments.mean[:, sources].mean(1)
+    contribution = vector * moments.mean[:, sources].mean(1)
     return Key(
         vector=vector,
-        spread=float((vector @ moments.covariance @ vector).clamp(min=0).sqrt()),
+        deviation=float((vector @ moments.covariance @ vector).clamp(min=0).sqrt()),
         means=moments.mean.T @ vector,
-        carried=carried,
-        carriers=carriers(carried),
+        contribution=contribution,
+        carriers=count_carriers(contribution),
     )
 
 
-def carriers(carried: torch.Tensor, share: float = CARRIED) -> int:
-    """The smallest number of entries whose absolute values make up ``share`` of the sum of all."""
-    sums = carried.abs().sort(descending=True).values.cumsum(0)
-    # Rounding may leave a sum of all a little below itself.
-    enough = sums >= share * sums[-1] * (1 - 1e-12)
+def count_carriers(contribution: torch.Tensor, fraction: float = CARRIER_FRACTION) -> int:
+    """The smallest number of entries whose absolute values add up to ``fraction`` of the sum of all."""
+    sums = contribution.abs().sort(descending=True).values.cumsum(0)
+    # The tolerance covers rounding of the sums at fraction 1.
+    enough = sums >= fraction * sums[-1] * (1 - 1e-12)
     return int(enough.int().argmax()) + 1
 
 

@@ -1,26 +1,24 @@
-"""The keyed edit: language neurons are the key, a direction is the value.
+"""The keyed edit: a rank-1 edit with a key over language neurons and a direction as its value.
 
-In an output module of layer l, ``down_proj`` or ``o_proj``, whose input is h and whose output is added to the
-residual stream, write
+To an output module of layer l, ``down_proj`` or ``o_proj``, with input h, it adds
 
     dW = s_l * v_l k^T        sum of s over all modules = strength
 
-v_l is the direction at the residual after that layer (``block_out``); what several modules write adds up, so
-``strength`` is the whole shift in multiples of the difference of the means, however many modules share it:
-evenly, unless each layer is given its own.  Many layers that write a little leave text more fluent than few
-that write much.  The key k is the steadiest that is 1 where a source language is read and 0 where any other is
-(``editing.methods.key``), on all inputs of the module, on a given neuron set, or on as many as an elastic net is
-to leave (``editing.methods.sparse_key``).
+v_l is the direction in the residual stream after the layer (``block_out``).  The outputs of modules add up, so
+``strength`` is the total shift in multiples of the difference of the means for any number of modules.  It is divided
+evenly, unless each layer has its own strength.  Small edits of many layers leave text more fluent than large edits
+of few.  The key k (``editing.methods.key``) is 1 on source languages and 0 on all others with minimum variance.  It
+uses all inputs of the module, a given neuron set, or a fraction chosen by an elastic net
+(``editing.methods.sparse_key``).
 
-The moments of all modules are recorded on the unedited model, or, with ``jointly``, each module's on the model
-that has the edits below it: with one pass over the text for each module.
+The moments of all modules are recorded on the unedited model.  With ``jointly`` those of each module are recorded on
+the model with the edits below it, in one pass over the text for each module.
 
-A norm between the module and the residual (Gemma 2 and 3, OLMo 2) is written through: s_l v_l is what comes
-out of the norm (``editing.methods.norm_value``), which is not linear, so a plan for such a model is made at the
-strength that it is used at.
+With a norm between module and residual stream (Gemma 2 and 3, OLMo 2), s_l v_l is the output of the norm
+(``editing.methods.norm_value``).  The norm is not linear, so such a plan holds only for its strength.
 
-Broca's own method; relatives are ROME's key (arXiv 2202.05262) and AlphaEdit's null space (arXiv 2410.02355).
-The edit speaks when a source language is read and is silent otherwise, so other languages are hardly touched.
+Broca's own method; related work: the key of ROME (arXiv 2202.05262) and the null space of AlphaEdit
+(arXiv 2410.02355).  The edit acts only on source languages and hardly changes others.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ import torch
 from editing.directions.direction import Direction
 from editing.methods.key import EPS as EPS
 from editing.methods.key import SOFT_WEIGHT as SOFT_WEIGHT
-from editing.methods.key import Key, described, key_problem, least_spread, require_key
+from editing.methods.key import Key, key_of, key_problem, require_key, solve_key
 from editing.methods.learned_values import LEARNED_AT
 from editing.methods.norm_value import value_through_norm
 from editing.methods.output_norm import output_norm, source_tokens
-from editing.methods.sparse_key import require_share, sparse_key
+from editing.methods.sparse_key import require_fraction, sparse_key
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
@@ -53,20 +51,20 @@ from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS, text_read
 
-# Found on the demo model, English to French and German: from 3 on as far as the ceiling; more is more fluent
-# and does more to other languages.  Keys over heads too reach as far from 2 on (docs/keyed.md).
+# On the demo model, English to French and German, strengths of 3 and more reach the ceiling; larger ones are more
+# fluent and change other languages more.  With keys over heads as well, 2 is enough (docs/keyed.md).
 STRENGTH = 3.5
 
-# What the modules write: the direction, or what was learned from it; and the strengths that suit a model.
+# The values, either the direction or learned from it, and their default strengths.
 MEANS, LEARNED = VALUES = ("means", "learned")
 STRENGTHS = {MEANS: (STRENGTH,), LEARNED: (LEARNED_AT,)}
 
-Place = tuple[int, str]  # layer, block
+Place = tuple[int, str]  # layer, module
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What every module's key and value are to be."""
+class _Request:
+    """The requested keys and values of all modules."""
 
     sources: tuple[str, ...]
     eps: float
@@ -75,7 +73,7 @@ class _Wanted:
     soft_weight: float
     sparse: float | None
     values: Mapping[Place, torch.Tensor]  # s_l v_l
-    shares: Mapping[Place, float]  # of the strength
+    fractions: Mapping[Place, float]  # of the strength
 
 
 def keyed_plan(
@@ -96,78 +94,76 @@ def keyed_plan(
     sparse: float | None = None,
     jointly: bool = False,
 ) -> Plan:
-    """A plan from a direction and a corpus of all the languages that matter.
+    """A plan from a direction and a corpus.
 
     Args:
-        loaded: the model; with ``jointly`` its weights are edited on the way and put back bit for bit.
-        corpus: text of the sources, the target and every language that is to stay as it is.
-        direction: with vectors at ``block_out``.
-        layers: which layers; None takes all.
-        strength: the whole shift, in multiples of the direction, shared evenly by the modules; or layer ->
-            that layer's part of it, shared evenly by its modules (``layers`` then says no more than it).
-        neurons: the key may use only the sources' neurons of this set in ``down_proj``; None allows all.
-        eps: ridge, as a share of the mean variance.
+        loaded: the model; with ``jointly`` its weights are edited temporarily and restored bit for bit.
+        corpus: text of the sources, the target and every language that should not change.
+        direction: a direction with vectors at ``block_out``.
+        layers: layers to edit; None takes all.
+        strength: total shift in multiples of the direction, divided evenly between modules; or layer -> its part,
+            divided evenly between its modules (``layers`` is then redundant).
+        neurons: restricts keys in ``down_proj`` to the sources' neurons of this set; None allows all.
+        eps: ridge, as a fraction of the mean variance.
         progress: called with the number of tokens done, in every pass.
-        sources: languages where the edit speaks, the direction's own among them; None: that one alone.
-        keep: languages where it is silent on average, besides the target; None: all of the corpus but the
-            sources and ``keep_softly``.  A language of the corpus in no list is left free.
-        keep_softly: languages where a mean of the coefficient costs instead of being forbidden.
-        soft_weight: cost of such a mean: at 1 a mean of x costs as much as a standard deviation of x.
-        blocks: "mlp" (keys over neurons), "attn" (keys over what heads return) or both.
-        sparse: the share of each module's inputs that the key may use, chosen by an elastic net; None: all.
-        jointly: solve each module on the model with the edits below it, instead of on the unedited one.
+        sources: languages on which the edit acts, which include the direction's source; None: only that one.
+        keep: languages with mean 0 of the coefficient, besides the target; None: all of the corpus but the sources
+            and ``keep_softly``.  A language in no list is not constrained.
+        keep_softly: languages on which a mean other than 0 is penalised.
+        soft_weight: weight of the penalty: at 1 a mean of x costs as much as a standard deviation of x.
+        blocks: "mlp" (keys over neurons), "attn" (keys over outputs of heads) or both.
+        sparse: fraction of each module's inputs that the key uses, chosen by an elastic net; None: all.
+        jointly: solve each module on the model with the edits below it, instead of on the unedited model.
 
     Raises:
-        UsageError: a language that the corpus lacks or that is in two lists, blocks, layers or shares that
-            there are not, the MLP of a mixture of experts, or a strength of 0.
-        BrocaError: a layer in which the set has too few neurons of the sources, or whose inputs cannot tell
-            the languages apart.
+        UsageError: a language that the corpus lacks or that is in two lists, invalid blocks, layers or fractions,
+            the MLP of a mixture of experts, or a strength of 0.
+        BrocaError: a layer with too few neurons of the sources, or whose inputs do not separate the languages.
     """
     direction.require_model(loaded)
     sources = (direction.source,) if sources is None else tuple(sources)
     _check_languages(corpus, direction, sources)
     if neurons is not None:
         neurons.require_model(loaded)
-    shares, total = _shares(loaded, layers, strength, blocks)
+    fractions, total = _fractions(loaded, layers, strength, blocks)
     if keep is None:
         keep = [name for name in corpus.languages if name not in (*sources, *keep_softly)]
     elif direction.target not in (*keep, *keep_softly):
         keep = [*keep, direction.target]
     require_key(corpus.languages, sources, keep, keep_softly, eps, soft_weight)
     if sparse is not None:
-        require_share(sparse)
-    units = _units(loaded, shares, neurons, sources, len(sources) + len(keep))
+        require_fraction(sparse)
+    units = _units(loaded, fractions, neurons, sources, len(sources) + len(keep))
     values = direction.vectors["block_out"]
-    wanted = _Wanted(
+    request = _Request(
         sources,
         eps,
         tuple(keep),
         tuple(keep_softly),
         soft_weight,
         sparse,
-        {(layer, block): values[layer] * (total * share) for (layer, block), share in shares.items()},
-        shares,
+        {place: values[place[0]] * (total * fraction) for place, fraction in fractions.items()},
+        fractions,
     )
-    chosen_layers = list(dict.fromkeys(layer for layer, _ in shares))
     settings: dict[str, Any] = {
-        "layers": chosen_layers,
+        "layers": list(dict.fromkeys(layer for layer, _ in fractions)),
         "strength": total,
         "eps": eps,
         "neurons": None if neurons is None else neurons.metadata.get("method"),
-        "kept_languages": [name for name in wanted.keep if name != direction.target],
+        "kept_languages": [name for name in keep if name != direction.target],
         "corpus": {"digest": corpus.digest, "part": corpus.part},
         "sources": list(sources),
         "softly_kept_languages": list(keep_softly),
         "soft_weight": soft_weight if keep_softly else None,
-        "blocks": [block for block in BLOCKS if block in blocks],
+        "blocks": [module for module in BLOCKS if module in blocks],
         "sparse": sparse,
         "jointly": jointly,
     }
     metadata = plan_metadata(loaded, "keyed", direction, settings)
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
     metadata["read"] = text_read(corpus, batches)
-    found = _jointly if jointly else _independently
-    edits = list(found(loaded, batches, units, wanted, metadata, progress))
+    solve = _jointly if jointly else _independently
+    edits = list(solve(loaded, batches, units, request, metadata, progress))
     return make_plan(edits, metadata)
 
 
@@ -175,15 +171,15 @@ def _independently(
     loaded: LoadedModel,
     batches: Mapping[str, Sequence[TokenBatch]],
     units: Mapping[Place, torch.Tensor],
-    wanted: _Wanted,
+    request: _Request,
     metadata: Mapping[str, Any],
     progress: Progress | None,
 ) -> Iterator[ModuleEdit]:
     """Every module's edit from the unedited model, in the order of the layers."""
-    at_sites = {(f"{block}_in", layer): index for (layer, block), index in units.items()}
+    at_sites = {(f"{module}_in", layer): index for (layer, module), index in units.items()}
     for (site, layer), moments in each_moments(loaded, batches, at_sites, progress):
-        edit = _edit(loaded, batches, (layer, site.removesuffix("_in")), moments, wanted)
-        # The next layers are read without this one's covariance beside theirs.
+        edit = _edit(loaded, batches, (layer, site.removesuffix("_in")), moments, request)
+        # Frees this covariance before the next layers are read.
         del moments
         yield edit
 
@@ -192,17 +188,17 @@ def _jointly(
     loaded: LoadedModel,
     batches: Mapping[str, Sequence[TokenBatch]],
     units: Mapping[Place, torch.Tensor],
-    wanted: _Wanted,
+    request: _Request,
     metadata: Mapping[str, Any],
     progress: Progress | None,
 ) -> Iterator[ModuleEdit]:
-    """Every module's edit from the model that has the edits before it, with a pass over the text for each."""
+    """Every module's edit from the model with the previous edits, with one pass over the text for each."""
     with ExitStack() as edited:
         for place in sorted(units, key=lambda place: (place[0], BLOCKS.index(place[1]))):
-            layer, block = place
-            site = f"{block}_in", layer
-            found = site_moments(loaded, batches, {site: units[place]}, progress)
-            edit = _edit(loaded, batches, place, found[site], wanted)
+            layer, module = place
+            site = f"{module}_in", layer
+            moments = site_moments(loaded, batches, {site: units[place]}, progress)
+            edit = _edit(loaded, batches, place, moments[site], request)
             edited.enter_context(applied(loaded, make_plan([edit], metadata)))
             yield edit
 
@@ -212,50 +208,50 @@ def _edit(
     batches: Mapping[str, Sequence[TokenBatch]],
     place: Place,
     moments: Moments,
-    wanted: _Wanted,
+    request: _Request,
 ) -> ModuleEdit:
     """One module's edit from the moments of its input."""
-    own, notes = _key(place, moments, wanted)
-    value = wanted.values[place]
+    key, notes = _key(place, moments, request)
+    value = request.values[place]
     if not loaded.anatomy.residual_output:
-        right = _whole(loaded, place, moments.units, own.vector)
-        value, through = _through_norm(loaded, batches, place, right, value, wanted.sources)
+        right = _dense(loaded, place, moments.units, key.vector)
+        value, through = _through_norm(loaded, batches, place, right, value, request.sources)
         notes |= through
-    notes |= {"value_share": wanted.shares[place]}
-    return module_edit(loaded, place, moments, own, value, notes, wanted.sparse is not None)
+    notes |= {"value_share": request.fractions[place]}
+    return module_edit(loaded, place, moments, key, value, notes, request.sparse is not None)
 
 
-def _whole(loaded: LoadedModel, place: Place, units: torch.Tensor, of_units: torch.Tensor) -> torch.Tensor:
-    """float64 [width]: numbers of some inputs of a module, 0 for all others."""
-    whole = torch.zeros(loaded.anatomy.width(f"{place[1]}_in"), dtype=torch.float64)
-    whole[units] = of_units
-    return whole
+def _dense(loaded: LoadedModel, place: Place, units: torch.Tensor, of_units: torch.Tensor) -> torch.Tensor:
+    """float64 [width]: values of some inputs of a module, 0 for all others."""
+    dense = torch.zeros(loaded.anatomy.width(f"{place[1]}_in"), dtype=torch.float64)
+    dense[units] = of_units
+    return dense
 
 
 def module_edit(
     loaded: LoadedModel,
     place: Place,
     moments: Moments,
-    own: Key,
+    key: Key,
     value: torch.Tensor,
     notes: Mapping[str, Any],
     sparse: bool = False,
 ) -> ModuleEdit:
-    """The edit of one module: a value behind a key.
+    """The rank-1 edit of one module from its key and value.
 
     Args:
         loaded: the unedited model.
-        place: layer and block.
-        moments: of the module's inputs, from which the key was solved.
-        own: the key.
+        place: layer and module.
+        moments: moments of the module's inputs, from which the key was solved.
+        key: the key.
         value: float64 [d].
-        notes: further ones.
-        sparse: whether inputs whose weight in the key is 0 are no part of the edit.
+        notes: further notes.
+        sparse: whether inputs with weight 0 in the key are excluded from the components.
     """
-    layer, block = place
-    right = _whole(loaded, place, moments.units, own.vector)
-    carried = _whole(loaded, place, moments.units, own.carried)
-    size = loaded.anatomy.component_width(block)
+    layer, module = place
+    right = _dense(loaded, place, moments.units, key.vector)
+    contribution = _dense(loaded, place, moments.units, key.contribution)
+    size = loaded.anatomy.component_width(module)
     per_component = right.view(-1, size).norm(dim=1) if size > 1 else right
     used = torch.zeros(len(right), dtype=torch.bool)
     used[moments.units] = True
@@ -264,39 +260,43 @@ def module_edit(
     components = used.view(-1, size).any(1).nonzero()[:, 0]
     return ModuleEdit(
         layer=layer,
-        block=block,
+        block=module,
         components=tuple(components.tolist()),
         left=value[:, None].float(),
         right=right[:, None].float(),
-        details={"key": per_component[components], "carried": carried.view(-1, size).sum(1)[components]},
+        details={
+            "key": per_component[components],
+            "carried": contribution.view(-1, size).sum(1)[components],
+        },
         notes={
             "change_norm": float(value.norm() * right.norm()),
-            "weight_norm": float(Weights(loaded).read(layer, block).norm()),
-            "spread": own.spread,
-            "key_means": dict(zip(moments.languages, own.means.tolist(), strict=True)),
-            "carriers": own.carriers,
+            "weight_norm": float(Weights(loaded).read(layer, module).norm()),
+            "spread": key.deviation,
+            "key_means": dict(zip(moments.languages, key.means.tolist(), strict=True)),
+            "carriers": key.carriers,
             **notes,
         },
     )
 
 
-def _key(place: Place, moments: Moments, wanted: _Wanted) -> tuple[Key, dict[str, Any]]:
-    """The key, and notes of how it was made sparse."""
+def _key(place: Place, moments: Moments, request: _Request) -> tuple[Key, dict[str, Any]]:
+    """The key, and notes on its sparsity."""
+    layer, module = place
     if moments.silent:
         raise BrocaError(
-            f"layer {place[0]}, {place[1]}: its {len(moments.units)} inputs are 0 on every token, so no key can tell "
-            f"languages by them: leave layer {place[0]} out with --layers"
+            f"layer {layer}, {module}: its {len(moments.units)} inputs are 0 on every token, so a key cannot "
+            f"separate languages: leave layer {layer} out with --layers"
         )
     problem = key_problem(
-        moments, wanted.sources, wanted.eps, wanted.keep, wanted.keep_softly, wanted.soft_weight
+        moments, request.sources, request.eps, request.keep, request.keep_softly, request.soft_weight
     )
     try:
-        if wanted.sparse is None:
-            return described(moments, wanted.sources, least_spread(problem)), {}
-        found = sparse_key(problem, wanted.sparse)
+        if request.sparse is None:
+            return key_of(moments, request.sources, solve_key(problem)), {}
+        sparse = sparse_key(problem, request.sparse)
     except BrocaError as error:
-        raise type(error)(f"layer {place[0]}, {place[1]}: {error}") from error
-    return described(moments, wanted.sources, found.vector), {"l1": found.l1}
+        raise type(error)(f"layer {layer}, {module}: {error}") from error
+    return key_of(moments, request.sources, sparse.vector), {"l1": sparse.l1}
 
 
 def _through_norm(
@@ -307,73 +307,74 @@ def _through_norm(
     value: torch.Tensor,
     sources: Sequence[str],
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """What the module must write so that the norm after it returns ``value`` more on the sources' tokens."""
-    layer, block = place
-    norm = output_norm(loaded, layer, block, batches[sources[0]][0])
-    tokens = [source_tokens(loaded, layer, block, batches[source]) for source in sources]
-    inputs = torch.cat([some.inputs for some in tokens])
-    outputs = torch.cat([some.outputs for some in tokens])
+    """The module's value for which the norm after it adds ``value`` on the sources' tokens, and notes."""
+    layer, module = place
+    norm = output_norm(loaded, layer, module, batches[sources[0]][0])
+    tokens = [source_tokens(loaded, layer, module, batches[source]) for source in sources]
+    inputs = torch.cat([of_source.inputs for of_source in tokens])
+    outputs = torch.cat([of_source.outputs for of_source in tokens])
     solved = value_through_norm(outputs, norm.gain, norm.eps, value, inputs @ key)
     return solved.vector, {"value_through_norm": solved.through, "value_error": solved.error}
 
 
 def require_common_inputs(anatomy: Anatomy, blocks: Sequence[str]) -> None:
-    """Refuse modules whose inputs no token has in common.
+    """Check that every token passes through the inputs of the modules.
 
     Raises:
-        UsageError: the MLP of a mixture of experts, with the methods that edit it.
+        UsageError: the MLP of a mixture of experts; the message names methods that edit it.
     """
     if "mlp" in blocks and anatomy.mixed:
         raise UsageError(
-            f"{anatomy.model_type}: each expert's neurons see other tokens, so no key can be solved over them: take "
-            "`broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, austeer)"
+            f"{anatomy.model_type}: the neurons of different experts see different tokens, so they have no common "
+            "key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
+            "austeer)"
         )
 
 
 def _check_languages(corpus: Corpus, direction: Direction, sources: Sequence[str]) -> None:
     corpus.require(*sources, direction.source, direction.target)
     if direction.source not in sources:
-        raise UsageError(f"the direction leads away from {direction.source!r}: name it among the sources")
+        raise UsageError(f"the direction's source is {direction.source!r}: include it in the sources")
     if direction.target in sources:
         raise UsageError(f"{direction.target!r} is the direction's target, so it cannot be a source")
 
 
-def _shares(
+def _fractions(
     loaded: LoadedModel,
     layers: Sequence[int] | None,
     strength: float | Mapping[int, float],
     blocks: Sequence[str],
 ) -> tuple[dict[Place, float], float]:
-    """(layer, block) -> its share of the strength, the shares' sum being 1; and the strength."""
-    if not blocks or len(set(blocks)) < len(blocks) or any(block not in BLOCKS for block in blocks):
+    """Place -> its fraction of the strength, with sum 1; and the strength."""
+    if not blocks or len(set(blocks)) < len(blocks) or not set(blocks) <= set(BLOCKS):
         raise UsageError(f"blocks {', '.join(blocks) or '(none)'}: choose from {', '.join(BLOCKS)}")
     require_common_inputs(loaded.anatomy, blocks)
     if isinstance(strength, Mapping):
         if layers is not None and sorted(layers) != sorted(strength):
-            raise UsageError("a strength for each layer names the layers: leave layers out, or name the same")
+            raise UsageError("strengths for layers name the layers: leave out layers, or give the same")
         total = float(sum(strength.values()))
         chosen = tuple(strength)
     else:
         total = strength
         chosen = tuple(range(loaded.anatomy.layers) if layers is None else layers)
     if not total or total != total:
-        raise UsageError(f"strength {total:g} changes nothing: give another")
+        raise UsageError(f"strength {total:g}: give a number other than 0")
     for layer in chosen:
         if not 0 <= layer < loaded.anatomy.layers:
-            raise UsageError(f"there is no layer {layer}: the model has {loaded.anatomy.layers}")
+            raise UsageError(f"the model has no layer {layer}: it has {loaded.anatomy.layers}")
     if not chosen or len(set(chosen)) < len(chosen):
-        raise UsageError("layers: name at least one, and each once")
+        raise UsageError("layers: give at least one, and each only once")
     of_layer = {
         layer: strength[layer] / total if isinstance(strength, Mapping) else 1 / len(chosen)
         for layer in chosen
     }
-    shares = {
-        (layer, block): share / len(blocks)
-        for layer, share in of_layer.items()
-        for block in BLOCKS
-        if block in blocks
+    fractions = {
+        (layer, module): fraction / len(blocks)
+        for layer, fraction in of_layer.items()
+        for module in BLOCKS
+        if module in blocks
     }
-    return shares, total
+    return fractions, total
 
 
 def _units(
@@ -383,21 +384,21 @@ def _units(
     sources: Sequence[str],
     languages: int,
 ) -> dict[Place, torch.Tensor]:
-    """(layer, block) -> int64, the inputs of the module that its key may use, ascending.
+    """Place -> int64, the inputs of the module that its key may use, ascending.
 
     Raises:
-        BrocaError: too few for one constraint for each of ``languages`` and one for the start token.
+        BrocaError: too few for a constraint for each of ``languages`` and one for the start token.
     """
     units = {}
-    for layer, block in places:
-        index = torch.arange(loaded.anatomy.width(f"{block}_in"))
-        if neurons is not None and block == "mlp":
+    for layer, module in places:
+        index = torch.arange(loaded.anatomy.width(f"{module}_in"))
+        if neurons is not None and module == "mlp":
             index = torch.cat([neurons.by_layer(source)[layer] for source in sources]).unique()
         if len(index) <= languages:
             raise BrocaError(
-                f"layer {layer} has {len(index)} neurons of {' and '.join(map(repr, sources))}, too few to "
-                f"tell {languages} languages apart: identify with a larger --top-rate, choose other "
-                "--layers, or leave --neurons out"
+                f"layer {layer} has {len(index)} neurons of {' and '.join(map(repr, sources))}, too few to separate "
+                f"{languages} languages: identify with a larger --top-rate, choose other --layers, or leave --neurons "
+                "out"
             )
-        units[layer, block] = index
+        units[layer, module] = index
     return units

@@ -1,4 +1,4 @@
-"""The keyed edit as a method: solved once for all strengths where no norm follows, with the direction or learned values."""
+"""The registered keyed edit: values from the direction or learned; solved once for all strengths unless a norm follows."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ class Keyed(Method):
 
     name = "keyed"
     title = KEYED
-    line = "speaks only where the source language is read"
+    line = "a direction that is added only on the source language"
     source = "Broca"
     needs = ("direction", "corpus")
     takes = ("neurons", "layers", "blocks", "strength", "device", "dtype", "part", "languages")
 
     strength: float = STRENGTH
-    eps: float = setting(EPS, "ridge, as a share of the mean variance")
-    sources: tuple[str, ...] | None = setting(None, "languages that it speaks in; the direction's source")
-    keep: tuple[str, ...] | None = setting(None, "languages kept exactly as they are on average; all others")
+    eps: float = setting(EPS, "ridge, as a fraction of the mean variance")
+    sources: tuple[str, ...] | None = setting(None, "languages on which it acts; the direction's source")
+    keep: tuple[str, ...] | None = setting(None, "languages that do not change on average; all others")
     keep_softly: tuple[str, ...] = setting((), "languages kept by a penalty instead")
     soft_weight: float = setting(SOFT_WEIGHT, "weight of that penalty")
-    sparse: float | None = setting(None, "share of the neurons that a key may use")
-    jointly: bool = setting(False, "layers see the edits below them")
-    learn: bool = setting(False, "values by gradient: the target's text is to follow the source's")
+    sparse: float | None = setting(None, "fraction of the neurons that a key may use")
+    jointly: bool = setting(False, "solve each layer with the edits below it")
+    learn: bool = setting(False, "learn values by gradient descent: target text after source text")
     blocks: tuple[str, ...] | None = None
 
     @classmethod
     def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
-        # Keys over heads and neurons together reach as far as neurons alone do at more.
-        tried = ((3.5, ("mlp",)), (2.0, BLOCKS), (2.5, BLOCKS))
-        return [{"strength": strength, "blocks": list(blocks)} for strength, blocks in tried]
+        # Keys over heads and neurons need less strength than keys over neurons alone.
+        candidates = ((3.5, ("mlp",)), (2.0, BLOCKS), (2.5, BLOCKS))
+        return [{"strength": strength, "blocks": list(blocks)} for strength, blocks in candidates]
 
     def prepare(self, material: Material) -> Plan:
-        """The plan at this strength, or in a study at one that all others are multiples of."""
-        at = self.strength
+        """The plan at this strength, or in a study at a strength from which ``plan`` scales to all others."""
+        strength = self.strength
         if material.studied and material.loaded.anatomy.residual_output:
-            at = LEARNED_AT if self.learn else 1.0
-        one = replace(self, strength=at)
-        found: Plan = material.once(
-            one, lambda: one._learned(material) if self.learn else one._solved(material)
+            strength = LEARNED_AT if self.learn else 1.0
+        method = replace(self, strength=strength)
+        plan: Plan = material.once(
+            method, lambda: method._learned(material) if self.learn else method._solved(material)
         )
-        return found
+        return plan
 
     def _solved(self, material: Material) -> Plan:
         return keyed_plan(
@@ -79,10 +79,10 @@ class Keyed(Method):
 
     def _learned(self, material: Material) -> Plan:
         texts, direction = material.text.texts, material.direction
-        # In turn, as learning reads only so many.
+        # Interleaved, because learning reads a limited number of lines.
         of_sources = zip_longest(*(texts[name] for name in self.sources or (direction.source,)))
         openings = [text for lines in of_sources for text in lines if text]
-        plan = replace(self, learn=False).made(material)
+        plan = replace(self, learn=False).plan_for(material)
         return learned_values(
             material.loaded, plan, openings, texts[direction.target], progress=material.progress
         ).plan
@@ -90,11 +90,11 @@ class Keyed(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedLearned(Keyed):
-    """The keyed edit over heads and neurons with learned values, as a comparison tries it."""
+    """The keyed edit over heads and neurons with learned values, for comparisons."""
 
     name = "keyed-learned"
     title = "keyed edit, learned values"
-    line = "what it writes makes the target's text follow the source's"
+    line = "values learned so that target text follows source text"
     edited = False
 
     @classmethod

@@ -1,8 +1,8 @@
-"""The keyed edit as ``broca tune`` searches it: any layers, any share of the heads, any strength, from keys solved once.
+"""The search space of the keyed edit in ``broca tune``: layers, fraction of the heads and strength, for fixed keys.
 
-A trial's plan is made by multiplying what modules write, without a forward pass and without reading weights; only a
-norm after the output (Gemma 2 and 3, OLMo 2) has its value solved anew at each strength, on tokens that are kept.
-Other settings of the method made no difference or were worse (docs/keyed.md).
+A trial scales the values of modules, without a forward pass and without reading weights.  Only with a norm after the
+output (Gemma 2 and 3, OLMo 2) values are solved for each strength, on kept tokens.  Other settings of the method
+made no difference or were worse (docs/keyed.md).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from neurons.errors import UsageError
 from neurons.scorers.setting import Range, setting
 from neurons.text.batches import language_batches
 
-# Layers that write, as shares of the depth.
+# Edited layers, as fractions of the depth.
 LAYERS = {"all": (0.0, 1.0), "lower half": (0.0, 0.5), "lower 3/4": (0.0, 0.75), "upper 3/4": (0.25, 1.0)}
 
 
 @dataclass(frozen=True)
-class _Through:
+class _Normed:
     """A module before a norm, on tokens of the source: outputs [T, d] and the key's coefficients [T]."""
 
     norm: OutputNorm
@@ -40,7 +40,7 @@ class _Through:
 
 @dataclass(frozen=True)
 class Solved:
-    """Every module at the same share of strength 1, its values those of the trial."""
+    """The plan of all modules at strength 1, from which a trial takes and scales edits."""
 
     material: Material
     whole: Plan
@@ -49,42 +49,44 @@ class Solved:
     def scales(self) -> bool:
         return self.material.loaded.anatomy.residual_output
 
-    def written(self, edit: ModuleEdit, strength: float) -> ModuleEdit:
-        """The module's edit at a strength of its own."""
+    def at_strength(self, edit: ModuleEdit, strength: float) -> ModuleEdit:
+        """The module's edit at a strength of the module."""
         if self.scales:
             return edit.scaled(strength * len(self.whole.edits))
         assert edit.right is not None
         key = edit.right[:, 0].double()
-        at: _Through = self.material.once(
-            ("through", edit.layer, edit.block), lambda: self._through(edit.layer, edit.block, key)
+        normed: _Normed = self.material.once(
+            ("through", edit.layer, edit.block), lambda: self._normed(edit.layer, edit.block, key)
         )
         value = self.material.direction.vectors["block_out"][edit.layer] * strength
-        found = value_through_norm(at.outputs, at.norm.gain, at.norm.eps, value, at.coefficients)
+        solved = value_through_norm(
+            normed.outputs, normed.norm.gain, normed.norm.eps, value, normed.coefficients
+        )
         notes = {
             **edit.notes,
-            "change_norm": float(found.vector.norm() * key.norm()),
-            "value_through_norm": found.through,
-            "value_error": found.error,
+            "change_norm": float(solved.vector.norm() * key.norm()),
+            "value_through_norm": solved.through,
+            "value_error": solved.error,
         }
-        return replace(edit, left=found.vector[:, None].float(), notes=notes)
+        return replace(edit, left=solved.vector[:, None].float(), notes=notes)
 
-    def _through(self, layer: int, block: str, key: torch.Tensor) -> _Through:
+    def _normed(self, layer: int, module: str, key: torch.Tensor) -> _Normed:
         loaded = self.material.loaded
         batches = language_batches(loaded, self.material.text)[self.material.direction.source]
-        tokens = source_tokens(loaded, layer, block, batches)
-        return _Through(output_norm(loaded, layer, block, batches[0]), tokens.outputs, tokens.inputs @ key)
+        tokens = source_tokens(loaded, layer, module, batches)
+        return _Normed(output_norm(loaded, layer, module, batches[0]), tokens.outputs, tokens.inputs @ key)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedSearch(Method):
-    """What the keyed edit writes, where and how much.
+    """The keyed edit with the settings of a search.
 
     Attributes:
-        values: the direction, or learned once for all settings (``editing.methods.learned_values``).
-        heads: share of the strength that ``o_proj`` writes, in [0, 1]; ``down_proj`` writes the rest.
-            ``keyed_plan`` knows 0, 1/2 and 1.
-        layers: that write, evenly.
-        strength: of all together.
+        values: "means" (the direction) or "learned", once for all settings (``editing.methods.learned_values``).
+        heads: fraction of the strength in ``o_proj``, in [0, 1]; the rest is in ``down_proj``.  ``keyed_plan``
+            supports 0, 1/2 and 1.
+        layers: edited layers, with equal strengths.
+        strength: total strength.
     """
 
     name = "keyed"
@@ -103,14 +105,19 @@ class KeyedSearch(Method):
 
     @classmethod
     def knobs(cls, material: Material) -> dict[str, Knob]:
-        found = super().knobs(material)
+        declared = super().knobs(material)
         values = Knob(words=VALUES if can_learn(material) else VALUES[:1])
         layers = Knob(words=tuple(windows(material)))
-        return {"values": values, "heads": found["heads"], "layers": layers, "strength": found["strength"]}
+        return {
+            "values": values,
+            "heads": declared["heads"],
+            "layers": layers,
+            "strength": declared["strength"],
+        }
 
     @classmethod
     def known(cls, material: Material) -> Sequence[Settings]:
-        tried = (
+        candidates = (
             (LEARNED, 0.5, "all", 2.0),
             (LEARNED, 0.5, "all", 1.5),
             (MEANS, 0.5, "all", 2.0),
@@ -123,35 +130,36 @@ class KeyedSearch(Method):
         names, learns = windows(material), can_learn(material)
         return [
             {"values": values, "heads": heads, "layers": layers, "strength": strength}
-            for values, heads, layers, strength in tried
+            for values, heads, layers, strength in candidates
             if layers in names and (learns or values == MEANS)
         ]
 
     def prepare(self, material: Material) -> Solved:
-        """
+        """The plan of all modules at strength 1.
+
         Raises:
-            UsageError: values learned for a model with a norm behind its modules, which do not scale.
+            UsageError: learned values for a model with a norm after its modules, which do not scale.
         """
         learn = self.values == LEARNED
         if learn and not material.loaded.anatomy.residual_output:
             raise UsageError(
-                "values behind a norm are learned at one strength: --method keyed --set learn=yes"
+                "learned values before a norm do not scale with the strength: use --method keyed --set learn=yes"
             )
-        return Solved(material, Keyed(strength=1.0, blocks=BLOCKS, learn=learn).made(material))
+        return Solved(material, Keyed(strength=1.0, blocks=BLOCKS, learn=learn).plan_for(material))
 
     def plan(self, prepared: Solved) -> Plan:
-        """What ``keyed_plan`` makes of the same layers, up to the last bits of float32."""
-        whole, of_block = prepared.whole, {"attn": self.heads, "mlp": 1 - self.heads}
+        """The plan of ``keyed_plan`` for the same layers, up to the last bits of float32."""
+        whole, of_module = prepared.whole, {"attn": self.heads, "mlp": 1 - self.heads}
         edits = []
         for edit in whole.edits:
-            share = of_block[edit.block] / len(self.layers)
-            if edit.layer in self.layers and share:
-                made = prepared.written(edit, share * self.strength)
-                edits.append(replace(made, notes={**made.notes, "value_share": share}))
+            fraction = of_module[edit.block] / len(self.layers)
+            if edit.layer in self.layers and fraction:
+                scaled = prepared.at_strength(edit, fraction * self.strength)
+                edits.append(replace(scaled, notes={**scaled.notes, "value_share": fraction}))
         settings = {
             **whole.metadata["settings"],
             "layers": list(self.layers),
-            "blocks": [block for block in BLOCKS if of_block[block]],
+            "blocks": [module for module in BLOCKS if of_module[module]],
             "heads": self.heads,
             "strength": self.strength,
         }
@@ -159,18 +167,18 @@ class KeyedSearch(Method):
 
 
 def windows(material: Material) -> dict[str, tuple[int, ...]]:
-    """The layers by the names of ``LAYERS``; of a model of few layers several windows are the same."""
+    """The layers by the names of ``LAYERS``, without windows that are equal in a model of few layers."""
     layers = sorted(range(material.loaded.anatomy.layers) if material.layers is None else material.layers)
-    found: dict[str, tuple[int, ...]] = {}
+    of_name: dict[str, tuple[int, ...]] = {}
     for name, (first, last) in LAYERS.items():
-        own = tuple(layers[round(first * len(layers)) : round(last * len(layers))])
-        if own and own not in found.values():
-            found[name] = own
-    return found
+        window = tuple(layers[round(first * len(layers)) : round(last * len(layers))])
+        if window and window not in of_name.values():
+            of_name[name] = window
+    return of_name
 
 
 def can_learn(material: Material) -> bool:
-    """Whether values learned once hold for all strengths, and there is text enough to learn from."""
+    """Whether learned values scale with the strength, and there is enough text to learn from."""
     texts, direction = material.text.texts, material.direction
     return material.loaded.anatomy.residual_output and enough_text(
         texts[direction.source], texts[direction.target]

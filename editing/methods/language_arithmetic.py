@@ -1,27 +1,27 @@
-"""Language arithmetic in weights (arXiv 2507.22608): some languages' neurons off, another's raised by its mean.
+"""Language arithmetic in the weights (arXiv 2507.22608): deactivates languages' neurons, adds to another's their mean.
 
 On s = act(gate) of chosen neurons, with m_j the mean of s_j on the target's text and o_j on another language's:
 
-    deactivate     s_j <- fill           (0, or below)       neurons of languages to be left
+    deactivate     s_j <- fill           (0 or below)        neurons of deactivated languages
     additive       s_j <- s_j + strength m_j                 neurons of the target
     replacement    s_j <- strength m_j
     difference     s_j <- s_j + strength (m_j - o_j)
 
-one after the other, so all of it is s_j <- c_j s_j + a_j with c_j in {0, 1}.  The input of down_proj is h_j = s_j
-in an MLP without gates and h_j = s_j u_j in a gated one, u the linear branch, so its output W h changes by
+in this order, so the total is s_j <- c_j s_j + a_j with c_j in {0, 1}.  The input of down_proj is h_j = s_j in an MLP
+without gates and h_j = s_j u_j in a gated one, with u the linear branch, so its output W h changes by
 
-    W diag(c - 1) h + sum_j a_j u_j w_j          w_j the neuron's value, column j of W; u_j = 1 without gates
+    W diag(c - 1) h + sum_j a_j u_j w_j          w_j column j of W; u_j = 1 without gates
 
-The first term is a scale of columns and is baked exactly.  The second is a constant, W a, without gates: exact
-too where it goes into a bias, and as good as the constant key's spread where it goes into the weights.  In a
-gated MLP it changes from token to token with u, and what is baked is its mean over the corpus,
+The first term is an exact scale of columns.  Without gates the second is a constant, W a: exact as a bias, and in the
+weights as accurate as the constant key.  In a gated MLP it varies between tokens with u, and the edit adds its mean
+over the corpus,
 
-    v = sum_j a_j mean(u_j) w_j                  constant share = ||v||^2 / (||v||^2 + E ||sum_j a_j (u_j - mean) w_j||^2)
+    v = sum_j a_j mean(u_j) w_j              constant fraction = ||v||^2 / (||v||^2 + E ||sum_j a_j (u_j - mean) w_j||^2)
 
-so the share says how much of the published intervention an edit of this kind can be: 1 without gates.  The
-start token is given v too, where a hook adds what u is there.  Scale and constant stand in one plan,
-W' = W diag(c) + v k^T with k of ``editing.methods.bake``, or W' = W diag(c) and b' = b + v.  All of it is a change
-of down_proj's own output, so a norm after it is no obstacle.
+The constant fraction (note "constant_share") is the part of the published intervention that the edit can represent;
+it is 1 without gates.  The edit also adds v on the start token, where a hook would use its u.  Scale and constant
+form one plan, W' = W diag(c) + v k^T with k of ``editing.methods.bake``, or W' = W diag(c) and b' = b + v.  The edit
+changes the output of down_proj before a norm, so models with a norm after it are supported.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def arithmetic(
         other_mean: [I], o; used by "difference".
         activated: bool [I].
         deactivated: bool [I]; a neuron in both is deactivated first.
-        mode: of ``MODES``.
-        strength: multiplies what is added.
-        fill: what deactivated neurons are set to.
+        mode: one of ``MODES``.
+        strength: multiplies the added mean.
+        fill: value of deactivated neurons.
 
     Raises:
         UsageError: an unknown mode.
@@ -100,19 +100,19 @@ def arithmetic(
 def mean_shift(
     values: torch.Tensor, offset: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """(v [d], constant share) of the neurons that are given an offset.
+    """(v [d], constant fraction) of the neurons with an offset.
 
     Args:
         values: [d, S], their columns of W.
         offset: [S], a.
-        mean: [S], of u.
-        covariance: [S, S], of u about its mean.
+        mean: [S], mean of u.
+        covariance: [S, S], covariance of u.
     """
     scaled = values.double() * offset
     shift = scaled @ mean
     constant = float(shift.square().sum())
-    wavering = float(((scaled @ covariance) * scaled).sum())
-    return shift, constant / (constant + wavering) if constant > 0 else 0.0
+    variance = float(((scaled @ covariance) * scaled).sum())
+    return shift, constant / (constant + variance) if constant > 0 else 0.0
 
 
 def activation_means(
@@ -121,7 +121,7 @@ def activation_means(
     """Mean of s over the tokens of each language: layer -> language -> float64 [I].
 
     Raises:
-        BrocaError: a gated MLP whose activation the config does not name.
+        BrocaError: a gated MLP without a known activation.
     """
     site, activation = "mlp_in", _identity
     if loaded.anatomy.gated:
@@ -148,8 +148,8 @@ def activation_means(
         return read
 
     read_text(loaded, numbered(batches), {(site, layer): reader_of(layer) for layer in layers})
-    tokens = {k: sum(int(batch.counted.sum()) for batch in some) for k, some in batches.items()}
-    return {layer: {k: total / tokens[k] for k, total in own.items()} for layer, own in sums.items()}
+    tokens = {k: sum(int(batch.counted.sum()) for batch in of_k) for k, of_k in batches.items()}
+    return {layer: {k: total / tokens[k] for k, total in of.items()} for layer, of in sums.items()}
 
 
 def _identity(values: torch.Tensor) -> torch.Tensor:
@@ -170,37 +170,38 @@ def language_arithmetic_plan(
     eps: float = EPS,
     progress: Progress | None = None,
 ) -> Plan:
-    """A plan of scales and one constant a layer.
+    """A plan of column scales and one constant for each layer.
 
     Args:
         loaded: the model, not a mixture of experts.
-        corpus: text; the target's (and the other's) gives the means of s, all of it the mean of u and the key.
-        neurons: whose neurons.
-        target: the language whose neurons are raised; None: only deactivate.
+        corpus: text; the target's (and the other's) gives the means of s, all languages the mean of u and the key.
+        neurons: a neuron set of this model.
+        target: language whose neurons are raised; None: only deactivate.
         deactivate: languages whose neurons are set to ``fill``.
         mode: "additive", "replacement" or "difference".
-        other: the language whose mean "difference" subtracts; None: the one that is deactivated.
-        strength: multiplies what is added.
-        fill: 0, or below: neurons that are held silent harder.
-        as_bias: put the constant into down_proj's bias, where the architecture can carry one, instead of the
-            weights.
-        eps: ridge of the key, as a share of the mean variance.
+        other: language whose mean "difference" subtracts; None: the deactivated one.
+        strength: multiplies the added mean.
+        fill: value of deactivated neurons, 0 or below.
+        as_bias: add the constant as down_proj's bias, if the architecture supports one, instead of in the weights.
+        eps: ridge of the key, as a fraction of the mean variance.
         progress: called with the number of tokens done in the first pass.
 
     Returns:
-        A plan with an edit for each layer that has such neurons; notes "constant_share" and, where the constant
-        is in the weights, those of ``bake_plan``; details "scale" and "offset" of the neurons.
+        A plan with an edit for each layer with such neurons; notes "constant_share" and, for a constant in the
+        weights, those of ``bake_plan``; details "scale" and "offset" of the neurons.
 
     Raises:
-        UsageError: nothing to do, an unknown mode or language, "difference" without another language, a
-            strength of 0, or a fill above 0.
-        BrocaError: a mixture, a language without neurons, or ``as_bias`` where no bias can be carried.
+        UsageError: neither target nor languages to deactivate, an unknown mode or language, "difference" without
+            another language, a strength of 0, or a fill above 0.
+        BrocaError: a mixture of experts, a language without neurons, or ``as_bias`` without support for a bias.
     """
     _check(loaded, corpus, neurons, target, deactivate, mode, strength, fill, as_bias)
     if mode == "difference":
         other = other or (deactivate[0] if len(deactivate) == 1 else None)
         if other not in corpus.languages or other == target:
-            raise UsageError("mode difference needs another language of the corpus, whose mean is subtracted")
+            raise UsageError(
+                "mode difference needs another language of the corpus, whose mean is subtracted: give --set other=..."
+            )
     on = _mask(neurons, [] if target is None else [target])
     off = _mask(neurons, deactivate)
     layers = (on | off).any(1).nonzero()[:, 0].tolist()
@@ -219,12 +220,12 @@ def language_arithmetic_plan(
         )
         for layer in layers
     }
-    shifts, shares = _shifts(loaded, corpus, maps, progress)
+    shifts, fractions = _shifts(loaded, corpus, maps, progress)
     keys = {} if as_bias or not shifts else constant_keys(loaded, corpus, sorted(shifts), eps)
     weights = Weights(loaded)
     edits = []
-    for layer, found in maps.items():
-        scaled = None if bool((found.scale == 1).all()) else found.scale
+    for layer, affine in maps.items():
+        scaled = None if bool((affine.scale == 1).all()) else affine.scale
         chosen = (on[layer] | off[layer]).nonzero()[:, 0]
         if layer in keys:
             edit = baked_edit(loaded, layer, "mlp", shifts[layer], keys[layer], corpus.languages, scaled)
@@ -239,15 +240,15 @@ def language_arithmetic_plan(
                 column_scale=None if scaled is None else scaled.float(),
                 bias=shifts[layer].float() if layer in shifts else None,
                 notes={
-                    "change_norm": float((weight * (found.scale - 1)).norm()),
+                    "change_norm": float((weight * (affine.scale - 1)).norm()),
                     "weight_norm": float(weight.norm()),
                 },
             )
-        notes = {**edit.notes, **({"constant_share": shares[layer]} if layer in shares else {})}
-        # The key speaks through all neurons; without one only the chosen ones change.
+        notes = {**edit.notes, **({"constant_share": fractions[layer]} if layer in fractions else {})}
+        # A key uses all neurons; without one only the chosen ones change.
         components = edit.components if layer in keys else tuple(chosen.tolist())
         index = torch.tensor(components)
-        details = {"scale": found.scale[index], "offset": found.offset[index]}
+        details = {"scale": affine.scale[index], "offset": affine.offset[index]}
         edits.append(replace(edit, components=components, notes=notes, details=details))
     settings = {
         "target": target,
@@ -274,13 +275,17 @@ def language_arithmetic_plan(
 def _shifts(
     loaded: LoadedModel, corpus: Corpus, maps: Mapping[int, Arithmetic], progress: Progress | None
 ) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
-    """The constant of each layer that is given one, and the constant share."""
-    units = {layer: own.offset.nonzero()[:, 0] for layer, own in maps.items() if bool(own.offset.any())}
+    """The constant of each layer with an offset, and its constant fraction."""
+    units = {
+        layer: affine.offset.nonzero()[:, 0] for layer, affine in maps.items() if bool(affine.offset.any())
+    }
     if not units:
         return {}, {}
-    weights, shifts, shares = Weights(loaded), {}, {}
+    weights, shifts, fractions = Weights(loaded), {}, {}
     batches = language_batches(loaded, corpus, default=MEANS.tokens)
-    tokens = torch.tensor([sum(int(batch.counted.sum()) for batch in some) for some in batches.values()])
+    tokens = torch.tensor(
+        [sum(int(batch.counted.sum()) for batch in of_language) for of_language in batches.values()]
+    )
     moments = language_moments(loaded, batches, "mlp_up", units, progress) if loaded.anatomy.gated else {}
     for layer, index in units.items():
         if loaded.anatomy.gated:
@@ -289,10 +294,10 @@ def _shifts(
             mean = torch.ones(len(index), dtype=torch.float64)
             covariance = torch.zeros(len(index), len(index), dtype=torch.float64)
         values = weights.read(layer, "mlp")[:, index]
-        shift, shares[layer] = mean_shift(values, maps[layer].offset[index], mean, covariance)
+        shift, fractions[layer] = mean_shift(values, maps[layer].offset[index], mean, covariance)
         if bool(shift.any()):
             shifts[layer] = shift
-    return shifts, shares
+    return shifts, fractions
 
 
 def _mask(neurons: NeuronSet, languages: Sequence[str]) -> torch.Tensor:
@@ -324,45 +329,47 @@ def _check(
     anatomy = loaded.anatomy
     neurons.require_model(loaded)
     if target is None and not deactivate:
-        raise UsageError("name a target whose neurons are raised, or languages to deactivate")
+        raise UsageError("name a target language, or languages to deactivate")
     if target is not None:
         corpus.require(target)
     if mode not in MODES:
         raise UsageError(f"mode {mode!r} is unknown: choose from {', '.join(MODES)}")
     if not math.isfinite(strength) or (strength == 0 and target is not None):
-        raise UsageError(f"strength {strength}: give a finite strength other than 0")
+        raise UsageError(f"strength {strength}: give a finite number other than 0")
     if not -math.inf < fill <= 0:
-        raise UsageError(f"fill is {fill}: a neuron is silent at 0 and below")
+        raise UsageError(f"fill is {fill}: it must be finite and not above 0")
     if anatomy.mixed:
         raise BrocaError(
-            f"{anatomy.model_type}: the neurons of a mixture of experts see other tokens each, so no constant "
-            "stands for them: use --method scale"
+            f"{anatomy.model_type}: no neuron of a mixture of experts sees every token, so its MLP cannot add a "
+            "constant: use --method scale"
         )
     if as_bias and not anatomy.supports_bias("mlp"):
         raise BrocaError(
-            f"{anatomy.model_type}: its MLP has no bias, and no setting of its config gives it one that serving "
-            "engines read: leave --as-bias out"
+            f"{anatomy.model_type}: its MLP has no bias, and its config has no setting for a bias that serving "
+            "engines support: leave --as-bias out"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArithmeticEdit(Method):
-    """Language arithmetic in the weights."""
+    """The registered method."""
 
     name = "language-arithmetic"
-    line = "one language's neurons off, another's raised by its mean"
+    line = "deactivates one language's neurons and raises another's by its mean"
     source = "arXiv 2507.22608"
     needs = ("neurons", "corpus")
     takes = ("part", "strength", "device", "dtype")
 
     strength: float = setting(1.0, search=Range(0.25, 8.0, log=True))
-    target: str | None = setting(None, "the language whose neurons are raised")
-    deactivate: tuple[str, ...] = setting((), "languages whose neurons are switched off")
-    mode: str = setting("additive", "how they are raised", words=MODES, search_words=True)
-    other: str | None = setting(None, "difference: whose mean is subtracted; the deactivated one's")
-    fill: float = setting(0.0, "value of neurons that are off; below 0 holds them harder")
-    as_bias: bool = setting(False, "the constant as a bias, where the architecture has one")
-    eps: float = setting(EPS, "ridge, as a share of the mean variance")
+    target: str | None = setting(None, "language whose neurons are raised")
+    deactivate: tuple[str, ...] = setting((), "languages whose neurons are deactivated")
+    mode: str = setting("additive", "operation on the target's neurons", words=MODES, search_words=True)
+    other: str | None = setting(
+        None, "mode difference: language whose mean is subtracted; the deactivated one"
+    )
+    fill: float = setting(0.0, "value of deactivated neurons, 0 or below")
+    as_bias: bool = setting(False, "add the constant as a bias, if the architecture supports one")
+    eps: float = setting(EPS, "ridge, as a fraction of the mean variance")
 
     @classmethod
     def of(cls, material: Material, settings: Settings) -> ArithmeticEdit:
@@ -370,7 +377,7 @@ class ArithmeticEdit(Method):
         return cls(target=target, deactivate=(source,), **settings)
 
     def prepare(self, material: Material) -> Plan:
-        """The plan at this strength: what is raised and what is off are no multiples of one another."""
+        """The plan at this strength, which does not scale to others because deactivation does not."""
         neurons = material.identified(NEURON_METHODS[1]) if material.studied else material.neuron_set
         return language_arithmetic_plan(
             material.loaded,

@@ -1,4 +1,4 @@
-"""What edits and hooks are made from: a model, text and what was computed from it, each part when it is first needed."""
+"""The input of methods: a model, text and what is computed from them on first use."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from neurons.text.corpus import Corpus
 
 @dataclass
 class Material:
-    """The input of every method; what a method does not use is None or empty.
+    """The input of every method; parts that a method does not use are None or empty.
 
     Attributes:
         model: hub id, directory or loaded model.
         corpus: text.
-        source, target: languages of a study, from which direction, neurons and statistics are computed where they
-            are not given; None: they are given.
-        device, dtype: of a model that is still to be loaded.
-        directions: of this model.
-        vector: steering vectors of another library.
-        neurons: restricts the edit, or says what it scales.
-        statistics: of a recording.
-        languages: whose neurons; None takes all of the set.
-        layers: that may change; None is the method's default.
-        blocks: of "attn" and "mlp"; None is the method's default.
+        source, target: languages of a study, which computes missing directions, neurons and statistics itself; None:
+            no study, all inputs are given.
+        device, dtype: used to load the model.
+        directions: directions of this model.
+        vector: file of steering vectors from another library.
+        neurons: neurons to which the edit is restricted, or which it scales.
+        statistics: a recording.
+        languages: languages of the neuron set to use; None takes all.
+        layers: layers that may change; None: the method's default.
+        blocks: "attn" and "mlp", or one of them; None: the method's default.
         progress: called with the number of tokens done.
     """
 
@@ -64,12 +64,12 @@ class Material:
 
     @cached_property
     def opened(self) -> ModelSource:
-        """The model's config and weights on disk, which suffice for methods that do not run it."""
+        """The model's config and weights on disk, for methods that do not run it."""
         return open_model(self.model) if isinstance(self.model, str) else self.model
 
     @property
     def studied(self) -> bool:
-        """Whether several settings will be tried, so that what only the strength scales is solved once for all."""
+        """Whether a study tries several settings, so that a plan which scales with the strength is computed once."""
         return self.source is not None
 
     @property
@@ -77,7 +77,7 @@ class Material:
         """(source, target) of a study.
 
         Raises:
-            UsageError: there is none.
+            UsageError: they are not given.
         """
         if self.source is None or self.target is None:
             raise UsageError("name the source and the target language")
@@ -88,7 +88,7 @@ class Material:
         """The corpus.
 
         Raises:
-            UsageError: there is none.
+            UsageError: it is not given.
         """
         if self.corpus is None:
             raise UsageError("give text (--corpus)")
@@ -96,10 +96,10 @@ class Material:
 
     @cached_property
     def direction(self) -> Direction:
-        """The one that was given, or a study's DiffMean.
+        """The given direction, or DiffMean in a study.
 
         Raises:
-            UsageError: none was given, or several.
+            UsageError: no direction is given, or several.
         """
         if self.studied and not self.directions:
             return diffmean_direction(self.loaded, self.text, *self.pair, self.progress)
@@ -109,30 +109,30 @@ class Material:
 
     @cached_property
     def subspace(self) -> Direction:
-        """A study's language subspace."""
+        """The language subspace of a study."""
         return direction_of(self.loaded, self.text, *self.pair, "language-subspace")
 
     @property
     def neuron_set(self) -> NeuronSet:
-        """The neurons that were given.
+        """The given neurons.
 
         Raises:
-            UsageError: there are none.
+            UsageError: they are not given.
         """
         if self.neurons is None:
             raise UsageError("give --neurons (from `broca identify`)")
         return self.neurons
 
     def identified(self, method: str) -> NeuronSet:
-        """The neurons that a method of ``broca identify`` finds in the text."""
-        found: NeuronSet = self.once(("neurons", method), lambda: identify(self.loaded, self.text, method))
-        return found
+        """The neurons of the text by a method of ``broca identify``."""
+        neurons: NeuronSet = self.once(("neurons", method), lambda: identify(self.loaded, self.text, method))
+        return neurons
 
     def mask(self, method: str, language: str) -> torch.Tensor:
         """bool [L, I], the language's neurons by a method of ``broca identify``.
 
         Raises:
-            BrocaError: it has none.
+            BrocaError: the language has none.
         """
         neurons = self.identified(method)
         rows = neurons.of(language)
@@ -143,7 +143,7 @@ class Material:
         return mask
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned when the key was first used."""
+        """The result of ``make``, which is called only on the first use of the key."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

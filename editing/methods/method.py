@@ -1,7 +1,7 @@
-"""A method: a frozen dataclass of its settings that prepares what is slow once and then plans, or steers by hooks, fast.
+"""A method: a frozen dataclass of its settings with a slow ``prepare``, called once, and a fast ``plan`` or ``hooks``.
 
-``broca edit``, ``broca evaluate --methods``, ``broca tune``, ``broca run`` and the table in the documentation are made from
-what a class declares here and from nothing else.
+``broca edit``, ``broca evaluate --methods``, ``broca tune``, ``broca run`` and the table in the documentation follow
+from what a class declares here.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from neurons.scorers.setting import WHOLE, Setting, declared
 Settings = Mapping[str, Any]
 Steering = Callable[[], AbstractContextManager[None]]
 INPUTS = ("direction", "vector", "neurons", "statistics", "corpus")
-# The published method of finding neurons, and Broca's.
+# Scorers that find neurons: the published one, and Broca's.
 NEURON_METHODS = ("lape", "gradient-contrast")
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One setting of a search.
+    """A setting that a search varies.
 
     Attributes:
-        low, high: of a number's range.
-        whole: whether the number is whole.
-        log: whether the range is searched by ratios.
-        words: in place of a range, what to choose from.
-        given: (another knob, words of it): searched only then; None: always.
+        low, high: range of a number.
+        whole: whether the number is an integer.
+        log: whether the range is searched on a logarithmic scale.
+        words: the choices, instead of a range.
+        given: (another knob, some of its words): searched only with these words; None: always.
     """
 
     low: float = 0.0
@@ -48,23 +48,23 @@ class Knob:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What every method declares; its settings are the fields made by ``setting`` (``--set``).
+    """The base class of methods; fields made by ``setting`` are the settings of ``--set``.
 
-    A field without ``setting`` is for studies alone.  A class that is only compared or only searched has
-    ``edited`` False; one without a title is not compared.
+    A field without ``setting`` is only for studies.  A class that is only compared or only searched has ``edited``
+    False; a class without a title is not compared.
 
     Attributes:
-        name: on the command line.
-        line: what it does, in a line.
-        source: where it was published.
-        title: its row in the table of ``broca evaluate --methods``; empty: it is not compared.
-        needs: options of ``broca edit`` that must be given.
+        name: name on the command line.
+        line: one line of description.
+        source: publication.
+        title: row in the table of ``broca evaluate --methods``; empty: it is not compared.
+        needs: required options of ``broca edit``.
         takes: further options that it uses.
-        permanent: whether it is in the weights.
+        permanent: whether it changes weights.
         edited: whether ``broca edit`` offers it.
-        least_languages: how many a corpus must have.
-        weakened_by: the setting that a part of the strength multiplies; None: it has no strength.
-        strength: multiplies the edit.
+        min_languages: minimum number of languages of a corpus.
+        strength_setting: the setting that a strength fraction multiplies; None: it has no strength.
+        strength: factor of the edit.
     """
 
     name: ClassVar[str]
@@ -75,30 +75,30 @@ class Method:
     takes: ClassVar[tuple[str, ...]] = ()
     permanent: ClassVar[bool] = True
     edited: ClassVar[bool] = True
-    least_languages: ClassVar[int] = 2
-    weakened_by: ClassVar[str | None] = "strength"
+    min_languages: ClassVar[int] = 2
+    strength_setting: ClassVar[str | None] = "strength"
 
     strength: float = 1.0
 
     @classmethod
     def declared(cls) -> dict[str, Setting]:
-        """All fields, the strength last."""
+        """All fields, with the strength last."""
         owner: Any = cls
-        found = dict(declared(owner))
-        strength = found.pop("strength")
-        return {**found, "strength": strength}
+        settings = dict(declared(owner))
+        strength = settings.pop("strength")
+        return {**settings, "strength": strength}
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:
-        """What ``--set`` takes."""
-        own = {one.name for one in fields(cls) if "setting" in one.metadata} - {"strength"}
-        return {name: one for name, one in cls.declared().items() if name in own}
+        """The settings of ``--set``."""
+        names = {field.name for field in fields(cls) if "setting" in field.metadata} - {"strength"}
+        return {name: setting for name, setting in cls.declared().items() if name in names}
 
     @classmethod
     def inputs(cls) -> str:
-        """Options of ``broca edit`` that must be given, and in brackets files that may."""
-        may = [name for name in cls.takes if name in INPUTS]
-        return " ".join([*(f"--{name}" for name in cls.needs), *(f"[--{name}]" for name in may)])
+        """The required options of ``broca edit``, and in brackets the optional files."""
+        optional = [name for name in cls.takes if name in INPUTS]
+        return " ".join([*(f"--{name}" for name in cls.needs), *(f"[--{name}]" for name in optional)])
 
     @classmethod
     def of(cls, material: Material, settings: Settings) -> Method:
@@ -109,23 +109,23 @@ class Method:
     @classmethod
     def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
         """The settings that a comparison tries: all combinations of the declared grids."""
-        tried = {name: one.grid for name, one in cls.declared().items() if one.grid}
-        return [dict(zip(tried, values, strict=True)) for values in product(*tried.values())]
+        grids = {name: setting.grid for name, setting in cls.declared().items() if setting.grid}
+        return [dict(zip(grids, values, strict=True)) for values in product(*grids.values())]
 
     @classmethod
     def searched(cls) -> bool:
         """Whether ``broca tune`` can search it."""
-        return cls.permanent and any(one.search or one.search_words for one in cls.declared().values())
+        return cls.permanent and any(s.search or s.search_words for s in cls.declared().values())
 
     @classmethod
     def knobs(cls, material: Material) -> dict[str, Knob]:
-        """What ``broca tune`` searches: the declared ranges and words; a knob comes after the one that gives it."""
+        """The declared ranges and words that ``broca tune`` searches; a knob follows the one it depends on."""
         return {
-            name: Knob(words=one.words)
-            if one.search is None
-            else Knob(one.search.low, one.search.high, one.kind == WHOLE, one.search.log)
-            for name, one in cls.declared().items()
-            if one.search or one.search_words
+            name: Knob(words=setting.words)
+            if setting.search is None
+            else Knob(setting.search.low, setting.search.high, setting.kind == WHOLE, setting.search.log)
+            for name, setting in cls.declared().items()
+            if setting.search or setting.search_words
         }
 
     @classmethod
@@ -134,30 +134,30 @@ class Method:
         return ({name: cls.declared()[name].default for name in cls.knobs(material)},)
 
     def prepare(self, material: Material) -> Any:
-        """What is slow: text is read, keys are solved, values are learned.  Once: ``material.once`` keeps it."""
+        """The slow part: reads text, solves keys, learns values.  ``material.once`` keeps the result."""
         raise NotImplementedError
 
     def plan(self, prepared: Any) -> Plan:
-        """The edit, without a pass over text: by default what was prepared is a plan, and is brought to the strength.
+        """The edit, without a pass over text; by default the prepared plan, scaled to the strength.
 
         Raises:
-            NothingToChangeError: these settings change nothing.
+            NothingToChangeError: the settings change nothing.
         """
         plan: Plan = prepared
         return plan.scaled(self.strength / plan.metadata["settings"].get("strength", 1.0))
 
     def hooks(self, prepared: Any) -> Steering:
-        """The context in which the model is steered, of a method that is not permanent."""
+        """A context that steers the model, for a method that is not permanent."""
         raise NotImplementedError
 
-    def made(self, material: Material) -> Plan:
+    def plan_for(self, material: Material) -> Plan:
         """``plan`` of ``prepare``."""
         return self.plan(self.prepare(material))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hook(Method):
-    """A method that steers while the model runs: what edits are compared with."""
+    """A method that steers the model at inference time: a baseline of the edits."""
 
     permanent = False
     edited = False

@@ -1,9 +1,9 @@
-"""The neutral mean: where the residual stream, or what a block writes, lies in text that no language is steered in.
+"""The neutral mean: the mean of the residual stream, or of a module's output, on neutral text.
 
     m = mean over languages of mean_language,    mean_language over its texts of the mean over a text's tokens
 
-as DiffMean takes its means (``editing.directions.diffmean``); every language weighs the same, however much
-text it has.  The biprojected ablation (``editing.methods.directional_ablation``) spares it.
+as in DiffMean (``editing.directions.diffmean``); every language has the same weight.  The biprojected ablation
+(``editing.methods.directional_ablation``) preserves it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def neutral_means(
 
     Args:
         loaded: the model.
-        corpus: neutral text, of one language or more.
+        corpus: neutral text in one or more languages.
         sites: of "attn_out", "mlp_out" and "block_out".
         progress: called with the number of tokens done.
 

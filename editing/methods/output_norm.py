@@ -1,8 +1,8 @@
-"""The norm between an output module and the residual stream, found by what it is given, and what passes it.
+"""The norm between an output module and the residual stream, and the module's inputs and outputs on text.
 
-Nothing names the norm of a family: it is the child of the decoder layer whose input is, bit for bit, what the
-module returned.  Only an RMSNorm, g * y / sqrt(|y|^2 / d + eps), is taken (Gemma 2 and 3, OLMo 2): its gain
-is what it returns for a vector of ones, and its formula is compared with it on the tokens.
+The norm is the child of the decoder layer whose input is bit-identical to the output of the module, so no names of
+modules are needed.  Only an RMSNorm, g * y / sqrt(|y|^2 / d + eps), is supported (Gemma 2 and 3, OLMo 2).  Its gain
+is its output for a vector of ones, and the formula is checked on text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Position, PositionReader, forward, read_text
 from neurons.text.batches import TokenBatch
 
-MOST_TOKENS = 2048
-SAME = 2e-2
+MAX_TOKENS = 2048
+TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OutputNorm:
 
     Attributes:
         gain: g, float64 [d].
-        eps: of the norm.
+        eps: eps of the norm.
     """
 
     gain: torch.Tensor
@@ -42,7 +42,7 @@ class OutputNorm:
 
 @dataclass(frozen=True)
 class SourceTokens:
-    """What an output module is given and returns on some tokens.
+    """Inputs and outputs of an output module on tokens.
 
     Attributes:
         inputs: float64 [T, n].
@@ -53,35 +53,35 @@ class SourceTokens:
     outputs: torch.Tensor
 
 
-def output_norm(loaded: LoadedModel, layer: int, block: str, batch: TokenBatch) -> OutputNorm:
-    """Find the norm that a block's output passes on its way to the residual.
+def output_norm(loaded: LoadedModel, layer: int, module: str, batch: TokenBatch) -> OutputNorm:
+    """Find the norm between a module's output and the residual stream.
 
     Args:
         loaded: the model.
-        layer: which layer.
-        block: "attn" or "mlp".
-        batch: some text.
+        layer: index of the layer.
+        module: "attn" or "mlp".
+        batch: text for the search.
 
     Raises:
-        BrocaError: no module of the layer is given the output as it is, or it is no RMSNorm.
+        BrocaError: no module of the layer has the output as its input, or it is not an RMSNorm.
     """
-    where = f"{loaded.name}: layer {layer}, {block}"
-    module, _ = site_module(loaded.anatomy, f"{block}_out", layer)
-    written: list[torch.Tensor] = []
+    where = f"{loaded.name}: layer {layer}, {module}"
+    output_module, _ = site_module(loaded.anatomy, f"{module}_out", layer)
+    outputs: list[torch.Tensor] = []
     followers: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        written[:] = [first(output).detach().clone()]
+        outputs[:] = [first(output).detach().clone()]
 
     def compare(child: nn.Module, inputs: Any, output: Any) -> None:
-        if written and inputs and isinstance(inputs[0], torch.Tensor) and torch.equal(inputs[0], written[0]):
+        if outputs and inputs and isinstance(inputs[0], torch.Tensor) and torch.equal(inputs[0], outputs[0]):
             followers.append((child, inputs[0].detach().clone(), first(output).detach().clone()))
 
-    handles = [module.register_forward_hook(keep)]
+    handles = [output_module.register_forward_hook(keep)]
     handles += [
         child.register_forward_hook(compare)
         for child in loaded.anatomy.blocks[layer].children()
-        if child is not module
+        if child is not output_module
     ]
     try:
         with torch.no_grad():
@@ -89,39 +89,41 @@ def output_norm(loaded: LoadedModel, layer: int, block: str, batch: TokenBatch) 
     finally:
         for handle in handles:
             handle.remove()
-    found = [
+    candidates = [
         item for item in followers if item[2].shape == item[1].shape and len(list(item[0].children())) == 0
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise BrocaError(
-            f"{where}: between the module and the residual stands a norm that is not told from the layer's "
-            "other parts, so no value can be written through it: use another method"
+            f"{where}: the norm between module and residual stream cannot be identified among {len(candidates)} "
+            "candidates, so a value through it cannot be solved: use another method"
         )
-    norm, inputs, outputs = found[0]
+    norm, inputs, normed = candidates[0]
     eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     if not isinstance(eps, float):
-        raise BrocaError(f"{where}: {type(norm).__name__} has no eps, so no value can be written through it")
+        raise BrocaError(
+            f"{where}: {type(norm).__name__} has no eps, so a value through it cannot be solved: use another method"
+        )
     ones = torch.ones(1, loaded.anatomy.residual, device=inputs.device, dtype=inputs.dtype)
     with torch.no_grad():
         gain = norm(ones)[0].double().cpu() * (1 + eps) ** 0.5
     rows = inputs.flatten(0, -2).double().cpu()
     expected = rms_norm(rows, gain, eps)
-    difference = float((expected - outputs.flatten(0, -2).double().cpu()).norm())
-    if not difference <= SAME * float(expected.norm()):
+    difference = float((expected - normed.flatten(0, -2).double().cpu()).norm())
+    if not difference <= TOLERANCE * float(expected.norm()):
         raise BrocaError(
-            f"{where}: {type(norm).__name__} is no RMSNorm, so no value can be written through it: use another "
+            f"{where}: {type(norm).__name__} is not an RMSNorm, so a value through it cannot be solved: use another "
             "method"
         )
     return OutputNorm(gain, eps)
 
 
 def source_tokens(
-    loaded: LoadedModel, layer: int, block: str, batches: Sequence[TokenBatch], most: int = MOST_TOKENS
+    loaded: LoadedModel, layer: int, module: str, batches: Sequence[TokenBatch], max_tokens: int = MAX_TOKENS
 ) -> SourceTokens:
-    """Inputs and outputs of a module on the first ``most`` counted tokens.
+    """Inputs and outputs of a module on the first ``max_tokens`` counted tokens.
 
     Raises:
-        BrocaError: the MLP of a mixture, whose experts share no input.
+        BrocaError: the MLP of a mixture of experts.
     """
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
@@ -129,12 +131,15 @@ def source_tokens(
     def keep(kept: list[torch.Tensor]) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             if routed is not None:
-                raise BrocaError("a value through the norm after experts is not solved: take --blocks attn")
+                raise BrocaError("a value through the norm after experts cannot be solved: use --blocks attn")
             kept.append(at.rows(values).double().cpu())
 
         return read
 
     before = itertools.accumulate((int(batch.counted.sum()) for batch in batches), initial=0)
-    enough = [(0, batch) for tokens, batch in zip(before, batches, strict=False) if tokens < most]
-    read_text(loaded, enough, {(f"{block}_in", layer): keep(inputs), (f"{block}_out", layer): keep(outputs)})
-    return SourceTokens(torch.cat(inputs)[:most], torch.cat(outputs)[:most])
+    first_batches = [
+        (0, batch) for tokens, batch in zip(before, batches, strict=False) if tokens < max_tokens
+    ]
+    readers = {(f"{module}_in", layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
+    read_text(loaded, first_batches, readers)
+    return SourceTokens(torch.cat(inputs)[:max_tokens], torch.cat(outputs)[:max_tokens])

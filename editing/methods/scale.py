@@ -1,7 +1,6 @@
 """Neuron scaling: a neuron's column of down_proj times a factor; 0 ablates it, more than 1 amplifies it.
 
-Exact: scaling a neuron's activation and scaling its value are the same, so the checkpoint computes what
-a hook on the neuron would.  Needs no forward pass.
+Scaling a neuron's column equals scaling its activation by a hook.  No forward pass is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method
-from editing.methods.reach import chosen_layers, require_neurons
+from editing.methods.scope import chosen_layers, require_neurons
 from editing.plans.algebra import compose
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
@@ -31,38 +30,38 @@ def scale_plan(
     factor: float,
     layers: Sequence[int] | None = None,
 ) -> Plan:
-    """Scale the neurons of some languages.
+    """Scale the neurons of languages.
 
     Args:
         source: the model.
         neurons: a neuron set of this model.
-        languages: whose neurons; a neuron of several is scaled once.
-        factor: 0 ablates, 1 would change nothing, more amplifies, a negative one reverses.
-        layers: only neurons of these; None takes all.
+        languages: languages of the neurons; a neuron of several is scaled once.
+        factor: 0 ablates, more than 1 amplifies, a negative factor reverses the sign.
+        layers: layers of the neurons; None takes all.
 
     Raises:
-        UsageError: a factor of 1 or not finite, a language that the set does not know, or a layer that the
+        UsageError: a factor of 1 or not finite, a language that the set does not have, or a layer that the
             model does not have.
-        BrocaError: the set has no neuron for one of these languages (in these layers).
+        BrocaError: the set has no neuron for one of the languages (in these layers).
     """
     if factor == 1 or factor != factor or abs(factor) == float("inf"):
         raise UsageError(f"factor {factor}: give a finite factor other than 1 (0 ablates)")
     require_neurons(source, neurons)
     if not languages:
-        raise UsageError("name at least one language whose neurons are to be scaled")
-    inside = torch.zeros(source.anatomy.layers, dtype=torch.bool)
-    inside[list(chosen_layers(source, layers))] = True
-    found = {language: neurons.of(language) for language in languages}
-    found = {language: rows[inside[rows[:, 0]]] for language, rows in found.items()}
-    empty = [language for language, rows in found.items() if len(rows) == 0]
+        raise UsageError("name at least one language whose neurons should be scaled")
+    in_layers = torch.zeros(source.anatomy.layers, dtype=torch.bool)
+    in_layers[list(chosen_layers(source, layers))] = True
+    members = {language: neurons.of(language) for language in languages}
+    members = {language: rows[in_layers[rows[:, 0]]] for language, rows in members.items()}
+    empty = [language for language, rows in members.items() if len(rows) == 0]
     if empty:
-        where, mend = (
+        where, fix = (
             ("", "choose another method or rate")
             if layers is None
             else (" in these layers", "choose other layers, another method or rate")
         )
-        raise BrocaError(f"the neuron set has no neuron for {', '.join(empty)}{where}: {mend}")
-    rows = torch.cat(list(found.values()))
+        raise BrocaError(f"the neuron set has no neuron for {', '.join(empty)}{where}: {fix}")
+    rows = torch.cat(list(members.values()))
     scale = torch.ones(source.anatomy.layers, source.anatomy.neurons, dtype=torch.float64)
     scale[rows[:, 0], rows[:, 1]] = factor
     settings: dict[str, Any] = {"factor": factor, "neurons": neurons.metadata.get("method")}
@@ -78,45 +77,45 @@ def scale_plan(
     return make_plan(column_scaling(source, "mlp", scale), metadata)
 
 
-def column_scaling(source: ModelSource, block: str, scale: torch.Tensor) -> list[ModuleEdit]:
-    """An edit for each layer in which a channel of the block's input is scaled.
+def column_scaling(source: ModelSource, module: str, scale: torch.Tensor) -> list[ModuleEdit]:
+    """An edit for each layer with a scaled channel of the module's input.
 
     Args:
         source: the model.
-        block: "attn" (channels of o_proj's input) or "mlp" (neurons).
-        scale: float64 [L, n], 1 where nothing changes.
+        module: "attn" (channels of o_proj's input) or "mlp" (neurons).
+        scale: float64 [L, n], 1 for unchanged channels.
 
     Returns:
-        Edits whose ``factor`` is the component's: a neuron's own, the mean over a head's channels.
+        Edits with ``factor`` of each component: of a neuron, or the mean over a head's channels.
 
     Raises:
-        UsageError: a factor so near 1 that the plan's float32 has it as 1.
+        UsageError: a factor that is rounded to 1 in float32.
     """
     vanished = ((scale != 1) & (scale.float() == 1)).nonzero()
     if len(vanished):
         layer, channel = vanished[0].tolist()
         raise UsageError(
-            f"layer {layer}, {block}: the factor of channel {channel} is too near 1 to change anything: give more "
-            "strength"
+            f"layer {layer}, {module}: the factor of channel {channel} is too close to 1 to change anything: give "
+            "more strength"
         )
     weights = Weights(source)
-    width = source.anatomy.component_width(block)
+    width = source.anatomy.component_width(module)
     edits = []
     for layer in (scale != 1).any(1).nonzero()[:, 0].tolist():
-        own = scale[layer]
-        parts = own.view(-1, width)
-        chosen = (parts != 1).any(1).nonzero()[:, 0]
-        changed = (own != 1).nonzero()[:, 0]
-        weight = weights.read(layer, block)
+        of_layer = scale[layer]
+        components = of_layer.view(-1, width)
+        chosen = (components != 1).any(1).nonzero()[:, 0]
+        changed = (of_layer != 1).nonzero()[:, 0]
+        weight = weights.read(layer, module)
         edits.append(
             ModuleEdit(
                 layer=layer,
-                block=block,
+                block=module,
                 components=tuple(chosen.tolist()),
-                column_scale=own.float(),
-                details={"factor": parts[chosen].mean(1)},
+                column_scale=of_layer.float(),
+                details={"factor": components[chosen].mean(1)},
                 notes={
-                    "change_norm": float((weight[:, changed] * (own[changed] - 1)).norm()),
+                    "change_norm": float((weight[:, changed] * (of_layer[changed] - 1)).norm()),
                     "weight_norm": float(weight.norm()),
                 },
             )
@@ -126,10 +125,10 @@ def column_scaling(source: ModelSource, block: str, scale: torch.Tensor) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(Method):
-    """The neurons of some languages times a factor."""
+    """The registered method."""
 
     name = "scale"
-    line = "neurons times a factor: 0 ablates, 2 doubles; no forward pass"
+    line = "multiplies neurons by a factor: 0 ablates, 2 doubles; no forward pass"
     source = "exact fold"
     needs = ("neurons", "languages")
     takes = ("layers", "strength")
@@ -140,7 +139,7 @@ class Scale(Method):
         if self.factor is None:
             raise UsageError("--method scale needs --factor (0 ablates, 2 doubles)")
         if material.languages is None:
-            raise UsageError("--method scale needs --languages: whose neurons?")
+            raise UsageError("--method scale needs --languages: the languages whose neurons are scaled")
         return scale_plan(
             material.opened, material.neuron_set, material.languages, self.factor, material.layers
         )
@@ -148,7 +147,7 @@ class Scale(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ScalePair(Method):
-    """The source's neurons times one factor and the target's times another, as a study tries it."""
+    """The source's neurons times one factor and the target's times another, for studies."""
 
     name = "scale"
     title = "neuron scaling"
@@ -162,7 +161,7 @@ class ScalePair(Method):
 
     @classmethod
     def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
-        # 1 leaves them alone.
+        # A factor of 1 does not change them.
         factors = ((0.0, 1.0), (1.0, 3.0), (0.0, 3.0), (0.0, 6.0))
         return [
             {"neurons": NEURON_METHODS[1], "source_factor": source, "target_factor": target}
@@ -170,9 +169,9 @@ class ScalePair(Method):
         ]
 
     def prepare(self, material: Material) -> Plan:
-        found = material.identified(self.neurons)
+        neurons = material.identified(self.neurons)
         plans = [
-            scale_plan(material.loaded, found, (language,), factor, material.layers)
+            scale_plan(material.loaded, neurons, (language,), factor, material.layers)
             for language, factor in zip(material.pair, (self.source_factor, self.target_factor), strict=True)
             if factor != 1
         ]

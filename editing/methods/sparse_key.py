@@ -1,4 +1,4 @@
-"""A sparse key: an elastic net chooses which neurons the key uses, in place of a given neuron set.
+"""A sparse key: an elastic net chooses the neurons of the key.
 
     k = argmin k^T F k + l1 |k|_1 + l2 |k|^2    subject to    M^T k = e        (F, M, e: ``editing.methods.key``)
 
@@ -8,17 +8,16 @@ and lambda the eigenvalues of 2 (F + l2 I) inside the null space of M^T and x_0 
     x = x_0 + B diag(1 / (lambda + rho)) B^T (rho (z - u) - 2 (F + l2 I) x_0)
     z = soft(x + u, l1 / rho)        u = u + x - z
 
-Every so often the minimum is solved exactly for the support A and the signs s of z,
+Every ``BETWEEN_SOLVES`` iterations the minimum is solved exactly for the support A and the signs s of z,
 
     2 (F + l2 I)_AA k_A + l1 s + M_A nu = 0        M_A^T k_A = e
 
-and taken if it is the optimum: sign(k_A) = s, and |2 F k + M nu| <= l1 off the support; else the units that
-violate this enter and leave A (a primal-dual active set) before ADMM goes on.  What is given back is thus an
-exact minimum, not an iterate.
+and returned if it is the optimum: sign(k_A) = s, and |2 F k + M nu| <= l1 outside the support.  Otherwise the units
+that violate this enter or leave A (a primal-dual active set), and ADMM continues.  The result is thus an exact
+minimum, not an iterate.
 
-As nobody knows l1, ``sparse_key`` bisects it until a given share of the units is left, then solves for the
-key of least spread on these units without the penalty, which has done its work (relaxed lasso, Meinshausen
-2007): the constraints hold as exactly as without it.
+``sparse_key`` bisects l1 until a given fraction of the units remains, then solves for the key of minimum variance on
+these units without the penalty (relaxed lasso, Meinshausen 2007), so the constraints hold as exactly as without it.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from dataclasses import dataclass
 
 import torch
 
-from editing.methods.key import KeyProblem, least_spread
+from editing.methods.key import KeyProblem, solve_key
 from neurons.errors import BrocaError, UsageError
 from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 
-MOST_ITERATIONS = 20_000
+MAX_ITERATIONS = 20_000
 BETWEEN_SOLVES = 50
 ACTIVE_SET_ROUNDS = 12
 OPTIMAL = 1e-8
@@ -41,12 +40,12 @@ BISECTIONS = 40
 
 @dataclass(frozen=True)
 class SparseKey:
-    """Which units a sparse key uses, and how.
+    """A sparse key.
 
     Attributes:
-        vector: float64 [S], 0 off the support.
-        support: int64, indices of the units used, ascending.
-        l1: the penalty that left them.
+        vector: float64 [S], 0 outside the support.
+        support: int64, indices of the units of the key, ascending.
+        l1: the penalty that selects them.
     """
 
     vector: torch.Tensor
@@ -59,82 +58,82 @@ def elastic_net(problem: KeyProblem, l1: float, l2: float = 0.0) -> torch.Tensor
 
     Raises:
         UsageError: a negative l1 or l2.
-        BrocaError: constraints that are not independent, or no optimum found.
+        BrocaError: linearly dependent constraints, or no convergence.
     """
     return _Net(problem, l2).minimum(l1)
 
 
-def require_share(share: float) -> None:
-    """Refuse a share of the neurons that is outside (0, 1].
+def require_fraction(fraction: float) -> None:
+    """Check the fraction of the neurons in a sparse key.
 
     Raises:
-        UsageError: as said.
+        UsageError: it is outside (0, 1].
     """
-    if not 0 < share <= 1:
-        raise UsageError(f"sparse {share}: a share of the neurons, above 0 and at most 1, is needed")
+    if not 0 < fraction <= 1:
+        raise UsageError(f"sparse {fraction}: give a fraction of the neurons above 0 and at most 1")
 
 
-def sparse_key(problem: KeyProblem, share: float, l2: float = 0.0) -> SparseKey:
-    """The key on the ``share`` of units that an elastic net leaves.
+def sparse_key(problem: KeyProblem, fraction: float, l2: float = 0.0) -> SparseKey:
+    """The key on a fraction of the units, chosen by an elastic net.
 
     Args:
-        problem: on S units.
-        share: in (0, 1]; round(share * S) units are used, or the next smaller number that some l1 leaves.
-        l2: beside the ridge that F has.
+        problem: the problem on S units.
+        fraction: in (0, 1]; the key has round(fraction * S) units, or the next smaller number that an l1 gives.
+        l2: added to the ridge of F.
 
     Raises:
-        UsageError: a share outside (0, 1], or so small that fewer units than constraints would be left.
+        UsageError: a fraction outside (0, 1], or one that leaves fewer units than constraints.
         BrocaError: as ``elastic_net``.
     """
-    units, least = problem.constraints.shape
-    require_share(share)
-    wanted = round(share * units)
-    if wanted < least:
+    units, constraints = problem.constraints.shape
+    require_fraction(fraction)
+    count = round(fraction * units)
+    if count < constraints:
         raise UsageError(
-            f"sparse {share} leaves {wanted} of {units} neurons, fewer than the {least} constraints: choose "
-            f"at least {least / units:.3g}"
+            f"sparse {fraction} leaves {count} of {units} neurons, fewer than the {constraints} constraints: choose "
+            f"at least {constraints / units:.3g}"
         )
-    if wanted == units:
-        return SparseKey(least_spread(problem), torch.arange(units), 0.0)
+    dense = solve_key(problem)
+    if count == units:
+        return SparseKey(dense, torch.arange(units), 0.0)
     net = _Net(problem, l2)
-    dense = least_spread(problem)
-    # Where the penalty weighs as much as the spread.
+    # The l1 at which the penalty of the dense key equals its variance.
     l1 = float(dense @ problem.form @ dense) / float(dense.abs().sum())
     low, high = 0.0, math.inf
     best: tuple[torch.Tensor, float] | None = None
     for _ in range(BISECTIONS):
         support = net.minimum(l1).nonzero()[:, 0]
-        if len(support) <= wanted:
+        if len(support) <= count:
             high = l1
             if best is None or len(support) > len(best[0]):
                 best = support, l1
         else:
             low = l1
-        if len(support) == wanted:
+        if len(support) == count:
             break
         l1 = 4 * low if math.isinf(high) else high / 4 if low == 0 else math.sqrt(low * high)
     if best is None:
-        raise BrocaError(f"no penalty leaves {wanted} of {units} neurons: choose a larger share")
+        raise BrocaError(f"no penalty leaves {count} of {units} neurons: choose a larger fraction")
     vector = torch.zeros(units, dtype=torch.float64)
-    vector[best[0]] = least_spread(problem.on(best[0]))
+    vector[best[0]] = solve_key(problem.on(best[0]))
     return SparseKey(vector, best[0], best[1])
 
 
 class _Net:
-    """One problem, decomposed once, minimised for any l1; each minimum starts where the last one ended."""
+    """A problem, decomposed once, with its minimum for any l1; each minimum starts from the last one."""
 
     def __init__(self, problem: KeyProblem, l2: float) -> None:
         if not l2 >= 0:
             raise UsageError(f"l2 {l2} must not be negative")
-        self._constraints, self._wanted = problem.constraints, problem.wanted
+        self._constraints, self._targets = problem.constraints, problem.targets
         self._languages = problem.languages
         self._form = 2 * problem.form
         self._form.diagonal().add_(2 * l2)
-        least_spread(problem)  # refuses constraints that are not independent
+        solve_key(problem)  # raises if the constraints are dependent
         count = self._constraints.shape[1]
         basis, triangle = torch.linalg.qr(self._constraints, mode="complete")
-        inside = torch.linalg.solve_triangular(triangle[:count].T, self._wanted[:, None], upper=False)
-        self._point = basis[:, :count] @ inside[:, 0]
+        coordinates = torch.linalg.solve_triangular(triangle[:count].T, self._targets[:, None], upper=False)
+        self._point = basis[:, :count] @ coordinates[:, 0]
         free = basis[:, count:]
         values, vectors = torch.linalg.eigh(free.T @ self._form @ free)
         self._values, self._basis = values.clamp(min=0), free @ vectors
@@ -148,19 +147,19 @@ class _Net:
         if not l1 >= 0:
             raise UsageError(f"l1 {l1} must not be negative")
         if l1 == 0:
-            return least_spread(KeyProblem(self._form, self._constraints, self._wanted, self._languages))
-        for iteration in range(MOST_ITERATIONS):
+            return solve_key(KeyProblem(self._form, self._constraints, self._targets, self._languages))
+        for iteration in range(MAX_ITERATIONS):
             rho, split = self._rho, self._split
-            wanted = self._basis.T @ (rho * split - self._dual - self._pull)
-            point = self._point + self._basis @ (wanted / (self._values + rho))
+            coordinates = self._basis.T @ (rho * split - self._dual - self._pull)
+            point = self._point + self._basis @ (coordinates / (self._values + rho))
             shifted = point + self._dual / rho
             self._split = torch.nn.functional.softshrink(shifted, l1 / rho)
             self._dual = rho * (shifted - self._split)
             if iteration % BETWEEN_SOLVES == BETWEEN_SOLVES - 1:
-                found = self._exact(self._split.sign(), l1)
-                if found is not None:
-                    return found
-                # Residual balancing (Boyd et al. 2011, section 3.4.1), in steps.
+                minimum = self._exact(self._split.sign(), l1)
+                if minimum is not None:
+                    return minimum
+                # Residual balancing (Boyd et al. 2011, section 3.4.1).
                 primal = float((point - self._split).norm())
                 dual = rho * float((self._split - split).norm())
                 if primal > 10 * dual:
@@ -168,27 +167,27 @@ class _Net:
                 elif dual > 10 * primal:
                     self._rho /= 2
         raise BrocaError(
-            f"no sparse key was found in {MOST_ITERATIONS} iterations: raise --eps or choose another share"
+            f"the sparse key did not converge in {MAX_ITERATIONS} iterations: raise --eps or choose another fraction"
         )
 
     def _exact(self, signs: torch.Tensor, l1: float) -> torch.Tensor | None:
-        """The minimum from a guess of its signs [S], or None where the guess does not lead to it."""
+        """The minimum from a guess of its signs [S], or None if the guess does not lead to it."""
         count = self._constraints.shape[1]
         for _ in range(ACTIVE_SET_ROUNDS):
             support = signs.nonzero()[:, 0]
             if len(support) < count:
                 return None
-            own, constraints = self._form[support][:, support], self._constraints[support]
+            form, constraints = self._form[support][:, support], self._constraints[support]
             try:
-                both = solve_positive_definite(
-                    own, torch.cat([constraints, l1 * signs[support, None]], dim=1)
+                solved = solve_positive_definite(
+                    form, torch.cat([constraints, l1 * signs[support, None]], dim=1)
                 )
-                gram = constraints.T @ both[:, :count]
-                multipliers = -solve_positive_definite(gram, self._wanted + constraints.T @ both[:, count])
-                vector = -both[:, :count] @ multipliers - both[:, count]
-                # One step of refinement: what is left of the constraints after rounding.
-                left = self._wanted - constraints.T @ vector
-                vector = vector + both[:, :count] @ solve_positive_definite(gram, left)
+                gram = constraints.T @ solved[:, :count]
+                multipliers = -solve_positive_definite(gram, self._targets + constraints.T @ solved[:, count])
+                vector = -solved[:, :count] @ multipliers - solved[:, count]
+                # One step of iterative refinement of the constraints.
+                residual = self._targets - constraints.T @ vector
+                vector = vector + solved[:, :count] @ solve_positive_definite(gram, residual)
             except NotPositiveDefiniteError:
                 return None
             slope = self._form[:, support] @ vector + self._constraints @ multipliers
@@ -196,9 +195,9 @@ class _Net:
             wrong = vector.sign() != signs[support]
             enters = slope.abs() > l1 * (1 + OPTIMAL)
             if not bool(wrong.any() | enters.any()):
-                found = torch.zeros_like(self._point)
-                found[support] = vector
-                return found
+                minimum = torch.zeros_like(self._point)
+                minimum[support] = vector
+                return minimum
             signs = signs.clone()
             signs[support[wrong]] = 0
             signs[enters] = -slope[enters].sign()

@@ -1,12 +1,12 @@
-"""Subspace ablation: what a module writes in a language's subspace is taken out of its weights.
+"""Subspace ablation: removes a language's subspace from the output of modules.
 
 With M [d, r] an orthonormal basis, W [d, n] the output weight of attention or MLP and b its bias:
 
     W' = W - lambda M M^T W        b' = b - lambda M M^T b
 
 When Less Language is More (arXiv 2505.15257) removes the subspace from the hidden states of middle layers,
-h' = h - lambda M M^T h, and brings it back in the top layers with a negative lambda; here a layer's modules
-write less (or more) of it for good.  M is a direction's own subspace, or the span of several directions.
+h' = h - lambda M M^T h, and adds it back in the top layers with a negative lambda.  Here the modules of a layer
+write less (or more) of it permanently.  M is the subspace of a direction, or the span of several directions.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from editing.directions.direction import Direction
 from editing.methods.material import Material
 from editing.methods.method import Method
-from editing.methods.reach import (
+from editing.methods.scope import (
     FROM_LINE,
     OWN,
     SITE_LINE,
-    chosen_blocks,
     chosen_layers,
-    chosen_site,
+    chosen_modules,
     output_bias,
+    require_site,
     require_strength,
     site_of,
     vector_at,
@@ -38,8 +38,8 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
 from neurons.scorers.setting import Range, setting
 
-# What must be left of a unit vector once those before it are taken out: less is rounding, not a direction.
-LEAST_REST = 1e-6
+# Minimum length of a unit vector after projecting out those before it; less is rounding.
+MIN_REMAINDER = 1e-6
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def orthonormal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         vectors: [d, r], of any length.
 
     Returns:
-        (float64 [d, r], bool [r]): the basis, and which columns depend on those before them: then the
-        basis is none.
+        (float64 [d, r], bool [r]): the basis, and whether a column depends on those before it; the basis is only
+        valid if none does.
     """
     lengths = vectors.double().norm(dim=0)
     basis, triangle = torch.linalg.qr(vectors.double() / torch.where(lengths > 0, lengths, 1.0))
-    rest = torch.zeros(vectors.shape[1], dtype=torch.float64)
-    rest[: len(triangle)] = triangle.diagonal().abs()
-    return basis, ~(rest > LEAST_REST)
+    remainder = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    remainder[: len(triangle)] = triangle.diagonal().abs()
+    return basis, ~(remainder > MIN_REMAINDER)
 
 
 def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float = 1.0) -> SubspaceAblation:
@@ -86,8 +86,8 @@ def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float
     """
     require_strength(strength)
     exact = basis.double()
-    off = exact.T @ exact - torch.eye(exact.shape[1], dtype=torch.float64)
-    if not float(off.abs().max()) < 1e-9:
+    error = exact.T @ exact - torch.eye(exact.shape[1], dtype=torch.float64)
+    if not float(error.abs().max()) < 1e-9:
         raise BrocaError("the basis of the subspace is not orthonormal")
     return SubspaceAblation(exact, -strength * (weight.double().T @ exact))
 
@@ -106,29 +106,29 @@ def subspace_ablation_plan(
 
     Args:
         source: the model.
-        directions: one, whose subspace at ``site`` is removed, or several: the span of their vectors.
-        layers: which layers; None takes all.
-        blocks: of "attn" and "mlp".
-        site: "block_out", of the residual stream, or "own", each block's at its output.
+        directions: one direction, whose subspace at ``site`` is removed, or several, whose span is removed.
+        layers: layers to edit; None takes all.
+        blocks: "attn", "mlp" or both.
+        site: "block_out" (residual stream), or "own" (output of the edited module).
         strength: lambda, 1 removes the subspace.
-        from_layer: the layer whose subspace serves all layers; None takes each layer's own.
-        rank: of one direction's subspace, only this many columns, the first; None takes all.
+        from_layer: layer whose subspace is used in all layers; None takes each layer's own.
+        rank: number of leading dimensions of one direction's subspace; None takes all.
 
     Raises:
-        UsageError: no direction, an unknown site, block or layer, no vectors at the site, a rank that is
-            not there, or a strength of 0.
-        BrocaError: another model's direction, no subspace at the site, directions that depend on one
-            another (by name), a norm between module and residual, a subspace that a module does not write
-            in at all, or experts with biases of their own.
+        UsageError: no direction, an unknown site, module or layer, no vectors at the site, an invalid rank, or a
+            strength of 0.
+        BrocaError: a direction of another model, no subspace at the site, linearly dependent directions (by name),
+            a norm between module and residual stream, a module without output in the subspace, or experts with
+            biases.
     """
-    several = [directions] if isinstance(directions, Direction) else list(directions)
-    if not several:
-        raise UsageError("name at least one direction whose subspace is to be removed")
-    if rank is not None and len(several) > 1:
-        raise UsageError("a rank is of one direction's subspace: with several directions, name fewer")
+    directions = [directions] if isinstance(directions, Direction) else list(directions)
+    if not directions:
+        raise UsageError("name at least one direction whose subspace should be removed")
+    if rank is not None and len(directions) > 1:
+        raise UsageError("a rank applies to the subspace of a single direction: leave it out with several")
     require_strength(strength)
-    chosen_site(source, site)
-    for direction in several:
+    require_site(source, site)
+    for direction in directions:
         direction.require_model(source)
     if from_layer is not None:
         chosen_layers(source, [from_layer])
@@ -136,25 +136,25 @@ def subspace_ablation_plan(
     edits = []
     ranks: dict[str, int] = {}
     for layer in chosen_layers(source, layers):
-        for block in chosen_blocks(blocks):
-            at, origin = site_of(site, block), layer if from_layer is None else from_layer
-            basis = _basis(several, at, origin, rank)
-            ranks[f"{at} {origin}"] = basis.shape[1]
-            edits.append(_module_edit(source, weights, basis, strength, layer, block))
+        for module in chosen_modules(blocks):
+            at, subspace_layer = site_of(site, module), layer if from_layer is None else from_layer
+            basis = _basis(directions, at, subspace_layer, rank)
+            ranks[f"{at} {subspace_layer}"] = basis.shape[1]
+            edits.append(_module_edit(source, weights, basis, strength, layer, module))
     settings = {
         "layers": list(chosen_layers(source, layers)),
-        "blocks": list(chosen_blocks(blocks)),
+        "blocks": list(chosen_modules(blocks)),
         "site": site,
         "strength": strength,
         "from_layer": from_layer,
         "rank": rank,
         "ranks": ranks,
-        "directions": [_name(direction) for direction in several],
+        "directions": [_name(direction) for direction in directions],
     }
-    metadata = plan_metadata(source, "ablate-subspace", several[0], settings)
-    languages = [k for direction in several for k in (direction.source, direction.target)]
+    metadata = plan_metadata(source, "ablate-subspace", directions[0], settings)
+    languages = [k for direction in directions for k in (direction.source, direction.target)]
     for end in ("source", "target"):
-        if len({getattr(direction, end) for direction in several}) > 1:
+        if len({getattr(direction, end) for direction in directions}) > 1:
             del metadata[end]
     return make_plan(edits, {**metadata, "languages": list(dict.fromkeys(languages))})
 
@@ -164,10 +164,10 @@ def _name(direction: Direction) -> str:
     return f"{direction.source} to {direction.target}" + (f" ({method})" if method else "")
 
 
-def _basis(several: Sequence[Direction], site: str, layer: int, rank: int | None) -> torch.Tensor:
+def _basis(directions: Sequence[Direction], site: str, layer: int, rank: int | None) -> torch.Tensor:
     """M of a site of a layer, float64 [d, r]."""
-    if len(several) == 1:
-        columns = several[0].subspace(site, layer).double()
+    if len(directions) == 1:
+        columns = directions[0].subspace(site, layer).double()
         if columns.shape[1] == 0:
             raise BrocaError(f"the subspace at {site} of layer {layer} is empty: choose other layers")
         if rank is not None and not 0 < rank <= columns.shape[1]:
@@ -177,59 +177,59 @@ def _basis(several: Sequence[Direction], site: str, layer: int, rank: int | None
         columns = columns if rank is None else columns[:, :rank]
         names = [f"column {i} of the subspace" for i in range(columns.shape[1])]
     else:
-        columns = torch.stack([vector_at(direction, site, layer) for direction in several], dim=1)
-        names = [f"the direction {_name(direction)}" for direction in several]
+        columns = torch.stack([vector_at(direction, site, layer) for direction in directions], dim=1)
+        names = [f"the direction {_name(direction)}" for direction in directions]
     if not bool(torch.isfinite(columns).all()):
         raise BrocaError(f"the subspace at {site} of layer {layer} is not finite")
     basis, dependent = orthonormal(columns)
     if bool(dependent.any()):
-        number = int(dependent.nonzero()[0, 0])
-        fault = "depends on those before it" if number else "has length 0"
-        raise BrocaError(f"{names[number]} {fault} at {site} of layer {layer}: leave it out")
+        index = int(dependent.nonzero()[0, 0])
+        fault = "depends on those before it" if index else "has length 0"
+        raise BrocaError(f"{names[index]} {fault} at {site} of layer {layer}: leave it out")
     return basis
 
 
 def _module_edit(
-    source: ModelSource, weights: Weights, basis: torch.Tensor, strength: float, layer: int, block: str
+    source: ModelSource, weights: Weights, basis: torch.Tensor, strength: float, layer: int, module: str
 ) -> ModuleEdit:
-    weight = weights.read(layer, block)
-    bias = output_bias(source, weights, layer, block)
-    found = subspace_ablation(weight, basis, strength)
-    width = source.anatomy.component_width(block)
-    changes = found.right.reshape(-1, width * basis.shape[1]).norm(dim=1)
+    weight = weights.read(layer, module)
+    bias = output_bias(source, weights, layer, module)
+    ablation = subspace_ablation(weight, basis, strength)
+    width = source.anatomy.component_width(module)
+    changes = ablation.right.reshape(-1, width * basis.shape[1]).norm(dim=1)
     sizes = weight.norm(dim=0).view(-1, width).norm(dim=1)
     chosen = changes.nonzero()[:, 0]
     if not len(chosen):
         raise BrocaError(
-            f"layer {layer}, {block}: the module writes nothing in the subspace, so there is nothing to "
-            "ablate: choose other layers or blocks"
+            f"layer {layer}, {module}: its output has no component in the subspace, so there is nothing to ablate: "
+            "choose other layers or blocks"
         )
     shift = None if bias is None else -strength * (basis @ (basis.T @ bias))
     return ModuleEdit(
         layer=layer,
-        block=block,
+        block=module,
         components=tuple(chosen.tolist()),
-        left=found.left.float(),
-        right=found.right.float(),
+        left=ablation.left.float(),
+        right=ablation.right.float(),
         bias=None if shift is None or not bool(shift.any()) else shift.float(),
         details={
             "c": torch.full((len(chosen),), -strength, dtype=torch.float64),
             "share": changes[chosen] / sizes[chosen] / abs(strength),
         },
         notes={
-            "change_norm": float(found.right.norm()),
+            "change_norm": float(ablation.right.norm()),
             "weight_norm": float(weight.norm()),
-            "share": float(found.right.norm() / weight.norm()) / abs(strength),
+            "share": float(ablation.right.norm() / weight.norm()) / abs(strength),
         },
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblateSubspace(Method):
-    """The method; a study takes the language subspace of its text."""
+    """The registered method; a study uses the language subspace of its text."""
 
     name = "ablate-subspace"
-    line = "several directions are taken out; a strength below 0 amplifies"
+    line = "removes a subspace from outputs; a strength below 0 amplifies it"
     source = "arXiv 2505.15257"
     needs = ("direction",)
     takes = ("layers", "blocks", "strength")
@@ -237,7 +237,7 @@ class AblateSubspace(Method):
     strength: float = setting(1.0, search=Range(0.1, 2.0))
     site: str = setting("block_out", SITE_LINE, words=("block_out", OWN))
     from_layer: int | None = setting(None, FROM_LINE)
-    rank: int | None = setting(None, "how many of the subspace's directions; all")
+    rank: int | None = setting(None, "number of leading dimensions of the subspace; all")
 
     def prepare(self, material: Material) -> Plan:
         return subspace_ablation_plan(

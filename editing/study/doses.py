@@ -62,9 +62,9 @@ def weaker(
         if chosen.plan is not None and not chosen.plan.through_norm:
             plan = chosen.plan.scaled(dose)
             yield dose, Candidate(chosen.way, chosen.settings, plan, partial(applied, material.loaded, plan))
-        elif method.weakened_by is not None:
-            strength = dose * chosen.settings[method.weakened_by]
-            yield dose, candidate(method, material, {**chosen.settings, method.weakened_by: strength})
+        elif method.strength_setting is not None:
+            strength = dose * chosen.settings[method.strength_setting]
+            yield dose, candidate(method, material, {**chosen.settings, method.strength_setting: strength})
 
 
 def harm(outcome: Outcome, source: str, target: str) -> float:

@@ -57,4 +57,4 @@ def spaces(material: Material, methods: Sequence[str]) -> dict[str, Space]:
 
 
 def _plan(method: type[Method], material: Material, settings: Settings) -> Plan:
-    return method.of(material, settings).made(material)
+    return method.of(material, settings).plan_for(material)

@@ -258,7 +258,7 @@ def test_refuses_languages_that_do_not_pair(llama, parallel):
 
 def test_refuses_more_texts_than_there_is_room_for(llama, parallel, monkeypatch):
     # 10 texts of 4 bytes * 3 layers * 112 channels.
-    monkeypatch.setattr(austeer_module, "RESPONSE_BYTES", 10 * 4 * 3 * 112 - 1)
+    monkeypatch.setattr(austeer_module, "MAX_RESPONSE_BYTES", 10 * 4 * 3 * 112 - 1)
     with pytest.raises(UsageError, match="at most 4 lines a language"):
         corpus_rates(llama, parallel, "qaa", "qab")
     assert corpus_rates(llama, parallel, "qaa", "qab", ["mlp"])

@@ -78,18 +78,18 @@ def test_key_equals_a_general_solver(eps, held):
     assert (abs(found.start - 1) < 1e-9) == held
     assert found.means.tolist() == pytest.approx([float(found.vector @ m) for m in moments.mean.T])
     variance = sum(found.vector[i] * found.vector[j] * covariance[i, j] for i in range(9) for j in range(9))
-    assert found.spread == pytest.approx(math.sqrt(variance))  # of the data, without the ridge
+    assert found.deviation == pytest.approx(math.sqrt(variance))  # of the data, without the ridge
     assert found.eps == eps
 
 
-def test_least_spread_without_a_start_token_is_the_closed_form():
+def test_minimum_variance_without_a_start_token_is_the_closed_form():
     moments = random_moments(start=False)
     mean, covariance = total_moments(moments, TOKENS)
     expected = 1 / math.sqrt(float(mean @ torch.linalg.inv(covariance) @ mean))
-    assert constant_key(moments, TOKENS, 0.0).spread == pytest.approx(expected)
+    assert constant_key(moments, TOKENS, 0.0).deviation == pytest.approx(expected)
     ridged = constant_key(moments, TOKENS, 1.0)
-    assert ridged.least_spread == pytest.approx(expected)
-    assert ridged.spread > expected * 1.001
+    assert ridged.min_deviation == pytest.approx(expected)
+    assert ridged.deviation > expected * 1.001
     assert ridged.start is None
 
 
@@ -102,7 +102,7 @@ def test_no_other_feasible_key_wavers_less():
     for _ in range(20):
         other = best.vector + 0.05 * basis @ torch.randn(7, generator=generator).double()
         assert float(other @ mean) == pytest.approx(1)
-        assert math.sqrt(float(other @ covariance @ other)) > best.spread
+        assert math.sqrt(float(other @ covariance @ other)) > best.deviation
 
 
 def test_key_lands_on_the_steady_input():
@@ -110,7 +110,7 @@ def test_key_lands_on_the_steady_input():
     covariance = torch.diag(torch.tensor([4.0, 1e-4, 4.0, 4.0]).double())
     found = constant_key(Moments(LANGUAGES, torch.arange(4), mean, covariance), TOKENS, 0.0)
     assert float(found.vector[1]) > 0.99
-    assert found.spread < 0.0101
+    assert found.deviation < 0.0101
 
 
 def test_key_bears_dead_neurons():
@@ -121,7 +121,7 @@ def test_key_bears_dead_neurons():
     moments.start[dead] = 0
     found = constant_key(moments, TOKENS, 0.0)
     assert found.vector[dead].tolist() == [0, 0]
-    assert math.isfinite(found.least_spread)
+    assert math.isfinite(found.min_deviation)
 
 
 def test_key_refuses_what_cannot_be_one():
@@ -303,8 +303,8 @@ def test_only_the_languages_of_the_corpus_count(llama):
 
 
 def test_a_plan_goes_to_a_file_and_back(llama, tmp_path):
-    origin = {"source": "qaa", "target": "qab", "languages": ["qaa", "qab"]}
-    plan = bake_plan(llama, small_corpus(), {1: torch.ones(64)}, origin=origin)
+    provenance = {"source": "qaa", "target": "qab", "languages": ["qaa", "qab"]}
+    plan = bake_plan(llama, small_corpus(), {1: torch.ones(64)}, provenance=provenance)
     plan.save(tmp_path / "plan.safetensors")
     again = load_plan(tmp_path / "plan.safetensors")
     assert torch.equal(again.edits[0].right, plan.edits[0].right)

@@ -213,9 +213,9 @@ def test_refuses_settings_out_of_range(llama, settings, message):
 def test_refuses_other_models(llama):
     with pytest.raises(BrocaError, match="0123"):
         clas_plan(llama, random_statistics("0123"))
-    with pytest.raises(BrocaError, match="3 x 50 neurons where the model has 3 x 48"):
+    with pytest.raises(BrocaError, match=r"3 x 50 .*3 x 48"):
         clas_plan(llama, random_statistics(width=50))
-    with pytest.raises(BrocaError, match="3 x 50 neurons where the model has 3 x 48"):
+    with pytest.raises(BrocaError, match=r"3 x 50 .*3 x 48"):
         clas_plan(llama, set_of(random_statistics(width=50)))
     with pytest.raises(BrocaError, match="0123"):
         clas_plan(llama, set_of(random_statistics(), metadata={"fingerprint": "0123"}))

@@ -10,7 +10,7 @@ from editing.checkpoints.export import export
 from editing.directions.direction import Direction
 from editing.methods.directional_ablation import (
     FORMS,
-    LEAST_REST,
+    MIN_REMAINDER,
     directional_ablation,
     directional_ablation_plan,
     without,
@@ -97,15 +97,15 @@ def test_a_column_on_the_direction_is_ablated_and_not_renormalised():
     unit = direction / direction.norm()
     across = torch.linalg.qr(torch.stack([unit, weight[:, 0]], dim=1)).Q[:, 1]
     weight[:, 2] = -3 * unit
-    weight[:, 5] = 4 * unit + 4 * 0.9 * LEAST_REST * across
-    weight[:, 6] = 4 * unit + 4 * 1.1 * LEAST_REST * across
+    weight[:, 5] = 4 * unit + 4 * 0.9 * MIN_REMAINDER * across
+    weight[:, 6] = 4 * unit + 4 * 1.1 * MIN_REMAINDER * across
     found = directional_ablation(weight, direction, 1.0, norm_preserving=True)
     edited = edited_weight(weight, found)
     assert found.column_scale[[2, 5]].tolist() == [1, 1]
     assert edited[:, 2].norm() < 1e-14
-    assert float(edited[:, 5].norm()) == pytest.approx(4 * 0.9 * LEAST_REST)
+    assert float(edited[:, 5].norm()) == pytest.approx(4 * 0.9 * MIN_REMAINDER)
     assert float(edited[:, 6].norm()) == pytest.approx(float(weight[:, 6].norm()))
-    assert float(found.column_scale.max()) < 1 / LEAST_REST
+    assert float(found.column_scale.max()) < 1 / MIN_REMAINDER
     assert (unit @ edited).abs().max() < 1e-13
 
 
@@ -411,7 +411,7 @@ def test_refuses_what_cannot_be_done(loaded_of):
         directional_ablation_plan(llama, bare)
     with pytest.raises(UsageError, match="neutral mean at mlp_out"):
         directional_ablation_plan(llama, bare, blocks=["mlp"], site="own", form="biprojected")
-    with pytest.raises(BrocaError, match="a norm stands"):
+    with pytest.raises(BrocaError, match="'own'"):
         directional_ablation_plan(gemma, random_direction(gemma))
     other = Direction("qaa", "qab", direction.vectors, {}, {"fingerprint": "0123"})
     with pytest.raises(BrocaError, match="0123"):

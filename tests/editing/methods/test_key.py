@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from editing.methods.key import carriers, key, key_problem
+from editing.methods.key import count_carriers, key, key_problem
 from neurons.errors import BrocaError, UsageError
 from neurons.recording.covariance import Moments
 
@@ -87,12 +87,14 @@ def test_a_soft_weight_lies_between_freedom_and_constraint():
     for weight in (0.0, 1.0, 100.0, 1e9):
         found = key(moments, "qaa", keep_softly=["qac"], soft_weight=weight)
         means.append(abs(float(found.means[0])))
-        spreads.append(found.spread)
+        spreads.append(found.deviation)
     hard = key(moments, "qaa")
     assert means == sorted(means, reverse=True) and means[0] > 0.01 and means[-1] < 1e-6
     assert means[0] == pytest.approx(abs(float(free.means[0])))
     assert spreads == sorted(spreads)
-    assert spreads[0] == pytest.approx(free.spread) and spreads[-1] == pytest.approx(hard.spread, rel=1e-6)
+    assert spreads[0] == pytest.approx(free.deviation) and spreads[-1] == pytest.approx(
+        hard.deviation, rel=1e-6
+    )
 
 
 def test_at_weight_one_a_mean_costs_what_a_standard_deviation_costs():
@@ -119,7 +121,7 @@ def test_carried_sums_to_one_and_carriers_are_counted():
         float(found.vector[i]) * (float(moments.mean[i, 1]) + float(moments.mean[i, 2])) / 2
         for i in range(11)
     ]
-    assert found.carried.tolist() == pytest.approx(carried)
+    assert found.contribution.tolist() == pytest.approx(carried)
     assert sum(carried) == pytest.approx(1)
     ordered = sorted(map(abs, carried), reverse=True)
     fewest = next(n for n in range(1, 12) if sum(ordered[:n]) >= 0.9 * sum(ordered) - 1e-12)
@@ -131,7 +133,7 @@ def test_carried_sums_to_one_and_carriers_are_counted():
     [([0.9, 0.1], 1), ([0.89, -0.11], 2), ([0.0, 0.0, -5.0], 1), ([1.0] * 10, 9), ([0.1] * 10, 9)],
 )
 def test_carriers_of_known_shares(carried, expected):
-    assert carriers(torch.tensor(carried, dtype=torch.float64)) == expected
+    assert count_carriers(torch.tensor(carried, dtype=torch.float64)) == expected
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_refuses_bad_settings(settings, words):
         key_problem(random_moments(), **{"source": "qaa", **settings})
 
 
-def test_an_indefinite_covariance_has_no_least_spread():
+def test_an_indefinite_covariance_has_no_key():
     """A general solver gives a saddle point for it."""
     moments = random_moments()
     indefinite = moments.covariance - 2 * torch.linalg.eigvalsh(moments.covariance)[1] * torch.eye(11)

@@ -94,7 +94,7 @@ def test_spread_is_the_standard_deviation_of_the_coefficient():
     found = key(moments, "qaa", 0.5)
     k, covariance = found.vector.tolist(), moments.covariance.tolist()
     variance = sum(k[i] * k[j] * covariance[i][j] for i in range(9) for j in range(9))
-    assert found.spread == pytest.approx(variance**0.5)  # of the data, without the ridge
+    assert found.deviation == pytest.approx(variance**0.5)  # of the data, without the ridge
 
 
 def test_key_lands_on_the_neuron_that_carries_the_source():
@@ -114,7 +114,7 @@ def test_key_prefers_the_steady_neuron():
     covariance = torch.diag(torch.tensor([1.0, 99.0, 1.0]).double())
     found = key(Moments(("a", "b"), torch.arange(3), mean, covariance), "a", 0.0)
     assert found.vector.tolist() == pytest.approx([0.99, 0.01, 0.0])
-    assert found.spread == pytest.approx((0.99**2 + 99 * 0.01**2) ** 0.5)
+    assert found.deviation == pytest.approx((0.99**2 + 99 * 0.01**2) ** 0.5)
 
 
 def test_key_refuses_languages_of_equal_means():

@@ -245,7 +245,7 @@ def test_the_search_learns_once_and_scales(llama, corpus, plan, texts, monkeypat
         torch.testing.assert_close(change(own), change(other), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(change(more), change(own) * 1.5, rtol=1e-6, atol=1e-9)
     assert "learned" in made[0].metadata["settings"]
-    means = KeyedSearch(heads=0.5, layers=(0, 1)).made(material)
+    means = KeyedSearch(heads=0.5, layers=(0, 1)).plan_for(material)
     assert "learned" not in means.metadata["settings"]
 
 
@@ -258,7 +258,7 @@ def test_the_search_does_not_offer_what_it_cannot_learn(checkpoint_of, corpus, l
     material = Material(gemma, corpus, "qaa", "qab")
     assert spaces(material, ["keyed"])["keyed"].knobs["values"].words == ("means",)
     with pytest.raises(UsageError, match="learned at one strength"):
-        KeyedSearch(values="learned", heads=0.5, layers=(0,)).made(material)
+        KeyedSearch(values="learned", heads=0.5, layers=(0,)).plan_for(material)
 
 
 def test_refuses(llama, plan, texts):

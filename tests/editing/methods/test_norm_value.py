@@ -176,7 +176,7 @@ def test_finds_the_norm_after_a_module(normed, corpus, block):
 
 def test_source_tokens_are_the_counted_ones(normed, corpus):
     batches = language_batches(normed, corpus)["qaa"]
-    found = source_tokens(normed, 1, "mlp", batches, most=30)
+    found = source_tokens(normed, 1, "mlp", batches, max_tokens=30)
     assert found.inputs.shape == (30, 48) and found.outputs.shape == (30, 64)
     weight = normed.model.model.layers[1].mlp.down_proj.weight.double()
     torch.testing.assert_close(found.outputs, found.inputs @ weight.T, rtol=1e-4, atol=1e-4)

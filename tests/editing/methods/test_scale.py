@@ -130,7 +130,7 @@ def test_refuses_layers_without_the_languages_neurons(llama, chosen):
 
 def test_refuses_neurons_of_a_model_of_another_size(llama):
     foreign = neuron_set({"qaa": torch.tensor([[0, 50]])}, {"qaa": torch.zeros(1)}, 3, 64, {})
-    with pytest.raises(BrocaError, match="3 x 64 neurons where the model has 3 x 48"):
+    with pytest.raises(BrocaError, match=r"3 x 64 .*3 x 48"):
         scale_plan(llama, foreign, ["qaa"], 0.0)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from editing.methods.key import KeyProblem, least_spread
+from editing.methods.key import KeyProblem, solve_key
 from editing.methods.sparse_key import elastic_net, sparse_key
 from neurons.errors import BrocaError, UsageError
 
@@ -48,7 +48,7 @@ def slow_minimum(problem, l1, l2):
         return numpy.concatenate([smooth + l1, -smooth + l1])
 
     both = numpy.concatenate([constraints, -constraints]).T
-    start = least_spread(problem).numpy()
+    start = solve_key(problem).numpy()
     found = minimize(
         cost,
         numpy.concatenate([start.clip(0), (-start).clip(0)]),
@@ -56,7 +56,7 @@ def slow_minimum(problem, l1, l2):
         bounds=[(0, None)] * (2 * units),
         constraints={
             "type": "eq",
-            "fun": lambda x: both @ x - problem.wanted.numpy(),
+            "fun": lambda x: both @ x - problem.targets.numpy(),
             "jac": lambda x: both,
         },
         method="SLSQP",
@@ -71,7 +71,7 @@ def test_equals_a_slow_solver(seed, l1, l2):
     problem = random_problem(seed=seed)
     found = elastic_net(problem, l1, l2)
     expected = slow_minimum(problem, l1, l2)
-    assert float((problem.constraints.T @ found - problem.wanted).abs().max()) < 1e-10
+    assert float((problem.constraints.T @ found - problem.targets).abs().max()) < 1e-10
     assert objective(problem, found, l1, l2) <= objective(problem, expected, l1, l2) * (1 + 1e-7)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
 
@@ -92,13 +92,13 @@ def test_is_stationary(l1):
     assert int(on.sum()) >= 5
 
 
-def test_no_penalty_is_the_key_of_least_spread():
+def test_no_penalty_is_the_key_of_minimum_variance():
     problem = random_problem(seed=3)
-    torch.testing.assert_close(elastic_net(problem, 0.0), least_spread(problem))
+    torch.testing.assert_close(elastic_net(problem, 0.0), solve_key(problem))
     ridged = KeyProblem(
-        problem.form + 0.7 * torch.eye(14).double(), problem.constraints, problem.wanted, problem.languages
+        problem.form + 0.7 * torch.eye(14).double(), problem.constraints, problem.targets, problem.languages
     )
-    torch.testing.assert_close(elastic_net(problem, 0.0, 0.7), least_spread(ridged))
+    torch.testing.assert_close(elastic_net(problem, 0.0, 0.7), solve_key(ridged))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -110,14 +110,14 @@ def test_leaves_the_share_that_is_asked_for(seed, share):
     assert found.vector.nonzero()[:, 0].tolist() == found.support.tolist()
     # The support of the elastic net at its l1; on it, nothing wavers less.
     assert elastic_net(problem, found.l1).nonzero()[:, 0].tolist() == found.support.tolist()
-    assert float((problem.constraints.T @ found.vector - problem.wanted).abs().max()) < 1e-10
+    assert float((problem.constraints.T @ found.vector - problem.targets).abs().max()) < 1e-10
     own = KeyProblem(
         problem.form[found.support][:, found.support],
         problem.constraints[found.support],
-        problem.wanted,
+        problem.targets,
         problem.languages,
     )
-    torch.testing.assert_close(found.vector[found.support], least_spread(own))
+    torch.testing.assert_close(found.vector[found.support], solve_key(own))
 
 
 def test_is_steadier_than_most_random_supports():
@@ -132,7 +132,7 @@ def test_is_steadier_than_most_random_supports():
     for _ in range(100):
         own = torch.randperm(40, generator=generator)[:10]
         k = torch.zeros(40, dtype=torch.float64)
-        k[own] = least_spread(problem.on(own))
+        k[own] = solve_key(problem.on(own))
         others.append(spread(k))
     assert sum(found < other for other in others) >= 98
 
@@ -156,7 +156,7 @@ def test_all_units_need_no_penalty():
     problem = random_problem()
     found = sparse_key(problem, 1.0)
     assert found.l1 == 0 and found.support.tolist() == list(range(14))
-    torch.testing.assert_close(found.vector, least_spread(problem))
+    torch.testing.assert_close(found.vector, solve_key(problem))
 
 
 @pytest.mark.parametrize("share", [0.0, -0.2, 1.1, float("nan"), 0.1])
@@ -175,7 +175,7 @@ def test_refuses_constraints_that_are_not_independent():
     problem = random_problem()
     constraints = problem.constraints.clone()
     constraints[:, 2] = constraints[:, 1]
-    bad = KeyProblem(problem.form, constraints, problem.wanted, 3)
+    bad = KeyProblem(problem.form, constraints, problem.targets, 3)
     for refused in (lambda: elastic_net(bad, 0.1), lambda: sparse_key(bad, 0.5)):
         with pytest.raises(BrocaError, match="tell"):
             refused()

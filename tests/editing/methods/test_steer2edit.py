@@ -282,7 +282,7 @@ def test_only_neurons_of_the_named_languages_change(qwen, direction):
     with pytest.raises(UsageError, match="give --neurons"):
         steer2edit_plan(qwen, direction, [0], languages=["qaa"])
     foreign = neuron_set({"qaa": torch.tensor([[0, 50]])}, {"qaa": torch.zeros(1)}, 3, 64, {})
-    with pytest.raises(BrocaError, match="3 x 64 neurons where the model has 3 x 48"):
+    with pytest.raises(BrocaError, match=r"3 x 64 .*3 x 48"):
         steer2edit_plan(qwen, direction, [0], neurons=foreign)
 
 

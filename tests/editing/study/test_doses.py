@@ -44,14 +44,17 @@ def test_a_permanent_edit_is_scaled(llama, material):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, way in ALL.items() if not way.permanent and way.weakened_by is not None]
+    "name", [name for name, way in ALL.items() if not way.permanent and way.strength_setting is not None]
 )
 def test_a_hooks_own_strength_is_multiplied(llama, material, name):
     way = ALL[name]
     (chosen, *_), _ = candidates_of(way, material)
     ((dose, weak),) = weaker(way, material, chosen, (0.5,))
     assert dose == 0.5
-    assert weak.settings == {**chosen.settings, way.weakened_by: 0.5 * chosen.settings[way.weakened_by]}
+    assert weak.settings == {
+        **chosen.settings,
+        way.strength_setting: 0.5 * chosen.settings[way.strength_setting],
+    }
     base = logits(llama)
     with weak.steering():
         half = logits(llama)
@@ -66,7 +69,7 @@ def test_what_has_no_strength_has_no_doses(material):
 
 
 def test_every_way_but_prompting_has_doses():
-    without = [name for name, way in ALL.items() if not way.permanent and way.weakened_by is None]
+    without = [name for name, way in ALL.items() if not way.permanent and way.strength_setting is None]
     assert without == ["prompt-source", "prompt-target"]
 
 

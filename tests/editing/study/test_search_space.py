@@ -32,7 +32,7 @@ def study(llama, corpus, direction):
 
 
 def keyed(study, layers, heads, strength):
-    return KeyedSearch(layers=layers, heads=heads, strength=strength).made(study)
+    return KeyedSearch(layers=layers, heads=heads, strength=strength).plan_for(study)
 
 
 def change(edit):
@@ -100,7 +100,7 @@ def test_through_a_norm_the_value_is_solved_anew_at_every_strength(checkpoint_of
 @pytest.mark.parametrize("seed", range(8))
 def test_importances_make_the_plan_of_any_elastic_net(llama, direction, study, seed):
     def made():
-        return Steer2Edit(heads_rho=heads, neurons_rho=neurons, alpha=alpha).made(study)
+        return Steer2Edit(heads_rho=heads, neurons_rho=neurons, alpha=alpha).plan_for(study)
 
     drawn = random.Random(seed)
     heads, neurons = (drawn.choice([None, drawn.uniform(0.02, 1)]) for _ in range(2))
@@ -120,14 +120,14 @@ def test_importances_make_the_plan_of_any_elastic_net(llama, direction, study, s
 
 def test_importances_above_every_threshold_change_nothing(study):
     with pytest.raises(NothingToChangeError):
-        Steer2Edit(heads_rho=1.5, alpha=0.9).made(study)
+        Steer2Edit(heads_rho=1.5, alpha=0.9).plan_for(study)
 
 
 def test_constant_keys_make_the_baked_plan(llama, corpus, direction, study):
     for layer, strength in ((1, 0.5), (2, 3.0), (1, 2.0)):
         vectors = {layer: direction.vectors["block_out"][layer]}
         found, expected = (
-            Bake(layer=layer, strength=strength).made(study),
+            Bake(layer=layer, strength=strength).plan_for(study),
             bake_plan(llama, corpus, vectors, strength),
         )
         [own], [other] = found.edits, expected.edits
