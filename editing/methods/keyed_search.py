@@ -143,7 +143,7 @@ class KeyedSearch(Method):
         learn = self.values == LEARNED
         if learn and not material.loaded.anatomy.residual_output:
             raise UsageError(
-                "learned values before a norm do not scale with the strength: use --method keyed --set learn=yes"
+                "with a norm after the module values are learned at one strength: use --method keyed --set learn=yes"
             )
         return Solved(material, Keyed(strength=1.0, blocks=BLOCKS, learn=learn).plan_for(material))
 

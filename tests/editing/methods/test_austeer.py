@@ -50,15 +50,15 @@ def naive(halves, channels, alpha, layers):
 def test_equals_the_formula(seed, channels, alpha, layers):
     halves = [responses(6, seed=seed), responses(11, seed=100 + seed)]
     rates = {block: momentum_rates(*both) for block, both in zip(("attn", "mlp"), halves, strict=True)}
-    found = austeer(rates, channels, alpha, layers)
+    result = austeer(rates, channels, alpha, layers)
     expected = naive(halves, channels, alpha, layers or range(3))
     for number, block in enumerate(("attn", "mlp")):
-        own = sorted((layer, channel, gamma) for layer, of, channel, gamma in expected if of == number)
-        assert (block in found) == bool(own)
-        if own:
-            assert [tuple(row) for row in found[block].places.tolist()] == [row[:2] for row in own]
-            assert found[block].gamma.tolist() == pytest.approx([row[2] for row in own])
-            assert found[block].score.tolist() == pytest.approx([abs(row[2] / alpha) for row in own])
+        of_block = sorted((layer, channel, gamma) for layer, of, channel, gamma in expected if of == number)
+        assert (block in result) == bool(of_block)
+        if of_block:
+            assert [tuple(row) for row in result[block].places.tolist()] == [row[:2] for row in of_block]
+            assert result[block].gamma.tolist() == pytest.approx([row[2] for row in of_block])
+            assert result[block].score.tolist() == pytest.approx([abs(row[2] / alpha) for row in of_block])
 
 
 def test_by_hand():
@@ -67,12 +67,12 @@ def test_by_hand():
         rate_down=torch.tensor([[0.5, 0.75, 0.1, 0.0, 0.25]]).double(),
         difference=torch.tensor([[1.0, 1.0, 1.0, 0.0, 2.0]]).double(),
     )
-    found = austeer({"mlp": rates}, 4, 2.0)["mlp"]
-    assert found.places.tolist() == [[0, 0], [0, 1], [0, 2], [0, 4]]
-    assert found.gamma.tolist() == pytest.approx([1.0, -1.5, 1.8, 1.0])
+    result = austeer({"mlp": rates}, 4, 2.0)["mlp"]
+    assert result.places.tolist() == [[0, 0], [0, 1], [0, 2], [0, 4]]
+    assert result.gamma.tolist() == pytest.approx([1.0, -1.5, 1.8, 1.0])
     # Of the two with the score .5, the larger difference goes first.
     assert austeer({"mlp": rates}, 3, 2.0)["mlp"].places.tolist() == [[0, 1], [0, 2], [0, 4]]
-    with pytest.raises(BrocaError, match="5 channels are asked for, but only 4 differ"):
+    with pytest.raises(BrocaError, match=r"only 4 .* 5"):
         austeer({"mlp": rates}, 5, 2.0)
 
 
@@ -82,9 +82,9 @@ def test_finds_the_planted_channels():
     target = torch.randn(20, 2, 30, generator=generator, dtype=torch.float64)
     target[:, 1, 4] = source[:, 1, 4] + 0.01
     target[:, 0, 17] = source[:, 0, 17] - 0.01
-    found = austeer({"mlp": momentum_rates(target, source)}, 2, 0.5)["mlp"]
-    assert found.places.tolist() == [[0, 17], [1, 4]]
-    assert found.gamma.tolist() == [-0.5, 0.5]
+    result = austeer({"mlp": momentum_rates(target, source)}, 2, 0.5)["mlp"]
+    assert result.places.tolist() == [[0, 17], [1, 4]]
+    assert result.gamma.tolist() == [-0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_refuses_rates_of_another_model(llama):
     for rates in ({}, {"mlp_in": momentum_rates(*responses(48))}):
         with pytest.raises(UsageError, match="block"):
             austeer_plan(llama, rates, ("qaa", "qab"), 5)
-    with pytest.raises(BrocaError, match=r"attn are of \[3, 48\] channels where the model has \[3, 64\]"):
+    with pytest.raises(BrocaError, match=r"attn .*\[3, 48\].*\[3, 64\]"):
         austeer_plan(llama, {"attn": momentum_rates(*responses(48))}, ("qaa", "qab"), 5)
 
 
@@ -128,11 +128,11 @@ def test_equals_a_hook_on_the_input_channels(checkpoint_of, model_type):
 
     def reader_of(block, layer):
         def read(values, routed):
-            own = factors[block][layer]
+            factor = factors[block][layer]
             if routed is not None:
                 width = loaded.anatomy.expert_width
-                own = own[routed.expert * width : (routed.expert + 1) * width]
-            return values * own
+                factor = factor[routed.expert * width : (routed.expert + 1) * width]
+            return values * factor
 
         return read
 
@@ -140,15 +140,15 @@ def test_equals_a_hook_on_the_input_channels(checkpoint_of, model_type):
     with site_hooks(loaded.anatomy, readers):
         expected = logits(loaded)
     with applied(loaded, plan):
-        found = logits(loaded)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - logits(loaded)).abs().max() > 0.01
+        result = logits(loaded)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert (result - logits(loaded)).abs().max() > 0.01
     assert {edit.block for edit in plan.edits} == {"attn", "mlp"}
     for edit in plan.edits:
-        own = factors[edit.block][edit.layer]
+        factor = factors[edit.block][edit.layer]
         width = loaded.anatomy.component_width(edit.block)
-        assert edit.components == tuple((own != 1).view(-1, width).any(1).nonzero()[:, 0].tolist())
-        torch.testing.assert_close(edit.column_scale, own)
+        assert edit.components == tuple((factor != 1).view(-1, width).any(1).nonzero()[:, 0].tolist())
+        torch.testing.assert_close(edit.column_scale, factor)
 
 
 def test_the_plan_says_what_it_changes(llama):
@@ -190,7 +190,7 @@ def parallel():
 
 
 def test_rates_of_a_corpus_are_those_of_its_pairs(llama, parallel):
-    found = corpus_rates(llama, parallel, "qab", "qaa")
+    result = corpus_rates(llama, parallel, "qab", "qaa")
     steps = {"attn": [], "mlp": []}
     for line in (0, 2, 4, 5):
         means = {}
@@ -207,27 +207,27 @@ def test_rates_of_a_corpus_are_those_of_its_pairs(llama, parallel):
                 )
                 for block in steps
             }
-        for block, own in steps.items():
-            own.append(means["qaa"][block] - means["qab"][block])
-    for block, own in steps.items():
-        step = torch.stack(own)
+        for block, of_block in steps.items():
+            of_block.append(means["qaa"][block] - means["qab"][block])
+    for block, of_block in steps.items():
+        step = torch.stack(of_block)
         assert step.abs().min() > 1e-7  # no sign hangs on rounding
-        assert torch.equal(found[block].rate_up, (step > 0).double().mean(0))
-        assert torch.equal(found[block].rate_down, (step < 0).double().mean(0))
-        torch.testing.assert_close(found[block].difference, step.abs().mean(0), rtol=1e-3, atol=1e-4)
-    assert tuple(found["attn"].rate_up.shape) == (3, 64)
+        assert torch.equal(result[block].rate_up, (step > 0).double().mean(0))
+        assert torch.equal(result[block].rate_down, (step < 0).double().mean(0))
+        torch.testing.assert_close(result[block].difference, step.abs().mean(0), rtol=1e-3, atol=1e-4)
+    assert tuple(result["attn"].rate_up.shape) == (3, 64)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_rates_of_statistics_are_those_of_the_corpus(checkpoint_of, parallel, model_type):
     loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
     statistics = record(loaded, language_batches(loaded, parallel), ["mlp_in:responses"])
-    found = neuron_rates(loaded, statistics, "qab", "qaa")
+    result = neuron_rates(loaded, statistics, "qab", "qaa")
     done = []
     expected = corpus_rates(loaded, parallel, "qab", "qaa", ["mlp"], done.append)
     assert list(expected) == ["mlp"]
     for name in ("rate_up", "rate_down", "difference"):
-        assert torch.equal(getattr(found, name), getattr(expected["mlp"], name))
+        assert torch.equal(getattr(result, name), getattr(expected["mlp"], name))
     assert sum(done) == int(statistics.tokens[:2].sum())
 
 
@@ -243,10 +243,10 @@ def test_refuses_languages_that_do_not_pair(llama, parallel):
         corpus_rates(llama, parallel, "qaa", "xx")
     with pytest.raises(UsageError, match="both 'qaa'"):
         corpus_rates(llama, parallel, "qaa", "qaa")
-    with pytest.raises(UsageError, match="block 'gate'"):
+    with pytest.raises(UsageError, match="gate"):
         corpus_rates(llama, parallel, "qaa", "qab", ["gate"])
     apart = Corpus({"qaa": ("abe cab", ""), "qab": ("", "high him")}, "digest", "all")
-    with pytest.raises(UsageError, match="no line has a text in 'qaa' and in 'qab'"):
+    with pytest.raises(UsageError, match=r"'qaa'.*'qab'"):
         corpus_rates(llama, apart, "qaa", "qab")
     silent = Corpus({"qaa": ("abe cab",), "qab": ("",)}, "digest", "all")
     with pytest.raises(UsageError, match="'qab' has no text"):
@@ -259,7 +259,7 @@ def test_refuses_languages_that_do_not_pair(llama, parallel):
 def test_refuses_more_texts_than_there_is_room_for(llama, parallel, monkeypatch):
     # 10 texts of 4 bytes * 3 layers * 112 channels.
     monkeypatch.setattr(austeer_module, "MAX_RESPONSE_BYTES", 10 * 4 * 3 * 112 - 1)
-    with pytest.raises(UsageError, match="at most 4 lines a language"):
+    with pytest.raises(UsageError, match="at most 4 lines"):
         corpus_rates(llama, parallel, "qaa", "qab")
     assert corpus_rates(llama, parallel, "qaa", "qab", ["mlp"])
 

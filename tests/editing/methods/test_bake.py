@@ -26,19 +26,19 @@ def random_moments(units=9, seed=0, start=True):
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     factor = draw(units, 2 * units)
-    own = draw(units) if start else None
-    return Moments(LANGUAGES, torch.arange(units), draw(units, 3) + 1, factor @ factor.T / 7, own)
+    start_mean = draw(units) if start else None
+    return Moments(LANGUAGES, torch.arange(units), draw(units, 3) + 1, factor @ factor.T / 7, start_mean)
 
 
 def naive_total(moments):
     """Mean and covariance over all tokens, entry by entry, by the law of total covariance."""
-    share = [n / sum(TOKENS.tolist()) for n in TOKENS.tolist()]
+    weights = [n / sum(TOKENS.tolist()) for n in TOKENS.tolist()]
     size, means = len(moments.mean), moments.mean.tolist()
-    mean = [sum(share[k] * means[i][k] for k in range(3)) for i in range(size)]
+    mean = [sum(weights[k] * means[i][k] for k in range(3)) for i in range(size)]
     covariance = [
         [
             float(moments.covariance[i, j])
-            + sum(share[k] * (means[i][k] - mean[i]) * (means[j][k] - mean[j]) for k in range(3))
+            + sum(weights[k] * (means[i][k] - mean[i]) * (means[j][k] - mean[j]) for k in range(3))
             for j in range(size)
         ]
         for i in range(size)
@@ -59,8 +59,8 @@ def solve_by_kkt(covariance, constraints):
 
 def test_total_moments_equal_a_loop():
     moments = random_moments()
-    for found, expected in zip(total_moments(moments, TOKENS), naive_total(moments), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for result, expected in zip(total_moments(moments, TOKENS), naive_total(moments), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -71,15 +71,15 @@ def test_key_equals_a_general_solver(eps, held):
     ridge = eps * sum(float(covariance[i, i]) for i in range(9)) / 9
     constraints = torch.stack([mean, moments.start], 1) if held else mean[:, None]
     expected = solve_by_kkt(covariance + ridge * torch.eye(9).double(), constraints)
-    found = constant_key(moments, TOKENS, eps, constrain_start=held)
-    torch.testing.assert_close(found.vector, expected, rtol=1e-6, atol=1e-8)
-    assert float(found.vector @ mean) == pytest.approx(1)
-    assert found.start == pytest.approx(float(moments.start @ found.vector))
-    assert (abs(found.start - 1) < 1e-9) == held
-    assert found.means.tolist() == pytest.approx([float(found.vector @ m) for m in moments.mean.T])
-    variance = sum(found.vector[i] * found.vector[j] * covariance[i, j] for i in range(9) for j in range(9))
-    assert found.deviation == pytest.approx(math.sqrt(variance))  # of the data, without the ridge
-    assert found.eps == eps
+    result = constant_key(moments, TOKENS, eps, constrain_start=held)
+    torch.testing.assert_close(result.vector, expected, rtol=1e-6, atol=1e-8)
+    assert float(result.vector @ mean) == pytest.approx(1)
+    assert result.start == pytest.approx(float(moments.start @ result.vector))
+    assert (abs(result.start - 1) < 1e-9) == held
+    assert result.means.tolist() == pytest.approx([float(result.vector @ m) for m in moments.mean.T])
+    variance = sum(result.vector[i] * result.vector[j] * covariance[i, j] for i in range(9) for j in range(9))
+    assert result.deviation == pytest.approx(math.sqrt(variance))  # of the data, without the ridge
+    assert result.eps == eps
 
 
 def test_minimum_variance_without_a_start_token_is_the_closed_form():
@@ -108,9 +108,9 @@ def test_no_other_feasible_key_wavers_less():
 def test_key_lands_on_the_steady_input():
     mean = torch.ones(4, 3, dtype=torch.float64)
     covariance = torch.diag(torch.tensor([4.0, 1e-4, 4.0, 4.0]).double())
-    found = constant_key(Moments(LANGUAGES, torch.arange(4), mean, covariance), TOKENS, 0.0)
-    assert float(found.vector[1]) > 0.99
-    assert found.deviation < 0.0101
+    result = constant_key(Moments(LANGUAGES, torch.arange(4), mean, covariance), TOKENS, 0.0)
+    assert float(result.vector[1]) > 0.99
+    assert result.deviation < 0.0101
 
 
 def test_key_bears_dead_neurons():
@@ -119,9 +119,9 @@ def test_key_bears_dead_neurons():
     for values in (moments.mean, moments.covariance, moments.covariance.T):
         values[dead] = 0
     moments.start[dead] = 0
-    found = constant_key(moments, TOKENS, 0.0)
-    assert found.vector[dead].tolist() == [0, 0]
-    assert math.isfinite(found.min_deviation)
+    result = constant_key(moments, TOKENS, 0.0)
+    assert result.vector[dead].tolist() == [0, 0]
+    assert math.isfinite(result.min_deviation)
 
 
 def test_key_refuses_what_cannot_be_one():
@@ -191,13 +191,13 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama, block):
         ridged = covariance + 0.1 * covariance.diagonal().mean() * torch.eye(size).double()
         key = solve_by_kkt(ridged, torch.stack([mean, start], 1))
         expected = -1.5 * torch.outer(vectors[edit.layer], key)
-        found = edit.left.double() @ edit.right.double().T
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()))
+        result = edit.left.double() @ edit.right.double().T
+        torch.testing.assert_close(result, expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()))
         coefficients = rows @ edit.right[:, 0].double()
         assert float(coefficients.mean()) == pytest.approx(1, abs=1e-4)
         assert edit.notes["spread"] == pytest.approx(float(coefficients.std(correction=0)), rel=1e-3)
         assert edit.notes["start_coefficient"] == pytest.approx(1, abs=1e-6)
-        assert edit.notes["change_norm"] == pytest.approx(float(found.norm()), rel=1e-5)
+        assert edit.notes["change_norm"] == pytest.approx(float(result.norm()), rel=1e-5)
         weight = llama.anatomy.output_weight(edit.layer, block)
         assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
         assert edit.components == tuple(range(2 if block == "attn" else 48))
@@ -207,12 +207,12 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama, block):
 
 def test_fourth_moments_equal_a_loop(llama):
     corpus = small_corpus(3)
-    batches = [batch for some in language_batches(llama, corpus).values() for batch in some]
+    batches = [batch for of_language in language_batches(llama, corpus).values() for batch in of_language]
     rows, _ = naive_inputs(llama, corpus, 1, "mlp_in")
-    found = fourth_moments(llama, batches, "mlp_in", {1: rows.mean(0)})
+    result = fourth_moments(llama, batches, "mlp_in", {1: rows.mean(0)})
     apart = rows - rows.mean(0)
     expected = sum(sum(x * x for x in row) ** 2 for row in apart.tolist()) / len(rows)
-    assert found == {1: pytest.approx(expected, rel=1e-3)}
+    assert result == {1: pytest.approx(expected, rel=1e-3)}
 
 
 def test_shrinkage_chooses_the_ridge(llama):
@@ -265,9 +265,9 @@ def test_a_steady_neuron_carries_the_constant_exactly(steady):
         _, expected = outputs(steady, ids, 1)
     _, unsteered = outputs(steady, ids, 1)
     with applied(steady, plan):
-        _, found = outputs(steady, ids, 1)
+        _, result = outputs(steady, ids, 1)
     assert float((expected - unsteered).abs().max()) > 0.5
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(result, expected, rtol=0, atol=5e-3)
 
 
 def test_the_mean_shift_and_the_start_token_are_the_hooks(llama):
@@ -293,10 +293,10 @@ def test_the_mean_shift_and_the_start_token_are_the_hooks(llama):
 
 
 def test_only_the_languages_of_the_corpus_count(llama):
-    one = Corpus({"qaa": small_corpus().texts["qaa"]}, "digest", "all")
-    (edit,) = bake_plan(llama, one, {0: torch.ones(64)}).edits
+    corpus = Corpus({"qaa": small_corpus().texts["qaa"]}, "digest", "all")
+    (edit,) = bake_plan(llama, corpus, {0: torch.ones(64)}).edits
     assert edit.notes["key_means"] == {"qaa": pytest.approx(1)}
-    batches = language_batches(llama, one)
+    batches = language_batches(llama, corpus)
     moments = language_moments(llama, batches, "mlp_in", {0: torch.arange(48)})[0]
     expected = constant_key(moments, torch.tensor([sum(int(b.counted.sum()) for b in batches["qaa"])]))
     torch.testing.assert_close(edit.right[:, 0].double(), expected.vector, rtol=1e-5, atol=1e-6)
@@ -322,7 +322,7 @@ def test_a_plan_goes_to_a_file_and_back(llama, tmp_path):
         ({0: torch.full((64,), math.nan)}, {}, "zero or not finite"),
         ({0: torch.ones(64)}, {"strength": 0.0}, "strength 0"),
         ({0: torch.ones(64)}, {"strength": math.inf}, "strength inf"),
-        ({0: torch.ones(64)}, {"block": "gate"}, "block 'gate'"),
+        ({0: torch.ones(64)}, {"block": "gate"}, "gate"),
         ({0: torch.ones(64)}, {"eps": -1.0}, "eps"),
     ],
 )

@@ -25,9 +25,9 @@ def test_equals_the_hook(checkpoint_of, family):
         expected = logits(loaded)
     unsteered = logits(loaded)
     with applied(loaded, plan):
-        found = logits(loaded)
+        result = logits(loaded)
     assert float((expected - unsteered).abs().max()) > 0.05
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-4)
     assert torch.equal(logits(loaded), unsteered)
 
 

@@ -61,7 +61,7 @@ def tokens_of(loaded, corpus, sites):
             for layer in sites:
                 rows[layer] += list(layers[layer]["mlp_in"].detach()[1:])
                 starts[layer] = layers[layer]["mlp_in"].detach()[0]
-    return {layer: torch.stack(own) for layer, own in rows.items()}, starts
+    return {layer: torch.stack(of_layer) for layer, of_layer in rows.items()}, starts
 
 
 def test_the_plan_equals_the_formula_from_tokens_on(llama):
@@ -71,7 +71,7 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama):
     assert [edit.layer for edit in corrected.edits] == [0, 1, 2]
     assert torch.equal(corrected.edits[0].right, plan.edits[0].right)
     edits = list(corrected.edits)
-    spreads = [edits[0].notes["spread"]]
+    deviations = [edits[0].notes["spread"]]
     for count in (1, 2):
         before = type(plan)(tuple(edits[:count]), plan.metadata)
         with applied(llama, before):
@@ -81,14 +81,14 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama):
             left = left - rows[edit.layer] @ edit.right[:, 0].double()
             start_left = start_left - starts[edit.layer] @ edit.right[:, 0].double()
         expected = solve(rows[count], left, starts[count], start_left, 0.1)
-        found = edits[count].right[:, 0].double()
-        torch.testing.assert_close(found, expected, rtol=2e-2, atol=5e-3 * float(expected.abs().max()))
-        rest = left - rows[count] @ found
+        result = edits[count].right[:, 0].double()
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=5e-3 * float(expected.abs().max()))
+        rest = left - rows[count] @ result
         assert edits[count].notes["spread"] == pytest.approx(float(rest.square().mean().sqrt()), rel=1e-2)
-        spreads.append(edits[count].notes["spread"])
+        deviations.append(edits[count].notes["spread"])
         assert torch.equal(edits[count].left, edits[0].left)
-    assert spreads == sorted(spreads, reverse=True)
-    assert spreads[-1] < 0.95 * spreads[0]
+    assert deviations == sorted(deviations, reverse=True)
+    assert deviations[-1] < 0.95 * deviations[0]
     assert corrected.metadata["settings"]["corrections"] == 2
 
 
@@ -106,7 +106,7 @@ def test_refuses_what_cannot_be_corrected(llama):
     with pytest.raises(UsageError, match="at least one"):
         corrected_plan(llama, corpus, bake_plan(llama, corpus, {0: VECTOR}), 0)
     for other in ({0: VECTOR, 1: VECTOR},):
-        with pytest.raises(UsageError, match="only one vector"):
+        with pytest.raises(UsageError, match="single vector"):
             corrected_plan(llama, corpus, bake_plan(llama, corpus, other))
-    with pytest.raises(UsageError, match="only one vector"):
+    with pytest.raises(UsageError, match="single vector"):
         corrected_plan(llama, corpus, bake_plan(llama, corpus, {0: VECTOR}, block="attn"))

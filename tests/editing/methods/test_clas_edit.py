@@ -31,21 +31,21 @@ def random_statistics(fingerprint="", seed=0, layers=3, width=48):
 def naive_classes(statistics):
     """(layer, neuron) -> (class, languages in which it is active), by loops."""
     mean = (statistics.moments["mlp_in:text_mean"] / 5).tolist()
-    found = {}
+    result = {}
     for layer, neurons in enumerate(mean):
         for neuron, values in enumerate(neurons):
             active = [k for k, value in zip(LANGUAGES, values, strict=True) if value > 0]
             name = {0: "dead", 1: "specific", len(LANGUAGES): "all-shared"}.get(len(active), "partial-shared")
-            found[layer, neuron] = (name, active)
-    return found
+            result[layer, neuron] = (name, active)
+    return result
 
 
 def set_of(statistics, selection=None, metadata=None):
     """The neuron set that the method clas finds."""
     method = METHODS["clas"]
-    wanted = method.selection.changed(kinds=("specific", "related", "general"))
-    found = select(method().scores(statistics, 1.0), selection or wanted)
-    parts = [{k: getattr(own, name) for k, own in zip(LANGUAGES, found, strict=True)} for name in
+    selected = method.selection.changed(kinds=("specific", "related", "general"))
+    result = select(method().scores(statistics, 1.0), selection or selected)
+    parts = [{k: getattr(of_language, name) for k, of_language in zip(LANGUAGES, result, strict=True)} for name in
              ("rows", "scores", "kinds")]  # fmt: skip
     layers, width = statistics.moments["mlp_in:text_mean"].shape[:2]
     return neuron_set(parts[0], parts[1], layers, width, metadata or {"method": "clas"}, parts[2])
@@ -94,9 +94,9 @@ def test_equals_the_mixture_of_hidden_states(llama, kind, a, b, g):
     plan = clas_plan(llama, classified, None, [0, 2], a, b, g)
     expected = mixed_logits(llama, statistics, [0, 2], a, b, g)
     with applied(llama, plan):
-        found = logits(llama)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - logits(llama)).abs().max() > 0.01
+        result = logits(llama)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert (result - logits(llama)).abs().max() > 0.01
 
 
 def test_languages_restrict_to_neurons_that_are_active_in_them(llama):
@@ -109,9 +109,9 @@ def test_languages_restrict_to_neurons_that_are_active_in_them(llama):
             for place, (name, active) in naive_classes(statistics).items()
             if name in ("specific", "partial-shared") and "qab" in active
         }
-        found = {(edit.layer, neuron) for edit in plan.edits for neuron in edit.components}
-        assert found == expected
-        assert 0 < len(found) < whole.components
+        result = {(edit.layer, neuron) for edit in plan.edits for neuron in edit.components}
+        assert result == expected
+        assert 0 < len(result) < whole.components
         assert plan.metadata["languages"] == ["qab"]
         with applied(llama, plan):
             after = logits(llama)
@@ -124,8 +124,8 @@ def test_the_plan_says_what_it_changes(llama):
     classes = naive_classes(statistics)
     plan = clas_plan(llama, statistics, layers=[1], strength=2.0)
     (edit,) = plan.edits
-    wanted = {"specific": 1 - 2 * 0.2, "partial-shared": 1 + 2 * 0.4}
-    expected = {j: wanted[classes[1, j][0]] for j in range(48) if classes[1, j][0] in wanted}
+    factors = {"specific": 1 - 2 * 0.2, "partial-shared": 1 + 2 * 0.4}
+    expected = {j: factors[classes[1, j][0]] for j in range(48) if classes[1, j][0] in factors}
     assert (edit.layer, edit.block, edit.components) == (1, "mlp", tuple(expected))
     assert edit.details["factor"].tolist() == pytest.approx(list(expected.values()))
     weight = llama.model.model.layers[1].mlp.down_proj.weight.double()
@@ -160,9 +160,9 @@ def test_the_last_quarter_of_the_layers_by_default(llama):
 
 def test_kinds_of_a_set_are_the_classes():
     statistics = random_statistics(seed=4)
-    found = classes_of_set(set_of(statistics))
+    result = classes_of_set(set_of(statistics))
     for (layer, neuron), (name, _) in naive_classes(statistics).items():
-        assert CLASSES[int(found[layer, neuron])] == name
+        assert CLASSES[int(result[layer, neuron])] == name
 
 
 def test_refuses_a_set_without_a_class_that_is_to_be_scaled(llama):
@@ -188,7 +188,7 @@ def test_refuses_a_neuron_of_two_kinds():
         {},
         {"qaa": torch.tensor([0]), "qab": torch.tensor([1])},
     )
-    with pytest.raises(BrocaError, match="neuron 5 of layer 1 is of two kinds"):
+    with pytest.raises(BrocaError, match="neuron 5 of layer 1"):
         classes_of_set(mixed)
 
 
@@ -199,7 +199,7 @@ def test_refuses_a_neuron_of_two_kinds():
         ({"strength": math.nan}, "strength nan"),
         ({"shared_gain": math.inf}, "the gain is inf"),
         ({"specific_loss": math.nan}, "the loss is nan"),
-        ({"shared_gain": 0, "specific_loss": 0}, "change nothing"),
+        ({"shared_gain": 0, "specific_loss": 0}, "gain and loss"),
         ({"layers": [3]}, "layer 3"),
         ({"languages": ["qaa", "xx"]}, "no language 'xx'"),
         ({"languages": []}, "at least one language"),

@@ -1,4 +1,4 @@
-"""Keys against a general solver: several sources, soft languages, and what is said of them."""
+"""Keys against a general solver: several sources, soft languages, and the statistics of keys."""
 
 from dataclasses import replace
 
@@ -28,14 +28,14 @@ def random_moments(neurons=11, seed=0, start=True):
     )
 
 
-def solve_by_kkt(form, constraints, wanted):
-    """argmin k^T form k with constraints^T k = wanted, from the stationarity conditions."""
+def solve_by_kkt(form, constraints, targets):
+    """argmin k^T form k with constraints^T k = targets, from the stationarity conditions."""
     size, count = constraints.shape
     system = torch.zeros(size + count, size + count, dtype=torch.float64)
     system[:size, :size] = 2 * form
     system[:size, size:] = constraints
     system[size:, :size] = constraints.T
-    right = torch.cat([torch.zeros(size).double(), torch.tensor(wanted).double()])
+    right = torch.cat([torch.zeros(size).double(), torch.tensor(targets).double()])
     return torch.linalg.lstsq(system, right[:, None]).solution[:size, 0]
 
 
@@ -55,12 +55,12 @@ def naive_form(moments, eps, soft=(), weight=0.0):
 
 def test_several_sources_all_read_one():
     moments = random_moments()
-    found = key(moments, ("qab", "qac"), 0.1)
+    result = key(moments, ("qab", "qac"), 0.1)
     both = torch.cat([moments.mean, moments.start[:, None]], dim=1)
     expected = solve_by_kkt(naive_form(moments, 0.1), both, [1.0, 0.0, 1.0, 0.0, 0.0])
-    torch.testing.assert_close(found.vector, expected, rtol=1e-8, atol=1e-10)
-    assert found.means.tolist() == pytest.approx([1, 0, 1, 0], abs=1e-10)
-    assert abs(float(found.vector @ moments.start)) < 1e-10
+    torch.testing.assert_close(result.vector, expected, rtol=1e-8, atol=1e-10)
+    assert result.means.tolist() == pytest.approx([1, 0, 1, 0], abs=1e-10)
+    assert abs(float(result.vector @ moments.start)) < 1e-10
 
 
 def test_the_key_of_two_sources_is_the_sum_of_their_keys():
@@ -72,12 +72,12 @@ def test_the_key_of_two_sources_is_the_sum_of_their_keys():
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
 def test_soft_languages_cost_the_square_of_their_mean(weight):
     moments = random_moments(seed=2, start=False)
-    found = key(moments, "qaa", 0.1, keep_softly=("qac", "qad"), soft_weight=weight)
+    result = key(moments, "qaa", 0.1, keep_softly=("qac", "qad"), soft_weight=weight)
     expected = solve_by_kkt(
         naive_form(moments, 0.1, ("qac", "qad"), weight), moments.mean[:, [1, 2]], [1.0, 0.0]
     )
-    torch.testing.assert_close(found.vector, expected, rtol=1e-8, atol=1e-10)
-    assert found.means[1:3].tolist() == pytest.approx([1, 0], abs=1e-10)
+    torch.testing.assert_close(result.vector, expected, rtol=1e-8, atol=1e-10)
+    assert result.means[1:3].tolist() == pytest.approx([1, 0], abs=1e-10)
 
 
 def test_a_soft_weight_lies_between_freedom_and_constraint():
@@ -85,9 +85,9 @@ def test_a_soft_weight_lies_between_freedom_and_constraint():
     free = key(moments, "qaa", keep=["qab", "qad"])
     means, spreads = [], []
     for weight in (0.0, 1.0, 100.0, 1e9):
-        found = key(moments, "qaa", keep_softly=["qac"], soft_weight=weight)
-        means.append(abs(float(found.means[0])))
-        spreads.append(found.deviation)
+        result = key(moments, "qaa", keep_softly=["qac"], soft_weight=weight)
+        means.append(abs(float(result.means[0])))
+        spreads.append(result.deviation)
     hard = key(moments, "qaa")
     assert means == sorted(means, reverse=True) and means[0] > 0.01 and means[-1] < 1e-6
     assert means[0] == pytest.approx(abs(float(free.means[0])))
@@ -102,38 +102,38 @@ def test_at_weight_one_a_mean_costs_what_a_standard_deviation_costs():
     covariance = torch.diag(torch.tensor([4.0, 0.0, 1.0]).double())
     mean = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]).double()
     moments = Moments(("a", "b", "c"), torch.arange(3), mean, covariance)
-    found = key(moments, "a", 0.0, keep_softly=["b"], soft_weight=1.0)
-    assert found.vector.tolist() == pytest.approx([0.5, 0.5, 0.0])
+    result = key(moments, "a", 0.0, keep_softly=["b"], soft_weight=1.0)
+    assert result.vector.tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
 def test_a_language_in_no_list_is_free():
     moments = random_moments(seed=4, start=False)
-    found = key(moments, "qaa", 0.1, keep=["qad"])
+    result = key(moments, "qaa", 0.1, keep=["qad"])
     expected = solve_by_kkt(naive_form(moments, 0.1), moments.mean[:, [1, 3]], [1.0, 0.0])
-    torch.testing.assert_close(found.vector, expected, rtol=1e-8, atol=1e-10)
-    assert found.means[[0, 2]].abs().min() > 1e-3
+    torch.testing.assert_close(result.vector, expected, rtol=1e-8, atol=1e-10)
+    assert result.means[[0, 2]].abs().min() > 1e-3
 
 
 def test_carried_sums_to_one_and_carriers_are_counted():
     moments = random_moments(seed=5)
-    found = key(moments, ("qaa", "qab"), 0.3)
-    carried = [
-        float(found.vector[i]) * (float(moments.mean[i, 1]) + float(moments.mean[i, 2])) / 2
+    result = key(moments, ("qaa", "qab"), 0.3)
+    contributions = [
+        float(result.vector[i]) * (float(moments.mean[i, 1]) + float(moments.mean[i, 2])) / 2
         for i in range(11)
     ]
-    assert found.contribution.tolist() == pytest.approx(carried)
-    assert sum(carried) == pytest.approx(1)
-    ordered = sorted(map(abs, carried), reverse=True)
+    assert result.contribution.tolist() == pytest.approx(contributions)
+    assert sum(contributions) == pytest.approx(1)
+    ordered = sorted(map(abs, contributions), reverse=True)
     fewest = next(n for n in range(1, 12) if sum(ordered[:n]) >= 0.9 * sum(ordered) - 1e-12)
-    assert found.carriers == fewest and 1 < fewest < 11
+    assert result.carriers == fewest and 1 < fewest < 11
 
 
 @pytest.mark.parametrize(
-    ("carried", "expected"),
+    ("contributions", "expected"),
     [([0.9, 0.1], 1), ([0.89, -0.11], 2), ([0.0, 0.0, -5.0], 1), ([1.0] * 10, 9), ([0.1] * 10, 9)],
 )
-def test_carriers_of_known_shares(carried, expected):
-    assert count_carriers(torch.tensor(carried, dtype=torch.float64)) == expected
+def test_carriers_of_known_contributions(contributions, expected):
+    assert count_carriers(torch.tensor(contributions, dtype=torch.float64)) == expected
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_an_indefinite_covariance_has_no_key():
     """A general solver gives a saddle point for it."""
     moments = random_moments()
     indefinite = moments.covariance - 2 * torch.linalg.eigvalsh(moments.covariance)[1] * torch.eye(11)
-    with pytest.raises(BrocaError, match="tell"):
+    with pytest.raises(BrocaError, match="separate"):
         key(replace(moments, covariance=indefinite), "qaa", eps=0)
 
 
@@ -170,8 +170,8 @@ def test_refuses_sources_that_another_language_equals():
     moments = random_moments()
     mean = moments.mean.clone()
     mean[:, 3] = mean[:, 1]
-    with pytest.raises(BrocaError, match="tell 4 languages apart"):
+    with pytest.raises(BrocaError, match=r" 4 languages"):
         key(replace(moments, mean=mean), ("qaa", "qab"))
-    # Both as sources ask for the same twice, which one constraint says as well; still they are not told apart.
-    with pytest.raises(BrocaError, match="tell"):
+    # Also refused if both are sources, although their constraints are then consistent.
+    with pytest.raises(BrocaError, match="separate"):
         key(replace(moments, mean=mean), ("qaa", "qad"))

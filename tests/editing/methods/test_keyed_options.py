@@ -1,4 +1,4 @@
-"""What the keyed edit can be asked for besides the default: seen on the edited model, not in the plan alone."""
+"""Options of the keyed edit, tested on the edited model."""
 
 import models
 import pytest
@@ -45,24 +45,24 @@ def inputs_by_language(loaded, corpus, layer, block):
     handle = output_module(loaded, layer, block).register_forward_pre_hook(
         lambda _, inputs: kept.append(inputs[0][0, 1:].double())
     )
-    found = {}
+    result = {}
     try:
         for language in corpus.languages:
             for text in corpus.texts[language]:
                 ids = [0, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
                 with torch.no_grad():
                     loaded.model(input_ids=torch.tensor([ids]))
-            found[language] = torch.cat(kept)
+            result[language] = torch.cat(kept)
             kept.clear()
     finally:
         handle.remove()
-    return found
+    return result
 
 
 def key_means(loaded, corpus, edit):
     """Mean of k^T h on every language, straight from the tokens."""
-    found = inputs_by_language(loaded, corpus, edit.layer, edit.block)
-    return {language: float((rows @ edit.right[:, 0].double()).mean()) for language, rows in found.items()}
+    result = inputs_by_language(loaded, corpus, edit.layer, edit.block)
+    return {language: float((rows @ edit.right[:, 0].double()).mean()) for language, rows in result.items()}
 
 
 @pytest.mark.parametrize("block", ["mlp", "attn"])
@@ -84,10 +84,12 @@ def test_attention_keys_are_noted_per_head(llama, corpus, direction):
         language: rows.mean(0) for language, rows in inputs_by_language(llama, corpus, 1, "attn").items()
     }
     for head in range(2):
-        own = range(32 * head, 32 * head + 32)
-        assert float(edit.details["key"][head]) == pytest.approx(sum(float(k[i]) ** 2 for i in own) ** 0.5)
-        carried = sum(float(k[i] * means["qaa"][i]) for i in own)
-        assert float(edit.details["carried"][head]) == pytest.approx(carried, abs=1e-3)
+        channels = range(32 * head, 32 * head + 32)
+        assert float(edit.details["key"][head]) == pytest.approx(
+            sum(float(k[i]) ** 2 for i in channels) ** 0.5
+        )
+        contribution = sum(float(k[i] * means["qaa"][i]) for i in channels)
+        assert float(edit.details["carried"][head]) == pytest.approx(contribution, abs=1e-3)
     weight = output_module(llama, 1, "attn").weight
     assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
 
@@ -162,22 +164,22 @@ def test_a_sparse_key_uses_the_share(llama, corpus, direction, block):
 def test_notes_say_who_carries_the_key(llama, corpus, direction):
     (edit,) = keyed_plan(llama, corpus, direction, [1]).edits
     source = inputs_by_language(llama, corpus, 1, "mlp")["qaa"].mean(0)
-    carried = [abs(float(edit.right[i, 0]) * float(source[i])) for i in range(48)]
-    ordered = sorted(carried, reverse=True)
+    contributions = [abs(float(edit.right[i, 0]) * float(source[i])) for i in range(48)]
+    ordered = sorted(contributions, reverse=True)
     assert edit.notes["carriers"] == next(n for n in range(49) if sum(ordered[:n]) >= 0.9 * sum(ordered))
-    assert edit.details["carried"].abs().tolist() == pytest.approx(carried, abs=1e-3)
+    assert edit.details["carried"].abs().tolist() == pytest.approx(contributions, abs=1e-3)
     assert float(edit.details["carried"].sum()) == pytest.approx(1)
 
 
 def test_neurons_of_all_sources_may_carry_the_key(llama, corpus, direction):
     rows = {name: torch.tensor([[1, j] for j in range(first, first + 12)]) for name, first in
             (("qaa", 0), ("qac", 6), ("qab", 30))}  # fmt: skip
-    some = neuron_set(rows, {name: torch.zeros(12) for name in rows}, 3, 48, {"method": "lape"})
-    both = keyed_plan(llama, corpus, direction, [1], neurons=some, sources=("qaa", "qac"))
+    neurons = neuron_set(rows, {name: torch.zeros(12) for name in rows}, 3, 48, {"method": "lape"})
+    both = keyed_plan(llama, corpus, direction, [1], neurons=neurons, sources=("qaa", "qac"))
     assert both.edits[0].components == tuple(range(18))
-    one = keyed_plan(llama, corpus, direction, [1], neurons=some, blocks=("attn", "mlp"))
-    assert one.edits[1].components == tuple(range(12))
-    assert one.edits[0].components == (0, 1)
+    single = keyed_plan(llama, corpus, direction, [1], neurons=neurons, blocks=("attn", "mlp"))
+    assert single.edits[1].components == tuple(range(12))
+    assert single.edits[0].components == (0, 1)
 
 
 @pytest.mark.parametrize("blocks", [("mlp",), ("attn", "mlp")])
@@ -185,10 +187,10 @@ def test_jointly_solved_keys_hold_on_the_edited_model(llama, corpus, direction, 
     together = keyed_plan(llama, corpus, direction, strength=4.0, blocks=blocks, jointly=True)
     apart = keyed_plan(llama, corpus, direction, strength=4.0, blocks=blocks)
     assert len(together.edits) == 3 * len(blocks)
-    wanted = {"qac": 0, "qaa": 1, "qab": 0}
+    expected = {"qac": 0, "qaa": 1, "qab": 0}
     with applied(llama, together):
         for edit in together.edits:
-            assert key_means(llama, corpus, edit) == pytest.approx(wanted, abs=2e-3)
+            assert key_means(llama, corpus, edit) == pytest.approx(expected, abs=2e-3)
     torch.testing.assert_close(together.edits[0].right, apart.edits[0].right)
     assert together.metadata["settings"]["jointly"] and not apart.metadata["settings"]["jointly"]
     with applied(llama, apart):
@@ -225,35 +227,35 @@ def test_jointly_leaves_every_weight_as_it_was(checkpoint_of, corpus, direction,
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "value"),
     [
         ({"sources": ["qac"]}, "'qaa'"),
         ({"sources": ["qaa", "qab"]}, "target"),
         ({"sources": ["qaa", "xx"]}, "'xx'"),
         ({"keep": ["xx"]}, "no text of xx"),
-        ({"keep_softly": ["qaa"]}, "name it once"),
+        ({"keep_softly": ["qaa"]}, "qaa"),
         ({"blocks": ()}, "blocks"),
         ({"blocks": ("mlp", "mlp")}, "blocks"),
         ({"blocks": ("norm",)}, "blocks"),
-        ({"layers": [0, 0]}, "each once"),
+        ({"layers": [0, 0]}, "layers"),
         ({"layers": []}, "at least one"),
         ({"layers": [3]}, "no layer 3"),
         ({"layers": [-1]}, "no layer -1"),
         ({"strength": 0}, "strength 0"),
         ({"strength": float("nan")}, "strength"),
         ({"strength": {0: 1.0, 1: -1.0}}, "strength 0"),
-        ({"strength": {0: 1.0}, "layers": [1]}, "leave layers out"),
-        ({"sparse": 0.0}, "sparse 0.0: a share"),
-        ({"sparse": 2.0}, "sparse 2.0: a share"),
+        ({"strength": {0: 1.0}, "layers": [1]}, "layers"),
+        ({"sparse": 0.0}, "sparse 0.0"),
+        ({"sparse": 2.0}, "sparse 2.0"),
         ({"sparse": 0.02}, "fewer than the 4 constraints"),
     ],
 )
-def test_refuses_by_name(llama, corpus, direction, settings, words):
-    with pytest.raises(UsageError, match=words):
+def test_refuses_by_name(llama, corpus, direction, settings, value):
+    with pytest.raises(UsageError, match=value):
         keyed_plan(llama, corpus, direction, **settings)
 
 
-def test_what_no_text_can_mend_is_refused_before_any_is_read(llama, corpus, direction, monkeypatch):
+def test_invalid_settings_are_refused_before_text_is_read(llama, corpus, direction, monkeypatch):
     monkeypatch.setattr("editing.methods.keyed.language_batches", None)
     for settings in ({"keep": ["xx"]}, {"keep_softly": ["qaa"]}, {"sparse": 2.0}, {"eps": -1.0}):
         with pytest.raises(UsageError):

@@ -21,13 +21,13 @@ def test_learned_ones_are_learned_at_one_strength_or_at_each(checkpoint_of, corp
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
     sources, targets = corpus.texts["qaa"], corpus.texts["qab"]
     material = Material(loaded, corpus, "qaa", "qab", directions=(direction,))
-    found = [Keyed(strength=s, learn=True, blocks=("attn", "mlp")).plan_for(material) for s in (1.0, 3.0)]
-    for plan, strength in zip(found, (1.0, 3.0), strict=True):
+    result = [Keyed(strength=s, learn=True, blocks=("attn", "mlp")).plan_for(material) for s in (1.0, 3.0)]
+    for plan, strength in zip(result, (1.0, 3.0), strict=True):
         at = LEARNED_AT if model_type == "llama" else strength
         plain = keyed_plan(loaded, corpus, direction, None, at, blocks=("attn", "mlp"))
         expected = quick(loaded, plain, sources, targets).plan.scaled(strength / at)
-        for own, other in zip(plan.edits, expected.edits, strict=True):
-            assert torch.equal(own.left, other.left) and torch.equal(own.right, other.right)
+        for edit, other in zip(plan.edits, expected.edits, strict=True):
+            assert torch.equal(edit.left, other.left) and torch.equal(edit.right, other.right)
         assert plan.metadata["settings"]["strength"] == strength
 
 
@@ -37,8 +37,8 @@ def test_each_plan_is_the_one_of_its_strength(checkpoint_of, corpus, model_type)
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
     strengths = (0.5, 2.0)
     material = Material(loaded, corpus, "qaa", "qab", directions=(direction,), layers=(1,))
-    found = [Keyed(strength=strength).plan_for(material) for strength in strengths]
-    for plan, strength in zip(found, strengths, strict=True):
+    result = [Keyed(strength=strength).plan_for(material) for strength in strengths]
+    for plan, strength in zip(result, strengths, strict=True):
         (edit,), (alone,) = plan.edits, keyed_plan(loaded, corpus, direction, [1], strength).edits
         expected = alone.left.double() @ alone.right.double().T
         torch.testing.assert_close(

@@ -46,7 +46,7 @@ def test_the_map_equals_the_formula(mode, fill):
     target, other, values = torch.randn(3, 8, generator=generator).double()
     on = torch.tensor([1, 1, 0, 0, 1, 0, 1, 0]).bool()
     off = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0]).bool()
-    found = arithmetic(target, other, on, off, mode, 1.5, fill)
+    result = arithmetic(target, other, on, off, mode, 1.5, fill)
     for j in range(8):
         s = float(values[j])
         if off[j]:
@@ -54,8 +54,8 @@ def test_the_map_equals_the_formula(mode, fill):
         if on[j]:
             m, o = float(target[j]), float(other[j])
             s = {"additive": s + 1.5 * m, "replacement": 1.5 * m, "difference": s + 1.5 * (m - o)}[mode]
-        assert float(found.scale[j] * values[j] + found.offset[j]) == pytest.approx(s)
-    assert set(found.scale.tolist()) == {0.0, 1.0}
+        assert float(result.scale[j] * values[j] + result.offset[j]) == pytest.approx(s)
+    assert set(result.scale.tolist()) == {0.0, 1.0}
 
 
 def test_an_unknown_mode_is_refused():
@@ -69,7 +69,7 @@ def test_mean_shift_equals_a_loop_over_tokens():
     values, ups = torch.randn(5, 4, generator=generator), torch.randn(50, 4, generator=generator).double()
     offset = torch.tensor([0.5, -1.0, 2.0, 0.0]).double()
     apart = ups - ups.mean(0)
-    shift, share = mean_shift(values, offset, ups.mean(0), apart.T @ apart / 50)
+    shift, fraction = mean_shift(values, offset, ups.mean(0), apart.T @ apart / 50)
     changes = []
     for up in ups.tolist():
         changes.append(
@@ -78,19 +78,19 @@ def test_mean_shift_equals_a_loop_over_tokens():
     mean = [sum(change[i] for change in changes) / 50 for i in range(5)]
     assert shift.tolist() == pytest.approx(mean, rel=1e-5)
     square = sum(sum(x * x for x in change) for change in changes) / 50
-    assert share == pytest.approx(sum(x * x for x in mean) / square, rel=1e-5)
+    assert fraction == pytest.approx(sum(x * x for x in mean) / square, rel=1e-5)
 
 
 def test_without_gates_all_of_it_is_constant():
     values, offset = torch.eye(3), torch.tensor([1.0, 0.0, -2.0]).double()
-    shift, share = mean_shift(values, offset, torch.ones(3).double(), torch.zeros(3, 3).double())
+    shift, fraction = mean_shift(values, offset, torch.ones(3).double(), torch.zeros(3, 3).double())
     assert shift.tolist() == [1, 0, -2]
-    assert share == 1
+    assert fraction == 1
 
 
 def test_activation_means_equal_a_loop_over_tokens(llama):
     corpus = small_corpus(4)
-    found = activation_means(llama, language_batches(llama, corpus), [0, 2])
+    result = activation_means(llama, language_batches(llama, corpus), [0, 2])
     for language in LANGUAGES:
         sums, count = {0: 0, 2: 0}, 0
         for text in corpus.texts[language]:
@@ -101,14 +101,14 @@ def test_activation_means_equal_a_loop_over_tokens(llama):
                 gate = layers[layer]["mlp_act"].detach()[1:]
                 sums[layer] = sums[layer] + (gate * torch.sigmoid(gate)).sum(0)
         for layer, total in sums.items():
-            torch.testing.assert_close(found[layer][language], total / count, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(result[layer][language], total / count, rtol=1e-3, atol=1e-4)
 
 
-def intervention(found):
+def intervention(result):
     """A reader that replaces what enters down_proj by the formula, token by token."""
 
     def read(values, _):
-        scale, offset = found.scale.to(values), found.offset.to(values)
+        scale, offset = result.scale.to(values), result.offset.to(values)
         return values * scale + offset
 
     return read
@@ -131,15 +131,17 @@ def test_without_gates_the_bias_form_is_exactly_the_intervention(checkpoint_of, 
     for layer in (0, 2):
         on, off = torch.zeros(48).bool(), torch.zeros(48).bool()
         on[[9, 17]], off[[3, 9, 40]] = True, True
-        own = means[layer]
-        readers["mlp_in", layer] = intervention(arithmetic(own["qab"], own["qaa"], on, off, mode, 2.0, -0.1))
+        of_layer = means[layer]
+        readers["mlp_in", layer] = intervention(
+            arithmetic(of_layer["qab"], of_layer["qaa"], on, off, mode, 2.0, -0.1)
+        )
     unsteered = logits(loaded)
     with site_hooks(loaded.anatomy, readers):
         expected = logits(loaded)
     with applied(loaded, plan):
-        found = logits(loaded)
+        result = logits(loaded)
     assert float((expected - unsteered).abs().max()) > 1e-2
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+    torch.testing.assert_close(result, expected, rtol=0, atol=3e-4)
     for edit in plan.edits:
         assert edit.notes["constant_share"] == 1
         assert edit.rank == 0
@@ -168,9 +170,9 @@ def test_in_a_gated_model_the_mean_of_the_change_is_baked(llama):
     scale = float(changes.abs().max())
     torch.testing.assert_close(added.mean(0), changes.mean(0), rtol=0, atol=2e-3 * scale)
     torch.testing.assert_close(edit.left[:, 0].double(), changes.mean(0), rtol=0, atol=2e-3 * scale)
-    share = float(changes.mean(0).square().sum() / changes.square().sum(1).mean())
-    assert edit.notes["constant_share"] == pytest.approx(share, rel=1e-2)
-    assert 0 < share < 1
+    fraction = float(changes.mean(0).square().sum() / changes.square().sum(1).mean())
+    assert edit.notes["constant_share"] == pytest.approx(fraction, rel=1e-2)
+    assert 0 < fraction < 1
     assert edit.notes["change_norm"] == pytest.approx(float(edit.left.norm() * edit.right.norm()), rel=1e-4)
 
 
@@ -203,9 +205,9 @@ def test_deactivation_alone_is_exact_and_reads_no_text(llama, monkeypatch):
     with site_hooks(llama.anatomy, {("mlp_in", layer): silence for layer in (0, 2)}):
         expected = logits(llama)
     with applied(llama, plan):
-        found = logits(llama)
+        result = logits(llama)
     assert float((expected - unsteered).abs().max()) > 1e-2
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
     assert all(edit.rank == 0 and edit.bias is None for edit in plan.edits)
 
 
@@ -220,7 +222,7 @@ def test_a_bias_in_a_llama_is_its_mean_shift(llama):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"target": None}, "name a target"),
+        ({"target": None}, "target"),
         ({"target": "qxx"}, "no language 'qxx'"),
         ({"target": "qab", "mode": "times"}, "mode 'times'"),
         ({"target": "qab", "mode": "difference"}, "another language"),
@@ -240,7 +242,7 @@ def test_refuses_a_language_without_neurons(llama):
         language_arithmetic_plan(llama, small_corpus(2), some_neurons(llama), "qac")
 
 
-def test_refuses_a_bias_that_cannot_be_carried_and_a_mixture(checkpoint_of):
+def test_refuses_an_unsupported_bias_and_a_mixture(checkpoint_of):
     qwen = load_model(str(checkpoint_of("qwen2")), device="cpu")
     with pytest.raises(BrocaError, match="no bias"):
         language_arithmetic_plan(qwen, small_corpus(2), some_neurons(qwen), "qab", as_bias=True)
@@ -249,7 +251,7 @@ def test_refuses_a_bias_that_cannot_be_carried_and_a_mixture(checkpoint_of):
         language_arithmetic_plan(mixture, small_corpus(2), some_neurons(mixture), "qab")
 
 
-def test_a_norm_after_the_mlp_is_no_obstacle(checkpoint_of):
+def test_a_norm_after_the_mlp_is_supported(checkpoint_of):
     loaded = load_model(str(checkpoint_of("gemma2")), device="cpu")
     plan = language_arithmetic_plan(loaded, small_corpus(3), some_neurons(loaded), "qab", ["qaa"])
     assert [edit.rank for edit in plan.edits] == [1, 1]

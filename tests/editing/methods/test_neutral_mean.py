@@ -43,8 +43,8 @@ def test_equals_a_loop_over_texts(llama, corpus_directory, languages):
             for (site, layer), values in seen.items():
                 for token in values[1:]:
                     means[site][layer] += token / len(tokens) / len(texts) / len(languages)
-    found = neutral_means(llama, corpus, tuple(SITES))
-    assert set(found) == set(SITES)
+    result = neutral_means(llama, corpus, tuple(SITES))
+    assert set(result) == set(SITES)
     for site, mean in means.items():
-        assert found[site].dtype == torch.float64
-        assert torch.allclose(found[site], mean, rtol=1e-4, atol=1e-6), site
+        assert result[site].dtype == torch.float64
+        assert torch.allclose(result[site], mean, rtol=1e-4, atol=1e-6), site

@@ -56,20 +56,20 @@ def objective(delta, outputs, gain, value, coefficients, scatter):
 @pytest.mark.parametrize("scatter", [0.01, 0.3, 1.0])
 def test_equals_a_general_minimiser(seed, length, scatter):
     outputs, gain, value, coefficients = random_case(seed, length=length)
-    found = value_through_norm(outputs, gain, EPS, value, coefficients, scatter)
+    result = value_through_norm(outputs, gain, EPS, value, coefficients, scatter)
     arguments = (outputs, gain, value, coefficients, scatter)
-    best = objective(found.vector.tolist(), *arguments)
+    best = objective(result.vector.tolist(), *arguments)
     other = minimize(objective, numpy.zeros(6), arguments, method="BFGS", options={"gtol": 1e-9})
     assert best <= other.fun * (1 + 1e-6)
     # Where scatter counts little the objective is flat around its minimum.
-    numpy.testing.assert_allclose(other.x, found.vector.numpy(), atol=0.01 * float(found.vector.norm()))
+    numpy.testing.assert_allclose(other.x, result.vector.numpy(), atol=0.01 * float(result.vector.norm()))
     assert best < 0.9 * objective([0.0] * 6, *arguments)
-    squares = objective(found.vector.tolist(), *arguments[:-1], 1.0)
-    assert found.error == pytest.approx((squares / float(value @ value)) ** 0.5)
-    change = rms_norm(outputs + coefficients[:, None] * found.vector, gain, EPS) - rms_norm(
+    squares = objective(result.vector.tolist(), *arguments[:-1], 1.0)
+    assert result.error == pytest.approx((squares / float(value @ value)) ** 0.5)
+    change = rms_norm(outputs + coefficients[:, None] * result.vector, gain, EPS) - rms_norm(
         outputs, gain, EPS
     )
-    assert found.through == pytest.approx(float(change.mean(0) @ value) / float(value @ value))
+    assert result.through == pytest.approx(float(change.mean(0) @ value) / float(value @ value))
 
 
 def test_the_mean_alone_gets_all_of_a_reachable_value_through():
@@ -86,10 +86,10 @@ def test_the_mean_alone_gets_all_of_a_reachable_value_through():
 def test_a_norm_that_is_as_good_as_linear_lets_all_of_a_value_through():
     # eps so large that norm(y) = y / sqrt(eps): delta is v sqrt(eps), exactly.
     outputs, _, value, _ = random_case(1)
-    found = value_through_norm(outputs * 1e-3, torch.ones(6).double(), 1e4, value * 1e-3)
-    torch.testing.assert_close(found.vector, 100 * value * 1e-3, rtol=1e-4, atol=1e-7)
-    assert found.through == pytest.approx(1, abs=1e-4)
-    assert found.error < 1e-4
+    result = value_through_norm(outputs * 1e-3, torch.ones(6).double(), 1e4, value * 1e-3)
+    torch.testing.assert_close(result.vector, 100 * value * 1e-3, rtol=1e-4, atol=1e-7)
+    assert result.through == pytest.approx(1, abs=1e-4)
+    assert result.error < 1e-4
 
 
 def test_a_value_across_equal_outputs_gets_through():
@@ -97,18 +97,18 @@ def test_a_value_across_equal_outputs_gets_through():
     y = torch.tensor([[3.0, 0.0, 0.0, 4.0]]).double().repeat(5, 1)
     gain = torch.ones(4).double()
     goal = rms_norm(torch.tensor([0.0, 3.0, 1.0, 4.0]).double(), gain, 0.0)
-    found = value_through_norm(y, gain, 0.0, goal - rms_norm(y[0], gain, 0.0))
-    moved = rms_norm(y + found.vector, gain, 0.0)
+    result = value_through_norm(y, gain, 0.0, goal - rms_norm(y[0], gain, 0.0))
+    moved = rms_norm(y + result.vector, gain, 0.0)
     torch.testing.assert_close(moved, goal.expand(5, -1), atol=1e-5, rtol=0)
-    assert found.through == pytest.approx(1, abs=1e-5)
+    assert result.through == pytest.approx(1, abs=1e-5)
 
 
 def test_a_value_longer_than_the_norm_allows_does_not_all_get_through():
     outputs, _, value, _ = random_case(2)
-    found = value_through_norm(outputs, torch.ones(6).double(), EPS, 100 * value / value.norm())
+    result = value_through_norm(outputs, torch.ones(6).double(), EPS, 100 * value / value.norm())
     # norm(y) is at most sqrt(6) long, so its change at most 2 sqrt(6).
-    assert 0 < found.through <= 2 * 6**0.5 / 100
-    assert found.error > 0.9
+    assert 0 < result.through <= 2 * 6**0.5 / 100
+    assert result.error > 0.9
 
 
 def test_refuses_nothing_to_write_and_no_tokens():
@@ -148,38 +148,38 @@ def norm_changes(loaded, batches, layer, block, plan):
         kept.append(output.double())
 
     handle = module.register_forward_hook(keep)
-    found = []
+    result = []
     try:
         for edit in (None, plan):
             with applied(loaded, edit), torch.no_grad():
                 for batch in batches:
                     loaded.model(input_ids=batch.ids, attention_mask=batch.attention.long())
-            found.append(torch.cat([o[b.counted] for o, b in zip(kept, batches, strict=True)]))
+            result.append(torch.cat([o[b.counted] for o, b in zip(kept, batches, strict=True)]))
             kept.clear()
     finally:
         handle.remove()
-    return found[1] - found[0]
+    return result[1] - result[0]
 
 
 @pytest.mark.parametrize("block", ["mlp", "attn"])
 def test_finds_the_norm_after_a_module(normed, corpus, block):
     batch = language_batches(normed, corpus)["qaa"][0]
     for layer in (0, 2):
-        found = output_norm(normed, layer, block, batch)
+        result = output_norm(normed, layer, block, batch)
         module = getattr(normed.model.model.layers[layer], NORMS[block])
         rows = torch.randn(5, 64)
         with torch.no_grad():
             torch.testing.assert_close(
-                rms_norm(rows.double(), found.gain, found.eps), module(rows).double(), rtol=1e-4, atol=1e-5
+                rms_norm(rows.double(), result.gain, result.eps), module(rows).double(), rtol=1e-4, atol=1e-5
             )
 
 
 def test_source_tokens_are_the_counted_ones(normed, corpus):
     batches = language_batches(normed, corpus)["qaa"]
-    found = source_tokens(normed, 1, "mlp", batches, max_tokens=30)
-    assert found.inputs.shape == (30, 48) and found.outputs.shape == (30, 64)
+    result = source_tokens(normed, 1, "mlp", batches, max_tokens=30)
+    assert result.inputs.shape == (30, 48) and result.outputs.shape == (30, 64)
     weight = normed.model.model.layers[1].mlp.down_proj.weight.double()
-    torch.testing.assert_close(found.outputs, found.inputs @ weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.outputs, result.inputs @ weight.T, rtol=1e-4, atol=1e-4)
     everything = source_tokens(normed, 1, "mlp", batches)
     assert len(everything.inputs) == sum(int(batch.counted.sum()) for batch in batches)
 
@@ -200,8 +200,8 @@ def test_the_norm_moves_by_the_value_where_the_source_is_read(normed, corpus, bl
     plan = keyed_plan(normed, corpus, direction, [layer], 1.0, blocks=(block,))
     (edit,) = plan.edits
     value = vectors[layer]
-    for language, some in batches.items():
-        moved = norm_changes(normed, some, layer, block, plan).mean(0)
+    for language, of_language in batches.items():
+        moved = norm_changes(normed, of_language, layer, block, plan).mean(0)
         along = float(moved @ value / (value @ value))
         if language == "qaa":
             assert along == pytest.approx(edit.notes["value_through_norm"], abs=0.01)
@@ -221,11 +221,11 @@ def test_refuses_what_is_no_rms_norm_and_a_norm_that_cannot_be_told(normed, llam
     norm = layer.post_feedforward_layernorm
     layer.post_feedforward_layernorm = torch.nn.LayerNorm(64)
     try:
-        with pytest.raises(BrocaError, match="no RMSNorm"):
+        with pytest.raises(BrocaError, match="not an RMSNorm"):
             output_norm(normed, 0, "mlp", batch)
     finally:
         layer.post_feedforward_layernorm = norm
-    with pytest.raises(BrocaError, match="not told"):
+    with pytest.raises(BrocaError, match="not reported"):
         output_norm(llama, 0, "mlp", language_batches(llama, corpus)["qaa"][0])
 
 

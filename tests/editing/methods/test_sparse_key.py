@@ -18,17 +18,17 @@ def random_problem(units=14, constraints=3, seed=0):
 
     factor = draw(units, 2 * units) * draw(units, 1).exp()
     form = factor @ factor.T / units + 0.01 * torch.eye(units).double()
-    wanted = torch.zeros(constraints, dtype=torch.float64)
-    wanted[seed % constraints] = 1.0
-    return KeyProblem(form, draw(units, constraints), wanted, constraints)
+    targets = torch.zeros(constraints, dtype=torch.float64)
+    targets[seed % constraints] = 1.0
+    return KeyProblem(form, draw(units, constraints), targets, constraints)
 
 
 def objective(problem, k, l1, l2):
     """Number by number."""
     form, k = problem.form.tolist(), k.tolist()
     units = range(len(k))
-    spread = sum(k[i] * form[i][j] * k[j] for i in units for j in units)
-    return spread + l1 * sum(map(abs, k)) + l2 * sum(x * x for x in k)
+    variance = sum(k[i] * form[i][j] * k[j] for i in units for j in units)
+    return variance + l1 * sum(map(abs, k)) + l2 * sum(x * x for x in k)
 
 
 def slow_minimum(problem, l1, l2):
@@ -49,7 +49,7 @@ def slow_minimum(problem, l1, l2):
 
     both = numpy.concatenate([constraints, -constraints]).T
     start = solve_key(problem).numpy()
-    found = minimize(
+    result = minimize(
         cost,
         numpy.concatenate([start.clip(0), (-start).clip(0)]),
         jac=slope,
@@ -62,32 +62,32 @@ def slow_minimum(problem, l1, l2):
         method="SLSQP",
         options={"ftol": 1e-15, "maxiter": 2000},
     )
-    return torch.from_numpy(split(found.x))
+    return torch.from_numpy(split(result.x))
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("l1", "l2"), [(0.03, 0.0), (0.3, 0.0), (0.3, 0.5), (3.0, 0.0), (30.0, 0.1)])
 def test_equals_a_slow_solver(seed, l1, l2):
     problem = random_problem(seed=seed)
-    found = elastic_net(problem, l1, l2)
+    result = elastic_net(problem, l1, l2)
     expected = slow_minimum(problem, l1, l2)
-    assert float((problem.constraints.T @ found - problem.targets).abs().max()) < 1e-10
-    assert objective(problem, found, l1, l2) <= objective(problem, expected, l1, l2) * (1 + 1e-7)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
+    assert float((problem.constraints.T @ result - problem.targets).abs().max()) < 1e-10
+    assert objective(problem, result, l1, l2) <= objective(problem, expected, l1, l2) * (1 + 1e-7)
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("l1", [0.01, 0.2, 5.0, 1e3])
 def test_is_stationary(l1):
     problem = random_problem(units=60, constraints=5, seed=7)
-    found = elastic_net(problem, l1, 0.05)
-    smooth = 2 * problem.form @ found + 0.1 * found
-    on = found != 0
+    result = elastic_net(problem, l1, 0.05)
+    smooth = 2 * problem.form @ result + 0.1 * result
+    on = result != 0
     # The multipliers, from the support; then the slope is -l1 sign(k) there and at most l1 elsewhere.
     multipliers = torch.linalg.lstsq(
-        problem.constraints[on], (-smooth - l1 * found.sign())[on][:, None]
+        problem.constraints[on], (-smooth - l1 * result.sign())[on][:, None]
     ).solution[:, 0]
     slope = smooth + problem.constraints @ multipliers
-    torch.testing.assert_close(slope[on], -l1 * found.sign()[on], rtol=1e-7, atol=1e-7 * l1)
+    torch.testing.assert_close(slope[on], -l1 * result.sign()[on], rtol=1e-7, atol=1e-7 * l1)
     assert bool((slope[~on].abs() <= l1 * (1 + 1e-6)).all())
     assert int(on.sum()) >= 5
 
@@ -102,39 +102,39 @@ def test_no_penalty_is_the_key_of_minimum_variance():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
-def test_leaves_the_share_that_is_asked_for(seed, share):
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.6])
+def test_the_key_has_the_given_fraction_of_units(seed, fraction):
     problem = random_problem(units=60, constraints=4, seed=seed)
-    found = sparse_key(problem, share)
-    assert len(found.support) == round(share * 60)
-    assert found.vector.nonzero()[:, 0].tolist() == found.support.tolist()
+    result = sparse_key(problem, fraction)
+    assert len(result.support) == round(fraction * 60)
+    assert result.vector.nonzero()[:, 0].tolist() == result.support.tolist()
     # The support of the elastic net at its l1; on it, nothing wavers less.
-    assert elastic_net(problem, found.l1).nonzero()[:, 0].tolist() == found.support.tolist()
-    assert float((problem.constraints.T @ found.vector - problem.targets).abs().max()) < 1e-10
-    own = KeyProblem(
-        problem.form[found.support][:, found.support],
-        problem.constraints[found.support],
+    assert elastic_net(problem, result.l1).nonzero()[:, 0].tolist() == result.support.tolist()
+    assert float((problem.constraints.T @ result.vector - problem.targets).abs().max()) < 1e-10
+    on_support = KeyProblem(
+        problem.form[result.support][:, result.support],
+        problem.constraints[result.support],
         problem.targets,
         problem.languages,
     )
-    torch.testing.assert_close(found.vector[found.support], solve_key(own))
+    torch.testing.assert_close(result.vector[result.support], solve_key(on_support))
 
 
 def test_is_steadier_than_most_random_supports():
     problem = random_problem(units=40, constraints=4, seed=4)
 
-    def spread(k):
+    def variance(k):
         return float(k @ problem.form @ k)
 
-    found = spread(sparse_key(problem, 0.25).vector)
+    result = variance(sparse_key(problem, 0.25).vector)
     generator = torch.Generator().manual_seed(0)
     others = []
     for _ in range(100):
-        own = torch.randperm(40, generator=generator)[:10]
+        support = torch.randperm(40, generator=generator)[:10]
         k = torch.zeros(40, dtype=torch.float64)
-        k[own] = solve_key(problem.on(own))
-        others.append(spread(k))
-    assert sum(found < other for other in others) >= 98
+        k[support] = solve_key(problem.on(support))
+        others.append(variance(k))
+    assert sum(result < other for other in others) >= 98
 
 
 def test_finds_the_planted_neurons():
@@ -146,23 +146,23 @@ def test_finds_the_planted_neurons():
     variances = torch.full((20,), 1e4, dtype=torch.float64)
     variances[[3, 8]] = 1.0
     problem = KeyProblem(torch.diag(variances), means, torch.tensor([1.0, 0.0]).double(), 2)
-    found = sparse_key(problem, 2 / 20)
-    assert found.support.tolist() == [3, 8]
+    result = sparse_key(problem, 2 / 20)
+    assert result.support.tolist() == [3, 8]
     # 5 a + 3 b = 1 and a / 2 = b / 2.
-    assert found.vector[[3, 8]].tolist() == pytest.approx([1 / 8, 1 / 8])
+    assert result.vector[[3, 8]].tolist() == pytest.approx([1 / 8, 1 / 8])
 
 
 def test_all_units_need_no_penalty():
     problem = random_problem()
-    found = sparse_key(problem, 1.0)
-    assert found.l1 == 0 and found.support.tolist() == list(range(14))
-    torch.testing.assert_close(found.vector, solve_key(problem))
+    result = sparse_key(problem, 1.0)
+    assert result.l1 == 0 and result.support.tolist() == list(range(14))
+    torch.testing.assert_close(result.vector, solve_key(problem))
 
 
-@pytest.mark.parametrize("share", [0.0, -0.2, 1.1, float("nan"), 0.1])
-def test_refuses_a_share_out_of_range(share):
+@pytest.mark.parametrize("fraction", [0.0, -0.2, 1.1, float("nan"), 0.1])
+def test_refuses_a_fraction_out_of_range(fraction):
     with pytest.raises(UsageError, match="sparse"):
-        sparse_key(random_problem(), share)
+        sparse_key(random_problem(), fraction)
 
 
 def test_refuses_negative_penalties():
@@ -177,5 +177,5 @@ def test_refuses_constraints_that_are_not_independent():
     constraints[:, 2] = constraints[:, 1]
     bad = KeyProblem(problem.form, constraints, problem.targets, 3)
     for refused in (lambda: elastic_net(bad, 0.1), lambda: sparse_key(bad, 0.5)):
-        with pytest.raises(BrocaError, match="tell"):
+        with pytest.raises(BrocaError, match="separate"):
             refused()

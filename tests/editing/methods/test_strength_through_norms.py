@@ -1,4 +1,4 @@
-"""Where a norm follows the edited module, an edit holds for its own strength: every way to another is refused or solved anew."""
+"""With a norm after the edited module an edit holds only for its strength: other strengths are refused or solved again."""
 
 from functools import partial
 
@@ -61,11 +61,14 @@ def test_a_multiple_is_refused(normed, plan, parts, tmp_path, broca, name):
 def test_parts_of_a_strength_are_solved_anew(normed, parts, name, monkeypatch):
     monkeypatch.setattr("editing.methods.keyed_edit.learned_values", partial(learned_values, passes=1))
     material = Material(normed, parts["estimate"], "en", "fr")
-    way = compared()[name]
-    (chosen, *_), _ = candidates_of(way, material)
-    ((dose, weak),) = weaker(way, material, chosen, (0.5,))
-    assert dose == 0.5 and weak.settings == {**chosen.settings, "strength": 0.5 * chosen.settings["strength"]}
-    expected = candidate(way, material, weak.settings).plan
-    for own, other, whole in zip(weak.plan.edits, expected.edits, chosen.plan.edits, strict=True):
-        assert torch.equal(own.left, other.left) and torch.equal(own.right, other.right)
-        assert not torch.allclose(own.left, 0.5 * whole.left, rtol=1e-3)
+    method = compared()[name]
+    (chosen, *_), _ = candidates_of(method, material)
+    ((fraction, weak),) = weaker(method, material, chosen, (0.5,))
+    assert fraction == 0.5 and weak.settings == {
+        **chosen.settings,
+        "strength": 0.5 * chosen.settings["strength"],
+    }
+    expected = candidate(method, material, weak.settings).plan
+    for edit, other, whole in zip(weak.plan.edits, expected.edits, chosen.plan.edits, strict=True):
+        assert torch.equal(edit.left, other.left) and torch.equal(edit.right, other.right)
+        assert not torch.allclose(edit.left, 0.5 * whole.left, rtol=1e-3)

