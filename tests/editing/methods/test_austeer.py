@@ -1,4 +1,4 @@
-"""AUSteer's fold against loops over pairs of texts, and against hooks on the input channels."""
+"""AUSteer against loops over pairs of texts, and against hooks on the input channels."""
 
 import math
 
@@ -21,14 +21,14 @@ IDS = torch.tensor([[0, 5, 80, 33, 200, 7], [0, 90, 91, 17, 4, 260]])
 
 
 def responses(width, pairs=4, layers=3, seed=0):
-    """Small whole numbers, so that shares and differences are often equal."""
+    """Small integers, so that rates and differences are often equal."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, 4, (2, pairs, layers, width), generator=generator)
     return drawn.double()
 
 
 def naive(halves, channels, alpha, layers):
-    """[(layer, number of the block, channel, gamma)] in order of rank, by loops."""
+    """[(layer, index of the module, channel, gamma)] in order of rank, by loops."""
     ranked = []
     for number, (target, source) in enumerate(halves):
         pairs = len(target)
@@ -70,7 +70,7 @@ def test_by_hand():
     result = austeer({"mlp": rates}, 4, 2.0)["mlp"]
     assert result.places.tolist() == [[0, 0], [0, 1], [0, 2], [0, 4]]
     assert result.gamma.tolist() == pytest.approx([1.0, -1.5, 1.8, 1.0])
-    # Of the two with the score .5, the larger difference goes first.
+    # Of the two with score .5 the larger difference comes first.
     assert austeer({"mlp": rates}, 3, 2.0)["mlp"].places.tolist() == [[0, 1], [0, 2], [0, 4]]
     with pytest.raises(BrocaError, match=r"only 4 .* 5"):
         austeer({"mlp": rates}, 5, 2.0)
@@ -151,7 +151,7 @@ def test_equals_a_hook_on_the_input_channels(checkpoint_of, model_type):
         torch.testing.assert_close(edit.column_scale, factor)
 
 
-def test_the_plan_says_what_it_changes(llama):
+def test_the_plan_lists_its_changes(llama):
     rates = {"attn": momentum_rates(*responses(64)), "mlp": momentum_rates(*responses(48, seed=9))}
     plan = austeer_plan(llama, rates, ("qab", "qac"), 12, -0.5, [0, 2])
     counts = dict.fromkeys(rates, 0)
@@ -183,7 +183,7 @@ def test_a_scaled_plan_scales_gamma(llama):
 
 @pytest.fixture(scope="module")
 def parallel():
-    """Line 1 has no text in one language, line 3 none in the other."""
+    """Line 1 has no text in the first language, line 3 none in the second."""
     texts = {language: models.sentences(language, 6, 3, (1, 9)) for language in models.LANGUAGES}
     texts["qaa"][1] = texts["qab"][3] = ""
     return Corpus({language: tuple(lines) for language, lines in texts.items()}, "digest", "all")
@@ -231,7 +231,7 @@ def test_rates_of_statistics_are_those_of_the_corpus(checkpoint_of, parallel, mo
     assert sum(done) == int(statistics.tokens[:2].sum())
 
 
-def test_the_other_way_round_swaps_the_rates(llama, parallel):
+def test_swapped_languages_swap_the_rates(llama, parallel):
     there, back = (corpus_rates(llama, parallel, *pair) for pair in (("qaa", "qac"), ("qac", "qaa")))
     for block in ("attn", "mlp"):
         assert torch.equal(there[block].rate_up, back[block].rate_down)
@@ -256,7 +256,7 @@ def test_refuses_languages_that_do_not_pair(llama, parallel):
         neuron_rates(llama, statistics, "qaa", "qab")
 
 
-def test_refuses_more_texts_than_there_is_room_for(llama, parallel, monkeypatch):
+def test_refuses_too_many_texts(llama, parallel, monkeypatch):
     # 10 texts of 4 bytes * 3 layers * 112 channels.
     monkeypatch.setattr(austeer_module, "MAX_RESPONSE_BYTES", 10 * 4 * 3 * 112 - 1)
     with pytest.raises(UsageError, match="at most 4 lines"):

@@ -1,4 +1,4 @@
-"""Baked vectors: the key against a general solver, moments against loops, and the edited model against a hook."""
+"""Baked vectors: key against a general solver, moments against loops, edited model against a hook."""
 
 import math
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_minimum_variance_without_a_start_token_is_the_closed_form():
     assert ridged.start is None
 
 
-def test_no_other_feasible_key_wavers_less():
+def test_no_other_feasible_key_has_less_variance():
     moments = random_moments(seed=3)
     mean, covariance = total_moments(moments, TOKENS)
     best = constant_key(moments, TOKENS, 0.0)
@@ -105,7 +105,7 @@ def test_no_other_feasible_key_wavers_less():
         assert math.sqrt(float(other @ covariance @ other)) > best.deviation
 
 
-def test_key_lands_on_the_steady_input():
+def test_the_key_uses_the_constant_input():
     mean = torch.ones(4, 3, dtype=torch.float64)
     covariance = torch.diag(torch.tensor([4.0, 1e-4, 4.0, 4.0]).double())
     result = constant_key(Moments(LANGUAGES, torch.arange(4), mean, covariance), TOKENS, 0.0)
@@ -113,7 +113,7 @@ def test_key_lands_on_the_steady_input():
     assert result.deviation < 0.0101
 
 
-def test_key_bears_dead_neurons():
+def test_the_key_allows_dead_neurons():
     moments = random_moments()
     dead = torch.tensor([2, 5])
     for values in (moments.mean, moments.covariance, moments.covariance.T):
@@ -124,7 +124,7 @@ def test_key_bears_dead_neurons():
     assert math.isfinite(result.min_deviation)
 
 
-def test_key_refuses_what_cannot_be_one():
+def test_refuses_inputs_without_a_constant_key():
     moments = random_moments()
     silent = replace(moments, mean=torch.zeros(9, 3).double(), start=None)
     with pytest.raises(BrocaError, match="no coefficient"):
@@ -229,7 +229,7 @@ def test_shrinkage_chooses_the_ridge(llama):
 
 
 def outputs(loaded, ids, layer):
-    """What leaves a layer [t, d], and the logits [t, vocabulary]."""
+    """The output of a layer [t, d], and the logits [t, vocabulary]."""
     with torch.no_grad():
         out = loaded.model(torch.tensor([ids]), output_hidden_states=True)
     return out.hidden_states[layer + 1][0].double(), out.logits[0].double()
@@ -242,7 +242,7 @@ def steady(tmp_path_factory):
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 63] = 6
         layers = model.model.layers
-        # The norm divides by a token's length, so every token is given the same.
+        # The norm divides by the length of a token, so all tokens have equal inputs.
         for layer in layers[:2]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
@@ -255,7 +255,7 @@ def steady(tmp_path_factory):
     return load_model(str(models.save_checkpoint(model, tmp_path_factory.mktemp("steady"))), device="cpu")
 
 
-def test_a_steady_neuron_carries_the_constant_exactly(steady):
+def test_with_a_constant_neuron_the_edit_is_exact(steady):
     vector = torch.linspace(-1, 2, 64).double()
     plan = bake_plan(steady, small_corpus(), {1: vector}, 0.7, eps=1e-6)
     (edit,) = plan.edits
@@ -302,7 +302,7 @@ def test_only_the_languages_of_the_corpus_count(llama):
     torch.testing.assert_close(edit.right[:, 0].double(), expected.vector, rtol=1e-5, atol=1e-6)
 
 
-def test_a_plan_goes_to_a_file_and_back(llama, tmp_path):
+def test_a_plan_survives_saving_and_loading(llama, tmp_path):
     provenance = {"source": "qaa", "target": "qab", "languages": ["qaa", "qab"]}
     plan = bake_plan(llama, small_corpus(), {1: torch.ones(64)}, provenance=provenance)
     plan.save(tmp_path / "plan.safetensors")
@@ -337,7 +337,7 @@ def test_refuses_a_norm_between_the_module_and_the_residual(checkpoint_of):
         bake_plan(loaded, small_corpus(2), {0: torch.ones(64)})
 
 
-def test_a_mixture_bakes_in_its_attention_alone(checkpoint_of):
+def test_a_mixture_is_only_baked_in_attention(checkpoint_of):
     loaded = load_model(str(checkpoint_of("qwen3_moe")), device="cpu")
     with pytest.raises(BrocaError, match="--blocks attn"):
         bake_plan(loaded, small_corpus(2), {0: torch.ones(64)})

@@ -1,4 +1,4 @@
-"""A vector as a bias: exactly the hook, in families that have a bias and in those whose config can ask for one."""
+"""A vector as a bias equals the hook, in families with a bias and in those whose config offers one."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_after_the_attention(checkpoint_of):
     assert torch.equal(bias, original)
 
 
-def test_the_plan_is_of_biases_alone(checkpoint_of):
+def test_the_plan_has_only_biases(checkpoint_of):
     source = open_model(str(checkpoint_of("gpt2")))
     plan = bake_bias_plan(source, {1: VECTOR.float()}, 3.0)
     (edit,) = plan.edits
@@ -65,7 +65,7 @@ def test_the_plan_is_of_biases_alone(checkpoint_of):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "qwen3_moe"])
-def test_refuses_an_architecture_without_a_place_for_it(checkpoint_of, family):
+def test_refuses_an_architecture_without_support_for_biases(checkpoint_of, family):
     source = open_model(str(checkpoint_of(family)))
     with pytest.raises(BrocaError, match=r"no bias.* --method bake"):
         bake_bias_plan(source, {1: VECTOR})

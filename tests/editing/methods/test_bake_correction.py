@@ -92,7 +92,7 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama):
     assert corrected.metadata["settings"]["corrections"] == 2
 
 
-def test_the_last_layers_correct_as_far_as_the_model_goes(llama):
+def test_corrections_end_with_the_last_layer(llama):
     corpus = small_corpus(3)
     plan = bake_plan(llama, corpus, {1: VECTOR})
     assert [edit.layer for edit in corrected_plan(llama, corpus, plan, 9).edits] == [1, 2]

@@ -1,4 +1,4 @@
-"""CLAS as a fold: against the mixture of hidden states that it stands for, computed by hooks."""
+"""CLAS in the weights against the published mixture of hidden states, computed by hooks."""
 
 import math
 
@@ -20,7 +20,7 @@ IDS = torch.tensor([[0, 5, 80, 33, 200, 7], [0, 90, 91, 17, 4, 260]])
 
 
 def random_statistics(fingerprint="", seed=0, layers=3, width=48):
-    """Statistics of 5 texts a language, whose means have neurons of every class."""
+    """Statistics of 5 texts in each language, with neurons of every class."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(layers, width, 3, generator=generator, dtype=torch.float64)
     return Statistics(
@@ -41,7 +41,7 @@ def naive_classes(statistics):
 
 
 def set_of(statistics, selection=None, metadata=None):
-    """The neuron set that the method clas finds."""
+    """The neuron set of the scorer clas."""
     method = METHODS["clas"]
     selected = method.selection.changed(kinds=("specific", "related", "general"))
     result = select(method().scores(statistics, 1.0), selection or selected)
@@ -119,7 +119,7 @@ def test_languages_restrict_to_neurons_that_are_active_in_them(llama):
         torch.testing.assert_close(after, mixed, rtol=1e-4, atol=1e-4)
 
 
-def test_the_plan_says_what_it_changes(llama):
+def test_the_plan_lists_its_changes(llama):
     statistics = random_statistics()
     classes = naive_classes(statistics)
     plan = clas_plan(llama, statistics, layers=[1], strength=2.0)
@@ -165,7 +165,7 @@ def test_kinds_of_a_set_are_the_classes():
         assert CLASSES[int(result[layer, neuron])] == name
 
 
-def test_refuses_a_set_without_a_class_that_is_to_be_scaled(llama):
+def test_refuses_a_set_without_a_scaled_class(llama):
     statistics = random_statistics()
     specific = set_of(statistics, METHODS["clas"].selection)
     with pytest.raises(BrocaError, match="no partial-shared neuron in layers 2"):

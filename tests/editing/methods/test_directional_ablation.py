@@ -1,4 +1,4 @@
-"""Directional ablation against plain loops, and on models whose modules' outputs are seen by hooks."""
+"""Directional ablation against plain loops, and on models against hooks on the outputs of modules."""
 
 import math
 
@@ -30,7 +30,7 @@ def length(values):
 
 
 def naive(weight, direction, strength, norm_preserving):
-    """W' number by number."""
+    """W' by loops."""
     weight, direction = weight.tolist(), direction.tolist()
     rows, columns = range(len(weight)), range(len(weight[0]))
     unit = [value / length(direction) for value in direction]
@@ -68,7 +68,7 @@ def test_equals_the_formula(strength, norm_preserving):
 
 
 @pytest.mark.parametrize("norm_preserving", [False, True])
-def test_nothing_of_the_direction_is_left(norm_preserving):
+def test_the_direction_is_removed(norm_preserving):
     weight, direction = random_case(1)
     edited = edited_weight(weight, directional_ablation(weight, direction, 1.0, norm_preserving))
     assert (direction @ edited).abs().max() < 1e-13
@@ -85,14 +85,14 @@ def test_columns_keep_their_lengths_and_rows_do_not(strength):
     assert (plain.norm(dim=0) - weight.norm(dim=0)).abs().max() > 0.1
 
 
-def test_rows_renormalised_would_turn_columns_back():
+def test_renormalised_rows_would_restore_the_direction():
     weight, direction = random_case(3)
     plain = edited_weight(weight, directional_ablation(weight, direction))
     by_row = plain * (weight.norm(dim=1) / plain.norm(dim=1))[:, None]
     assert (direction @ by_row).norm() > 0.1 * (direction @ weight).norm()
 
 
-def test_a_column_on_the_direction_is_ablated_and_not_renormalised():
+def test_a_column_parallel_to_the_direction_is_not_renormalised():
     weight, direction = random_case(4)
     unit = direction / direction.norm()
     across = torch.linalg.qr(torch.stack([unit, weight[:, 0]], dim=1)).Q[:, 1]
@@ -110,14 +110,14 @@ def test_a_column_on_the_direction_is_ablated_and_not_renormalised():
 
 
 def test_is_the_amplification_of_the_direction():
-    # By hand: v^ = (0, 1); s = -2 trebles the second row.
+    # By hand: v^ = (0, 1); s = -2 triples the second row.
     weight = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
     result = directional_ablation(weight, torch.tensor([0.0, 7.0]), -2.0)
     assert edited_weight(weight.double(), result).tolist() == [[1, 2], [9, -12]]
 
 
-def test_without_removes_what_lies_along_the_mean():
-    # By hand: (3, 4) less its part along (0, -2) is (3, 0).
+def test_without_removes_the_component_along_the_mean():
+    # By hand: (3, 4) minus its component along (0, -2) is (3, 0).
     assert without(torch.tensor([3.0, 4.0]), torch.tensor([0.0, -2.0])).tolist() == [3, 0]
     assert without(torch.tensor([3.0, 4.0]), torch.zeros(2)).tolist() == [3, 4]
     with pytest.raises(BrocaError, match="neutral mean"):
@@ -132,7 +132,7 @@ def test_refuses_a_strength_that_changes_nothing_or_all(strength):
 
 
 @pytest.mark.parametrize("factor", [0.0, math.nan, math.inf])
-def test_refuses_a_direction_without_a_length(factor):
+def test_refuses_a_direction_of_length_0_or_not_finite(factor):
     weight, direction = random_case()
     with pytest.raises(BrocaError, match="length"):
         directional_ablation(weight, direction * factor)
@@ -162,7 +162,7 @@ def logits(loaded):
 
 
 def logits_without(loaded, vectors, strength=1.0):
-    """Logits when hooks take (layer, block)'s vector out of the module's output."""
+    """Logits with hooks that remove (layer, module)'s vector from the module's output."""
 
     def reader_of(vector):
         unit = (vector / vector.norm()).float()
@@ -189,7 +189,7 @@ def loaded_of(checkpoint_of):
     return load
 
 
-# With biases: gpt2 (transposed) and phi; of experts: mixtral; norms after the modules: gemma2.
+# gpt2 (transposed) and phi have biases, mixtral experts, gemma2 norms after the modules.
 @pytest.mark.parametrize(
     ("model_type", "site"),
     [
@@ -218,7 +218,7 @@ def test_equals_a_hook_that_removes_the_direction(loaded_of, model_type, site):
     assert any(edit.bias is not None for edit in plan.edits) == (model_type in ("gpt2", "phi"))
 
 
-def test_the_residual_keeps_only_what_the_embeddings_write_along_it(loaded_of):
+def test_only_the_embeddings_write_along_the_direction(loaded_of):
     loaded = loaded_of("llama")
     direction = random_direction(loaded)
     unit = direction.vectors["block_out"][1] / direction.vectors["block_out"][1].norm()
@@ -306,7 +306,7 @@ def test_the_plan_of_a_model_equals_the_formula(loaded_of, model_type, form):
     assert (plan.metadata["source"], plan.metadata["target"]) == ("qaa", "qab")
 
 
-def test_one_layers_direction_for_all(loaded_of):
+def test_the_direction_of_one_layer_in_all_layers(loaded_of):
     loaded = loaded_of("llama")
     direction = random_direction(loaded)
     plan = directional_ablation_plan(loaded, direction, blocks=["mlp"], from_layer=2)
@@ -318,7 +318,7 @@ def test_one_layers_direction_for_all(loaded_of):
     assert not torch.allclose(by_layer.edits[0].left, plan.edits[0].left)
 
 
-def test_biprojected_spares_the_given_means_of_both_layers(loaded_of):
+def test_biprojected_preserves_the_given_means_of_both_layers(loaded_of):
     loaded = loaded_of("llama")
     direction = random_direction(loaded)
     neutral = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -337,8 +337,8 @@ def test_biprojected_spares_the_given_means_of_both_layers(loaded_of):
     assert torch.equal(same.edits[0].right, plan.edits[0].right)
 
 
-def test_the_modules_mean_output_is_what_is_spared(loaded_of):
-    # W mu + b, against the mean of what the module returns.
+def test_biprojected_preserves_the_mean_output_of_the_module(loaded_of):
+    # W mu + b, against the mean output of the module.
     loaded = loaded_of("gpt2")
     sums = {}
 
@@ -390,7 +390,7 @@ def test_exported_weights_are_orthogonal_to_the_direction(loaded_of, tmp_path):
             torch.testing.assert_close(new.norm(dim=0), old.norm(dim=0), rtol=1e-6, atol=1e-6)
 
 
-def test_refuses_what_cannot_be_done(loaded_of):
+def test_refuses_bad_input(loaded_of):
     llama, gemma = loaded_of("llama"), loaded_of("gemma2")
     direction = random_direction(llama)
     for wrong, message in (
@@ -421,7 +421,7 @@ def test_refuses_what_cannot_be_done(loaded_of):
         directional_ablation_plan(llama, direction)
 
 
-def test_refuses_a_module_that_writes_nothing_along_the_direction(tmp_path):
+def test_refuses_a_module_without_output_along_the_direction(tmp_path):
     model = models.tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[7] = 0
@@ -432,7 +432,7 @@ def test_refuses_a_module_that_writes_nothing_along_the_direction(tmp_path):
     assert len(directional_ablation_plan(loaded, direction, blocks=["attn"]).edits) == 3
 
 
-def test_refuses_experts_with_biases_of_their_own(loaded_of):
+def test_refuses_experts_with_biases(loaded_of):
     loaded = loaded_of("gpt_oss")
     direction = random_direction(loaded)
     with pytest.raises(BrocaError, match="choose --blocks attn"):

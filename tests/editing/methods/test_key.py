@@ -40,7 +40,7 @@ def solve_by_kkt(form, constraints, targets):
 
 
 def naive_form(moments, eps, soft=(), weight=0.0):
-    """F, entry by entry."""
+    """F, by loops."""
     size = len(moments.covariance)
     average = sum(float(moments.covariance[i, i]) for i in range(size)) / size
     form = moments.covariance.clone()
@@ -53,7 +53,7 @@ def naive_form(moments, eps, soft=(), weight=0.0):
     return form
 
 
-def test_several_sources_all_read_one():
+def test_the_mean_is_one_on_all_sources():
     moments = random_moments()
     result = key(moments, ("qab", "qac"), 0.1)
     both = torch.cat([moments.mean, moments.start[:, None]], dim=1)
@@ -80,25 +80,25 @@ def test_soft_languages_cost_the_square_of_their_mean(weight):
     assert result.means[1:3].tolist() == pytest.approx([1, 0], abs=1e-10)
 
 
-def test_a_soft_weight_lies_between_freedom_and_constraint():
+def test_a_soft_weight_is_between_no_constraint_and_a_constraint():
     moments = random_moments(seed=3)
     free = key(moments, "qaa", keep=["qab", "qad"])
-    means, spreads = [], []
+    means, deviations = [], []
     for weight in (0.0, 1.0, 100.0, 1e9):
         result = key(moments, "qaa", keep_softly=["qac"], soft_weight=weight)
         means.append(abs(float(result.means[0])))
-        spreads.append(result.deviation)
+        deviations.append(result.deviation)
     hard = key(moments, "qaa")
     assert means == sorted(means, reverse=True) and means[0] > 0.01 and means[-1] < 1e-6
     assert means[0] == pytest.approx(abs(float(free.means[0])))
-    assert spreads == sorted(spreads)
-    assert spreads[0] == pytest.approx(free.deviation) and spreads[-1] == pytest.approx(
+    assert deviations == sorted(deviations)
+    assert deviations[0] == pytest.approx(free.deviation) and deviations[-1] == pytest.approx(
         hard.deviation, rel=1e-6
     )
 
 
 def test_at_weight_one_a_mean_costs_what_a_standard_deviation_costs():
-    # One neuron that wavers by s, one that answers the soft language with m = s: they share evenly.
+    # A neuron with standard deviation s and one with mean s on the soft language have equal weights.
     covariance = torch.diag(torch.tensor([4.0, 0.0, 1.0]).double())
     mean = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]).double()
     moments = Moments(("a", "b", "c"), torch.arange(3), mean, covariance)
@@ -106,7 +106,7 @@ def test_at_weight_one_a_mean_costs_what_a_standard_deviation_costs():
     assert result.vector.tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
-def test_a_language_in_no_list_is_free():
+def test_a_language_in_no_list_is_not_constrained():
     moments = random_moments(seed=4, start=False)
     result = key(moments, "qaa", 0.1, keep=["qad"])
     expected = solve_by_kkt(naive_form(moments, 0.1), moments.mean[:, [1, 3]], [1.0, 0.0])
@@ -114,7 +114,7 @@ def test_a_language_in_no_list_is_free():
     assert result.means[[0, 2]].abs().min() > 1e-3
 
 
-def test_carried_sums_to_one_and_carriers_are_counted():
+def test_contributions_sum_to_one_and_carriers_are_counted():
     moments = random_moments(seed=5)
     result = key(moments, ("qaa", "qab"), 0.3)
     contributions = [
@@ -159,7 +159,7 @@ def test_refuses_bad_settings(settings, words):
 
 
 def test_an_indefinite_covariance_has_no_key():
-    """A general solver gives a saddle point for it."""
+    """A general solver finds a saddle point."""
     moments = random_moments()
     indefinite = moments.covariance - 2 * torch.linalg.eigvalsh(moments.covariance)[1] * torch.eye(11)
     with pytest.raises(BrocaError, match="separate"):

@@ -64,7 +64,7 @@ def test_key_equals_a_general_solver(eps):
     torch.testing.assert_close(key(moments, "qaa", eps).vector, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_key_is_silent_on_the_start_token():
+def test_the_key_is_zero_on_the_start_token():
     moments = random_moments()
     start = torch.linspace(-1, 3, 9, dtype=torch.float64)
     result = key(replace(moments, start=start), "qaa", 0.5)
@@ -76,7 +76,7 @@ def test_key_is_silent_on_the_start_token():
     torch.testing.assert_close(result.vector, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_no_other_feasible_key_wavers_less():
+def test_no_other_feasible_key_has_less_variance():
     moments = random_moments(seed=2)
     covariance = ridged(moments.covariance, 0.01)
     best = key(moments, "qab", 0.01).vector
@@ -89,7 +89,7 @@ def test_no_other_feasible_key_wavers_less():
         assert other @ covariance @ other > best @ covariance @ best
 
 
-def test_spread_is_the_standard_deviation_of_the_coefficient():
+def test_deviation_is_the_standard_deviation_of_the_coefficient():
     moments = random_moments(seed=3)
     result = key(moments, "qaa", 0.5)
     k, covariance = result.vector.tolist(), moments.covariance.tolist()
@@ -97,9 +97,9 @@ def test_spread_is_the_standard_deviation_of_the_coefficient():
     assert result.deviation == pytest.approx(variance**0.5)  # of the data, without the ridge
 
 
-def test_key_lands_on_the_neuron_that_carries_the_source():
+def test_the_key_uses_the_neuron_that_separates_the_source():
     mean = torch.zeros(4, 3, dtype=torch.float64)
-    mean[:, :] = torch.tensor([1.0, -1.0, 0.5, 2.0])[:, None]  # what all languages share
+    mean[:, :] = torch.tensor([1.0, -1.0, 0.5, 2.0])[:, None]  # equal in all languages
     mean[2, 0] += 4  # only neuron 2 tells the first from the others
     mean[3, 2] -= 1
     moments = Moments(LANGUAGES, torch.arange(4), mean, torch.eye(4, dtype=torch.float64))
@@ -109,7 +109,7 @@ def test_key_lands_on_the_neuron_that_carries_the_source():
     assert float(vector[2]) == pytest.approx(0.25)
 
 
-def test_key_prefers_the_steady_neuron():
+def test_the_key_prefers_the_neuron_of_less_variance():
     mean = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()
     covariance = torch.diag(torch.tensor([1.0, 99.0, 1.0]).double())
     result = key(Moments(("a", "b"), torch.arange(3), mean, covariance), "a", 0.0)
@@ -187,7 +187,7 @@ def direction():
 
 @pytest.fixture(scope="module")
 def some_neurons():
-    """In every layer 20 neurons of the source, and others of the target."""
+    """20 neurons of the source in every layer, and others of the target."""
     generator = torch.Generator().manual_seed(4)
     order = [torch.randperm(48, generator=generator) for _ in range(3)]
 
@@ -267,7 +267,7 @@ def mean_input_and_output(loaded, batches, layer):
 
 
 @pytest.mark.parametrize("restricted", [False, True])
-def test_the_edited_model_speaks_on_the_source_alone(llama, direction, some_neurons, restricted):
+def test_the_edit_acts_only_on_the_source(llama, direction, some_neurons, restricted):
     corpus = small_corpus(count=12)
     layer, strength = 1, 2.0
     plan = keyed_plan(
@@ -286,7 +286,7 @@ def test_the_edited_model_speaks_on_the_source_alone(llama, direction, some_neur
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """In layer 0 only neuron 7 sees the last dimension, which is on for tokens of qaa alone."""
+    """In layer 0 only neuron 7 reads the last dimension, which is set only on tokens of qaa."""
     model = models.tiny_model(seed=3)
     with torch.no_grad():
         layer = model.model.layers[0]
@@ -303,7 +303,7 @@ def planted(tmp_path_factory):
     return load_model(str(models.save_checkpoint(model, directory)), device="cpu")
 
 
-def test_key_lands_on_the_planted_neuron(planted, direction):
+def test_the_key_uses_the_planted_neuron(planted, direction):
     corpus = small_corpus(count=30)
     plan = keyed_plan(planted, corpus, direction, [0])
     k = plan.edits[0].right[:, 0].double()
@@ -320,7 +320,7 @@ def test_key_lands_on_the_planted_neuron(planted, direction):
     assert without.edits[0].notes["spread"] > 3 * plan.edits[0].notes["spread"]
 
 
-def test_a_layers_covariance_is_gone_when_the_next_is_made(llama, direction, monkeypatch):
+def test_a_covariance_is_freed_before_the_next_layer(llama, direction, monkeypatch):
     made, alive = [], []
     total = Gram.total
 
@@ -354,7 +354,7 @@ def test_refuses_a_corpus_without_source_or_target(llama, direction, missing):
         keyed_plan(llama, Corpus(texts, "digest", "all"), direction, [1])
 
 
-def test_refuses_languages_that_read_alike(llama, direction):
+def test_refuses_languages_with_equal_text(llama, direction):
     corpus = small_corpus()
     texts = {**corpus.texts, "qac": corpus.texts["qab"]}
     with pytest.raises(BrocaError, match=r" 3 languages"):
@@ -368,7 +368,7 @@ def test_refuses_a_norm_between_down_proj_and_the_residual(llama, direction):
         keyed_plan(odd, small_corpus(), direction, [1])
 
 
-def test_all_layers_share_the_strength_by_default(llama, direction):
+def test_the_strength_is_divided_between_all_layers_by_default(llama, direction):
     plan = keyed_plan(llama, small_corpus(), direction, strength=6.0)
     assert [edit.layer for edit in plan.edits] == [0, 1, 2]
     for edit in plan.edits:

@@ -40,7 +40,7 @@ def output_module(loaded, layer, block):
 
 
 def inputs_by_language(loaded, corpus, layer, block):
-    """language -> [T, n], what the output module is given on every token but the first of each text."""
+    """language -> [T, n], inputs of the output module on every token but the first of each text."""
     kept = []
     handle = output_module(loaded, layer, block).register_forward_pre_hook(
         lambda _, inputs: kept.append(inputs[0][0, 1:].double())
@@ -60,7 +60,7 @@ def inputs_by_language(loaded, corpus, layer, block):
 
 
 def key_means(loaded, corpus, edit):
-    """Mean of k^T h on every language, straight from the tokens."""
+    """Mean of k^T h on every language, from the tokens."""
     result = inputs_by_language(loaded, corpus, edit.layer, edit.block)
     return {language: float((rows @ edit.right[:, 0].double()).mean()) for language, rows in result.items()}
 
@@ -94,7 +94,7 @@ def test_attention_keys_are_noted_per_head(llama, corpus, direction):
     assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
 
 
-def test_both_blocks_share_the_strength(llama, corpus, direction):
+def test_the_strength_is_divided_between_both_modules(llama, corpus, direction):
     plan = keyed_plan(llama, corpus, direction, [0, 2], 6.0, blocks=("mlp", "attn"))
     assert [(edit.layer, edit.block) for edit in plan.edits] == [
         (0, "attn"), (0, "mlp"), (2, "attn"), (2, "mlp")
@@ -145,7 +145,7 @@ def test_the_target_may_be_kept_softly(llama, corpus, direction):
 
 
 @pytest.mark.parametrize("block", ["mlp", "attn"])
-def test_a_sparse_key_uses_the_share(llama, corpus, direction, block):
+def test_a_sparse_key_uses_the_fraction(llama, corpus, direction, block):
     plan = keyed_plan(llama, corpus, direction, [1], blocks=(block,), sparse=0.25)
     (edit,) = plan.edits
     k = edit.right[:, 0]
@@ -161,7 +161,7 @@ def test_a_sparse_key_uses_the_share(llama, corpus, direction, block):
     assert key_means(llama, corpus, edit) == pytest.approx({"qac": 0, "qaa": 1, "qab": 0}, abs=1e-3)
 
 
-def test_notes_say_who_carries_the_key(llama, corpus, direction):
+def test_notes_list_the_contributions(llama, corpus, direction):
     (edit,) = keyed_plan(llama, corpus, direction, [1]).edits
     source = inputs_by_language(llama, corpus, 1, "mlp")["qaa"].mean(0)
     contributions = [abs(float(edit.right[i, 0]) * float(source[i])) for i in range(48)]
@@ -171,7 +171,7 @@ def test_notes_say_who_carries_the_key(llama, corpus, direction):
     assert float(edit.details["carried"].sum()) == pytest.approx(1)
 
 
-def test_neurons_of_all_sources_may_carry_the_key(llama, corpus, direction):
+def test_the_key_may_use_neurons_of_all_sources(llama, corpus, direction):
     rows = {name: torch.tensor([[1, j] for j in range(first, first + 12)]) for name, first in
             (("qaa", 0), ("qac", 6), ("qab", 30))}  # fmt: skip
     neurons = neuron_set(rows, {name: torch.zeros(12) for name in rows}, 3, 48, {"method": "lape"})
@@ -199,7 +199,7 @@ def test_jointly_solved_keys_hold_on_the_edited_model(llama, corpus, direction, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_jointly_leaves_every_weight_as_it_was(checkpoint_of, corpus, direction, dtype):
+def test_jointly_restores_every_weight(checkpoint_of, corpus, direction, dtype):
     loaded = load_model(str(checkpoint_of(dtype=dtype)), device="cpu")
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     seen = []
@@ -216,7 +216,7 @@ def test_jointly_leaves_every_weight_as_it_was(checkpoint_of, corpus, direction,
 
     stop = 0
     keyed_plan(loaded, corpus, direction, jointly=True, progress=note)
-    assert not all(seen) and seen[0]  # edited on the way
+    assert not all(seen) and seen[0]  # edited temporarily
     assert_same()
     stop, passes = len(seen), len(seen)
     seen.clear()
@@ -291,7 +291,7 @@ def test_experts_are_refused(checkpoint_of, corpus, direction):
         keyed_plan(mixture, corpus, direction, [1])
 
 
-def test_many_passes_find_what_one_finds(llama, corpus, direction, monkeypatch):
+def test_several_passes_give_the_result_of_one(llama, corpus, direction, monkeypatch):
     tokens = []
     once = keyed_plan(llama, corpus, direction, blocks=("mlp", "attn"), progress=tokens.append)
     one_pass = sum(tokens)

@@ -1,4 +1,4 @@
-"""Several strengths at once are the plans that each strength makes alone, also where a norm follows."""
+"""A study of several strengths gives the plans of the single strengths, also with a norm after the module."""
 
 from functools import partial
 
@@ -14,7 +14,9 @@ from neurons.models.source import load_model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_learned_ones_are_learned_at_one_strength_or_at_each(checkpoint_of, corpus, model_type, monkeypatch):
+def test_values_are_learned_once_or_with_a_norm_at_each_strength(
+    checkpoint_of, corpus, model_type, monkeypatch
+):
     quick = partial(learned_values, passes=1)
     monkeypatch.setattr("editing.methods.keyed_edit.learned_values", quick)
     loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
@@ -32,7 +34,7 @@ def test_learned_ones_are_learned_at_one_strength_or_at_each(checkpoint_of, corp
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_each_plan_is_the_one_of_its_strength(checkpoint_of, corpus, model_type):
+def test_each_plan_equals_that_of_its_strength(checkpoint_of, corpus, model_type):
     loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
     strengths = (0.5, 2.0)

@@ -1,4 +1,4 @@
-"""Language arithmetic: its map and mean shift against loops, and the edited model against the intervention."""
+"""Language arithmetic: map and mean shift against loops, edited model against the intervention."""
 
 import math
 from functools import partial
@@ -29,7 +29,7 @@ def small_corpus(count=8, languages=LANGUAGES):
 
 
 def some_neurons(loaded, layers=(0, 2)):
-    """Neurons of qaa and qab in some layers; neuron 9 of each layer is in both."""
+    """Neurons of qaa and qab in the layers; neuron 9 of each layer is in both."""
     rows = {
         "qaa": torch.tensor([[layer, j] for layer in layers for j in (3, 9, 40)]),
         "qab": torch.tensor([[layer, j] for layer in layers for j in (9, 17)]),
@@ -81,7 +81,7 @@ def test_mean_shift_equals_a_loop_over_tokens():
     assert fraction == pytest.approx(sum(x * x for x in mean) / square, rel=1e-5)
 
 
-def test_without_gates_all_of_it_is_constant():
+def test_without_gates_the_change_is_constant():
     values, offset = torch.eye(3), torch.tensor([1.0, 0.0, -2.0]).double()
     shift, fraction = mean_shift(values, offset, torch.ones(3).double(), torch.zeros(3, 3).double())
     assert shift.tolist() == [1, 0, -2]
@@ -105,7 +105,7 @@ def test_activation_means_equal_a_loop_over_tokens(llama):
 
 
 def intervention(result):
-    """A reader that replaces what enters down_proj by the formula, token by token."""
+    """A hook that replaces the input of down_proj by the formula, token by token."""
 
     def read(values, _):
         scale, offset = result.scale.to(values), result.offset.to(values)
@@ -176,7 +176,7 @@ def test_in_a_gated_model_the_mean_of_the_change_is_baked(llama):
     assert edit.notes["change_norm"] == pytest.approx(float(edit.left.norm() * edit.right.norm()), rel=1e-4)
 
 
-def test_scale_and_constant_stand_in_one_plan(llama):
+def test_scale_and_constant_are_in_one_plan(llama):
     plan = language_arithmetic_plan(llama, small_corpus(), some_neurons(llama), "qab", ["qaa"])
     assert [edit.layer for edit in plan.edits] == [0, 2]
     for edit in plan.edits:
@@ -192,7 +192,7 @@ def test_scale_and_constant_stand_in_one_plan(llama):
     assert plan.metadata["settings"]["mode"] == "additive"
 
 
-def test_deactivation_alone_is_exact_and_reads_no_text(llama, monkeypatch):
+def test_deactivation_is_exact_and_reads_no_text(llama, monkeypatch):
     monkeypatch.setattr("editing.methods.language_arithmetic.read_text", None)
     plan = language_arithmetic_plan(llama, small_corpus(), some_neurons(llama), None, ["qaa"])
     unsteered = logits(llama)

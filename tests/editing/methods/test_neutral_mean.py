@@ -10,7 +10,7 @@ SITES = {"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj", "block_out"
 
 
 def outputs_of(model, ids):
-    """What every layer writes at every site for one row of tokens: (site, layer) -> [t, d]."""
+    """Outputs of every layer at every site for one row of tokens: (site, layer) -> [t, d]."""
     seen, hooks = {}, []
 
     def keep(place):
@@ -36,7 +36,7 @@ def test_equals_a_loop_over_texts(llama, corpus_directory, languages):
     means = {site: torch.zeros(3, 64, dtype=torch.float64) for site in SITES}
     for language in languages:
         texts = corpus.non_empty(language)
-        # One language has less text, and weighs the same.
+        # The weight of a language does not depend on the amount of its text.
         for text in texts:
             tokens = llama.tokenizer(text, add_special_tokens=False)["input_ids"]
             seen = outputs_of(llama.model, [llama.tokenizer.bos_token_id, *tokens])

@@ -39,7 +39,7 @@ def naive_norm(row, gain, eps):
 
 
 def objective(delta, outputs, gain, value, coefficients, scatter):
-    """|mean e|^2 + scatter * mean |e - mean e|^2, number by number."""
+    """|mean e|^2 + scatter * mean |e - mean e|^2, by loops."""
     errors = []
     gain, value = gain.tolist(), value.tolist()
     for row, c in zip(outputs.tolist(), coefficients.tolist(), strict=True):
@@ -61,7 +61,7 @@ def test_equals_a_general_minimiser(seed, length, scatter):
     best = objective(result.vector.tolist(), *arguments)
     other = minimize(objective, numpy.zeros(6), arguments, method="BFGS", options={"gtol": 1e-9})
     assert best <= other.fun * (1 + 1e-6)
-    # Where scatter counts little the objective is flat around its minimum.
+    # With a small scatter the objective is flat around its minimum.
     numpy.testing.assert_allclose(other.x, result.vector.numpy(), atol=0.01 * float(result.vector.norm()))
     assert best < 0.9 * objective([0.0] * 6, *arguments)
     squares = objective(result.vector.tolist(), *arguments[:-1], 1.0)
@@ -72,7 +72,7 @@ def test_equals_a_general_minimiser(seed, length, scatter):
     assert result.through == pytest.approx(float(change.mean(0) @ value) / float(value @ value))
 
 
-def test_the_mean_alone_gets_all_of_a_reachable_value_through():
+def test_without_scatter_a_reachable_value_is_reached():
     outputs, gain, value, coefficients = random_case(5, length=0.3)
     exact = value_through_norm(outputs, gain, EPS, value, coefficients, scatter=0.0)
     change = rms_norm(outputs + coefficients[:, None] * exact.vector, gain, EPS) - rms_norm(
@@ -83,7 +83,7 @@ def test_the_mean_alone_gets_all_of_a_reachable_value_through():
     assert even.through < exact.through and even.error < exact.error
 
 
-def test_a_norm_that_is_as_good_as_linear_lets_all_of_a_value_through():
+def test_with_an_almost_linear_norm_the_value_is_reached():
     # eps so large that norm(y) = y / sqrt(eps): delta is v sqrt(eps), exactly.
     outputs, _, value, _ = random_case(1)
     result = value_through_norm(outputs * 1e-3, torch.ones(6).double(), 1e4, value * 1e-3)
@@ -92,18 +92,18 @@ def test_a_norm_that_is_as_good_as_linear_lets_all_of_a_value_through():
     assert result.error < 1e-4
 
 
-def test_a_value_across_equal_outputs_gets_through():
-    # All tokens alike, v to another point of the sphere: one delta does it.
+def test_a_value_for_equal_outputs_is_reached():
+    # Equal tokens, and v to another point of the sphere: a single delta reaches it.
     y = torch.tensor([[3.0, 0.0, 0.0, 4.0]]).double().repeat(5, 1)
     gain = torch.ones(4).double()
     goal = rms_norm(torch.tensor([0.0, 3.0, 1.0, 4.0]).double(), gain, 0.0)
     result = value_through_norm(y, gain, 0.0, goal - rms_norm(y[0], gain, 0.0))
-    moved = rms_norm(y + result.vector, gain, 0.0)
-    torch.testing.assert_close(moved, goal.expand(5, -1), atol=1e-5, rtol=0)
+    change = rms_norm(y + result.vector, gain, 0.0)
+    torch.testing.assert_close(change, goal.expand(5, -1), atol=1e-5, rtol=0)
     assert result.through == pytest.approx(1, abs=1e-5)
 
 
-def test_a_value_longer_than_the_norm_allows_does_not_all_get_through():
+def test_a_value_beyond_the_bound_of_the_norm_is_reached_in_part():
     outputs, _, value, _ = random_case(2)
     result = value_through_norm(outputs, torch.ones(6).double(), EPS, 100 * value / value.norm())
     # norm(y) is at most sqrt(6) long, so its change at most 2 sqrt(6).
@@ -111,7 +111,7 @@ def test_a_value_longer_than_the_norm_allows_does_not_all_get_through():
     assert result.error > 0.9
 
 
-def test_refuses_nothing_to_write_and_no_tokens():
+def test_refuses_a_value_of_length_0_and_no_tokens():
     outputs, gain, value, _ = random_case()
     with pytest.raises(BrocaError, match="length 0"):
         value_through_norm(outputs, gain, EPS, value * 0)
@@ -140,7 +140,7 @@ NORMS = {"mlp": "post_feedforward_layernorm", "attn": "post_attention_layernorm"
 
 
 def norm_changes(loaded, batches, layer, block, plan):
-    """[T, d]: how much the norm's output moves on every counted token."""
+    """[T, d]: change of the norm's output on every counted token."""
     kept = []
     module = getattr(loaded.model.model.layers[layer], NORMS[block])
 
@@ -185,12 +185,12 @@ def test_source_tokens_are_the_counted_ones(normed, corpus):
 
 
 @pytest.mark.parametrize("block", ["mlp", "attn"])
-def test_the_norm_moves_by_the_value_where_the_source_is_read(normed, corpus, block):
+def test_the_norms_output_changes_by_the_value_on_the_source(normed, corpus, block):
     generator = torch.Generator().manual_seed(9)
     layer = 1
     batches = language_batches(normed, corpus)
     gain = output_norm(normed, layer, block, batches["qaa"][0]).gain
-    # Short beside the norm's output, whose length is about |g|: so it can get through.
+    # Short relative to the norm's output, whose length is about |g|, so it can be reached.
     vectors = (
         0.05
         * gain.norm()
@@ -201,21 +201,21 @@ def test_the_norm_moves_by_the_value_where_the_source_is_read(normed, corpus, bl
     (edit,) = plan.edits
     value = vectors[layer]
     for language, of_language in batches.items():
-        moved = norm_changes(normed, of_language, layer, block, plan).mean(0)
-        along = float(moved @ value / (value @ value))
+        change = norm_changes(normed, of_language, layer, block, plan).mean(0)
+        along = float(change @ value / (value @ value))
         if language == "qaa":
             assert along == pytest.approx(edit.notes["value_through_norm"], abs=0.01)
             assert along == pytest.approx(1, abs=0.15)
-            assert float(torch.cosine_similarity(moved, value, dim=0)) > 0.95
+            assert float(torch.cosine_similarity(change, value, dim=0)) > 0.95
         else:
             assert abs(along) < 0.2
-    # Writing v itself would not have done it.
+    # With v itself as the value the change is not v.
     plain = replace(plan, edits=(replace(edit, left=value[:, None].float()),))
-    moved = norm_changes(normed, batches["qaa"], layer, block, plain).mean(0)
-    assert not 0.8 < float(moved @ value / (value @ value)) < 1.2
+    change = norm_changes(normed, batches["qaa"], layer, block, plain).mean(0)
+    assert not 0.8 < float(change @ value / (value @ value)) < 1.2
 
 
-def test_refuses_what_is_no_rms_norm_and_a_norm_that_cannot_be_told(normed, llama, corpus):
+def test_refuses_other_norms_and_a_norm_that_cannot_be_identified(normed, llama, corpus):
     batch = language_batches(normed, corpus)["qaa"][0]
     layer = normed.model.model.layers[0]
     norm = layer.post_feedforward_layernorm
@@ -240,12 +240,12 @@ def test_jointly_through_norms(normed, corpus):
         assert 0 < edit.notes["value_error"] < 1
     for name, tensor in normed.model.state_dict().items():
         assert torch.equal(tensor, before[name])
-    # The last module's norm moves by its share, seen from the model with all the edits below.
+    # The last module's norm changes by its fraction, in the model with all the edits below.
     rest = replace(plan, edits=plan.edits[:-1])
     value = vectors[2] * plan.metadata["settings"]["strength"] / 6
     batches = language_batches(normed, corpus)["qaa"]
     with applied(normed, rest):
-        moved = norm_changes(normed, batches, 2, "mlp", replace(plan, edits=plan.edits[-1:])).mean(0)
-    assert float(moved @ value / (value @ value)) == pytest.approx(
+        change = norm_changes(normed, batches, 2, "mlp", replace(plan, edits=plan.edits[-1:])).mean(0)
+    assert float(change @ value / (value @ value)) == pytest.approx(
         plan.edits[-1].notes["value_through_norm"], abs=0.02
     )

@@ -1,4 +1,4 @@
-"""Neuron scaling: what a hook on the neuron computes, for good."""
+"""Neuron scaling against hooks on the neurons."""
 
 import math
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ def test_equals_a_hook_on_each_neuron_once(llama, chosen, languages, factor):
     assert (result - logits(llama)).abs().max() > 0.01
 
 
-def test_zero_removes_what_the_neuron_writes(llama, chosen):
+def test_zero_removes_the_output_of_the_neuron(llama, chosen):
     weight = llama.model.model.layers[0].mlp.down_proj.weight.clone()
     with applied(llama, scale_plan(llama, chosen, ["qaa"], 0.0)):
         edited = llama.model.model.layers[0].mlp.down_proj.weight
@@ -73,7 +73,7 @@ def test_zero_removes_what_the_neuron_writes(llama, chosen):
         assert torch.equal(edited[:, others], weight[:, others])
 
 
-def test_the_plan_says_what_it_changes(llama, chosen):
+def test_the_plan_lists_its_changes(llama, chosen):
     plan = scale_plan(llama, chosen, ["qab", "qaa"], 0.25)
     assert [(edit.layer, edit.block, edit.components) for edit in plan.edits] == [
         (0, "mlp", (3, 40)),
@@ -134,7 +134,7 @@ def test_refuses_neurons_of_a_model_of_another_size(llama):
         scale_plan(llama, foreign, ["qaa"], 0.0)
 
 
-def test_refuses_a_factor_that_float32_has_as_one(llama, chosen):
+def test_refuses_a_factor_that_is_one_in_float32(llama, chosen):
     with pytest.raises(UsageError, match=r"layer 0, mlp.*channel 3"):
         scale_plan(llama, chosen, ["qaa"], 1 + 1e-12)
 

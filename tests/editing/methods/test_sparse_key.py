@@ -24,7 +24,7 @@ def random_problem(units=14, constraints=3, seed=0):
 
 
 def objective(problem, k, l1, l2):
-    """Number by number."""
+    """The objective, by loops."""
     form, k = problem.form.tolist(), k.tolist()
     units = range(len(k))
     variance = sum(k[i] * form[i][j] * k[j] for i in units for j in units)
@@ -108,7 +108,7 @@ def test_the_key_has_the_given_fraction_of_units(seed, fraction):
     result = sparse_key(problem, fraction)
     assert len(result.support) == round(fraction * 60)
     assert result.vector.nonzero()[:, 0].tolist() == result.support.tolist()
-    # The support of the elastic net at its l1; on it, nothing wavers less.
+    # The support is that of the elastic net at its l1, and the key on it has minimum variance.
     assert elastic_net(problem, result.l1).nonzero()[:, 0].tolist() == result.support.tolist()
     assert float((problem.constraints.T @ result.vector - problem.targets).abs().max()) < 1e-10
     on_support = KeyProblem(
@@ -120,7 +120,7 @@ def test_the_key_has_the_given_fraction_of_units(seed, fraction):
     torch.testing.assert_close(result.vector[result.support], solve_key(on_support))
 
 
-def test_is_steadier_than_most_random_supports():
+def test_has_less_variance_than_random_supports():
     problem = random_problem(units=40, constraints=4, seed=4)
 
     def variance(k):
@@ -138,7 +138,7 @@ def test_is_steadier_than_most_random_supports():
 
 
 def test_finds_the_planted_neurons():
-    # Neurons 3 and 8 are steady; the rest waver, and answer both languages almost alike.
+    # Neurons 3 and 8 have little variance; the rest have much, and almost equal means in both languages.
     generator = torch.Generator().manual_seed(0)
     means = 1 + 0.1 * torch.rand(20, 2, generator=generator, dtype=torch.float64)
     means[3] = torch.tensor([5.0, 0.5])
@@ -171,7 +171,7 @@ def test_refuses_negative_penalties():
             elastic_net(random_problem(), *penalties)
 
 
-def test_refuses_constraints_that_are_not_independent():
+def test_refuses_dependent_constraints():
     problem = random_problem()
     constraints = problem.constraints.clone()
     constraints[:, 2] = constraints[:, 1]

@@ -1,4 +1,4 @@
-"""Steer2Edit against its formula in plain loops over numbers, and DiffMean against loops over tokens."""
+"""Steer2Edit against its formula in plain loops, and DiffMean against loops over tokens."""
 
 import math
 
@@ -25,7 +25,7 @@ def length(values):
 
 
 def naive(weight, direction, mean, width, rho, alpha, activity=False):
-    """g, lambda, c of each component and the edited weight, number by number."""
+    """g, lambda, c of each component and the edited weight, by loops."""
     weight, direction, mean = weight.tolist(), direction.tolist(), mean.tolist()
     rows, columns = range(len(weight)), range(len(weight[0]))
     unit = [value / length(direction) for value in direction]
@@ -106,7 +106,7 @@ def test_finds_the_planted_components():
     assert result.left.tolist() == [0, 0, 1]
 
 
-def test_components_that_the_direction_cannot_reach_stay():
+def test_components_orthogonal_to_the_direction_do_not_change():
     weight, direction, mean = random_case(3)
     weight[0], direction[1:] = 0, 0  # v lies where nothing writes
     result = steer2edit(weight, direction, mean, 3, 0.01, 0.0)
@@ -122,13 +122,13 @@ def test_refuses_settings_out_of_range(rho, alpha):
         steer2edit(weight, direction, mean, 1, rho, alpha)
 
 
-def test_refuses_a_direction_of_no_length():
+def test_refuses_a_direction_of_length_0():
     weight, direction, mean = random_case()
     with pytest.raises(BrocaError, match="length 0"):
         steer2edit(weight, direction * 0, mean, 1, 0.5, 0.2)
 
 
-def test_activity_weighs_the_importance():
+def test_activity_weights_the_importance():
     weight, direction, mean = random_case(4, columns=24)
     loudest, quietest = torch.cosine_similarity(weight, direction[:, None], dim=0).abs().topk(2).indices
     mean[3], mean[loudest], mean[quietest] = 0, 40, 0.001
@@ -144,8 +144,8 @@ def test_activity_weighs_the_importance():
     assert result.magnitude[quietest] == 0 != by_sign.magnitude[quietest]
 
 
-def test_activity_spares_the_quiet_one_of_two_equal_neurons():
-    # Both columns write v; the root mean square of mu is 1, the quiet one's |mu| .1.
+def test_of_two_equal_neurons_the_inactive_one_is_not_edited():
+    # Both columns write v; the root mean square of mu is 1, that of the inactive one .1.
     direction, weight = torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
     mean = torch.tensor([-math.sqrt(3 - 0.01 - 1), 0.1, 1.0], dtype=torch.float64)
     result = steer2edit(weight, direction, mean, 1, 0.5, 0.4, "activity")
@@ -286,7 +286,7 @@ def test_only_neurons_of_the_named_languages_change(qwen, direction):
         steer2edit_plan(qwen, direction, [0], neurons=foreign)
 
 
-def test_the_plan_weighs_neurons_and_leaves_heads(qwen, direction):
+def test_the_plan_weights_neurons_and_not_heads(qwen, direction):
     by_sign = steer2edit_plan(qwen, direction, [1], 0.05, 0.3, 0.3)
     plan = steer2edit_plan(qwen, direction, [1], 0.05, 0.3, 0.3, weigh="activity")
     (heads, neurons), (plain_heads, plain_neurons) = plan.edits, by_sign.edits
@@ -391,7 +391,7 @@ def test_a_scaled_plan_is_the_plan_of_that_strength(qwen, direction):
 
 
 @pytest.mark.parametrize(("heads", "neurons", "left"), [(0.05, None, {"attn"}), (None, 0.3, {"mlp"})])
-def test_a_class_without_rho_is_left_alone(qwen, direction, heads, neurons, left):
+def test_a_class_without_rho_is_not_edited(qwen, direction, heads, neurons, left):
     plan = steer2edit_plan(qwen, direction, range(3), heads, neurons, 0.1)
     assert {edit.block for edit in plan.edits} == left
 
@@ -417,7 +417,7 @@ def test_diffmean_is_the_mean_over_texts_of_token_means(llama, uneven):
     result = diffmean_direction(llama, uneven, "qac", "qaa")
     means = {}
     for language in ("qac", "qaa"):
-        # A text longer than the context goes on in a row of its own.
+        # A text longer than the context continues in another row.
         texts = []
         for text in uneven.texts[language]:
             tokens = llama.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -58,7 +58,7 @@ def test_a_multiple_is_refused(normed, plan, parts, tmp_path, broca, name):
 
 
 @pytest.mark.parametrize("name", ["keyed", "keyed-learned"])
-def test_parts_of_a_strength_are_solved_anew(normed, parts, name, monkeypatch):
+def test_fractions_of_a_strength_are_solved_again(normed, parts, name, monkeypatch):
     monkeypatch.setattr("editing.methods.keyed_edit.learned_values", partial(learned_values, passes=1))
     material = Material(normed, parts["estimate"], "en", "fr")
     method = compared()[name]

@@ -1,4 +1,4 @@
-"""Subspace ablation against plain loops, and on models whose modules' outputs are seen by hooks."""
+"""Subspace ablation against plain loops, and on models against hooks on the outputs of modules."""
 
 import math
 
@@ -23,7 +23,7 @@ def random_numbers(*shape, seed=0):
 
 
 def gram_schmidt(vectors):
-    """Orthonormal columns that span the same, column by column."""
+    """Orthonormal columns with the same span, column by column."""
     result = []
     for column in vectors.T.tolist():
         for other in result:
@@ -35,7 +35,7 @@ def gram_schmidt(vectors):
 
 
 def naive(weight, basis, strength):
-    """W' number by number."""
+    """W' by loops."""
     weight, basis = weight.tolist(), basis.tolist()
     rows, columns, dimensions = range(len(weight)), range(len(weight[0])), range(len(basis[0]))
     edited = [list(row) for row in weight]
@@ -66,7 +66,7 @@ def test_by_hand():
     assert (weight + louder.left @ louder.right.T).tolist() == [[1, 2], [6, 8], [5, 6]]
 
 
-def test_orthonormal_spans_the_same_and_names_what_depends():
+def test_orthonormal_has_the_same_span_and_marks_dependent_columns():
     vectors = random_numbers(7, 4, seed=2) * torch.tensor([1e3, 1.0, 1e-3, 1.0])
     basis, dependent = orthonormal(vectors)
     assert dependent.tolist() == [False] * 4
@@ -80,7 +80,7 @@ def test_orthonormal_spans_the_same_and_names_what_depends():
     assert orthonormal(random_numbers(2, 3))[1].tolist() == [False, False, True]
 
 
-def test_refuses_a_basis_that_is_none_and_strengths_that_change_nothing():
+def test_refuses_a_basis_that_is_not_orthonormal_and_a_strength_of_0():
     weight = random_numbers(7, 12)
     with pytest.raises(BrocaError, match="orthonormal"):
         subspace_ablation(weight, random_numbers(7, 2))
@@ -106,7 +106,7 @@ def logits(loaded):
 
 
 def logits_without(loaded, bases, strength):
-    """Logits when hooks take (layer, block)'s subspace out of the module's output."""
+    """Logits with hooks that remove (layer, module)'s subspace from the module's output."""
 
     def reader_of(basis):
         def read(values, _):
@@ -151,7 +151,7 @@ def test_equals_a_hook_that_removes_the_subspace(loaded_of, model_type, site, st
     assert any(edit.bias is not None for edit in plan.edits) == (model_type == "gpt2")
 
 
-def test_the_plan_says_what_it_changes(loaded_of):
+def test_the_plan_lists_its_changes(loaded_of):
     loaded, direction = loaded_of("llama"), direction_of(3, rank=4)
     plan = subspace_ablation_plan(loaded, direction, [2, 1], strength=0.6, rank=3)
     assert [(edit.layer, edit.block) for edit in plan.edits] == [
@@ -175,7 +175,7 @@ def test_the_plan_says_what_it_changes(loaded_of):
     assert plan.metadata["languages"] == ["qaa", "qab"]
 
 
-def test_columns_past_a_layers_rank_do_not_count(loaded_of):
+def test_columns_beyond_the_rank_of_a_layer_are_ignored(loaded_of):
     loaded, direction = loaded_of("llama"), direction_of(3, rank=4)
     direction.subspaces["block_out"][1, :, 2:] = 0
     plan = subspace_ablation_plan(loaded, direction, blocks=["mlp"])
@@ -233,7 +233,7 @@ def test_a_scaled_plan_is_the_plan_of_that_strength(loaded_of):
         assert a.notes == pytest.approx(b.notes)
 
 
-def test_refuses_what_cannot_be_done(loaded_of, tmp_path):
+def test_refuses_bad_input(loaded_of, tmp_path):
     llama, direction = loaded_of("llama"), direction_of(3, rank=4)
     for wrong, message in (
         ({"site": "attn_in"}, "site 'attn_in'"),
