@@ -105,9 +105,13 @@ def steer2edit(
     """Steer2Edit of one output weight.
 
     Args:
-        weight, direction, input_mean, component_width, weigh: as in ``components_of``.
+        weight: [d, n].
+        direction: [d], v.
+        input_mean: [n], mu.
+        component_width: D for heads, 1 for neurons.
         rho: > 0, strength of the penalty: a larger one edits less.
         alpha: in [0, 1), the L1 fraction of the penalty.
+        weigh: "sign" or "activity".
 
     Raises:
         UsageError, BrocaError: as ``components_of`` and ``elastic_net``.
