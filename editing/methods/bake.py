@@ -43,7 +43,7 @@ from neurons.models.memory import covariance_bytes, room, solving_bytes
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.recording.covariance import Moments, language_moments
 from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
-from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS
 
@@ -186,7 +186,7 @@ def fourth_moments(
 
     readers = {(site, layer): reader_of(layer, mean.to(loaded.device)) for layer, mean in means.items()}
     read_text(loaded, [(0, batch) for batch in batches], readers)
-    tokens = sum(int(batch.counted.sum()) for batch in batches)
+    tokens = counted_tokens(batches)
     return {layer: total / tokens for layer, total in sums.items()}
 
 
@@ -224,9 +224,7 @@ def constant_keys(
         )
     units = torch.arange(loaded.anatomy.width(site))
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
-    tokens = torch.tensor(
-        [sum(int(batch.counted.sum()) for batch in of_language) for of_language in batches.values()]
-    )
+    tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
     free = room(loaded) - solving_bytes(len(units))
     at_once = max(1, free // covariance_bytes(len(units)))
     keys: dict[int, ConstantKey] = {}

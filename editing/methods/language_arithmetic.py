@@ -44,7 +44,7 @@ from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import language_moments
 from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
 from neurons.scorers.setting import Range, setting
-from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import MEANS
 
@@ -148,7 +148,7 @@ def activation_means(
         return read
 
     read_text(loaded, numbered(batches), {(site, layer): reader_of(layer) for layer in layers})
-    tokens = {k: sum(int(batch.counted.sum()) for batch in of_k) for k, of_k in batches.items()}
+    tokens = {k: counted_tokens(of_language) for k, of_language in batches.items()}
     return {layer: {k: total / tokens[k] for k, total in of.items()} for layer, of in sums.items()}
 
 
@@ -283,9 +283,7 @@ def _shifts(
         return {}, {}
     weights, shifts, fractions = Weights(loaded), {}, {}
     batches = language_batches(loaded, corpus, default=MEANS.tokens)
-    tokens = torch.tensor(
-        [sum(int(batch.counted.sum()) for batch in of_language) for of_language in batches.values()]
-    )
+    tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
     moments = language_moments(loaded, batches, "mlp_up", units, progress) if loaded.anatomy.gated else {}
     for layer, index in units.items():
         if loaded.anatomy.gated:

@@ -18,7 +18,7 @@ from neurons.models.memory import (
 )
 from neurons.models.source import LoadedModel
 from neurons.scorers.method import PACKED
-from neurons.text.batches import block_length, language_batches, longest_row
+from neurons.text.batches import block_length, counted_tokens, language_batches, longest_row
 from neurons.text.corpus import Corpus
 
 
@@ -52,7 +52,7 @@ def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> 
     return Text(
         len(corpus.languages),
         longest_row(batches),
-        sum(int(batch.counted.sum()) for batch in flat),
+        counted_tokens(flat),
         sum(len(batch.ids) for batch in flat),
         max((batch.ids.numel() for batch in flat), default=1),
     )

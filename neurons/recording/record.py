@@ -39,7 +39,7 @@ from neurons.recording.text_pass import (
 from neurons.statistics.statistics import Statistics, combine_of, moment_dtype, parse_moment
 from neurons.statistics.sums import OF_TEXTS, OF_TOKENS
 from neurons.statistics.totals import Totals
-from neurons.text.batches import TokenBatch
+from neurons.text.batches import TokenBatch, counted_tokens
 
 CHECKED_EVERY = 64  # batches between two checks for values that are not finite
 
@@ -120,7 +120,7 @@ def record(
             responses[language].copy_(state.pop(f"responses {language}"))
         totals.restore(state)
         if progress is not None:
-            progress(sum(int(batch.counted.sum()) for _, batch in of_process[:done]))
+            progress(counted_tokens(batch for _, batch in of_process[:done]))
     remaining = of_process[done:]
 
     def after(at: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,7 +234,7 @@ def language_batches(
         language: text_batches(corpus.texts[language], loaded.tokenizer, length, max_tokens, at_once)
         for language in corpus.languages
     }
-    _require_embedded(loaded, batches)
+    require_embedded_tokens(loaded, batches)
     return batches
 
 
@@ -243,10 +243,15 @@ def longest_row(batches: Mapping[str, Sequence[TokenBatch]]) -> int:
     return max((batch.ids.shape[1] for of_language in batches.values() for batch in of_language), default=1)
 
 
+def counted_tokens(batches: Iterable[TokenBatch]) -> int:
+    """Number of counted tokens."""
+    return sum(int(batch.counted.sum()) for batch in batches)
+
+
 def unknown_rate(batches: Sequence[TokenBatch], tokenizer: Any) -> float:
     """Fraction of the counted tokens that are the tokenizer's unknown token."""
     unknown = getattr(tokenizer, "unk_token_id", None)
-    counted = sum(int(batch.counted.sum()) for batch in batches)
+    counted = counted_tokens(batches)
     if unknown is None or not counted:
         return 0.0
     return sum(int((batch.counted & (batch.ids == unknown)).sum()) for batch in batches) / counted
@@ -272,11 +277,16 @@ def packed_corpus(
         )
         for language in corpus.languages
     }
-    _require_embedded(loaded, batches)
+    require_embedded_tokens(loaded, batches)
     return batches
 
 
-def _require_embedded(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> None:
+def require_embedded_tokens(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> None:
+    """Check that the model has an embedding for every token.
+
+    Raises:
+        UsageError: it has none for some token.
+    """
     highest = max(
         (int(batch.ids.max()) for of_language in batches.values() for batch in of_language), default=0
     )

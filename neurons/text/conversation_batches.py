@@ -15,10 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from neurons.errors import UsageError
-from neurons.models.embedded import require_embedded
 from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
-from neurons.text.batches import TokenBatch, block_length, row_batches
+from neurons.text.batches import (
+    TokenBatch,
+    block_length,
+    counted_tokens,
+    require_embedded_tokens,
+    row_batches,
+)
 from neurons.text.conversations import ANSWER, HEADER, THOUGHT, USER, RoleTokens
 
 TEMPLATE_GROUP = "template"
@@ -43,7 +48,7 @@ class ConversationBatches:
     @property
     def tokens(self) -> int:
         """Number of counted tokens."""
-        return sum(int(batch.counted.sum()) for of_language in self.batches.values() for batch in of_language)
+        return sum(map(counted_tokens, self.batches.values()))
 
 
 def said_in(language: str) -> tuple[str, str]:
@@ -82,10 +87,7 @@ def conversation_batches(
         ids = [conversation.ids.tolist() for conversation in of_language]
         rows = row_batches(ids, 1, tokens_a_batch=max_tokens)
         batches[language] = [_grouped(batch, numbers) for batch in rows]
-    highest = max(
-        (int(batch.ids.max()) for of_language in batches.values() for batch in of_language), default=0
-    )
-    require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedding_rows)
+    require_embedded_tokens(loaded, batches)
     return ConversationBatches(batches, groups)
 
 

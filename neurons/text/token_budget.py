@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neurons.text.batches import TokenBatch
+from neurons.text.batches import TokenBatch, counted_tokens
 from neurons.text.corpus import Corpus
 
 
@@ -54,7 +54,7 @@ def text_read(corpus: Corpus, batches: Mapping[str, Sequence[TokenBatch]]) -> di
         lines = {line for batch in of_language if batch.lines is not None for line in batch.lines.tolist()}
         packed = any(batch.lines is None for batch in of_language)
         read[language] = {
-            "tokens": sum(int(batch.counted.sum()) for batch in of_language),
+            "tokens": counted_tokens(of_language),
             "texts": None if packed else len(lines),
             "of": count,
             "cut": None if packed else 1 - len(lines) / count if count else 0.0,
