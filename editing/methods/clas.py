@@ -167,7 +167,7 @@ def _classes(
     if unknown:
         raise UsageError(f"no language {unknown[0]!r}: the languages are {', '.join(available)}")
     if languages is not None and not languages:
-        raise UsageError("the list of languages is empty: name at least one, or leave it out to take all")
+        raise UsageError("the list of languages is empty: name at least one language, or leave it out")
     shape = (source.anatomy.layers, source.anatomy.neurons)
     if isinstance(classified, NeuronSet):
         require_neurons(source, classified)

@@ -317,7 +317,7 @@ def test_a_plan_survives_saving_and_loading(llama, tmp_path):
     [
         ({}, {}, "at least one layer"),
         ({3: torch.ones(64)}, {}, "layer 3"),
-        ({0: torch.ones(63)}, {}, r"shape \[63\] .* 64 dimensions"),
+        ({0: torch.ones(63)}, {}, r"shape \[63\].* 64 dimensions"),
         ({0: torch.zeros(64)}, {}, "zero or not finite"),
         ({0: torch.full((64,), math.nan)}, {}, "zero or not finite"),
         ({0: torch.ones(64)}, {"strength": 0.0}, "strength 0"),
