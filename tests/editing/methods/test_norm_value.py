@@ -225,7 +225,7 @@ def test_refuses_other_norms_and_a_norm_that_cannot_be_identified(normed, llama,
             output_norm(normed, 0, "mlp", batch)
     finally:
         layer.post_feedforward_layernorm = norm
-    with pytest.raises(BrocaError, match="not reported"):
+    with pytest.raises(BrocaError, match="identified"):
         output_norm(llama, 0, "mlp", language_batches(llama, corpus)["qaa"][0])
 
 
