@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,7 +43,7 @@ class KeyProblem:
     Attributes:
         form: F, float64 [S, S], symmetric, positive definite.
         constraints: M, float64 [S, m].
-        wanted: e, float64 [m].
+        wanted: e, float64 [m], or [m, n] of n keys.
         languages: how many languages M tells apart, for messages.
     """
 
@@ -95,6 +95,23 @@ def key(
     """
     problem = key_problem(moments, source, eps, keep, keep_softly, soft_weight)
     return described(moments, source, least_spread(problem))
+
+
+def keys(moments: Moments, sources: Sequence[Sequence[str]], eps: float = EPS) -> list[Key]:
+    """A key for each list of languages, as ``key`` solves it, 0 on all others: F is factorised once.
+
+    Raises:
+        UsageError: as ``key_problem``.
+        BrocaError: the languages' means cannot be told apart on these units.
+    """
+    for named in sources:
+        require_key(moments.languages, named, [], (), eps, 0.0)
+    problem = key_problem(moments, sources[0], eps)
+    wanted = torch.zeros(len(problem.wanted), len(sources), dtype=torch.float64)
+    for column, named in enumerate(sources):
+        wanted[[moments.languages.index(name) for name in named], column] = 1
+    solved = least_spread(replace(problem, wanted=wanted))
+    return [described(moments, named, solved[:, column]) for column, named in enumerate(sources)]
 
 
 def require_key(
@@ -169,7 +186,7 @@ def key_problem(
 
 
 def least_spread(problem: KeyProblem) -> torch.Tensor:
-    """k of the module's docstring, float64 [S].
+    """k of the module's docstring, float64 [S], or [S, n] of n keys.
 
     Raises:
         BrocaError: the constraints are not independent on these units.

@@ -168,7 +168,7 @@ def language_lock(
     conversations = own_conversations(loaded, questions, lock.languages, stage)
     text = conversation_batches(loaded, conversations)
     with stage("Solving keys", text.tokens, "tokens") as tell:
-        edits = conversation_keys(loaded, text, lock.sources, chosen, eps, tell)
+        edits = conversation_keys(loaded, text, [lock.sources], chosen, eps, tell)
     others = conversation_batches(
         loaded,
         {
