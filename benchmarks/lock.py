@@ -23,7 +23,9 @@ from cli.steer import shipped_questions
 from editing.evaluation.answer_language import answer_language
 from editing.evaluation.generation import generate
 from editing.evaluation.questions import read_questions, taken
-from editing.pipeline.lock_text import ANSWER_TOKENS, REPORT, instruction_to
+from editing.pipeline.lock_kinds import Lock
+from editing.pipeline.lock_prompts import REPORT
+from editing.pipeline.lock_text import ANSWER_TOKENS
 from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.models.freed_memory import keep_freed_memory
@@ -102,7 +104,7 @@ def main(
     texts = [one.text for one in taken(asked.of[source], REPORT)][:most]
     loaded = load_model(model, dtype=dtype)
     told_apart = tuple(asked.of)
-    told = [f"{text} {instruction_to(source, target)}" for text in texts]
+    told = [f"{text} {Lock(target, (source,), ()).instruction_in(source)}" for text in texts]
     result = {"prompted": measured(loaded, told, target, source, told_apart, long)}
     with applied(loaded, plan):
         result["steered"] = measured(loaded, texts, target, source, told_apart, long)

@@ -99,7 +99,7 @@ def command(**options: Any) -> None:
 @contextmanager
 def _engine(screen: Screen, asked: SimpleNamespace, dtype: str) -> Iterator[tuple[Any, str, Write]]:
     """The tokenizer, the fingerprint and what writes, which is started once for all questions."""
-    from editing.pipeline.lock_text import require_chat
+    from editing.pipeline.lock_prompts import require_chat
 
     if asked.engine == "vllm":
         import transformers

@@ -39,7 +39,7 @@ def command(
     """
     from cli.loading import announced
     from editing.evaluation.talk import Talk
-    from editing.pipeline.lock_text import require_chat
+    from editing.pipeline.lock_prompts import require_chat
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
 

@@ -24,12 +24,14 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.pipeline.lock import Lock, Locked
+    from editing.pipeline.lock import Locked
+    from editing.pipeline.lock_kinds import Lock
     from editing.pipeline.lock_measures import LockFigures
     from editing.plans.plan import Plan
     from neurons.models.source import ModelSource
 
 ALL = "all"
+DEFAULT_SOURCE = "en"
 SHOWN = 6  # questions side by side
 
 
@@ -50,14 +52,30 @@ def shipped_questions() -> Path:
 
 @click.command("steer")
 @model_argument
-@click.option("--to", "target", type=LANGUAGE, required=True, help="Language of the answers.")
+@click.option("--to", "target", type=LANGUAGE, help="Language of the answers.")
+@click.option(
+    "--stay",
+    is_flag=True,
+    help="In place of --to: answers stay in the language of the question, whatever the conversation holds before it.",
+)
 @click.option(
     "--from",
     "source",
     type=LANGUAGE,
-    default="en",
+    help="Language of the questions that are to be answered in it; all: of every question.  [default: en]",
+)
+@click.option(
+    "--instruction",
+    help="What the model learns to do without being told, as 'Answer formally, in German.'  [default: to answer in the "
+    "language]",
+)
+@click.option(
+    "--teacher",
+    type=click.Choice(("instruction", "question")),
+    default="instruction",
     show_default=True,
-    help="Language of the questions that are to be answered in it; all: of every question.",
+    help="What brings the unedited model to answer so: an instruction behind the question, or the same question in the "
+    "target language, for a model that does not obey.",
 )
 @click.option(
     "--keep",
@@ -75,7 +93,11 @@ def shipped_questions() -> Path:
 @served_device_options
 @dry_run_option
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
-@click.option("--out", type=OUT_DIRECTORY, help="Directory for the checkpoint.  [default: <MODEL>-<TO>]")
+@click.option(
+    "--out",
+    type=OUT_DIRECTORY,
+    help="Directory for the checkpoint.  [default: <MODEL>-<TO>, or <MODEL>-stay]",
+)
 @json_option
 def command(**options: Any) -> None:
     """Make MODEL (an instruct model: hub id or directory) answer in a language, and write the checkpoint.
@@ -95,7 +117,8 @@ def command(**options: Any) -> None:
     from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
     from editing.evaluation.questions import read_questions
-    from editing.pipeline.lock import language_lock, lock_of
+    from editing.pipeline.lock import language_lock
+    from editing.pipeline.lock_kinds import lock_of
     from editing.pipeline.lock_measures import lock_figures
     from neurons.errors import UsageError
     from neurons.models.own_dtype import own_dtype
@@ -104,7 +127,17 @@ def command(**options: Any) -> None:
 
     questions = read_questions(asked.questions or shipped_questions())
     keep = None if asked.keep is None else tuple(map(language_label, asked.keep))
-    lock = lock_of(questions, asked.target, None if asked.source == ALL else asked.source, keep)
+    if (asked.target is None) != asked.stay:
+        raise UsageError("give either --to, the language of the answers, or --stay")
+    source = asked.source or (ALL if asked.stay else DEFAULT_SOURCE)
+    lock = lock_of(
+        questions,
+        asked.target,
+        None if source == ALL else source,
+        keep,
+        instruction=asked.instruction,
+        teacher=asked.teacher,
+    )
     dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
     if asked.dry_run:
         from cli.dry_run import dry_run
@@ -114,7 +147,7 @@ def command(**options: Any) -> None:
             screen, asked.model, asked.device, dtype, lambda planned: lock_needs(planned, questions, lock)
         )
         return
-    out = asked.out or Path(f"{Path(asked.model).resolve().name}-{asked.target}")
+    out = asked.out or Path(f"{Path(asked.model).resolve().name}-{asked.target or 'stay'}")
     check_target(out, asked.overwrite)
     places = [out]
     if asked.lora is not None:
@@ -168,14 +201,20 @@ def _written(
 def _show(screen: Screen, lock: Lock, made: Locked, figures: LockFigures) -> None:
     """What a person sees: what was learned, both tables and some answers."""
     for source, obeyed in made.obeyed.items():
-        screen.say(f"told to, the model answers {obeyed:.0%} of the questions in {source} in {lock.target}")
+        screen.say(
+            f"as the teacher, the model answers {obeyed:.0%} of the questions in {source} in {lock.target_of(source)}"
+        )
     on, off = (sum(both[i] for both in made.deviations.values()) / len(made.deviations) for i in (0, 1))
     screen.say(
         f"keys of {len(made.deviations)} layers: standard deviation {on:.2f} on the text they were solved on, {off:.2f} on "
         f"other questions; learning: {made.held_out[0]:.2f} to {min(made.held_out):.2f} nats a token on other questions"
     )
+    if lock.target is None:
+        answers, kept = "the question's language, behind planted drift", "The same questions alone"
+    else:
+        answers, kept = lock.target, "Questions in languages that are kept"
     screen.table(
-        f"Answers in {lock.target}, on questions that nothing was made or chosen on",
+        f"Answers in {answers}, on questions that nothing was made or chosen on",
         [
             "questions in",
             "model",
@@ -203,7 +242,7 @@ def _show(screen: Screen, lock: Lock, made: Locked, figures: LockFigures) -> Non
         words=2,
     )
     screen.table(
-        "Questions in languages that are kept: answers in the question's own language",
+        f"{kept}: answers in the question's own language",
         ["questions in", "answers", "base", "steered", "KL to base"],
         [
             [language, one.base.answers, one.base.whole, one.steered.whole, one.divergence]

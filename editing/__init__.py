@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from editing.methods.scale import scale_plan as scale_plan
     from editing.methods.steer2edit import steer2edit_plan as steer2edit_plan
     from editing.pipeline.lock import language_lock as language_lock
-    from editing.pipeline.lock import lock_of as lock_of
+    from editing.pipeline.lock_kinds import lock_of as lock_of
     from editing.pipeline.lock_measures import lock_figures as lock_figures
     from editing.plans.algebra import compose as compose
     from editing.plans.applied import applied as applied
@@ -43,7 +43,7 @@ _PUBLIC = {
     "applied": "editing.plans.applied",
     "export": "editing.checkpoints.export",
     "read_questions": "editing.evaluation.questions",
-    "lock_of": "editing.pipeline.lock",
+    "lock_of": "editing.pipeline.lock_kinds",
     "language_lock": "editing.pipeline.lock",
     "lock_figures": "editing.pipeline.lock_measures",
     "Evaluation": "editing.evaluation.evaluation",

@@ -119,7 +119,16 @@ diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W c
 
 def _measured(figures: Mapping[str, Any]) -> str:
     """Both tables of ``editing.pipeline.lock_measures.LockFigures``."""
-    target = figures["target"]
+    if figures["target"] is None:
+        subject = (
+            "Questions behind messages in another language, none of which anything was made or chosen on"
+        )
+        answers = "answers in the question's language"
+        alone = "the same questions alone, in"
+    else:
+        subject = "Questions that nothing was made or chosen on"
+        answers = f"answers in `{figures['target']}`"
+        alone = "questions in"
     rows = [
         f"| {source} | {model} | {fractions['whole']:.2f} | {fractions['lines']:.2f} | {_number(one['chrf'][model])} | "
         f"{_number(one['divergence'][model])} |"
@@ -132,13 +141,13 @@ def _measured(figures: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "Questions that nothing was made or chosen on; *prompted* is the base model with the instruction:",
+            f"{subject}; *prompted* is the base model as the teacher, with its instruction or question:",
             "",
-            f"| questions in | model | answers in `{target}` | every line | chrF to prompted | KL to prompted |",
+            f"| questions in | model | {answers} | every line | chrF to prompted | KL to prompted |",
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            "| questions in | base answers in it | steered answers in it | KL to base |",
+            f"| {alone} | base answers in it | steered answers in it | KL to base |",
             "|---|---|---|---|",
             *kept,
             "",

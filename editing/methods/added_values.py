@@ -1,4 +1,4 @@
-"""What the modules of a rank-1 plan write, as a tensor of its own that can be learned: v_m of W_m' = W_m + v_m k_m^T."""
+"""What the modules of a plan write, as a tensor of its own that can be learned: V_m of W_m' = W_m + V_m K_m^T."""
 
 from __future__ import annotations
 
@@ -15,38 +15,51 @@ from neurons.models.source import LoadedModel
 
 
 def values_of(plan: Plan) -> torch.Tensor:
-    """float64 [modules, d], the values that a plan has.
+    """float64 [modules, d, r], the values of a plan whose edits all have the rank r.
 
     Raises:
-        UsageError: an edit that is not of rank 1, or that is more than that.
+        UsageError: edits of several ranks, or one that is more than a left and a right factor.
     """
+    ranks = {edit.rank for edit in plan.edits}
     for edit in plan.edits:
         scaled = edit.row_scale is not None or edit.column_scale is not None or edit.bias is not None
-        if edit.rank != 1 or scaled:
+        if len(ranks) > 1 or edit.rank == 0 or scaled:
             raise UsageError(
-                f"values are learned of rank-1 edits alone, and {edit.block} of layer {edit.layer} has another: "
-                "make the plan by --method keyed"
+                f"values are learned of edits that have one rank and nothing else, and {edit.block} of layer "
+                f"{edit.layer} has rank {edit.rank}{' and scales or a bias' if scaled else ''}: make the plan by "
+                "--method keyed"
             )
-    return torch.stack([edit.left[:, 0].double() for edit in plan.edits if edit.left is not None])
+    return torch.stack([edit.left.double() for edit in plan.edits if edit.left is not None])
 
 
 def with_value(edit: ModuleEdit, value: torch.Tensor) -> ModuleEdit:
-    """An edit with another value, float64 [d]."""
+    """An edit with other values, float64 [d, r]."""
     assert edit.right is not None
-    # What was found for another value through a norm does not hold for this one.
+    # What holds for another value through a norm does not hold for this one.
     unknown = dict.fromkeys({"value_through_norm", "value_error"} & edit.notes.keys())
-    change = float(value.norm() * edit.right.double().norm())
-    return replace(edit, left=value[:, None].float(), notes={**edit.notes, **unknown, "change_norm": change})
+    return replace(
+        edit,
+        left=value.float(),
+        notes={**edit.notes, **unknown, "change_norm": change_norm(value, edit.right)},
+    )
+
+
+def change_norm(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Frobenius norm of left right^T."""
+    left, right = left.double(), right.double()
+    if left.shape[1] == 1:
+        return float(left.norm() * right.norm())
+    return float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
 
 
 @contextmanager
 def adding(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[None]:
-    """While entered, each module of the plan writes values[m] (k_m^T h) besides its own output.
+    """While entered, each module of the plan writes values[m] (K_m^T h) besides its own output.
 
     Args:
         loaded: the model; its weights do not change.
         plan: gives modules and keys.
-        values: [modules, d], in the order of the plan's edits; gradients reach it.
+        values: [modules, d, r], in the order of the plan's edits; gradients reach it.
     """
     inputs: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -59,12 +72,16 @@ def adding(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[No
 
     def hook_out(edit: ModuleEdit, value: torch.Tensor) -> SiteHook:
         assert edit.right is not None
-        key = edit.right[:, 0]
+        keys = edit.right
 
         def add(written: torch.Tensor, _: Routed | None) -> torch.Tensor:
             read = inputs.pop((edit.layer, edit.block))
-            coefficient = read @ key.to(read.device, read.dtype)
-            return written + coefficient[..., None] * value.to(written.device, written.dtype)
+            for column in range(edit.rank):
+                coefficient = read @ keys[:, column].to(read.device, read.dtype)
+                written = written + coefficient[..., None] * value[:, column].to(
+                    written.device, written.dtype
+                )
+            return written
 
         return add
 

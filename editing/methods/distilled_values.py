@@ -21,19 +21,19 @@ one language alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
-from editing.methods.added_values import adding, values_of, with_value
+from editing.methods.added_values import adding, values_of
+from editing.methods.value_learning import learn_values
 from editing.plans.plan import ModuleEdit, Plan, make_plan
-from neurons.errors import BrocaError, UsageError
+from neurons.errors import UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_divergences
 from neurons.models.source import LoadedModel
-from neurons.recording.recomputation import recomputing
 from neurons.recording.text_pass import Position, PositionReader, Progress, forward, numbered, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
@@ -115,54 +115,24 @@ def distilled_values(
             f"{len(examples)} examples to learn from, {len(held_out)} kept out, {passes} passes and a rate of {rate} "
             "learn nothing: give one or more of each, and a positive rate"
         )
-    values = values_of(plan)
-    answers = _teachers_states(loaded, examples)
-    kept_out = _lessons(loaded, held_out, _teachers_states(loaded, held_out), range(len(held_out)), False)
-    unit = _output_sizes(loaded, plan.edits, examples)
-    z = (values / unit).float().to(loaded.device).requires_grad_(True)
-    scale = unit.float().to(loaded.device)
-    optimizer = torch.optim.Adam([z], lr=rate)
-    generator = torch.Generator().manual_seed(seed)
-
-    def divergence() -> float:
-        with torch.no_grad():
-            sums = [float(_divergences(loaded, plan, lesson, z * scale).sum()) for lesson in kept_out]
-        return sum(sums) / sum(len(lesson.hidden) for lesson in kept_out)
-
-    learned_on, found, best = [], [_finite(loaded, divergence())], z.detach().clone()
-    for _ in range(passes):
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        total, tokens = 0.0, 0
-        for first in range(0, len(order), EXAMPLES_A_STEP):
-            lessons = _lessons(loaded, examples, answers, order[first : first + EXAMPLES_A_STEP], True)
-            count = sum(len(lesson.hidden) for lesson in lessons)
-            # A leaf, for the backward pass of a layer that is computed again ends there, once a layer.
-            written = (z.detach() * scale).requires_grad_(True)
-            for lesson in lessons:
-                again = recomputing(loaded.anatomy) if lesson.recomputes else nullcontext()
-                # The backward pass inside too, where layers that are computed again are edited again.
-                with torch.enable_grad(), again, adding(loaded, plan, written):
-                    sums = _plain_divergences(loaded, lesson).sum()
-                    (sums / count).backward()
-                total += float(sums.detach())
-            assert written.grad is not None
-            z.grad = written.grad * scale
-            optimizer.step()
-            tokens += count
-            if progress is not None:
-                progress(count)
-        learned_on.append(_finite(loaded, total / tokens))
-        found.append(_finite(loaded, divergence()))
-        if found[-1] < min(found[:-1]):
-            best = z.detach().clone()
-    seen = found.index(min(found))
-    edits = [
-        with_value(edit, value) for edit, value in zip(plan.edits, best.cpu().double() * unit, strict=True)
-    ]
-    learning = {"learned_on": learned_on, "held_out": found, "passes": seen}
+    learned = learn_values(
+        loaded,
+        plan,
+        _Answers(loaded, examples, held_out),
+        _output_sizes(loaded, plan.edits, examples),
+        passes=passes,
+        rate=rate,
+        seed=seed,
+        progress=progress,
+    )
+    learning = {
+        "learned_on": list(learned.trained),
+        "held_out": list(learned.held_out),
+        "passes": learned.passes,
+    }
     settings = {**plan.metadata["settings"], "distilled": {"passes": passes, "rate": rate, "seed": seed}}
-    made = make_plan(edits, {**plan.metadata, "settings": settings, "learning": learning})
-    return Distilled(made, tuple(learned_on), tuple(found), seen)
+    metadata = {**plan.metadata, "settings": settings, "learning": learning}
+    return Distilled(make_plan(learned.edits, metadata), learned.trained, learned.held_out, learned.passes)
 
 
 def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan | None = None) -> float:
@@ -174,23 +144,35 @@ def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan
         plan: as ``distilled_values`` returns it.
     """
     lessons = _lessons(loaded, examples, _teachers_states(loaded, examples), range(len(examples)), False)
-    with torch.no_grad():
-        found = [
-            _plain_divergences(loaded, lesson)
-            if plan is None
-            else _divergences(loaded, plan, lesson, values_of(plan).to(loaded.device))
-            for lesson in lessons
-        ]
-    return float(torch.cat(found).mean())
+    edited = nullcontext() if plan is None else adding(loaded, plan, values_of(plan).to(loaded.device))
+    with torch.no_grad(), edited:
+        return float(torch.cat([_divergences(loaded, lesson) for lesson in lessons]).mean())
 
 
-def _finite(loaded: LoadedModel, value: float) -> float:
-    if not value < float("inf"):
-        raise BrocaError(
-            f"{loaded.name}: the divergence is {value}: learn at a lower rate, or load the model in float32 "
-            "(--dtype float32)"
+class _Answers:
+    """The divergence over a teacher's answers, as ``learn_values`` takes it."""
+
+    def __init__(self, loaded: LoadedModel, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
+        self.loaded, self.examples = loaded, examples
+        self.states = _teachers_states(loaded, examples)
+        self.held_out = _lessons(
+            loaded, held_out, _teachers_states(loaded, held_out), range(len(held_out)), False
         )
-    return value
+
+    def steps(self, generator: torch.Generator) -> Iterator[list[_Lesson]]:
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        for first in range(0, len(order), EXAMPLES_A_STEP):
+            places = order[first : first + EXAMPLES_A_STEP]
+            yield _lessons(self.loaded, self.examples, self.states, places, True)
+
+    def loss(self, lesson: _Lesson) -> torch.Tensor:
+        return _divergences(self.loaded, lesson).sum()
+
+    def tokens(self, lesson: _Lesson) -> int:
+        return len(lesson.hidden)
+
+    def recomputes(self, lesson: _Lesson) -> bool:
+        return lesson.recomputes
 
 
 def _rows(
@@ -238,12 +220,7 @@ def _lessons(
     ]
 
 
-def _divergences(loaded: LoadedModel, plan: Plan, lesson: _Lesson, values: torch.Tensor) -> torch.Tensor:
-    with adding(loaded, plan, values):
-        return _plain_divergences(loaded, lesson)
-
-
-def _plain_divergences(loaded: LoadedModel, lesson: _Lesson) -> torch.Tensor:
+def _divergences(loaded: LoadedModel, lesson: _Lesson) -> torch.Tensor:
     batch = lesson.batch.to(loaded.device)
     hidden = forward(loaded.model, batch)[batch.counted]
     return token_divergences(loaded.model, lesson.hidden.to(hidden.device), hidden)
@@ -252,7 +229,7 @@ def _plain_divergences(loaded: LoadedModel, lesson: _Lesson) -> torch.Tensor:
 def _output_sizes(
     loaded: LoadedModel, edits: Sequence[ModuleEdit], examples: Sequence[Example]
 ) -> torch.Tensor:
-    """r, float64 [modules, 1]: root mean square of the coordinates that each module writes at the counted positions."""
+    """r, float64 [modules]: root mean square of the coordinates that each module writes at the counted positions."""
     sums = torch.zeros(len(edits), dtype=torch.float64)
     batches, _ = _rows(loaded, [(one.student, one.answer) for one in examples], False)
 
@@ -266,4 +243,4 @@ def _output_sizes(
     read_text(loaded, numbered({"": batches}), readers)
     positions = sum(int(batch.counted.sum()) for batch in batches)
     sizes = (sums / (positions * loaded.anatomy.residual)).sqrt()
-    return sizes.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return sizes.clamp(min=torch.finfo(torch.float32).tiny)

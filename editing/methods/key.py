@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,7 +43,7 @@ class KeyProblem:
     Attributes:
         form: F, float64 [S, S], symmetric, positive definite.
         constraints: M, float64 [S, m].
-        targets: e, float64 [m].
+        targets: e, float64 [m], or [m, n] for n keys.
         languages: number of languages, for messages.
     """
 
@@ -95,6 +95,23 @@ def key(
     """
     problem = key_problem(moments, source, eps, keep, keep_softly, soft_weight)
     return key_of(moments, source, solve_key(problem))
+
+
+def keys(moments: Moments, sources: Sequence[Sequence[str]], eps: float = EPS) -> list[Key]:
+    """A key for each list of languages, 0 on all others, as in ``key``; F is factorised once.
+
+    Raises:
+        UsageError: as ``key_problem``.
+        BrocaError: as ``key``.
+    """
+    for languages in sources:
+        require_key(moments.languages, languages, [], (), eps, 0.0)
+    problem = key_problem(moments, sources[0], eps)
+    targets = torch.zeros(len(problem.targets), len(sources), dtype=torch.float64)
+    for column, languages in enumerate(sources):
+        targets[[moments.languages.index(name) for name in languages], column] = 1
+    vectors = solve_key(replace(problem, targets=targets))
+    return [key_of(moments, languages, vectors[:, column]) for column, languages in enumerate(sources)]
 
 
 def require_key(
@@ -169,7 +186,7 @@ def key_problem(
 
 
 def solve_key(problem: KeyProblem) -> torch.Tensor:
-    """k of the module's docstring, float64 [S].
+    """k of the module's docstring, float64 [S], or [S, n] for n keys.
 
     Raises:
         BrocaError: the constraints are linearly dependent on these units.

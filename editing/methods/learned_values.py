@@ -22,15 +22,16 @@ ROME's value (arXiv 2202.05262), found by gradient for one fact behind a key in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from editing.methods.added_values import adding, values_of, with_value
+from editing.methods.added_values import values_of
 from editing.methods.crossings import Crossing, crossing_batch, crossings, openings_and_rests
+from editing.methods.value_learning import learn_values
 from editing.plans.plan import Plan, make_plan
-from neurons.errors import BrocaError, UsageError
+from neurons.errors import UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
 from neurons.models.source import LoadedModel
@@ -111,56 +112,57 @@ def learned_values(
         raise UsageError(
             f"{passes} passes at a rate of {rate} learn nothing: give 1 or more and a positive rate"
         )
-    values = values_of(plan)
-    generator = torch.Generator().manual_seed(seed)
-    size = values.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    z = (values / size).float().to(loaded.device).requires_grad_(True)
-    unit = size.float().to(loaded.device)
-    optimizer = torch.optim.Adam([z], lr=rate)
-    own, kept_out = ((_parted(openings, out), _parted(rests, out)) for out in (False, True))
-    joints = _batches(
+    size = values_of(plan).square().mean((1, 2)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    learned = learn_values(
         loaded,
-        [row for turn in range(HELD_OUT_TURNS) for row in crossings(loaded.tokenizer, *kept_out, turn)],
+        plan,
+        _Joints(loaded, openings, rests),
+        size,
+        passes=passes,
+        rate=rate,
+        seed=seed,
+        progress=progress,
     )
+    settings = {**plan.metadata["settings"], "learned": {"passes": passes, "rate": rate, "seed": seed}}
+    learning = {"held_out": list(learned.held_out), "passes": learned.passes}
+    made = make_plan(learned.edits, {**plan.metadata, "settings": settings, "learning": learning})
+    return LearnedValues(made, learned.held_out, learned.passes)
 
-    def held_out() -> float:
-        with torch.no_grad():
-            losses = [float(_loss(loaded, plan, batch, z * unit)) for batch in joints]
-        return sum(losses) / _tokens(joints)
 
-    found, best = [held_out()], z.detach().clone()
-    if not found[0] < float("inf"):
-        raise BrocaError(
-            f"{loaded.name}: the plan's own values already make the loss {found[0]}: lower its strength, or load the "
-            "model in float32 (--dtype float32)"
+class _Joints:
+    """The negative log-likelihood of rests behind openings, as ``learn_values`` takes it."""
+
+    def __init__(self, loaded: LoadedModel, openings: Sequence[str], rests: Sequence[str]) -> None:
+        self.loaded = loaded
+        self.joined, kept_out = ((_parted(openings, out), _parted(rests, out)) for out in (False, True))
+        turns = range(HELD_OUT_TURNS)
+        self.held_out = _batches(
+            loaded, [row for turn in turns for row in crossings(loaded.tokenizer, *kept_out, turn)]
         )
-    for _ in range(passes):
-        turn = int(torch.randint(len(own[1]), (), generator=generator))
-        rows = crossings(loaded.tokenizer, *own, turn)
+
+    def steps(self, generator: torch.Generator) -> Iterator[list[_Joint]]:
+        turn = int(torch.randint(len(self.joined[1]), (), generator=generator))
+        rows = crossings(self.loaded.tokenizer, *self.joined, turn)
         order = torch.randperm(len(rows), generator=generator).tolist()
         for first in range(0, len(rows), ROWS_A_STEP):
-            batches = _batches(loaded, [rows[i] for i in order[first : first + ROWS_A_STEP]])
-            tokens = _tokens(batches)
-            optimizer.zero_grad()
-            for batch in batches:
-                with torch.enable_grad():
-                    (_loss(loaded, plan, batch, z * unit) / tokens).backward()
-            optimizer.step()
-            if progress is not None:
-                progress(tokens)
-        found.append(held_out())
-        if not found[-1] < float("inf"):
-            raise BrocaError(
-                f"{loaded.name}: learned values are not finite: learn at a lower rate or in float32"
-            )
-        if found[-1] < min(found[:-1]):
-            best = z.detach().clone()
-    seen = found.index(min(found))
-    learned = best.cpu().double() * size
-    edits = [with_value(edit, value) for edit, value in zip(plan.edits, learned, strict=True)]
-    settings = {**plan.metadata["settings"], "learned": {"passes": passes, "rate": rate, "seed": seed}}
-    metadata = {**plan.metadata, "settings": settings, "learning": {"held_out": found, "passes": seen}}
-    return LearnedValues(make_plan(edits, metadata), tuple(found), seen)
+            yield _batches(self.loaded, [rows[i] for i in order[first : first + ROWS_A_STEP]])
+
+    def loss(self, joint: _Joint) -> torch.Tensor:
+        return _loss(self.loaded, joint.batch)
+
+    def tokens(self, joint: _Joint) -> int:
+        return int(joint.batch.counted[:, 1:].sum())
+
+    def recomputes(self, joint: _Joint) -> bool:
+        return joint.recomputes
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Rows of openings with rests."""
+
+    batch: TokenBatch
+    recomputes: bool
 
 
 def _read(sources: Sequence[str], targets: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -176,29 +178,28 @@ def _parted(texts: Sequence[str], out: bool) -> list[str]:
     return [text for i, text in enumerate(texts) if (i % HELD_OUT == HELD_OUT - 1) == out]
 
 
-def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[TokenBatch]:
-    """Rows in order, as many at a time as the memory holds with their gradients."""
-    most = min(LONGEST, block_length(loaded.model))
-    longest = min(most, max(len(row.ids) for row in rows))
-    at_once = max(1, batches_for(loaded, True, longest)[0] // longest)
-    return [crossing_batch(rows[i : i + at_once], most) for i in range(0, len(rows), at_once)]
+def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[_Joint]:
+    """Rows in order, as many at a time as the memory holds with their gradients.
 
-
-def _tokens(batches: Sequence[TokenBatch]) -> int:
-    """How many follow the openings."""
-    found = sum(int(batch.counted[:, 1:].sum()) for batch in batches)
-    if not found:
+    Raises:
+        UsageError: openings that leave no room for what follows.
+    """
+    context = min(LONGEST, block_length(loaded.model))
+    longest = min(context, max(len(row.ids) for row in rows))
+    tokens, recomputes = batches_for(loaded, True, longest)
+    at_once = max(1, tokens // longest)
+    batches = [crossing_batch(rows[i : i + at_once], context) for i in range(0, len(rows), at_once)]
+    if not any(bool(batch.counted[:, 1:].any()) for batch in batches):
         raise UsageError(
-            f"nothing follows the openings within {batches[0].ids.shape[1]} tokens: give text of shorter words, or a model "
-            "of more context"
+            f"nothing follows the openings within {batches[0].ids.shape[1]} tokens: give text of shorter words, or a "
+            "model of more context"
         )
-    return found
+    return [_Joint(batch, recomputes) for batch in batches]
 
 
-def _loss(loaded: LoadedModel, plan: Plan, batch: TokenBatch, values: torch.Tensor) -> torch.Tensor:
+def _loss(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
     """Sum of the negative log-likelihoods (nats) of what follows the openings."""
     batch = batch.to(loaded.device)
     wanted = batch.counted[:, 1:]
-    with adding(loaded, plan, values):
-        hidden = forward(loaded.model, batch)[:, :-1][wanted]
+    hidden = forward(loaded.model, batch)[:, :-1][wanted]
     return token_losses(loaded.model, hidden, batch.ids[:, 1:][wanted]).sum()

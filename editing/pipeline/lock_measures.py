@@ -15,15 +15,15 @@ from typing import Any
 from editing.evaluation.answer_language import AnswerLanguage, answer_language
 from editing.evaluation.questions import Questions, taken
 from editing.methods.distilled_values import mean_divergence
-from editing.pipeline.lock import Lock
+from editing.pipeline.lock_kinds import Lock
+from editing.pipeline.lock_prompts import REPORT, answered_by_language
 from editing.pipeline.lock_text import (
     ANSWER_TOKENS,
-    REPORT,
     Stage,
     Taught,
-    answered_by_language,
+    lessons,
     own_answers,
-    prompt_of,
+    plain_prompts,
     quiet,
     taught,
 )
@@ -78,13 +78,13 @@ class LockFigures:
     """All that was measured.
 
     Attributes:
-        target: language of the answers.
-        sources: by language of the questions.
-        kept: likewise.
+        target: language of the answers; None: each question's own.
+        sources: by language of the questions; without a target, questions behind planted drift.
+        kept: likewise; without a target, the same languages' questions alone.
         examples: questions in the first source.
     """
 
-    target: str
+    target: str | None
     sources: Mapping[str, Steering]
     kept: Mapping[str, Kept]
     examples: tuple[SideBySide, ...]
@@ -111,56 +111,59 @@ def lock_figures(
         lock: which.
         plan: the edit.
         kept: languages of questions that are to be answered as before; None: the first ``MEASURED_KEPT`` that the lock
-            keeps.
+            keeps, or, where it keeps none, of its sources.
         stage: tells of the work.
     """
     told_apart = tuple(questions.of)
-    others = list(lock.keep if kept is None else kept)[: MEASURED_KEPT if kept is None else None]
+    others = list(kept if kept is not None else (lock.keep or lock.sources)[:MEASURED_KEPT])
     sources = list(lock.sources)[:MEASURED_KEPT]
-    texts = {name: [one.text for one in taken(questions.of[name], REPORT)] for name in [*sources, *others]}
     with stage("Measuring the unedited model", 3, "parts") as tell:
-        teachers = taught(loaded, questions, sources, lock.target, REPORT)
+        given = lessons(loaded, questions, lock, sources, REPORT)
+        teachers = taught(loaded, questions, lock, given)
         tell(1)
-        own = own_answers(loaded, questions, [*sources, *others], REPORT)
+        students = {source: [lesson.student for lesson in some] for source, some in given.items()}
+        before = {source: answers for source, (_, answers) in own_answers(loaded, students).items()}
+        plain = plain_prompts(loaded, questions, others, REPORT)
+        own = own_answers(loaded, plain)
         tell(1)
-        before = {name: _from_teacher(loaded, teachers[name], None) for name in sources}
+        base = {source: _from_teacher(loaded, teachers[source], None) for source in sources}
         tell(1)
     with stage("Measuring the steered model", 2, "parts") as tell:
-        prompts = {name: [prompt_of(loaded, text) for text in texts[name]] for name in texts}
         with applied(loaded, plan):
-            answers = answered_by_language(loaded, prompts, ANSWER_TOKENS)
-        steered = {name: [one.text for one in some] for name, some in answers.items()}
+            after, kept_answers = (
+                {name: [answer.text for answer in some] for name, some in answers.items()}
+                for answers in (answered_by_language(loaded, of, ANSWER_TOKENS) for of in (students, plain))
+            )
         tell(1)
-        after = {name: _from_teacher(loaded, teachers[name], plan) for name in sources}
-        changed = {name: mean_divergence(loaded, own[name][0], plan) for name in others}
+        steered = {source: _from_teacher(loaded, teachers[source], plan) for source in sources}
+        changed = {language: mean_divergence(loaded, own[language][0], plan) for language in others}
         tell(1)
     of_sources = {}
-    for name in sources:
-        prompted = teachers[name].answers
-        texts_of = {BASE: own[name][1], PROMPTED: prompted, STEERED: steered[name]}
-        of_sources[name] = Steering(
+    for source in sources:
+        prompted = teachers[source].answers
+        answers_of = {BASE: before[source], PROMPTED: prompted, STEERED: after[source]}
+        of_sources[source] = Steering(
             language={
-                model: answer_language(found, lock.target, told_apart, name)
-                for model, found in texts_of.items()
+                model: answer_language(answers, lock.target_of(source), told_apart, source)
+                for model, answers in answers_of.items()
             },
             chrf={
-                model: None if model == PROMPTED else mean_chrf(found, prompted)
-                for model, found in texts_of.items()
+                model: None if model == PROMPTED else mean_chrf(answers, prompted)
+                for model, answers in answers_of.items()
             },
-            divergence={BASE: before[name], PROMPTED: None, STEERED: after[name]},
+            divergence={BASE: base[source], PROMPTED: None, STEERED: steered[source]},
         )
     of_kept = {
-        name: Kept(
-            base=answer_language(own[name][1], name, told_apart),
-            steered=answer_language(steered[name], name, told_apart),
-            divergence=changed[name],
+        language: Kept(
+            base=answer_language(own[language][1], language, told_apart),
+            steered=answer_language(kept_answers[language], language, told_apart),
+            divergence=changed[language],
         )
-        for name in others
+        for language in others
     }
     first = sources[0]
-    side_by_side = [
-        SideBySide(*three) for three in zip(texts[first], own[first][1], steered[first], strict=True)
-    ]
+    asked = [question.text for question in taken(questions.of[first], REPORT)]
+    side_by_side = [SideBySide(*three) for three in zip(asked, before[first], after[first], strict=True)]
     return LockFigures(lock.target, of_sources, of_kept, tuple(side_by_side))
 
 

@@ -10,8 +10,10 @@ from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
 from editing.evaluation.questions import Questions, taken
 from editing.methods.distilled_values import EXAMPLES_A_STEP
 from editing.methods.learned_values import LONGEST
-from editing.pipeline.lock import Lock
-from editing.pipeline.lock_text import ANSWER_TOKENS, BUILD, KEPT_ANSWER_TOKENS, prompt_of
+from editing.pipeline.drift import context_tokens
+from editing.pipeline.lock_kinds import Lock
+from editing.pipeline.lock_prompts import BUILD, prompt_of
+from editing.pipeline.lock_text import ANSWER_TOKENS, KEPT_ANSWER_TOKENS
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.memory import (
     LIBRARIES,
@@ -80,6 +82,8 @@ def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[N
     ]
     longest = max(rows) - KEPT_ANSWER_TOKENS
     text = Text(len(lock.languages), max(rows), sum(rows), len(rows))
+    if lock.target is None:
+        longest += context_tokens(planned, questions)
     learning = (longest + ANSWER_TOKENS) * EXAMPLES_A_STEP
     return [
         key_need(planned, text),

@@ -14,7 +14,7 @@ Composition, inversion and restriction are in ``editing.plans.algebra``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -280,7 +280,7 @@ def _is_nonlinear(metadata: Mapping[str, Any]) -> bool:
     return renormalised or metadata.get("method") == "language-arithmetic"
 
 
-def make_plan(edits: list[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
+def make_plan(edits: Sequence[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
     """Check the edits and sort them.
 
     Raises:

@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors import safe_open
 
-from editing.pipeline import lock_text
+from editing.pipeline import lock_prompts, lock_text
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_cannot_be_exported_is_refused_before_the_work(broca, model, questi
     def work(*_, **__):
         raise AssertionError("the model was asked")
 
-    monkeypatch.setattr(lock_text, "generate", work)
+    monkeypatch.setattr(lock_prompts, "generate", work)
     out = tmp_path / "steered"
     arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", out]
     status, _, errors = broca(*arguments, "--lora", out)
@@ -93,3 +93,11 @@ def test_a_template_that_fails_has_a_remedy_that_the_command_has(broca, model, q
     arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
     status, _, errors = broca(*arguments)
     assert status == 2 and "chat template" in errors and "--no-chat" not in errors
+
+
+@pytest.mark.parametrize("options", [[], ["--to", "fr", "--stay"], ["--stay", "--from", "de"]])
+def test_a_lock_has_a_target_or_stays(broca, model, questions, tmp_path, options):
+    arguments = ["steer", model, *options, "--questions", questions, "--out", tmp_path / "steered"]
+    status, _, errors = broca(*arguments)
+    assert status == 2 and ("--to" in errors or "--from" in errors)
+    assert not (tmp_path / "steered").exists()

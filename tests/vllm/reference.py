@@ -21,6 +21,38 @@ PROMPTS = [
 ]
 
 
+CHAT_TOKENS = 24
+CHATS = [
+    [{"role": "user", "content": "How do I keep bread fresh?"}],
+    [
+        {
+            "role": "system",
+            "content": "You are the support assistant of an online shop. Be brief and polite.",
+        },
+        {"role": "user", "content": "My parcel is late."},
+        {"role": "assistant", "content": "Je suis désolé. Quel est votre numéro de commande ?"},
+        {"role": "user", "content": "I do not have it here. What can I do?"},
+    ],
+]
+
+
+@torch.inference_mode()
+def chat_answers(checkpoint: Path) -> list[str]:
+    """What is answered to each chat through the checkpoint's template; nothing where it has none."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    if not tokenizer.chat_template:
+        return []
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    texts = []
+    for chat in CHATS:
+        prompt = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        out = model.generate(**prompt, do_sample=False, max_new_tokens=CHAT_TOKENS)[0]
+        texts.append(tokenizer.decode(out[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
 @torch.inference_mode()
 def answers(checkpoint: Path) -> list[dict[str, Any]]:
     """Each prompt's ids, the ids of the answer, its log-probabilities (nats) and its text.
@@ -67,6 +99,9 @@ def main() -> None:
         "prompts": PROMPTS,
         "cases": cases,
         "answers": {path: answers(Path(path)) for path in paths},
+        "chats": CHATS,
+        "chat_tokens": CHAT_TOKENS,
+        "chat_answers": {path: texts for path in paths if (texts := chat_answers(Path(path)))},
     }
     arguments.out.write_text(json.dumps(reference, ensure_ascii=False, indent=1), encoding="utf-8")
 

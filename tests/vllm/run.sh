@@ -47,5 +47,6 @@ echo "Asking vLLM ..."
 # Without a process for the engine, which quadruples the time to load.
 VLLM_ENABLE_V1_MULTIPROCESSING=0 $VENV/bin/python $HERE/generate.py --reference "$REFERENCE" --out "$work/answers"
 # The main suite's conftest.py imports what only the main environment has, hence --confcutdir.
-$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_greedy.py $HERE/test_serve.py $HERE/test_engine.py
+$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_greedy.py $HERE/test_serve.py $HERE/test_chat.py \
+    $HERE/test_engine.py
 echo "Done in $SECONDS seconds."

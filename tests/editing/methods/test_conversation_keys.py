@@ -62,7 +62,7 @@ def test_moments_are_those_of_the_groups(loaded, chats):
 
 def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
     text = conversation_batches(loaded, chats, tokens_a_batch=200)
-    edits = conversation_keys(loaded, text, ["bb"], [0, 1], EPS)
+    edits = conversation_keys(loaded, text, [["bb"]], [0, 1], EPS)
     assert [(edit.layer, edit.block) for edit in edits] == [(0, "mlp"), (1, "mlp")]
     for edit in edits:
         rows = neurons_by_group(loaded, chats, edit.layer)
@@ -80,17 +80,28 @@ def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
 
 
 def test_coefficients_on_other_conversations(loaded, chats):
-    edits = conversation_keys(loaded, conversation_batches(loaded, chats), ["aa"], [1])
+    edits = conversation_keys(loaded, conversation_batches(loaded, chats), [["aa"], ["bb", "cc"]], [1])
     others = chats_of(loaded.tokenizer, ("aa", "bb", "cc"), count=5)
     found = coefficients(loaded, edits, conversation_batches(loaded, others))[1, "mlp"]
     rows = neurons_by_group(loaded, others, 1)
     rows.pop("start")
-    right = edits[0].right[:, 0].double()
-    for group, mean in found["means"].items():
-        assert mean == pytest.approx(float((rows[group] @ right).mean()), rel=1e-4, abs=1e-5)
-    squares = sum(float(((own - own.mean(0)) @ right).square().sum()) for own in rows.values())
+    right = edits[0].right.double()
+    for group, means in found["means"].items():
+        expected = (rows[group] @ right).mean(0)
+        torch.testing.assert_close(torch.tensor(means).double(), expected, rtol=1e-4, atol=1e-5)
+    squares = sum(((own - own.mean(0)) @ right).square().sum(0) for own in rows.values())
     count = sum(len(own) for own in rows.values())
-    assert found["deviation"] == pytest.approx((squares / count) ** 0.5, rel=1e-4)
+    assert found["deviation"] == pytest.approx(float((squares / count).max().sqrt()), rel=1e-4)
+
+
+def test_several_keys_are_each_as_if_alone(loaded, chats):
+    text = conversation_batches(loaded, chats, tokens_a_batch=200)
+    (both,) = conversation_keys(loaded, text, [["aa"], ["bb", "cc"]], [1], EPS)
+    assert both.rank == 2 and not both.left.any()
+    for column, languages in enumerate((["aa"], ["bb", "cc"])):
+        (alone,) = conversation_keys(loaded, text, [languages], [1], EPS)
+        torch.testing.assert_close(both.right[:, column], alone.right[:, 0], rtol=1e-5, atol=1e-7)
+        assert both.notes["spread"] >= alone.notes["spread"] * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("layers, first, last", [(24, 2, 20), (6, 0, 5), (1, 0, 0), (32, 2, 27), (80, 6, 69)])

@@ -27,7 +27,7 @@ def loaded(chatting):
 @pytest.fixture(scope="module")
 def keys(loaded):
     text = conversation_batches(loaded, chats_of(loaded.tokenizer, ("aa", "bb"), count=12))
-    edits = conversation_keys(loaded, text, ["aa"], range(loaded.anatomy.layers))
+    edits = conversation_keys(loaded, text, [["aa"]], range(loaded.anatomy.layers))
     return make_plan(edits, {"settings": {}})
 
 

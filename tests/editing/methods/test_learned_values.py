@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from editing.directions.diffmean import diffmean_direction
-from editing.methods.added_values import values_of
+from editing.methods.added_values import adding, values_of
 from editing.methods.crossings import crossing_batch, crossings, openings_and_rests
 from editing.methods.keyed import keyed_plan
 from editing.methods.keyed_search import KeyedSearch
@@ -111,8 +111,8 @@ def test_the_loss_is_that_of_the_edited_weights(checkpoint_of, corpus, texts, ar
         {"settings": {}, "fingerprint": loaded.fingerprint},
     )
     rows = joined_rows(loaded, texts)[:4]
-    with torch.no_grad():
-        found = float(_loss(loaded, plan, crossing_batch(rows, 512), values_of(plan).float()))
+    with torch.no_grad(), adding(loaded, plan, values_of(plan).float()):
+        found = float(_loss(loaded, crossing_batch(rows, 512)))
     with applied(loaded, plan):
         total, _ = naive_loss(loaded.model, rows)
     assert found == pytest.approx(total, rel=1e-4)
@@ -122,15 +122,18 @@ def test_the_loss_is_that_of_the_edited_weights(checkpoint_of, corpus, texts, ar
 def test_its_gradient_is_that_of_differences(llama, plan, texts):
     batch = crossing_batch(joined_rows(llama, texts)[:4], 512)
     values = values_of(plan).float().requires_grad_(True)
-    with torch.enable_grad():
-        _loss(llama, plan, batch, values).backward()
+    with torch.enable_grad(), adding(llama, plan, values):
+        _loss(llama, batch).backward()
     generator = torch.Generator().manual_seed(3)
     for _ in range(4):
-        way = torch.randn(values.shape, generator=generator)
-        way /= way.norm()
-        with torch.no_grad():
-            up, down = (float(_loss(llama, plan, batch, values + s * way)) for s in (0.05, -0.05))
-        assert float((values.grad * way).sum()) == pytest.approx((up - down) / 0.1, rel=0.03, abs=0.02)
+        step = torch.randn(values.shape, generator=generator)
+        step /= step.norm()
+        losses = []
+        for size in (0.05, -0.05):
+            with torch.no_grad(), adding(llama, plan, values + size * step):
+                losses.append(float(_loss(llama, batch)))
+        slope = (losses[0] - losses[1]) / 0.1
+        assert float((values.grad * step).sum()) == pytest.approx(slope, rel=0.03, abs=0.02)
 
 
 def test_learning_betters_text_that_it_has_not_seen(llama, plan, texts):
@@ -269,14 +272,14 @@ def test_refuses(llama, plan, texts):
             learned_values(llama, plan, *texts, **settings)
     (first, *others) = plan.edits
     wide = replace(first, left=first.left.repeat(1, 2), right=first.right.repeat(1, 2))
-    with pytest.raises(UsageError, match="rank-1 edits alone, and attn of layer 0 has another"):
+    with pytest.raises(UsageError, match=r"mlp of layer 0 has rank 1|attn of layer 0 has rank 2"):
         learned_values(llama, make_plan([wide, *others], plan.metadata), *texts)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
     ("fails", "said"),
-    [("always", "own values"), ("at first", "own values"), ("later", "learned values are not finite")],
+    [("always", "own values"), ("at first", "own values"), ("later", "learned values")],
 )
 def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch, value, fails, said):
     learning = False

@@ -7,9 +7,12 @@ from conversations import CHATML
 from editing.evaluation.questions import Question, Questions
 from editing.methods.distilled_values import mean_divergence
 from editing.pipeline import lock_text
-from editing.pipeline.lock import Lock, language_lock, lock_of
+from editing.pipeline.drift import SYSTEM_MESSAGES, drift_contexts
+from editing.pipeline.lock import language_lock
+from editing.pipeline.lock_kinds import Lock, lock_of
 from editing.pipeline.lock_measures import BASE, PROMPTED, STEERED, lock_figures, mean_chrf
-from editing.pipeline.lock_text import BUILD, CHOOSE, REPORT, prompt_of, taught
+from editing.pipeline.lock_prompts import BUILD, CHOOSE, REPORT, answered, prompt_of
+from editing.pipeline.lock_text import ANSWER_TOKENS, lessons, taught
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
@@ -40,8 +43,13 @@ def obedient(monkeypatch):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
 
 
+def taught_of(loaded, questions, part):
+    lock = Lock("fr", ("en",), ("fr",))
+    return taught(loaded, questions, lock, lessons(loaded, questions, lock, ("en",), part))["en"]
+
+
 def test_examples_are_the_teachers_own_answers_without_its_instruction(loaded, questions, obedient):
-    found = taught(loaded, questions, ("en",), "fr", REPORT)["en"]
+    found = taught_of(loaded, questions, REPORT)
     assert found.asked == 4 and found.obeyed == 1
     for place, example in zip((3, 7, 11, 15), found.examples, strict=True):
         text = questions.of["en"][place].text
@@ -58,7 +66,7 @@ def test_examples_are_the_teachers_own_answers_without_its_instruction(loaded, q
 def test_an_answer_in_another_language_teaches_nothing(loaded, questions, monkeypatch):
     of_answers = iter(["fr", "en", "fr", "other"])
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(of_answers))
-    found = taught(loaded, questions, ("en",), "fr", CHOOSE)["en"]
+    found = taught_of(loaded, questions, CHOOSE)
     assert found.obeyed == 0.5 and found.asked == 4
     kept = [example.student for example in found.examples]
     assert kept == [tuple(prompt_of(loaded, questions.of["en"][i].text).ids.tolist()) for i in (2, 10)]
@@ -95,7 +103,7 @@ def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedi
     assert made.plan.metadata["source"] == "en" and made.plan.metadata["target"] == "fr"
     assert made.obeyed == {"en": 1.0} and len(made.held_out) == 4
     assert set(made.deviations) == {edit.layer for edit in made.plan.edits}
-    report = taught(loaded, questions, ("en",), "fr", REPORT)["en"]
+    report = taught_of(loaded, questions, REPORT)
     figures = lock_figures(loaded, questions, lock, made.plan)
     one = figures.sources["en"]
     assert one.divergence[BASE] == pytest.approx(mean_divergence(loaded, report.examples))
@@ -104,7 +112,7 @@ def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedi
     assert set(figures.kept) == {"fr", "de"}
     with applied(loaded, made.plan):
         prompts = [prompt_of(loaded, questions.of["en"][i].text) for i in (3, 7, 11, 15)]
-        after = [answer.text for answer in lock_text.answered(loaded, prompts, lock_text.ANSWER_TOKENS)]
+        after = [answer.text for answer in answered(loaded, prompts, ANSWER_TOKENS)]
     assert [one.after for one in figures.examples] == after
     assert one.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers))
     for name, value in loaded.model.state_dict().items():
@@ -122,6 +130,63 @@ def test_from_every_language(loaded, questions, obedient):
     assert all(means[name] == pytest.approx(0, abs=1e-6) for name in ("fr", "fr/header", "template"))
 
 
+def test_an_instruction_of_the_users_is_what_the_teacher_is_told(loaded, questions, obedient):
+    lock = lock_of(questions, "fr", "fr", instruction="Be brief.")
+    assert lock == Lock("fr", ("fr",), ("de", "en"), "Be brief.")
+    (lesson, *_) = lessons(loaded, questions, lock, ("fr",), REPORT)["fr"]
+    text = questions.of["fr"][3].text
+    assert torch.equal(lesson.student.ids, prompt_of(loaded, text).ids)
+    assert torch.equal(lesson.teacher.ids, prompt_of(loaded, f"{text} Be brief.").ids)
+    everywhere = lock_of(questions, "fr", instruction="Be brief.")
+    assert set(everywhere.sources) == {"fr", "de", "en"} and everywhere.keep == ()
+    made = language_lock(loaded, questions, everywhere, passes=1)
+    assert made.plan.metadata["settings"]["instructions"]["de"] == "Be brief."
+
+
+def test_a_teacher_by_question_is_asked_in_the_target(loaded, questions):
+    lock = lock_of(questions, "fr", "en", teacher="question")
+    for place, lesson in zip(
+        (2, 6, 10, 14), lessons(loaded, questions, lock, ("en",), CHOOSE)["en"], strict=True
+    ):
+        assert torch.equal(lesson.student.ids, prompt_of(loaded, questions.of["en"][place].text).ids)
+        assert torch.equal(lesson.teacher.ids, prompt_of(loaded, questions.of["fr"][place].text).ids)
+    apart = Questions({**questions.of, "fr": questions.of["fr"][:-2]}, "digest")
+    with pytest.raises(UsageError, match="'14'"):
+        lessons(loaded, apart, lock, ("en",), CHOOSE)
+
+
+@pytest.fixture
+def chinese(questions):
+    others = (Question(str(place), f"{'jkl'[place % 3] * 3} jkl {place}?") for place in range(16))
+    return Questions({**questions.of, "zh": tuple(others)}, "digest")
+
+
+def test_answers_stay_behind_planted_drift(loaded, chinese, monkeypatch):
+    lock = lock_of(chinese, None)
+    assert lock == Lock(None, ("de", "en", "fr", "zh"), ())
+    contexts = drift_contexts(loaded, chinese, lock.sources, BUILD)
+    systems = {name: [context[0].content for context in some] for name, some in contexts.items()}
+    assert set(systems["de"]) == set(SYSTEM_MESSAGES.values()) and len(systems["de"]) == 4
+    assert set(systems["en"]) == {SYSTEM_MESSAGES["zh"]} and set(systems["zh"]) == {SYSTEM_MESSAGES["en"]}
+    first, *_ = lessons(loaded, chinese, lock, ("de",), BUILD, 3)["de"]
+    asked = chinese.of["de"][0].text
+    assert torch.equal(first.student.ids, prompt_of(loaded, asked, None, contexts["de"][0]).ids)
+    teacher = prompt_of(loaded, asked, "Antworte auf Deutsch.", contexts["de"][0])
+    assert torch.equal(first.teacher.ids, teacher.ids)
+    monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "de")
+    made = language_lock(loaded, chinese, lock, passes=2)
+    assert made.obeyed == {"de": 1.0, "en": 0.0, "fr": 0.0, "zh": 0.0}
+    (edit, *_) = made.plan.edits
+    assert edit.rank == 4 and made.plan.metadata["target"] is None
+    figures = lock_figures(loaded, chinese, lock, made.plan)
+    assert set(figures.sources) == set(figures.kept) == set(lock.sources)
+    behind = lessons(loaded, chinese, lock, ("de",), REPORT)["de"]
+    with applied(loaded, made.plan):
+        after = answered(loaded, [lesson.student for lesson in behind], ANSWER_TOKENS)
+    assert [one.after for one in figures.examples] == [one.text for one in after]
+
+
 @pytest.mark.parametrize(
     "wanted, named",
     [
@@ -130,6 +195,14 @@ def test_from_every_language(loaded, questions, obedient):
         ({"target": "fr", "source": "en", "keep": ["en"]}, "en"),
         ({"target": "fr", "source": "en", "keep": ["xx"]}, "xx"),
         ({"target": "fr", "keep": ["de"]}, "keep"),
+        ({"target": None, "source": "en"}, "--from"),
+        ({"target": None, "instruction": "Be brief."}, "instruction"),
+        ({"target": "fr", "source": "en", "teacher": "master"}, "master"),
+        (
+            {"target": "fr", "source": "en", "teacher": "question", "instruction": "Be brief."},
+            "one of the two",
+        ),
+        ({"target": "fr", "source": "en", "instruction": " "}, "empty"),
     ],
 )
 def test_locks_that_cannot_be_are_refused_by_name(questions, wanted, named):
