@@ -314,7 +314,7 @@ def test_what_is_not_understood_is_named(study, name, content, reason):
     (study / name).write_text(content)
     found = read_findings(study)
     (file,) = [file for file in found.files if not file.understood]
-    assert file.name == name and file.what.startswith("not understood") and reason in file.what
+    assert file.name == name and file.kind.startswith("not understood") and reason in file.kind
     page = studies.Page(files_content(found))
     (warning,) = page.all("p", **{"class": "warning"})
     assert warning["text"] == f"Not understood, and not on this page: {name}."
@@ -508,7 +508,7 @@ def test_doses_that_are_none_are_named(tmp_path, spoil, reason):
     spoil(value["curves"]["hook"][0])
     (tmp_path / "methods.json").write_bytes(json_bytes(value))
     (file,) = [file for file in read_findings(tmp_path).files if not file.understood]
-    assert file.name == "methods.json" and reason in file.what
+    assert file.name == "methods.json" and reason in file.kind
 
 
 def test_hostile_words_among_doses_stay_words(tmp_path):

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from editing.evaluation.outcome import OtherLanguage, Refused, Sample
 from editing.report.choice_section import choice_content
-from editing.report.curves import Curve, Point, doses_picture, trade_off
-from editing.report.formats import LONGEST, clean, number, plain, span
+from editing.report.curves import Curve, Point, dose_response_drawing, trade_off
+from editing.report.formats import MAX_UNBROKEN, clean, number, plain, span
 from editing.report.heat_maps import COOL, FULL, WARM, Cell, HeatMap, colour
 from editing.report.inline_svg import drawn, label
 from editing.report.provenance import provenance
@@ -129,13 +129,15 @@ def heat_map(**changes):
 
 
 def test_a_scale_leaves_out_what_does_not_compare():
-    assert heat_map().end == 2 and heat_map(most=3.0).end == 3 and heat_map(most=3.0, least=4.0).end == 4
+    assert (
+        heat_map().end == 2 and heat_map(scale=3.0).end == 3 and heat_map(scale=3.0, min_scale=4.0).end == 4
+    )
     page = studies.Page(PARTS.heat_map(heat_map()))
     assert page.faults == [] and page.texts("map") == [["row", *"abcd"], ["a", "0.5[0, 1]", "-2", "9", "–"]]
     styles = [one["attributes"].get("style") for one in page.all("td")]
     assert styles[1] == f"background:{hexadecimal(COOL)}" and styles[2:] == [None, None]
     assert "−2.00" in page.all("p")[0]["text"] and "nats" in page.all("p")[0]["text"]
-    page = studies.Page(PARTS.heat_map(heat_map(least=4.0, signed=False)))
+    page = studies.Page(PARTS.heat_map(heat_map(min_scale=4.0, signed=False)))
     assert page.all("p")[0]["text"].startswith("04.00")
 
 
@@ -150,7 +152,7 @@ def test_tables_scroll_and_name_their_rows():
 
 
 def test_long_words_may_break_and_stay_whole():
-    word = "x" * (2 * LONGEST + 1)
+    word = "x" * (2 * MAX_UNBROKEN + 1)
     page = studies.Page(PARTS.th(f"short {word}"))
     assert page.all("th")[0]["text"] == f"short {word}" and len(page.all("wbr")) == 2
 
@@ -221,7 +223,7 @@ def test_words_of_a_file_are_drawn_as_they_are(words, recwarn):
     assert drawn.count(shown) == 3
     assert len(page.all("svg")) == 1 and not list(recwarn)
     curve = Curve(words, [1.0], [0.9], [1.1], [0.1])
-    page = studies.Page(picture(doses_picture(words, [0.5], [curve], words, "m")))
+    page = studies.Page(picture(dose_response_drawing(words, [0.5], [curve], words, "m")))
     assert page.faults == [] and [one["text"].strip() for one in page.all("text")].count(shown) == 1
 
 

@@ -9,12 +9,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from editing.report.curves import COLOURS
-from editing.report.dose_pictures import LONGEST, dose_figure, is_measured
+from editing.report.dose_response import MAX_TITLE, dose_figure, is_measured
 from neurons.neuron_sets.pictures import save_figure
 
 
-def drawn(curves, ceiling=0.96, base_share=0.05):
-    return dose_figure(curves, "en", "ar", ceiling, base_share)
+def drawn(curves, ceiling=0.96, base_rate=0.05):
+    return dose_figure(curves, "en", "ar", ceiling, base_rate)
 
 
 def lines(figure):
@@ -156,7 +156,7 @@ def test_nothing_is_cut_off(count):
     figure = drawn(studies.dose_curves(many))
     assert inside(figure)
     assert figure.axes[0].get_position().width > 0.4
-    assert legend(figure)[1] == "0 " + "x" * (LONGEST - 3) + "…"
+    assert legend(figure)[1] == "0 " + "x" * (MAX_TITLE - 3) + "…"
 
 
 def test_words_are_no_formula():
