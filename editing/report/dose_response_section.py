@@ -53,7 +53,7 @@ def dose_response_content(result: Report, name: str) -> Markup:
         if title != KEYED and outcome.target_share > min_rate
     ]
     return rendered(
-        "doses",
+        "dose_response",
         result=result,
         every=every,
         left_out=every - sum(map(len, curves.values())),

@@ -17,21 +17,22 @@ def methods_markdown(report: Report) -> str:
     return "\n".join(
         [
             f"# {report.title}\n",
-            f"Model {report.model}. Everything was estimated on one part of the text, each way's settings chosen on "
-            "another and reported here on a third, all ways on the same prompts.\n",
+            f"Model {report.model}. Methods are estimated on one part of the text, their settings are chosen on "
+            "another, and the results on a third are reported here; all methods have the same prompts.\n",
             "| " + " | ".join(columns) + " |",
             "|---|" + "---:|" * (len(columns) - 2) + "---|",
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
             *_dose_response_markdown(report),
             *(f"{note}\n" for note in report.notes or ()),
-            "Share: answers identified as the target; empty and looping ones are failures and do not count. "
-            "Ceiling: that share for the unedited model on target prompts. Fluency gap: nats a token by which "
-            "the answers are less likely to the unedited model than its own in the target language. NLL: rise on "
-            "held-out text, nats a token; third: of the languages that are neither source nor target. KL: of "
-            "next-token distributions, the largest of the third languages. Effectiveness: the part of the "
-            "possible rise in share that was reached; entanglement: root mean square change of the shares of "
-            "all languages but the source on their own prompts.\n",
+            "Share: the fraction of answers identified as the target; empty answers and loops are failures and do "
+            "not count. Ceiling: the share of the unedited model on target prompts. Fluency gap: the mean negative "
+            "log-likelihood of the answers minus that of the unedited model's answers to target prompts, nats a "
+            "token, both by the unedited model. NLL: rise on held-out text, nats a token; third: of the languages "
+            "that are neither source nor target. KL: of next-token distributions, the largest of the third "
+            "languages. Effectiveness: the fraction of the possible rise in share that was achieved; entanglement: "
+            "the root mean square change of the shares of all languages but the source, each on prompts in that "
+            "language.\n",
         ]
     )
 
@@ -41,7 +42,7 @@ def _dose_response_markdown(report: Report) -> list[str]:
         return []
     columns, rows = dose_response_table(report)
     return [
-        "Each way at parts of its chosen strength:\n",
+        "Each method at parts of its chosen strength:\n",
         "| " + " | ".join(columns) + " |",
         "|---|" + "---:|" * (len(columns) - 1),
         *("| " + " | ".join(row) + " |" for row in rows),
@@ -60,16 +61,17 @@ def markdown(reports: Sequence[Report]) -> str:
         parts += ["| " + " | ".join(row) + " |" for row in rows]
         parts += ["", *(f"{note}\n" for note in report.notes or ())]
         for outcome in (report.outcomes[0], report.outcomes[-1]):
-            parts.append(f"What the {outcome.name} writes:\n")
+            parts.append(f"Samples, {outcome.name}:\n")
             for sample in outcome.samples[:3]:
                 parts.append(f"- **{sample.prompt}** {sample.line} ({sample.language})")
             parts.append("")
     parts.append(
-        "Settings were chosen on one part of the text and are reported on another. Share: continuations "
-        "identified as the language, those that go round in circles counting to none. Ceiling: that share for the unedited model on target prompts. Fluency "
-        "gap: nats a token by which the continuations are less likely to the unedited model than its own "
-        "in the target language. NLL: rise on held-out text, nats a token; the source's own is last. KL: the largest of the third "
-        "languages. The keyed edit is measured on the exported checkpoint, loaded again.\n"
+        "Settings are chosen on one part of the text and reported on another. Share: the fraction of continuations "
+        "identified as the language; loops count for no language. Ceiling: the share of the unedited model on "
+        "target prompts. Fluency gap: the mean negative log-likelihood of the continuations minus that of the "
+        "unedited model's continuations of target prompts, nats a token, both by the unedited model. NLL: rise on "
+        "held-out text, nats a token; the source's is last. KL: the largest of the third languages. The keyed edit "
+        "is measured on the exported checkpoint, loaded from disk.\n"
     )
     return "\n".join(parts)
 
