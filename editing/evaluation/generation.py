@@ -83,8 +83,8 @@ def _padding_token(loaded: LoadedModel) -> int | None:
 
     The attention mask covers the padding, so any token is as good as another.
     """
-    known = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
-    return next((token for token in known if token is not None and token < loaded.embedding_rows), None)
+    candidates = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None and token < loaded.embedding_rows), None)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
 
 
 def _loss_sum(loaded: LoadedModel, batch: TokenBatch, hidden: torch.Tensor) -> float:
-    wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
-    return float(token_losses(loaded.model, hidden, wanted).sum(dtype=torch.float64))
+    targets = batch.ids[:, 1:][batch.counted[:, 1:]]
+    return float(token_losses(loaded.model, hidden, targets).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)

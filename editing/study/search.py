@@ -283,12 +283,12 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
             load_if_exists=True,
         )
     # In the form that the file returns.
-    wanted = json.loads(json.dumps(identity))
+    stored = json.loads(json.dumps(identity))
     earlier = study.user_attrs.get("identity")
     if earlier is None:
-        study.set_user_attr("identity", wanted)
-    elif earlier != wanted:
-        differing = sorted(key for key in {*earlier, *wanted} if earlier.get(key) != wanted.get(key))
+        study.set_user_attr("identity", stored)
+    elif earlier != stored:
+        differing = sorted(key for key in {*earlier, *stored} if earlier.get(key) != stored.get(key))
         raise BrocaError(
             f"{path}: an earlier search with another {', '.join(differing)}: choose another --out, or repeat the "
             "command in its tune.json"
