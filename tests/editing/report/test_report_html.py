@@ -269,9 +269,7 @@ def test_files_of_two_models_are_not_passed_over(study):
     value = {**studies.ablation(), "fingerprint": "another"}
     (study / "other.json").write_bytes(json_bytes(value))
     page = studies.Page(provenance_content(read_findings(study)))
-    assert any(
-        "more than element model" in element["text"] for element in page.all("p", **{"class": "warning"})
-    )
+    assert any("more than one model" in element["text"] for element in page.all("p", **{"class": "warning"}))
 
 
 def test_hostile_text_stays_text(tmp_path):
