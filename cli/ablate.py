@@ -103,7 +103,7 @@ def command(**options: Any) -> None:
           --neurons neurons.safetensors --out ablation.json
       broca ablate MODEL --corpus DIR --neurons lape.safetensors gradient.safetensors random.safetensors
     """
-    from editing.study.origin import file_read, processor
+    from editing.study.provenance import file_read, processor
     from neurons.ablation import pictures as ablation_pictures
     from neurons.ablation.ledger import LedgerFile
     from neurons.ablation.report import as_markdown

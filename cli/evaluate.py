@@ -157,7 +157,14 @@ def command(
     from editing.plans.plan import load_plan
     from editing.report.run_report import methods_markdown
     from editing.report.tables import details_of, methods_table
-    from editing.study.origin import file_read, measured_by, model_read, processor, text_measured, texts_read
+    from editing.study.provenance import (
+        file_read,
+        measured_by,
+        model_read,
+        processor,
+        text_measured,
+        texts_read,
+    )
     from editing.study.results import Report
     from neurons.errors import UsageError
     from neurons.files.artifact import json_bytes, write_atomically
@@ -260,7 +267,7 @@ def command(
             source,
             target,
             samples=samples,
-            most_prompts=prompts,
+            max_prompts=prompts,
             seed=seed,
             new_tokens=new_tokens,
             temperature=temperature,
@@ -299,14 +306,14 @@ def command(
 
     if methods is not None:
         from editing.methods.material import Material
-        from editing.study.protocol import compare_ways
+        from editing.study.protocol import compare_methods
 
         material = Material(loaded, corpora["estimate"], source, target)
         halves = {name: None if questions is None else questions.half(name) for name in ("choose", "report")}
         table = out.with_suffix(".md")
         with screen.progress(f"Comparing, {source} to {target}", len(ways), "ways") as advance:
             choosing, measuring = (evaluation(corpora[name], halves[name]) for name in ("choose", "report"))
-            for compared in compare_ways(ways, material, choosing, measuring, _stage(screen), doses or ()):
+            for compared in compare_methods(ways, material, choosing, measuring, _stage(screen), doses or ()):
                 report = replace(compared, about=about(measuring))
                 # After every way: whoever stops it here keeps what was measured.
                 write_atomically(out, json_bytes(document(report)))
@@ -317,7 +324,7 @@ def command(
             screen.say(note)
         screen.say(f"the same as Markdown: {table}")
         if report.curves:
-            from editing.report.dose_pictures import dose_figure
+            from editing.report.dose_response import dose_figure
             from neurons.neuron_sets.pictures import save_figure
 
             picture = out.with_suffix(".png")

@@ -22,7 +22,7 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.evaluation.asking import Asked
+    from editing.evaluation.asking import Prompt
     from editing.evaluation.generation import Continuation
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -191,15 +191,15 @@ def _given(tokenizer: Any, asked: list[str], chat: bool | None) -> list[str | tu
     Raises:
         UsageError: a chat is asked for, and the tokenizer has no template.
     """
-    from editing.evaluation.asking import CHAT, OPENING, Asked, question_style
+    from editing.evaluation.asking import CHAT, OPENING, Prompt, question_style
     from neurons.errors import UsageError
 
     has_template = question_style(tokenizer) == CHAT
     if chat and not has_template:
         raise UsageError("this model's tokenizer has no chat template: leave --chat out")
     style = CHAT if has_template and chat is not False else OPENING
-    found: list[Asked] = [Asked(text, style) for text in asked]
-    return [one.given(tokenizer) for one in found]
+    found: list[Prompt] = [Prompt(text, style) for text in asked]
+    return [prompt.model_input(tokenizer) for prompt in found]
 
 
 def _prompts(given: tuple[str, ...]) -> list[str]:

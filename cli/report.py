@@ -39,7 +39,7 @@ def command(directory: Path, out: Path | None, as_json: bool) -> None:
     strange = [file.name for file in found.files if not file.understood]
     for file in found.files:
         if not file.understood:
-            screen.warn(f"{directory / file.name}: {file.what}")
+            screen.warn(f"{directory / file.name}: {file.kind}")
     shown = {
         "steering": [one.file for one in found.steering],
         "searches": [one.file for one in found.searches],

@@ -49,7 +49,7 @@ def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -
 
 def recipe_read(path: Path, name: str) -> dict[str, Any]:
     """What files of figures keep of the recipe: its text, and its file by this name, with a digest."""
-    from editing.study.origin import file_read
+    from editing.study.provenance import file_read
 
     return {
         "inputs": [{**file_read("RECIPE.toml", path), "file": name}],

@@ -97,9 +97,9 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
 
 def report_table(screen: Screen, report: Report) -> None:
     """All ways of steering side by side."""
-    from editing.report.tables import ways_table
+    from editing.report.tables import outcomes_table
 
-    screen.table(report.title, *ways_table(report))
+    screen.table(report.title, *outcomes_table(report))
     for note in report.notes or ():
         screen.say(note)
 

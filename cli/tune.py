@@ -120,7 +120,7 @@ def command(**options: Any) -> None:
     from editing.evaluation.language_id import check_languages
     from editing.methods.material import Material
     from editing.plans.applied import applied
-    from editing.study.origin import measured_by, processor, texts_read
+    from editing.study.provenance import measured_by, processor, texts_read
     from editing.study.registry import searched_named
     from editing.study.search import STUDY, Search
     from editing.study.search_report import choose, confirmed, front, front_figure
@@ -295,7 +295,7 @@ def _reported(
             asked.source,
             asked.target,
             samples=asked.samples if asked.temperature == 0 else max(asked.samples, SAMPLES),
-            most_prompts=asked.prompts,
+            max_prompts=asked.prompts,
             seed=asked.seed,
             new_tokens=asked.new_tokens,
             temperature=asked.temperature,

@@ -1,1 +1,1 @@
-"""Evaluation: what a model writes and how likely text is to it, unedited and steered."""
+"""Evaluation: the text that a model writes and the likelihood that it assigns, unedited and steered."""

@@ -1,4 +1,7 @@
-"""Which answers count as written in a language: those identified as it, but none that goes round in circles."""
+"""Language and degenerate repetition of a set of answers.
+
+An answer counts as written in a language if the language is identified in it and it is not a loop.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +16,39 @@ from neurons.text.words import words
 
 @dataclass(frozen=True)
 class Answers:
-    """What was written on some prompts.
+    """Answers to some prompts, with their labels.
 
     Attributes:
         items: the answers.
-        labels: the language of each (``editing.evaluation.language_id``), or why it has none.
-        looping: whether each goes round in circles (``editing.evaluation.repetition``).
+        labels: the language of each, or OTHER or EMPTY (``editing.evaluation.language_id``).
+        looping: whether each is a loop (``editing.evaluation.repetition``).
     """
 
     items: tuple[Continuation, ...]
     labels: tuple[str, ...]
     looping: tuple[bool, ...]
 
-    def are(self, language: str) -> list[bool]:
-        """Which of them are in a language and no failure."""
+    def in_language(self, language: str) -> list[bool]:
+        """Whether each answer is in the language and not a loop."""
         return [label == language and not loop for label, loop in zip(self.labels, self.looping, strict=True)]
 
-    def share(self, language: str) -> float:
-        return sum(self.are(language)) / len(self.items)
+    def rate(self, language: str) -> float:
+        """Fraction of the answers that are in the language and not a loop."""
+        return sum(self.in_language(language)) / len(self.items)
 
     @property
     def distinct_pairs(self) -> float:
+        """Mean distinct-2."""
         return self._mean([distinct_ngrams(item.text, 2) for item in self.items])
 
     @property
     def longest_repeat(self) -> float:
+        """Mean fraction of an answer's words in its longest repeated passage."""
         return self._mean([longest_repeat(item.text) / max(len(words(item.text)), 1) for item in self.items])
 
     @property
     def words(self) -> float:
+        """Mean number of words."""
         return self._mean([len(words(item.text)) for item in self.items])
 
     @staticmethod
@@ -49,12 +56,12 @@ class Answers:
         return sum(values) / len(values)
 
 
-def identified(items: Sequence[Continuation], languages: Sequence[str]) -> Answers:
-    """Answers with their labels.
+def identify_answers(items: Sequence[Continuation], languages: Sequence[str]) -> Answers:
+    """Label answers with their languages.
 
     Args:
-        items: at least one.
-        languages: what each may be identified as.
+        items: at least one answer.
+        languages: the candidate languages.
     """
     texts = [item.text for item in items]
     labels = tuple(identify_language(text, languages) for text in texts)

@@ -1,9 +1,9 @@
-"""What a model is given to write on: openings of lines, or questions by chat template or completion style.
+"""Prompts: openings of lines, or questions by chat template or in completion style.
 
-An opening is read as it is.  A question goes through the tokenizer's chat template where there is one, as
-the only message of the user; otherwise it is read as a line of its own, ``"{question}\\n"``, words in no other
-language around it.  An instruction stands before an opening, on a line before a question of completion
-style, and after the question in a chat.
+The model reads an opening unchanged.  A question is the only user message of a chat if the tokenizer has a chat
+template; otherwise it is a line by itself, ``"{question}\\n"``, without words in another language around it.  An
+instruction precedes an opening, stands on the line before a question in completion style, and follows the question
+in a chat.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ OPENING, COMPLETION, CHAT = "opening", "completion", "chat"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One thing to write on.
+class Prompt:
+    """One prompt.
 
     Attributes:
         text: the opening or the question.
         style: OPENING, COMPLETION or CHAT.
-        reference: what stands there in the target language; None where that is not known.
+        reference: the expected continuation or answer in the target language; None if unknown.
     """
 
     text: str
     style: str
     reference: str | None = None
 
-    def given(self, tokenizer: Any, instruction: str | None = None) -> str | tuple[int, ...]:
-        """What ``editing.evaluation.generation.generate`` is called with: text, or the tokens of a chat.
+    def model_input(self, tokenizer: Any, instruction: str | None = None) -> str | tuple[int, ...]:
+        """The input of ``editing.evaluation.generation.generate``: text, or the tokens of a chat.
 
         Raises:
             UsageError: as ``chat_tokens``.
@@ -49,12 +49,12 @@ class Asked:
 def chat_tokens(
     tokenizer: Any, content: str, way_out: str = "leave it out with --no-chat"
 ) -> tuple[int, ...]:
-    """The tokens of a chat in which the user has said one thing, up to where the answer begins.
+    """The tokens of a chat with one user message, up to the start of the answer.
 
     Args:
-        tokenizer: one with a chat template.
-        content: what the user says.
-        way_out: of a template that cannot be used, as the end of a sentence.
+        tokenizer: a tokenizer with a chat template.
+        content: the user message.
+        way_out: what to do if the template fails, as the end of the error message.
 
     Raises:
         UsageError: the template raises, or renders nothing or a text without the content.
@@ -64,35 +64,39 @@ def chat_tokens(
     return tuple(ids)
 
 
-def openings(corpus: Corpus, language: str, target: str, most: int | None = None) -> list[Asked]:
-    """The openings of a language's lines; in parallel text with the rest of the target's line as reference."""
+def openings(corpus: Corpus, language: str, target: str, max_prompts: int | None = None) -> list[Prompt]:
+    """The openings of a language's lines; in parallel text the rest of the target's line is the reference."""
     corpus.require(language, target)
-    texts, others = corpus.texts[language], corpus.texts[target]
+    texts, target_texts = corpus.texts[language], corpus.texts[target]
     parallel = is_parallel(corpus, language, target)
-    lines = [i for i, text in enumerate(texts) if text][:most]
+    lines = [i for i, text in enumerate(texts) if text][:max_prompts]
     return [
-        Asked(opening(texts[i]), OPENING, _rest(others[i]) if parallel and others[i] else None) for i in lines
+        Prompt(opening(texts[i]), OPENING, _rest(target_texts[i]) if parallel and target_texts[i] else None)
+        for i in lines
     ]
 
 
 def is_parallel(corpus: Corpus, source: str, target: str) -> bool:
-    """Whether both have as many lines: then line i is taken for the same text."""
+    """Whether both languages have the same number of lines: line i then counts as the same text."""
     return len(corpus.texts[source]) == len(corpus.texts[target])
 
 
 def question_style(tokenizer: Any, chat: bool = True) -> str:
-    """CHAT where the tokenizer has a template for one and it is wanted, else COMPLETION."""
+    """CHAT if ``chat`` and the tokenizer has a chat template, else COMPLETION."""
     return CHAT if chat and getattr(tokenizer, "chat_template", None) else COMPLETION
 
 
-def questions_asked(
-    tokenizer: Any, questions: Questions, language: str, most: int | None = None, chat: bool = True
-) -> list[Asked]:
-    """A language's questions, in a chat where the tokenizer has a template for one and it is wanted."""
+def question_prompts(
+    tokenizer: Any, questions: Questions, language: str, max_prompts: int | None = None, chat: bool = True
+) -> list[Prompt]:
+    """A language's questions in the style of ``question_style``."""
     style = question_style(tokenizer, chat)
-    return [Asked(one.text, style, one.reference) for one in questions.of[language][:most]]
+    return [
+        Prompt(question.text, style, question.reference) for question in questions.of[language][:max_prompts]
+    ]
 
 
 def _rest(text: str) -> str | None:
+    """The text after its opening; None if there is none."""
     whole = " ".join(text.split())
     return whole[len(opening(whole)) :].strip() or None

@@ -1,35 +1,39 @@
-"""Does it steer, does it still write well, and what else changed: every figure beside the unedited model.
+"""Evaluation: how well a model is steered, how well it writes, and what else changes, beside the unedited model.
 
-The model writes on prompts of the source language: questions (CLaS-Bench's protocol, arXiv 2601.08331), or the
-openings of held-out lines.  Of what it writes:
+The model answers prompts in the source language: questions (CLaS-Bench's protocol, arXiv 2601.08331), or openings of
+held-out lines.  Measures of the answers:
 
-* **share**: answers identified as the target (CLaS-Bench's language-forcing share), or as the source.  An
-  empty answer and one that goes round in circles (``editing.evaluation.repetition``) are failures: no share counts them.
-* **ceiling**: the share of the target among the unedited model's own answers to target prompts.
-* **agreement**: share of answers of which a second detector says the same; **sentence share**: mean share
-  of an answer's sentences that are in the target.
-* **fluency gap**: mean negative log-likelihood a token (nats) of the steered answers, read without
-  their prompts by the unedited model, minus that of the unedited model's answers to target
-  prompts.  0: as fluent as the model ever is in that language; above 1: word salad.
-* **distinct**: mean share of distinct words in an answer; **distinct pairs**: of runs of two words;
-  **longest repeat**: mean share of an answer's words in the longest passage that it repeats.
-* **relevance**, where a scorer is given (``editing.evaluation.relevance``), and its harmonic means with the share.
-* **NLL rise**: of held-out text in each language, nats a token, steered minus unedited.
-* **KL**: of next-token distributions, unedited to steered, on the text of each language but source and target.
-* **others**: the same of answers to prompts of every other language, where that language is wanted; with
+* **share**: the target-language rate (CLaS-Bench's language-forcing share), and the source-language rate.  Empty
+  answers and loops (``editing.evaluation.repetition``) are failures and count for no language.
+* **ceiling**: the target-language rate of the unedited model's answers to target prompts.
+* **agreement**: the fraction of answers that a second detector labels the same.
+* **sentence share**: the mean fraction of an answer's sentences that are in the target.
+* **fluency gap**: the mean negative log-likelihood (nats a token) of the steered answers minus that of the unedited
+  model's answers to target prompts; the unedited model reads both, without their prompts.  0: as fluent as the
+  unedited model in that language; above 1: word salad.
+* **distinct**: the mean fraction of distinct words in an answer; **distinct pairs**: of bigrams of words;
+  **longest repeat**: the mean fraction of an answer's words in its longest repeated passage.
+* **relevance**, with a scorer (``editing.evaluation.relevance``), and its harmonic means with the share.
+* **others**: the same for answers to prompts in every other language, with that language wanted, and
   SteeringControl's effectiveness and entanglement (``editing.evaluation.entanglement``).
+
+Measures of held-out text:
+
+* **NLL rise**: for each language, nats a token, steered minus unedited.
+* **KL**: of next-token distributions, unedited to steered, for each language but source and target.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
 
-from editing.evaluation.answers import Answers, identified
-from editing.evaluation.asking import Asked, openings, questions_asked
+from editing.evaluation.answers import Answers, identify_answers
+from editing.evaluation.asking import Prompt, openings, question_prompts
 from editing.evaluation.entanglement import effectiveness, entanglement
 from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
 from editing.evaluation.language_id import EMPTY, agreement, check_languages, second_opinion, sentence_share
@@ -46,40 +50,40 @@ from neurons.text.token_budget import LOSSES, text_read
 from neurons.text.words import distinct_rate
 
 SAMPLES_SHOWN = 5
-KEPT_SHARE = 1 / 4  # of the room for work, that hidden states may take
-FEW = 16
+KEPT_FRACTION = 1 / 4  # of the working memory, that kept hidden states may fill
+FEW_PROMPTS = 16
 LOOPING = "looping"
 
-# Prompts, most new tokens, temperature and seed to one continuation a prompt, as ``generate`` has them.
+# (prompts, maximum new tokens, temperature, seed) -> one continuation a prompt, as ``generate``.
 Writer = Callable[[Sequence[str | Sequence[int]], int, float, int], list[Continuation]]
 
 
 class Evaluation:
-    """Measures ways of steering one model from a source to a target language on one corpus.
+    """Measures how methods steer one model from a source to a target language on one corpus.
 
     Args:
         loaded: the unedited model.
-        corpus: held-out text; its lines' openings are the prompts where there are no questions.
+        corpus: held-out text; the openings of its lines are the prompts if there are no questions.
         source: language of the prompts.
-        target: language that the answers are to be in.
+        target: language that the answers should be in.
         samples: answers a prompt.
-        most_prompts: at most so many prompts.
+        max_prompts: maximum number of prompts; None: all.
         seed: of the sampling.
-        new_tokens: an answer's at most.
-        temperature: 0 takes the likeliest token always.
-        questions: what is asked in place of openings; languages that have none are given openings.
-        chat: ask them through the tokenizer's chat template where it has one.
-        scorer: of relevance; None measures none.
-        write: writes the answers, unedited or as the steering around the call has it; None writes with
-            ``loaded``.  All else is measured on ``loaded``.
+        new_tokens: maximum tokens of an answer.
+        temperature: 0 always takes the most likely token.
+        questions: prompts in place of openings; a language without questions gets openings.
+        chat: put questions through the tokenizer's chat template if it has one.
+        scorer: of relevance; None: relevance is not measured.
+        write: writes the answers, also while a steering context is entered; None writes with ``loaded``.
+            Everything else is measured on ``loaded``.
 
     Attributes:
-        ceiling: share of the target among the unedited model's answers to target prompts.
-        read: what of each language likelihoods are measured on (``neurons.text.token_budget.text_read``).
+        ceiling: target-language rate of the unedited model's answers to target prompts.
+        read: the text of each language that likelihoods are measured on (``neurons.text.token_budget.text_read``).
 
     Raises:
         UsageError: a language that the corpus lacks or the identifier does not know, no question in the
-            source language, several samples at temperature 0, or a chat template that cannot be used.
+            source language, several samples at temperature 0, or a chat template that fails.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class Evaluation:
         target: str,
         *,
         samples: int = 1,
-        most_prompts: int | None = None,
+        max_prompts: int | None = None,
         seed: int = 0,
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
@@ -111,34 +115,33 @@ class Evaluation:
         self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
         self._questions, self._chat, self._scorer = questions, chat, scorer
         self._write: Writer = partial(generate, loaded) if write is None else write
-        self._samples, self._most = samples, most_prompts
-        self._asked = {language: self._prompts_of(language) for language in (source, target)}
+        self._samples, self._max_prompts = samples, max_prompts
+        self._prompts = {language: self._prompts_of(language) for language in (source, target)}
         self._batches = language_batches(loaded, corpus, default=LOSSES.tokens)
         self.read = text_read(corpus, self._batches)
-        self._own: dict[str, Answers] = {}
-        self._own_nll: dict[str, float] = {}
-        self.ceiling = self._own_answers(target).share(target)
+        self._unedited_answers: dict[str, Answers] = {}
+        self._unedited_nll: dict[str, float] = {}
+        self.ceiling = self._answers_unedited(target).rate(target)
 
     @cached_property
     def base(self) -> Outcome:
-        """The unedited model's Outcome."""
+        """The Outcome of the unedited model."""
         return self.measure("base", nullcontext)
 
     @property
     def continuations(self) -> int:
-        """Number of answers that each share is over."""
-        return len(self._asked[self.source])
+        """Number of answers that each rate is over."""
+        return len(self._prompts[self.source])
 
     @property
     def ceiling_from(self) -> str:
-        """What the unedited model's own answers in the target language are on: "opening", "completion" or
-        "chat"."""
-        return self._asked[self.target][0].style
+        """Style of the prompts in the target language: "opening", "completion" or "chat"."""
+        return self._prompts[self.target][0].style
 
     @property
     def prompt_style(self) -> str:
-        """How the source language is asked: "opening", "completion" or "chat"."""
-        return self._asked[self.source][0].style
+        """Style of the prompts in the source language: "opening", "completion" or "chat"."""
+        return self._prompts[self.source][0].style
 
     def measure(
         self,
@@ -156,69 +159,70 @@ class Evaluation:
         Args:
             name: for the Outcome.
             steering: makes a context in which the model is steered; entered several times.  ``nullcontext``
-                is the unedited model, of which nothing is measured twice.
+                is the unedited model, which is measured once.
             details: kept in the Outcome.
-            kl: measure KL too.
-            others: let it answer prompts of every other language too.
-            instruction: put to every prompt of the source language, and to nothing else.
-            harm: measure likelihoods of the text; without it ``nll`` and ``nll_rise`` are empty
+            kl: also measure KL.
+            others: also measure answers to prompts in every other language.
+            instruction: added to every prompt in the source language, and to no other.
+            harm: measure likelihoods of the text; otherwise ``nll`` and ``nll_rise`` are empty
                 (``with_harm`` adds them).
         """
-        elsewhere = self._other_languages if others else ()
-        own = {language: self._own_answers(language) for language in elsewhere}
+        other_languages = self._other_languages if others else ()
+        unedited = {language: self._answers_unedited(language) for language in other_languages}
         if steering is nullcontext and instruction is None:
-            answers, of_others = self._own_answers(self.source), own
-            own_nll = self._nll_of_own(self.source)
+            answers, of_others = self._answers_unedited(self.source), unedited
+            nll = self._nll_unedited(self.source)
         else:
             with steering():
                 answers = self._answers(self.source, instruction)
-                of_others = {language: self._answers(language) for language in elsewhere}
-            own_nll = continuation_nll(self._loaded, answers.items)
-        forced = answers.are(self.target)
+                of_others = {language: self._answers(language) for language in other_languages}
+            nll = continuation_nll(self._loaded, answers.items)
+        forced = answers.in_language(self.target)
         labels = answers.labels
-        asked = self._asked[self.source]
+        prompts = self._prompts[self.source]
         texts = [item.text for item in answers.items]
         second = [second_opinion(text, self._corpus.languages) for text in texts]
         score = None
         if self._scorer is not None:
-            score = relevance(self._scorer.name, forced, self._scorer(asked, answers.items))
-        base_share = self._own_answers(self.source).share(self.target) if others else 0.0
-        found = Outcome(
+            score = relevance(self._scorer.name, forced, self._scorer(prompts, answers.items))
+        base_rate = self._answers_unedited(self.source).rate(self.target) if others else 0.0
+        outcome = Outcome(
             name=name,
-            target_share=answers.share(self.target),
-            source_share=answers.share(self.source),
+            target_share=answers.rate(self.target),
+            source_share=answers.rate(self.source),
             distinct=sum(distinct_rate(text) for text in texts) / len(texts),
-            fluency_gap=own_nll - self._nll_of_own(self.target),
+            fluency_gap=nll - self._nll_unedited(self.target),
             nll={},
             nll_rise={},
             kl={},
             languages_found={label: labels.count(label) for label in sorted(set(labels))},
             samples=tuple(
-                Sample(one.text, item.text, label)
-                for one, item, label in zip(asked[:SAMPLES_SHOWN], answers.items, labels, strict=False)
+                Sample(prompt.text, item.text, label)
+                for prompt, item, label in zip(prompts[:SAMPLES_SHOWN], answers.items, labels, strict=False)
             ),
             details=details or {},
             failures={EMPTY: labels.count(EMPTY), LOOPING: sum(answers.looping)},
             agreement=agreement(labels, second),
-            sentence_share=sum(self._sentence_share(text) for text in texts) / len(texts),
+            sentence_share=sum(sentence_share(text, self.target, self._corpus.languages) for text in texts)
+            / len(texts),
             distinct_pairs=answers.distinct_pairs,
             longest_repeat=answers.longest_repeat,
             answer_words=answers.words,
             relevance={} if score is None else asdict(score),
             others={
-                language: self._other(language, theirs, own[language])
-                for language, theirs in of_others.items()
+                language: self._other(language, steered, unedited[language])
+                for language, steered in of_others.items()
             },
-            effectiveness=effectiveness(answers.share(self.target), base_share) if others else None,
+            effectiveness=effectiveness(answers.rate(self.target), base_rate) if others else None,
             entanglement=entanglement(
-                {language: theirs.share(language) for language, theirs in of_others.items()},
-                {language: theirs.share(language) for language, theirs in own.items()},
+                {language: steered.rate(language) for language, steered in of_others.items()},
+                {language: base.rate(language) for language, base in unedited.items()},
             ),
         )
-        return self.with_harm(found, steering, kl) if harm else found
+        return self.with_harm(outcome, steering, kl) if harm else outcome
 
     def with_harm(self, outcome: Outcome, steering: Steering, kl: bool = False) -> Outcome:
-        """The outcome with the likelihoods of the text, and with ``kl`` KL, while ``steering()`` is entered."""
+        """The outcome with likelihoods of the text, and KL if ``kl``, measured while ``steering()`` is entered."""
         third = [k for k in self._corpus.languages if k not in (self.source, self.target)] if kl else []
         unedited = self._unedited  # read before the model is steered
         if steering is nullcontext:
@@ -231,7 +235,7 @@ class Evaluation:
                 }
         divergences = {k: read[k][1] for k in third}
         for language in third:
-            # Hidden states of all languages had no room: those of one at a time have.
+            # The hidden states of all languages did not fit into memory: keep those of one at a time.
             if unedited[language].hidden is None and steering is not nullcontext:
                 text = read_unedited(self._loaded, self._batches[language])
                 with steering():
@@ -240,72 +244,63 @@ class Evaluation:
         rise = {language: value - unedited[language].nll for language, value in nll.items()}
         return replace(outcome, nll=nll, nll_rise=rise, kl=divergences)
 
-    def few(self, steering: Steering, instruction: str | None = None) -> float:
-        """Share of the target among the answers to the first ``FEW`` prompts: enough to see what does not steer."""
-        asked = self._asked[self.source][:FEW]
+    def rate_on_few_prompts(self, steering: Steering, instruction: str | None = None) -> float:
+        """Target-language rate on the first ``FEW_PROMPTS`` prompts: enough to reject what does not steer."""
         with steering():
-            found = self._write(
-                [one.given(self._loaded.tokenizer, instruction) for one in asked],
-                self._new_tokens,
-                self._temperature,
-                self._seed,
-            )
-        return identified(found, self._corpus.languages).share(self.target)
+            return self._written(self._prompts[self.source][:FEW_PROMPTS], instruction).rate(self.target)
 
     @cached_property
     def _other_languages(self) -> tuple[str, ...]:
         return tuple(language for language in self._corpus.languages if language != self.source)
 
-    def _prompts_of(self, language: str) -> list[Asked]:
+    def _prompts_of(self, language: str) -> list[Prompt]:
         if self._questions is not None and language in self._questions.of:
-            found = questions_asked(self._loaded.tokenizer, self._questions, language, self._most, self._chat)
+            prompts = question_prompts(
+                self._loaded.tokenizer, self._questions, language, self._max_prompts, self._chat
+            )
         else:
-            found = openings(self._corpus, language, self.target, self._most)
-        return found * self._samples
+            prompts = openings(self._corpus, language, self.target, self._max_prompts)
+        return prompts * self._samples
+
+    def _written(self, prompts: Sequence[Prompt], instruction: str | None) -> Answers:
+        inputs = [prompt.model_input(self._loaded.tokenizer, instruction) for prompt in prompts]
+        items = self._write(inputs, self._new_tokens, self._temperature, self._seed)
+        return identify_answers(items, self._corpus.languages)
 
     def _answers(self, language: str, instruction: str | None = None) -> Answers:
-        if language not in self._asked:
-            self._asked[language] = self._prompts_of(language)
-        found = self._write(
-            [one.given(self._loaded.tokenizer, instruction) for one in self._asked[language]],
-            self._new_tokens,
-            self._temperature,
-            self._seed,
-        )
-        return identified(found, self._corpus.languages)
+        if language not in self._prompts:
+            self._prompts[language] = self._prompts_of(language)
+        return self._written(self._prompts[language], instruction)
 
-    def _own_answers(self, language: str) -> Answers:
-        """The unedited model's."""
-        if language not in self._own:
-            self._own[language] = self._answers(language)
-        return self._own[language]
+    def _answers_unedited(self, language: str) -> Answers:
+        if language not in self._unedited_answers:
+            self._unedited_answers[language] = self._answers(language)
+        return self._unedited_answers[language]
 
-    def _nll_of_own(self, language: str) -> float:
-        if language not in self._own_nll:
-            self._own_nll[language] = continuation_nll(self._loaded, self._own_answers(language).items)
-        return self._own_nll[language]
+    def _nll_unedited(self, language: str) -> float:
+        if language not in self._unedited_nll:
+            answers = self._answers_unedited(language)
+            self._unedited_nll[language] = continuation_nll(self._loaded, answers.items)
+        return self._unedited_nll[language]
 
     @cached_property
     def _unedited(self) -> dict[str, UneditedText]:
-        """Every language's text as the unedited model reads it, third languages' hidden states kept where they fit."""
+        """Every language's text as the unedited model reads it, with third languages' hidden states if they fit."""
         third = [k for k in self._corpus.languages if k not in (self.source, self.target)]
         tokens = sum(batch.ids.numel() for k in third for batch in self._batches[k])
-        keep = kept_bytes(self._loaded, tokens) <= room(self._loaded) * KEPT_SHARE
+        keep = kept_bytes(self._loaded, tokens) <= room(self._loaded) * KEPT_FRACTION
         return {
-            language: read_unedited(self._loaded, some, keep and language in third)
-            for language, some in self._batches.items()
+            language: read_unedited(self._loaded, batches, keep and language in third)
+            for language, batches in self._batches.items()
         }
 
-    def _other(self, language: str, found: Answers, own: Answers) -> OtherLanguage:
-        gap = continuation_nll(self._loaded, found.items) - self._nll_of_own(language)
+    def _other(self, language: str, steered: Answers, unedited: Answers) -> OtherLanguage:
+        gap = continuation_nll(self._loaded, steered.items) - self._nll_unedited(language)
         return OtherLanguage(
-            share=found.share(language),
-            ceiling=own.share(language),
-            fluency_gap=None if gap != gap else gap,
-            distinct_pairs=found.distinct_pairs,
-            longest_repeat=found.longest_repeat,
-            answer_words=found.words,
+            share=steered.rate(language),
+            ceiling=unedited.rate(language),
+            fluency_gap=None if math.isnan(gap) else gap,
+            distinct_pairs=steered.distinct_pairs,
+            longest_repeat=steered.longest_repeat,
+            answer_words=steered.words,
         )
-
-    def _sentence_share(self, text: str) -> float:
-        return sentence_share(text, self.target, self._corpus.languages)

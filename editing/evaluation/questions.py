@@ -1,4 +1,4 @@
-"""Questions that models answer: files with ``question_id`` and ``text``, the same question in several languages."""
+"""Question files: rows with ``question_id`` and ``text``, the same questions in several languages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from neurons.text.corpus_files import language_label
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 EXAMPLE = '{"question_id": "7", "text": "How do I bake bread?"}'
-PARTS = {"all": (0, 1), "choose": (0,), "report": (1,)}  # by the question's place, modulo 2
+PARTS = {"all": (0, 1), "choose": (0,), "report": (1,)}  # part -> indices of its questions, modulo 2
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Question:
 
     Attributes:
         question_id: the same in every language.
-        text: in the language that it is asked in.
-        reference: what a good answer is, in the target language; None where the file has none.
+        text: the question.
+        reference: a good answer in the target language; None if the file has none.
     """
 
     question_id: str
@@ -41,8 +42,8 @@ class Questions:
 
     Attributes:
         of: language -> its questions, in file order.
-        digest: sha256 over all of it, hexadecimal.
-        part: "all", or the half to choose settings on, or the half to report.
+        digest: sha256 over all files, hexadecimal.
+        part: "all", "choose" (the half to choose settings on) or "report" (the half to report).
     """
 
     of: dict[str, tuple[Question, ...]]
@@ -50,14 +51,14 @@ class Questions:
     part: str = "all"
 
     def half(self, part: str) -> Questions:
-        """Every other question: those at even places to choose on, those at odd ones to report.
+        """Every other question: "choose" takes the even indices, "report" the odd ones.
 
         Raises:
-            UsageError: a single question.
+            UsageError: a language with a single question.
         """
         kept = {
-            language: tuple(one for i, one in enumerate(some) if i % 2 in PARTS[part])
-            for language, some in self.of.items()
+            language: tuple(question for i, question in enumerate(questions) if i % 2 in PARTS[part])
+            for language, questions in self.of.items()
         }
         if not all(kept.values()):
             raise UsageError(
@@ -67,65 +68,66 @@ class Questions:
 
 
 def taken(questions: Sequence[Question], part: str) -> list[Question]:
-    """The questions of a part as corpora have them: a half to estimate from, a quarter to choose on, one to report.
+    """The questions of a part, split like a corpus: a half to estimate from, a quarter to choose on, one to report.
 
     Args:
         questions: of one language.
         part: a key of ``neurons.text.corpus.PARTS``.
     """
-    return [one for place, one in enumerate(questions) if place % 4 in CORPUS_PARTS[part]]
+    return [question for i, question in enumerate(questions) if i % 4 in CORPUS_PARTS[part]]
 
 
 def read_questions(path: Path, source: str | None = None) -> Questions:
     """Read questions.
 
     Args:
-        path: a ``.jsonl``, ``.csv`` or ``.parquet`` with ``question_id`` and ``text`` and, if it likes,
-            ``reference`` and ``language``; without ``language`` all of it is in the source language.  Or a
+        path: a ``.jsonl``, ``.csv`` or ``.parquet`` file with ``question_id``, ``text`` and optionally
+            ``reference`` and ``language``; without ``language`` all rows are in the source language.  Or a
             directory of such files named by language, ``en.jsonl``, ``fr.jsonl``, ...
-        source: the language that is asked in; it must be there.  None: whatever is there will do.
+        source: a language that must have questions; None accepts any.
 
     Raises:
-        UsageError: no such file, another ending, a row without ``question_id`` or ``text``, an id twice in
-            a language, or nothing in the source language.
+        UsageError: no such file, another suffix, a row without ``question_id`` or ``text``, an id twice in
+            a language, or no question in the source language.
     """
     if path.is_dir():
         files = sorted(
-            one for one in path.iterdir() if one.suffix in SUFFIXES and not one.name.startswith(".")
+            file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith(".")
         )
     elif path.is_file():
         files = [path]
     else:
-        raise UsageError(f"{path}: there are no such questions: a file or directory with rows like {EXAMPLE}")
-    found: dict[str, list[Question]] = {}
+        raise UsageError(
+            f"{path}: no such questions: give a file or a directory of files with rows like {EXAMPLE}"
+        )
+    by_language: dict[str, list[Question]] = {}
     digest = hashlib.sha256()
     for file in files:
         digest.update(json.dumps(file.name).encode() + file.read_bytes())
         fallback = file.stem if path.is_dir() else source or ""
         for number, row in enumerate(_rows(file), start=1):
             language = language_label(str(row.get("language") or fallback))
-            found.setdefault(language, []).append(_question(file, number, row))
-    if (not found) if source is None else (source not in found):
-        there, which = (
-            ", ".join(found) or "nothing",
-            "" if source is None else f" in {source!r}, the source language",
-        )
-        raise UsageError(f"{path}: no question{which} (there is {there})")
-    for language, some in found.items():
-        ids = [one.question_id for one in some]
-        repeated = next((one for one in ids if ids.count(one) > 1), None)
-        if repeated is not None:
-            raise UsageError(f"{path}: question_id {repeated!r} is there twice in language {language!r}")
-    return Questions({language: tuple(some) for language, some in found.items()}, digest.hexdigest())
+            by_language.setdefault(language, []).append(_question(file, number, row))
+    if not by_language or (source is not None and source not in by_language):
+        which = "" if source is None else f" in {source!r}, the source language"
+        raise UsageError(f"{path}: no question{which} (languages: {', '.join(by_language) or 'none'})")
+    for language, questions in by_language.items():
+        ids = Counter(question.question_id for question in questions)
+        repeated = [question_id for question_id, count in ids.items() if count > 1]
+        if repeated:
+            raise UsageError(f"{path}: question_id {repeated[0]!r} occurs twice in language {language!r}")
+    return Questions(
+        {language: tuple(questions) for language, questions in by_language.items()}, digest.hexdigest()
+    )
 
 
 def _question(path: Path, number: int, row: Mapping[str, Any]) -> Question:
-    identity, text, reference = (row.get(name) for name in ("question_id", "text", "reference"))
-    if identity is None or not isinstance(text, str) or not text.strip():
+    question_id, text, reference = (row.get(name) for name in ("question_id", "text", "reference"))
+    if question_id is None or not isinstance(text, str) or not text.strip():
         raise UsageError(f"{path}: row {number} lacks question_id or text: write rows like {EXAMPLE}")
     if reference is not None and not isinstance(reference, str):
-        raise UsageError(f"{path}: row {number}: the reference is not a text")
-    return Question(str(identity), text.strip(), (reference or "").strip() or None)
+        raise UsageError(f"{path}: row {number}: the reference is not a string")
+    return Question(str(question_id), text.strip(), (reference or "").strip() or None)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The same continuations by vLLM, where it is installed: it reads checkpoints and knows nothing of plans."""
+"""Continuations by vLLM, if it is installed: it reads checkpoints, and cannot apply plans."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation,
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.models.source import locate, pick_device
 
-# vLLM writes its log to standard output, where --json has its one object, and a page of it.
+# vLLM logs to standard output, which belongs to --json.
 QUIET = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
-# A copy of a process that has computed with threads, as this one does between two engines, may wait for them forever.
-FRESH = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-ROOM = 512  # tokens
-SHARE_OF_FREE_MEMORY = 0.8
+# This process computes with threads between two engines; a fork of it may deadlock.
+SPAWN = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+MIN_CONTEXT = 512  # tokens
+FREE_MEMORY_FRACTION = 0.8
 
 
 def require_vllm() -> Any:
-    """The package vllm, which from then on logs errors only, to standard error (unless VLLM_LOGGING_* say else).
+    """Import vllm, which then logs only errors, to standard error (unless VLLM_LOGGING_* are set).
 
     Raises:
-        UsageError: it is not installed.
-        BrocaError: it is, and cannot be imported.
+        UsageError: vLLM is not installed.
+        BrocaError: vLLM is installed and cannot be imported.
     """
-    for name, value in (QUIET | FRESH).items():
+    for name, value in (QUIET | SPAWN).items():
         os.environ.setdefault(name, value)
     try:
-        # Not a package that Broca asks for: type checkers need not find it.
+        # Not a dependency of Broca, so type checkers may not find it.
         return import_module("vllm")
     except ModuleNotFoundError as error:
         if error.name != "vllm":
-            raise BrocaError(_broken(error)) from error
+            raise BrocaError(_import_failed(error)) from error
         raise UsageError(
-            "vLLM is not installed here: `pip install vllm`, or leave --engine vllm out to use transformers"
+            "vLLM is not installed: `pip install vllm`, or leave out --engine vllm to use transformers"
         ) from error
     except (ImportError, RuntimeError, OSError) as error:
-        raise BrocaError(_broken(error)) from error
+        raise BrocaError(_import_failed(error)) from error
 
 
 def generate_by_vllm(
@@ -59,11 +59,11 @@ def generate_by_vllm(
     seed: int = 0,
     dtype: str = "auto",
 ) -> list[Continuation]:
-    """One continuation a prompt, by an engine that is started for them; as ``VllmWriter`` says.
+    """One continuation a prompt, by a new engine; arguments and results as those of ``VllmWriter``.
 
     Raises:
         UsageError: vLLM is not installed, or there is no such model.
-        BrocaError: vLLM cannot load the checkpoint, or not with so long a context.
+        BrocaError: vLLM cannot load the checkpoint with the necessary context length.
     """
     with VllmWriter(model, tokenizer, dtype) as write:
         return write(prompts, new_tokens, temperature, seed)
@@ -71,32 +71,38 @@ def generate_by_vllm(
 
 @dataclass(frozen=True)
 class _Running:
-    """An engine: of which model, for texts of how many tokens, and which tokens end an answer."""
+    """A running engine.
+
+    Attributes:
+        model: hub id or directory of its checkpoint.
+        engine: ``vllm.LLM``.
+        context: maximum tokens of a prompt and its answer.
+        end_tokens: tokens that end an answer.
+    """
 
     model: str
     engine: Any
-    room: int
-    ends: list[int]
+    context: int
+    end_tokens: list[int]
 
 
 class VllmWriter:
     """Writes by vLLM, with one checkpoint at a time, until the ``with`` block ends.
 
-    Called like ``editing.evaluation.generation.generate`` on a model.  An engine starts when a checkpoint's first text
-    is wanted; it stops when another checkpoint is to write, and starts anew if a text comes that is too long
-    for it.
+    It is called like ``editing.evaluation.generation.generate`` on a model.  The first call for a checkpoint starts an
+    engine.  The engine stops if another checkpoint is called for, and restarts if a text exceeds its context length.
 
-    Greedy texts are those of transformers, but for near ties that the two round differently; sampled ones
-    are drawn by other random numbers: of a seed of its own for each place among the prompts.
+    Greedy texts equal those of transformers, except for near ties that the two round differently.  Sampled texts
+    differ: each prompt index has its own seed.
 
     Args:
-        model: hub id or directory of the checkpoint that writes.
-        tokenizer: its tokenizer; vLLM is given token ids, so that both engines read the same.
-        dtype: "auto" is what ``neurons.models.source.load_model`` takes.
+        model: hub id or directory of the checkpoint.
+        tokenizer: its tokenizer; vLLM gets token ids, so that both engines read the same.
+        dtype: "auto" is the dtype that ``neurons.models.source.load_model`` chooses.
 
     Raises:
-        UsageError: vLLM is not installed; when called: or there is no such model.
-        BrocaError: when called: vLLM cannot load the checkpoint, or not with so long a context.
+        UsageError: vLLM is not installed; when called: there is no such model.
+        BrocaError: when called: vLLM cannot load the checkpoint with the necessary context length.
     """
 
     def __init__(self, model: str, tokenizer: Any, dtype: str = "auto") -> None:
@@ -112,17 +118,17 @@ class VllmWriter:
 
     @property
     def version(self) -> str:
-        """vLLM's."""
+        """Version of vLLM."""
         return str(self._vllm.__version__)
 
     @contextmanager
     def writing_with(self, model: str) -> Iterator[None]:
-        """Another checkpoint of the same tokenizer writes inside the block, and the one before after it."""
-        before, self._model = self._model, model
+        """Use another checkpoint with the same tokenizer inside the ``with`` block."""
+        previous, self._model = self._model, model
         try:
             yield
         finally:
-            self._model = before
+            self._model = previous
 
     def __call__(
         self,
@@ -131,66 +137,66 @@ class VllmWriter:
         temperature: float = TEMPERATURE,
         seed: int = 0,
     ) -> list[Continuation]:
-        """One continuation a prompt; arguments as ``editing.evaluation.generation.generate``."""
+        """One continuation a prompt; arguments as those of ``editing.evaluation.generation.generate``."""
         if not prompts:
             return []
-        embedded = _text_config(locate(self._model)).vocab_size
-        rows = prompt_rows(self._model, self._tokenizer, prompts, embedded)
-        running = self._with_room(max(map(len, rows)) + new_tokens)
+        embedding_rows = _text_config(locate(self._model)).vocab_size
+        rows = prompt_rows(self._model, self._tokenizer, prompts, embedding_rows)
+        running = self._engine_for(max(map(len, rows)) + new_tokens)
         settings = [
             self._vllm.SamplingParams(
                 temperature=temperature,
                 max_tokens=new_tokens,
-                seed=_seed_at(seed, place),
-                stop_token_ids=running.ends,
+                seed=_prompt_seed(seed, index),
+                stop_token_ids=running.end_tokens,
             )
-            for place in range(len(rows))
+            for index in range(len(rows))
         ]
         answers = running.engine.generate(
             [{"prompt_token_ids": ids} for ids in rows], settings, use_tqdm=False
         )
-        # vLLM stops at the tokenizer's own end token too.
-        stops = {*running.ends, self._tokenizer.eos_token_id}
-        found = []
+        # vLLM also stops at the tokenizer's end token.
+        stops = {*running.end_tokens, self._tokenizer.eos_token_id}
+        continuations = []
         for answer in answers:
             ids = list(answer.outputs[0].token_ids)
             if ids and ids[-1] in stops:
                 ids.pop()
             text = self._tokenizer.decode(ids, skip_special_tokens=True)
-            found.append(Continuation(tuple(ids), text))
-        return found
+            continuations.append(Continuation(tuple(ids), text))
+        return continuations
 
-    def _with_room(self, tokens: int) -> _Running:
-        """The engine of the checkpoint that is to write, started where none runs that can read so many tokens."""
+    def _engine_for(self, tokens: int) -> _Running:
+        """The checkpoint's engine for texts of ``tokens`` tokens, started if none is running."""
         running = self._running
-        if running is None or running.model != self._model or running.room < tokens:
+        if running is None or running.model != self._model or running.context < tokens:
             self._stop()
             running = self._running = self._started(tokens)
         return running
 
     def _started(self, tokens: int) -> _Running:
         checkpoint = locate(self._model)
-        room = _room(checkpoint, self._tokenizer, tokens)
-        ends = _end_tokens(checkpoint, self._tokenizer)
+        context = _context_length(checkpoint, self._tokenizer, tokens)
+        end_tokens = _end_tokens(checkpoint, self._tokenizer)
         try:
             with _interruptible():
                 engine = self._vllm.LLM(
                     model=str(checkpoint),
                     dtype=_dtype(checkpoint, self._dtype),
-                    # Without what the checkpoint's generation_config.json advises, as with transformers.
+                    # Ignore the checkpoint's generation_config.json, as with transformers.
                     generation_config="vllm",
-                    max_model_len=room,
-                    # Compiling takes longer than a few texts do, needs a C++ compiler on a CPU, and rounds otherwise.
+                    max_model_len=context,
+                    # Compilation takes longer than a few texts, needs a C++ compiler on a CPU, and rounds differently.
                     enforce_eager=True,
                     use_tqdm_on_load=False,
                     **_memory(),
                 )
         except (RuntimeError, ValueError, OSError) as error:
             raise BrocaError(f"{self._model}: vLLM cannot load it ({_reason(error)})") from error
-        return _Running(self._model, engine, room, ends)
+        return _Running(self._model, engine, context, end_tokens)
 
     def _stop(self) -> None:
-        """End the engine's process: what it holds of the memory is most of it, and another may follow."""
+        """End the engine's process, which holds most of the memory."""
         running, self._running = self._running, None
         inner = None if running is None else getattr(running.engine, "llm_engine", None)
         if inner is not None:
@@ -205,10 +211,13 @@ class _Interrupted(BaseException):
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """A KeyboardInterrupt ends the block: vLLM drops the first one where it waits for a process that starts (its
-    ``zmq_socket_ctx``), and then waits on for one that has ended."""
+    """Let a KeyboardInterrupt end the ``with`` block.
+
+    While vLLM waits for a new process, its ``zmq_socket_ctx`` drops the first interrupt; vLLM then waits forever for a
+    process that has ended.
+    """
     before = signal.getsignal(signal.SIGINT)
-    # Another is set where interrupts are ignored, or somebody's own; and none may be set outside the main thread.
+    # Keep a caller's handler, also one that ignores interrupts; only the main thread may set one.
     if before is not signal.default_int_handler or current_thread() is not main_thread():
         yield
         return
@@ -225,9 +234,9 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _seed_at(seed: int, place: int) -> int:
-    """The seed of one prompt: with one in common, a prompt that is asked twice would get one answer twice."""
-    return Random(f"{seed} {place}").getrandbits(63)
+def _prompt_seed(seed: int, index: int) -> int:
+    """The seed of one prompt: with a common seed, a repeated prompt would get the same answer again."""
+    return Random(f"{seed} {index}").getrandbits(63)
 
 
 def _text_config(checkpoint: Path) -> Any:
@@ -236,30 +245,32 @@ def _text_config(checkpoint: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config()
 
 
-def _room(checkpoint: Path, tokenizer: Any, tokens: int) -> int:
-    """For texts of how many tokens an engine starts: memory for those asked, and some for longer ones to come."""
+def _context_length(checkpoint: Path, tokenizer: Any, tokens: int) -> int:
+    """The context length of a new engine: ``tokens``, and more for longer texts later if the model allows it."""
     config = _text_config(checkpoint)
-    # A model that does not say how much it reads may read no more than is asked.
+    # Without a declared maximum, the model may not read more than ``tokens``.
     longest: int = getattr(config, "max_position_embeddings", None) or tokens
-    return max(tokens, min(max(ROOM, 2 * tokens), longest, int(tokenizer.model_max_length)))
+    return max(tokens, min(max(MIN_CONTEXT, 2 * tokens), longest, int(tokenizer.model_max_length)))
 
 
 def _memory() -> dict[str, float]:
-    """The setting by which an engine takes a share of the memory that is free: by default it wants nearly all that
-    there is, and this process has a model in it."""
+    """The engine's memory limit: a fraction of the free memory.
+
+    vLLM's default is a fraction of all memory, part of which this process uses for its model.
+    """
     if pick_device().type == "cpu":
-        # Comes with vLLM.
-        found = import_module("psutil").virtual_memory()
-        free, total = found.available, found.total
+        # psutil is a dependency of vLLM.
+        memory = import_module("psutil").virtual_memory()
+        free, total = memory.available, memory.total
     elif torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info(0)
     else:
         return {}
-    return {"gpu_memory_utilization": SHARE_OF_FREE_MEMORY * free / total}
+    return {"gpu_memory_utilization": FREE_MEMORY_FRACTION * free / total}
 
 
 def _dtype(checkpoint: Path, dtype: str) -> str:
-    """As ``neurons.models.source.load_model`` has it; vLLM's own "auto" would halve float32 weights."""
+    """The dtype that ``neurons.models.source.load_model`` chooses; vLLM's "auto" would load float32 as 16 bits."""
     import transformers
 
     if dtype != "auto":
@@ -272,7 +283,7 @@ def _dtype(checkpoint: Path, dtype: str) -> str:
 
 
 def _end_tokens(checkpoint: Path, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, as transformers has them: a chat model's may differ from its tokenizer's."""
+    """The tokens that end an answer in transformers; a chat model's may differ from its tokenizer's."""
     import transformers
 
     if (checkpoint / "generation_config.json").is_file():
@@ -280,15 +291,15 @@ def _end_tokens(checkpoint: Path, tokenizer: Any) -> list[int]:
     else:
         config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         advised = transformers.GenerationConfig.from_model_config(config).eos_token_id
-    found = tokenizer.eos_token_id if advised is None else advised
-    return sorted(found if isinstance(found, list) else [] if found is None else [found])
+    ends = tokenizer.eos_token_id if advised is None else advised
+    return sorted(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, in a sentence; a setting that vLLM refuses has it on the second line, advice behind it."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip().startswith("Value error, ")]
-    return said[0].removeprefix("Value error, ").partition(". ")[0] if said else first_line(error)
+    """The error in one sentence: of a refused setting, the line that begins "Value error", without its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip().startswith("Value error, ")]
+    return lines[0].removeprefix("Value error, ").partition(". ")[0] if lines else first_line(error)
 
 
-def _broken(error: Exception) -> str:
-    return f"vLLM is installed here but cannot be imported ({first_line(error)}): mend it, or leave --engine vllm out"
+def _import_failed(error: Exception) -> str:
+    return f"vLLM is installed but cannot be imported ({first_line(error)}): install it again, or leave out --engine vllm"

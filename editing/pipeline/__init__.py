@@ -1,1 +1,1 @@
-"""Pipeline: the whole job from one recipe."""
+"""Pipeline: the job of a recipe, the language lock, and the memory that their stages need."""

@@ -1,11 +1,11 @@
-"""What the stages of an edit need of the memory, from a model's sizes alone (``neurons.recording.needs``)."""
+"""Memory needs of the stages of an edit, estimated from a model's sizes (``neurons.recording.needs``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
 
-from editing.evaluation.evaluation import KEPT_SHARE
+from editing.evaluation.evaluation import KEPT_FRACTION
 from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
 from editing.evaluation.questions import Questions, taken
 from editing.methods.distilled_values import EXAMPLES_A_STEP
@@ -31,54 +31,59 @@ from neurons.models.memory import (
 from neurons.models.source import LoadedModel
 from neurons.recording.needs import Text, pass_need
 
-# Python, torch and what reads tensors, without transformers; the factors of an edited tensor in float64.
-WRITER, COPIES = 300 * 2**20, 3
+WRITER = 300 * 2**20  # bytes of Python, torch and safetensors, without transformers
+COPIES = 3  # of an edited tensor, in float64
 
 
 def direction_need(planned: LoadedModel, text: Text) -> Need:
-    """``editing.directions.recorded.record_texts``: the means of every text at three sites."""
+    """Need of ``editing.directions.recorded.record_texts``: the means of every text at three sites."""
     sizes = sizes_of(planned)
-    share = 2 / text.languages if text.languages else 0
-    kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * share)
+    fraction = 2 / text.languages if text.languages else 0
+    kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction)
     return pass_need(planned, "direction", text.row, False, text.batch, kept=kept)
 
 
-def key_need(planned: LoadedModel, text: Text, blocks: Sequence[str] = ("mlp",)) -> Need:
-    """``editing.methods.keyed``: covariances of as many layers at a time as there is room for.
+def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)) -> Need:
+    """Need of ``editing.methods.keyed``: the covariances of as many layers at a time as fit.
+
+    Args:
+        planned: the model.
+        text: what is read.
+        modules: edited modules, of "attn" and "mlp".
 
     Raises:
         BrocaError: the weights leave no room.
     """
     sizes = sizes_of(planned)
-    widths = [sizes.neurons if block == "mlp" else sizes.attention for block in blocks]
-    one, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
-    layers = min(sizes.layers, max(1, (covariance_room(planned) - solving) // one))
+    widths = [sizes.neurons if module == "mlp" else sizes.attention for module in modules]
+    per_layer, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
+    layers = min(sizes.layers, max(1, (covariance_room(planned) - solving) // per_layer))
     hidden = sizes.value * sizes.residual * text.tokens if layers < sizes.layers else 0
     tokens = min(batches_for(planned, False, text.row)[0], text.batch)
-    # A group is solved when its text is read, so these two follow each other.
+    # The keys of a group of layers are solved after its text is read.
     work = max(solving, forward_bytes(sizes, tokens) + max(map(product_bytes, widths)))
     parts = {
         "libraries": LIBRARIES,
-        # No key's pass reads the embeddings, but without them the estimate is 31 % short of a 0.5B's peak.
+        # The pass does not read the embeddings, but without them the estimate is 31 % below a 0.5B model's peak.
         "weights": sizes.weights,
         "activations": work,
-        "covariances": layers * one,
+        "covariances": layers * per_layer,
         "kept": hidden if hidden <= room(planned) else 0,
     }
     return Need("key", parts, tokens)
 
 
 def learning_need(planned: LoadedModel) -> Need:
-    """``editing.methods.learned_values``."""
+    """Need of ``editing.methods.learned_values``."""
     return pass_need(planned, "learn", LONGEST, True)
 
 
 def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[Need]:
-    """``editing.pipeline.lock``: the keys, learning and the answers, of which a batch is written at a time."""
+    """Needs of ``editing.pipeline.lock``: keys, learning, and answers, which are written a batch at a time."""
     rows = [
-        len(prompt_of(planned, one.text).ids) + KEPT_ANSWER_TOKENS
+        len(prompt_of(planned, question.text).ids) + KEPT_ANSWER_TOKENS
         for language in lock.languages
-        for one in taken(questions.of[language], BUILD)
+        for question in taken(questions.of[language], BUILD)
     ]
     longest = max(rows) - KEPT_ANSWER_TOKENS
     text = Text(len(lock.languages), max(rows), sum(rows), len(rows))
@@ -93,9 +98,11 @@ def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[N
 
 
 def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64) -> Need:
-    """``editing.evaluation.evaluation``: what is larger of writing answers and of comparing distributions on text.
+    """Need of ``editing.evaluation.evaluation``: the larger of writing answers and reading text for KL.
 
     Args:
+        planned: the model.
+        text: what is read.
         prompt: tokens of the longest prompt.
     """
     sizes = sizes_of(planned)
@@ -104,25 +111,20 @@ def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64) -> Need:
         forward_bytes(sizes, PROMPTS_A_BATCH * prompt) + cache + 3 * 4 * sizes.vocabulary * PROMPTS_A_BATCH
     )
     tokens = min(batches_for(planned, False, text.row)[0], text.batch)
-    # The unedited model's hidden states of third languages are kept: of all where that is little, else of one at a time.
+    # The unedited model's hidden states are kept for all third languages if they fit, else for one at a time.
     hidden = sizes.value * sizes.residual * text.tokens // max(1, text.languages)
-    of_all = hidden * max(0, text.languages - 2)
-    kept = of_all if of_all <= room(planned) * KEPT_SHARE else hidden
+    third = hidden * max(0, text.languages - 2)
+    kept = third if third <= room(planned) * KEPT_FRACTION else hidden
     reading = forward_bytes(sizes, tokens) + logit_bytes(sizes, tokens, False) * 2 + kept
     parts = {"libraries": LIBRARIES, "weights": sizes.weights, "activations": max(writing, reading)}
     return Need("evaluate", parts, tokens)
 
 
 def writing_need(planned: LoadedModel, stage: str) -> Need:
-    """What reads and writes a tensor at a time: ``editing.checkpoints.export``, and plans that read no text."""
+    """Need of a stage that works on one tensor at a time: ``editing.checkpoints.export``, or a plan without text."""
     sizes = sizes_of(planned)
-    shapes = (
-        [entry.shape for entry in tensor_entries(planned.checkpoint).values()] if _stored(planned) else []
-    )
+    stored = any(planned.checkpoint.glob("*.safetensors"))
+    shapes = [entry.shape for entry in tensor_entries(planned.checkpoint).values()] if stored else []
     widest = max((prod(shape) for shape in shapes if len(shape) > 1), default=sizes.residual * sizes.neurons)
     edited = min(widest, sizes.residual * sizes.neurons)
     return Need(stage, {"libraries": WRITER, "tensors": COPIES * 8 * edited})
-
-
-def _stored(planned: LoadedModel) -> bool:
-    return any(planned.checkpoint.glob("*.safetensors"))

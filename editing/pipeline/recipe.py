@@ -1,4 +1,4 @@
-"""A recipe: one TOML file that names a whole job."""
+"""A recipe: the TOML file of a job."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from neurons.text.corpus_files import language_label
 
 @dataclass(frozen=True)
 class Recipe:
-    """What ``broca run`` does.
+    """The job of ``broca run``.
 
     Attributes:
-        model: hub id or directory; a relative path counts from the recipe's directory.
-        corpus: directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``; likewise.
+        model: hub id or directory; relative to the recipe's directory.
+        corpus: directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``; relative to the recipe's directory.
         source: language of the prompts.
-        targets: languages to steer to, a checkpoint each.
-        out: directory of the results; counts from where the command runs.
-        languages: which of the corpus; None takes all.
-        method: that finds neurons (``broca identify --method``).
-        top_rate: share of neurons kept.
-        key_neurons: "all" lets a key use every neuron of a layer, "identified" only the source's.
-        layers: layers that are edited ("1-3"); None is the method's default.
-        values: what the keyed edit writes: "means" (the direction, by keys over neurons) or "learned"
-            (by gradient, by keys over heads and neurons).
-        strengths: of the keyed edit; the best on the choosing part is taken.  None: the one that suits
-            the values.
-        prompts: at most so many lines of a part are prompted with.
+        targets: languages to steer to; each gets a checkpoint.
+        out: directory of the results; relative to the working directory.
+        languages: of the corpus; None takes all.
+        method: that identifies neurons (``broca identify --method``).
+        top_rate: fraction of neurons kept.
+        key_neurons: "all": a key uses every neuron of a layer; "identified": only the source's.
+        layers: edited layers ("1-3"); None is the method's default.
+        values: of the keyed edit: "means" (the direction, with keys over neurons) or "learned" (by gradient, with
+            keys over heads and neurons).
+        strengths: of the keyed edit; the best on the choosing part is used.  None: the default for the values.
+        prompts: maximum number of lines of a part used as prompts.
         samples: continuations a prompt.
         seed: of the sampling.
-        tokens: most tokens of a language that are read, evenly from the whole text; None: what each stage needs.
-        device, dtype: as ``broca identify`` takes them.
+        tokens: maximum tokens of a language, evenly from the whole text; None: what each stage needs.
+        device, dtype: as for ``broca identify``.
     """
 
     model: str
@@ -60,11 +59,11 @@ class Recipe:
 
     @property
     def keyed_strengths(self) -> tuple[float, ...]:
-        """``strengths``, or those of the values."""
+        """``strengths``, or the default for ``values``."""
         return STRENGTHS[self.values] if self.strengths is None else self.strengths
 
     def with_options(self, **options: Any) -> Recipe:
-        """The recipe with the options that are not None in place of its own."""
+        """The recipe with the options that are not None."""
         return replace(self, **{key: value for key, value in options.items() if value is not None})
 
 
@@ -72,12 +71,12 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        UsageError: no such file, not TOML, an unknown or a missing field, or a value of the wrong kind.
+        UsageError: no such file, not TOML, an unknown or missing field, or a value of the wrong kind.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: there is no such recipe") from error
+        raise UsageError(f"{path}: no such recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not TOML ({error})") from error
     settings = declared(Recipe)
@@ -89,9 +88,9 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: {', '.join(missing)} is missing")
     for name in content:
         content[name] = settings[name].require(f"{path}: {name}", content[name])
-    beside = path.resolve().parent
-    content["corpus"] = beside / Path(content["corpus"]).expanduser()
-    local = beside / Path(content["model"]).expanduser()
+    directory = path.resolve().parent
+    content["corpus"] = directory / Path(content["corpus"]).expanduser()
+    local = directory / Path(content["model"]).expanduser()
     if local.is_dir():
         content["model"] = str(local)
     if "out" in content:
@@ -107,10 +106,10 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse a job without targets, with the source among them or with a strength twice.
+    """Check targets and strengths.
 
     Raises:
-        UsageError: as said.
+        UsageError: no target, the source among the targets, or a target or strength that is named twice.
     """
     strengths = recipe.keyed_strengths
     if len(set(strengths)) != len(strengths):

@@ -1,7 +1,7 @@
-"""The main job, end to end: neurons, a direction and an edit for each target, checkpoints, measurements.
+"""The job of a recipe: neurons; a direction, an edit, a checkpoint and measurements for each target; a report.
 
-The corpus is cut by line number: one half to estimate from, a quarter to choose settings on, a quarter to
-report.  What is reported of the edit is measured on the checkpoint that was written, loaded again.
+The corpus is split by line number: one half to estimate from, a quarter to choose settings on, a quarter to report.
+The reported outcome of the edit is measured on the exported checkpoint, loaded from disk.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
 from editing.report.run_report import markdown, report_figure
 from editing.study.candidates import Candidate, candidate, candidates_of
-from editing.study.comparison import best_of
-from editing.study.origin import measured_by, processor, text_measured, texts_read
+from editing.study.comparison import best_of, measure_candidates
+from editing.study.provenance import measured_by, processor, text_measured, texts_read
 from editing.study.results import Choice, Report, load_choice, load_reports
+from editing.study.search_scoring import MIN_CEILING
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
 from neurons.files.artifact import json_bytes, write_atomically
@@ -49,36 +50,33 @@ from neurons.scorers.registry import METHODS, method_of
 from neurons.scorers.selection import parse_layers
 from neurons.text.corpus import Corpus, read_corpus
 
-# Below this share of its own language, what an edit reaches cannot be told from noise.
-LEAST_CEILING = 0.2
-# Settings are told apart by less than what is reported: a sample of each of so many prompts, and so many tokens of
-# a language for likelihoods.
+# Settings are chosen on less than is reported: one sample of each prompt, and few tokens of each language.
 CHOOSING_PROMPTS, CHOOSING_TOKENS = 64, 2_000
 
 
 class Screen(Protocol):
-    """What the pipeline tells a person while it works."""
+    """Shows the progress of a run."""
 
     def stage(self, name: str, state: str) -> None:
-        """A stage begins, or is skipped (``editing.pipeline.stages``)."""
+        """A stage begins or is skipped (``editing.pipeline.stages``)."""
 
     def progress(self, title: str, total: int | None, unit: str) -> Any:
-        """A context that gives a function to call with the amount of work done since the last call."""
+        """A context with a function to call with the amount of work done since the last call."""
 
     def copying(self, title: str) -> Any:
-        """A context that gives a function to call with (bytes done, bytes in all)."""
+        """A context with a function to call with (bytes done, total bytes)."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left.
+    """The results of a run.
 
     Attributes:
         out: directory of the results.
-        reports: one a target, in the recipe's order.
-        neurons: language -> how many neurons were found.
-        read: what neurons were found in, and what likelihoods are reported on (``neurons.text.token_budget.text_read``);
-            empty where a file that was put there does not tell.
+        reports: one for each target, in the recipe's order.
+        neurons: language -> number of neurons.
+        read: the text that neurons were identified on, and the text of the reported likelihoods
+            (``neurons.text.token_budget.text_read``); empty if a replaced file does not record it.
     """
 
     out: Path
@@ -87,24 +85,24 @@ class Result:
     read: tuple[dict[str, Any], dict[str, Any]]
 
 
-def run(recipe: Recipe, screen: Screen, asked: Mapping[str, Any] | None = None) -> Result:
-    """Do what the recipe says, skipping the stages that are done and unchanged.
+def run(recipe: Recipe, screen: Screen, about: Mapping[str, Any] | None = None) -> Result:
+    """Run the recipe's job; stages that are done and unchanged are skipped.
 
     Args:
         recipe: the job.
-        screen: where progress is told.
-        asked: JSON values that files of figures keep beside what the recipe says: the command that was given,
-            the recipe's text, its file and digest.
+        screen: shows progress.
+        about: further JSON values for the provenance in result files: the command, the recipe's text, its
+            file and digest.
 
     Raises:
-        UsageError: a recipe that names languages or files that are not there.
-        BrocaError: whatever a stage refuses.
+        UsageError: a recipe that names missing languages or files, or an invalid setting.
+        BrocaError: a stage cannot be run.
     """
-    return _Run(recipe, screen, asked or {}).all()
+    return _Run(recipe, screen, about or {}).all()
 
 
 def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
-    """What the stages of a recipe need of the memory; nothing is done.
+    """The memory needs of a recipe's stages; nothing is run.
 
     Raises:
         BrocaError: the weights, or a row of text, do not fit.
@@ -128,9 +126,11 @@ def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
-        self.recipe, self.screen, self.asked = recipe, screen, asked
-        self.kept: list[str] = []
+    """One run; ``identify``, ``direction``, ``edit``, ``export``, ``measure`` and ``report`` are its stages."""
+
+    def __init__(self, recipe: Recipe, screen: Screen, about: Mapping[str, Any]) -> None:
+        self.recipe, self.screen, self.about = recipe, screen, about
+        self.changed_by_hand: list[str] = []
         self.source: ModelSource = open_model(recipe.model)
         self.corpora: dict[str, Corpus] = {
             part: replace(read_corpus(recipe.corpus, recipe.languages, part), tokens=recipe.tokens)
@@ -139,7 +139,7 @@ class _Run:
         for language in (recipe.source, *recipe.targets):
             if language not in self.corpora["report"].languages:
                 raise UsageError(
-                    f"{recipe.corpus}: no text for {language} (there is "
+                    f"{recipe.corpus}: no text in {language} (languages: "
                     f"{', '.join(self.corpora['report'].languages)})"
                 )
         check_languages(self.corpora["report"].languages)
@@ -147,7 +147,7 @@ class _Run:
         if recipe.method not in METHODS:
             raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
         if not 0 < recipe.top_rate <= 1:
-            raise UsageError(f"top_rate is {recipe.top_rate}, but a rate lies in (0, 1]")
+            raise UsageError(f"top_rate is {recipe.top_rate}: give a rate above 0 and at most 1")
         pick_device(recipe.device)
         self.layers = (
             None if recipe.layers is None else parse_layers(recipe.layers, self.source.anatomy.layers)
@@ -157,19 +157,19 @@ class _Run:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        found = load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
-        if found.offload_note is not None:
-            self.screen.stage("model", found.offload_note)
-        return found
+        loaded = load_model(self.recipe.model, self.recipe.device, self.recipe.dtype)
+        if loaded.offload_note is not None:
+            self.screen.stage("model", loaded.offload_note)
+        return loaded
 
     def stage(self, name: str, state: str) -> None:
         if state not in (RUNS, UNCHANGED):
-            self.kept.append(f"{name}: {state}")
+            self.changed_by_hand.append(f"{name}: {state}")
         self.screen.stage(name, state)
 
-    def origin(self, *parts: str) -> dict[str, Any]:
-        """What figures measured after these parts of the text were read say of their making."""
-        elsewhere = ("model", "corpus", "out", "source", "targets")
+    def provenance(self, *parts: str) -> dict[str, Any]:
+        """The provenance of results from these parts of the text."""
+        recorded_elsewhere = ("model", "corpus", "out", "source", "targets")
         return {
             "model": self.source.label,
             "fingerprint": self.source.fingerprint,
@@ -177,11 +177,11 @@ class _Run:
             "packages": measured_by(),
             "processor": processor(self.loaded.device),
             "settings": {
-                **{key: value for key, value in asdict(self.recipe).items() if key not in elsewhere},
+                **{key: value for key, value in asdict(self.recipe).items() if key not in recorded_elsewhere},
                 "device": str(self.loaded.device),
                 "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             },
-            **self.asked,
+            **self.about,
         }
 
     def all(self) -> Result:
@@ -267,7 +267,7 @@ class _Run:
             reports,
             {language: len(neurons.of(language)) for language in neurons.languages},
             (
-                next((one["read"] for one in neurons.metadata.get("corpora", []) if "read" in one), {}),
+                next((entry["read"] for entry in neurons.metadata.get("corpora", []) if "read" in entry), {}),
                 reports[0].about.get("read", {}),
             ),
         )
@@ -275,15 +275,17 @@ class _Run:
     def identify(self) -> None:
         corpus = self.corpora["estimate"]
         with self.screen.progress("Recording activations", None, "tokens") as advance:
-            found = identify(self.loaded, corpus, self.recipe.method, self.recipe.top_rate, progress=advance)
-        found.save(self.out / "neurons.safetensors")
+            neurons = identify(
+                self.loaded, corpus, self.recipe.method, self.recipe.top_rate, progress=advance
+            )
+        neurons.save(self.out / "neurons.safetensors")
 
     def direction(self, target: str) -> None:
         with self.screen.progress("Recording the direction", None, "tokens") as advance:
-            found = diffmean_direction(
+            direction = diffmean_direction(
                 self.loaded, self.corpora["estimate"], self.recipe.source, target, advance
             )
-        found.save(self.out / f"direction-{target}.safetensors")
+        direction.save(self.out / f"direction-{target}.safetensors")
 
     def material(self, target: str) -> Material:
         direction = load_direction(self.out / f"direction-{target}.safetensors")
@@ -299,9 +301,9 @@ class _Run:
         material = replace(material, layers=self.layers)
         for strength in self.recipe.keyed_strengths:
             settings = {"strength": strength, "learn": learn, "blocks": BLOCKS if learn else ("mlp",)}
-            found = candidate(Keyed, material, settings)
-            assert found.plan is not None  # a keyed candidate always has one
-            yield replace(found, settings=found.plan.metadata["settings"])
+            keyed = candidate(Keyed, material, settings)
+            assert keyed.plan is not None  # a keyed candidate always has one
+            yield replace(keyed, settings=keyed.plan.metadata["settings"])
 
     def evaluation(self, target: str, part: str) -> Evaluation:
         recipe, corpus = self.recipe, self.corpora[part]
@@ -314,7 +316,7 @@ class _Run:
             recipe.source,
             target,
             samples=1 if choosing else recipe.samples,
-            most_prompts=min(recipe.prompts, CHOOSING_PROMPTS) if choosing else recipe.prompts,
+            max_prompts=min(recipe.prompts, CHOOSING_PROMPTS) if choosing else recipe.prompts,
             seed=recipe.seed,
         )
 
@@ -323,68 +325,70 @@ class _Run:
         hooks, _ = candidates_of(DiffMean, material)
         steer2edit, refused = candidates_of(Steer2Edit, material)
         tried: list[Outcome | Refused] = [*refused]
-        ways = [hooks, steer2edit, list(self.keyed(material))]
+        methods = [hooks, steer2edit, list(self.keyed(material))]
         chosen: dict[str, Candidate] = {}
         with self.screen.progress(
-            f"Choosing settings, {self.recipe.source} to {target}", sum(map(len, ways)), "settings"
+            f"Choosing settings, {self.recipe.source} to {target}", sum(map(len, methods)), "settings"
         ) as advance:
             evaluation = self.evaluation(target, "choose")
-            for candidates in ways:
-                best, known = best_of(evaluation, candidates, advance)
-                tried += known
+            for candidates in methods:
+                best, results = best_of(evaluation, candidates, advance)
+                tried += results
                 if best is not None:
-                    chosen[best.way] = best
+                    chosen[best.title] = best
         plan = chosen[Keyed.title].plan
         assert plan is not None
         plan.save(self.out / f"edit-{target}.safetensors")
-        settings = {way: candidate.settings for way, candidate in chosen.items()}
-        found = Choice(
+        choice = Choice(
             source=self.recipe.source,
             target=target,
             ceiling=evaluation.ceiling,
-            chosen=settings,
+            chosen={title: candidate.settings for title, candidate in chosen.items()},
             tried=tuple(tried),
-            about={**self.origin("estimate", "choose"), "corpus": text_measured(self.corpora["choose"])},
+            about={**self.provenance("estimate", "choose"), "corpus": text_measured(self.corpora["choose"])},
         )
-        write_atomically(self.out / f"choice-{target}.json", json_bytes(document(found)))
+        write_atomically(self.out / f"choice-{target}.json", json_bytes(document(choice)))
 
     def export(self, target: str) -> None:
         plan = load_plan(self.out / f"edit-{target}.safetensors")
-        with self.screen.copying(f"Writing checkpoint-{target}") as tell:
-            export(self.source, plan, self.out / f"checkpoint-{target}", overwrite=True, progress=tell)
+        with self.screen.copying(f"Writing checkpoint-{target}") as progress:
+            export(self.source, plan, self.out / f"checkpoint-{target}", overwrite=True, progress=progress)
 
     def measure(self, target: str) -> None:
         material = self.material(target)
         chosen = load_choice(self.out / f"choice-{target}.json").chosen
         plan = load_plan(self.out / f"checkpoint-{target}" / PLAN_IN_CHECKPOINT)
-        # Left on disk: one model in memory is enough.
+        # The weights stay on disk: only one model is in memory.
         exported = load_model(str(self.out / f"checkpoint-{target}"), dtype=self.recipe.dtype, max_memory=0)
-        ways = [candidate(DiffMean, material, chosen[DiffMean.title])]
+        candidates = [candidate(DiffMean, material, chosen[DiffMean.title])]
         notes = []
         if Steer2Edit.title in chosen:
-            ways.append(candidate(Steer2Edit, material, chosen[Steer2Edit.title]))
+            candidates.append(candidate(Steer2Edit, material, chosen[Steer2Edit.title]))
         else:
             notes.append("Steer2Edit: none of the published settings changes anything in this model.")
-        ways.append(Candidate(Keyed.title, plan.metadata["settings"], plan, Exchange(self.loaded, exported)))
+        candidates.append(
+            Candidate(Keyed.title, plan.metadata["settings"], plan, Exchange(self.loaded, exported))
+        )
         with self.screen.progress(
-            f"Measuring {self.recipe.source} to {target}", len(ways) + 1, "ways"
+            f"Measuring {self.recipe.source} to {target}", len(candidates) + 1, "methods"
         ) as advance:
             evaluation = self.evaluation(target, "report")
             outcomes = [evaluation.base]
             advance(1)
-            for way in ways:
-                outcomes.append(evaluation.measure(way.way, way.steering, way.details(), kl=True))
+            for _, outcome in measure_candidates(evaluation, candidates, kl=True):
+                outcomes.append(outcome)
                 advance(1)
-        if evaluation.ceiling < LEAST_CEILING:
+        if evaluation.ceiling < MIN_CEILING:
             notes.append(
                 f"The unedited model hardly writes {target} on {target} prompts (ceiling "
                 f"{evaluation.ceiling:.2f}): shares say little here."
             )
-        if self.kept:
+        if self.changed_by_hand:
+            files = "; ".join(self.changed_by_hand)
             notes.append(
-                f"The command alone does not repeat these figures: {'; '.join(self.kept)}; put these files there too."
+                f"The command alone does not repeat these figures: {files}; put these files there too."
             )
-        found = Report(
+        report = Report(
             source=self.recipe.source,
             target=target,
             ceiling=evaluation.ceiling,
@@ -392,15 +396,15 @@ class _Run:
             outcomes=tuple(outcomes),
             notes=tuple(notes),
             about={
-                **self.origin("estimate", "choose", "report"),
+                **self.provenance("estimate", "choose", "report"),
                 "corpus": text_measured(self.corpora["report"]),
                 "read": evaluation.read,
             },
         )
-        write_atomically(self.out / f"measured-{target}.json", json_bytes(document(found)))
+        write_atomically(self.out / f"measured-{target}.json", json_bytes(document(report)))
 
     def reports(self) -> tuple[Report, ...]:
-        """Those of the measured-*.json, in the recipe's order."""
+        """The reports in the measured-*.json, in the recipe's order."""
         files = (self.out / f"measured-{target}.json" for target in self.recipe.targets)
         return tuple(report for file in files for report in load_reports(file))
 

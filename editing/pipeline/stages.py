@@ -1,4 +1,4 @@
-"""Stages of a job: each leaves files and is skipped while its inputs and its files are unchanged."""
+"""Stages of a job: each writes files, and is skipped if its inputs and its files are unchanged."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RUNS, UNCHANGED, KEPT = "...", "unchanged", "kept as changed by hand: {}"
 
 
 class Stages:
-    """Remembers in ``<out>/run.json`` what each stage was made from and what it left.
+    """Records in ``<out>/run.json`` the inputs and outputs of each stage.
 
     Args:
-        out: directory of the results; made where it is missing.
-        report: called with a stage's name and RUNS, UNCHANGED or what is KEPT, before it runs.
+        out: directory of the results; created if missing.
+        report: called before a stage runs with its name and RUNS, UNCHANGED or the formatted KEPT.
 
     Raises:
-        BrocaError: ``out`` is a file, or a directory with something in it that no run has left.
+        BrocaError: ``out`` is a file, or a directory with files and no run.json.
     """
 
     def __init__(self, out: Path, report: Callable[[str, str], None]) -> None:
@@ -35,7 +35,7 @@ class Stages:
             try:
                 self._record = json.loads(record.read_text(encoding="utf-8"))
             except json.JSONDecodeError:
-                self._record = {}  # all stages run again, which loses time and nothing else
+                self._record = {}  # all stages run again
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BrocaError(
                 f"{out}: exists and is not the directory of an earlier run: choose another --out"
@@ -48,39 +48,39 @@ class Stages:
         outputs: Sequence[str],
         action: Callable[[], None],
     ) -> None:
-        """Run ``action`` unless the last run had the same inputs and its outputs are there.
+        """Run ``action`` unless the last run had the same inputs and its outputs exist.
 
-        An output that was changed by hand since is kept and used by the later stages.
+        An output that was changed by hand is kept, and later stages use it.
 
         Args:
             name: of the stage.
-            inputs: JSON values that decide the outcome; file digests for files.
+            inputs: JSON values that decide the outputs; digests for files.
             outputs: files or directories that the action writes, relative to ``out``.
-            action: writes them.
+            action: writes the outputs.
 
         Raises:
             BrocaError: the stage must run again and would overwrite a file that was changed by hand.
         """
-        wanted = digest_of({"inputs": inputs, "packages": package_versions()})
+        inputs_digest = digest_of({"inputs": inputs, "packages": package_versions()})
         last = self._record.get(name, {"inputs": None, "outputs": {}})
-        now = {output: digest(self.out / output) for output in outputs}
-        theirs = [
+        digests = {output: digest(self.out / output) for output in outputs}
+        changed = [
             output
-            for output, found in now.items()
-            if found is not None and last["outputs"].get(output, found) != found
+            for output, sha256 in digests.items()
+            if sha256 is not None and last["outputs"].get(output, sha256) != sha256
         ]
-        if last["inputs"] == wanted and None not in now.values():
-            self._report(name, KEPT.format(", ".join(theirs)) if theirs else UNCHANGED)
+        if last["inputs"] == inputs_digest and None not in digests.values():
+            self._report(name, KEPT.format(", ".join(changed)) if changed else UNCHANGED)
             return
-        if theirs:
+        if changed:
             raise BrocaError(
-                f"{self.out}: {', '.join(theirs)} was changed by hand since {name!r} wrote it, and would now "
-                "be written again: move it away, or choose another --out"
+                f"{self.out}: {', '.join(changed)} was changed by hand since {name!r} wrote it, and would be "
+                "overwritten: move it away, or choose another --out"
             )
         self._report(name, RUNS)
         action()
         self._record[name] = {
-            "inputs": wanted,
+            "inputs": inputs_digest,
             "outputs": {output: digest(self.out / output) for output in outputs},
         }
         write_atomically(self.out / RECORD, json_bytes(self._record))

@@ -1,5 +1,5 @@
-"""A study as one HTML file: what lies in a directory is read, told in sections, and laid out on a page.
+"""Report: the results in a directory as one HTML page, and the tables and figures of evaluations.
 
-``findings`` reads files, the ``*_section`` files make plain values of one kind of result each, and ``templates``
-lay these out.
+``findings`` reads the files, each ``*_section`` prepares the values of one kind of result, and ``templates`` lay them
+out.
 """

@@ -1,4 +1,4 @@
-"""The settings that were tried on the choosing part: a picture and a table, set apart from results."""
+"""Section on the settings that were tried on the choosing part: a figure and a table, separate from results."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from editing.study.results import Choice
 
 
 def choice_content(choice: Choice, name: str) -> Markup:
-    """What was tried for one target.
+    """The section of one target.
 
     Args:
-        name: tells its picture from another choice's.
+        choice: the settings.
+        name: of the figure, unique in the page.
     """
     rows, points, marked = [], [], []
-    for place, way in enumerate(choice.tried):
-        if not isinstance(way, Outcome):
+    for index, tried in enumerate(choice.tried):
+        if not isinstance(tried, Outcome):
             missing = (math.nan,) * 3
-            rows.append((way.name, *missing, f"{plain(way.settings)} ({way.refused})"))
+            rows.append((tried.name, *missing, f"{plain(tried.settings)} ({tried.refused})"))
             continue
-        settings = way.details.get("settings")
-        rises = [rise for k, rise in way.nll_rise.items() if k != choice.source and not math.isnan(rise)]
+        settings = tried.details.get("settings")
+        rises = [rise for k, rise in tried.nll_rise.items() if k != choice.source and not math.isnan(rise)]
         harm = max(rises, default=math.nan)
-        rows.append((way.name, way.target_share, way.fluency_gap, harm, plain(settings)))
-        chosen = choice.chosen.get(way.name) == settings
-        marked += [place] * chosen
-        points.append(Point(way.name, harm, way.target_share, chosen))
+        rows.append((tried.name, tried.target_share, tried.fluency_gap, harm, plain(settings)))
+        chosen = choice.chosen.get(tried.name) == settings
+        marked += [index] * chosen
+        points.append(Point(tried.name, harm, tried.target_share, chosen))
     drawing = trade_off(
         f"Target share against harm, settings for {choice.target}; larger marks were chosen",
         points,

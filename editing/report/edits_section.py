@@ -1,4 +1,4 @@
-"""Plans of weight edits: every module that changes and by how much, and a map of the components."""
+"""Section on a plan of weight edits: the change of every edited module, and a map of the components."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from editing.report.templating import rendered
 
 
 def edit_content(plan: Plan, name: str) -> Markup:
-    """Everything of one plan.
+    """The section of one plan.
 
     Args:
-        name: tells its picture from another plan's.
+        plan: the plan.
+        name: of the figure, unique in the page.
     """
     method = plan.metadata.get("method", "an edit")
     pair, drawing = language_pair(plan.metadata), None

@@ -1,4 +1,4 @@
-"""What lies in a study's directory: each file is read as what it is, or named as what is not understood."""
+"""Findings: the results in a study's directory, and a list of its files with their kinds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from neurons.files.json_file import checked, read_json
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.neuron_sets.neuron_set import NeuronSet, load_neuron_set
 
-GENERATOR = "broca report"  # what made a page, as its beginning says
+GENERATOR = "broca report"  # of a page, named near its beginning
 _BEGINNING = 1000  # bytes
-# Files that say again, or for other eyes, what the files beside them say, and those of no result.
+# Files that repeat results in another form, and files without results.
 _NOT_READ = {
     ".md": "text",
     **dict.fromkeys((".html", ".htm"), "page"),
@@ -47,48 +47,49 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Named(Generic[Result]):
-    """A result and the file it was read from, by its path inside the directory."""
+    """A result, and the path of its file inside the study's directory."""
 
     file: str
     result: Result
 
     @property
     def place(self) -> str:
-        """The file's directory inside the directory."""
+        """The file's directory."""
         return place_of(self.file)
 
 
 def place_of(file: str) -> str:
+    """The directory part of a path inside the study's directory."""
     return file.rpartition("/")[0]
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that was found.
+    """A file in the directory.
 
     Attributes:
         name: its path inside the directory.
-        what: it is.
-        digest: sha256 of a file that was read; empty of others.
-        origin: what it says of its making; None where nothing.
-        understood: whether this page knows what to do with it.
+        kind: in words.
+        digest: sha256; empty if the file was not read.
+        provenance: None if the file records none.
+        understood: whether its kind is known and it could be read.
     """
 
     name: str
-    what: str
+    kind: str
     digest: str = ""
-    origin: Provenance | None = None
+    provenance: Provenance | None = None
     understood: bool = True
 
 
 @dataclass
 class Findings:
-    """Everything in a directory, each kind in the order of the files' names.
+    """The results and files in a directory, each kind in the order of the files' names.
 
     Attributes:
         name: of the directory.
         steering, ablations, searches, choices, neurons, edits: results, with their files.
-        files: all that was found.
+        files: all files.
     """
 
     name: str
@@ -102,31 +103,31 @@ class Findings:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to show."""
+        """Whether there are no results."""
         results = (self.steering, self.ablations, self.searches, self.choices, self.neurons, self.edits)
         return not any(results)
 
 
 def read_findings(directory: Path) -> Findings:
-    """Read a study's directory and those in it; a checkpoint is named and not entered.
+    """Read a study's directory and its subdirectories; checkpoints are listed and not read.
 
     Raises:
-        UsageError: no such directory, or one without any result.
+        UsageError: no such directory, or no result in it.
     """
     if not directory.is_dir():
-        raise UsageError(f"{directory}: there is no such directory: name the one that holds the results")
-    found = Findings(directory.resolve().name or "study")
-    _enter(directory, directory, found)
-    if found.empty:
+        raise UsageError(f"{directory}: no such directory: give the directory of the results")
+    findings = Findings(directory.resolve().name or "study")
+    _enter(directory, directory, findings)
+    if findings.empty:
         raise UsageError(
-            f"{directory}: holds no result of broca run, evaluate, ablate, tune, identify or edit: name the "
-            "directory that they were written to"
+            f"{directory}: no result of broca run, evaluate, ablate, tune, identify or edit: give the directory "
+            "that they were written to"
         )
-    return found
+    return findings
 
 
-def _enter(top: Path, directory: Path, found: Findings) -> None:
-    # Files of a directory come before those of the directories in it.
+def _enter(top: Path, directory: Path, findings: Findings) -> None:
+    # A directory's files come before its subdirectories.
     for path in sorted(directory.iterdir(), key=lambda path: (path.is_dir(), path.name)):
         name = path.relative_to(top).as_posix()
         if path.name.startswith("."):
@@ -134,108 +135,117 @@ def _enter(top: Path, directory: Path, found: Findings) -> None:
         if path.is_dir():
             if (path / "config.json").is_file():
                 steered = (path / PLAN_IN_CHECKPOINT).is_file()
-                found.files.append(File(f"{name}/", "checkpoint" + " steered by Broca" * steered))
+                findings.files.append(File(f"{name}/", "checkpoint" + " steered by Broca" * steered))
             elif not path.is_symlink():  # a link may lead back
-                _enter(top, path, found)
+                _enter(top, path, findings)
         elif path.suffix == ".json":
-            found.files.append(_json(path, name, found))
+            findings.files.append(_json(path, name, findings))
         elif path.suffix == ".safetensors":
-            found.files.append(_artifact(path, name, found))
-        elif path.suffix in (".html", ".htm") and _is_ours(path):
-            continue  # an earlier page of this study is no part of it
+            findings.files.append(_artifact(path, name, findings))
+        elif path.suffix in (".html", ".htm") and _is_report(path):
+            continue  # an earlier page of this study
         elif path.suffix in _NOT_READ:
-            found.files.append(File(name, f"{_NOT_READ[path.suffix]}, not read"))
+            findings.files.append(File(name, f"{_NOT_READ[path.suffix]}, not read"))
         else:
-            found.files.append(_strange(name, "no file of Broca's"))
+            findings.files.append(_not_understood(name, "no file of Broca's"))
 
 
-def _strange(name: str, why: str) -> File:
-    return File(name, f"not understood: {why}", understood=False)
+def _not_understood(name: str, reason: str) -> File:
+    return File(name, f"not understood: {reason}", understood=False)
 
 
-def _is_ours(page: Path) -> bool:
+def _is_report(page: Path) -> bool:
     with page.open("rb") as stream:
         return GENERATOR.encode() in stream.read(_BEGINNING)
 
 
-def _json(path: Path, name: str, found: Findings) -> File:
+def _json(path: Path, name: str, findings: Findings) -> File:
     try:
         value = read_json(path)
-        what = _document(value, path, name, found)
+        kind = _document(value, path, name, findings)
     except UsageError as error:
-        return _strange(name, str(error).removeprefix(f"{path}: "))
-    if what is None:
-        return _strange(name, "JSON of another kind")
-    # A run's report.json is a list whose entries are of one making.
-    one = value[0] if isinstance(value, list) else value
-    origin = provenance(one) if isinstance(one, Mapping) else None
-    return File(name, what, digest(path) or "", origin)
+        return _not_understood(name, str(error).removeprefix(f"{path}: "))
+    if kind is None:
+        return _not_understood(name, "JSON of another kind")
+    # The entries of a run's report.json have the same provenance.
+    entry = value[0] if isinstance(value, list) else value
+    recorded = provenance(entry) if isinstance(entry, Mapping) else None
+    return File(name, kind, digest(path) or "", recorded)
 
 
-def _document(value: Any, path: Path, name: str, found: Findings) -> str | None:
-    """What a JSON document is, once its result is among the findings; None of an unknown one."""
-    if isinstance(value, list) and value and all(_has(one, "outcomes", "target") for one in value):
-        for one in value:
-            _add_steering(found, name, report_of(one, path))
+def _document(value: Any, path: Path, name: str, findings: Findings) -> str | None:
+    """Add the result of a JSON document to the findings and return its kind; None if the kind is unknown."""
+    if isinstance(value, list) and value and all(_has(entry, "outcomes", "target") for entry in value):
+        for entry in value:
+            _add_steering(findings, name, report_of(entry, path))
         return "steering, all targets of a run"
     if _has(value, "trials", "front"):
-        found.searches.append(Named(name, checked(SearchResult, value, path)))
+        findings.searches.append(Named(name, checked(SearchResult, value, path)))
         return "search"
     if _has(value, "sets", "baseline", "languages"):
-        found.ablations.append(Named(name, study_of(value, path)))
+        findings.ablations.append(Named(name, study_of(value, path)))
         return "ablation study"
     if _has(value, "outcomes", "target"):
         report = report_of(value, path)
-        _add_steering(found, name, report)
+        _add_steering(findings, name, report)
         if report.choice is not None:
-            found.choices.append(Named(name, report.choice))
+            findings.choices.append(Named(name, report.choice))
         return "steering, measured"
     if _has(value, "tried", "chosen"):
-        found.choices.append(Named(name, checked(Choice, value, path)))
+        findings.choices.append(Named(name, checked(Choice, value, path)))
         return "settings that were tried"
-    if isinstance(value, dict) and value and all(_has(one, "inputs", "outputs") for one in value.values()):
+    if (
+        isinstance(value, dict)
+        and value
+        and all(_has(stage, "inputs", "outputs") for stage in value.values())
+    ):
         return f"stages of a run: {', '.join(sorted(value))}"
     return None
 
 
-def _add_steering(found: Findings, name: str, result: Report) -> None:
-    """A run's report.json holds its measured-*.json again: what is there already is not shown twice."""
-    if all(_figures(result) != _figures(known.result) for known in found.steering):
-        found.steering.append(Named(name, result))
+def _add_steering(findings: Findings, name: str, report: Report) -> None:
+    """Add a report unless it is there: a run's report.json repeats its measured-*.json."""
+    if all(_measurement(report) != _measurement(known.result) for known in findings.steering):
+        findings.steering.append(Named(name, report))
 
 
-def _figures(one: Report) -> tuple[Any, ...]:
-    """What two files that hold the same measurement have in common; NaN is written, for it equals nothing."""
-    ways = [repr((way.name, way.target_share, way.fluency_gap, way.nll_rise)) for way in one.outcomes]
-    doses = [(name, *(dose.details["dose"] for dose in doses)) for name, doses in (one.curves or {}).items()]
-    return one.source, one.target, one.continuations, ways, doses
+def _measurement(report: Report) -> tuple[Any, ...]:
+    """The values by which two reports are the same measurement; as text, since NaN does not equal itself."""
+    outcomes = [
+        repr((outcome.name, outcome.target_share, outcome.fluency_gap, outcome.nll_rise))
+        for outcome in report.outcomes
+    ]
+    doses = [
+        (title, *(outcome.details["dose"] for outcome in curve))
+        for title, curve in (report.curves or {}).items()
+    ]
+    return report.source, report.target, report.continuations, outcomes, doses
 
 
 def _has(value: Any, *keys: str) -> bool:
     return isinstance(value, Mapping) and all(key in value for key in keys)
 
 
-def _artifact(path: Path, name: str, found: Findings) -> File:
+def _artifact(path: Path, name: str, findings: Findings) -> File:
     try:
         metadata = _header(path)
         kind = str(metadata["kind"])
         if kind == "neurons":
-            found.neurons.append(Named(name, load_neuron_set(path)))
+            findings.neurons.append(Named(name, load_neuron_set(path)))
         elif kind == "edit":
-            found.edits.append(Named(name, load_plan(path)))
+            findings.edits.append(Named(name, load_plan(path)))
     except (SafetensorError, OSError) as error:
-        return _strange(name, f"not a readable safetensors file ({error})")
+        return _not_understood(name, f"not a readable safetensors file ({error})")
     except BrocaError as error:
-        return _strange(name, str(error).removeprefix(f"{path}: "))
+        return _not_understood(name, str(error).removeprefix(f"{path}: "))
     except (KeyError, TypeError, ValueError) as error:
-        return _strange(name, f"damaged ({error})")
-    read = kind in ("neurons", "edit", "direction")
-    what = _ARTIFACTS.get(kind, f"{kind}, not shown")
-    return File(name, what, digest(path) or "" if read else "", provenance(metadata))
+        return _not_understood(name, f"damaged ({error})")
+    sha256 = digest(path) if kind in ("neurons", "edit", "direction") else None
+    return File(name, _ARTIFACTS.get(kind, f"{kind}, not shown"), sha256 or "", provenance(metadata))
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """A Broca file's metadata alone: statistics are larger than a page needs to know."""
+    """The metadata of a Broca file, without its tensors, which may be large."""
     with safe_open(str(path), framework="pt") as stream:
         text = (stream.metadata() or {}).get("broca")
     if text is None:

@@ -1,4 +1,4 @@
-"""Numbers and words as a reader wants them: so many digits, a sign where it tells, a dash where nothing was measured."""
+"""Formats of numbers and words in the page."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from markupsafe import Markup
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 SHOWN_OF_DIGEST = 12
-LONGEST = 18  # letters of a word in the head of a row
+MAX_UNBROKEN = 18  # letters of a word in a row's header before it may break
 _DIGEST = re.compile("[0-9a-f]{32,}")
-# What HTML may not hold at all: control characters but tab and line ends, surrogates, noncharacters.
+# Characters that HTML forbids: control characters but tab and line ends, surrogates, noncharacters.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def clean(text: str) -> str:
-    """Text without what no HTML or XML document may hold."""
+    """Text with the characters that HTML and XML forbid replaced."""
     return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def number(value: float | None, form: str) -> str:
-    """By a format specification such as ``+.2f``; with a real minus, none before zero, and a dash for no number."""
+    """A number in a format such as ``+.2f``: a minus sign for the hyphen, no sign before zero, a dash for None or NaN."""
     if value is None or math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -35,11 +35,12 @@ def number(value: float | None, form: str) -> str:
 
 
 def count(value: int | None) -> str:
+    """A count with separators of thousands; a dash for None."""
     return NOTHING if value is None else f"{value:,}"
 
 
 def span(sizes: tuple[int, ...]) -> str:
-    """One count, or the least to the most."""
+    """The count, or the smallest and the largest if they differ."""
     if not sizes:
         return NOTHING
     low, high = min(sizes), max(sizes)
@@ -47,7 +48,7 @@ def span(sizes: tuple[int, ...]) -> str:
 
 
 def plain(value: Any) -> str:
-    """A JSON value of a settings table: short, and readable without being JSON."""
+    """A JSON value of a settings table as short words."""
     if value is None or value == "":
         return "none"
     if isinstance(value, bool):
@@ -63,14 +64,14 @@ def plain(value: Any) -> str:
                 return f"{low} to {high}"
         return ", ".join(map(plain, value)) or "none"
     text = str(value)
-    # A digest is told apart by its beginning, and fills a line with all of it.
+    # The beginning identifies a digest; all of it would fill a line.
     return f"{text[:SHOWN_OF_DIGEST]}\N{HORIZONTAL ELLIPSIS}" if _DIGEST.fullmatch(text) else text
 
 
 def breakable(text: object) -> Markup:
-    """Words that may break after so many letters: the head of a row stays in sight while the row scrolls."""
+    """Text whose long words may break: a row's header stays visible while the row scrolls."""
     words = (
-        Markup("<wbr>").join(word[i : i + LONGEST] for i in range(0, len(word), LONGEST))
+        Markup("<wbr>").join(word[i : i + MAX_UNBROKEN] for i in range(0, len(word), MAX_UNBROKEN))
         for word in str(text).split(" ")
     )
     return Markup(" ").join(words)

@@ -1,4 +1,4 @@
-"""Neuron sets: how many neurons of each language and kind there are, where they lie, and what they share."""
+"""Section on a neuron set: counts by language and kind, the layers, and the overlap of languages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SETTINGS_SHOWN = ("scope", "top_rate", "threshold", "min_exclusivity", "kinds",
 
 
 def neurons_content(neurons: NeuronSet) -> Markup:
-    """Everything of one neuron set."""
+    """The section of one neuron set."""
     settings = neurons.metadata.get("settings") or {}
     return rendered(
         "neurons",
@@ -43,7 +43,7 @@ def _layers(neurons: NeuronSet) -> HeatMap:
     rows = []
     for language in neurons.languages:
         sizes = torch.bincount(neurons.of(language)[:, 0], minlength=neurons.layers).tolist()
-        # Empty layers are many, and the missing colour says it.
+        # A layer without neurons has an empty cell.
         rows.append((language, [Cell(float(size), count(size) if size else "") for size in sizes]))
     return HeatMap(
         "Where they lie: neurons of each language (rows) in each layer (columns, from 0)",
@@ -57,17 +57,17 @@ def _layers(neurons: NeuronSet) -> HeatMap:
 
 def _overlap(neurons: NeuronSet) -> HeatMap:
     rows = []
-    for i, (language, shares) in enumerate(
+    for i, (language, overlaps) in enumerate(
         zip(neurons.languages, language_overlap(neurons).tolist(), strict=True)
     ):
-        cells = [Cell(share, number(share, ".2f")) for share in shares]
-        cells[i] = Cell(shares[i], count(len(neurons.of(language))), strong=True, plain=True)
+        cells = [Cell(overlap, number(overlap, ".2f")) for overlap in overlaps]
+        cells[i] = Cell(overlaps[i], count(len(neurons.of(language))), strong=True, plain=True)
         rows.append((language, cells))
     return HeatMap(
         "What languages share: Jaccard index of every two languages' neurons (diagonal: how many each has)",
         ["", *neurons.languages],
         rows,
         "Jaccard index",
-        least=0.2,
+        min_scale=0.2,
         signed=False,
     )

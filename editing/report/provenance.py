@@ -1,4 +1,4 @@
-"""Where a result comes from: the model, the text, the packages and the command, as its file names them."""
+"""Provenance of a result: model, text, packages and command, as its file records them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a file says of its own making.
+    """The provenance that a file records.
 
     Attributes:
-        model: as it was named; None where the file does not say.
-        fingerprint: of the model.
+        model: as the user named it; None if not recorded.
+        fingerprint: of the model; None if not recorded.
         texts: (digest, part) of all text that was read.
-        part: of the text that the figures are of; empty where the file names none.
-        inputs: (option, file, digest) of what was read beside the text; of a model the digest is its fingerprint.
+        part: of the text that was measured on; empty if not recorded.
+        inputs: (option, file, digest) of further inputs; the digest of a model is its fingerprint.
         packages: name -> version.
         settings: JSON values.
-        command: that makes it again.
-        recipe: text of the recipe that the command reads.
-        processor: what computed the figures, in words; empty where the file does not say.
+        command: that reproduces the result; None if not recorded.
+        recipe: text of the recipe that the command reads; None without a recipe.
+        processor: in words; empty if not recorded.
     """
 
     model: str | None = None
@@ -37,9 +37,9 @@ class Provenance:
 
 
 def provenance(metadata: Mapping[str, Any]) -> Provenance:
-    """Of a JSON document or a Broca file's metadata; what is missing or of another form is left out."""
+    """The provenance in a JSON document or a Broca file's metadata; missing or malformed entries are left out."""
     identity = metadata.get("identity")
-    if isinstance(identity, Mapping):  # a search's, which keeps them together
+    if isinstance(identity, Mapping):  # of a search
         corpora = identity.get("corpus")
         parts = corpora.items() if isinstance(corpora, Mapping) else ()
         metadata = {
@@ -51,12 +51,12 @@ def provenance(metadata: Mapping[str, Any]) -> Provenance:
     packages, settings, inputs = (metadata.get(key) for key in ("packages", "settings", "inputs"))
     settings = settings if isinstance(settings, Mapping) else {}
     corpora, measured = metadata.get("corpora"), metadata.get("corpus")
-    # A plan names its text among its settings.
-    found = corpora if isinstance(corpora, list) else [measured or settings.get("corpus")]
+    # A plan records its text in its settings.
+    recorded = corpora if isinstance(corpora, list) else [measured or settings.get("corpus")]
     texts = [
-        (str(one["digest"]), str(one.get("part") or "all"))
-        for one in found
-        if isinstance(one, Mapping) and "digest" in one
+        (str(corpus["digest"]), str(corpus.get("part") or "all"))
+        for corpus in recorded
+        if isinstance(corpus, Mapping) and "digest" in corpus
     ]
     return Provenance(
         model=_text(metadata.get("model")),
@@ -64,9 +64,9 @@ def provenance(metadata: Mapping[str, Any]) -> Provenance:
         texts=tuple(dict.fromkeys(texts)),
         part=str(measured.get("part") or "") if isinstance(measured, Mapping) else "",
         inputs=tuple(
-            (str(one["option"]), str(one["file"]), str(one["digest"]))
-            for one in (inputs if isinstance(inputs, list) else ())
-            if isinstance(one, Mapping) and {"option", "file", "digest"} <= one.keys()
+            (str(entry["option"]), str(entry["file"]), str(entry["digest"]))
+            for entry in (inputs if isinstance(inputs, list) else ())
+            if isinstance(entry, Mapping) and {"option", "file", "digest"} <= entry.keys()
         ),
         packages={str(k): str(v) for k, v in packages.items()} if isinstance(packages, Mapping) else {},
         settings=dict(settings),
@@ -81,8 +81,8 @@ def _processor(value: Any) -> str:
         return ""
     known = {key: str(value[key]) for key in ("device", "name", "instructions") if key in value}
     threads = value.get("threads")
-    counted = [] if threads is None else [f"{threads} thread{'' if threads == 1 else 's'}"]
-    return ", ".join([*known.values(), *counted])
+    count = [] if threads is None else [f"{threads} thread{'' if threads == 1 else 's'}"]
+    return ", ".join([*known.values(), *count])
 
 
 def _text(value: Any) -> str | None:

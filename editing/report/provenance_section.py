@@ -1,65 +1,65 @@
-"""What a study was made of and how it is made again: models, texts, packages, commands, files."""
+"""Sections on provenance, reproduction and files of a study."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from editing.report.commands import recipe, ways_again
 from editing.report.findings import Findings
 from editing.report.formats import SHOWN_OF_DIGEST, plain
+from editing.report.reproduction import recipe, reproductions
 from editing.report.templating import rendered
 
 
-def provenance_content(found: Findings) -> Markup:
-    """Everything that the files say of their making."""
-    named = [(file.name, file.origin) for file in found.files if file.origin is not None]
-    origins = [origin for _, origin in named]
+def provenance_content(findings: Findings) -> Markup:
+    """The section on the provenance that the files record."""
+    recorded = {file.name: file.provenance for file in findings.files if file.provenance is not None}
     models: dict[str, dict[str, None]] = {}
     packages: dict[str, dict[str, None]] = {}
-    for origin in origins:
-        if origin.fingerprint:
-            models.setdefault(origin.fingerprint, {}).update({origin.model: None} if origin.model else {})
-        for name, version in origin.packages.items():
+    for provenance in recorded.values():
+        if provenance.fingerprint:
+            names = models.setdefault(provenance.fingerprint, {})
+            names.update({provenance.model: None} if provenance.model else {})
+        for name, version in provenance.packages.items():
             packages.setdefault(name, {})[version] = None
-    texts = dict.fromkeys(text for origin in origins for text in origin.texts)
-    inputs = dict.fromkeys(one for origin in origins for one in origin.inputs)
+    texts = dict.fromkeys(text for provenance in recorded.values() for text in provenance.texts)
+    inputs = dict.fromkeys(entry for provenance in recorded.values() for entry in provenance.inputs)
     return rendered(
         "provenance",
         models=models,
-        # Name, words, and a digest to be set off.
+        # (name, words, digest)
         pairs=[
             *(("model", ", ".join(names) or "not named", digest) for digest, names in models.items()),
             *((f"text, part {part}", "", digest) for digest, part in texts),
             *((f"{option} {file}", "", digest) for option, file, digest in inputs),
             *((name, ", ".join(versions), "") for name, versions in sorted(packages.items())),
         ],
-        # Which file was made of what: files of one command that differ here are not of one making.
+        # By file: files of the same command that differ here are from different runs.
         made_of=[
             (
                 name,
-                origin.fingerprint or "",
-                [(part, digest) for digest, part in origin.texts],
-                [(file, digest) for _, file, digest in origin.inputs],
+                provenance.fingerprint or "",
+                [(part, digest) for digest, part in provenance.texts],
+                [(file, digest) for _, file, digest in provenance.inputs],
             )
-            for name, origin in named
-            if origin.fingerprint or origin.texts or origin.inputs
+            for name, provenance in recorded.items()
+            if provenance.fingerprint or provenance.texts or provenance.inputs
         ],
         settings=[
-            (name, plain({k: v for k, v in origin.settings.items() if v is not None}))
-            for name, origin in named
-            if origin.settings
+            (name, plain({k: v for k, v in provenance.settings.items() if v is not None}))
+            for name, provenance in recorded.items()
+            if provenance.settings
         ],
         SHOWN_OF_DIGEST=SHOWN_OF_DIGEST,
     )
 
 
-def again_content(found: Findings) -> Markup:
-    """The command of every result, or that its file names none."""
-    return rendered("again", ways=ways_again(found), recipe=recipe(found))
+def reproduction_content(findings: Findings) -> Markup:
+    """The section on the commands that reproduce the results."""
+    return rendered("reproduction", reproductions=reproductions(findings), recipe=recipe(findings))
 
 
-def files_content(found: Findings) -> Markup:
-    """Every file, those that are not understood first."""
-    strange = [file for file in found.files if not file.understood]
-    files = [*strange, *(file for file in found.files if file.understood)]
-    return rendered("files", strange=[file.name for file in strange], files=files)
+def files_content(findings: Findings) -> Markup:
+    """The section on the files; those that are not understood come first."""
+    unknown = [file for file in findings.files if not file.understood]
+    files = [*unknown, *(file for file in findings.files if file.understood)]
+    return rendered("files", unknown=[file.name for file in unknown], files=files)

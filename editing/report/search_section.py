@@ -1,4 +1,4 @@
-"""A search: its Pareto front drawn, and every trial in a table."""
+"""Section on a search: the outcome of the chosen edit, trade-off drawings, and tables of the trials."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _GOALS = {
 
 
 def search_content(search: SearchResult, name: str) -> Markup:
-    """Everything of one search, its result on the report part first.
+    """The section of one search, with its result on the report part first.
 
     Args:
-        name: tells its picture from another search's.
+        search: the search.
+        name: of the figures, unique in the page.
     """
     front = [trial for trial in search.trials if trial.number in search.front]
     return rendered(
@@ -34,15 +35,15 @@ def search_content(search: SearchResult, name: str) -> Markup:
         search=search,
         result=steering_content(search.result, f"{name}-steering") if search.result else "",
         missed=[goal for goal, met in search.report.goals_met.items() if not met] if search.report else [],
-        idle=sum(trial.state == NOTHING for trial in search.trials),
-        given_up=sum(trial.state not in (MEASURED, NOTHING) for trial in search.trials),
+        unchanged=sum(trial.state == NOTHING for trial in search.trials),
+        pruned=sum(trial.state not in (MEASURED, NOTHING) for trial in search.trials),
         goals=[words.format(plain(getattr(search.goals, goal))) for goal, words in _GOALS.items()],
         drawings=[
             _drawing(search, f"{name}-harm", "mean KL of third languages, nats", _harm),
             _drawing(search, f"{name}-gap", "fluency gap, nats a token", _gap),
         ],
         tables=[
-            (caption, trials, [place for place, one in enumerate(trials) if one.number == search.chosen])
+            (caption, trials, [i for i, trial in enumerate(trials) if trial.number == search.chosen])
             for caption, trials in (
                 ("The Pareto front; the trial set off was chosen", front),
                 ("All trials", search.trials),

@@ -1,4 +1,4 @@
-"""Ways of steering side by side: a table, NLL rises and KL as heat maps, and what each of them writes."""
+"""Section on steering: a table of the methods, heat maps of NLL rises and KL, and samples of each method."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from markupsafe import Markup
 
 from editing.evaluation.outcome import Outcome
-from editing.report.doses_section import doses_content
+from editing.report.dose_response_section import dose_response_content
 from editing.report.formats import count, number, plain
 from editing.report.heat_maps import Cell, HeatMap
 from editing.report.provenance import provenance
 from editing.report.templating import rendered
 from editing.study.results import Report
 
-# Figure of an Outcome -> its head, and how it is written.
-FIGURES = {
+# Field of an Outcome -> title of its column, and format.
+COLUMNS = {
     "distinct": ("distinct words", ".2f"),
     "agreement": ("second detector agrees", ".2f"),
     "answer_words": ("words an answer", ".1f"),
@@ -25,115 +25,129 @@ FIGURES = {
     "longest_repeat": ("longest repeat", ".2f"),
     "sentence_share": ("sentences in the target", ".2f"),
 }
-# Where the scales end at the least: less than this is no cause for a strong colour.
-LEAST_RISE, LEAST_KL, LEAST_SHARE = 0.1, 0.1, 0.2
+# Minimum ends of the scales: smaller values get no strong colour.
+MIN_RISE, MIN_KL, MIN_RATE_CHANGE = 0.1, 0.1, 0.2
 
 
 def steering_content(result: Report, name: str) -> Markup:
-    """Everything that is known of one pair of languages.
+    """The section of one pair of languages.
 
     Args:
-        name: tells its picture from another pair's.
+        result: the report.
+        name: of the figures, unique in the page.
     """
-    ways = result.outcomes
-    head, rows = _writing(ways)
+    outcomes = result.outcomes
+    head, rows = _writing(outcomes)
     return rendered(
         "steering",
         result=result,
         part=provenance(result.about).part,
-        edited=any(way.details.get("components") for way in ways),
-        effective=any(way.effectiveness is not None for way in ways),
+        edited=any(outcome.details.get("components") for outcome in outcomes),
+        effective=any(outcome.effectiveness is not None for outcome in outcomes),
         detail=_detail,
         largest=_largest,
         head=head,
         rows=rows,
-        maps=[one for one in _maps(result) if one.rows],
-        doses=doses_content(result, name) if result.curves else "",
-        samples=samples_by_prompt(ways),
-        settings=[(way.name, plain(found)) for way in ways if (found := way.details.get("settings"))],
+        maps=[heat_map for heat_map in _maps(result) if heat_map.rows],
+        doses=dose_response_content(result, name) if result.curves else "",
+        samples=samples_by_prompt(outcomes),
+        settings=[
+            (outcome.name, plain(settings))
+            for outcome in outcomes
+            if (settings := outcome.details.get("settings"))
+        ],
     )
 
 
-def samples_by_prompt(ways: Sequence[Outcome]) -> dict[str, list[tuple[str, str, str]]]:
-    """Prompt -> (way, what it writes after it, language) of each way, words one space apart: line ends say nothing."""
-    found: dict[str, list[tuple[str, str, str]]] = {}
-    for way in ways:
-        for one in way.samples:
-            prompt = " ".join(one.prompt.split())
-            found.setdefault(prompt, []).append((way.name, one.line, one.language))
-    return found
+def samples_by_prompt(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[str, str, str]]]:
+    """Prompt -> (method, continuation, language) of each method; prompts and continuations on one line."""
+    samples: dict[str, list[tuple[str, str, str]]] = {}
+    for outcome in outcomes:
+        for sample in outcome.samples:
+            prompt = " ".join(sample.prompt.split())
+            samples.setdefault(prompt, []).append((outcome.name, sample.line, sample.language))
+    return samples
 
 
-def _writing(ways: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: how the answers are written.  Figures of different scorers are never in one column."""
-    figures = [key for key in FIGURES if any(not math.isnan(getattr(way, key)) for way in ways)]
-    failures = _keys(way.failures for way in ways)
+def _writing(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table on the answers; each relevance scorer has its own columns."""
+    columns = [
+        field for field in COLUMNS if any(not math.isnan(getattr(outcome, field)) for outcome in outcomes)
+    ]
+    failures = _keys(outcome.failures for outcome in outcomes)
     relevance = _keys(
-        {(str(way.relevance.get("scorer", "")), key): 0 for key in way.relevance if key != "scorer"}
-        for way in ways
+        {(str(outcome.relevance.get("scorer", "")), key): 0 for key in outcome.relevance if key != "scorer"}
+        for outcome in outcomes
     )
     head = [
         "way",
-        *(FIGURES[key][0] for key in figures),
+        *(COLUMNS[field][0] for field in columns),
         *failures,
         *(f"relevance ({scorer}): {key.replace('_', ' ')}" for scorer, key in relevance),
     ]
     rows = [
         [
-            way.name,
-            *(number(getattr(way, key), FIGURES[key][1]) for key in figures),
-            *(count(way.failures.get(key)) for key in failures),
+            outcome.name,
+            *(number(getattr(outcome, field), COLUMNS[field][1]) for field in columns),
+            *(count(outcome.failures.get(key)) for key in failures),
             *(
-                number(way.relevance.get(key) if way.relevance.get("scorer") == scorer else None, ".2f")
+                number(
+                    outcome.relevance.get(key) if outcome.relevance.get("scorer") == scorer else None, ".2f"
+                )
                 for scorer, key in relevance
             ),
         ]
-        for way in ways
+        for outcome in outcomes
     ]
     return head, rows
 
 
 def _maps(result: Report) -> list[HeatMap]:
-    """NLL rises, KL, and what becomes of answers in the other languages."""
-    ways, source, ends = result.outcomes, result.source, (result.target, result.source)
-    rises = _keys(way.nll_rise for way in ways)
-    # The source last: that its own text becomes less likely is what steering is for.
-    rises = [*ends[:1], *(k for k in rises if k not in ends), source] if rises else []
-    third, others = _keys(way.kl for way in ways), _keys(way.others for way in ways)
-    unedited = {k: one.ceiling for way in ways for k, one in way.others.items()}
-    shares = [
-        (way.name, {k: way.others[k].share if k in way.others else math.nan for k in others})
-        for way in ways
-        if way.others
+    """Heat maps of NLL rises, KL, and rates of answers in the other languages."""
+    outcomes, source, target = result.outcomes, result.source, result.target
+    rises = _keys(outcome.nll_rise for outcome in outcomes)
+    # The source is last: steering is meant to make its text less likely.
+    rises = [target, *(k for k in rises if k not in (target, source)), source] if rises else []
+    third = _keys(outcome.kl for outcome in outcomes)
+    others = _keys(outcome.others for outcome in outcomes)
+    unedited = {k: other.ceiling for outcome in outcomes for k, other in outcome.others.items()}
+    rates = [
+        (outcome.name, {k: outcome.others[k].share if k in outcome.others else math.nan for k in others})
+        for outcome in outcomes
+        if outcome.others
     ]
-    known = ", ".join(f"{k} {number(unedited[k], '.2f')}" for k in others)
+    unedited_rates = ", ".join(f"{k} {number(unedited[k], '.2f')}" for k in others)
     return [
         HeatMap(
             f"NLL rise on each language's text. The last column is {source}'s own text, which steering is meant to "
             "make less likely: it is left out of the scale.",
             ["way", *rises],
-            [(way.name, _cells(way.nll_rise, rises, "+.3f", (source,))) for way in ways if way.nll_rise],
+            [
+                (outcome.name, _cells(outcome.nll_rise, rises, "+.3f", (source,)))
+                for outcome in outcomes
+                if outcome.nll_rise
+            ],
             "nats a token",
-            least=LEAST_RISE,
+            min_scale=MIN_RISE,
         ),
         HeatMap(
             "KL of next-token distributions on third languages, unedited to steered",
             ["way", *third],
-            [(way.name, _cells(way.kl, third, ".3f")) for way in ways if way.kl],
+            [(outcome.name, _cells(outcome.kl, third, ".3f")) for outcome in outcomes if outcome.kl],
             "nats a position",
-            least=LEAST_KL,
+            min_scale=MIN_KL,
             signed=False,
         ),
         HeatMap(
             "Share of answers in the prompt's own language, on prompts of the other languages; coloured by the change "
-            f"from the unedited model ({known})",
+            f"from the unedited model ({unedited_rates})",
             ["way", *others],
             [
-                (name, [Cell(share - unedited[k], number(share, ".2f")) for k, share in of.items()])
-                for name, of in shares
+                (name, [Cell(rate - unedited[k], number(rate, ".2f")) for k, rate in by_language.items()])
+                for name, by_language in rates
             ],
             "change of the share",
-            least=LEAST_SHARE,
+            min_scale=MIN_RATE_CHANGE,
         ),
     ]
 
@@ -145,8 +159,8 @@ def _cells(
 
 
 def _keys(mappings: Iterable[Mapping[Any, Any]]) -> list[Any]:
-    """Keys of all, each once, in order."""
-    return list(dict.fromkeys(key for one in mappings for key in one))
+    """The keys of all mappings, each once, in order."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _largest(values: Mapping[str, float], without: Sequence[str] = ()) -> float:
@@ -154,7 +168,7 @@ def _largest(values: Mapping[str, float], without: Sequence[str] = ()) -> float:
     return max(kept, default=math.nan)
 
 
-def _detail(way: Outcome, name: str) -> float | None:
-    """A number among the details; None where it is 0 or none."""
-    found = way.details.get(name)
-    return found if isinstance(found, int | float) and found else None
+def _detail(outcome: Outcome, name: str) -> float | None:
+    """A number in the details; None if it is 0 or missing."""
+    value = outcome.details.get(name)
+    return value if isinstance(value, int | float) and value else None

@@ -1,4 +1,4 @@
-"""The tables of an evaluation for a terminal and for Markdown: the head, and a row of formatted cells each."""
+"""Tables of an evaluation for a terminal and for Markdown: a head, and rows of formatted cells."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from editing.evaluation.outcome import Outcome
 from editing.methods.keyed_edit import KEYED
-from editing.study.doses import costs, harm
+from editing.study.dose_response import costs, harm
 from editing.study.results import Report
 
 Table = tuple[list[str], list[list[str]]]
 
 
-def ways_table(report: Report) -> Table:
-    """A row an outcome; the NLL columns are rises in nats a token, KL the largest."""
-    # The source last: that its own text becomes less likely is what the edit is for.
+def outcomes_table(report: Report) -> Table:
+    """One row for each outcome; the NLL columns are rises in nats a token, KL is the largest."""
+    # The source is last: the edit is meant to make its text less likely.
     languages = [report.target, *report.third_languages, report.source]
     head = [
         "",
@@ -45,8 +45,8 @@ def ways_table(report: Report) -> Table:
 
 
 def methods_table(report: Report) -> Table:
-    """A row an outcome, of many ways: one figure for all third languages; the ceiling is in the title."""
-    scorer = next((one.relevance["scorer"] for one in report.outcomes if one.relevance), None)
+    """One row for each of many methods, with one number for all third languages; the ceiling is in the title."""
+    scorer = next((outcome.relevance["scorer"] for outcome in report.outcomes if outcome.relevance), None)
     head = [
         "",
         f"share {report.target}",
@@ -74,60 +74,60 @@ def methods_table(report: Report) -> Table:
             _number(outcome.entanglement, ".3f"),
             str(sum(outcome.failures.values())),
             _number(outcome.details.get("relative_change") or None, ".2f"),
-            ", ".join(f"{name} {_word(one)}" for name, one in outcome.details.get("settings", {}).items())
+            ", ".join(f"{name} {_word(value)}" for name, value in outcome.details.get("settings", {}).items())
             or "-",
         ]
         for outcome in report.outcomes
     ]
 
 
-def doses_table(report: Report) -> Table:
-    """A row a dose of each way; beside it, of the keyed edit, the least harm that steers at least as far."""
+def dose_response_table(report: Report) -> Table:
+    """One row for each method and strength fraction, beside the keyed edit's harm at the same rate."""
     curves = report.curves or {}
     source, target, base = report.source, report.target, report.outcomes[0].target_share
     keyed = KEYED in curves
-    beside = {
-        (one.way, one.dose): one.other
-        for one in (costs(curves, KEYED, source, target, base) if keyed else ())
+    keyed_harm = {
+        (cost.method, cost.fraction): cost.reference
+        for cost in (costs(curves, KEYED, source, target, base) if keyed else ())
     }
     head = ["", "dose", f"share {target}", "fluency gap", "NLL third, largest"]
     return head + [f"{KEYED}'s at that share"] * keyed, [
         [
             title,
-            f"{one.details['dose']:g}",
-            _number(one.target_share, ".2f"),
-            _number(one.fluency_gap, "+.2f"),
-            f"{harm(one, source, target):+.3f}",
-            *[_number(beside.get((title, one.details["dose"])), "+.3f")] * keyed,
+            f"{outcome.details['dose']:g}",
+            _number(outcome.target_share, ".2f"),
+            _number(outcome.fluency_gap, "+.2f"),
+            f"{harm(outcome, source, target):+.3f}",
+            *[_number(keyed_harm.get((title, outcome.details["dose"])), "+.3f")] * keyed,
         ]
         for title, outcomes in curves.items()
-        for one in outcomes
+        for outcome in outcomes
     ]
 
 
 def details_of(report: Report, outcome: Outcome) -> list[str]:
-    """What the table has no room for, a line each."""
+    """The measures of an outcome that the table leaves out, one line each."""
     lines = [
         f"{outcome.name}: sentences in {report.target} {outcome.sentence_share:.2f}, second detector agrees "
         f"{outcome.agreement:.2f}, empty {outcome.failures.get('empty', 0)}, looping "
         f"{outcome.failures.get('looping', 0)}, {outcome.answer_words:.0f} words an answer"
     ]
     if outcome.relevance:
-        found = outcome.relevance
+        relevance = outcome.relevance
         lines.append(
-            f"relevance ({found['scorer']}) {found['mean']:.2f}, steering score {found['steering_score']:.2f} "
-            f"(by item {found['item_score']:.2f})"
+            f"relevance ({relevance['scorer']}) {relevance['mean']:.2f}, "
+            f"steering score {relevance['steering_score']:.2f} (by item {relevance['item_score']:.2f})"
         )
     if outcome.others:
         lines.append(
             f"effectiveness {_number(outcome.effectiveness, '.2f')}, entanglement "
             f"{_number(outcome.entanglement, '.3f')}"
         )
-    for language, own in outcome.others.items():
+    for language, other in outcome.others.items():
         lines.append(
-            f"on {language} prompts: share {language} {own.share:.2f} (unedited {own.ceiling:.2f}), "
-            f"fluency gap {_number(own.fluency_gap, '+.2f')}, longest repeat "
-            f"{own.longest_repeat:.2f}, {own.answer_words:.0f} words"
+            f"on {language} prompts: share {language} {other.share:.2f} (unedited {other.ceiling:.2f}), "
+            f"fluency gap {_number(other.fluency_gap, '+.2f')}, longest repeat "
+            f"{other.longest_repeat:.2f}, {other.answer_words:.0f} words"
         )
     return lines
 

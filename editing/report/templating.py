@@ -1,4 +1,4 @@
-"""The templates of the page (``templates/``): all that is put into them is escaped, and what they lack is an error."""
+"""The page's templates (``templates/``): they escape all values, and an undefined value is an error."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def rendered(name: str, **values: Any) -> Markup:
     """``templates/NAME.html.j2`` with these values.
 
     Raises:
-        jinja2.UndefinedError: the template names a value that is not there.
+        jinja2.UndefinedError: the template uses a value that is not given.
     """
     return Markup(clean(TEMPLATES.get_template(f"{name}.html.j2").render(values)))

@@ -1,1 +1,1 @@
-"""Study: methods side by side, chosen on one part of the text and reported on another; the search for settings."""
+"""Study: methods compared, with settings chosen on one part of the text and reported on another; settings searched."""

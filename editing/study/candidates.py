@@ -1,4 +1,4 @@
-"""Candidates: one method with one choice of settings each, made from one model's text."""
+"""Candidates: a method with one choice of settings, prepared for one model."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from neurons.errors import BrocaError
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of one method.
+    """A method with one choice of settings.
 
     Attributes:
-        way: the method's title.
-        settings: that make it, JSON values.
+        title: of the method.
+        settings: JSON values.
         plan: of a permanent edit; None for a hook or a prompt.
-        steering: enters it on the loaded model.
-        instruction: what is put to every prompt; None but for prompting.
+        steering: makes the context in which the loaded model is steered.
+        instruction: added to every prompt; None except for prompting.
     """
 
-    way: str
+    title: str
     settings: dict[str, Any]
     plan: Plan | None
     steering: Steering
     instruction: str | None = None
 
     def details(self) -> dict[str, Any]:
-        """For the Outcome: settings, components edited, ||dW||/||W||."""
+        """The details of the Outcome: settings, components edited, ||dW||/||W||."""
         if self.plan is None:
             return {"settings": self.settings, "components": 0, "relative_change": 0.0}
         return {
@@ -45,25 +45,26 @@ class Candidate:
 
 
 def candidate(method: type[Method], material: Material, settings: Mapping[str, Any]) -> Candidate:
-    """The candidate of some settings.
+    """The candidate with these settings.
 
     Raises:
-        BrocaError: the method refuses them for this model or text.
+        BrocaError: the method refuses the settings for this model or text.
     """
-    one = method.of(material, settings)
-    prepared, told = one.prepare(material), dict(settings)
+    configured = method.of(material, settings)
+    prepared = configured.prepare(material)
     if method.permanent:
-        plan = one.plan(prepared)
-        return Candidate(method.title, told, plan, partial(applied, material.loaded, plan))
-    return Candidate(method.title, told, None, one.hooks(prepared), told.get("instruction"))
+        plan = configured.plan(prepared)
+        return Candidate(method.title, dict(settings), plan, partial(applied, material.loaded, plan))
+    hooks = configured.hooks(prepared)
+    return Candidate(method.title, dict(settings), None, hooks, settings.get("instruction"))
 
 
 def candidates_of(method: type[Method], material: Material) -> tuple[list[Candidate], list[Refused]]:
-    """The candidates of a method's grid, and the settings that it refuses here with the reason."""
-    found, refused = [], []
+    """The candidates of a method's grid, and the settings that the method refuses, with the reason."""
+    candidates, refused = [], []
     for settings in method.grid(material):
         try:
-            found.append(candidate(method, material, settings))
+            candidates.append(candidate(method, material, settings))
         except BrocaError as error:
             refused.append(Refused(method.title, settings, str(error)))
-    return found, refused
+    return candidates, refused

@@ -1,4 +1,4 @@
-"""Methods side by side: settings are chosen on one part of the text and reported on another."""
+"""The choice among candidates: which are measured in full, and which setting is best."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.outcome import Outcome, Refused
 from editing.study.candidates import Candidate
 
-ENOUGH_OF_CEILING = 0.9
-MOST_FLUENCY_GAP = 0.5
-LEAST_OF_FEW = 0.45  # half of ENOUGH_OF_CEILING: sixteen prompts are few
+MIN_CEILING_FRACTION = 0.9
+MAX_FLUENCY_GAP = 0.5
+MIN_ON_FEW_PROMPTS = (
+    0.45  # of the ceiling: half of MIN_CEILING_FRACTION, as a rate on sixteen prompts is noisy
+)
+
+Measured = tuple[Candidate, Outcome]
 
 
 def measure_candidates(
-    evaluation: Evaluation, candidates: Sequence[Candidate]
-) -> Iterator[tuple[Candidate, Outcome]]:
-    """Measure one after the other."""
+    evaluation: Evaluation, candidates: Sequence[Candidate], kl: bool = False
+) -> Iterator[Measured]:
+    """Measure each candidate, one at a time; with KL if ``kl``."""
     for candidate in candidates:
         yield (
             candidate,
             evaluation.measure(
-                candidate.way, candidate.steering, candidate.details(), instruction=candidate.instruction
+                candidate.title,
+                candidate.steering,
+                candidate.details(),
+                kl,
+                instruction=candidate.instruction,
             ),
         )
 
@@ -29,68 +37,71 @@ def measure_candidates(
 def promising(
     evaluation: Evaluation, candidates: Sequence[Candidate]
 ) -> tuple[list[Candidate], list[Refused]]:
-    """Candidates that are worth measuring, and the others, refused, with what they reached on a few prompts.
+    """The candidates that steer on a few prompts, and the others, refused with their rate.
 
-    One alone is measured.  Worth it is a target share of at least ``LEAST_OF_FEW`` of the ceiling on a few prompts; where none reaches it,
-    the one that reaches most.  What is chosen must reach far more on all.
+    Kept are candidates whose target-language rate on a few prompts is above 0 and at least ``MIN_ON_FEW_PROMPTS`` of
+    the ceiling, and always the best one; if none steers that well, those with the highest rate.  A single candidate is
+    kept untested.
     """
     if len(candidates) < 2:
         return list(candidates), []
-    shares = [evaluation.few(one.steering, one.instruction) for one in candidates]
-    least = min(LEAST_OF_FEW * evaluation.ceiling, max(shares))
-    first = shares.index(max(shares))
-    kept, left = [], []
-    for place, (one, share) in enumerate(zip(candidates, shares, strict=True)):
-        if (share >= least and share > 0) or place == first:
-            kept.append(one)
+    rates = [
+        evaluation.rate_on_few_prompts(candidate.steering, candidate.instruction) for candidate in candidates
+    ]
+    minimum = min(MIN_ON_FEW_PROMPTS * evaluation.ceiling, max(rates))
+    best = rates.index(max(rates))
+    kept, refused = [], []
+    for index, (candidate, rate) in enumerate(zip(candidates, rates, strict=True)):
+        if (rate >= minimum and rate > 0) or index == best:
+            kept.append(candidate)
         else:
-            reached = f"{share:.0%} of the answers to a few prompts in {evaluation.target}, so not measured"
-            left.append(Refused(one.way, one.settings, reached))
-    return kept, left
+            reason = f"{rate:.0%} of the answers to a few prompts in {evaluation.target}, so not measured"
+            refused.append(Refused(candidate.title, candidate.settings, reason))
+    return kept, refused
 
 
 def best_of(
-    evaluation: Evaluation, candidates: Sequence[Candidate], tell: Callable[[int], None]
+    evaluation: Evaluation, candidates: Sequence[Candidate], progress: Callable[[int], None]
 ) -> tuple[Candidate | None, list[Outcome | Refused]]:
-    """What ``choose`` takes of the promising candidates, with no more reading than that needs.
-
-    Harm is read only where several steer well: between others it decides nothing.
+    """The choice of ``choose`` among the promising candidates, with likelihoods measured only if they decide.
 
     Args:
-        evaluation: on the part that is chosen on.
-        candidates: of one way.
-        tell: called with the number of candidates that are done.
+        evaluation: on the part that settings are chosen on.
+        candidates: of one method.
+        progress: called with the number of candidates done since the last call.
 
     Returns:
-        The best, None of none; and for each candidate its outcome or why it was refused.
+        The best candidate, None without candidates; and for each candidate its outcome or the reason of its refusal.
     """
-    kept, left = promising(evaluation, candidates)
-    tell(len(left))
+    kept, refused = promising(evaluation, candidates)
+    progress(len(refused))
     measured = []
-    for one in kept:
-        found = evaluation.measure(
-            one.way, one.steering, one.details(), instruction=one.instruction, harm=False
+    for candidate in kept:
+        outcome = evaluation.measure(
+            candidate.title,
+            candidate.steering,
+            candidate.details(),
+            instruction=candidate.instruction,
+            harm=False,
         )
-        measured.append((one, found))
-        tell(1)
+        measured.append((candidate, outcome))
+        progress(1)
     well = _steering_well(measured, evaluation.ceiling)
     if len(well) > 1:
         measured = [
-            (one, evaluation.with_harm(outcome, one.steering) if (one, outcome) in well else outcome)
-            for one, outcome in measured
+            (pair[0], evaluation.with_harm(pair[1], pair[0].steering)) if pair in well else pair
+            for pair in measured
         ]
     best = choose(measured, evaluation.ceiling, evaluation.source)[0] if measured else None
-    return best, [*left, *(outcome for _, outcome in measured)]
+    return best, [*refused, *(outcome for _, outcome in measured)]
 
 
-def choose(
-    measured: Sequence[tuple[Candidate, Outcome]], ceiling: float, source: str
-) -> tuple[Candidate, Outcome]:
-    """The least harmful setting among those that steer well, the most fluent of those that steer at all,
-    else the one that steers most.
+def choose(measured: Sequence[Measured], ceiling: float, source: str) -> Measured:
+    """The least harmful of the settings that steer well; else the most fluent that steers; else the strongest.
 
-    To steer is a target share above 0 and of at least 0.9 x the ceiling; to steer well, a fluency gap of at
-    most 0.5 besides; harm is the largest NLL rise of a language other than the source.  Ties fall to the first.
+    A setting steers if its target-language rate is above 0 and at least 0.9 x the ceiling; it steers well if its
+    fluency gap is also at most 0.5.  Harm is the largest NLL rise of a language other than the source.  Of equals the
+    first is chosen.
     """
     well = _steering_well(measured, ceiling)
     if len(well) == 1:
@@ -108,14 +119,10 @@ def largest_rise(outcome: Outcome, source: str) -> float:
     return max(rise for language, rise in outcome.nll_rise.items() if language != source)
 
 
-def _steering(
-    measured: Sequence[tuple[Candidate, Outcome]], ceiling: float
-) -> list[tuple[Candidate, Outcome]]:
-    least = ENOUGH_OF_CEILING * ceiling
-    return [pair for pair in measured if pair[1].target_share > 0 and pair[1].target_share >= least]
+def _steering(measured: Sequence[Measured], ceiling: float) -> list[Measured]:
+    minimum = MIN_CEILING_FRACTION * ceiling
+    return [pair for pair in measured if pair[1].target_share > 0 and pair[1].target_share >= minimum]
 
 
-def _steering_well(
-    measured: Sequence[tuple[Candidate, Outcome]], ceiling: float
-) -> list[tuple[Candidate, Outcome]]:
-    return [pair for pair in _steering(measured, ceiling) if pair[1].fluency_gap <= MOST_FLUENCY_GAP]
+def _steering_well(measured: Sequence[Measured], ceiling: float) -> list[Measured]:
+    return [pair for pair in _steering(measured, ceiling) if pair[1].fluency_gap <= MAX_FLUENCY_GAP]

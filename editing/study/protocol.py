@@ -1,4 +1,4 @@
-"""The protocol: every way's settings chosen on one part of the text, reported on another, side by side."""
+"""The protocol: settings of each method are chosen on one part of the text and reported on another."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.study.candidates import Candidate, candidates_of
 from editing.study.comparison import choose, measure_candidates
-from editing.study.doses import weaker
+from editing.study.dose_response import weaker
 from editing.study.results import Report
 from neurons.errors import BrocaError
 
 
-def compare_ways(
-    ways: Mapping[str, type[Method]],
+def compare_methods(
+    methods: Mapping[str, type[Method]],
     material: Material,
     choosing: Evaluation,
     reporting: Evaluation,
-    tell: Callable[[str], None] | None = None,
-    doses: Sequence[float] = (),
+    on_method: Callable[[str], None] | None = None,
+    fractions: Sequence[float] = (),
 ) -> Iterator[Report]:
-    """Choose and report, way by way.
+    """Choose the settings of each method, and report them.
 
     Args:
-        ways: by name.
-        material: what they are made of: text in neither evaluation.
-        choosing: where a setting is chosen (``editing.study.comparison.choose``).
-        reporting: what is reported, other text, with KL and side effects on the other languages.
-        tell: called with a way's title before it is tried.
-        doses: parts of the chosen strength at which each way is reported besides (``editing.study.doses``).
+        methods: by name.
+        material: what they are made from; its text is in neither evaluation.
+        choosing: where settings are chosen (``editing.study.comparison.choose``).
+        reporting: where they are reported, on other text, with KL and answers in the other languages.
+        on_method: called with the title of a method before it is tried.
+        fractions: of the chosen strength, at which each method is also reported (``editing.study.dose_response``).
 
     Yields:
-        All that is known after each way, so that what was measured can be kept when the rest is not awaited; of
-        ways that could not be tried at all, or at other doses, a note says the reason.
+        The report so far, after each method, so that the caller can save it.  A note gives the reason if a method
+        could not be tried, or not at other fractions.
 
     Raises:
-        BrocaError: no way could be tried.
+        BrocaError: no method could be tried.
     """
     outcomes = [reporting.measure("base", nullcontext, others=True)]
     tried: list[Outcome | Refused] = []
     notes: list[str] = []
     curves: dict[str, tuple[Outcome, ...]] = {}
 
-    def found() -> Report:
+    def report() -> Report:
         return Report(
             source=reporting.source,
             target=reporting.target,
@@ -55,48 +55,52 @@ def compare_ways(
             continuations=reporting.continuations,
             outcomes=tuple(outcomes),
             notes=tuple(notes),
-            methods=tuple(ways),
+            methods=tuple(methods),
             tried=tuple(tried),
             curves=dict(curves),
         )
 
-    for way in ways.values():
-        if tell is not None:
-            tell(way.title)
-        candidates, refused = candidates_of(way, material)
+    for method in methods.values():
+        if on_method is not None:
+            on_method(method.title)
+        candidates, refused = candidates_of(method, material)
         tried += refused
         if not candidates:
             reason = refused[0].refused if refused else "it has no setting for these languages"
-            notes.append(f"{way.title}: not tried: {reason}")
-            yield found()
+            notes.append(f"{method.title}: not tried: {reason}")
+            yield report()
             continue
         measured = list(measure_candidates(choosing, candidates))
         tried += [outcome for _, outcome in measured]
         best, _ = choose(measured, choosing.ceiling, choosing.source)
-        details = {**best.details(), "permanent": way.permanent, "tried": len(measured)}
+        details = {**best.details(), "permanent": method.permanent, "tried": len(measured)}
         outcomes.append(
             reporting.measure(
-                way.title, best.steering, details, kl=True, others=True, instruction=best.instruction
+                method.title, best.steering, details, kl=True, others=True, instruction=best.instruction
             )
         )
-        if doses:
-            curve, reason = _curve(way, material, best, doses, reporting)
-            curves[way.title] = (*curve, replace(outcomes[-1], details={**details, "dose": 1.0}))
-            notes += [f"{way.title}: not at other doses: {reason}"] if reason else []
-        yield found()
+        if fractions:
+            curve, reason = _curve(method, material, best, fractions, reporting)
+            curves[method.title] = (*curve, replace(outcomes[-1], details={**details, "dose": 1.0}))
+            notes += [f"{method.title}: not at other doses: {reason}"] if reason else []
+        yield report()
     if len(outcomes) == 1:
-        raise BrocaError(f"no way could be tried: {'; '.join(notes)}")
+        raise BrocaError(f"no method could be tried: {'; '.join(notes)}")
 
 
 def _curve(
-    way: type[Method], material: Material, best: Candidate, doses: Sequence[float], reporting: Evaluation
+    method: type[Method],
+    material: Material,
+    best: Candidate,
+    fractions: Sequence[float],
+    reporting: Evaluation,
 ) -> tuple[list[Outcome], str]:
-    """The outcomes of the doses, and why there are none where the way cannot be made weaker."""
-    found = []
+    """The outcomes at the fractions, ascending; or none, and the reason."""
+    outcomes = []
     try:
-        for dose, candidate in weaker(way, material, best, sorted(doses)):
-            details = {**candidate.details(), "permanent": way.permanent, "dose": dose}
-            found.append(reporting.measure(way.title, candidate.steering, details))
+        for fraction, candidate in weaker(method, material, best, sorted(fractions)):
+            details = {**candidate.details(), "permanent": method.permanent, "dose": fraction}
+            outcomes.append(reporting.measure(method.title, candidate.steering, details))
     except BrocaError as error:
         return [], str(error)
-    return found, "" if found else "it has no strength"
+    return outcomes, "" if outcomes else "it has no strength"

@@ -1,4 +1,4 @@
-"""All methods: edits, hooks and prompts.  A method is added by its own file and its name here."""
+"""All methods: edits, hooks and prompts.  To add a method, write its file and name it here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from editing.methods.steer2edit import Steer2Edit, Steer2EditGradient, Steer2Edi
 from editing.methods.subspace_ablation import AblateSubspace
 from neurons.errors import UsageError
 
-# In the order of the tables.
+# In the order of the tables' rows.
 METHODS: tuple[type[Method], ...] = (
     PromptSource,
     PromptTarget,
@@ -57,24 +57,25 @@ METHODS: tuple[type[Method], ...] = (
 
 
 def edits() -> dict[str, type[Method]]:
-    """What ``broca edit`` offers, by name."""
-    return {one.name: one for one in METHODS if one.edited}
+    """The methods of ``broca edit``, by name."""
+    return {method.name: method for method in METHODS if method.edited}
 
 
 def compared() -> dict[str, type[Method]]:
-    """What ``broca evaluate --methods`` compares, by name."""
-    return {one.name: one for one in METHODS if one.title}
+    """The methods of ``broca evaluate --methods``, by name."""
+    return {method.name: method for method in METHODS if method.title}
 
 
 def searched() -> dict[str, type[Method]]:
-    """What ``broca tune`` searches, by name."""
-    return {one.name: one for one in METHODS if one.searched()}
+    """The methods of ``broca tune``, by name."""
+    return {method.name: method for method in METHODS if method.searched()}
 
 
 def edit_named(name: str) -> type[Method]:
-    """
+    """The method of ``broca edit`` with this name.
+
     Raises:
-        UsageError: no such edit.
+        UsageError: no such method.
     """
     if name not in edits():
         raise UsageError(f"method {name!r} is unknown: choose from {', '.join(edits())}")
@@ -91,14 +92,14 @@ def compared_named(names: Sequence[str]) -> dict[str, type[Method]]:
     unknown = [name for name in names if name not in known and name != "all"]
     if unknown:
         raise UsageError(f"method {unknown[0]!r} is unknown: choose from all, {', '.join(known)}")
-    return {name: one for name, one in known.items() if name in names or "all" in names}
+    return {name: method for name, method in known.items() if name in names or "all" in names}
 
 
 def searched_named(names: Sequence[str]) -> dict[str, type[Method]]:
     """Methods by name, in the order of ``names``.
 
     Raises:
-        UsageError: no method, one that cannot be searched or that is named twice.
+        UsageError: no name, a name twice, or a method that cannot be searched.
     """
     known = searched()
     if not names or len(set(names)) < len(names):
@@ -110,12 +111,13 @@ def searched_named(names: Sequence[str]) -> dict[str, type[Method]]:
 
 
 def table() -> str:
-    """The table of methods in docs/editing.md: those of ``broca edit``, then what is only compared."""
+    """The table of methods in docs/editing.md: those of ``broca edit``, then those that are only compared."""
     header = ("method", "what it does", "source", "`edit` takes", "row of `evaluate --methods`", "`tune`")
     rows = [header, ("---",) * len(header)]
-    # The last says what a name that is in both does, the first where it stands.
-    for name, one in (edits() | compared() | edits()).items():
-        takes = f"`{one.inputs()}`" if name in edits() else ""
+    # A name may stand for an edit and a hook.  It keeps the edit's place and describes the edit.
+    for name, method in (edits() | compared() | edits()).items():
+        takes = f"`{method.inputs()}`" if name in edits() else ""
         title = compared()[name].title if name in compared() else ""
-        rows.append((f"`{name}`", one.line, one.source, takes, title, "yes" if name in searched() else ""))
+        tuned = "yes" if name in searched() else ""
+        rows.append((f"`{name}`", method.line, method.source, takes, title, tuned))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

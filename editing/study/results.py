@@ -1,5 +1,6 @@
-"""What an evaluation leaves: ways of steering on the text that is reported, and settings on the text that they were
-chosen on.  Every file of ``broca evaluate`` and ``broca run`` is made from these, and read back into them.
+"""Results of evaluations: methods on the text that is reported, and settings on the text that they were chosen on.
+
+``broca evaluate`` and ``broca run`` write these to their files and read them back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from editing.evaluation.outcome import Outcome, Refused
 from neurons.files.json_file import Figure, checked, read_json
 
 
-def _dosed(outcome: Outcome) -> Outcome:
+def _with_dose(outcome: Outcome) -> Outcome:
     if not isinstance(outcome.details.get("dose"), int | float):
         raise ValueError("should have a number, the dose, in its details")
     return outcome
@@ -24,14 +25,14 @@ def _dosed(outcome: Outcome) -> Outcome:
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings that were tried to choose from.
+    """The settings that were tried and chosen.
 
     Attributes:
         source, target: languages.
-        ceiling: on the text that settings were chosen on; NaN where it is not known.
-        chosen: way -> its settings.
-        tried: every setting.
-        about: what it was made of and by which command (``editing.study.origin``), as JSON values.
+        ceiling: on the text that settings were chosen on; NaN if unknown.
+        chosen: title of a method -> its chosen settings.
+        tried: all settings.
+        about: provenance (``editing.study.provenance``) and command, as JSON values.
     """
 
     source: str
@@ -44,21 +45,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Report:
-    """All ways of steering from one language to another, on the report part of the text.
+    """Steering from one language to another by several methods, on the report part of the text.
 
-    None, of what not every command leaves: the file does not have it.
+    A field that is None is not in the file: not every command writes it.
 
     Attributes:
         source, target: languages.
-        ceiling: share of the target that the unedited model reaches on target prompts.
-        continuations: how many each share is over.
+        ceiling: target-language rate of the unedited model on target prompts.
+        continuations: number of answers that each rate is over.
         outcomes: the base first.
-        notes: what a reader should know beside the numbers.
-        methods: names of the ways that were compared.
-        tried: every setting of theirs, on the part that settings were chosen on.
-        curves: title -> the outcomes of a way's doses, ascending (``editing.study.doses``), each with
-            ``details["dose"]``; empty where none were asked for.
-        about: what the figures were made of and by which command (``editing.study.origin``), as JSON values.
+        notes: remarks for the reader.
+        methods: names of the methods that were compared.
+        tried: all their settings, on the part that settings were chosen on.
+        curves: title -> the outcomes at fractions of the method's strength, ascending
+            (``editing.study.dose_response``), each with ``details["dose"]``; empty if not measured.
+        about: provenance (``editing.study.provenance``) and command, as JSON values.
     """
 
     source: str
@@ -69,12 +70,12 @@ class Report:
     notes: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     tried: tuple[Outcome | Refused, ...] | None = None
-    curves: Mapping[str, tuple[Annotated[Outcome, AfterValidator(_dosed)], ...]] | None = None
+    curves: Mapping[str, tuple[Annotated[Outcome, AfterValidator(_with_dose)], ...]] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
-        """As the user named it."""
+        """The model, as the user named it."""
         return str(self.about.get("model") or "")
 
     @property
@@ -89,45 +90,46 @@ class Report:
 
     @property
     def choice(self) -> Choice | None:
-        """What settings were chosen from; None where nothing was compared."""
+        """The settings that were tried and chosen; None if nothing was compared."""
         if not self.tried:
             return None
-        chosen = {way.name: way.details.get("settings") for way in self.outcomes}
+        chosen = {outcome.name: outcome.details.get("settings") for outcome in self.outcomes}
         return Choice(self.source, self.target, math.nan, chosen, self.tried)
 
 
 def report_of(value: Any, file: Path | str) -> Report:
-    """The report of a document; of a run's report.json, of one of its entries.
+    """The report in a JSON document, or in one entry of a run's report.json.
 
     Args:
         value: JSON values.
-        file: for the refusal.
+        file: for the error message.
 
     Raises:
-        UsageError: something else, by the field.
+        UsageError: not a report; the message names the field.
     """
-    found = checked(Report, value, file)
-    if found.curves is None:
-        return found
-    # JSON has its keys in the alphabet's order.
-    titles = sorted(found.curves, key=[*(one.name for one in found.outcomes), *found.curves].index)
-    return replace(found, curves={title: found.curves[title] for title in titles})
+    report = checked(Report, value, file)
+    if report.curves is None:
+        return report
+    # The file has the keys in alphabetical order; restore the order of the outcomes.
+    order = [*(outcome.name for outcome in report.outcomes), *report.curves]
+    titles = sorted(report.curves, key=order.index)
+    return replace(report, curves={title: report.curves[title] for title in titles})
 
 
 def load_reports(path: Path) -> list[Report]:
-    """What a file of ``broca evaluate`` or a measured-*.json of ``broca run`` holds, or its report.json of several.
+    """The reports in a file of ``broca evaluate``, or in a measured-*.json or report.json of ``broca run``.
 
     Raises:
-        UsageError: no such file, or something else, by the field.
+        UsageError: no such file, or not a report; the message names the field.
     """
     value = read_json(path)
-    return [report_of(one, path) for one in (value if isinstance(value, list) else [value])]
+    return [report_of(entry, path) for entry in (value if isinstance(value, list) else [value])]
 
 
 def load_choice(path: Path) -> Choice:
-    """What a choice-*.json of ``broca run`` holds.
+    """The choice in a choice-*.json of ``broca run``.
 
     Raises:
-        UsageError: no such file, or something else, by the field.
+        UsageError: no such file, or not a choice; the message names the field.
     """
     return checked(Choice, read_json(path), path)

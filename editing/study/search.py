@@ -1,14 +1,15 @@
-"""The search for the best edit: trials in the loaded model, remembered on disk, pruned where hopeless.
+"""The search for the best edit: trials in the loaded model, stored in a file, pruned if hopeless.
 
-Objectives: target share up, fluency gap down, KL on third languages down; by multi-objective tree-structured
-Parzen estimators (Optuna's; Bergstra et al., NeurIPS 2011; Ozaki et al., GECCO 2020), with the goals as constraints.
-Every trial has a seed of its own, so that a search that was stopped goes on as if it had not been.
+The objectives are a high target-language rate, a small fluency gap and a small KL on third languages.  The sampler is
+Optuna's multi-objective tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011; Ozaki et al., GECCO 2020),
+with the goals as constraints.  Every trial has its own seed, so a resumed search gives the same trials as one that was
+never stopped.
 
-A trial is measured in three steps, the cheapest first, and given up as soon as it is hopeless:
+A trial is measured in three steps, the cheapest first, and pruned at the first hopeless one:
 
-1. continuations of a few prompts: given up if so few in the target would be seen less than once in a hundred
-   times, were the share the goal's or the best trial's, whichever is lower;
-2. text of third languages: given up if a rise is above ``HOPELESS_RISE`` times the goal's limit;
+1. continuations of a few prompts: pruned if so few hits in the target have a probability below ``UNLIKELY`` at the
+   goal's rate or at the best trial's, whichever is lower;
+2. text of third languages: pruned if an NLL rise is above ``HOPELESS_RISE`` times the goal's limit;
 3. continuations of all prompts.
 """
 
@@ -23,7 +24,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,11 +44,11 @@ STUDY = "study.jsonl"
 FEW_PROMPTS = 16
 UNLIKELY = 0.01
 HOPELESS_RISE = 5.0
-DRAWN_AT_RANDOM = 8
+RANDOM_TRIALS = 8  # before the sampler fits its model
 
 
 class Scorer(Protocol):
-    """What a trial asks of ``editing.study.search_scoring.Scoring``."""
+    """The part of ``editing.study.search_scoring.Scoring`` that a search uses."""
 
     ceiling: float
 
@@ -61,21 +62,21 @@ class Scorer(Protocol):
 
 
 class Search:
-    """Tries edits one after the other; all that it knows is in one file.
+    """Tries edits one at a time and stores the trials in one file.
 
     Args:
-        scorer: measures the model as it is.
-        spaces: method -> what it can be told.
-        applied: a plan -> a context in which the model computes with it.
+        scorer: measures the model in its current state.
+        spaces: method -> its search space.
+        applied: plan -> a context in which the model has the plan applied.
         path: the file; None keeps the search in memory.
-        identity: JSON values that an earlier search in the same file must share: the model's fingerprint, the
-            text, seed, ...
-        goals: what an edit is to reach.
-        seed: of the settings that are drawn.
-        few_prompts: of a trial's first step.
+        identity: JSON values that must equal those of an earlier search in the same file: the model's
+            fingerprint, the text, the seed, ...
+        goals: of the edit.
+        seed: of the sampled settings.
+        few_prompts: number of prompts in a trial's first step.
 
     Raises:
-        BrocaError: the file is of another search, or is none, or a search is running in it.
+        BrocaError: the file belongs to another search, is not a search's file, or another search is running in it.
     """
 
     def __init__(
@@ -95,9 +96,9 @@ class Search:
         self._stopping = False
         self.identity = dict(identity or {})
         self._path = path
-        with _alone(path):
+        with _locked(path):
             self._study = _open_study(path, self.identity)
-        self._known = _known(spaces)
+        self._known = _known_settings(spaces)
 
     @property
     def ceiling(self) -> float:
@@ -105,153 +106,144 @@ class Search:
 
     @property
     def trials(self) -> list[Trial]:
-        """All that were finished, numbered from 0."""
-        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        return [Trial(**{**one.user_attrs["trial"], "number": i}) for i, one in enumerate(done)]
+        """All finished trials, numbered from 0."""
+        finished = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        return [Trial(**{**trial.user_attrs["trial"], "number": i}) for i, trial in enumerate(finished)]
 
-    def run(self, trials: int, tell: Callable[[Trial], None] | None = None) -> bool:
-        """Try until so many trials are finished, those of earlier runs included.
+    def run(self, trials: int, on_trial: Callable[[Trial], None] | None = None) -> bool:
+        """Try until ``trials`` trials are finished, those of earlier runs included.
 
-        An interrupt (Ctrl-C) ends the search after the step that is being measured, with the model as it was
-        and the trial not counted; a second one raises KeyboardInterrupt.
+        An interrupt (Ctrl-C) ends the search after the current step; the model is restored and the current trial is
+        not counted.  A second interrupt raises KeyboardInterrupt.
 
         Args:
-            trials: in all.
-            tell: called with every trial of this run once it is finished.
+            trials: total number of trials.
+            on_trial: called with every trial of this run when it is finished.
 
         Returns:
-            Whether it came to the end.
+            Whether all trials are finished.
 
         Raises:
             BrocaError: another search is running in the same file.
         """
-        with _alone(self._path), _quiet(), self._interruptible():
-            while len(before := self.trials) < trials and not self._stopping:
-                found = self._next(before)
-                if found is not None and tell is not None:
-                    tell(found)
+        with _locked(self._path), _quiet(), self._interruptible():
+            while len(finished := self.trials) < trials and not self._stopping:
+                trial = self._next(finished)
+                if trial is not None and on_trial is not None:
+                    on_trial(trial)
         return not self._stopping
 
     def plan(self, trial: Trial) -> Plan:
-        """The plan of a trial, made again."""
+        """The plan of a trial."""
         return self._spaces[trial.method].make(trial.settings)
 
-    def again(self, trial: Trial, seeds: Sequence[int]) -> Trial:
-        """A measured trial with further continuations added to its own; its gap is the mean of all."""
+    def remeasured(self, trial: Trial, seeds: Sequence[int]) -> Trial:
+        """A measured trial with the continuations of further seeds added; its gap is the mean over the seeds."""
         plan = self.plan(trial)
-        found, continuations, gaps = trial.found, trial.continuations, [trial.gap()]
+        hits, continuations, gaps = trial.found, trial.continuations, [trial.gap()]
         for seed in seeds:
             with self._applied(plan):
                 written = self._scorer.written(seed)
-            found, continuations = found + written.found, continuations + written.continuations
+            hits, continuations = hits + written.hits, continuations + written.continuations
             gap = self._scorer.fluency_gap(written)
             gaps.append(NOTHING_WRITTEN if math.isnan(gap) else gap)
-        return Trial(
-            **{
-                **asdict(trial),
-                "found": found,
-                "continuations": continuations,
-                "fluency_gap": sum(gaps) / len(gaps),
-            }
-        )
+        return replace(trial, found=hits, continuations=continuations, fluency_gap=sum(gaps) / len(gaps))
 
-    def _next(self, before: Sequence[Trial]) -> Trial | None:
-        """One more trial; None where it was interrupted."""
-        number = len(before)
+    def _next(self, finished: Sequence[Trial]) -> Trial | None:
+        """One more trial; None if it was interrupted."""
+        number = len(finished)
         self._study.sampler = TPESampler(
             seed=self._seed * 1_000_003 + number,
-            n_startup_trials=DRAWN_AT_RANDOM,
+            n_startup_trials=RANDOM_TRIALS,
             multivariate=True,
             group=True,
         )
-        # A trial that an earlier run enqueued and was stopped before is this one.
+        # An earlier run may have enqueued this trial before it was stopped.
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if number < len(self._known) and not waiting:
             self._study.enqueue_trial(dict(self._known[number]))
-        asked = self._study.ask()
+        sampled = self._study.ask()
         try:
-            method, settings = _suggested(asked, self._spaces)
-            trial = self._measure(number, method, settings, before)
+            method, settings = _suggested(sampled, self._spaces)
+            trial = self._measure(number, method, settings, finished)
         except BaseException:
-            self._study.tell(asked, state=TrialState.FAIL)
+            self._study.tell(sampled, state=TrialState.FAIL)
             raise
         if trial is None:
-            self._study.tell(asked, state=TrialState.FAIL)
+            self._study.tell(sampled, state=TrialState.FAIL)
             return None
-        asked.set_user_attr("trial", asdict(trial))
+        sampled.set_user_attr("trial", asdict(trial))
         for name, miss in trial.misses(self.goals, self.ceiling).items():
-            asked.set_constraint(name, miss)
+            sampled.set_constraint(name, miss)
         if trial.state == MEASURED:
-            self._study.tell(asked, [trial.share, trial.gap(), trial.harm])
+            self._study.tell(sampled, [trial.share, trial.gap(), trial.harm])
         else:
-            self._study.tell(asked, state=TrialState.PRUNED)
+            self._study.tell(sampled, state=TrialState.PRUNED)
         return trial
 
-    def _measure(self, number: int, method: str, settings: Settings, before: Sequence[Trial]) -> Trial | None:
-        known: dict[str, Any] = {"number": number, "method": method, "settings": dict(settings)}
+    def _measure(
+        self, number: int, method: str, settings: Settings, finished: Sequence[Trial]
+    ) -> Trial | None:
+        trial = Trial(number, method, dict(settings), MEASURED)
         try:
             plan = self._spaces[method].make(settings)
         except NothingToChangeError as error:
-            return Trial(**known, state=NOTHING, why=str(error))
-        measured = [trial for trial in before if trial.state == MEASURED]
+            return replace(trial, state=NOTHING, why=str(error))
+        measured = [other for other in finished if other.state == MEASURED]
         with self._applied(plan):
-            found, of = self._scorer.few(self._few_prompts)
+            hits, prompts = self._scorer.few(self._few_prompts)
+            trial = replace(trial, found=hits, continuations=prompts, prompts=prompts)
             if measured:
-                wanted = min(self.goals.share * self.ceiling, max(trial.share for trial in measured))
-                if at_most(found, of, wanted) < UNLIKELY:
-                    why = f"{found} of {of} in the target"
-                    return Trial(**known, state=HOPELESS, found=found, continuations=of, prompts=of, why=why)
+                rate = min(self.goals.share * self.ceiling, max(other.share for other in measured))
+                if binomial_cdf(hits, prompts, rate) < UNLIKELY:
+                    return replace(trial, state=HOPELESS, why=f"{hits} of {prompts} in the target")
             if self._stopping:
                 return None
             harm = self._scorer.harm()
-            reads: dict[str, Any] = {"nll_rise": dict(harm.nll_rise), "kl": dict(harm.kl)}
+            trial = replace(trial, nll_rise=dict(harm.nll_rise), kl=dict(harm.kl))
             if measured and harm.rise > HOPELESS_RISE * self.goals.rise:
                 why = f"a third language's NLL rises by {harm.rise:.2f}"
-                return Trial(
-                    **known, state=HOPELESS, found=found, continuations=of, prompts=of, why=why, **reads
-                )
+                return replace(trial, state=HOPELESS, why=why)
             if self._stopping:
                 return None
             written = self._scorer.written()
         if self._stopping:
             return None
-        return Trial(
-            **known,
-            state=MEASURED,
-            found=written.found,
+        return replace(
+            trial,
+            found=written.hits,
             continuations=written.continuations,
             prompts=written.prompts,
             fluency_gap=self._scorer.fluency_gap(written),
-            **reads,
         )
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first interrupt is noted and not raised: raised anywhere, it could leave weights half put back."""
+        """Record the first interrupt instead of raising it: an exception could leave weights partly restored."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        own = signal.getsignal(signal.SIGINT)
+        previous = signal.getsignal(signal.SIGINT)
 
-        def note(number: int, frame: Any) -> None:
+        def on_interrupt(number: int, frame: Any) -> None:
             if self._stopping:
                 raise KeyboardInterrupt
             self._stopping = True
 
-        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGINT, on_interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, own)
+            signal.signal(signal.SIGINT, previous)
 
 
-def at_most(found: int, of: int, share: float) -> float:
-    """The chance of at most ``found`` of ``of`` where each has the chance ``share``."""
-    return sum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(found + 1))
+def binomial_cdf(hits: int, count: int, rate: float) -> float:
+    """The probability of at most ``hits`` hits in ``count`` draws that each hit with probability ``rate``."""
+    return sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(hits + 1))
 
 
-def _known(spaces: Mapping[str, Space]) -> list[dict[str, Value]]:
-    """The settings known to be good, the methods in turn."""
+def _known_settings(spaces: Mapping[str, Space]) -> list[dict[str, Value]]:
+    """Each method's known settings, alternating between the methods."""
     longest = max(len(space.known) for space in spaces.values())
     return [
         {"method": name, **{f"{name}.{knob}": value for knob, value in space.known[at].items()}}
@@ -261,20 +253,20 @@ def _known(spaces: Mapping[str, Space]) -> list[dict[str, Value]]:
     ]
 
 
-def _suggested(asked: optuna.Trial, spaces: Mapping[str, Space]) -> tuple[str, Settings]:
-    """What the sampler would try; a knob's name there has its method's before it."""
-    method: str = asked.suggest_categorical("method", list(spaces))
+def _suggested(sampled: optuna.Trial, spaces: Mapping[str, Space]) -> tuple[str, Settings]:
+    """The sampler's suggestion; Optuna knows a knob as "method.knob"."""
+    method: str = sampled.suggest_categorical("method", list(spaces))
     settings: dict[str, Value] = {}
     for name, knob in spaces[method].knobs.items():
         if not knob.applies(settings):
             continue
         full = f"{method}.{name}"
         if knob.words:
-            settings[name] = asked.suggest_categorical(full, list(knob.words))
+            settings[name] = sampled.suggest_categorical(full, list(knob.words))
         elif knob.whole:
-            settings[name] = asked.suggest_int(full, int(knob.low), int(knob.high), log=knob.log)
+            settings[name] = sampled.suggest_int(full, int(knob.low), int(knob.high), log=knob.log)
         else:
-            settings[name] = asked.suggest_float(full, knob.low, knob.high, log=knob.log)
+            settings[name] = sampled.suggest_float(full, knob.low, knob.high, log=knob.log)
     return method, settings
 
 
@@ -282,7 +274,7 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
     storage = None
     with _quiet():
         if path is not None:
-            _drop_torn_line(path)
+            _drop_partial_line(path)
             storage = JournalStorage(JournalFileBackend(str(path)))
         study = optuna.create_study(
             storage=storage,
@@ -290,16 +282,16 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
             directions=["maximize", "minimize", "minimize"],
             load_if_exists=True,
         )
-    # As the file would give it back.
-    wanted = json.loads(json.dumps(identity))
+    # In the form that the file returns.
+    stored = json.loads(json.dumps(identity))
     earlier = study.user_attrs.get("identity")
     if earlier is None:
-        study.set_user_attr("identity", wanted)
-    elif earlier != wanted:
-        differing = sorted(key for key in {*earlier, *wanted} if earlier.get(key) != wanted.get(key))
+        study.set_user_attr("identity", stored)
+    elif earlier != stored:
+        differing = sorted(key for key in {*earlier, *stored} if earlier.get(key) != stored.get(key))
         raise BrocaError(
-            f"{path}: an earlier search with another {', '.join(differing)}: choose another --out, or repeat it as "
-            "its tune.json says"
+            f"{path}: an earlier search with another {', '.join(differing)}: choose another --out, or repeat the "
+            "command in its tune.json"
         )
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
@@ -307,13 +299,13 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
 
 
 @contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
-    """Inside, no other search opens the file or adds to it: it would take this one's trial for a dead one's.
+def _locked(path: Path | None) -> Iterator[None]:
+    """Lock the file: another search would mark this one's running trial as failed.
 
-    The system gives the lock back when the process ends, however it ends.
+    The system releases the lock when the process ends, also after a crash.
 
     Raises:
-        BrocaError: another one is at it.
+        BrocaError: another search is running in the file.
     """
     if path is None:
         yield
@@ -324,23 +316,23 @@ def _alone(path: Path | None) -> Iterator[None]:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BrocaError(
-                f"{path}: a search is running in it: wait for its end, or choose another --out"
+                f"{path}: a search is running in this file: wait for its end, or choose another --out"
             ) from error
         except OSError:
-            pass  # a network disk without locks
+            pass  # a network file system without locks
         yield
 
 
-def _drop_torn_line(path: Path) -> None:
-    """What a crash left half written would make the whole file unreadable.
+def _drop_partial_line(path: Path) -> None:
+    """Cut a partial last line after a crash, which would make the file unreadable.
 
     Raises:
-        BrocaError: the file is not a search's.
+        BrocaError: not the file of a search.
     """
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        # What has no whole line is nobody's to cut.
+        # A file without a whole line is checked and never cut.
         for line in (whole or content).splitlines():
             json.loads(line)["op_code"]
     except (ValueError, KeyError, TypeError) as error:
@@ -351,7 +343,7 @@ def _drop_torn_line(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna's log lines and its warnings of what is experimental are not for our users."""
+    """Silence Optuna's log and its warnings about experimental features."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

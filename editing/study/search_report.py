@@ -1,15 +1,16 @@
-"""What a search found: its front, the one edit that is chosen, the table and the picture.
+"""Outcome of a search: the Pareto front, the chosen edit, the table and the figure.
 
-**The choice.**  Of the measured trials that meet all goals, the least harmful (mean KL on third languages): of those
-whose share has two standard errors to spare; where none has, of those that have one; where none has that, of all.
-Other prompts are other luck, and what is only just met on one part of the text is missed on the next every second time.
+**The choice** is the least harmful trial (mean KL on third languages) among the measured trials that meet all goals
+with a target-language rate two standard errors above the goal; if there are none, one standard error above; if there
+are none, among all that meet the goals.  A goal that is only just met on one part of the text is missed on the next
+about half of the time.
 
-**The fallback**, where no trial meets all goals: the one that misses them least, the sum over goals of the share of
-itself by which each is missed; equals fall to the less harmful one.  Where nothing was measured, the one
-with the largest share of its first few prompts.
+**The fallback**, if no trial meets all goals, is the trial that misses them least: the smallest sum over goals of the
+fraction by which each is missed; of equals, the less harmful one.  If nothing was measured, it is the trial with the
+highest rate on its first few prompts.
 
-Before the choice the few best are measured with further seeds (``confirmed``): the best of many shares of a few
-continuations is partly luck.
+Before the choice the best few trials are measured with further seeds (``confirmed``), because the maximum of many
+noisy rates is biased.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from editing.study.search_result import SearchResult
 from editing.study.trial import HOPELESS, MEASURED, NOTHING, Goals, Trial
 from neurons.errors import NothingToChangeError
 
-CONFIRMED = 4
+CONFIRMED_TRIALS = 4
 FURTHER_SEEDS = (1, 2)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The trial that was chosen, and why, in words.
+    """The chosen trial.
 
     Attributes:
-        trial: the chosen one.
+        trial: the trial.
         met: whether it meets all goals on the choosing part.
-        why: in words.
+        why: the reason, in words.
     """
 
     trial: Trial
@@ -47,17 +48,17 @@ class Choice:
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """The measured trials than which none is as good in share, fluency gap and harm and better in one.
+    """The Pareto front of the measured trials in target-language rate, fluency gap and harm.
 
-    Of several with the same three figures the first; the largest share first.
+    Of trials with the same three values it has the first.  Sorted by rate, the highest first.
     """
     measured = [trial for trial in trials if trial.state == MEASURED]
     figures = [(-trial.share, trial.gap(), trial.harm) for trial in measured]
     kept = [
         trial
-        for i, (trial, own) in enumerate(zip(measured, figures, strict=True))
+        for i, (trial, values) in enumerate(zip(measured, figures, strict=True))
         if not any(
-            all(a <= b for a, b in zip(other, own, strict=True)) and (other != own or j < i)
+            all(a <= b for a, b in zip(other, values, strict=True)) and (other != values or j < i)
             for j, other in enumerate(figures)
         )
     ]
@@ -65,21 +66,21 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def choose(trials: Sequence[Trial], goals: Goals, ceiling: float) -> Choice:
-    """The module docstring's choice.
+    """The choice, or the fallback, of the module docstring.
 
     Raises:
         NothingToChangeError: no trial changes anything.
     """
     meeting = [trial for trial in trials if trial.meets(goals, ceiling)]
     for errors in (2, 1, 0):
-        wanted = goals.share * ceiling
-        left = [trial for trial in meeting if trial.share - errors * trial.share_error >= wanted]
-        if left:
+        minimum = goals.share * ceiling
+        safe = [trial for trial in meeting if trial.share - errors * trial.share_error >= minimum]
+        if safe:
             spare = f"{errors or 'no'} standard error{'' if errors == 1 else 's'} of the share to spare"
             return Choice(
-                min(left, key=_harm),
+                min(safe, key=_harm),
                 True,
-                f"the least harmful of {len(left)} that meet all goals with {spare}",
+                f"the least harmful of {len(safe)} that meet all goals with {spare}",
             )
     measured = [trial for trial in trials if trial.state == MEASURED]
     if measured:
@@ -95,7 +96,7 @@ def choose(trials: Sequence[Trial], goals: Goals, ceiling: float) -> Choice:
     changing = [trial for trial in trials if trial.state != NOTHING]
     if not changing:
         raise NothingToChangeError(
-            "no trial changes anything: allow more layers, another method, or more --trials"
+            "no trial changes the model: allow more layers, another method, or more --trials"
         )
     return Choice(
         max(changing, key=lambda trial: (trial.share, -trial.number)),
@@ -105,29 +106,29 @@ def choose(trials: Sequence[Trial], goals: Goals, ceiling: float) -> Choice:
 
 
 def total_miss(trial: Trial, goals: Goals, ceiling: float) -> float:
-    """By how much of itself each goal is missed, added up."""
+    """The sum over goals of the fraction by which each is missed."""
     return sum(max(0.0, miss) for miss in trial.misses(goals, ceiling).values())
 
 
-def confirmed(search: Search, count: int = CONFIRMED, seeds: Sequence[int] = FURTHER_SEEDS) -> list[Trial]:
-    """All trials, the ``count`` that would be chosen first measured with further seeds.
+def confirmed(
+    search: Search, count: int = CONFIRMED_TRIALS, seeds: Sequence[int] = FURTHER_SEEDS
+) -> list[Trial]:
+    """All trials, with the best ``count`` measured again with further seeds.
 
-    Once those are, others may come first: they are measured too, until the chosen one has been.
+    This can change which trial is chosen: more trials are measured until the chosen one is among them.
     """
     trials = {trial.number: trial for trial in search.trials}
-    if not any(trial.state == MEASURED for trial in trials.values()):
-        return list(trials.values())
     done: set[int] = set()
-    while True:
-        left = [trial for trial in trials.values() if trial.number not in done]
+    while any(trial.state == MEASURED and trial.number not in done for trial in trials.values()):
         chosen = choose(list(trials.values()), search.goals, search.ceiling).trial.number
-        if len(done) >= count and chosen in done:
-            return list(trials.values())
-        if not any(trial.state == MEASURED for trial in left):
-            return list(trials.values())
-        following = chosen if chosen not in done else choose(left, search.goals, search.ceiling).trial.number
-        trials[following] = search.again(trials[following], seeds)
-        done.add(following)
+        if chosen in done:
+            if len(done) >= count:
+                break
+            others = [trial for trial in trials.values() if trial.number not in done]
+            chosen = choose(others, search.goals, search.ceiling).trial.number
+        trials[chosen] = search.remeasured(trials[chosen], seeds)
+        done.add(chosen)
+    return list(trials.values())
 
 
 def _harm(trial: Trial) -> tuple[float, int]:
@@ -135,35 +136,33 @@ def _harm(trial: Trial) -> tuple[float, int]:
 
 
 def rows(search: SearchResult) -> list[list[str]]:
-    """The table's rows, as ``COLUMNS``: the front, before it the chosen trial where that is not on it."""
+    """The rows of the table (``COLUMNS``): the front, preceded by the chosen trial if it is not on the front."""
     by_number = {trial.number: trial for trial in search.trials}
-    shown = search.front if search.chosen in search.front else (search.chosen, *search.front)
-    found = []
-    for trial in map(by_number.__getitem__, shown):
-        found.append(
-            [
-                f"{trial.number}{' *' if trial.number == search.chosen else ''}",
-                trial.method,
-                ", ".join(f"{name} {_shown(value)}" for name, value in trial.settings.items()),
-                f"{trial.share:.2f}",
-                "-" if trial.fluency_gap is None or math.isnan(trial.fluency_gap) else f"{trial.gap():+.2f}",
-                f"{trial.rise:+.3f}",
-                f"{trial.harm:.4f}",
-                "yes" if trial.meets(search.goals, search.ceiling) else "no",
-            ]
-        )
-    return found
+    numbers = search.front if search.chosen in search.front else (search.chosen, *search.front)
+    return [
+        [
+            f"{trial.number}{' *' if trial.number == search.chosen else ''}",
+            trial.method,
+            ", ".join(f"{name} {_formatted(value)}" for name, value in trial.settings.items()),
+            f"{trial.share:.2f}",
+            "-" if trial.fluency_gap is None or math.isnan(trial.fluency_gap) else f"{trial.gap():+.2f}",
+            f"{trial.rise:+.3f}",
+            f"{trial.harm:.4f}",
+            "yes" if trial.meets(search.goals, search.ceiling) else "no",
+        ]
+        for trial in map(by_number.__getitem__, numbers)
+    ]
 
 
 COLUMNS = ("trial", "method", "settings", "share", "fluency gap", "third NLL", "third KL", "all goals")
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def goals_met(outcome: Outcome, ceiling: float, source: str, target: str, goals: Goals) -> dict[str, bool]:
-    """Which goals an edit meets as it was reported."""
+    """Goal -> whether an edit's outcome meets it."""
     rises = [rise for name, rise in outcome.nll_rise.items() if name not in (source, target)]
     return {
         "share": outcome.target_share >= goals.share * ceiling,
@@ -173,7 +172,7 @@ def goals_met(outcome: Outcome, ceiling: float, source: str, target: str, goals:
 
 
 def front_figure(search: SearchResult) -> Figure:
-    """Share against harm and against the fluency gap."""
+    """Target-language rate against harm, and against the fluency gap."""
     trials, goals = search.trials, search.goals
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels: tuple[tuple[str, Callable[[Trial], float], float | None], ...] = (
@@ -202,7 +201,8 @@ def front_figure(search: SearchResult) -> Figure:
                     label=name,
                     s=28,
                 )
-        for chosen in (one for one in trials if one.number == search.chosen and one.state == MEASURED):
+        chosen = search.choice
+        if chosen.state == MEASURED:
             axis.scatter(
                 [figure_of(chosen)],
                 [chosen.share],

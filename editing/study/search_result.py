@@ -1,4 +1,4 @@
-"""What ``broca tune`` leaves: every trial, the front, the one that was chosen, and how it does on the report part."""
+"""Result of ``broca tune``: all trials, the Pareto front, the chosen trial and its outcome on the report part."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Reported:
     """The chosen edit on the report part.
 
     Attributes:
-        ceiling, continuations: as those of ``Report``.
-        goals_met: goal -> whether it is met there.
+        ceiling, continuations: as in ``Report``.
+        goals_met: goal -> whether the edit meets it on the report part.
         outcomes: the base and the edit.
     """
 
@@ -34,16 +34,16 @@ class SearchResult:
 
     Attributes:
         source, target: languages.
-        goals: what was to be reached.
-        ceiling: on the text that was searched on.
+        goals: of the edit.
+        ceiling: on the choosing part.
         trials: in the order in which they were tried.
-        front: numbers of the trials that no other is better than in everything.
-        chosen: number of the trial that was chosen.
-        chosen_meets_goals: on the text that was searched on.
-        why: it was chosen, in words.
-        report: None where the search was stopped before.
-        finished: whether the search came to its end.
-        about: its identity, and what it was made of and by which command, as JSON values.
+        front: numbers of the trials on the Pareto front.
+        chosen: number of the chosen trial.
+        chosen_meets_goals: whether it meets all goals on the choosing part.
+        why: the reason of the choice, in words.
+        report: None if the search was stopped before its end.
+        finished: whether the search ran to its end.
+        about: identity, provenance and command, as JSON values.
     """
 
     source: str
@@ -61,22 +61,29 @@ class SearchResult:
 
     @property
     def choice(self) -> Trial:
-        """The trial that was chosen."""
+        """The chosen trial."""
         return next(trial for trial in self.trials if trial.number == self.chosen)
 
     @property
     def result(self) -> Report | None:
-        """The report part's, as ``broca evaluate`` would tell it."""
-        one = self.report
-        if one is None:
+        """``report`` in the form of ``broca evaluate``."""
+        if self.report is None:
             return None
-        about = {"model": self.about.get("model")}
-        return Report(self.source, self.target, one.ceiling, one.continuations, one.outcomes, about=about)
+        return Report(
+            self.source,
+            self.target,
+            self.report.ceiling,
+            self.report.continuations,
+            self.report.outcomes,
+            about={"model": self.about.get("model")},
+        )
 
 
 def search_document(search: SearchResult) -> dict[str, Any]:
-    """The JSON values of tune.json, which ``neurons.files.json_file.checked`` reads; trials with what follows from
-    their figures."""
+    """The JSON values of tune.json; trials also have the values derived from their fields.
+
+    ``neurons.files.json_file.checked`` reads them back.
+    """
     trials = [
         {**asdict(trial), "share": trial.share, "rise": trial.rise, "harm": trial.harm}
         for trial in search.trials

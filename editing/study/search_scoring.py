@@ -1,13 +1,12 @@
-"""What a trial of the search costs and brings: the figures of ``editing.evaluation.evaluation``, with all that does not
-change from trial to trial computed once.
+"""Measures of a search's trials: those of ``editing.evaluation.evaluation``, with all that is constant computed once.
 
-* **share**, **fluency gap** and **ceiling** as there, of continuations of source-language prompts.
-* **harm**: the mean over third languages (neither source nor target) of KL(unedited || edited) of what is
-  predicted for each token, nats.
+* **share**, **fluency gap** and **ceiling**: as defined there, on continuations of source-language prompts.
+* **harm**: the mean over third languages (neither source nor target) of KL(unedited || edited) of the next-token
+  distributions, nats.
 * **rise**: the largest rise of the negative log-likelihood of a third language's text, nats a token.
 
-The unedited model's final hidden states of the third languages' text are kept, so that a trial reads that text
-once, through the edited model, for likelihood and KL together.
+The unedited model's final hidden states of the third languages' text are kept, so that a trial reads that text only
+once, with the edited model, for likelihood and KL together.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from editing.evaluation.answers import identified
+from editing.evaluation.answers import identify_answers
 from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
 from editing.evaluation.language_id import check_languages
 from editing.evaluation.likelihood import continuation_nll, read_again, read_unedited
@@ -25,12 +24,12 @@ from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.words import opening
 
-LEAST_CEILING = 0.2  # as in editing.pipeline.run: below it, what an edit reaches cannot be told from noise
+MIN_CEILING = 0.2  # below it, the effect of an edit cannot be distinguished from noise
 
 
 @dataclass(frozen=True)
 class Harm:
-    """What an edit does to languages that it is not about.
+    """The effect of an edit on third languages.
 
     Attributes:
         nll_rise: third language -> nats a token, edited minus unedited.
@@ -47,22 +46,22 @@ class Harm:
 
     @property
     def mean_kl(self) -> float:
-        """The third languages' mean KL."""
+        """The mean KL on third languages."""
         return sum(self.kl.values()) / len(self.kl)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What an edited model wrote.
+    """The continuations that an edited model wrote.
 
     Attributes:
-        found: continuations in the target that are no failures.
-        continuations: how many there are.
-        prompts: how many different prompts they continue.
-        answers: all of them.
+        hits: number of continuations in the target that are not failures.
+        continuations: number of continuations.
+        prompts: number of different prompts.
+        answers: the continuations.
     """
 
-    found: int
+    hits: int
     continuations: int
     prompts: int
     answers: tuple[Continuation, ...]
@@ -73,21 +72,23 @@ class Scoring:
 
     Args:
         loaded: the unedited model.
-        corpus: text that the edits were not made from; its lines' openings are the prompts.
+        corpus: text that the edits were not made from; the openings of its lines are the prompts.
         source: language that is steered from.
-        target: language that is steered to; every other language of the corpus is a third one.
-        prompts: at most so many.
+        target: language that is steered to; all other languages of the corpus are third languages.
+        prompts: maximum number of prompts.
         samples: continuations a prompt.
-        lines: of a third language's text, at most so many are read.
+        lines: maximum lines of each third language; None: all.
         seed: of the sampling, the same for every edit.
+        new_tokens: maximum tokens of a continuation.
+        temperature: 0 always takes the most likely token.
 
     Attributes:
-        ceiling: share of the target among the unedited model's continuations of target prompts.
+        ceiling: target-language rate of the unedited model's continuations of target prompts.
 
     Raises:
         UsageError: a language that the corpus lacks or the identifier does not know, no third language, or
             several samples at temperature 0.
-        BrocaError: a model that hardly writes the target.
+        BrocaError: the ceiling is below ``MIN_CEILING``.
     """
 
     def __init__(
@@ -114,28 +115,28 @@ class Scoring:
             language: [opening(text) for text in corpus.non_empty(language)[:prompts]]
             for language in (source, target)
         }
-        self._few = openings[source]
+        self._openings = openings[source]
         self._prompts = openings[source] * samples
-        own = self._continue(openings[target] * samples, seed)
-        self.ceiling = self._found(own) / len(own)
-        if self.ceiling < LEAST_CEILING:
+        unedited = self._continue(openings[target] * samples, seed)
+        self.ceiling = self._hits(unedited) / len(unedited)
+        if self.ceiling < MIN_CEILING:
             raise BrocaError(
                 f"the unedited model answers {target} prompts in {target} only {self.ceiling:.0%} of the time, so "
-                "no edit can be told from another: choose another target, or a model that writes it"
+                "edits cannot be compared: choose another target, or a model that writes it"
             )
-        self._own_nll = continuation_nll(loaded, own)
-        some = replace(corpus, texts={k: tuple(corpus.non_empty(k)[:lines]) for k in self.third})
+        self._unedited_nll = continuation_nll(loaded, unedited)
+        read = replace(corpus, texts={k: tuple(corpus.non_empty(k)[:lines]) for k in self.third})
         self._texts = {
-            name: read_unedited(loaded, items) for name, items in language_batches(loaded, some).items()
+            name: read_unedited(loaded, batches) for name, batches in language_batches(loaded, read).items()
         }
 
     def few(self, prompts: int) -> tuple[int, int]:
-        """(continuations in the target, continuations) of the first few prompts, as the model is now."""
-        answers = self._continue(self._few[:prompts], self._seed)
-        return self._found(answers), len(answers)
+        """(hits, continuations) of the model in its current state on the first ``prompts`` prompts."""
+        answers = self._continue(self._openings[:prompts], self._seed)
+        return self._hits(answers), len(answers)
 
     def harm(self) -> Harm:
-        """What the model, as it is now, makes of the third languages' text."""
+        """The effect on third languages of the edit that is applied now."""
         read = {language: read_again(self._loaded, text) for language, text in self._texts.items()}
         return Harm(
             {name: nll - self._texts[name].nll for name, (nll, _) in read.items()},
@@ -143,26 +144,26 @@ class Scoring:
         )
 
     def written(self, seed: int | None = None) -> Written:
-        """What the model, as it is now, writes; a seed in place of the search's own."""
+        """The continuations of the model in its current state; ``seed`` replaces the search's seed."""
         answers = self._continue(self._prompts, self._seed if seed is None else seed)
-        return Written(self._found(answers), len(answers), len(self._few), tuple(answers))
+        return Written(self._hits(answers), len(answers), len(self._openings), tuple(answers))
 
     def fluency_gap(self, written: Written) -> float:
-        """Of what an edited model wrote, read by the unedited one, which the model must be now."""
-        return continuation_nll(self._loaded, written.answers) - self._own_nll
+        """The fluency gap of an edited model's continuations.  No edit may be applied during the call."""
+        return continuation_nll(self._loaded, written.answers) - self._unedited_nll
 
-    def _found(self, answers: Sequence[Continuation]) -> int:
-        return sum(identified(answers, self._languages).are(self.target))
+    def _hits(self, answers: Sequence[Continuation]) -> int:
+        return sum(identify_answers(answers, self._languages).in_language(self.target))
 
     def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
         return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)
 
 
 def third_languages(corpus: Corpus, source: str, target: str) -> tuple[str, ...]:
-    """The corpus's other languages.
+    """The corpus's languages other than source and target.
 
     Raises:
-        UsageError: source and target are the same or not there, or there is no third.
+        UsageError: source and target are equal or not in the corpus, or there is no third language.
     """
     corpus.require(source, target)
     if source == target:
@@ -170,6 +171,6 @@ def third_languages(corpus: Corpus, source: str, target: str) -> tuple[str, ...]
     third = tuple(name for name in corpus.languages if name not in (source, target))
     if not third:
         raise UsageError(
-            "the corpus has no language beside source and target, so harm cannot be seen: give text of a third"
+            "the corpus has no language beside source and target, so harm cannot be measured: add text in a third one"
         )
     return third

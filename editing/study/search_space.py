@@ -1,4 +1,4 @@
-"""What a search can tell each method, and the plan that it gets for it."""
+"""The search space of each method, and the plan of a point in it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ Settings = Mapping[str, Value]
 
 @dataclass(frozen=True)
 class Space:
-    """What one method can be told.
+    """The search space of one method.
 
     Attributes:
-        knobs: name -> knob; a knob comes after the one that it is given by.
+        knobs: name -> knob; a conditional knob follows the knob that it depends on.
         known: settings that are tried first.
-        make: the plan of some settings.
-
-    ``make`` raises NothingToChangeError where the settings change nothing.
+        make: settings -> plan; raises NothingToChangeError if the settings change nothing.
     """
 
     knobs: Mapping[str, Knob]
@@ -33,7 +31,7 @@ class Space:
     make: Callable[[Settings], Plan]
 
     def as_json(self) -> dict[str, Any]:
-        """What decides the trials: two searches may be joined only if they agree in it."""
+        """The JSON values that decide the trials: a search resumes another one only if they are equal."""
         return {
             name: {"words": list(knob.words)} if knob.words else {"low": knob.low, "high": knob.high}
             for name, knob in self.knobs.items()
@@ -41,14 +39,14 @@ class Space:
 
 
 def spaces(material: Material, methods: Sequence[str]) -> dict[str, Space]:
-    """Each method's space; nothing is computed before a plan is asked for.
+    """Method -> its search space; nothing slow is computed before the first plan.
 
     Args:
-        material: a study's: its pair of languages, the text of all of them, the layers that may change.
-        methods: names of ``editing.study.registry.searched``.
+        material: of a study: source and target, the text of all languages, the layers that may change.
+        methods: names from ``editing.study.registry.searched``.
 
     Raises:
-        UsageError: no method, one that cannot be searched or that is named twice.
+        UsageError: no name, a name twice, or a method that cannot be searched.
     """
     return {
         name: Space(method.knobs(material), tuple(method.known(material)), partial(_plan, method, material))

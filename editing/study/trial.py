@@ -1,4 +1,4 @@
-"""One edit that a search tried, and what it is to reach."""
+"""A trial of a search, and the goals."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from neurons.files.json_file import Figure
 
-NOTHING_WRITTEN = 10.0  # a fluency gap for an edit that writes nothing
+NOTHING_WRITTEN = 10.0  # fluency gap of an edit that writes nothing
 MEASURED, HOPELESS, NOTHING = "measured", "hopeless", "changes nothing"
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What an edit is to reach.
+    """The goals of an edit.
 
     Attributes:
-        share: of the ceiling, at least.
-        fluency_gap: nats a token, at most.
-        rise: of a third language's NLL, nats a token, at most.
+        share: minimum target-language rate, as a fraction of the ceiling.
+        fluency_gap: maximum, nats a token.
+        rise: maximum NLL rise of a third language, nats a token.
     """
 
     share: float = 0.95
@@ -33,15 +33,16 @@ class Trial:
     """One edit that was tried.
 
     Attributes:
-        number: in the order in which they were tried.
-        method: of ``editing.study.registry.searched``.
+        number: from 0, in the order in which they were tried.
+        method: one of ``editing.study.registry.searched``.
         settings: of the method.
         state: MEASURED, HOPELESS or NOTHING.
-        found, continuations: in the target, of how many; of the first few prompts where it is hopeless.
-        prompts: how many different ones were continued.
-        fluency_gap: nats a token; None where it was not measured.
-        nll_rise, kl: third language -> nats; empty where they were not measured.
-        why: it is hopeless, in words.
+        found: number of continuations in the target.
+        continuations: number of continuations; of a hopeless trial, those of the first few prompts.
+        prompts: number of different prompts.
+        fluency_gap: nats a token; None if not measured.
+        nll_rise, kl: third language -> nats; empty if not measured.
+        why: the reason of another state than MEASURED, in words.
     """
 
     number: int
@@ -58,42 +59,45 @@ class Trial:
 
     @property
     def share(self) -> float:
+        """The target-language rate."""
         return self.found / self.continuations if self.continuations else 0.0
 
     @property
     def share_error(self) -> float:
-        """Standard error of the share over prompts, as if one more had failed.
+        """Standard error of the rate over prompts, with one more failure added.
 
-        A prompt's continuations are alike, so several of them count as one: the error is rather too large.
+        Continuations of the same prompt are correlated, so they count as one; this overestimates the error.
         """
         if not self.prompts:
             return 1.0
-        share = self.share * self.prompts / (self.prompts + 1)
-        return math.sqrt(share * (1 - share) / self.prompts)
+        rate = self.share * self.prompts / (self.prompts + 1)
+        return math.sqrt(rate * (1 - rate) / self.prompts)
 
     @property
     def rise(self) -> float:
+        """The largest NLL rise of a third language, nats a token; 0 if not measured."""
         return max(self.nll_rise.values(), default=0.0)
 
     @property
     def harm(self) -> float:
-        """The third languages' mean KL."""
+        """The mean KL on third languages, nats; 0 if not measured."""
         return sum(self.kl.values()) / len(self.kl) if self.kl else 0.0
 
     def gap(self) -> float:
-        """The fluency gap as a number that can be compared."""
+        """The fluency gap as a finite number: NOTHING_WRITTEN if there is none."""
         gap = self.fluency_gap
         return NOTHING_WRITTEN if gap is None or math.isnan(gap) else gap
 
     def misses(self, goals: Goals, ceiling: float) -> dict[str, float]:
-        """By how much of itself each goal is missed; 0 or below where it is met."""
-        share = goals.share * ceiling
-        found = {"share": (share - self.share) / share}
+        """Goal -> by what fraction of the goal it is missed; 0 or below if it is met."""
+        rate = goals.share * ceiling
+        missed = {"share": (rate - self.share) / rate}
         if self.state == MEASURED:
-            found["fluency gap"] = (self.gap() - goals.fluency_gap) / goals.fluency_gap
+            missed["fluency gap"] = (self.gap() - goals.fluency_gap) / goals.fluency_gap
         if self.nll_rise:
-            found["rise"] = (self.rise - goals.rise) / goals.rise
-        return found
+            missed["rise"] = (self.rise - goals.rise) / goals.rise
+        return missed
 
     def meets(self, goals: Goals, ceiling: float) -> bool:
+        """Whether it was measured in full and meets all goals."""
         return self.state == MEASURED and all(miss <= 0 for miss in self.misses(goals, ceiling).values())

@@ -1,4 +1,4 @@
-"""What a model is given to write on."""
+"""Prompts: openings, questions by chat template and in completion style."""
 
 import models
 import pytest
@@ -7,10 +7,10 @@ from editing.evaluation.asking import (
     CHAT,
     COMPLETION,
     OPENING,
-    Asked,
+    Prompt,
     openings,
+    question_prompts,
     question_style,
-    questions_asked,
 )
 from editing.evaluation.generation import encoded, generate
 from editing.evaluation.language_id import identify_language, second_opinion
@@ -45,36 +45,38 @@ def test_openings_of_parallel_lines_have_the_rest_of_the_target_as_reference():
         "all",
     )
     assert openings(corpus, "en", "fr") == [
-        Asked("One two three four five six", OPENING, "sept huit neuf."),
-        Asked("Too short", OPENING, None),
-        Asked("The third of the lines is", OPENING, None),
+        Prompt("One two three four five six", OPENING, "sept huit neuf."),
+        Prompt("Too short", OPENING, None),
+        Prompt("The third of the lines is", OPENING, None),
     ]
     assert len(openings(corpus, "en", "fr", 1)) == 1
-    assert openings(corpus, "de", "fr") == [Asked("Nur eine Zeile.", OPENING, None)]
+    assert openings(corpus, "de", "fr") == [Prompt("Nur eine Zeile.", OPENING, None)]
 
 
 def test_styles(chatting):
     plain = models.tiny_tokenizer()
-    opening, completion, chat = (Asked("beef cab", style) for style in (OPENING, COMPLETION, CHAT))
-    assert opening.given(plain) == "beef cab"
-    assert opening.given(plain, "In bed.") == "In bed. beef cab"
-    assert completion.given(plain) == "beef cab\n"
-    assert completion.given(plain, "In bed.") == "In bed.\nbeef cab\n"
+    opening, completion, chat = (Prompt("beef cab", style) for style in (OPENING, COMPLETION, CHAT))
+    assert opening.model_input(plain) == "beef cab"
+    assert opening.model_input(plain, "In bed.") == "In bed. beef cab"
+    assert completion.model_input(plain) == "beef cab\n"
+    assert completion.model_input(plain, "In bed.") == "In bed.\nbeef cab\n"
     for instruction, text in ((None, "beef cab"), ("In bed.", "beef cab In bed.")):
-        ids = chat.given(chatting, instruction)
+        ids = chat.model_input(chatting, instruction)
         assert chatting.decode(ids) == f"<s>[user] {text} [reply]"
         assert ids.count(chatting.bos_token_id) == 1
     assert (question_style(plain), question_style(chatting)) == (COMPLETION, CHAT)
 
 
 def test_questions_are_asked_as_the_tokenizer_has_it(chatting):
-    asked = Questions({"en": (Question("1", "Why?", "Car."), Question("2", "How?"))}, "digest")
-    assert questions_asked(chatting, asked, "en") == [Asked("Why?", CHAT, "Car."), Asked("How?", CHAT)]
-    assert questions_asked(models.tiny_tokenizer(), asked, "en", 1) == [Asked("Why?", COMPLETION, "Car.")]
+    questions = Questions({"en": (Question("1", "Why?", "Car."), Question("2", "How?"))}, "digest")
+    assert question_prompts(chatting, questions, "en") == [Prompt("Why?", CHAT, "Car."), Prompt("How?", CHAT)]
+    assert question_prompts(models.tiny_tokenizer(), questions, "en", 1) == [
+        Prompt("Why?", COMPLETION, "Car.")
+    ]
 
 
 def test_a_chat_is_read_without_a_second_start_token(chatting):
-    ids = Asked("beef", CHAT).given(chatting)
+    ids = Prompt("beef", CHAT).model_input(chatting)
     assert encoded(chatting, [ids, "beef"]) == [list(ids), chatting("beef")["input_ids"]]
 
 
@@ -96,10 +98,10 @@ def test_a_chat_template_that_cannot_be_used_is_one_sentence_with_the_way_out(ch
         assert question_style(chatting) == COMPLETION
         return
     with pytest.raises(UsageError, match=f"{fault}.*--no-chat") as refused:
-        Asked("beef", CHAT).given(chatting)
+        Prompt("beef", CHAT).model_input(chatting)
     assert "\n" not in str(refused.value)
-    asked = Questions({"en": (Question("1", "Why?"),)}, "digest")
-    assert questions_asked(chatting, asked, "en", chat=False)[0].given(chatting) == "Why?\n"
+    questions = Questions({"en": (Question("1", "Why?"),)}, "digest")
+    assert question_prompts(chatting, questions, "en", chat=False)[0].model_input(chatting) == "Why?\n"
 
 
 def test_token_prompts_and_texts_are_written_on_alike(llama):

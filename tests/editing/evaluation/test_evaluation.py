@@ -1,4 +1,4 @@
-"""A whole evaluation of a tiny model, with steerings whose outcome is known."""
+"""An evaluation of a tiny model, with steering whose outcome is known."""
 
 import math
 from collections import Counter
@@ -54,7 +54,7 @@ def evaluation(llama, corpus):
 
 @contextmanager
 def always(loaded, token, strength=60.0):
-    """One token is by far the likeliest, whatever was read."""
+    """One token is by far the most likely, whatever was read."""
 
     def after(_, __, logits):
         raised = logits.clone()
@@ -74,12 +74,12 @@ def prompts(language):
 
 def naive_nlls(model, rows):
     """-ln p of each token but a row's first, row by row and token by token."""
-    found = []
+    nlls = []
     for ids in rows:
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0].double()
-        found += [float(logits[i].logsumexp(0) - logits[i, ids[i + 1]]) for i in range(len(ids) - 1)]
-    return found
+        nlls += [float(logits[i].logsumexp(0) - logits[i, ids[i + 1]]) for i in range(len(ids) - 1)]
+    return nlls
 
 
 def mean(values):
@@ -93,7 +93,7 @@ def text_rows(loaded, language):
 def test_prompts_are_openings_of_the_source(llama, evaluation, corpus):
     assert evaluation.continuations == 6
     assert evaluation.base.samples[0].prompt == "The dog sleeps in the big"
-    few = Evaluation(llama, corpus, "en", "fr", samples=3, most_prompts=2, new_tokens=2)
+    few = Evaluation(llama, corpus, "en", "fr", samples=3, max_prompts=2, new_tokens=2)
     assert few.continuations == 6
     shown = [sample.prompt for sample in few.base.samples]
     assert shown == ["The dog sleeps in the big", "We go to the cinema early"] * 2 + [shown[0]]
@@ -111,16 +111,16 @@ def test_the_unedited_model_has_not_risen(llama, evaluation):
 
 def test_base_equals_what_the_model_writes(llama, evaluation):
     answers = generate(llama, prompts("en"), NEW_TOKENS, seed=5)
-    own = generate(llama, prompts("fr"), NEW_TOKENS, seed=5)
+    unedited = generate(llama, prompts("fr"), NEW_TOKENS, seed=5)
     base = evaluation.base
     labels = [identify_language(item.text, LANGUAGES) for item in answers]
     assert base.languages_found == dict(Counter(labels))
     assert base.target_share == labels.count("fr") / 6
     assert base.source_share == labels.count("en") / 6
-    assert evaluation.ceiling == mean([identify_language(item.text, LANGUAGES) == "fr" for item in own])
+    assert evaluation.ceiling == mean([identify_language(item.text, LANGUAGES) == "fr" for item in unedited])
     assert base.distinct == pytest.approx(mean([distinct_rate(item.text) for item in answers]))
     gap = mean(naive_nlls(llama.model, [[0, *item.ids] for item in answers])) - mean(
-        naive_nlls(llama.model, [[0, *item.ids] for item in own])
+        naive_nlls(llama.model, [[0, *item.ids] for item in unedited])
     )
     assert base.fluency_gap == pytest.approx(gap, rel=1e-3, abs=1e-4)
     assert [sample.continuation for sample in base.samples] == [item.text for item in answers[:5]]
@@ -128,12 +128,12 @@ def test_base_equals_what_the_model_writes(llama, evaluation):
 
 
 def test_identity_steering_changes_nothing(evaluation):
-    found = evaluation.measure("identity", lambda: nullcontext(), {"strength": 0}, kl=True)
-    assert found.kl == {"de": 0.0, "es": 0.0}
-    assert found.nll_rise == evaluation.base.nll_rise
-    assert found.samples == evaluation.base.samples
-    assert found.fluency_gap == evaluation.base.fluency_gap
-    assert (found.name, found.details) == ("identity", {"strength": 0})
+    outcome = evaluation.measure("identity", lambda: nullcontext(), {"strength": 0}, kl=True)
+    assert outcome.kl == {"de": 0.0, "es": 0.0}
+    assert outcome.nll_rise == evaluation.base.nll_rise
+    assert outcome.samples == evaluation.base.samples
+    assert outcome.fluency_gap == evaluation.base.fluency_gap
+    assert (outcome.name, outcome.details) == ("identity", {"strength": 0})
 
 
 def spaced_word():
@@ -148,21 +148,21 @@ def spaced_word():
 
 def test_one_forced_token_is_no_fluent_text(llama, evaluation):
     token, text = spaced_word()
-    found = evaluation.measure("forced", partial(always, llama, token))
-    assert {sample.continuation for sample in found.samples} == {text * NEW_TOKENS}
-    assert found.distinct == pytest.approx(1 / NEW_TOKENS)
+    outcome = evaluation.measure("forced", partial(always, llama, token))
+    assert {sample.continuation for sample in outcome.samples} == {text * NEW_TOKENS}
+    assert outcome.distinct == pytest.approx(1 / NEW_TOKENS)
     label = identify_language(text * NEW_TOKENS, LANGUAGES)
-    assert found.languages_found == {label: 6}
+    assert outcome.languages_found == {label: 6}
     # Fluency is judged by the unedited model: under the forced one this text would be certain.
-    own = generate(llama, prompts("fr"), NEW_TOKENS, seed=5)
+    unedited = generate(llama, prompts("fr"), NEW_TOKENS, seed=5)
     forced = mean(naive_nlls(llama.model, [[0, *[token] * NEW_TOKENS]]))
-    gap = forced - mean(naive_nlls(llama.model, [[0, *item.ids] for item in own]))
-    assert found.fluency_gap == pytest.approx(gap, rel=1e-4)
-    assert all(rise > 10 for rise in found.nll_rise.values())
+    gap = forced - mean(naive_nlls(llama.model, [[0, *item.ids] for item in unedited]))
+    assert outcome.fluency_gap == pytest.approx(gap, rel=1e-4)
+    assert all(rise > 10 for rise in outcome.nll_rise.values())
     with always(llama, token):
         steered = mean(naive_nlls(llama.model, text_rows(llama, "es")))
-    assert found.nll["es"] == pytest.approx(steered, rel=1e-5)
-    assert found.nll_rise["es"] == pytest.approx(steered - evaluation.base.nll["es"], rel=1e-5)
+    assert outcome.nll["es"] == pytest.approx(steered, rel=1e-5)
+    assert outcome.nll_rise["es"] == pytest.approx(steered - evaluation.base.nll["es"], rel=1e-5)
 
 
 def test_a_target_that_is_forced_is_found(llama, corpus):
@@ -178,18 +178,18 @@ def test_a_target_that_is_forced_is_found(llama, corpus):
         def decode(self, *_, **__):
             return TEXTS["fr"]
 
-    found = Evaluation(
-        replace(llama, tokenizer=Translator()), corpus, "en", "fr", most_prompts=2, new_tokens=2
+    forced = Evaluation(
+        replace(llama, tokenizer=Translator()), corpus, "en", "fr", max_prompts=2, new_tokens=2
     )
-    assert (found.base.target_share, found.base.source_share, found.ceiling) == (1, 0, 1)
-    assert found.base.languages_found == {"fr": 2}
+    assert (forced.base.target_share, forced.base.source_share, forced.ceiling) == (1, 0, 1)
+    assert forced.base.languages_found == {"fr": 2}
 
 
 def test_an_empty_answer_counts_as_empty(llama, evaluation):
-    found = evaluation.measure("silent", partial(always, llama, models.tiny_tokenizer().eos_token_id))
-    assert found.languages_found == {"empty": 6}
-    assert (found.target_share, found.source_share, found.distinct) == (0, 0, 0)
-    assert math.isnan(found.fluency_gap)
+    outcome = evaluation.measure("silent", partial(always, llama, models.tiny_tokenizer().eos_token_id))
+    assert outcome.languages_found == {"empty": 6}
+    assert (outcome.target_share, outcome.source_share, outcome.distinct) == (0, 0, 0)
+    assert math.isnan(outcome.fluency_gap)
 
 
 @pytest.mark.parametrize("bytes_at_once", [1, 256 * 2**20])
@@ -197,12 +197,12 @@ def test_kl_is_over_the_text_of_third_languages(llama, evaluation, monkeypatch, 
     monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 40)
     monkeypatch.setattr("neurons.models.next_token.LOGIT_BYTES_AT_ONCE", bytes_at_once)
     corpus = Corpus(LINES, "digest", "report")
-    fresh = Evaluation(llama, corpus, "en", "fr", most_prompts=1, new_tokens=1)
+    fresh = Evaluation(llama, corpus, "en", "fr", max_prompts=1, new_tokens=1)
     vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
     steering = partial(residual_steering, llama, vector, 1, 0.5)
-    found = fresh.measure("steered", steering, kl=True).kl
-    assert set(found) == {"de", "es"}
-    for language, value in found.items():
+    divergences = fresh.measure("steered", steering, kl=True).kl
+    assert set(divergences) == {"de", "es"}
+    for language, value in divergences.items():
         total, positions = 0.0, 0
         for ids in text_rows(llama, language):
             with torch.no_grad():
@@ -250,17 +250,17 @@ def test_choose(evaluation):
     assert choose([silent, outcome_of(evaluation, 0.0, 0.1, 0.0), salad], 0.0, "en") is salad
 
 
-def share_of(texts, language):
+def rate_of(texts, language):
     return mean([identify_language(text, LANGUAGES) == language and not loops(text) for text in texts])
 
 
 def test_failures_count_to_no_share(llama, evaluation):
     token, _ = spaced_word()
-    found = evaluation.measure("forced", partial(always, llama, token))
-    assert found.failures == {"empty": 0, "looping": 6}
-    assert (found.target_share, found.source_share) == (0, 0)
-    assert sum(found.languages_found.values()) == 6
-    assert (found.distinct_pairs, found.longest_repeat) == (
+    outcome = evaluation.measure("forced", partial(always, llama, token))
+    assert outcome.failures == {"empty": 0, "looping": 6}
+    assert (outcome.target_share, outcome.source_share) == (0, 0)
+    assert sum(outcome.languages_found.values()) == 6
+    assert (outcome.distinct_pairs, outcome.longest_repeat) == (
         pytest.approx(1 / (NEW_TOKENS - 1)),
         pytest.approx((NEW_TOKENS - 1) / NEW_TOKENS),
     )
@@ -289,36 +289,36 @@ def test_side_effects_on_every_other_language(llama, corpus):
     fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=12, seed=5)
     vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
     steering = partial(residual_steering, llama, vector, 1, 2.0)
-    found = fresh.measure("steered", steering, others=True)
-    assert set(found.others) == {"de", "es", "fr"}
+    outcome = fresh.measure("steered", steering, others=True)
+    assert set(outcome.others) == {"de", "es", "fr"}
     squares = []
-    for language, told in found.others.items():
-        asked = [opening(line) for line in LINES[language] if line]
-        own = generate(llama, asked, 12, seed=5)
+    for language, other in outcome.others.items():
+        inputs = [opening(line) for line in LINES[language] if line]
+        unedited = generate(llama, inputs, 12, seed=5)
         with steering():
-            steered = generate(llama, asked, 12, seed=5)
+            steered = generate(llama, inputs, 12, seed=5)
         texts = [item.text for item in steered]
-        shares = [share_of([item.text for item in some], language) for some in (steered, own)]
-        squares.append((shares[0] - shares[1]) ** 2)
+        rates = [rate_of([item.text for item in answers], language) for answers in (steered, unedited)]
+        squares.append((rates[0] - rates[1]) ** 2)
         gap = mean(naive_nlls(llama.model, [[0, *item.ids] for item in steered])) - mean(
-            naive_nlls(llama.model, [[0, *item.ids] for item in own])
+            naive_nlls(llama.model, [[0, *item.ids] for item in unedited])
         )
-        assert asdict(told) == {
-            "share": shares[0],
-            "ceiling": shares[1],
+        assert asdict(other) == {
+            "share": rates[0],
+            "ceiling": rates[1],
             "fluency_gap": pytest.approx(gap, rel=1e-3, abs=1e-4),
             "distinct_pairs": pytest.approx(mean([distinct_ngrams(t, 2) for t in texts])),
             "longest_repeat": pytest.approx(mean([longest_repeat(t) / max(len(words(t)), 1) for t in texts])),
             "answer_words": pytest.approx(mean([len(words(t)) for t in texts])),
         }
-    assert found.entanglement == pytest.approx(math.sqrt(mean(squares)))
-    base, share = fresh.base.target_share, found.target_share
-    assert found.effectiveness == pytest.approx((share - base) / (1 - base))
+    assert outcome.entanglement == pytest.approx(math.sqrt(mean(squares)))
+    base, share = fresh.base.target_share, outcome.target_share
+    assert outcome.effectiveness == pytest.approx((share - base) / (1 - base))
     same = fresh.measure("identity", lambda: nullcontext(), others=True)
     assert same == replace(fresh.measure("base", nullcontext, others=True), name="identity")
     assert (same.effectiveness, same.entanglement) == (0, 0)
     silent = fresh.measure("silent", partial(always, llama, 1), others=True)
-    assert all(told.fluency_gap is None and told.share == 0 for told in silent.others.values())
+    assert all(other.fluency_gap is None and other.share == 0 for other in silent.others.values())
 
 
 QUESTIONS = Questions(
@@ -335,13 +335,13 @@ QUESTIONS = Questions(
 
 def test_questions_are_answered_in_completion_style(llama, corpus):
     fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, temperature=0, questions=QUESTIONS)
-    asked = ["How long does the dog sleep?\n", "Where do we go?\n"]
-    answers = generate(llama, asked, NEW_TOKENS, temperature=0)
+    inputs = ["How long does the dog sleep?\n", "Where do we go?\n"]
+    answers = generate(llama, inputs, NEW_TOKENS, temperature=0)
     assert (fresh.continuations, fresh.prompt_style, fresh.ceiling_from) == (2, "completion", "completion")
     assert [sample.continuation for sample in fresh.base.samples] == [item.text for item in answers]
     assert fresh.base.samples[0].prompt == "How long does the dog sleep?"
-    own = generate(llama, ["Combien de temps le chien dort-il ?\n"], NEW_TOKENS, temperature=0)
-    assert fresh.ceiling == share_of([item.text for item in own], "fr")
+    unedited = generate(llama, ["Combien de temps le chien dort-il ?\n"], NEW_TOKENS, temperature=0)
+    assert fresh.ceiling == rate_of([item.text for item in unedited], "fr")
     only = Questions({"en": QUESTIONS.of["en"]}, "digest")
     openings_too = Evaluation(llama, corpus, "en", "fr", new_tokens=2, questions=only)
     assert (openings_too.prompt_style, openings_too.ceiling_from) == ("completion", "opening")
@@ -350,26 +350,29 @@ def test_questions_are_answered_in_completion_style(llama, corpus):
 
 
 def test_an_instruction_stands_before_every_prompt_of_the_source(llama, corpus):
-    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, seed=5, most_prompts=2)
-    found = fresh.measure("prompt", nullcontext, others=True, instruction="En français.")
-    asked = [f"En français. {opening(line)}" for line in LINES["en"] if line][:2]
-    answers = generate(llama, asked, NEW_TOKENS, seed=5)
-    assert [sample.continuation for sample in found.samples] == [item.text for item in answers]
-    assert found.samples[0].prompt == "The dog sleeps in the big"
-    assert found.nll_rise == dict.fromkeys(LANGUAGES, 0.0)
-    assert found.entanglement == 0
+    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, seed=5, max_prompts=2)
+    outcome = fresh.measure("prompt", nullcontext, others=True, instruction="En français.")
+    inputs = [f"En français. {opening(line)}" for line in LINES["en"] if line][:2]
+    answers = generate(llama, inputs, NEW_TOKENS, seed=5)
+    assert [sample.continuation for sample in outcome.samples] == [item.text for item in answers]
+    assert outcome.samples[0].prompt == "The dog sleeps in the big"
+    assert outcome.nll_rise == dict.fromkeys(LANGUAGES, 0.0)
+    assert outcome.entanglement == 0
 
 
 def test_relevance_is_scored_and_named(llama, corpus):
     class Loud:
         name = "judge"
 
-        def __call__(self, asked, answers):
-            assert [one.text for one in asked] == ["The dog sleeps in the big", "We go to the cinema early"]
+        def __call__(self, prompts, answers):
+            assert [prompt.text for prompt in prompts] == [
+                "The dog sleeps in the big",
+                "We go to the cinema early",
+            ]
             assert all(item.text for item in answers)
             return [0.5, 1.0]
 
-    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, most_prompts=2, scorer=Loud())
+    fresh = Evaluation(llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, max_prompts=2, scorer=Loud())
     assert fresh.base.relevance["scorer"] == "judge"
     assert fresh.base.relevance["mean"] == 0.75
     share = fresh.base.target_share
@@ -378,10 +381,10 @@ def test_relevance_is_scored_and_named(llama, corpus):
 
 def test_another_may_write_the_answers_while_all_else_is_measured_on_the_model(llama, corpus):
     token, text = spaced_word()
-    asked, steered = [], []
+    calls, steered = [], []
 
     def write(prompts, new_tokens, temperature, seed):
-        asked.append((list(prompts), new_tokens, temperature, seed, bool(steered)))
+        calls.append((list(prompts), new_tokens, temperature, seed, bool(steered)))
         return [Continuation((token,) * (2 + bool(steered)), text * (2 + bool(steered)))] * len(prompts)
 
     @contextmanager
@@ -391,24 +394,24 @@ def test_another_may_write_the_answers_while_all_else_is_measured_on_the_model(l
             yield
         steered.pop()
 
-    settings = {"most_prompts": 2, "new_tokens": 3, "temperature": 0.5, "seed": 7}
+    settings = {"max_prompts": 2, "new_tokens": 3, "temperature": 0.5, "seed": 7}
     fresh = Evaluation(llama, corpus, "en", "fr", **settings, write=write)
     assert fresh.base.name == "base"
-    found = fresh.measure("steered", steering, kl=True)
+    outcome = fresh.measure("steered", steering, kl=True)
     openings_of = {language: list(dict.fromkeys(prompts(language)))[:2] for language in ("en", "fr")}
-    assert asked == [
+    assert calls == [
         (openings_of["fr"], 3, 0.5, 7, False),
         (openings_of["en"], 3, 0.5, 7, False),
         (openings_of["en"], 3, 0.5, 7, True),
     ]
     assert {sample.continuation for sample in fresh.base.samples} == {text * 2}
-    assert {sample.continuation for sample in found.samples} == {text * 3}
+    assert {sample.continuation for sample in outcome.samples} == {text * 3}
     nlls = [mean(naive_nlls(llama.model, [[0, *[token] * count]])) for count in (2, 3)]
-    assert found.fluency_gap == pytest.approx(nlls[1] - nlls[0], rel=1e-3, abs=1e-4)
-    own = Evaluation(llama, corpus, "en", "fr", **settings)
-    expected = own.measure("steered", partial(always, llama, token), kl=True)
-    assert (found.nll, found.kl) == (expected.nll, expected.kl)
-    assert own.base.samples != fresh.base.samples
+    assert outcome.fluency_gap == pytest.approx(nlls[1] - nlls[0], rel=1e-3, abs=1e-4)
+    by_model = Evaluation(llama, corpus, "en", "fr", **settings)
+    expected = by_model.measure("steered", partial(always, llama, token), kl=True)
+    assert (outcome.nll, outcome.kl) == (expected.nll, expected.kl)
+    assert by_model.base.samples != fresh.base.samples
 
 
 def test_likelihood_is_always_the_unedited_models(llama, corpus):
@@ -417,18 +420,18 @@ def test_likelihood_is_always_the_unedited_models(llama, corpus):
         llama, corpus, "en", "fr", new_tokens=NEW_TOKENS, questions=QUESTIONS, scorer=scorer, temperature=0
     )
     token, _ = spaced_word()
-    found = fresh.measure("forced", partial(always, llama, token))
+    outcome = fresh.measure("forced", partial(always, llama, token))
     # Under the forced model these answers would be certain.
-    assert found.relevance["mean"] < 0.05
+    assert outcome.relevance["mean"] < 0.05
     with always(llama, token):
         forced = generate(llama, ["Where do we go?\n"], NEW_TOKENS, temperature=0)
-        assert scorer(fresh._asked["en"][1:], forced)[0] > 0.99
+        assert scorer(fresh._prompts["en"][1:], forced)[0] > 0.99
 
 
 def test_references_are_the_rest_of_the_parallel_line(llama):
     even = Corpus({"en": LINES["en"], "fr": (*LINES["fr"], "")}, "digest", "report")
-    fresh = Evaluation(llama, even, "en", "fr", new_tokens=2, most_prompts=1, scorer=ChrfScorer())
-    assert fresh._asked["en"][0].reference == "grande maison."
+    fresh = Evaluation(llama, even, "en", "fr", new_tokens=2, max_prompts=1, scorer=ChrfScorer())
+    assert fresh._prompts["en"][0].reference == "grande maison."
     assert fresh.base.relevance["scorer"] == "chrf"
 
 

@@ -13,8 +13,8 @@ PROMPTS = ["beef", "stop milk hill pop trust bead", "a", "cafe decaf face, fade?
 
 
 @pytest.fixture
-def own(checkpoint_of):
-    """A model of one's own, whose generation config may be changed."""
+def loaded(checkpoint_of):
+    """A model for one test, whose generation config may be changed."""
     return load_model(str(checkpoint_of()), device="cpu")
 
 
@@ -36,11 +36,11 @@ def naive_greedy(model, prompt, count, ends=()):
 
 def test_greedy_equals_one_token_at_a_time(llama, monkeypatch):
     monkeypatch.setattr("editing.evaluation.generation.PROMPTS_A_BATCH", 3)
-    found = generate(llama, PROMPTS, 12, temperature=0)
+    continuations = generate(llama, PROMPTS, 12, temperature=0)
     expected = [naive_greedy(llama.model, prompt, 12, {1}) for prompt in PROMPTS]
-    assert [item.ids for item in found] == expected
+    assert [item.ids for item in continuations] == expected
     assert len(set(expected)) == 4 and all(len(ids) == 12 for ids in expected)
-    assert [item.text for item in found] == [models.tiny_tokenizer().decode(ids) for ids in expected]
+    assert [item.text for item in continuations] == [models.tiny_tokenizer().decode(ids) for ids in expected]
 
 
 @pytest.mark.parametrize(
@@ -48,21 +48,21 @@ def test_greedy_equals_one_token_at_a_time(llama, monkeypatch):
     [{"do_sample": True, "temperature": 0.6, "top_p": 0.5, "top_k": 20}, {"repetition_penalty": 1.5}],
     ids=["sampling", "repetition penalty"],
 )
-def test_greedy_takes_the_likeliest_token_whatever_the_checkpoint_advises(own, advice):
-    # Published generation_config.json have both: Qwen2.5-Instruct, for one, penalises repetition.
-    expected = [naive_greedy(own.model, prompt, 12, {1}) for prompt in PROMPTS]
-    own.model.generation_config.update(**advice)
-    assert [item.ids for item in generate(own, PROMPTS, 12, temperature=0)] == expected
+def test_greedy_takes_the_likeliest_token_whatever_the_checkpoint_advises(loaded, advice):
+    # Published generation_config.json have both: Qwen2.5-Instruct penalises repetition.
+    expected = [naive_greedy(loaded.model, prompt, 12, {1}) for prompt in PROMPTS]
+    loaded.model.generation_config.update(**advice)
+    assert [item.ids for item in generate(loaded, PROMPTS, 12, temperature=0)] == expected
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_continuation_ends_before_the_end_token(own, several):
-    whole = [naive_greedy(own.model, prompt, 12) for prompt in PROMPTS]
+def test_a_continuation_ends_before_the_end_token(loaded, several):
+    whole = [naive_greedy(loaded.model, prompt, 12) for prompt in PROMPTS]
     end = whole[1][4]
-    own.model.generation_config.eos_token_id = [end, 1] if several else end
-    found = generate(own, PROMPTS, 12, temperature=0)
-    expected = [naive_greedy(own.model, prompt, 12, {end, 1} if several else {end}) for prompt in PROMPTS]
-    assert [item.ids for item in found] == expected
+    loaded.model.generation_config.eos_token_id = [end, 1] if several else end
+    continuations = generate(loaded, PROMPTS, 12, temperature=0)
+    expected = [naive_greedy(loaded.model, prompt, 12, {end, 1} if several else {end}) for prompt in PROMPTS]
+    assert [item.ids for item in continuations] == expected
     assert len(expected[1]) <= 4 and max(map(len, expected)) > len(expected[1])
 
 
@@ -73,26 +73,26 @@ def test_the_same_seed_writes_the_same(llama):
 
 
 def test_repeated_prompts_are_sampled_apart(llama):
-    found = generate(llama, ["beef"] * 4, 10, 1.0, 0)
-    assert len({item.ids for item in found}) > 1
+    continuations = generate(llama, ["beef"] * 4, 10, 1.0, 0)
+    assert len({item.ids for item in continuations}) > 1
 
 
-def test_samples_follow_the_tempered_distribution(own):
+def test_samples_follow_the_tempered_distribution(loaded):
     # Whatever top-k or top-p the checkpoint advises.
-    own.model.generation_config.update(top_k=1, top_p=0.1)
+    loaded.model.generation_config.update(top_k=1, top_p=0.1)
     with torch.no_grad():
-        own.model.lm_head.weight.mul_(0.1)
-        logits = own.model(torch.tensor([prompt_ids("beef")])).logits[0, -1].double()
+        loaded.model.lm_head.weight.mul_(0.1)
+        logits = loaded.model(torch.tensor([prompt_ids("beef")])).logits[0, -1].double()
     temperature, count = 0.5, 4000
     expected = (logits / temperature).softmax(0)
-    found = torch.zeros(len(expected), dtype=torch.float64)
-    for item in generate(own, ["beef"] * count, 1, temperature, seed=1):
-        found[item.ids[0] if item.ids else 1] += 1 / count
+    frequencies = torch.zeros(len(expected), dtype=torch.float64)
+    for item in generate(loaded, ["beef"] * count, 1, temperature, seed=1):
+        frequencies[item.ids[0] if item.ids else 1] += 1 / count
     top = expected.topk(5).indices
     for token in top.tolist():
         p = float(expected[token])
-        assert abs(float(found[token]) - p) < 5 * math.sqrt(p * (1 - p) / count)
-    assert float(expected[top[0]]) < 0.6 and int((found > 0).sum()) > 20
+        assert abs(float(frequencies[token]) - p) < 5 * math.sqrt(p * (1 - p) / count)
+    assert float(expected[top[0]]) < 0.6 and int((frequencies > 0).sum()) > 20
 
 
 def test_without_prompts_nothing_is_written(llama):
@@ -100,7 +100,7 @@ def test_without_prompts_nothing_is_written(llama):
 
 
 def test_the_head_reads_whole_rows(llama):
-    """Of a view with gaps torch makes a product for every row, each with a copy of the weight."""
+    """torch multiplies a strided view row by row, with a copy of the weight for each."""
     whole = []
     handle = llama.model.lm_head.register_forward_hook(
         lambda _, inputs, __: whole.append(inputs[0].is_contiguous())

@@ -22,11 +22,11 @@ def log_probabilities(model, ids):
 
 def naive_nlls(model, rows, first=1):
     """-ln p of every token from position ``first`` on, given those before it."""
-    found = []
+    nlls = []
     for ids in rows:
         predicted = log_probabilities(model, ids)
-        found += [-predicted[position - 1][ids[position]] for position in range(first, len(ids))]
-    return found
+        nlls += [-predicted[position - 1][ids[position]] for position in range(first, len(ids))]
+    return nlls
 
 
 def texts(count=5, seed=1):
@@ -58,7 +58,7 @@ def test_mean_nll_without_a_start_token(llama, monkeypatch):
     assert mean_nll(bare, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
 
 
-def test_nll_of_blocks(llama):
+def test_nll_of_packed_rows(llama):
     batches = packed_batches(models.sentences("qac", 9), llama.tokenizer, 12, "qac")
     nlls = naive_nlls(llama.model, [row for batch in batches for row in batch.ids.tolist()])
     assert mean_nll(llama, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
@@ -128,9 +128,9 @@ def test_mean_kl(llama, monkeypatch, change):
     batches = padded_batches(llama, monkeypatch)
     monkeypatch.setattr("neurons.models.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # a few positions at a time
     expected = naive_kl(llama, lambda: change(llama.model))
-    found = mean_kl(llama, batches, lambda: change(llama.model))
-    assert found == pytest.approx(expected, rel=1e-3)
-    assert found > 0.001
+    divergence = mean_kl(llama, batches, lambda: change(llama.model))
+    assert divergence == pytest.approx(expected, rel=1e-3)
+    assert divergence > 0.001
 
 
 def test_mean_kl_of_a_model_to_itself(llama, monkeypatch):

@@ -32,20 +32,20 @@ def write(path, rows):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_every_kind_of_file_holds_the_same(tmp_path, suffix):
-    found = read_questions(write(tmp_path / f"q{suffix}", ROWS), "en")
-    assert found.of == {"en": EXPECTED}
-    assert (found.part, len(found.digest)) == ("all", 64)
+    questions = read_questions(write(tmp_path / f"q{suffix}", ROWS), "en")
+    assert questions.of == {"en": EXPECTED}
+    assert (questions.part, len(questions.digest)) == ("all", 64)
 
 
 def test_numbers_are_ids_and_references_may_be_missing(tmp_path):
-    found = read_questions(write(tmp_path / "q.parquet", [{"question_id": 7, "text": " Why? "}]), "en")
-    assert found.of == {"en": (Question("7", "Why?", None),)}
+    questions = read_questions(write(tmp_path / "q.parquet", [{"question_id": 7, "text": " Why? "}]), "en")
+    assert questions.of == {"en": (Question("7", "Why?", None),)}
 
 
 def test_a_language_column_and_a_directory(tmp_path):
     rows = [{**ROWS[0], "language": "en"}, {**ROWS[0], "text": "Comment ?", "language": "fr"}]
-    one = read_questions(write(tmp_path / "q.jsonl", rows), "en")
-    assert {k: [q.text for q in some] for k, some in one.of.items()} == {
+    by_column = read_questions(write(tmp_path / "q.jsonl", rows), "en")
+    assert {k: [q.text for q in questions] for k, questions in by_column.of.items()} == {
         "en": ["How do I bake bread?"],
         "fr": ["Comment ?"],
     }
@@ -58,8 +58,8 @@ def test_a_language_column_and_a_directory(tmp_path):
 
 def test_halves_share_no_question(tmp_path):
     rows = [{"question_id": str(i), "text": f"Question {i}?"} for i in range(5)]
-    found = read_questions(write(tmp_path / "q.jsonl", rows), "en")
-    choose, report = found.half("choose"), found.half("report")
+    questions = read_questions(write(tmp_path / "q.jsonl", rows), "en")
+    choose, report = questions.half("choose"), questions.half("report")
     assert [q.question_id for q in choose.of["en"]] == ["0", "2", "4"]
     assert [q.question_id for q in report.of["en"]] == ["1", "3"]
     assert (choose.part, report.part) == ("choose", "report")

@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 
-from editing.evaluation.asking import CHAT, COMPLETION, OPENING, Asked
+from editing.evaluation.asking import CHAT, COMPLETION, OPENING, Prompt
 from editing.evaluation.generation import Continuation
 from editing.evaluation.relevance import (
     JUDGE_COMPLETION,
@@ -27,25 +27,25 @@ def written(loaded, text):
     return Continuation(tuple(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]), text)
 
 
-ASKED = [Asked("beef cab", OPENING), Asked("stop", COMPLETION), Asked("high him", OPENING)]
+PROMPTS = [Prompt("beef cab", OPENING), Prompt("stop", COMPLETION), Prompt("high him", OPENING)]
 TEXTS = ["fade face", "milk hill pop", ""]
 
 
 def test_likelihood_is_the_geometric_mean_of_the_answers_tokens(llama):
     answers = [written(llama, text) for text in TEXTS]
-    found = LikelihoodScorer(llama)(ASKED, answers)
-    for one, answer, score in zip(ASKED, answers, found, strict=True):
+    scores = LikelihoodScorer(llama)(PROMPTS, answers)
+    for prompt, answer, score in zip(PROMPTS, answers, scores, strict=True):
         if not answer.ids:
             assert score == 0
             continue
-        read = llama.tokenizer(one.text + ("\n" if one.style == COMPLETION else ""))["input_ids"]
+        read = llama.tokenizer(prompt.text + ("\n" if prompt.style == COMPLETION else ""))["input_ids"]
         product, ids = 1.0, [*read, *answer.ids]
         for i in range(len(read), len(ids)):
             with torch.no_grad():
                 p = llama.model(torch.tensor([ids[:i]])).logits[0, -1].double().softmax(-1)
             product *= float(p[ids[i]])
         assert score == pytest.approx(product ** (1 / len(answer.ids)), rel=1e-4)
-    assert len(set(found)) == 3
+    assert len(set(scores)) == 3
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -56,22 +56,25 @@ def test_the_judge_says_yes_with_a_probability(llama, monkeypatch, chat):
     judge = replace(llama, tokenizer=tokenizer)
     monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 600)
     monkeypatch.setattr("editing.evaluation.relevance.JUDGE_PROMPT", "{question} / {answer}?")
-    found = JudgeScorer(judge)(ASKED, [written(llama, text) for text in TEXTS])
+    scores = JudgeScorer(judge)(PROMPTS, [written(llama, text) for text in TEXTS])
     words = (("Yes", " Yes", "yes", " yes", "YES"), ("No", " No", "no", " no", "NO"))
-    yes, no = ({tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in some} for some in words)
+    yes, no = (
+        {tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in spellings}
+        for spellings in words
+    )
     both = yes & no
     assert both == {tokenizer(" Y", add_special_tokens=False)["input_ids"][0]}  # the space alone is a token
-    for one, text, score in zip(ASKED, TEXTS, found, strict=True):
+    for prompt, text, score in zip(PROMPTS, TEXTS, scores, strict=True):
         if not text:
             assert score == 0
             continue
-        prompt = f"{one.text} / {text}?"
-        prompt = f"({prompt})" if chat else prompt + JUDGE_COMPLETION
-        ids = [0, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        shown = f"{prompt.text} / {text}?"
+        shown = f"({shown})" if chat else shown + JUDGE_COMPLETION
+        ids = [0, *tokenizer(shown, add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
             p = llama.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
-        of_yes, of_no = (sum(float(p[i]) for i in some - both) for some in (yes, no))
-        assert score == pytest.approx(of_yes / (of_yes + of_no), rel=1e-4)
+        p_yes, p_no = (sum(float(p[i]) for i in ids - both) for ids in (yes, no))
+        assert score == pytest.approx(p_yes / (p_yes + p_no), rel=1e-4)
 
 
 def test_the_judges_prompt_shows_question_and_answer():
@@ -87,14 +90,14 @@ def test_a_judge_that_cannot_say_yes_is_refused(llama):
             return {"input_ids": [3]}
 
     with pytest.raises(UsageError, match="Yes from No"):
-        JudgeScorer(replace(llama, tokenizer=OneToken()))(ASKED, [written(llama, text) for text in TEXTS])
+        JudgeScorer(replace(llama, tokenizer=OneToken()))(PROMPTS, [written(llama, text) for text in TEXTS])
 
 
 def test_a_judge_whose_chat_template_fails_is_refused(llama):
     tokenizer = models.tiny_tokenizer.__wrapped__()
     tokenizer.chat_template = "{{ raise_exception('not this way') }}"
     with pytest.raises(UsageError, match=r"not this way.*another judge"):
-        JudgeScorer(replace(llama, tokenizer=tokenizer))(ASKED, [written(llama, text) for text in TEXTS])
+        JudgeScorer(replace(llama, tokenizer=tokenizer))(PROMPTS, [written(llama, text) for text in TEXTS])
 
 
 def naive_chrf(answer, reference, order=6, beta=2):
@@ -102,39 +105,39 @@ def naive_chrf(answer, reference, order=6, beta=2):
     answer, reference = ("".join(text.split()) for text in (answer, reference))
     precisions, recalls = [], []
     for n in range(1, order + 1):
-        own, theirs = (
+        written_ngrams, reference_ngrams = (
             Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (answer, reference)
         )
-        if not own or not theirs:
+        if not written_ngrams or not reference_ngrams:
             continue
-        common = sum((own & theirs).values())
-        precisions.append(common / sum(own.values()))
-        recalls.append(common / sum(theirs.values()))
+        common = sum((written_ngrams & reference_ngrams).values())
+        precisions.append(common / sum(written_ngrams.values()))
+        recalls.append(common / sum(reference_ngrams.values()))
     p, r = (sum(values) / len(values) if values else 0.0 for values in (precisions, recalls))
     return (1 + beta**2) * p * r / (beta**2 * p + r) if p + r else 0.0
 
 
 def test_chrf_against_the_reference(llama):
     reference = "dans le jardin quand il pleut"
-    asked = [Asked("q", OPENING, reference)] * 4
+    prompts = [Prompt("q", OPENING, reference)] * 4
     texts = [reference, "dans la maison quand il neige", "xyz", " "]
-    found = ChrfScorer()(asked, [Continuation((1,), text) for text in texts])
-    assert found == pytest.approx([naive_chrf(text, reference) for text in texts], abs=1e-6)
-    assert found[0] == 1 and found[2:] == [0, 0] and 0.3 < found[1] < 0.9
+    scores = ChrfScorer()(prompts, [Continuation((1,), text) for text in texts])
+    assert scores == pytest.approx([naive_chrf(text, reference) for text in texts], abs=1e-6)
+    assert scores[0] == 1 and scores[2:] == [0, 0] and 0.3 < scores[1] < 0.9
 
 
 def test_chrf_without_references_is_refused():
-    asked = [Asked("q", OPENING, "oui"), Asked("q", OPENING)]
+    prompts = [Prompt("q", OPENING, "oui"), Prompt("q", OPENING)]
     with pytest.raises(UsageError, match="1 of 2 prompts"):
-        ChrfScorer()(asked, [Continuation((1,), "oui")] * 2)
+        ChrfScorer()(prompts, [Continuation((1,), "oui")] * 2)
 
 
 def test_both_harmonic_means():
-    found = relevance("chrf", [True, False, True, True], [0.5, 0.9, 0.0, 1.0])
-    share, mean = 3 / 4, 2.4 / 4
-    assert (found.scorer, found.mean) == ("chrf", pytest.approx(mean))
-    assert found.steering_score == pytest.approx(2 / (1 / share + 1 / mean))
-    assert found.item_score == pytest.approx((2 / (1 + 1 / 0.5) + 0 + 0 + 1) / 4)
+    measured = relevance("chrf", [True, False, True, True], [0.5, 0.9, 0.0, 1.0])
+    rate, mean = 3 / 4, 2.4 / 4
+    assert (measured.scorer, measured.mean) == ("chrf", pytest.approx(mean))
+    assert measured.steering_score == pytest.approx(2 / (1 / rate + 1 / mean))
+    assert measured.item_score == pytest.approx((2 / (1 + 1 / 0.5) + 0 + 0 + 1) / 4)
     assert harmonic_mean(0, 0) == 0
     assert not math.isnan(relevance("judge", [False], [0.0]).steering_score)
 
@@ -143,6 +146,6 @@ def test_chat_questions_are_scored_by_their_tokens(checkpoint_of):
     loaded = load_model(str(checkpoint_of()), device="cpu")
     loaded.tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     answer = written(loaded, "fade")
-    as_chat = LikelihoodScorer(loaded)([Asked("beef", CHAT)], [answer])
-    as_text = LikelihoodScorer(loaded)([Asked("beef", OPENING)], [answer])
+    as_chat = LikelihoodScorer(loaded)([Prompt("beef", CHAT)], [answer])
+    as_text = LikelihoodScorer(loaded)([Prompt("beef", OPENING)], [answer])
     assert as_chat == as_text

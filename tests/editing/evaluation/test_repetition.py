@@ -1,4 +1,4 @@
-"""Does a text go round in circles."""
+"""Which texts are loops."""
 
 import random
 
@@ -7,12 +7,12 @@ import pytest
 from editing.evaluation.repetition import distinct_ngrams, longest_repeat, loops
 
 
-def naive_longest_repeat(found):
+def naive_longest_repeat(words):
     best = 0
-    for i in range(len(found)):
-        for j in range(i + 1, len(found)):
+    for i in range(len(words)):
+        for j in range(i + 1, len(words)):
             n = 0
-            while j + n < len(found) and found[i + n] == found[j + n]:
+            while j + n < len(words) and words[i + n] == words[j + n]:
                 n += 1
             best = max(best, n)
     return best
@@ -22,8 +22,8 @@ def test_longest_repeat_equals_the_naive_one():
     chooser = random.Random(3)
     for length in (0, 1, 2, 5, 12, 40):
         for letters in (1, 2, 3, 8):
-            found = chooser.choices("abcdefgh"[:letters], k=length)
-            assert longest_repeat(" ".join(found)) == naive_longest_repeat(found), found
+            words = chooser.choices("abcdefgh"[:letters], k=length)
+            assert longest_repeat(" ".join(words)) == naive_longest_repeat(words), words
 
 
 @pytest.mark.parametrize(

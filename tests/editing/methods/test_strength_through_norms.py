@@ -11,7 +11,7 @@ from editing.methods.learned_values import learned_values
 from editing.methods.material import Material
 from editing.plans.algebra import compose, inverted, restricted
 from editing.study.candidates import candidate, candidates_of
-from editing.study.doses import weaker
+from editing.study.dose_response import weaker
 from editing.study.registry import compared
 from neurons.errors import UsageError
 from neurons.models.source import load_model

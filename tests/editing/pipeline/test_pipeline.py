@@ -24,7 +24,7 @@ from neurons.text.corpus import read_corpus
 
 
 class Quiet:
-    """Notes which stages ran."""
+    """A screen that records which stages ran."""
 
     def __init__(self):
         self.ran, self.skipped, self.states = [], [], {}
@@ -137,24 +137,24 @@ def test_a_missing_file_is_made_again(finished, recipe):
 
 def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
     """A researcher may put a plan of their own in the place of the one that was made."""
-    mine = recipe.with_options(out=tmp_path / "mine")
-    shutil.copytree(recipe.out, mine.out)
-    plan = load_plan(mine.out / "edit-fr.safetensors").scaled(0.5)
-    plan.save(mine.out / "edit-fr.safetensors")
+    edited = recipe.with_options(out=tmp_path / "edited")
+    shutil.copytree(recipe.out, edited.out)
+    plan = load_plan(edited.out / "edit-fr.safetensors").scaled(0.5)
+    plan.save(edited.out / "edit-fr.safetensors")
     screen = Quiet()
-    run(mine, screen)
+    run(edited, screen)
     assert screen.ran == ["export to fr", "measure fr", "report"]
     assert screen.states["edit to fr"] == KEPT.format("edit-fr.safetensors")
-    notes = [json.loads((mine.out / f"measured-{k}.json").read_text())["notes"] for k in ("fr", "de")]
-    told = [any("command alone does not repeat" in note for note in some) for some in notes]
-    assert told == [True, False] and any("edit-fr.safetensors" in note for note in notes[0])
-    files = contents(mine.out)
+    notes = [json.loads((edited.out / f"measured-{k}.json").read_text())["notes"] for k in ("fr", "de")]
+    noted = [any("edit-fr.safetensors" in note for note in of_target) for of_target in notes]
+    assert noted == [True, False]
+    files = contents(edited.out)
     assert files["edit-fr.safetensors"] == plan.to_bytes()
     assert files["checkpoint-fr/broca/edit.safetensors"] == plan.to_bytes()
     assert files["checkpoint-fr/model.safetensors"] != finished[1]["checkpoint-fr/model.safetensors"]
     with pytest.raises(BrocaError, match="changed by hand"):
-        run(mine.with_options(strengths=(0.9,)), Quiet())
-    assert contents(mine.out) == files
+        run(edited.with_options(strengths=(0.9,)), Quiet())
+    assert contents(edited.out) == files
 
 
 def test_the_model_may_lie_elsewhere(finished, recipe, tmp_path):
@@ -209,12 +209,12 @@ def written(tmp_path, content):
 
 def test_read_recipe(tmp_path):
     (tmp_path / "model").mkdir()
-    found = read_recipe(
+    recipe = read_recipe(
         written(tmp_path, 'model = "model"\ncorpus = "text"\nsource = "en"\ntargets = ["fr"]\nseed = 3\n')
     )
-    assert found.model == str(tmp_path / "model")
-    assert found.corpus == tmp_path / "text"
-    assert (found.targets, found.seed, found.method) == (("fr",), 3, "gradient-contrast")
+    assert recipe.model == str(tmp_path / "model")
+    assert recipe.corpus == tmp_path / "text"
+    assert (recipe.targets, recipe.seed, recipe.method) == (("fr",), 3, "gradient-contrast")
 
 
 def test_a_hub_id_stays_a_hub_id(tmp_path):

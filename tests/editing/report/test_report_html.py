@@ -1,4 +1,4 @@
-"""The page of a study: what its numbers are, what it escapes, what it asks of a browser, what it refuses."""
+"""The page of a study: its numbers, escaping, what it loads, and what it refuses."""
 
 import json
 import re
@@ -25,9 +25,9 @@ def page_of(directory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A directory with one of everything, which stays as it is."""
-    directory = tmp_path_factory.mktemp("made") / "study"
+def directory(tmp_path_factory):
+    """A directory with one of every result, which stays as it is."""
+    directory = tmp_path_factory.mktemp("directory") / "study"
     directory.mkdir()
     studies.write_run(directory)
     (directory / "ablation.json").write_bytes(json_bytes(studies.ablation()))
@@ -37,36 +37,38 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def study(made, tmp_path):
+def study(directory, tmp_path):
     """A copy of it, to be changed."""
-    shutil.copytree(made, tmp_path / "study")
+    shutil.copytree(directory, tmp_path / "study")
     return tmp_path / "study"
 
 
 @pytest.fixture(scope="module")
-def shown(made):
+def shown(directory):
     """(text of its page, the page)."""
-    return page_of(made)
+    return page_of(directory)
 
 
 def numbers(row):
     """Cells as numbers, None where there is none."""
-    found = (re.search(r"[+−]?\d[\d,]*\.?\d*", cell) for cell in row)
-    return [None if one is None else float(one[0].replace("−", "-").replace(",", "")) for one in found]
+    matches = (re.search(r"[+−]?\d[\d,]*\.?\d*", cell) for cell in row)
+    return [
+        None if match is None else float(match[0].replace("−", "-").replace(",", "")) for match in matches
+    ]
 
 
 def test_every_element_is_closed_and_named_once(shown):
     _, page = shown
     assert page.faults == [] and page.comments == []
-    names = [one["attributes"]["id"] for one in page.elements if "id" in one["attributes"]]
+    names = [element["attributes"]["id"] for element in page.elements if "id" in element["attributes"]]
     assert len(names) == len(set(names))
-    links = [one["attributes"]["href"] for one in page.all("a")]
+    links = [element["attributes"]["href"] for element in page.all("a")]
     assert links and all(link.startswith("#") and link[1:] in names for link in links)
     # What a drawing refers to within itself is there.
     assert all(
-        one["attributes"]["href"][1:] in names
-        for one in page.elements
-        if one["tag"] == "use" and one["attributes"]["href"].startswith("#")
+        element["attributes"]["href"][1:] in names
+        for element in page.elements
+        if element["tag"] == "use" and element["attributes"]["href"].startswith("#")
     )
     assert page.all("use")
 
@@ -75,9 +77,9 @@ def test_nothing_is_asked_from_anywhere(shown):
     text, page = shown
     assert "http" not in text.lower() and "//" not in re.sub(r"base64,[^\"]*", "", text)
     assert "@import" not in text and not page.all("script")
-    sources = [one["attributes"].get(name, "") for one in page.elements for name in ("src", "href")]
+    sources = [element["attributes"].get(name, "") for element in page.elements for name in ("src", "href")]
     assert all(source == "" or source.startswith(("#", "data:")) for source in sources)
-    assert not [name for one in page.elements for name in one["attributes"] if name.startswith("on")]
+    assert not [name for element in page.elements for name in element["attributes"] if name.startswith("on")]
     assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", text)
 
 
@@ -104,21 +106,23 @@ PARTS = [{"digest": part[0] * 64, "part": part} for part in ("estimate", "choose
     ("part", "warned"), [("report", 0), ("choose", 1), ("estimate", 1), ("all", 1), (None, 0)]
 )
 def test_the_part_that_is_measured_is_none_of_those_that_were_read_besides(tmp_path, part, warned):
-    """Of a page without the file's name for the part: nothing is said of it."""
+    """A file without a part: the page says nothing of it."""
     text = {} if part is None else {"corpus": {"digest": "r" * 64, "part": part, "languages": ["en", "ar"]}}
-    made = {"steering.json": {**studies.dosed(), "corpora": PARTS}, "ablation.json": studies.ablation()}
-    for name, document in made.items():
+    files = {"steering.json": {**studies.dosed(), "corpora": PARTS}, "ablation.json": studies.ablation()}
+    for name, document in files.items():
         document.pop("corpus", None)
         (tmp_path / name).write_bytes(json_bytes({**document, **text}))
     _, page = page_of(tmp_path)
-    warnings = [one["text"] for one in page.all("p", **{"class": "warning"})]
-    assert len(warnings) == 2 * warned and all("not a result" in one for one in warnings)
+    warnings = [element["text"] for element in page.all("p", **{"class": "warning"})]
+    assert len(warnings) == 2 * warned and all("not a result" in text for text in warnings)
     named = {None: "", "all": "of all parts"}.get(part, f"of the part “{part}”")
     first = [
-        one["text"] for one in page.all("p") if "ceiling of ar" in one["text"] or "ablated" in one["text"]
+        element["text"]
+        for element in page.all("p")
+        if "ceiling of ar" in element["text"] or "ablated" in element["text"]
     ]
-    assert len(first) == 2 and all(named in one for one in first)
-    assert part is not None or not any("part" in one for one in first)
+    assert len(first) == 2 and all(named in text for text in first)
+    assert part is not None or not any("part" in text for text in first)
 
 
 def test_a_plan_is_told_with_its_text_and_model(study):
@@ -130,60 +134,62 @@ def test_a_plan_is_told_with_its_text_and_model(study):
             "settings": {"corpus": {"digest": "b" * 64, "part": "estimate"}},
         },
     )
-    plan.save(study / "own.safetensors")
+    plan.save(study / "scaled.safetensors")
     _, page = page_of(study)
     rows = {row[0]: row[1:3] for row in page.texts("Made of what")}
-    assert rows["own.safetensors"] == ["a" * 16, f"estimate {'b' * 12}"]
+    assert rows["scaled.safetensors"] == ["a" * 16, f"estimate {'b' * 12}"]
     assert rows["edit-ar.safetensors"] == ["0123456789abcdef", "–"]
 
 
 def test_a_run_is_shown_once_though_its_report_json_says_it_again(shown, study):
     _, page = shown
-    titles = [one["text"] for one in page.all("h2")]
+    titles = [element["text"] for element in page.all("h2")]
     assert titles.count("Steering: en to ar (measured-ar.json)") == 1
     assert not any("report.json" in title for title in titles)
     (study / "measured-ar.json").unlink()
-    assert [one.file for one in read_findings(study).steering] == ["report.json"]
+    assert [named.file for named in read_findings(study).steering] == ["report.json"]
 
 
 def test_the_sources_own_rise_does_not_set_the_scale(shown):
     _, page = shown
     cells = page.table("NLL rise on each language's text")[2]
     assert "style" not in cells[3]["attributes"]
-    # 0.034 of 0.1, where the scale ends at the least, of the way from white to #67a9cf.
+    # 0.034 of 0.1, where the scale ends at the least, from white to #67a9cf.
     expected = [round(255 + 0.34 * (end - 255)) for end in (0x67, 0xA9, 0xCF)]
     assert cells[2]["attributes"]["style"] == "background:#{:02x}{:02x}{:02x}".format(*expected)
 
 
 def test_text_is_in_its_own_direction(shown):
     _, page = shown
-    (arabic,) = [one for one in page.all("dd") if one["text"] == studies.ARABIC][:1]
+    (arabic,) = [element for element in page.all("dd") if element["text"] == studies.ARABIC][:1]
     assert arabic["attributes"]["lang"] == "ar" and arabic["attributes"]["dir"] == "rtl"
-    (chinese,) = [one for one in page.all("dd") if one["text"] == studies.CHINESE]
+    (chinese,) = [element for element in page.all("dd") if element["text"] == studies.CHINESE]
     assert chinese["attributes"]["lang"] == "zh" and chinese["attributes"]["dir"] == "ltr"
     prompts = page.all("p", **{"class": "prompt"})
     assert prompts and all(
-        (one["attributes"]["lang"], one["attributes"]["dir"]) == ("en", "ltr") for one in prompts
+        (element["attributes"]["lang"], element["attributes"]["dir"]) == ("en", "ltr") for element in prompts
     )
     assert page.all("html")[0]["attributes"]["lang"] == "en"
 
 
-def test_ablation_figures_are_those_of_the_file(shown, made):
-    document = json.loads((made / "ablation.json").read_text())
-    (one,) = document["sets"]
+def test_ablation_figures_are_those_of_the_file(shown, directory):
+    document = json.loads((directory / "ablation.json").read_text())
+    (neuron_set,) = document["sets"]
     _, page = shown
     head, *rows = page.texts("neurons: rise of each language's NLL")
     assert head[1:4] == list(studies.LANGUAGES)
     for language, row in zip(studies.LANGUAGES, rows, strict=True):
         assert row[0] == f"{language} ablated"
-        expected = [one["change"][language][other] for other in studies.LANGUAGES]
+        expected = [neuron_set["change"][language][other] for other in studies.LANGUAGES]
         assert numbers(row[1:4]) == pytest.approx(expected, abs=5.1e-4)
-        low, high = one["intervals"][language][language]
+        low, high = neuron_set["intervals"][language][language]
         assert f"[{low:+.3f}, {high:+.3f}]" in row[1 + studies.LANGUAGES.index(language)]
-        draws = [draw["change"][language][language] for draw in one["random_draws"]]
-        assert numbers(row[4:]) == pytest.approx([one["neurons"][language], sum(draws) / 2], abs=5.1e-5)
+        draws = [draw["change"][language][language] for draw in neuron_set["random_draws"]]
+        assert numbers(row[4:]) == pytest.approx(
+            [neuron_set["neurons"][language], sum(draws) / 2], abs=5.1e-5
+        )
     head, first, second = page.texts("neurons: own language (mean of the others)")
-    change = one["doses"][0]["change"]
+    change = neuron_set["doses"][0]["change"]
     others = (change["ar"]["en"] + change["ar"]["zh"]) / 2
     assert first[0] == "50 %" and first[2] == f"{change['ar']['ar']:+.3f} ({others:+.3f})"
     assert second[0] == "100 %"
@@ -198,11 +204,13 @@ def test_search_figures_are_those_of_the_file(shown):
     assert rows[3][2:] == ["0.06", "–", "–", "–", "strength 1 (1 of 16)"]
     front = page.table("The Pareto front")
     assert [row[0]["text"] for row in front[1:]] == ["0", "1"]
-    text = " ".join(one["text"] for one in page.all("p"))
+    text = " ".join(element["text"] for element in page.all("p"))
     assert "4 trials, 1 of them given up" in text and "share at least 0.95 of the ceiling" in text
     assert "Trial 1 was chosen: the least harmful" in text
     assert "Goals not met there: rise." in text
-    marked = [one for one in page.all("tr", **{"class": "marked"}) if one["text"].startswith("1keyed")]
+    marked = [
+        element for element in page.all("tr", **{"class": "marked"}) if element["text"].startswith("1keyed")
+    ]
     assert len(marked) == 2
 
 
@@ -211,8 +219,8 @@ def test_a_trial_that_changes_nothing_was_not_given_up(tmp_path):
     value["trials"][3] |= {"state": "changes nothing", "found": 0, "continuations": 0}
     (tmp_path / "tune.json").write_bytes(json_bytes(value))
     _, page = page_of(tmp_path)
-    (told,) = [one["text"] for one in page.all("p") if one["text"].startswith("4 trials")]
-    assert "0 of them given up" in told and "1 without any change" in told
+    (paragraph,) = [element["text"] for element in page.all("p") if element["text"].startswith("4 trials")]
+    assert "0 of them given up" in paragraph and "1 without any change" in paragraph
     assert page.texts("All trials")[4][2] == "–"
 
 
@@ -225,12 +233,12 @@ def test_choices_are_told_apart_from_results(shown):
         ["Steer2Edit", "alpha 0.8 (nothing changes)"],
     ]
     table = page.table("Settings tried; those set off were chosen")
-    marked = [one["text"] for one in page.all("tr", **{"class": "marked"})]
+    marked = [element["text"] for element in page.all("tr", **{"class": "marked"})]
     assert (
         any(text.startswith("keyed edit") and text.endswith("strength 3.5") for text in marked)
         and len(table) == 4
     )
-    # The source's own rise, 1.5, is no harm.
+    # The rise of the source, 1.5, is no harm.
     assert rows[1][3] == "+0.012"
 
 
@@ -240,7 +248,7 @@ def test_neuron_maps(shown):
     assert head == ["language", "0", "1"]
     assert rows == [["ar", "1", "1"], ["en", "1", ""], ["zh", "", ""]]
     assert page.texts("What languages share")[1] == ["ar", "2", "0.50", "0.00"]
-    warnings = [one["text"] for one in page.all("p", **{"class": "warning"})]
+    warnings = [element["text"] for element in page.all("p", **{"class": "warning"})]
     assert "No neuron was found for zh." in warnings
     assert page.texts("Modules that change")[1] == ["1", "MLP output", "1", "0", "1.5", "0.500"]
 
@@ -248,10 +256,10 @@ def test_neuron_maps(shown):
 def test_settings_fingerprints_and_commands(shown):
     text, page = shown
     assert text.count("0123456789abcdef") >= 1 and "d" * 64 in text and "f" * 64 in text
-    commands = [one["text"] for one in page.all("pre")]
+    commands = [element["text"] for element in page.all("pre")]
     assert "broca ablate model --neurons neurons.safetensors" in commands
     assert "broca tune model --source en --target ar" in commands
-    assert any('source = "en"\ntargets = ["ar"]' in one for one in commands)
+    assert any('source = "en"\ntargets = ["ar"]' in command for command in commands)
     files = {row[0]: row[1] for row in page.texts("Files of the directory")[1:]}
     assert files["checkpoint-ar/"] == "checkpoint" and files["tuned/tune.json"] == "search"
     assert files["report.md"] == "text, not read" and files["run.json"] == "stages of a run: measure ar"
@@ -261,7 +269,7 @@ def test_files_of_two_models_are_not_passed_over(study):
     value = {**studies.ablation(), "fingerprint": "another"}
     (study / "other.json").write_bytes(json_bytes(value))
     page = studies.Page(provenance_content(read_findings(study)))
-    assert any("more than one model" in one["text"] for one in page.all("p", **{"class": "warning"}))
+    assert any("more than one model" in element["text"] for element in page.all("p", **{"class": "warning"}))
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -275,11 +283,11 @@ def test_hostile_text_stays_text(tmp_path):
     _, page = page_of(directory)
     assert page.faults == [] and page.comments == []
     assert not page.all("script") and not page.all("img") and not page.all("b") and not page.all("i")
-    assert not [name for one in page.elements for name in one["attributes"] if name.startswith("on")]
+    assert not [name for element in page.elements for name in element["attributes"] if name.startswith("on")]
     assert page.all("h1")[0]["text"] == "Study: <b>study & co"
     words = " ".join(hostile.split())
-    assert any(one["text"] == words for one in page.all("dd"))
-    assert any(one["text"] == hostile for one in page.all("pre"))
+    assert any(element["text"] == words for element in page.all("dd"))
+    assert any(element["text"] == hostile for element in page.all("pre"))
 
 
 def test_control_characters_and_surrogates_do_not_get_in(tmp_path):
@@ -312,10 +320,10 @@ def test_control_characters_and_surrogates_do_not_get_in(tmp_path):
 )
 def test_what_is_not_understood_is_named(study, name, content, reason):
     (study / name).write_text(content)
-    found = read_findings(study)
-    (file,) = [file for file in found.files if not file.understood]
-    assert file.name == name and file.what.startswith("not understood") and reason in file.what
-    page = studies.Page(files_content(found))
+    findings = read_findings(study)
+    (file,) = [file for file in findings.files if not file.understood]
+    assert file.name == name and file.kind.startswith("not understood") and reason in file.kind
+    page = studies.Page(files_content(findings))
     (warning,) = page.all("p", **{"class": "warning"})
     assert warning["text"] == f"Not understood, and not on this page: {name}."
     assert page.texts("Files of the directory")[1][0] == name
@@ -333,9 +341,9 @@ def test_equal_studies_give_equal_bytes(study, tmp_path):
 
 def test_a_file_that_cannot_be_shown_is_named(tmp_path, monkeypatch):
     members = {"fr": torch.tensor([[0, 1]])}
-    found = neuron_set(members, {"fr": torch.ones(1)}, 1, 4, {"method": "lape"})
-    found.save(tmp_path / "odd.safetensors")
-    # What is read is checked, so nothing known leads here any more.
+    neurons = neuron_set(members, {"fr": torch.ones(1)}, 1, 4, {"method": "lape"})
+    neurons.save(tmp_path / "odd.safetensors")
+    # Files are checked when they are read, so no known file leads here.
     monkeypatch.setattr("editing.report.study.neurons_content", lambda *_: {}["neurons"])
     with pytest.raises(BrocaError, match=r"^odd.safetensors: cannot be shown"):
         study_page(read_findings(tmp_path))
@@ -348,7 +356,7 @@ def test_a_method_is_no_formula(tmp_path):
     )
     _, page = page_of(tmp_path)
     assert page.faults == [] and not page.all("b")
-    assert {"$\\frac$ <b>", "neurons"} <= {one["text"] for one in page.all("text")}
+    assert {"$\\frac$ <b>", "neurons"} <= {element["text"] for element in page.all("text")}
 
 
 def dosed_page(directory, value):
@@ -360,25 +368,25 @@ def dosed_page(directory, value):
 def test_a_set_is_headed_by_its_name_and_what_the_name_does_not_say(tmp_path, name, heading):
     (tmp_path / "ablation.json").write_bytes(json_bytes(studies.ablation(name)))
     _, page = page_of(tmp_path)
-    assert heading in [one["text"] for one in page.all("h3")]
+    assert heading in [element["text"] for element in page.all("h3")]
 
 
 def section(page):
     """What stands beneath the heading of the doses: the texts of its paragraphs."""
-    heads = [one["text"] for one in page.elements if one["tag"] in ("h2", "h3", "p")]
+    heads = [element["text"] for element in page.elements if element["tag"] in ("h2", "h3", "p")]
     return heads[heads.index("At parts of the strength") + 1 :]
 
 
 def beside_keyed(base=0.05):
     """The rows as they are defined, and at how many the keyed edit costs less, the same, more, or falls short."""
     rows, counted = [], [0, 0, 0, 0]
-    for way, doses in studies.DOSES.items():
-        for dose, share, rise in doses if way != "keyed edit" else ():
+    for method, doses in studies.DOSES.items():
+        for dose, share, rise in doses if method != "keyed edit" else ():
             if share <= base:
                 continue
-            own = [cost for _, reached, cost in studies.DOSES["keyed edit"] if reached >= share]
-            counted[3 if not own else 0 if min(own) < rise else 2 if min(own) > rise else 1] += 1
-            rows.append([way, 100 * dose, share, dose / 10, rise, min(own) if own else None])
+            keyed = [cost for _, reached, cost in studies.DOSES["keyed edit"] if reached >= share]
+            counted[3 if not keyed else 0 if min(keyed) < rise else 2 if min(keyed) > rise else 1] += 1
+            rows.append([method, 100 * dose, share, dose / 10, rise, min(keyed) if keyed else None])
     return rows, counted
 
 
@@ -387,42 +395,42 @@ def test_doses_stand_beside_the_keyed_edit(tmp_path):
     assert page.faults == []
     head, *rows = page.texts("Every dose beside the keyed edit's")
     assert head == ["way", "dose", "share ar", "fluency gap", "harm", "keyed edit's harm"]
-    own = [
+    keyed = [
         ["keyed edit", 100 * dose, share, dose / 10, rise, None]
         for dose, share, rise in studies.DOSES["keyed edit"]
     ]
     others, (less, same, more, missed) = beside_keyed()
-    assert [row[0] for row in rows] == [row[0] for row in own + others]
-    for row, expected in zip(rows, own + others, strict=True):
-        found = numbers(row[1:])
+    assert [row[0] for row in rows] == [row[0] for row in keyed + others]
+    for row, expected in zip(rows, keyed + others, strict=True):
+        shown = numbers(row[1:])
         # The gap has two digits.
-        assert found[2] == pytest.approx(expected[3], abs=5.1e-3)
-        del found[2], expected[3]
-        assert found == pytest.approx(expected[1:])
-    assert [row[5] for row in rows][: len(own)] == [""] * len(own)
+        assert shown[2] == pytest.approx(expected[3], abs=5.1e-3)
+        del shown[2], expected[3]
+        assert shown == pytest.approx(expected[1:])
+    assert [row[5] for row in rows][: len(keyed)] == [""] * len(keyed)
     assert [row[5] for row in rows].count("not reached") == missed == 1
-    assert len(page.all("tr", **{"class": "marked"})) == len(own)
+    assert len(page.all("tr", **{"class": "marked"})) == len(keyed)
     assert (
         f"{len(others)} doses of other ways reach a larger share than the unedited model: the keyed edit, at the "
         f"same share or more, costs less at {less}, the same at {same}, more at {more}, does not reach the share at {missed}."
     ) in section(page)
     (svg,) = page.all("svg")
     assert "Harm against the share of answers in ar" in svg["attributes"]["aria-label"]
-    words = [one["text"].strip() for one in page.all("text")]
-    assert all(words.count(way) == 1 for way in studies.DOSES)
+    words = [element["text"].strip() for element in page.all("text")]
+    assert all(words.count(method) == 1 for method in studies.DOSES)
 
 
-def test_the_ways_keep_their_order_though_json_sorts_them(tmp_path):
-    ways = ("hook", "baked $x$", "keyed edit", "a prompt")
-    value = studies.dosed({way: studies.DOSES[way] for way in ways})
+def test_the_methods_keep_their_order_though_json_sorts_them(tmp_path):
+    methods = ("hook", "baked $x$", "keyed edit", "a prompt")
+    value = studies.dosed({method: studies.DOSES[method] for method in methods})
     (tmp_path / "methods.json").write_bytes(json_bytes(value))
-    (found,) = read_findings(tmp_path).steering
-    assert list(found.result.curves) == list(ways)
-    assert [one.details["dose"] for one in found.result.curves["hook"]] == [0.25, 0.5, 1.0]
+    (steering,) = read_findings(tmp_path).steering
+    assert list(steering.result.curves) == list(methods)
+    assert [outcome.details["dose"] for outcome in steering.result.curves["hook"]] == [0.25, 0.5, 1.0]
 
 
 def test_one_dose_is_one(tmp_path):
-    doses = {way: studies.DOSES[way] for way in ("keyed edit", "a prompt")}
+    doses = {method: studies.DOSES[method] for method in ("keyed edit", "a prompt")}
     _, page = dosed_page(tmp_path, studies.dosed(doses))
     expected = (
         "1 dose of another way reaches a larger share than the unedited model: the keyed edit, at the same "
@@ -433,11 +441,11 @@ def test_one_dose_is_one(tmp_path):
 
 
 def test_doses_without_the_keyed_edit(tmp_path):
-    doses = {way: one for way, one in studies.DOSES.items() if way != "keyed edit"}
+    doses = {method: curve for method, curve in studies.DOSES.items() if method != "keyed edit"}
     _, page = dosed_page(tmp_path, studies.dosed(doses))
     head, *rows = page.texts("Every dose; those that")
     assert head == ["way", "dose", "share ar", "fluency gap", "harm"]
-    expected = [(way, share) for way, one in doses.items() for _, share, _ in one if share > 0.05]
+    expected = [(method, share) for method, curve in doses.items() for _, share, _ in curve if share > 0.05]
     assert [(row[0], float(row[2])) for row in rows] == expected
     assert "keyed" not in " ".join(section(page)) and len(page.all("svg")) == 1
 
@@ -445,20 +453,20 @@ def test_doses_without_the_keyed_edit(tmp_path):
 def test_without_doses_the_page_stays_as_it_was(tmp_path):
     value = studies.dosed()
     _, page = dosed_page(tmp_path, value)
-    dosed = [one["text"] for one in page.elements if one["tag"] in ("h3", "figcaption", "dt")]
+    dosed = [element["text"] for element in page.elements if element["tag"] in ("h3", "figcaption", "dt")]
     pages = set()
     for curves in ({}, None, "absent"):
-        changed = {key: one for key, one in value.items() if key != "curves"}
+        changed = {key: field for key, field in value.items() if key != "curves"}
         (tmp_path / "methods.json").write_bytes(
             json_bytes(changed if curves == "absent" else {**changed, "curves": curves})
         )
         text, page = page_of(tmp_path)
         pages.add(re.sub("[0-9a-f]{16,}", "", text))
         assert not page.all("svg")
-        plain = [one["text"] for one in page.elements if one["tag"] in ("h3", "figcaption", "dt")]
-        added = [one for one in dosed if one not in plain]
+        plain = [element["text"] for element in page.elements if element["tag"] in ("h3", "figcaption", "dt")]
+        added = [text for text in dosed if text not in plain]
         assert added[0] == "At parts of the strength" and len(added) == 3
-        assert [one for one in dosed if one not in added] == plain
+        assert [text for text in dosed if text not in added] == plain
     assert len(pages) == 1
 
 
@@ -473,8 +481,8 @@ def test_doses_with_figures_missing(tmp_path):
     assert not [row for row in rows if row[0] == "hook"]
     assert [row[3] for row in rows if row[0] == "a prompt"] == ["–"]
     for doses in value["curves"].values():
-        for one in doses:
-            one["target_share"] = None
+        for outcome in doses:
+            outcome["target_share"] = None
     _, page = dosed_page(tmp_path, value)
     assert "Left out, since a figure of them is missing: 10 of 10 doses." in section(page)
     assert page.faults == [] and not page.all("svg")
@@ -488,18 +496,21 @@ def test_a_ceiling_and_a_base_that_were_not_measured(tmp_path):
     value["outcomes"][0]["target_share"] = None
     _, page = dosed_page(tmp_path, value)
     rows = page.texts("Every dose beside the keyed edit's")
-    # Any share at all is then more than nothing.
+    # Without a base rate, any rate above 0 counts.
     assert [row[1] for row in rows if row[0] == "hook"] == ["50 %", "100 %"]
-    words = [one["text"].strip() for one in page.all("text")]
+    words = [element["text"].strip() for element in page.all("text")]
     assert "ceiling" not in words and "unedited model" not in words and "keyed edit" in words
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda one: one["details"].pop("dose"), "curves.hook.0 should have a number, the dose"),
-        (lambda one: one["details"].update(dose="all"), "curves.hook.0 should have a number, the dose"),
-        (lambda one: one.pop("target_share"), "curves.hook.0.target_share is missing"),
+        (lambda outcome: outcome["details"].pop("dose"), "curves.hook.0 should have a number, the dose"),
+        (
+            lambda outcome: outcome["details"].update(dose="all"),
+            "curves.hook.0 should have a number, the dose",
+        ),
+        (lambda outcome: outcome.pop("target_share"), "curves.hook.0.target_share is missing"),
     ],
 )
 def test_doses_that_are_none_are_named(tmp_path, spoil, reason):
@@ -508,7 +519,7 @@ def test_doses_that_are_none_are_named(tmp_path, spoil, reason):
     spoil(value["curves"]["hook"][0])
     (tmp_path / "methods.json").write_bytes(json_bytes(value))
     (file,) = [file for file in read_findings(tmp_path).files if not file.understood]
-    assert file.name == "methods.json" and reason in file.what
+    assert file.name == "methods.json" and reason in file.kind
 
 
 def test_hostile_words_among_doses_stay_words(tmp_path):
@@ -520,17 +531,17 @@ def test_hostile_words_among_doses_stay_words(tmp_path):
     _, page = dosed_page(tmp_path, value)
     assert page.faults == [] and page.comments == []
     assert not page.all("script") and not page.all("img")
-    assert not [name for one in page.elements for name in one["attributes"] if name.startswith("on")]
+    assert not [name for element in page.elements for name in element["attributes"] if name.startswith("on")]
     assert hostile in [row[0] for row in page.texts("Every dose beside the keyed edit's")]
-    words = [one["text"].strip() for one in page.all("text")]
-    assert [one for one in words if one.endswith("…")] and "_" in words
+    words = [element["text"].strip() for element in page.all("text")]
+    assert [word for word in words if word.endswith("…")] and "_" in words
 
 
 def test_the_same_ways_with_doses_are_another_measurement(tmp_path):
     value = studies.dosed()
-    for name, one in (("a", {**value, "curves": {}}), ("b", value), ("c", value)):
-        (tmp_path / f"{name}.json").write_bytes(json_bytes(one))
-    assert [one.file for one in read_findings(tmp_path).steering] == ["a.json", "b.json"]
+    for name, document in (("a", {**value, "curves": {}}), ("b", value), ("c", value)):
+        (tmp_path / f"{name}.json").write_bytes(json_bytes(document))
+    assert [named.file for named in read_findings(tmp_path).steering] == ["a.json", "b.json"]
     _, page = page_of(tmp_path)
     assert page.faults == [] and len(page.all("svg")) == 1
 
@@ -539,7 +550,7 @@ def test_two_pictures_of_doses_do_not_share_names(tmp_path):
     (tmp_path / "a.json").write_bytes(json_bytes(studies.dosed()))
     (tmp_path / "b.json").write_bytes(json_bytes({**studies.dosed(), "continuations": 50}))
     _, page = page_of(tmp_path)
-    names = [one["attributes"]["id"] for one in page.elements if "id" in one["attributes"]]
+    names = [element["attributes"]["id"] for element in page.elements if "id" in element["attributes"]]
     assert len(page.all("svg")) == 2 and len(names) == len(set(names))
 
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from editing.evaluation.outcome import OtherLanguage, Refused, Sample
 from editing.report.choice_section import choice_content
-from editing.report.curves import Curve, Point, doses_picture, trade_off
-from editing.report.formats import LONGEST, clean, number, plain, span
+from editing.report.curves import Curve, Point, dose_response_drawing, trade_off
+from editing.report.formats import MAX_UNBROKEN, clean, number, plain, span
 from editing.report.heat_maps import COOL, FULL, WARM, Cell, HeatMap, colour
 from editing.report.inline_svg import drawn, label
 from editing.report.provenance import provenance
@@ -29,7 +29,7 @@ def test_templates_escape_and_know_what_they_lack():
     assert page.faults == [] and not page.all("script") and not page.all("img") and page.comments == []
     assert page.texts(hostile) == [[hostile, "n"], [hostile, hostile]]
     page = studies.Page(PARTS.th(hostile) + PARTS.w(hostile) + PARTS.n(hostile) + PARTS.warning(hostile))
-    assert {one["text"] for one in page.elements if one["tag"] != "wbr"} == {hostile}
+    assert {element["text"] for element in page.elements if element["tag"] != "wbr"} == {hostile}
     page = studies.Page(rendered("page", title=hostile, subtitle=hostile, sections=[], generator=hostile))
     (made_by,) = page.all("meta", name="generator")
     assert page.faults == [] and made_by["attributes"]["content"] == page.all("title")[0]["text"] == hostile
@@ -129,13 +129,15 @@ def heat_map(**changes):
 
 
 def test_a_scale_leaves_out_what_does_not_compare():
-    assert heat_map().end == 2 and heat_map(most=3.0).end == 3 and heat_map(most=3.0, least=4.0).end == 4
+    assert (
+        heat_map().end == 2 and heat_map(scale=3.0).end == 3 and heat_map(scale=3.0, min_scale=4.0).end == 4
+    )
     page = studies.Page(PARTS.heat_map(heat_map()))
     assert page.faults == [] and page.texts("map") == [["row", *"abcd"], ["a", "0.5[0, 1]", "-2", "9", "–"]]
-    styles = [one["attributes"].get("style") for one in page.all("td")]
+    styles = [element["attributes"].get("style") for element in page.all("td")]
     assert styles[1] == f"background:{hexadecimal(COOL)}" and styles[2:] == [None, None]
     assert "−2.00" in page.all("p")[0]["text"] and "nats" in page.all("p")[0]["text"]
-    page = studies.Page(PARTS.heat_map(heat_map(least=4.0, signed=False)))
+    page = studies.Page(PARTS.heat_map(heat_map(min_scale=4.0, signed=False)))
     assert page.all("p")[0]["text"].startswith("04.00")
 
 
@@ -144,13 +146,13 @@ def test_tables_scroll_and_name_their_rows():
     assert page.faults == [] and page.texts("caption") == [["x", "n"], ["a <b>", "1"], ["c", "2"]]
     (box,) = page.all("div", **{"class": "scroll"})
     assert box["attributes"]["tabindex"] == "0" and box["text"].strip().startswith("xn")
-    assert [one["text"] for one in page.all("th", scope="row")] == ["a <b>", "c"]
-    assert [one["text"] for one in page.all("tr", **{"class": "marked"})] == ["c2"]
-    assert [one["attributes"].get("class") for one in page.all("td")] == ["n", "n"]
+    assert [element["text"] for element in page.all("th", scope="row")] == ["a <b>", "c"]
+    assert [element["text"] for element in page.all("tr", **{"class": "marked"})] == ["c2"]
+    assert [element["attributes"].get("class") for element in page.all("td")] == ["n", "n"]
 
 
 def test_long_words_may_break_and_stay_whole():
-    word = "x" * (2 * LONGEST + 1)
+    word = "x" * (2 * MAX_UNBROKEN + 1)
     page = studies.Page(PARTS.th(f"short {word}"))
     assert page.all("th")[0]["text"] == f"short {word}" and len(page.all("wbr")) == 2
 
@@ -164,19 +166,19 @@ def test_bars(share, length):
 
 
 def test_samples_stand_together_by_prompt():
-    def way(name, *samples):
-        return studies.outcome(name, 0.5, samples=tuple(Sample(*one) for one in samples))
+    def outcome(name, *samples):
+        return studies.outcome(name, 0.5, samples=tuple(Sample(*sample) for sample in samples))
 
-    base = way("base", ("One", "un\ndeux", "fr"), ("Two", "", "empty"))
-    edit = way("edit", ("Two", studies.ARABIC, "ar"), ("One", "x", "other"))
-    found = samples_by_prompt([base, edit])
-    assert list(found) == ["One", "Two"]
-    assert found["One"] == [("base", "un deux", "fr"), ("edit", "x", "other")]
+    base = outcome("base", ("One", "un\ndeux", "fr"), ("Two", "", "empty"))
+    edit = outcome("edit", ("Two", studies.ARABIC, "ar"), ("One", "x", "other"))
+    result = samples_by_prompt([base, edit])
+    assert list(result) == ["One", "Two"]
+    assert result["One"] == [("base", "un deux", "fr"), ("edit", "x", "other")]
     page = studies.Page(steering_content(Report("en", "ar", 0.96, 100, (base, edit)), "name"))
     first, second = page.all("li")
     assert first["text"] == "Onebase frun deuxedit otherx"
     assert second["text"] == f"Twobase empty(nothing)edit ar{studies.ARABIC}"
-    directions = [one["attributes"]["dir"] for one in page.all("dd")]
+    directions = [element["attributes"]["dir"] for element in page.all("dd")]
     assert directions == ["ltr", "auto", "auto", "rtl"]
     assert "lang" not in page.all("dd")[1]["attributes"]
 
@@ -195,7 +197,7 @@ def test_a_drawing_stands_alone():
     assert first == drawn(drawing(), "one", "says <this>").svg
     page = studies.Page(first + second)
     assert page.faults == []
-    names = [one["attributes"]["id"] for one in page.elements if "id" in one["attributes"]]
+    names = [element["attributes"]["id"] for element in page.elements if "id" in element["attributes"]]
     assert len(names) == len(set(names))
     assert "http" not in first and "xmlns" not in first and "<style" not in first and "<!--" not in first
     assert page.all("svg")[0]["attributes"]["aria-label"] == "says <this>"
@@ -216,13 +218,13 @@ def test_words_of_a_file_are_drawn_as_they_are(words, recwarn):
     page = studies.Page(picture(trade_off(words, points, 0.95, words, words, "n")))
     assert page.faults == [] and not page.all("script") and page.comments == []
     shown = words.replace("\x00", "�")
-    drawn = [one["text"].strip() for one in page.all("text")]
+    drawn = [element["text"].strip() for element in page.all("text")]
     # The legend, and both axes.
     assert drawn.count(shown) == 3
     assert len(page.all("svg")) == 1 and not list(recwarn)
     curve = Curve(words, [1.0], [0.9], [1.1], [0.1])
-    page = studies.Page(picture(doses_picture(words, [0.5], [curve], words, "m")))
-    assert page.faults == [] and [one["text"].strip() for one in page.all("text")].count(shown) == 1
+    page = studies.Page(picture(dose_response_drawing(words, [0.5], [curve], words, "m")))
+    assert page.faults == [] and [element["text"].strip() for element in page.all("text")].count(shown) == 1
 
 
 def test_label_of_many_lines_is_one():
@@ -237,10 +239,10 @@ def test_nothing_to_draw():
 
 def test_provenance_of_anything():
     assert provenance({}) == provenance({"corpus": 3, "settings": [], "packages": "x", "model": 5})
-    found = provenance({"corpus": {"digest": "d"}, "corpora": [{"digest": "e", "part": "report"}, 7]})
-    assert found.texts == (("e", "report"),)
-    found = provenance({"identity": {"model": "f", "corpus": {"choose": "c"}, "seed": 3, "knobs": {}}})
-    assert (found.fingerprint, found.texts, found.settings) == ("f", (("c", "choose"),), {"seed": 3})
+    result = provenance({"corpus": {"digest": "d"}, "corpora": [{"digest": "e", "part": "report"}, 7]})
+    assert result.texts == (("e", "report"),)
+    result = provenance({"identity": {"model": "f", "corpus": {"choose": "c"}, "seed": 3, "knobs": {}}})
+    assert (result.fingerprint, result.texts, result.settings) == ("f", (("c", "choose"),), {"seed": 3})
 
 
 def test_a_comparison_of_all_ways_has_its_settings_with_it():
@@ -260,7 +262,7 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
     assert [[row[0], row[1], row[4]] for row in rows] == [
         ["hook", "0.90", "strength 3.5"], ["bake", "–", "layer 1 (no)"],
     ]  # fmt: skip
-    assert [one["text"][:4] for one in page.all("tr", **{"class": "marked"})] == ["hook"]
+    assert [element["text"][:4] for element in page.all("tr", **{"class": "marked"})] == ["hook"]
     page = studies.Page(steering_content(result, "name"))
     head, base, hook = page.texts("en to ar, all ways")
     assert head[7:9] == ["effectiveness", "entanglement"]

@@ -1,4 +1,4 @@
-"""A study that is run again by the commands of its page gives the same figures, to the last bit."""
+"""The commands on a study's page reproduce its results to the last bit."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def run(*words):
 
 
 def write_texts(folder):
-    """Text for the tiny model, whose invented languages take the names of known ones."""
+    """Text for the tiny model, whose invented languages have the names of known ones."""
     models.write_corpus(folder, lines=40)
     for invented, known in zip(models.LANGUAGES, LANGUAGES, strict=True):
         (folder / f"{invented}.txt").rename(folder / f"{known}.txt")
@@ -39,18 +39,18 @@ def write_texts(folder):
 
 
 def write_demo_texts(folder):
-    """The beginnings of a few lines for the shipped model: a search wants a model that writes its target."""
+    """The beginnings of a few lines for the shipped model: a search needs a model that writes its target."""
     folder.mkdir()
     for language in LANGUAGES:
         with (DEMO / "corpus" / f"{language}.txt").open(encoding="utf-8") as lines:
-            some = [" ".join(line.split()[:12]) + "\n" for line in islice(lines, 24)]
-        (folder / f"{language}.txt").write_text("".join(some), encoding="utf-8")
+            short = [" ".join(line.split()[:12]) + "\n" for line in islice(lines, 24)]
+        (folder / f"{language}.txt").write_text("".join(short), encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory whose name a shell and a page would both misread, unquoted and unescaped."""
+    """A directory whose name must be quoted in a shell and escaped in HTML."""
     folder = tmp_path_factory.mktemp("place") / "it's <here> & $there"
     folder.mkdir()
     return folder
@@ -63,7 +63,7 @@ def model(checkpoint_of):
 
 @pytest.fixture(scope="module")
 def study(place, model):
-    """Results of every command whose figures a page shows, made from little text with most options left out."""
+    """Results of every command that a page shows, from little text with few options."""
     texts, study = write_texts(place / "texts"), place / "study"
     questions = place / "questions.jsonl"
     rows = [
@@ -166,7 +166,7 @@ def test_the_pages_command_runs_a_recipe_again(study, shown, tmp_path):
 
 
 def test_the_comparison_can_see_another_seed(study, shown, tmp_path):
-    """So that equality above is not the equality of figures that nothing can move."""
+    """Another seed gives other results, so the equality above is not trivial."""
     for name, figures in (("edited.json", "outcomes"), ("ablation.json", "sets")):
         words = shlex.split(commands(shown)[name])
         words[words.index("--seed") + 1] = "17"
@@ -194,7 +194,7 @@ def test_every_file_says_what_it_was_made_of(study, name):
 
 
 def test_the_page_says_which_part_the_figures_are_of(shown):
-    """Of each file's section: the part in its first sentence, and the warnings below it."""
+    """Each section names the part in its first sentence, with warnings below."""
     said, section = {}, None
     for one in shown.elements:
         if one["tag"] == "h2":

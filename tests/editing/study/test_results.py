@@ -14,20 +14,21 @@ from neurons.files.artifact import json_bytes
 from neurons.files.json_file import checked, document, read_json
 
 OTHERS = {"zh": OtherLanguage(0.7, 0.9, None, 0.8, 0.1, 12.0)}
-WAY = studies.outcome("way", 0.5, others=OTHERS, effectiveness=0.5, failures={"empty": 1})
+OUTCOME = studies.outcome("method", 0.5, others=OTHERS, effectiveness=0.5, failures={"empty": 1})
 BASE = studies.outcome("base", 0.0, fluency_gap=math.nan, relevance={"scorer": "chrf", "mean": 0.5})
 REFUSED = Refused("bake", {"layer": 1}, "no")
-DOSE = studies.outcome("way", 0.25, details={"dose": 0.5})
+DOSE = studies.outcome("method", 0.25, details={"dose": 0.5})
 ABOUT = {"model": "m", "command": "broca ...", "inputs": [], "corpora": [{"digest": "d", "part": "all"}]}
 REPORTS = {
-    "evaluate": Report("en", "ar", 0.96, 100, (BASE, WAY), about=ABOUT),
-    "run": Report("en", "ar", 0.96, 100, (BASE, WAY), notes=(), about={**ABOUT, "read": {"en": 3}}),
+    "evaluate": Report("en", "ar", 0.96, 100, (BASE, OUTCOME), about=ABOUT),
+    "run": Report("en", "ar", 0.96, 100, (BASE, OUTCOME), notes=(), about={**ABOUT, "read": {"en": 3}}),
     "compare": Report(
-        "en", "ar", 0.96, 100, (BASE, WAY), ("A note.",), ("way",), (WAY, REFUSED), {"way": (DOSE, WAY)}, ABOUT
+        "en", "ar", 0.96, 100, (BASE, OUTCOME), ("A note.",), ("method",), (OUTCOME, REFUSED),
+        {"method": (DOSE, OUTCOME)}, ABOUT,
     ),
 }  # fmt: skip
-REPORTS["compare"].curves["way"][1].details["dose"] = 1.0
-CHOICE = Choice("en", "ar", 0.96, {"way": {"strength": 3.5}}, (WAY, REFUSED), ABOUT)
+REPORTS["compare"].curves["method"][1].details["dose"] = 1.0
+CHOICE = Choice("en", "ar", 0.96, {"method": {"strength": 3.5}}, (OUTCOME, REFUSED), ABOUT)
 
 
 def written(path, result):
@@ -38,11 +39,11 @@ def written(path, result):
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_report_comes_back_from_its_file_to_the_byte(tmp_path, name):
     path = written(tmp_path / "a.json", document(REPORTS[name]))
-    (found,) = load_reports(path)
-    assert json_bytes(document(found)) == path.read_bytes()
-    assert found.outcomes[1] == WAY and math.isnan(found.outcomes[0].fluency_gap)
-    assert found.about == REPORTS[name].about and found.curves == REPORTS[name].curves
-    assert (found.notes, found.tried) == (REPORTS[name].notes, REPORTS[name].tried)
+    (report,) = load_reports(path)
+    assert json_bytes(document(report)) == path.read_bytes()
+    assert report.outcomes[1] == OUTCOME and math.isnan(report.outcomes[0].fluency_gap)
+    assert report.about == REPORTS[name].about and report.curves == REPORTS[name].curves
+    assert (report.notes, report.tried) == (REPORTS[name].notes, REPORTS[name].tried)
 
 
 def test_a_list_of_reports_is_several(tmp_path):
@@ -52,9 +53,9 @@ def test_a_list_of_reports_is_several(tmp_path):
 
 def test_a_choice_comes_back_from_its_file_to_the_byte(tmp_path):
     path = written(tmp_path / "choice.json", document(CHOICE))
-    found = load_choice(path)
-    assert json_bytes(document(found)) == path.read_bytes()
-    assert [type(one) for one in found.tried] == [Outcome, Refused]
+    choice = load_choice(path)
+    assert json_bytes(document(choice)) == path.read_bytes()
+    assert [type(tried) for tried in choice.tried] == [Outcome, Refused]
 
 
 def test_a_search_comes_back_from_its_file_to_the_byte(tmp_path):
@@ -63,19 +64,19 @@ def test_a_search_comes_back_from_its_file_to_the_byte(tmp_path):
         if not finished:
             value |= {"report": None, "finished": False}
         path = written(tmp_path / "tune.json", value)
-        found = checked(SearchResult, read_json(path), path)
-        assert json_bytes(search_document(found)) == path.read_bytes()
-        assert (found.result is None) == (not finished)
-    assert found.trials[3].why == "1 of 16" and found.trials[3].fluency_gap is None
-    assert found.about["identity"]["seed"] == 0 and "share" not in found.about
+        search = checked(SearchResult, read_json(path), path)
+        assert json_bytes(search_document(search)) == path.read_bytes()
+        assert (search.result is None) == (not finished)
+    assert search.trials[3].why == "1 of 16" and search.trials[3].fluency_gap is None
+    assert search.about["identity"]["seed"] == 0 and "share" not in search.about
 
 
 def test_figures_that_a_file_lacks_or_has_as_null_were_not_measured(tmp_path):
     value = studies.written(REPORTS["evaluate"])
     del value["outcomes"][0]["agreement"]
     value["outcomes"][0] |= {"target_share": None, "nll_rise": {"ar": None}, "novel": 3}
-    (found,) = load_reports(written(tmp_path / "a.json", value))
-    base = found.outcomes[0]
+    (report,) = load_reports(written(tmp_path / "a.json", value))
+    base = report.outcomes[0]
     assert all(map(math.isnan, (base.agreement, base.target_share, base.nll_rise["ar"])))
 
 
@@ -94,7 +95,7 @@ FAULTS = [
     ("outcomes", 1, "samples", 0, "prompt"),
     ("outcomes", 1, "others", "zh", "ceiling"),
     ("tried", 1, "name"),
-    ("curves", "way", 0, "kl"),
+    ("curves", "method", 0, "kl"),
 ]
 
 
@@ -118,8 +119,8 @@ def test_a_broken_report_is_refused_by_file_and_field(tmp_path, place, fault):
 def test_doses_without_a_dose_are_refused(tmp_path):
     for dose in (None, "all"):
         value = studies.written(REPORTS["compare"])
-        value["curves"]["way"][0]["details"] = {"dose": dose}
-        with pytest.raises(UsageError, match=r"curves\.way\.0.*dose"):
+        value["curves"]["method"][0]["details"] = {"dose": dose}
+        with pytest.raises(UsageError, match=r"curves\.method\.0.*dose"):
             load_reports(written(tmp_path / "a.json", value))
 
 

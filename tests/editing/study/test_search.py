@@ -1,4 +1,4 @@
-"""The search on planted objectives: what it finds, gives up, remembers and does when it is stopped."""
+"""The search on planted objectives: its optimum, pruning, resuming and interrupts."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from scipy.stats import binom
 
-from editing.study.search import Search, at_most
+from editing.study.search import Search, binomial_cdf
 from editing.study.search_report import choose
 from editing.study.search_scoring import Harm, Written
 from editing.study.search_space import Knob, Space
@@ -21,7 +21,7 @@ CEILING = 0.9
 
 
 class Planted:
-    """A model whose share grows with the strength, whose harm grows with its square and is least at width .3."""
+    """A model whose rate grows with the strength; its harm grows with the square and is least at width 0.3."""
 
     ceiling = CEILING
 
@@ -41,7 +41,7 @@ class Planted:
         finally:
             self.now = None
 
-    def share(self):
+    def rate(self):
         return min(1.0, self.now.strength / 2)
 
     def few(self, prompts):
@@ -50,7 +50,7 @@ class Planted:
             signal.raise_signal(signal.SIGINT)
         if self.entered == self.fail_at:
             raise RuntimeError("the device is gone")
-        return round(self.share() * prompts), prompts
+        return round(self.rate() * prompts), prompts
 
     def harm(self):
         self.calls.append("harm")
@@ -59,8 +59,8 @@ class Planted:
 
     def written(self, seed=None):
         self.calls.append("written")
-        found = round(self.share() * 100) - (2 if seed else 0)
-        return Written(found, 100, 50, (self.now.gap if seed is None else self.now.gap + seed,))
+        hits = round(self.rate() * 100) - (2 if seed else 0)
+        return Written(hits, 100, 50, (self.now.gap if seed is None else self.now.gap + seed,))
 
     def fluency_gap(self, written):
         assert self.now is None, "read by the unedited model"
@@ -90,17 +90,17 @@ def searched(planted, path=None, spaces=None, **options):
 
 
 def test_finds_the_planted_optimum():
-    """Share is enough from strength 1.71 on; harm is then least at width .3 (or narrow)."""
-    found = searched(Planted(), seed=1)
-    assert found.run(60)
-    choice = choose(found.trials, found.goals, CEILING)
+    """The rate meets the goal from strength 1.71 on; the harm is then least at width 0.3 (or narrow)."""
+    search = searched(Planted(), seed=1)
+    assert search.run(60)
+    choice = choose(search.trials, search.goals, CEILING)
     assert choice.met
     assert 0.95 * CEILING * 2 - 0.01 <= choice.trial.settings["strength"] < 2.2
     assert abs(choice.trial.settings.get("width", 0.3) - 0.3) < 0.1
-    drawn = [trial for trial in found.trials if trial.number >= 20]
-    early = [trial for trial in found.trials if 2 <= trial.number < 10]
+    drawn = [trial for trial in search.trials if trial.number >= 20]
+    early = [trial for trial in search.trials if 2 <= trial.number < 10]
     meeting = [
-        sum(trial.meets(found.goals, CEILING) for trial in some) / len(some) for some in (early, drawn)
+        sum(trial.meets(search.goals, CEILING) for trial in part) / len(part) for part in (early, drawn)
     ]
     assert meeting[1] > meeting[0]
 
@@ -109,32 +109,32 @@ def test_known_settings_come_first_the_methods_in_turn():
     other = Space(
         {"strength": Knob(1.0, 2.0), "kind": Knob(words=("a",))}, ({"kind": "a", "strength": 1.5},), make
     )
-    found = searched(Planted(), spaces={"one": SPACE, "two": other})
-    found.run(3)
-    assert [(trial.method, trial.settings) for trial in found.trials] == [
+    search = searched(Planted(), spaces={"one": SPACE, "two": other})
+    search.run(3)
+    assert [(trial.method, trial.settings) for trial in search.trials] == [
         ("one", SPACE.known[0]),
         ("two", other.known[0]),
         ("one", SPACE.known[1]),
     ]
-    found.run(16)
-    assert {trial.method for trial in found.trials[3:]} == {"one", "two"}
-    for trial in found.trials:
+    search.run(16)
+    assert {trial.method for trial in search.trials[3:]} == {"one", "two"}
+    for trial in search.trials:
         if trial.method == "one":
             assert ("width" in trial.settings) == (trial.settings["kind"] == "wide")
 
 
 def test_what_a_trial_holds():
-    found = searched(Planted())
-    found.run(1)
-    [trial] = found.trials
+    search = searched(Planted())
+    search.run(1)
+    [trial] = search.trials
     assert trial == Trial(
         0, "one", dict(SPACE.known[0]), MEASURED, 100, 100, 50, 0.1,
         {"de": pytest.approx(0.405), "es": pytest.approx(0.2025)},
         {"de": pytest.approx(0.405), "es": pytest.approx(0.405)},
     )  # fmt: skip
     assert (trial.share, trial.rise, trial.harm) == (1.0, *map(pytest.approx, (0.405, 0.405)))
-    assert not trial.meets(found.goals, CEILING)
-    assert trial.misses(found.goals, CEILING) == {
+    assert not trial.meets(search.goals, CEILING)
+    assert trial.misses(search.goals, CEILING) == {
         "share": pytest.approx((0.855 - 1) / 0.855),
         "fluency gap": pytest.approx(-2 / 3),
         "rise": pytest.approx((0.405 - 0.05) / 0.05),
@@ -152,40 +152,41 @@ GOOD = {"kind": "narrow", "strength": 2.0}
 def test_hopeless_trials_are_given_up_at_their_first_bad_step():
     weak, harmful = {"kind": "narrow", "strength": 0.8}, {"kind": "wide", "width": 0.9, "strength": 2.0}
     planted = Planted()
-    found = searched(planted, spaces=space_of(GOOD, weak, harmful, {"kind": "narrow", "strength": 0.02}))
-    found.run(4)
-    states = [trial.state for trial in found.trials]
+    search = searched(planted, spaces=space_of(GOOD, weak, harmful, {"kind": "narrow", "strength": 0.02}))
+    search.run(4)
+    states = [trial.state for trial in search.trials]
     assert states == [MEASURED, HOPELESS, HOPELESS, NOTHING]
     assert planted.calls == ["few", "harm", "written", "few", "few", "harm"]
-    assert (found.trials[1].found, found.trials[1].continuations) == (6, 16)
-    assert "6 of 16" in found.trials[1].why
-    assert "0.38" in found.trials[2].why
-    assert "too weak" in found.trials[3].why
-    assert not any(trial.meets(found.goals, CEILING) for trial in found.trials[1:])
+    assert (search.trials[1].found, search.trials[1].continuations) == (6, 16)
+    assert "6 of 16" in search.trials[1].why
+    assert "0.38" in search.trials[2].why
+    assert "too weak" in search.trials[3].why
+    assert not any(trial.meets(search.goals, CEILING) for trial in search.trials[1:])
 
 
 def test_the_first_trial_is_measured_in_full_and_the_best_is_the_bar():
     weak, weaker = {"kind": "narrow", "strength": 0.8}, {"kind": "narrow", "strength": 0.7}
-    found = searched(Planted(), spaces=space_of(weak, weaker))
-    found.run(2)
-    assert [trial.state for trial in found.trials] == [MEASURED, MEASURED]
+    search = searched(Planted(), spaces=space_of(weak, weaker))
+    search.run(2)
+    assert [trial.state for trial in search.trials] == [MEASURED, MEASURED]
 
 
 def test_chance_of_so_few():
-    for of in (1, 5, 16):
-        for found in range(of + 1):
-            for share in (0.0, 0.2, 0.95, 1.0):
-                assert at_most(found, of, share) == pytest.approx(binom.cdf(found, of, share), abs=1e-12)
+    for count in (1, 5, 16):
+        for hits in range(count + 1):
+            for rate in (0.0, 0.2, 0.95, 1.0):
+                expected = pytest.approx(binom.cdf(hits, count, rate), abs=1e-12)
+                assert binomial_cdf(hits, count, rate) == expected
 
 
 def test_an_edit_that_writes_nothing_is_no_fluent_one():
     silent = {"kind": "silent", "strength": 2.0}
     space = replace(SPACE, knobs={"kind": Knob(words=("silent",)), "strength": Knob(1, 3)}, known=(silent,))
-    found = searched(Planted(), spaces={"one": space})
-    found.run(1)
-    [trial] = found.trials
+    search = searched(Planted(), spaces={"one": space})
+    search.run(1)
+    [trial] = search.trials
     assert trial.gap() == NOTHING_WRITTEN
-    assert not trial.meets(found.goals, CEILING)
+    assert not trial.meets(search.goals, CEILING)
 
 
 def test_resumed_it_is_as_if_it_had_not_been_stopped(tmp_path):
@@ -273,8 +274,8 @@ def test_a_search_is_alone_in_its_file(tmp_path):
                 idle.run(5)
             return super().few(prompts)
 
-    found = searched(Crowded(), path, seed=3)
-    found.run(3)
+    search = searched(Crowded(), path, seed=3)
+    search.run(3)
     idle.run(5)
     assert idle.trials == searched(Planted(), path, seed=3).trials == whole.trials
 
@@ -295,12 +296,12 @@ def test_refuses_another_searchs_file(tmp_path):
 
 def test_again_pools_continuations_and_averages_gaps():
     planted = Planted()
-    found = searched(planted, spaces=space_of(GOOD))
-    found.run(1)
-    pooled = found.again(found.trials[0], [1, 2])
+    search = searched(planted, spaces=space_of(GOOD))
+    search.run(1)
+    pooled = search.remeasured(search.trials[0], [1, 2])
     assert (pooled.found, pooled.continuations, pooled.prompts) == (100 + 98 + 98, 300, 50)
     assert pooled.fluency_gap == pytest.approx((0.1 + 1.1 + 2.1) / 3)
-    assert replace(pooled, found=100, continuations=100, fluency_gap=0.1) == found.trials[0]
+    assert replace(pooled, found=100, continuations=100, fluency_gap=0.1) == search.trials[0]
 
 
 def test_goals_are_as_asked():

@@ -37,17 +37,17 @@ def test_front_is_what_nothing_dominates(seed):
     ]
     trials.insert(7, early(40, 16))
     expected, seen = [], set()
-    for one in trials:
-        figures = one.share, one.gap(), one.harm
-        if one.state == MEASURED and not any(
-            dominates(other, one) for other in trials if other.state == MEASURED
+    for candidate in trials:
+        figures = candidate.share, candidate.gap(), candidate.harm
+        if candidate.state == MEASURED and not any(
+            dominates(other, candidate) for other in trials if other.state == MEASURED
         ):
             if figures not in seen:
-                expected.append(one.number)
+                expected.append(candidate.number)
             seen.add(figures)
-    found = front(trials)
-    assert sorted(one.number for one in found) == sorted(expected)
-    assert [-one.share for one in found] == sorted(-one.share for one in found)
+    kept = front(trials)
+    assert sorted(trial.number for trial in kept) == sorted(expected)
+    assert [-trial.share for trial in kept] == sorted(-trial.share for trial in kept)
 
 
 def test_the_least_harmful_with_most_to_spare():
@@ -79,9 +79,9 @@ def test_fallback_misses_least():
         trial(1, 76, 0.1, 0.0),
         trial(2, 100, 0.1, 0.0, rise=0.1),
     )
-    found = choose([by_gap, by_share, by_rise], GOALS, 1.0)
-    assert (found.trial, found.met) == (by_share, False)
-    assert "misses share by the least" in found.why
+    choice = choose([by_gap, by_share, by_rise], GOALS, 1.0)
+    assert (choice.trial, choice.met) == (by_share, False)
+    assert "misses share" in choice.why
     assert total_miss(by_gap, GOALS, 1.0) == pytest.approx(0.5)
     assert total_miss(by_share, GOALS, 1.0) == pytest.approx(0.2)
     assert total_miss(by_rise, GOALS, 1.0) == pytest.approx(1.0)
@@ -90,48 +90,48 @@ def test_fallback_misses_least():
 
 
 def test_fallback_without_a_measured_trial():
-    found = choose([early(0, 3), early(1, 5), early(2, 5), early(3, 0, NOTHING)], GOALS, 1.0)
-    assert (found.trial.number, found.met) == (1, False)
+    choice = choose([early(0, 3), early(1, 5), early(2, 5), early(3, 0, NOTHING)], GOALS, 1.0)
+    assert (choice.trial.number, choice.met) == (1, False)
     with pytest.raises(NothingToChangeError):
         choose([early(0, 0, NOTHING)], GOALS, 1.0)
 
 
 class Remeasured:
-    """A search whose trials turn out as written down here once they are measured again."""
+    """A search with planned hits for the trials that are measured again."""
 
     goals, ceiling = GOALS, 1.0
 
-    def __init__(self, trials, found):
-        self.trials, self.found, self.asked = trials, found, []
+    def __init__(self, trials, hits):
+        self.trials, self.hits, self.measured = trials, hits, []
 
-    def again(self, one, seeds):
-        self.asked.append(one.number)
+    def remeasured(self, trial, seeds):
+        self.measured.append(trial.number)
         assert list(seeds) == [8, 9]
-        return replace(one, found=self.found.get(one.number, one.found))
+        return replace(trial, found=self.hits.get(trial.number, trial.found))
 
 
 def test_the_chosen_one_has_been_confirmed():
     trials = [trial(i, 100, 0.1, i / 10) for i in range(6)]
     search = Remeasured(trials, {0: 90, 1: 91, 2: 92, 3: 93})
-    found = confirmed(search, 2, [8, 9])
-    assert choose(found, GOALS, 1.0).trial.number == 4
-    assert search.asked == [0, 1, 2, 3, 4]
-    assert [one.found for one in found] == [90, 91, 92, 93, 100, 100]
+    remeasured = confirmed(search, 2, [8, 9])
+    assert choose(remeasured, GOALS, 1.0).trial.number == 4
+    assert search.measured == [0, 1, 2, 3, 4]
+    assert [trial.found for trial in remeasured] == [90, 91, 92, 93, 100, 100]
     lucky = Remeasured(trials, {})
     confirmed(lucky, 3, [8, 9])
-    assert lucky.asked == [0, 1, 2]
+    assert lucky.measured == [0, 1, 2]
 
 
 def test_confirming_ends_where_there_is_nothing_more():
-    one = Remeasured([trial(0, 100, 0.1, 0.1), early(1)], {0: 10})
-    assert [found.found for found in confirmed(one, 4, [8, 9])] == [10, 1]
-    assert one.asked == [0]
+    search = Remeasured([trial(0, 100, 0.1, 0.1), early(1)], {0: 10})
+    assert [trial.found for trial in confirmed(search, 4, [8, 9])] == [10, 1]
+    assert search.measured == [0]
     none = Remeasured([early(0)], {})
     assert confirmed(none, 4, [8, 9]) == none.trials
 
 
 def result(trials, chosen):
-    best = tuple(one.number for one in front(trials))
+    best = tuple(trial.number for trial in front(trials))
     return SearchResult("en", "fr", GOALS, 1.0, tuple(trials), best, chosen, True, "", None, False)
 
 
@@ -140,10 +140,10 @@ def test_rows():
     assert rows(result([odd], 7)) == [
         ["7 *", "keyed", "layers all, strength 2", "0.97", "-", "+0.010", "0.2500", "no"]
     ]
-    one, worse = trial(1, 97, 0.1, 0.25), trial(2, 96, 0.2, 0.5)
-    assert [row[0] for row in rows(result([one, worse], 1))] == ["1 *"]
-    # What is chosen is shown, though something else is better in everything.
-    assert [[row[0], row[-1]] for row in rows(result([one, worse], 2))] == [["2 *", "yes"], ["1", "yes"]]
+    better, worse = trial(1, 97, 0.1, 0.25), trial(2, 96, 0.2, 0.5)
+    assert [row[0] for row in rows(result([better, worse], 1))] == ["1 *"]
+    # The chosen trial has a row even if another one is better in everything.
+    assert [[row[0], row[-1]] for row in rows(result([better, worse], 2))] == [["2 *", "yes"], ["1", "yes"]]
 
 
 def test_the_picture_is_the_same_bytes_for_the_same_trials(tmp_path):

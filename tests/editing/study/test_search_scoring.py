@@ -1,4 +1,4 @@
-"""What a trial is measured by against the evaluation's own figures, and the weights after a search."""
+"""Measures of a trial against those of an evaluation, and the weights after a search."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def test_figures_are_the_evaluations(llama, anything_is_french):
     expected = evaluation.measure("edited", steering, kl=True)
     with steering():
         harm, written = scoring.harm(), scoring.written()
-    assert written.found / written.continuations == expected.target_share
+    assert written.hits / written.continuations == expected.target_share
     assert (written.continuations, written.prompts) == (6, 3)
     assert scoring.fluency_gap(written) == pytest.approx(expected.fluency_gap, rel=1e-5)
     third = {name: expected.nll_rise[name] for name in ("de", "es")}
@@ -64,7 +64,7 @@ def test_answers_that_go_round_in_circles_are_no_success(llama, monkeypatch):
     with always(llama, token):
         assert scoring.few(2) == (0, 2)
         written = scoring.written()
-    assert (written.found, written.continuations) == (0, 6)
+    assert (written.hits, written.continuations) == (0, 6)
 
 
 def test_the_unedited_model_harms_nothing(llama, anything_is_french):
@@ -84,10 +84,10 @@ def test_budgets(llama, anything_is_french):
     # One line a third language is read: the others may hold anything.
     other = Corpus({**LINES, "de": LINES["de"][:1], "es": LINES["es"][:1]}, "digest", "choose")
     with applied(llama, plan_of(llama)):
-        found = scoring.harm()
+        harm = scoring.harm()
     same = Scoring(llama, other, "en", "fr", prompts=2, new_tokens=4)
     with applied(llama, plan_of(llama)):
-        assert same.harm() == found
+        assert same.harm() == harm
 
 
 @pytest.mark.parametrize("at_once", [1, 7])
@@ -121,7 +121,7 @@ def test_weights_are_the_same_bits_after_a_search(llama, anything_is_french):
 
     search = Search(Watched(), {"random": space}, partial(applied, llama))
     search.run(6)
-    search.again(next(trial for trial in search.trials if trial.state == MEASURED), [1])
+    search.remeasured(next(trial for trial in search.trials if trial.state == MEASURED), [1])
     assert changed
     assert set(changed) == {4}
     after = llama.model.state_dict()

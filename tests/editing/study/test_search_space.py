@@ -1,4 +1,4 @@
-"""Plans of the search against those that each method makes afresh, and what the search may draw."""
+"""Plans of the search against those that each method makes anew, and the search spaces."""
 
 import random
 from dataclasses import replace
@@ -39,42 +39,42 @@ def change(edit):
     return edit.left.double() @ edit.right.double().T
 
 
-def assert_same(found, expected, notes=("change_norm", "weight_norm"), rel=1e-5):
-    assert [(e.layer, e.block) for e in found.edits] == [(e.layer, e.block) for e in expected.edits]
-    for own, other in zip(found.edits, expected.edits, strict=True):
+def assert_same(plan, expected, notes=("change_norm", "weight_norm"), rel=1e-5):
+    assert [(e.layer, e.block) for e in plan.edits] == [(e.layer, e.block) for e in expected.edits]
+    for edit, other in zip(plan.edits, expected.edits, strict=True):
         torch.testing.assert_close(
-            change(own), change(other), rtol=rel, atol=rel * float(change(other).abs().max())
+            change(edit), change(other), rtol=rel, atol=rel * float(change(other).abs().max())
         )
-        assert own.components == other.components
+        assert edit.components == other.components
         for name in notes:
-            assert own.notes[name] == pytest.approx(other.notes[name], rel=rel)
-        assert set(own.details) == set(other.details)
+            assert edit.notes[name] == pytest.approx(other.notes[name], rel=rel)
+        assert set(edit.details) == set(other.details)
         for name, values in other.details.items():
-            torch.testing.assert_close(own.details[name], values, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(edit.details[name], values, rtol=1e-5, atol=1e-9)
     for name in ("method", "fingerprint", "source", "target", "direction"):
-        assert found.metadata[name] == expected.metadata[name]
+        assert plan.metadata[name] == expected.metadata[name]
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (1,), (0, 2)])
 @pytest.mark.parametrize(("heads", "blocks"), [(0.0, ("mlp",)), (0.5, ("attn", "mlp")), (1.0, ("attn",))])
 def test_keys_make_the_keyed_plan(llama, corpus, direction, study, layers, heads, blocks):
-    found = keyed(study, layers, heads, 2.3)
+    plan = keyed(study, layers, heads, 2.3)
     expected = keyed_plan(llama, corpus, direction, layers, 2.3, blocks=blocks)
-    assert_same(found, expected, ("change_norm", "weight_norm", "spread", "value_share"))
-    settings = found.metadata["settings"]
+    assert_same(plan, expected, ("change_norm", "weight_norm", "spread", "value_share"))
+    settings = plan.metadata["settings"]
     assert settings.pop("heads") == heads
     assert settings == expected.metadata["settings"]
-    assert found.relative_change() == pytest.approx(expected.relative_change(), rel=1e-5)
+    assert plan.relative_change() == pytest.approx(expected.relative_change(), rel=1e-5)
 
 
-def test_heads_take_their_share_of_the_strength(study):
-    found = keyed(study, (0, 1), 0.2, 3.0)
-    for edit in found.edits:
+def test_heads_get_their_fraction_of_the_strength(study):
+    plan = keyed(study, (0, 1), 0.2, 3.0)
+    for edit in plan.edits:
         whole = next(e for e in keyed(study, (edit.layer,), float(edit.block == "attn"), 1.0).edits)
-        share = {"attn": 0.2, "mlp": 0.8}[edit.block] / 2
-        torch.testing.assert_close(change(edit), change(whole) * 3 * share, rtol=1e-5, atol=1e-9)
-        assert edit.notes["value_share"] == pytest.approx(share)
-    assert sum(edit.notes["value_share"] for edit in found.edits) == pytest.approx(1)
+        fraction = {"attn": 0.2, "mlp": 0.8}[edit.block] / 2
+        torch.testing.assert_close(change(edit), change(whole) * 3 * fraction, rtol=1e-5, atol=1e-9)
+        assert edit.notes["value_share"] == pytest.approx(fraction)
+    assert sum(edit.notes["value_share"] for edit in plan.edits) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "olmo2"])
@@ -84,16 +84,16 @@ def test_through_a_norm_the_value_is_solved_anew_at_every_strength(checkpoint_of
     direction = Direction("qaa", "qab", {"block_out": vectors}, {}, {"method": "diffmean"})
     study = Material(model, corpus, "qaa", "qab", directions=(direction,))
     for strength in (0.7, 4.0):
-        found = keyed(study, (0, 1, 2), 0.5, strength)
+        plan = keyed(study, (0, 1, 2), 0.5, strength)
         expected = keyed_plan(model, corpus, direction, strength=strength, blocks=("attn", "mlp"))
         assert_same(
-            found, expected, ("change_norm", "value_through_norm", "value_error", "value_share"), rel=1e-4
+            plan, expected, ("change_norm", "value_through_norm", "value_error", "value_share"), rel=1e-4
         )
-    # It is not a multiple, so scaling would not have done.
-    once, more = (keyed(study, (0, 1, 2), 0.5, s) for s in (10.0, 40.0))
+    # The edit is not linear in the strength, so scaling would be wrong.
+    weak, strong = (keyed(study, (0, 1, 2), 0.5, s) for s in (10.0, 40.0))
     assert any(
         float((change(b) - 4 * change(a)).norm()) > 0.01 * float(change(b).norm())
-        for a, b in zip(once.edits, more.edits, strict=True)
+        for a, b in zip(weak.edits, strong.edits, strict=True)
     )
 
 
@@ -113,9 +113,9 @@ def test_importances_make_the_plan_of_any_elastic_net(llama, direction, study, s
         with pytest.raises(NothingToChangeError):
             made()
         return
-    found = made()
-    assert_same(found, expected)
-    assert found.metadata["settings"] == expected.metadata["settings"]
+    plan = made()
+    assert_same(plan, expected)
+    assert plan.metadata["settings"] == expected.metadata["settings"]
 
 
 def test_importances_above_every_threshold_change_nothing(study):
@@ -126,23 +126,23 @@ def test_importances_above_every_threshold_change_nothing(study):
 def test_constant_keys_make_the_baked_plan(llama, corpus, direction, study):
     for layer, strength in ((1, 0.5), (2, 3.0), (1, 2.0)):
         vectors = {layer: direction.vectors["block_out"][layer]}
-        found, expected = (
+        plan, expected = (
             Bake(layer=layer, strength=strength).plan_for(study),
             bake_plan(llama, corpus, vectors, strength),
         )
-        [own], [other] = found.edits, expected.edits
-        torch.testing.assert_close(change(own), change(other), rtol=1e-5, atol=1e-7)
-        assert own.notes["change_norm"] == pytest.approx(other.notes["change_norm"], rel=1e-5)
-        assert found.metadata["settings"] == expected.metadata["settings"]
-        assert (found.metadata["source"], found.metadata["target"]) == ("qaa", "qab")
+        [edit], [other] = plan.edits, expected.edits
+        torch.testing.assert_close(change(edit), change(other), rtol=1e-5, atol=1e-7)
+        assert edit.notes["change_norm"] == pytest.approx(other.notes["change_norm"], rel=1e-5)
+        assert plan.metadata["settings"] == expected.metadata["settings"]
+        assert (plan.metadata["source"], plan.metadata["target"]) == ("qaa", "qab")
 
 
 def test_expensive_parts_are_computed_once(llama, corpus, direction, monkeypatch):
     passes = []
     study = Material(llama, corpus, "qaa", "qab", directions=(direction,), progress=passes.append)
-    found = spaces(study, ["keyed", "steer2edit", "bake"])
+    by_method = spaces(study, ["keyed", "steer2edit", "bake"])
     assert not passes
-    for space in found.values():
+    for space in by_method.values():
         for settings in space.known:
             space.make(settings)
     count = len(passes)
@@ -150,7 +150,7 @@ def test_expensive_parts_are_computed_once(llama, corpus, direction, monkeypatch
     monkeypatch.setattr(
         "editing.plans.weights.Weights.read", lambda *_: pytest.fail("a weight was read again")
     )
-    for space in found.values():
+    for space in by_method.values():
         for settings in space.known:
             space.make({**settings, **({"strength": 1.234} if "strength" in settings else {"alpha": 0.01})})
     assert len(passes) == count
@@ -167,7 +167,7 @@ def test_every_permanent_method_can_be_searched(llama, study, name):
     for settings in (*space.known, other):
         plan = space.make(settings)
         assert plan.metadata["fingerprint"] == llama.fingerprint
-    assert {one.name for one in METHODS if one.edited and one.permanent} == set(searched())
+    assert {method.name for method in METHODS if method.edited and method.permanent} == set(searched())
 
 
 def test_every_known_setting_is_one_that_could_be_drawn(study):
@@ -183,7 +183,7 @@ def test_every_known_setting_is_one_that_could_be_drawn(study):
 def test_layers_that_may_change(llama, corpus, direction):
     study = Material(llama, corpus, "qaa", "qab", directions=(direction,), layers=(2, 1))
     space = spaces(study, ["keyed"])["keyed"]
-    # Of two layers the windows of three quarters are all of them.
+    # Three quarters of two layers are both, so no window is offered.
     assert space.knobs["layers"].words == ("all", "lower half")
     plan = space.make({"values": "means", "heads": 0.0, "layers": "lower half", "strength": 1.0})
     assert [edit.layer for edit in plan.edits] == [1]

@@ -64,11 +64,11 @@ def test_a_text_that_needs_such_a_token_is_refused_with_both_numbers(extended, n
 
 def test_a_judge_that_needs_such_a_token(extended):
     extended.tokenizer.chat_template = "[PAD] {{ messages[0]['content'] }}"
-    from editing.evaluation.asking import OPENING, Asked
+    from editing.evaluation.asking import OPENING, Prompt
     from editing.evaluation.generation import Continuation
 
     with pytest.raises(UsageError, match="PAD"):
-        JudgeScorer(extended)([Asked("beef", OPENING)], [Continuation((5,), "a")])
+        JudgeScorer(extended)([Prompt("beef", OPENING)], [Continuation((5,), "a")])
 
 
 def test_a_prompt_without_a_token_is_refused(llama):

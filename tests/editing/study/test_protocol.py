@@ -1,4 +1,4 @@
-"""Every way of steering on a tiny model: made, chosen on one part of the text, reported on another."""
+"""All methods on a tiny model: made, chosen on one part of the text, reported on another."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from editing.report.tables import details_of, methods_table
 from editing.study import protocol, registry
 from editing.study.candidates import Candidate, candidates_of
 from editing.study.comparison import choose
-from editing.study.protocol import compare_ways
+from editing.study.protocol import compare_methods
 from editing.study.registry import compared_named
 from editing.study.results import report_of
 from neurons.errors import BrocaError, UsageError
@@ -38,16 +38,16 @@ def logits(loaded):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_way_steers_and_leaves_no_trace(llama, material, name):
+def test_every_method_steers_and_leaves_no_trace(llama, material, name):
     base = logits(llama)
-    found, refused = candidates_of(ALL[name], material)
-    if name == "steer2edit-lape" and not found:
+    candidates, refused = candidates_of(ALL[name], material)
+    if name == "steer2edit-lape" and not candidates:
         assert all("lape finds no neuron" in one.refused or "importance" in one.refused for one in refused)
         return
-    assert found, refused
-    assert len({json.dumps(one.settings) for one in found}) == len(found)
-    for candidate in found:
-        assert candidate.way == ALL[name].title
+    assert candidates, refused
+    assert len({json.dumps(candidate.settings) for candidate in candidates}) == len(candidates)
+    for candidate in candidates:
+        assert candidate.title == ALL[name].title
         assert (candidate.plan is not None) == ALL[name].permanent
         with candidate.steering():
             changed = not torch.equal(logits(llama), base)
@@ -59,7 +59,7 @@ def test_every_way_steers_and_leaves_no_trace(llama, material, name):
 
 def test_all_that_is_to_be_compared_is_there():
     assert set(ALL) == NEEDED
-    assert len({way.title for way in ALL.values()}) == len(ALL)
+    assert len({method.title for method in ALL.values()}) == len(ALL)
 
 
 def test_prompts_say_it_in_both_languages(material):
@@ -69,7 +69,7 @@ def test_prompts_say_it_in_both_languages(material):
 
 
 def test_keyed_over_heads_too_is_a_candidate(material):
-    settings = [one.settings for one in candidates_of(ALL["keyed"], material)[0]]
+    settings = [candidate.settings for candidate in candidates_of(ALL["keyed"], material)[0]]
     assert {"strength": 2.5, "blocks": ["attn", "mlp"]} in settings
     assert {"strength": 3.5, "blocks": ["mlp"]} in settings
 
@@ -92,76 +92,78 @@ class NEVER(Method):
 @pytest.fixture(scope="module")
 def compared(llama, material, parts):
     choosing, reporting = (
-        Evaluation(llama, parts[part], "en", "fr", most_prompts=3, new_tokens=8)
+        Evaluation(llama, parts[part], "en", "fr", max_prompts=3, new_tokens=8)
         for part in ("choose", "report")
     )
-    ways = {**compared_named(["prompt-target", "diffmean", "keyed"]), "never": NEVER}
-    told = []
-    *earlier, found = compare_ways(ways, material, choosing, reporting, told.append)
-    assert [len(one.outcomes) for one in earlier] == [2, 3, 4]
-    assert told == [way.title for way in ways.values()]
-    return found, choosing, reporting
+    methods = {**compared_named(["prompt-target", "diffmean", "keyed"]), "never": NEVER}
+    titles = []
+    *partial_reports, report = compare_methods(methods, material, choosing, reporting, titles.append)
+    assert [len(partial.outcomes) for partial in partial_reports] == [2, 3, 4]
+    assert titles == [method.title for method in methods.values()]
+    return report, choosing, reporting
 
 
 def test_settings_are_chosen_on_one_part_and_reported_on_another(compared, material):
-    found, choosing, reporting = compared
-    names = [outcome.name for outcome in found.outcomes]
+    report, choosing, reporting = compared
+    names = [outcome.name for outcome in report.outcomes]
     assert names == ["base", "prompt, target language", "DiffMean hook", "keyed edit"]
     for name in ("DiffMean hook", "keyed edit"):
-        (outcome,) = (one for one in found.outcomes if one.name == name)
-        way = next(way for way in ALL.values() if way.title == name)
+        (outcome,) = (outcome for outcome in report.outcomes if outcome.name == name)
+        method = next(method for method in ALL.values() if method.title == name)
         measured = [
-            (one, choosing.measure(one.way, one.steering, one.details()))
-            for one in candidates_of(way, material)[0]
+            (candidate, choosing.measure(candidate.title, candidate.steering, candidate.details()))
+            for candidate in candidates_of(method, material)[0]
         ]
         best, _ = choose(measured, choosing.ceiling, "en")
         assert outcome.details["settings"] == best.settings
         again = reporting.measure(name, best.steering, kl=True, others=True)
         for field in ("nll", "kl", "target_share", "others", "samples"):
             assert getattr(again, field) == getattr(outcome, field), field
-    tried = [one for one in found.tried if one.name == "DiffMean hook"]
+    tried = [outcome for outcome in report.tried if outcome.name == "DiffMean hook"]
     assert len(tried) == 4  # two layers of three, twice
-    assert found.notes == ("never: not tried: not in this model",)
-    assert Refused("never", {}, "not in this model") in found.tried
+    assert report.notes == ("never: not tried: not in this model",)
+    assert Refused("never", {}, "not in this model") in report.tried
 
 
 def test_the_estimate_is_not_measured_on(compared, material, parts, monkeypatch):
-    """What is measured does not change with the text that is estimated from, for a way that needs none."""
-    found, choosing, reporting = compared
+    """A method that needs no text has the same outcome with another text to estimate from."""
+    report, choosing, reporting = compared
     other = Material(material.loaded, Corpus(LINES, "other", "estimate"), "en", "fr")
-    (again,) = compare_ways(compared_named(["prompt-target"]), other, choosing, reporting)
-    assert again.outcomes == found.outcomes[:2]
-    with pytest.raises(BrocaError, match="no way could be tried"):
-        list(compare_ways({"never": NEVER}, other, choosing, reporting))
+    (again,) = compare_methods(compared_named(["prompt-target"]), other, choosing, reporting)
+    assert again.outcomes == report.outcomes[:2]
+    with pytest.raises(BrocaError, match="never"):
+        list(compare_methods({"never": NEVER}, other, choosing, reporting))
     assert protocol.choose is choose
 
 
 def test_an_instruction_is_used_to_choose_too(llama, parts):
-    asked = []
+    instructions = []
 
     class Noting(Evaluation):
         def measure(self, name, steering, details=None, kl=False, *, others=False, instruction=None):
-            asked.append(instruction)
+            instructions.append(instruction)
             return super().measure(name, steering, details, kl, others=others, instruction=instruction)
 
     both = [
-        Noting(llama, parts[part], "en", "fr", most_prompts=1, new_tokens=2) for part in ("choose", "report")
+        Noting(llama, parts[part], "en", "fr", max_prompts=1, new_tokens=2) for part in ("choose", "report")
     ]
-    asked.clear()
+    instructions.clear()
     list(
-        compare_ways(compared_named(["prompt-source"]), Material(llama, parts["estimate"], "en", "fr"), *both)
+        compare_methods(
+            compared_named(["prompt-source"]), Material(llama, parts["estimate"], "en", "fr"), *both
+        )
     )
-    assert asked == [None, "Respond in French.", "Respond in French."]
+    assert instructions == [None, "Respond in French.", "Respond in French."]
 
 
 def test_the_table_survives_the_file(compared):
-    found, _, reporting = compared
-    noted = replace(found, notes=("A note.",), about={"model": "tiny"})
+    compared_methods, _, reporting = compared
+    noted = replace(compared_methods, notes=("A note.",), about={"model": "tiny"})
     report = report_of(json.loads(json_bytes(document(noted))), "methods.json")
     assert (report.ceiling, report.continuations) == (reporting.ceiling, reporting.continuations)
     head, rows = methods_table(report)
     assert [len(row) for row in rows] == [len(head)] * 4
-    keyed = next(outcome for outcome in found.outcomes if outcome.name == "keyed edit")
+    keyed = next(outcome for outcome in compared_methods.outcomes if outcome.name == "keyed edit")
     assert rows[-1][0] == "keyed edit"
     assert rows[-1][head.index("KL, largest")] == f"{max(keyed.kl.values()):.3f}"
     assert rows[-1][head.index("NLL third, largest")] == f"{keyed.nll_rise['de']:+.3f}"

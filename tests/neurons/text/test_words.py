@@ -1,4 +1,4 @@
-"""Words, repetition and openings."""
+"""Words, distinct words and openings."""
 
 import pytest
 

@@ -1,0 +1,94 @@
+"""The choice of a setting: candidates that hardly steer are not measured, and harm only if it decides."""
+
+from contextlib import nullcontext
+from dataclasses import MISSING, fields, replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from editing.evaluation.outcome import Outcome
+from editing.study.candidates import Candidate
+from editing.study.comparison import best_of, promising
+
+
+def evaluation_of(rates, ceiling=0.8):
+    """An evaluation with planned rates on the few prompts, in the order of the candidates."""
+    rates = iter(rates)
+    return SimpleNamespace(
+        ceiling=ceiling, target="fr", rate_on_few_prompts=lambda steering, instruction: next(rates)
+    )
+
+
+def candidates(count):
+    return [Candidate("method", {"strength": i}, None, nullcontext) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "kept"),
+    [
+        ([0.0, 0.9, 0.37, 0.35], [1, 2]),  # 0.45 of the ceiling is 0.36
+        ([0.1, 0.3, 0.3], [1, 2]),  # all are below it: those with the highest rate
+        ([0.0, 0.0], [0]),  # none steers: the first, for a row in the table
+        ([], []),
+    ],
+)
+def test_what_is_worth_measuring(rates, kept):
+    offered = candidates(len(rates))
+    measured, refused = promising(evaluation_of(rates), offered)
+    assert measured == [offered[i] for i in kept]
+    assert [one.settings["strength"] for one in refused] == [i for i in range(len(rates)) if i not in kept]
+    assert all(one.name == "method" and "fr" in one.refused for one in refused)
+
+
+class Planned:
+    """An evaluation with planned results: (rate, fluency gap, rise of a third language) for each strength."""
+
+    ceiling, target, source = 1.0, "fr", "en"
+
+    def __init__(self, figures):
+        self.figures, self.harmed, self.measured = figures, [], []
+
+    def rate_on_few_prompts(self, steering, instruction):
+        return self.figures[steering.args[0]][0]
+
+    def measure(self, name, steering, details, instruction, harm):
+        assert not harm
+        at = steering.args[0]
+        self.measured.append(at)
+        rate, gap, _ = self.figures[at]
+        return outcome(target_share=rate, fluency_gap=gap, nll_rise={}, details=details)
+
+    def with_harm(self, measured, steering):
+        at = steering.args[0]
+        self.harmed.append(at)
+        return replace(measured, nll_rise={"en": 9.0, "fr": 0.0, "de": self.figures[at][2]})
+
+
+def outcome(**given):
+    empty = {field.name: {} for field in fields(Outcome) if field.default is MISSING}
+    return Outcome(**{**empty, "samples": (), "name": "method", **given})
+
+
+@pytest.mark.parametrize(
+    ("figures", "best", "measured", "harmed"),
+    [
+        ([(0.95, 0.1, 0.3), (0.92, 0.2, 0.1), (0.95, 0.9, 0.0), (0.2, 0.0, 0.0)], 1, [0, 1, 2], [0, 1]),
+        ([(0.95, 0.1, 0.3), (0.92, 0.7, 0.1)], 0, [0, 1], []),  # one steers well: harm decides nothing
+        ([(0.95, 0.8, 0.3), (0.92, 0.7, 0.1)], 1, [0, 1], []),  # none does: the more fluent
+        ([(0.5, 0.1, 0.3), (0.6, 0.7, 0.1)], 1, [0, 1], []),  # none steers: the one that steers most
+    ],
+)
+def test_harm_is_read_where_it_decides(figures, best, measured, harmed):
+    evaluation, done = Planned(figures), []
+    offered = [
+        Candidate("method", {"strength": i}, None, partial(nullcontext, i)) for i in range(len(figures))
+    ]
+    chosen, results = best_of(evaluation, offered, done.append)
+    assert chosen is offered[best]
+    assert (evaluation.measured, evaluation.harmed) == (measured, harmed)
+    assert sum(done) == len(results) == len(figures)
+
+
+def test_of_no_candidates_none_is_best():
+    assert best_of(Planned([]), [], lambda count: None) == (None, [])
