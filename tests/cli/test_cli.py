@@ -171,7 +171,7 @@ def test_lape_says_which_language_has_no_neurons(broca, model, text, files):
     found = json.loads(out)
     assert status == 0
     assert found["empty"], "with 1 % of 144 neurons some language has none"
-    assert f"lape found no neuron for {', '.join(found['empty'])}:" in err
+    assert f"lape found no neurons for {', '.join(found['empty'])}:" in err
 
 
 def changed(text, tmp_path, language, content):
@@ -276,14 +276,14 @@ def test_debug_stands_where_an_option_may(monkeypatch, tmp_path, place):
 
 @pytest.mark.parametrize("rest", [["--prompts", "--debug"], ["--prompts", "a", "--", "--debug"]])
 def test_debug_that_is_a_value_is_none_of_mains(broca, monkeypatch, tmp_path, rest):
-    told = []
-    monkeypatch.setattr("cli.generate._prompts", lambda given: told.append(given) or ["text"])
+    prompts = []
+    monkeypatch.setattr("cli.generate._read_prompts", lambda given: prompts.append(given) or ["text"])
     status, _, err = broca("generate", tmp_path / "none", *rest)
     assert status == 2 and "Traceback" not in err
     if "--" in rest:
         assert "--debug" in one_sentence(err)  # an argument too many
     else:
-        assert told == [("--debug",)]
+        assert prompts == [("--debug",)]
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -297,7 +297,7 @@ def test_every_help_names_debug(broca, name):
 def test_help_of_what_is_slow_or_large_says_so(broca, name):
     out = " ".join(broca(name, "--help")[1].split())
     assert re.search(r"as long as|takes seconds", out)
-    assert re.search(r"disk|bytes a neuron", out)
+    assert re.search(r"disk|bytes per neuron", out)
 
 
 def test_usage_errors_exit_with_2(broca):

@@ -115,10 +115,10 @@ COMBINATIONS = {
     "nothing": ([], "exactly one of --edit, --undo and --dequantise"),
     "two tasks": (["--edit", "EDIT", "--undo"], "--edit and --undo are two tasks"),
     "other two": (["--undo", "--dequantise", "bf16"], "--undo and --dequantise are two tasks"),
-    "undo and lora": (["--undo", "--format", "lora"], "--format lora means nothing to --undo"),
+    "undo and lora": (["--undo", "--format", "lora"], "--format lora is not supported by --undo"),
     "undo and verify": (["--undo", "--verify"], "compares digests in any case"),
-    "undo and undoable": (["--undo", "--undoable"], "--undoable means nothing to --undo"),
-    "strength": (["--dequantise", "bf16", "--strength", "2"], "--strength means nothing to --dequantise"),
+    "undo and undoable": (["--undo", "--undoable"], "--undoable is not supported by --undo"),
+    "strength": (["--dequantise", "bf16", "--strength", "2"], "--strength is not supported by --dequantise"),
     "lora and verify": (["--edit", "EDIT", "--format", "lora", "--verify"], "nothing to --format lora"),
     "lora and undoable": (["--edit", "EDIT", "--format", "lora", "--undoable"], "nothing to --format lora"),
 }

@@ -4,10 +4,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli.options import IN_DIRECTORY, IN_FILE, IN_PATH, OUT_DIRECTORY, OUT_FILE, Many
+from cli.options import IN_DIRECTORY, IN_FILE, IN_PATH, OUT_DIRECTORY, OUT_FILE, MultiValueCommand
 
 
-@click.command(cls=Many)
+@click.command(cls=MultiValueCommand)
 @click.argument("model", required=False)
 @click.option("--files", multiple=True)
 @click.option("--out", type=OUT_FILE)
