@@ -158,7 +158,7 @@ def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:
 
     if arguments.sae_layers and len(arguments.sae_layers) != len(arguments.saes):
         raise UsageError(
-            f"{len(arguments.saes)} --sae but {len(arguments.sae_layers)} --sae-layer: give one layer for each "
+            f"{len(arguments.saes)} --sae and {len(arguments.sae_layers)} --sae-layer: give one layer for each "
             "autoencoder, or none"
         )
     layers = arguments.sae_layers or [None] * len(arguments.saes)
