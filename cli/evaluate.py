@@ -124,7 +124,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 @out_option("File for the results (.json).")
 @json_option
 def command(**options: Any) -> None:
-    """Evaluate MODEL (hub id or directory) with and without a plan, or beside a checkpoint; or compare methods.
+    """Evaluate MODEL (hub id or directory) and a plan or a steered checkpoint, or compare methods.
 
     \b
     Examples:

@@ -14,7 +14,7 @@ from neurons.models.freed_memory import keep_freed_memory
 
 COMMANDS = {
     "demo": "Run the whole pipeline on the included demo model.",
-    "steer": "Make an instruct model always answer in one language.",
+    "steer": "Make an instruct model answer in a given language.",
     "run": "Run the whole pipeline from one recipe.",
     "record": "Record activation statistics of a model on text.",
     "identify": "Identify the neurons of each language.",
@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "Write the edited checkpoint or an adapter.",
     "diff": "Recover the edit between two checkpoints.",
     "ablate": "Ablate neurons and measure the loss of every language.",
-    "neuron": "Report one neuron: its most active texts and the tokens it promotes.",
+    "neuron": "Report on one neuron: its most active text and promoted tokens.",
     "evaluate": "Compare a steered model with the unedited model.",
     "tune": "Search for the best edit.",
     "generate": "Generate text with the unedited and the edited model.",
