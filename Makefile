@@ -1,8 +1,8 @@
-# make demo       find language neurons, edit, export and measure on the shipped model
-# make test       lint, types and the whole test suite
-# make test-real  do the whole job on SmolLM2-135M, a pretrained instruct model (93 MB to fetch, once)
-# make test-vllm  load exports of many architectures, and adapters, in a real vLLM on the CPU
-# make docs       the documentation and the Python API as a site, in build/site
+# make demo       run the whole pipeline on the included demo model
+# make test       lint, type check and all tests
+# make test-real  run the whole pipeline on SmolLM2-135M, a pretrained instruct model (downloads 93 MB once)
+# make test-vllm  load exports of many architectures, and adapters, in vLLM on the CPU
+# make docs       build the documentation and the API reference in build/site
 
 PYTHON ?= python3
 VENV ?= .venv

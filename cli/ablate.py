@@ -1,4 +1,4 @@
-"""``broca ablate``: what a model loses without a language's neurons."""
+"""``broca ablate``: the loss of a model without the neurons of each language."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.corpora import read, tell_read
-from cli.loading import announced
+from cli.corpora import noted_corpus, read_table
+from cli.loading import loaded_model
 from cli.options import (
     FINITE,
     IN_FILE,
     OUT_FILE,
     CommaSeparated,
-    Shares,
-    bits_asked,
+    Fractions,
     corpus_options,
     device_options,
     dry_run_option,
@@ -44,58 +43,73 @@ if TYPE_CHECKING:
     "neuron_paths",
     type=IN_FILE,
     multiple=True,
-    help="Neuron set; again for another, or name the others behind it.",
+    help="Neuron set; repeat the option, or list several files after it.",
 )
 @click.option(
     "--way",
     type=click.Choice(["zero", "mean", "resample"]),
     default="zero",
     show_default=True,
-    help="What takes the values' place: 0, their mean, or the values at a random other token.",
+    help="What replaces the values: 0, their mean, or the values at a random other token.",
 )
-@click.option("--mean-of", help="--way mean: this language's mean.  [default: of all text]")
+@click.option("--mean-of", help="--way mean: the mean over this language.  [default: over all text]")
 @click.option(
     "--controls",
     type=CommaSeparated(),
     default=("random", "matched"),
-    help="random (as many in each layer) and matched (about as active too).  [default: random,matched]",
+    help="random (the same number in each layer), matched (also of similar activity).  [default: random,matched]",
 )
 @click.option(
-    "--draws", type=click.IntRange(min=0), default=3, show_default=True, help="Of each control; 0: none."
+    "--draws",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Draws of each control; 0 for none.",
 )
-@click.option("--doses", type=Shares(), help="Shares of each set, best first, as 1%,2%,5%,10%.")
+@click.option(
+    "--doses",
+    type=Fractions(),
+    help="Also ablate these fractions of each set, best neurons first, as 1%,2%,5%,10%.",
+)
 @click.option(
     "--dose-of",
     type=click.Choice(["set", "model"]),
     default="set",
     show_default=True,
-    help="What doses are shares of: the set, or all neurons of the model (a top rate).",
+    help="Base of the fractions in --doses: the set, or all neurons of the model (a top rate).",
 )
-@click.option("--statistics", type=IN_FILE, help="For matched controls and means.  [default: record now]")
+@click.option(
+    "--statistics", type=IN_FILE, help="Statistics for matched controls and means.  [default: record them]"
+)
 @tokens_option
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens per forward pass.  [default: what memory allows]",
 )
 @click.option(
-    "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Of the texts."
+    "--resamples",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Bootstrap samples of the texts.",
 )
-@click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Of the intervals.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all draws.")
+@click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Level of the intervals.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all draws.")
 @device_options
 @dry_run_option
 @quantised_options
-@click.option("--picture", type=OUT_FILE, help="File for a heat map of the matrices (.png or .svg).")
-@click.option("--dose-picture", type=OUT_FILE, help="File for the dose curves (.png or .svg).")
-@click.option("--out", type=OUT_FILE, help="File for the study (.json); unfinished work is kept beside it.")
+@click.option("--picture", type=OUT_FILE, help="File for heat maps of the results (.png or .svg).")
+@click.option("--dose-picture", type=OUT_FILE, help="File for the dose-response curves (.png or .svg).")
+@click.option("--out", type=OUT_FILE, help="File for the study (.json); unfinished work is kept next to it.")
 @json_option
 def command(**options: Any) -> None:
-    """Ablate each language's neurons in MODEL (hub id or directory) and read every language without them.
+    """Ablate the neurons of each language in MODEL (hub id or directory) and measure the loss of every language.
 
-    It reads the text once unedited and once for each language, draw of a control and dose: six languages with
-    the default controls take some 45 forward passes over it at most; --draws and --tokens say how many and
-    how long.  The file is small.
+    The text is read once unedited and once for each language, draw of a control and dose: at most about 45 forward
+    passes for six languages with the default controls.  Reduce them with --draws and --tokens.  The output is small.
 
-    A study that is stopped goes on where it was when the same command is given again, if it has --out.
+    With --out, the same command resumes an interrupted study.
 
     \b
     Examples:
@@ -111,106 +125,104 @@ def command(**options: Any) -> None:
     from neurons.ablation.study_file import study_document
     from neurons.errors import UsageError
     from neurons.files.artifact import json_bytes, write_atomically
-    from neurons.models.source import load_model
     from neurons.neuron_sets import pictures
     from neurons.statistics.statistics import load_statistics
     from neurons.text.token_budget import LOSSES
 
-    asked = SimpleNamespace(**options)
-    screen = Screen(asked.as_json)
-    paths = (*asked.neuron_paths, *asked.more)
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    paths = (*arguments.neuron_paths, *arguments.more)
     if not paths:
-        raise UsageError("--neurons is missing: name a neuron set, from `broca identify`")
+        raise UsageError("--neurons is missing: give a neuron set, from `broca identify`")
     settings = Settings(
-        way=asked.way,
-        mean_of=asked.mean_of,
-        controls=asked.controls,
-        draws=asked.draws,
-        doses=asked.doses or (),
-        dose_of_model=asked.dose_of == "model",
-        seed=asked.seed,
-        resamples=asked.resamples,
-        confidence=asked.confidence,
+        way=arguments.way,
+        mean_of=arguments.mean_of,
+        controls=arguments.controls,
+        draws=arguments.draws,
+        doses=arguments.doses or (),
+        dose_of_model=arguments.dose_of == "model",
+        seed=arguments.seed,
+        resamples=arguments.resamples,
+        confidence=arguments.confidence,
     )
-    for picture in (asked.picture, asked.dose_picture):
+    for picture in (arguments.picture, arguments.dose_picture):
         if picture is not None:
             pictures.picture_format(picture)
-    if asked.dose_picture is not None and not settings.doses:
-        raise UsageError("--dose-picture needs --doses, as 1%,2%,5%,10%")
-    if asked.statistics is not None and not settings.moments():
-        raise UsageError("--statistics means nothing to this study: leave it out")
+    if arguments.dose_picture is not None and not settings.doses:
+        raise UsageError("--dose-picture needs --doses, for example 1%,2%,5%,10%")
+    if arguments.statistics is not None and not settings.moments():
+        raise UsageError("--statistics is not used by this study: leave it out")
     sets = _sets(paths)
-    statistics = None if asked.statistics is None else load_statistics(asked.statistics)
+    statistics = None if arguments.statistics is None else load_statistics(arguments.statistics)
     inputs = [file_read("--neurons", path) for path in paths]
-    if asked.statistics is not None:
-        inputs.append(file_read("--statistics", asked.statistics))
-    corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
-    if asked.dry_run:
+    if arguments.statistics is not None:
+        inputs.append(file_read("--statistics", arguments.statistics))
+    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import ablation_need
 
-        dry_run_of_text(screen, asked, corpus, ablation_need)
+        dry_run_of_text(screen, arguments, corpus, ablation_need)
         return
-    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
-    with _bar(screen) as progress:
+    loaded = loaded_model(screen, arguments)
+    with _progress(screen) as progress:
         study = ablation_study(
             loaded,
             corpus,
             sets,
             settings,
             statistics,
-            asked.tokens,
-            asked.batch_tokens,
-            asked.out,
+            arguments.tokens,
+            arguments.batch_tokens,
+            arguments.out,
             progress,
         )
-    repeats = command_line(
+    command_text = command_line(
         neuron_paths=paths,
         more=None,
-        languages=asked.languages or study.languages,
+        languages=arguments.languages or study.languages,
         batch_tokens=study.metadata["settings"]["batch_tokens"],
         **loaded_as(loaded),
     )
-    about = {"command": repeats, "inputs": inputs, "processor": processor(loaded.device)}
-    document = study_document(replace(study, metadata=study.metadata | about))
-    if asked.picture is not None:
-        pictures.save_figure(ablation_pictures.matrix_figure(study), asked.picture)
-    if asked.dose_picture is not None:
-        pictures.save_figure(ablation_pictures.doses_figure(study), asked.dose_picture)
-    if asked.out is not None:
-        write_atomically(asked.out, json_bytes(document))
-        LedgerFile(asked.out, "").remove()
-    tell_read(screen, study.metadata["read"], LOSSES.minimum)
-    for one in study.sets:
-        empty = [language for language, size in zip(study.languages, one.sizes, strict=True) if not size]
-        if empty:
-            screen.warn(f"{one.name} has no neuron for {', '.join(empty)}: nothing was ablated there")
+    provenance = {"command": command_text, "inputs": inputs, "processor": processor(loaded.device)}
+    document = study_document(replace(study, metadata=study.metadata | provenance))
+    if arguments.picture is not None:
+        pictures.save_figure(ablation_pictures.matrix_figure(study), arguments.picture)
+    if arguments.dose_picture is not None:
+        pictures.save_figure(ablation_pictures.doses_figure(study), arguments.dose_picture)
+    if arguments.out is not None:
+        write_atomically(arguments.out, json_bytes(document))
+        LedgerFile(arguments.out, "").remove()
+    read_table(screen, study.metadata["read"], LOSSES.minimum)
+    for neuron_set in study.sets:
+        sizes = zip(study.languages, neuron_set.sizes, strict=True)
+        if empty := [language for language, size in sizes if not size]:
+            screen.warn(f"{neuron_set.name} has no neurons for {', '.join(empty)}: nothing is ablated there")
     screen.say(as_markdown(study))
-    screen.result({**document, "out": asked.out}, asked.out)
+    screen.result({**document, "out": arguments.out}, arguments.out)
 
 
 @contextmanager
-def _bar(screen: Screen) -> Iterator[Callable[[int, int], None]]:
-    """A bar that begins when it is known how much there is to do."""
-    with ExitStack() as open_now:
+def _progress(screen: Screen) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that starts at the first callback, which gives the total."""
+    with ExitStack() as stack:
         bars: list[Callable[[int], None]] = []
 
         def advance(done: int, total: int) -> None:
             if not bars:
-                bars.append(open_now.enter_context(screen.progress("Ablating", total, "tokens")))
+                bars.append(stack.enter_context(screen.progress("Ablating", total, "tokens")))
             bars[0](done)
 
         yield advance
 
 
 def _sets(paths: Sequence[Path]) -> dict[str, NeuronSet]:
-    """By file name without its ending, or by path where two files have the same."""
+    """The neuron sets by file stem, or by path where two files have the same stem."""
     from neurons.errors import UsageError
     from neurons.neuron_sets.neuron_set import load_neuron_set
 
     stems = [path.stem for path in paths]
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UsageError(f"the neuron set {twice[0]} is named twice")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"the neuron set {repeated[0]} is given twice")
     return {name: load_neuron_set(path) for name, path in zip(names, paths, strict=True)}

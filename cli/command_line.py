@@ -1,4 +1,4 @@
-"""The command line that does again what a command did, with what it took by default written out."""
+"""The command line that repeats the running command, with all defaults written out."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ if TYPE_CHECKING:
 PRINTING = ("as_json",)
 
 
-def command_line(**taken: Any) -> str:
-    """``broca NAME ...`` of the command that is running, as a shell reads it.
+def command_line(**resolved: Any) -> str:
+    """The running command as ``broca NAME ...``, quoted for a shell.
 
-    Every option stands in it, those that were left at their defaults too: another version may have others.
+    It includes options at their defaults, which may differ in another version.
 
     Args:
-        taken: by the name of the parameter, what took the place of a default that depends on the text, the
-            model or the machine.  None leaves the option out.
+        resolved: parameter name -> the value that replaced a default which depends on the text, the model or
+            the machine.  None omits the option.
     """
     context = click.get_current_context()
-    values = {**context.params, **taken}
-    named: list[str] = []
-    placed: list[str] = []
+    values = {**context.params, **resolved}
+    options: list[str] = []
+    arguments: list[str] = []
     for parameter in context.command.params:
         value = values.get(parameter.name or "")
         if value is None or parameter.name in PRINTING:
             continue
         if isinstance(parameter, click.Option):
-            named += _option(parameter, value)
+            options += _option(parameter, value)
         else:
-            placed += map(str, value if isinstance(value, tuple) else (value,))
-    # Behind "--" nothing is taken for an option.
-    odd = any(word.startswith("-") for word in placed)
-    words = [*named, "--", *placed] if odd else [*placed, *named]
+            arguments += map(str, value if isinstance(value, tuple) else (value,))
+    # After "--", words that begin with "-" are not options.
+    separate = any(word.startswith("-") for word in arguments)
+    words = [*options, "--", *arguments] if separate else [*arguments, *options]
     return shlex.join(["broca", str(context.command.name), *words])
 
 
 def loaded_as(*models: LoadedModel | None) -> dict[str, str]:
-    """``device`` and ``dtype`` that "auto" came to, for ``command_line``.
+    """The ``device`` and ``dtype`` that "auto" resolved to, for ``command_line``.
 
-    Models that are read in dtypes of their own have no dtype in common: then it stays as it was asked for.
+    If the models have different dtypes, ``dtype`` is absent, so that the option stays as given.
     """
-    read = [model for model in models if model is not None]
-    dtypes = {str(model.model.dtype).removeprefix("torch.") for model in read}
-    found = {"device": str(read[0].device)}
-    return found | {"dtype": dtypes.pop()} if len(dtypes) == 1 else found
+    loaded = [model for model in models if model is not None]
+    dtypes = {str(model.model.dtype).removeprefix("torch.") for model in loaded}
+    device = {"device": str(loaded[0].device)}
+    return device | {"dtype": dtypes.pop()} if len(dtypes) == 1 else device
 
 
 def _option(option: click.Option, value: Any) -> list[str]:
@@ -56,7 +56,7 @@ def _option(option: click.Option, value: Any) -> list[str]:
     if option.is_flag:
         return [name] if value else option.secondary_opts[:1]
     if option.multiple:
-        return [word for one in value for word in (name, str(one))]
+        return [word for item in value for word in (name, str(item))]
     if isinstance(value, tuple):
         return [name, ",".join(map(str, value))] if value else []
     return [name, str(value)]

@@ -1,4 +1,4 @@
-"""``broca compare``: how far neuron sets, or plans, agree."""
+"""``broca compare``: the overlap of neuron sets or plans."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 @click.command("compare")
 @click.argument("files", metavar="FILE...", type=IN_FILE, nargs=-1, required=True)
-@click.option("--plot", type=OUT_FILE, help="Neuron sets: file for a picture (.png or .svg).")
-@click.option("--model", help="Edits: their model, for the cosines of edits that scale weights.")
-@click.option("--details", is_flag=True, help="Neuron sets: also every language of every pair.")
+@click.option("--plot", type=OUT_FILE, help="Neuron sets: file for a plot of the overlap (.png or .svg).")
+@click.option("--model", help="Edits: their model; needed for the cosine of edits that scale weights.")
+@click.option("--details", is_flag=True, help="Neuron sets: also show each language of each pair.")
 @json_option
 def command(
     files: tuple[Path, ...], plot: Path | None, model: str | None, details: bool, as_json: bool
 ) -> None:
     """Compare two or more neuron sets of one model, or two edits module by module.
 
-    Jaccard: neurons (components) in both, as a share of those in either; all languages together, or with
-    --details each.  Rank correlation: Spearman's, of the scores of the neurons in both, mean over languages.
-    Cosine: of the two changes of a module's weight.
+    Jaccard: the fraction of neurons (or components) in either file that are in both, over all languages or, with
+    --details, per language.  Rank correlation: Spearman's, of the scores of the shared neurons, mean over languages.
+    Cosine: between the changes of a module's weight.
 
     \b
     Examples:
@@ -42,17 +42,17 @@ def command(
     kinds = [load_artifact(file).kind for file in files]
     for file, kind in zip(files, kinds, strict=True):
         if kind != kinds[0] or kind not in ("neurons", "edit"):
-            beside = f", and {files[0]} {kinds[0]!r}" if kind != kinds[0] else ""
-            raise BrocaError(f"{file}: holds {kind!r}{beside}: name neuron sets alone, or two edits")
+            other = f", but {files[0]} contains {kinds[0]!r}" if kind != kinds[0] else ""
+            raise BrocaError(f"{file}: contains {kind!r}{other}: give only neuron sets, or two edits")
     if kinds[0] == "edit":
         if plot is not None:
-            raise UsageError("--plot means nothing to edits: draw one with `broca plot`")
+            raise UsageError("--plot is not supported for edits: plot one with `broca plot`")
         if details:
-            raise UsageError("--details means nothing to edits, whose every module is shown: leave it out")
+            raise UsageError("--details is not supported for edits: leave it out")
         _plans(screen, files, model)
         return
     if model is not None:
-        raise UsageError("--model means nothing to neuron sets: leave it out")
+        raise UsageError("--model is not supported for neuron sets: leave it out")
     _neuron_sets(screen, files, plot, details)
 
 
@@ -63,20 +63,20 @@ def _plans(screen: Screen, files: tuple[Path, ...], model: str | None) -> None:
     from neurons.models.source import open_model
 
     if len(files) != 2:
-        raise UsageError(f"edits are compared two at a time, and there are {len(files)}")
-    found = compare_plans(
+        raise UsageError(f"give two edits to compare, not {len(files)}")
+    modules = compare_plans(
         load_plan(files[0]), load_plan(files[1]), None if model is None else open_model(model)
     )
     screen.table(
         f"first: {files[0].name}; second: {files[1].name}",
-        ["layer", "block", "first", "second", "shared", "Jaccard", "cosine"],
+        ["layer", "module", "first", "second", "shared", "Jaccard", "cosine"],
         [
             [str(row.layer), row.block, row.first, row.second, row.shared, row.jaccard, row.cosine]
-            for row in found
+            for row in modules
         ],
         words=2,
     )
-    screen.result({"edits": list(files), "modules": [vars(row) for row in found]})
+    screen.result({"edits": list(files), "modules": [vars(row) for row in modules]})
 
 
 def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, details: bool) -> None:
@@ -87,50 +87,52 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
     if plot is not None:
         picture_format(plot)
     names = _names(files)
-    found = compare([load_neuron_set(file) for file in files], names)
+    comparison = compare([load_neuron_set(file) for file in files], names)
     if plot is not None:
-        # Before anything is printed: the reader of a pipe may leave early.
-        save_figure(comparison_figure(found), plot)
-    for name, languages in zip(found.names, found.left_out, strict=True):
+        # Save before printing: the reader of a pipe may close it early.
+        save_figure(comparison_figure(comparison), plot)
+    for name, languages in zip(comparison.names, comparison.left_out, strict=True):
         if languages:
-            screen.warn(f"{name}: {', '.join(languages)} left out, as not every set has it")
+            screen.warn(f"{name}: {', '.join(languages)} left out, because not every set has it")
     screen.table(
-        f"neuron sets, {', '.join(found.languages)} together",
-        ["first", "second", "of first", "of second", "shared", "Jaccard", "rank correlation"],
+        f"neuron sets, all of {', '.join(comparison.languages)}",
+        ["first", "second", "first size", "second size", "shared", "Jaccard", "rank correlation"],
         [
             [
-                found.names[pair.first],
-                found.names[pair.second],
-                *(int(found.sizes[i].sum()) for i in (pair.first, pair.second)),
+                comparison.names[pair.first],
+                comparison.names[pair.second],
+                *(int(comparison.sizes[i].sum()) for i in (pair.first, pair.second)),
                 int(pair.shared.sum()),
                 pair.overall_jaccard,
                 pair.mean_rank_correlation,
             ]
-            for pair in found.pairs
+            for pair in comparison.pairs
         ],
         words=2,
     )
     if details:
-        _details(screen, found)
-    left_out = {name: list(languages) for name, languages in zip(found.names, found.left_out, strict=True)}
+        _details(screen, comparison)
+    left_out = {
+        name: list(languages) for name, languages in zip(comparison.names, comparison.left_out, strict=True)
+    }
     screen.result(
         {
-            "sets": list(found.names),
-            "languages": list(found.languages),
+            "sets": list(comparison.names),
+            "languages": list(comparison.languages),
             "left_out": left_out,
-            "sizes": found.sizes.tolist(),
+            "sizes": comparison.sizes.tolist(),
             "pairs": [
                 {
-                    "first": found.names[pair.first],
-                    "second": found.names[pair.second],
+                    "first": comparison.names[pair.first],
+                    "second": comparison.names[pair.second],
                     "overall_jaccard": pair.overall_jaccard,
                     "mean_rank_correlation": pair.mean_rank_correlation,
                     **_columns(pair),
                     "by_layer": pair.by_layer.T.tolist(),
                 }
-                for pair in found.pairs
+                for pair in comparison.pairs
             ],
-            "across": found.across.tolist(),
+            "across": comparison.across.tolist(),
             "plot": plot,
         },
         plot,
@@ -138,7 +140,7 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
 
 
 def _columns(pair: Pair) -> dict[str, list[Any]]:
-    """What a pair of sets agrees in, a language each."""
+    """The measures of a pair by language."""
     return {
         "shared": pair.shared.tolist(),
         "jaccard": pair.jaccard.tolist(),
@@ -148,40 +150,43 @@ def _columns(pair: Pair) -> dict[str, list[Any]]:
     }
 
 
-def _details(screen: Screen, found: Comparison) -> None:
-    """Every language of every set, alone and beside every other."""
+def _details(screen: Screen, comparison: Comparison) -> None:
+    """Print the sizes and overlaps of every language."""
     screen.table(
         "neurons",
-        ["set", *found.languages],
-        [[name, *row] for name, row in zip(found.names, found.sizes.tolist(), strict=True)],
+        ["set", *comparison.languages],
+        [[name, *row] for name, row in zip(comparison.names, comparison.sizes.tolist(), strict=True)],
     )
-    for pair in found.pairs:
-        first, second = found.names[pair.first], found.names[pair.second]
+    for pair in comparison.pairs:
+        first, second = comparison.names[pair.first], comparison.names[pair.second]
         rows = zip(*_columns(pair).values(), strict=True)
         screen.table(
             f"first: {first}; second: {second}",
-            ["language", "shared", "Jaccard", "of first in second", "of second in first", "rank correlation"],
-            [[k, *row] for k, row in zip(found.languages, rows, strict=True)],
+            ["language", "shared", "Jaccard", "first in second", "second in first", "rank correlation"],
+            [[k, *row] for k, row in zip(comparison.languages, rows, strict=True)],
         )
         screen.table(
-            f"Jaccard of languages, {first} down, {second} across",
-            ["", *found.languages],
+            f"Jaccard of languages, rows {first}, columns {second}",
+            ["", *comparison.languages],
             [
                 [k, *row]
                 for k, row in zip(
-                    found.languages, found.across[pair.first, :, pair.second].tolist(), strict=True
+                    comparison.languages, comparison.across[pair.first, :, pair.second].tolist(), strict=True
                 )
             ],
         )
-    for i, name in enumerate(found.names):
+    for i, name in enumerate(comparison.names):
         screen.table(
             f"Jaccard of languages within {name}",
-            ["", *found.languages],
-            [[k, *row] for k, row in zip(found.languages, found.across[i, :, i].tolist(), strict=True)],
+            ["", *comparison.languages],
+            [
+                [k, *row]
+                for k, row in zip(comparison.languages, comparison.across[i, :, i].tolist(), strict=True)
+            ],
         )
 
 
 def _names(files: tuple[Path, ...]) -> list[str]:
-    """The shortest kind of name that tells all files apart."""
+    """File stems, or paths if stems repeat."""
     stems = [file.stem for file in files]
     return stems if len(set(stems)) == len(stems) else [str(file) for file in files]

@@ -1,4 +1,4 @@
-"""``broca convert``: other projects' files to Broca's, and neurons back."""
+"""``broca convert``: published masks and counts to Broca's files, and neuron sets to masks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from cli.screen import Screen
 
 @click.command("convert")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@click.option("--languages", type=CommaSeparated(), help="masks: names in the file's order, as en,zh,fr.")
-@click.option("--width", type=click.IntRange(min=1), help="masks: neurons a layer, which the file lacks.")
+@click.option(
+    "--languages", type=CommaSeparated(), help="masks: language names in the order of the file, as en,zh,fr."
+)
+@click.option(
+    "--width", type=click.IntRange(min=1), help="masks: neurons per layer, which the file does not contain."
+)
 @click.option(
     "--subtract",
     "prefixes",
     metavar="LANGUAGE=FILE",
     multiple=True,
-    help="counts: those of the prompts alone, so that only responses count; once for each language.",
+    help="counts: file with the counts of the prompts, to subtract; one for each language.",
 )
 @out_option("File for the result: .safetensors, or .pth for masks.")
 @json_option
@@ -34,8 +38,8 @@ def command(
 ) -> None:
     """Convert published masks or counts to Broca's files, or neurons to published masks.
 
-    What FILE is decides: a mask file (list of languages of layers of neuron indices) becomes a neuron set, a
-    neuron set becomes a mask file, and LANGUAGE=FILE, a count file (n and over_zero) each, become statistics.
+    A mask file (a list of languages of layers of neuron indices) becomes a neuron set, a neuron set becomes a mask
+    file, and count files (n and over_zero), given as LANGUAGE=FILE, become statistics.
 
     \b
     Examples:
@@ -52,35 +56,37 @@ def command(
     named = [_is_named(file) for file in files]
     if any(named) != all(named):
         raise UsageError(
-            f"{files[named.index(False)]} has no language: write LANGUAGE=FILE for every count file"
+            f"{files[named.index(False)]} has no language: write LANGUAGE=FILE for each count file"
         )
     if all(named):
         if languages is not None or width is not None:
-            raise UsageError("--languages and --width are for a mask file: count files are LANGUAGE=FILE")
+            raise UsageError(
+                "--languages and --width are only for a mask file: leave them out for count files"
+            )
         _counts(screen, _by_language(files), _by_language(prefixes), out)
         return
     if prefixes:
-        raise UsageError("--subtract is for count files, written LANGUAGE=FILE")
+        raise UsageError("--subtract is only for count files, written LANGUAGE=FILE")
     if len(files) > 1:
         raise UsageError(
             f"{len(files)} files: give one mask file, one neuron set, or count files as LANGUAGE=FILE"
         )
-    file = _there(Path(files[0]))
+    file = _input_file(Path(files[0]))
     if is_torch_file(file):
         if languages is None or width is None:
             raise UsageError(
-                f"{file}: a mask file names neither its languages nor its width: give --languages and "
-                "--width (a count file is written LANGUAGE=FILE)"
+                f"{file}: a mask file does not contain languages and width: give --languages and --width "
+                "(write a count file as LANGUAGE=FILE)"
             )
         _masks(screen, file, tuple(map(language_label, languages)), width, out)
         return
     if languages is not None or width is not None:
-        raise UsageError(f"{file}: --languages and --width are for a mask file, which this is not")
+        raise UsageError(f"{file}: --languages and --width are only for a mask file: leave them out")
     _neurons(screen, file, out)
 
 
 def _is_named(file: str) -> bool:
-    """Whether it is LANGUAGE=FILE; a path whose directory has a = is not."""
+    """Whether an argument is LANGUAGE=FILE; a path with = in the name of a directory is not."""
     name, equals, _ = file.partition("=")
     return bool(equals) and "/" not in name
 
@@ -89,20 +95,20 @@ def _by_language(files: Sequence[str]) -> dict[str, Path]:
     from neurons.errors import UsageError
     from neurons.text.corpus_files import language_label
 
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for file in files:
         name, _, path = file.partition("=")
         language = language_label(name)
         if not _is_named(file) or not language or not path:
             raise UsageError(f"{file!r} is not LANGUAGE=FILE")
-        if language in found:
-            raise UsageError(f"language {language!r} is given twice: {found[language]} and {path}")
-        found[language] = _there(Path(path))
-    return found
+        if language in paths:
+            raise UsageError(f"language {language!r} is given twice: {paths[language]} and {path}")
+        paths[language] = _input_file(Path(path))
+    return paths
 
 
-def _there(path: Path) -> Path:
-    """What an option for a file says of a path, said of one that is written LANGUAGE=FILE."""
+def _input_file(path: Path) -> Path:
+    """The path, checked as an input file."""
     from neurons.errors import UsageError
 
     if fault := IN_FILE.fault(path):
@@ -143,15 +149,15 @@ def _counts(screen: Screen, files: dict[str, Path], prefixes: dict[str, Path], o
 def _masks(screen: Screen, file: Path, languages: tuple[str, ...], width: int, out: Path) -> None:
     from neurons.neuron_sets.exchange import read_masks
 
-    found = read_masks(file, languages, width)
-    found.save(out)
-    sizes = {language: len(found.of(language)) for language in found.languages}
+    neurons = read_masks(file, languages, width)
+    neurons.save(out)
+    sizes = {language: len(neurons.of(language)) for language in neurons.languages}
     screen.table(
-        f"neuron set, {found.layers} layers x {found.neurons} neurons",
+        f"neuron set, {neurons.layers} layers x {neurons.neurons} neurons",
         ["language", "neurons"],
         [[language, size] for language, size in sizes.items()],
     )
-    value = {"kind": "neurons", "layers": found.layers, "languages": list(found.languages)}
+    value = {"kind": "neurons", "layers": neurons.layers, "languages": list(neurons.languages)}
     screen.result({"out": out, **value, "neurons": sizes}, out)
 
 
@@ -159,9 +165,13 @@ def _neurons(screen: Screen, file: Path, out: Path) -> None:
     from neurons.neuron_sets.exchange import write_masks
     from neurons.neuron_sets.neuron_set import load_neuron_set
 
-    found = load_neuron_set(file)
-    write_masks(found, out)
-    screen.say(f"languages in the file's order, for it has no names: {', '.join(found.languages)}")
-    screen.say(f"{found.layers} layers of {found.neurons} neurons; scores and kinds are not in such a file")
-    value = {"kind": "masks", "layers": found.layers, "width": found.neurons}
-    screen.result({"out": out, **value, "languages": list(found.languages)}, out)
+    neurons = load_neuron_set(file)
+    write_masks(neurons, out)
+    screen.say(
+        f"languages in the order of the file, which does not contain their names: {', '.join(neurons.languages)}"
+    )
+    screen.say(
+        f"{neurons.layers} layers of {neurons.neurons} neurons; a mask file does not contain scores and kinds"
+    )
+    value = {"kind": "masks", "layers": neurons.layers, "width": neurons.neurons}
+    screen.result({"out": out, **value, "languages": list(neurons.languages)}, out)

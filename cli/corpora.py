@@ -1,4 +1,4 @@
-"""A corpus read, and on stderr which files were which languages where that is not plain from their names."""
+"""Corpora of the commands, with notes on the language of each file and on the amount of text."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from cli.screen import Screen
 if TYPE_CHECKING:
     from neurons.text.corpus import Corpus
 
-TOLD = 10  # files of all 204 languages of FLORES would fill the screen
-# ISO 639-2 sets these aside for languages that are somebody's own: no mistake, so no warning.
+MAX_NOTED = 10  # all 204 files of FLORES would fill the screen
+# Codes that ISO 639-2 reserves for private use need no warning.
 _PRIVATE = re.compile("q[a-t][a-z]")
 
 
-def read(
-    screen: Screen, directory: Path, languages: Sequence[str] | None, part: str = "all", least: int = 2
+def noted_corpus(
+    screen: Screen,
+    directory: Path,
+    languages: Sequence[str] | None,
+    part: str = "all",
+    min_languages: int = 2,
 ) -> Corpus:
-    """``neurons.text.corpus.read_corpus``, and ``tell``."""
+    """``neurons.text.corpus.read_corpus`` followed by ``note_files``."""
     from neurons.text.corpus import read_corpus
 
-    corpus = read_corpus(directory, languages, part, least)
-    tell(screen, directory, languages)
+    corpus = read_corpus(directory, languages, part, min_languages)
+    note_files(screen, directory, languages)
     return corpus
 
 
-def tell(screen: Screen, directory: Path, languages: Sequence[str] | None) -> None:
-    """Say which files of a corpus are read under another name, left out, or of no language that is known.
+def note_files(screen: Screen, directory: Path, languages: Sequence[str] | None) -> None:
+    """Note the files of a corpus that are renamed or left out, and warn of unknown languages.
 
-    Nothing where every file is named by a code that the language identifier knows.
+    It prints nothing if every file name is a code that the language identifier knows.
     """
     from editing.evaluation.language_id import unidentified
     from neurons.models.processes import is_first
@@ -40,47 +44,48 @@ def tell(screen: Screen, directory: Path, languages: Sequence[str] | None) -> No
     if not is_first():
         return
     files = corpus_files(directory, languages)
-    said = [f"{name} is read as {language}" for name, language in files.renamed.items()]
-    if len(said) > TOLD:
-        said[TOLD:] = [f"{len(said) - TOLD} more alike"]
+    notes = [f"{name} is read as {language}" for name, language in files.renamed.items()]
+    if len(notes) > MAX_NOTED:
+        notes[MAX_NOTED:] = [f"{len(notes) - MAX_NOTED} more files likewise"]
     if files.left_out:
-        said.append(f"left out, as no text of a language: {', '.join(files.left_out)}")
-    if said:
-        screen.note(f"{directory}: {'; '.join(said)}")
+        notes.append(f"left out, because they are not text of a language: {', '.join(files.left_out)}")
+    if notes:
+        screen.note(f"{directory}: {'; '.join(notes)}")
     for language in files.no_codes:
         screen.warn(
-            f"{files.of[language]}: {language!r} is no language code: read as a label; rename the file, or name "
-            "the languages with --languages"
+            f"{files.of[language]}: {language!r} is not a language code and is used as a label; rename the file, or "
+            "name the languages with --languages"
         )
-    codes = [one for one in files.of if one not in files.no_codes and not _PRIVATE.fullmatch(one)]
+    codes = [code for code in files.of if code not in files.no_codes and not _PRIVATE.fullmatch(code)]
     if unknown := unidentified(codes):
         screen.warn(
-            f"the language identifier does not know {', '.join(unknown)}: neurons can be found, but evaluate, "
-            "tune and run will refuse it"
+            f"the language identifier does not know {', '.join(unknown)}: neurons can be identified, but evaluate, "
+            "tune and run reject it"
         )
 
 
-def tell_read(
-    screen: Screen, read: Mapping[str, Mapping[str, Any]], least: int, title: str = "text read"
+def read_table(
+    screen: Screen, read: Mapping[str, Mapping[str, Any]], min_tokens: int, title: str = "text read"
 ) -> None:
-    """Say what of the text was read, and warn of languages with fewer tokens than the figures need."""
+    """Print the amount of text that was read, and warn of languages with fewer tokens than ``min_tokens``."""
     screen.table(
         title,
-        ["language", "tokens", "texts", "of", "left out"],
+        ["language", "tokens", "texts", "available", "left out"],
         [
             [
                 language,
-                own["tokens"],
-                own["texts"],
-                own["of"],
-                None if own["cut"] is None else f"{own['cut']:.0%}",
+                counts["tokens"],
+                counts["texts"],
+                counts["of"],
+                None if counts["cut"] is None else f"{counts['cut']:.0%}",
             ]
-            for language, own in read.items()
+            for language, counts in read.items()
         ],
     )
-    few = {language: own["tokens"] for language, own in read.items() if own["tokens"] < least}
+    few = [
+        f"{language} {counts['tokens']:,}"
+        for language, counts in read.items()
+        if counts["tokens"] < min_tokens
+    ]
     if few:
-        told = ", ".join(f"{language} {tokens:,}" for language, tokens in few.items())
-        screen.warn(
-            f"few tokens ({told}): with less than {least:,} of a language figures from them say little"
-        )
+        screen.warn(f"few tokens ({', '.join(few)}): figures need at least {min_tokens:,} per language")

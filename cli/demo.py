@@ -1,4 +1,4 @@
-"""``broca demo``: the shipped recipe on the shipped model."""
+"""``broca demo``: the included recipe on the included model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import click
 
 from cli.command_line import command_line
 from cli.options import LANGUAGE, OUT_DIRECTORY, CommaSeparated, json_option
-from cli.run import recipe_read, run_recipe
+from cli.run import recipe_provenance, run_recipe
 from cli.screen import Screen
 
 
 def shipped() -> Path:
-    """The demo's directory: in an installed wheel beside this file, in a checkout under artifacts/.
+    """The directory of the demo: next to this file in a wheel, artifacts/demo in a checkout.
 
     Raises:
-        BrocaError: neither is there.
+        BrocaError: neither exists.
     """
     from neurons.errors import BrocaError
 
@@ -33,7 +33,7 @@ def shipped() -> Path:
 @click.option("--out", type=OUT_DIRECTORY, help="Directory of the results.  [default: broca-demo]")
 @json_option
 def command(source: str | None, targets: tuple[str, ...] | None, out: Path | None, as_json: bool) -> None:
-    """Steer the shipped model to other languages and measure it.
+    """Steer the included demo model to other languages and measure it.
 
     \b
     Example:
@@ -49,5 +49,6 @@ def command(source: str | None, targets: tuple[str, ...] | None, out: Path | Non
         targets = tuple(target for target in recipe.targets if target != source)
     recipe = recipe.with_options(source=source, targets=targets, out=out)
     check_recipe(recipe)
-    repeats = command_line(source=recipe.source, targets=recipe.targets, out=recipe.out)
-    run_recipe(recipe, Screen(as_json), {"command": repeats, **recipe_read(path, f"Broca's own {path.name}")})
+    command_text = command_line(source=recipe.source, targets=recipe.targets, out=recipe.out)
+    provenance = {"command": command_text, **recipe_provenance(path, f"Broca's own {path.name}")}
+    run_recipe(recipe, Screen(as_json), provenance)

@@ -1,4 +1,4 @@
-"""``broca diff``: what was edited in a checkpoint, as a plan."""
+"""``broca diff``: the plan of an edited checkpoint."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cli.screen import Screen
 @click.option(
     "--allow-others",
     is_flag=True,
-    help="Leave out of the plan what differs and is no edit of output weights; its metadata names it.",
+    help="Allow other differences than edits of output weights; the metadata of the plan lists them.",
 )
 @out_option("File for the plan (.safetensors).")
 @json_option
 def command(base: str, edited: str, allow_others: bool, out: Path, as_json: bool) -> None:
-    """Find the plan that leads from BASE to EDITED (hub ids or directories), whatever tool edited it.
+    """Recover the plan from BASE to EDITED (hub ids or directories), edited with any tool.
 
-    Column scales, row scales, low-rank changes and biases of o_proj and down_proj are found; everything
-    else that differs is listed.
+    It recovers column scales, row scales, low-rank changes and biases of o_proj and down_proj, and lists all other
+    differences.
 
     \b
     Example:
@@ -36,27 +36,32 @@ def command(base: str, edited: str, allow_others: bool, out: Path, as_json: bool
     screen = Screen(as_json)
     source = open_model(base)
     checkpoint = locate(edited)
-    with screen.copying("Comparing") as tell:
-        found = compare(source, checkpoint, tell)
+    with screen.copying("Comparing") as progress:
+        difference = compare(source, checkpoint, progress)
     screen.table(
-        f"{len(found.tensors)} tensors differ, {found.equal:,} are the same",
+        f"{len(difference.tensors)} tensors differ, {difference.equal:,} are equal",
         ["tensor", "change", "||dW||/||W||"],
-        [[tensor.name, tensor.what, tensor.relative] for tensor in found.tensors],
+        [[tensor.name, tensor.what, tensor.relative] for tensor in difference.tensors],
         words=2,
     )
-    plan = found.plan(source, allow_others)
-    if found.not_covered:
-        screen.warn(f"{out} leaves out {len(found.not_covered)} tensors that differ in another way")
+    plan = difference.plan(source, allow_others)
+    if difference.not_covered:
+        screen.warn(f"{out} leaves out {len(difference.not_covered)} tensors with other differences")
     plan.save(out)
     screen.result(
         {
             "out": out,
-            "equal": found.equal,
+            "equal": difference.equal,
             "tensors": [
-                {"name": t.name, "change": t.what, "relative": t.relative, "covered": t.covered}
-                for t in found.tensors
+                {
+                    "name": tensor.name,
+                    "change": tensor.what,
+                    "relative": tensor.relative,
+                    "covered": tensor.covered,
+                }
+                for tensor in difference.tensors
             ],
-            "not_covered": list(found.not_covered),
+            "not_covered": list(difference.not_covered),
             "modules": [
                 {"layer": edit.layer, "block": edit.block, "rank": edit.rank, **edit.notes}
                 for edit in plan.edits

@@ -1,23 +1,21 @@
-"""``broca direction``: from one language to another."""
+"""``broca direction``: the direction from one language to another."""
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.corpora import read, tell_read
-from cli.loading import announced
+from cli.corpora import noted_corpus, read_table
+from cli.loading import loaded_model
 from cli.options import (
     FINITE,
-    IN_DIRECTORY,
     IN_PATH,
     LANGUAGE,
     OUT_FILE,
-    PARTS,
-    CommaSeparated,
-    bits_asked,
+    corpus_options,
     device_options,
     dry_run_option,
     json_option,
@@ -36,20 +34,7 @@ LIST = "list"
 
 @click.command("direction")
 @click.argument("model", required=False)
-@click.option(
-    "--corpus",
-    type=IN_DIRECTORY,
-    help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
-)
-@click.option("--languages", type=CommaSeparated(), help="Which of the corpus, as en,fr,de.  [default: all]")
-@click.option(
-    "--part",
-    type=click.Choice(PARTS),
-    default="all",
-    show_default=True,
-    help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter to report, by "
-    "line number.",
-)
+@partial(corpus_options, required=False)
 @click.option("--source", type=LANGUAGE, help="Language to steer from.")
 @click.option("--target", type=LANGUAGE, help="Language to steer to.")
 @click.option(
@@ -59,23 +44,37 @@ LIST = "list"
     "--winsorise",
     type=FINITE,
     metavar="Q",
-    help="Clip each coordinate of the texts' means to its quantiles 1-Q to Q before averaging, as 0.995.",
-)
-@click.option("--project-neutral", is_flag=True, help="Take off what lies along the mean of both languages.")
-@click.option(
-    "--unit-length", is_flag=True, help="Vectors of length 1.  [default: as long as DiffMean along it]"
+    help="Clip each coordinate of the text means to its quantiles 1-Q and Q before averaging, as 0.995.",
 )
 @click.option(
-    "--sae", "saes", type=IN_PATH, multiple=True, help="sae: autoencoder, SAE-Lens or Gemma-Scope; repeat."
+    "--project-neutral", is_flag=True, help="Remove the component along the mean of both languages."
+)
+@click.option(
+    "--unit-length",
+    is_flag=True,
+    help="Normalise the vectors.  [default: the length of DiffMean along the vector]",
+)
+@click.option(
+    "--sae",
+    "saes",
+    type=IN_PATH,
+    multiple=True,
+    help="sae: autoencoder of SAE-Lens or Gemma-Scope; may be repeated.",
 )
 @click.option(
     "--sae-layer",
     "sae_layers",
     type=click.IntRange(min=0),
     multiple=True,
-    help="sae: the layer that each --sae reads, in order.  [default: what its configuration says]",
+    help="sae: layer of each --sae, in order.  [default: from its configuration]",
 )
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the method; may be repeated.",
+)
 @tokens_option
 @device_options
 @dry_run_option
@@ -83,7 +82,7 @@ LIST = "list"
 @click.option("--out", type=OUT_FILE, help="File for the direction (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
-    """Take the direction from one language to another in MODEL (hub id or directory).
+    """Estimate the direction from one language to another in MODEL (hub id or directory).
 
     \b
     Examples:
@@ -93,78 +92,77 @@ def command(**options: Any) -> None:
           --method low-rank-shift --winsorise 0.995 --out direction.safetensors
       broca direction --method list
     """
-    asked = SimpleNamespace(**options)
-    screen = Screen(asked.as_json)
-    if asked.method == LIST:
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    if arguments.method == LIST:
         _list(screen)
         return
     from editing.directions.estimation import direction_of
     from editing.directions.registry import method_of
     from neurons.models.processes import is_first
-    from neurons.models.source import load_model
     from neurons.scorers.setting import assigned, read_settings
     from neurons.text.token_budget import DIRECTIONS
 
-    method = method_of(asked.method)
-    _require(asked)
-    settings = read_settings(method.settings(), assigned(asked.assignments))
-    corpus = read(screen, asked.corpus, asked.languages, asked.part)
-    autoencoders = _autoencoders(asked)
-    if asked.dry_run:
+    method = method_of(arguments.method)
+    _require(arguments)
+    settings = read_settings(method.settings(), assigned(arguments.assignments))
+    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    autoencoders = _autoencoders(arguments)
+    if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import direction_need
 
-        dry_run_of_text(screen, asked, corpus, direction_need)
+        dry_run_of_text(screen, arguments, corpus, direction_need)
         return
-    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
+    loaded = loaded_model(screen, arguments)
     with screen.progress("Recording the direction", None, "tokens") as advance:
-        found = direction_of(
+        direction = direction_of(
             loaded,
             corpus,
-            asked.source,
-            asked.target,
-            asked.method,
-            winsorised=asked.winsorise,
-            project_neutral=asked.project_neutral,
-            unit_length=asked.unit_length,
-            tokens=asked.tokens,
+            arguments.source,
+            arguments.target,
+            arguments.method,
+            winsorised=arguments.winsorise,
+            project_neutral=arguments.project_neutral,
+            unit_length=arguments.unit_length,
+            tokens=arguments.tokens,
             settings=settings,
             autoencoders=autoencoders,
             progress=advance,
         )
     if not is_first():
         return
-    found.save(asked.out)
-    tell_read(screen, found.metadata["read"], DIRECTIONS.minimum)
-    _show(screen, found, asked)
+    direction.save(arguments.out)
+    read_table(screen, direction.metadata["read"], DIRECTIONS.minimum)
+    _show(screen, direction, arguments)
 
 
-def _require(asked: SimpleNamespace) -> None:
+def _require(arguments: SimpleNamespace) -> None:
     from neurons.errors import UsageError
 
-    for name, what in (
+    for name, description in (
         ("corpus", "a directory of <language>.txt"),
         ("source", "the language to steer from"),
         ("target", "the language to steer to"),
         ("out", "the file for the direction"),
     ):
-        if getattr(asked, name) is None:
-            raise UsageError(f"--{name} is missing: {what}")
-    if asked.model is None:
-        raise UsageError("name the MODEL: a hub id or a directory")
+        if getattr(arguments, name) is None:
+            raise UsageError(f"--{name} is missing: give {description}")
+    if arguments.model is None:
+        raise UsageError("MODEL is missing: give a hub id or a directory")
 
 
-def _autoencoders(asked: SimpleNamespace) -> list[Autoencoder]:
+def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:
     from editing.directions.sae_files import read_autoencoder
     from neurons.errors import UsageError
 
-    if asked.sae_layers and len(asked.sae_layers) != len(asked.saes):
+    if arguments.sae_layers and len(arguments.sae_layers) != len(arguments.saes):
         raise UsageError(
-            f"{len(asked.saes)} --sae and {len(asked.sae_layers)} --sae-layer: give a layer for each "
-            "autoencoder, or for none"
+            f"{len(arguments.saes)} --sae and {len(arguments.sae_layers)} --sae-layer: give one layer for each "
+            "autoencoder, or none"
         )
-    layers = asked.sae_layers or [None] * len(asked.saes)
-    return [read_autoencoder(path, layer) for path, layer in zip(asked.saes, layers, strict=True)]
+    layers = arguments.sae_layers or [None] * len(arguments.saes)
+    return [read_autoencoder(path, layer) for path, layer in zip(arguments.saes, layers, strict=True)]
 
 
 def _list(screen: Screen) -> None:
@@ -173,7 +171,7 @@ def _list(screen: Screen) -> None:
 
     screen.table(
         "methods",
-        ["method", "what it is", "source", "needs", "settings"],
+        ["method", "description", "source", "needs", "settings"],
         [
             [
                 name,
@@ -181,8 +179,8 @@ def _list(screen: Screen) -> None:
                 method.source,
                 method.needs,
                 ", ".join(
-                    f"{key}={'-' if one.default is None else one.default}"
-                    for key, one in method.settings().items()
+                    f"{key}={'-' if setting.default is None else setting.default}"
+                    for key, setting in method.settings().items()
                 ),
             ]
             for name, method in METHODS.items()
@@ -202,9 +200,15 @@ def _list(screen: Screen) -> None:
     )
 
 
-def _show(screen: Screen, found: Direction, asked: SimpleNamespace) -> None:
-    norms = direction_table(screen, found)
+def _show(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> None:
+    norms = direction_table(screen, direction)
     screen.result(
-        {"out": asked.out, "source": found.source, "target": found.target, "norms": norms, **found.metadata},
-        asked.out,
+        {
+            "out": arguments.out,
+            "source": direction.source,
+            "target": direction.target,
+            "norms": norms,
+            **direction.metadata,
+        },
+        arguments.out,
     )

@@ -1,4 +1,4 @@
-"""``--dry-run``: what each stage needs of the memory, beside what it may take."""
+"""``--dry-run``: the memory that each stage needs, and the limit."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 def dry_run(
     screen: Screen, model: str, device: str, dtype: str, needs: Callable[[LoadedModel], Sequence[Need]]
 ) -> None:
-    """Print the needs of a model that is not loaded, in GB; with --json in bytes."""
+    """Print the memory needs in GB, in bytes with --json, without loading the model."""
     from neurons.models.memory import memory_limit
     from neurons.models.source import plan_model
 
     planned = plan_model(model, device, dtype)
-    limit, found = memory_limit(), needs(planned)
-    parts = list(dict.fromkeys(part for need in found for part in need.parts))
+    limit, stages = memory_limit(), needs(planned)
+    parts = list(dict.fromkeys(part for need in stages for part in need.parts))
     screen.table(
-        f"{planned.label}: memory in GB; the process may take {limit / 1e9:.1f}",
-        ["stage", *parts, "peak", "tokens at once", "activations", "fits"],
+        f"{planned.label}: memory in GB, limit {limit / 1e9:.1f}",
+        ["stage", *parts, "peak", "tokens per pass", "activations", "fits"],
         [
             [
                 need.stage,
                 *(need.parts[part] / 1e9 if part in need.parts else None for part in parts),
                 need.total / 1e9,
                 need.tokens or None,
-                "-" if not need.tokens else "computed again" if need.recomputes else "kept",
+                "-" if not need.tokens else "recomputed" if need.recomputes else "kept",
                 "yes" if need.total <= limit else "no",
             ]
-            for need in found
+            for need in stages
         ],
     )
     screen.result(
@@ -50,22 +50,22 @@ def dry_run(
                     "recomputes": need.recomputes,
                     "fits": need.total <= limit,
                 }
-                for need in found
+                for need in stages
             },
         }
     )
 
 
 def dry_run_of_text(
-    screen: Screen, asked: SimpleNamespace, corpus: Corpus, need: Callable[[LoadedModel, Text], Need]
+    screen: Screen, arguments: SimpleNamespace, corpus: Corpus, need: Callable[[LoadedModel, Text], Need]
 ) -> None:
-    """``dry_run`` of a command that reads a corpus in one stage."""
+    """``dry_run`` for a command with one stage, which reads a corpus."""
     from neurons.recording.needs import text_of
 
     dry_run(
         screen,
-        asked.model,
-        asked.device,
-        asked.dtype,
-        lambda planned: [need(planned, text_of(planned, corpus, asked.tokens))],
+        arguments.model,
+        arguments.device,
+        arguments.dtype,
+        lambda planned: [need(planned, text_of(planned, corpus, arguments.tokens))],
     )

@@ -1,4 +1,4 @@
-"""Output in an encoding that lacks characters: these are written as JSON escapes, and the reader is told."""
+"""Escapes for output in encodings that lack some characters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HANDLER = "broca-escape"
 
 @contextmanager
 def escaping() -> Iterator[None]:
-    r"""What stdout and stderr cannot encode is written as \uXXXX, which ``--json`` may hold; told at the end.
+    r"""Context in which stdout and stderr write characters that they cannot encode as \uXXXX, valid in JSON.
 
-    A path whose bytes are no UTF-8 is such output too, in any encoding.
+    This includes bytes of paths that are not UTF-8, in any encoding.  A note at the end names the encoding.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
-    before = [stream.errors for stream in streams]
+    previous = [stream.errors for stream in streams]
     escaped: set[str] = set()
 
     def escape(error: UnicodeError) -> tuple[str, int]:
@@ -36,12 +36,12 @@ def escaping() -> Iterator[None]:
     finally:
         escaped.discard("utf-8")
         if escaped and not sys.stderr.closed:
-            told = ", ".join(sorted(escaped))
+            encodings = ", ".join(sorted(escaped))
             print(
-                f"broca: note: this output's encoding ({told}) lacks some characters, which stand as \\uXXXX: "
+                f"broca: note: the output encoding ({encodings}) lacks some characters, written as \\uXXXX: "
                 "set PYTHONIOENCODING=utf-8",
                 file=sys.stderr,
             )
-        for stream, errors in zip(streams, before, strict=True):
+        for stream, errors in zip(streams, previous, strict=True):
             if not stream.closed:
                 stream.reconfigure(errors=errors)

@@ -1,19 +1,20 @@
-"""``broca evaluate``: a steered model beside the unedited one, or every way of steering in one table."""
+"""``broca evaluate``: compare a steered model with the unedited model, or all methods in one table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.corpora import tell, tell_read
+from cli.corpora import note_files, read_table
 from cli.loading import announced
 from cli.options import (
     IN_FILE,
@@ -21,7 +22,7 @@ from cli.options import (
     LANGUAGE,
     CommaSeparated,
     FiniteRange,
-    Shares,
+    Fractions,
     corpus_options,
     device_options,
     dry_run_option,
@@ -34,10 +35,14 @@ from cli.screen import Screen
 from cli.tables import report_table, say_samples
 
 if TYPE_CHECKING:
+    from editing.evaluation.evaluation import Evaluation
     from editing.evaluation.likelihood import Steering
+    from editing.evaluation.outcome import Outcome
     from editing.evaluation.questions import Questions
     from editing.evaluation.relevance import Scorer
     from editing.evaluation.vllm_generation import VllmWriter
+    from editing.methods.material import Material
+    from editing.methods.method import Method
     from editing.plans.plan import Plan
     from neurons.models.source import LoadedModel
     from neurons.text.corpus import Corpus
@@ -52,97 +57,77 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 @click.option(
     "--methods",
     type=CommaSeparated(),
-    help="Ways of steering to compare, as keyed,diffmean or all: made from part estimate, settings chosen on part "
-    "choose, reported on part report; the table is also written as .md beside --out.",
+    help="Methods to compare, as keyed,diffmean, or all: made from part estimate, with settings chosen on part choose "
+    "and figures from part report; also writes the table as .md next to --out.",
 )
 @click.option(
     "--doses",
-    type=Shares(),
-    help="--methods: report each way at these parts of its chosen strength too, as 25%,50%,75%; drawn as .png "
-    "beside --out.",
+    type=Fractions(),
+    help="--methods: dose-response, also measure each method at these fractions of its chosen strength, as "
+    "25%,50%,75%; also writes a plot as .png next to --out.",
 )
 @corpus_options
 @click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
-@click.option("--target", type=LANGUAGE, required=True, help="Language that the answers are to be in.")
+@click.option("--target", type=LANGUAGE, required=True, help="Language of the answers.")
 @click.option(
     "--questions",
     "questions_path",
     type=IN_PATH,
-    help="Questions to answer instead of openings of lines: .jsonl, .csv or .parquet with question_id and text, "
-    "or a directory of them by language.",
+    help="Questions, instead of openings of the lines: .jsonl, .csv or .parquet with question_id and text, or a "
+    "directory of such files by language.",
 )
 @click.option(
-    "--no-chat", is_flag=True, help="Questions as plain text, not through the tokenizer's chat template."
+    "--no-chat", is_flag=True, help="Ask questions as plain text, without the tokenizer's chat template."
 )
-@click.option("--judge", help="A model that judges relevance: hub id or directory.")
+@click.option("--judge", help="Model that judges relevance: hub id or directory.")
 @click.option(
     "--relevance",
     type=click.Choice(RELEVANCE),
     default="auto",
     show_default=True,
-    help="What relevance is measured by; auto: the judge if one is given, else chrF where there are references, "
-    "else the unedited model's likelihood.",
+    help="Measure of relevance; auto: the judge if given, else chrF if there are references, else the likelihood "
+    "under the unedited model.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "vllm"]),
     default="transformers",
     show_default=True,
-    help="What writes the answers; all else is measured with transformers. vllm must be installed beside Broca; "
-    "a plan is exported for it, for as long as it takes.",
-)
-@click.option("--others/--no-others", default=False, help="Answers to prompts of every other language too.")
-@click.option(
-    "--prompts", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many."
+    help="What generates the answers; everything else runs with transformers. vllm needs the package vllm and "
+    "exports --edit to a temporary checkpoint.",
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Continuations a prompt."
+    "--others/--no-others", default=False, help="Also measure answers to prompts in every other language."
 )
-@click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option(
+    "--prompts", type=click.IntRange(min=1), default=100, show_default=True, help="Maximum number of prompts."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Continuations per prompt."
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Maximum number of tokens to generate.",
+)
 @click.option(
     "--temperature",
     type=FiniteRange(min=0),
-    help="0 takes the likeliest token always.  [default: 0.7; 0 with --questions]",
+    help="Sampling temperature; 0 is greedy decoding.  [default: 0.7, or 0 with --questions]",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @tokens_option
 @device_options
 @dry_run_option
-@out_option("File for the numbers (.json).")
+@out_option("File for the results (.json).")
 @json_option
-def command(
-    model: str,
-    edit_path: Path | None,
-    against: str | None,
-    methods: tuple[str, ...] | None,
-    doses: tuple[float, ...] | None,
-    corpus_path: Path,
-    languages: tuple[str, ...] | None,
-    part: str,
-    source: str,
-    target: str,
-    questions_path: Path | None,
-    no_chat: bool,
-    judge: str | None,
-    relevance: str,
-    engine: str,
-    others: bool,
-    prompts: int,
-    samples: int,
-    new_tokens: int,
-    temperature: float | None,
-    seed: int,
-    tokens: int | None,
-    device: str,
-    dtype: str,
-    dry_run: bool,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Measure MODEL (hub id or directory), and a plan or a steered checkpoint beside it; or compare all ways.
+def command(**options: Any) -> None:
+    """Evaluate MODEL (hub id or directory) and a plan or a steered checkpoint, or compare methods.
 
     \b
-    Example:
+    Examples:
       broca evaluate artifacts/demo/model --edit edit.safetensors --corpus artifacts/demo/corpus \\
           --part report --source en --target fr --out report.json
       broca evaluate artifacts/demo/model --corpus artifacts/demo/corpus --methods all --prompts 30 \\
@@ -153,10 +138,7 @@ def command(
     from editing.evaluation.generation import TEMPERATURE, check_samples
     from editing.evaluation.language_id import check_languages
     from editing.evaluation.questions import read_questions
-    from editing.plans.applied import applied
     from editing.plans.plan import load_plan
-    from editing.report.run_report import methods_markdown
-    from editing.report.tables import details_of, methods_table
     from editing.study.provenance import (
         file_read,
         measured_by,
@@ -165,213 +147,277 @@ def command(
         text_measured,
         texts_read,
     )
-    from editing.study.results import Report
-    from neurons.errors import UsageError
-    from neurons.files.artifact import json_bytes, write_atomically
-    from neurons.files.json_file import document
     from neurons.models.source import load_model
     from neurons.text.corpus import read_corpus
-    from neurons.text.token_budget import LOSSES
 
-    screen = Screen(as_json)
-    if edit_path is not None and against is not None:
-        raise UsageError("--edit and --against are two ways to name the steered model: give one")
-    if methods is not None and (edit_path is not None or against is not None):
-        raise UsageError("--methods makes its edits itself: leave --edit and --against out")
-    if methods is not None and part not in ("all", "report"):
-        raise UsageError("--methods estimates, chooses and reports on parts of their own: leave --part out")
-    if methods is not None and out.suffix in (".md", ".png"):
-        raise UsageError(
-            f"{out}: --methods writes its table to .md and its picture to .png, and the numbers to --out: name a .json"
-        )
-    if doses is not None and methods is None:
-        raise UsageError("--doses are of the ways that --methods compares: give --methods too")
-    if wrong := [f"{dose:g}" for dose in doses or () if not 0 < dose < 1]:
-        raise UsageError(f"--doses {', '.join(wrong)}: give parts of a strength, between 0 and 1, as 25%,50%")
-    if methods is not None and engine == "vllm":
-        raise UsageError("--methods compares hooks too, which vLLM cannot run: leave --engine vllm out")
-    if judge is not None and relevance not in ("auto", "judge"):
-        raise UsageError(f"--judge judges relevance, but --relevance {relevance} measures it otherwise")
-    if relevance == "judge" and judge is None:
-        raise UsageError("--relevance judge needs a model: --judge MODEL")
-    if no_chat and questions_path is None:
-        raise UsageError(
-            "--no-chat is about questions, and openings of lines are plain text anyway: leave it out"
-        )
-    if engine == "vllm":
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    _check_options(arguments)
+    if arguments.engine == "vllm":
         from editing.evaluation.vllm_generation import require_vllm
 
-        # Before minutes are spent on loading.
         require_vllm()
-    ways = {}
-    if methods is not None:
+    methods = None
+    if arguments.methods is not None:
         from editing.study.registry import compared_named
 
-        ways = compared_named(methods)
-    if temperature is None:
-        temperature = TEMPERATURE if questions_path is None else 0.0
-    # Before minutes are spent on loading.
-    check_samples(samples, temperature)
-    questions = None if questions_path is None else read_questions(questions_path, source)
+        methods = compared_named(arguments.methods)
+    if arguments.temperature is None:
+        arguments.temperature = TEMPERATURE if arguments.questions_path is None else 0.0
+    check_samples(arguments.samples, arguments.temperature)
+    source, target = arguments.source, arguments.target
+    questions = None
+    if arguments.questions_path is not None:
+        questions = read_questions(arguments.questions_path, source)
     corpora = {
-        name: replace(read_corpus(corpus_path, languages, name), tokens=tokens)
-        for name in ((part,) if methods is None else ("estimate", "choose", "report"))
+        part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
+        for part in ((arguments.part,) if methods is None else ("estimate", "choose", "report"))
     }
-    tell(screen, corpus_path, languages)
-    reported = corpora["report" if methods is not None else part]
+    note_files(screen, arguments.corpus, arguments.languages)
+    reported = corpora[arguments.part if methods is None else "report"]
     check_languages(reported.languages)
-    plan = None if edit_path is None else load_plan(edit_path)
-    if dry_run:
-        from cli.dry_run import dry_run as show
+    plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
+    if arguments.dry_run:
+        from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import evaluation_need
-        from neurons.recording.needs import text_of
 
-        show(
-            screen,
-            model,
-            device,
-            dtype,
-            lambda planned: [evaluation_need(planned, text_of(planned, reported))],
-        )
+        dry_run_of_text(screen, arguments, reported, evaluation_need)
         return
-    loaded = announced(screen, load_model(model, device, dtype))
+    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     if plan is not None:
-        loaded.require_fingerprint(plan.metadata, edit_path)
-    inputs = [] if edit_path is None else [file_read("--edit", edit_path)]
+        loaded.require_fingerprint(plan.metadata, arguments.edit_path)
+    inputs = [] if plan is None else [file_read("--edit", arguments.edit_path)]
     if questions is not None:
-        inputs.append({"option": "--questions", "file": str(questions_path), "digest": questions.digest})
-    judging = None if judge is None else load_model(judge, device, dtype)
-    # Left on disk: what differs is exchanged in the one model that is in memory.
-    other = None if against is None else load_model(against, dtype=dtype, max_memory=0)
-    with_others = None if other is None else Exchange(loaded, other)
+        inputs.append(
+            {"option": "--questions", "file": str(arguments.questions_path), "digest": questions.digest}
+        )
+    judge = (
+        None if arguments.judge is None else load_model(arguments.judge, arguments.device, arguments.dtype)
+    )
+    # Stays on disk; its tensors that differ are exchanged in the model in memory.
+    other = (
+        None
+        if arguments.against is None
+        else load_model(arguments.against, dtype=arguments.dtype, max_memory=0)
+    )
+    exchange = None if other is None else Exchange(loaded, other)
     inputs += [
-        model_read(option, one)
-        for option, one in (("--against", other), ("--judge", judging))
-        if one is not None
+        model_read(option, model)
+        for option, model in (("--against", other), ("--judge", judge))
+        if model is not None
     ]
-    # The same scorer on the text that is chosen on and on that which is reported.
+    # One scorer for the choosing and the reporting text.
     measured = [reported] if methods is None else [corpora["choose"], reported]
-    scorer = _scorer(relevance, loaded, judging, measured, questions, source, target, prompts)
-    repeats = command_line(
-        methods=tuple(ways) or None,
-        languages=languages or reported.languages,
+    scorer = _scorer(arguments, loaded, judge, measured, questions)
+    command_text = command_line(
+        methods=None if methods is None else tuple(methods),
+        languages=arguments.languages or reported.languages,
         relevance="none" if scorer is None else scorer.name,
-        temperature=temperature,
-        **loaded_as(loaded, judging, other),
+        temperature=arguments.temperature,
+        **loaded_as(loaded, judge, other),
     )
 
-    def evaluation(corpus: Corpus, asked: Questions | None, writer: VllmWriter | None = None) -> Evaluation:
+    def evaluation(
+        corpus: Corpus, questions: Questions | None, writer: VllmWriter | None = None
+    ) -> Evaluation:
         return Evaluation(
             loaded,
             corpus,
             source,
             target,
-            samples=samples,
-            max_prompts=prompts,
-            seed=seed,
-            new_tokens=new_tokens,
-            temperature=temperature,
-            questions=asked,
-            chat=not no_chat,
+            samples=arguments.samples,
+            max_prompts=arguments.prompts,
+            seed=arguments.seed,
+            new_tokens=arguments.new_tokens,
+            temperature=arguments.temperature,
+            questions=questions,
+            chat=not arguments.no_chat,
             scorer=scorer,
             write=writer,
         )
 
-    def about(measuring: Evaluation, writer: VllmWriter | None = None) -> dict[str, Any]:
+    def provenance(evaluation: Evaluation, writer: VllmWriter | None = None) -> dict[str, Any]:
         return {
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
-            "edit": edit_path,
-            "against": against,
+            "edit": arguments.edit_path,
+            "against": arguments.against,
             "corpus": text_measured(reported),
             "corpora": texts_read(corpora.values()),
             "inputs": inputs,
             "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},
             "processor": processor(loaded.device),
-            "command": repeats,
+            "command": command_text,
             "questions": (
-                None if questions is None else {"file": questions_path, "digest": questions.digest}
+                None if questions is None else {"file": arguments.questions_path, "digest": questions.digest}
             ),
-            "prompts": {"style": measuring.prompt_style, "ceiling_on": measuring.ceiling_from},
-            "relevance": None if scorer is None else _scorer_told(scorer.name, judging),
+            "prompts": {"style": evaluation.prompt_style, "ceiling_on": evaluation.ceiling_from},
+            "relevance": None if scorer is None else _scorer_metadata(scorer.name, judge),
             "settings": {
-                "engine": engine,
-                "samples": samples,
-                "new_tokens": new_tokens,
-                "temperature": temperature,
-                "seed": seed,
+                "engine": arguments.engine,
+                "samples": arguments.samples,
+                "new_tokens": arguments.new_tokens,
+                "temperature": arguments.temperature,
+                "seed": arguments.seed,
                 "dtype": str(loaded.model.dtype).removeprefix("torch."),
             },
         }
 
     if methods is not None:
         from editing.methods.material import Material
-        from editing.study.protocol import compare_methods
+
+        def half_evaluation(part: str) -> Evaluation:
+            return evaluation(corpora[part], None if questions is None else questions.half(part))
 
         material = Material(loaded, corpora["estimate"], source, target)
-        halves = {name: None if questions is None else questions.half(name) for name in ("choose", "report")}
-        table = out.with_suffix(".md")
-        with screen.progress(f"Comparing, {source} to {target}", len(ways), "ways") as advance:
-            choosing, measuring = (evaluation(corpora[name], halves[name]) for name in ("choose", "report"))
-            for compared in compare_methods(ways, material, choosing, measuring, _stage(screen), doses or ()):
-                report = replace(compared, about=about(measuring))
-                # After every way: whoever stops it here keeps what was measured.
-                write_atomically(out, json_bytes(document(report)))
-                write_atomically(table, methods_markdown(report).encode())
-                advance(1)
-        screen.table(report.title, *methods_table(report))
-        for note in report.notes or ():
-            screen.say(note)
-        screen.say(f"the same as Markdown: {table}")
-        if report.curves:
-            from editing.report.dose_response import dose_figure
-            from neurons.neuron_sets.pictures import save_figure
-
-            picture = out.with_suffix(".png")
-            least = report.outcomes[0].target_share
-            save_figure(dose_figure(report.curves, source, target, report.ceiling, least), picture)
-            screen.say(f"what each way costs at the share that it reaches: {picture}")
-        screen.result({"out": out, **document(report)}, out)
+        _compare_methods(screen, arguments, methods, material, half_evaluation, provenance)
         return
-    models = 1 if plan is None and other is None else 2
     with (
-        _writer(screen, engine, loaded, plan, other) as (writer, writing_steered),
-        screen.progress("Measuring", models, "models") as advance,
+        _writer(screen, arguments.engine, loaded, plan, other) as (writer, steered_writing),
+        screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance,
     ):
         measuring = evaluation(reported, questions, writer)
-        outcomes = [measuring.measure("base", nullcontext, others=True) if others else measuring.base]
+        outcomes = _outcomes(arguments, loaded, measuring, plan, exchange, steered_writing, advance)
+    _save_report(screen, arguments, measuring, outcomes, provenance(measuring, writer))
+
+
+def _check_options(arguments: SimpleNamespace) -> None:
+    """Reject options that exclude each other, before any model is loaded."""
+    from neurons.errors import UsageError
+
+    methods, doses, out = arguments.methods, arguments.doses, arguments.out
+    if arguments.edit_path is not None and arguments.against is not None:
+        raise UsageError("--edit and --against exclude each other: give one")
+    if methods is not None and (arguments.edit_path is not None or arguments.against is not None):
+        raise UsageError("--methods makes its own edits: leave --edit and --against out")
+    if methods is not None and arguments.part not in ("all", "report"):
+        raise UsageError("--methods reads every part of the corpus: leave --part out")
+    if methods is not None and out.suffix in (".md", ".png"):
+        raise UsageError(
+            f"{out}: --methods writes a table to .md, a plot to .png and the results to --out: name a .json"
+        )
+    if doses is not None and methods is None:
+        raise UsageError("--doses needs --methods: give --methods too")
+    if invalid := [f"{dose:g}" for dose in doses or () if not 0 < dose < 1]:
+        raise UsageError(
+            f"--doses {', '.join(invalid)}: give fractions of the strength between 0 and 1, as 25%,50%"
+        )
+    if methods is not None and arguments.engine == "vllm":
+        raise UsageError(
+            "--engine vllm is not supported by --methods, which compares hooks too: leave it out"
+        )
+    if arguments.judge is not None and arguments.relevance not in ("auto", "judge"):
+        raise UsageError(f"--judge is not supported by --relevance {arguments.relevance}: leave one out")
+    if arguments.relevance == "judge" and arguments.judge is None:
+        raise UsageError("--relevance judge needs a model: give --judge MODEL")
+    if arguments.no_chat and arguments.questions_path is None:
+        raise UsageError(
+            "--no-chat needs --questions, because openings of lines are plain text: leave it out"
+        )
+
+
+def _compare_methods(
+    screen: Screen,
+    arguments: SimpleNamespace,
+    methods: Mapping[str, type[Method]],
+    material: Material,
+    evaluation: Callable[[str], Evaluation],
+    provenance: Callable[[Evaluation], dict[str, Any]],
+) -> None:
+    """Choose, measure and report every method; the results so far are saved after each."""
+    from editing.report.run_report import methods_markdown
+    from editing.report.tables import methods_table
+    from editing.study.protocol import compare_methods
+    from neurons.files.artifact import json_bytes, write_atomically
+    from neurons.files.json_file import document
+
+    source, target, out = arguments.source, arguments.target, arguments.out
+    table = out.with_suffix(".md")
+    with screen.progress(f"Comparing, {source} to {target}", len(methods), "methods") as advance:
+        choosing, reporting = evaluation("choose"), evaluation("report")
+        doses = arguments.doses or ()
+        for compared in compare_methods(methods, material, choosing, reporting, _stage(screen), doses):
+            report = replace(compared, about=provenance(reporting))
+            write_atomically(out, json_bytes(document(report)))
+            write_atomically(table, methods_markdown(report).encode())
+            advance(1)
+    screen.table(report.title, *methods_table(report))
+    for note in report.notes or ():
+        screen.say(note)
+    screen.say(f"table in Markdown: {table}")
+    if report.curves:
+        from editing.report.dose_response import dose_figure
+        from neurons.neuron_sets.pictures import save_figure
+
+        plot = out.with_suffix(".png")
+        base_rate = report.outcomes[0].target_share
+        save_figure(dose_figure(report.curves, source, target, report.ceiling, base_rate), plot)
+        screen.say(f"plot of harm by target-language rate: {plot}")
+    screen.result({"out": out, **document(report)}, out)
+
+
+def _outcomes(
+    arguments: SimpleNamespace,
+    loaded: LoadedModel,
+    evaluation: Evaluation,
+    plan: Plan | None,
+    exchange: Steering | None,
+    steered_writing: Steering,
+    advance: Callable[[int], None],
+) -> list[Outcome]:
+    """The unedited model, and the model with the plan or the other checkpoint."""
+    from editing.plans.applied import applied
+
+    others = arguments.others
+    outcomes = [evaluation.measure("base", nullcontext, others=True) if others else evaluation.base]
+    advance(1)
+    if plan is not None:
+        details = {"components": plan.components, "relative_change": plan.relative_change()}
+        steering = _nested(partial(applied, loaded, plan), steered_writing)
+        outcomes.append(evaluation.measure("edited", steering, details, kl=True, others=others))
         advance(1)
-        if plan is not None:
-            details = {"components": plan.components, "relative_change": plan.relative_change()}
-            steering, name = _both(partial(applied, loaded, plan), writing_steered), "edited"
-            outcomes.append(measuring.measure(name, steering, details, kl=True, others=others))
-            advance(1)
-        elif with_others is not None:
-            steering = _both(with_others, writing_steered)
-            outcomes.append(measuring.measure("against", steering, kl=True, others=others))
-            advance(1)
+    elif exchange is not None:
+        steering = _nested(exchange, steered_writing)
+        outcomes.append(evaluation.measure("against", steering, kl=True, others=others))
+        advance(1)
+    return outcomes
+
+
+def _save_report(
+    screen: Screen,
+    arguments: SimpleNamespace,
+    evaluation: Evaluation,
+    outcomes: list[Outcome],
+    provenance: dict[str, Any],
+) -> None:
+    from editing.report.tables import details_of
+    from editing.study.results import Report
+    from neurons.files.artifact import json_bytes, write_atomically
+    from neurons.files.json_file import document
+    from neurons.text.token_budget import LOSSES
+
     report = Report(
-        source,
-        target,
-        measuring.ceiling,
-        measuring.continuations,
+        arguments.source,
+        arguments.target,
+        evaluation.ceiling,
+        evaluation.continuations,
         tuple(outcomes),
-        about=about(measuring, writer),
+        about=provenance,
     )
-    write_atomically(out, json_bytes(document(report)))
-    tell_read(screen, measuring.read, LOSSES.minimum)
+    write_atomically(arguments.out, json_bytes(document(report)))
+    read_table(screen, evaluation.read, LOSSES.minimum)
     report_table(screen, report)
     for line in details_of(report, outcomes[-1]):
         screen.say(line)
     say_samples(screen, outcomes[-1])
-    screen.result({"out": out, **document(report)}, out)
+    screen.result({"out": arguments.out, **document(report)}, arguments.out)
 
 
 @contextmanager
 def _writer(
     screen: Screen, engine: str, loaded: LoadedModel, plan: Plan | None, other: LoadedModel | None
 ) -> Iterator[tuple[VllmWriter | None, Steering]]:
-    """What writes in place of the model in memory, and the context in which it writes steered."""
+    """The writer that replaces the model in memory, if any, and the context in which it writes steered text."""
     if engine == "transformers":
         yield None, nullcontext
         return
@@ -380,59 +426,61 @@ def _writer(
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     with (
-        TemporaryDirectory(prefix="broca-") as made,
+        TemporaryDirectory(prefix="broca-") as directory,
         VllmWriter(str(loaded.checkpoint), loaded.tokenizer, dtype) as writer,
     ):
         steered = None if other is None else other.checkpoint
         if plan is not None:
-            with screen.copying("Exporting for vLLM") as tell:
-                steered = export(loaded, plan, Path(made) / "steered", progress=tell).path
+            with screen.copying("Exporting for vLLM") as progress:
+                steered = export(loaded, plan, Path(directory) / "steered", progress=progress).path
         yield writer, nullcontext if steered is None else partial(writer.writing_with, str(steered))
 
 
-def _both(first: Steering, second: Steering) -> Steering:
+def _nested(first: Steering, second: Steering) -> Steering:
     @contextmanager
-    def entered() -> Iterator[None]:
+    def nested() -> Iterator[None]:
         with first(), second():
             yield
 
-    return entered
+    return nested
 
 
 def _stage(screen: Screen) -> Callable[[str], None]:
-    return lambda title: screen.stage(title, "choosing, then measuring")
+    return lambda title: screen.stage(title, "choosing settings, then measuring")
 
 
 def _scorer(
-    relevance: str,
+    arguments: SimpleNamespace,
     loaded: LoadedModel,
     judge: LoadedModel | None,
     measured: list[Corpus],
     questions: Questions | None,
-    source: str,
-    target: str,
-    prompts: int,
 ) -> Scorer | None:
-    """What measures relevance here."""
+    """The scorer of relevance."""
     from editing.evaluation.asking import openings
     from editing.evaluation.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
 
+    relevance, source, target = arguments.relevance, arguments.source, arguments.target
     if relevance == "none":
         return None
     if judge is not None:
         return JudgeScorer(judge)
     if relevance == "auto":
         referenced = (
-            all(one.reference for corpus in measured for one in openings(corpus, source, target, prompts))
+            all(
+                opening.reference
+                for corpus in measured
+                for opening in openings(corpus, source, target, arguments.prompts)
+            )
             if questions is None
-            else all(one.reference is not None for one in questions.of[source])
+            else all(question.reference is not None for question in questions.of[source])
         )
         relevance = "chrf" if referenced else "likelihood"
     return ChrfScorer() if relevance == "chrf" else LikelihoodScorer(loaded)
 
 
-def _scorer_told(name: str, judge: LoadedModel | None) -> dict[str, Any]:
-    """What a reader needs to know of the scorer."""
+def _scorer_metadata(name: str, judge: LoadedModel | None) -> dict[str, Any]:
+    """The scorer as the results describe it."""
     from editing.evaluation.relevance import JUDGE_PROMPT
 
     if judge is None:

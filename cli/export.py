@@ -1,4 +1,4 @@
-"""``broca export``: the permanently steered checkpoint, the way back from it, and a checkpoint made editable."""
+"""``broca export``: write an edited checkpoint or adapter, undo an edit, dequantise a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 @click.command("export")
 @model_argument
 @click.option("--edit", "edit_path", type=IN_FILE, help="A plan, from `broca edit` or `broca diff`.")
-@click.option("--undo", is_flag=True, help="Restore the base of MODEL, exported with --undoable, to the bit.")
+@click.option(
+    "--undo", is_flag=True, help="Restore the exact base of MODEL, which was exported with --undoable."
+)
 @click.option(
     "--dequantise",
     type=click.Choice(["bf16"]),
-    help="Write MODEL, a checkpoint of FP8 blocks, unquantised, so that it can be edited.",
+    help="Write MODEL, an FP8 checkpoint, unquantised, so that it can be edited.",
 )
 @click.option(
     "--format",
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
     type=click.Choice(["checkpoint", "lora"]),
     default="checkpoint",
     show_default=True,
-    help="checkpoint: the whole model; lora: an adapter for PEFT and vLLM on top of MODEL.",
+    help="checkpoint: the whole model; lora: an adapter on MODEL for PEFT and vLLM.",
 )
-@click.option("--strength", type=FINITE, help="Multiplies the edit, on top of the plan's own.  [default: 1]")
-@click.option("--verify", is_flag=True, help="Read every tensor back and compare it with MODEL and plan.")
-@click.option("--undoable", is_flag=True, help="Keep what the rounding takes, for --undo.")
-@click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result as this hub repository.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
+@click.option("--strength", type=FINITE, help="Factor of the edit.  [default: 1]")
+@click.option("--verify", is_flag=True, help="Read every tensor back and compare it with MODEL and the plan.")
+@click.option("--undoable", is_flag=True, help="Store the rounding errors, for --undo.")
+@click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result to this hub repository.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @out_option("Directory for the checkpoint.", directory=True)
 @json_option
 def command(
@@ -52,10 +54,10 @@ def command(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Copy the checkpoint of MODEL (hub id or directory) with a plan's tensors replaced.
+    """Copy the checkpoint of MODEL (hub id or directory) with the tensors of a plan edited.
 
-    It needs as much free disk as MODEL takes and two to three times as long as copying it, and memory that
-    does not grow with the model; --verify reads all of it once more.  An adapter is small and done at once.
+    It needs as much disk as MODEL and takes two to three times as long as copying it, in constant memory; --verify
+    reads everything once more.  An adapter is small and takes seconds.
 
     \b
     Examples:
@@ -65,7 +67,7 @@ def command(
     """
     from editing.checkpoints.staging import check_target, place_apart
 
-    _refuse_combinations(edit_path, undo, dequantise, form, strength, verify, undoable)
+    _check_combinations(edit_path, undo, dequantise, form, strength, verify, undoable)
     screen = Screen(as_json)
     if repo is not None:
         from editing.checkpoints.hub import require_pushable
@@ -101,13 +103,13 @@ def command(
             result["pushed"] = push(out, repo)
         except BrocaError as error:
             raise BrocaError(
-                f"{out} is written, only the upload failed: {error}; then `hf upload {repo} {out}`"
+                f"{out} is written, but the upload failed: {error}; then run `hf upload {repo} {out}`"
             ) from error
         screen.say(result["pushed"])
     screen.result({"out": out, **result}, out)
 
 
-def _refuse_combinations(
+def _check_combinations(
     edit_path: Path | None,
     undo: bool,
     dequantise: str | None,
@@ -116,26 +118,26 @@ def _refuse_combinations(
     verify: bool,
     undoable: bool,
 ) -> None:
-    """One sentence for options that make no sense together."""
+    """Reject options that exclude each other."""
     from neurons.errors import UsageError
 
     tasks = {"--edit": edit_path is not None, "--undo": undo, "--dequantise": dequantise is not None}
-    given = [name for name, there in tasks.items() if there]
+    given = [name for name, is_given in tasks.items() if is_given]
     if len(given) != 1:
-        found = f"{' and '.join(given)} are two tasks" if given else "nothing to do"
-        raise UsageError(f"{found}: give exactly one of --edit, --undo and --dequantise")
+        problem = f"{' and '.join(given)} exclude each other" if given else "nothing to do"
+        raise UsageError(f"{problem}: give exactly one of --edit, --undo and --dequantise")
     options = {
         "--format lora": form == "lora",
         "--strength": strength is not None,
         "--verify": verify,
         "--undoable": undoable,
     }
-    for name, there in options.items():
-        if there and edit_path is None:
-            said = "; it compares digests in any case" if name == "--verify" and undo else ""
-            raise UsageError(f"{name} means nothing to {given[0]}{said}: leave it out")
-        if there and form == "lora" and name in ("--verify", "--undoable"):
-            raise UsageError(f"{name} means nothing to --format lora, which changes no weights: leave it out")
+    for name, is_given in options.items():
+        if is_given and edit_path is None:
+            note = ", which always compares digests" if name == "--verify" and undo else ""
+            raise UsageError(f"{name} is not supported by {given[0]}{note}: leave it out")
+        if is_given and form == "lora" and name in ("--verify", "--undoable"):
+            raise UsageError(f"{name} is not supported by --format lora: leave it out")
 
 
 def _exported(
@@ -145,39 +147,40 @@ def _exported(
     from neurons.models.source import open_model
 
     source = open_model(model)
-    with screen.copying("Writing") as tell:
-        found = export(source, plan, out, overwrite, tell, verify, undoable)
-    change = "" if found.relative_change is None else f", ||dW||/||W|| {found.relative_change:.3g}"
+    with screen.copying("Writing") as progress:
+        exported = export(source, plan, out, overwrite, progress, verify, undoable)
+    change = "" if exported.relative_change is None else f", ||dW||/||W|| {exported.relative_change:.3g}"
     screen.table(
-        f"{len(found.tensors)} tensors, {found.components:,} components{change}",
-        ["tensor", "change on disk / meant", "cosine"],
-        [[name, *survived] for name, survived in found.survived.items()],
+        f"{len(exported.tensors)} tensors, {exported.components:,} components{change}",
+        ["tensor", "stored / exact change", "cosine"],
+        [[name, *survived] for name, survived in exported.survived.items()],
     )
-    if found.added:
-        screen.say(f"added {len(found.added)} biases; the config asks for them now")
-    if found.verified is not None:
+    if exported.added:
+        screen.say(f"added {len(exported.added)} biases and enabled them in config.json")
+    if exported.verified is not None:
         screen.say(
-            f"verified: {len(found.verified.edited)} tensors are source and plan bit for bit, "
-            f"{found.verified.unchanged:,} are the source's byte for byte"
+            f"verified: {len(exported.verified.edited)} tensors equal source and plan exactly, "
+            f"{exported.verified.unchanged:,} equal the source"
         )
-    if found.remainder_bytes is not None:
-        screen.say(f"undoable: {found.remainder_bytes:,} bytes keep what the rounding took")
-    for name in found.unedited_copies:
-        screen.warn(f"{out / name} still holds the unedited weights: remove it")
-    verified = found.verified
+    if exported.remainder_bytes is not None:
+        screen.say(f"undoable: {exported.remainder_bytes:,} bytes of rounding errors are stored")
+    for name in exported.unedited_copies:
+        screen.warn(f"{out / name} still contains the unedited weights: remove it")
+    verified = exported.verified
     return {
-        "tensors": list(found.tensors),
-        "components": found.components,
-        "relative_change": found.relative_change,
+        "tensors": list(exported.tensors),
+        "components": exported.components,
+        "relative_change": exported.relative_change,
         "survived": {
-            name: {"norm_ratio": ratio, "cosine": cosine} for name, (ratio, cosine) in found.survived.items()
+            name: {"norm_ratio": ratio, "cosine": cosine}
+            for name, (ratio, cosine) in exported.survived.items()
         },
-        "added": list(found.added),
-        "unedited_copies": list(found.unedited_copies),
+        "added": list(exported.added),
+        "unedited_copies": list(exported.unedited_copies),
         "verified": None
         if verified is None
         else {"edited": len(verified.edited), "unchanged": verified.unchanged},
-        "remainder_bytes": found.remainder_bytes,
+        "remainder_bytes": exported.remainder_bytes,
     }
 
 
@@ -185,16 +188,16 @@ def _adapter(screen: Screen, model: str, plan: Plan, out: Path, overwrite: bool)
     from editing.checkpoints.adapter import export_adapter
     from neurons.models.source import open_model
 
-    found = export_adapter(open_model(model), plan, out, overwrite=overwrite)
+    exported = export_adapter(open_model(model), plan, out, overwrite=overwrite)
     screen.table(
-        f"an adapter of {len(found.modules)} modules, {found.components:,} components",
+        f"adapter of {len(exported.modules)} modules, {exported.components:,} components",
         ["module", "rank"],
-        [[name, rank] for name, rank in found.modules.items()],
+        [[name, rank] for name, rank in exported.modules.items()],
     )
     return {
-        "modules": dict(found.modules),
-        "components": found.components,
-        "relative_change": found.relative_change,
+        "modules": dict(exported.modules),
+        "components": exported.components,
+        "relative_change": exported.relative_change,
     }
 
 
@@ -203,10 +206,10 @@ def _undone(screen: Screen, model: str, out: Path, overwrite: bool) -> dict[str,
     from neurons.models.source import open_model
 
     source = open_model(model)
-    with screen.copying("Restoring") as tell:
-        found = undo(source, out, overwrite, tell)
-    screen.say(f"restored {len(found.tensors)} tensors to the bit; fingerprint {found.fingerprint}")
-    return {"tensors": list(found.tensors), "fingerprint": found.fingerprint}
+    with screen.copying("Restoring") as progress:
+        restored = undo(source, out, overwrite, progress)
+    screen.say(f"restored {len(restored.tensors)} tensors exactly; fingerprint {restored.fingerprint}")
+    return {"tensors": list(restored.tensors), "fingerprint": restored.fingerprint}
 
 
 def _dequantised(screen: Screen, model: str, out: Path, overwrite: bool) -> dict[str, Any]:
@@ -214,7 +217,7 @@ def _dequantised(screen: Screen, model: str, out: Path, overwrite: bool) -> dict
     from neurons.models.source import locate
 
     checkpoint = locate(model)
-    with screen.copying("Writing") as tell:
-        found = dequantise(checkpoint, out, overwrite, tell)
-    screen.say(f"{len(found.tensors)} tensors of FP8 blocks are bf16 now, {found.bytes / 1e9:.2f} GB in all")
-    return {"tensors": list(found.tensors), "bytes": found.bytes}
+    with screen.copying("Writing") as progress:
+        written = dequantise(checkpoint, out, overwrite, progress)
+    screen.say(f"converted {len(written.tensors)} FP8 tensors to bf16, {written.bytes / 1e9:.2f} GB in total")
+    return {"tensors": list(written.tensors), "bytes": written.bytes}

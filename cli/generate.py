@@ -1,4 +1,4 @@
-"""``broca generate``: what a model writes, unedited and edited side by side."""
+"""``broca generate``: text of the unedited and the edited model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cli.loading import announced
 from cli.options import (
     IN_FILE,
     OUT_FILE,
-    Many,
+    MultiValueCommand,
     device_options,
     engine_option,
     json_option,
@@ -22,14 +22,13 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
-    from editing.evaluation.asking import Prompt
     from editing.evaluation.generation import Continuation
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 UNEDITED, EDITED = "unedited", "edited"
 
 
-@click.command("generate", cls=Many)
+@click.command("generate", cls=MultiValueCommand)
 @model_argument
 @click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint: hub id or directory.")
@@ -37,17 +36,17 @@ UNEDITED, EDITED = "unedited", "edited"
     "--prompts",
     multiple=True,
     required=True,
-    help="Texts, or files: .txt (a prompt a line), or .jsonl, .csv and .parquet with question_id and text.",
+    help="Texts, or files: .txt with one prompt per line, or .jsonl, .csv or .parquet with question_id and text.",
 )
-@click.option("--compare", is_flag=True, help="The unedited model's text beside the edited one's.")
+@click.option("--compare", is_flag=True, help="Show the text of the unedited model too.")
 @click.option(
     "--chat/--no-chat",
     default=None,
-    help="Through the tokenizer's chat template, or as plain text to go on with.  [default: as the tokenizer has it]",
+    help="Use the tokenizer's chat template, or continue plain text.  [default: --chat if it has a template]",
 )
 @engine_option
 @writing_options(40)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @device_options
 @click.option("--out", type=OUT_FILE, help="File for the texts (.json).")
 @json_option
@@ -67,7 +66,7 @@ def command(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Write with MODEL (hub id or directory), with a plan applied to it, or with a steered checkpoint.
+    """Generate text with MODEL (hub id or directory), with a plan applied to it, or with a steered checkpoint.
 
     \b
     Example:
@@ -79,26 +78,26 @@ def command(
 
     screen = Screen(as_json)
     if edit_path is not None and against is not None:
-        raise UsageError("--edit and --against are two ways to name the steered model: give one")
+        raise UsageError("--edit and --against exclude each other: give one")
     if compare and edit_path is None and against is None:
-        raise UsageError("--compare needs something to compare with: --edit PLAN or --against CHECKPOINT")
-    asked = _prompts(prompts)
+        raise UsageError("--compare needs --edit PLAN or --against CHECKPOINT")
+    texts = _read_prompts(prompts)
     settings = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
     if engine == "vllm":
         if edit_path is not None:
             raise UsageError(
-                "vLLM reads checkpoints: `broca export` the plan and name the result with --against"
+                "--edit is not supported by vLLM: run `broca export` and give the result with --against"
             )
         if device != "auto":
-            raise UsageError("vLLM runs on the device that it was built for: leave --device out")
-        texts = _by_vllm(model, against, asked, compare, chat, dtype, settings)
+            raise UsageError("--device is not supported by vLLM: leave it out")
+        columns = _by_vllm(model, against, texts, compare, chat, dtype, settings)
     else:
-        texts = _by_transformers(
-            screen, model, edit_path, against, asked, compare, chat, (device, dtype), settings
+        columns = _by_transformers(
+            screen, model, edit_path, against, texts, compare, chat, (device, dtype), settings
         )
     rows = [
-        {"prompt": prompt, **{name: found[i].text for name, found in texts.items()}}
-        for i, prompt in enumerate(asked)
+        {"prompt": text, **{name: continuations[i].text for name, continuations in columns.items()}}
+        for i, text in enumerate(texts)
     ]
     value = {
         "model": model,
@@ -112,9 +111,9 @@ def command(
         write_atomically(out, json_bytes(value))
     screen.table(
         f"{len(rows)} prompts",
-        ["prompt", *texts],
-        [[_line(row[column]) for column in ("prompt", *texts)] for row in rows],
-        words=1 + len(texts),
+        ["prompt", *columns],
+        [[_one_line(row[column]) for column in ("prompt", *columns)] for row in rows],
+        words=1 + len(columns),
     )
     screen.result(value, out)
 
@@ -124,10 +123,10 @@ def _by_transformers(
     model: str,
     edit_path: Path | None,
     against: str | None,
-    asked: list[str],
+    texts: list[str],
     compare: bool,
     chat: bool | None,
-    place: tuple[str, str],
+    device_and_dtype: tuple[str, str],
     settings: dict[str, Any],
 ) -> dict[str, list[Continuation]]:
     from editing.evaluation.generation import generate
@@ -137,32 +136,32 @@ def _by_transformers(
 
     plan = None if edit_path is None else load_plan(edit_path)
     alone = plan is None and against is None
-    found: dict[str, list[Continuation]] = {}
-    with screen.progress("Writing", len(asked) * (1 + compare), "prompts") as advance:
+    columns: dict[str, list[Continuation]] = {}
+    with screen.progress("Writing", len(texts) * (1 + compare), "prompts") as advance:
         if alone or plan is not None or compare:
-            loaded = announced(screen, load_model(model, *place))
+            loaded = announced(screen, load_model(model, *device_and_dtype))
             if plan is not None:
                 loaded.require_fingerprint(plan.metadata, edit_path)
-            write = partial(generate, loaded, _given(loaded.tokenizer, asked, chat), **settings)
+            write = partial(generate, loaded, _inputs(loaded.tokenizer, texts, chat), **settings)
             if alone or compare:
-                found[UNEDITED] = write()
-                advance(len(asked))
+                columns[UNEDITED] = write()
+                advance(len(texts))
             if plan is not None:
                 with applied(loaded, plan):
-                    found[EDITED] = write()
-                advance(len(asked))
+                    columns[EDITED] = write()
+                advance(len(texts))
             del loaded, write
         if against is not None:
-            other = load_model(against, *place)
-            found[EDITED] = generate(other, _given(other.tokenizer, asked, chat), **settings)
-            advance(len(asked))
-    return found
+            other = load_model(against, *device_and_dtype)
+            columns[EDITED] = generate(other, _inputs(other.tokenizer, texts, chat), **settings)
+            advance(len(texts))
+    return columns
 
 
 def _by_vllm(
     model: str,
     against: str | None,
-    asked: list[str],
+    texts: list[str],
     compare: bool,
     chat: bool | None,
     dtype: str,
@@ -174,69 +173,68 @@ def _by_vllm(
     require_vllm()
     import transformers
 
-    wanted = {UNEDITED: model} if against is None or compare else {}
+    checkpoints = {UNEDITED: model} if against is None or compare else {}
     if against is not None:
-        wanted[EDITED] = against
-    found = {}
-    for name, checkpoint in wanted.items():
+        checkpoints[EDITED] = against
+    columns = {}
+    for name, checkpoint in checkpoints.items():
         tokenizer = transformers.AutoTokenizer.from_pretrained(locate(checkpoint), trust_remote_code=False)
-        given = _given(tokenizer, asked, chat)
-        found[name] = generate_by_vllm(checkpoint, tokenizer, given, dtype=dtype, **settings)
-    return found
+        inputs = _inputs(tokenizer, texts, chat)
+        columns[name] = generate_by_vllm(checkpoint, tokenizer, inputs, dtype=dtype, **settings)
+    return columns
 
 
-def _given(tokenizer: Any, asked: list[str], chat: bool | None) -> list[str | tuple[int, ...]]:
-    """What the engine is given for each prompt.
+def _inputs(tokenizer: Any, texts: list[str], chat: bool | None) -> list[str | tuple[int, ...]]:
+    """The input of the engine for each prompt: text, or tokens of a chat.
 
     Raises:
-        UsageError: a chat is asked for, and the tokenizer has no template.
+        UsageError: ``chat`` is true and the tokenizer has no chat template.
     """
     from editing.evaluation.asking import CHAT, OPENING, Prompt, question_style
     from neurons.errors import UsageError
 
     has_template = question_style(tokenizer) == CHAT
     if chat and not has_template:
-        raise UsageError("this model's tokenizer has no chat template: leave --chat out")
+        raise UsageError("the tokenizer has no chat template: leave --chat out")
     style = CHAT if has_template and chat is not False else OPENING
-    found: list[Prompt] = [Prompt(text, style) for text in asked]
-    return [prompt.model_input(tokenizer) for prompt in found]
+    return [Prompt(text, style).model_input(tokenizer) for text in texts]
 
 
-def _prompts(given: tuple[str, ...]) -> list[str]:
-    """The prompts, files read.
+def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
+    """The prompts from texts and files.
 
     Raises:
-        UsageError: none at all, or a file that is not there or holds none.
+        UsageError: there is no prompt, or a file does not exist.
     """
     from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
 
-    found: list[str] = []
-    for one in given:
-        path = Path(one)
+    texts: list[str] = []
+    for argument in arguments:
+        path = Path(argument)
         is_file = path.suffix in SUFFIXES and _is_file(path)
-        # A text may end in the name of a file.
-        if path.suffix not in SUFFIXES or (" " in one and not is_file):
-            found.append(one)
+        # A text may end with a file name.
+        if path.suffix not in SUFFIXES or (" " in argument and not is_file):
+            texts.append(argument)
         elif not is_file:
-            raise UsageError(f"{one}: there is no such file of prompts")
+            raise UsageError(f"{argument}: there is no such file of prompts")
         elif path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8-sig").split("\n")
-            found += [line.strip() for line in lines if line.strip()]
+            texts += [line.strip() for line in lines if line.strip()]
         else:
-            questions = read_questions(path)
-            found += [question.text for some in questions.of.values() for question in some]
-    if not any(text.strip() for text in found):
-        raise UsageError("there is no prompt to write on: give texts, or a file with a prompt a line")
-    return found
+            by_language = read_questions(path).of
+            texts += [question.text for questions in by_language.values() for question in questions]
+    if not any(text.strip() for text in texts):
+        raise UsageError("there is no prompt: give texts, or a file with one prompt per line")
+    return texts
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a text may be longer than a name can be
+    except OSError:  # a text may be longer than a path can be
         return False
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())

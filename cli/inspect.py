@@ -1,4 +1,4 @@
-"""``broca inspect``: what a Broca file or a checkpoint holds."""
+"""``broca inspect``: the content of a Broca file or a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from editing.plans.plan import ModuleEdit
     from neurons.neuron_sets.neuron_set import NeuronSet
 
-STRONGEST = 10
-LARGEST = 3
+MAX_COMPONENTS = 10
+MAX_NEURONS = 3  # per language
 
 
 @click.command("inspect")
 @click.argument("file", type=IN_PATH)
 @json_option
 def command(file: Path, as_json: bool) -> None:
-    """Show what FILE holds: statistics, neurons, direction, edit, measured report, or a checkpoint's directory.
+    """Show the content of FILE: statistics, neurons, direction, edit, report, or the directory of a checkpoint.
 
     \b
     Example:
@@ -37,12 +37,12 @@ def command(file: Path, as_json: bool) -> None:
         _checkpoint(screen, file)
         return
     if file.suffix == ".json":
-        _measured(screen, file)
+        _reports(screen, file)
         return
     artifact = load_artifact(file)
     show = {"statistics": _statistics, "neurons": _neurons, "direction": _direction, "edit": _edit}
     if artifact.kind not in show:
-        raise BrocaError(f"{file}: holds {artifact.kind!r}, which this Broca cannot show: update broca")
+        raise BrocaError(f"{file}: contains {artifact.kind!r}, which this version cannot show: update broca")
     show[artifact.kind](screen, file)
 
 
@@ -51,10 +51,10 @@ def _header(screen: Screen, metadata: dict[str, Any]) -> None:
         f"{key} {value}" for key, value in metadata.get("settings", {}).items() if value is not None
     )
     packages = ", ".join(f"{key} {value}" for key, value in metadata["packages"].items())
-    model = metadata.get("model") or "a model that the file does not name"
+    model = metadata.get("model") or "an unknown model"
     screen.say(f"{metadata['kind']} of {model} (fingerprint {metadata.get('fingerprint') or 'unknown'})")
     screen.say(
-        f"method {metadata.get('method') or 'not said'}; settings: {settings or 'none'}; made with {packages}"
+        f"method {metadata.get('method') or 'unknown'}; settings: {settings or 'none'}; made with {packages}"
     )
 
 
@@ -62,102 +62,102 @@ def _statistics(screen: Screen, file: Path) -> None:
     from neurons.files.artifact import load_artifact
     from neurons.statistics.statistics import load_statistics
 
-    found = load_statistics(file)
+    statistics = load_statistics(file)
     metadata = load_artifact(file, "statistics").metadata
     _header(screen, metadata)
-    tokens = dict(zip(found.languages, found.tokens.tolist(), strict=True))
-    texts = dict(zip(found.languages, found.texts.tolist(), strict=True))
-    responses = {k: len(found.responses[k]) for k in found.languages if k in found.responses}
+    tokens = dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True))
+    texts = dict(zip(statistics.languages, statistics.texts.tolist(), strict=True))
+    responses = {k: len(statistics.responses[k]) for k in statistics.languages if k in statistics.responses}
     screen.table(
         "statistics",
         ["language", "tokens", "texts", *(["responses"] if responses else [])],
-        [[k, tokens[k], texts[k], *([responses.get(k)] if responses else [])] for k in found.languages],
+        [[k, tokens[k], texts[k], *([responses.get(k)] if responses else [])] for k in statistics.languages],
     )
     moments = {
         name: {"shape": list(values.shape), "dtype": str(values.dtype).removeprefix("torch.")}
-        for name, values in found.moments.items()
+        for name, values in statistics.moments.items()
     }
-    prompts = {name: counts.tolist() for name, counts in found.prompts.items()}
+    prompts = {name: counts.tolist() for name, counts in statistics.prompts.items()}
     screen.table(
         "moments",
-        ["site:moment", "layers", "width", "numbers", *(["prompts"] if prompts else [])],
+        ["site:moment", "layers", "width", "dtype", *(["prompts"] if prompts else [])],
         [
             [name, *moment["shape"][:2], moment["dtype"]]
             + ([sum(prompts[name]) if name in prompts else None] if prompts else [])
             for name, moment in moments.items()
         ],
     )
-    if found.routed is not None:
-        screen.say(f"{found.experts} experts a layer; broca plot --what routing shows which are asked")
+    if statistics.routed is not None:
+        screen.say(f"{statistics.experts} experts per layer; `broca plot --what routing` shows the routing")
     value = {"tokens": tokens, "texts": texts, "responses": responses, "moments": moments, "prompts": prompts}
-    screen.result({**metadata, **value, "experts": found.experts})
+    screen.result({**metadata, **value, "experts": statistics.experts})
 
 
 def _neurons(screen: Screen, file: Path) -> None:
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.scorers.selection import KINDS
 
-    found = load_neuron_set(file)
-    _header(screen, found.metadata)
+    neuron_set = load_neuron_set(file)
+    _header(screen, neuron_set.metadata)
     rows = []
-    for language in found.languages:
-        layers = [len(rows) for rows in found.by_layer(language)]
-        busiest = sorted(range(found.layers), key=lambda layer: (-layers[layer], layer))[:3]
-        shown = ", ".join(f"{layer} ({layers[layer]})" for layer in busiest if layers[layer])
-        rows.append([language, sum(layers), *found.kind_counts(language).values(), shown or "-"])
-    experts = f", {found.experts} experts a layer" if found.experts > 1 else ""
+    for language in neuron_set.languages:
+        layers = [len(rows) for rows in neuron_set.by_layer(language)]
+        largest = sorted(range(neuron_set.layers), key=lambda layer: (-layers[layer], layer))[:3]
+        shown = ", ".join(f"{layer} ({layers[layer]})" for layer in largest if layers[layer])
+        rows.append([language, sum(layers), *neuron_set.kind_counts(language).values(), shown or "-"])
+    experts = f", {neuron_set.experts} experts per layer" if neuron_set.experts > 1 else ""
     screen.table(
-        f"neuron set, {found.layers} layers x {found.neurons} neurons{experts}",
-        ["language", "neurons", *KINDS, "busiest layers"],
+        f"neuron set, {neuron_set.layers} layers x {neuron_set.neurons} neurons{experts}",
+        ["language", "neurons", *KINDS, "layers with most neurons"],
         rows,
     )
-    name = "neuron" if found.experts == 1 else "(expert, neuron)"
+    name = "neuron" if neuron_set.experts == 1 else "(expert, neuron)"
     screen.table(
-        f"largest scores, up to {LARGEST} a language",
+        f"largest scores, up to {MAX_NEURONS} per language",
         ["language", "layer", name, "score", "kind"],
         [
-            [k, str(layer), _neuron_name(neuron, found), score, KINDS[kind]]
-            for k in found.languages
-            for layer, neuron, score, kind in _largest(found, k)
+            [k, str(layer), _neuron_name(neuron, neuron_set), score, KINDS[kind]]
+            for k in neuron_set.languages
+            for layer, neuron, score, kind in _largest(neuron_set, k)
         ],
     )
     value = {
-        **found.metadata,
-        "by_layer": {k: [len(rows) for rows in found.by_layer(k)] for k in found.languages},
-        "kinds": {k: found.kind_counts(k) for k in found.languages},
-        "members": {k: found.of(k).tolist() for k in found.languages},
+        **neuron_set.metadata,
+        "by_layer": {k: [len(rows) for rows in neuron_set.by_layer(k)] for k in neuron_set.languages},
+        "kinds": {k: neuron_set.kind_counts(k) for k in neuron_set.languages},
+        "members": {k: neuron_set.of(k).tolist() for k in neuron_set.languages},
     }
-    if found.experts > 1:
-        width = found.neurons // found.experts
+    if neuron_set.experts > 1:
+        width = neuron_set.neurons // neuron_set.experts
         value["expert_members"] = {
-            k: [[layer, neuron // width, neuron % width] for layer, neuron in found.of(k).tolist()]
-            for k in found.languages
+            k: [[layer, neuron // width, neuron % width] for layer, neuron in neuron_set.of(k).tolist()]
+            for k in neuron_set.languages
         }
     screen.result(value)
 
 
-def _largest(found: NeuronSet, language: str) -> list[tuple[int, int, float, int]]:
-    """Layer, neuron, score and kind of the neurons of largest score."""
-    rows, scores, kinds = found.of(language), found.scores[language], found.kinds[language]
-    best = scores.argsort(descending=True, stable=True)[:LARGEST]
+def _largest(neuron_set: NeuronSet, language: str) -> list[tuple[int, int, float, int]]:
+    """(layer, neuron, score, kind) of the neurons with the largest scores."""
+    rows, scores, kinds = neuron_set.of(language), neuron_set.scores[language], neuron_set.kinds[language]
+    best = scores.argsort(descending=True, stable=True)[:MAX_NEURONS]
     return [(*rows[i].tolist(), float(scores[i]), int(kinds[i])) for i in best.tolist()]
 
 
-def _neuron_name(neuron: int, found: NeuronSet) -> str:
-    """A neuron's number in its layer, or the expert and the number in that."""
-    if found.experts == 1:
+def _neuron_name(neuron: int, neuron_set: NeuronSet) -> str:
+    """The index of a neuron in its layer, or (expert, index in the expert)."""
+    if neuron_set.experts == 1:
         return str(neuron)
-    width = found.neurons // found.experts
+    width = neuron_set.neurons // neuron_set.experts
     return f"({neuron // width}, {neuron % width})"
 
 
 def _direction(screen: Screen, file: Path) -> None:
     from editing.directions.direction import load_direction
 
-    found = load_direction(file)
-    _header(screen, found.metadata)
-    norms = direction_table(screen, found)
-    screen.result({**found.metadata, "norms": norms})
+    direction = load_direction(file)
+    _header(screen, direction.metadata)
+    norms = direction_table(screen, direction)
+    screen.result({**direction.metadata, "norms": norms})
 
 
 def _edit(screen: Screen, file: Path) -> None:
@@ -178,10 +178,10 @@ def _edit(screen: Screen, file: Path) -> None:
             for i, (component, change) in enumerate(_changes(edit))
         ),
         key=lambda row: (-row[0], row[1:4]),
-    )[:STRONGEST]
+    )[:MAX_COMPONENTS]
     screen.table(
         "strongest components",
-        ["layer", "block", "component", "||dW||", *names],
+        ["layer", "module", "component", "||dW||", *names],
         [
             [str(layer), block, component, change, *(values.get(k) for k in names)]
             for change, layer, block, component, values in strongest
@@ -202,14 +202,14 @@ def _edit(screen: Screen, file: Path) -> None:
 
 
 def _changes(edit: ModuleEdit) -> list[tuple[int, float]]:
-    """Each component and how far its weights go, whatever the method says of it."""
+    """Each component and the norm of its change."""
     from editing.plans.component_changes import component_changes, component_count
 
     changes = component_changes(edit, component_count(edit))[list(edit.components)]
     return list(zip(edit.components, changes.tolist(), strict=True))
 
 
-def _measured(screen: Screen, file: Path) -> None:
+def _reports(screen: Screen, file: Path) -> None:
     from cli.tables import report_table
     from editing.study.results import load_reports
     from neurons.files.json_file import document
@@ -246,10 +246,10 @@ def _checkpoint(screen: Screen, directory: Path) -> None:
     path = read_exported_plan(source.checkpoint)
     value: dict[str, Any] = {str(name).replace(" ", "_"): content for name, content in rows}
     if path is None:
-        screen.say("no plan of Broca's in it")
+        screen.say("it contains no plan of Broca")
     else:
         plan = load_plan(path)
-        screen.say(f"steered by Broca; the plan is in {path}")
+        screen.say(f"edited by Broca; plan: {path}")
         plan_table(screen, plan, anatomy)
         value["plan"] = plan.metadata
     screen.result(value)

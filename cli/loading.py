@@ -1,8 +1,11 @@
-"""A model that is loaded for a command: where parts of it wait elsewhere, the person is told."""
+"""Models of the commands, with warnings about what makes them slow."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+from cli.options import quantised_bits
 
 if TYPE_CHECKING:
     from cli.screen import Screen
@@ -10,7 +13,15 @@ if TYPE_CHECKING:
 
 
 def announced(screen: Screen, loaded: LoadedModel) -> LoadedModel:
-    """The model, once it is said what makes it slow."""
+    """Warn if the model is offloaded, and return it."""
     if loaded.offload_note is not None:
         screen.warn(loaded.offload_note)
     return loaded
+
+
+def loaded_model(screen: Screen, arguments: SimpleNamespace) -> LoadedModel:
+    """The model of a command with ``device_options`` and ``quantised_options``."""
+    from neurons.models.source import load_model
+
+    bits = quantised_bits(arguments)
+    return announced(screen, load_model(arguments.model, arguments.device, arguments.dtype, bits=bits))

@@ -1,4 +1,4 @@
-"""The command ``broca``: one file a command, and one place that turns errors into sentences."""
+"""The command ``broca``: its commands, one in each file, and its error messages."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from cli.termination import Terminated, terminable
 from neurons.models.freed_memory import keep_freed_memory
 
 COMMANDS = {
-    "demo": "Find neurons, edit, export and measure on the model that Broca ships.",
-    "steer": "Make an instruct model answer in a language, for good.",
-    "run": "Do a whole job from one recipe.",
-    "record": "Record what a model does with text, to find neurons in it later.",
-    "identify": "Find the neurons that carry each language.",
-    "direction": "Take the direction from one language to another.",
-    "edit": "Turn a direction or a neuron set into a plan of weight edits.",
-    "export": "Write the permanently steered checkpoint, or an adapter.",
+    "demo": "Run the whole pipeline on the included demo model.",
+    "steer": "Make an instruct model answer in a given language.",
+    "run": "Run the whole pipeline from one recipe.",
+    "record": "Record activation statistics of a model on text.",
+    "identify": "Identify the neurons of each language.",
+    "direction": "Estimate the direction from one language to another.",
+    "edit": "Make a plan of weight edits from a direction or a neuron set.",
+    "export": "Write the edited checkpoint or an adapter.",
     "diff": "Recover the edit between two checkpoints.",
-    "ablate": "Study what a language loses without its neurons.",
-    "neuron": "Explain one neuron: texts that excite it, tokens it promotes.",
-    "evaluate": "Measure a steered model beside the unedited one.",
+    "ablate": "Ablate neurons and measure the loss of every language.",
+    "neuron": "Report on one neuron: its most active text and promoted tokens.",
+    "evaluate": "Compare a steered model with the unedited model.",
     "tune": "Search for the best edit.",
-    "generate": "Let a model write, unedited and edited side by side.",
-    "ask": "Let a model answer questions in many languages, as a file of conversations.",
-    "chat": "Talk to a model in the terminal, with another beside it.",
-    "report": "Show all results of a directory on one HTML page.",
-    "inspect": "Show what a Broca file or a checkpoint holds.",
-    "compare": "Show how far neuron sets, or edits, agree.",
-    "plot": "Draw a neuron set, statistics or an edit.",
-    "merge": "Add up statistics of several recordings.",
-    "convert": "Read or write other projects' masks and counts.",
+    "generate": "Generate text with the unedited and the edited model.",
+    "ask": "Answer questions in many languages and save the conversations.",
+    "chat": "Chat with a model, and optionally a second one, in the terminal.",
+    "report": "Write one HTML page with all results of a directory.",
+    "inspect": "Show the content of a Broca file or a checkpoint.",
+    "compare": "Compare neuron sets or edits.",
+    "plot": "Plot a neuron set, statistics or an edit.",
+    "merge": "Add up the statistics of several recordings.",
+    "convert": "Convert masks and counts of other projects.",
 }
 
 
 class Commands(click.Group):
-    """Imports a command's file when it is called: ``broca --help`` need not wait for torch."""
+    """The group of all commands; it imports a command only when needed, so that ``broca --help`` is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -58,10 +58,10 @@ class Commands(click.Group):
 
 
 def _debug() -> click.Option:
-    """Of every command: it may stand wherever an option may."""
+    """The option ``--debug``, which every command and the group accept."""
 
-    def note(context: click.Context, _: click.Parameter, given: bool) -> None:
-        if given:
+    def set_debug(context: click.Context, _: click.Parameter, debug: bool) -> None:
+        if debug:
             context.ensure_object(dict)["debug"] = True
 
     return click.Option(
@@ -69,15 +69,15 @@ def _debug() -> click.Option:
         is_flag=True,
         is_eager=True,
         expose_value=False,
-        callback=note,
-        help="Show a traceback where something fails.",
+        callback=set_debug,
+        help="Show a traceback on errors.",
     )
 
 
 @click.command(cls=Commands, params=[_debug()], context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="broca", message="broca %(version)s")
 def broca() -> None:
-    """Find the neurons that carry a language and steer a checkpoint for good by editing its weights.
+    """Identify the neurons of a language, and steer a checkpoint permanently by editing its weights.
 
     \b
     Example:
@@ -86,59 +86,60 @@ def broca() -> None:
 
 
 def main() -> None:
-    """Run the command; exit 0, 1 for failure, 2 for usage, 130 when interrupted, 143 when terminated.
+    """Run the command; exit with 0, 1 (failure), 2 (usage), 130 (interrupted) or 143 (terminated).
 
-    Usage is what a user can see in the command line, or wrote himself: options, names, paths that are not
-    there, lines of a corpus.  Failure is what lies in a file that a program wrote, or happens on the way.
+    Usage errors are in the command line or in the user's own text: options, names, paths, lines of a corpus.
+    Failures are in files written by programs, or occur during the work.
     """
-    asked: dict[str, bool] = {}
-    # Before torch and transformers are imported: what they say is not what the user asked for.
+    state: dict[str, bool] = {}
+    # Silence torch and transformers; this must be set before their import.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
     try:
         with escaping(), terminable():
-            broca.main(args=sys.argv[1:], prog_name="broca", standalone_mode=False, obj=asked)
+            broca.main(args=sys.argv[1:], prog_name="broca", standalone_mode=False, obj=state)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _stopped()
+        _print_stopped()
         sys.exit(130)
     except Terminated as error:
-        _stopped()
+        _print_stopped()
         sys.exit(error.code)
     except click.ClickException as error:
-        if asked.get("debug"):
+        if state.get("debug"):
             raise
-        _refused(error)
+        _print_usage_error(error)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of a pipe has left; nothing more can be said to it.
+        # The reader of the pipe has closed it; discard further output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if asked.get("debug"):
+        if state.get("debug"):
             raise
-        sys.exit(_failed(error))
+        sys.exit(_print_error(error))
 
 
-def _stopped() -> None:
-    click.echo("broca: stopped; what was finished is kept, nothing is left half written", err=True)
+def _print_stopped() -> None:
+    click.echo("broca: stopped; finished work is kept and no file is incomplete", err=True)
 
 
-def _refused(error: click.ClickException) -> None:
-    """One sentence like every other, in place of click's three lines."""
+def _print_usage_error(error: click.ClickException) -> None:
+    """Print one sentence instead of click's three lines."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return
     context = getattr(error, "ctx", None)
-    said = " ".join(error.format_message().split()).rstrip(".").replace(". (", " (")
-    hint = "" if context is None else f" (`{context.command_path} --help` shows how)"
-    click.echo(f"broca: {said[:1].lower()}{said[1:]}{hint}", err=True)
+    message = " ".join(error.format_message().split()).rstrip(".").replace(". (", " (")
+    hint = "" if context is None else f" (see `{context.command_path} --help`)"
+    click.echo(f"broca: {message[:1].lower()}{message[1:]}{hint}", err=True)
 
 
-def _failed(error: Exception) -> int:
+def _print_error(error: Exception) -> int:
+    """Print the error in one line and return the exit status."""
     from neurons.errors import BrocaError, UsageError
 
     if isinstance(error, BrocaError):
@@ -147,9 +148,9 @@ def _failed(error: Exception) -> int:
     if isinstance(error, OSError) and error.strerror and error.filename:
         click.echo(f"broca: {error.filename}: {error.strerror}", err=True)
         return 1
-    text = str(error).strip().splitlines()
-    what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    click.echo(f"broca: unexpected {what} (--debug shows where)", err=True)
+    lines = str(error).strip().splitlines()
+    summary = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    click.echo(f"broca: unexpected {summary} (run with --debug for a traceback)", err=True)
     return 1
 
 

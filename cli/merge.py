@@ -1,4 +1,4 @@
-"""``broca merge``: recordings of several texts or languages as one."""
+"""``broca merge``: the sum of several statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cli.screen import Screen
 @out_option("File for the statistics (.safetensors).")
 @json_option
 def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Add up two or more STATISTICS files of one model: of other texts, or of other languages.
+    """Add up two or more STATISTICS files of one model, of different texts or languages.
 
     \b
     Example:
@@ -27,15 +27,14 @@ def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     screen = Screen(as_json)
     if len(files) < 2:
         raise UsageError("give at least two files of statistics to merge")
-    twice = [file for file in files if files.count(file) > 1]
-    if twice:
-        raise UsageError(f"{twice[0]} is named twice, and its text would count twice: name it once")
+    if repeated := [file for file in files if files.count(file) > 1]:
+        raise UsageError(f"{repeated[0]} is given twice, so its text would count twice: give it once")
     merged = load_statistics(files[0])
     for file in files[1:]:
         try:
             merged = merge(merged, load_statistics(file))
         except UsageError as error:
-            # What the files hold is not seen in the command line.
+            # The content of files is not an error of the command line.
             raise BrocaError(f"{file} and {files[0]} cannot be added up: {error}") from error
     merged.save(out)
     tokens = dict(zip(merged.languages, merged.tokens.tolist(), strict=True))

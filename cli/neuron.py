@@ -1,4 +1,4 @@
-"""``broca neuron``: one neuron explained."""
+"""``broca neuron``: a report on one neuron."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.corpora import read
+from cli.corpora import noted_corpus
 from cli.loading import announced
 from cli.options import corpus_options, device_options, json_option, model_argument, tokens_option
 from cli.screen import Screen
@@ -23,19 +23,27 @@ if TYPE_CHECKING:
 @click.argument("neuron", type=int)
 @corpus_options
 @click.option(
-    "--snippets", type=click.IntRange(min=0), default=10, show_default=True, help="Places in text to show."
+    "--snippets",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Number of text snippets to show.",
 )
 @click.option(
-    "--top", type=click.IntRange(min=1), default=10, show_default=True, help="Tokens promoted and suppressed."
+    "--top",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Number of promoted and of suppressed tokens to show.",
 )
 @tokens_option
 @device_options
 @json_option
 def command(**options: Any) -> None:
-    """Explain neuron NEURON of layer LAYER of MODEL (hub id or directory), both counted from 0.
+    """Report on neuron NEURON of layer LAYER of MODEL (hub id or directory), both counted from 0.
 
-    Shown are the places in the corpus where it is most active, the tokens that its value makes likelier
-    and less likely (logit lens), and its activity in each language.
+    The report has the text where it is most active, the tokens that it promotes and suppresses (logit lens), and its
+    activity in each language.
 
     \b
     Example:
@@ -44,18 +52,25 @@ def command(**options: Any) -> None:
     from neurons.models.source import load_model
     from neurons.neuron_sets.neuron_report import neuron_report
 
-    asked = SimpleNamespace(**options)
-    screen = Screen(asked.as_json)
-    corpus = read(screen, asked.corpus_path, asked.languages, asked.part, least=1)
-    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part, min_languages=1)
+    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     with screen.progress("Reading", None, "tokens") as advance:
-        found = neuron_report(
-            loaded, corpus, asked.layer, asked.neuron, asked.snippets, asked.top, asked.tokens, advance
+        report = neuron_report(
+            loaded,
+            corpus,
+            arguments.layer,
+            arguments.neuron,
+            arguments.snippets,
+            arguments.top,
+            arguments.tokens,
+            advance,
         )
-    _show(screen, found)
+    _show(screen, report)
     screen.result(
         {
-            **asdict(found),
+            **asdict(report),
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
             "residual_output": loaded.anatomy.residual_output,
@@ -63,41 +78,43 @@ def command(**options: Any) -> None:
         }
     )
     if not loaded.anatomy.residual_output:
-        screen.warn("a norm stands between this neuron and the residual stream: its tokens are approximate")
+        screen.warn(
+            "a norm follows the MLP of this model: the promoted and suppressed tokens are approximate"
+        )
 
 
-def _show(screen: Screen, found: NeuronReport) -> None:
+def _show(screen: Screen, report: NeuronReport) -> None:
     screen.table(
-        f"layer {found.layer}, neuron {found.neuron}: activity (length of its value {found.value_norm:.4g})",
-        ["language", "tokens", "fires", "mean", "mean |value|", "least", "largest"],
-        [[language, *asdict(one).values()] for language, one in found.activity.items()],
+        f"layer {report.layer}, neuron {report.neuron}: activity (norm of its value {report.value_norm:.4g})",
+        ["language", "tokens", "fires", "mean", "mean |value|", "minimum", "maximum"],
+        [[language, *asdict(activity).values()] for language, activity in report.activity.items()],
     )
     screen.table(
-        "tokens by the value through the final norm and the head, logits; a negative activation reverses them",
-        ["promoted", "by", "suppressed", "by"],
+        "tokens of the value through final norm and LM head (logits); a negative activation swaps them",
+        ["promoted", "logit", "suppressed", "logit"],
         [
-            [_visible(more), f"{up:+.3f}", _visible(less), f"{down:+.3f}"]
-            for (more, up), (less, down) in zip(found.promoted, found.suppressed, strict=True)
+            [_visible(promoted), f"{up:+.3f}", _visible(suppressed), f"{down:+.3f}"]
+            for (promoted, up), (suppressed, down) in zip(report.promoted, report.suppressed, strict=True)
         ],
     )
     screen.table(
-        "most active at",
+        "most active tokens",
         ["language", "line", "text", "value"],
         [
             [
-                one.language,
-                str(one.line + 1),
-                _one_line(f"{one.before}»{one.token}«{one.after}"),
-                f"{one.value:+.3f}",
+                snippet.language,
+                str(snippet.line + 1),
+                _one_line(f"{snippet.before}»{snippet.token}«{snippet.after}"),
+                f"{snippet.value:+.3f}",
             ]
-            for one in found.snippets
+            for snippet in report.snippets
         ],
         words=3,
     )
 
 
 def _visible(token: str) -> str:
-    """Spaces and line breaks are tokens too."""
+    """The token, quoted if it begins or ends with whitespace."""
     return repr(token) if token != token.strip() or not token else token
 
 

@@ -1,8 +1,7 @@
-"""Options that several commands share, and what a path must be before any work is done.
+"""Options that several commands share, and checks of paths before any work.
 
-What is wrong in the command line itself is refused here, with status 2: a path that is not there, a directory
-in place of a file, a place that cannot be written to.  What is wrong inside a file shows when it is read:
-status 1.
+Errors in the command line exit with status 2: a path that does not exist, a directory instead of a file, an output
+that cannot be written.  Errors inside a file exit with status 1, when the file is read.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
             return value
         items = tuple(item.strip() for item in str(value).split(","))
         if not all(items):
-            self.fail(f"{value!r} has an empty item: write en,fr,de", param, ctx)
+            self.fail(f"{value!r} has an empty item: write it as en,fr,de", param, ctx)
         return items
 
 
 class Language(click.ParamType[str]):
-    """A language as a corpus names it: EN, eng and eng_Latn are en."""
+    """A language code, normalised as in a corpus: EN, eng and eng_Latn are en."""
 
     name = "language"
 
@@ -48,29 +47,29 @@ class Language(click.ParamType[str]):
 LANGUAGE = Language()
 
 
-class Shares(click.ParamType[tuple[float, ...]]):
-    """``5%,10%`` or ``0.05,0.1`` to shares, each once, in ascending order."""
+class Fractions(click.ParamType[tuple[float, ...]]):
+    """``5%,10%`` or ``0.05,0.1`` to distinct fractions in ascending order."""
 
     name = "list"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
-        found = set()
+        fractions = set()
         for item in str(value).split(","):
             number, percent, rest = item.strip().partition("%")
             try:
-                share = float(number) / (100 if percent else 1)
+                fraction = float(number) / (100 if percent else 1)
             except ValueError:
-                share = math.nan
-            if rest or not math.isfinite(share):
-                self.fail(f"{item!r} is no share: write shares as 1%,5% or 0.01,0.05", param, ctx)
-            found.add(share)
-        return tuple(sorted(found))
+                fraction = math.nan
+            if rest or not math.isfinite(fraction):
+                self.fail(f"{item!r} is not a fraction: write fractions as 1%,5% or 0.01,0.05", param, ctx)
+            fractions.add(fraction)
+        return tuple(sorted(fractions))
 
 
 class Finite(click.ParamType[float]):
-    """A number, not NaN and not infinite."""
+    """A finite number."""
 
     name = "number"
 
@@ -88,14 +87,14 @@ FINITE = Finite()
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range; click's own takes NaN to lie in every range."""
+    """A finite number in a range; click's FloatRange accepts NaN."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         return float(super().convert(FINITE.convert(value, param, ctx), param, ctx))
 
 
 class InPath(click.ParamType[Path]):
-    """What a command reads: refused before any work where it is not there or not of this kind."""
+    """An input path: it must exist and be a file or a directory, as configured."""
 
     name = "path"
 
@@ -109,26 +108,26 @@ class InPath(click.ParamType[Path]):
         return path
 
     def fault(self, path: Path) -> str | None:
-        """What is wrong with a path and the mend; None where nothing is."""
+        """The error of a path with its fix; None if the path is valid."""
         try:
-            there, folder = path.exists(), path.is_dir()
+            exists, is_directory = path.exists(), path.is_dir()
         except OSError as error:
-            # A name longer than any file's, for one.
-            return f"{path} cannot be read ({error.strerror}): name another"
-        if not there:
+            # For example a name that is too long.
+            return f"{path} cannot be read ({error.strerror}): name another path"
+        if not exists:
             kind = (
                 "file or directory" if self.file and self.directory else "file" if self.file else "directory"
             )
             return f"{path}: there is no such {kind}"
-        if folder and not self.directory:
+        if is_directory and not self.directory:
             return f"{path} is a directory: name a file"
-        if not folder and not self.file:
+        if not is_directory and not self.file:
             return f"{path} is a file: name a directory"
-        return None if os.access(path, os.R_OK) else f"{path} cannot be read: mend its permissions"
+        return None if os.access(path, os.R_OK) else f"{path} cannot be read: fix its permissions"
 
 
 class OutPath(click.ParamType[Path]):
-    """What a command is to write: refused before any work where it could not be."""
+    """An output path: it must be possible to write it."""
 
     name = "path"
 
@@ -141,11 +140,11 @@ class OutPath(click.ParamType[Path]):
             self.fail(f"{path} is a directory: name a file", param, ctx)
         if path.is_file() and self.directory:
             self.fail(f"{path} is a file: name a directory", param, ctx)
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
-        if not folder.is_dir():
-            self.fail(f"{folder} is a file, so {path} cannot be made in it: choose another place", param, ctx)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            self.fail(f"{folder} cannot be written to: choose another place than {path}", param, ctx)
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir():
+            self.fail(f"{parent} is a file, so {path} cannot be created: choose another path", param, ctx)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            self.fail(f"{parent} is not writable: choose another path than {path}", param, ctx)
         return path
 
 
@@ -153,77 +152,65 @@ IN_FILE, IN_DIRECTORY, IN_PATH = InPath(directory=False), InPath(file=False), In
 OUT_FILE, OUT_DIRECTORY = OutPath(), OutPath(directory=True)
 
 
-class Many(click.Command):
-    """A command whose repeatable options take several values at once: ``--compose a b --out c``.
+class MultiValueCommand(click.Command):
+    """A command whose repeatable options accept several values at once: ``--compose a b --out c``.
 
-    Click itself wants the option's name before each value.
+    Click requires the option's name before each value.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        many = {
+        repeatable = {
             name
             for option in self.params
             if isinstance(option, click.Option) and option.multiple
             for name in option.opts
         }
-        spread: list[str] = []
-        repeated = None  # the option whose further values come next
-        named = False  # whether its name has just been read: what follows is a value, whatever it looks like
+        expanded: list[str] = []
+        option_name = None  # of the repeatable option whose values follow
+        value_expected = False  # directly after an option's name, even "--x" is its value
         for i, argument in enumerate(args):
-            if named:
-                named = False
+            if value_expected:
+                value_expected = False
             elif argument == "--":
-                spread += args[i:]
+                expanded += args[i:]
                 break
             elif argument.startswith("-"):
-                repeated = argument if argument in many else None
-                named = repeated is not None
-            elif repeated is not None:
-                spread.append(repeated)
-            spread.append(argument)
-        return super().parse_args(ctx, spread)
+                option_name = argument if argument in repeatable else None
+                value_expected = option_name is not None
+            elif option_name is not None:
+                expanded.append(option_name)
+            expanded.append(argument)
+        return super().parse_args(ctx, expanded)
 
 
 model_argument = click.argument("model")
+languages_option = click.option(
+    "--languages",
+    type=CommaSeparated(),
+    help="Languages of the corpus to read, as en,fr,de.  [default: all]",
+)
+CORPUS_HELP = "Directory of <language>.txt, .jsonl or .parquet, with one text per line or row."
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(
-        command
-    )
+    return click.option("--json", "as_json", is_flag=True, help="Print only one JSON object.")(command)
 
 
-def corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(
-        [
-            click.option(
-                "--corpus",
-                "corpus_path",
-                type=IN_DIRECTORY,
-                required=True,
-                help="Directory of <language>.txt, .jsonl or .parquet, one text a line or row.",
-            ),
-            click.option(
-                "--languages",
-                type=CommaSeparated(),
-                help="Which of the corpus, as en,fr,de.  [default: all]",
-            ),
-            click.option(
-                "--part",
-                type=click.Choice(PARTS),
-                default="all",
-                show_default=True,
-                help="Lines to read: half to estimate from, a quarter to choose settings on, a quarter "
-                "to report, by line number.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+def corpus_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
+    """``corpus``, ``languages`` and ``part``."""
+    command = click.option(
+        "--part",
+        type=click.Choice(PARTS),
+        default="all",
+        show_default=True,
+        help="Lines to read, by line number: half to estimate, a quarter to choose settings, a quarter to report.",
+    )(command)
+    command = languages_option(command)
+    return click.option("--corpus", type=IN_DIRECTORY, required=required, help=CORPUS_HELP)(command)
 
 
 def device_options(
-    command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's own"
+    command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's dtype"
 ) -> Callable[..., Any]:
     command = max_memory_option(command)
     command = click.option(
@@ -231,7 +218,7 @@ def device_options(
         default="auto",
         show_default=True,
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        help=f"Of the activations; auto is {auto}.",
+        help=f"Dtype of the activations; auto: {auto}.",
     )(command)
     return click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
@@ -239,47 +226,53 @@ def device_options(
 
 
 def served_device_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``device_options`` of a command that computes as the checkpoint is served (``neurons.models.own_dtype``)."""
-    return device_options(command, "the checkpoint's own, but float32 on a CPU without instructions for it")
+    """``device_options`` of a command that computes in the dtype of serving (``neurons.models.own_dtype``)."""
+    return device_options(command, "the checkpoint's dtype, or float32 on a CPU that lacks it")
 
 
 def quantised_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_in_4bit`` and ``load_in_8bit``, for commands that only read activations (``bits_asked``)."""
+    """``load_in_4bit`` and ``load_in_8bit``, for commands that only read activations (see ``quantised_bits``)."""
     for bits in (8, 4):
         command = click.option(
             f"--load-in-{bits}bit",
             is_flag=True,
-            help=f"Quantise the linear modules' weights to {bits} bits on loading (bitsandbytes).",
+            help=f"Quantise the weights of linear modules to {bits} bits when loading (bitsandbytes).",
         )(command)
     return command
 
 
-def bits_asked(asked: Any) -> int | None:
-    """What ``load_model`` takes as ``bits``, from the values of ``quantised_options``.
+def quantised_bits(arguments: Any) -> int | None:
+    """The argument ``bits`` of ``load_model``, from the values of ``quantised_options``.
 
     Raises:
-        UsageError: both were asked for.
+        UsageError: both options are given.
     """
     from neurons.errors import UsageError
 
-    if asked.load_in_4bit and asked.load_in_8bit:
-        raise UsageError("--load-in-4bit and --load-in-8bit cannot both be: give one")
-    return 4 if asked.load_in_4bit else 8 if asked.load_in_8bit else None
+    if arguments.load_in_4bit and arguments.load_in_8bit:
+        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other: give one")
+    return 4 if arguments.load_in_4bit else 8 if arguments.load_in_8bit else None
 
 
-def writing_options(new_tokens: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def writing_options(
+    new_tokens: int, temperature: float = 0.0
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """``new_tokens`` and ``temperature``."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         command = click.option(
             "--temperature",
             type=FiniteRange(min=0),
-            default=0.0,
+            default=temperature,
             show_default=True,
-            help="0 takes the likeliest token always.",
+            help="Sampling temperature; 0 is greedy decoding.",
         )(command)
         return click.option(
-            "--new-tokens", type=click.IntRange(min=1), default=new_tokens, show_default=True
+            "--new-tokens",
+            type=click.IntRange(min=1),
+            default=new_tokens,
+            show_default=True,
+            help="Maximum number of tokens to generate.",
         )(command)
 
     return add
@@ -290,7 +283,7 @@ engine_option = click.option(
     type=click.Choice(["transformers", "vllm"]),
     default="transformers",
     show_default=True,
-    help="What runs the model; vllm must be installed beside Broca, and reads checkpoints only.",
+    help="What runs the model; vllm needs the package vllm and reads checkpoints only.",
 )
 
 
@@ -300,20 +293,20 @@ class MemorySize(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
         try:
-            number = float(found.group(1)) if found else math.nan
+            number = float(match.group(1)) if match else math.nan
         except ValueError:
             number = math.nan
-        if found is None or not math.isfinite(number) or number <= 0:
-            self.fail(f"{value!r} is no size: write it as 8GB or 24GiB", param, ctx)
-        power = "kmgt".find(found.group(2).lower()) + 1 if found.group(2) else 0
-        return int(number * (1024 if found.group(3) else 1000) ** power)
+        if match is None or not math.isfinite(number) or number <= 0:
+            self.fail(f"{value!r} is not a size: write it as 8GB or 24GiB", param, ctx)
+        power = "kmgt".find(match.group(2).lower()) + 1 if match.group(2) else 0
+        return int(number * (1024 if match.group(3) else 1000) ** power)
 
 
 def max_memory_option(command: Callable[..., Any]) -> Callable[..., Any]:
     def limit(_: Any, __: Any, value: int | None) -> None:
-        # torch is not imported for nothing; what an earlier command of the same process allowed is over.
+        # Import torch only if necessary; without a value, reset the limit of an earlier command in this process.
         if value is not None or "neurons.models.memory" in sys.modules:
             from neurons.models.memory import limit_memory
 
@@ -324,7 +317,7 @@ def max_memory_option(command: Callable[..., Any]) -> Callable[..., Any]:
         type=MemorySize(),
         expose_value=False,
         callback=limit,
-        help="Most that the process may take, weights and all, as 8GB.  [default: what is free, less a tenth]",
+        help="Maximum memory of the process, weights included, as 8GB.  [default: 90 % of the free memory]",
     )(command)
 
 
@@ -332,15 +325,15 @@ def tokens_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--tokens",
         type=click.IntRange(min=1),
-        help="Most tokens of a language to read, evenly from the whole text.  [default: what the method needs]",
+        help="Maximum number of tokens to read per language, spread over the whole text.  [default: as the method needs]",
     )(command)
 
 
 def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--dry-run", is_flag=True, help="Say what memory each stage needs, and do nothing.")(
+    return click.option("--dry-run", is_flag=True, help="Print the memory that each stage needs, and exit.")(
         command
     )
 
 
-def out_option(what: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option("--out", type=OUT_DIRECTORY if directory else OUT_FILE, required=True, help=what)
+def out_option(text: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--out", type=OUT_DIRECTORY if directory else OUT_FILE, required=True, help=text)

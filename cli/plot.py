@@ -1,4 +1,4 @@
-"""``broca plot``: a picture of a neuron set, of statistics or of an edit."""
+"""``broca plot``: a plot of a neuron set, statistics or an edit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import click
 from cli.options import IN_FILE, json_option, out_option
 from cli.screen import Screen
 
-# kind of file -> what can be drawn of it, the default first
-PICTURES = {
+# Kind of file -> its plots, the default first.
+PLOTS = {
     "neurons": ("layers", "overlap"),
     "statistics": ("entropy", "routing"),
     "edit": ("components",),
@@ -21,15 +21,15 @@ PICTURES = {
 @click.argument("file", type=IN_FILE)
 @click.option(
     "--what",
-    type=click.Choice([what for pictures in PICTURES.values() for what in pictures]),
-    help="neurons: layers (neurons of each language by layer) or overlap (that languages share); "
-    "statistics: entropy (of every neuron over languages) or routing (of tokens to experts); "
-    "edit: components (how far each goes, by layer).  [default: layers, entropy or components]",
+    type=click.Choice([what for plots in PLOTS.values() for what in plots]),
+    help="neurons: layers (neurons per language and layer) or overlap (of languages); "
+    "statistics: entropy (of each neuron over languages) or routing (of tokens to experts); "
+    "edit: components (norm of each change, by layer).  [default: layers, entropy or components]",
 )
-@out_option("File for the picture (.png or .svg).")
+@out_option("File for the plot (.png or .svg).")
 @json_option
 def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
-    """Draw FILE, a neuron set, statistics or an edit.
+    """Plot FILE: a neuron set, statistics or an edit.
 
     \b
     Example:
@@ -46,14 +46,12 @@ def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
     screen = Screen(as_json)
     pictures.picture_format(out)
     kind = load_artifact(file).kind
-    if kind not in PICTURES:
-        raise BrocaError(
-            f"{file}: holds {kind!r}, of which there is no picture: name a file of {' or '.join(PICTURES)}"
-        )
-    what = PICTURES[kind][0] if what is None else what
-    if what not in PICTURES[kind]:
+    if kind not in PLOTS:
+        raise BrocaError(f"{file}: contains {kind!r}, which has no plot: give a file of {' or '.join(PLOTS)}")
+    what = PLOTS[kind][0] if what is None else what
+    if what not in PLOTS[kind]:
         raise UsageError(
-            f"{file}: holds {kind!r}, which --what {what} is not for: choose {' or '.join(PICTURES[kind])}"
+            f"{file}: contains {kind!r}, which --what {what} does not support: choose {' or '.join(PLOTS[kind])}"
         )
     if kind == "neurons":
         neurons = load_neuron_set(file)

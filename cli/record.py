@@ -1,4 +1,4 @@
-"""``broca record``: one pass over the text, kept as statistics that any method can be computed from."""
+"""``broca record``: statistics from one pass over the text, for all methods."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
-from cli.corpora import read, tell_read
-from cli.loading import announced
+from cli.corpora import noted_corpus, read_table
+from cli.loading import loaded_model
 from cli.options import (
     CommaSeparated,
-    bits_asked,
     corpus_options,
     device_options,
     dry_run_option,
@@ -35,17 +34,19 @@ DEFAULT = ("lape", "lape-general", "random-matched")
     "methods",
     type=CommaSeparated(),
     default=DEFAULT,
-    help="Methods of `broca identify --method list` to record for, in one pass; all: every one that reads text.  "
+    help="Methods of `broca identify --method list` to record for; all: every method that reads text.  "
     f"[default: {','.join(DEFAULT)}]",
 )
 @tokens_option
 @click.option(
     "--block",
     type=int,
-    help="Tokens a block, where no method reads single texts.  [default: the model's context, at most 2048, with gradients 512]",
+    help="Tokens per block, if no method reads single texts.  [default: the model's context, at most 2048, or 512 with gradients]",
 )
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once.  [default: what memory allows]"
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens per forward pass.  [default: what memory allows]",
 )
 @device_options
 @dry_run_option
@@ -53,14 +54,14 @@ DEFAULT = ("lape", "lape-general", "random-matched")
 @out_option("File for the statistics (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
-    """Record what MODEL (hub id or directory) does with the text of a corpus.
+    """Record activation statistics of MODEL (hub id or directory) on the text of a corpus.
 
-    It takes about as long as a forward pass over the text, three times that with gradient methods.  The file
-    has 8 bytes a neuron, language and moment, whatever the amount of text; average-precision and momentum add
-    4 bytes a neuron and text, so give them few.
+    It takes about as long as a forward pass over the text, and three times as long with gradient methods.  The output
+    has 8 bytes per neuron, language and moment for any amount of text; average-precision and momentum add 4 bytes per
+    neuron and text.
 
-    A run that is stopped goes on where it was when the same command is given again.  Under
-    `accelerate launch --num-processes N -m cli.main record ...` the text is shared by N processes.
+    The same command resumes an interrupted run.  With `accelerate launch --num-processes N -m cli.main record ...`,
+    N processes share the text.
 
     \b
     Example:
@@ -68,51 +69,51 @@ def command(**options: Any) -> None:
       broca identify --statistics statistics.safetensors --method lape --out neurons.safetensors
     """
     from neurons.models.processes import is_first
-    from neurons.models.source import load_model
     from neurons.recording.corpus_recording import record_corpus, remove_unfinished
     from neurons.scorers.method import NOTHING, PROMPTS
     from neurons.scorers.registry import METHODS, moments_of
     from neurons.text.token_budget import budget_of
 
-    asked = SimpleNamespace(**options)
-    screen = Screen(asked.as_json)
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
     readable = [name for name, method in METHODS.items() if method.reads not in (NOTHING, PROMPTS)]
-    names = (*readable, "random-matched") if asked.methods == ("all",) else asked.methods
+    names = (*readable, "random-matched") if arguments.methods == ("all",) else arguments.methods
     moments, reads = moments_of(tuple(names))
-    corpus = read(screen, asked.corpus_path, asked.languages, asked.part)
-    if asked.dry_run:
+    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import recording_need
 
         dry_run_of_text(
-            screen, asked, corpus, partial(recording_need, moments=moments, reads=reads, block=asked.block)
+            screen,
+            arguments,
+            corpus,
+            partial(recording_need, moments=moments, reads=reads, block=arguments.block),
         )
         return
-    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype, bits=bits_asked(asked)))
+    loaded = loaded_model(screen, arguments)
     with screen.progress("Recording", None, "tokens") as advance:
         statistics = record_corpus(
             loaded,
             corpus,
             moments,
             reads,
-            asked.tokens,
-            asked.block,
-            asked.batch_tokens,
+            arguments.tokens,
+            arguments.block,
+            arguments.batch_tokens,
             advance,
-            asked.out,
+            arguments.out,
         )
     if not is_first():
         return
-    statistics.save(asked.out)
-    remove_unfinished(asked.out)
-    tell_read(screen, statistics.metadata["corpora"][-1]["read"], budget_of(moments, reads).minimum)
+    statistics.save(arguments.out)
+    remove_unfinished(arguments.out)
+    read_table(screen, statistics.metadata["corpora"][-1]["read"], budget_of(moments, reads).minimum)
     in_blocks = [name for name in names if METHODS[name].reads not in (reads, NOTHING)]
     if in_blocks:
-        screen.say(
-            f"read text by text for all methods; {', '.join(in_blocks)} alone would read it joined into full blocks"
-        )
-    for language, share in statistics.metadata["unknown"].items():
-        screen.warn(f"the tokenizer does not know {share:.0%} of the tokens of {language!r}")
+        screen.say(f"all methods read single texts; recorded alone, {', '.join(in_blocks)} reads full blocks")
+    for language, fraction in statistics.metadata["unknown"].items():
+        screen.warn(f"{fraction:.0%} of the tokens of {language!r} are unknown to the tokenizer")
     screen.table(
         f"statistics of {statistics.metadata['model']}, {reads} of text",
         ["language", "tokens", reads],
@@ -123,10 +124,12 @@ def command(**options: Any) -> None:
             )
         ],
     )
-    screen.say("holds " + ", ".join([*statistics.moments, *(["responses"] if statistics.responses else [])]))
+    screen.say(
+        "moments: " + ", ".join([*statistics.moments, *(["responses"] if statistics.responses else [])])
+    )
     screen.result(
         {
-            "out": asked.out,
+            "out": arguments.out,
             "fingerprint": statistics.fingerprint,
             "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
             "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
@@ -135,5 +138,5 @@ def command(**options: Any) -> None:
             "settings": statistics.metadata["settings"],
             "read": statistics.metadata["corpora"][-1]["read"],
         },
-        asked.out,
+        arguments.out,
     )

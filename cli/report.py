@@ -1,4 +1,4 @@
-"""``broca report``: a study as one HTML file."""
+"""``broca report``: all results of a directory on one HTML page."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cli.screen import Screen
 @click.option("--out", type=OUT_FILE, help="File for the page (.html).  [default: DIR/report.html]")
 @json_option
 def command(directory: Path, out: Path | None, as_json: bool) -> None:
-    """Show all results that lie in DIR on one page: tables, heat maps, curves, text, settings and commands.
+    """Write one HTML page with all results in DIR: tables, heat maps, curves, text, settings and commands.
 
-    The page is one file that asks for nothing from anywhere.  DIR may hold what broca run, evaluate, ablate,
-    tune, identify and edit wrote, also in directories of its own; what is not understood is named.
+    The page is one file without external resources.  DIR may contain the outputs of broca run, evaluate, ablate, tune,
+    identify and edit, also in subdirectories; a warning names files that are not recognised.
 
     \b
     Example:
@@ -32,20 +32,20 @@ def command(directory: Path, out: Path | None, as_json: bool) -> None:
     screen = Screen(as_json)
     out = directory / "report.html" if out is None else out
     if out.suffix not in (".html", ".htm"):
-        raise UsageError(f"{out}: a page ends in .html")
-    found = read_findings(directory)
-    content = study_page(found)
+        raise UsageError(f"{out}: give a file that ends in .html")
+    findings = read_findings(directory)
+    content = study_page(findings)
     write_atomically(out, content)
-    strange = [file.name for file in found.files if not file.understood]
-    for file in found.files:
+    unrecognised = [file.name for file in findings.files if not file.understood]
+    for file in findings.files:
         if not file.understood:
             screen.warn(f"{directory / file.name}: {file.kind}")
     shown = {
-        "steering": [one.file for one in found.steering],
-        "searches": [one.file for one in found.searches],
-        "ablations": [one.file for one in found.ablations],
-        "neurons": [one.file for one in found.neurons],
-        "edits": [one.file for one in found.edits],
-        "choices": [one.file for one in found.choices],
+        "steering": [result.file for result in findings.steering],
+        "searches": [result.file for result in findings.searches],
+        "ablations": [result.file for result in findings.ablations],
+        "neurons": [result.file for result in findings.neurons],
+        "edits": [result.file for result in findings.edits],
+        "choices": [result.file for result in findings.choices],
     }
-    screen.result({"out": out, "bytes": len(content), "shown": shown, "not_understood": strange}, out)
+    screen.result({"out": out, "bytes": len(content), "shown": shown, "not_understood": unrecognised}, out)

@@ -1,4 +1,4 @@
-"""``broca run``: a whole job from one recipe."""
+"""``broca run``: the whole pipeline from one recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line
-from cli.corpora import tell, tell_read
+from cli.corpora import note_files, read_table
 from cli.options import IN_FILE, OUT_DIRECTORY, dry_run_option, json_option, max_memory_option
 from cli.screen import Screen
 from cli.tables import report_table, say_samples
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @click.command("run")
 @click.argument("recipe_path", metavar="RECIPE.toml", type=IN_FILE)
-@click.option("--out", type=OUT_DIRECTORY, help="Directory of the results, in place of the recipe's.")
+@click.option("--out", type=OUT_DIRECTORY, help="Directory of the results.  [default: as in the recipe]")
 @max_memory_option
 @dry_run_option
 @json_option
 def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Identify, take directions, edit, export and measure, as RECIPE.toml says.
+    """Identify neurons, estimate directions, edit, export and evaluate as RECIPE.toml says.
 
-    Stages that are done and unchanged are skipped, so an interrupted run goes on where it stopped.
+    Stages that are finished and unchanged are skipped, so the same command resumes an interrupted run.
 
     \b
     Example:
@@ -43,12 +43,15 @@ def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -
 
         show(Screen(as_json), recipe.model, recipe.device, recipe.dtype, partial(needs, recipe))
         return
-    asked = {"command": command_line(out=recipe.out), **recipe_read(recipe_path, str(recipe_path))}
-    run_recipe(recipe, Screen(as_json), asked)
+    provenance = {
+        "command": command_line(out=recipe.out),
+        **recipe_provenance(recipe_path, str(recipe_path)),
+    }
+    run_recipe(recipe, Screen(as_json), provenance)
 
 
-def recipe_read(path: Path, name: str) -> dict[str, Any]:
-    """What files of figures keep of the recipe: its text, and its file by this name, with a digest."""
+def recipe_provenance(path: Path, name: str) -> dict[str, Any]:
+    """The recipe as result files store it: its text, and the file by this name with its digest."""
     from editing.study.provenance import file_read
 
     return {
@@ -57,19 +60,20 @@ def recipe_read(path: Path, name: str) -> dict[str, Any]:
     }
 
 
-def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None:
-    """Run, print the tables, some text of base and checkpoint, and the paths last."""
+def run_recipe(recipe: Recipe, screen: Screen, provenance: Mapping[str, Any]) -> None:
+    """Run a recipe and print its tables, sample texts of base and checkpoint, and paths."""
     from editing.pipeline.run import run
     from neurons.scorers.registry import method_of
     from neurons.text.token_budget import LOSSES, budget_of
 
-    tell(screen, recipe.corpus, recipe.languages)
-    result = run(recipe, screen, asked)
+    note_files(screen, recipe.corpus, recipe.languages)
+    result = run(recipe, screen, provenance)
     method = method_of(recipe.method)
-    least = budget_of(method.moments, method.reads).minimum, LOSSES.minimum
-    for read, few, what in zip(result.read, least, ("neurons are from", "likelihoods are of"), strict=True):
+    min_tokens = budget_of(method.moments, method.reads).minimum, LOSSES.minimum
+    titles = "text read for the neurons", "text read for the likelihoods"
+    for read, minimum, title in zip(result.read, min_tokens, titles, strict=True):
         if read:
-            tell_read(screen, read, few, f"text that {what}")
+            read_table(screen, read, minimum, title)
     screen.table(
         f"{recipe.method}: language neurons",
         ["language", "neurons"],
@@ -77,7 +81,7 @@ def run_recipe(recipe: Recipe, screen: Screen, asked: Mapping[str, Any]) -> None
     )
     for language, count in result.neurons.items():
         if count == 0:
-            screen.warn(f"{recipe.method} found no neuron for {language}")
+            screen.warn(f"{recipe.method} found no neurons for {language}")
     for report in result.reports:
         report_table(screen, report)
         for outcome in (report.outcomes[0], report.outcomes[-1]):

@@ -1,4 +1,4 @@
-"""What a person sees: tables on stdout, progress on stderr, or one JSON object and nothing else."""
+"""Output of the commands: tables on stdout and progress on stderr, or only one JSON object."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """Work done a second."""
+    """Column with units per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -37,28 +37,28 @@ class _Rate(ProgressColumn):
 
 
 class Screen:
-    """Prints for people, or collects for machines.
+    """The output of one command.
 
     Args:
-        as_json: print nothing but one JSON object, at the end.
+        as_json: print only one JSON object, at the end.
     """
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
         self._out = Console(highlight=False, soft_wrap=False, width=None)
         if not self._out.is_terminal:
-            # A pipe has no width, and a table that is folded is hard to read by program or in a log.
+            # A pipe has no width, and folded tables are hard to read in a log.
             self._out = Console(highlight=False, width=250)
         self._err = Console(stderr=True, highlight=False)
 
     def stage(self, name: str, state: str) -> None:
-        """A stage begins, or is skipped."""
+        """Print that a stage begins or is skipped."""
         if not self.as_json:
             self._err.print(f"{name}: {state}", markup=False)
 
     @contextmanager
     def copying(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar for a writer that tells (bytes done, bytes in all)."""
+        """A progress bar in bytes; its callback accepts (bytes done, total bytes)."""
         with self._bar([BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -71,7 +71,7 @@ class Screen:
 
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-        """A bar with rate and time left on a terminal; silent in a pipe and with --json."""
+        """A progress bar with rate and time left on a terminal; nothing in a pipe and with --json."""
         columns: list[ProgressColumn] = [_Rate(), TimeElapsedColumn()]
         if total is not None:
             columns = [BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
@@ -82,10 +82,10 @@ class Screen:
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], words: int = 1
     ) -> None:
-        """Print a table; the first ``words`` columns are text, the others are numbers."""
+        """Print a table whose first ``words`` columns are text and the others numbers."""
         if self.as_json:
             return
-        # Not as the table's own title, which is folded at the width of the table.
+        # Table(title=...) would fold the title at the width of the table.
         self._out.print(Text(title, style="bold"), soft_wrap=True)
         table = Table()
         for i, column in enumerate(columns):
@@ -95,20 +95,20 @@ class Screen:
         self._out.print(table)
 
     def say(self, text: str) -> None:
-        """A line of the result."""
+        """Print a line of the result."""
         if not self.as_json:
             self._out.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A line on stderr that the user should not miss."""
+        """Print a warning on stderr, with --json too."""
         click.echo(f"broca: warning: {text}", err=True)
 
     def note(self, text: str) -> None:
-        """A line on stderr that explains what was done, with --json too."""
+        """Print a note on stderr, with --json too."""
         click.echo(f"broca: note: {text}", err=True)
 
     def result(self, value: dict[str, Any], path: Any = None) -> None:
-        """The end of a command: the object with --json, else the path of what was written."""
+        """End a command: print the object with --json, else the path of the output."""
         if self.as_json:
             from neurons.files.artifact import json_bytes
 

@@ -18,22 +18,22 @@ SHOWN_SITE = "block_out"
 
 
 def direction_table(screen: Screen, direction: Direction) -> dict[str, list[float]]:
-    """A row a layer: how long the direction is at each site, and what its method measured.
+    """Print the norm of the direction at each site and the measures of its method, one row per layer.
 
     Returns:
-        Site -> the lengths.
+        Site -> norms by layer.
     """
     from editing.directions.diffmean import OUTPUT_SITES
 
-    # A file has its tensors and its metadata by name: one order for both.
+    # The order must not depend on the order in the file.
     sites = [site for site in OUTPUT_SITES if site in direction.vectors]
     norms = {site: direction.vectors[site].norm(dim=1).tolist() for site in sites}
     measures = dict(sorted(direction.metadata.get("measures", {}).get(SHOWN_SITE, {}).items()))
     method = direction.metadata.get("method") or "direction"
     title = "DiffMean" if method == "diffmean" else method
     screen.table(
-        f"{title}, {direction.source} to {direction.target}: length of the direction"
-        + (f", and its measures at {SHOWN_SITE}" if measures else ""),
+        f"{title}, {direction.source} to {direction.target}: norm of the direction"
+        + (f", measures at {SHOWN_SITE}" if measures else ""),
         ["layer", *norms, *measures],
         [
             [str(layer), *values]
@@ -44,24 +44,25 @@ def direction_table(screen: Screen, direction: Direction) -> dict[str, list[floa
     for site in [site for site in sites if site in windows]:
         first, last = windows[site]
         screen.say(f"{site}: strongest and most stable in layers {first}-{last}")
-    for one in direction.metadata.get("autoencoders", []):
+    for autoencoder in direction.metadata.get("autoencoders", []):
+        features = autoencoder["features"]
         screen.say(
-            f"{one['name']}: {len(one['features'])} features are {direction.target}'s own: {one['features'][:20]}"
+            f"{autoencoder['name']}: {len(features)} features are specific to {direction.target}: {features[:20]}"
         )
     return norms
 
 
 def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> None:
-    """A row a module: what changes and by how much."""
+    """Print the changes of a plan, one row per module."""
     from editing.plans.plan import language_pair
 
     metadata = plan.metadata
     pair = language_pair(metadata)
     if pair is not None:
-        what = f"{pair[0]} to {pair[1]}"
+        languages = f"{pair[0]} to {pair[1]}"
     else:
-        what = ", ".join(metadata.get("languages", [])) or "no language named"
-    spreads = any("spread" in edit.notes for edit in plan.edits)
+        languages = ", ".join(metadata.get("languages", [])) or "no language named"
+    stds = any("spread" in edit.notes for edit in plan.edits)
     biases = any(edit.bias is not None for edit in plan.edits)
     rows = []
     for edit in plan.edits:
@@ -74,12 +75,12 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
             notes.get("change_norm"),
             edit.relative_change,
         ]
-        own = [None if edit.bias is None else float(edit.bias.double().norm())] if biases else []
-        rows.append(row + ([notes.get("spread")] if spreads else []) + own)
+        bias_norm = [None if edit.bias is None else float(edit.bias.double().norm())] if biases else []
+        rows.append(row + ([notes.get("spread")] if stds else []) + bias_norm)
     change = plan.relative_change()
-    share = "" if change is None else f", ||dW||/||W|| {change:.3g}"
+    relative = "" if change is None else f", ||dW||/||W|| {change:.3g}"
     screen.table(
-        f"{metadata['method']}, {what}: {plan.components:,} components{share}",
+        f"{metadata['method']}, {languages}: {plan.components:,} components{relative}",
         [
             "layer",
             "module",
@@ -87,7 +88,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
             "rank",
             "||dW||",
             "||dW||/||W||",
-            *(["key spread"] if spreads else []),
+            *(["key std"] if stds else []),
             *(["||bias||"] if biases else []),
         ],
         rows,
@@ -96,7 +97,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
 
 
 def report_table(screen: Screen, report: Report) -> None:
-    """All ways of steering side by side."""
+    """Print the outcomes of a report side by side."""
     from editing.report.tables import outcomes_table
 
     screen.table(report.title, *outcomes_table(report))
@@ -105,6 +106,6 @@ def report_table(screen: Screen, report: Report) -> None:
 
 
 def say_samples(screen: Screen, outcome: Outcome) -> None:
-    """The first few prompts, and what was written after them."""
+    """Print three prompts with the generated text."""
     for sample in outcome.samples[:3]:
         screen.say(f"  {sample.prompt} | {sample.line}")

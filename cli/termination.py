@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as an exception does, so that what it made for the time being is put away."""
+"""SIGTERM as an exception, so that a command removes its temporary files."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from contextlib import contextmanager
 from threading import current_thread, main_thread
 from typing import Any
 
-STATUS = 128 + signal.SIGTERM  # as shells have it
+STATUS = 128 + signal.SIGTERM  # the convention of shells
 
 
 class Terminated(SystemExit):
-    """No KeyboardInterrupt, which some libraries drop."""
+    """SIGTERM was received; not a KeyboardInterrupt, which some libraries swallow."""
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated inside the block.
+    """Context in which SIGTERM raises Terminated.
 
-    Nothing changes where the signal is ignored or somebody handles it already, and outside the main thread,
-    where no handler may be set.
+    It has no effect if the signal is ignored or already handled, and outside the main thread, where Python does
+    not allow handlers.
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or current_thread() is not main_thread():
         yield
         return
 
     def terminated(*_: Any) -> None:
-        # A second one ends the process at once.
+        # A second SIGTERM ends the process immediately.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise Terminated(STATUS)
 

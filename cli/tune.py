@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.corpora import tell, tell_read
+from cli.corpora import note_files, read_table
 from cli.loading import announced
 from cli.options import (
     IN_DIRECTORY,
@@ -21,9 +21,11 @@ from cli.options import (
     device_options,
     dry_run_option,
     json_option,
+    languages_option,
     model_argument,
     out_option,
     tokens_option,
+    writing_options,
 )
 from cli.screen import Screen
 
@@ -37,78 +39,80 @@ if TYPE_CHECKING:
 
 PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
-SAMPLES = 2  # continuations a prompt; of what is reported, at least
+SAMPLES = 2  # continuations per prompt; the minimum for the report
 
 
 @click.command("tune")
 @model_argument
 @click.option(
     "--corpus",
-    "corpus_path",
     type=IN_DIRECTORY,
     required=True,
-    help="Directory of <language>.txt, .jsonl or .parquet of source, target and at least one more language.",
+    help="Directory of <language>.txt, .jsonl or .parquet, of source, target and at least one other language.",
 )
-@click.option("--languages", type=CommaSeparated(), help="Which of the corpus, as en,fr,de.  [default: all]")
+@languages_option
 @click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
-@click.option("--target", type=LANGUAGE, required=True, help="Language that the answers are to be in.")
+@click.option("--target", type=LANGUAGE, required=True, help="Language of the answers.")
 @click.option(
     "--methods",
     type=CommaSeparated(),
     default="keyed",
     show_default=True,
-    help="Of the permanent methods of `broca edit --method list`; several are searched together.",
+    help="Methods of `broca edit --method list` to search; several are searched together.",
 )
-@click.option("--layers", help="Layers that may change, as 1-3 or 1,2,5.  [default: all]")
+@click.option("--layers", help="Layers to edit, as 1-3 or 1,2,5.  [default: all]")
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
     default=40,
     show_default=True,
-    help="Edits to try, earlier runs included.",
+    help="Number of edits to try, including earlier runs.",
 )
 @click.option(
-    "--prompts", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many a trial."
+    "--prompts",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Maximum number of prompts per trial.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
-    help="Continuations a prompt.  [default: 2; 1 at temperature 0]",
+    help="Continuations per prompt.  [default: 2, or 1 at temperature 0]",
 )
 @click.option(
     "--lines",
     type=click.IntRange(min=1),
     default=25,
     show_default=True,
-    help="Of each third language, read in a trial.",
+    help="Lines per third language and trial.",
 )
-@click.option("--new-tokens", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--temperature", type=FiniteRange(min=0), default=0.7, show_default=True)
+@writing_options(40, 0.7)
 @click.option(
     "--goal-share", type=FiniteRange(min=0, min_open=True), default=0.95, show_default=True,
-    help="Of what the model reaches on target prompts, at least.",
+    help="Minimum target-language rate, as a fraction of the rate on target prompts.",
 )  # fmt: skip
 @click.option(
     "--goal-gap", type=FiniteRange(min=0, min_open=True), default=0.3, show_default=True,
-    help="Fluency gap, nats a token, at most.",
+    help="Maximum fluency gap, in nats a token.",
 )  # fmt: skip
 @click.option(
     "--goal-rise", type=FiniteRange(min=0, min_open=True), default=0.05, show_default=True,
-    help="NLL rise of any third language, nats a token, at most.",
+    help="Maximum NLL rise of any third language, in nats a token.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search and the sampling.")
 @tokens_option
 @device_options
 @dry_run_option
-@out_option("Directory of the results; a search that was stopped goes on there.", directory=True)
+@out_option("Directory of the results, and of an interrupted search to resume.", directory=True)
 @json_option
 def command(**options: Any) -> None:
-    """Search for the edit of MODEL that steers best at the least harm.
+    """Search for the edit of MODEL (hub id or directory) that steers best with the least harm.
 
-    The direction is taken from one half of the text, edits are tried on a quarter, and the chosen one is
-    reported on the last quarter.  A trial takes as long as --prompts times --samples continuations of
-    --new-tokens tokens; hopeless ones are given up early.  The disk holds plans, pictures and numbers, no
-    checkpoint.  Ctrl-C ends the search with what it has found so far; the same command goes on.
+    The direction is estimated on half of the text, edits are tried on a quarter, and the chosen edit is reported on
+    the last quarter.  A trial takes as long as --prompts times --samples continuations of --new-tokens tokens; poor
+    trials stop early.  The output has plans, plots and figures, but no checkpoint.  Ctrl-C ends the search with the
+    best edit so far; the same command resumes it.
 
     \b
     Example:
@@ -135,72 +139,81 @@ def command(**options: Any) -> None:
     from neurons.text.corpus import read_corpus
     from neurons.text.token_budget import DIRECTIONS
 
-    asked = SimpleNamespace(**options)
-    screen = Screen(asked.as_json)
-    if asked.samples is None:
-        asked.samples = 1 if asked.temperature == 0 else SAMPLES
-    check_samples(asked.samples, asked.temperature)
-    searched_named(asked.methods)
-    _require_own_directory(asked.out, STUDY)
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    if arguments.samples is None:
+        arguments.samples = 1 if arguments.temperature == 0 else SAMPLES
+    check_samples(arguments.samples, arguments.temperature)
+    searched_named(arguments.methods)
+    _require_search_directory(arguments.out, STUDY)
     corpora = {
-        part: replace(read_corpus(asked.corpus_path, asked.languages, part), tokens=asked.tokens)
+        part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
         for part in PARTS
     }
-    tell(screen, asked.corpus_path, asked.languages)
-    third_languages(corpora["choose"], asked.source, asked.target)
+    note_files(screen, arguments.corpus, arguments.languages)
+    third_languages(corpora["choose"], arguments.source, arguments.target)
     check_languages(corpora["choose"].languages)
-    if asked.dry_run:
-        _dry_run(screen, asked, corpora)
+    if arguments.dry_run:
+        _dry_run(screen, arguments, corpora)
         return
-    loaded = announced(screen, load_model(asked.model, asked.device, asked.dtype))
-    layers = None if asked.layers is None else parse_layers(asked.layers, loaded.anatomy.layers)
-    goals = Goals(asked.goal_share, asked.goal_gap, asked.goal_rise)
+    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    layers = None if arguments.layers is None else parse_layers(arguments.layers, loaded.anatomy.layers)
+    goals = Goals(arguments.goal_share, arguments.goal_gap, arguments.goal_rise)
     with screen.progress("Reading", None, "tokens") as advance:
-        direction = diffmean_direction(loaded, corpora["estimate"], asked.source, asked.target, advance)
-    tell_read(screen, direction.metadata["read"], DIRECTIONS.minimum, "text that the direction is from")
+        direction = diffmean_direction(
+            loaded, corpora["estimate"], arguments.source, arguments.target, advance
+        )
+    read_table(screen, direction.metadata["read"], DIRECTIONS.minimum, "text read for the direction")
     material = Material(
-        loaded, corpora["estimate"], asked.source, asked.target, directions=(direction,), layers=layers
+        loaded,
+        corpora["estimate"],
+        arguments.source,
+        arguments.target,
+        directions=(direction,),
+        layers=layers,
     )
-    found = spaces(material, asked.methods)
+    search_spaces = spaces(material, arguments.methods)
     scoring = Scoring(
         loaded,
         corpora["choose"],
-        asked.source,
-        asked.target,
-        prompts=asked.prompts,
-        samples=asked.samples,
-        lines=asked.lines,
-        seed=asked.seed,
-        new_tokens=asked.new_tokens,
-        temperature=asked.temperature,
+        arguments.source,
+        arguments.target,
+        prompts=arguments.prompts,
+        samples=arguments.samples,
+        lines=arguments.lines,
+        seed=arguments.seed,
+        new_tokens=arguments.new_tokens,
+        temperature=arguments.temperature,
     )
     search = Search(
         scoring,
-        found,
+        search_spaces,
         partial(applied, loaded),
-        asked.out / STUDY,
-        _identity(asked, loaded, corpora, {name: space.as_json() for name, space in found.items()}),
+        arguments.out / STUDY,
+        _identity(
+            arguments, loaded, corpora, {name: space.as_json() for name, space in search_spaces.items()}
+        ),
         goals,
-        asked.seed,
+        arguments.seed,
     )
-    already = len(search.trials)
-    if already:
-        screen.stage("search", f"{already} trials of an earlier run are kept")
-    with screen.progress("Searching", asked.trials, "trials") as advance:
-        advance(min(already, asked.trials))
-        ended = search.run(asked.trials, lambda trial: advance(1))
+    earlier = len(search.trials)
+    if earlier:
+        screen.stage("search", f"continues after {earlier} trials of an earlier run")
+    with screen.progress("Searching", arguments.trials, "trials") as advance:
+        advance(min(earlier, arguments.trials))
+        finished = search.run(arguments.trials, lambda trial: advance(1))
     if not search.trials:
         raise click.exceptions.Abort
-    if ended:
+    if finished:
         screen.stage("confirm", "...")
-    # Without sampling, another seed writes the same again.
-    seeds = [] if asked.temperature == 0 else [asked.seed + 1, asked.seed + 2]
-    trials = confirmed(search, seeds=seeds) if ended else search.trials
+    # Without sampling, every seed gives the same text.
+    seeds = [] if arguments.temperature == 0 else [arguments.seed + 1, arguments.seed + 2]
+    trials = confirmed(search, seeds=seeds) if finished else search.trials
     choice = choose(trials, goals, scoring.ceiling)
     plan = search.plan(choice.trial)
     result = SearchResult(
-        source=asked.source,
-        target=asked.target,
+        source=arguments.source,
+        target=arguments.target,
         goals=goals,
         ceiling=scoring.ceiling,
         trials=tuple(trials),
@@ -208,8 +221,8 @@ def command(**options: Any) -> None:
         chosen=choice.trial.number,
         chosen_meets_goals=choice.met,
         why=choice.why,
-        report=_reported(screen, asked, loaded, corpora["report"], plan, goals) if ended else None,
-        finished=ended,
+        report=_reported(screen, arguments, loaded, corpora["report"], plan, goals) if finished else None,
+        finished=finished,
         about={
             "identity": search.identity,
             "edit": PLAN,
@@ -219,70 +232,70 @@ def command(**options: Any) -> None:
             "packages": measured_by("optuna"),
             "processor": processor(loaded.device),
             "command": command_line(
-                languages=asked.languages or corpora["report"].languages,
-                samples=asked.samples,
+                languages=arguments.languages or corpora["report"].languages,
+                samples=arguments.samples,
                 **loaded_as(loaded),
             ),
         },
     )
-    plan.save(asked.out / PLAN)
+    plan.save(arguments.out / PLAN)
     figure = front_figure(result)
     for kind in FORMATS:
-        save_figure(figure, asked.out / f"front.{kind}")
-    write_atomically(asked.out / RESULT, json_bytes(search_document(result)))
-    _show(screen, result, asked.out)
-    if not ended:
+        save_figure(figure, arguments.out / f"front.{kind}")
+    write_atomically(arguments.out / RESULT, json_bytes(search_document(result)))
+    _show(screen, result, arguments.out)
+    if not finished:
         raise click.exceptions.Abort
 
 
-def _dry_run(screen: Screen, asked: SimpleNamespace, corpora: dict[str, Corpus]) -> None:
+def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corpus]) -> None:
     from cli.dry_run import dry_run
     from editing.pipeline.needs import direction_need, evaluation_need, key_need
     from neurons.recording.needs import text_of
 
     def needs(planned: LoadedModel) -> list[Need]:
         text = {part: text_of(planned, corpora[part]) for part in ("estimate", "report")}
-        keys = [key_need(planned, text["estimate"])] if {"keyed", "bake"} & {*asked.methods} else []
+        keys = [key_need(planned, text["estimate"])] if {"keyed", "bake"} & {*arguments.methods} else []
         return [direction_need(planned, text["estimate"]), *keys, evaluation_need(planned, text["report"])]
 
-    dry_run(screen, asked.model, asked.device, asked.dtype, needs)
+    dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
 
 
-def _require_own_directory(out: Path, study: str) -> None:
+def _require_search_directory(out: Path, study: str) -> None:
     from neurons.errors import BrocaError
 
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / study).is_file())):
-        raise BrocaError(f"{out}: exists and is not the directory of an earlier search: choose another --out")
+        raise BrocaError(f"{out} exists and is not the directory of an earlier search: choose another --out")
 
 
 def _identity(
-    asked: SimpleNamespace, loaded: LoadedModel, corpora: dict[str, Corpus], knobs: dict[str, Any]
+    arguments: SimpleNamespace, loaded: LoadedModel, corpora: dict[str, Corpus], knobs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that decides what a trial measures; keys are what a refusal calls them."""
+    """Everything that determines the figures of a trial; error messages name the keys."""
     return {
         "model": loaded.fingerprint,
         "corpus": {part: corpus.digest for part, corpus in corpora.items()},
-        "source": asked.source,
-        "target": asked.target,
-        "methods": list(asked.methods),
-        "layers": asked.layers,
+        "source": arguments.source,
+        "target": arguments.target,
+        "methods": list(arguments.methods),
+        "layers": arguments.layers,
         "knobs": knobs,
-        "prompts": asked.prompts,
-        "samples": asked.samples,
-        "lines": asked.lines,
-        "new tokens": asked.new_tokens,
-        "temperature": asked.temperature,
-        "goals": [asked.goal_share, asked.goal_gap, asked.goal_rise],
-        "seed": asked.seed,
+        "prompts": arguments.prompts,
+        "samples": arguments.samples,
+        "lines": arguments.lines,
+        "new tokens": arguments.new_tokens,
+        "temperature": arguments.temperature,
+        "goals": [arguments.goal_share, arguments.goal_gap, arguments.goal_rise],
+        "seed": arguments.seed,
         "device": str(loaded.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
 
 
 def _reported(
-    screen: Screen, asked: SimpleNamespace, loaded: LoadedModel, corpus: Corpus, plan: Plan, goals: Goals
+    screen: Screen, arguments: SimpleNamespace, loaded: LoadedModel, corpus: Corpus, plan: Plan, goals: Goals
 ) -> Reported:
-    """The unedited and the edited model on text that nothing was chosen on."""
+    """The unedited and the edited model on the reporting part of the text."""
     from editing.evaluation.evaluation import Evaluation
     from editing.plans.applied import applied
     from editing.study.search_report import goals_met
@@ -292,13 +305,13 @@ def _reported(
         evaluation = Evaluation(
             loaded,
             corpus,
-            asked.source,
-            asked.target,
-            samples=asked.samples if asked.temperature == 0 else max(asked.samples, SAMPLES),
-            max_prompts=asked.prompts,
-            seed=asked.seed,
-            new_tokens=asked.new_tokens,
-            temperature=asked.temperature,
+            arguments.source,
+            arguments.target,
+            samples=arguments.samples if arguments.temperature == 0 else max(arguments.samples, SAMPLES),
+            max_prompts=arguments.prompts,
+            seed=arguments.seed,
+            new_tokens=arguments.new_tokens,
+            temperature=arguments.temperature,
         )
         advance(1)
         details = {
@@ -308,7 +321,7 @@ def _reported(
         }
         edited = evaluation.measure("tuned edit", partial(applied, loaded, plan), details, kl=True)
         advance(1)
-    met = goals_met(edited, evaluation.ceiling, asked.source, asked.target, goals)
+    met = goals_met(edited, evaluation.ceiling, arguments.source, arguments.target, goals)
     return Reported(evaluation.ceiling, evaluation.continuations, met, (evaluation.base, edited))
 
 
@@ -319,7 +332,7 @@ def _show(screen: Screen, search: SearchResult, out: Path) -> None:
 
     early = sum(trial.state != "measured" for trial in search.trials)
     screen.table(
-        f"front of {len(search.trials)} edits ({early} not measured in full), on the part that edits are chosen on",
+        f"Pareto front of {len(search.trials)} edits ({early} stopped early), on the choosing part",
         COLUMNS,
         rows(search),
         words=3,
@@ -327,11 +340,11 @@ def _show(screen: Screen, search: SearchResult, out: Path) -> None:
     screen.say(f"* trial {search.chosen}: {search.why}")
     report = search.result
     if report is None or search.report is None:
-        screen.say("the search was stopped, so nothing is reported: the same command goes on")
+        screen.say("the search was interrupted before the report: the same command resumes it")
     else:
         report_table(screen, report)
         missed = [name for name, met in search.report.goals_met.items() if not met]
-        screen.say(f"goals on this part: {'not met: ' + ', '.join(missed) if missed else 'all met'}")
+        screen.say(f"goals on the reporting part: {'not met: ' + ', '.join(missed) if missed else 'all met'}")
         say_samples(screen, report.outcomes[-1])
-    screen.say(f"all trials and front: {out / RESULT} {out / 'front.png'}")
+    screen.say(f"all trials, and a plot of the front: {out / RESULT} {out / 'front.png'}")
     screen.result({"out": out, **search_document(search)}, out / PLAN)

@@ -1,4 +1,4 @@
-"""Makes the site's API pages, one a room, from the folders, so that no module can be missed."""
+"""Generates the API pages of the site, one per folder of the packages, so that every module is included."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ PACKAGES = ("neurons", "editing")
 
 
 def public(package):
-    """Public name -> the module that has it, as the package's `_PUBLIC` says, without importing it."""
+    """Public name -> its module, from `_PUBLIC` of the package, which is not imported."""
     for node in ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC":
             return ast.literal_eval(node.value)
@@ -19,23 +19,23 @@ def public(package):
 
 
 def pages():
-    """Path of a page -> its Markdown."""
-    made = {}
+    """Path of each page -> its Markdown."""
+    contents = {}
     start = ["# API reference", "Public names, imported from the package itself:"]
     for package in PACKAGES:
-        # A link whose target no page documents fails the build.
+        # A link without a documented target fails the build.
         names = [f"* [`{package}.{name}`][{home}.{name}]" for name, home in public(package).items()]
         start += [f"## `{package}`", "\n".join(names)]
-        rooms = {}
+        folders = {}
         for path in sorted((ROOT / package).rglob("*.py")):
             module = path.relative_to(ROOT).with_suffix("")
             if module.name != "__init__":
-                rooms.setdefault(".".join(module.parts[:2]), []).append(".".join(module.parts))
-        for room, modules in rooms.items():
+                folders.setdefault(".".join(module.parts[:2]), []).append(".".join(module.parts))
+        for folder, modules in folders.items():
             entries = [f"## `{name}`\n\n::: {name}" for name in modules]
-            made[f"api/{room}.md"] = "\n\n".join([f"# {room}", *entries]) + "\n"
-    made["api/index.md"] = "\n\n".join(start) + "\n"
-    return made
+            contents[f"api/{folder}.md"] = "\n\n".join([f"# {folder}", *entries]) + "\n"
+    contents["api/index.md"] = "\n\n".join(start) + "\n"
+    return contents
 
 
 def on_config(config):
@@ -45,7 +45,7 @@ def on_config(config):
 
 
 def on_files(files, config):
-    # The README is a page of the site too, since pages refer to it; files that the site lacks are named only.
+    # The README is a page too, because other pages link to it; links to files outside the site become text.
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = re.sub(r"\[([^]]+)\]\((?!docs/|#|https?:)[^)]+\)", r"\1", readme).replace("](docs/", "](")
     for path, text in {**pages(), "overview.md": readme}.items():

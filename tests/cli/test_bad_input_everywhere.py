@@ -1,8 +1,8 @@
-"""Bad input to every command: one sentence that names it, the right exit status, nothing written.
+"""Bad input to every command: one sentence with the offending value, the exit status, and no output.
 
-Status 2 is for what the user can see in the command line, or wrote himself: paths that are not there or of the
-wrong sort, places that cannot be written to, unknown names, a corpus.  Status 1 is for what lies inside a file
-that a program wrote: damaged, of another kind, made from another model.
+Status 2 is for errors in the command line or a corpus: paths that do not exist or have the wrong type, outputs that
+cannot be written, unknown names.  Status 1 is for the content of files from programs: damaged, of another kind, or made
+for another model.
 """
 
 import json
@@ -19,14 +19,14 @@ from neurons.neuron_sets.neuron_set import neuron_set
 from neurons.statistics.statistics import Statistics
 
 D, WIDTH, LAYERS = 64, 48, 3
-# What stands in a command for what it is run with.
+# Placeholders in the commands.
 BAD, OUT, MODEL, TEXT = "{BAD}", "{OUT}", "{MODEL}", "{TEXT}"
 KINDS = ("neurons", "statistics", "direction", "edit")
 LANGUAGES = ("en", "fr", "de")
 GOOD = {kind: f"{{{kind}}}" for kind in KINDS}
 PAIR = ["--source", "en", "--target", "fr"]
 
-# place -> (the command with what is bad in it, kind of file, whether it is made from a model)
+# option -> (command with a bad file, kind of file, whether the file has the fingerprint of a model)
 FILES = {
     "identify --statistics": (["identify", "--statistics", BAD, "--method", "lape", "--out", OUT], "statistics", False),
     "identify --like": (["identify", "--method", "random", "--like", BAD, "--out", OUT], "neurons", False),
@@ -113,7 +113,7 @@ MODELS = {
     "generate": ["generate", BAD, "--prompts", "abe", "--out", OUT],
     "generate --against": ["generate", MODEL, "--against", BAD, "--prompts", "abe", "--out", OUT],
 }
-# The commands with their output; a directory is to be made by those that name one here.
+# option -> (command with a bad output, whether the output is a file or a directory)
 OUTPUTS = {
     "record": (["record", MODEL, "--corpus", TEXT, "--out", BAD], "file"),
     "identify": (["identify", MODEL, "--corpus", TEXT, "--out", BAD], "file"),
@@ -204,7 +204,7 @@ def model(checkpoint_of):
 
 
 def write_kinds(directory, fingerprint):
-    """A small file of every kind, of the tiny llama's shapes."""
+    """Write a small file of every kind with the shapes of the tiny llama."""
     about = {"model": "tiny", "fingerprint": fingerprint, "method": "m", "settings": {}}
     rows = torch.tensor([[0, 1], [1, 2]])
     members = dict.fromkeys(LANGUAGES, rows)
@@ -238,7 +238,7 @@ def good(tmp_path_factory, model):
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, good):
-    """Everything that is wrong with a file, by what it is called."""
+    """A directory of bad files, by name."""
     directory = tmp_path_factory.mktemp("bad")
     (directory / "empty.safetensors").write_bytes(b"")
     (directory / "text.safetensors").write_text("Once upon a time.\n" * 20)
@@ -256,9 +256,9 @@ def bad(tmp_path_factory, good):
 
 @pytest.fixture
 def refused(broca, model, good, known_text, tmp_path):
-    """Run a command that must be refused: its one sentence, once it is known that nothing was written."""
+    """Run a command that must fail with one sentence and no output; return the sentence."""
 
-    def run(command, bad, expected, named=None):
+    def run(command, bad, expected_status, value=None):
         names = {"MODEL": model, "TEXT": known_text, "BAD": bad, "OUT": tmp_path / "results" / "out"}
         names |= {kind: good / f"{kind}.safetensors" for kind in KINDS}
         words = [word.format(**names) for word in command]
@@ -267,8 +267,8 @@ def refused(broca, model, good, known_text, tmp_path):
         lines = err.splitlines()
         assert "Traceback" not in err and "unexpected" not in err, err
         assert len(lines) == 1 and lines[0].startswith("broca: "), err
-        assert status == expected, err
-        assert str(bad if named is None else named) in err
+        assert status == expected_status, err
+        assert str(bad if value is None else value) in err
         assert out == ""
         assert everything(tmp_path) == before
         return err
@@ -281,73 +281,71 @@ def everything(directory):
 
 
 @pytest.mark.parametrize("fault", ["missing", "a directory"])
-@pytest.mark.parametrize("place", FILES)
-def test_a_path_that_is_no_file(refused, bad, place, fault):
-    if (place, fault) == ("inspect", "a directory"):
+@pytest.mark.parametrize("option", FILES)
+def test_a_path_that_is_no_file(refused, bad, option, fault):
+    if (option, fault) == ("inspect", "a directory"):
         pytest.skip("a checkpoint's directory is shown")
-    command, _, _ = FILES[place]
+    command, _, _ = FILES[option]
     refused(command, bad / ("none.safetensors" if fault == "missing" else "folder"), 2)
 
 
 @pytest.mark.parametrize("fault", ["empty", "text", "truncated", "no header"])
-@pytest.mark.parametrize("place", FILES)
-def test_a_damaged_file(refused, bad, place, fault):
-    command, kind, _ = FILES[place]
-    if place == "convert --subtract":
+@pytest.mark.parametrize("option", FILES)
+def test_a_damaged_file(refused, bad, option, fault):
+    command, kind, _ = FILES[option]
+    if option == "convert --subtract":
         pytest.skip("the file before it is read first")
     if fault in ("truncated", "no header"):
         fault = f"{fault} {kind if kind in KINDS else 'neurons'}"
     refused(command, bad / f"{fault}.safetensors", 1)
 
 
-@pytest.mark.parametrize("place", [place for place in FILES if FILES[place][1] is not None])
-def test_a_file_of_another_kind(refused, bad, good, place):
-    command, wanted, _ = FILES[place]
-    others = [good / f"{kind}.safetensors" for kind in KINDS if kind not in wanted]
+@pytest.mark.parametrize("option", [option for option in FILES if FILES[option][1] is not None])
+def test_a_file_of_another_kind(refused, bad, good, option):
+    command, kinds, _ = FILES[option]
+    others = [good / f"{kind}.safetensors" for kind in KINDS if kind not in kinds]
     for path in (*others, bad / "study.json", bad / "unfinished.safetensors"):
-        if place == "edit --vector" and path.suffix != ".safetensors":
-            continue  # an ending that no vectors have is seen in the command line
+        if option == "edit --vector" and path.suffix != ".safetensors":
+            continue  # an unsupported suffix is an error of the command line
         refused(command, path, 1)
 
 
-@pytest.mark.parametrize("place", [place for place in FILES if FILES[place][2]])
-def test_a_file_of_another_model(refused, bad, place):
-    command, kind, _ = FILES[place]
+@pytest.mark.parametrize("option", [option for option in FILES if FILES[option][2]])
+def test_a_file_of_another_model(refused, bad, option):
+    command, kind, _ = FILES[option]
     path = bad / "other" / f"{kind}.safetensors"
-    # By its fingerprint at least, where what is refused is no longer a file.
-    said = refused(command, path, 1, "0123456789abcdef")
-    assert "fingerprint" in said
+    assert "fingerprint" in refused(command, path, 1, "0123456789abcdef")
 
 
-@pytest.mark.parametrize("place", DIRECTORIES)
-def test_a_path_that_is_no_directory(refused, good, bad, place):
-    refused(DIRECTORIES[place], bad / "none", 2)
-    refused(DIRECTORIES[place], good / "edit.safetensors", 2)
+@pytest.mark.parametrize("option", DIRECTORIES)
+def test_a_path_that_is_no_directory(refused, good, bad, option):
+    refused(DIRECTORIES[option], bad / "none", 2)
+    refused(DIRECTORIES[option], good / "edit.safetensors", 2)
 
 
-@pytest.mark.parametrize("place", MODELS)
-def test_a_path_that_is_no_model(refused, good, bad, place):
-    refused(MODELS[place], bad / "none", 2)
-    refused(MODELS[place], good / "edit.safetensors", 2)
-    refused(MODELS[place], bad / "folder", 2)
+@pytest.mark.parametrize("option", MODELS)
+def test_a_path_that_is_no_model(refused, good, bad, option):
+    refused(MODELS[option], bad / "none", 2)
+    refused(MODELS[option], good / "edit.safetensors", 2)
+    refused(MODELS[option], bad / "folder", 2)
 
 
-@pytest.mark.parametrize("place", OUTPUTS)
-def test_a_place_that_cannot_be_written_to(refused, bad, tmp_path, monkeypatch, place):
-    command, what = OUTPUTS[place]
+@pytest.mark.parametrize("option", OUTPUTS)
+def test_a_place_that_cannot_be_written_to(refused, bad, tmp_path, monkeypatch, option):
+    command, kind = OUTPUTS[option]
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "folder").mkdir()
     refused(command, tmp_path / "mine" / "out.png", 2)
-    refused(command, tmp_path / ("mine" if what == "directory" else "folder"), 2)
-    # Root may write everywhere, so the system's answer is put in its place.
+    refused(command, tmp_path / ("mine" if kind == "directory" else "folder"), 2)
+    # Root can write everywhere, so os.access is replaced.
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK and allowed(path, mode))
     refused(command, tmp_path / "new" / "out.png", 2)
 
 
-@pytest.mark.parametrize("place", UNKNOWN)
-def test_an_unknown_language(refused, bad, place):
-    refused(UNKNOWN[place], bad / "unused", 2, "xx")
+@pytest.mark.parametrize("option", UNKNOWN)
+def test_an_unknown_language(refused, bad, option):
+    refused(UNKNOWN[option], bad / "unused", 2, "xx")
 
 
 def test_a_recipe_that_is_not_there(refused, bad):
@@ -355,14 +353,14 @@ def test_a_recipe_that_is_not_there(refused, bad):
 
 
 def test_a_usage_mistake_is_one_sentence_too(broca):
-    for arguments, said in (
+    for arguments, value in (
         (["edit", "--nonsense"], "no such option '--nonsense'"),
         (["nonsense"], "no such command 'nonsense'"),
         (["record", "m"], "missing option '--corpus'"),
         (["merge"], "missing argument"),
         (["edit", "--strength", "much"], "'much' is not a number"),
-        (["plot", "x", "y"], "--help` shows how"),
+        (["plot", "x", "y"], "`broca plot --help`"),
     ):
         status, out, err = broca(*arguments)
         assert status == 2 and out == ""
-        assert err.count("\n") == 1 and err.startswith("broca: ") and said in err, err
+        assert err.count("\n") == 1 and err.startswith("broca: ") and value in err, err

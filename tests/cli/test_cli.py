@@ -1,4 +1,4 @@
-"""The commands as a user types them: what they print, what they leave, and how they say no."""
+"""The commands: their output, their files and their errors."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from neurons.errors import UsageError
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """The invented languages under names that the language identifier knows."""
+    """The invented languages under codes that the language identifier knows."""
     written = models.write_corpus(tmp_path_factory.mktemp("text"))
     for invented, known in zip(models.LANGUAGES, ("en", "de", "fr"), strict=True):
         (written / f"{invented}.txt").rename(written / f"{known}.txt")
@@ -62,10 +62,10 @@ def test_the_stages_one_after_the_other(broca, model, text, files):
     assert (checkpoint / "broca" / "edit.safetensors").is_file()
 
     evaluate = ["evaluate", *common, *steps, "--prompts", "4", "--new-tokens", "5"]
-    live, written = files / "live.json", files / "written.json"
-    assert broca(*evaluate, "--edit", edit, "--out", live)[0] == 0
-    assert broca(*evaluate, "--against", checkpoint, "--out", written)[0] == 0
-    first, second = (json.loads(path.read_text())["outcomes"] for path in (live, written))
+    applied, exported = files / "applied.json", files / "exported.json"
+    assert broca(*evaluate, "--edit", edit, "--out", applied)[0] == 0
+    assert broca(*evaluate, "--against", checkpoint, "--out", exported)[0] == 0
+    first, second = (json.loads(path.read_text())["outcomes"] for path in (applied, exported))
     assert [outcome["name"] for outcome in first] == ["base", "edited"]
     for name in ("nll", "kl", "target_share", "samples"):
         assert first[1][name] == second[1][name], name
@@ -79,7 +79,7 @@ def test_inspect_shows_every_kind_of_file(broca, files, name):
     assert status == 0
     assert "┃" in out
     status, out, err = broca("inspect", path, "--json")
-    # The tiny model's edit is larger than its weights, which is warned about.
+    # The edit of the tiny model is larger than its weights, which gives a warning.
     assert status == 0 and all(line.startswith("broca: warning: layer") for line in err.splitlines())
     assert "fingerprint" in json.loads(out)
 
@@ -100,13 +100,13 @@ def test_a_direction_looks_the_same_when_it_is_inspected(broca, model, text, fil
 
 
 def test_the_list_says_what_each_needs(broca):
-    found = json.loads(broca("identify", "--method", "list", "--json")[1])
-    assert found["random"]["needs"] == "--like, or MODEL --languages"
-    assert found["random-matched"]["needs"] == "--like, and --statistics or MODEL --corpus"
-    assert found["lape"]["needs"] == "MODEL --corpus, or --statistics"
-    assert found["culnig"]["needs"] == "MODEL --prompts --control [--recognition]"
+    methods = json.loads(broca("identify", "--method", "list", "--json")[1])
+    assert methods["random"]["needs"] == "--like, or MODEL --languages"
+    assert methods["random-matched"]["needs"] == "--like, and --statistics or MODEL --corpus"
+    assert methods["lape"]["needs"] == "MODEL --corpus, or --statistics"
+    assert methods["culnig"]["needs"] == "MODEL --prompts --control [--recognition]"
     out = broca("identify", "--method", "list")[1]
-    assert all(method["needs"] in out for method in found.values())
+    assert all(method["needs"] in out for method in methods.values())
 
 
 def test_statistics_of_another_model_match_nothing(broca, model, text, files, checkpoint_of):
@@ -145,13 +145,13 @@ def test_the_same_command_twice_gives_the_same_bytes(broca, model, text, files):
         ["edit", model, "--corpus", text, "--direction", files / "direction.safetensors"],
         ["evaluate", model, "--corpus", text, "--source", "en", "--target", "fr", "--prompts", "3"],
     ):
-        # One place for both: what is written may tell the command that wrote it.
-        out, found = files / "again", []
+        # The same path for both, because the output may contain the command.
+        out, contents = files / "again", []
         for _ in range(2):
             assert broca(*command, "--out", out)[0] == 0
-            found.append(out.read_bytes())
+            contents.append(out.read_bytes())
             out.unlink()
-        assert found[0] == found[1], command[0]
+        assert contents[0] == contents[1], command[0]
 
 
 def test_lape_says_which_language_has_no_neurons(broca, model, text, files):
@@ -168,27 +168,27 @@ def test_lape_says_which_language_has_no_neurons(broca, model, text, files):
         files / "few",
         "--json",
     )
-    found = json.loads(out)
+    empty = json.loads(out)["empty"]
     assert status == 0
-    assert found["empty"], "with 1 % of 144 neurons some language has none"
-    assert f"lape found no neuron for {', '.join(found['empty'])}:" in err
+    assert empty, "with 1 % of 144 neurons some language has none"
+    assert ", ".join(empty) in err
 
 
 def changed(text, tmp_path, language, content):
-    """The corpus with one language's file replaced."""
+    """A copy of the corpus in which one file is replaced."""
     copy = shutil.copytree(text, tmp_path / "changed")
     (copy / f"{language}.txt").write_bytes(content)
     return copy
 
 
 def alone(text, tmp_path):
-    """A corpus of one language."""
-    (tmp_path / "one").mkdir()
-    shutil.copy(text / "en.txt", tmp_path / "one")
-    return tmp_path / "one"
+    """A corpus with only English."""
+    (tmp_path / "english").mkdir()
+    shutil.copy(text / "en.txt", tmp_path / "english")
+    return tmp_path / "english"
 
 
-# name -> (arguments from model, text, files and a fresh directory; exit status; what the sentence names)
+# name -> (arguments from model, text, files and an empty directory; exit status; value in the message)
 REFUSALS = {
     "no model": (lambda m, t, f, d: ["identify", "no/such", "--corpus", t], 2, "no/such"),
     "no model directory": (lambda m, t, f, d: ["identify", "./none", "--corpus", t], 2, "./none"),
@@ -229,25 +229,25 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_bad_input_gets_one_sentence(broca, model, text, files, tmp_path, name):
-    arguments, status, named = REFUSALS[name]
+    arguments, expected_status, value = REFUSALS[name]
     out = tmp_path / "result"
-    found, _, err = broca(*arguments(model, text, files, tmp_path), "--out", out)
-    assert found == status, err
-    assert named in one_sentence(err)
+    status, _, err = broca(*arguments(model, text, files, tmp_path), "--out", out)
+    assert status == expected_status, err
+    assert value in one_sentence(err)
     assert not out.exists()
 
 
 def test_export_keeps_what_the_user_owns(broca, model, files):
     export = ["export", model, "--edit", files / "edit.safetensors", "--out"]
     before = {path: path.read_bytes() for path in model.iterdir()}
-    for out, options, named in (
+    for out, options, value in (
         (files / "steered", [], "--overwrite"),
         (model, ["--overwrite"], "source"),
         (model / "inside", [], "source"),
     ):
         status, _, err = broca(*export, out, *options)
         assert status == 1
-        assert named in one_sentence(err)
+        assert value in one_sentence(err)
     assert {path: path.read_bytes() for path in model.iterdir()} == before
     assert broca(*export, files / "steered", "--overwrite")[0] == 0
 
@@ -265,10 +265,10 @@ def test_debug_shows_where(monkeypatch, tmp_path):
         main()
 
 
-@pytest.mark.parametrize("place", [1, 3, 6])
-def test_debug_stands_where_an_option_may(monkeypatch, tmp_path, place):
+@pytest.mark.parametrize("index", [1, 3, 6])
+def test_debug_stands_where_an_option_may(monkeypatch, tmp_path, index):
     words = ["broca", "generate", str(tmp_path / "none"), "--prompts", "a", "--seed=1"]
-    words.insert(place, "--debug")
+    words.insert(index, "--debug")
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(UsageError):
         main()
@@ -276,19 +276,19 @@ def test_debug_stands_where_an_option_may(monkeypatch, tmp_path, place):
 
 @pytest.mark.parametrize("rest", [["--prompts", "--debug"], ["--prompts", "a", "--", "--debug"]])
 def test_debug_that_is_a_value_is_none_of_mains(broca, monkeypatch, tmp_path, rest):
-    told = []
-    monkeypatch.setattr("cli.generate._prompts", lambda given: told.append(given) or ["text"])
+    prompts = []
+    monkeypatch.setattr("cli.generate._read_prompts", lambda given: prompts.append(given) or ["text"])
     status, _, err = broca("generate", tmp_path / "none", *rest)
     assert status == 2 and "Traceback" not in err
     if "--" in rest:
         assert "--debug" in one_sentence(err)  # an argument too many
     else:
-        assert told == [("--debug",)]
+        assert prompts == [("--debug",)]
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_every_help_names_debug(broca, name):
-    for _ in range(2):  # a command that is asked for twice has the option once
+    for _ in range(2):  # loading a command twice must not add the option twice
         status, out, _ = broca(*([name] if name else []), "--help")
         assert status == 0 and out.count("--debug") == 1
 
@@ -297,7 +297,7 @@ def test_every_help_names_debug(broca, name):
 def test_help_of_what_is_slow_or_large_says_so(broca, name):
     out = " ".join(broca(name, "--help")[1].split())
     assert re.search(r"as long as|takes seconds", out)
-    assert re.search(r"disk|bytes a neuron", out)
+    assert re.search(r"disk|bytes per neuron", out)
 
 
 def test_usage_errors_exit_with_2(broca):

@@ -1,4 +1,4 @@
-"""What the commands say of a corpus directory as it lies about, before they read a model."""
+"""Notes and warnings about the files of a corpus, before a model is loaded."""
 
 import json
 
@@ -16,13 +16,13 @@ def model(checkpoint_of):
 
 
 @pytest.fixture
-def lying(tmp_path):
-    """English, French and German text in FLORES' spelling, and what lies beside it."""
-    directory = models.write_corpus(tmp_path / "lying")
+def mixed(tmp_path):
+    """English, French and German text under names of several styles, and other files."""
+    directory = models.write_corpus(tmp_path / "mixed")
     for invented, name in zip(models.LANGUAGES, ("eng_Latn.dev", "fr-CA.txt", "de.TXT"), strict=True):
         (directory / f"{invented}.txt").rename(directory / name)
-    for beside in ("README.txt", "requirements.txt", ".DS_Store"):
-        (directory / beside).write_text("no text of a language\n")
+    for name in ("README.txt", "requirements.txt", ".DS_Store"):
+        (directory / name).write_text("no text of a language\n")
     return directory
 
 
@@ -50,7 +50,7 @@ def direction(tmp_path):
 
 
 PAIR = ("--source", "EN", "--target", "fra_Latn")
-# Every command that reads a corpus, but for the model's name and --corpus.
+# Every command that reads a corpus -> its arguments besides MODEL and --corpus.
 COMMANDS = {
     "record": (),
     "identify": (),
@@ -64,14 +64,14 @@ COMMANDS = {
 
 
 @pytest.fixture
-def reading(broca, lying, tmp_path, neurons, direction):
-    """Run a command on the corpus with a model that is not there: what it says of the corpus comes first."""
+def reading(broca, mixed, tmp_path, neurons, direction):
+    """Run a command on the corpus with a missing model: notes on the corpus come before its error."""
 
     def run(name, *more):
         files = {"NEURONS": neurons, "DIRECTION": direction}
         arguments = [files.get(argument, argument) for argument in COMMANDS[name]]
         out = [] if name == "neuron" else ["--out", tmp_path / "out"]
-        return broca(name, "./no-such-model", *arguments, "--corpus", lying, *more, *out)
+        return broca(name, "./no-such-model", *arguments, "--corpus", mixed, *more, *out)
 
     return run
 
@@ -82,23 +82,23 @@ def test_every_command_says_what_it_reads_as_what(reading, name, json_too):
     status, out, err = reading(name, *json_too)
     assert (status, out) == (2, "") and "no-such-model" in err.splitlines()[-1]
     assert len(notes(err)) == 1 and warnings(err) == []
-    for said in ("eng_Latn.dev is read as en", "fr-CA.txt is read as fr", "README.txt", "requirements.txt"):
-        assert said in notes(err)[0]
+    for value in ("eng_Latn.dev is read as en", "fr-CA.txt is read as fr", "README.txt", "requirements.txt"):
+        assert value in notes(err)[0]
     assert ".DS_Store" not in err and "de.TXT" not in err
 
 
-def test_a_directory_of_many_languages_is_told_in_short(reading, lying):
+def test_a_directory_of_many_languages_is_told_in_short(reading, mixed):
     for i, name in enumerate(
         ("spa", "ita", "por", "nld", "pol", "ces", "swe", "dan", "fin", "hun", "ron", "ell")
     ):
-        (lying / f"{name}_Latn.txt").write_text(f"text {i}\nmore {i}\n" * 4)
-    (said,) = notes(reading("record")[2])
-    assert said.count(" is read as ") == 10 and "4 more" in said and "README.txt" in said
+        (mixed / f"{name}_Latn.txt").write_text(f"text {i}\nmore {i}\n" * 4)
+    (note,) = notes(reading("record")[2])
+    assert note.count(" is read as ") == 10 and "4 more" in note and "README.txt" in note
 
 
-def test_a_run_says_it_too(broca, lying, tmp_path):
+def test_a_run_says_it_too(broca, mixed, tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'model = "./no-such-model"\ncorpus = "{lying}"\nsource = "EN"\ntargets = ["fra"]\n')
+    recipe.write_text(f'model = "./no-such-model"\ncorpus = "{mixed}"\nsource = "EN"\ntargets = ["fra"]\n')
     status, out, err = broca("run", recipe, "--out", tmp_path / "out", "--json")
     assert (status, out, len(notes(err))) == (2, "", 1)
 
@@ -112,49 +112,48 @@ def test_nothing_is_said_of_files_that_nobody_asked_for(reading, name):
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"tune", "evaluate"}))
-def test_a_name_that_is_no_code_is_warned_about_at_the_first_command(reading, lying, name):
-    (lying / "xx.txt").write_text("some other text\nand more\n")
-    (lying / "ceb_Latn.txt").write_text("a language that is not identified\nand more\n")
-    found = warnings(reading(name)[2])
-    assert len(found) == 2
-    assert "'xx'" in found[0] and "ceb" in found[1]
+def test_a_name_that_is_no_code_is_warned_about_at_the_first_command(reading, mixed, name):
+    (mixed / "xx.txt").write_text("some other text\nand more\n")
+    (mixed / "ceb_Latn.txt").write_text("a language that is not identified\nand more\n")
+    label, unknown = warnings(reading(name)[2])
+    assert "'xx'" in label and "ceb" in unknown
     assert warnings(reading(name, "--languages", "de,en")[2]) == []
 
 
 @pytest.mark.parametrize("name", ["tune", "evaluate"])
-def test_what_measures_refuses_such_a_name_before_it_reads_a_model(reading, lying, name):
-    (lying / "xx.txt").write_text("".join(f"some other text {i}\n" for i in range(9)))
+def test_what_measures_refuses_such_a_name_before_it_reads_a_model(reading, mixed, name):
+    (mixed / "xx.txt").write_text("".join(f"some other text {i}\n" for i in range(9)))
     status, _, err = reading(name)
     assert status == 2 and "does not know xx" in err.splitlines()[-1]
 
 
-def test_languages_may_be_named_in_any_spelling(broca, model, lying, tmp_path, neurons):
+def test_languages_may_be_named_in_any_spelling(broca, model, mixed, tmp_path, neurons):
     assert load_neuron_set(neurons).languages == ("en", "fr")
-    out, common = tmp_path / "out.safetensors", (model, "--corpus", lying)
-    found = broca("direction", *common, *PAIR, "--out", out, "--json")
-    assert found[0] == 0, found[2]
-    assert (json.loads(found[1])["source"], json.loads(found[1])["target"]) == ("en", "fr")
+    out, common = tmp_path / "out.safetensors", (model, "--corpus", mixed)
+    status, printed, err = broca("direction", *common, *PAIR, "--out", out, "--json")
+    assert status == 0, err
+    assert (json.loads(printed)["source"], json.loads(printed)["target"]) == ("en", "fr")
     edit = ["edit", *common, "--direction", out, "--languages", "deu,eng_Latn,FR", "--out", tmp_path / "edit"]
     assert broca(*edit)[0] == 0
     scale = ["edit", model, "--method", "scale", "--neurons", neurons, "--factor", "0"]
     assert broca(*scale, "--languages", "fra", "--out", tmp_path / "scaled")[0] == 0
 
 
-def test_a_command_that_is_repeated_reads_the_same_file(broca, model, lying, tmp_path):
-    """zh alone would not say which of the two is meant."""
+def test_a_command_that_is_repeated_reads_the_same_file(broca, model, mixed, tmp_path):
+    """The code zh would be ambiguous."""
     for name in ("zho_Hans", "zho_Hant"):
-        (lying / f"{name}.txt").write_text("".join(f"abe bead {name} {i}\n" for i in range(60)))
-    out, asked = tmp_path / "e.json", ["--languages", "eng_Latn,zho_Hant"]
+        (mixed / f"{name}.txt").write_text("".join(f"abe bead {name} {i}\n" for i in range(60)))
+    out, languages = tmp_path / "e.json", ["--languages", "eng_Latn,zho_Hant"]
     measure = ["--source", "en", "--target", "zho_Hant", "--prompts", "2", "--new-tokens", "2", "--out", out]
-    status, _, err = broca("evaluate", model, "--corpus", lying, *asked, *measure)
+    status, _, err = broca("evaluate", model, "--corpus", mixed, *languages, *measure)
     assert status == 0, err
     assert "--languages eng_Latn,zho_Hant" in json.loads(out.read_text())["command"]
 
 
-def test_a_recipe_may_name_them_so_too(tmp_path, lying):
+def test_a_recipe_may_name_them_so_too(tmp_path, mixed):
     from editing.pipeline.recipe import read_recipe
 
     path = tmp_path / "recipe.toml"
-    path.write_text(f'model = "m"\ncorpus = "{lying}"\nsource = "EN"\ntargets = ["fra_Latn", "deu"]\n')
+    path.write_text(f'model = "m"\ncorpus = "{mixed}"\nsource = "EN"\ntargets = ["fra_Latn", "deu"]\n')
     recipe = read_recipe(path)
     assert (recipe.source, recipe.targets) == ("en", ("fr", "de"))

@@ -1,4 +1,4 @@
-"""``broca diff`` as a user types it."""
+"""``broca diff``."""
 
 import json
 
@@ -19,16 +19,16 @@ DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.we
 
 
 def run(*arguments):
-    found = CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=True)
-    if found.exception is not None and not isinstance(found.exception, SystemExit):
-        raise found.exception
-    assert found.exit_code == 0, found.output
-    return found.stdout
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 @pytest.fixture
 def pair(tmp_path):
-    """A base, and a copy in which a neuron is silenced."""
+    """A base, and a copy in which one neuron is zeroed."""
     base = models.build_checkpoint(tmp_path / "base")
     edited = models.build_checkpoint(tmp_path / "edited")
     rewrite(edited, lambda tensors: tensors[DOWN][:, 5].zero_())
@@ -48,15 +48,17 @@ def test_a_plan_that_does_it_again(pair, tmp_path):
     assert out.strip().splitlines()[-1] == str(tmp_path / "edit.safetensors")
     source = open_model(str(base))
     export(source, load_plan(tmp_path / "edit.safetensors"), tmp_path / "again")
-    again, wanted = (read_tensor(tensor_entries(place)[DOWN]) for place in (tmp_path / "again", edited))
-    assert torch.equal(again, wanted) and not bool(wanted[:, 5].any())
+    again, expected = (
+        read_tensor(tensor_entries(checkpoint)[DOWN]) for checkpoint in (tmp_path / "again", edited)
+    )
+    assert torch.equal(again, expected) and not bool(expected[:, 5].any())
 
 
 def test_json(pair, tmp_path):
-    found = json.loads(run(*pair, "--out", tmp_path / "edit.safetensors", "--json"))
-    (tensor,) = found["tensors"]
+    printed = json.loads(run(*pair, "--out", tmp_path / "edit.safetensors", "--json"))
+    (tensor,) = printed["tensors"]
     assert tensor["name"] == DOWN and tensor["covered"] and 0 < tensor["relative"] < 1
-    assert found["not_covered"] == [] and found["modules"][0]["layer"] == 1
+    assert printed["not_covered"] == [] and printed["modules"][0]["layer"] == 1
 
 
 def test_others_are_refused_and_allowed(pair, tmp_path):

@@ -1,4 +1,4 @@
-"""``broca edit`` as a user types it: every method and every operation on plans, on a tiny model."""
+"""``broca edit``: every method and every operation on plans, on a tiny model."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ from neurons.text.corpus import read_corpus
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model, a parallel corpus, and what the commands before ``edit`` leave."""
+    """A model, a parallel corpus, and the outputs of the commands before ``edit``."""
     folder = tmp_path_factory.mktemp("edit")
     models.build_checkpoint(folder / "model", "gpt2")
     models.write_corpus(folder / "text", lines=40)
@@ -46,7 +46,7 @@ def files(tmp_path_factory):
     return folder
 
 
-WAYS = {
+METHODS = {
     "keyed": ["--direction", "direction", "--corpus", "text"],
     "steer2edit": ["--direction", "direction", "--neurons-rho", "0.1", "--alpha", "0.1"],
     "ablate": ["--direction", "direction", "--set", "form=norm-preserving", "--set", "from_layer=1"],
@@ -78,12 +78,12 @@ def arguments_of(files, words):
 
 @pytest.fixture(scope="module")
 def plan_of(files):
-    """Method -> the file of its plan, made once."""
+    """Method -> the file of its plan, built once."""
 
     def make(method):
         path = files / f"edit-{method}.safetensors"
         if not path.exists():
-            words = ["--method", method, *arguments_of(files, WAYS[method]), "--out", str(path)]
+            words = ["--method", method, *arguments_of(files, METHODS[method]), "--out", str(path)]
             with (
                 pytest.MonkeyPatch.context() as patch,
                 redirect_stdout(StringIO()),
@@ -97,14 +97,14 @@ def plan_of(files):
 
 
 def test_every_method_is_tried():
-    assert set(WAYS) == set(edits())
+    assert set(METHODS) == set(edits())
 
 
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_plan_that_exports(broca, files, tmp_path, method):
     edit = tmp_path / "edit.safetensors"
     status, out, err = broca(
-        "edit", files / "model", "--method", method, *arguments_of(files, WAYS[method]), "--out", edit
+        "edit", files / "model", "--method", method, *arguments_of(files, METHODS[method]), "--out", edit
     )
     assert status == 0, err
     assert out.rstrip().endswith(str(edit))
@@ -123,7 +123,7 @@ def test_every_method_makes_a_plan_that_exports(broca, files, tmp_path, method):
     assert broca("inspect", edit)[0] == 0
 
 
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 def test_inspect_shows_the_components_that_change_most(broca, files, plan_of, method):
     plan, loaded = load_plan(plan_of(method)), load_model(str(files / "model"))
     changes, scaled = {}, any(edit.column_scale is not None for edit in plan.edits)
@@ -138,23 +138,23 @@ def test_inspect_shows_the_components_that_change_most(broca, files, plan_of, me
     largest = sorted(changes.values(), reverse=True)[:10]
     exact = [changes[row["layer"], row["block"], row["component"]] for row in shown]
     if scaled:
-        # Estimated, as a plan does not hold the weights.
+        # An estimate, because a plan does not contain the weights.
         assert sum(exact) >= 0.9 * sum(largest)
     else:
         assert exact == pytest.approx(largest, rel=1e-5)
         assert [row["change"] for row in shown] == pytest.approx(exact, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 def test_what_a_scaled_plan_says_is_what_it_does(files, plan_of, method):
-    """Each note and detail against the factors; one that this test does not know has to be put here."""
+    """Every note and detail agrees with the factors; add new ones to this test."""
     plan, loaded = load_plan(plan_of(method)).scaled(2), load_model(str(files / "model"))
-    # Of the key, which stays, of the weights or of both beside each other.
+    # Notes of the key, which does not scale, and of the weights.
     of_key = {"spread", "least_spread", "key_means", "carriers", "value_share", "start_coefficient", "eps"}
     other = {"weight_norm", "share", "constant_share"}
     for edit in plan.edits:
         weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
-        width, some = loaded.anatomy.component_width(edit.block), list(edit.components)
+        width, components = loaded.anatomy.component_width(edit.block), list(edit.components)
         change = edit.apply(weight) - weight
         measured = {"change_norm": float(change.norm()), "weight_norm": float(weight.norm())}
         if edit.bias is not None:
@@ -163,22 +163,22 @@ def test_what_a_scaled_plan_says_is_what_it_does(files, plan_of, method):
             assert name in measured or name in of_key | other
             assert value == pytest.approx(measured.get(name, value), rel=1e-5)
         keys = None if edit.right is None else edit.right.double().view(-1, width, edit.rank).flatten(1)
-        parts = change.view(len(change), -1, width)[:, some]
+        parts = change.view(len(change), -1, width)[:, components]
         for name, values in edit.details.items():
             if name in ("factor", "scale"):
-                expected = edit.column_scale.double().view(-1, width).mean(1)[some]
+                expected = edit.column_scale.double().view(-1, width).mean(1)[components]
             elif name == "key":
-                expected = keys[some, 0] if width == 1 else keys[some].norm(dim=1)
+                expected = keys[components, 0] if width == 1 else keys[components].norm(dim=1)
             elif name == "lambda":
                 assert float(edit.left.norm()) == pytest.approx(2)
                 expected = parts.norm(dim=(0, 2)) * values.sign()
             elif name == "c" and edit.column_scale is None:
                 written = edit.left.double().T @ weight.view(len(weight), -1)
                 ratio = (edit.left.double().T @ change) / written
-                expected = ratio.view(edit.rank, -1, width)[0, some, 0]
+                expected = ratio.view(edit.rank, -1, width)[0, components, 0]
             elif name == "offset":
                 shift = edit.left[:, 0].double() if edit.bias is None else edit.bias.double()
-                torch.testing.assert_close(weight[:, some] @ values, shift, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(weight[:, components] @ values, shift, rtol=1e-4, atol=1e-6)
                 continue
             else:
                 assert name in ("g", "c", "share", "carried")
@@ -188,7 +188,7 @@ def test_what_a_scaled_plan_says_is_what_it_does(files, plan_of, method):
 
 @pytest.mark.parametrize("method", ["keyed", "steer2edit", "ablate-subspace", "clas", "bake-bias"])
 def test_a_scaled_plan_says_what_the_plan_of_that_strength_says(broca, files, plan_of, tmp_path, method):
-    words = [word for word in WAYS[method] if word not in ("--strength", "0.5")]
+    words = [word for word in METHODS[method] if word not in ("--strength", "0.5")]
     whole = load_plan(plan_of(method))
     strength = 2 * whole.metadata["settings"]["strength"]
     out = tmp_path / "edit.safetensors"
@@ -197,45 +197,45 @@ def test_a_scaled_plan_says_what_the_plan_of_that_strength_says(broca, files, pl
         "--out", out,
     )  # fmt: skip
     assert status == 0, err
-    expected, found = load_plan(out), whole.scaled(2)
-    metadata = [{k: v for k, v in plan.metadata.items() if k != "modules"} for plan in (found, expected)]
+    expected, scaled = load_plan(out), whole.scaled(2)
+    metadata = [{k: v for k, v in plan.metadata.items() if k != "modules"} for plan in (scaled, expected)]
     assert metadata[0] == metadata[1]
-    for own, other in zip(found.edits, expected.edits, strict=True):
-        assert own.notes.keys() == other.notes.keys() and own.details.keys() == other.details.keys()
+    for edit, other in zip(scaled.edits, expected.edits, strict=True):
+        assert edit.notes.keys() == other.notes.keys() and edit.details.keys() == other.details.keys()
         for name, value in other.notes.items():
-            assert own.notes[name] == pytest.approx(value, rel=1e-5)
+            assert edit.notes[name] == pytest.approx(value, rel=1e-5)
         for name, values in other.details.items():
-            torch.testing.assert_close(own.details[name], values, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(edit.details[name], values, rtol=1e-5, atol=1e-9)
 
 
 def test_keyed_learns_what_it_writes(broca, files, tmp_path):
     plans = {}
     for learn in ("no", "yes"):
         edit = tmp_path / f"{learn}.safetensors"
-        words = [*WAYS["keyed"], "--blocks", "attn,mlp", "--strength", "2", "--set", f"learn={learn}"]
+        words = [*METHODS["keyed"], "--blocks", "attn,mlp", "--strength", "2", "--set", f"learn={learn}"]
         status, _, err = broca("edit", files / "model", *arguments_of(files, words), "--out", edit)
         assert status == 0, err
         plans[learn] = load_plan(edit)
     held_out = plans["yes"].metadata["learning"]["held_out"]
     assert min(held_out) < held_out[0]
-    for own, other in zip(plans["yes"].edits, plans["no"].edits, strict=True):
-        assert torch.equal(own.right, other.right) and not torch.equal(own.left, other.left)
+    for learned, other in zip(plans["yes"].edits, plans["no"].edits, strict=True):
+        assert torch.equal(learned.right, other.right) and not torch.equal(learned.left, other.left)
     assert "learned" not in plans["no"].metadata["settings"]
 
 
 def test_learning_takes_openings_of_every_source_in_turn(broca, files, tmp_path, monkeypatch):
-    """Learning reads only so many lines: with one source after the other, the last would not be heard."""
+    """Learning reads a limited number of lines, so sources must alternate."""
     folder = tmp_path / "text"
     models.write_corpus(folder, lines=12)
     shortened = (folder / "qac.txt").read_text().splitlines()[:4]
     (folder / "qac.txt").write_text("\n".join(shortened) + "\n")
     seen = []
 
-    def heard(loaded, plan, sources, target, **_):
+    def recorded(loaded, plan, sources, target, **_):
         seen.append((sources, target))
         return SimpleNamespace(plan=plan)
 
-    monkeypatch.setattr("editing.methods.keyed_edit.learned_values", heard)
+    monkeypatch.setattr("editing.methods.keyed_edit.learned_values", recorded)
     words = ["--direction", str(files / "direction.safetensors"), "--corpus", str(folder), "--strength", "2"]
     status, _, err = broca(
         "edit", files / "model", *words, "--set", "learn=yes", "--set", "sources=qaa,qac",
@@ -250,7 +250,7 @@ def test_learning_takes_openings_of_every_source_in_turn(broca, files, tmp_path,
 @pytest.fixture
 def two(broca, files, tmp_path):
     plans = []
-    for name, words in (("scale", WAYS["scale"]), ("keyed", WAYS["keyed"])):
+    for name, words in (("scale", METHODS["scale"]), ("keyed", METHODS["keyed"])):
         path = tmp_path / f"{name}.safetensors"
         assert (
             broca("edit", files / "model", "--method", name, *arguments_of(files, words), "--out", path)[0]
@@ -265,9 +265,9 @@ def test_plans_compose_in_one_option(broca, files, two, tmp_path):
     status, _, err = broca("edit", "--compose", *two, "--out", out)
     assert status == 0, err
     assert load_plan(out).metadata["settings"]["of"][0]["method"] == "scale"
-    status, said, err = broca("edit", files / "model", "--compose", *two, "--out", out, "--json")
+    status, printed, err = broca("edit", files / "model", "--compose", *two, "--out", out, "--json")
     assert status == 0, err
-    assert json.loads(said)["relative_change"] > 0
+    assert json.loads(printed)["relative_change"] > 0
 
 
 @pytest.mark.parametrize("end", ["source", "target"])
@@ -282,9 +282,9 @@ def test_plans_with_one_end_in_common_are_shown_exported_and_drawn(broca, files,
         ["inspect", out],
         ["plot", both, "--out", tmp_path / "plan.svg"],
     ):
-        status, said, err = broca(*words)
+        status, printed, err = broca(*words)
         assert status == 0, err
-        assert words[0] != "inspect" or "qaa, qab, qac" in said
+        assert words[0] != "inspect" or "qaa, qab, qac" in printed
     assert "`qac`" in (out / "README.md").read_text()
     assert "qac" in str(edit_content(load_plan(both), "both"))
 
@@ -293,8 +293,8 @@ def test_a_plan_is_scaled_inverted_and_restricted(broca, files, two, tmp_path):
     half, back, cut = (tmp_path / f"{name}.safetensors" for name in ("half", "back", "cut"))
     whole = load_plan(two[1])
     assert broca("edit", "--compose", two[1], "--strength", "0.5", "--out", half)[0] == 0
-    own, other = load_plan(half).edits[0], whole.edits[0]
-    torch.testing.assert_close(own.left @ own.right.T, 0.5 * other.left @ other.right.T)
+    edit, other = load_plan(half).edits[0], whole.edits[0]
+    torch.testing.assert_close(edit.left @ edit.right.T, 0.5 * other.left @ other.right.T)
     assert broca("edit", files / "model", "--invert", two[1], "--out", back)[0] == 0
     torch.testing.assert_close(load_plan(back).edits[0].left, -whole.edits[0].left)
     status, _, err = broca(
@@ -315,7 +315,7 @@ def test_two_plans_are_compared_and_drawn(broca, two, tmp_path):
 
 
 def test_languages_choose_the_corpus_also_beside_a_neuron_set(broca, files, tmp_path):
-    given = arguments_of(files, [*WAYS["keyed"], "--neurons", "neurons"])
+    given = arguments_of(files, [*METHODS["keyed"], "--neurons", "neurons"])
     kept = []
     for extra in ([], ["--languages", "qaa,qab"]):
         out = tmp_path / "edit.safetensors"
@@ -346,7 +346,7 @@ def test_anothers_vector_is_baked(broca, files, tmp_path):
 
 @pytest.mark.parametrize("site", ["block_out", "own"])
 def test_the_ablation_spares_the_mean_of_a_neutral_language(broca, files, tmp_path, site):
-    found = {}
+    plans = {}
     for languages in (["qaa"], ["qaa", "qab"]):
         out = tmp_path / f"{len(languages)}.safetensors"
         status, _, err = broca(
@@ -355,20 +355,20 @@ def test_the_ablation_spares_the_mean_of_a_neutral_language(broca, files, tmp_pa
             "--part", "choose", "--out", out,
         )  # fmt: skip
         assert status == 0, err
-        found[len(languages)] = load_plan(out)
-        origin = found[len(languages)].metadata["neutral"]
-        assert origin["languages"] == languages and origin["corpus"]["part"] == "choose"
+        plans[len(languages)] = load_plan(out)
+        neutral = plans[len(languages)].metadata["neutral"]
+        assert neutral["languages"] == languages and neutral["corpus"]["part"] == "choose"
     loaded = load_model(str(files / "model"), device="cpu")
     corpus = read_corpus(files / "text", ["qaa"], "choose", min_languages=1)
     sites = ("attn_out", "mlp_out", "block_out")
     means = neutral_means(loaded, corpus, sites)
-    for edit in found[1].edits:
+    for edit in plans[1].edits:
         mean = means[f"{edit.block}_out" if site == "own" else site][edit.layer]
-        # What the edit adds has nothing along the mean: U^T m = 0.
+        # The edit adds nothing along the mean: U^T m = 0.
         assert float((edit.left.double().T @ mean).abs().max()) < 1e-5 * float(mean.norm())
     assert any(
-        not torch.equal(one.left, other.left)
-        for one, other in zip(found[1].edits, found[2].edits, strict=True)
+        not torch.equal(first.left, other.left)
+        for first, other in zip(plans[1].edits, plans[2].edits, strict=True)
     )
 
 
@@ -377,7 +377,7 @@ REFUSALS = {
     "a setting of another method": (["--direction", "direction", "--corpus", "text", "--factor", "0"], "--factor"),
     "an unknown setting": (["--direction", "direction", "--corpus", "text", "--set", "rho=1"], "rho"),
     "a setting of the wrong kind": (
-        ["--direction", "direction", "--corpus", "text", "--set", "jointly=perhaps"], "yes or no"),
+        ["--direction", "direction", "--corpus", "text", "--set", "jointly=perhaps"], "perhaps"),
     "a word that is none of them": (["--method", "ablate", "--direction", "direction", "--set", "form=x"], "plain"),
     "no layer for a vector": (["--method", "bake", "--direction", "direction", "--corpus", "text"], "--layers"),
     "no languages": (["--method", "scale", "--neurons", "neurons", "--factor", "0"], "--languages"),
@@ -385,23 +385,23 @@ REFUSALS = {
     "no neurons": (["--method", "scale", "--languages", "qaa", "--factor", "0"], "--neurons"),
     "heads of a method": (["--direction", "direction", "--corpus", "text", "--heads", "1"], "--heads"),
     "a setting twice": (
-        ["--direction", "direction", "--corpus", "text", "--eps", "1", "--set", "eps=1"], "twice"),
+        ["--direction", "direction", "--corpus", "text", "--eps", "1", "--set", "eps=1"], "eps"),
     "a method's option while composing": (["--compose", "direction", "--corpus", "text"], "--corpus"),
     "neutral text that nothing reads": (
         ["--method", "ablate", "--direction", "direction", "--corpus", "text"], "form=biprojected"),
     "a neutral language of no text": (
-        ["--method", "ablate", "--direction", "direction", "--languages", "qaa"], "--corpus, which is not given"),
+        ["--method", "ablate", "--direction", "direction", "--languages", "qaa"], "--corpus"),
     "a part of no text": (["--method", "steer2edit", "--direction", "direction", "--part", "report"], "--part"),
     "a biprojection without neutral text": (
-        ["--method", "ablate", "--direction", "direction", "--set", "form=biprojected"], "neutral text (--corpus)"),
+        ["--method", "ablate", "--direction", "direction", "--set", "form=biprojected"], "--corpus"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", edits())
 def test_a_strength_of_nothing_is_refused(broca, files, tmp_path, method):
-    """By its own name, and not with the remedy for too high a threshold."""
+    """The message names the strength."""
     out = tmp_path / "edit.safetensors"
-    words = arguments_of(files, [word for word in WAYS[method] if word not in ("--strength", "0.5")])
+    words = arguments_of(files, [word for word in METHODS[method] if word not in ("--strength", "0.5")])
     status, _, err = broca(
         "edit", files / "model", "--method", method, *words, "--strength", "0", "--out", out
     )
@@ -418,7 +418,7 @@ def test_nothing_of_a_plan_is_no_plan(broca, files, plan_of, tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "option"),
     [
         (["MODEL", "--method", "steer2edit", "--direction", "FILE"], "--direction"),
         (
@@ -431,23 +431,23 @@ def test_nothing_of_a_plan_is_no_plan(broca, files, plan_of, tmp_path, words):
         (["MODEL", "--restrict", "FILE", "--layers", "1"], "--restrict"),
     ],
 )
-def test_what_a_plan_is_made_of_is_not_overwritten(broca, files, plan_of, tmp_path, words, named):
+def test_what_a_plan_is_made_of_is_not_overwritten(broca, files, plan_of, tmp_path, words, option):
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(b"mine")
     (tmp_path / "link").symlink_to(mine)
     places = {"MODEL": files / "model", "FILE": mine, "OTHER": plan_of("scale"), "TEXT": files / "text"}
     for out in (mine, tmp_path / "link"):
-        status, said, err = broca("edit", *(places.get(word, word) for word in words), "--out", out)
-        assert (status, said) == (2, "") and named in err and str(out) in err
+        status, printed, err = broca("edit", *(places.get(word, word) for word in words), "--out", out)
+        assert (status, printed) == (2, "") and option in err and str(out) in err
     assert mine.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize(("extra", "said"), [([], "--layers"), (["--languages", "qab"], "--layers"),
+@pytest.mark.parametrize(("extra", "option"), [([], "--layers"), (["--languages", "qab"], "--layers"),
                                              (["--layers", "1", "--languages", "qab"], "--languages")])  # fmt: skip
-def test_a_restriction_to_nothing_is_refused(broca, files, plan_of, tmp_path, extra, said):
+def test_a_restriction_to_nothing_is_refused(broca, files, plan_of, tmp_path, extra, option):
     out = tmp_path / "out.safetensors"
     status, _, err = broca("edit", files / "model", "--restrict", plan_of("scale"), *extra, "--out", out)
-    assert status == 2 and said in err and not out.exists()
+    assert status == 2 and option in err and not out.exists()
 
 
 @pytest.mark.parametrize("heads", ["99", "2-1", "x"])
@@ -467,10 +467,10 @@ def test_heads_are_called_heads(broca, files, plan_of, tmp_path, heads):
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_bad_input_gets_one_sentence(broca, files, tmp_path, name):
-    words, said = REFUSALS[name]
+    words, value = REFUSALS[name]
     status, _, err = broca(
         "edit", files / "model", *arguments_of(files, words), "--out", tmp_path / "edit.safetensors"
     )
     assert status == 2, err
-    assert said in err and "Traceback" not in err
+    assert value in err and "Traceback" not in err
     assert not (tmp_path / "edit.safetensors").exists()

@@ -1,4 +1,4 @@
-"""``broca evaluate`` with questions, relevance, side effects and all methods."""
+"""``broca evaluate`` with questions, relevance, side effects and methods."""
 
 import json
 import sys
@@ -49,31 +49,31 @@ def evaluate(llama, known_text, tmp_path):
             "--out",
             out,
         ]
-        found = CliRunner().invoke(command, list(map(str, [*common, *arguments])))
-        if found.exception is not None and not isinstance(found.exception, SystemExit):
-            raise found.exception
-        assert found.exit_code == 0, found.output
-        return found.output, json.loads(out.read_text(encoding="utf-8"))
+        result = CliRunner().invoke(command, list(map(str, [*common, *arguments])))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output, json.loads(out.read_text(encoding="utf-8"))
 
     return run
 
 
 def test_the_old_form_asks_openings(evaluate):
-    output, found = evaluate("--prompts", 3)
-    assert found["prompts"] == {"style": "opening", "ceiling_on": "opening"}
-    assert found["settings"]["temperature"] == 0.7
-    assert found["questions"] is None and found["outcomes"][0]["others"] == {}
+    output, results = evaluate("--prompts", 3)
+    assert results["prompts"] == {"style": "opening", "ceiling_on": "opening"}
+    assert results["settings"]["temperature"] == 0.7
+    assert results["questions"] is None and results["outcomes"][0]["others"] == {}
     assert "ceiling" in output
 
 
 def test_questions_are_greedy_and_the_likelihood_stands_in_for_a_judge(evaluate, questions):
-    output, found = evaluate("--questions", questions, "--others")
-    assert found["prompts"] == {"style": "completion", "ceiling_on": "completion"}
-    assert found["settings"]["temperature"] == 0
-    assert found["continuations"] == 4
-    assert found["relevance"] == {"scorer": "likelihood"}
-    assert set(found["outcomes"][0]["others"]) == {"de", "fr"}
-    assert found["outcomes"][0]["relevance"]["scorer"] == "likelihood"
+    output, results = evaluate("--questions", questions, "--others")
+    assert results["prompts"] == {"style": "completion", "ceiling_on": "completion"}
+    assert results["settings"]["temperature"] == 0
+    assert results["continuations"] == 4
+    assert results["relevance"] == {"scorer": "likelihood"}
+    assert set(results["outcomes"][0]["others"]) == {"de", "fr"}
+    assert results["outcomes"][0]["relevance"]["scorer"] == "likelihood"
     assert "relevance (likelihood)" in output and "second detector agrees" in output
 
 
@@ -88,29 +88,29 @@ def test_questions_without_the_chat_template(evaluate, questions, llama, monkeyp
     monkeypatch.setattr("neurons.models.source.load_model", lambda *_: replace(llama, tokenizer=broken))
     with pytest.raises(UsageError, match=r"not this way.*--no-chat"):
         evaluate("--questions", questions)
-    found = evaluate("--questions", questions, "--no-chat")[1]
-    assert found["prompts"]["style"] == "completion"
-    assert found["outcomes"] == plain["outcomes"]
+    results = evaluate("--questions", questions, "--no-chat")[1]
+    assert results["prompts"]["style"] == "completion"
+    assert results["outcomes"] == plain["outcomes"]
     with pytest.raises(UsageError, match="--no-chat"):
         evaluate("--no-chat")
 
 
 def test_a_judge_is_named(evaluate, questions, llama):
-    _, found = evaluate("--questions", questions, "--judge", llama.name)
-    assert found["relevance"] == {
+    _, results = evaluate("--questions", questions, "--judge", llama.name)
+    assert results["relevance"] == {
         "scorer": "judge",
         "judge": llama.label,
         "fingerprint": llama.fingerprint,
         "prompt": JUDGE_PROMPT,
     }
-    assert 0 < found["outcomes"][0]["relevance"]["mean"] < 1
+    assert 0 < results["outcomes"][0]["relevance"]["mean"] < 1
 
 
 def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_path):
     lines = {k: [f"{k} one two three four five six seven {i}" for i in range(8)] for k in ("en", "fr", "de")}
     (tmp_path / "long").mkdir()
-    for language, some in lines.items():
-        (tmp_path / "long" / f"{language}.txt").write_text("\n".join(some), encoding="utf-8")
+    for language, texts in lines.items():
+        (tmp_path / "long" / f"{language}.txt").write_text("\n".join(texts), encoding="utf-8")
     assert evaluate("--corpus", tmp_path / "long", "--prompts", 2)[1]["relevance"]["scorer"] == "chrf"
     assert evaluate("--prompts", 30)[1]["relevance"]["scorer"] == "likelihood"
     assert evaluate("--prompts", 2, "--relevance", "none")[1]["relevance"] is None
@@ -120,7 +120,7 @@ def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_p
 def test_one_scorer_for_the_text_that_is_chosen_on_and_for_that_which_is_reported(
     evaluate, tmp_path, part, scorer
 ):
-    """A line of one part (0 and 1: estimate, 2: choose, 3: report) has no more than its opening."""
+    """One line of a part (0 and 1: estimate, 2: choose, 3: report) has only an opening."""
     (tmp_path / "text").mkdir()
     for language in ("en", "fr", "de"):
         lines = [
@@ -128,27 +128,31 @@ def test_one_scorer_for_the_text_that_is_chosen_on_and_for_that_which_is_reporte
             for i in range(12)
         ]
         (tmp_path / "text" / f"{language}.txt").write_text("\n".join(lines), encoding="utf-8")
-    _, found = evaluate("--corpus", tmp_path / "text", "--methods", "prompt-source")
-    assert found["relevance"]["scorer"] == scorer
-    assert {one["relevance"]["scorer"] for one in found["tried"]} == {scorer}
+    _, results = evaluate("--corpus", tmp_path / "text", "--methods", "prompt-source")
+    assert results["relevance"]["scorer"] == scorer
+    assert {outcome["relevance"]["scorer"] for outcome in results["tried"]} == {scorer}
 
 
 def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_path):
-    output, found = evaluate("--methods", "prompt-source,keyed", "--prompts", 2)
-    assert [one["name"] for one in found["outcomes"]] == ["base", "prompt, source language", "keyed edit"]
-    assert found["corpus"]["part"] == "report"
-    assert found["methods"] == ["prompt-source", "keyed"] and len(found["tried"]) == 4
-    assert all(one["kl"] for one in found["outcomes"][1:])
+    output, results = evaluate("--methods", "prompt-source,keyed", "--prompts", 2)
+    assert [outcome["name"] for outcome in results["outcomes"]] == [
+        "base",
+        "prompt, source language",
+        "keyed edit",
+    ]
+    assert results["corpus"]["part"] == "report"
+    assert results["methods"] == ["prompt-source", "keyed"] and len(results["tried"]) == 4
+    assert all(outcome["kl"] for outcome in results["outcomes"][1:])
     assert "keyed edit" in output
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| keyed edit |" in table and "ceiling" in table.splitlines()[0]
     output, dosed = evaluate("--methods", "prompt-source,keyed", "--doses", "50%")
-    assert [one["details"]["dose"] for one in dosed["curves"]["keyed edit"]] == [0.5, 1.0]
+    assert [outcome["details"]["dose"] for outcome in dosed["curves"]["keyed edit"]] == [0.5, 1.0]
     assert "| keyed edit | 0.5 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG") and "report.png" in output
-    _, asked = evaluate("--methods", "prompt-source", "--questions", questions)
-    assert asked["continuations"] == 2  # the other half was chosen on
-    assert {one["prompt"] for one in asked["outcomes"][0]["samples"]} == {"beef cab 1?", "beef cab 3?"}
+    _, half = evaluate("--methods", "prompt-source", "--questions", questions)
+    assert half["continuations"] == 2  # the other half is for choosing
+    assert {sample["prompt"] for sample in half["outcomes"][0]["samples"]} == {"beef cab 1?", "beef cab 3?"}
 
 
 @pytest.fixture(scope="module")
@@ -159,28 +163,28 @@ def plan(llama, known_text):
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """A stand-in for the package vllm, by transformers; it tells what ran, and fails if asked to."""
-    told = SimpleNamespace(started=[], stopped=[], dtypes=[], fails=lambda: None)
+    """A stand-in for the package vllm that uses transformers and records its calls."""
+    calls = SimpleNamespace(started=[], stopped=[], dtypes=[], fails=lambda: None)
 
     class LLM:
         def __init__(self, **settings):
-            told.started.append(settings["model"])
-            told.dtypes.append(settings["dtype"])
+            calls.started.append(settings["model"])
+            calls.dtypes.append(settings["dtype"])
             self.loaded = load_model(settings["model"], "cpu", settings["dtype"])
-            core = SimpleNamespace(shutdown=lambda: told.stopped.append(settings["model"]))
+            core = SimpleNamespace(shutdown=lambda: calls.stopped.append(settings["model"]))
             self.llm_engine = SimpleNamespace(engine_core=core)
 
         def generate(self, rows, settings, use_tqdm):
-            if len(told.started) == 2:
-                told.fails()
-            assert all(one["temperature"] == 0 for one in settings)
-            asked = [row["prompt_token_ids"] for row in rows]
-            found = generate(self.loaded, asked, settings[0]["max_tokens"], temperature=0)
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=item.ids)]) for item in found]
+            if len(calls.started) == 2:
+                calls.fails()
+            assert all(sampling["temperature"] == 0 for sampling in settings)
+            prompts = [row["prompt_token_ids"] for row in rows]
+            continuations = generate(self.loaded, prompts, settings[0]["max_tokens"], temperature=0)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=item.ids)]) for item in continuations]
 
     stand_in = SimpleNamespace(LLM=LLM, SamplingParams=dict, __version__="9.9")
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    return told
+    return calls
 
 
 GREEDY = ("--prompts", 3, "--temperature", 0, "--others")
@@ -188,14 +192,14 @@ GREEDY = ("--prompts", 3, "--temperature", 0, "--others")
 
 @pytest.mark.parametrize("option", ["--edit", "--against"])
 def test_vllm_writes_the_answers(evaluate, vllm, llama, edit, steered, option):
-    """Answers of either checkpoint, of one engine each; figures are those of its answers by transformers."""
+    """One engine per checkpoint; the figures equal those of the same answers by transformers."""
     few = (option, edit if option == "--edit" else steered, *GREEDY)
     _, expected = evaluate(*few)
     assert vllm.started == []
-    _, found = evaluate(*few, "--engine", "vllm")
-    own, changed = found["outcomes"]
-    assert own["samples"] != changed["samples"]
-    assert found["outcomes"] == expected["outcomes"] and found["ceiling"] == expected["ceiling"]
+    _, results = evaluate(*few, "--engine", "vllm")
+    base_outcome, steered_outcome = results["outcomes"]
+    assert base_outcome["samples"] != steered_outcome["samples"]
+    assert results["outcomes"] == expected["outcomes"] and results["ceiling"] == expected["ceiling"]
     assert vllm.started == vllm.stopped and vllm.dtypes == ["float32"] * 2
     base, other = vllm.started
     assert base == str(llama.checkpoint)
@@ -203,14 +207,14 @@ def test_vllm_writes_the_answers(evaluate, vllm, llama, edit, steered, option):
         assert other == str(steered)
     else:
         assert not Path(other).exists() and not Path(other).parent.exists()
-    assert (expected["settings"]["engine"], found["settings"]["engine"]) == ("transformers", "vllm")
-    assert "--engine vllm" in found["command"] and "--engine transformers" in expected["command"]
-    assert found["packages"] == {**expected["packages"], "vllm": "9.9"}
+    assert (expected["settings"]["engine"], results["settings"]["engine"]) == ("transformers", "vllm")
+    assert "--engine vllm" in results["command"] and "--engine transformers" in expected["command"]
+    assert results["packages"] == {**expected["packages"], "vllm": "9.9"}
 
 
 def test_vllm_writes_for_the_base_alone(evaluate, vllm, llama):
-    _, found = evaluate(*GREEDY, "--engine", "vllm")
-    assert [one["name"] for one in found["outcomes"]] == ["base"]
+    _, results = evaluate(*GREEDY, "--engine", "vllm")
+    assert [outcome["name"] for outcome in results["outcomes"]] == ["base"]
     assert vllm.started == vllm.stopped == [str(llama.checkpoint)]
 
 
@@ -237,22 +241,22 @@ def test_vllm_that_is_not_installed_is_one_sentence(evaluate, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "value"),
     [
         (["--methods", "keyd"], "'keyd'"),
-        (["--methods", "all", "--edit", __file__], "--methods makes"),
+        (["--methods", "all", "--edit", __file__], "--methods"),
         (["--methods", "all", "--part", "choose"], "--part"),
-        (["--methods", "all", "--out", "table.md"], "name a .json"),
-        (["--methods", "all", "--doses", "50%", "--out", "doses.png"], "name a .json"),
+        (["--methods", "all", "--out", "table.md"], "table.md"),
+        (["--methods", "all", "--doses", "50%", "--out", "doses.png"], "doses.png"),
         (["--relevance", "judge"], "--judge MODEL"),
-        (["--judge", "m", "--relevance", "chrf"], "--judge judges"),
-        (["--relevance", "chrf", "--prompts", "30"], "no reference"),
-        (["--doses", "50%"], "--methods too"),
-        (["--methods", "all", "--doses", "50%,120%"], "between 0 and 1"),
-        (["--methods", "all", "--engine", "vllm"], "hooks"),
+        (["--judge", "m", "--relevance", "chrf"], "--judge"),
+        (["--relevance", "chrf", "--prompts", "30"], "reference"),
+        (["--doses", "50%"], "--methods"),
+        (["--methods", "all", "--doses", "50%,120%"], "1.2"),
+        (["--methods", "all", "--engine", "vllm"], "--engine vllm"),
         (["--samples", "2", "--temperature", "0"], "2 samples"),
     ],
 )
-def test_what_is_refused(evaluate, arguments, named):
-    with pytest.raises(UsageError, match=named):
+def test_invalid_options_are_rejected(evaluate, arguments, value):
+    with pytest.raises(UsageError, match=value):
         evaluate(*arguments)

@@ -1,4 +1,4 @@
-"""The commands over files, without a model: convert, compare, plot, merge and inspect, as a user types them."""
+"""The commands without a model: convert, compare, plot, merge and inspect."""
 
 import json
 
@@ -82,9 +82,9 @@ def test_masks_to_neurons_and_back(broca, files):
     )
     assert status == 0, err
     assert out.strip().splitlines()[-1] == str(files / "n.safetensors")
-    found = load_neuron_set(files / "n.safetensors")
-    assert found.of("en").tolist() == [[0, 1], [0, 3], [1, 7]]
-    assert found.of("zh").tolist() == [[0, 3]]
+    neurons = load_neuron_set(files / "n.safetensors")
+    assert neurons.of("en").tolist() == [[0, 1], [0, 3], [1, 7]]
+    assert neurons.of("zh").tolist() == [[0, 3]]
 
     status, out, _ = broca("convert", files / "n.safetensors", "--out", files / "back.pth")
     assert status == 0
@@ -153,18 +153,18 @@ def test_compare_shows_and_draws(broca, files):
     assert status == 0 and "0.6667" in out and "Jaccard of languages within second" in out
 
     status, out, _ = broca("compare", files / "first", files / "second", "--json")
-    found = json.loads(out)
+    compared = json.loads(out)
     assert status == 0
-    assert found["languages"] == ["en", "fr"]
-    assert found["left_out"] == {"first": ["zh"], "second": ["sw"]}
-    assert found["sizes"] == [[3, 1], [3, 1]]
-    (pair,) = found["pairs"]
+    assert compared["languages"] == ["en", "fr"]
+    assert compared["left_out"] == {"first": ["zh"], "second": ["sw"]}
+    assert compared["sizes"] == [[3, 1], [3, 1]]
+    (pair,) = compared["pairs"]
     assert pair["jaccard"] == [0.5, 0.0]
     assert pair["overall_jaccard"] == 2 / 6 and pair["mean_rank_correlation"] is None
     assert pair["first_in_second"] == [2 / 3, 0.0]
     assert pair["rank_correlation"] == [None, None]
     assert pair["by_layer"] == [[0.5, 0.5], [0.0, 0.0]]
-    assert found["across"][0][0][0] == [1.0, 1 / 3]
+    assert compared["across"][0][0][0] == [1.0, 1 / 3]
 
 
 def test_files_of_one_name_are_told_apart(broca, files):
@@ -207,11 +207,11 @@ def test_merge_adds_up(broca, files):
     )
     assert status == 0, err
     assert out.strip().splitlines()[-1] == str(out_file)
-    found = load_statistics(out_file)
-    assert found.languages == ("en", "fr", "sw")
-    assert found.tokens.tolist() == [20, 20, 7]
-    one = load_statistics(files / "statistics").moments["mlp_act:positive"]
-    assert torch.equal(found.moments["mlp_act:positive"][..., :2], 2 * one)
+    merged = load_statistics(out_file)
+    assert merged.languages == ("en", "fr", "sw")
+    assert merged.tokens.tolist() == [20, 20, 7]
+    single = load_statistics(files / "statistics").moments["mlp_act:positive"]
+    assert torch.equal(merged.moments["mlp_act:positive"][..., :2], 2 * single)
     status, out, _ = broca("merge", files / "statistics", files / "more", "--out", out_file, "--json")
     assert json.loads(out)["tokens"] == {"en": 20, "fr": 20}
 
@@ -222,11 +222,11 @@ def test_inspect_shows_statistics(broca, files):
     assert "mlp_act:positive" in out and "int64" in out and "2 experts" in out and "block 128" in out
     status, out, err = broca("inspect", files / "routed", "--json")
     assert (status, err) == (0, "")
-    found = json.loads(out)
-    assert found["tokens"] == {"en": 10, "fr": 10}
-    assert found["texts"] == {"en": 2, "fr": 2}
-    assert found["moments"] == {"mlp_act:positive": {"shape": [2, 8, 2], "dtype": "int64"}}
-    assert (found["experts"], found["fingerprint"], found["kind"]) == (2, "f", "statistics")
+    shown = json.loads(out)
+    assert shown["tokens"] == {"en": 10, "fr": 10}
+    assert shown["texts"] == {"en": 2, "fr": 2}
+    assert shown["moments"] == {"mlp_act:positive": {"shape": [2, 8, 2], "dtype": "int64"}}
+    assert (shown["experts"], shown["fingerprint"], shown["kind"]) == (2, "f", "statistics")
 
 
 def test_inspect_counts_kinds_and_names_experts(broca, files):
@@ -235,20 +235,20 @@ def test_inspect_counts_kinds_and_names_experts(broca, files):
     assert "specific" in out and "2 experts" in out
     # Neuron 5 of 8 in two experts.
     assert "(1, 1)" in out
-    found = json.loads(broca("inspect", files / "experts", "--json")[1])
-    assert found["kinds"]["en"] == {"specific": 2, "related": 1, "general": 0}
-    assert found["members"]["en"] == [[0, 1], [0, 2], [1, 5]]
-    assert found["expert_members"]["en"] == [[0, 0, 1], [0, 0, 2], [1, 1, 1]]
+    shown = json.loads(broca("inspect", files / "experts", "--json")[1])
+    assert shown["kinds"]["en"] == {"specific": 2, "related": 1, "general": 0}
+    assert shown["members"]["en"] == [[0, 1], [0, 2], [1, 5]]
+    assert shown["expert_members"]["en"] == [[0, 0, 1], [0, 0, 2], [1, 1, 1]]
     dense = json.loads(broca("inspect", files / "first", "--json")[1])
     assert "expert_members" not in dense
 
 
-# name -> (arguments from the files, exit status, what the sentence says)
+# name -> (arguments from the files, exit status, value in the message)
 REFUSALS = {
     "masks without names": (lambda f: ["convert", f / "m.pth", "--width", "8"], 2, "--languages"),
     "masks without width": (lambda f: ["convert", f / "m.pth", "--languages", "en,zh"], 2, "--width"),
     "too few names": (
-        lambda f: ["convert", f / "m.pth", "--languages", "en", "--width", "8"], 2, "has 2 languages"),
+        lambda f: ["convert", f / "m.pth", "--languages", "en", "--width", "8"], 2, "2 languages"),
     "too small a width": (
         lambda f: ["convert", f / "m.pth", "--languages", "en,zh", "--width", "7"], 2, "neuron 7"),
     "masks and counts": (lambda f: ["convert", f / "m.pth", f"en={f / 'en.pth'}"], 2, "LANGUAGE=FILE"),
@@ -257,23 +257,23 @@ REFUSALS = {
     "counts as masks": (
         lambda f: ["convert", f / "en.pth", "--languages", "en", "--width", "8"], 1, "dictionary"),
     "masks as counts": (lambda f: ["convert", f"en={f / 'm.pth'}"], 1, "dictionary"),
-    "counts with a width": (lambda f: ["convert", f"en={f / 'en.pth'}", "--width", "8"], 2, "mask file"),
+    "counts with a width": (lambda f: ["convert", f"en={f / 'en.pth'}", "--width", "8"], 2, "--width"),
     "a language twice": (
-        lambda f: ["convert", f"en={f / 'en.pth'}", f"en={f / 'zh.pth'}"], 2, "given twice"),
+        lambda f: ["convert", f"en={f / 'en.pth'}", f"en={f / 'zh.pth'}"], 2, "'en'"),
     "counts of no language": (lambda f: ["convert", f"={f / 'en.pth'}"], 2, "not LANGUAGE=FILE"),
     "half a prefix": (
         lambda f: ["convert", f"en={f / 'en.pth'}", f"zh={f / 'zh.pth'}", "--subtract", f"en={f / 'en.pth'}"],
-        2, "both of each language"),
+        2, "--subtract of en"),
     "a prefix of no language": (
         lambda f: ["convert", f"en={f / 'en.pth'}", "--subtract", f / "en.pth"], 2, "not LANGUAGE=FILE"),
     "a prefix of masks": (
         lambda f: ["convert", f / "m.pth", "--languages", "en,zh", "--width", "8", "--subtract", "en=x"],
         2, "--subtract"),
     "neurons with names": (lambda f: ["convert", f / "first", "--languages", "en"], 2, "--languages"),
-    "statistics to masks": (lambda f: ["convert", f / "statistics"], 1, "'neurons' is needed"),
-    "text": (lambda f: ["convert", f / "text"], 1, "not a file that Broca wrote"),
-    "no file": (lambda f: ["convert", f / "none"], 2, "no such file"),
-    "no counts": (lambda f: ["convert", f"en={f / 'none'}"], 2, "no such file"),
+    "statistics to masks": (lambda f: ["convert", f / "statistics"], 1, "'neurons'"),
+    "text": (lambda f: ["convert", f / "text"], 1, "text"),
+    "no file": (lambda f: ["convert", f / "none"], 2, "none"),
+    "no counts": (lambda f: ["convert", f"en={f / 'none'}"], 2, "none"),
     "one set": (lambda f: ["compare", f / "first"], 2, "two"),
     "two models": (lambda f: ["compare", f / "first", f / "other"], 1, "fingerprints f and g"),
     "statistics as neurons": (lambda f: ["compare", f / "first", f / "statistics"], 1, "'neurons'"),
@@ -282,25 +282,25 @@ REFUSALS = {
     "entropy of neurons": (lambda f: ["plot", f / "first", "--what", "entropy"], 2, "--what entropy"),
     "layers of statistics": (lambda f: ["plot", f / "statistics", "--what", "layers"], 2, "--what layers"),
     "routing without experts": (
-        lambda f: ["plot", f / "statistics", "--what", "routing"], 2, "no experts"),
+        lambda f: ["plot", f / "statistics", "--what", "routing"], 2, "experts"),
     "a picture of a direction": (lambda f: ["plot", f / "direction"], 1, "'direction'"),
     "a neuron set's model": (lambda f: ["compare", f / "first", f / "second", "--model", "m"], 2, "--model"),
-    "one file": (lambda f: ["merge", f / "statistics"], 2, "at least two"),
-    "the same file twice": (lambda f: ["merge", f / "statistics", f / "statistics"], 2, "twice"),
+    "one file": (lambda f: ["merge", f / "statistics"], 2, "two"),
+    "the same file twice": (lambda f: ["merge", f / "statistics", f / "statistics"], 2, "statistics"),
     "neurons as statistics": (lambda f: ["merge", f / "statistics", f / "first"], 1, "'statistics'"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_bad_input_gets_one_sentence(broca, files, name):
-    arguments, status, said = REFUSALS[name]
+    arguments, expected_status, value = REFUSALS[name]
     given = [str(argument) for argument in arguments(files)]
     out = files / "result.png"
     if given[0] != "compare":
         given += ["--out", str(out)]
-    found, _, err = broca(*given)
-    assert found == status, err
-    assert said in one_sentence(err)
+    status, _, err = broca(*given)
+    assert status == expected_status, err
+    assert value in one_sentence(err)
     assert not out.exists() and not (files / "p.pdf").exists()
 
 

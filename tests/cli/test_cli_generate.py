@@ -1,4 +1,4 @@
-"""``broca generate``, called as a command."""
+"""``broca generate``."""
 
 import json
 import shutil
@@ -30,11 +30,11 @@ def plan(llama, corpus):
 
 
 def run(*arguments):
-    found = CliRunner().invoke(command, list(map(str, arguments)))
-    if found.exception is not None and not isinstance(found.exception, SystemExit):
-        raise found.exception
-    assert found.exit_code == 0, found.output
-    return found.output
+    result = CliRunner().invoke(command, list(map(str, arguments)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def texts_of(output):
@@ -46,8 +46,8 @@ def written(loaded, seed=0, **settings):
 
 
 def test_the_model_alone(llama):
-    found = texts_of(run(llama.name, "--prompts", *TEXTS, "--new-tokens", 6, "--json"))
-    assert found == [
+    texts = texts_of(run(llama.name, "--prompts", *TEXTS, "--new-tokens", 6, "--json"))
+    assert texts == [
         {"prompt": prompt, "unedited": text} for prompt, text in zip(TEXTS, written(llama), strict=True)
     ]
 
@@ -55,19 +55,19 @@ def test_the_model_alone(llama):
 def test_base_and_edited_side_by_side(llama, plan, edit, steered, tmp_path):
     common = ["--prompts", *TEXTS, "--new-tokens", 6, "--compare", "--json"]
     out = tmp_path / "texts.json"
-    live = texts_of(run(llama.name, "--edit", edit, *common, "--out", out))
+    compared = texts_of(run(llama.name, "--edit", edit, *common, "--out", out))
     with applied(llama, plan):
         edited = written(llama)
-    own = written(llama)
-    assert edited != own
-    assert live == [
+    unedited = written(llama)
+    assert edited != unedited
+    assert compared == [
         {"prompt": prompt, "unedited": a, "edited": b}
-        for prompt, a, b in zip(TEXTS, own, edited, strict=True)
+        for prompt, a, b in zip(TEXTS, unedited, edited, strict=True)
     ]
-    assert json.loads(out.read_text())["texts"] == live
-    assert texts_of(run(llama.name, "--against", steered, *common)) == live
+    assert json.loads(out.read_text())["texts"] == compared
+    assert texts_of(run(llama.name, "--against", steered, *common)) == compared
     alone = texts_of(run(llama.name, "--edit", edit, "--prompts", *TEXTS, "--new-tokens", 6, "--json"))
-    assert alone == [{"prompt": row["prompt"], "edited": row["edited"]} for row in live]
+    assert alone == [{"prompt": row["prompt"], "edited": row["edited"]} for row in compared]
 
 
 def test_the_table_has_a_column_each(llama, edit):
@@ -77,14 +77,14 @@ def test_the_table_has_a_column_each(llama, edit):
 
 def test_prompts_from_files(llama, tmp_path):
     (tmp_path / "p.txt").write_text("beef cab\n\nstop milk\n", encoding="utf-8")
-    rows = [{"question_id": i, "text": text} for i, text in enumerate(TEXTS)]
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    questions = [{"question_id": i, "text": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
     (tmp_path / "my prompts").mkdir()
     for name in ("p.txt", "q.jsonl"):
-        shutil.copy(tmp_path / name, tmp_path / "my prompts" / f"own {name}")
-    for name in ("p.txt", "q.jsonl", "my prompts/own p.txt", "my prompts/own q.jsonl"):
-        found = texts_of(run(llama.name, "--prompts", tmp_path / name, "--new-tokens", 1, "--json"))
-        assert [row["prompt"] for row in found] == TEXTS
+        shutil.copy(tmp_path / name, tmp_path / "my prompts" / f"copied {name}")
+    for name in ("p.txt", "q.jsonl", "my prompts/copied p.txt", "my prompts/copied q.jsonl"):
+        rows = texts_of(run(llama.name, "--prompts", tmp_path / name, "--new-tokens", 1, "--json"))
+        assert [row["prompt"] for row in rows] == TEXTS
     mixed = texts_of(
         run(llama.name, "--prompts", tmp_path / "p.txt", "See a file.txt", "--new-tokens", 1, "--json")
     )
@@ -101,17 +101,17 @@ def test_sampling_has_a_seed(llama):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "value"),
     [
-        (["--compare"], "--compare needs"),
-        (["--edit", __file__, "--against", "c"], "give one"),
-        (["--engine", "vllm", "--edit", __file__], "export"),
+        (["--compare"], "--compare"),
+        (["--edit", __file__, "--against", "c"], "--edit and --against"),
+        (["--engine", "vllm", "--edit", __file__], "--edit"),
         (["--engine", "vllm", "--device", "cpu"], "--device"),
-        (["--chat"], "chat template"),
+        (["--chat"], "--chat"),
     ],
 )
-def test_what_is_refused(llama, arguments, named):
-    with pytest.raises(UsageError, match=named):
+def test_invalid_options_are_rejected(llama, arguments, value):
+    with pytest.raises(UsageError, match=value):
         run(llama.name, "--prompts", "beef", *arguments)
 
 
@@ -128,24 +128,24 @@ def test_vllm_that_is_not_installed_is_one_sentence(llama, monkeypatch):
 
 
 class StandIn:
-    """For the package vllm: writes " high" always, and down what it is asked."""
+    """A stand-in for the package vllm: it always generates " high" and records its calls."""
 
     __version__ = "0"
 
     def __init__(self, tokenizer):
         self.started, self.stopped, self.rows, self.settings = [], [], None, None
-        asked = self
+        stand_in = self
 
         class LLM:
             def __init__(self, **settings):
-                asked.started.append(settings)
-                core = SimpleNamespace(shutdown=lambda: asked.stopped.append(settings["model"]))
+                stand_in.started.append(settings)
+                core = SimpleNamespace(shutdown=lambda: stand_in.stopped.append(settings["model"]))
                 self.llm_engine = SimpleNamespace(engine_core=core)
 
             def generate(self, rows, settings, use_tqdm):
-                asked.rows, asked.settings = rows, settings
+                stand_in.rows, stand_in.settings = rows, settings
                 ids = [tokenizer(" high", add_special_tokens=False)["input_ids"] + [1]] * len(rows)
-                return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=one)]) for one in ids]
+                return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=row)]) for row in ids]
 
         self.LLM, self.SamplingParams = LLM, dict
 
@@ -155,54 +155,54 @@ class StandIn:
 
 
 @pytest.fixture
-def asked(llama, monkeypatch):
+def vllm(llama, monkeypatch):
     stand_in = StandIn(llama.tokenizer)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     return stand_in
 
 
-def test_vllm_is_asked_for_the_same_tokens(llama, steered, asked):
+def test_vllm_is_asked_for_the_same_tokens(llama, steered, vllm):
     few = ["--prompts", *TEXTS, "--new-tokens", 6, "--engine", "vllm", "--json"]
-    found = texts_of(run(llama.name, "--against", steered, "--compare", *few))
-    assert found == [{"prompt": prompt, "unedited": " high", "edited": " high"} for prompt in TEXTS]
-    assert asked.models == asked.stopped == [str(llama.checkpoint), str(steered)]
+    texts = texts_of(run(llama.name, "--against", steered, "--compare", *few))
+    assert texts == [{"prompt": prompt, "unedited": " high", "edited": " high"} for prompt in TEXTS]
+    assert vllm.models == vllm.stopped == [str(llama.checkpoint), str(steered)]
     tokens = [models.tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
-    assert asked.rows == [{"prompt_token_ids": ids} for ids in tokens]
-    for settings in asked.settings:
+    assert vllm.rows == [{"prompt_token_ids": ids} for ids in tokens]
+    for settings in vllm.settings:
         del settings["seed"]
         assert settings == {"temperature": 0.0, "max_tokens": 6, "stop_token_ids": [1]}
     assert generate_by_vllm(llama.name, llama.tokenizer, []) == []
-    assert len(asked.started) == 2
+    assert len(vllm.started) == 2
 
 
-def test_an_engine_of_vllm_serves_until_another_checkpoint_or_a_longer_text_comes(llama, steered, asked):
+def test_an_engine_of_vllm_serves_until_another_checkpoint_or_a_longer_text_comes(llama, steered, vllm):
     """The tiny model reads 128 tokens."""
     a_hundred = [5] * 100
     with VllmWriter(llama.name, llama.tokenizer) as write:
-        assert asked.started == []
+        assert vllm.started == []
         write(["beef"], 6)
         with write.writing_with(str(steered)):
             pass
         write([a_hundred], 28)
-        assert [settings["max_model_len"] for settings in asked.started] == [128]
-        # Whether so much can be read is vLLM's to say.
+        assert [settings["max_model_len"] for settings in vllm.started] == [128]
+        # vLLM itself rejects texts that are too long.
         write([a_hundred, [5]], 50)
-        assert [settings["max_model_len"] for settings in asked.started] == [128, 150]
-        assert asked.stopped == [llama.name]
+        assert [settings["max_model_len"] for settings in vllm.started] == [128, 150]
+        assert vllm.stopped == [llama.name]
         with write.writing_with(str(steered)):
             write(["beef"], 6)
             write(["cab"], 6)
         write(["beef"], 6)
-        assert asked.models == [llama.name, llama.name, str(steered), llama.name]
-        assert asked.stopped == asked.models[:3]
-    assert asked.stopped == asked.models
+        assert vllm.models == [llama.name, llama.name, str(steered), llama.name]
+        assert vllm.stopped == vllm.models[:3]
+    assert vllm.stopped == vllm.models
     with pytest.raises(KeyboardInterrupt), VllmWriter(llama.name, llama.tokenizer) as write:
         write(["beef"], 6)
         raise KeyboardInterrupt
-    assert asked.stopped == asked.models
+    assert vllm.stopped == vllm.models
 
 
-def test_a_model_that_reads_on_has_room_for_longer_texts_to_come(llama, asked, tmp_path):
+def test_a_model_that_reads_on_has_room_for_longer_texts_to_come(llama, vllm, tmp_path):
     long = tmp_path / "long"
     shutil.copytree(llama.checkpoint, long)
     config = json.loads((long / "config.json").read_text())
@@ -210,22 +210,22 @@ def test_a_model_that_reads_on_has_room_for_longer_texts_to_come(llama, asked, t
     with VllmWriter(str(long), llama.tokenizer) as write:
         for length, started in ((10, [512]), (506, [512]), (507, [512, 1026]), (4090, [512, 1026, 4096])):
             write([[5] * length], 6)
-            assert [settings["max_model_len"] for settings in asked.started] == started
+            assert [settings["max_model_len"] for settings in vllm.started] == started
 
 
-def test_a_prompt_asked_twice_has_two_seeds_and_another_seed_has_others(llama, asked):
-    found = []
+def test_a_prompt_asked_twice_has_two_seeds_and_another_seed_has_others(llama, vllm):
+    seeds = []
     with VllmWriter(llama.name, llama.tokenizer) as write:
         for seed in (0, 0, 1):
             write(["beef", "beef", "cab"], 6, 0.7, seed)
-            found.append([settings["seed"] for settings in asked.settings])
-    first, again, other = found
+            seeds.append([settings["seed"] for settings in vllm.settings])
+    first, again, other = seeds
     assert first == again
     assert len({*first, *other}) == 6
     assert all(0 <= seed < 2**63 for seed in (*first, *other))
 
 
-def test_vllm_takes_of_the_memory_what_the_model_in_it_leaves(llama, asked, monkeypatch):
+def test_vllm_takes_of_the_memory_what_the_model_in_it_leaves(llama, vllm, monkeypatch):
     free = SimpleNamespace(available=6, total=24)
     monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(virtual_memory=lambda: free))
     generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
@@ -234,26 +234,26 @@ def test_vllm_takes_of_the_memory_what_the_model_in_it_leaves(llama, asked, monk
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (30, 80))
     generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
-    shares = [settings.get("gpu_memory_utilization") for settings in asked.started]
-    assert shares == [pytest.approx(0.2), None, pytest.approx(0.3)]
+    fractions = [settings.get("gpu_memory_utilization") for settings in vllm.started]
+    assert fractions == [pytest.approx(0.2), None, pytest.approx(0.3)]
 
 
 @pytest.fixture
-def heard():
-    """Interrupts are heard as in a terminal: a job in the background is born deaf to them."""
+def interrupts():
+    """Enable SIGINT as in a terminal, because background jobs ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, asked, heard):
-    """vLLM swallows one there."""
+def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, vllm, interrupts):
+    """vLLM swallows an interrupt during its start."""
 
-    def deaf(**settings):
+    def swallowing(**settings):
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
-    asked.LLM = deaf
+    vllm.LLM = swallowing
     with pytest.raises(KeyboardInterrupt):
         generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
-    assert signal.getsignal(signal.SIGINT) is heard
+    assert signal.getsignal(signal.SIGINT) is interrupts

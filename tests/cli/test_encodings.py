@@ -61,6 +61,6 @@ def test_a_table_of_text_is_written_to_an_ascii_stream(tmp_path, checkpoint_of, 
     assert b"\\u041f" in done.stdout and b"PYTHONIOENCODING" in done.stderr
     if as_json:
         assert any(
-            "Прив" in one["before"] + one["token"] + one["after"]
-            for one in json.loads(done.stdout)["snippets"]
+            "Прив" in snippet["before"] + snippet["token"] + snippet["after"]
+            for snippet in json.loads(done.stdout)["snippets"]
         )

@@ -1,4 +1,4 @@
-"""Files that say they are directions or neuron sets and hold none are refused in one sentence."""
+"""Invalid direction and neuron-set files are rejected in one sentence."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NEURONS = (
     {"members.0": torch.tensor([[0, 1]]), "scores.0": torch.ones(1), "kinds.0": torch.tensor([0])},
     {"languages": ["en"], "layers": 2, "neurons": 3, "method": "m"},
 )
-# name -> (what it is made of, what differs in the tensors, what differs in the metadata)
+# name -> (valid content, changed tensors, changed metadata)
 FAULTS = {
     "no source": (DIRECTION, {}, {"source": NONE}),
     "a target that is a list": (DIRECTION, {}, {"target": ["fr"]}),
@@ -35,23 +35,23 @@ FAULTS = {
 }
 
 
-def saved(path, made, tensors, metadata):
-    kind, own, about = made
+def saved(path, content, tensors, metadata):
+    kind, valid_tensors, valid_metadata = content
     kept = [
         {name: value for name, value in (a | b).items() if value is not NONE}
-        for a, b in ((own, tensors), (about, metadata))
+        for a, b in ((valid_tensors, tensors), (valid_metadata, metadata))
     ]
     save_artifact(path, kind, *kept)
     return path
 
 
-@pytest.mark.parametrize("made", [DIRECTION, NEURONS], ids=["direction", "neurons"])
-def test_what_the_faults_are_made_of_is_whole(broca, tmp_path, made):
-    assert broca("inspect", saved(tmp_path / "file.safetensors", made, {}, {}))[0] == 0
+@pytest.mark.parametrize("content", [DIRECTION, NEURONS], ids=["direction", "neurons"])
+def test_the_valid_content_is_accepted(broca, tmp_path, content):
+    assert broca("inspect", saved(tmp_path / "file.safetensors", content, {}, {}))[0] == 0
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_file_that_is_not_whole_is_refused(broca, tmp_path, name):
+def test_invalid_content_is_rejected(broca, tmp_path, name):
     path = saved(tmp_path / "file.safetensors", *FAULTS[name])
     status, out, err = broca("inspect", path)
     assert (status, out) == (1, "") and err.count("\n") == 1, err

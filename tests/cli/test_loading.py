@@ -1,4 +1,4 @@
-"""An exported checkpoint loads by every ordinary road, with nothing of Broca's, to the same logits."""
+"""An exported checkpoint loads in every usual way, without Broca, and gives the same logits."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ NOTES = {"change_norm": 1.0, "weight_norm": 5.0}
 
 
 def plan_for(source):
-    """Left and right, column scales and both together."""
+    """A plan with low-rank changes, column scales and both."""
     generator = torch.Generator().manual_seed(0)
 
     def low_rank(layer, block):
@@ -45,7 +45,7 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Family (and dtype) -> the exported sharded checkpoint and the logits that it must give, built once."""
+    """Family (and dtype) -> the exported sharded checkpoint and its expected logits, built once."""
     built = {}
 
     def build(name):
@@ -69,8 +69,8 @@ def exported(tmp_path_factory):
     return build
 
 
-# What transformers stores under the names that it has in memory; of the others only its own loader knows
-# which name on disk is which parameter.
+# Families with the same names on disk and in memory; for the others, only the loader of transformers knows the
+# parameter of each name on disk.
 SAME_NAMES = ["llama", "llama bfloat16", "gpt2", "phi3"]
 RENAMED = ["gemma3", "qwen3_moe"]
 

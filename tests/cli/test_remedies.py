@@ -1,4 +1,4 @@
-"""What a message advises fits the cause: done as it says, the command succeeds."""
+"""The fix in an error message works: the command succeeds with it."""
 
 import re
 
@@ -17,7 +17,7 @@ def mixture(checkpoint_of):
 
 @pytest.fixture
 def dead(tmp_path):
-    """A llama whose neurons of layer 1 never fire."""
+    """A llama in which the neurons of layer 1 never fire."""
     directory = models.build_checkpoint(tmp_path / "dead")
     stored = load_file(directory / "model.safetensors")
     stored["model.layers.1.mlp.gate_proj.weight"].zero_()
@@ -110,9 +110,9 @@ def test_a_comparison_goes_on_without_what_experts_cannot_do(checkpoint_of, know
     material = Material(loaded, read_corpus(known_text, part="estimate"), "en", "fr")
     names = [name for name in compared_named(["all"]) if "arithmetic" in name]
     assert names
-    for way in compared_named(names).values():
-        found, refused = candidates_of(way, material)
-        assert not found and all("experts" in one.refused for one in refused)
+    for method in compared_named(names).values():
+        candidates, refused = candidates_of(method, material)
+        assert not candidates and all("experts" in outcome.refused for outcome in refused)
 
 
 def test_moments_know_when_nothing_fires(llama, corpus):

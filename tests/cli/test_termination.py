@@ -1,4 +1,4 @@
-"""SIGTERM: what a command made for the time being is put away, and the status says what happened."""
+"""SIGTERM: a command removes its temporary files and exits with its status."""
 
 import subprocess
 import sys
@@ -35,8 +35,8 @@ def test_leaves_nothing_and_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("own", ["signal.SIG_IGN", "lambda *_: None"])
-def test_whoever_handles_it_already_goes_on_doing_so(tmp_path, own):
-    done = run(tmp_path, f"signal.signal(signal.SIGTERM, {own})", 0.1)
+@pytest.mark.parametrize("handler", ["signal.SIG_IGN", "lambda *_: None"])
+def test_an_earlier_handler_is_kept(tmp_path, handler):
+    done = run(tmp_path, f"signal.signal(signal.SIGTERM, {handler})", 0.1)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "went on\n"

@@ -390,7 +390,7 @@ def test_the_command_streams_resumes_and_repeats(arguments, small, tmp_path, mon
     [
         (["--dose-picture", "d.png"], "needs --doses"),
         (["--picture", "m.jpg"], ".png or .svg"),
-        (["--controls", "random", "--statistics", __file__], "means nothing"),
+        (["--controls", "random", "--statistics", __file__], "--statistics"),
     ],
 )
 def test_the_command_refuses(arguments, extra, message):
@@ -401,11 +401,11 @@ def test_the_command_refuses(arguments, extra, message):
 @pytest.mark.parametrize("doses", ["many", "5%x", "1%,,2%", "nan"])
 def test_doses_are_shares(arguments, doses):
     refused = run([*arguments, "--doses", doses])
-    assert refused.exit_code == 2 and "write shares as" in refused.output
+    assert refused.exit_code == 2 and "--doses" in refused.output
 
 
 def test_a_set_named_twice_or_none_is_refused(arguments):
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         run([*arguments, arguments[-1]])
     with pytest.raises(UsageError, match="--neurons is missing"):
         run(arguments[:-3])
