@@ -13,7 +13,7 @@ from editing.report.inline_svg import Drawing
 from editing.report.steering_section import steering_content
 from editing.report.templating import rendered
 from editing.study.search_result import SearchResult
-from editing.study.trial import MEASURED, NOTHING, Trial
+from editing.study.trial import MEASURED, WITHOUT_PLAN, Trial
 
 _GOALS = {
     "fluency_gap": "fluency gap at most {}",
@@ -35,8 +35,8 @@ def search_content(search: SearchResult, name: str) -> Markup:
         search=search,
         result=steering_content(search.result, f"{name}-steering") if search.result else "",
         missed=[goal for goal, met in search.report.goals_met.items() if not met] if search.report else [],
-        unchanged=sum(trial.state == NOTHING for trial in search.trials),
-        pruned=sum(trial.state not in (MEASURED, NOTHING) for trial in search.trials),
+        unchanged=sum(trial.state in WITHOUT_PLAN for trial in search.trials),
+        pruned=sum(trial.state not in (MEASURED, *WITHOUT_PLAN) for trial in search.trials),
         goals=[words.format(plain(getattr(search.goals, goal))) for goal, words in _GOALS.items()],
         drawings=[
             _drawing(search, f"{name}-harm", "mean KL of third languages, nats", _harm),

@@ -37,7 +37,7 @@ from optuna.trial import TrialState
 from editing.plans.plan import Plan
 from editing.study.search_scoring import Harm, Written
 from editing.study.search_space import Settings, Space, Value
-from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, Goals, Trial
+from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, REFUSED, Goals, Trial
 from neurons.errors import BrocaError, NothingToChangeError
 
 STUDY = "study.jsonl"
@@ -187,8 +187,9 @@ class Search:
         trial = Trial(number, method, dict(settings), MEASURED)
         try:
             plan = self._spaces[method].make(settings)
-        except NothingToChangeError as error:
-            return replace(trial, state=NOTHING, why=str(error))
+        except BrocaError as error:
+            state = NOTHING if isinstance(error, NothingToChangeError) else REFUSED
+            return replace(trial, state=state, why=str(error))
         measured = [other for other in finished if other.state == MEASURED]
         with self._applied(plan):
             hits, prompts = self._scorer.few(self._few_prompts)

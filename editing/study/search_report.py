@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from editing.evaluation.outcome import Outcome
 from editing.study.search import Search
 from editing.study.search_result import SearchResult
-from editing.study.trial import HOPELESS, MEASURED, NOTHING, Goals, Trial
+from editing.study.trial import HOPELESS, MEASURED, WITHOUT_PLAN, Goals, Trial
 from neurons.errors import NothingToChangeError
 
 CONFIRMED_TRIALS = 4
@@ -93,10 +93,10 @@ def choose(trials: Sequence[Trial], goals: Goals, ceiling: float) -> Choice:
         return Choice(
             best, False, f"no trial meets all goals; this one misses {' and '.join(failing)} by the least"
         )
-    changing = [trial for trial in trials if trial.state != NOTHING]
+    changing = [trial for trial in trials if trial.state not in WITHOUT_PLAN]
     if not changing:
         raise NothingToChangeError(
-            "no trial changes the model: allow more layers, another method, or more --trials"
+            f"no trial changes the model ({trials[0].why}): allow more layers, another method, or more --trials"
         )
     return Choice(
         max(changing, key=lambda trial: (trial.share, -trial.number)),

@@ -10,7 +10,8 @@ from typing import Any
 from neurons.files.json_file import Figure
 
 NOTHING_WRITTEN = 10.0  # fluency gap of an edit that writes nothing
-MEASURED, HOPELESS, NOTHING = "measured", "hopeless", "changes nothing"
+MEASURED, HOPELESS, NOTHING, REFUSED = "measured", "hopeless", "changes nothing", "refused"
+WITHOUT_PLAN = (NOTHING, REFUSED)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Trial:
         number: from 0, in the order in which they were tried.
         method: one of ``editing.study.registry.searched``.
         settings: of the method.
-        state: MEASURED, HOPELESS or NOTHING.
+        state: MEASURED, HOPELESS, NOTHING or REFUSED (by the method, for this model or text).
         found: number of continuations in the target.
         continuations: number of continuations; of a hopeless trial, those of the first few prompts.
         prompts: number of different prompts.

@@ -14,8 +14,8 @@ from editing.study.search import Search, binomial_cdf
 from editing.study.search_report import choose
 from editing.study.search_scoring import Harm, Written
 from editing.study.search_space import Knob, Space
-from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, Goals, Trial
-from neurons.errors import BrocaError, NothingToChangeError
+from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, REFUSED, Goals, Trial
+from neurons.errors import BrocaError, NothingToChangeError, UsageError
 
 CEILING = 0.9
 
@@ -162,6 +162,20 @@ def test_hopeless_trials_are_given_up_at_their_first_bad_step():
     assert "0.38" in search.trials[2].why
     assert "too weak" in search.trials[3].why
     assert not any(trial.meets(search.goals, CEILING) for trial in search.trials[1:])
+
+
+def test_a_method_that_refuses_the_model_does_not_stop_the_search():
+    def make(settings):
+        if settings == GOOD:
+            raise UsageError("experts have no common inputs")
+        return SPACE.make(settings)
+
+    weak = {"kind": "narrow", "strength": 0.8}
+    search = searched(Planted(), spaces={"one": replace(SPACE, known=(GOOD, weak), make=make)})
+    search.run(2)
+    assert [trial.state for trial in search.trials] == [REFUSED, MEASURED]
+    assert "experts" in search.trials[0].why
+    assert choose(search.trials, search.goals, CEILING).trial == search.trials[1]
 
 
 def test_the_first_trial_is_measured_in_full_and_the_best_is_the_bar():
