@@ -27,8 +27,9 @@ changes the output of down_proj before a norm, so models with a norm after it ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -152,6 +153,14 @@ def activation_means(
     return {layer: {k: total / tokens[k] for k, total in of.items()} for layer, of in sums.items()}
 
 
+# A hashable name and what computes the value -> the value.
+Once = Callable[[Hashable, Callable[[], Any]], Any]
+
+
+def _anew(name: Hashable, make: Callable[[], Any]) -> Any:
+    return make()
+
+
 def _identity(values: torch.Tensor) -> torch.Tensor:
     return values
 
@@ -169,6 +178,7 @@ def language_arithmetic_plan(
     as_bias: bool = False,
     eps: float = EPS,
     progress: Progress | None = None,
+    once: Once = _anew,
 ) -> Plan:
     """A plan of column scales and one constant for each layer.
 
@@ -185,6 +195,7 @@ def language_arithmetic_plan(
         as_bias: add the constant as down_proj's bias, if the architecture supports one, instead of in the weights.
         eps: ridge of the key, as a fraction of the mean variance.
         progress: called with the number of tokens done in the first pass.
+        once: keeps what a pass over the text gives, for plans with other settings (``Material.once``).
 
     Returns:
         A plan with an edit for each layer with such neurons; notes "constant_share" and, for a constant in the
@@ -205,8 +216,11 @@ def language_arithmetic_plan(
     on = _mask(neurons, [] if target is None else [target])
     off = _mask(neurons, deactivate)
     layers = (on | off).any(1).nonzero()[:, 0].tolist()
-    batches = language_batches(loaded, corpus, default=MEANS.tokens)
-    means = {} if target is None else activation_means(loaded, batches, layers)
+
+    def activations() -> dict[int, dict[str, torch.Tensor]]:
+        return activation_means(loaded, language_batches(loaded, corpus, default=MEANS.tokens), layers)
+
+    means = {} if target is None else once(("activation means", *layers), activations)
     zeros = torch.zeros(loaded.anatomy.neurons, dtype=torch.float64)
     maps = {
         layer: arithmetic(
@@ -220,8 +234,11 @@ def language_arithmetic_plan(
         )
         for layer in layers
     }
-    shifts, fractions = _shifts(loaded, corpus, maps, progress)
-    keys = {} if as_bias or not shifts else constant_keys(loaded, corpus, sorted(shifts), eps)
+    shifts, fractions = _shifts(loaded, corpus, maps, progress, once)
+    shifted = sorted(shifts)
+    keys = {}
+    if shifts and not as_bias:
+        keys = once(("constant keys", eps, *shifted), lambda: constant_keys(loaded, corpus, shifted, eps))
     weights = Weights(loaded)
     edits = []
     for layer, affine in maps.items():
@@ -273,7 +290,11 @@ def language_arithmetic_plan(
 
 
 def _shifts(
-    loaded: LoadedModel, corpus: Corpus, maps: Mapping[int, Arithmetic], progress: Progress | None
+    loaded: LoadedModel,
+    corpus: Corpus,
+    maps: Mapping[int, Arithmetic],
+    progress: Progress | None,
+    once: Once,
 ) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
     """The constant of each layer with an offset, and its constant fraction."""
     units = {
@@ -284,7 +305,10 @@ def _shifts(
     weights, shifts, fractions = Weights(loaded), {}, {}
     batches = language_batches(loaded, corpus, default=MEANS.tokens)
     tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
-    moments = language_moments(loaded, batches, "mlp_up", units, progress) if loaded.anatomy.gated else {}
+    named = ("moments", *((layer, *index.tolist()) for layer, index in units.items()))
+    moments = {}
+    if loaded.anatomy.gated:
+        moments = once(named, lambda: language_moments(loaded, batches, "mlp_up", units, progress))
     for layer, index in units.items():
         if loaded.anatomy.gated:
             mean, covariance = total_moments(moments[layer], tokens)
@@ -390,4 +414,5 @@ class ArithmeticEdit(Method):
             self.as_bias,
             self.eps,
             material.progress,
+            material.once,
         )

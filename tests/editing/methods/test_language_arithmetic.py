@@ -211,6 +211,36 @@ def test_deactivation_is_exact_and_reads_no_text(llama, monkeypatch):
     assert all(edit.rank == 0 and edit.bias is None for edit in plan.edits)
 
 
+def test_other_strengths_read_no_text_again(llama, monkeypatch):
+    corpus, neurons, kept = small_corpus(), some_neurons(llama), {}
+
+    def once(name, make):
+        return kept[name] if name in kept else kept.setdefault(name, make())
+
+    language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], once=once)
+    expected = [
+        language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], mode, strength=2.0, eps=eps)
+        for mode, eps in (("additive", 0.01), ("difference", 0.01), ("additive", 0.1))
+    ]
+
+    def read(*_, **__):
+        raise AssertionError("the text was read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("editing.methods.language_arithmetic.read_text", read)
+        patch.setattr("editing.methods.language_arithmetic.language_moments", read)
+        patch.setattr("editing.methods.language_arithmetic.constant_keys", read)
+        again = language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], strength=2.0, once=once)
+        with pytest.raises(AssertionError):
+            language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], eps=0.1, once=once)
+    assert again.to_bytes() == expected[0].to_bytes()
+    for plan, (mode, eps) in zip(expected[1:], (("difference", 0.01), ("additive", 0.1)), strict=True):
+        same = language_arithmetic_plan(
+            llama, corpus, neurons, "qab", ["qaa"], mode, strength=2.0, eps=eps, once=once
+        )
+        assert same.to_bytes() == plan.to_bytes()
+
+
 def test_a_bias_in_a_llama_is_its_mean_shift(llama):
     make = partial(language_arithmetic_plan, llama, small_corpus(), some_neurons(llama), "qab")
     for weights, bias in zip(make().edits, make(as_bias=True).edits, strict=True):
