@@ -211,7 +211,7 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
     from neurons.recording.needs import text_of
 
     def needs(planned: LoadedModel) -> list[Need]:
-        if material.corpus is None or method.name not in ("keyed", "bake"):
+        if material.corpus is None or not method.solves_keys:
             return [writing_need(planned, "plan")]
         learn = [learning_need(planned)] if getattr(method, "learn", False) else []
         text = text_of(planned, material.corpus)

@@ -251,11 +251,13 @@ def command(**options: Any) -> None:
 def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corpus]) -> None:
     from cli.dry_run import dry_run
     from editing.pipeline.needs import direction_need, evaluation_need, key_need
+    from editing.study.registry import searched_named
     from neurons.recording.needs import text_of
 
     def needs(planned: LoadedModel) -> list[Need]:
         text = {part: text_of(planned, corpora[part]) for part in ("estimate", "report")}
-        keys = [key_need(planned, text["estimate"])] if {"keyed", "bake"} & {*arguments.methods} else []
+        solving = any(method.solves_keys for method in searched_named(arguments.methods).values())
+        keys = [key_need(planned, text["estimate"])] if solving else []
         return [direction_need(planned, text["estimate"]), *keys, evaluation_need(planned, text["report"])]
 
     dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)

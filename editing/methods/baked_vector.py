@@ -77,6 +77,7 @@ class Bake(_BakedVector):
     line = "adds a steering vector, of Broca or another library, at every token"
     source = "Broca"
     needs = ("corpus",)
+    solves_keys = True
     takes = ("direction", "vector", "layers", "blocks", "strength", "part", "languages", "device", "dtype")
 
     eps: float = setting(EPS, "ridge, as a fraction of the mean variance")

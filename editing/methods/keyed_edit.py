@@ -28,6 +28,7 @@ class Keyed(Method):
     line = "a direction that is added only on the source language"
     source = "Broca"
     needs = ("direction", "corpus")
+    solves_keys = True
     takes = ("neurons", "layers", "blocks", "strength", "device", "dtype", "part", "languages")
 
     strength: float = STRENGTH

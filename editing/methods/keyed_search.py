@@ -93,6 +93,7 @@ class KeyedSearch(Method):
     line = Keyed.line
     source = Keyed.source
     edited = False
+    solves_keys = True
 
     values: str = setting(MEANS, words=VALUES, search_words=True)
     heads: float = setting(0.0, search=Range(0.0, 1.0))

@@ -380,6 +380,7 @@ class ArithmeticEdit(Method):
     line = "deactivates one language's neurons and raises another's by its mean"
     source = "arXiv 2507.22608"
     needs = ("neurons", "corpus")
+    solves_keys = True
     takes = ("part", "strength", "device", "dtype")
 
     strength: float = setting(1.0, search=Range(0.25, 8.0, log=True))

@@ -62,6 +62,7 @@ class Method:
         takes: further options that it uses.
         permanent: whether it changes weights.
         edited: whether ``broca edit`` offers it.
+        solves_keys: whether it solves keys on text, for estimates of memory.
         min_languages: minimum number of languages of a corpus.
         strength_setting: the setting that a strength fraction multiplies; None: it has no strength.
         strength: factor of the edit.
@@ -75,6 +76,7 @@ class Method:
     takes: ClassVar[tuple[str, ...]] = ()
     permanent: ClassVar[bool] = True
     edited: ClassVar[bool] = True
+    solves_keys: ClassVar[bool] = False
     min_languages: ClassVar[int] = 2
     strength_setting: ClassVar[str | None] = "strength"
 

@@ -247,6 +247,18 @@ def test_learning_takes_openings_of_every_source_in_turn(broca, files, tmp_path,
     assert seen == [([*openings, *texts["qaa"][4:]], texts["qab"])]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_foresees_keys_where_they_are_solved(broca, files, method):
+    words = arguments_of(files, METHODS[method])
+    status, printed, errors = broca(
+        "edit", files / "model", "--method", method, *words, "--dry-run", "--json", "--out", files / "none"
+    )
+    assert status == 0, errors
+    solves = method in ("keyed", "bake", "language-arithmetic")
+    assert set(json.loads(printed)["stages"]) == {"key" if solves else "plan"}
+    assert not (files / "none").exists()
+
+
 @pytest.fixture
 def two(broca, files, tmp_path):
     plans = []

@@ -106,12 +106,14 @@ def test_without_sampling_every_answer_is_counted_once(text, tmp_path):
 
 def test_a_dry_run_foresees_its_stages_and_does_nothing(text, tmp_path):
     stages = {}
-    for methods in ("keyed,steer2edit", "steer2edit"):
+    for methods in ("keyed,steer2edit", "steer2edit", "language-arithmetic"):
         result = tune(text, tmp_path / "none", "--methods", methods, "--dry-run", "--json")
         assert result.exception is None, result.output
         stages[methods] = set(json.loads(result.stdout)["stages"])
     assert stages == {
-        "keyed,steer2edit": {"direction", "key", "evaluate"}, "steer2edit": {"direction", "evaluate"}
+        "keyed,steer2edit": {"direction", "key", "evaluate"},
+        "steer2edit": {"direction", "evaluate"},
+        "language-arithmetic": {"direction", "key", "evaluate"},
     }  # fmt: skip
     assert not (tmp_path / "none").exists()
 
