@@ -22,7 +22,7 @@ import click
 from cli.steer import shipped_questions
 from editing.evaluation.answer_language import answer_language
 from editing.evaluation.generation import generate
-from editing.evaluation.questions import read_questions, taken
+from editing.evaluation.questions import questions_of_part, read_questions
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT
 from editing.pipeline.lock_text import ANSWER_TOKENS
@@ -101,7 +101,7 @@ def main(
     (source,) = plan.metadata["settings"].get("sources") or [plan.metadata["source"]]
     target = plan.metadata["target"]
     asked = read_questions(questions or shipped_questions())
-    texts = [one.text for one in taken(asked.of[source], REPORT)][:most]
+    texts = [one.text for one in questions_of_part(asked.of[source], REPORT)][:most]
     loaded = load_model(model, dtype=dtype)
     told_apart = tuple(asked.of)
     told = [f"{text} {Lock(target, (source,), ()).instruction_in(source)}" for text in texts]
