@@ -164,20 +164,20 @@ def command(**options: Any) -> None:
             place_apart(Path(arguments.model), directory)
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     require_unedited(loaded)
-    made = language_lock(loaded, questions, lock, seed=arguments.seed, stage=screen.progress)
-    figures = lock_figures(loaded, questions, lock, made.plan, stage=screen.progress)
-    plan = replace(made.plan, metadata={**made.plan.metadata, "measured": figures.as_json()})
+    locked = language_lock(loaded, questions, lock, seed=arguments.seed, stage=screen.progress)
+    figures = lock_figures(loaded, questions, lock, locked.plan, stage=screen.progress)
+    plan = replace(locked.plan, metadata={**locked.plan.metadata, "measured": figures.as_json()})
     written = _written(screen, arguments, loaded, out, plan)
-    _show(screen, lock, made, figures)
+    _show(screen, lock, locked, figures)
     seconds = time.monotonic() - start
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(
         {
             "out": out,
             "lock": {"sources": list(lock.sources), "target": lock.target, "keep": list(lock.keep)},
-            "obeyed": dict(made.obeyed),
-            "held_out": list(made.held_out),
-            "key_deviations": {str(layer): list(pair) for layer, pair in made.deviations.items()},
+            "obeyed": dict(locked.obeyed),
+            "held_out": list(locked.held_out),
+            "key_deviations": {str(layer): list(pair) for layer, pair in locked.deviations.items()},
             "seconds": seconds,
             "measured": figures.as_json(),
             **written,
@@ -202,19 +202,19 @@ def _written(
     return result
 
 
-def _show(screen: Screen, lock: Lock, made: Locked, figures: LockFigures) -> None:
+def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> None:
     """Print the figures of the training, both tables and some answers."""
-    for source, obeyed in made.obeyed.items():
+    for source, obeyed in locked.obeyed.items():
         screen.say(
             f"as the teacher, the model answers {obeyed:.0%} of the questions in {source} in {lock.target_of(source)}"
         )
     solved, others = (
-        sum(pair[i] for pair in made.deviations.values()) / len(made.deviations) for i in (0, 1)
+        sum(pair[i] for pair in locked.deviations.values()) / len(locked.deviations) for i in (0, 1)
     )
     screen.say(
-        f"keys of {len(made.deviations)} layers: standard deviation {solved:.2f} on the text they were solved on, "
-        f"{others:.2f} on other questions; divergence from the teacher on other questions: {made.held_out[0]:.2f} nats a "
-        f"token before training, {min(made.held_out):.2f} after"
+        f"keys of {len(locked.deviations)} layers: standard deviation {solved:.2f} on the text they were solved on, "
+        f"{others:.2f} on other questions; divergence from the teacher on other questions: {locked.held_out[0]:.2f} nats a "
+        f"token before training, {min(locked.held_out):.2f} after"
     )
     if lock.target is None:
         answers, kept = "the question's language, after planted drift", "The same questions without drift"

@@ -58,9 +58,8 @@ def context_tokens(loaded: LoadedModel, questions: Questions) -> int:
 
 
 def _contexts(loaded: LoadedModel, questions: Questions, language: str, part: str) -> list[Context]:
-    texts = [question.text for question in questions_of_part(questions.of.get(language, ()), part)][
-        : TURNS * CONTEXTS
-    ]
+    of_part = questions_of_part(questions.of.get(language, ()), part)
+    texts = [question.text for question in of_part[: TURNS * CONTEXTS]]
     if len(texts) < TURNS * CONTEXTS:
         raise UsageError(
             f"{len(texts)} questions in {language!r} are too few to plant drift: give {4 * TURNS * CONTEXTS} or more"

@@ -122,15 +122,13 @@ def lessons(
     drift = drift_contexts(loaded, questions, sources, _CONTEXTS_FROM[part]) if lock.target is None else {}
     result = {}
     for source in sources:
-        contexts = cycle(drift.get(source) or [()])
+        of_part = questions_of_part(questions.of[source], part)[:max_questions]
         result[source] = [
             Lesson(
                 prompt_of(loaded, question.text, None, context),
                 _teacher_prompt(loaded, questions, lock, source, question, context),
             )
-            for question, context in zip(
-                questions_of_part(questions.of[source], part)[:max_questions], contexts, strict=False
-            )
+            for question, context in zip(of_part, cycle(drift.get(source) or [()]), strict=False)
         ]
     return result
 
