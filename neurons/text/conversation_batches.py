@@ -64,7 +64,7 @@ def conversation_batches(
     Args:
         loaded: the model.
         conversations: language -> its conversations.
-        tokens_a_batch: None takes what memory allows for a pass without gradients.
+        tokens_a_batch: None: as many as fit into memory in a pass without gradients.
 
     Raises:
         UsageError: a language without a message or a header, a conversation longer than the model's context, or a
