@@ -1,9 +1,9 @@
-"""What an ablation condition costs beside the bare forward work that remains, as ratios within one run.
+"""Time of an ablation condition, as ratios to the layers that it runs and to a whole forward pass in the same run.
 
-For sets of neurons whose first layer is early, in the middle and late: the time of one more condition of
-`neurons.ablation.conditions.condition_losses`, against a model that has only the layers from that first layer up, fed
-with the hidden states that enter it, and its head and loss.  The two are taken in turn, repeat after repeat;
-the ratio is the median over repeats.  Beside it the share of a whole pass that a condition takes.
+For sets of neurons whose first layer is early, in the middle and late: the time of another condition of
+`neurons.ablation.conditions.condition_losses`, compared with a model of only the layers from that first layer up, its
+head and its loss, on the hidden states that enter that layer.  The two are timed alternately; the ratio is the median
+over the repeats.
 
     python benchmarks/ablate.py
     python benchmarks/ablate.py artifacts/demo/model --corpus artifacts/demo/corpus
@@ -56,7 +56,7 @@ def random_batch(vocabulary: int, rows: int, length: int) -> TokenBatch:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """On a CPU processor time: what else the machine does is not counted."""
+    """Seconds of ``work``; on a CPU processor time, which excludes other processes."""
     if not torch.cuda.is_available():
         begin = time.process_time()
         work()
@@ -69,7 +69,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def rows_from(loaded: LoadedModel, first: int, share: float) -> torch.Tensor:
-    """A share of the neurons of every layer from ``first`` up."""
+    """A fraction ``share`` of the neurons of every layer from ``first`` up, as rows (layer, neuron)."""
     width = loaded.anatomy.neurons
     count = max(1, round(share * width))
     picked = torch.arange(count) * (width // count)
@@ -78,7 +78,7 @@ def rows_from(loaded: LoadedModel, first: int, share: float) -> torch.Tensor:
 
 
 def bare(loaded: LoadedModel, batch: TokenBatch, first: int) -> Callable[[], Any]:
-    """The layers from ``first`` up, head and loss, with nothing of Broca around the layers."""
+    """The layers from ``first`` up, head and loss, without code of Broca around the layers."""
     base = loaded.model.base_model
     with torch.no_grad():
         on_device = batch.to(loaded.device)
@@ -100,7 +100,7 @@ def bare(loaded: LoadedModel, batch: TokenBatch, first: int) -> Callable[[], Any
 
 
 def one_more(loaded: LoadedModel, batch: TokenBatch, first: int, share: float) -> Callable[[], Any]:
-    """One more condition once the batch has been kept: what ``condition_losses`` does for each."""
+    """The work of ``condition_losses`` for another condition, after the states of the batch are kept."""
     condition = Condition(rows_from(loaded, first, share))
     running = batch_losses(loaded, batch, [condition] * MOST_REPEATS, "benchmark", True)
 
@@ -137,7 +137,7 @@ def measure(
 
 
 def same_bits(loaded: LoadedModel, batch: TokenBatch, firsts: Sequence[int]) -> bool:
-    """Passes from the middle and the whole pass, on this device."""
+    """Whether passes from a middle layer are bit-identical to the whole pass on this device."""
     on_device = batch.to(loaded.device)
     layers = [first for first in firsts if first]
     hidden, kept = forward_keeping(loaded.model, loaded.anatomy, on_device, layers)

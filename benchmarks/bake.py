@@ -1,16 +1,17 @@
-"""Does a baked vector do what the same vector does by a hook?  Shares, divergence and cost, in a Markdown table.
+"""Baked vectors compared with the same vector in a hook: target-language rate, divergence and cost, as a Markdown table.
 
-For each pair of languages the residual DiffMean vector is taken from the corpus's part ``estimate``, and layer
-and strength are chosen on ``choose``: those of the best hook (``editing.study.comparison.choose``), and, where the
-rank-1 form strays from that hook by more than .02 nats a token, those of the best hook from which it does not.
-On ``report`` the hook is set beside the same vector in the weights: the rank-1 form (``editing.methods.bake``),
-the same corrected by the next layers (``editing.methods.bake_correction``), and, where the architecture allows,
-the bias (``editing.methods.bake_bias``).  A row a form:
+For each pair of languages, the residual DiffMean vector is estimated on the corpus's part ``estimate``.  Layer and
+strength are chosen on ``choose``: those of the best hook (``editing.study.comparison.choose``), and, if the KL of the
+rank-1 form to that hook is above .02 nats a token, also those of the best hook for which it is not.  On ``report`` the
+hook is compared with the same vector in the weights: the rank-1 form (``editing.methods.bake``), the rank-1 form
+corrected by the next layers (``editing.methods.bake_correction``), and, if the architecture supports it, the bias
+(``editing.methods.bake_bias``).  The table has a row for each form:
 
-    share    of the continuations of source prompts that are in the target language; and less the hook's
+    share    fraction of the continuations of source prompts that are in the target language; and its difference to the
+             hook's
     NLL      nats a token of the target's text
-    KL       hook || baked, nats a token, mean over the languages' texts, and the largest of one language
-    spread   standard deviation of the coefficient that is to be 1
+    KL       hook || baked, nats a token: mean over the languages' texts, and the largest of any language
+    spread   standard deviation of the coefficient, whose target is 1
 
     python benchmarks/bake.py artifacts/demo/model --corpus artifacts/demo/corpus
 """
@@ -55,7 +56,7 @@ Settings = list[tuple[int, float]]
 
 
 def kl_between(loaded: Any, batches: Sequence[TokenBatch], one: Steering, other: Steering) -> float:
-    """Mean KL(one || other) over the counted tokens, nats: ``one`` stands where the unedited model would."""
+    """Mean KL(one || other) over the counted tokens, nats, with ``one`` in place of the unedited model."""
     with ExitStack() as first:
         first.enter_context(one())
 
@@ -78,7 +79,7 @@ def divergence(
 def chosen_settings(
     loaded: Any, direction: Direction, estimate: Corpus, chosen_on: Corpus, eps: float
 ) -> Settings:
-    """(layer, strength) of the best hook and, if that is another, of the best that can be baked."""
+    """(layer, strength) of the best hook and, if different, of the best hook that can be baked."""
     material = Material(loaded, estimate, direction.source, direction.target, directions=(direction,))
     candidates = [
         candidate(DiffMean, material, {"layer": layer, "strength": strength})
@@ -112,7 +113,7 @@ def chosen_settings(
 def plans_of(
     loaded: Any, estimate: Corpus, vectors: Mapping[int, Any], strength: float, eps: float
 ) -> dict[str, Plan]:
-    """The forms that this architecture can carry."""
+    """The forms that this architecture supports."""
     found = {RANK_1: bake_plan(loaded, estimate, vectors, strength, eps)}
     found[CORRECTED] = corrected_plan(loaded, estimate, found[RANK_1], CORRECTIONS, eps)
     if loaded.anatomy.supports_bias("mlp"):
@@ -123,7 +124,7 @@ def plans_of(
 def measure(
     loaded: Any, evaluation: Evaluation, hook: Steering, plans: Mapping[str, Plan], report: Corpus
 ) -> Iterator[dict[str, Any]]:
-    """The hook's row and one for each plan."""
+    """The hook's row and a row for each plan."""
     batches = language_batches(loaded, report)
     beside = evaluation.measure("hook", hook)
     target = evaluation.target
@@ -151,7 +152,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def parsed(settings: Sequence[str]) -> dict[str, Settings]:
-    """``en-fr:0x1`` to a layer and a strength of a pair."""
+    """Pair -> (layer, strength) of its settings, from words such as ``en-fr:0x1``."""
     found: dict[str, Settings] = {}
     for item in settings:
         pair, _, setting = item.partition(":")

@@ -1,12 +1,12 @@
-"""What an export costs beside copying the checkpoint, as ratios within one run.
+"""Time and memory of an export, as ratios to copying the checkpoint with `cp -r` in the same run.
 
     export      `editing.checkpoints.export.export` of a plan that edits o_proj and down_proj of every layer (rank 1 and
-                column scales), in a process of its own
-    usual way   the model loaded with transformers, edited in memory, `save_pretrained`
+                column scales)
+    usual way   load the model with transformers, edit it in memory, `save_pretrained`
 
-against `cp -r`.  All three end with every file on the disk (fsync), start with nothing left to write and with
-the source read before; they are taken in turn, the order turned around each time, and the ratio is the median
-over repeats.  Peak memory is the process's highest resident set (VmHWM), beside what it was before the work, with all imports.
+Each runs in its own process, starts with an idle disk and the source in the page cache, and ends with every file on the
+disk (fsync).  They run alternately, in reverse order every other time; the ratio is the median over the repeats.  Peak
+memory is the process's highest resident set (VmHWM), next to its value before the work, after all imports.
 
 The checkpoint is synthetic: Llama shapes (d 2048, 8192 neurons), bfloat16, shards of a gigabyte.
 
@@ -63,7 +63,7 @@ def layer_shapes(layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def synthetic(folder: Path, gigabytes: float, tokenizer: Path) -> Path:
-    """A sharded checkpoint of about this size; the one that is there if it was made whole before."""
+    """A sharded checkpoint of about this size; an earlier one is used again if it is complete."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return folder
@@ -232,7 +232,7 @@ def child(way: str, checkpoint: Path, plan: Path, out: Path, profiled: bool, ans
 
 
 def measured(way: str, checkpoint: Path, plan: Path, out: Path, profiled: bool = False) -> dict[str, float]:
-    """Time in seconds and memory in MB of one way, in a process of its own."""
+    """Seconds and memory in MB of an entry of ``WAYS``, in its own process."""
     os.sync()
     # A fresh interpreter: a fork would begin with this one's memory.
     context = multiprocessing.get_context("spawn")

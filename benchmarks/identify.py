@@ -1,13 +1,13 @@
-"""What recording costs beside the bare passes that it rides on, as ratios within one run.
+"""Time of recording, as ratios to bare passes over the same text in the same run, and its memory.
 
-    recording   counts, sums and squares at every MLP, against the forward pass without logits
-    gradients   |h * dLoss/dh| at every MLP, against the forward and backward pass
+    recording   counts, sums and squares at every MLP, to the forward pass without logits
+    gradients   |h * dLoss/dh| at every MLP, to the forward and backward pass
 
-The two passes over three batches follow each other, each first in half of the turns: a machine that is busy by
-the minute slows both.  The ratio is the mean over the middle half of all turns, with its bootstrapped 95 %
-interval.  Memory is kept for both as every command keeps it.  Two models: the one given, on its corpus, and a
-random Llama of a billion-parameter model's widths with few layers (``--layers 0`` leaves it out).  Beside it the memory that recording adds,
-which must not grow with the text.
+The two passes over three batches are timed alternately, and each is first in half of the turns, so that a busy machine
+slows both.  The ratio is the mean over the middle half of all turns, with its bootstrapped 95 % interval.  Freed memory
+stays with the process, as in every command.  Two models are measured: the given one on its corpus, and a random Llama
+with the widths of a billion-parameter model and few layers (``--layers 0`` omits it).  The memory that recording adds
+must not grow with the text.
 
     python benchmarks/identify.py artifacts/demo/model --corpus artifacts/demo/corpus
     python benchmarks/identify.py build/real/qwen2.5-coder-0.5b-instruct --corpus CORPUS --dtype bfloat16 \
@@ -55,7 +55,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def middle_mean(values: Any, axis: int = -1) -> Any:
-    """Without the lowest and the highest quarter."""
+    """The mean without the lowest and the highest quarter."""
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
@@ -66,7 +66,7 @@ def bare_forward(loaded: LoadedModel, batches: list[TokenBatch]) -> None:
 
 
 def bare_backward(loaded: LoadedModel, batches: list[TokenBatch]) -> None:
-    """The gradient goes as far down as recording needs it: to the first MLP's hidden values."""
+    """Forward and backward passes down to the first MLP's hidden values, as far as recording needs them."""
 
     def ask(values: torch.Tensor, _: Any) -> None:
         values.requires_grad_(True)
@@ -77,7 +77,7 @@ def bare_backward(loaded: LoadedModel, batches: list[TokenBatch]) -> None:
 
 
 def measure(loaded: LoadedModel, batches: list[TokenBatch], repeats: int) -> dict[str, Any]:
-    """Ratios of recorded to bare passes, and bare tokens a second."""
+    """Ratios of recording to bare passes, and tokens a second of the bare passes."""
     pairs: dict[str, tuple[Callable[[list[TokenBatch]], Any], Callable[[list[TokenBatch]], Any]]] = {
         "recording": (
             lambda some: bare_forward(loaded, some),
@@ -108,7 +108,7 @@ def measure(loaded: LoadedModel, batches: list[TokenBatch], repeats: int) -> dic
 
 
 def random_llama(folder: Path, hidden: int, inner: int, layers: int, tokenizer: Path) -> Path:
-    """A checkpoint of random weights with a billion-parameter model's widths."""
+    """A checkpoint with random weights and these sizes."""
     config = transformers.LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,

@@ -1,7 +1,7 @@
-"""What the keys of a keyed edit cost beside a bare forward pass of the same tokens, as a ratio within one run.
+"""Time of the keys of a keyed edit, as a ratio to a bare forward pass over the same tokens in the same run.
 
-The forward pass, without logits, before and after; between them the keys of all layers' neurons: covariances of
-every down_proj input, and what is solved with them.  Limit: 2.5.
+The keys of all layers' neurons: covariances of every down_proj input, and the solution of the keys.  The forward pass,
+without logits, is timed before and after them.  Limit: 2.5.
 
     python benchmarks/keys.py MODEL --corpus DIR --dtype bfloat16
 """
@@ -32,7 +32,7 @@ LIMIT = 2.5
 @click.argument("model")
 @click.option("--corpus", type=click.Path(path_type=Path), required=True)
 @click.option("--part", default="all")
-@click.option("--tokens", type=int, help="Most tokens of a language.")
+@click.option("--tokens", type=int, help="Maximum number of tokens in a language.")
 @click.option("--dtype", default="auto")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
 def main(model: str, corpus: Path, part: str, tokens: int | None, dtype: str, json_path: Path | None) -> None:

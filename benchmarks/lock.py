@@ -1,12 +1,13 @@
-"""How far a language lock reaches beyond what it was made on: second turns, other system messages, long answers.
+"""A language lock in conversations unlike those of its training: second turns, system messages, long answers.
 
-Fractions of the steered model's answers that are in the target, beside those of the unedited model with the instruction
-("prompted"), on the reporting quarter of the questions:
+Fractions of the steered model's answers that are in the target, compared with those of the unedited model with the
+instruction ("prompted"), on the REPORT questions:
 
-    first turn      as the lock was made
-    second turn     the question after another one and its answer
-    system 1 to 4   with a system message
-    long            up to --long tokens: the whole text, and its last ``LAST_WORDS`` words
+    first turn      as in training
+    second turn     after another question and its answer
+    system 1 to 4   after a system message
+    long            answers of up to --long tokens
+    long, end       their last ``LAST_WORDS`` words
 
     python benchmarks/lock.py MODEL --edit steered/broca/edit.safetensors --dtype bfloat16
 """
@@ -22,7 +23,7 @@ import click
 from cli.steer import shipped_questions
 from editing.evaluation.answer_language import answer_language
 from editing.evaluation.generation import generate
-from editing.evaluation.questions import read_questions, taken
+from editing.evaluation.questions import questions_of_part, read_questions
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT
 from editing.pipeline.lock_text import ANSWER_TOKENS
@@ -43,22 +44,22 @@ LAST_WORDS = 20
 
 def answers(loaded: LoadedModel, chats: Sequence[Sequence[Message]], tokens: int) -> list[str]:
     prompts = [role_tokens(loaded.tokenizer, chat, answer_follows=True).ids.tolist() for chat in chats]
-    return [one.text for one in generate(loaded, prompts, tokens, temperature=0)]
+    return [answer.text for answer in generate(loaded, prompts, tokens, temperature=0)]
 
 
 def measured(
     loaded: LoadedModel,
     texts: Sequence[str],
     target: str,
-    asked_in: str,
-    told_apart: Sequence[str],
+    source: str,
+    languages: Sequence[str],
     long: int,
 ) -> dict[str, list[float]]:
-    """Situation -> fractions in the target: whole text, every line, first words."""
+    """Situation -> fractions of answers in the target: whole text, every line, first words."""
 
-    def fractions(found: Sequence[str]) -> list[float]:
-        of = answer_language(found, target, told_apart, asked_in)
-        return [of.whole, of.lines, float(of.begins or 0)]
+    def fractions(texts: Sequence[str]) -> list[float]:
+        result = answer_language(texts, target, languages, source)
+        return [result.whole, result.lines, float(result.begins or 0)]
 
     first = answers(loaded, [[Message("user", text)] for text in texts], ANSWER_TOKENS)
     result = {"first turn": fractions(first)}
@@ -66,7 +67,7 @@ def measured(
         [Message("user", text), Message("assistant", answer or "-")]
         for text, answer in zip(texts, first, strict=True)
     ]
-    # Each question behind another one.
+    # Each question follows another one.
     second = [[*before[i - 1], Message("user", text)] for i, text in enumerate(texts)]
     result["second turn"] = fractions(answers(loaded, second, ANSWER_TOKENS))
     for number, system in enumerate(SYSTEMS, start=1):
@@ -81,10 +82,10 @@ def measured(
 @click.command()
 @click.argument("model")
 @click.option("--edit", type=click.Path(path_type=Path), required=True)
-@click.option("--questions", type=click.Path(path_type=Path), help="[default: Broca's own]")
+@click.option("--questions", type=click.Path(path_type=Path), help="[default: Broca's questions]")
 @click.option("--dtype", default="auto")
 @click.option("--long", default=300, show_default=True)
-@click.option("--most", type=int, help="Most questions.")
+@click.option("--most", type=int, help="Maximum number of questions.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers here.")
 def main(
     model: str,
@@ -100,20 +101,20 @@ def main(
     plan = load_plan(edit)
     (source,) = plan.metadata["settings"].get("sources") or [plan.metadata["source"]]
     target = plan.metadata["target"]
-    asked = read_questions(questions or shipped_questions())
-    texts = [one.text for one in taken(asked.of[source], REPORT)][:most]
+    by_language = read_questions(questions or shipped_questions()).of
+    texts = [question.text for question in questions_of_part(by_language[source], REPORT)][:most]
     loaded = load_model(model, dtype=dtype)
-    told_apart = tuple(asked.of)
-    told = [f"{text} {Lock(target, (source,), ()).instruction_in(source)}" for text in texts]
-    result = {"prompted": measured(loaded, told, target, source, told_apart, long)}
+    languages = tuple(by_language)
+    instructed = [f"{text} {Lock(target, (source,), ()).instruction_in(source)}" for text in texts]
+    result = {"prompted": measured(loaded, instructed, target, source, languages, long)}
     with applied(loaded, plan):
-        result["steered"] = measured(loaded, texts, target, source, told_apart, long)
+        result["steered"] = measured(loaded, texts, target, source, languages, long)
     print(
         f"{loaded.label}, {source} to {target}, {len(texts)} questions; whole text / every line / first words\n"
     )
     print("| | prompted | steered |\n|---|---|---|")
     for situation in result["steered"]:
-        cells = [" / ".join(f"{one:.2f}" for one in result[which][situation]) for which in result]
+        cells = [" / ".join(f"{rate:.2f}" for rate in result[model_name][situation]) for model_name in result]
         print(f"| {situation} | {' | '.join(cells)} |")
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""What ``--dry-run`` foresees beside the peak of the command itself, each in a process of its own.
+"""Memory estimates of ``--dry-run`` compared with the peak of the command, each in its own process.
 
     python benchmarks/memory.py MODEL [MODEL ...] --corpus DIR --dtype bfloat16 [--longer DIR]
 
-Peaks are those that the system keeps of a process (``ru_maxrss``), libraries and mapped weights included.  With
-``--longer``, a corpus of three times the text, every stage runs on it too: its peak may be 5 % higher.
+Peaks are those that the system records for a process (``ru_maxrss``), including libraries and mapped weights.  With
+``--longer``, a corpus with three times the text, every stage also runs on that corpus; its peak may be 5 % higher.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LONGER_LIMIT = 0.05
 def stages(
     model: str, corpus: Path, source: str, target: str, dtype: str, folder: Path
 ) -> dict[str, list[str]]:
-    """Stage -> its command, in an order in which each finds its files."""
+    """Stage -> its command, in an order in which the input files of each exist."""
     text = [model, "--corpus", str(corpus), "--dtype", dtype]
     direction, plan, neurons = (str(folder / f"{name}.safetensors") for name in ("d", "e", "n"))
     between = ["--source", source, "--target", target]
@@ -41,14 +41,14 @@ def stages(
 
 
 def foreseen(command: list[str]) -> int:
-    """Bytes that the largest stage of a command is to take."""
+    """The estimated peak of a command's largest stage, in bytes."""
     run = [sys.executable, "-m", "cli.main", *command, "--dry-run", "--json"]
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     return max(stage["peak"] for stage in json.loads(printed)["stages"].values())
 
 
 def peak(command: list[str]) -> int:
-    """Bytes that it took."""
+    """The measured peak of a command, in bytes."""
     process = subprocess.Popen([sys.executable, "-m", "cli.main", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -66,7 +66,7 @@ def peak(command: list[str]) -> int:
 def main(
     models: tuple[str, ...], corpus: Path, longer: Path | None, source: str, target: str, dtype: str
 ) -> None:
-    """Print a Markdown table; exit 1 where an estimate or the growth with the text is beyond its limit."""
+    """Print a Markdown table; exit 1 if an estimate or the growth with the text exceeds its limit."""
     print("| model | stage | estimate, MB | peak, MB | estimate / peak | longer text: peak / peak |")
     print("|---|---|---|---|---|---|")
     furthest = growth = 0.0

@@ -1,16 +1,16 @@
-"""All scorers at one set size: zero each language's neurons in the model, read every language with it.
+"""All scorers at the same set size: zero the neurons of each language and measure every language.
 
-For each method that has a scorer and each language: the N best of the language's members by the method's
-own values (as many as there are where there are fewer: the size stands beside it), their ``down_proj``
-columns zeroed in the loaded model, and the rise of each language's negative log-likelihood (nats a token)
-on another text.  Beside it as many random neurons of the same layers.  A row a method:
+For each scorer and each language, the N best members by the scorer's values (all of them if there are fewer; the table
+shows the number) are ablated: their ``down_proj`` columns are zeroed in the loaded model.  Measured is the rise of each
+language's negative log-likelihood (nats a token) on other text, also for as many random neurons of the same layers.  The
+table has a row for each method:
 
-    own rise         of the language whose neurons are zeroed, mean over languages
-    other rise       the largest of any other language, mean over languages
-    specificity      own rise / largest other rise, median over languages (inf: no other rises; 0: own
-                     does not)
-    over random      own rise less that of the random neurons, mean over languages and draws
-    own is largest   languages whose own rise is the largest of its row
+    own rise         rise of the language whose neurons are zeroed, mean over languages
+    other rise       largest rise of any other language, mean over languages
+    specificity      own rise / largest other rise, median over languages (inf if no other language rises, 0 if the
+                     language itself does not)
+    over random      own rise minus that of the random neurons, mean over languages and draws
+    own is largest   number of languages whose own rise is the largest of its row
 
     python benchmarks/scorers.py artifacts/demo/model --corpus artifacts/demo/corpus --part estimate \\
         --held-out artifacts/demo/corpus --held-out-part report \\
@@ -62,9 +62,9 @@ Rises = dict[str, dict[str, float]]  # ablated language -> evaluated language ->
 
 
 def best_members(method: type[Scorer], statistics: Statistics, size: int, rate: float) -> list[Selected]:
-    """Each language's ``size`` best members, fewer where the method leaves fewer.
+    """The ``size`` best members of each language, or fewer if the method selects fewer.
 
-    Where the rate is the scorer's business, it is doubled until every language has enough members.
+    If the score depends on the rate, the rate is doubled until every language has enough members.
     """
     how = method.selection.changed(scope="language", ends="top", top_rate=1.0)
     fullest: list[Selected] = []
@@ -95,13 +95,13 @@ def _nll(loaded: LoadedModel, batches: Batches) -> dict[str, float]:
 def ablated(
     loaded: LoadedModel, neurons: NeuronSet, language: str, batches: Batches, base: Mapping[str, float]
 ) -> dict[str, float]:
-    """The rise of each language's NLL without a language's neurons."""
+    """The rise of each language's NLL with the neurons of ``language`` zeroed."""
     with applied(loaded, scale_plan(loaded, neurons, [language], 0.0)):
         return {k: nll - base[k] for k, nll in _nll(loaded, batches).items()}
 
 
 def matrix(loaded: LoadedModel, neurons: NeuronSet, batches: Batches, base: Mapping[str, float]) -> Rises:
-    """A row for each language that has neurons."""
+    """``ablated`` for each language that has neurons."""
     return {
         language: ablated(loaded, neurons, language, batches, base)
         for language in neurons.languages
@@ -137,8 +137,8 @@ def summarised(
 
     Args:
         sizes: neurons by language.
-        draws: the matrix, or one a seed where the method itself draws.
-        random: own rises of random neurons by language, one a seed.
+        draws: the matrix, or a matrix for each seed if the method is random.
+        random: own rises of random neurons by language, for each seed.
     """
     rows = [(row, language) for rises in draws for language, row in rises.items()]
     if not rows:
@@ -175,7 +175,7 @@ def first_lines(corpus: Corpus, lines: int) -> Corpus:
 
 
 def runnable(text: Corpus, prompts: Prompts | None, control: Prompts | None) -> tuple[str, ...]:
-    """The methods that what was given suffices for; why the others are left out goes to stderr."""
+    """The methods that can run on the given text and prompts; the reason for leaving out others goes to stderr."""
     names = []
     for name, method in METHODS.items():
         if method.control:

@@ -1,8 +1,8 @@
-"""What a trial of `broca tune` costs beside its own generation and scoring, as a ratio within each trial.
+"""Time of a trial of `broca tune`, as a ratio to its own generation and scoring.
 
-A trial makes a plan, puts it on the loaded weights, generates, scores, takes the plan off and remembers the outcome;
-the ratio is all of that over generation and scoring alone.  What is computed once for all trials (keys,
-importances) is timed by itself.
+A trial makes a plan, applies it to the loaded weights, generates, scores, removes the plan and stores the outcome; the
+ratio is the time of all of these to that of generation and scoring.  Computations that all trials share (keys,
+importances) are timed separately.
 
     python benchmarks/tune.py artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr
 """
@@ -35,7 +35,7 @@ METHODS = ("keyed", "steer2edit", "bake")
 
 
 def now() -> float:
-    """On a CPU processor time: what else the machine does is not counted."""
+    """Seconds; on a CPU processor time, which excludes other processes."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
@@ -43,7 +43,7 @@ def now() -> float:
 
 
 class Timed:
-    """A scoring whose own time is added up."""
+    """A scoring that sums the time spent in it."""
 
     def __init__(self, scoring: Scoring) -> None:
         self._scoring = scoring

@@ -1,4 +1,4 @@
-"""``broca ask``: a model's own answers to questions in many languages."""
+"""``broca ask``: a model's answers to questions in many languages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cli.steer import shipped_questions
 if TYPE_CHECKING:
     from editing.evaluation.ask import Write
 
-SHOWN = 60  # characters of an answer
+MAX_SHOWN = 60  # characters of an answer
 
 
 @click.command("ask")
@@ -35,9 +35,9 @@ SHOWN = 60  # characters of an answer
 @click.option(
     "--questions",
     type=IN_PATH,
-    help="A file or directory with question_id and text.  [default: Broca's own, 64 in 25 languages]",
+    help="A file or directory with question_id and text.  [default: Broca's questions, 64 in 25 languages]",
 )
-@click.option("--languages", type=CommaSeparated(), help="Which of the questions.  [default: all]")
+@click.option("--languages", type=CommaSeparated(), help="Languages of the questions.  [default: all]")
 @engine_option
 @writing_options(200)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -45,16 +45,16 @@ SHOWN = 60  # characters of an answer
 @click.option("--out", type=OUT_FILE, required=True, help="File for the conversations (.jsonl).")
 @json_option
 def command(**options: Any) -> None:
-    """Let MODEL (an instruct model: hub id or directory) answer questions; a row a conversation.
+    """Let MODEL (an instruct model: hub id or directory) answer questions, and write a row for each.
 
-    What is in the file already is not asked again: a run that was stopped goes on where it was.
+    Questions with an answer in the file are skipped, so a stopped run continues where it stopped.
 
     \b
     Example:
       broca ask Qwen/Qwen2.5-0.5B-Instruct --languages en,fr --out answers.jsonl
     """
-    asked = SimpleNamespace(**options)
-    screen = Screen(asked.as_json)
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
     from editing.evaluation.ask import ask, read_answers, settings_digest
     from editing.evaluation.asking import chat_tokens
     from editing.evaluation.questions import read_questions
@@ -63,27 +63,35 @@ def command(**options: Any) -> None:
     from neurons.text.conversations import ANOTHER_MODEL
     from neurons.text.corpus_files import language_label
 
-    if asked.out.suffix != ".jsonl":
-        raise UsageError(f"{asked.out}: answers are written as .jsonl: name such a file")
-    if asked.engine == "vllm" and asked.device != "auto":
-        raise UsageError("vLLM runs on the device that it was built for: leave --device out")
-    questions = read_questions(asked.questions or shipped_questions()).of
-    wanted = tuple(questions) if asked.languages is None else tuple(map(language_label, asked.languages))
-    if missing := [name for name in wanted if name not in questions]:
+    if arguments.out.suffix != ".jsonl":
         raise UsageError(
-            f"there are no questions in {missing[0]!r}: there are some in {', '.join(questions)}"
+            f"{arguments.out}: answers are written as .jsonl: choose a file name with this suffix"
         )
-    chosen = {name: questions[name] for name in wanted}
-    # Another file is refused before a model is loaded.
-    read_answers(asked.out)
-    dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
-    settings = {"new_tokens": asked.new_tokens, "temperature": asked.temperature, "seed": asked.seed}
+    if arguments.engine == "vllm" and arguments.device != "auto":
+        raise UsageError("vLLM runs on the device that it was built for: leave --device out")
+    questions = read_questions(arguments.questions or shipped_questions()).of
+    languages = (
+        tuple(questions) if arguments.languages is None else tuple(map(language_label, arguments.languages))
+    )
+    if missing := [language for language in languages if language not in questions]:
+        raise UsageError(
+            f"there are no questions in {missing[0]!r}: choose from {', '.join(questions)}, or give others with --questions"
+        )
+    chosen = {language: questions[language] for language in languages}
+    # Refuses another file before a model is loaded.
+    read_answers(arguments.out)
+    dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
+    settings = {
+        "new_tokens": arguments.new_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+    }
     count = sum(map(len, chosen.values()))
-    with _engine(screen, asked, dtype) as (tokenizer, fingerprint, write):
-        of = settings_digest(fingerprint, {**settings, "engine": asked.engine, "dtype": dtype})
-        prompt = partial(chat_tokens, tokenizer, way_out=ANOTHER_MODEL)
-        with screen.progress("Asking", count, "questions") as tell:
-            rows = ask(partial(write, **settings), prompt, chosen, asked.out, of, tell)
+    with _engine(screen, arguments, dtype) as (tokenizer, fingerprint, write):
+        of = settings_digest(fingerprint, {**settings, "engine": arguments.engine, "dtype": dtype})
+        prompt = partial(chat_tokens, tokenizer, remedy=ANOTHER_MODEL)
+        with screen.progress("Asking", count, "questions") as advance:
+            rows = ask(partial(write, **settings), prompt, chosen, arguments.out, of, advance)
     screen.table(
         f"{count} answers",
         ["language", "question", "answer"],
@@ -93,35 +101,39 @@ def command(**options: Any) -> None:
         ],
         words=3,
     )
-    screen.result({"out": asked.out, "answers": count, "languages": list(chosen), "of": of}, asked.out)
+    screen.result(
+        {"out": arguments.out, "answers": count, "languages": list(chosen), "of": of}, arguments.out
+    )
 
 
 @contextmanager
-def _engine(screen: Screen, asked: SimpleNamespace, dtype: str) -> Iterator[tuple[Any, str, Write]]:
-    """The tokenizer, the fingerprint and what writes, which is started once for all questions."""
+def _engine(screen: Screen, arguments: SimpleNamespace, dtype: str) -> Iterator[tuple[Any, str, Write]]:
+    """Context with the tokenizer, the fingerprint and the writer, which is started once for all questions."""
     from editing.pipeline.lock_prompts import require_chat
 
-    if asked.engine == "vllm":
+    if arguments.engine == "vllm":
         import transformers
 
         from editing.evaluation.vllm_generation import VllmWriter, require_vllm
         from neurons.models.source import locate, open_model
 
         require_vllm()
-        source = open_model(asked.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(asked.model), trust_remote_code=False)
-        require_chat(asked.model, tokenizer)
-        with VllmWriter(asked.model, tokenizer, dtype) as write:
+        source = open_model(arguments.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            locate(arguments.model), trust_remote_code=False
+        )
+        require_chat(arguments.model, tokenizer)
+        with VllmWriter(arguments.model, tokenizer, dtype) as write:
             yield tokenizer, source.fingerprint, write
         return
     from editing.evaluation.generation import generate
     from neurons.models.source import load_model
 
-    loaded = announced(screen, load_model(asked.model, asked.device, dtype))
+    loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     require_chat(loaded.name, loaded.tokenizer)
     yield loaded.tokenizer, loaded.fingerprint, partial(generate, loaded)
 
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"
+    return line if len(line) <= MAX_SHOWN else line[: MAX_SHOWN - 1] + "…"

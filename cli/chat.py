@@ -1,4 +1,4 @@
-"""``broca chat``: talk to a model in the terminal, with another beside it."""
+"""``broca chat``: a conversation with a model in the terminal, or with two models at once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ NEW = "/new"
 
 @click.command("chat")
 @model_argument
-@click.option("--beside", metavar="BASE", help="Another model that answers the same: hub id or directory.")
-@click.option("--system", help="A system message.  [default: the chat template's own]")
+@click.option(
+    "--beside", metavar="BASE", help="A second model that gets the same messages: hub id or directory."
+)
+@click.option("--system", help="A system message.  [default: that of the chat template]")
 @writing_options(512)
 @served_device_options
 def command(
@@ -31,7 +33,7 @@ def command(
     device: str,
     dtype: str,
 ) -> None:
-    """Talk to MODEL (hub id or directory): a line is a message, /new begins anew, an empty line ends.
+    """Talk to MODEL (hub id or directory).  A line is a message, /new starts a new conversation, an empty line ends.
 
     \b
     Example:
@@ -53,17 +55,17 @@ def command(
     while message := _read():
         for name, talk in talks.items():
             if message == NEW:
-                talk.forget()
+                talk.reset()
                 continue
             if len(talks) > 1:
                 click.secho(f"{name}:", dim=True)
-            for piece in talk.said(message):
+            for piece in talk.answer(message):
                 click.echo(piece, nl=False)
             click.echo()
 
 
 def _read() -> str:
-    """The next message; empty at the end."""
+    """The next message; empty at the end of the input."""
     if sys.stdin.isatty():
         click.secho("> ", nl=False, bold=True)
     return sys.stdin.readline().strip()

@@ -1,4 +1,4 @@
-"""``broca steer``: an instruct model in, a checkpoint that answers in one language out."""
+"""``broca steer``: edits an instruct model so that it answers in one language, and writes the checkpoint."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 ALL = "all"
 DEFAULT_SOURCE = "en"
-SHOWN = 6  # questions side by side
+SHOWN_EXAMPLES = 6
 
 
 def shipped_questions() -> Path:
-    """Broca's own questions: in an installed wheel beside this file, in a checkout under artifacts/.
+    """The directory of Broca's questions: beside this file in an installed wheel, under artifacts/ in a checkout.
 
     Raises:
-        BrocaError: neither is there.
+        BrocaError: neither exists.
     """
     from neurons.errors import BrocaError
 
-    here = Path(__file__).resolve().parent
-    for place in (here / "questions", here.parent / "artifacts" / "questions"):
-        if place.is_dir():
-            return place
+    package = Path(__file__).resolve().parent
+    for directory in (package / "questions", package.parent / "artifacts" / "questions"):
+        if directory.is_dir():
+            return directory
     raise BrocaError("the questions are missing from this installation: install broca again")
 
 
@@ -56,26 +56,26 @@ def shipped_questions() -> Path:
 @click.option(
     "--stay",
     is_flag=True,
-    help="In place of --to: answers stay in the language of the question, whatever the conversation holds before it.",
+    help="In place of --to: answer in the language of the question, whatever language the conversation had before.",
 )
 @click.option(
     "--from",
     "source",
     type=LANGUAGE,
-    help="Language of the questions that are to be answered in it; all: of every question.  [default: en]",
+    help="Language of the questions that are answered in it; all: questions in every language.  [default: en]",
 )
 @click.option(
     "--instruction",
-    help="What the model learns to do without being told, as 'Answer formally, in German.'  [default: to answer in the "
-    "language]",
+    help="An instruction that the model learns to follow without it, such as 'Answer formally, in German.'  [default: to "
+    "answer in the language]",
 )
 @click.option(
     "--teacher",
     type=click.Choice(("instruction", "question")),
     default="instruction",
     show_default=True,
-    help="What brings the unedited model to answer so: an instruction behind the question, or the same question in the "
-    "target language, for a model that does not obey.",
+    help="What makes the unedited model answer in the language: an instruction after the question, or, for a model that "
+    "does not obey instructions, the same question in the target language.",
 )
 @click.option(
     "--keep",
@@ -86,13 +86,13 @@ def shipped_questions() -> Path:
     "--questions",
     type=IN_PATH,
     help="Questions, the same in every language: a directory of <language>.jsonl with question_id and text.  "
-    "[default: Broca's own, 64 in 25 languages]",
+    "[default: Broca's questions, 64 in 25 languages]",
 )
-@click.option("--lora", type=OUT_DIRECTORY, help="Write an adapter for PEFT and vLLM here, too.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the examples.")
+@click.option("--lora", type=OUT_DIRECTORY, help="Directory for an adapter for PEFT and vLLM, too.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the examples.")
 @served_device_options
 @dry_run_option
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option(
     "--out",
     type=OUT_DIRECTORY,
@@ -102,17 +102,17 @@ def shipped_questions() -> Path:
 def command(**options: Any) -> None:
     """Make MODEL (an instruct model: hub id or directory) answer in a language, and write the checkpoint.
 
-    It needs no data: the model answers questions that Broca brings, once as they are and once with the
-    instruction to answer in the language, and learns to do without the instruction.  Questions in other
-    languages are answered as before.
+    It needs no data.  The model answers questions from Broca, with and without an instruction to answer in
+    the language, and learns to answer as if it had the instruction.  Questions in other languages are
+    answered as before.
 
     \b
     Example:
       broca steer Qwen/Qwen2.5-0.5B-Instruct --to fr --out steered
     """
-    asked = SimpleNamespace(**options)
-    screen = Screen(asked.as_json)
-    begin = time.monotonic()
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    start = time.monotonic()
     from editing.checkpoints.adapter import check_adapter_place
     from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
@@ -125,55 +125,59 @@ def command(**options: Any) -> None:
     from neurons.models.source import load_model
     from neurons.text.corpus_files import language_label
 
-    questions = read_questions(asked.questions or shipped_questions())
-    keep = None if asked.keep is None else tuple(map(language_label, asked.keep))
-    if (asked.target is None) != asked.stay:
+    questions = read_questions(arguments.questions or shipped_questions())
+    keep = None if arguments.keep is None else tuple(map(language_label, arguments.keep))
+    if (arguments.target is None) != arguments.stay:
         raise UsageError("give either --to, the language of the answers, or --stay")
-    source = asked.source or (ALL if asked.stay else DEFAULT_SOURCE)
+    source = arguments.source or (ALL if arguments.stay else DEFAULT_SOURCE)
     lock = lock_of(
         questions,
-        asked.target,
+        arguments.target,
         None if source == ALL else source,
         keep,
-        instruction=asked.instruction,
-        teacher=asked.teacher,
+        instruction=arguments.instruction,
+        teacher=arguments.teacher,
     )
-    dtype = own_dtype(asked.model, asked.device) if asked.dtype == "auto" else asked.dtype
-    if asked.dry_run:
+    dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
+    if arguments.dry_run:
         from cli.dry_run import dry_run
         from editing.pipeline.needs import lock_needs
 
         dry_run(
-            screen, asked.model, asked.device, dtype, lambda planned: lock_needs(planned, questions, lock)
+            screen,
+            arguments.model,
+            arguments.device,
+            dtype,
+            lambda planned: lock_needs(planned, questions, lock),
         )
         return
-    out = asked.out or Path(f"{Path(asked.model).resolve().name}-{asked.target or 'stay'}")
-    check_target(out, asked.overwrite)
-    places = [out]
-    if asked.lora is not None:
-        if asked.lora.resolve() == out.resolve():
+    out = arguments.out or Path(f"{Path(arguments.model).resolve().name}-{arguments.target or 'stay'}")
+    check_target(out, arguments.overwrite)
+    directories = [out]
+    if arguments.lora is not None:
+        if arguments.lora.resolve() == out.resolve():
             raise UsageError(f"{out} is both --out and --lora: name another directory for the adapter")
-        check_adapter_place(asked.lora, asked.overwrite)
-        places.append(asked.lora)
-    if Path(asked.model).is_dir():
-        for place in places:
-            place_apart(Path(asked.model), place)
-    loaded = announced(screen, load_model(asked.model, asked.device, dtype))
+        check_adapter_place(arguments.lora, arguments.overwrite)
+        directories.append(arguments.lora)
+    if Path(arguments.model).is_dir():
+        for directory in directories:
+            place_apart(Path(arguments.model), directory)
+    loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     require_unedited(loaded)
-    made = language_lock(loaded, questions, lock, seed=asked.seed, stage=screen.progress)
-    figures = lock_figures(loaded, questions, lock, made.plan, stage=screen.progress)
-    plan = replace(made.plan, metadata={**made.plan.metadata, "measured": figures.as_json()})
-    written = _written(screen, asked, loaded, out, plan)
-    _show(screen, lock, made, figures)
-    seconds = time.monotonic() - begin
+    locked = language_lock(loaded, questions, lock, seed=arguments.seed, stage=screen.progress)
+    figures = lock_figures(loaded, questions, lock, locked.plan, stage=screen.progress)
+    plan = replace(locked.plan, metadata={**locked.plan.metadata, "measured": figures.as_json()})
+    written = _written(screen, arguments, loaded, out, plan)
+    _show(screen, lock, locked, figures)
+    seconds = time.monotonic() - start
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(
         {
             "out": out,
             "lock": {"sources": list(lock.sources), "target": lock.target, "keep": list(lock.keep)},
-            "obeyed": dict(made.obeyed),
-            "held_out": list(made.held_out),
-            "key_deviations": {str(layer): list(both) for layer, both in made.deviations.items()},
+            "obeyed": dict(locked.obeyed),
+            "held_out": list(locked.held_out),
+            "key_deviations": {str(layer): list(pair) for layer, pair in locked.deviations.items()},
             "seconds": seconds,
             "measured": figures.as_json(),
             **written,
@@ -183,38 +187,41 @@ def command(**options: Any) -> None:
 
 
 def _written(
-    screen: Screen, asked: SimpleNamespace, source: ModelSource, out: Path, plan: Plan
+    screen: Screen, arguments: SimpleNamespace, source: ModelSource, out: Path, plan: Plan
 ) -> dict[str, Any]:
-    """The checkpoint, and the adapter where one is wanted."""
+    """Write the checkpoint, and the adapter with --lora; their part of the result."""
     from editing.checkpoints.adapter import export_adapter
     from editing.checkpoints.export import export
 
-    with screen.copying("Writing") as tell:
-        found = export(source, plan, out, asked.overwrite, tell)
-    result: dict[str, Any] = {"tensors": len(found.tensors), "relative_change": found.relative_change}
-    if asked.lora is not None:
-        export_adapter(source, plan, asked.lora, asked.overwrite)
-        result["lora"] = asked.lora
+    with screen.copying("Writing") as progress:
+        exported = export(source, plan, out, arguments.overwrite, progress)
+    result: dict[str, Any] = {"tensors": len(exported.tensors), "relative_change": exported.relative_change}
+    if arguments.lora is not None:
+        export_adapter(source, plan, arguments.lora, arguments.overwrite)
+        result["lora"] = arguments.lora
     return result
 
 
-def _show(screen: Screen, lock: Lock, made: Locked, figures: LockFigures) -> None:
-    """What a person sees: what was learned, both tables and some answers."""
-    for source, obeyed in made.obeyed.items():
+def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> None:
+    """Print the figures of the training, both tables and some answers."""
+    for source, obeyed in locked.obeyed.items():
         screen.say(
             f"as the teacher, the model answers {obeyed:.0%} of the questions in {source} in {lock.target_of(source)}"
         )
-    on, off = (sum(both[i] for both in made.deviations.values()) / len(made.deviations) for i in (0, 1))
+    solved, others = (
+        sum(pair[i] for pair in locked.deviations.values()) / len(locked.deviations) for i in (0, 1)
+    )
     screen.say(
-        f"keys of {len(made.deviations)} layers: standard deviation {on:.2f} on the text they were solved on, {off:.2f} on "
-        f"other questions; learning: {made.held_out[0]:.2f} to {min(made.held_out):.2f} nats a token on other questions"
+        f"keys of {len(locked.deviations)} layers: standard deviation {solved:.2f} on the text they were solved on, "
+        f"{others:.2f} on other questions; divergence from the teacher on other questions: {locked.held_out[0]:.2f} nats a "
+        f"token before training, {min(locked.held_out):.2f} after"
     )
     if lock.target is None:
-        answers, kept = "the question's language, behind planted drift", "The same questions alone"
+        answers, kept = "the question's language, after planted drift", "The same questions without drift"
     else:
-        answers, kept = lock.target, "Questions in languages that are kept"
+        answers, kept = lock.target, "Questions in kept languages"
     screen.table(
-        f"Answers in {answers}, on questions that nothing was made or chosen on",
+        f"Answers in {answers}, on held-out questions",
         [
             "questions in",
             "model",
@@ -229,15 +236,15 @@ def _show(screen: Screen, lock: Lock, made: Locked, figures: LockFigures) -> Non
             [
                 source,
                 model,
-                one.language[model].answers,
-                one.language[model].whole,
-                one.language[model].lines,
-                one.language[model].begins,
-                one.chrf[model],
-                one.divergence[model],
+                language.answers,
+                language.whole,
+                language.lines,
+                language.begins,
+                of_source.chrf[model],
+                of_source.divergence[model],
             ]
-            for source, one in figures.sources.items()
-            for model in one.language
+            for source, of_source in figures.sources.items()
+            for model, language in of_source.language.items()
         ],
         words=2,
     )
@@ -245,12 +252,14 @@ def _show(screen: Screen, lock: Lock, made: Locked, figures: LockFigures) -> Non
         f"{kept}: answers in the question's own language",
         ["questions in", "answers", "base", "steered", "KL to base"],
         [
-            [language, one.base.answers, one.base.whole, one.steered.whole, one.divergence]
-            for language, one in figures.kept.items()
+            [language, of_kept.base.answers, of_kept.base.whole, of_kept.steered.whole, of_kept.divergence]
+            for language, of_kept in figures.kept.items()
         ],
     )
-    for one in figures.examples[:SHOWN]:
-        screen.say(f"\n? {one.question}\n  before: {_line(one.before)}\n  after:  {_line(one.after)}")
+    for example in figures.examples[:SHOWN_EXAMPLES]:
+        screen.say(
+            f"\n? {example.question}\n  before: {_line(example.before)}\n  after:  {_line(example.after)}"
+        )
 
 
 def _line(text: str) -> str:

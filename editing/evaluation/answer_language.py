@@ -1,10 +1,10 @@
-"""Is an answer in a language: as a whole, in every line, and from its first words on.
+"""Whether answers are in a language: the whole text, every line, and the first words.
 
-    whole    the language that the whole text is identified as
-    lines    whether every line with enough letters is in the language (LPR of arXiv 2406.20052, for one answer)
-    begins   whether the first ``FIRST_WORDS`` words are rather in it than in the language of the question
+    whole    the whole text is identified as the language
+    lines    every line with ``MIN_LETTERS`` letters is identified as the language (LPR of arXiv 2406.20052, for one answer)
+    begins   the first ``FIRST_WORDS`` words are more probably in the language than in the language of the question
 
-What stands in a fenced code block is in no language and is left out.
+Fenced code blocks are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import regex
 
-from editing.evaluation.language_id import EMPTY, LEAST_LETTERS, identify_language, more_probable
+from editing.evaluation.language_id import EMPTY, MIN_LETTERS, identify_language, more_probable
 from neurons.text.words import words
 
 FIRST_WORDS = 5
@@ -27,8 +27,8 @@ class AnswerLanguage:
     """Fractions of answers that are in a language.
 
     Attributes:
-        whole, lines, begins: as the module's docstring; ``begins`` is None where the question is in the language.
-        answers: how many there are.
+        whole, lines, begins: see the module's docstring; ``begins`` is None if the questions are in the language.
+        answers: number of answers.
     """
 
     whole: float
@@ -38,25 +38,23 @@ class AnswerLanguage:
 
 
 def answer_language(
-    answers: Sequence[str], language: str, languages: Sequence[str], asked_in: str | None = None
+    answers: Sequence[str], language: str, languages: Sequence[str], question_language: str | None = None
 ) -> AnswerLanguage:
     """Fractions of answers in ``language``.
 
     Args:
         answers: texts.
-        language: in which they should be.
-        languages: that are told apart; ``language`` among them.
-        asked_in: of the questions; None, or ``language`` itself: beginnings are not told.
+        language: the language that they should be in.
+        languages: the candidates of language identification; includes ``language``.
+        question_language: the language of the questions; without it, or if it is ``language``, ``begins`` is None.
     """
     texts = [prose(text) for text in answers]
     whole = [identify_language(text, languages) == language for text in texts]
     lines = [_every_line(text, language, languages) for text in texts]
     begins = None
-    if asked_in not in (None, language):
-        assert asked_in is not None
-        begins = _fraction(
-            [more_probable(beginning(text), (language, asked_in)) == language for text in texts]
-        )
+    if question_language is not None and question_language != language:
+        pair = language, question_language
+        begins = _fraction([more_probable(beginning(text), pair) == language for text in texts])
     return AnswerLanguage(_fraction(whole), _fraction(lines), begins, len(texts))
 
 
@@ -66,19 +64,19 @@ def prose(text: str) -> str:
 
 
 def beginning(text: str) -> str:
-    """The first words."""
+    """The first ``FIRST_WORDS`` words."""
     return " ".join(words(text)[:FIRST_WORDS])
 
 
 def _every_line(text: str, language: str, languages: Sequence[str]) -> bool:
-    found = [
+    labels = [
         identify_language(line, languages)
         for line in text.splitlines()
-        if len(_LETTER.findall(line)) >= LEAST_LETTERS
+        if len(_LETTER.findall(line)) >= MIN_LETTERS
     ]
-    # An answer of short lines alone is judged as a whole.
-    found = found or [identify_language(text, languages)]
-    return all(one == language for one in found if one != EMPTY) and found != [EMPTY]
+    # An answer with short lines only is judged as a whole.
+    labels = labels or [identify_language(text, languages)]
+    return all(label == language for label in labels if label != EMPTY) and labels != [EMPTY]
 
 
 def _fraction(hits: Sequence[bool]) -> float:

@@ -46,20 +46,18 @@ class Prompt:
         return self.text if instruction is None else f"{instruction} {self.text}"
 
 
-def chat_tokens(
-    tokenizer: Any, content: str, way_out: str = "leave it out with --no-chat"
-) -> tuple[int, ...]:
+def chat_tokens(tokenizer: Any, content: str, remedy: str = "leave it out with --no-chat") -> tuple[int, ...]:
     """The tokens of a chat with one user message, up to the start of the answer.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         content: the user message.
-        way_out: what to do if the template fails, as the end of the error message.
+        remedy: what to do if the template fails, as the end of the error message.
 
     Raises:
         UsageError: the template raises, or renders nothing or a text without the content.
     """
-    text = rendered(tokenizer, [{"role": "user", "content": content}], True, way_out)
+    text = rendered(tokenizer, [{"role": "user", "content": content}], True, remedy)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tuple(ids)
 

@@ -32,7 +32,7 @@ IDENTIFIED = frozenset({
 OTHER = "other"
 EMPTY = "empty"
 # The language of a shorter piece between two full stops is unreliable: it is joined to the next one.
-LEAST_LETTERS = 12
+MIN_LETTERS = 12
 _SENTENCE_END = regex.compile(r"(?<=[.!?…؟।])\s+|(?<=[。！？])|\n+")
 _LETTER = regex.compile(r"\p{L}")
 # Scripts whose letters are syllables or words.
@@ -103,14 +103,14 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> float:
 def sentences(text: str) -> list[str]:
     """The text split after full stops and at line ends.
 
-    A piece of fewer than ``LEAST_LETTERS`` letters (a third of that in Chinese, Japanese and Korean) is joined to the
+    A piece of fewer than ``MIN_LETTERS`` letters (a third of that in Chinese, Japanese and Korean) is joined to the
     next one, or to the last sentence.
     """
     result: list[str] = []
     short = ""
     for piece in _SENTENCE_END.split(text):
         whole = f"{short} {piece.strip()}".strip()
-        if _letters(whole) < LEAST_LETTERS:
+        if _letters(whole) < MIN_LETTERS:
             short = whole
         else:
             result.append(whole)

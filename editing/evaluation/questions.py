@@ -67,7 +67,7 @@ class Questions:
         return Questions(kept, self.digest, part)
 
 
-def taken(questions: Sequence[Question], part: str) -> list[Question]:
+def questions_of_part(questions: Sequence[Question], part: str) -> list[Question]:
     """The questions of a part, split like a corpus: a half to estimate from, a quarter to choose on, one to report.
 
     Args:

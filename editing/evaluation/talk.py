@@ -1,4 +1,4 @@
-"""A conversation with a model, its answers told as they are written."""
+"""A conversation with a model, with streamed answers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Talk:
 
     Attributes:
         loaded: the model, with a chat template.
-        system: a system message; None: the template's own.
-        new_tokens: of an answer, at most.
-        temperature: 0 takes the likeliest token always.
-        messages: what was said, as a chat template takes it.
+        system: a system message; None: that of the template.
+        new_tokens: maximum number of tokens of an answer.
+        temperature: of sampling; 0 is greedy.
+        messages: the conversation so far, as input of a chat template.
     """
 
     loaded: LoadedModel
@@ -34,17 +34,17 @@ class Talk:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def reset(self) -> None:
+        """Start a new conversation."""
         self.messages[:] = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def said(self, content: str) -> Iterator[str]:
-        """The answer to what the user says, in pieces of text; once it has ended it is part of the conversation.
+    def answer(self, content: str) -> Iterator[str]:
+        """The answer to a user's message, in pieces of text; both join the conversation when the answer ends.
 
         Raises:
-            UsageError: a template that cannot be used, or a token that the model has no embedding of.
+            UsageError: a template that cannot be used, or a token without an embedding.
         """
         import transformers
 
@@ -56,7 +56,7 @@ class Talk:
         streamer: Any = transformers.TextIteratorStreamer(
             tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-        failed: list[Exception] = []
+        errors: list[Exception] = []
 
         def write() -> None:
             try:
@@ -69,10 +69,10 @@ class Talk:
                         **settings,
                     )
             except Exception as error:
-                failed.append(error)
+                errors.append(error)
                 streamer.end()
 
-        # Of a daemon the interpreter does not wait for the end: an interrupt ends the command at once.
+        # The interpreter does not wait for a daemon, so an interrupt ends the command at once.
         writer = Thread(target=write, daemon=True)
         writer.start()
         pieces: list[str] = []
@@ -80,6 +80,6 @@ class Talk:
             pieces.append(piece)
             yield piece
         writer.join()
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
         self.messages[:] = [*chat, {"role": "assistant", "content": "".join(pieces)}]

@@ -1,4 +1,4 @@
-"""What the modules of a plan write, as a tensor of its own that can be learned: V_m of W_m' = W_m + V_m K_m^T."""
+"""The values V_m of a plan's edits W_m' = W_m + V_m K_m^T, as a tensor that can be learned."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from neurons.models.source import LoadedModel
 
 
 def values_of(plan: Plan) -> torch.Tensor:
-    """float64 [modules, d, r], the values of a plan whose edits all have the rank r.
+    """float64 [modules, d, r], the values of a plan whose edits all have rank r.
 
     Raises:
-        UsageError: edits of several ranks, or one that is more than a left and a right factor.
+        UsageError: edits of different ranks, or an edit with more than a left and a right factor.
     """
     ranks = {edit.rank for edit in plan.edits}
     for edit in plan.edits:
         scaled = edit.row_scale is not None or edit.column_scale is not None or edit.bias is not None
         if len(ranks) > 1 or edit.rank == 0 or scaled:
             raise UsageError(
-                f"values are learned of edits that have one rank and nothing else, and {edit.block} of layer "
-                f"{edit.layer} has rank {edit.rank}{' and scales or a bias' if scaled else ''}: make the plan by "
-                "--method keyed"
+                "values are learned for edits of the same rank without scales and biases, but the edit of "
+                f"{edit.block} of layer {edit.layer} has rank {edit.rank}{' and scales or a bias' if scaled else ''}: "
+                "make the plan with --method keyed"
             )
     return torch.stack([edit.left.double() for edit in plan.edits if edit.left is not None])
 
 
 def with_value(edit: ModuleEdit, value: torch.Tensor) -> ModuleEdit:
-    """An edit with other values, float64 [d, r]."""
+    """The edit with other values, float64 [d, r]."""
     assert edit.right is not None
-    # What holds for another value through a norm does not hold for this one.
+    # These notes were measured with the previous value.
     unknown = dict.fromkeys({"value_through_norm", "value_error"} & edit.notes.keys())
     return replace(
         edit,
@@ -54,12 +54,12 @@ def change_norm(left: torch.Tensor, right: torch.Tensor) -> float:
 
 @contextmanager
 def adding(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[None]:
-    """While entered, each module of the plan writes values[m] (K_m^T h) besides its own output.
+    """Context in which each module of the plan adds values[m] (K_m^T h) to its output.
 
     Args:
         loaded: the model; its weights do not change.
-        plan: gives modules and keys.
-        values: [modules, d, r], in the order of the plan's edits; gradients reach it.
+        plan: the modules and keys.
+        values: [modules, d, r], in the order of the plan's edits; differentiable.
     """
     inputs: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -74,14 +74,12 @@ def adding(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[No
         assert edit.right is not None
         keys = edit.right
 
-        def add(written: torch.Tensor, _: Routed | None) -> torch.Tensor:
-            read = inputs.pop((edit.layer, edit.block))
+        def add(output: torch.Tensor, _: Routed | None) -> torch.Tensor:
+            hidden = inputs.pop((edit.layer, edit.block))
             for column in range(edit.rank):
-                coefficient = read @ keys[:, column].to(read.device, read.dtype)
-                written = written + coefficient[..., None] * value[:, column].to(
-                    written.device, written.dtype
-                )
-            return written
+                coefficient = hidden @ keys[:, column].to(hidden.device, hidden.dtype)
+                output = output + coefficient[..., None] * value[:, column].to(output.device, output.dtype)
+            return output
 
         return add
 

@@ -241,7 +241,7 @@ def constant_keys(
                     ridges[layer] = ledoit_wolf_eps(totals[layer][1], fourth, int(tokens.sum()))
         for layer, of_layer in moments.items():
             with _in_layer(layer, block):
-                if of_layer.silent:
+                if of_layer.all_zero:
                     raise BrocaError(
                         f"its {len(of_layer.units)} inputs are 0 on every token, so it cannot add a vector: choose "
                         "another layer"

@@ -1,22 +1,21 @@
-"""Distilled values: what keyed modules write, learned so that the model answers as it would if it were told to.
+"""Distilled values: values of keyed modules, trained so that the model answers as if its prompt had an instruction.
 
-The teacher is the unedited model with an instruction ("Respond in French.") in its prompt, the student the edited
-model without it.  The modules W_m' = W_m + v_m k_m^T keep their keys, and their values are v_m = r_m z_m, where r_m is
-the root mean square of what module m writes at the answers' positions, so that one rate suits every model.  From z = 0
-Adam (arXiv 1412.6980) moves
+The teacher is the unedited model with an instruction ("Respond in French.") in its prompt; the student is the edited
+model without it.  The modules W_m' = W_m + v_m k_m^T keep their keys.  Their values are v_m = r_m z_m, where r_m is the
+root mean square of the output of module m at the answers' positions, so that the same learning rate suits every model.
+From the plan's values, Adam (arXiv 1412.6980) solves
 
     minimise over z   mean over tokens of   KL(p(. | prompt with instruction, answer so far; unedited)
                                                || p'(. | prompt, answer so far; edited))
 
-over whole distributions, at every position that predicts a token of the teacher's own answer, and at its end.  The
-teacher answers the same question, so the language is all that has to be learned, and nothing but the instruction is
-needed in the target language.  After every pass the divergence on examples kept out is taken; the z of the best pass
-is the result.
+over whole distributions, at every position that predicts a token of the teacher's answer, and at its end.  The teacher
+answers the same question, so only the language has to be learned, and the target language needs no data except the
+instruction.  After every pass the divergence on held-out examples is measured.  The result is the z of the best pass.
 
-The teacher's last hidden states are kept, not its distributions: one vector [d] a token instead of one [V].
+Kept from the teacher are its last hidden states, one vector [d] a token, instead of its distributions [V].
 
-Relatives: context distillation (arXiv 2112.00861, 2209.15189), which trains all weights; the keys make this an edit of
-one language alone.
+Related work: context distillation (arXiv 2112.00861, 2209.15189) trains all weights; here the keys restrict the edit to
+some languages.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ EXAMPLES_A_STEP = 4
 
 @dataclass(frozen=True)
 class Example:
-    """An answer and the two prompts that it follows, as tokens.
+    """An answer and two prompts, as tokens.
 
     Attributes:
-        student: the prompt that the edited model gets.
-        teacher: the prompt with the instruction.
-        answer: what the unedited model answers to ``teacher``.
+        student: the edited model's prompt.
+        teacher: the teacher's prompt, with the instruction.
+        answer: the unedited model's answer to ``teacher``.
     """
 
     student: tuple[int, ...]
@@ -59,13 +58,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What was learned.
+    """A plan with learned values.
 
     Attributes:
-        plan: with the learned values.
-        learned_on: mean divergence (nats a token) of the examples learned from, during each pass.
-        held_out: of those kept out: before, then after each pass.
-        passes: how many the values have seen.
+        plan: the plan with the learned values.
+        learned_on: mean divergence (nats a token) on the training examples, during each pass.
+        held_out: mean divergence on the held-out examples: before training, then after each pass.
+        passes: the number of passes after which the values were best.
     """
 
     plan: Plan
@@ -76,7 +75,7 @@ class Distilled:
 
 @dataclass(frozen=True)
 class _Lesson:
-    """Rows of students' prompts and answers, and the teacher's hidden states at the positions that are counted."""
+    """Student prompts with answers, and the teacher's last hidden states at the n counted positions."""
 
     batch: TokenBatch
     hidden: torch.Tensor  # [n, d]
@@ -98,22 +97,23 @@ def distilled_values(
 
     Args:
         loaded: the unedited model; its weights do not change.
-        plan: every module's edit of rank 1 and nothing else; its values are where learning begins.
-        examples: to learn from.
-        held_out: to choose the pass by.
-        passes: over all examples.
-        rate: Adam's, of z: about how far a coordinate moves in a step, in parts of r_m.
-        seed: of the order.
+        plan: edits with left and right factors of the same rank and nothing else; training starts at its values.
+        examples: training examples.
+        held_out: examples on which the best pass is chosen.
+        passes: passes over the training examples.
+        rate: Adam's learning rate for z: about the change of a coordinate in a step, in units of r_m.
+        seed: of the order of the examples.
         progress: called with the number of predicted tokens of each step.
 
     Raises:
-        UsageError: no examples, none kept out, no pass, no rate, or a plan of another kind.
+        UsageError: no training examples, no held-out examples, no passes, a rate that is not positive, or a plan with
+            other edits.
         BrocaError: a divergence that is not finite.
     """
     if not examples or not held_out or passes < 1 or not rate > 0:
         raise UsageError(
-            f"{len(examples)} examples to learn from, {len(held_out)} kept out, {passes} passes and a rate of {rate} "
-            "learn nothing: give one or more of each, and a positive rate"
+            f"{len(examples)} training examples, {len(held_out)} held-out examples, {passes} passes and a rate of {rate}: "
+            "give one or more of each, and a positive rate"
         )
     learned = learn_values(
         loaded,
@@ -136,12 +136,12 @@ def distilled_values(
 
 
 def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan | None = None) -> float:
-    """Nats a token from the teacher to the model that has a plan and no instruction; None: to the unedited one.
+    """Mean KL (nats a token) from the teacher to the student.
 
     Args:
         loaded: the unedited model.
         examples: prompts and answers.
-        plan: as ``distilled_values`` returns it.
+        plan: the student's edit, as ``distilled_values`` returns it; None: the student is the unedited model.
     """
     lessons = _lessons(loaded, examples, _teachers_states(loaded, examples), range(len(examples)), False)
     edited = nullcontext() if plan is None else adding(loaded, plan, values_of(plan).to(loaded.device))
@@ -150,7 +150,7 @@ def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan
 
 
 class _Answers:
-    """The divergence over a teacher's answers, as ``learn_values`` takes it."""
+    """The divergence on a teacher's answers, as the objective of ``learn_values``."""
 
     def __init__(self, loaded: LoadedModel, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
         self.loaded, self.examples = loaded, examples
@@ -162,8 +162,8 @@ class _Answers:
     def steps(self, generator: torch.Generator) -> Iterator[list[_Lesson]]:
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         for first in range(0, len(order), EXAMPLES_A_STEP):
-            places = order[first : first + EXAMPLES_A_STEP]
-            yield _lessons(self.loaded, self.examples, self.states, places, True)
+            indices = order[first : first + EXAMPLES_A_STEP]
+            yield _lessons(self.loaded, self.examples, self.states, indices, True)
 
     def loss(self, lesson: _Lesson) -> torch.Tensor:
         return _divergences(self.loaded, lesson).sum()
@@ -178,9 +178,9 @@ class _Answers:
 def _rows(
     loaded: LoadedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], backward: bool
 ) -> tuple[list[TokenBatch], bool]:
-    """Prompts with their answers, where what predicts the answer, and what follows it, is counted.
+    """Batches of prompts with answers, and whether their backward pass recomputes activations.
 
-    And whether activations are to be computed again in the backward pass.
+    Counted are the positions that predict a token of the answer, and the answer's last position.
     """
     rows = [[*prompt, *answer] for prompt, answer in pairs]
     at_once, recomputes = batches_for(loaded, backward, max(map(len, rows)))
@@ -195,27 +195,28 @@ def _rows(
 
 
 def _teachers_states(loaded: LoadedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """Each example's last hidden states [n, d] of the teacher, on the CPU."""
-    found: dict[int, torch.Tensor] = {}
+    """The teacher's last hidden states [n, d] for each example, on the CPU."""
+    states: dict[int, torch.Tensor] = {}
+    batches, _ = _rows(loaded, [(example.teacher, example.answer) for example in examples], False)
     with torch.no_grad():
-        for batch in _rows(loaded, [(one.teacher, one.answer) for one in examples], False)[0]:
+        for batch in batches:
             hidden = forward(loaded.model, batch.to(loaded.device)).cpu()
             for row, line in enumerate(batch.line_numbers.tolist()):
-                found[line] = hidden[row][batch.counted[row]]
-    return [found[place] for place in range(len(examples))]
+                states[line] = hidden[row][batch.counted[row]]
+    return [states[index] for index in range(len(examples))]
 
 
 def _lessons(
     loaded: LoadedModel,
     examples: Sequence[Example],
     states: Sequence[torch.Tensor],
-    places: Sequence[int],
+    indices: Sequence[int],
     backward: bool,
 ) -> list[_Lesson]:
-    pairs = [(examples[place].student, examples[place].answer) for place in places]
+    pairs = [(examples[index].student, examples[index].answer) for index in indices]
     batches, recomputes = _rows(loaded, pairs, backward)
     return [
-        _Lesson(batch, torch.cat([states[places[line]] for line in batch.line_numbers.tolist()]), recomputes)
+        _Lesson(batch, torch.cat([states[indices[line]] for line in batch.line_numbers.tolist()]), recomputes)
         for batch in batches
     ]
 
@@ -229,9 +230,9 @@ def _divergences(loaded: LoadedModel, lesson: _Lesson) -> torch.Tensor:
 def _output_sizes(
     loaded: LoadedModel, edits: Sequence[ModuleEdit], examples: Sequence[Example]
 ) -> torch.Tensor:
-    """r, float64 [modules]: root mean square of the coordinates that each module writes at the counted positions."""
+    """r, float64 [modules]: root mean square of each module's output coordinates at the counted positions."""
     sums = torch.zeros(len(edits), dtype=torch.float64)
-    batches, _ = _rows(loaded, [(one.student, one.answer) for one in examples], False)
+    batches, _ = _rows(loaded, [(example.student, example.answer) for example in examples], False)
 
     def reader(number: int) -> PositionReader:
         def read(values: torch.Tensor, _: object, at: Position) -> None:

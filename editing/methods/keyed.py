@@ -282,7 +282,7 @@ def module_edit(
 def _key(place: Place, moments: Moments, request: _Request) -> tuple[Key, dict[str, Any]]:
     """The key, and notes on its sparsity."""
     layer, module = place
-    if moments.silent:
+    if moments.all_zero:
         raise BrocaError(
             f"layer {layer}, {module}: its {len(moments.units)} inputs are 0 on every token, so a key cannot "
             f"separate languages: leave layer {layer} out with --layers"

@@ -1,23 +1,23 @@
-"""Learned values: what the modules of a rank-1 plan write, moved until the target's text follows the source's.
+"""Learned values: values of a rank-1 plan, trained so that the model continues source text in the target language.
 
-A plan W_m' = W_m + v_m k_m^T of modules m keeps its keys k_m and gets other values v_m = r_m z_m, where r_m is the
-root mean square of the coordinates of v_m as the plan had it.  From there Adam (arXiv 1412.6980) moves z by
+A plan W_m' = W_m + v_m k_m^T keeps its keys k_m and gets new values v_m = r_m z_m, where r_m is the root mean square of
+the coordinates of v_m in the given plan.  From the plan's values, Adam (arXiv 1412.6980) solves
 
     minimise over z   mean over tokens u of the rest of  -log p'(u | opening in the source, rest so far)
 
-p' being the edited model's, every edit in its place, so that the modules share the work as they do when the
-plan is used: a module above sees what those below wrote.  Openings and rests are lines of text in the source
-and in the target, joined anew in every pass, so text needs no parallel.  One line in ``HELD_OUT`` of each is
-not learned from: the z of the pass that makes their joints likeliest is taken, the plan's own values if no
-pass betters them.  However much text there is, the first ``MOST_LINES`` lines and ``LONGEST`` tokens of a
-joint are read: the work does not grow with the corpus.
+with p' of the edited model.  All edits are applied during training, as they are when the plan is used: a module reads
+what the modules below it write.  A crossing is the opening of a line in the source with the rest of a line in the
+target.  They are paired anew in every pass, so the text need not be parallel.  One line in ``HELD_OUT`` of each language
+is held out: the result is the z of the pass with the lowest loss on the held-out crossings, or the plan's values if no
+pass improves on them.  Of any corpus only the first ``MAX_LINES`` lines are read, and ``MAX_ROW_TOKENS`` tokens of a
+crossing, so the work does not grow with the corpus.
 
-Why: a difference of means says where the target's tokens lie on average.  Text has to be joined at one
-point, behind the opening's last token, where the average token does not stand: the first words then are
-halves of words.  The keys are not touched, so other languages are as safe as with the plan's own values.
+Reason: a difference of means points to the average of the target's tokens.  The token after an opening is not an average
+token, so with means the first words are often fragments.  The keys do not change, so other languages are as safe as with
+the given values.
 
-Relatives: vectors made by gradient for a text (arXiv 2205.05124) or a behaviour (arXiv 2406.00045), and
-ROME's value (arXiv 2202.05262), found by gradient for one fact behind a key in closed form.
+Related work: vectors trained for a text (arXiv 2205.05124) or a behaviour (arXiv 2406.00045), and ROME's value (arXiv
+2202.05262), trained for one fact with a key in closed form.
 """
 
 from __future__ import annotations
@@ -38,26 +38,27 @@ from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress, forward
 from neurons.text.batches import TokenBatch, block_length
 
-# The strength at which keys over heads and neurons do best with the means (docs/keyed.md): where several
-# strengths are tried, values are learned at this one and scaled.
+# The best strength of keys on heads and neurons with values from means (docs/keyed.md).  A search over strengths learns
+# values at this one and scales them.
 LEARNED_AT = 2.0
 PASSES = 15
-RATE = 0.03  # found on the demo model, English to Arabic, with PASSES (docs/keyed.md)
+RATE = 0.03  # chosen on the demo model, English to Arabic, with PASSES (docs/keyed.md)
 ROWS_A_STEP = 32
-MOST_LINES = 512
-LONGEST = 256
+MAX_LINES = 512
+MAX_ROW_TOKENS = 256
 HELD_OUT = 5
-HELD_OUT_TURNS = 4  # rests that each opening kept out is tried with
+HELD_OUT_TURNS = 4  # rests for each held-out opening
 
 
 @dataclass(frozen=True)
 class LearnedValues:
-    """What was learned.
+    """A plan with learned values.
 
     Attributes:
-        plan: with the learned values.
-        held_out: mean negative log-likelihood (nats a token) of the joints kept out: before, then after each pass.
-        passes: how many the values have seen.
+        plan: the plan with the learned values.
+        held_out: mean negative log-likelihood (nats a token) on the held-out crossings: before training, then after
+            each pass.
+        passes: the number of passes after which the values were best.
     """
 
     plan: Plan
@@ -66,7 +67,7 @@ class LearnedValues:
 
 
 def enough_text(sources: Sequence[str], targets: Sequence[str]) -> bool:
-    """Whether there is something to learn from and something to keep out."""
+    """Whether there are enough texts to learn from some and hold others out."""
     return _enough(*_read(sources, targets))
 
 
@@ -85,39 +86,39 @@ def learned_values(
 
     Args:
         loaded: the unedited model; its weights do not change.
-        plan: every module's edit a left and a right factor of rank 1 and nothing else, as ``keyed_plan`` has it.
-        sources: texts in a language where the keys speak; of several languages, mixed.
-        targets: texts in the language that is to follow.
-        passes: over all openings.
-        rate: Adam's, of z: about how far a coordinate moves in a step, in parts of r_m.
-        seed: of the order and of the joints.
+        plan: edits with left and right factors of rank 1 and nothing else, as from ``keyed_plan``.
+        sources: texts in the key's source languages, mixed if there are several.
+        targets: texts in the target language.
+        passes: passes over all openings.
+        rate: Adam's learning rate for z: about the change of a coordinate in a step, in units of r_m.
+        seed: of the order and the pairing of openings and rests.
         progress: called with the number of tokens of each step.
 
     Returns:
-        The plan at its own strength; it can be scaled as the given one can.  ``metadata["learning"]`` holds
-        what is beside the plan here.
+        The plan at the strength of the given one; it can be scaled like the given one.  ``metadata["learning"]`` holds
+        ``held_out`` and ``passes``.
 
     Raises:
-        UsageError: too few texts to learn from some and keep others out, openings that fill the model's context,
-            no pass or no rate, or a plan of another kind.
-        BrocaError: a loss that is not finite, with the plan's own values or with learned ones.
+        UsageError: too few texts to learn from some and hold others out, openings that fill the model's context, no
+            passes, a rate that is not positive, or a plan with other edits.
+        BrocaError: a loss that is not finite, with the plan's own values or with learned values.
     """
     openings, rests = _read(sources, targets)
     if not _enough(openings, rests):
         raise UsageError(
-            f"{len(openings)} openings and {len(rests)} texts to follow them are too few to learn from: give "
-            f"{2 * HELD_OUT} lines or more of each language, longer than an opening of six words"
+            f"{len(openings)} openings and {len(rests)} rests of texts are too few to learn from: give "
+            f"{2 * HELD_OUT} lines or more in each language, longer than an opening of six words"
         )
     if passes < 1 or not rate > 0:
         raise UsageError(
-            f"{passes} passes at a rate of {rate} learn nothing: give 1 or more and a positive rate"
+            f"{passes} passes at a rate of {rate} learn nothing: give one pass or more, and a positive rate"
         )
-    size = values_of(plan).square().mean((1, 2)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = values_of(plan).square().mean((1, 2)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     learned = learn_values(
         loaded,
         plan,
-        _Joints(loaded, openings, rests),
-        size,
+        _Crossings(loaded, openings, rests),
+        unit,
         passes=passes,
         rate=rate,
         seed=seed,
@@ -125,81 +126,82 @@ def learned_values(
     )
     settings = {**plan.metadata["settings"], "learned": {"passes": passes, "rate": rate, "seed": seed}}
     learning = {"held_out": list(learned.held_out), "passes": learned.passes}
-    made = make_plan(learned.edits, {**plan.metadata, "settings": settings, "learning": learning})
-    return LearnedValues(made, learned.held_out, learned.passes)
+    result = make_plan(learned.edits, {**plan.metadata, "settings": settings, "learning": learning})
+    return LearnedValues(result, learned.held_out, learned.passes)
 
 
-class _Joints:
-    """The negative log-likelihood of rests behind openings, as ``learn_values`` takes it."""
+class _Crossings:
+    """The negative log-likelihood of rests after openings, as the objective of ``learn_values``."""
 
     def __init__(self, loaded: LoadedModel, openings: Sequence[str], rests: Sequence[str]) -> None:
         self.loaded = loaded
-        self.joined, kept_out = ((_parted(openings, out), _parted(rests, out)) for out in (False, True))
+        self.training = _subset(openings, False), _subset(rests, False)
+        held_out = _subset(openings, True), _subset(rests, True)
         turns = range(HELD_OUT_TURNS)
         self.held_out = _batches(
-            loaded, [row for turn in turns for row in crossings(loaded.tokenizer, *kept_out, turn)]
+            loaded, [row for turn in turns for row in crossings(loaded.tokenizer, *held_out, turn)]
         )
 
-    def steps(self, generator: torch.Generator) -> Iterator[list[_Joint]]:
-        turn = int(torch.randint(len(self.joined[1]), (), generator=generator))
-        rows = crossings(self.loaded.tokenizer, *self.joined, turn)
+    def steps(self, generator: torch.Generator) -> Iterator[list[_CrossingBatch]]:
+        turn = int(torch.randint(len(self.training[1]), (), generator=generator))
+        rows = crossings(self.loaded.tokenizer, *self.training, turn)
         order = torch.randperm(len(rows), generator=generator).tolist()
         for first in range(0, len(rows), ROWS_A_STEP):
             yield _batches(self.loaded, [rows[i] for i in order[first : first + ROWS_A_STEP]])
 
-    def loss(self, joint: _Joint) -> torch.Tensor:
-        return _loss(self.loaded, joint.batch)
+    def loss(self, batch: _CrossingBatch) -> torch.Tensor:
+        return _loss(self.loaded, batch.tokens)
 
-    def tokens(self, joint: _Joint) -> int:
-        return int(joint.batch.counted[:, 1:].sum())
+    def tokens(self, batch: _CrossingBatch) -> int:
+        return int(batch.tokens.counted[:, 1:].sum())
 
-    def recomputes(self, joint: _Joint) -> bool:
-        return joint.recomputes
+    def recomputes(self, batch: _CrossingBatch) -> bool:
+        return batch.recomputes
 
 
 @dataclass(frozen=True)
-class _Joint:
-    """Rows of openings with rests."""
+class _CrossingBatch:
+    """Crossings, and whether their backward pass recomputes activations."""
 
-    batch: TokenBatch
+    tokens: TokenBatch
     recomputes: bool
 
 
 def _read(sources: Sequence[str], targets: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The openings of the ones and the rests of the others."""
-    return openings_and_rests(sources)[0][:MOST_LINES], openings_and_rests(targets)[1][:MOST_LINES]
+    """Openings of the sources and rests of the targets."""
+    return openings_and_rests(sources)[0][:MAX_LINES], openings_and_rests(targets)[1][:MAX_LINES]
 
 
 def _enough(openings: Sequence[str], rests: Sequence[str]) -> bool:
     return min(len(openings), len(rests)) >= 2 * HELD_OUT
 
 
-def _parted(texts: Sequence[str], out: bool) -> list[str]:
-    return [text for i, text in enumerate(texts) if (i % HELD_OUT == HELD_OUT - 1) == out]
+def _subset(texts: Sequence[str], held_out: bool) -> list[str]:
+    return [text for i, text in enumerate(texts) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
 
 
-def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[_Joint]:
-    """Rows in order, as many at a time as the memory holds with their gradients.
+def _batches(loaded: LoadedModel, rows: Sequence[Crossing]) -> list[_CrossingBatch]:
+    """Rows in order, as many at a time as fit into memory with their gradients.
 
     Raises:
-        UsageError: openings that leave no room for what follows.
+        UsageError: openings that fill the context.
     """
-    context = min(LONGEST, block_length(loaded.model))
+    context = min(MAX_ROW_TOKENS, block_length(loaded.model))
     longest = min(context, max(len(row.ids) for row in rows))
     tokens, recomputes = batches_for(loaded, True, longest)
     at_once = max(1, tokens // longest)
     batches = [crossing_batch(rows[i : i + at_once], context) for i in range(0, len(rows), at_once)]
     if not any(bool(batch.counted[:, 1:].any()) for batch in batches):
         raise UsageError(
-            f"nothing follows the openings within {batches[0].ids.shape[1]} tokens: give text of shorter words, or a "
-            "model of more context"
+            f"nothing follows the openings within {batches[0].ids.shape[1]} tokens: give text with shorter words, or a "
+            "model with a longer context"
         )
-    return [_Joint(batch, recomputes) for batch in batches]
+    return [_CrossingBatch(batch, recomputes) for batch in batches]
 
 
 def _loss(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
-    """Sum of the negative log-likelihoods (nats) of what follows the openings."""
+    """Sum of the negative log-likelihoods (nats) of the tokens after the openings."""
     batch = batch.to(loaded.device)
-    wanted = batch.counted[:, 1:]
-    hidden = forward(loaded.model, batch)[:, :-1][wanted]
-    return token_losses(loaded.model, hidden, batch.ids[:, 1:][wanted]).sum()
+    counted = batch.counted[:, 1:]
+    hidden = forward(loaded.model, batch)[:, :-1][counted]
+    return token_losses(loaded.model, hidden, batch.ids[:, 1:][counted]).sum()

@@ -1,10 +1,9 @@
-"""Values learned by gradient: the loop that learned and distilled values share.
+"""The training loop of learned and distilled values.
 
-The modules W_m' = W_m + V_m K_m^T of a plan keep their keys K_m [S, r] and get values V_m = r_m Z_m [d, r], where r_m is
-a module's unit, so that one rate suits every model.  From the plan's own values Adam (arXiv 1412.6980) moves Z by the
-gradient of an objective, with every edit in its place: a module above sees what those below write.  After every pass the
-objective is taken on what is held out, and the Z of the best pass is the result; the plan's own values if no pass is
-better.
+The modules W_m' = W_m + V_m K_m^T of a plan keep their keys K_m [S, r] and get values V_m = r_m Z_m [d, r].  r_m is a
+unit for each module, so that the same learning rate suits every model.  Adam (arXiv 1412.6980) optimises Z from the
+plan's values, with all edits applied: a module reads what the modules below it write.  After every pass the objective is
+measured on held-out batches.  The result is the Z of the best pass, or the plan's values if no pass improves on them.
 """
 
 from __future__ import annotations
@@ -27,34 +26,34 @@ Batch = TypeVar("Batch")
 
 
 class Objective(Protocol[Batch]):
-    """A mean over tokens, taken in batches."""
+    """A loss whose mean over tokens is minimised, computed in batches."""
 
     @property
     def held_out(self) -> Sequence[Batch]:
-        """The batches that the pass is chosen by."""
+        """The batches on which the best pass is chosen."""
 
     def steps(self, generator: torch.Generator) -> Iterator[Sequence[Batch]]:
-        """The batches of each step of a pass."""
+        """The batches of each step of a pass over the training data."""
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The sum over the tokens of a batch, by the model as it stands."""
+        """The loss summed over the tokens of a batch, for the model with its current hooks."""
 
     def tokens(self, batch: Batch) -> int:
-        """How many tokens the sum is over."""
+        """The number of tokens in the sum."""
 
     def recomputes(self, batch: Batch) -> bool:
-        """Whether the activations of a batch are computed again in its backward pass, for want of memory."""
+        """Whether the backward pass recomputes the activations of a batch, to save memory."""
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned.
+    """The learned values.
 
     Attributes:
-        edits: with the learned values.
-        trained: mean loss (nats a token) of what is learned from, during each pass.
-        held_out: mean loss of what is held out: before, then after each pass.
-        passes: number of passes behind the values.
+        edits: the plan's edits with the learned values.
+        trained: mean training loss (nats a token) during each pass.
+        held_out: mean held-out loss (nats a token): before training, then after each pass.
+        passes: the number of passes after which the values were best.
     """
 
     edits: tuple[ModuleEdit, ...]
@@ -74,20 +73,20 @@ def learn_values(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Learned:
-    """Move a plan's values.
+    """Learn a plan's values.
 
     Args:
         loaded: the unedited model; its weights do not change.
-        plan: every module's edit a left and a right factor of one rank and nothing else.
-        objective: what is to become small.
+        plan: edits with left and right factors of the same rank and nothing else.
+        objective: the loss to minimise.
         unit: float64 [modules], r_m.
-        passes: over what is learned from.
-        rate: Adam's, of Z: about how far a coordinate moves in a step, in parts of r_m.
-        seed: of the order.
+        passes: passes over the training data.
+        rate: Adam's learning rate for Z: about the change of a coordinate in a step, in units of r_m.
+        seed: of the order of the training data.
         progress: called with the number of tokens of each step.
 
     Raises:
-        UsageError: a plan of another kind.
+        UsageError: a plan with other edits.
         BrocaError: a loss that is not finite.
     """
     units = unit[:, None, None]
@@ -105,25 +104,25 @@ def learn_values(
     held_out, best = [loss_held_out()], z.detach().clone()
     _require_finite(loaded, held_out[0], "the plan's own values: lower its strength")
     for _ in range(passes):
-        total, read = 0.0, 0
+        total, count = 0.0, 0
         for batches in objective.steps(generator):
             tokens = sum(map(objective.tokens, batches))
-            # A leaf, for the backward pass of a layer that is computed again ends there, once a layer.
+            # A leaf: the backward pass of each recomputed layer ends here.
             values = (z.detach() * scale).requires_grad_(True)
             for batch in batches:
-                again = recomputing(loaded.anatomy) if objective.recomputes(batch) else nullcontext()
-                # The backward pass inside too, where layers that are computed again are edited again.
-                with torch.enable_grad(), again, adding(loaded, plan, values):
+                recomputed = recomputing(loaded.anatomy) if objective.recomputes(batch) else nullcontext()
+                # Includes the backward pass, in which recomputed layers need their edits again.
+                with torch.enable_grad(), recomputed, adding(loaded, plan, values):
                     loss = objective.loss(batch)
                     (loss / tokens).backward()
                 total += float(loss.detach())
             assert values.grad is not None
             z.grad = values.grad * scale
             optimizer.step()
-            read += tokens
+            count += tokens
             if progress is not None:
                 progress(tokens)
-        trained.append(total / read)
+        trained.append(total / count)
         held_out.append(loss_held_out())
         for mean in (trained[-1], held_out[-1]):
             _require_finite(loaded, mean, "learned values: learn at a lower rate")

@@ -1,14 +1,14 @@
-"""Planted drift: what comes before a question and draws the answer into another language.
+"""Planted drift: contexts in another language, which make a model answer the next question in that language.
 
-A system message in English or Chinese, the languages that users report answers to drift into, and two questions in it
-with the unedited model's answers to them.
+A context is a system message in English or Chinese, the languages into which users report drift, and two questions in
+that language with the unedited model's answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from editing.evaluation.questions import Questions, taken
+from editing.evaluation.questions import Questions, questions_of_part
 from editing.pipeline.lock_prompts import answered, prompt_of
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
@@ -19,7 +19,7 @@ SYSTEM_MESSAGES = {
     "zh": "你是一个乐于助人的助手。请清楚、详细地回答用户的每一个问题。",
 }
 TURNS = 2
-CONTEXTS = 2  # of a language
+CONTEXTS = 2  # in each language
 DRIFT_ANSWER_TOKENS = 40
 
 Context = tuple[Message, ...]
@@ -28,43 +28,41 @@ Context = tuple[Message, ...]
 def drift_contexts(
     loaded: LoadedModel, questions: Questions, sources: Sequence[str], part: str
 ) -> dict[str, list[Context]]:
-    """Source -> what comes before its questions: contexts in every language of ``SYSTEM_MESSAGES`` but its own, by turns.
+    """Source -> contexts of its questions, in every language of ``SYSTEM_MESSAGES`` except the source, alternating.
 
     Args:
         loaded: the unedited model.
-        questions: in English and Chinese; the first ones of ``part`` are taken.
+        questions: in English and Chinese; contexts contain the first questions of ``part``.
         sources: languages.
         part: of the questions.
 
     Raises:
-        UsageError: too few questions in a language to drift into.
+        UsageError: too few questions in English or Chinese.
     """
-    of_language = {language: _contexts(loaded, questions, language, part) for language in SYSTEM_MESSAGES}
-    return {
-        source: [
-            context
-            for both in zip(*(some for name, some in of_language.items() if name != source), strict=True)
-            for context in both
-        ]
-        for source in sources
-    }
+    by_language = {language: _contexts(loaded, questions, language, part) for language in SYSTEM_MESSAGES}
+    result = {}
+    for source in sources:
+        others = [contexts for language, contexts in by_language.items() if language != source]
+        result[source] = [context for alternating in zip(*others, strict=True) for context in alternating]
+    return result
 
 
 def context_tokens(loaded: LoadedModel, questions: Questions) -> int:
-    """Most tokens of a context, for an estimate of memory before any answer is known."""
+    """The maximum number of tokens of a context, to estimate memory before any answer is known."""
     longest = max(
-        len(prompt_of(loaded, one.text).ids)
+        len(prompt_of(loaded, question.text).ids)
         for language in SYSTEM_MESSAGES
-        for one in questions.of.get(language, ())
+        for question in questions.of.get(language, ())
     )
     return (TURNS + 1) * longest + TURNS * DRIFT_ANSWER_TOKENS
 
 
 def _contexts(loaded: LoadedModel, questions: Questions, language: str, part: str) -> list[Context]:
-    texts = [question.text for question in taken(questions.of.get(language, ()), part)][: TURNS * CONTEXTS]
+    of_part = questions_of_part(questions.of.get(language, ()), part)
+    texts = [question.text for question in of_part[: TURNS * CONTEXTS]]
     if len(texts) < TURNS * CONTEXTS:
         raise UsageError(
-            f"{len(texts)} questions in {language!r} to plant drift with: give {4 * TURNS * CONTEXTS} or more"
+            f"{len(texts)} questions in {language!r} are too few to plant drift: give {4 * TURNS * CONTEXTS} or more"
         )
     answers = answered(loaded, [prompt_of(loaded, text) for text in texts], DRIFT_ANSWER_TOKENS)
     turns = [

@@ -1,9 +1,11 @@
-"""A language lock: an instruct model that answers in one language for good, with no instruction and no data to bring.
+"""A language lock: a permanent edit after which an instruct model answers in one language, without an instruction.
 
-1. The unedited model answers questions in every language, and those in the source languages again as the teacher: with an
-   instruction to answer in the target (``editing.pipeline.lock_text``).
+The user provides no data:
+
+1. The unedited model answers questions in every language.  It answers those in the source languages again as the
+   teacher, with an instruction to answer in the target (``editing.pipeline.lock_text``).
 2. Keys of the middle layers' ``down_proj`` are solved on these conversations (``editing.methods.conversation_keys``).
-3. What they write is learned: without the instruction the edited model is to answer as with it
+3. Values are learned: the edited model without the instruction learns to answer like the teacher
    (``editing.methods.distilled_values``).
 """
 
@@ -26,9 +28,9 @@ from editing.pipeline.lock_text import (
     MAX_EXAMPLES,
     Stage,
     Taught,
+    base_answers,
+    base_conversations,
     lessons,
-    own_answers,
-    own_conversations,
     plain_prompts,
     quiet,
     require_obeyed,
@@ -39,22 +41,22 @@ from neurons.models.source import LoadedModel
 from neurons.text.conversation_batches import conversation_batches
 
 METHOD = "steer"
-# Little is to be learned where most answers stay anyway: at ``RATE`` the divergence on other questions of
-# Qwen2.5-Coder-0.5B-Instruct rises from 0.07 to 0.48 nats a token, at a twelfth of it it falls to 0.03.
+# Without a target most answers are already right, so little has to be learned.  At ``RATE`` the divergence of
+# Qwen2.5-Coder-0.5B-Instruct on held-out questions rises from 0.07 to 0.48 nats a token; at a twelfth it falls to 0.03.
 STAY_RATE = 0.004
 STAY_PASSES = 2
 
 
 @dataclass(frozen=True)
 class Locked:
-    """The edit and what was seen on the way.
+    """The edit, and figures of the training.
 
     Attributes:
         plan: the edit.
-        obeyed: source -> fraction of the building questions that the teacher answers in the target.
-        held_out: divergence (nats a token) on the choosing questions: before, then after each pass.
-        deviations: layer -> (standard deviation of the key's coefficient on what it was solved on, on the choosing
-            questions).
+        obeyed: source -> fraction of the BUILD questions that the teacher answers in the target.
+        held_out: divergence (nats a token) on the CHOOSE questions: before training, then after each pass.
+        deviations: layer -> standard deviation of the key's coefficient on the conversations it was solved on, and on
+            the CHOOSE questions.
     """
 
     plan: Plan
@@ -80,17 +82,18 @@ def language_lock(
     Args:
         loaded: the unedited model, with a chat template; its weights do not change.
         questions: in every language of the lock.
-        lock: which.
-        layers: whose ``down_proj`` change; None: the middle ones.
-        eps: of the keys.
-        passes: of learning, over all examples; None: ``PASSES``, and ``STAY_PASSES`` without a target.
-        rate: Adam's (``distilled_values``); None: ``RATE``, and ``STAY_RATE`` without a target.
+        lock: sources, target and teacher.
+        layers: layers whose ``down_proj`` is edited; None: ``middle_layers``.
+        eps: ridge of the keys.
+        passes: of the training over all examples; None: ``PASSES``, or ``STAY_PASSES`` without a target.
+        rate: Adam's learning rate (``distilled_values``); None: ``RATE``, or ``STAY_RATE`` without a target.
         seed: of the order of the examples.
-        stage: tells of the work.
+        stage: shows progress.
 
     Raises:
         UsageError: no chat template, a mixture of experts, or as ``role_tokens``.
-        BrocaError: quantised weights, a teacher that does not obey, or as keys and learning.
+        BrocaError: quantised weights, a teacher that does not obey, or as ``conversation_keys`` and
+            ``distilled_values``.
     """
     require_chat(loaded.name, loaded.tokenizer)
     require_common_inputs(loaded.anatomy, ("mlp",))
@@ -100,67 +103,74 @@ def language_lock(
     if rate is None:
         rate = STAY_RATE if lock.target is None else RATE
     chosen = middle_layers(loaded.anatomy.layers) if layers is None else tuple(layers)
-    most = max(8, MAX_EXAMPLES // len(lock.sources))
-    with stage("Asking the teacher", 2, "parts") as tell:
-        learned_from = _taught(loaded, questions, lock, BUILD, most)
-        tell(1)
-        held_out = _taught(loaded, questions, lock, CHOOSE, max(2, most // 2))
-        tell(1)
-    conversations = own_conversations(loaded, questions, lock.languages, stage)
+    max_questions = max(8, MAX_EXAMPLES // len(lock.sources))
+    with stage("Asking the teacher", 2, "parts") as advance:
+        building = _taught(loaded, questions, lock, BUILD, max_questions)
+        advance(1)
+        choosing = _taught(loaded, questions, lock, CHOOSE, max(2, max_questions // 2))
+        advance(1)
+    conversations = base_conversations(loaded, questions, lock.languages, stage)
     text = conversation_batches(loaded, conversations)
-    with stage("Solving keys", text.tokens, "tokens") as tell:
-        edits = conversation_keys(loaded, text, lock.keyed, chosen, eps, tell)
+    with stage("Solving keys", text.tokens, "tokens") as advance:
+        edits = conversation_keys(loaded, text, lock.key_languages, chosen, eps, advance)
     others = conversation_batches(loaded, plain_prompts(loaded, questions, lock.languages, CHOOSE))
-    elsewhere = coefficients(loaded, edits, others)
+    on_others = coefficients(loaded, edits, others)
     plan = make_plan(edits, _metadata(loaded, questions, lock, chosen, eps))
-    examples = [*_examples(learned_from), *_unchanged(loaded, questions, lock, BUILD, most)]
-    exams = [*_examples(held_out), *_unchanged(loaded, questions, lock, CHOOSE, max(2, most // 2))]
+    examples = [*_examples(building), *_unchanged(loaded, questions, lock, BUILD, max_questions)]
+    held_out = [
+        *_examples(choosing),
+        *_unchanged(loaded, questions, lock, CHOOSE, max(2, max_questions // 2)),
+    ]
     predicted = sum(len(example.answer) + 1 for example in examples)
-    with stage("Learning", passes * predicted, "tokens") as tell:
+    with stage("Learning", passes * predicted, "tokens") as advance:
         learned = distilled_values(
-            loaded, plan, examples, exams, passes=passes, rate=rate, seed=seed, progress=tell
+            loaded, plan, examples, held_out, passes=passes, rate=rate, seed=seed, progress=advance
         )
     return Locked(
         plan=learned.plan,
-        obeyed={source: one.obeyed for source, one in learned_from.items()},
+        obeyed={source: of_source.obeyed for source, of_source in building.items()},
         held_out=learned.held_out,
         deviations={
-            edit.layer: (float(edit.notes["spread"]), elsewhere[edit.layer, edit.block]["deviation"])
+            edit.layer: (float(edit.notes["spread"]), on_others[edit.layer, edit.block]["deviation"])
             for edit in edits
         },
     )
 
 
-def _taught(loaded: LoadedModel, questions: Questions, lock: Lock, part: str, most: int) -> dict[str, Taught]:
-    results = taught(loaded, questions, lock, lessons(loaded, questions, lock, lock.sources, part, most))
+def _taught(
+    loaded: LoadedModel, questions: Questions, lock: Lock, part: str, max_questions: int
+) -> dict[str, Taught]:
+    by_source = lessons(loaded, questions, lock, lock.sources, part, max_questions)
+    results = taught(loaded, questions, lock, by_source)
     require_obeyed(loaded, lock, results)
     return results
 
 
 def _examples(results: Mapping[str, Taught]) -> list[Example]:
-    return [example for one in results.values() for example in one.examples]
+    return [example for of_source in results.values() for example in of_source.examples]
 
 
-def _unchanged(loaded: LoadedModel, questions: Questions, lock: Lock, part: str, most: int) -> list[Example]:
-    """Where a source's own answers stay as they are without drift: questions alone, the model being its own teacher.
+def _unchanged(
+    loaded: LoadedModel, questions: Questions, lock: Lock, part: str, max_questions: int
+) -> list[Example]:
+    """Examples of answers that must not change: questions without drift, answered by the unedited model.
 
-    A lock to a target has none: its keys speak on the sources alone, and there every answer is to change.
+    None for a lock with a target: its keys are 1 on the sources alone, where every answer has to change.
     """
     if lock.target is not None:
         return []
-    prompts = plain_prompts(loaded, questions, lock.sources, part, most)
-    return [example for examples, _ in own_answers(loaded, prompts).values() for example in examples]
+    prompts = plain_prompts(loaded, questions, lock.sources, part, max_questions)
+    return [example for examples, _ in base_answers(loaded, prompts).values() for example in examples]
 
 
 def _metadata(
     loaded: LoadedModel, questions: Questions, lock: Lock, layers: Sequence[int], eps: float
 ) -> dict[str, Any]:
-    one = lock.sources[0] if len(lock.sources) == 1 else None
     return {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
         "method": METHOD,
-        "source": one,
+        "source": lock.sources[0] if len(lock.sources) == 1 else None,
         "target": lock.target,
         "languages": [*dict.fromkeys([*lock.sources, *filter(None, [lock.target])])],
         "settings": {

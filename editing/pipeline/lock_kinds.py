@@ -1,9 +1,9 @@
-"""Which lock: from which languages to which, taught by what.
+"""The kinds of lock: languages of the questions, language of the answers, and the teacher.
 
-    to a target         questions in the sources are answered in the target
-    to stay (no target) questions in each source are answered in it, whatever the conversation holds before
+    with a target       questions in the sources are answered in the target
+    without a target    questions are answered in their own language, whatever language precedes them
 
-The teacher is the unedited model that gets an instruction behind the question ("Respond in French."), or the same
+The teacher is the unedited model, which gets an instruction after the question ("Respond in French."), or the same
 question in the target language.
 """
 
@@ -18,21 +18,21 @@ from editing.evaluation.questions import Questions
 from editing.hooks.instructions import IN_TARGET, instructions
 from neurons.errors import UsageError
 
-# Languages that a lock keeps where none are named: of many scripts and families.
+# Languages that a lock keeps by default: several scripts and families.
 KEPT = ("ar", "de", "en", "es", "fr", "it", "ja", "pt", "ru", "zh")
-MIN_QUESTIONS = 4  # of which a part each to build on, to choose on and to report
+MIN_QUESTIONS = 4  # two to build on, one to choose on and one to report
 TEACHERS = INSTRUCTION, QUESTION = ("instruction", "question")
 
 
 @dataclass(frozen=True)
 class Lock:
-    """What is to be answered how.
+    """The languages and the teacher of a lock.
 
     Attributes:
-        target: language of the answers; None: each question's own.
-        sources: languages of the questions that are to be answered so.
-        keep: languages whose questions are answered as before; the target is one, unless it is a source.
-        instruction: what the teacher is told, in any language; None: to answer in the target.
+        target: language of the answers; None: the language of each question.
+        sources: languages of the questions whose answers change.
+        keep: languages whose questions are answered as before; includes the target unless that is a source.
+        instruction: instruction to the teacher, in any language; None: to answer in the target.
         teacher: one of ``TEACHERS``.
     """
 
@@ -44,20 +44,20 @@ class Lock:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Of all questions that the lock is made from."""
+        """All languages in which the lock needs questions."""
         return (*self.sources, *self.keep)
 
     @property
-    def keyed(self) -> tuple[tuple[str, ...], ...]:
-        """The languages of each key: one key for a target, one for each language that is to stay."""
+    def key_languages(self) -> tuple[tuple[str, ...], ...]:
+        """The languages of each key: a single key with a target, a key for each source without."""
         return (self.sources,) if self.target is not None else tuple((name,) for name in self.sources)
 
     def target_of(self, source: str) -> str:
-        """Language in which questions in a source are to be answered."""
+        """The language of the answers to questions in a source."""
         return self.target or source
 
     def instruction_in(self, source: str) -> str:
-        """What tells the teacher: in the source's language where Broca knows it, else in English."""
+        """The teacher's instruction: in the source language if Broca has it in that language, else in English."""
         if self.instruction is not None:
             return self.instruction
         target = self.target_of(source)
@@ -66,7 +66,7 @@ class Lock:
         return next(iter(instructions(source, target).values()))
 
     def as_json(self) -> dict[str, Any]:
-        """Settings of a plan."""
+        """The lock as settings of a plan."""
         return {
             "sources": list(self.sources),
             "kept_languages": [name for name in self.keep if name != self.target],
@@ -84,19 +84,19 @@ def lock_of(
     instruction: str | None = None,
     teacher: str = INSTRUCTION,
 ) -> Lock:
-    """The lock that was asked for.
+    """The lock with these languages and this teacher.
 
     Args:
         questions: by language.
-        target: language of the answers; None: each question's own.
-        source: of the questions; None: every language that there are questions in.
-        keep: None: those of ``KEPT`` that there are questions in.
-        instruction: as ``Lock``.
-        teacher: as ``Lock``.
+        target: language of the answers; None: the language of each question.
+        source: language of the questions; None: the languages of ``KEPT`` in which there are enough questions.
+        keep: languages to keep; None: those of ``KEPT`` in which there are enough questions.
+        instruction: as in ``Lock``.
+        teacher: as in ``Lock``.
 
     Raises:
-        UsageError: a language without questions or that cannot be identified, one that is named twice, an unknown
-            teacher, or one that cannot teach this.
+        UsageError: a language with too few questions or that cannot be identified, a language that is both source and
+            kept, an unknown teacher, or a teacher that this lock cannot have.
     """
     named = [name for name in (target, source, *(keep or ())) if name is not None]
     _require_questions(questions, named)
@@ -104,16 +104,16 @@ def lock_of(
     offered = [name for name in KEPT if len(questions.of.get(name, ())) >= MIN_QUESTIONS]
     if source is None:
         if keep:
-            raise UsageError("from every language nothing but the target is kept: leave --keep out")
-        # An instruction may ask for more than a language, so questions in the target have it too.
-        every = target is None or instruction is not None
-        sources = dict.fromkeys([*([target] if target and every else []), *offered])
-        kept = [] if target is None or every else [target]
+            raise UsageError("a lock from every language keeps only the target: leave --keep out")
+        # An instruction may ask for more than a language, so the target is a source too.
+        target_is_source = target is None or instruction is not None
+        sources = dict.fromkeys([*([target] if target and target_is_source else []), *offered])
+        kept = [] if target is None or target_is_source else [target]
         return Lock(
             target, tuple(name for name in sources if name not in kept), tuple(kept), instruction, teacher
         )
     if keep is not None and source in keep:
-        raise UsageError(f"{source!r} is to be answered otherwise, so it cannot be kept: name it once")
+        raise UsageError(f"{source!r} is both the source and a language to keep: leave it out of one of them")
     others = dict.fromkeys([*([target] if target else []), *(offered if keep is None else keep)])
     kept = [name for name in others if name != source]
     return Lock(target, (source,), tuple(kept), instruction, teacher)
@@ -123,7 +123,8 @@ def _require_questions(questions: Questions, languages: Sequence[str]) -> None:
     for language in languages:
         if language not in questions.of:
             raise UsageError(
-                f"there are no questions in {language!r}: there are some in {', '.join(questions.of)}"
+                f"there are no questions in {language!r}: choose from {', '.join(questions.of)}, or give others with "
+                "--questions"
             )
         if (count := len(questions.of[language])) < MIN_QUESTIONS:
             raise UsageError(
@@ -132,7 +133,8 @@ def _require_questions(questions: Questions, languages: Sequence[str]) -> None:
             )
     if unknown := unidentified(languages):
         raise UsageError(
-            f"the language identifier does not know {unknown[0]!r}, so nothing could be measured in it"
+            f"the language identifier does not know {unknown[0]!r}, so answers in it cannot be measured: choose "
+            "another language"
         )
 
 
@@ -140,16 +142,18 @@ def _require_teacher(target: str | None, source: str | None, instruction: str | 
     if teacher not in TEACHERS:
         raise UsageError(f"teacher {teacher!r}: give one of {', '.join(TEACHERS)}")
     if target is not None and source == target and instruction is None:
-        raise UsageError(f"questions in {target!r} are answered in {target!r} already: name another language")
+        raise UsageError(
+            f"questions in {target!r} are already answered in {target!r}: choose another language, or give an instruction"
+        )
     if instruction is not None and not instruction.strip():
         raise UsageError("the instruction is empty: leave --instruction out")
     if target is None and source is not None:
-        raise UsageError("to stay in the question's language is of all languages: leave --from out")
+        raise UsageError("a lock to the question's language applies to all languages: leave --from out")
     if target is None and (instruction is not None or teacher == QUESTION):
         raise UsageError(
-            "to stay in the question's language has its own instruction: leave it and the teacher out"
+            "a lock to the question's language has an instruction of its own: leave --instruction and --teacher out"
         )
     if teacher == QUESTION and instruction is not None:
         raise UsageError(
-            "a question in the target language teaches without an instruction: give one of the two"
+            "a teacher by question gets no instruction: leave out --instruction, or --teacher question"
         )

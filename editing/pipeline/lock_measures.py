@@ -1,9 +1,9 @@
-"""What a language lock does, on the reporting quarter of the questions: beside the unedited model, told and not told.
+"""Figures of a language lock on the REPORT questions, compared with the unedited and the prompted model.
 
-Three models answer the questions in the source languages: the unedited one, the unedited one with the instruction
-("prompted", which is the mark to meet), and the edited one.  Questions in languages that are kept are answered by the
-unedited and the edited model.  Divergences are of whole next-token distributions, nats a token: to the prompted model on
-its own answers, and to the unedited model on its own.
+Questions in the source languages are answered by the unedited model ("base"), the unedited model with the instruction
+("prompted", the reference) and the edited model ("steered").  Questions in kept languages are answered by the unedited
+and the edited model.  A divergence is the KL of whole next-token distributions, nats a token: from the prompted model on
+the prompted model's answers, or from the unedited model on the unedited model's answers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from editing.evaluation.answer_language import AnswerLanguage, answer_language
-from editing.evaluation.questions import Questions, taken
+from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import mean_divergence
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT, answered_by_language
@@ -21,8 +21,8 @@ from editing.pipeline.lock_text import (
     ANSWER_TOKENS,
     Stage,
     Taught,
+    base_answers,
     lessons,
-    own_answers,
     plain_prompts,
     quiet,
     taught,
@@ -32,17 +32,18 @@ from editing.plans.plan import Plan
 from neurons.models.source import LoadedModel
 
 BASE, PROMPTED, STEERED = MODELS = ("base", "prompted", "steered")
-MEASURED_KEPT = 5  # languages
+MAX_LANGUAGES = 5  # that are measured, of the sources and of the kept languages
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Questions in one source language.
+    """Figures on questions in one source language.
 
     Attributes:
-        language: model -> how its answers are in the target language.
-        chrf: model -> mean chrF (0 to 1) to the prompted model's answers; of the prompted model itself None.
-        divergence: model -> nats a token to the prompted model, on its answers in the target; None: there are none.
+        language: model -> fractions of its answers that are in the target.
+        chrf: model -> mean chrF (0 to 1) to the prompted model's answers; None for the prompted model.
+        divergence: model -> nats a token from the prompted model, on its answers in the target; None for the prompted
+            model, or if there are no such answers.
     """
 
     language: Mapping[str, AnswerLanguage]
@@ -52,10 +53,10 @@ class Steering:
 
 @dataclass(frozen=True)
 class Kept:
-    """Questions in a language that is kept.
+    """Figures on questions in a kept language.
 
     Attributes:
-        base, steered: how the answers are in the question's language.
+        base, steered: fractions of the model's answers that are in the question's language.
         divergence: nats a token from the unedited to the edited model, on the unedited model's answers.
     """
 
@@ -66,7 +67,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A question and its answers before and after."""
+    """A question, and the answers of the unedited and the edited model."""
 
     question: str
     before: str
@@ -75,12 +76,12 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class LockFigures:
-    """All that was measured.
+    """The figures of a lock.
 
     Attributes:
-        target: language of the answers; None: each question's own.
-        sources: by language of the questions; without a target, questions behind planted drift.
-        kept: likewise; without a target, the same languages' questions alone.
+        target: language of the answers; None: the language of each question.
+        sources: by language of the questions; without a target, the questions follow planted drift.
+        kept: by language of the questions; without a target, questions in the sources without drift.
         examples: questions in the first source.
     """
 
@@ -90,7 +91,7 @@ class LockFigures:
     examples: tuple[SideBySide, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The figures as JSON values."""
         return asdict(self)
 
 
@@ -108,67 +109,72 @@ def lock_figures(
     Args:
         loaded: the unedited model.
         questions: in every language of the lock.
-        lock: which.
+        lock: sources, target and teacher.
         plan: the edit.
-        kept: languages of questions that are to be answered as before; None: the first ``MEASURED_KEPT`` that the lock
-            keeps, or, where it keeps none, of its sources.
-        stage: tells of the work.
+        kept: languages whose questions are answered as before; None: the first ``MAX_LANGUAGES`` that the lock keeps,
+            or of its sources if it keeps none.
+        stage: shows progress.
     """
-    told_apart = tuple(questions.of)
-    others = list(kept if kept is not None else (lock.keep or lock.sources)[:MEASURED_KEPT])
-    sources = list(lock.sources)[:MEASURED_KEPT]
-    with stage("Measuring the unedited model", 3, "parts") as tell:
-        given = lessons(loaded, questions, lock, sources, REPORT)
-        teachers = taught(loaded, questions, lock, given)
-        tell(1)
-        students = {source: [lesson.student for lesson in some] for source, some in given.items()}
-        before = {source: answers for source, (_, answers) in own_answers(loaded, students).items()}
+    candidates = tuple(questions.of)
+    others = list(kept if kept is not None else (lock.keep or lock.sources)[:MAX_LANGUAGES])
+    sources = list(lock.sources)[:MAX_LANGUAGES]
+    with stage("Measuring the unedited model", 3, "parts") as advance:
+        by_source = lessons(loaded, questions, lock, sources, REPORT)
+        teachers = taught(loaded, questions, lock, by_source)
+        advance(1)
+        students = {
+            source: [lesson.student for lesson in of_source] for source, of_source in by_source.items()
+        }
+        before = {source: answers for source, (_, answers) in base_answers(loaded, students).items()}
         plain = plain_prompts(loaded, questions, others, REPORT)
-        own = own_answers(loaded, plain)
-        tell(1)
-        base = {source: _from_teacher(loaded, teachers[source], None) for source in sources}
-        tell(1)
-    with stage("Measuring the steered model", 2, "parts") as tell:
+        before_others = base_answers(loaded, plain)
+        advance(1)
+        base = {source: _divergence(loaded, teachers[source], None) for source in sources}
+        advance(1)
+    with stage("Measuring the steered model", 2, "parts") as advance:
         with applied(loaded, plan):
-            after, kept_answers = (
-                {name: [answer.text for answer in some] for name, some in answers.items()}
-                for answers in (answered_by_language(loaded, of, ANSWER_TOKENS) for of in (students, plain))
+            after, after_others = (
+                {
+                    language: [answer.text for answer in answers]
+                    for language, answers in answered_by_language(loaded, prompts, ANSWER_TOKENS).items()
+                }
+                for prompts in (students, plain)
             )
-        tell(1)
-        steered = {source: _from_teacher(loaded, teachers[source], plan) for source in sources}
-        changed = {language: mean_divergence(loaded, own[language][0], plan) for language in others}
-        tell(1)
+        advance(1)
+        steered = {source: _divergence(loaded, teachers[source], plan) for source in sources}
+        changes = {language: mean_divergence(loaded, before_others[language][0], plan) for language in others}
+        advance(1)
     of_sources = {}
     for source in sources:
         prompted = teachers[source].answers
-        answers_of = {BASE: before[source], PROMPTED: prompted, STEERED: after[source]}
+        by_model = {BASE: before[source], PROMPTED: prompted, STEERED: after[source]}
         of_sources[source] = Steering(
             language={
-                model: answer_language(answers, lock.target_of(source), told_apart, source)
-                for model, answers in answers_of.items()
+                model: answer_language(answers, lock.target_of(source), candidates, source)
+                for model, answers in by_model.items()
             },
             chrf={
                 model: None if model == PROMPTED else mean_chrf(answers, prompted)
-                for model, answers in answers_of.items()
+                for model, answers in by_model.items()
             },
             divergence={BASE: base[source], PROMPTED: None, STEERED: steered[source]},
         )
     of_kept = {
         language: Kept(
-            base=answer_language(own[language][1], language, told_apart),
-            steered=answer_language(kept_answers[language], language, told_apart),
-            divergence=changed[language],
+            base=answer_language(before_others[language][1], language, candidates),
+            steered=answer_language(after_others[language], language, candidates),
+            divergence=changes[language],
         )
         for language in others
     }
     first = sources[0]
-    asked = [question.text for question in taken(questions.of[first], REPORT)]
-    side_by_side = [SideBySide(*three) for three in zip(asked, before[first], after[first], strict=True)]
-    return LockFigures(lock.target, of_sources, of_kept, tuple(side_by_side))
+    texts = [question.text for question in questions_of_part(questions.of[first], REPORT)]
+    examples = tuple(SideBySide(*row) for row in zip(texts, before[first], after[first], strict=True))
+    return LockFigures(lock.target, of_sources, of_kept, examples)
 
 
 def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
-    """chrF (sacrebleu's defaults) of each answer to its reference, / 100, the mean; an empty answer has 0."""
+    """Mean chrF of answers to their references, 0 to 1, with the defaults of sacrebleu; 0 for an empty answer."""
     from sacrebleu.metrics import CHRF
 
     metric = CHRF()
@@ -179,5 +185,5 @@ def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def _from_teacher(loaded: LoadedModel, one: Taught, plan: Plan | None) -> float | None:
-    return mean_divergence(loaded, one.examples, plan) if one.examples else None
+def _divergence(loaded: LoadedModel, teacher: Taught, plan: Plan | None) -> float | None:
+    return mean_divergence(loaded, teacher.examples, plan) if teacher.examples else None

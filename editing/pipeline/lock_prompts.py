@@ -1,4 +1,4 @@
-"""What the model is asked for a lock: a question by its chat template, with an instruction or a context or without."""
+"""Prompts and greedy answers of a lock: questions by chat template, with or without an instruction and a context."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ BUILD, CHOOSE, REPORT = "estimate", "choose", "report"
 
 
 def require_chat(name: str, tokenizer: Any) -> None:
-    """Refuse a model without a chat template.
+    """Check that a model has a chat template.
 
     Raises:
         UsageError: it has none.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            f"{name} has no chat template, so it answers no questions: steer a base model by text "
-            "(`broca run`), or give the instruct model"
+            f"{name} has no chat template, so it cannot answer questions: give the instruct model, or steer a base "
+            "model with a corpus (`broca run`)"
         )
 
 
 def prompt_of(
     loaded: LoadedModel, question: str, instruction: str | None = None, context: Sequence[Message] = ()
 ) -> RoleTokens:
-    """A question, behind a context and with an instruction after it, up to where the answer begins."""
+    """A question after a context and before an instruction, up to the start of the answer."""
     text = question if instruction is None else f"{question} {instruction}"
     return role_tokens(loaded.tokenizer, [*context, Message("user", text)], answer_follows=True)
 
 
 def answered(loaded: LoadedModel, prompts: Sequence[RoleTokens], tokens: int) -> list[Continuation]:
-    """The model's likeliest answers."""
+    """The model's greedy answers, of at most ``tokens`` tokens."""
     return generate(loaded, [prompt.ids.tolist() for prompt in prompts], tokens, temperature=0)
 
 
 def answered_by_language(
     loaded: LoadedModel, prompts: Mapping[str, Sequence[RoleTokens]], tokens: int
 ) -> dict[str, list[Continuation]]:
-    """``answered`` for several languages, whose prompts share batches: a step costs about the same for few as for many."""
-    answers = iter(answered(loaded, [prompt for some in prompts.values() for prompt in some], tokens))
-    return {language: [next(answers) for _ in some] for language, some in prompts.items()}
+    """``answered`` for several languages, whose prompts share batches: a step costs about the same for any batch size."""
+    answers = iter(
+        answered(loaded, [prompt for of_language in prompts.values() for prompt in of_language], tokens)
+    )
+    return {language: [next(answers) for _ in of_language] for language, of_language in prompts.items()}

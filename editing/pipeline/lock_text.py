@@ -1,7 +1,7 @@
-"""What a language lock is made from: questions, and what the unedited model itself answers to them.
+"""The text of a language lock: questions, and the unedited model's answers to them.
 
-Keys are solved on its conversations in every language, each question and answer in one; values are learned from its
-answers as a teacher.  A teacher's answer in another language than it should be teaches the wrong thing and is left out.
+Keys are solved on its conversations, a question and an answer in the same language each.  Values are learned from its
+answers as the teacher; answers in the wrong language are left out.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 
 from editing.evaluation.answer_language import prose
 from editing.evaluation.language_id import identify_language
-from editing.evaluation.questions import Question, Questions, taken
+from editing.evaluation.questions import Question, Questions, questions_of_part
 from editing.methods.distilled_values import Example
 from editing.pipeline.drift import Context, drift_contexts
 from editing.pipeline.lock_kinds import QUESTION, Lock
@@ -29,24 +30,24 @@ from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
 from neurons.text.conversations import RoleTokens
 
-# (title, total, unit) -> a context in which work is told.
+# (title, total, unit) -> a context that shows progress.
 Stage = Callable[[str, int | None, str], AbstractContextManager[Progress]]
 ANSWER_TOKENS, KEPT_ANSWER_TOKENS = 60, 32
 MAX_EXAMPLES = 64
-LANGUAGES_AT_ONCE = 2  # whose questions fill a batch
+LANGUAGES_AT_ONCE = 2  # their questions fill a batch
 MIN_OBEYED = 0.5
-# What comes before a part's questions is made of the questions of another part.
+# Part of the questions -> the part from which their contexts are made.
 _CONTEXTS_FROM = {BUILD: BUILD, CHOOSE: BUILD, REPORT: CHOOSE}
 
 
 def quiet(title: str, total: int | None, unit: str) -> AbstractContextManager[Progress]:
-    """A ``Stage`` that tells nothing."""
+    """A ``Stage`` that shows nothing."""
     return nullcontext(lambda count: None)
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A question as the edited model gets it, and as the teacher does."""
+    """The prompts of a question: the edited model's (student) and the teacher's."""
 
     student: RoleTokens
     teacher: RoleTokens
@@ -54,33 +55,28 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Taught:
-    """Examples of one part of the questions.
+    """The teacher's answers to the questions of one part.
 
     Attributes:
-        examples: those whose answer is in the language that it should be in.
-        answers: the teacher's answer to every question.
+        examples: examples from the answers in the right language.
+        answers: the text of every answer.
     """
 
     examples: tuple[Example, ...]
     answers: tuple[str, ...]
 
     @property
-    def asked(self) -> int:
-        """How many questions the teacher was asked."""
-        return len(self.answers)
-
-    @property
     def obeyed(self) -> float:
-        """Fraction of the questions that the teacher answers in the language that it should."""
-        return len(self.examples) / self.asked if self.asked else 0.0
+        """Fraction of the answers that are in the right language."""
+        return len(self.examples) / len(self.answers) if self.answers else 0.0
 
 
-def own_conversations(
+def base_conversations(
     loaded: LoadedModel, questions: Questions, languages: Sequence[str], stage: Stage = quiet
 ) -> dict[str, list[RoleTokens]]:
-    """Language -> the building half of its questions, each with the unedited model's answer."""
+    """Language -> its BUILD questions with the unedited model's answers."""
     conversations: dict[str, list[RoleTokens]] = {}
-    with stage("Asking in every language", len(languages), "languages") as tell:
+    with stage("Asking in every language", len(languages), "languages") as advance:
         for first in range(0, len(languages), LANGUAGES_AT_ONCE):
             at_once = languages[first : first + LANGUAGES_AT_ONCE]
             prompts = plain_prompts(loaded, questions, at_once, BUILD)
@@ -89,7 +85,7 @@ def own_conversations(
                     prompt.answered(answer.ids)
                     for prompt, answer in zip(prompts[language], answers, strict=True)
                 ]
-            tell(len(at_once))
+            advance(len(at_once))
     return conversations
 
 
@@ -98,12 +94,13 @@ def plain_prompts(
     questions: Questions,
     languages: Sequence[str],
     part: str,
-    most: int | None = None,
+    max_questions: int | None = None,
 ) -> dict[str, list[RoleTokens]]:
-    """Language -> the questions of a part, with nothing before or after them; at most ``most``."""
+    """Language -> prompts of the questions of a part, without context and instruction."""
     return {
         language: [
-            prompt_of(loaded, question.text) for question in taken(questions.of[language], part)[:most]
+            prompt_of(loaded, question.text)
+            for question in questions_of_part(questions.of[language], part)[:max_questions]
         ]
         for language in languages
     }
@@ -115,29 +112,28 @@ def lessons(
     lock: Lock,
     sources: Sequence[str],
     part: str,
-    most: int | None = None,
+    max_questions: int | None = None,
 ) -> dict[str, list[Lesson]]:
-    """Source -> the questions of a part, at most ``most``.
+    """Source -> lessons of the questions of a part; after planted drift if the lock has no target.
 
     Raises:
-        UsageError: a question that is not there in the language of the teacher's.
+        UsageError: a teacher by question, and a question that is missing in the target.
     """
-    contexts = drift_contexts(loaded, questions, sources, _CONTEXTS_FROM[part]) if lock.target is None else {}
-    made = {}
+    drift = drift_contexts(loaded, questions, sources, _CONTEXTS_FROM[part]) if lock.target is None else {}
+    result = {}
     for source in sources:
-        asked = taken(questions.of[source], part)[:most]
-        before = contexts.get(source) or [()]
-        made[source] = [
+        of_part = questions_of_part(questions.of[source], part)[:max_questions]
+        result[source] = [
             Lesson(
-                prompt_of(loaded, question.text, None, before[place % len(before)]),
-                _teacher(loaded, questions, lock, source, question, before[place % len(before)]),
+                prompt_of(loaded, question.text, None, context),
+                _teacher_prompt(loaded, questions, lock, source, question, context),
             )
-            for place, question in enumerate(asked)
+            for question, context in zip(of_part, cycle(drift.get(source) or [()]), strict=False)
         ]
-    return made
+    return result
 
 
-def _teacher(
+def _teacher_prompt(
     loaded: LoadedModel,
     questions: Questions,
     lock: Lock,
@@ -151,56 +147,58 @@ def _teacher(
     parallel = {other.question_id: other for other in questions.of[target]}
     if question.question_id not in parallel:
         raise UsageError(
-            f"question {question.question_id!r} in {source!r} is not there in {target!r}: a teacher by question needs both"
+            f"question {question.question_id!r} in {source!r} is missing in {target!r}: add it, or leave out "
+            "--teacher question"
         )
     return prompt_of(loaded, parallel[question.question_id].text, None, context)
 
 
 def taught(
-    loaded: LoadedModel, questions: Questions, lock: Lock, given: Mapping[str, Sequence[Lesson]]
+    loaded: LoadedModel, questions: Questions, lock: Lock, by_source: Mapping[str, Sequence[Lesson]]
 ) -> dict[str, Taught]:
-    """Source -> what the unedited model answers as the teacher.
+    """Source -> the unedited model's answers as the teacher.
 
     Args:
         loaded: the unedited model.
-        questions: whose languages are told apart.
-        lock: gives the language that answers should be in.
-        given: source -> lessons.
+        questions: their languages are the candidates of language identification.
+        lock: determines the right language of the answers.
+        by_source: source -> lessons.
     """
-    told_apart = tuple(questions.of)
+    candidates = tuple(questions.of)
     results = {}
-    for source, some in given.items():
-        answers = answered(loaded, [lesson.teacher for lesson in some], ANSWER_TOKENS)
+    for source, of_source in by_source.items():
+        answers = answered(loaded, [lesson.teacher for lesson in of_source], ANSWER_TOKENS)
         examples = [
             Example(tuple(lesson.student.ids.tolist()), tuple(lesson.teacher.ids.tolist()), answer.ids)
-            for lesson, answer in zip(some, answers, strict=True)
-            if identify_language(prose(answer.text), told_apart) == lock.target_of(source)
+            for lesson, answer in zip(of_source, answers, strict=True)
+            if identify_language(prose(answer.text), candidates) == lock.target_of(source)
         ]
         results[source] = Taught(tuple(examples), tuple(answer.text for answer in answers))
     return results
 
 
 def require_obeyed(loaded: LoadedModel, lock: Lock, results: Mapping[str, Taught]) -> None:
-    """Refuse a teacher that does not do what it is to teach.
+    """Check that the teacher answers in the right language.
 
     Raises:
-        BrocaError: in some source, too few answers are in the target.
+        BrocaError: fewer than ``MIN_OBEYED`` of the answers to questions in a source are in the right language.
     """
-    for source, one in results.items():
-        if one.obeyed < MIN_OBEYED:
+    for source, of_source in results.items():
+        if of_source.obeyed < MIN_OBEYED:
             raise BrocaError(
-                f"{loaded.name}: told to, it answers {len(one.examples)} of {one.asked} questions in {source!r} in "
-                f"{lock.target_of(source)!r}, so it cannot teach that: choose a language that the model speaks"
+                f"{loaded.name}: as the teacher, it answers {len(of_source.examples)} of {len(of_source.answers)} "
+                f"questions in {source!r} in {lock.target_of(source)!r}, too few to learn from: choose a language that "
+                "the model speaks"
             )
 
 
-def own_answers(
+def base_answers(
     loaded: LoadedModel, prompts: Mapping[str, Sequence[RoleTokens]]
 ) -> dict[str, tuple[list[Example], list[str]]]:
-    """Language -> examples whose teacher is the unedited model at the same prompt, and its answers' texts."""
+    """Language -> the unedited model's answers: as examples with equal prompts of student and teacher, and as text."""
     results = {}
     for language, answers in answered_by_language(loaded, prompts, ANSWER_TOKENS).items():
         ids = [tuple(prompt.ids.tolist()) for prompt in prompts[language]]
-        examples = [Example(of, of, answer.ids) for of, answer in zip(ids, answers, strict=True)]
+        examples = [Example(prompt, prompt, answer.ids) for prompt, answer in zip(ids, answers, strict=True)]
         results[language] = (examples, [answer.text for answer in answers])
     return results

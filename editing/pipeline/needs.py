@@ -7,9 +7,9 @@ from math import prod
 
 from editing.evaluation.evaluation import KEPT_FRACTION
 from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
-from editing.evaluation.questions import Questions, taken
+from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import EXAMPLES_A_STEP
-from editing.methods.learned_values import LONGEST
+from editing.methods.learned_values import MAX_ROW_TOKENS
 from editing.pipeline.drift import context_tokens
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import BUILD, prompt_of
@@ -75,7 +75,7 @@ def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)
 
 def learning_need(planned: LoadedModel) -> Need:
     """Need of ``editing.methods.learned_values``."""
-    return pass_need(planned, "learn", LONGEST, True)
+    return pass_need(planned, "learn", MAX_ROW_TOKENS, True)
 
 
 def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[Need]:
@@ -83,7 +83,7 @@ def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[N
     rows = [
         len(prompt_of(planned, question.text).ids) + KEPT_ANSWER_TOKENS
         for language in lock.languages
-        for question in taken(questions.of[language], BUILD)
+        for question in questions_of_part(questions.of[language], BUILD)
     ]
     longest = max(rows) - KEPT_ANSWER_TOKENS
     text = Text(len(lock.languages), max(rows), sum(rows), len(rows))

@@ -1,4 +1,4 @@
-"""The type that a checkpoint is served in, where this machine computes in it at full speed."""
+"""The dtype in which a checkpoint is served, if this machine computes in it at full speed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from neurons.models.source import locate, pick_device
 
 
 def own_dtype(model: str, device: str = "auto") -> str:
-    """What ``load_model`` takes as ``dtype`` to compute as the checkpoint is served: its own type, but float32 on a CPU that
-    has no instructions for it.
+    """The argument ``dtype`` of ``load_model`` for the checkpoint's dtype; float32 on a CPU without instructions for it.
 
     Args:
         model: hub id or local directory.
-        device: as ``load_model``.
+        device: as in ``load_model``.
+
+    Returns:
+        "bfloat16" or "auto", which is float32 on a CPU.
 
     Raises:
         UsageError: no such model or device.

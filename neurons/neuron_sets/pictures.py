@@ -159,9 +159,9 @@ def entropy_figure(statistics: Statistics) -> Figure:
     values = entropies(statistics)
     layers, width, languages = statistics.moment("mlp_act:positive").shape
     maximum = math.log(languages)
-    silent = layers * width - len(values)
+    inactive = layers * width - len(values)
     what = f"entropy of {len(values):,} neurons over {languages} languages"
-    what += f"; {silent:,} never fire" if silent else ""
+    what += f"; {inactive:,} never fire" if inactive else ""
     title = title_of(what, _about(statistics), statistics.languages, 6.5)
     figure = Figure(figsize=(7.5, 4 + _more(title)), layout="constrained")
     axis = figure.subplots()

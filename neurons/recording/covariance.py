@@ -52,7 +52,7 @@ class Moments:
     start: torch.Tensor | None = None
 
     @property
-    def silent(self) -> bool:
+    def all_zero(self) -> bool:
         """Whether every unit is 0 on every token: a dead layer, or neurons that never fire."""
         return not bool(self.mean.any() | self.covariance.any())
 

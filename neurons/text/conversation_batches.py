@@ -51,7 +51,7 @@ class ConversationBatches:
         return sum(map(counted_tokens, self.batches.values()))
 
 
-def said_in(language: str) -> tuple[str, str]:
+def groups_of(language: str) -> tuple[str, str]:
     """The names of a language's two groups: messages and headers."""
     return language, f"{language}/header"
 
@@ -64,13 +64,13 @@ def conversation_batches(
     Args:
         loaded: the model.
         conversations: language -> its conversations.
-        tokens_a_batch: None takes what memory allows for a pass without gradients.
+        tokens_a_batch: None: as many as fit into memory in a pass without gradients.
 
     Raises:
         UsageError: a language without a message or a header, a conversation longer than the model's context, or a
             token without an embedding.
     """
-    groups = (*(name for language in conversations for name in said_in(language)), TEMPLATE_GROUP)
+    groups = (*(name for language in conversations for name in groups_of(language)), TEMPLATE_GROUP)
     context = block_length(loaded.model)
     batches: dict[str, list[TokenBatch]] = {}
     for place, (language, of_language) in enumerate(conversations.items()):
@@ -81,7 +81,7 @@ def conversation_batches(
             )
         max_tokens = tokens_a_batch or min(MAX_TOKENS, batches_for(loaded, False, max(1, longest))[0])
         numbers = [_group_numbers(conversation, 2 * place, len(groups) - 1) for conversation in of_language]
-        for number, name in enumerate(said_in(language), start=2 * place):
+        for number, name in enumerate(groups_of(language), start=2 * place):
             if not any(bool((of_tokens[1:] == number).any()) for of_tokens in numbers):
                 raise UsageError(f"the conversations in {language!r} have no token of the group {name!r}")
         ids = [conversation.ids.tolist() for conversation in of_language]

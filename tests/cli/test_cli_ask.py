@@ -1,4 +1,4 @@
-"""``broca ask``: answers are the model's own, and a stopped run goes on where it was."""
+"""``broca ask``: answers are the model's greedy ones, and a stopped run continues where it stopped."""
 
 import json
 
@@ -26,7 +26,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_are_conversations_with_the_likeliest_answers(broca, model, questions, tmp_path):
+def test_rows_are_conversations_with_greedy_answers(broca, model, questions, tmp_path):
     out = tmp_path / "answers.jsonl"
     arguments = ["ask", model, "--questions", questions, "--new-tokens", 6, "--out", out]
     status, printed, errors = broca(*arguments)
@@ -59,15 +59,15 @@ def test_answers_of_other_settings_are_not_mixed(broca, model, questions, tmp_pa
     assert out.read_bytes() == before
 
 
-def test_a_stopped_run_keeps_whole_batches_and_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_run_keeps_whole_batches_and_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "AT_ONCE", 2)
     questions = {"en": [Question(str(i), f"q{i}") for i in range(5)]}
-    out, asked = tmp_path / "answers.jsonl", []
+    out, answered = tmp_path / "answers.jsonl", []
 
     def write(prompts):
-        if len(asked) == 4:
+        if len(answered) == 4:
             raise KeyboardInterrupt
-        asked.extend(prompts)
+        answered.extend(prompts)
         return [asking.Continuation(tuple(prompt), f"answer to {prompt[0]}") for prompt in prompts]
 
     def prompt(text):
@@ -76,16 +76,16 @@ def test_a_stopped_run_keeps_whole_batches_and_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         asking.ask(write, prompt, questions, out, "one")
     assert len(read(out)) == 4
-    asked.clear()
-    told = []
-    rows = asking.ask(write, prompt, questions, out, "one", told.append)
-    assert asked == [[4]] and told == [4, 1]
+    answered.clear()
+    counts = []
+    rows = asking.ask(write, prompt, questions, out, "one", counts.append)
+    assert answered == [[4]] and counts == [4, 1]
     assert [row["messages"][1]["content"] for row in rows] == [f"answer to {i}" for i in range(5)]
     with pytest.raises(UsageError, match=str(out)):
         asking.ask(write, prompt, questions, out, "another")
 
 
-def test_an_answer_may_hold_any_line_separator(tmp_path):
+def test_an_answer_may_contain_any_line_separator(tmp_path):
     questions = {"en": [Question("1", "q1")]}
     out, text = tmp_path / "answers.jsonl", "one\u2028two\x85three\nfour"
 
@@ -97,7 +97,7 @@ def test_an_answer_may_hold_any_line_separator(tmp_path):
         assert row["messages"][1]["content"] == text
 
 
-def test_an_answer_to_another_question_of_the_same_number_is_refused(tmp_path):
+def test_an_answer_to_a_different_question_with_the_same_id_is_refused(tmp_path):
     out = tmp_path / "answers.jsonl"
 
     def write(prompts):
@@ -109,7 +109,7 @@ def test_an_answer_to_another_question_of_the_same_number_is_refused(tmp_path):
 
 
 def test_an_engine_starts_once_for_all_batches(broca, model, questions, tmp_path, monkeypatch):
-    """Of vLLM's writer, with one in its place: this environment has none."""
+    """A replacement for vLLM's writer, because the test environment has no vLLM."""
     from editing.evaluation import vllm_generation
 
     started, batches = [], []
@@ -144,7 +144,7 @@ def test_answers_in_another_type_are_not_mixed(broca, model, questions, tmp_path
 
 
 @pytest.mark.parametrize("content", [b"not JSON\n", b"[]\n", b'{"language": "en"}\n', b"\xff\xfe\n"])
-def test_another_file_is_not_written_over(tmp_path, content):
+def test_another_file_is_not_overwritten(tmp_path, content):
     out = tmp_path / "answers.jsonl"
     out.write_bytes(content)
     with pytest.raises(BrocaError, match="line 1"):
@@ -155,7 +155,7 @@ def test_another_file_is_not_written_over(tmp_path, content):
 @pytest.mark.parametrize(
     "more, named", [(["--languages", "xx"], "xx"), (["--out", "answers.txt"], "answers.txt")]
 )
-def test_what_cannot_be_asked(broca, model, questions, tmp_path, more, named):
+def test_impossible_arguments_are_refused_by_name(broca, model, questions, tmp_path, more, named):
     arguments = ["ask", model, "--questions", questions, "--out", tmp_path / "answers.jsonl", *more]
     status, _, errors = broca(*arguments)
     assert status == 2 and named in errors

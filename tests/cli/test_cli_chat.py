@@ -1,4 +1,4 @@
-"""``broca chat``: what is streamed is what transformers writes, turn after turn."""
+"""``broca chat``: the streamed answers are those of transformers, turn after turn."""
 
 import io
 import shutil
@@ -14,7 +14,7 @@ def model(chat_model):
 
 
 def stock_answers(directory, turns, tokens):
-    """The conversation by transformers alone."""
+    """The answers of transformers alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     chat, answers = [], []
@@ -23,10 +23,10 @@ def stock_answers(directory, turns, tokens):
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            made = model.generate(
+            output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
             )
-        answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
         chat.append({"role": "assistant", "content": answers[-1]})
     return answers
 
@@ -45,7 +45,7 @@ def test_a_new_conversation_and_a_model_beside(broca, model, monkeypatch):
     status, printed, errors = broca("chat", model, "--beside", twin, "--new-tokens", 8)
     assert status == 0, errors
     first, second = stock_answers(model, ["what is a cab?"], 8), stock_answers(model, ["and a bad cab?"], 8)
-    expected = "".join(f"{model}:\n{one}\n{twin}:\n{one}\n" for one in (*first, *second))
+    expected = "".join(f"{model}:\n{answer}\n{twin}:\n{answer}\n" for answer in (*first, *second))
     assert printed == expected
 
 

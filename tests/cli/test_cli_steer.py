@@ -1,4 +1,4 @@
-"""``broca steer``: a checkpoint, its card with the figures, an adapter, and one sentence where it cannot be."""
+"""``broca steer``: the checkpoint, its card with figures, the adapter, and an error of one line."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, 
     assert status == 1 and "--overwrite" in errors
 
 
-def test_a_disobedient_model_is_one_sentence_and_leaves_nothing(
+def test_a_disobedient_model_is_an_error_of_one_line_and_writes_nothing(
     broca, model, questions, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
@@ -60,13 +60,13 @@ def test_a_disobedient_model_is_one_sentence_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("target, named", [("en", "en"), ("sw", "sw")])
-def test_languages_that_cannot_be(broca, model, questions, tmp_path, target, named):
+def test_impossible_languages_are_refused_by_name(broca, model, questions, tmp_path, target, named):
     arguments = ["steer", model, "--to", target, "--questions", questions, "--out", tmp_path / "steered"]
     status, _, errors = broca(*arguments)
     assert status == 2 and f"'{named}'" in errors
 
 
-def test_what_cannot_be_exported_is_refused_before_the_work(broca, model, questions, tmp_path, monkeypatch):
+def test_an_impossible_export_is_refused_before_the_work(broca, model, questions, tmp_path, monkeypatch):
     def work(*_, **__):
         raise AssertionError("the model was asked")
 
@@ -88,7 +88,7 @@ def test_too_few_questions_are_refused_by_number(broca, model, questions, tmp_pa
     assert status == 2 and "1 questions in 'fr'" in errors
 
 
-def test_a_template_that_fails_has_a_remedy_that_the_command_has(broca, model, questions, tmp_path):
+def test_a_failing_template_is_refused_without_an_option_of_other_commands(broca, model, questions, tmp_path):
     (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
     status, _, errors = broca(*arguments)
@@ -96,7 +96,7 @@ def test_a_template_that_fails_has_a_remedy_that_the_command_has(broca, model, q
 
 
 @pytest.mark.parametrize("options", [[], ["--to", "fr", "--stay"], ["--stay", "--from", "de"]])
-def test_a_lock_has_a_target_or_stays(broca, model, questions, tmp_path, options):
+def test_to_and_stay_exclude_each_other(broca, model, questions, tmp_path, options):
     arguments = ["steer", model, *options, "--questions", questions, "--out", tmp_path / "steered"]
     status, _, errors = broca(*arguments)
     assert status == 2 and ("--to" in errors or "--from" in errors)

@@ -1,4 +1,4 @@
-"""In which language answers are: whole, line by line and from their beginning, on texts that a person can judge."""
+"""The language of answers: whole texts, lines and first words, on texts that a person can judge."""
 
 import pytest
 
@@ -12,14 +12,14 @@ LANGUAGES = ("de", "en", "fr", "zh")
 
 
 def test_fractions_of_whole_texts_lines_and_beginnings():
-    found = answer_language([FRENCH, ENGLISH, MIXED, LATE], "fr", LANGUAGES, "en")
-    assert found.answers == 4
-    assert found.whole == 3 / 4  # all but the English one
-    assert found.lines == 2 / 4  # not the mixed one
-    assert found.begins == 2 / 4  # not the one that begins in English
+    fractions = answer_language([FRENCH, ENGLISH, MIXED, LATE], "fr", LANGUAGES, "en")
+    assert fractions.answers == 4
+    assert fractions.whole == 3 / 4  # all except ENGLISH
+    assert fractions.lines == 2 / 4  # neither ENGLISH nor MIXED
+    assert fractions.begins == 2 / 4  # neither ENGLISH nor LATE
 
 
-def test_beginnings_in_the_language_of_the_question_tell_nothing():
+def test_beginnings_need_questions_in_another_language():
     assert answer_language([FRENCH], "fr", LANGUAGES, "fr").begins is None
     assert answer_language([FRENCH], "fr", LANGUAGES).begins is None
 
@@ -33,8 +33,8 @@ def test_code_is_in_no_language():
 
 @pytest.mark.parametrize("text", ["", "1 2 3", "```python\nprint(1)\n```"])
 def test_an_answer_without_prose_is_in_no_language(text):
-    found = answer_language([text], "fr", LANGUAGES, "en")
-    assert (found.whole, found.lines, found.begins) == (0, 0, 0)
+    fractions = answer_language([text], "fr", LANGUAGES, "en")
+    assert (fractions.whole, fractions.lines, fractions.begins) == (0, 0, 0)
 
 
 def test_short_lines_are_judged_together():

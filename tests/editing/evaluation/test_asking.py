@@ -92,7 +92,7 @@ def test_a_chat_is_read_without_a_second_start_token(chatting):
         ("{{ bos_token }}", "without the user's message"),
     ],
 )
-def test_a_chat_template_that_cannot_be_used_is_one_sentence_with_the_way_out(chatting, template, fault):
+def test_a_chat_template_that_cannot_be_used_is_one_sentence_with_a_remedy(chatting, template, fault):
     chatting.chat_template = template
     if fault is None:
         assert question_style(chatting) == COMPLETION

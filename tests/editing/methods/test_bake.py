@@ -126,9 +126,9 @@ def test_the_key_allows_dead_neurons():
 
 def test_refuses_inputs_without_a_constant_key():
     moments = random_moments()
-    silent = replace(moments, mean=torch.zeros(9, 3).double(), start=None)
+    all_zero = replace(moments, mean=torch.zeros(9, 3).double(), start=None)
     with pytest.raises(BrocaError, match="no coefficient"):
-        constant_key(silent, TOKENS)
+        constant_key(all_zero, TOKENS)
     mean, _ = total_moments(moments, TOKENS)
     with pytest.raises(BrocaError, match="start token"):
         constant_key(replace(moments, start=2 * mean), TOKENS)

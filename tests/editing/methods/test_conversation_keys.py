@@ -1,4 +1,4 @@
-"""Keys on conversations, against sums in float64 over single tokens."""
+"""Keys on conversations, compared with sums in float64 over single tokens."""
 
 import pytest
 import torch
@@ -23,26 +23,26 @@ def chats(loaded):
 
 
 def neurons_by_group(loaded, chats, layer):
-    """Group -> the down_proj inputs of its tokens, float64, one conversation at a time by a hook of its own."""
-    found = {}
-    for language, some in chats.items():
-        for one in some:
+    """Group -> the down_proj inputs of its tokens, float64, recorded one conversation at a time."""
+    rows_of = {}
+    for language, of_language in chats.items():
+        for chat in of_language:
             kept = []
             down = loaded.model.model.layers[layer].mlp.down_proj
             handle = down.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0][0]))
             with torch.no_grad():
-                loaded.model(one.ids[None])
+                loaded.model(chat.ids[None])
             handle.remove()
-            for place, row in enumerate(kept[0].double()):
-                role = ROLES[one.roles[place]]
-                if place == 0:
+            for position, row in enumerate(kept[0].double()):
+                role = ROLES[chat.roles[position]]
+                if position == 0:
                     group = "start"
                 elif role in ("user", "answer"):
                     group = language
                 else:
                     group = f"{language}/header" if role == "header" else "template"
-                found.setdefault(group, []).append(row)
-    return {group: torch.stack(rows) for group, rows in found.items()}
+                rows_of.setdefault(group, []).append(row)
+    return {group: torch.stack(rows) for group, rows in rows_of.items()}
 
 
 def test_moments_are_those_of_the_groups(loaded, chats):
@@ -52,11 +52,11 @@ def test_moments_are_those_of_the_groups(loaded, chats):
     rows = neurons_by_group(loaded, chats, 1)
     start = rows.pop("start")
     assert set(moments.languages) == set(rows)
-    for place, group in enumerate(moments.languages):
-        torch.testing.assert_close(moments.mean[:, place], rows[group].mean(0), rtol=1e-5, atol=1e-6)
+    for index, group in enumerate(moments.languages):
+        torch.testing.assert_close(moments.mean[:, index], rows[group].mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(moments.start, start.mean(0), rtol=1e-5, atol=1e-6)
-    within = sum(((own - own.mean(0)).T @ (own - own.mean(0))) for own in rows.values())
-    expected = within / sum(len(own) for own in rows.values())
+    centred = [of_group - of_group.mean(0) for of_group in rows.values()]
+    expected = sum(of_group.T @ of_group for of_group in centred) / sum(map(len, centred))
     torch.testing.assert_close(moments.covariance, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -72,9 +72,9 @@ def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
         within = sum(((rows[g] - rows[g].mean(0)).T @ (rows[g] - rows[g].mean(0))) for g in counted)
         form = within / sum(len(rows[g]) for g in counted)
         form += EPS * form.diagonal().mean() * torch.eye(len(form), dtype=torch.float64)
-        wanted = torch.tensor([float(name.startswith("bb")) for name in names], dtype=torch.float64)
+        targets = torch.tensor([float(name.startswith("bb")) for name in names], dtype=torch.float64)
         solved = torch.linalg.solve(form, means)
-        expected = solved @ torch.linalg.solve(means.T @ solved, wanted)
+        expected = solved @ torch.linalg.solve(means.T @ solved, targets)
         torch.testing.assert_close(edit.right[:, 0].double(), expected, rtol=1e-3, atol=1e-4)
         assert not edit.left.any()
 
@@ -82,16 +82,16 @@ def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
 def test_coefficients_on_other_conversations(loaded, chats):
     edits = conversation_keys(loaded, conversation_batches(loaded, chats), [["aa"], ["bb", "cc"]], [1])
     others = chats_of(loaded.tokenizer, ("aa", "bb", "cc"), count=5)
-    found = coefficients(loaded, edits, conversation_batches(loaded, others))[1, "mlp"]
+    result = coefficients(loaded, edits, conversation_batches(loaded, others))[1, "mlp"]
     rows = neurons_by_group(loaded, others, 1)
     rows.pop("start")
     right = edits[0].right.double()
-    for group, means in found["means"].items():
+    for group, means in result["means"].items():
         expected = (rows[group] @ right).mean(0)
         torch.testing.assert_close(torch.tensor(means).double(), expected, rtol=1e-4, atol=1e-5)
-    squares = sum(((own - own.mean(0)) @ right).square().sum(0) for own in rows.values())
-    count = sum(len(own) for own in rows.values())
-    assert found["deviation"] == pytest.approx(float((squares / count).max().sqrt()), rel=1e-4)
+    squares = sum(((of_group - of_group.mean(0)) @ right).square().sum(0) for of_group in rows.values())
+    count = sum(map(len, rows.values()))
+    assert result["deviation"] == pytest.approx(float((squares / count).max().sqrt()), rel=1e-4)
 
 
 def test_several_keys_are_each_as_if_alone(loaded, chats):

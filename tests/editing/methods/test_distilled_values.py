@@ -1,4 +1,4 @@
-"""Distilled values, against whole distributions of a model with the edited weights, one row at a time."""
+"""Distilled values, compared with whole distributions of a model with edited weights, one row at a time."""
 
 import copy
 
@@ -32,26 +32,25 @@ def keys(loaded):
 
 
 def distributions(model, prompt, answer):
-    """Log-probabilities, float64 [answer + 1, V], of what follows the prompt and every token of the answer."""
+    """Log-probabilities, float64 [answer + 1, V], of the tokens after the prompt and after every token of the answer."""
     ids = torch.tensor([[*prompt, *answer]])
-    made = model(ids).logits[0, len(prompt) - 1 :].double()
-    return made.log_softmax(-1)
+    return model(ids).logits[0, len(prompt) - 1 :].double().log_softmax(-1)
 
 
-def naive_divergence(loaded, plan, examples, weights=None):
-    """Mean KL, with the plan in the weights of a copy."""
+def naive_divergence(loaded, plan, examples, values=None):
+    """Mean KL, with the plan in the weights of a copy of the model."""
     edited = copy.deepcopy(loaded.model)
-    for place, edit in enumerate(plan.edits):
+    for index, edit in enumerate(plan.edits):
         down = edited.model.layers[edit.layer].mlp.down_proj
-        value = edit.left[:, 0] if weights is None else weights[place]
-        own = down.weight.detach() + value[:, None] * edit.right[:, 0]
+        value = edit.left[:, 0] if values is None else values[index]
+        weight = down.weight.detach() + value[:, None] * edit.right[:, 0]
         del down.weight
-        down.weight = own
+        down.weight = weight
     total, count = 0.0, 0
-    for one in examples:
+    for example in examples:
         with torch.no_grad():
-            p = distributions(loaded.model, one.teacher, one.answer)
-        q = distributions(edited, one.student, one.answer)
+            p = distributions(loaded.model, example.teacher, example.answer)
+        q = distributions(edited, example.student, example.answer)
         total = total + (p.exp() * (p - q)).sum()
         count += len(p)
     return total / count
@@ -74,23 +73,24 @@ def test_the_divergence_is_that_of_whole_distributions(loaded, keys):
 
 def test_a_first_step_is_adams_on_the_gradient_of_the_edited_weights(loaded, keys):
     rate = 0.01
-    four = EXAMPLES[:4]  # one step
-    found = distilled_values(loaded, keys, four, OTHERS, passes=1, rate=rate)
+    examples = EXAMPLES[:4]  # a single step
+    learned = distilled_values(loaded, keys, examples, OTHERS, passes=1, rate=rate)
     sizes = []
     for edit in keys.edits:
         outputs = []
         down = loaded.model.model.layers[edit.layer].mlp.down_proj
         handle = down.register_forward_hook(lambda _, __, output, kept=outputs: kept.append(output[0]))
         with torch.no_grad():
-            for one in four:
-                loaded.model(torch.tensor([[*one.student, *one.answer]]))
+            for example in examples:
+                loaded.model(torch.tensor([[*example.student, *example.answer]]))
         handle.remove()
-        rows = torch.cat([output[len(one.student) - 1 :] for one, output in zip(four, outputs, strict=True)])
+        pairs = zip(examples, outputs, strict=True)
+        rows = torch.cat([output[len(example.student) - 1 :] for example, output in pairs])
         sizes.append(float(rows.double().square().mean().sqrt()))
     values = [torch.zeros(loaded.anatomy.residual, requires_grad=True) for _ in keys.edits]
-    naive_divergence(loaded, keys, four, values).backward()
-    assert found.passes == 1
-    for edit, value, size in zip(found.plan.edits, values, sizes, strict=True):
+    naive_divergence(loaded, keys, examples, values).backward()
+    assert learned.passes == 1
+    for edit, value, size in zip(learned.plan.edits, values, sizes, strict=True):
         # Adam's first step is the rate against the gradient's sign.
         expected = -rate * size * value.grad.sign()
         clear = value.grad.abs() > 1e-3 * value.grad.abs().max()
@@ -99,42 +99,44 @@ def test_a_first_step_is_adams_on_the_gradient_of_the_edited_weights(loaded, key
 
 def test_learning_brings_the_student_to_the_teacher_and_leaves_the_weights(loaded, keys):
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    told = []
-    found = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05, progress=told.append)
-    assert found.held_out[-1] < 0.7 * found.held_out[0]
-    assert found.held_out[found.passes] == min(found.held_out)
-    assert mean_divergence(loaded, EXAMPLES, found.plan) == pytest.approx(min(found.held_out), rel=1e-4)
-    assert sum(told) == 12 * sum(len(one.answer) + 1 for one in EXAMPLES)
+    counts = []
+    learned = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05, progress=counts.append)
+    assert learned.held_out[-1] < 0.7 * learned.held_out[0]
+    assert learned.held_out[learned.passes] == min(learned.held_out)
+    assert mean_divergence(loaded, EXAMPLES, learned.plan) == pytest.approx(min(learned.held_out), rel=1e-4)
+    assert sum(counts) == 12 * sum(len(example.answer) + 1 for example in EXAMPLES)
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     again = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05)
-    assert again.plan.to_bytes() == found.plan.to_bytes()
+    assert again.plan.to_bytes() == learned.plan.to_bytes()
 
 
-def test_activations_that_are_computed_again_give_the_same_values(loaded, keys, monkeypatch):
+def test_recomputed_activations_give_the_same_values(loaded, keys, monkeypatch):
     plain = distilled_values(loaded, keys, EXAMPLES, OTHERS, passes=2, rate=0.02)
-    own, forwards = distillation.batches_for, []
-    monkeypatch.setattr(distillation, "batches_for", lambda *given: (own(*given)[0], given[1]))
+    original, forwards = distillation.batches_for, []
+    monkeypatch.setattr(
+        distillation, "batches_for", lambda *arguments: (original(*arguments)[0], arguments[1])
+    )
     first = loaded.model.model.layers[0].mlp.register_forward_hook(lambda *_: forwards.append(1))
     again = distilled_values(loaded, keys, EXAMPLES, OTHERS, passes=2, rate=0.02)
     first.remove()
-    for one, other in zip(plain.plan.edits, again.plan.edits, strict=True):
-        assert one.left.any()
-        torch.testing.assert_close(one.left, other.left, rtol=1e-4, atol=1e-7)
-    # Teachers, sizes and three looks at what is kept out, and every one of the learning passes twice.
+    for edit, other in zip(plain.plan.edits, again.plan.edits, strict=True):
+        assert edit.left.any()
+        torch.testing.assert_close(edit.left, other.left, rtol=1e-4, atol=1e-7)
+    # Teachers, output sizes, held-out examples three times, and every training pass twice.
     assert len(forwards) > 4 * len(EXAMPLES) // distillation.EXAMPLES_A_STEP + 4
 
 
-def test_the_pass_is_chosen_on_what_is_kept_out(loaded, keys):
-    """Examples kept out that say the contrary: the values before the first pass are the best."""
-    contrary = [Example(one.student, one.student, one.answer) for one in EXAMPLES]
-    found = distilled_values(loaded, keys, EXAMPLES, contrary, passes=2, rate=0.05)
-    assert found.passes == 0 and found.held_out[0] == pytest.approx(0, abs=1e-6)
-    assert not any(edit.left.any() for edit in found.plan.edits)
+def test_the_pass_is_chosen_on_held_out_examples(loaded, keys):
+    """On held-out examples that must not change, the values before the first pass are the best."""
+    unchanged = [Example(example.student, example.student, example.answer) for example in EXAMPLES]
+    learned = distilled_values(loaded, keys, EXAMPLES, unchanged, passes=2, rate=0.05)
+    assert learned.passes == 0 and learned.held_out[0] == pytest.approx(0, abs=1e-6)
+    assert not any(edit.left.any() for edit in learned.plan.edits)
 
 
 @pytest.mark.parametrize("wrong", [{"passes": 0}, {"rate": 0.0}, {"examples": []}, {"held_out": []}])
 def test_nothing_to_learn_is_refused(loaded, keys, wrong):
-    given = {"examples": EXAMPLES, "held_out": OTHERS, **wrong}
+    arguments = {"examples": EXAMPLES, "held_out": OTHERS, **wrong}
     with pytest.raises(UsageError):
-        distilled_values(loaded, keys, **given)
+        distilled_values(loaded, keys, **arguments)

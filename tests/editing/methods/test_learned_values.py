@@ -1,4 +1,4 @@
-"""Values learned for a plan's keys: against a hand-written edited model, against finite differences, planted truth."""
+"""Learned values, compared with a hand-written edited model, with finite differences and with a planted continuation."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ def joined_rows(loaded, texts, turn=0):
 
 
 def naive_loss(model, rows):
-    """Sum over rows and tokens behind the opening, one row at a time, from the model's own logits."""
+    """Sum over rows and tokens after the opening, and their number, one row at a time from the model's logits."""
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():
@@ -57,7 +57,7 @@ def change(edit):
     return edit.left.double() @ edit.right.double().T
 
 
-def test_what_an_opening_is_and_what_follows_it(llama):
+def test_openings_and_rests_of_texts(llama):
     texts = ["one two  three four five six seven eight", "too short", ""]
     openings, rests = openings_and_rests(texts)
     assert openings == ["one two three four five six", "too short"]
@@ -69,9 +69,9 @@ def test_what_an_opening_is_and_what_follows_it(llama):
         assert llama.tokenizer.decode(row.ids[row.crosses :]) == rest
 
 
-def test_a_token_across_the_joint_follows_it():
+def test_a_token_across_the_end_of_the_opening_follows_it():
     class Tokenizer:
-        """Takes two letters at a time."""
+        """Makes a token of every two letters."""
 
         def __call__(self, texts, add_special_tokens=True):
             return {"input_ids": [[hash(t[i : i + 2]) for i in range(0, len(t), 2)] for t in texts]}
@@ -80,20 +80,20 @@ def test_a_token_across_the_joint_follows_it():
     assert len(row.ids) == 4 and row.crosses == 1  # ab|cd ef g
 
 
-def test_rows_are_cut_and_counted_behind_the_opening(llama, texts):
+def test_rows_are_truncated_and_counted_after_the_opening(llama, texts):
     rows = joined_rows(llama, texts)[:5]
     batch = crossing_batch(rows, 12)
     assert batch.ids.shape == (5, 12)
     for i, row in enumerate(rows):
-        own = list(row.ids[:12])
-        assert batch.ids[i, : len(own)].tolist() == own
+        kept = list(row.ids[:12])
+        assert batch.ids[i, : len(kept)].tolist() == kept
         assert batch.attention[i].tolist() == [p < len(row.ids) for p in range(12)]
         assert batch.counted[i].tolist() == [row.crosses <= p < len(row.ids) for p in range(12)]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_the_loss_is_that_of_the_edited_weights(checkpoint_of, corpus, texts, architecture):
-    """Gemma 2 has norms behind its modules, GPT-2 transposed weights and biases."""
+    """Gemma 2 has norms after its modules, GPT-2 transposed weights and biases."""
     loaded = load_model(str(checkpoint_of(architecture)), device="cpu")
     anatomy, generator = loaded.anatomy, torch.Generator().manual_seed(5)
     plan = make_plan(
@@ -112,14 +112,14 @@ def test_the_loss_is_that_of_the_edited_weights(checkpoint_of, corpus, texts, ar
     )
     rows = joined_rows(loaded, texts)[:4]
     with torch.no_grad(), adding(loaded, plan, values_of(plan).float()):
-        found = float(_loss(loaded, crossing_batch(rows, 512)))
+        loss = float(_loss(loaded, crossing_batch(rows, 512)))
     with applied(loaded, plan):
         total, _ = naive_loss(loaded.model, rows)
-    assert found == pytest.approx(total, rel=1e-4)
-    assert found != pytest.approx(naive_loss(loaded.model, rows)[0], rel=1e-3)
+    assert loss == pytest.approx(total, rel=1e-4)
+    assert loss != pytest.approx(naive_loss(loaded.model, rows)[0], rel=1e-3)
 
 
-def test_its_gradient_is_that_of_differences(llama, plan, texts):
+def test_the_gradient_is_that_of_finite_differences(llama, plan, texts):
     batch = crossing_batch(joined_rows(llama, texts)[:4], 512)
     values = values_of(plan).float().requires_grad_(True)
     with torch.enable_grad(), adding(llama, plan, values):
@@ -136,79 +136,81 @@ def test_its_gradient_is_that_of_differences(llama, plan, texts):
         assert float((values.grad * step).sum()) == pytest.approx(slope, rel=0.03, abs=0.02)
 
 
-def test_learning_betters_text_that_it_has_not_seen(llama, plan, texts):
+def test_training_improves_held_out_text(llama, plan, texts):
     before = [parameter.clone() for parameter in llama.model.parameters()]
-    found = learned_values(llama, plan, *texts, passes=4)
-    assert isinstance(found, LearnedValues)
+    learned = learned_values(llama, plan, *texts, passes=4)
+    assert isinstance(learned, LearnedValues)
     assert all(torch.equal(a, b) for a, b in zip(before, llama.model.parameters(), strict=True))
-    assert len(found.held_out) == 5 and found.held_out[found.passes] == min(found.held_out)
-    # What it says of itself is what the exported weights do, on the lines kept out.
+    assert len(learned.held_out) == 5 and learned.held_out[learned.passes] == min(learned.held_out)
+    # The reported losses are those of the edited weights on the held-out lines.
     openings, rests = openings_and_rests(texts[0])[0], openings_and_rests(texts[1])[1]
-    kept_out = [some[HELD_OUT - 1 :: HELD_OUT] for some in (openings, rests)]
-    joints = [row for turn in range(4) for row in crossings(llama.tokenizer, *kept_out, turn)]
-    for own, expected in ((plan, found.held_out[0]), (found.plan, min(found.held_out))):
-        with applied(llama, own):
-            total, count = naive_loss(llama.model, joints)
+    held_out = [lines[HELD_OUT - 1 :: HELD_OUT] for lines in (openings, rests)]
+    rows = [row for turn in range(4) for row in crossings(llama.tokenizer, *held_out, turn)]
+    for edit_plan, expected in ((plan, learned.held_out[0]), (learned.plan, min(learned.held_out))):
+        with applied(llama, edit_plan):
+            total, count = naive_loss(llama.model, rows)
         assert total / count == pytest.approx(expected, rel=1e-4)
-    assert min(found.held_out) < found.held_out[0] - 0.05
+    assert min(learned.held_out) < learned.held_out[0] - 0.05
 
 
 def test_a_planted_continuation_is_learned(llama, plan, texts):
-    """Where one word always follows, the model that learned it says it behind openings it has not seen."""
+    """If the same word follows every opening, the edited model predicts it after held-out openings."""
     sources, word = texts[0], " milk"
-    wanted = llama.tokenizer(word, add_special_tokens=False)["input_ids"][0]
-    found = learned_values(llama, plan, sources, ["a b c d e f" + word * 3] * 20, passes=15, rate=0.1).plan
-    unseen = [[llama.tokenizer.bos_token_id, *row.ids[1 : row.crosses]] for row in joined_rows(llama, texts)]
-    unseen = unseen[HELD_OUT - 1 :: HELD_OUT]
+    expected = llama.tokenizer(word, add_special_tokens=False)["input_ids"][0]
+    learned = learned_values(llama, plan, sources, ["a b c d e f" + word * 3] * 20, passes=15, rate=0.1).plan
+    held_out = [
+        [llama.tokenizer.bos_token_id, *row.ids[1 : row.crosses]] for row in joined_rows(llama, texts)
+    ][HELD_OUT - 1 :: HELD_OUT]
 
-    def right(own):
-        with applied(llama, own), torch.no_grad():
+    def hits(edit_plan):
+        with applied(llama, edit_plan), torch.no_grad():
             return sum(
-                int(llama.model(torch.tensor([row])).logits[0, -1].argmax()) == wanted for row in unseen
+                int(llama.model(torch.tensor([row])).logits[0, -1].argmax()) == expected for row in held_out
             )
 
-    assert right(plan) < 0.2 * len(unseen)
-    assert right(found) > 0.9 * len(unseen)
+    assert hits(plan) < 0.2 * len(held_out)
+    assert hits(learned) > 0.9 * len(held_out)
 
 
 def test_keys_and_everything_else_stay(llama, plan, texts):
-    found = learned_values(llama, plan, *texts, passes=1).plan
-    assert found.metadata["settings"]["learned"]["passes"] == 1
-    for own, other in zip(found.edits, plan.edits, strict=True):
-        assert torch.equal(own.right, other.right)
-        assert (own.layer, own.block, own.components) == (other.layer, other.block, other.components)
-        assert own.left.dtype == torch.float32 and not torch.equal(own.left, other.left)
-        change = own.left.double() @ own.right.double().T
-        assert own.notes["change_norm"] == pytest.approx(float(change.norm()))
-        assert own.notes["weight_norm"] == other.notes["weight_norm"]
-        assert set(own.details) == set(other.details)
+    learned = learned_values(llama, plan, *texts, passes=1).plan
+    assert learned.metadata["settings"]["learned"]["passes"] == 1
+    for edit, other in zip(learned.edits, plan.edits, strict=True):
+        assert torch.equal(edit.right, other.right)
+        assert (edit.layer, edit.block, edit.components) == (other.layer, other.block, other.components)
+        assert edit.left.dtype == torch.float32 and not torch.equal(edit.left, other.left)
+        assert edit.notes["change_norm"] == pytest.approx(float(change(edit).norm()))
+        assert edit.notes["weight_norm"] == other.notes["weight_norm"]
+        assert set(edit.details) == set(other.details)
 
 
 def test_the_same_input_gives_the_same_bytes(llama, plan, texts):
     first, second = (learned_values(llama, plan, *texts, passes=2).plan for _ in range(2))
-    for own, other in zip(first.edits, second.edits, strict=True):
-        assert torch.equal(own.left, other.left)
+    for edit, other in zip(first.edits, second.edits, strict=True):
+        assert torch.equal(edit.left, other.left)
     assert first.metadata == second.metadata
     other = learned_values(llama, plan, *texts, passes=2, seed=1).plan
     assert not torch.equal(first.edits[0].left, other.edits[0].left)
 
 
 def test_the_work_does_not_grow_with_the_text(llama, plan, texts, monkeypatch):
-    monkeypatch.setattr("editing.methods.learned_values.MOST_LINES", 20)
-    read = []
-    few = learned_values(llama, plan, *(some[:20] for some in texts), passes=1, progress=read.append)
-    openings, rests = (openings_and_rests(some)[i][:20] for i, some in enumerate(texts))
+    monkeypatch.setattr("editing.methods.learned_values.MAX_LINES", 20)
+    short_counts = []
+    short = learned_values(
+        llama, plan, *(lines[:20] for lines in texts), passes=1, progress=short_counts.append
+    )
+    openings, rests = (openings_and_rests(lines)[i][:20] for i, lines in enumerate(texts))
     assert len(openings) == 20 == len(rests)
-    whole = []
-    much = learned_values(llama, plan, texts[0] * 50, texts[1] * 50, passes=1, progress=whole.append)
-    assert len(whole) == len(read) == 1
-    assert len(much.held_out) == len(few.held_out)
-    monkeypatch.setattr("editing.methods.learned_values.LONGEST", 26)
-    cut = []
-    learned_values(llama, plan, *texts, passes=1, progress=cut.append)
-    assert 0 < cut[0] < whole[0] and cut[0] <= 16 * 26
-    monkeypatch.setattr("editing.methods.learned_values.LONGEST", 6)
-    with pytest.raises(UsageError, match="nothing follows the openings within 6 tokens"):
+    long_counts = []
+    long = learned_values(llama, plan, texts[0] * 50, texts[1] * 50, passes=1, progress=long_counts.append)
+    assert len(long_counts) == len(short_counts) == 1
+    assert len(long.held_out) == len(short.held_out)
+    monkeypatch.setattr("editing.methods.learned_values.MAX_ROW_TOKENS", 26)
+    truncated_counts = []
+    learned_values(llama, plan, *texts, passes=1, progress=truncated_counts.append)
+    assert 0 < truncated_counts[0] < long_counts[0] and truncated_counts[0] <= 16 * 26
+    monkeypatch.setattr("editing.methods.learned_values.MAX_ROW_TOKENS", 6)
+    with pytest.raises(UsageError, match="6 tokens"):
         learned_values(llama, plan, *texts, passes=1)
 
 
@@ -219,12 +221,12 @@ def test_memory_for_a_row_at_a_time_changes_little(llama, plan, texts, monkeypat
     assert parts.held_out == pytest.approx(whole.held_out, rel=1e-4)
 
 
-def test_values_that_no_pass_betters_are_kept(llama, plan, texts, monkeypatch):
+def test_values_that_no_pass_improves_are_kept(llama, plan, texts, monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", partial(torch.optim.Adam, maximize=True))
-    found = learned_values(llama, plan, *texts, passes=2)
-    assert found.passes == 0 and found.held_out[0] < found.held_out[1] < found.held_out[2]
-    for own, other in zip(found.plan.edits, plan.edits, strict=True):
-        torch.testing.assert_close(own.left, other.left, rtol=1e-6, atol=0)
+    learned = learned_values(llama, plan, *texts, passes=2)
+    assert learned.passes == 0 and learned.held_out[0] < learned.held_out[1] < learned.held_out[2]
+    for edit, other in zip(learned.plan.edits, plan.edits, strict=True):
+        torch.testing.assert_close(edit.left, other.left, rtol=1e-6, atol=0)
 
 
 def test_the_search_learns_once_and_scales(llama, corpus, plan, texts, monkeypatch):
@@ -239,20 +241,20 @@ def test_the_search_learns_once_and_scales(llama, corpus, plan, texts, monkeypat
     expected = learned_values(llama, plan, *texts, passes=2).plan
     space = spaces(material, ["keyed"])["keyed"]
     assert space.knobs["values"].words == ("means", "learned")
-    made = [
+    plans = [
         space.make({"values": "learned", "heads": 0.5, "layers": "all", "strength": s})
         for s in (LEARNED_AT, 3.0)
     ]
     assert len(calls) == 1
-    for own, more, other in zip(made[0].edits, made[1].edits, expected.edits, strict=True):
-        torch.testing.assert_close(change(own), change(other), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(change(more), change(own) * 1.5, rtol=1e-6, atol=1e-9)
-    assert "learned" in made[0].metadata["settings"]
+    for edit, stronger, other in zip(plans[0].edits, plans[1].edits, expected.edits, strict=True):
+        torch.testing.assert_close(change(edit), change(other), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(change(stronger), change(edit) * 1.5, rtol=1e-6, atol=1e-9)
+    assert "learned" in plans[0].metadata["settings"]
     means = KeyedSearch(heads=0.5, layers=(0, 1)).plan_for(material)
     assert "learned" not in means.metadata["settings"]
 
 
-def test_the_search_does_not_offer_what_it_cannot_learn(checkpoint_of, corpus, llama):
+def test_the_search_omits_learned_values_that_cannot_be_learned(checkpoint_of, corpus, llama):
     short = replace(corpus, texts={k: texts[:9] for k, texts in corpus.texts.items()})
     space = spaces(Material(llama, short, "qaa", "qab"), ["keyed"])["keyed"]
     assert space.knobs["values"].words == ("means",)
@@ -265,10 +267,14 @@ def test_the_search_does_not_offer_what_it_cannot_learn(checkpoint_of, corpus, l
 
 
 def test_refuses(llama, plan, texts):
-    with pytest.raises(UsageError, match=r"9 openings and .* are too few to learn from: give 10 lines"):
+    with pytest.raises(UsageError, match=r"9 openings.* 10 lines"):
         learned_values(llama, plan, texts[0][:9], texts[1])
-    for settings in ({"passes": 0}, {"rate": 0.0}, {"rate": math.nan}):
-        with pytest.raises(UsageError, match="learn nothing"):
+    for settings, named in (
+        ({"passes": 0}, "0 passes"),
+        ({"rate": 0.0}, "rate of 0"),
+        ({"rate": math.nan}, "nan"),
+    ):
+        with pytest.raises(UsageError, match=named):
             learned_values(llama, plan, *texts, **settings)
     (first, *others) = plan.edits
     wide = replace(first, left=first.left.repeat(1, 2), right=first.right.repeat(1, 2))
@@ -278,20 +284,20 @@ def test_refuses(llama, plan, texts):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    ("fails", "said"),
+    ("fails", "named"),
     [("always", "own values"), ("at first", "own values"), ("later", "learned values")],
 )
-def test_a_loss_that_is_not_finite_stops(llama, plan, texts, monkeypatch, value, fails, said):
+def test_a_loss_that_is_not_finite_is_refused(llama, plan, texts, monkeypatch, value, fails, named):
     learning = False
 
-    def loss(*given):
+    def loss(*arguments):
         nonlocal learning
         learning = learning or torch.is_grad_enabled()
-        whole = _loss(*given)
-        return whole * value if fails == "always" or learning == (fails == "later") else whole
+        finite = _loss(*arguments)
+        return finite * value if fails == "always" or learning == (fails == "later") else finite
 
     monkeypatch.setattr("editing.methods.learned_values._loss", loss)
-    with pytest.raises(BrocaError, match=said):
+    with pytest.raises(BrocaError, match=named):
         learned_values(llama, plan, *texts, passes=2)
 
 

@@ -1,4 +1,4 @@
-"""A language lock from questions to figures, on a tiny model that is taken to obey."""
+"""A language lock from questions to figures, on a tiny model whose teacher is patched to obey."""
 
 import pytest
 import torch
@@ -43,33 +43,32 @@ def obedient(monkeypatch):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
 
 
-def taught_of(loaded, questions, part):
+def taught_in_english(loaded, questions, part):
     lock = Lock("fr", ("en",), ("fr",))
     return taught(loaded, questions, lock, lessons(loaded, questions, lock, ("en",), part))["en"]
 
 
 def test_examples_are_the_teachers_own_answers_without_its_instruction(loaded, questions, obedient):
-    found = taught_of(loaded, questions, REPORT)
-    assert found.asked == 4 and found.obeyed == 1
-    for place, example in zip((3, 7, 11, 15), found.examples, strict=True):
-        text = questions.of["en"][place].text
+    result = taught_in_english(loaded, questions, REPORT)
+    assert len(result.answers) == 4 and result.obeyed == 1
+    for index, example in zip((3, 7, 11, 15), result.examples, strict=True):
+        text = questions.of["en"][index].text
         assert example.student == tuple(prompt_of(loaded, text).ids.tolist())
         assert example.teacher == tuple(prompt_of(loaded, text, "Respond in French.").ids.tolist())
         ids = torch.tensor([example.teacher])
         with torch.no_grad():
             for token in example.answer:
-                likeliest = int(loaded.model(ids).logits[0, -1].argmax())
-                assert likeliest == token
+                assert int(loaded.model(ids).logits[0, -1].argmax()) == token
                 ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
 
 
-def test_an_answer_in_another_language_teaches_nothing(loaded, questions, monkeypatch):
-    of_answers = iter(["fr", "en", "fr", "other"])
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(of_answers))
-    found = taught_of(loaded, questions, CHOOSE)
-    assert found.obeyed == 0.5 and found.asked == 4
-    kept = [example.student for example in found.examples]
-    assert kept == [tuple(prompt_of(loaded, questions.of["en"][i].text).ids.tolist()) for i in (2, 10)]
+def test_an_answer_in_another_language_is_no_example(loaded, questions, monkeypatch):
+    labels = iter(["fr", "en", "fr", "other"])
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(labels))
+    result = taught_in_english(loaded, questions, CHOOSE)
+    assert result.obeyed == 0.5 and len(result.answers) == 4
+    students = [example.student for example in result.examples]
+    assert students == [tuple(prompt_of(loaded, questions.of["en"][i].text).ids.tolist()) for i in (2, 10)]
 
 
 def test_a_teacher_that_does_not_obey_is_refused_by_number(loaded, questions, monkeypatch):
@@ -78,10 +77,10 @@ def test_a_teacher_that_does_not_obey_is_refused_by_number(loaded, questions, mo
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
 
-def test_nothing_to_choose_on_is_refused_before_keys(loaded, questions, monkeypatch):
-    """All of the building questions are obeyed, and none of the choosing ones."""
-    told = iter(["fr"] * 8 + ["en"] * 4)
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(told))
+def test_a_lock_without_examples_to_choose_on_is_refused_before_keys(loaded, questions, monkeypatch):
+    """The teacher obeys on all BUILD questions and on no CHOOSE question."""
+    labels = iter(["fr"] * 8 + ["en"] * 4)
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(labels))
     with pytest.raises(BrocaError, match="0 of 4"):
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
@@ -103,18 +102,18 @@ def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedi
     assert made.plan.metadata["source"] == "en" and made.plan.metadata["target"] == "fr"
     assert made.obeyed == {"en": 1.0} and len(made.held_out) == 4
     assert set(made.deviations) == {edit.layer for edit in made.plan.edits}
-    report = taught_of(loaded, questions, REPORT)
+    report = taught_in_english(loaded, questions, REPORT)
     figures = lock_figures(loaded, questions, lock, made.plan)
-    one = figures.sources["en"]
-    assert one.divergence[BASE] == pytest.approx(mean_divergence(loaded, report.examples))
-    assert one.divergence[STEERED] == pytest.approx(mean_divergence(loaded, report.examples, made.plan))
-    assert one.divergence[PROMPTED] is None and one.chrf[PROMPTED] is None
+    english = figures.sources["en"]
+    assert english.divergence[BASE] == pytest.approx(mean_divergence(loaded, report.examples))
+    assert english.divergence[STEERED] == pytest.approx(mean_divergence(loaded, report.examples, made.plan))
+    assert english.divergence[PROMPTED] is None and english.chrf[PROMPTED] is None
     assert set(figures.kept) == {"fr", "de"}
     with applied(loaded, made.plan):
         prompts = [prompt_of(loaded, questions.of["en"][i].text) for i in (3, 7, 11, 15)]
         after = [answer.text for answer in answered(loaded, prompts, ANSWER_TOKENS)]
-    assert [one.after for one in figures.examples] == after
-    assert one.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers))
+    assert [example.after for example in figures.examples] == after
+    assert english.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers))
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -130,7 +129,7 @@ def test_from_every_language(loaded, questions, obedient):
     assert all(means[name] == pytest.approx(0, abs=1e-6) for name in ("fr", "fr/header", "template"))
 
 
-def test_an_instruction_of_the_users_is_what_the_teacher_is_told(loaded, questions, obedient):
+def test_the_teacher_gets_the_users_instruction(loaded, questions, obedient):
     lock = lock_of(questions, "fr", "fr", instruction="Be brief.")
     assert lock == Lock("fr", ("fr",), ("de", "en"), "Be brief.")
     (lesson, *_) = lessons(loaded, questions, lock, ("fr",), REPORT)["fr"]
@@ -145,33 +144,35 @@ def test_an_instruction_of_the_users_is_what_the_teacher_is_told(loaded, questio
 
 def test_a_teacher_by_question_is_asked_in_the_target(loaded, questions):
     lock = lock_of(questions, "fr", "en", teacher="question")
-    for place, lesson in zip(
+    for index, lesson in zip(
         (2, 6, 10, 14), lessons(loaded, questions, lock, ("en",), CHOOSE)["en"], strict=True
     ):
-        assert torch.equal(lesson.student.ids, prompt_of(loaded, questions.of["en"][place].text).ids)
-        assert torch.equal(lesson.teacher.ids, prompt_of(loaded, questions.of["fr"][place].text).ids)
-    apart = Questions({**questions.of, "fr": questions.of["fr"][:-2]}, "digest")
+        assert torch.equal(lesson.student.ids, prompt_of(loaded, questions.of["en"][index].text).ids)
+        assert torch.equal(lesson.teacher.ids, prompt_of(loaded, questions.of["fr"][index].text).ids)
+    incomplete = Questions({**questions.of, "fr": questions.of["fr"][:-2]}, "digest")
     with pytest.raises(UsageError, match="'14'"):
-        lessons(loaded, apart, lock, ("en",), CHOOSE)
+        lessons(loaded, incomplete, lock, ("en",), CHOOSE)
 
 
 @pytest.fixture
 def chinese(questions):
-    others = (Question(str(place), f"{'jkl'[place % 3] * 3} jkl {place}?") for place in range(16))
-    return Questions({**questions.of, "zh": tuple(others)}, "digest")
+    in_chinese = tuple(Question(str(i), f"{'jkl'[i % 3] * 3} jkl {i}?") for i in range(16))
+    return Questions({**questions.of, "zh": in_chinese}, "digest")
 
 
-def test_answers_stay_behind_planted_drift(loaded, chinese, monkeypatch):
+def test_answers_stay_after_planted_drift(loaded, chinese, monkeypatch):
     lock = lock_of(chinese, None)
     assert lock == Lock(None, ("de", "en", "fr", "zh"), ())
     contexts = drift_contexts(loaded, chinese, lock.sources, BUILD)
-    systems = {name: [context[0].content for context in some] for name, some in contexts.items()}
+    systems = {
+        source: [context[0].content for context in of_source] for source, of_source in contexts.items()
+    }
     assert set(systems["de"]) == set(SYSTEM_MESSAGES.values()) and len(systems["de"]) == 4
     assert set(systems["en"]) == {SYSTEM_MESSAGES["zh"]} and set(systems["zh"]) == {SYSTEM_MESSAGES["en"]}
     first, *_ = lessons(loaded, chinese, lock, ("de",), BUILD, 3)["de"]
-    asked = chinese.of["de"][0].text
-    assert torch.equal(first.student.ids, prompt_of(loaded, asked, None, contexts["de"][0]).ids)
-    teacher = prompt_of(loaded, asked, "Antworte auf Deutsch.", contexts["de"][0])
+    text = chinese.of["de"][0].text
+    assert torch.equal(first.student.ids, prompt_of(loaded, text, None, contexts["de"][0]).ids)
+    teacher = prompt_of(loaded, text, "Antworte auf Deutsch.", contexts["de"][0])
     assert torch.equal(first.teacher.ids, teacher.ids)
     monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "de")
@@ -181,33 +182,33 @@ def test_answers_stay_behind_planted_drift(loaded, chinese, monkeypatch):
     assert edit.rank == 4 and made.plan.metadata["target"] is None
     figures = lock_figures(loaded, chinese, lock, made.plan)
     assert set(figures.sources) == set(figures.kept) == set(lock.sources)
-    behind = lessons(loaded, chinese, lock, ("de",), REPORT)["de"]
+    german = lessons(loaded, chinese, lock, ("de",), REPORT)["de"]
     with applied(loaded, made.plan):
-        after = answered(loaded, [lesson.student for lesson in behind], ANSWER_TOKENS)
-    assert [one.after for one in figures.examples] == [one.text for one in after]
+        after = answered(loaded, [lesson.student for lesson in german], ANSWER_TOKENS)
+    assert [example.after for example in figures.examples] == [answer.text for answer in after]
 
 
 @pytest.mark.parametrize(
-    "wanted, named",
+    "arguments, named",
     [
         ({"target": "es", "source": "en"}, "es"),
         ({"target": "fr", "source": "fr"}, "fr"),
         ({"target": "fr", "source": "en", "keep": ["en"]}, "en"),
         ({"target": "fr", "source": "en", "keep": ["xx"]}, "xx"),
-        ({"target": "fr", "keep": ["de"]}, "keep"),
+        ({"target": "fr", "keep": ["de"]}, "--keep"),
         ({"target": None, "source": "en"}, "--from"),
-        ({"target": None, "instruction": "Be brief."}, "instruction"),
+        ({"target": None, "instruction": "Be brief."}, "--instruction"),
         ({"target": "fr", "source": "en", "teacher": "master"}, "master"),
         (
             {"target": "fr", "source": "en", "teacher": "question", "instruction": "Be brief."},
-            "one of the two",
+            "--instruction.*--teacher",
         ),
-        ({"target": "fr", "source": "en", "instruction": " "}, "empty"),
+        ({"target": "fr", "source": "en", "instruction": " "}, "--instruction"),
     ],
 )
-def test_locks_that_cannot_be_are_refused_by_name(questions, wanted, named):
+def test_an_impossible_lock_is_refused_by_name(questions, arguments, named):
     with pytest.raises(UsageError, match=named):
-        lock_of(questions, **wanted)
+        lock_of(questions, **arguments)
 
 
 def test_a_model_without_a_template_is_refused(checkpoint_of, questions):
@@ -217,8 +218,11 @@ def test_a_model_without_a_template_is_refused(checkpoint_of, questions):
 
 
 def test_parts_are_a_half_and_two_quarters(questions):
-    from editing.evaluation.questions import taken
+    from editing.evaluation.questions import questions_of_part
 
-    parts = [[one.question_id for one in taken(questions.of["en"], part)] for part in (BUILD, CHOOSE, REPORT)]
+    parts = [
+        [question.question_id for question in questions_of_part(questions.of["en"], part)]
+        for part in (BUILD, CHOOSE, REPORT)
+    ]
     assert [len(part) for part in parts] == [8, 4, 4]
-    assert sorted(int(one) for part in parts for one in part) == list(range(16))
+    assert sorted(int(question_id) for part in parts for question_id in part) == list(range(16))

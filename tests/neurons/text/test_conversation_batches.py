@@ -1,4 +1,4 @@
-"""Groups of a conversation's tokens, against the roles of single tokens."""
+"""Groups of a conversation's tokens, compared with the roles of single tokens."""
 
 import pytest
 import torch
@@ -19,23 +19,25 @@ def test_every_token_but_the_first_is_in_the_group_of_its_role_and_language(load
     text = conversation_batches(loaded, chats, tokens_a_batch=64)
     assert text.groups == ("aa", "aa/header", "bb", "bb/header", TEMPLATE_GROUP)
     assert text.languages == ("aa", "bb")
-    read = 0
+    count = 0
     for language, batches in text.batches.items():
         for batch in batches:
             for row, line in enumerate(batch.line_numbers.tolist()):
                 conversation = chats[language][line]
                 assert batch.ids[row][: len(conversation.ids)].tolist() == conversation.ids.tolist()
                 assert not batch.counted[row, 0] and not batch.counted[row, len(conversation.ids) :].any()
-                for place in range(1, len(conversation.ids)):
-                    role = ROLES[conversation.roles[place]]
-                    said = role in ("user", "answer", "thought")
-                    group = language if said else f"{language}/header" if role == "header" else TEMPLATE_GROUP
-                    assert text.groups[batch.groups[row, place]] == group
-                    read += 1
-    assert read == text.tokens
+                for position in range(1, len(conversation.ids)):
+                    role = ROLES[conversation.roles[position]]
+                    if role in ("user", "answer", "thought"):
+                        group = language
+                    else:
+                        group = f"{language}/header" if role == "header" else TEMPLATE_GROUP
+                    assert text.groups[batch.groups[row, position]] == group
+                    count += 1
+    assert count == text.tokens
 
 
-def test_an_answer_follows_as_the_model_wrote_it(loaded):
+def test_an_answer_keeps_the_tokens_that_the_model_wrote(loaded):
     prompt = role_tokens(loaded.tokenizer, [Message("user", "what is a cab?")], answer_follows=True)
     whole = prompt.answered([5, 6, 7])
     assert whole.ids.tolist() == [*prompt.ids.tolist(), 5, 6, 7]
