@@ -63,8 +63,15 @@ def peak(command: list[str]) -> int:
 @click.option("--source", default="en")
 @click.option("--target", default="fr")
 @click.option("--dtype", default="auto")
+@click.option("--only", help="Stages, separated by commas; the files of earlier ones must be among them.")
 def main(
-    models: tuple[str, ...], corpus: Path, longer: Path | None, source: str, target: str, dtype: str
+    models: tuple[str, ...],
+    corpus: Path,
+    longer: Path | None,
+    source: str,
+    target: str,
+    dtype: str,
+    only: str | None,
 ) -> None:
     """Print a Markdown table; exit 1 if an estimate or the growth with the text exceeds its limit."""
     print("| model | stage | estimate, MB | peak, MB | estimate / peak | longer text: peak / peak |")
@@ -75,6 +82,8 @@ def main(
             folder = Path(name)
             of_longer = {} if longer is None else stages(model, longer, source, target, dtype, folder)
             for stage, command in stages(model, corpus, source, target, dtype, folder).items():
+                if only is not None and stage not in only.split(","):
+                    continue
                 estimate, measured = foreseen(command), peak(command)
                 furthest = max(furthest, abs(estimate / measured - 1))
                 grown = "-"
