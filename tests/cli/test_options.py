@@ -4,7 +4,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli.options import IN_DIRECTORY, IN_FILE, IN_PATH, OUT_DIRECTORY, OUT_FILE, Many
+from cli.options import IN_DIRECTORY, IN_FILE, IN_PATH, OUT_DIRECTORY, OUT_FILE, Many, Shares
 
 
 @click.command(cls=Many)
@@ -64,3 +64,7 @@ def test_a_directory_to_write_may_be_there(tmp_path):
     assert OUT_DIRECTORY.convert(tmp_path / "new", None, None) == tmp_path / "new"
     with pytest.raises(click.BadParameter, match="is a file: name a directory"):
         OUT_DIRECTORY.convert(tmp_path / "file", None, None)
+
+
+def test_shares_are_in_ascending_order_and_each_once():
+    assert Shares().convert("40%, 5%,0.1,1%,10%,100%", None, None) == (0.01, 0.05, 0.1, 0.4, 1.0)
