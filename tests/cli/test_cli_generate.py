@@ -257,3 +257,10 @@ def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, vllm, interrupts
     with pytest.raises(KeyboardInterrupt):
         generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
     assert signal.getsignal(signal.SIGINT) is interrupts
+
+
+def test_a_model_with_a_template_goes_on_with_plain_text_where_no_chat_is_asked_for(llama, chat_model):
+    arguments = [chat_model, "--prompts", *TEXTS, "--new-tokens", 6, "--json"]
+    plain = [row["unedited"] for row in texts_of(run(*arguments, "--no-chat"))]
+    assert plain == written(llama)
+    assert [row["unedited"] for row in texts_of(run(*arguments))] != plain

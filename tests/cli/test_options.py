@@ -4,7 +4,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli.options import IN_DIRECTORY, IN_FILE, IN_PATH, OUT_DIRECTORY, OUT_FILE, MultiValueCommand
+from cli.options import IN_DIRECTORY, IN_FILE, IN_PATH, OUT_DIRECTORY, OUT_FILE, Fractions, MultiValueCommand
 
 
 @click.command(cls=MultiValueCommand)
@@ -59,3 +59,7 @@ def test_a_directory_to_write_may_be_there(tmp_path):
     assert OUT_DIRECTORY.convert(tmp_path / "new", None, None) == tmp_path / "new"
     with pytest.raises(click.BadParameter, match="file"):
         OUT_DIRECTORY.convert(tmp_path / "file", None, None)
+
+
+def test_fractions_are_in_ascending_order_and_each_once():
+    assert Fractions().convert("40%, 5%,0.1,1%,10%,100%", None, None) == (0.01, 0.05, 0.1, 0.4, 1.0)

@@ -62,6 +62,8 @@ def test_added_biases_are_right(tmp_path):
     source = open_model(str(models.build_checkpoint(tmp_path / "base", dtype="bfloat16")))
     done = export(source, plan_for(source, bias=True), tmp_path / "out", verified=True)
     assert set(done.added) <= set(done.verified.edited) and len(done.added) == 9
+    changed = len(done.verified.edited) - len(done.added)
+    assert done.verified.unchanged == len(tensor_entries(source.checkpoint)) - changed
     flip(tmp_path / "out", "model.layers.0.mlp.gate_proj.bias")
     with pytest.raises(BrocaError, match=r"new tensor model\.layers\.0\.mlp\.gate_proj\.bias"):
         verify(source, plan_for(source, bias=True), tmp_path / "out")

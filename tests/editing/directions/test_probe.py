@@ -73,3 +73,8 @@ def test_accuracy_is_chance_where_nothing_tells():
 def test_refuses_texts_that_are_all_the_same():
     with pytest.raises(BrocaError, match="the same"):
         probe(torch.ones(4, 3), torch.ones(5, 3))
+
+
+def test_the_accuracy_weighs_both_languages_alike():
+    source, target = torch.tensor([[-1.0]] * 9 + [[1.0]]), torch.tensor([[-1.0], [1.0], [1.0]])
+    assert probe(source, target).accuracy == pytest.approx((9 / 10 + 2 / 3) / 2)

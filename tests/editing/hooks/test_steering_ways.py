@@ -9,13 +9,14 @@ import torch
 from editing.directions.direction import Direction
 from editing.hooks.austeer import Austeer
 from editing.hooks.clas import Clas
-from editing.hooks.language_arithmetic import LanguageArithmetic
+from editing.hooks.language_arithmetic import DifferenceArithmetic, LanguageArithmetic
 from editing.hooks.residual import ResidualDiffMean
 from editing.hooks.scaled_inputs import scaled_inputs
 from editing.hooks.steering import residual_steering
-from editing.hooks.subspace_removal import SubspaceRemoval, middle_layers, top_layers
+from editing.hooks.subspace_removal import Removal, SubspaceRemoval, middle_layers, top_layers
 from editing.methods.austeer import austeer_plan
 from editing.methods.clas import clas_factors
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
@@ -259,3 +260,25 @@ def test_which_layers_a_subspace_leaves(layers, middle, top):
 
 def test_the_tiny_model_is_as_the_tests_think():
     assert models.tiny_model("llama").config.intermediate_size == NEURONS
+
+
+def test_a_study_takes_the_subspace_from_the_middle_and_gives_it_back_on_top(llama):
+    way = Removal(strength=0.5).hooks((llama, Direction("en", "fr", {}, {}, {})))
+    assert way.strengths == {0: 0.5, 1: 0.5, 2: -0.5}
+
+
+def test_language_arithmetic_of_a_study_takes_what_is_each_languages_own(llama, material, monkeypatch):
+    masks = {"en": random_neurons(11, LAYERS, NEURONS) > 0, "fr": random_neurons(12, LAYERS, NEURONS) > 0}
+    monkeypatch.setattr(Material, "mask", lambda _, method, language: masks[language])
+    way = DifferenceArithmetic().prepare(material)(1.0)
+    assert way.deactivated is masks["en"] and way.activated is masks["fr"]
+    for language, found in (("en", way.other_means), ("fr", way.target_means)):
+        rows = []
+        handle = llama.model.model.layers[1].mlp.act_fn.register_forward_hook(
+            lambda _, __, output, rows=rows: rows.append(output[0, 1:].double())
+        )
+        for text in material.text.non_empty(language):
+            with torch.no_grad():
+                llama.model(torch.tensor([llama.tokenizer(text)["input_ids"]]))
+        handle.remove()
+        torch.testing.assert_close(found[1], torch.cat(rows).mean(0), rtol=1e-3, atol=1e-5)

@@ -233,6 +233,7 @@ def test_a_hub_id_stays_a_hub_id(tmp_path):
         ("values = 'guessed'", "guessed"),
         ("targets = ['en']", "'en'"),
         ("targets = []", "targets"),
+        ("strengths = [2, 2.0]", "strengths"),
         ("not toml", "TOML"),
     ],
 )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from editing.evaluation.outcome import OtherLanguage, Refused, Sample
 from editing.report.choice_section import choice_content
-from editing.report.curves import Curve, Point, dose_response_drawing, trade_off
+from editing.report.curves import Curve, Point, _envelope, dose_response_drawing, trade_off
 from editing.report.formats import MAX_UNBROKEN, clean, number, plain, span
 from editing.report.heat_maps import COOL, FULL, WARM, Cell, HeatMap, colour
 from editing.report.inline_svg import drawn, label
@@ -275,3 +275,8 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
     assert page.texts("NLL rise on each language's text")[0] == ["way", "ar", "zh", "en"]
     assert page.texts("KL of next-token distributions")[2] == ["hook", "0.021"]
     assert Report("en", "ar", 1.0, 10, (chosen,), tried=()).choice is None
+
+
+def test_the_envelope_is_the_most_that_is_reached_at_a_cost_or_less():
+    points = [Point("a", 2.0, 0.5), Point("b", 1.0, 0.3), Point("a", 4.0, 0.9), Point("b", 3.0, 0.4)]
+    assert _envelope(points) == [(1.0, 0.3), (2.0, 0.5), (3.0, 0.5), (4.0, 0.9)]

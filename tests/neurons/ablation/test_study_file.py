@@ -64,3 +64,12 @@ def test_a_broken_study_is_refused_by_file_and_field(place, named):
 def test_a_foreign_study_is_refused(changed, named):
     with pytest.raises(UsageError, match=rf"^foreign\.json: .*{named}"):
         study_of({**studies.ablation(), **changed}, "foreign.json")
+
+
+def test_a_dose_has_neurons_of_its_own():
+    value = studies.ablation()
+    own = dict(zip(value["languages"], (1, 1, 2), strict=True))
+    value["sets"][0]["doses"][0]["neurons"] = own
+    study = study_of(value, "a.json")
+    assert study.sets[0].doses[0].sizes == (1, 1, 2) and study.sets[0].sizes == (1, 2, 3)
+    assert study_document(study)["sets"][0]["doses"][0]["neurons"] == own

@@ -496,3 +496,11 @@ def test_sub_byte_dtypes_are_measured_in_bits(tmp_path: Path) -> None:
         8 + len(json.dumps(described(dtype="F4", shape=[16]))),
         16 + len(json.dumps(described(dtype="F4", shape=[16]))),
     )
+
+
+def test_a_shard_is_no_path_on_any_system(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "folder\\one.safetensors")
+    text = json.dumps({"weight_map": {"a": "folder\\one.safetensors"}})
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(BrocaError, match="not the name of a file"):
+        tensor_entries(tmp_path)

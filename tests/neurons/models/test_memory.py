@@ -10,10 +10,13 @@ import models
 import pytest
 import torch
 
+from cli.dry_run import dry_run
+from cli.screen import Screen
 from editing.pipeline.needs import key_need
 from neurons.errors import BrocaError
 from neurons.models import memory
 from neurons.models.memory import (
+    Need,
     backward_bytes,
     batch_plan,
     batches_for,
@@ -239,3 +242,17 @@ def test_an_edit_is_planned_too(broca, checkpoint_of, corpus_directory, tmp_path
     )  # fmt: skip
     assert status == 0 and not out.exists()
     assert set(json.loads(printed)["stages"]) == {"key", "learn"}
+
+
+def test_a_stage_fits_where_its_peak_is_within_the_limit(checkpoint_of, capsys):
+    limit_memory(3 * 10**9)
+    needs = [
+        Need("all of it", {"weights": 3 * 10**9}, tokens=8),
+        Need("a byte more", {"weights": 2 * 10**9, "kept": 10**9 + 1}, tokens=8),
+    ]
+    dry_run(Screen(as_json=True), str(checkpoint_of()), "cpu", "auto", lambda planned: needs)
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert {name: stage["fits"] for name, stage in stages.items()} == {
+        "all of it": True,
+        "a byte more": False,
+    }

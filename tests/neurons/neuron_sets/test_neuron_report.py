@@ -124,7 +124,9 @@ def test_the_command(llama, report, corpus_directory):
     arguments = [llama.name, str(LAYER), str(NEURON), "--corpus", str(corpus_directory), "--device", "cpu"]
     shown = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert shown.exit_code == 0
-    assert f"»{report.snippets[0].token}«" in shown.stdout
+    strongest = report.snippets[0]
+    (row,) = (line for line in shown.stdout.splitlines() if f"{strongest.value:+.3f}" in line and "»" in line)
+    assert f"»{strongest.token}«" in row and str(strongest.line + 1) in row.split()
     told = CliRunner().invoke(command, [*arguments, "--top", "5", "--json"], catch_exceptions=False)
     document = json.loads(told.stdout)
     assert [tuple(item) for item in document["promoted"]] == [tuple(item) for item in report.promoted]

@@ -347,3 +347,11 @@ def test_methods_of_prompts_say_what_they_lack(missing):
         require_prompts("integrated-gradients", None, given["control"])
     assert EXAMPLE in str(caught.value)
     assert "--control" not in str(caught.value)
+
+
+def test_an_answer_that_shares_a_token_with_its_prompt_is_read_alone():
+    def pairs(text, add_special_tokens=True):
+        return {"input_ids": [text[i : i + 2] for i in range(0, len(text), 2)]}
+
+    assert answer_token(pairs, Prompt("ab", "cde")) == (["ab"], "cd")
+    assert answer_token(pairs, Prompt("abc", "def")) == (["ab", "c"], "de")

@@ -186,3 +186,15 @@ def test_bad_input_is_refused():
     absolute[1, 4, 2] = math.nan
     with pytest.raises(BrocaError, match="neuron 4 in layer 1"):
         localizer(absolute, square, texts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rate_is_compared_with_the_p_of_the_units_own_freedom(seed):
+    """A single unit's p needs no adjustment."""
+    texts = drawn(seed, counts=(2, 3, 2), layers=1, width=1)
+    for k in range(3):
+        witness = stats.ttest_ind(*sizes(texts, k, 0, 0), equal_var=False)
+        for factor in (1 - 1e-6, 1 + 1e-6):
+            rate = float(witness.pvalue) * factor
+            member = localizer(*sums(texts), rate).member[0, 0, k]
+            assert bool(member) is bool(witness.statistic > 0 and factor > 1)

@@ -105,3 +105,16 @@ def test_directions_average_over_rows(llama, long_line):
     recorded = record(llama, {"qaa": batches}, ["block_out:text_mean"])
     rows = sum(len(batch.ids) for batch in batches)
     torch.testing.assert_close(result.means["block_out"], recorded.moments["block_out:text_mean"] / rows)
+
+
+def test_drawn_lines_are_joined_in_the_order_of_the_file():
+    texts, tokenizer = models.sentences("qaa", 64, words=(5, 5)), models.tiny_tokenizer()
+    blocks = torch.cat([batch.ids for batch in packed_batches(texts, tokenizer, 64, "qaa", max_tokens=150)])
+    found = blocks[:, len(start_tokens(tokenizer)) :].flatten().tolist()
+    of_line = [tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"] for text in texts]
+    drawn, tokens = [], 0
+    for line in even_order(64):
+        if tokens < len(found):
+            drawn.append(line)
+            tokens += len(of_line[line])
+    assert found == [token for line in sorted(drawn) for token in of_line[line]][: len(found)]
