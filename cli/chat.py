@@ -40,7 +40,7 @@ def command(
       broca chat steered --beside Qwen/Qwen2.5-0.5B-Instruct
     """
     from cli.loading import announced
-    from editing.evaluation.talk import Talk
+    from editing.evaluation.talk import ContextFullError, Talk
     from editing.pipeline.lock_prompts import require_chat
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
@@ -59,9 +59,12 @@ def command(
                 continue
             if len(talks) > 1:
                 click.secho(f"{name}:", dim=True)
-            for piece in talk.answer(message):
-                click.echo(piece, nl=False)
-            click.echo()
+            try:
+                for piece in talk.answer(message):
+                    click.echo(piece, nl=False)
+                click.echo()
+            except ContextFullError as error:
+                click.echo(f"{error} ({NEW})", err=True)
 
 
 def _read() -> str:

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 
 from editing.evaluation.generation import writing
+from neurons.errors import UsageError
 from neurons.models.embedded import require_embedded
 from neurons.models.source import LoadedModel
+from neurons.text.batches import context_length
 from neurons.text.conversations import rendered
+
+
+class ContextFullError(UsageError):
+    """The conversation leaves no room for an answer."""
 
 
 @dataclass
@@ -43,7 +49,10 @@ class Talk:
     def answer(self, content: str) -> Iterator[str]:
         """The answer to a user's message, in pieces of text; both join the conversation when the answer ends.
 
+        It is cut where the model's context ends.
+
         Raises:
+            ContextFullError: the conversation fills the context.
             UsageError: a template that cannot be used, or a token without an embedding.
         """
         import transformers
@@ -53,6 +62,14 @@ class Talk:
         text = rendered(tokenizer, chat, True, "choose another model")
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         require_embedded(self.loaded.name, tokenizer, int(ids.max()), self.loaded.embedding_rows)
+        new_tokens = self.new_tokens
+        if (context := context_length(self.loaded.model)) is not None:
+            if ids.shape[1] >= context:
+                raise ContextFullError(
+                    f"the conversation has {ids.shape[1]} tokens and the context of {self.loaded.name} {context}: start a "
+                    "new one, or send a shorter message"
+                )
+            new_tokens = min(new_tokens, context - ids.shape[1])
         streamer: Any = transformers.TextIteratorStreamer(
             tokenizer, skip_prompt=True, skip_special_tokens=True
         )
@@ -64,7 +81,7 @@ class Talk:
                     self.loaded.model.generate(
                         input_ids=ids.to(self.loaded.device),
                         attention_mask=torch.ones_like(ids).to(self.loaded.device),
-                        max_new_tokens=self.new_tokens,
+                        max_new_tokens=new_tokens,
                         streamer=streamer,
                         **settings,
                     )

@@ -71,6 +71,11 @@ class TokenBatch:
         )
 
 
+def context_length(model: Any) -> int | None:
+    """Maximum number of tokens that a model reads at once; None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def block_length(model: Any, length: int | None = None, backward: bool = False) -> int:
     """Tokens in a block: ``length``, by default the model's context up to ``MAX_BLOCK``.
 
@@ -79,7 +84,7 @@ def block_length(model: Any, length: int | None = None, backward: bool = False) 
     Raises:
         UsageError: ``length`` is below 2 or longer than the model's context.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_BLOCK
+    context = context_length(model) or MAX_BLOCK
     if length is None:
         return int(min(context, MAX_BLOCK_BACKWARD if backward else MAX_BLOCK))
     if not 2 <= length <= context:

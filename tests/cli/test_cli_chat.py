@@ -1,6 +1,7 @@
 """``broca chat``: the streamed answers are those of transformers, turn after turn."""
 
 import io
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,13 @@ import transformers
 
 @pytest.fixture
 def model(chat_model):
-    return chat_model
+    return with_context(chat_model, 512)
+
+
+def with_context(directory, tokens):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": tokens}))
+    return directory
 
 
 def stock_answers(directory, turns, tokens):
@@ -47,6 +54,19 @@ def test_a_new_conversation_and_a_model_beside(broca, model, monkeypatch):
     first, second = stock_answers(model, ["what is a cab?"], 8), stock_answers(model, ["and a bad cab?"], 8)
     expected = "".join(f"{model}:\n{answer}\n{twin}:\n{answer}\n" for answer in (*first, *second))
     assert printed == expected
+
+
+def test_a_full_context_is_said_and_the_conversation_goes_on_anew(broca, model, monkeypatch):
+    with_context(model, 100)
+    turns = ["what is a cab?", "what is a cab? " * 8, "/new", "what is a cab?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(turns) + "\n\n"))
+    status, printed, errors = broca("chat", model, "--new-tokens", 100)
+    assert status == 0 and "context" in errors and " 100" in errors and "/new" in errors
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    chat = [{"role": "user", "content": turns[0]}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    (answer,) = stock_answers(model, turns[:1], 100 - len(prompt))
+    assert len(prompt) < 100 and printed == f"{answer}\n{answer}\n"
 
 
 def test_a_model_without_a_template_is_refused(broca, checkpoint_of):
