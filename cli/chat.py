@@ -64,7 +64,7 @@ def command(
                     click.echo(piece, nl=False)
                 click.echo()
             except ContextFullError as error:
-                click.echo(f"{error} ({NEW})", err=True)
+                click.echo(f"{error}: {NEW}", err=True)
 
 
 def _read() -> str:

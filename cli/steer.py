@@ -248,14 +248,21 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
         ],
         words=2,
     )
-    screen.table(
-        f"{kept}: answers in the question's own language",
-        ["questions in", "answers", "base", "steered", "KL to base"],
-        [
-            [language, of_kept.base.answers, of_kept.base.whole, of_kept.steered.whole, of_kept.divergence]
-            for language, of_kept in figures.kept.items()
-        ],
-    )
+    if figures.kept:
+        screen.table(
+            f"{kept}: answers in the question's own language",
+            ["questions in", "answers", "base", "steered", "KL to base"],
+            [
+                [
+                    language,
+                    of_kept.base.answers,
+                    of_kept.base.whole,
+                    of_kept.steered.whole,
+                    of_kept.divergence,
+                ]
+                for language, of_kept in figures.kept.items()
+            ],
+        )
     for example in figures.examples[:SHOWN_EXAMPLES]:
         screen.say(
             f"\n? {example.question}\n  before: {_line(example.before)}\n  after:  {_line(example.after)}"

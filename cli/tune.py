@@ -331,6 +331,7 @@ def _show(screen: Screen, search: SearchResult, out: Path) -> None:
     from cli.tables import report_table, say_samples
     from editing.study.search_report import COLUMNS, rows
     from editing.study.search_result import search_document
+    from editing.study.trial import REFUSED
 
     early = sum(trial.state != "measured" for trial in search.trials)
     screen.table(
@@ -339,6 +340,8 @@ def _show(screen: Screen, search: SearchResult, out: Path) -> None:
         rows(search),
         words=3,
     )
+    for why in dict.fromkeys(trial.why for trial in search.trials if trial.state == REFUSED):
+        screen.say(f"refused: {why}")
     screen.say(f"* trial {search.chosen}: {search.why}")
     report = search.result
     if report is None or search.report is None:

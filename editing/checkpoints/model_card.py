@@ -75,6 +75,9 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
     pair = language_pair(plan.metadata)
     if pair is not None:
         what = f"from `{pair[0]}` to `{pair[1]}`"
+    elif sources := plan.metadata["settings"].get("sources"):
+        target = plan.metadata.get("target")
+        what = f"questions in {', '.join(f'`{k}`' for k in sources)}" + (f" to `{target}`" if target else "")
     elif not plan.metadata.get("languages"):
         what = "which names no language"
     else:
@@ -120,13 +123,11 @@ diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W c
 def _measured(figures: Mapping[str, Any]) -> str:
     """Both tables of ``editing.pipeline.lock_measures.LockFigures``."""
     if figures["target"] is None:
-        subject = (
-            "Questions behind messages in another language, none of which anything was made or chosen on"
-        )
+        subject = "Held-out questions after planted drift: messages in another language"
         answers = "answers in the question's language"
-        alone = "the same questions alone, in"
+        alone = "the same questions without drift, in"
     else:
-        subject = "Questions that nothing was made or chosen on"
+        subject = "Held-out questions"
         answers = f"answers in `{figures['target']}`"
         alone = "questions in"
     rows = [
@@ -147,8 +148,14 @@ def _measured(figures: Mapping[str, Any]) -> str:
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            f"| {alone} | base answers in it | steered answers in it | KL to base |",
-            "|---|---|---|---|",
+            *(
+                [
+                    f"| {alone} | base answers in it | steered answers in it | KL to base |",
+                    "|---|---|---|---|",
+                ]
+                if kept
+                else []
+            ),
             *kept,
             "",
             "",

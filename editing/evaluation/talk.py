@@ -66,8 +66,8 @@ class Talk:
         if (context := context_length(self.loaded.model)) is not None:
             if ids.shape[1] >= context:
                 raise ContextFullError(
-                    f"the conversation has {ids.shape[1]} tokens and the context of {self.loaded.name} {context}: start a "
-                    "new one, or send a shorter message"
+                    f"the conversation has {ids.shape[1]} tokens and the context of {self.loaded.name} {context}: send a "
+                    "shorter message, or start a new conversation"
                 )
             new_tokens = min(new_tokens, context - ids.shape[1])
         streamer: Any = transformers.TextIteratorStreamer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from editing.evaluation.questions import Questions, questions_of_part
-from editing.pipeline.lock_prompts import answered, prompt_of
+from editing.pipeline.lock_prompts import BUILD, CHOOSE, answered, prompt_of
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 from neurons.text.conversations import Message
@@ -32,12 +32,10 @@ def drift_contexts(
 
     Args:
         loaded: the unedited model.
-        questions: in English and Chinese; contexts contain the first questions of ``part``.
+        questions: in English and Chinese (``require_drift_questions``); contexts contain the first ones of ``part``,
+            without those that the model answers with nothing.
         sources: languages.
         part: of the questions.
-
-    Raises:
-        UsageError: too few questions in English or Chinese.
     """
     by_language = {language: _contexts(loaded, questions, language, part) for language in SYSTEM_MESSAGES}
     result = {}
@@ -47,23 +45,34 @@ def drift_contexts(
     return result
 
 
+def require_drift_questions(questions: Questions) -> None:
+    """Check that every part of the questions has enough of them for contexts, before any work.
+
+    Raises:
+        UsageError: too few questions in English or Chinese.
+    """
+    for language in SYSTEM_MESSAGES:
+        of_language = questions.of.get(language, ())
+        if any(len(questions_of_part(of_language, part)) < TURNS * CONTEXTS for part in (BUILD, CHOOSE)):
+            raise UsageError(
+                f"{len(of_language)} questions in {language!r} are too few to plant drift: give {4 * TURNS * CONTEXTS} or "
+                "more"
+            )
+
+
 def context_tokens(loaded: LoadedModel, questions: Questions) -> int:
     """The maximum number of tokens of a context, to estimate memory before any answer is known."""
     longest = max(
         len(prompt_of(loaded, question.text).ids)
         for language in SYSTEM_MESSAGES
-        for question in questions.of.get(language, ())
+        for question in questions.of[language]
     )
     return (TURNS + 1) * longest + TURNS * DRIFT_ANSWER_TOKENS
 
 
 def _contexts(loaded: LoadedModel, questions: Questions, language: str, part: str) -> list[Context]:
-    of_part = questions_of_part(questions.of.get(language, ()), part)
+    of_part = questions_of_part(questions.of[language], part)
     texts = [question.text for question in of_part[: TURNS * CONTEXTS]]
-    if len(texts) < TURNS * CONTEXTS:
-        raise UsageError(
-            f"{len(texts)} questions in {language!r} are too few to plant drift: give {4 * TURNS * CONTEXTS} or more"
-        )
     answers = answered(loaded, [prompt_of(loaded, text) for text in texts], DRIFT_ANSWER_TOKENS)
     turns = [
         (Message("user", text), Message("assistant", answer.text))

@@ -16,6 +16,7 @@ from typing import Any
 from editing.evaluation.language_id import unidentified
 from editing.evaluation.questions import Questions
 from editing.hooks.instructions import IN_TARGET, instructions
+from editing.pipeline.drift import require_drift_questions
 from neurons.errors import UsageError
 
 # Languages that a lock keeps by default: several scripts and families.
@@ -51,6 +52,11 @@ class Lock:
     def key_languages(self) -> tuple[tuple[str, ...], ...]:
         """The languages of each key: a single key with a target, a key for each source without."""
         return (self.sources,) if self.target is not None else tuple((name,) for name in self.sources)
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """The languages whose questions, asked alone, are answered as before."""
+        return self.keep if self.target is not None else self.sources
 
     def target_of(self, source: str) -> str:
         """The language of the answers to questions in a source."""
@@ -96,15 +102,32 @@ def lock_of(
 
     Raises:
         UsageError: a language with too few questions or that cannot be identified, a language that is both source and
-            kept, an unknown teacher, or a teacher that this lock cannot have.
+            kept, an unknown teacher, a teacher that this lock cannot have, a question that a teacher by question lacks
+            in the target, or too few questions to plant drift.
     """
     named = [name for name in (target, source, *(keep or ())) if name is not None]
     _require_questions(questions, named)
     _require_teacher(target, source, instruction, teacher)
+    if target is None:
+        require_drift_questions(questions)
+    lock = _lock(questions, target, source, keep, instruction, teacher)
+    if teacher == QUESTION:
+        _require_parallel(questions, lock)
+    return lock
+
+
+def _lock(
+    questions: Questions,
+    target: str | None,
+    source: str | None,
+    keep: Sequence[str] | None,
+    instruction: str | None,
+    teacher: str,
+) -> Lock:
     offered = [name for name in KEPT if len(questions.of.get(name, ())) >= MIN_QUESTIONS]
     if source is None:
         if keep:
-            raise UsageError("a lock from every language keeps only the target: leave --keep out")
+            raise UsageError("a lock from every language keeps no other than the target: leave --keep out")
         # An instruction may ask for more than a language, so the target is a source too.
         target_is_source = target is None or instruction is not None
         sources = dict.fromkeys([*([target] if target and target_is_source else []), *offered])
@@ -136,6 +159,18 @@ def _require_questions(questions: Questions, languages: Sequence[str]) -> None:
             f"the language identifier does not know {unknown[0]!r}, so answers in it cannot be measured: choose "
             "another language"
         )
+
+
+def _require_parallel(questions: Questions, lock: Lock) -> None:
+    for source in lock.sources:
+        target = lock.target_of(source)
+        there = {question.question_id for question in questions.of[target]}
+        for question in questions.of[source]:
+            if question.question_id not in there:
+                raise UsageError(
+                    f"question {question.question_id!r} in {source!r} is missing in {target!r}: add it, or leave out "
+                    "--teacher question"
+                )
 
 
 def _require_teacher(target: str | None, source: str | None, instruction: str | None, teacher: str) -> None:

@@ -111,12 +111,11 @@ def lock_figures(
         questions: in every language of the lock.
         lock: sources, target and teacher.
         plan: the edit.
-        kept: languages whose questions are answered as before; None: the first ``MAX_LANGUAGES`` that the lock keeps,
-            or of its sources if it keeps none.
+        kept: languages whose questions are answered as before; None: the first ``MAX_LANGUAGES`` of ``lock.unchanged``.
         stage: shows progress.
     """
     candidates = tuple(questions.of)
-    others = list(kept if kept is not None else (lock.keep or lock.sources)[:MAX_LANGUAGES])
+    others = list(kept if kept is not None else lock.unchanged[:MAX_LANGUAGES])
     sources = list(lock.sources)[:MAX_LANGUAGES]
     with stage("Measuring the unedited model", 3, "parts") as advance:
         by_source = lessons(loaded, questions, lock, sources, REPORT)

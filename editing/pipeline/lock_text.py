@@ -13,9 +13,9 @@ from itertools import cycle
 
 from editing.evaluation.answer_language import prose
 from editing.evaluation.language_id import identify_language
-from editing.evaluation.questions import Question, Questions, questions_of_part
+from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import Example
-from editing.pipeline.drift import Context, drift_contexts
+from editing.pipeline.drift import drift_contexts
 from editing.pipeline.lock_kinds import QUESTION, Lock
 from editing.pipeline.lock_prompts import (
     BUILD,
@@ -25,7 +25,7 @@ from editing.pipeline.lock_prompts import (
     answered_by_language,
     prompt_of,
 )
-from neurons.errors import BrocaError, UsageError
+from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
 from neurons.text.conversations import RoleTokens
@@ -114,43 +114,21 @@ def lessons(
     part: str,
     max_questions: int | None = None,
 ) -> dict[str, list[Lesson]]:
-    """Source -> lessons of the questions of a part; after planted drift if the lock has no target.
-
-    Raises:
-        UsageError: a teacher by question, and a question that is missing in the target.
-    """
+    """Source -> lessons of the questions of a part; after planted drift if the lock has no target."""
     drift = drift_contexts(loaded, questions, sources, _CONTEXTS_FROM[part]) if lock.target is None else {}
-    result = {}
+    result: dict[str, list[Lesson]] = {}
     for source in sources:
+        parallel = {question.question_id: question.text for question in questions.of[lock.target_of(source)]}
         of_part = questions_of_part(questions.of[source], part)[:max_questions]
-        result[source] = [
-            Lesson(
-                prompt_of(loaded, question.text, None, context),
-                _teacher_prompt(loaded, questions, lock, source, question, context),
-            )
-            for question, context in zip(of_part, cycle(drift.get(source) or [()]), strict=False)
-        ]
+        result[source] = []
+        for question, context in zip(of_part, cycle(drift.get(source) or [()]), strict=False):
+            if lock.teacher == QUESTION:
+                text, instruction = parallel[question.question_id], None
+            else:
+                text, instruction = question.text, lock.instruction_in(source)
+            student = prompt_of(loaded, question.text, None, context)
+            result[source].append(Lesson(student, prompt_of(loaded, text, instruction, context)))
     return result
-
-
-def _teacher_prompt(
-    loaded: LoadedModel,
-    questions: Questions,
-    lock: Lock,
-    source: str,
-    question: Question,
-    context: Context,
-) -> RoleTokens:
-    if lock.teacher != QUESTION:
-        return prompt_of(loaded, question.text, lock.instruction_in(source), context)
-    target = lock.target_of(source)
-    parallel = {other.question_id: other for other in questions.of[target]}
-    if question.question_id not in parallel:
-        raise UsageError(
-            f"question {question.question_id!r} in {source!r} is missing in {target!r}: add it, or leave out "
-            "--teacher question"
-        )
-    return prompt_of(loaded, parallel[question.question_id].text, None, context)
 
 
 def taught(

@@ -49,6 +49,29 @@ def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, 
     assert status == 1 and "--overwrite" in errors
 
 
+def test_a_model_that_stays(broca, model, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
+    monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
+    for language, letters in (("en", "abc"), ("zh", "jkl"), ("de", "ghi")):
+        rows = [{"question_id": str(i), "text": f"{letters} {letters[i % 3]} {i}?"} for i in range(16)]
+        (questions / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (questions / "fr.jsonl").unlink()
+    peaks = []
+    for options in (["--stay"], ["--to", "de"]):
+        status, printed, errors = broca(
+            "steer", model, *options, "--questions", questions, "--dry-run", "--json"
+        )
+        assert status == 0, errors
+        peaks.append(json.loads(printed)["stages"]["learn"]["peak"])
+    assert peaks[0] > peaks[1]
+    out = tmp_path / "stays"
+    status, printed, errors = broca("steer", model, "--stay", "--questions", questions, "--out", out)
+    assert status == 0, errors
+    card = (out / "README.md").read_text()
+    assert "questions in `de`, `en`, `zh`)" in card and "the neurons of" not in card
+    assert "without drift" in card and "without drift" in printed
+
+
 def test_a_disobedient_model_is_an_error_of_one_line_and_writes_nothing(
     broca, model, questions, tmp_path, monkeypatch
 ):

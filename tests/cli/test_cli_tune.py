@@ -118,6 +118,18 @@ def test_a_dry_run_foresees_its_stages_and_does_nothing(text, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_what_a_method_refuses_is_said(text, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UsageError("no keys in this model")
+
+    monkeypatch.setattr("editing.methods.keyed_search.KeyedSearch.prepare", refuse)
+    result = tune(text, tmp_path / "out", "--methods", "keyed,steer2edit")
+    assert result.exception is None, result.output
+    assert result.output.count("refused: no keys in this model") == 1
+    trials = json.loads((tmp_path / "out" / "tune.json").read_text(encoding="utf-8"))["trials"]
+    assert {trial["method"] for trial in trials if trial["state"] == "refused"} == {"keyed"}
+
+
 def test_refuses_another_search_in_the_same_directory(tuned, text):
     out, _ = tuned
     error = tune(text, out, "--seed", "7").exception

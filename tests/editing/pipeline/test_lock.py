@@ -139,6 +139,8 @@ def test_the_teacher_gets_the_users_instruction(loaded, questions, obedient):
     everywhere = lock_of(questions, "fr", instruction="Be brief.")
     assert set(everywhere.sources) == {"fr", "de", "en"} and everywhere.keep == ()
     made = language_lock(loaded, questions, everywhere, passes=1)
+    # Every answer is to change, so none is measured as unchanged.
+    assert lock_figures(loaded, questions, everywhere, made.plan).kept == {}
     assert made.plan.metadata["settings"]["instructions"]["de"] == "Be brief."
 
 
@@ -151,13 +153,21 @@ def test_a_teacher_by_question_is_asked_in_the_target(loaded, questions):
         assert torch.equal(lesson.teacher.ids, prompt_of(loaded, questions.of["fr"][index].text).ids)
     incomplete = Questions({**questions.of, "fr": questions.of["fr"][:-2]}, "digest")
     with pytest.raises(UsageError, match="'14'"):
-        lessons(loaded, incomplete, lock, ("en",), CHOOSE)
+        lock_of(incomplete, "fr", "en", teacher="question")
 
 
 @pytest.fixture
 def chinese(questions):
     in_chinese = tuple(Question(str(i), f"{'jkl'[i % 3] * 3} jkl {i}?") for i in range(16))
     return Questions({**questions.of, "zh": in_chinese}, "digest")
+
+
+@pytest.mark.parametrize("count", [0, 8, 14])
+def test_too_few_questions_to_plant_drift_are_refused_before_the_work(chinese, count):
+    """With 8 there are enough to build on, and too few to measure with."""
+    few = Questions({**chinese.of, "zh": chinese.of["zh"][:count]}, "digest")
+    with pytest.raises(UsageError, match=rf"{count} questions in 'zh'"):
+        lock_of(few, None)
 
 
 def test_answers_stay_after_planted_drift(loaded, chinese, monkeypatch):
