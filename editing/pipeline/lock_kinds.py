@@ -127,7 +127,7 @@ def _lock(
     offered = [name for name in KEPT if len(questions.of.get(name, ())) >= MIN_QUESTIONS]
     if source is None:
         if keep:
-            raise UsageError("a lock from every language keeps no other than the target: leave --keep out")
+            raise UsageError("--keep is for a lock from one language: leave it out")
         # An instruction may ask for more than a language, so the target is a source too.
         target_is_source = target is None or instruction is not None
         sources = dict.fromkeys([*([target] if target and target_is_source else []), *offered])
