@@ -118,7 +118,7 @@ def distilled_values(
     learned = learn_values(
         loaded,
         plan,
-        _Answers(loaded, examples, held_out),
+        TeacherAnswers(loaded, examples, held_out),
         _output_sizes(loaded, plan.edits, examples),
         passes=passes,
         rate=rate,
@@ -149,8 +149,11 @@ def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan
         return float(torch.cat([_divergences(loaded, lesson) for lesson in lessons]).mean())
 
 
-class _Answers:
-    """The divergence on a teacher's answers, as the objective of ``learn_values``."""
+class TeacherAnswers:
+    """The divergence on a teacher's answers, as the objective of ``learn_values``.
+
+    The teacher's states are those of the model at construction.
+    """
 
     def __init__(self, loaded: LoadedModel, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
         self.loaded, self.examples = loaded, examples
