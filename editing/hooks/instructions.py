@@ -90,6 +90,11 @@ IN_SOURCE = {
 }
 
 
+def in_english(target: str) -> str:
+    """The instruction to answer in ``target``, in English."""
+    return f"Respond in {ENGLISH_NAMES.get(target, target)}."
+
+
 def instructions(source: str, target: str) -> dict[str, str]:
     """Language of the instruction -> the instruction to answer in ``target``.
 
@@ -101,7 +106,7 @@ def instructions(source: str, target: str) -> dict[str, str]:
     if target in names:
         texts[source] = sentence.format(names[target])
     else:
-        texts["en"] = f"Respond in {ENGLISH_NAMES.get(target, target)}."
+        texts["en"] = in_english(target)
     if target in IN_TARGET:
         texts[target] = IN_TARGET[target]
     return texts

@@ -15,7 +15,7 @@ from typing import Any
 
 from editing.evaluation.language_id import unidentified
 from editing.evaluation.questions import Questions
-from editing.hooks.instructions import IN_TARGET, instructions
+from editing.hooks.instructions import IN_TARGET, in_english
 from editing.pipeline.drift import require_drift_questions
 from neurons.errors import UsageError
 
@@ -63,13 +63,18 @@ class Lock:
         return self.target or source
 
     def instruction_in(self, source: str) -> str:
-        """The teacher's instruction: in the source language if Broca has it in that language, else in English."""
+        """The teacher's instruction: to answer in the question's language in that language, in another in English.
+
+        Models obey an instruction in the question's language to answer in another one less often:
+        Qwen2.5-Coder-0.5B-Instruct answers none of 8 German questions in French after "Antworte auf Französisch.", and
+        all after "Respond in French.".
+        """
         if self.instruction is not None:
             return self.instruction
         target = self.target_of(source)
         if source == target and target in IN_TARGET:
             return IN_TARGET[target]
-        return next(iter(instructions(source, target).values()))
+        return in_english(target)
 
     def as_json(self) -> dict[str, Any]:
         """The lock as settings of a plan."""

@@ -158,16 +158,19 @@ def taught(
 def require_obeyed(loaded: LoadedModel, lock: Lock, results: Mapping[str, Taught]) -> None:
     """Check that the teacher answers in the right language.
 
+    A source in which it does not is no reason to refuse the others.
+
     Raises:
-        BrocaError: fewer than ``MIN_OBEYED`` of the answers to questions in a source are in the right language.
+        BrocaError: fewer than ``MIN_OBEYED`` of all answers are in the right language.
     """
-    for source, of_source in results.items():
-        if of_source.obeyed < MIN_OBEYED:
-            raise BrocaError(
-                f"{loaded.name}: as the teacher, it answers {len(of_source.examples)} of {len(of_source.answers)} "
-                f"questions in {source!r} in {lock.target_of(source)!r}, too few to learn from: choose a language that "
-                "the model speaks"
-            )
+    obeyed = sum(len(of_source.examples) for of_source in results.values())
+    asked = sum(len(of_source.answers) for of_source in results.values())
+    if obeyed < MIN_OBEYED * asked:
+        right = "the language of the question" if lock.target is None else repr(lock.target)
+        raise BrocaError(
+            f"{loaded.name}: as the teacher, it answers {obeyed} of {asked} questions in {right}, too few to learn from: "
+            "choose a language that the model speaks"
+        )
 
 
 def base_answers(

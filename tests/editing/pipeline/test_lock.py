@@ -77,6 +77,24 @@ def test_a_teacher_that_does_not_obey_is_refused_by_number(loaded, questions, mo
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
 
+def test_a_source_in_which_the_teacher_does_not_obey_leaves_the_others_to_learn_from(
+    loaded, questions, monkeypatch
+):
+    labels = iter((["de"] * 8 + ["fr"] * 8) + (["de"] * 4 + ["fr"] * 4))
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(labels))
+    made = language_lock(loaded, questions, Lock("fr", ("de", "en"), ("fr",)), passes=1)
+    assert made.obeyed == {"de": 0.0, "en": 1.0}
+
+
+def test_another_language_is_asked_for_in_english():
+    lock = Lock("fr", ("de", "ja", "fr"), ())
+    assert [lock.instruction_in(name) for name in ("de", "ja", "fr")] == [
+        "Respond in French.",
+        "Respond in French.",
+        "Réponds en français.",
+    ]
+
+
 def test_a_lock_without_examples_to_choose_on_is_refused_before_keys(loaded, questions, monkeypatch):
     """The teacher obeys on all BUILD questions and on no CHOOSE question."""
     labels = iter(["fr"] * 8 + ["en"] * 4)
