@@ -74,7 +74,7 @@ def diffmean_direction(
         "fingerprint": loaded.fingerprint,
         **loaded.provenance,
         "method": "diffmean",
-        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "corpus": corpus.provenance,
         "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
         "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
         "settings": {},
