@@ -179,8 +179,9 @@ def command(**options: Any) -> None:
     note_files(screen, arguments.corpus, arguments.languages)
     reported = corpora[arguments.part if methods is None else "report"]
     check_languages(reported.languages)
-    for language in (source, target):
-        reported.require(language)
+    reported.require(source, target)
+    everywhere = arguments.others or methods is not None
+    for language in reported.languages if everywhere else (source, target):
         if questions is None or language not in questions.of:
             reported.require_plain(language, remedy=f"ask questions in {language!r} with --questions")
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)

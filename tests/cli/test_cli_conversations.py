@@ -75,6 +75,9 @@ def test_evaluation_needs_questions_and_measures_the_answers(broca, model, chats
     command = ["evaluate", model, "--corpus", chats, "--source", "en", "--target", "fr", "--new-tokens", 4]
     status, _, errors = broca(*command, "--out", out)
     assert status == 2 and "en.jsonl: line 1" in errors and "--questions" in errors
+    (few_questions / "de.jsonl").unlink()
+    status, _, errors = broca(*command, "--questions", few_questions, "--others", "--out", out)
+    assert status == 2 and "de.jsonl: line 1" in errors
     nll = {}
     for roles in ("answer", "user"):
         status, _, errors = broca(*command, "--questions", few_questions, "--roles", roles, "--out", out)
