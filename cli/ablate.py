@@ -157,7 +157,9 @@ def command(**options: Any) -> None:
     inputs = [file_read("--neurons", path) for path in paths]
     if arguments.statistics is not None:
         inputs.append(file_read("--statistics", arguments.statistics))
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    corpus = noted_corpus(
+        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
+    )
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import ablation_need

@@ -47,6 +47,8 @@ MAX_SHOWN = 60  # characters of an answer
 def command(**options: Any) -> None:
     """Let MODEL (an instruct model: hub id or directory) answer questions, and write a row for each.
 
+    The file is a corpus of conversations: other commands read it with --corpus.
+
     Questions with an answer in the file are skipped, so a stopped run continues where it stopped.
 
     \b

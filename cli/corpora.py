@@ -23,11 +23,12 @@ def noted_corpus(
     languages: Sequence[str] | None,
     part: str = "all",
     min_languages: int = 2,
+    roles: Sequence[str] | None = None,
 ) -> Corpus:
     """``neurons.text.corpus.read_corpus`` followed by ``note_files``."""
     from neurons.text.corpus import read_corpus
 
-    corpus = read_corpus(directory, languages, part, min_languages)
+    corpus = read_corpus(directory, languages, part, min_languages, roles)
     note_files(screen, directory, languages)
     return corpus
 
@@ -35,13 +36,13 @@ def noted_corpus(
 def note_files(screen: Screen, directory: Path, languages: Sequence[str] | None) -> None:
     """Note the files of a corpus that are renamed or left out, and warn of unknown languages.
 
-    It prints nothing if every file name is a code that the language identifier knows.
+    It prints nothing if every file name is a code that the language identifier knows, or for a corpus of one file.
     """
     from editing.evaluation.language_id import unidentified
     from neurons.models.processes import is_first
     from neurons.text.corpus_files import corpus_files
 
-    if not is_first():
+    if not is_first() or directory.is_file():
         return
     files = corpus_files(directory, languages)
     notes = [f"{name} is read as {language}" for name, language in files.renamed.items()]

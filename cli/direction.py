@@ -106,7 +106,9 @@ def command(**options: Any) -> None:
     method = method_of(arguments.method)
     _require(arguments)
     settings = read_settings(method.settings(), assigned(arguments.assignments))
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    corpus = noted_corpus(
+        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
+    )
     autoencoders = _autoencoders(arguments)
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text

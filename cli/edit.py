@@ -11,8 +11,8 @@ import click
 from cli.corpora import noted_corpus, read_table
 from cli.options import (
     FINITE,
-    IN_DIRECTORY,
     IN_FILE,
+    IN_PATH,
     OUT_FILE,
     PARTS,
     CommaSeparated,
@@ -20,6 +20,7 @@ from cli.options import (
     device_options,
     dry_run_option,
     json_option,
+    roles_option,
     tokens_option,
 )
 from cli.screen import Screen
@@ -56,8 +57,8 @@ SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 @click.option("--statistics", type=IN_FILE, help="clas, austeer: statistics, from `broca record`.")
 @click.option(
     "--corpus",
-    type=IN_DIRECTORY,
-    help="Directory of text; keyed: source, target and all languages to keep; bake and biprojected ablate: neutral text.",
+    type=IN_PATH,
+    help="Text, as for `broca direction`; keyed: source, target and all languages to keep; bake and biprojected ablate: neutral text.",
 )
 @click.option(
     "--languages",
@@ -65,6 +66,7 @@ SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     help="Languages of the corpus, or of the neuron set without a corpus.  [default: all]",
 )
 @click.option("--part", type=click.Choice(PARTS), help="Lines of the corpus to read.  [default: all]")
+@roles_option
 @click.option("--layers", help="Layers to edit, as 1-3 or 1,2,5.  [default: as the method sets]")
 @click.option(
     "--blocks",
@@ -177,7 +179,12 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
         if arguments.corpus is None
         else replace(
             noted_corpus(
-                screen, arguments.corpus, arguments.languages, arguments.part or "all", method.min_languages
+                screen,
+                arguments.corpus,
+                arguments.languages,
+                arguments.part or "all",
+                method.min_languages,
+                arguments.roles,
             ),
             tokens=arguments.tokens,
         ),
@@ -307,8 +314,9 @@ def _check_options(arguments: SimpleNamespace, method: type[Method]) -> None:
     for need in method.needs:
         if not _is_given(fields.get(need, need), getattr(arguments, fields.get(need, need))):
             raise UsageError(f"--method {arguments.method} needs {_option_name(need)} ({_WHERE_FROM[need]})")
-    if arguments.part is not None and arguments.corpus is None:
-        raise UsageError("--part selects lines of --corpus, which is not given: leave it out")
+    for name, selected in (("part", "lines"), ("roles", "tokens")):
+        if getattr(arguments, name) is not None and arguments.corpus is None:
+            raise UsageError(f"--{name} selects {selected} of --corpus, which is not given: leave it out")
 
 
 _SHARED = (

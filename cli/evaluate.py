@@ -170,12 +170,20 @@ def command(**options: Any) -> None:
     if arguments.questions_path is not None:
         questions = read_questions(arguments.questions_path, source)
     corpora = {
-        part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
+        part: replace(
+            read_corpus(arguments.corpus, arguments.languages, part, roles=arguments.roles),
+            tokens=arguments.tokens,
+        )
         for part in ((arguments.part,) if methods is None else ("estimate", "choose", "report"))
     }
     note_files(screen, arguments.corpus, arguments.languages)
     reported = corpora[arguments.part if methods is None else "report"]
     check_languages(reported.languages)
+    reported.require(source, target)
+    everywhere = arguments.others or methods is not None
+    for language in reported.languages if everywhere else (source, target):
+        if questions is None or language not in questions.of:
+            reported.require_plain(language, remedy=f"ask questions in {language!r} with --questions")
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text

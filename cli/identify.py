@@ -146,7 +146,9 @@ def _by_text(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | None:
 
     if arguments.corpus is None:
         raise UsageError("--corpus is missing: give a directory of <language>.txt, or --statistics")
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    corpus = noted_corpus(
+        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
+    )
     require_parallel(arguments.method, corpus)
     method = method_of(arguments.method)
     if arguments.dry_run:
@@ -245,7 +247,9 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
         raise UsageError(
             f"--method {arguments.method} needs the activity of neurons: give MODEL and --corpus, or --statistics"
         )
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    corpus = noted_corpus(
+        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
+    )
     loaded = loaded_model(screen, arguments)
     like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:
@@ -276,6 +280,7 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         "corpus": reads_text,
         "tokens": reads_text,
         "block": reads_text,
+        "roles": reads_text,
         "prompts": reads_prompts,
         "control": reads_prompts and "mlp_act:answer_control" in method.moments,
         "recognition": reads_prompts and "mlp_act:answer_control" in method.moments,

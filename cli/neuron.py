@@ -54,7 +54,7 @@ def command(**options: Any) -> None:
 
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part, min_languages=1)
+    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part, 1, arguments.roles)
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     with screen.progress("Reading", None, "tokens") as advance:
         report = neuron_report(
@@ -74,7 +74,7 @@ def command(**options: Any) -> None:
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
             "residual_output": loaded.anatomy.residual_output,
-            "corpus": {"digest": corpus.digest, "part": corpus.part},
+            "corpus": corpus.provenance,
         }
     )
     if not loaded.anatomy.residual_output:

@@ -189,7 +189,16 @@ languages_option = click.option(
     type=CommaSeparated(),
     help="Languages of the corpus to read, as en,fr,de.  [default: all]",
 )
-CORPUS_HELP = "Directory of <language>.txt, .jsonl or .parquet, with one text per line or row."
+CORPUS_HELP = (
+    "Directory of <language>.txt, .jsonl or .parquet, with one text or (in .jsonl) one conversation per line or row; or "
+    "a .jsonl whose rows have a language, from `broca ask`."
+)
+roles_option = click.option(
+    "--roles",
+    type=CommaSeparated(),
+    help="Tokens of conversations to count: system, user, header, answer, thought, template or before-answer.  "
+    "[default: system,user,header,answer,thought]",
+)
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,7 +206,7 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def corpus_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
-    """``corpus``, ``languages`` and ``part``."""
+    """``corpus``, ``languages``, ``part`` and ``roles``."""
     command = click.option(
         "--part",
         type=click.Choice(PARTS),
@@ -205,8 +214,8 @@ def corpus_options(command: Callable[..., Any], required: bool = True) -> Callab
         show_default=True,
         help="Lines to read, by line number: half to estimate, a quarter to choose settings, a quarter to report.",
     )(command)
-    command = languages_option(command)
-    return click.option("--corpus", type=IN_DIRECTORY, required=required, help=CORPUS_HELP)(command)
+    command = languages_option(roles_option(command))
+    return click.option("--corpus", type=IN_PATH, required=required, help=CORPUS_HELP)(command)
 
 
 def device_options(

@@ -79,7 +79,9 @@ def command(**options: Any) -> None:
     readable = [name for name, method in METHODS.items() if method.reads not in (NOTHING, PROMPTS)]
     names = (*readable, "random-matched") if arguments.methods == ("all",) else arguments.methods
     moments, reads = moments_of(tuple(names))
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part)
+    corpus = noted_corpus(
+        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
+    )
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import recording_need
@@ -114,9 +116,10 @@ def command(**options: Any) -> None:
         screen.say(f"all methods read single texts; recorded alone, {', '.join(in_blocks)} reads full blocks")
     for language, fraction in statistics.metadata["unknown"].items():
         screen.warn(f"{fraction:.0%} of the tokens of {language!r} are unknown to the tokenizer")
+    read_as = statistics.metadata["settings"]["reads"]
     screen.table(
-        f"statistics of {statistics.metadata['model']}, {reads} of text",
-        ["language", "tokens", reads],
+        f"statistics of {statistics.metadata['model']}, {read_as} of text",
+        ["language", "tokens", read_as],
         [
             [language, int(tokens), int(texts)]
             for language, tokens, texts in zip(

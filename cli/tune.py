@@ -14,7 +14,7 @@ from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
 from cli.loading import announced
 from cli.options import (
-    IN_DIRECTORY,
+    IN_PATH,
     LANGUAGE,
     CommaSeparated,
     FiniteRange,
@@ -46,7 +46,7 @@ SAMPLES = 2  # continuations per prompt; the minimum for the report
 @model_argument
 @click.option(
     "--corpus",
-    type=IN_DIRECTORY,
+    type=IN_PATH,
     required=True,
     help="Directory of <language>.txt, .jsonl or .parquet, of source, target and at least one other language.",
 )
@@ -153,6 +153,8 @@ def command(**options: Any) -> None:
     note_files(screen, arguments.corpus, arguments.languages)
     third_languages(corpora["choose"], arguments.source, arguments.target)
     check_languages(corpora["choose"].languages)
+    for corpus in corpora.values():
+        corpus.require_plain(arguments.source, arguments.target)
     if arguments.dry_run:
         _dry_run(screen, arguments, corpora)
         return

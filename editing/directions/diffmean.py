@@ -5,8 +5,8 @@
 per layer, at the outputs of o_proj (``attn_out``) and down_proj (``mlp_out``), before the residual
 addition, as in Steer2Edit (arXiv 2602.09870), and at the residual stream (``block_out``), where it
 is the best method for language forcing in CLaS-Bench (arXiv 2601.08331).  Steer2Edit averages over the positions
-that predict a response's tokens; a text of a corpus is not a response, so this averages over all its tokens but
-the first.
+that predict a response's tokens, as this does on conversations with the role ``before-answer``.  Plain text has no
+response, so this averages over all its tokens but the first.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def diffmean_direction(
         "fingerprint": loaded.fingerprint,
         **loaded.provenance,
         "method": "diffmean",
-        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "corpus": corpus.provenance,
         "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
         "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
         "settings": {},

@@ -124,7 +124,7 @@ def direction_of(
         "fingerprint": loaded.fingerprint,
         **loaded.provenance,
         "method": method,
-        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "corpus": corpus.provenance,
         "tokens": dict(zip(recorded.languages, recorded.tokens.tolist(), strict=True)),
         "texts": recorded.texts,
         "settings": {

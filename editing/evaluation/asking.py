@@ -65,7 +65,7 @@ def chat_tokens(tokenizer: Any, content: str, remedy: str = "leave it out with -
 def openings(corpus: Corpus, language: str, target: str, max_prompts: int | None = None) -> list[Prompt]:
     """The openings of a language's lines; in parallel text the rest of the target's line is the reference."""
     corpus.require(language, target)
-    texts, target_texts = corpus.texts[language], corpus.texts[target]
+    texts, target_texts = corpus.lines(language), corpus.lines(target)
     parallel = is_parallel(corpus, language, target)
     lines = [i for i, text in enumerate(texts) if text][:max_prompts]
     return [

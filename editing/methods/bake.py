@@ -350,7 +350,7 @@ def bake_plan(
         "eps": eps,
         "shrinkage": shrinkage,
         "constrain_start": constrain_start,
-        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "corpus": corpus.provenance,
     }
     return make_plan(edits, baked_metadata(loaded, "bake", settings, provenance))
 

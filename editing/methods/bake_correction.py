@@ -54,7 +54,7 @@ class RemainderMoments:
 
     def add(self, inputs: torch.Tensor, remainder: torch.Tensor, batch: TokenBatch) -> None:
         """Add the inputs [rows, length, n] and r [rows, length] of a batch."""
-        counted, start = batch.counted, batch.attention & ~batch.counted
+        counted, start = batch.counted, batch.at_start
         rows, of_rows = inputs[counted].double(), remainder[counted]
         self.square.addmm_(rows.T, rows)
         self.product += of_rows @ rows

@@ -343,7 +343,7 @@ class Ablate(Method):
         neutral = neutral_means(material.loaded, corpus, sites, material.progress)
         provenance = {
             "languages": list(corpus.languages),
-            "corpus": {"digest": corpus.digest, "part": corpus.part},
+            "corpus": corpus.provenance,
         }
 
         def make_neutral(**settings: Any) -> Plan:

@@ -151,7 +151,7 @@ def keyed_plan(
         "eps": eps,
         "neurons": None if neurons is None else neurons.metadata.get("method"),
         "kept_languages": [name for name in keep if name != direction.target],
-        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "corpus": corpus.provenance,
         "sources": list(sources),
         "softly_kept_languages": list(keep_softly),
         "soft_weight": soft_weight if keep_softly else None,

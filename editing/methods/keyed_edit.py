@@ -79,13 +79,13 @@ class Keyed(Method):
         )
 
     def _learned(self, material: Material) -> Plan:
-        texts, direction = material.text.texts, material.direction
+        text, direction = material.text, material.direction
         # Interleaved, because learning reads a limited number of lines.
-        of_sources = zip_longest(*(texts[name] for name in self.sources or (direction.source,)))
-        openings = [text for lines in of_sources for text in lines if text]
+        of_sources = zip_longest(*(text.lines(name) for name in self.sources or (direction.source,)))
+        openings = [line for lines in of_sources for line in lines if line]
         plan = replace(self, learn=False).plan_for(material)
         return learned_values(
-            material.loaded, plan, openings, texts[direction.target], progress=material.progress
+            material.loaded, plan, openings, text.lines(direction.target), progress=material.progress
         ).plan
 
 

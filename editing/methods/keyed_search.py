@@ -180,7 +180,7 @@ def windows(material: Material) -> dict[str, tuple[int, ...]]:
 
 def can_learn(material: Material) -> bool:
     """Whether learned values scale with the strength, and there is enough text to learn from."""
-    texts, direction = material.text.texts, material.direction
+    text, direction = material.text, material.direction
     return material.loaded.anatomy.residual_output and enough_text(
-        texts[direction.source], texts[direction.target]
+        text.lines(direction.source), text.lines(direction.target)
     )

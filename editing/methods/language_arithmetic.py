@@ -277,7 +277,7 @@ def language_arithmetic_plan(
         "as_bias": as_bias,
         "eps": eps,
         "neurons": neurons.metadata.get("method"),
-        "corpus": {"digest": corpus.digest, "part": corpus.part},
+        "corpus": corpus.provenance,
     }
     metadata = {
         "model": loaded.label,

@@ -142,6 +142,8 @@ class _Run:
                     f"{recipe.corpus}: no text in {language} (languages: "
                     f"{', '.join(self.corpora['report'].languages)})"
                 )
+        for corpus in self.corpora.values():
+            corpus.require_plain(recipe.source, *recipe.targets)
         check_languages(self.corpora["report"].languages)
         require_common_inputs(self.source.anatomy, ("mlp",))
         if recipe.method not in METHODS:

@@ -31,11 +31,8 @@ def measured_by(*further: str) -> dict[str, str]:
 
 
 def texts_read(corpora: Iterable[Corpus]) -> list[dict[str, Any]]:
-    """The parts of a corpus that were read, as JSON values: digest, part and languages of each."""
-    return [
-        {"digest": corpus.digest, "part": corpus.part, "languages": list(corpus.languages)}
-        for corpus in corpora
-    ]
+    """The parts of a corpus that were read, as JSON values: ``Corpus.provenance`` and the languages of each."""
+    return [{**corpus.provenance, "languages": list(corpus.languages)} for corpus in corpora]
 
 
 def text_measured(corpus: Corpus) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Scoring:
         self._loaded, self._languages = loaded, corpus.languages
         self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
         openings = {
-            language: [opening(text) for text in corpus.non_empty(language)[:prompts]]
+            language: [opening(text) for text in list(filter(None, corpus.lines(language)))[:prompts]]
             for language in (source, target)
         }
         self._openings = openings[source]

@@ -234,7 +234,7 @@ def ablation_study(
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
             **loaded.provenance,
-            "corpus": {"digest": corpus.digest, "part": corpus.part},
+            "corpus": corpus.provenance,
             "read": text_read(corpus, batches),
             "packages": package_versions(),
             "settings": {

@@ -166,7 +166,9 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor, s
     }
     with site_hooks(loaded.anatomy, hooks), torch.no_grad():
         forward(loaded.model, batch)
-    repeated = TokenBatch(*(part.repeat(steps, 1) for part in (batch.ids, batch.attention, batch.counted)))
+    repeated = TokenBatch(
+        batch.ids.repeat(steps, 1), batch.attention.repeat(steps, 1), batch.counted.repeat(steps, 1)
+    )
     fractions = torch.arange(1, steps + 1, device=batch.ids.device) / steps
     integrals = []
     for layer, activation in activations.items():

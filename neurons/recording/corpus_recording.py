@@ -53,7 +53,8 @@ def record_corpus(
         loaded: the model.
         corpus: text by language.
         moments: as ``neurons.recording.record.record``.
-        reads: "blocks" (text packed into full blocks) or "texts" (one text in each row).
+        reads: "blocks" (text packed into full blocks) or "texts" (one text in each row).  A corpus with conversations
+            is always read by texts.
         tokens: maximum tokens of a language; None: ``corpus.tokens``, else what the moments need
             (``neurons.text.token_budget``).
         block: tokens in a block; None takes the model's context, at most 2048, with gradients 512.
@@ -70,15 +71,21 @@ def record_corpus(
             their responses.
         BrocaError: an activation that is not finite.
     """
-    if reads == TEXTS and block is not None:
-        raise UsageError("--block is not supported by a method that reads texts: leave it out")
+    packs = reads == PACKED and not corpus.has_conversations
+    if not packs and block is not None:
+        what = (
+            "a method that reads texts"
+            if reads == TEXTS
+            else "conversations, which are not joined into blocks"
+        )
+        raise UsageError(f"--block is not supported by {what}: leave it out")
     backward = any(moment.endswith(":attribution") for moment in moments)
     _require_room(loaded, corpus, moments)
     budget = budget_of(moments, reads)
     planned = batches_for(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
 
     def cut(size: int) -> dict[str, list[TokenBatch]]:
-        if reads == TEXTS:
+        if not packs:
             return language_batches(loaded, corpus, tokens, size, budget.tokens)
         length = block_length(loaded.model, block, backward)
         return packed_corpus(loaded, corpus, length, tokens, size, budget.tokens)
@@ -98,7 +105,9 @@ def record_corpus(
         read = text_read(corpus, batches)
         return replace(
             statistics,
-            metadata=_metadata(loaded, corpus, statistics, reads, block, size, unknown, read, backward),
+            metadata=_metadata(
+                loaded, corpus, statistics, PACKED if packs else TEXTS, block, size, unknown, read, backward
+            ),
         )
 
     if batch_tokens is not None or world()[1] > 1:
@@ -149,6 +158,7 @@ def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], momen
         digest.update(language.encode())
         for batch in of_language:
             digest.update(str(tuple(batch.ids.shape)).encode() + batch.ids.contiguous().numpy().tobytes())
+            digest.update(batch.counted.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -171,8 +181,7 @@ def _metadata(
         **loaded.provenance,
         "corpora": [
             {
-                "digest": corpus.digest,
-                "part": corpus.part,
+                **corpus.provenance,
                 "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
                 "lines": {language: len(texts) for language, texts in corpus.texts.items()},
                 "read": read,

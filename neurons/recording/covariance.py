@@ -167,7 +167,7 @@ class _Sums:
         for k, batch in flat:
             for number, mask in _by_group(batch, k):
                 self.tokens[number] += float(mask.sum())
-        self.start_tokens = sum(int((batch.attention & ~batch.counted).sum()) for _, batch in flat)
+        self.start_tokens = sum(int(batch.at_start.sum()) for _, batch in flat)
         self.sums = {
             place: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
             for place, index in units.items()
@@ -195,7 +195,7 @@ class _Sums:
             for number, mask in _by_group(at.batch, at.language):
                 of_group = rows if at.batch.groups is None else rows[mask[at.counted].to(rows.device)]
                 self.sums[place][:, number] += of_group.sum(0, dtype=torch.float64).to(gram.centre.device)
-            starts = (at.batch.attention & ~at.counted).to(values.device)
+            starts = at.batch.at_start.to(values.device)
             at_start = values.detach()[starts][:, columns]
             self.starts[place] += at_start.sum(0, dtype=torch.float64).to(gram.centre.device)
 

@@ -32,6 +32,7 @@ class Text:
         tokens: tokens of all languages.
         texts: rows of all languages.
         batch: positions of the largest batch of texts.
+        packs: whether texts can be joined into blocks.
     """
 
     languages: int
@@ -39,6 +40,7 @@ class Text:
     tokens: int
     texts: int
     batch: int = MAX_TOKENS
+    packs: bool = True
 
 
 def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> Text:
@@ -55,6 +57,7 @@ def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> 
         counted_tokens(flat),
         sum(len(batch.ids) for batch in flat),
         max((batch.ids.numel() for batch in flat), default=1),
+        not corpus.has_conversations,
     )
 
 
@@ -93,7 +96,7 @@ def recording_need(
     kept = any(moment.endswith(":responses") for moment in moments)
     sums = 8 * sizes.layers * sizes.neurons * text.languages * len(moments)
     responses = 4 * sizes.layers * sizes.neurons * text.texts if kept else 0
-    if reads == PACKED:
+    if reads == PACKED and text.packs:
         row, batch = block_length(planned.model, block, backward), None
     else:
         row, batch = text.row, text.batch

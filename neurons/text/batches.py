@@ -14,8 +14,11 @@ from neurons.models.embedded import require_embedded
 from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
+from neurons.text.conversations import MESSAGE_ROLES
 from neurons.text.corpus import Corpus
+from neurons.text.corpus_rows import Conversation, Text
 from neurons.text.sampling import even_order
+from neurons.text.token_rows import TokenRow, conversation_row
 
 MAX_BLOCK = 2048
 MAX_BLOCK_BACKWARD = 512  # activations for gradients grow with the block: 2,048 tokens of a 0.5B take 4 GB
@@ -35,10 +38,11 @@ class TokenBatch:
         ids: integers [rows, length], padded on the right; int64 on a device (``to``).
         attention: bool [rows, length], False on padding.
         counted: bool [rows, length], False on padding, on the tokenizer's start tokens, which are the same in every
-            language, and on the first position if there is no start token.
+            language, on the first position if there is no start token, and on a conversation's tokens of other roles.
         lines: int64 [rows], the line of the corpus in each row; None for packed text.
         fractions: float64 [rows], the fraction of its line's counted tokens in each row; None if rows are whole lines.
         groups: int64 [rows, length], the group of each counted token; None: all belong to the batch's language.
+        starts: number of positions at the beginning of each row that hold the start tokens.
     """
 
     ids: torch.Tensor
@@ -47,6 +51,12 @@ class TokenBatch:
     lines: torch.Tensor | None = None
     fractions: torch.Tensor | None = None
     groups: torch.Tensor | None = None
+    starts: int = 1
+
+    @property
+    def at_start(self) -> torch.Tensor:
+        """bool [rows, length], the start tokens."""
+        return self.attention & (torch.arange(self.ids.shape[1], device=self.ids.device) < self.starts)
 
     @property
     def line_numbers(self) -> torch.Tensor:
@@ -71,6 +81,7 @@ class TokenBatch:
             self.lines,
             self.fractions,
             None if self.groups is None else self.groups.to(device),
+            self.starts,
         )
 
 
@@ -96,7 +107,7 @@ def block_length(model: Any, length: int | None = None, backward: bool = False) 
 
 
 def packed_batches(
-    texts: Sequence[str],
+    texts: Sequence[Text],
     tokenizer: Any,
     length: int,
     language: str,
@@ -123,8 +134,8 @@ def packed_batches(
     body = length - len(start)
     blocks = None if max_tokens is None else -(-max_tokens // body)
     stream = array("i")
-    for tokens in _sampled(texts, tokenizer, None if blocks is None else blocks * body, "\n").values():
-        stream.extend(tokens)
+    for row in _sampled(texts, tokenizer, None if blocks is None else blocks * body, "\n").values():
+        stream.extend(row.ids)
     whole = len(stream) // body
     if whole == 0:
         raise UsageError(
@@ -140,22 +151,27 @@ def packed_batches(
     # Masks of one row, expanded, so that a token takes no more memory than its id.
     attention = torch.ones(1, length, dtype=torch.bool)
     counted = attention.clone()
-    counted[:, : max(1, len(start))] = False
+    uncounted = max(1, len(start))
+    counted[:, :uncounted] = False
     rows = max(1, (TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch) // length)
     return [
-        TokenBatch(chunk, attention.expand(len(chunk), -1), counted.expand(len(chunk), -1))
+        TokenBatch(chunk, attention.expand(len(chunk), -1), counted.expand(len(chunk), -1), starts=uncounted)
         for chunk in ids.split(rows)
     ]
 
 
 def text_batches(
-    texts: Sequence[str],
+    texts: Sequence[Text],
     tokenizer: Any,
     length: int,
     max_tokens: int | None = None,
     tokens_a_batch: int | None = None,
+    roles: Sequence[str] = MESSAGE_ROLES,
+    context: int | None = None,
 ) -> list[TokenBatch]:
     """One text in each row, grouped by length; a text of more than ``length`` tokens has several rows.
+
+    A conversation is always one row, because its template stands only at its beginning.
 
     The first position is never counted, even without a start token: the model uses it as an attention sink,
     with activations unlike those of other tokens.  Texts without counted tokens are dropped.
@@ -169,22 +185,29 @@ def text_batches(
         length: maximum tokens in a row, including start tokens.
         max_tokens: tokens to read (rounded up to whole rows), evenly from the whole text; None reads all.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
+        roles: roles of the counted tokens of conversations.
+        context: maximum tokens of a conversation; None: ``length``.
+
+    Raises:
+        UsageError: a conversation that is too long, or that the tokenizer's template does not render.
     """
     start = start_tokens(tokenizer)
     uncounted, body = max(1, len(start)), length - len(start)
-    rows: list[list[int]] = []
-    lines: list[int] = []
+    rows: list[TokenRow] = []
     used = 0
-    for line, tokens in _sampled(texts, tokenizer, max_tokens).items():
-        pieces = [[*start, *tokens[first : first + body]] for first in range(0, len(tokens), body)]
+    for line, row in _sampled(texts, tokenizer, max_tokens, "", roles, context or length).items():
+        if isinstance(texts[line], Conversation):
+            pieces = [row]
+        else:
+            ids = [[*start, *row.ids[first : first + body]] for first in range(0, len(row.ids), body)]
+            pieces = [TokenRow(line, piece, range(uncounted, len(piece))) for piece in ids]
         sampled = []
         for place in even_order(len(pieces)):
             if max_tokens is None or used < max_tokens:
                 sampled.append(place)
-                used += max(0, len(pieces[place]) - uncounted)
+                used += len(pieces[place].counted)
         rows += [pieces[place] for place in sorted(sampled)]
-        lines += [line] * len(sampled)
-    return row_batches(rows, uncounted, lines, tokens_a_batch)
+    return _row_batches(rows, uncounted, tokens_a_batch)
 
 
 def row_batches(
@@ -205,17 +228,20 @@ def row_batches(
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
     """
     numbered = zip(range(len(rows)) if lines is None else lines, rows, strict=True)
-    kept = sorted(
-        ((line, row) for line, row in numbered if len(row) > uncounted), key=lambda item: len(item[1])
-    )
+    counted = [TokenRow(line, row, range(uncounted, len(row))) for line, row in numbered]
+    return _row_batches(counted, uncounted, tokens_a_batch)
+
+
+def _row_batches(rows: Sequence[TokenRow], starts: int, tokens_a_batch: int | None) -> list[TokenBatch]:
+    kept = sorted((row for row in rows if len(row.counted)), key=lambda row: len(row.ids))
     max_positions = TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch
     of_line: dict[int, int] = {}
-    for line, row in kept:
-        of_line[line] = of_line.get(line, 0) + len(row) - uncounted
+    for row in kept:
+        of_line[row.line] = of_line.get(row.line, 0) + len(row.counted)
     split = len(of_line) < len(kept)
-    longest = len(kept[-1][1]) if kept else 0
+    longest = len(kept[-1].ids) if kept else 0
     return [
-        _padded(group, min(length, longest), uncounted, of_line if split else None)
+        _padded(group, min(length, longest), starts, of_line if split else None)
         for group, length in _groups(kept, max_positions)
     ]
 
@@ -229,6 +255,8 @@ def language_batches(
 ) -> dict[str, list[TokenBatch]]:
     """Each language's texts, one text in each row.
 
+    Of conversations, tokens of ``corpus.roles`` are counted, of other texts all but the start tokens.
+
     Args:
         loaded: the model.
         corpus: text by language.
@@ -237,16 +265,25 @@ def language_batches(
         default: maximum if neither is given; None reads all.
 
     Raises:
-        UsageError: the model has no embedding for a token.
+        UsageError: the model has no embedding for a token; a conversation is longer than the model's context, or its
+            chat template does not render it; or a language has conversations without a token of the roles.
     """
     length, max_tokens = block_length(loaded.model), _max_tokens(corpus, tokens, default)
+    context = context_length(loaded.model) or length
     at_once = (
         min(TOKENS_A_BATCH, batches_for(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
     )
     batches = {
-        language: text_batches(corpus.texts[language], loaded.tokenizer, length, max_tokens, at_once)
+        language: text_batches(
+            corpus.texts[language], loaded.tokenizer, length, max_tokens, at_once, corpus.roles, context
+        )
         for language in corpus.languages
     }
+    for language, of_language in batches.items():
+        if corpus.has_conversations and not of_language:
+            raise UsageError(
+                f"the conversations in {language!r} have no token of the roles {', '.join(corpus.roles)}: choose others"
+            )
     require_embedded_tokens(loaded, batches)
     return batches
 
@@ -280,9 +317,14 @@ def packed_corpus(
 ) -> dict[str, list[TokenBatch]]:
     """Each language's text in full blocks; ``tokens`` and ``default`` as in ``language_batches``.
 
+    A corpus with conversations is read as by ``language_batches``: joined with others, a conversation would be read
+    after messages that do not belong to it.
+
     Raises:
-        UsageError: as ``packed_batches``, or the model has no embedding for a token.
+        UsageError: as ``packed_batches`` or ``language_batches``, or the model has no embedding for a token.
     """
+    if corpus.has_conversations:
+        return language_batches(loaded, corpus, tokens, tokens_a_batch, default)
     length, max_tokens = block_length(loaded.model, block), _max_tokens(corpus, tokens, default)
     batches = {
         language: packed_batches(
@@ -306,9 +348,7 @@ def require_embedded_tokens(loaded: LoadedModel, batches: Mapping[str, Sequence[
     require_embedded(loaded.name, loaded.tokenizer, highest, loaded.embedding_rows)
 
 
-def _groups(
-    rows: Sequence[tuple[int, Sequence[int]]], max_positions: int
-) -> Iterator[tuple[Sequence[tuple[int, Sequence[int]]], int]]:
+def _groups(rows: Sequence[TokenRow], max_positions: int) -> Iterator[tuple[Sequence[TokenRow], int]]:
     """The rows of each batch and its length, from rows sorted by length."""
     unit = _power_of_two(max_positions // SIZES)
     first = 0
@@ -318,14 +358,14 @@ def _groups(
         number -= number % step
         group = rows[first : first + number]
         multiple = unit // step
-        yield group, -(-len(group[-1][1]) // multiple) * multiple
+        yield group, -(-len(group[-1].ids) // multiple) * multiple
         first += number
 
 
-def _rows_at_once(rows: Sequence[tuple[int, Sequence[int]]], first: int, max_positions: int) -> int:
+def _rows_at_once(rows: Sequence[TokenRow], first: int, max_positions: int) -> int:
     tokens = 0
     for place in range(first, len(rows)):
-        number, length = place - first, len(rows[place][1])
+        number, length = place - first, len(rows[place].ids)
         size = (number + 1) * length
         if number and (size > max_positions or size - tokens - length > MAX_PADDING):
             return number
@@ -342,40 +382,55 @@ def _max_tokens(corpus: Corpus, tokens: int | None, default: int | None) -> int 
 
 
 def _sampled(
-    texts: Sequence[str], tokenizer: Any, max_tokens: int | None, ending: str = ""
-) -> dict[int, list[int]]:
-    """Line -> its tokens, in file order: all lines, or evenly sampled lines with ``max_tokens`` tokens in total."""
+    texts: Sequence[Text],
+    tokenizer: Any,
+    max_tokens: int | None,
+    ending: str = "",
+    roles: Sequence[str] = MESSAGE_ROLES,
+    context: int = MAX_BLOCK,
+) -> dict[int, TokenRow]:
+    """Line -> its tokens, in file order: all lines, or evenly sampled lines with ``max_tokens`` tokens in total.
+
+    Texts have no start tokens; conversations have those of their template.
+    """
     lines = [line for line, text in enumerate(texts) if text]
     order = lines if max_tokens is None else [line for line in even_order(len(texts)) if texts[line]]
-    of_line: dict[int, list[int]] = {}
+    of_line: dict[int, TokenRow] = {}
     used = 0
     for first in range(0, len(order), LINES_AT_ONCE):
         chunk = order[first : first + LINES_AT_ONCE]
-        ids = tokenizer([texts[line] + ending for line in chunk], add_special_tokens=False)["input_ids"]
-        for line, tokens in zip(chunk, ids, strict=True):
-            if max_tokens is None or used < max_tokens:
-                of_line[line] = tokens
-                used += len(tokens)
+        plain = [text + ending for line in chunk if isinstance(text := texts[line], str)]
+        ids = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
+        for line in chunk:
+            text = texts[line]
+            of_text = next(ids) if isinstance(text, str) else ()
+            if max_tokens is not None and used >= max_tokens:
+                continue
+            if isinstance(text, str):
+                row = TokenRow(line, of_text, range(len(of_text)))
+            else:
+                row = conversation_row(line, text, tokenizer, roles, context)
+            of_line[line] = row
+            used += len(row.counted)
         if max_tokens is not None and used >= max_tokens:
             break
     return dict(sorted(of_line.items()))
 
 
 def _padded(
-    rows: Sequence[tuple[int, Sequence[int]]],
-    length: int,
-    uncounted: int,
-    of_line: Mapping[int, int] | None = None,
+    rows: Sequence[TokenRow], length: int, starts: int, of_line: Mapping[int, int] | None = None
 ) -> TokenBatch:
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     attention = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (_, row) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(list(row))
-        attention[i, : len(row)] = True
-    counted = attention.clone()
-    counted[:, :uncounted] = False
-    lines = torch.tensor([line for line, _ in rows])
-    if of_line is None:
-        return TokenBatch(ids, attention, counted, lines)
-    fractions = [(len(row) - uncounted) / of_line[line] for line, row in rows]
-    return TokenBatch(ids, attention, counted, lines, torch.tensor(fractions, dtype=torch.float64))
+    counted = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(list(row.ids))
+        attention[i, : len(row.ids)] = True
+        counted[i, list(row.counted)] = True
+    lines = torch.tensor([row.line for row in rows])
+    fractions = (
+        None
+        if of_line is None
+        else torch.tensor([len(row.counted) / of_line[row.line] for row in rows], dtype=torch.float64)
+    )
+    return TokenBatch(ids, attention, counted, lines, fractions, starts=starts)

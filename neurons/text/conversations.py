@@ -27,10 +27,15 @@ from neurons.errors import UsageError, first_line
 
 ROLES = ("template", "system", "user", "header", "answer", "thought")
 TEMPLATE, SYSTEM, USER, HEADER, ANSWER, THOUGHT = ROLES
+# The tokens before an answer's tokens, which predict them: the answer's but the last, and the one before the first.
+BEFORE_ANSWER = "before-answer"
+SELECTABLE = (*ROLES, BEFORE_ANSWER)
+MESSAGE_ROLES = tuple(role for role in ROLES if role != TEMPLATE)
 ASSISTANT = "assistant"
 ANOTHER_MODEL = "give a model with another template"
 KEPT_CONVERSATIONS = "give conversations that it renders unchanged"
 _SPOKEN = {"system": SYSTEM, "user": USER, ASSISTANT: ANSWER}
+SPEAKERS = tuple(_SPOKEN)
 _BEFORE_THOUGHT, _AFTER_THOUGHT = "<think>", "</think>"
 
 
@@ -75,8 +80,11 @@ class RoleTokens:
     roles: torch.Tensor
 
     def of(self, *roles: str) -> torch.Tensor:
-        """bool [n], the tokens with one of the roles."""
-        return torch.isin(self.roles, torch.tensor([ROLES.index(role) for role in roles]))
+        """bool [n], the tokens with one of the roles (``SELECTABLE``)."""
+        tokens = torch.isin(self.roles, torch.tensor([ROLES.index(role) for role in roles if role in ROLES]))
+        if BEFORE_ANSWER in roles:
+            tokens[:-1] |= self.roles[1:] == ROLES.index(ANSWER)
+        return tokens
 
     def answered(self, ids: Sequence[int]) -> RoleTokens:
         """The conversation followed by the tokens of an answer, as the model continues its prompt."""
@@ -115,13 +123,16 @@ def rendered(
     return text
 
 
-def role_tokens(tokenizer: Any, messages: Sequence[Message], answer_follows: bool = False) -> RoleTokens:
+def role_tokens(
+    tokenizer: Any, messages: Sequence[Message], answer_follows: bool = False, remedy: str = ANOTHER_MODEL
+) -> RoleTokens:
     """Render a conversation and assign roles to its tokens.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
         messages: the conversation's messages, in order.
         answer_follows: whether the conversation ends where an answer begins; its last token is then a header.
+        remedy: as ``rendered``.
 
     Raises:
         UsageError: a message without text, a tokenizer without character offsets, or a template that fails, drops
@@ -136,7 +147,7 @@ def role_tokens(tokenizer: Any, messages: Sequence[Message], answer_follows: boo
         if not all(text for _, text in message.parts):
             raise UsageError(f"message {place} ({message.role}) of the conversation is empty: leave it out")
     chat = [message.written([text for _, text in message.parts]) for message in messages]
-    whole = rendered(tokenizer, chat, answer_follows)
+    whole = rendered(tokenizer, chat, answer_follows, remedy)
     spans = _spans(tokenizer, messages, whole, answer_follows)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ends = torch.tensor([last for _, last in encoded["offset_mapping"]])

@@ -1,4 +1,8 @@
-"""Corpora: a directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``, one text in each line or row."""
+"""Corpora: a directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``, one text in each line or row.
+
+A row of ``.jsonl`` may be a conversation (``neurons.text.corpus_rows``).  A corpus may also be one ``.jsonl`` file
+whose rows name their ``language``, as ``broca ask`` writes it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from neurons.errors import UsageError
-from neurons.text.corpus_files import corpus_files
+from neurons.text.conversations import MESSAGE_ROLES, SELECTABLE
+from neurons.text.corpus_files import corpus_files, language_label
+from neurons.text.corpus_rows import Conversation, Text, parsed, row_text
 
 # Half to estimate from, a quarter to choose settings on, a quarter to report on: by line number, so that parallel
 # files stay parallel.
@@ -22,22 +29,34 @@ class Corpus:
     """Texts of several languages.
 
     Attributes:
-        texts: language -> its texts in file order; blank lines are "", so that line i of every language stays
-            parallel.
+        texts: language -> its texts and conversations in file order; blank lines are "", so that line i of every
+            language stays parallel.
         digest: sha256 over languages and texts, hexadecimal.
         part: "all", "estimate", "choose" or "report" (``PARTS``, by line number modulo 4).
         tokens: maximum tokens of each language to read, evenly from the whole text; None: what the method needs
             (``neurons.text.token_budget``).
+        roles: roles of the counted tokens of conversations (``neurons.text.conversations.SELECTABLE``).
     """
 
-    texts: dict[str, tuple[str, ...]]
+    texts: dict[str, tuple[Text, ...]]
     digest: str
     part: str
     tokens: int | None = None
+    roles: tuple[str, ...] = MESSAGE_ROLES
 
     @property
     def languages(self) -> tuple[str, ...]:
         return tuple(self.texts)
+
+    @property
+    def has_conversations(self) -> bool:
+        return any(isinstance(text, Conversation) for texts in self.texts.values() for text in texts)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Digest, part and, with conversations, roles, as JSON values."""
+        roles = {"roles": list(self.roles)} if self.has_conversations else {}
+        return {"digest": self.digest, "part": self.part, **roles}
 
     def require(self, *languages: str) -> None:
         """Check that the corpus has the languages.
@@ -55,63 +74,154 @@ class Corpus:
         """The corpus without its other languages."""
         return replace(self, texts={language: self.texts[language] for language in languages})
 
-    def non_empty(self, language: str) -> list[str]:
+    def non_empty(self, language: str) -> list[Text]:
         return [text for text in self.texts[language] if text]
+
+    def require_plain(self, *languages: str, remedy: str = "give plain text") -> None:
+        """Check that the languages have no conversations, which have no openings.
+
+        Args:
+            languages: languages of the corpus.
+            remedy: the fix, as the end of a sentence.
+
+        Raises:
+            UsageError: names the first conversation.
+        """
+        for language in languages:
+            for text in self.texts[language]:
+                if isinstance(text, Conversation):
+                    raise UsageError(
+                        f"{text.place} is a conversation, but openings of lines in {language!r} are needed: {remedy}"
+                    )
+
+    def lines(self, language: str) -> tuple[str, ...]:
+        """A language's texts, in file order.
+
+        Raises:
+            UsageError: as ``require_plain``.
+        """
+        self.require_plain(language)
+        return tuple(text for text in self.texts[language] if isinstance(text, str))
 
 
 def read_corpus(
-    directory: Path | str, languages: Sequence[str] | None = None, part: str = "all", min_languages: int = 2
+    directory: Path | str,
+    languages: Sequence[str] | None = None,
+    part: str = "all",
+    min_languages: int = 2,
+    roles: Sequence[str] | None = None,
 ) -> Corpus:
-    """Read a corpus directory.
+    """Read a corpus.
 
     Args:
         directory: one file for each language, named by its code (``neurons.text.corpus_files``): ``.txt`` (UTF-8, one
-            text in each line; also FLORES' ``.dev`` and ``.devtest``), ``.jsonl`` (objects with ``text``) or
-            ``.parquet`` (column ``text``).
+            text in each line; also FLORES' ``.dev`` and ``.devtest``), ``.jsonl`` (objects with ``text`` or
+            ``messages``) or ``.parquet`` (column ``text``).  Or a ``.jsonl`` file of objects that also have ``language``.
         languages: languages to read, in this order; None reads all, sorted by name.
         part: lines to read, a key of ``PARTS``.
         min_languages: minimum number of languages.
+        roles: roles of the counted tokens of conversations (``SELECTABLE``); None: ``MESSAGE_ROLES``.
 
     Raises:
         UsageError: no such directory, a language without a file or with two, an empty file, bad UTF-8,
-            bad JSON, the same text in two files, or fewer than ``min_languages`` languages.
+            bad JSON, a row that is neither a text nor a conversation, the same text in two files, fewer than
+            ``min_languages`` languages, or roles that are unknown or given for plain text.
     """
     directory = Path(directory)
     if part not in PARTS:
         raise UsageError(f"part {part!r} is unknown: choose from {', '.join(PARTS)}")
-    files = corpus_files(directory, languages).of
-    if len(files) < min_languages:
+    if unknown := [role for role in roles or () if role not in SELECTABLE]:
+        raise UsageError(f"role {unknown[0]!r} is unknown: choose from {', '.join(SELECTABLE)}")
+    if directory.is_file():
+        read = _of_one_file(directory, languages)
+    else:
+        read = {
+            language: (path, _read_texts(path))
+            for language, path in corpus_files(directory, languages).of.items()
+        }
+    if len(read) < min_languages:
         raise UsageError(
-            f"{directory}: {len(files)} language ({', '.join(files)}), but at least {min_languages} are needed: "
+            f"{directory}: {len(read)} language ({', '.join(read)}), but at least {min_languages} are needed: "
             "neurons are specific to a language only in comparison with others"
         )
     digest = hashlib.sha256()
     texts = {}
-    of_content: dict[bytes, Path] = {}
-    for language, path in files.items():
-        lines = _read_texts(path)
+    of_content: dict[bytes, str] = {}
+    for language, (path, lines) in read.items():
         if not any(lines):
             raise UsageError(f"{path}: language {language!r} has no text")
         # Of the whole file: short parts of different files can be equal by chance.
-        content = hashlib.sha256("\n".join(filter(None, lines)).encode()).digest()
-        same = of_content.setdefault(content, path)
-        if same != path:
+        content = hashlib.sha256("\n".join(_as_text(line) for line in lines if line).encode()).digest()
+        same = of_content.setdefault(content, language)
+        if same != language:
+            names = (
+                f"language {name!r}" if path == directory else read[name][0].name for name in (same, language)
+            )
             raise UsageError(
-                f"{directory}: {same.name} and {path.name} hold the same text: remove one of them, or replace its "
+                f"{directory}: {' and '.join(names)} hold the same text: remove one of them, or replace its "
                 "text by text of its language"
             )
         kept = tuple(line for i, line in enumerate(lines) if i % 4 in PARTS[part])
         if not any(kept):
             raise UsageError(f"{path}: language {language!r} has too few lines for part {part!r}")
+        if roles is not None and any(text and isinstance(text, str) for text in kept):
+            raise UsageError(
+                f"{path}: language {language!r} has plain text, whose tokens have no role: leave the roles out, or the "
+                "plain text"
+            )
         texts[language] = kept
-        digest.update(json.dumps([language, kept], ensure_ascii=False).encode())
-    return Corpus(texts=texts, digest=digest.hexdigest(), part=part)
+        hashed = [text.as_json() if isinstance(text, Conversation) else text for text in kept]
+        digest.update(json.dumps([language, hashed], ensure_ascii=False).encode())
+    selected = MESSAGE_ROLES if roles is None else tuple(role for role in SELECTABLE if role in roles)
+    return Corpus(texts=texts, digest=digest.hexdigest(), part=part, roles=selected)
 
 
-def _read_texts(path: Path) -> list[str]:
+def _as_text(text: Text) -> str:
+    return json.dumps(text.as_json()) if isinstance(text, Conversation) else text
+
+
+def _of_one_file(path: Path, languages: Sequence[str] | None) -> dict[str, tuple[Path, list[Text]]]:
+    """Language -> (the file, its texts in the order of the file)."""
+    if path.suffix.lower() != ".jsonl":
+        raise UsageError(
+            f"{path} is a file: give a directory of <language>{path.suffix}, or a .jsonl whose rows have 'language'"
+        )
+    of_language: dict[str, list[Text]] = {}
+    for number, line in enumerate(_read_lines(path), start=1):
+        place = f"{path}: line {number}"
+        row = parsed(place, line)
+        if row is None:
+            continue
+        text = row_text(place, row)
+        if not isinstance(row.get("language"), str):
+            raise UsageError(
+                f"{place} does not name its 'language': write it, or give a directory of <language>.jsonl"
+            )
+        of_language.setdefault(language_label(row["language"]), []).append(text)
+    chosen = sorted(of_language) if languages is None else [language_label(name) for name in languages]
+    if missing := [name for name in chosen if name not in of_language]:
+        raise UsageError(
+            f"{path}: no text for {', '.join(missing)} (it has {', '.join(sorted(of_language))})"
+        )
+    return {language: (path, of_language[language]) for language in chosen}
+
+
+def _read_texts(path: Path) -> list[Text]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(path)
+        return [*_read_parquet(path)]
+    lines = _read_lines(path)
+    if suffix != ".jsonl":
+        return [line.strip() for line in lines]
+    texts: list[Text] = []
+    for number, line in enumerate(lines, start=1):
+        place = f"{path}: line {number}"
+        row = parsed(place, line)
+        texts.append("" if row is None else row_text(place, row))
+    return texts
+
+
+def _read_lines(path: Path) -> list[str]:
     raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         content = raw.decode("utf-8")
@@ -122,26 +232,7 @@ def _read_texts(path: Path) -> list[str]:
     lines = content.split("\n")
     if lines and not lines[-1]:
         lines.pop()
-    if suffix != ".jsonl":
-        return [line.strip() for line in lines]
-    texts = []
-    for number, row in enumerate(lines, start=1):
-        if not row.strip():
-            texts.append("")
-            continue
-        try:
-            text = json.loads(row)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}: line {number} is not a JSON object with 'text'") from error
-        if not isinstance(text, str) or not _is_unicode(text):
-            raise UsageError(f"{path}: line {number}: 'text' is not a string of Unicode text")
-        texts.append(text.strip())
-    return texts
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can encode the text: JSON can hold half a surrogate pair."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return lines
 
 
 def _read_parquet(path: Path) -> list[str]:

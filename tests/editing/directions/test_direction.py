@@ -7,6 +7,7 @@ import models
 import numpy
 import pytest
 import torch
+from conversations import counted_by_hand, said, written
 
 from cli.direction import command
 from editing.directions.diffmean import diffmean_direction
@@ -21,7 +22,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import artifact_bytes
 from neurons.models.source import load_model
 from neurons.text.batches import language_batches
-from neurons.text.corpus import Corpus
+from neurons.text.corpus import Corpus, read_corpus
 
 SITES = ("attn_out", "mlp_out", "block_out")
 BY_TEXT = [name for name in METHODS if name != "sae"]
@@ -338,3 +339,40 @@ def test_command_lists_and_refuses(run, tmp_path):
 def test_direction_is_made_as_before():
     made = Direction("en", "fr", {}, {}, {})
     assert made.subspaces == {}
+
+
+@pytest.mark.parametrize("roles", [("before-answer",), ("header", "answer"), ("user",)])
+def test_directions_of_conversations_are_means_over_the_tokens_of_the_roles(chatting, tmp_path, roles):
+    # The questions are the same in both languages, so a direction of their tokens is 0.
+    answers = {"qaa": ("a bad cab", "fed"), "qab": ("high hill", "kill him")}
+    questions = ("bad cab", "him")
+    pairs = {k: list(zip(questions, of_language, strict=True)) for k, of_language in answers.items()}
+    rows = {
+        k: [said(("user", q), ("assistant", a)) for q, a in of_language] for k, of_language in pairs.items()
+    }
+    corpus = read_corpus(written(tmp_path / "text", rows), roles=roles)
+    means = {}
+    for k, of_language in pairs.items():
+        of_texts = []
+        for question, answer in of_language:
+            pieces = [
+                ("template", "<|system|>\nbe good<|end|>\n<|user|>\n"),
+                ("user", question),
+                ("template", "<|end|>\n<|assistant|>\n"),
+                ("answer", answer),
+                ("template", "<|end|>\n"),
+            ]
+            ids, counted = counted_by_hand(chatting.tokenizer, pieces, roles)
+            _, layers = models.naive_llama(chatting.model, ids)
+            of_texts.append(
+                {site: torch.stack([of[site].detach()[counted].mean(0) for of in layers]) for site in SITES}
+            )
+        means[k] = {site: sum(of[site] for of in of_texts) / len(of_texts) for site in SITES}
+    for direction in (
+        diffmean_direction(chatting, corpus, "qaa", "qab"),
+        direction_of(chatting, corpus, "qaa", "qab", unit_length=False, tokens=1000),
+    ):
+        for site in SITES:
+            close(direction.vectors[site], means["qab"][site] - means["qaa"][site])
+            assert bool(direction.vectors[site].abs().max() > 1e-3) == (roles != ("user",))
+        assert direction.metadata["corpus"]["roles"] == list(corpus.roles)

@@ -7,10 +7,13 @@ from dataclasses import replace
 import models
 import pytest
 import torch
+from conversations import counted_by_hand
 
 from editing.evaluation.generation import Continuation
 from editing.evaluation.likelihood import continuation_nll, mean_kl, mean_nll, read_again, read_unedited
 from neurons.text.batches import packed_batches, text_batches
+from neurons.text.conversations import Message
+from neurons.text.corpus_rows import Conversation
 
 
 def log_probabilities(model, ids):
@@ -49,6 +52,22 @@ def test_mean_nll_is_over_tokens_not_texts(llama, monkeypatch):
     batches = padded_batches(llama, monkeypatch)
     nlls = naive_nlls(llama.model, rows_of(llama))
     assert mean_nll(llama, batches) == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_the_likelihood_of_answers_is_over_their_tokens(chatting):
+    conversation = Conversation((Message("user", "bad cab"), Message("assistant", "a bee")))
+    pieces = [
+        ("template", "<|system|>\nbe good<|end|>\n<|user|>\n"),
+        ("user", "bad cab"),
+        ("template", "<|end|>\n<|assistant|>\n"),
+        ("answer", "a bee"),
+        ("template", "<|end|>\n"),
+    ]
+    ids, counted = counted_by_hand(chatting.tokenizer, pieces, ("answer",))
+    nlls = naive_nlls(chatting.model, [ids])
+    expected = sum(nlls[position - 1] for position in counted) / len(counted)
+    batches = text_batches([conversation], chatting.tokenizer, 128, roles=("answer",))
+    assert mean_nll(chatting, batches) == pytest.approx(expected, rel=1e-5)
 
 
 def test_mean_nll_without_a_start_token(llama, monkeypatch):

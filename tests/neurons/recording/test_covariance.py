@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+from conversations import said, written
 
 from neurons.errors import BrocaError
 from neurons.models import memory
@@ -81,6 +82,18 @@ def test_moments_are_those_of_loops(llama, corpus):
         for row in of_language:
             covariance += torch.outer(row - mean, row - mean) / tokens
     torch.testing.assert_close(moments.covariance, covariance, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_tokens_of_conversations_are_apart_from_their_template(chatting, tmp_path):
+    rows = {"qaa": [said(("user", "bad cab"), ("assistant", "abe")), said(("user", "fed"))]}
+    corpus = read_corpus(written(tmp_path / "text", rows), min_languages=1, roles=["user"])
+    batches = language_batches(chatting, corpus)
+    moments = site_moments(chatting, batches, {("mlp_in", 1): torch.arange(48)})["mlp_in", 1]
+    first = []
+    for batch in batches["qaa"]:
+        for ids in batch.ids.tolist():
+            first.append(models.naive_llama(chatting.model, ids)[1][1]["mlp_in"].detach()[0])
+    torch.testing.assert_close(moments.start, torch.stack(first).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_layer_that_cannot_fit_is_refused_beforehand(llama, corpus, monkeypatch):
