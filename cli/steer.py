@@ -123,6 +123,7 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
+    from neurons.text.conversations import OPTIONAL, thinking
     from neurons.text.corpus_files import language_label
 
     questions = read_questions(arguments.questions or shipped_questions())
@@ -169,6 +170,10 @@ def command(**options: Any) -> None:
     plan = replace(locked.plan, metadata={**locked.plan.metadata, "measured": figures.as_json()})
     written = _written(screen, arguments, loaded, out, plan)
     _show(screen, lock, locked, figures)
+    if thinking(loaded.tokenizer) == OPTIONAL:
+        screen.say(
+            "\nThe model can think before it answers. Answers without thoughts are steered and measured, thoughts are not."
+        )
     seconds = time.monotonic() - start
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(

@@ -21,7 +21,7 @@ from editing.methods.distilled_values import PASSES, RATE, Example, distilled_va
 from editing.methods.key import EPS
 from editing.methods.keyed import require_common_inputs
 from editing.pipeline.lock_kinds import Lock
-from editing.pipeline.lock_prompts import BUILD, CHOOSE, require_chat
+from editing.pipeline.lock_prompts import BUILD, CHOOSE, require_answers
 from editing.pipeline.lock_text import (
     ANSWER_TOKENS,
     KEPT_ANSWER_TOKENS,
@@ -91,11 +91,12 @@ def language_lock(
         stage: shows progress.
 
     Raises:
-        UsageError: no chat template, a mixture of experts, or as ``role_tokens``.
+        UsageError: no chat template, one that begins every answer with a thought, a mixture of experts, or as
+            ``role_tokens``.
         BrocaError: quantised weights, a teacher that does not obey, or as ``conversation_keys`` and
             ``distilled_values``.
     """
-    require_chat(loaded.name, loaded.tokenizer)
+    require_answers(loaded.name, loaded.tokenizer)
     require_common_inputs(loaded.anatomy, ("mlp",))
     loaded.require_exact("an edit")
     if passes is None:

@@ -8,7 +8,7 @@ from typing import Any
 from editing.evaluation.generation import Continuation, generate
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
-from neurons.text.conversations import Message, RoleTokens, role_tokens
+from neurons.text.conversations import ALWAYS, Message, RoleTokens, role_tokens, thinking
 
 BUILD, CHOOSE, REPORT = "estimate", "choose", "report"
 
@@ -26,12 +26,27 @@ def require_chat(name: str, tokenizer: Any) -> None:
         )
 
 
+def require_answers(name: str, tokenizer: Any) -> None:
+    """Check that a model has a chat template with which it answers without thinking before.
+
+    Raises:
+        UsageError: as ``require_chat``, or a template that begins every answer with a thought.
+    """
+    require_chat(name, tokenizer)
+    if thinking(tokenizer) == ALWAYS:
+        raise UsageError(
+            f"{name} thinks before every answer, and its chat template cannot turn that off: a lock is made from answers "
+            "without thoughts, so give a model that can answer so"
+        )
+
+
 def prompt_of(
     loaded: LoadedModel, question: str, instruction: str | None = None, context: Sequence[Message] = ()
 ) -> RoleTokens:
-    """A question after a context and before an instruction, up to the start of the answer."""
+    """A question after a context and before an instruction, up to the start of the answer, without thoughts."""
     text = question if instruction is None else f"{question} {instruction}"
-    return role_tokens(loaded.tokenizer, [*context, Message("user", text)], answer_follows=True)
+    messages = [*context, Message("user", text)]
+    return role_tokens(loaded.tokenizer, messages, answer_follows=True, thinks=False)
 
 
 def answered(loaded: LoadedModel, prompts: Sequence[RoleTokens], tokens: int) -> list[Continuation]:

@@ -36,7 +36,10 @@ ANOTHER_MODEL = "give a model with another template"
 KEPT_CONVERSATIONS = "give conversations that it renders unchanged"
 _SPOKEN = {"system": SYSTEM, "user": USER, ASSISTANT: ANSWER}
 SPEAKERS = tuple(_SPOKEN)
+OPTIONAL, ALWAYS = "optional", "always"
 _BEFORE_THOUGHT, _AFTER_THOUGHT = "<think>", "</think>"
+# Variables by which templates turn thoughts off, in Qwen 3, GLM and SmolLM3, and in DeepSeek-V3.1; others ignore them.
+_WITHOUT_THOUGHTS = {"enable_thinking": False, "thinking": False}
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def rendered(
     chat: Sequence[dict[str, str]],
     answer_follows: bool = False,
     remedy: str = ANOTHER_MODEL,
+    thinks: bool = True,
 ) -> str:
     """The text of a chat, rendered by the tokenizer's template.
 
@@ -106,12 +110,16 @@ def rendered(
         chat: messages, as input of the template.
         answer_follows: whether the text ends where an answer begins.
         remedy: alternative to correcting an unusable template, as the end of a sentence.
+        thinks: False turns thoughts off, if the template can.
 
     Raises:
         UsageError: the template fails, renders no text, or drops a message.
     """
+    variables = {} if thinks else _WITHOUT_THOUGHTS
     try:
-        text: str = tokenizer.apply_chat_template(chat, add_generation_prompt=answer_follows, tokenize=False)
+        text: str = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=answer_follows, tokenize=False, **variables
+        )
     # A template is a program, and may fail in any way.
     except Exception as error:
         raise _unusable(tokenizer, f"fails ({type(error).__name__}: {first_line(error)})", remedy) from error
@@ -123,8 +131,26 @@ def rendered(
     return text
 
 
+def thinking(tokenizer: Any) -> str | None:
+    """Whether a model thinks before it answers, by its chat template.
+
+    Returns:
+        ``OPTIONAL`` if the template can turn thoughts off, ``ALWAYS`` if it begins every answer with a thought, None
+        otherwise.
+    """
+    chat = [{"role": "user", "content": "?"}]
+    without = rendered(tokenizer, chat, True, thinks=False)
+    if without.rstrip().endswith(_BEFORE_THOUGHT):
+        return ALWAYS
+    return OPTIONAL if without != rendered(tokenizer, chat, True) else None
+
+
 def role_tokens(
-    tokenizer: Any, messages: Sequence[Message], answer_follows: bool = False, remedy: str = ANOTHER_MODEL
+    tokenizer: Any,
+    messages: Sequence[Message],
+    answer_follows: bool = False,
+    remedy: str = ANOTHER_MODEL,
+    thinks: bool = True,
 ) -> RoleTokens:
     """Render a conversation and assign roles to its tokens.
 
@@ -132,7 +158,7 @@ def role_tokens(
         tokenizer: a fast tokenizer with a chat template.
         messages: the conversation's messages, in order.
         answer_follows: whether the conversation ends where an answer begins; its last token is then a header.
-        remedy: as ``rendered``.
+        remedy, thinks: as ``rendered``.
 
     Raises:
         UsageError: a message without text, a tokenizer without character offsets, or a template that fails, drops
@@ -147,8 +173,8 @@ def role_tokens(
         if not all(text for _, text in message.parts):
             raise UsageError(f"message {place} ({message.role}) of the conversation is empty: leave it out")
     chat = [message.written([text for _, text in message.parts]) for message in messages]
-    whole = rendered(tokenizer, chat, answer_follows, remedy)
-    spans = _spans(tokenizer, messages, whole, answer_follows)
+    whole = rendered(tokenizer, chat, answer_follows, remedy, thinks)
+    spans = _spans(tokenizer, messages, whole, answer_follows, thinks)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ends = torch.tensor([last for _, last in encoded["offset_mapping"]])
     roles = torch.full((len(ends),), ROLES.index(TEMPLATE))
@@ -166,7 +192,7 @@ def role_tokens(
 
 
 def _spans(
-    tokenizer: Any, messages: Sequence[Message], whole: str, answer_follows: bool
+    tokenizer: Any, messages: Sequence[Message], whole: str, answer_follows: bool, thinks: bool
 ) -> list[tuple[str, int, int]]:
     """(role, first character, one past the last) of every message in the rendered text."""
     parts = [part for message in messages for part in message.parts]
@@ -174,7 +200,7 @@ def _spans(
     placeholders = [f"\ue000{place}\ue001" for place in range(len(parts))]
     unused = iter(placeholders)
     chat = [message.written([next(unused) for _ in message.parts]) for message in messages]
-    frame = rendered(tokenizer, chat, answer_follows)
+    frame = rendered(tokenizer, chat, answer_follows, thinks=thinks)
     pattern, end = "", 0
     for placeholder, (_, text) in zip(placeholders, parts, strict=True):
         at = frame.find(placeholder, end)

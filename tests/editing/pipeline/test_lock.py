@@ -103,6 +103,13 @@ def test_a_lock_without_examples_to_choose_on_is_refused_before_keys(loaded, que
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
 
+def test_a_model_that_thinks_before_every_answer_is_refused_before_the_work(loaded, questions, monkeypatch):
+    opens = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", opens)
+    with pytest.raises(UsageError, match="thinks before every answer"):
+        language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+
+
 def test_a_mixture_of_experts_is_refused_before_the_work(checkpoint_of, questions):
     loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
     loaded.tokenizer.chat_template = CHATML

@@ -6,7 +6,16 @@ import torch
 from conversations import CHATML
 
 from neurons.errors import UsageError
-from neurons.text.conversations import ROLES, Message, role_tokens
+from neurons.text.conversations import (
+    ALWAYS,
+    HEADER,
+    OPTIONAL,
+    ROLES,
+    USER,
+    Message,
+    role_tokens,
+    thinking,
+)
 
 # As Qwen 3: drops the thoughts of all answers but the last.
 FORGETFUL = (
@@ -108,3 +117,29 @@ def test_a_template_that_changes_messages_is_refused(tokenizer, template, fault)
 def test_an_empty_message_is_refused(tokenizer):
     with pytest.raises(UsageError, match="message 2"):
         role_tokens(tokenizer, [CHAT[0], Message("assistant", " ")])
+
+
+OPENS_THOUGHT = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
+MAY_THINK = CHATML.replace(
+    "<|assistant|>\n{% endif",
+    "<|assistant|>\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"), [(CHATML, None), (MAY_THINK, OPTIONAL), (OPENS_THOUGHT, ALWAYS)]
+)
+def test_templates_show_whether_a_model_thinks(tokenizer, monkeypatch, template, expected):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert thinking(tokenizer) == expected
+
+
+def test_without_thoughts_the_header_follows_the_closed_thought(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", MAY_THINK)
+    message = [Message("user", "cab bad?")]
+    thoughtful = role_tokens(tokenizer, message, True)
+    without = role_tokens(tokenizer, message, True, thinks=False)
+    added = tokenizer.decode(without.ids[len(thoughtful.ids) - 1 :])
+    assert "</think>" in added and "</think>" not in tokenizer.decode(thoughtful.ids)
+    assert without.of(HEADER).nonzero().flatten().tolist() == [len(without.ids) - 1]
+    assert int(without.of(USER).sum()) == int(thoughtful.of(USER).sum())
