@@ -10,6 +10,9 @@ instruction ("prompted"), on the REPORT questions:
     long, end       their last ``LAST_WORDS`` words
 
     python benchmarks/lock.py MODEL --edit steered/broca/edit.safetensors --dtype bfloat16
+
+With ``--languages``, only first turns, with questions in these languages instead, which a lock from every language
+need not have seen.
 """
 
 from __future__ import annotations
@@ -45,6 +48,15 @@ LAST_WORDS = 20
 def answers(loaded: LoadedModel, chats: Sequence[Sequence[Message]], tokens: int) -> list[str]:
     prompts = [role_tokens(loaded.tokenizer, chat, answer_follows=True).ids.tolist() for chat in chats]
     return [answer.text for answer in generate(loaded, prompts, tokens, temperature=0)]
+
+
+def first_turn(
+    loaded: LoadedModel, texts: Sequence[str], target: str, source: str, languages: Sequence[str]
+) -> list[float]:
+    """Fractions of the answers in the target: whole text, every line, first words."""
+    chats = [[Message("user", text)] for text in texts]
+    result = answer_language(answers(loaded, chats, ANSWER_TOKENS), target, languages, source)
+    return [result.whole, result.lines, float(result.begins or 0)]
 
 
 def measured(
@@ -83,6 +95,7 @@ def measured(
 @click.argument("model")
 @click.option("--edit", type=click.Path(path_type=Path), required=True)
 @click.option("--questions", type=click.Path(path_type=Path), help="[default: Broca's questions]")
+@click.option("--languages", help="Languages of the questions, separated by commas.")
 @click.option("--dtype", default="auto")
 @click.option("--long", default=300, show_default=True)
 @click.option("--most", type=int, help="Maximum number of questions.")
@@ -91,6 +104,7 @@ def main(
     model: str,
     edit: Path,
     questions: Path | None,
+    languages: str | None,
     dtype: str,
     long: int,
     most: int | None,
@@ -99,18 +113,35 @@ def main(
     """Print a table."""
     keep_freed_memory()
     plan = load_plan(edit)
-    (source,) = plan.metadata["settings"].get("sources") or [plan.metadata["source"]]
     target = plan.metadata["target"]
     by_language = read_questions(questions or shipped_questions()).of
-    texts = [question.text for question in questions_of_part(by_language[source], REPORT)][:most]
     loaded = load_model(model, dtype=dtype)
-    languages = tuple(by_language)
-    instructed = [f"{text} {Lock(target, (source,), ()).instruction_in(source)}" for text in texts]
-    result = {"prompted": measured(loaded, instructed, target, source, languages, long)}
+    candidates = tuple(by_language)
+    names = plan.metadata["settings"]["sources"] if languages is None else languages.split(",")
+    texts = {
+        name: [question.text for question in questions_of_part(by_language[name], REPORT)][:most]
+        for name in names
+    }
+    instructed = {
+        name: [f"{text} {Lock(target, (name,), ()).instruction_in(name)}" for text in of_language]
+        for name, of_language in texts.items()
+    }
+
+    def all_measured(questions: dict[str, list[str]]) -> dict[str, list[float]]:
+        if languages is None:
+            ((source, of_source),) = questions.items()
+            return measured(loaded, of_source, target, source, candidates, long)
+        return {
+            f"questions in {name}": first_turn(loaded, of_language, target, name, candidates)
+            for name, of_language in questions.items()
+        }
+
+    result = {"prompted": all_measured(instructed)}
     with applied(loaded, plan):
-        result["steered"] = measured(loaded, texts, target, source, languages, long)
+        result["steered"] = all_measured(texts)
     print(
-        f"{loaded.label}, {source} to {target}, {len(texts)} questions; whole text / every line / first words\n"
+        f"{loaded.label}, {', '.join(names)} to {target}, {max(map(len, texts.values()))} questions; whole text / every line "
+        "/ first words\n"
     )
     print("| | prompted | steered |\n|---|---|---|")
     for situation in result["steered"]:
