@@ -280,7 +280,7 @@ def language_batches(
         for language in corpus.languages
     }
     for language, of_language in batches.items():
-        if corpus.has_conversations and not of_language:
+        if not of_language and corpus.has_conversations:
             raise UsageError(
                 f"the conversations in {language!r} have no token of the roles {', '.join(corpus.roles)}: choose others"
             )
