@@ -1,14 +1,14 @@
-"""Keys on conversations: mean 1 on the messages and headers of the key's languages, mean 0 on all other tokens.
+"""Keys on conversations: mean 1 on the key's groups of tokens, mean 0 on all other tokens.
 
 The language of an answer is decided at the header, the last token before the answer.  It is one token among hundreds,
 so headers are groups of their own.  With the groups of ``neurons.text.conversation_batches``, the coefficient of a key
 (``editing.methods.key``) has the mean
 
-    1    on <language> and <language>/header, for every language of the key
-    0    on <language> and <language>/header of the other languages, on template, and on the first token
+    1    on the groups of the key
+    0    on all other groups, and on the first token
 
-A module may have several keys, each for different languages; its values V = [v_1, v_2, ...] are then written each in
-conversations in the languages of one key.
+A module may have several keys, each for different groups; its values V = [v_1, v_2, ...] are then written each on the
+groups of one key.
 
 Text from a corpus has no template and no header.  A key solved on it is near 0 where the answer begins, so the first
 words stay in the source language.
@@ -30,7 +30,7 @@ from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.recording.covariance import each_moments
 from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
-from neurons.text.conversation_batches import ConversationBatches, groups_of
+from neurons.text.conversation_batches import ConversationBatches
 
 Place = tuple[int, str]  # layer, module
 
@@ -43,7 +43,7 @@ def middle_layers(layers: int) -> tuple[int, ...]:
 def conversation_keys(
     loaded: LoadedModel,
     text: ConversationBatches,
-    sources: Sequence[Sequence[str]],
+    groups: Sequence[Sequence[str]],
     layers: Sequence[int],
     eps: float = EPS,
     progress: Progress | None = None,
@@ -53,16 +53,15 @@ def conversation_keys(
     Args:
         loaded: the unedited model.
         text: conversations in the sources and in every language to keep.
-        sources: the languages of each key.
+        groups: the groups of each key.
         layers: layers to edit.
         eps: ridge, as a fraction of the mean variance.
         progress: called with the number of tokens done.
 
     Raises:
-        UsageError: a source without conversations.
+        UsageError: a group that the text does not have.
         BrocaError: a layer whose inputs cannot separate the groups.
     """
-    groups = [[group for language in languages for group in groups_of(language)] for languages in sources]
     units = {("mlp_in", layer): torch.arange(loaded.anatomy.width("mlp_in")) for layer in layers}
     value = torch.zeros(loaded.anatomy.residual, dtype=torch.float64)
     edits = []

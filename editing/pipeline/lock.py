@@ -113,7 +113,7 @@ def language_lock(
     conversations = base_conversations(loaded, questions, lock.languages, stage)
     text = conversation_batches(loaded, conversations)
     with stage("Solving keys", text.tokens, "tokens") as advance:
-        edits = conversation_keys(loaded, text, lock.key_languages, chosen, eps, advance)
+        edits = conversation_keys(loaded, text, lock.key_groups, chosen, eps, advance)
     others = conversation_batches(loaded, plain_prompts(loaded, questions, lock.languages, CHOOSE))
     on_others = coefficients(loaded, edits, others)
     plan = make_plan(edits, _metadata(loaded, questions, lock, chosen, eps))

@@ -18,6 +18,7 @@ from editing.evaluation.questions import Questions
 from editing.hooks.instructions import IN_TARGET, in_english
 from editing.pipeline.drift import require_drift_questions
 from neurons.errors import UsageError
+from neurons.text.conversation_batches import groups_of
 
 # Languages that a lock keeps by default: several scripts and families.
 KEPT = ("ar", "de", "en", "es", "fr", "it", "ja", "pt", "ru", "zh")
@@ -49,9 +50,15 @@ class Lock:
         return (*self.sources, *self.keep)
 
     @property
-    def key_languages(self) -> tuple[tuple[str, ...], ...]:
-        """The languages of each key: a single key with a target, a key for each source without."""
-        return (self.sources,) if self.target is not None else tuple((name,) for name in self.sources)
+    def key_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of tokens (``groups_of``) of each key.
+
+        With a target, one key for the sources' messages and one for their headers; without, one for each source.  A
+        single key for messages and headers makes one value serve both: the divergence of Qwen2.5-Coder-0.5B-Instruct
+        from the teacher, English to German, is then 0.083 nats a token instead of 0.060.
+        """
+        by_source = [groups_of(name) for name in self.sources]
+        return tuple(by_source) if self.target is None else tuple(zip(*by_source, strict=True))
 
     @property
     def unchanged(self) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ LINES_AT_ONCE = 1000  # in one call of the tokenizer
 MAX_PADDING = 128  # positions in a batch: more cost more time than another batch
 # On CPUs, oneDNN compiles bfloat16 products anew for every number of positions and keeps the code: .6 MB a product
 # and number.  Sizes are multiples of a power of two, 1/32 to 1/64 of the maximum, so that text of any length has few.
-SIZES = 32
+# Batches of less than an eighth of the maximum are rare in long text, and keep their size.
+SIZES, FEW_POSITIONS = 32, 8
 
 
 @dataclass(frozen=True)
@@ -354,10 +355,12 @@ def _groups(rows: Sequence[TokenRow], max_positions: int) -> Iterator[tuple[Sequ
     first = 0
     while first < len(rows):
         number = _rows_at_once(rows, first, max_positions)
-        step = min(unit, _power_of_two(number))
-        number -= number % step
+        multiple = 1
+        if number * len(rows[first + number - 1].ids) * FEW_POSITIONS >= max_positions:
+            step = min(unit, _power_of_two(number))
+            number -= number % step
+            multiple = unit // step
         group = rows[first : first + number]
-        multiple = unit // step
         yield group, -(-len(group[-1].ids) // multiple) * multiple
         first += number
 

@@ -6,7 +6,7 @@ from conversations import chats_of
 
 from editing.methods.conversation_keys import coefficients, conversation_keys, middle_layers
 from neurons.recording.covariance import each_moments
-from neurons.text.conversation_batches import conversation_batches
+from neurons.text.conversation_batches import conversation_batches, groups_of
 from neurons.text.conversations import ROLES
 
 EPS = 0.01
@@ -62,7 +62,7 @@ def test_moments_are_those_of_the_groups(loaded, chats):
 
 def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
     text = conversation_batches(loaded, chats, tokens_a_batch=200)
-    edits = conversation_keys(loaded, text, [["bb"]], [0, 1], EPS)
+    edits = conversation_keys(loaded, text, [groups_of("bb")], [0, 1], EPS)
     assert [(edit.layer, edit.block) for edit in edits] == [(0, "mlp"), (1, "mlp")]
     for edit in edits:
         rows = neurons_by_group(loaded, chats, edit.layer)
@@ -80,7 +80,7 @@ def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
 
 
 def test_coefficients_on_other_conversations(loaded, chats):
-    edits = conversation_keys(loaded, conversation_batches(loaded, chats), [["aa"], ["bb", "cc"]], [1])
+    edits = conversation_keys(loaded, conversation_batches(loaded, chats), [["aa"], ["bb", "cc/header"]], [1])
     others = chats_of(loaded.tokenizer, ("aa", "bb", "cc"), count=5)
     result = coefficients(loaded, edits, conversation_batches(loaded, others))[1, "mlp"]
     rows = neurons_by_group(loaded, others, 1)
@@ -96,10 +96,11 @@ def test_coefficients_on_other_conversations(loaded, chats):
 
 def test_several_keys_are_each_as_if_alone(loaded, chats):
     text = conversation_batches(loaded, chats, tokens_a_batch=200)
-    (both,) = conversation_keys(loaded, text, [["aa"], ["bb", "cc"]], [1], EPS)
+    groups = (("aa", "bb"), ("aa/header", "bb/header"))
+    (both,) = conversation_keys(loaded, text, groups, [1], EPS)
     assert both.rank == 2 and not both.left.any()
-    for column, languages in enumerate((["aa"], ["bb", "cc"])):
-        (alone,) = conversation_keys(loaded, text, [languages], [1], EPS)
+    for column, of_key in enumerate(groups):
+        (alone,) = conversation_keys(loaded, text, [of_key], [1], EPS)
         torch.testing.assert_close(both.right[:, column], alone.right[:, 0], rtol=1e-5, atol=1e-7)
         assert both.notes["spread"] >= alone.notes["spread"] * (1 - 1e-6)
 

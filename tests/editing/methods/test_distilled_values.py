@@ -11,7 +11,7 @@ from editing.methods.conversation_keys import conversation_keys
 from editing.methods.distilled_values import Example, distilled_values, mean_divergence
 from editing.plans.plan import make_plan
 from neurons.errors import UsageError
-from neurons.text.conversation_batches import conversation_batches
+from neurons.text.conversation_batches import conversation_batches, groups_of
 
 EXAMPLES = [
     Example((5, 6, 7 + i), (5, 6, 7 + i, 30, 31, 32), tuple(range(10 + i, 14 + 2 * i))) for i in range(6)
@@ -27,7 +27,7 @@ def loaded(chatting):
 @pytest.fixture(scope="module")
 def keys(loaded):
     text = conversation_batches(loaded, chats_of(loaded.tokenizer, ("aa", "bb"), count=12))
-    edits = conversation_keys(loaded, text, [["aa"]], range(loaded.anatomy.layers))
+    edits = conversation_keys(loaded, text, [groups_of("aa")], range(loaded.anatomy.layers))
     return make_plan(edits, {"settings": {}})
 
 

@@ -5,6 +5,7 @@ import torch
 from conversations import CHATML
 
 from editing.evaluation.questions import Question, Questions
+from editing.methods.conversation_keys import coefficients
 from editing.methods.distilled_values import mean_divergence
 from editing.pipeline import lock_text
 from editing.pipeline.drift import SYSTEM_MESSAGES, drift_contexts
@@ -12,10 +13,11 @@ from editing.pipeline.lock import language_lock
 from editing.pipeline.lock_kinds import Lock, lock_of
 from editing.pipeline.lock_measures import BASE, PROMPTED, STEERED, lock_figures, mean_chrf
 from editing.pipeline.lock_prompts import BUILD, CHOOSE, REPORT, answered, prompt_of
-from editing.pipeline.lock_text import ANSWER_TOKENS, lessons, taught
+from editing.pipeline.lock_text import ANSWER_TOKENS, base_conversations, lessons, taught
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
+from neurons.text.conversation_batches import conversation_batches
 
 LETTERS = {"en": "abc", "fr": "def", "de": "ghi"}
 
@@ -149,9 +151,12 @@ def test_from_every_language(loaded, questions, obedient):
     made = language_lock(loaded, questions, lock, passes=1)
     assert made.plan.metadata["source"] is None
     assert made.plan.metadata["settings"]["sources"] == ["de", "en"]
-    means = made.plan.edits[0].notes["key_means"]
-    assert all(means[name] == pytest.approx(1) for name in ("de", "de/header", "en", "en/header"))
-    assert all(means[name] == pytest.approx(0, abs=1e-6) for name in ("fr", "fr/header", "template"))
+    text = conversation_batches(loaded, base_conversations(loaded, questions, lock.languages))
+    of_edit = coefficients(loaded, made.plan.edits, text)
+    expected = {name: [1, 0] for name in ("de", "en")} | {f"{name}/header": [0, 1] for name in ("de", "en")}
+    for result in of_edit.values():
+        for group in ("de", "de/header", "en", "en/header", "fr", "fr/header", "template"):
+            assert result["means"][group] == pytest.approx(expected.get(group, [0, 0]), abs=1e-4)
 
 
 def test_the_teacher_gets_the_users_instruction(loaded, questions, obedient):
