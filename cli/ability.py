@@ -1,0 +1,188 @@
+"""``broca ability``: what a model can do, and what of it is left after an edit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.command_line import command_line, loaded_as
+from cli.loading import announced
+from cli.options import (
+    IN_FILE,
+    OUT_FILE,
+    CommaSeparated,
+    json_option,
+    model_argument,
+    served_device_options,
+)
+from cli.screen import Screen
+from cli.steer import shipped_questions
+
+if TYPE_CHECKING:
+    from editing.evaluation.ability import Ability, Rate, Tasks
+    from editing.plans.plan import Plan
+    from neurons.statistics.proportions import Interval
+
+
+@click.command("ability")
+@model_argument
+@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
+@click.option("--against", help="A steered checkpoint of the same architecture: hub id or directory.")
+@click.option(
+    "--languages", type=CommaSeparated(), help="Languages of the questions, as en,fr.  [default: all]"
+)
+@click.option(
+    "--instruction",
+    help="Also measure the unedited model with this instruction after every question.  [default: the instructions that "
+    "a plan of `broca steer` was taught, in its own languages]",
+)
+@served_device_options
+@click.option("--out", type=OUT_FILE, help="File for the figures (.json).")
+@json_option
+def command(**options: Any) -> None:
+    """Measure what MODEL (an instruct model: hub id or directory) can do, and what is left of it after an edit.
+
+    It needs no data: 200 multiple-choice items and 12 requests for code in ten languages, and the model's own
+    answers to everyday questions.
+
+    \b
+    Example:
+      broca ability Qwen/Qwen2.5-0.5B-Instruct --edit steered/broca/edit.safetensors --languages en,fr
+    """
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    from editing.checkpoints.weight_exchange import Exchange
+    from editing.evaluation.ability import ability
+    from editing.pipeline.lock_prompts import require_chat
+    from editing.plans.applied import applied
+    from editing.plans.plan import load_plan
+    from editing.study.provenance import file_read, model_read, processor
+    from neurons.errors import UsageError
+    from neurons.files.artifact import json_bytes, package_versions, write_atomically
+    from neurons.files.json_file import document
+    from neurons.models.own_dtype import own_dtype
+    from neurons.models.source import load_model
+
+    if arguments.edit_path is not None and arguments.against is not None:
+        raise UsageError("--edit and --against exclude each other: give one")
+    if arguments.instruction is not None and not arguments.instruction.strip():
+        raise UsageError("the instruction is empty: leave --instruction out")
+    tasks = _tasks(arguments.languages)
+    plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
+    dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
+    loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
+    require_chat(loaded.name, loaded.tokenizer)
+    if plan is not None:
+        loaded.require_fingerprint(plan.metadata, arguments.edit_path)
+    # Stays on disk; its tensors that differ are exchanged in the model in memory.
+    other = None if arguments.against is None else load_model(arguments.against, dtype=dtype, max_memory=0)
+    steering = None if other is None else Exchange(loaded, other)
+    instructions = _instructions(arguments.instruction, plan, tasks.languages)
+    count = tasks.items(tasks.languages) * (1 if plan is None and other is None else 2) + tasks.items(
+        instructions
+    )
+    with screen.progress("Measuring", count, "items") as advance:
+        result = ability(
+            loaded,
+            tasks,
+            steering=steering if plan is None else partial(applied, loaded, plan),
+            instructions=instructions,
+            progress=advance,
+        )
+    folders = [shipped_questions(name) for name in ("choices", "code_requests", "questions")]
+    inputs = [file_read("Broca's", folder) for folder in folders]
+    inputs += [] if plan is None else [file_read("--edit", arguments.edit_path)]
+    inputs += [] if other is None else [model_read("--against", other)]
+    about = {
+        "model": loaded.label,
+        "fingerprint": loaded.fingerprint,
+        "edit": arguments.edit_path,
+        "against": arguments.against,
+        "inputs": inputs,
+        "packages": package_versions(),
+        "processor": processor(loaded.device),
+        "command": command_line(languages=tasks.languages, **loaded_as(loaded, other)),
+        "settings": {"dtype": str(loaded.model.dtype).removeprefix("torch."), "instructions": instructions},
+    }
+    result = replace(result, about=about)
+    if arguments.out is not None:
+        write_atomically(arguments.out, json_bytes(document(result)))
+    _show(screen, result)
+    screen.result({"out": arguments.out, **document(result)}, arguments.out)
+
+
+def _tasks(languages: tuple[str, ...] | None) -> Tasks:
+    """What Broca asks, in the given languages, or in all languages that it has everything in.
+
+    Raises:
+        UsageError: a language that lacks something.
+    """
+    from editing.evaluation.ability import Tasks
+    from editing.evaluation.choices import read_choices
+    from editing.evaluation.questions import questions_of_part, read_questions
+    from neurons.errors import UsageError
+    from neurons.text.corpus_files import language_label
+
+    choices = read_choices(shipped_questions("choices"))
+    code = read_questions(shipped_questions("code_requests")).of
+    questions = read_questions(shipped_questions()).of
+    offered = [language for language in choices if language in code and language in questions]
+    chosen = offered if languages is None else [*dict.fromkeys(map(language_label, languages))]
+    if missing := [language for language in chosen if language not in offered]:
+        raise UsageError(f"there are no choices in {missing[0]!r}: choose from {', '.join(offered)}")
+    return Tasks(
+        {language: choices[language] for language in chosen},
+        {language: code[language] for language in chosen},
+        {language: questions_of_part(questions[language], "report") for language in chosen},
+    )
+
+
+def _instructions(given: str | None, plan: Plan | None, languages: tuple[str, ...]) -> dict[str, str]:
+    """Language -> the instruction of the prompted model; of no language without an instruction."""
+    if given is not None:
+        return dict.fromkeys(languages, given)
+    taught = {} if plan is None else plan.metadata["settings"].get("instructions", {})
+    return {language: taught[language] for language in languages if language in taught}
+
+
+def _show(screen: Screen, result: Ability) -> None:
+    for title, kind in (
+        ("Multiple choice: right items", result.accuracy),
+        ("Requests for code: answers with a fenced block", result.blocks),
+        ("Requests for code: answers whose block is Python", result.python),
+    ):
+        screen.table(
+            f"{title} (95 % intervals)",
+            ["questions in", "model", "items", "fraction", "interval", "change", "interval"],
+            [
+                [language, model, rate.items, rate.rate.value, *_intervals(rate)]
+                for language, of_model in kind.items()
+                for model, rate in of_model.items()
+            ],
+            words=2,
+        )
+    screen.table(
+        "The unedited model's own answers: nats a token",
+        ["questions in", "tokens", "base", "edited", "KL to base"],
+        [
+            [language, answers.tokens, answers.base, answers.edited, answers.divergence]
+            for language, answers in result.own_answers.items()
+        ],
+    )
+
+
+def _intervals(rate: Rate) -> list[Any]:
+    change = rate.change
+    return [
+        _shown(rate.rate),
+        None if change is None else change.value,
+        None if change is None else _shown(change),
+    ]
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.low:.2f} to {interval.high:.2f}"
