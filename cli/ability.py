@@ -23,8 +23,9 @@ from cli.screen import Screen
 from cli.steer import shipped_questions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from editing.evaluation.ability import Ability, Rate, Tasks
-    from editing.plans.plan import Plan
     from neurons.statistics.proportions import Interval
 
 
@@ -64,6 +65,7 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.files.artifact import json_bytes, package_versions, write_atomically
     from neurons.files.json_file import document
+    from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
 
@@ -71,7 +73,7 @@ def command(**options: Any) -> None:
         raise UsageError("--edit and --against exclude each other: give one")
     if arguments.instruction is not None and not arguments.instruction.strip():
         raise UsageError("the instruction is empty: leave --instruction out")
-    tasks = _tasks(arguments.languages)
+    tasks, languages = _tasks(arguments.languages)
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
     dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
@@ -80,17 +82,25 @@ def command(**options: Any) -> None:
         loaded.require_fingerprint(plan.metadata, arguments.edit_path)
     # Stays on disk; its tensors that differ are exchanged in the model in memory.
     other = None if arguments.against is None else load_model(arguments.against, dtype=dtype, max_memory=0)
-    steering = None if other is None else Exchange(loaded, other)
-    instructions = _instructions(arguments.instruction, plan, tasks.languages)
-    count = tasks.items(tasks.languages) * (1 if plan is None and other is None else 2) + tasks.items(
-        instructions
-    )
+    exchange = None if other is None else Exchange(loaded, other)
+    if other is not None and (other.checkpoint / PLAN_IN_CHECKPOINT).is_file():
+        plan_metadata = load_plan(other.checkpoint / PLAN_IN_CHECKPOINT).metadata
+    else:
+        plan_metadata = {} if plan is None else plan.metadata
+    instructions, answers_in = _meant(plan_metadata, languages)
+    if arguments.instruction is not None:
+        instructions = dict.fromkeys(languages, arguments.instruction)
+    answers_in = {language: to for language, to in answers_in.items() if to in tasks.choices}
+    steering = exchange if plan is None else partial(applied, loaded, plan)
+    count = tasks.items(languages) * (1 if steering is None else 2) + tasks.items(instructions)
     with screen.progress("Measuring", count, "items") as advance:
         result = ability(
             loaded,
             tasks,
-            steering=steering if plan is None else partial(applied, loaded, plan),
+            languages,
+            steering=steering,
             instructions=instructions,
+            answers_in=answers_in,
             progress=advance,
         )
     folders = [shipped_questions(name) for name in ("choices", "code_requests", "questions")]
@@ -105,8 +115,12 @@ def command(**options: Any) -> None:
         "inputs": inputs,
         "packages": package_versions(),
         "processor": processor(loaded.device),
-        "command": command_line(languages=tasks.languages, **loaded_as(loaded, other)),
-        "settings": {"dtype": str(loaded.model.dtype).removeprefix("torch."), "instructions": instructions},
+        "command": command_line(languages=languages, **loaded_as(loaded, other)),
+        "settings": {
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "instructions": instructions,
+            "answers_in": answers_in,
+        },
     }
     result = replace(result, about=about)
     if arguments.out is not None:
@@ -115,11 +129,11 @@ def command(**options: Any) -> None:
     screen.result({"out": arguments.out, **document(result)}, arguments.out)
 
 
-def _tasks(languages: tuple[str, ...] | None) -> Tasks:
-    """What Broca asks, in the given languages, or in all languages that it has everything in.
+def _tasks(languages: tuple[str, ...] | None) -> tuple[Tasks, tuple[str, ...]]:
+    """What Broca asks, and the languages of the questions: the given ones, or all.
 
     Raises:
-        UsageError: a language that lacks something.
+        UsageError: a language that Broca does not ask in.
     """
     from editing.evaluation.ability import Tasks
     from editing.evaluation.choices import read_choices
@@ -129,24 +143,23 @@ def _tasks(languages: tuple[str, ...] | None) -> Tasks:
 
     choices = read_choices(shipped_questions("choices"))
     code = read_questions(shipped_questions("code_requests")).of
-    questions = read_questions(shipped_questions()).of
-    offered = [language for language in choices if language in code and language in questions]
-    chosen = offered if languages is None else [*dict.fromkeys(map(language_label, languages))]
-    if missing := [language for language in chosen if language not in offered]:
-        raise UsageError(f"there are no choices in {missing[0]!r}: choose from {', '.join(offered)}")
-    return Tasks(
-        {language: choices[language] for language in chosen},
-        {language: code[language] for language in chosen},
-        {language: questions_of_part(questions[language], "report") for language in chosen},
-    )
+    questions = {
+        language: questions_of_part(of_language, "report")
+        for language, of_language in read_questions(shipped_questions()).of.items()
+    }
+    chosen = tuple(choices) if languages is None else tuple(dict.fromkeys(map(language_label, languages)))
+    if missing := [language for language in chosen if language not in choices]:
+        raise UsageError(f"there are no choices in {missing[0]!r}: choose from {', '.join(choices)}")
+    return Tasks(choices, code, questions), chosen
 
 
-def _instructions(given: str | None, plan: Plan | None, languages: tuple[str, ...]) -> dict[str, str]:
-    """Language -> the instruction of the prompted model; of no language without an instruction."""
-    if given is not None:
-        return dict.fromkeys(languages, given)
-    taught = {} if plan is None else plan.metadata["settings"].get("instructions", {})
-    return {language: taught[language] for language in languages if language in taught}
+def _meant(metadata: Mapping[str, Any], languages: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
+    """What a plan of `broca steer` was taught: language of the questions -> instruction, and language of the answers."""
+    if metadata.get("method") != "steer":
+        return {}, {}
+    taught, target = metadata["settings"]["instructions"], metadata["target"]
+    instructions = {language: taught[language] for language in languages if language in taught}
+    return instructions, {} if target is None else dict.fromkeys(instructions, target)
 
 
 def _show(screen: Screen, result: Ability) -> None:

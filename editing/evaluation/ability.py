@@ -7,19 +7,20 @@ For each language:
     own answers    likelihood of the unedited model's greedy answers to everyday questions, and KL on them
 
 Of three models: "base" is unedited, "prompted" is unedited with an instruction after the question, "edited" is edited.
-Own answers are read by base and edited.
+Own answers are read by base and edited.  A model that is to answer in another language than the question's is scored on
+the choices in that language.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from editing.evaluation.asking import chat_tokens
-from editing.evaluation.choice_accuracy import letter_log_probabilities, right
+from editing.evaluation.choice_accuracy import choice_log_probabilities, right
 from editing.evaluation.choices import Choice
 from editing.evaluation.code_answers import has_block, has_python
 from editing.evaluation.generation import Continuation, generate
@@ -83,10 +84,10 @@ class Ability:
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a model is asked, by language; the same languages in each.
+    """What a model is asked, by language.
 
     Attributes:
-        choices: multiple-choice items.
+        choices: multiple-choice items, the same in each language.
         code: requests for code.
         questions: everyday questions.
     """
@@ -95,11 +96,7 @@ class Tasks:
     code: Mapping[str, Sequence[Question]]
     questions: Mapping[str, Sequence[Question]]
 
-    @property
-    def languages(self) -> tuple[str, ...]:
-        return tuple(self.choices)
-
-    def items(self, languages: Collection[str]) -> int:
+    def items(self, languages: Iterable[str]) -> int:
         """Number of items and requests in some languages, as ``ability`` reports them to its progress for a model."""
         return sum(len(self.choices[language]) + len(self.code[language]) for language in languages)
 
@@ -107,9 +104,11 @@ class Tasks:
 def ability(
     loaded: LoadedModel,
     tasks: Tasks,
+    languages: Sequence[str],
     *,
     steering: Steering | None = None,
     instructions: Mapping[str, str] | None = None,
+    answers_in: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Ability:
     """Measure a model, and an edit of it.
@@ -117,33 +116,36 @@ def ability(
     Args:
         loaded: the unedited model, with a chat template.
         tasks: what it is asked.
+        languages: languages of the questions.
         steering: a context in which the model is the edited one; None: base (and prompted) alone.
         instructions: language -> the instruction of "prompted", which follows each question; languages without one have no
             such figures.
+        answers_in: language -> the language in which "prompted" and "edited" are to answer questions in it, if another; there
+            are ``tasks.choices`` in both.
         progress: called with numbers of items.
 
     Raises:
-        UsageError: as ``letter_log_probabilities`` and ``chat_tokens``.
+        UsageError: as ``choice_log_probabilities`` and ``chat_tokens``.
     """
     advance = progress or (lambda count: None)
     prompts = {
-        language: _prompts(loaded, [question.text for question in questions])
-        for language, questions in tasks.questions.items()
+        language: _prompts(loaded, [question.text for question in tasks.questions[language]])
+        for language in languages
     }
     answers = _answers(loaded, prompts, ANSWER_TOKENS)
     own = {
         language: read_unedited(
             loaded, answer_batches(loaded, prompts[language], answers[language]), steering is not None
         )
-        for language in tasks.languages
+        for language in languages
     }
-    hits = {BASE: _hits(loaded, tasks, {}, tasks.languages, advance)}
+    hits = {BASE: _hits(loaded, tasks, languages, {}, {}, advance)}
     if instructions:
-        hits[PROMPTED] = _hits(loaded, tasks, instructions, tuple(instructions), advance)
+        hits[PROMPTED] = _hits(loaded, tasks, tuple(instructions), instructions, answers_in or {}, advance)
     again = dict.fromkeys(own, (math.nan, math.nan))
     if steering is not None:
         with steering():
-            hits[EDITED] = _hits(loaded, tasks, {}, tasks.languages, advance)
+            hits[EDITED] = _hits(loaded, tasks, languages, {}, answers_in or {}, advance)
             again = {language: read_again(loaded, text) for language, text in own.items()}
     accuracy, blocks, python = (
         {
@@ -152,7 +154,7 @@ def ability(
                 for model, of_model in hits.items()
                 if language in of_model
             }
-            for language in tasks.languages
+            for language in languages
         }
         for kind in range(3)
     )
@@ -179,16 +181,18 @@ def load_ability(path: Path) -> Ability:
 def _hits(
     loaded: LoadedModel,
     tasks: Tasks,
-    instructions: Mapping[str, str],
     languages: Sequence[str],
+    instructions: Mapping[str, str],
+    answers_in: Mapping[str, str],
     advance: Progress,
 ) -> dict[str, tuple[list[bool], list[bool], list[bool]]]:
     """Language -> for each item whether it is right, for each request whether it has a block, and whether it is Python."""
     right_items = {}
     for language in languages:
         items = tasks.choices[language]
-        asked = _instructed([item.asked(language) for item in items], instructions.get(language))
-        scores = letter_log_probabilities(loaded, asked, advance)
+        offered = tasks.choices[answers_in.get(language, language)]
+        asked = _instructed([item.text for item in items], instructions.get(language))
+        scores = choice_log_probabilities(loaded, asked, [item.choices for item in offered], advance)
         right_items[language] = right(scores, [item.answer for item in items])
     requests = {
         language: _prompts(

@@ -16,19 +16,6 @@ from neurons.text.corpus_files import language_label
 
 LETTERS = ("A", "B", "C", "D")
 EXAMPLE = '{"question_id": "7", "text": "2 + 2 = ?", "choices": ["3", "4", "5", "6"], "answer": "B"}'
-# Other languages get the English sentence.
-ANSWER_WITH_A_LETTER = {
-    "ar": "أجب بحرف واحد: A أو B أو C أو D.",
-    "de": "Antworte mit einem Buchstaben: A, B, C oder D.",
-    "en": "Answer with one letter: A, B, C or D.",
-    "es": "Responde con una letra: A, B, C o D.",
-    "fr": "Réponds par une lettre : A, B, C ou D.",
-    "it": "Rispondi con una lettera: A, B, C o D.",
-    "ja": "A、B、C、Dのうち一文字で答えてください。",
-    "pt": "Responda com uma letra: A, B, C ou D.",
-    "ru": "Ответь одной буквой: A, B, C или D.",
-    "zh": "请用一个字母回答：A、B、C或D。",
-}
 
 
 @dataclass(frozen=True)
@@ -46,12 +33,6 @@ class Choice:
     text: str
     choices: tuple[str, ...]
     answer: int
-
-    def asked(self, language: str) -> str:
-        """The question, a line for each choice behind its letter, and the request for a letter."""
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=True)]
-        request = ANSWER_WITH_A_LETTER.get(language, ANSWER_WITH_A_LETTER["en"])
-        return "\n".join([self.text, "", *lines, "", request])
 
 
 def read_choices(directory: Path) -> dict[str, tuple[Choice, ...]]:
