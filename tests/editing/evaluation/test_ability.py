@@ -43,7 +43,7 @@ def tasks():
                     tuple(f"{one} {i}" for one in (*letters, "cab")),
                     i % 4,
                 )
-                for i in range(12)
+                for i in range(24)
             )
             for language, letters in LETTERS.items()
         },
@@ -85,20 +85,22 @@ def test_each_model_is_measured_alone(loaded, tasks):
         answers_in={"en": "fr"},
         progress=counts.append,
     )
-    assert sum(counts) == 2 * tasks.items(("en", "fr")) + tasks.items(("en",)) == 75
+    assert sum(counts) == 2 * tasks.items(("en", "fr")) + tasks.items(("en",)) == 135
     english, french = tasks.choices["en"], tasks.choices["fr"]
     expected = {BASE: hits(loaded, english, english), PROMPTED: hits(loaded, english, french, "Be brief.")}
     with shifted(loaded.model):
         expected[EDITED] = hits(loaded, english, french)
+        in_english = hits(loaded, english, english)
         french_after = hits(loaded, french, french)
     assert {model: rate.rate.value for model, rate in result.accuracy["en"].items()} == {
-        model: sum(of_model) / 12 for model, of_model in expected.items()
+        model: sum(of_model) / 24 for model, of_model in expected.items()
     }
     assert set(result.accuracy["fr"]) == {BASE, EDITED}
-    assert result.accuracy["fr"][EDITED].rate.value == sum(french_after) / 12
+    assert result.accuracy["fr"][EDITED].rate.value == sum(french_after) / 24
+    assert sum(in_english) != sum(expected[EDITED])  # or the language of the choices would not be seen
     change = result.accuracy["en"][EDITED].change
-    assert change.value == pytest.approx((sum(expected[EDITED]) - sum(expected[BASE])) / 12)
-    assert result.accuracy["en"][BASE].change is None and result.accuracy["en"][BASE].items == 12
+    assert change.value == pytest.approx((sum(expected[EDITED]) - sum(expected[BASE])) / 24)
+    assert result.accuracy["en"][BASE].change is None and result.accuracy["en"][BASE].items == 24
 
 
 def naive_losses(loaded, prompt, answer):
