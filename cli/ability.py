@@ -77,9 +77,9 @@ def command(**options: Any) -> None:
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
     dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
-    require_chat(loaded.name, loaded.tokenizer)
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, arguments.edit_path)
+    require_chat(loaded.name, loaded.tokenizer)
     # Stays on disk; its tensors that differ are exchanged in the model in memory.
     other = None if arguments.against is None else load_model(arguments.against, dtype=dtype, max_memory=0)
     exchange = None if other is None else Exchange(loaded, other)
