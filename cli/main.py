@@ -25,6 +25,7 @@ COMMANDS = {
     "ablate": "Ablate neurons and measure the loss of every language.",
     "neuron": "Report on one neuron: its most active text and promoted tokens.",
     "evaluate": "Compare a steered model with the unedited model.",
+    "ability": "Measure what a model can still do after an edit.",
     "tune": "Search for the best edit.",
     "generate": "Generate text with the unedited and the edited model.",
     "ask": "Answer questions in many languages and save the conversations.",

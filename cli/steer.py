@@ -35,8 +35,11 @@ DEFAULT_SOURCE = "en"
 SHOWN_EXAMPLES = 6
 
 
-def shipped_questions() -> Path:
+def shipped_questions(name: str = "questions") -> Path:
     """The directory of Broca's questions: beside this file in an installed wheel, under artifacts/ in a checkout.
+
+    Args:
+        name: "questions", or "choices" or "code_requests" (``broca ability``).
 
     Raises:
         BrocaError: neither exists.
@@ -44,10 +47,10 @@ def shipped_questions() -> Path:
     from neurons.errors import BrocaError
 
     package = Path(__file__).resolve().parent
-    for directory in (package / "questions", package.parent / "artifacts" / "questions"):
+    for directory in (package / name, package.parent / "artifacts" / name):
         if directory.is_dir():
             return directory
-    raise BrocaError("the questions are missing from this installation: install broca again")
+    raise BrocaError(f"the {name} are missing from this installation: install broca again")
 
 
 @click.command("steer")

@@ -40,8 +40,9 @@ def test_the_wheel_holds_packages_and_demo(unpacked):
     for path in ("recipe.toml", "model/model.safetensors", "model/README.md", "corpus/en.txt"):
         shipped = unpacked / "cli" / "shipped" / path
         assert shipped.read_bytes() == (ROOT / "artifacts" / "demo" / path).read_bytes()
-    questions = {path.name for path in (ROOT / "artifacts" / "questions").iterdir()}
-    assert questions == {path.name for path in (unpacked / "cli" / "questions").iterdir()}
+    for folder in ("questions", "choices", "code_requests"):
+        files = {path.name for path in (ROOT / "artifacts" / folder).iterdir()}
+        assert files == {path.name for path in (unpacked / "cli" / folder).iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_the_wheel_holds_packages_and_demo(unpacked):
     [
         ("from cli.demo import shipped; print(shipped())", "shipped"),
         ("from cli.steer import shipped_questions; print(shipped_questions())", "questions"),
+        ("from cli.steer import shipped_questions; print(shipped_questions('choices'))", "choices"),
     ],
 )
 def test_commands_find_their_files_there(unpacked, tmp_path, code, folder):

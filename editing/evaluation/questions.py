@@ -105,7 +105,7 @@ def read_questions(path: Path, source: str | None = None) -> Questions:
     for file in files:
         digest.update(json.dumps(file.name).encode() + file.read_bytes())
         fallback = file.stem if path.is_dir() else source or ""
-        for number, row in enumerate(_rows(file), start=1):
+        for number, row in enumerate(read_rows(file), start=1):
             language = language_label(str(row.get("language") or fallback))
             by_language.setdefault(language, []).append(_question(file, number, row))
     if not by_language or (source is not None and source not in by_language):
@@ -130,7 +130,16 @@ def _question(path: Path, number: int, row: Mapping[str, Any]) -> Question:
     return Question(str(question_id), text.strip(), (reference or "").strip() or None)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, example: str = EXAMPLE) -> list[dict[str, Any]]:
+    """The rows of a ``.jsonl``, ``.csv`` or ``.parquet`` file, as objects.
+
+    Args:
+        path: the file.
+        example: a row for the error message.
+
+    Raises:
+        UsageError: another suffix, or a file or line that cannot be read.
+    """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: questions are read from {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
@@ -155,8 +164,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{path}: line {number} is not JSON: write lines like {EXAMPLE}") from error
+            raise UsageError(f"{path}: line {number} is not JSON: write lines like {example}") from error
         if not isinstance(row, dict):
-            raise UsageError(f"{path}: line {number} is not an object like {EXAMPLE}")
+            raise UsageError(f"{path}: line {number} is not an object like {example}")
         rows.append(row)
     return rows

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from editing.evaluation.ability import Ability
 from editing.plans.plan import Plan, load_plan
 from editing.report.provenance import Provenance, provenance
 from editing.study.results import Choice, Report, report_of
@@ -185,6 +186,9 @@ def _document(value: Any, path: Path, name: str, findings: Findings) -> str | No
     if _has(value, "sets", "baseline", "languages"):
         findings.ablations.append(Named(name, study_of(value, path)))
         return "ablation study"
+    if _has(value, "accuracy", "own_answers"):
+        checked(Ability, value, path)
+        return "ability, not shown"
     if _has(value, "outcomes", "target"):
         report = report_of(value, path)
         _add_steering(findings, name, report)

@@ -60,6 +60,7 @@ FILES = {
     "ablate --statistics": (
         ["ablate", MODEL, GOOD["neurons"], "--statistics", BAD, "--corpus", TEXT, "--out", OUT], "statistics", True),
     "evaluate --edit": (["evaluate", MODEL, "--edit", BAD, "--corpus", TEXT, *PAIR, "--out", OUT], "edit", True),
+    "ability --edit": (["ability", MODEL, "--edit", BAD, "--out", OUT], "edit", True),
     "generate --edit": (["generate", MODEL, "--edit", BAD, "--prompts", "abe", "--out", OUT], "edit", True),
 }  # fmt: skip
 DIRECTORIES = {
@@ -110,6 +111,7 @@ MODELS = {
     "ablate": ["ablate", BAD, GOOD["neurons"], "--corpus", TEXT, "--out", OUT],
     "evaluate": ["evaluate", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
     "evaluate --against": ["evaluate", MODEL, "--against", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
+    "ability": ["ability", BAD, "--out", OUT],
     "generate": ["generate", BAD, "--prompts", "abe", "--out", OUT],
     "generate --against": ["generate", MODEL, "--against", BAD, "--prompts", "abe", "--out", OUT],
 }
@@ -123,6 +125,7 @@ OUTPUTS = {
     "diff": (["diff", MODEL, MODEL, "--out", BAD], "file"),
     "ablate": (["ablate", MODEL, GOOD["neurons"], "--corpus", TEXT, "--out", BAD], "file"),
     "evaluate": (["evaluate", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "file"),
+    "ability": (["ability", MODEL, "--out", BAD], "file"),
     "tune": (["tune", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "directory"),
     "compare": (["compare", GOOD["neurons"], GOOD["neurons"], "--plot", BAD], "file"),
     "plot": (["plot", GOOD["neurons"], "--out", BAD], "file"),
@@ -194,6 +197,7 @@ UNKNOWN = {
         "--out",
         OUT,
     ],
+    "ability": ["ability", MODEL, "--languages", "en,xx", "--out", OUT],
     "tune": ["tune", MODEL, "--corpus", TEXT, "--languages", "en,xx", *PAIR, "--out", OUT],
 }
 

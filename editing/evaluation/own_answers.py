@@ -1,0 +1,32 @@
+"""The unedited model's own answers as text whose likelihood is measured: prompts are read, answers are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from editing.evaluation.generation import Continuation
+from neurons.models.memory import MAX_TOKENS, batches_for
+from neurons.models.source import LoadedModel
+from neurons.text.batches import TokenBatch, row_batches
+
+
+def answer_batches(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Continuation]
+) -> list[TokenBatch]:
+    """Prompts followed by their answers; counted are the tokens of the answers.
+
+    Args:
+        loaded: the model, for the size of a batch.
+        prompts: token ids.
+        answers: one to each prompt.
+    """
+    rows = [[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(map(len, rows), default=1)
+    batches = []
+    for batch in row_batches(rows, 0, tokens_a_batch=min(MAX_TOKENS, batches_for(loaded, False, longest)[0])):
+        counted = batch.counted.clone()
+        for row, line in enumerate(batch.line_numbers.tolist()):
+            counted[row, : len(prompts[line])] = False
+        batches.append(replace(batch, counted=counted))
+    return batches
