@@ -107,8 +107,11 @@ class Part:
     @property
     def width(self) -> int:
         """Number of columns."""
-        weight = self.weight
-        return weight.shape[-1] * (self.experts or 1)
+        # The weight of a quantised linear module has another shape.
+        features = getattr(self.module, "in_features", None)
+        if self.experts is None and isinstance(features, int):
+            return features
+        return int(self.weight.shape[-1]) * (self.experts or 1)
 
     @property
     def columns(self) -> slice:

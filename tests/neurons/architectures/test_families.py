@@ -141,7 +141,8 @@ def random_plan(source, blocks=BLOCKS):
             left = torch.randn(anatomy.residual, 1, generator=generator)
             right = torch.randn(width, 1, generator=generator) / width
             components = tuple(range(width // anatomy.component_width(block, layer)))
-            edits.append(ModuleEdit(layer, block, components, left=left, right=right))
+            notes = {"change_norm": float(left.norm() * right.norm()), "weight_norm": 1.0}
+            edits.append(ModuleEdit(layer, block, components, left=left, right=right, notes=notes))
     return make_plan(edits, {"fingerprint": source.fingerprint, "model": "m", "method": "m", "settings": {}})
 
 
