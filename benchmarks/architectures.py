@@ -22,11 +22,12 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -98,12 +99,17 @@ def outcome(model_type: str) -> Outcome:
             tokenizer().save_pretrained(Path(folder) / "model")
             made = _tried(model_type, Path(folder))
     except BrocaError as error:
-        made = Outcome(model_type, why=str(error), kind="refused")
+        made = Outcome(model_type, why=_sentence(str(error)), kind="refused")
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         why = f"{type(error).__name__}: {first_line(error)} ({Path(where.filename).name}:{where.lineno})"
         made = Outcome(model_type, why=why, kind=UNEXPECTED)
     return Outcome(**{**asdict(made), "seconds": time.perf_counter() - begun})
+
+
+def _sentence(message: str) -> str:
+    """A message of Broca without the temporary directory."""
+    return re.sub(r"/\S+/model: ", "", message)
 
 
 def _tried(model_type: str, folder: Path) -> Outcome:
@@ -352,10 +358,60 @@ def registry() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def merged(made: Sequence[Outcome], path: Path | None) -> list[Outcome]:
+    """The outcomes and those of other types in a file, by type."""
+    before = json.loads(path.read_text()) if path is not None and path.exists() else []
+    by_type = {row["model_type"]: Outcome(**row) for row in before} | {one.model_type: one for one in made}
+    return [by_type[name] for name in sorted(by_type)]
+
+
+def summary(made: Sequence[Outcome]) -> str:
+    kinds = [one.kind for one in made]
+    whole = [one for one in made if one.neurons not in ("", "no") and one.ablation and one.keyed]
+    counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    return f"{len(made)} model types: {counted}; {len(whole)} with neurons, ablation and keyed edit"
+
+
+def table_of(made: Sequence[Outcome]) -> str:
+    """Markdown: the supported types, then the others with what Broca or transformers says."""
+    cells = [
+        [
+            one.model_type,
+            one.neurons,
+            one.heads,
+            one.experts,
+            one.keyed or "no",
+            one.ablation or "no",
+            one.why,
+        ]
+        for one in made
+        if one.kind == "supported"
+    ]
+    heading = ["model type", "neurons", "heads", "experts", "keyed edit", "ablation", "remarks"]
+    others = [
+        [one.model_type, one.kind, one.why.replace("|", "\\|")] for one in made if one.kind != "supported"
+    ]
+    return "\n\n".join(
+        [f"{summary(made)}.", _markdown(heading, cells), _markdown(["model type", "outcome", "why"], others)]
+    )
+
+
+def _markdown(heading: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])
+
+
+def write_table(made: Sequence[Outcome], page: Path) -> None:
+    """Replace what is between the page's two marks."""
+    begin, end = "<!-- generated -->", "<!-- end -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}\n{table_of(made)}\n{end}{after}", encoding="utf-8")
+
+
 @click.command()
 @click.option("--types", help="model types, separated by commas; default: the whole registry")
 @click.option("--at-once", default=1, show_default=True, help="processes")
-@click.option("--out", type=Path, help="JSON of the outcomes")
+@click.option("--out", type=Path, help="JSON of the outcomes; those of other types in it stay")
 @click.option("--table", type=Path, help="Markdown page whose generated part is replaced")
 def main(types: str | None, at_once: int, out: Path | None, table: Path | None) -> None:
     """Try every model type."""
@@ -364,11 +420,12 @@ def main(types: str | None, at_once: int, out: Path | None, table: Path | None) 
         made.append(result)
         row = (result.kind, result.neurons, result.heads, result.experts, result.keyed, result.ablation)
         click.echo(f"{result.model_type:24} {' | '.join(row)}  [{result.seconds:.1f} s]  {result.why}")
-    made.sort(key=lambda result: result.model_type)
-    kinds = [result.kind for result in made]
-    click.echo(", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)))
+    made = merged(made, out)
+    click.echo(summary(made))
     if out is not None:
-        out.write_text(json.dumps([asdict(result) for result in made], indent=1))
+        out.write_text(json.dumps([asdict(result) for result in made], indent=1) + "\n")
+    if table is not None:
+        write_table(made, table)
 
 
 if __name__ == "__main__":

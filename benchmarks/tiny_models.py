@@ -70,7 +70,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "intermediate_size": [96, 96, 48, 48],
     },
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            "full_attention": None,
+        },
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 64},
     "kimi_linear": {
         "linear_attn_config": {
             "num_heads": 4,
@@ -83,6 +90,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4": {
         "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
     },
+    "gemma4_unified": {
+        "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    },
+    "gemma4_unified_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    **dict.fromkeys(
+        ("whisper", "plbart", "musicgen", "musicgen_melody"),
+        {
+            "decoder_attention_heads": 4,
+            "encoder_attention_heads": 4,
+            "encoder_layers": 2,
+            "decoder_layers": 4,
+            "decoder_ffn_dim": 96,
+            "encoder_ffn_dim": 96,
+        },
+    ),
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurons.architectures.attention import SOFTMAX, head_shape, is_understood, kind_of_attention
+from neurons.architectures.attention import NO_HEADS, SOFTMAX, head_shape, is_understood, kind_of_attention
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS, SIGN_PRESERVING, Layout, Mlp, StoredForm
 from neurons.architectures.offload import parameter_value
@@ -478,13 +478,21 @@ def anatomy_of(model: Any) -> Anatomy:
         layout = examine(model)
         _check_activation(config, layout)
     blocks = tuple(_submodule(model, layout.layers).children())
+    path = layout.outputs["attn"]
+    attention = [kind_of_attention(config, layer, block) for layer, block in enumerate(blocks)]
+    for layer, block in enumerate(blocks) if layout.examined else ():
+        output: Any = _found(block, path)
+        width = 0 if output is None else output.weight.shape[0 if "attn" in layout.transposed else 1]
+        count, size = head_shape(config, layer, block, path, width) if width else (0, 0)
+        if count * size != width:
+            attention[layer] = NO_HEADS
     return assembled(
         layout,
         model.config.model_type,
         blocks,
         residual=config.hidden_size,
-        heads=lambda layer, width: head_shape(config, layer, blocks[layer], layout.outputs["attn"], width),
-        attention=[kind_of_attention(config, layer, block) for layer, block in enumerate(blocks)],
+        heads=lambda layer, width: head_shape(config, layer, blocks[layer], path, width),
+        attention=attention,
     )
 
 

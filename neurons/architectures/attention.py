@@ -22,6 +22,7 @@ _OTHERS = {
     "recurrent": "a recurrent module",
     "rglru": "a recurrent module",
 }
+NO_HEADS = "attention whose output is not computed from its heads alone"
 _NO_ATTENTION = "no attention that Broca understands"
 
 

@@ -145,6 +145,8 @@ def _layer(block: nn.Module, d: int) -> _Layer:
     ]
     rest = {p: shape for p, shape in shapes.items() if not any(_inside(p, other) for other in others)}
     attn = [path for path in attn if path.rpartition(".")[2] in _OUTPUT_NAMES] or attn
+    depth = min((path.count(".") for path in attn), default=0)
+    attn = [path for path in attn if path.count(".") == depth]
     return _Layer(attn[-1] if attn else None, _mlp(rest, d), experts[0] if len(experts) == 1 else None)
 
 
@@ -237,8 +239,9 @@ def _expert_forms(gate: str, flipped: bool) -> Iterator[StoredForm]:
 
 def _names(output: str) -> tuple[str, ...]:
     """Common names of the weight of an MLP without experts in checkpoints."""
+    shared = [output.replace("shared_experts", other) for other in ("shared_expert", "shared_mlp")]
     old = re.sub("^mlp[.]", "block_sparse_moe.", output)
-    return tuple(dict.fromkeys((f"{output}.weight", f"{old}.weight")))
+    return tuple(dict.fromkeys(f"{path}.weight" for path in (output, *shared, old)))
 
 
 def _prefixes(layers: str, base: str) -> tuple[str, ...]:

@@ -477,8 +477,8 @@ LAYOUTS: dict[str, Layout] = {
         activation=None,
         names=None,
     ),
-    "gemma4_text": replace(_GEMMA, names=None),
-    "gemma4": replace(_GEMMA, names=None, **_WRAPPED),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), replace(_GEMMA, names=None)),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), replace(_GEMMA, names=None, **_WRAPPED)),
     # Its first layers keep the largest activations only, so their sign is that of the activation's output.
     "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
     # A clamped SwiGLU, positive exactly where the gate is.
