@@ -46,6 +46,10 @@ SIZES: dict[str, Any] = {
 }
 # What a type needs beside SIZES; of nested configs as {"text_config": {...}}.
 _MAMBA = {"mamba_expand": 1}
+_DECODER = {
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "decoder_layers"), 4),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim"), 96),
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {
@@ -97,17 +101,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
     },
-    **dict.fromkeys(
-        ("whisper", "plbart", "musicgen", "musicgen_melody"),
-        {
-            "decoder_attention_heads": 4,
-            "encoder_attention_heads": 4,
-            "encoder_layers": 2,
-            "decoder_layers": 4,
-            "decoder_ffn_dim": 96,
-            "encoder_ffn_dim": 96,
-        },
-    ),
+    "whisper": _DECODER,
+    "plbart": _DECODER,
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
