@@ -63,7 +63,7 @@ def conversation_keys(
         BrocaError: a layer whose inputs cannot separate the groups.
     """
     groups = [[group for language in languages for group in groups_of(language)] for languages in sources]
-    units = {("mlp_in", layer): torch.arange(loaded.anatomy.width("mlp_in")) for layer in layers}
+    units = {("mlp_in", layer): torch.arange(loaded.anatomy.width("mlp_in", layer)) for layer in layers}
     value = torch.zeros(loaded.anatomy.residual, dtype=torch.float64)
     edits = []
     for (_, layer), moments in each_moments(loaded, text.batches, units, progress, text.groups):

@@ -320,33 +320,43 @@ def _through_norm(
 def require_common_inputs(
     anatomy: Anatomy, blocks: Sequence[str], layers: Sequence[int] | None = None
 ) -> None:
-    """Check that the layers have the modules and that every token passes through their inputs.
+    """Check that there are modules to edit whose inputs every token reaches.
 
     Args:
         anatomy: of the model.
-        blocks: "attn", "mlp" or both.
-        layers: layers to edit; None: those that have common inputs, of which there must be one.
+        blocks: "attn", "mlp" or both, each of which some layer must have.
+        layers: layers to edit, each of which must have one of the blocks; None: those that have one.
 
     Raises:
-        UsageError: a named layer without the module, or a mixture of experts; the message names methods that edit it.
+        UsageError: a named layer without the modules, or a mixture of experts; the message names methods that edit it.
     """
+    every = range(anatomy.layers)
     for block in blocks:
-        able = [layer for layer in anatomy.layers_with(block) if _has_common_inputs(anatomy, layer, block)]
-        named = range(anatomy.layers) if layers is None else [at for at in layers if 0 <= at < anatomy.layers]
-        if layers is not None or not anatomy.layers_with(block):
-            anatomy.require(block, named)
-        mixed = [layer for layer in named if layer not in able]
-        if not mixed or (layers is None and able):
-            continue
-        where = "" if len(mixed) == anatomy.layers else f"layers {', '.join(map(str, mixed))}: "
-        raise UsageError(
-            f"{anatomy.model_type}: {where}the neurons of different experts see different tokens, so they have no common "
-            "key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
-            "austeer)"
-        )
+        if not any(has_common_inputs(anatomy, layer, block) for layer in every):
+            _refuse(anatomy, block, every)
+    lacking = [
+        layer
+        for layer in layers or ()
+        if layer in every and not any(has_common_inputs(anatomy, layer, block) for block in blocks)
+    ]
+    if lacking:
+        _refuse(anatomy, blocks[0], lacking)
 
 
-def _has_common_inputs(anatomy: Anatomy, layer: int, block: str) -> bool:
+def _refuse(anatomy: Anatomy, block: str, layers: Sequence[int]) -> None:
+    """Raise for layers without inputs of a block that every token reaches."""
+    if not all(anatomy.has(layer, block) for layer in layers):
+        anatomy.require(block, layers)
+    where = "" if len(layers) == anatomy.layers else f"layers {', '.join(map(str, layers))}: "
+    raise UsageError(
+        f"{anatomy.model_type}: {where}the neurons of different experts see different tokens, so they have no common "
+        "key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
+        "austeer)"
+    )
+
+
+def has_common_inputs(anatomy: Anatomy, layer: int, block: str) -> bool:
+    """Whether every token reaches the inputs of a layer's module."""
     return anatomy.has(layer, block) and not (block == "mlp" and anatomy.mixed_in(layer))
 
 
@@ -375,7 +385,7 @@ def _fractions(
     else:
         total = strength
         every = range(loaded.anatomy.layers)
-        able = [at for at in every if any(_has_common_inputs(loaded.anatomy, at, block) for block in blocks)]
+        able = [at for at in every if any(has_common_inputs(loaded.anatomy, at, block) for block in blocks)]
         chosen = tuple(able if layers is None else layers)
     named = chosen if layers is not None or isinstance(strength, Mapping) else None
     require_common_inputs(loaded.anatomy, blocks, named)
@@ -394,7 +404,7 @@ def _fractions(
         layer: [
             module
             for module in BLOCKS
-            if module in blocks and _has_common_inputs(loaded.anatomy, layer, module)
+            if module in blocks and has_common_inputs(loaded.anatomy, layer, module)
         ]
         for layer in of_layer
     }

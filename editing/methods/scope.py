@@ -51,15 +51,15 @@ def chosen_places(
 ) -> tuple[tuple[int, str], ...]:
     """(layer, module) of the chosen layers and modules, in their order.
 
-    None chooses the layers that have the module; a layer that is named must have it.
+    Of each layer it has the modules that the layer has; a layer that is named must have one.
 
     Raises:
-        UsageError: as ``chosen_layers`` and ``chosen_modules``, or a named layer without the module.
+        UsageError: as ``chosen_layers`` and ``chosen_modules``, or a named layer without them.
     """
     chosen, blocks = chosen_layers(source, layers), chosen_modules(modules)
-    if layers is not None:
-        for module in blocks:
-            source.anatomy.require(module, chosen)
+    without = [layer for layer in chosen if not any(source.anatomy.has(layer, module) for module in blocks)]
+    if layers is not None and without:
+        source.anatomy.require(blocks[0], without)
     return tuple(
         (layer, module) for layer in chosen for module in blocks if source.anatomy.has(layer, module)
     )

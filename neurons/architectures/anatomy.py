@@ -696,6 +696,6 @@ def output_module(anatomy: Anatomy, site: str, layer: int) -> nn.Module | None:
 
 
 def first(value: Any) -> torch.Tensor:
-    """The hidden states in a module's input or output, which may be a tuple."""
-    tensor: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    """The hidden states in a module's input or output, which may be a tuple or a list."""
+    tensor: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
     return tensor

@@ -271,7 +271,9 @@ class _ModuleHook:
         changed = self._changed(first(output))
         if changed is None:
             return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        if isinstance(output, tuple | list):
+            return type(output)((changed, *output[1:]))
+        return changed
 
     def _changed(self, values: torch.Tensor) -> torch.Tensor | None:
         """The replacement of the values; None keeps them without a copy."""

@@ -6,12 +6,15 @@ import models
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from tiny_models import tiny_config, tiny_model
 
+from cli.inspect import command as inspect
 from editing.checkpoints.adapter import export_adapter
 from editing.checkpoints.difference import compare
 from editing.checkpoints.export import export
 from editing.methods.keyed import require_common_inputs
+from editing.methods.scope import chosen_places
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.architectures.anatomy import BLOCKS, anatomy_of
@@ -201,7 +204,14 @@ def test_layers_without_heads_are_named_and_the_others_edited(tmp_path):
     anatomy = source.anatomy
     lacking = [layer for layer in range(4) if not anatomy.has(layer, "attn")]
     assert lacking and anatomy.layers_with("mlp") == (0, 1, 2, 3)
-    require_common_inputs(anatomy, ("attn", "mlp"))
+    require_common_inputs(anatomy, ("attn", "mlp"), range(4))
+    places = chosen_places(source, range(4), BLOCKS)
+    assert [layer for layer, module in places if module == "mlp"] == [0, 1, 2, 3]
+    assert not {(layer, "attn") for layer in lacking} & set(places)
+    shown = CliRunner().invoke(inspect, [str(tmp_path / "model"), "--json"])
+    assert f"{', '.join(map(str, lacking))} (linear attention)" in shown.output
+    with pytest.raises(UsageError, match="linear attention"):
+        chosen_places(source, lacking, ("attn",))
     with pytest.raises(UsageError, match=rf"layers? {', '.join(map(str, lacking))}.*linear attention.*heads"):
         require_common_inputs(anatomy, ("attn",), range(4))
     plan = random_plan(source)
