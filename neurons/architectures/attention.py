@@ -18,8 +18,8 @@ _OTHERS = {
     "delta": LINEAR,
     "lightning": LINEAR,
     "conv": "a convolution",
-    "rwkv": "a recurrent module",
-    "recurrent": "a recurrent module",
+    "rwkvselfattention": "a recurrent module",
+    "recurrentblock": "a recurrent module",
     "rglru": "a recurrent module",
 }
 NO_HEADS = "attention whose output is not computed from its heads alone"

@@ -119,7 +119,7 @@ def examine(model: Any) -> Layout:
         mixture=mixture,
         dense=dense if experts is not None else None,
         shared=shared,
-        softcap=_number(text, "final_logit_softcapping"),
+        softcap=_number(text, "final_logit_softcapping") or _number(text, "logits_soft_cap"),
         logit_scale=_number(text, "logit_scale"),
         logit_divisor=_number(text, "logits_scaling"),
         examined=True,
