@@ -254,7 +254,7 @@ def test_a_new_architecture_that_is_turned_while_loading_is_refused(tmp_path):
             {},
             r"'mamba'.*neither attention nor an MLP",
         ),
-        (transformers.RwkvConfig, transformers.RwkvForCausalLM, {}, r"rwkv.*feed_forward\\.value"),
+        (transformers.RwkvConfig, transformers.RwkvForCausalLM, {}, r"rwkv.*feed_forward\.value"),
     ],
     ids=["mamba", "rwkv"],
 )
