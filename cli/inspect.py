@@ -13,6 +13,7 @@ from cli.tables import direction_table, plan_table
 
 if TYPE_CHECKING:
     from editing.plans.plan import ModuleEdit
+    from neurons.architectures.anatomy import Anatomy
     from neurons.neuron_sets.neuron_set import NeuronSet
 
 MAX_COMPONENTS = 10
@@ -239,6 +240,7 @@ def _checkpoint(screen: Screen, directory: Path) -> None:
         ["residual width", anatomy.residual],
         ["neurons a layer", anatomy.neurons],
         ["heads a layer", f"{anatomy.heads}, of width {anatomy.head_dim}"],
+        *_lacking(anatomy),
         ["tensors", len(entries)],
         ["bytes", ", ".join(f"{size:,} {dtype}" for dtype, size in sorted(dtypes.items()))],
     ]
@@ -253,3 +255,15 @@ def _checkpoint(screen: Screen, directory: Path) -> None:
         plan_table(screen, plan, anatomy)
         value["plan"] = plan.metadata
     screen.result(value)
+
+
+def _lacking(anatomy: Anatomy) -> list[list[Any]]:
+    """Rows for layers without heads or neurons to edit."""
+    rows: list[list[Any]] = []
+    for block in ("attn", "mlp"):
+        layers = [layer for layer in range(anatomy.layers) if not anatomy.has(layer, block)]
+        kinds = dict.fromkeys(anatomy.attention[layer] if block == "attn" else "no MLP" for layer in layers)
+        if layers:
+            name = f"layers without {anatomy.component_name(block)}s"
+            rows.append([name, f"{', '.join(map(str, layers))} ({', '.join(kinds)})"])
+    return rows

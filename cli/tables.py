@@ -69,7 +69,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
         notes = edit.notes
         row = [
             str(edit.layer),
-            edit.block if anatomy is None else anatomy.layout.outputs[edit.block],
+            edit.block if anatomy is None else anatomy.parts(edit.layer, edit.block)[0].path,
             len(edit.components),
             edit.rank,
             notes.get("change_norm"),

@@ -190,7 +190,7 @@ def _scaled(scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def _module_name(anatomy: Anatomy, edit: ModuleEdit) -> str:
-    return f"{anatomy.layout.layers}.{edit.layer}.{anatomy.layout.outputs[edit.block]}"
+    return f"{anatomy.layout.layers}.{edit.layer}.{anatomy.parts(edit.layer, edit.block)[0].path}"
 
 
 def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
@@ -211,13 +211,14 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
                 f"{where}: the plan adds a constant to the module's output, which a LoRA adapter cannot: "
                 "export a checkpoint"
             )
-        if anatomy.mixed and edit.block == "mlp":
+        anatomy.require(edit.block, [edit.layer])
+        if edit.block == "mlp" and anatomy.mixed_in(edit.layer):
             raise BrocaError(
                 f"{where}: the experts of {anatomy.model_type} are one parameter, which a LoRA adapter "
                 "does not support: export a checkpoint"
             )
         check_shape(edit, weights.pieces(edit.layer, edit.block), anatomy.residual)
-        rank = rank_of(edit, anatomy.residual, anatomy.width(f"{edit.block}_in"))
+        rank = rank_of(edit, anatomy.residual, anatomy.width(f"{edit.block}_in", edit.layer))
         if rank > SERVED_RANKS[-1]:
             raise BrocaError(
                 f"{where}: the change needs rank {rank} (one for each scaled row or column), but vLLM serves "

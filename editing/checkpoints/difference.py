@@ -149,7 +149,7 @@ def compare(
             progress(done, total)
 
     for layer in range(base.anatomy.layers):
-        for block in BLOCKS:
+        for block in (block for block in BLOCKS if base.anatomy.has(layer, block)):
             olds, news = old.pieces(layer, block), new.pieces(layer, block)
             names = {entry.name for _, entry in olds}
             dtype = new.stored_dtype(layer, block)
@@ -194,7 +194,7 @@ def _module(
     factors = recovered(weight, changed, dtype)
     if factors is None:
         return None, TensorDifference("", relative, f"{NOT_COVERED}: of full rank", False)
-    width = base.anatomy.component_width(block)
+    width = base.anatomy.component_width(block, layer)
     components = columns.view(-1, width).any(1).nonzero()[:, 0].tolist()
     edit = ModuleEdit(
         layer,
@@ -395,7 +395,7 @@ def _zero_biases(
     """Zero biases that only the edited checkpoint has, because its config enables all of a kind."""
     zeros = set()
     for block in base.anatomy.layout.bias_switches:
-        for layer in range(base.anatomy.layers):
+        for layer in base.anatomy.layers_with(block):
             names = base.anatomy.switched_biases(layer, block, before.keys())
             zeros |= {
                 name

@@ -105,6 +105,9 @@ def direction_of(
     places = [(site, layer) for site in OUTPUT_SITES for layer in range(loaded.anatomy.layers)]
     results: dict[tuple[str, int], Estimate] = {}
     for site, layer in places:
+        if site != "block_out" and not loaded.anatomy.has(layer, site.removesuffix("_out")):
+            results[site, layer] = Estimate(torch.zeros(loaded.anatomy.residual, dtype=torch.float64))
+            continue
         texts = _texts(recorded, source, target, site, layer, estimator.parallel, winsorised)
         at_place = by_place.get((site, layer), estimator.estimate)
         try:
@@ -153,12 +156,14 @@ def _assembled(
     for site in OUTPUT_SITES:
         estimates = [results[site, layer] for layer in range(layers)]
         vectors[site] = torch.stack([estimate.vector for estimate in estimates])
+        # A layer without the module has no measures, and an empty basis.
+        names = dict.fromkeys(name for estimate in estimates for name in estimate.measures)
         measures[site] = {
-            name: [estimate.measures[name] for estimate in estimates] for name in estimates[0].measures
+            name: [estimate.measures.get(name, 0.0) for estimate in estimates] for name in names
         }
-        bases = [estimate.basis for estimate in estimates if estimate.basis is not None]
-        if bases:
-            subspaces[site] = _padded(bases)
+        if any(estimate.basis is not None for estimate in estimates):
+            empty = torch.zeros(len(estimates[0].vector), 0, dtype=torch.float64)
+            subspaces[site] = _padded([empty if e.basis is None else e.basis for e in estimates])
     windows = {
         site: list(window([m * s for m, s in zip(of["mass"], of["stability"], strict=True)]))
         for site, of in measures.items()

@@ -130,7 +130,7 @@ def record_texts(
     def reader_of(site: str, layer: int) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             collectors[site].add(layer, values, routed, at)
-            if site == "mlp_out" and anatomy.mixed:
+            if site == "block_out" and anatomy.mixed:
                 # All experts have passed their neurons by now.
                 collectors["mlp_in"].finish(layer, at)
 

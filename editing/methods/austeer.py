@@ -293,12 +293,12 @@ def _responses(
             if site in collectors:
                 collectors[site].add(layer, values, routed, at)
             else:
-                # At mlp_out all experts of the layer have run.
+                # At block_out all experts of the layer have run.
                 collectors["mlp_in"].finish(layer, at)
 
         return read
 
-    ends = ["mlp_out"] if anatomy.mixed and "mlp_in" in collectors else []
+    ends = ["block_out"] if anatomy.mixed and "mlp_in" in collectors else []
     readers = {(s, layer): reader_of(s, layer) for s in [*sites, *ends] for layer in range(anatomy.layers)}
     read_text(loaded, numbered(batches), readers, progress, lines=list(lines.values()))
     return kept, lines

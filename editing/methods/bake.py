@@ -217,12 +217,14 @@ def constant_keys(
         BrocaError: the experts of a mixture, or as ``constant_key`` and ``ledoit_wolf_eps``; names the layer.
     """
     site = f"{block}_in"
-    if block == "mlp" and loaded.anatomy.mixed:
+    loaded.anatomy.require(block, layers)
+    if block == "mlp" and any(map(loaded.anatomy.mixed_in, layers)):
         raise BrocaError(
             f"{loaded.anatomy.model_type}: no neuron of a mixture of experts sees every token, so the MLP cannot "
             "add a constant: choose --blocks attn"
         )
-    units = torch.arange(loaded.anatomy.width(site))
+    widths = {layer: loaded.anatomy.width(site, layer) for layer in layers}
+    units = torch.arange(max(widths.values()))
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
     tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
     free = room(loaded) - solving_bytes(len(units))
@@ -230,7 +232,7 @@ def constant_keys(
     keys: dict[int, ConstantKey] = {}
     for first in range(0, len(layers), at_once):
         group = layers[first : first + at_once]
-        moments = language_moments(loaded, batches, site, dict.fromkeys(group, units), progress)
+        moments = language_moments(loaded, batches, site, {at: units[: widths[at]] for at in group}, progress)
         ridges = dict.fromkeys(group, eps)
         if shrinkage:
             totals = {layer: total_moments(of_layer, tokens) for layer, of_layer in moments.items()}
@@ -373,7 +375,7 @@ def baked_edit(
     return ModuleEdit(
         layer=layer,
         block=module,
-        components=tuple(range(len(vector) // source.anatomy.component_width(module))),
+        components=tuple(range(len(vector) // source.anatomy.component_width(module, layer))),
         column_scale=None if column_scale is None else column_scale.float(),
         left=value[:, None].float(),
         right=vector[:, None].float(),

@@ -130,7 +130,8 @@ class BakeBias(_BakedVector):
 
 
 def _allowed(material: Material) -> list[int]:
-    return sorted(range(material.loaded.anatomy.layers) if material.layers is None else material.layers)
+    able = material.loaded.anatomy.layers_with((material.blocks or ("mlp",))[0])
+    return sorted(able if material.layers is None else material.layers)
 
 
 def _module(material: Material) -> str:

@@ -62,7 +62,7 @@ def conversation_keys(
         UsageError: a group that the text does not have.
         BrocaError: a layer whose inputs cannot separate the groups.
     """
-    units = {("mlp_in", layer): torch.arange(loaded.anatomy.width("mlp_in")) for layer in layers}
+    units = {("mlp_in", layer): torch.arange(loaded.anatomy.width("mlp_in", layer)) for layer in layers}
     value = torch.zeros(loaded.anatomy.residual, dtype=torch.float64)
     edits = []
     for (_, layer), moments in each_moments(loaded, text.batches, units, progress, text.groups):

@@ -40,6 +40,7 @@ from editing.methods.scope import (
     SITE_LINE,
     chosen_layers,
     chosen_modules,
+    chosen_places,
     output_bias,
     require_site,
     require_strength,
@@ -190,31 +191,30 @@ def directional_ablation_plan(
     }
     weights = Weights(source)
     edits = []
-    for layer in chosen_layers(source, layers):
-        for module in chosen_modules(blocks):
-            at = site_of(site, module)
-            vector_layer = layer if from_layer is None else from_layer
-            vector = vector_at(direction, at, vector_layer)
-            if not bool(vector.any()):
-                raise BrocaError(
-                    f"the direction has length 0 at {at} of layer {vector_layer}: choose other layers"
-                )
-            weight = weights.read(layer, module)
-            bias = output_bias(source, weights, layer, module)
-            if biprojected:
-                for mean_layer in dict.fromkeys((vector_layer, layer)):
-                    mean = _neutral_mean(source, weights, direction, neutral, at, mean_layer)
-                    vector = without(vector, mean)
-            edits.append(
-                _module_edit(
-                    weight,
-                    bias,
-                    directional_ablation(weight, vector, strength, norm_preserving),
-                    strength,
-                    (layer, module),
-                    source.anatomy.component_width(module),
-                )
+    for layer, module in chosen_places(source, layers, blocks):
+        at = site_of(site, module)
+        vector_layer = layer if from_layer is None else from_layer
+        vector = vector_at(direction, at, vector_layer)
+        if not bool(vector.any()):
+            raise BrocaError(
+                f"the direction has length 0 at {at} of layer {vector_layer}: choose other layers"
             )
+        weight = weights.read(layer, module)
+        bias = output_bias(source, weights, layer, module)
+        if biprojected:
+            for mean_layer in dict.fromkeys((vector_layer, layer)):
+                mean = _neutral_mean(source, weights, direction, neutral, at, mean_layer)
+                vector = without(vector, mean)
+        edits.append(
+            _module_edit(
+                weight,
+                bias,
+                directional_ablation(weight, vector, strength, norm_preserving),
+                strength,
+                (layer, module),
+                source.anatomy.component_width(module, layer),
+            )
+        )
     return make_plan(edits, plan_metadata(source, "ablate", direction, settings))
 
 
@@ -281,12 +281,13 @@ def _neutral_mean(
             return means[site][layer].double()
     module = site.removesuffix("_out")
     inputs = f"{module}_in"
-    if inputs not in direction.input_means or (module == "mlp" and source.anatomy.mixed):
+    if inputs not in direction.input_means or (module == "mlp" and source.anatomy.mixed_in(layer)):
         raise UsageError(
             f"the biprojected form needs the neutral mean at {site}, which the direction does not have: give "
             "neutral text (--corpus), or use the form plain or norm-preserving"
         )
-    mean = weights.read(layer, module) @ direction.input_means[inputs][layer].double()
+    weight = weights.read(layer, module)
+    mean = weight @ direction.input_means[inputs][layer, : weight.shape[1]].double()
     bias = output_bias(source, weights, layer, module)
     return mean if bias is None else mean + bias
 

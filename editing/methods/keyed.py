@@ -223,7 +223,7 @@ def _edit(
 
 def _dense(loaded: LoadedModel, place: Place, units: torch.Tensor, of_units: torch.Tensor) -> torch.Tensor:
     """float64 [width]: values of some inputs of a module, 0 for all others."""
-    dense = torch.zeros(loaded.anatomy.width(f"{place[1]}_in"), dtype=torch.float64)
+    dense = torch.zeros(loaded.anatomy.width(f"{place[1]}_in", place[0]), dtype=torch.float64)
     dense[units] = of_units
     return dense
 
@@ -251,7 +251,7 @@ def module_edit(
     layer, module = place
     right = _dense(loaded, place, moments.units, key.vector)
     contribution = _dense(loaded, place, moments.units, key.contribution)
-    size = loaded.anatomy.component_width(module)
+    size = loaded.anatomy.component_width(module, layer)
     per_component = right.view(-1, size).norm(dim=1) if size > 1 else right
     used = torch.zeros(len(right), dtype=torch.bool)
     used[moments.units] = True
@@ -317,18 +317,47 @@ def _through_norm(
     return solved.vector, {"value_through_norm": solved.through, "value_error": solved.error}
 
 
-def require_common_inputs(anatomy: Anatomy, blocks: Sequence[str]) -> None:
-    """Check that every token passes through the inputs of the modules.
+def require_common_inputs(
+    anatomy: Anatomy, blocks: Sequence[str], layers: Sequence[int] | None = None
+) -> None:
+    """Check that there are modules to edit whose inputs every token reaches.
+
+    Args:
+        anatomy: of the model.
+        blocks: "attn", "mlp" or both, each of which some layer must have.
+        layers: layers to edit, each of which must have one of the blocks; None: those that have one.
 
     Raises:
-        UsageError: the MLP of a mixture of experts; the message names methods that edit it.
+        UsageError: a named layer without the modules, or a mixture of experts; the message names methods that edit it.
     """
-    if "mlp" in blocks and anatomy.mixed:
-        raise UsageError(
-            f"{anatomy.model_type}: the neurons of different experts see different tokens, so they have no common "
-            "key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
-            "austeer)"
-        )
+    every = range(anatomy.layers)
+    for block in blocks:
+        if not any(has_common_inputs(anatomy, layer, block) for layer in every):
+            _refuse(anatomy, block, every)
+    lacking = [
+        layer
+        for layer in layers or ()
+        if layer in every and not any(has_common_inputs(anatomy, layer, block) for block in blocks)
+    ]
+    if lacking:
+        _refuse(anatomy, blocks[0], lacking)
+
+
+def _refuse(anatomy: Anatomy, block: str, layers: Sequence[int]) -> None:
+    """Raise for layers without inputs of a block that every token reaches."""
+    if not all(anatomy.has(layer, block) for layer in layers):
+        anatomy.require(block, layers)
+    where = "" if len(layers) == anatomy.layers else f"layers {', '.join(map(str, layers))}: "
+    raise UsageError(
+        f"{anatomy.model_type}: {where}the neurons of different experts see different tokens, so they have no common "
+        "key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
+        "austeer)"
+    )
+
+
+def has_common_inputs(anatomy: Anatomy, layer: int, block: str) -> bool:
+    """Whether every token reaches the inputs of a layer's module."""
+    return anatomy.has(layer, block) and not (block == "mlp" and anatomy.mixed_in(layer))
 
 
 def _check_languages(corpus: Corpus, direction: Direction, sources: Sequence[str]) -> None:
@@ -348,7 +377,6 @@ def _fractions(
     """Place -> its fraction of the strength, with sum 1; and the strength."""
     if not blocks or len(set(blocks)) < len(blocks) or not set(blocks) <= set(BLOCKS):
         raise UsageError(f"blocks {', '.join(blocks) or '(none)'}: choose from {', '.join(BLOCKS)}")
-    require_common_inputs(loaded.anatomy, blocks)
     if isinstance(strength, Mapping):
         if layers is not None and sorted(layers) != sorted(strength):
             raise UsageError("strengths for layers name the layers: leave out layers, or give the same")
@@ -356,7 +384,11 @@ def _fractions(
         chosen = tuple(strength)
     else:
         total = strength
-        chosen = tuple(range(loaded.anatomy.layers) if layers is None else layers)
+        every = range(loaded.anatomy.layers)
+        able = [at for at in every if any(has_common_inputs(loaded.anatomy, at, block) for block in blocks)]
+        chosen = tuple(able if layers is None else layers)
+    named = chosen if layers is not None or isinstance(strength, Mapping) else None
+    require_common_inputs(loaded.anatomy, blocks, named)
     if not total or total != total:
         raise UsageError(f"strength {total:g}: give a number other than 0")
     for layer in chosen:
@@ -368,11 +400,18 @@ def _fractions(
         layer: strength[layer] / total if isinstance(strength, Mapping) else 1 / len(chosen)
         for layer in chosen
     }
+    modules_of = {
+        layer: [
+            module
+            for module in BLOCKS
+            if module in blocks and has_common_inputs(loaded.anatomy, layer, module)
+        ]
+        for layer in of_layer
+    }
     fractions = {
-        (layer, module): fraction / len(blocks)
+        (layer, module): fraction / len(modules_of[layer])
         for layer, fraction in of_layer.items()
-        for module in BLOCKS
-        if module in blocks
+        for module in modules_of[layer]
     }
     return fractions, total
 
@@ -391,7 +430,7 @@ def _units(
     """
     units = {}
     for layer, module in places:
-        index = torch.arange(loaded.anatomy.width(f"{module}_in"))
+        index = torch.arange(loaded.anatomy.width(f"{module}_in", layer))
         if neurons is not None and module == "mlp":
             index = torch.cat([neurons.by_layer(source)[layer] for source in sources]).unique()
         if len(index) <= languages:

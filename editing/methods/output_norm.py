@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from editing.methods.norm_value import rms_norm
-from neurons.architectures.anatomy import first, site_module
+from neurons.architectures.anatomy import first, output_module
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
@@ -66,22 +66,24 @@ def output_norm(loaded: LoadedModel, layer: int, module: str, batch: TokenBatch)
         BrocaError: no module of the layer has the output as its input, or it is not an RMSNorm.
     """
     where = f"{loaded.name}: layer {layer}, {module}"
-    output_module, _ = site_module(loaded.anatomy, f"{module}_out", layer)
+    loaded.anatomy.require(module, [layer])
+    output = output_module(loaded.anatomy, f"{module}_out", layer)
+    assert output is not None
     outputs: list[torch.Tensor] = []
     followers: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        outputs[:] = [first(output).detach().clone()]
+    def keep(_: nn.Module, __: Any, made: Any) -> None:
+        outputs[:] = [first(made).detach().clone()]
 
     def compare(child: nn.Module, inputs: Any, output: Any) -> None:
         if outputs and inputs and isinstance(inputs[0], torch.Tensor) and torch.equal(inputs[0], outputs[0]):
             followers.append((child, inputs[0].detach().clone(), first(output).detach().clone()))
 
-    handles = [output_module.register_forward_hook(keep)]
+    handles = [output.register_forward_hook(keep)]
     handles += [
         child.register_forward_hook(compare)
         for child in loaded.anatomy.blocks[layer].children()
-        if child is not output_module
+        if child is not output
     ]
     try:
         with torch.no_grad():
@@ -142,4 +144,5 @@ def source_tokens(
     ]
     readers = {(f"{module}_in", layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
     read_text(loaded, first_batches, readers)
-    return SourceTokens(torch.cat(inputs)[:max_tokens], torch.cat(outputs)[:max_tokens])
+    width = loaded.anatomy.width(f"{module}_in", layer)
+    return SourceTokens(torch.cat(inputs)[:max_tokens, :width], torch.cat(outputs)[:max_tokens])

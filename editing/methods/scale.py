@@ -99,14 +99,14 @@ def column_scaling(source: ModelSource, module: str, scale: torch.Tensor) -> lis
             "more strength"
         )
     weights = Weights(source)
-    width = source.anatomy.component_width(module)
     edits = []
     for layer in (scale != 1).any(1).nonzero()[:, 0].tolist():
-        of_layer = scale[layer]
+        weight = weights.read(layer, module)
+        width = source.anatomy.component_width(module, layer)
+        of_layer = scale[layer, : weight.shape[1]]
         components = of_layer.view(-1, width)
         chosen = (components != 1).any(1).nonzero()[:, 0]
         changed = (of_layer != 1).nonzero()[:, 0]
-        weight = weights.read(layer, module)
         edits.append(
             ModuleEdit(
                 layer=layer,

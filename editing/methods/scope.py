@@ -46,6 +46,25 @@ def chosen_layers(source: ModelSource, layers: Sequence[int] | None) -> tuple[in
     return chosen
 
 
+def chosen_places(
+    source: ModelSource, layers: Sequence[int] | None, modules: Sequence[str]
+) -> tuple[tuple[int, str], ...]:
+    """(layer, module) of the chosen layers and modules, in their order.
+
+    Of each layer it has the modules that the layer has; a layer that is named must have one.
+
+    Raises:
+        UsageError: as ``chosen_layers`` and ``chosen_modules``, or a named layer without them.
+    """
+    chosen, blocks = chosen_layers(source, layers), chosen_modules(modules)
+    without = [layer for layer in chosen if not any(source.anatomy.has(layer, module) for module in blocks)]
+    if layers is not None and without:
+        source.anatomy.require(blocks[0], without)
+    return tuple(
+        (layer, module) for layer in chosen for module in blocks if source.anatomy.has(layer, module)
+    )
+
+
 def chosen_modules(modules: Sequence[str]) -> tuple[str, ...]:
     """The given modules of "attn" and "mlp", in this order and without duplicates.
 
@@ -113,7 +132,7 @@ def output_bias(source: ModelSource, weights: Weights, layer: int, module: str) 
         BrocaError: the experts of a mixture have biases, which plans cannot change.
     """
     anatomy = source.anatomy
-    if module == "mlp" and anatomy.mixed:
+    if module == "mlp" and anatomy.mixed_in(layer):
         if getattr(anatomy.outputs["mlp"][layer], "has_bias", False):
             raise BrocaError(
                 f"{anatomy.model_type}: the experts have biases, which would still write the direction and which a "

@@ -252,13 +252,14 @@ def steer2edit_plan(
     edits = []
     for layer in layers:
         for module, rho in (("attn", heads_rho), ("mlp", neurons_rho)):
-            if rho is None:
+            if rho is None or not source.anatomy.has(layer, module):
                 continue
             of_module = components(layer, module)
             solved = elastic_net(of_module, rho, alpha)
             magnitude, right = solved.magnitude * strength, solved.right * strength
             if module == "mlp" and allowed is not None:
-                magnitude, right = magnitude * allowed[layer], right * allowed[layer]
+                own = allowed[layer, : len(right)]
+                magnitude, right = magnitude * own, right * own
             chosen = magnitude.nonzero()[:, 0]
             if len(chosen):
                 edits.append(
@@ -317,11 +318,12 @@ def read_components(
             f"layer {layer}, {module}: the direction has length 0, because the module's output is the same in both "
             f"languages: leave layer {layer} out with --layers"
         )
+    weight = Weights(source).read(layer, module)
     return components_of(
-        Weights(source).read(layer, module),
+        weight,
         vector,
-        direction.input_means[f"{module}_in"][layer],
-        source.anatomy.component_width(module),
+        direction.input_means[f"{module}_in"][layer, : weight.shape[1]],
+        source.anatomy.component_width(module, layer),
         weigh if module == "mlp" else "sign",
     )
 

@@ -25,6 +25,7 @@ from editing.methods.scope import (
     SITE_LINE,
     chosen_layers,
     chosen_modules,
+    chosen_places,
     output_bias,
     require_site,
     require_strength,
@@ -135,12 +136,11 @@ def subspace_ablation_plan(
     weights = Weights(source)
     edits = []
     ranks: dict[str, int] = {}
-    for layer in chosen_layers(source, layers):
-        for module in chosen_modules(blocks):
-            at, subspace_layer = site_of(site, module), layer if from_layer is None else from_layer
-            basis = _basis(directions, at, subspace_layer, rank)
-            ranks[f"{at} {subspace_layer}"] = basis.shape[1]
-            edits.append(_module_edit(source, weights, basis, strength, layer, module))
+    for layer, module in chosen_places(source, layers, blocks):
+        at, subspace_layer = site_of(site, module), layer if from_layer is None else from_layer
+        basis = _basis(directions, at, subspace_layer, rank)
+        ranks[f"{at} {subspace_layer}"] = basis.shape[1]
+        edits.append(_module_edit(source, weights, basis, strength, layer, module))
     settings = {
         "layers": list(chosen_layers(source, layers)),
         "blocks": list(chosen_modules(blocks)),
@@ -195,7 +195,7 @@ def _module_edit(
     weight = weights.read(layer, module)
     bias = output_bias(source, weights, layer, module)
     ablation = subspace_ablation(weight, basis, strength)
-    width = source.anatomy.component_width(module)
+    width = source.anatomy.component_width(module, layer)
     changes = ablation.right.reshape(-1, width * basis.shape[1]).norm(dim=1)
     sizes = weight.norm(dim=0).view(-1, width).norm(dim=1)
     chosen = changes.nonzero()[:, 0]

@@ -19,7 +19,7 @@ from editing.evaluation.questions import Questions
 from editing.methods.conversation_keys import coefficients, conversation_keys, middle_layers
 from editing.methods.distilled_values import PASSES, RATE, Example, distilled_values
 from editing.methods.key import EPS
-from editing.methods.keyed import require_common_inputs
+from editing.methods.keyed import has_common_inputs, require_common_inputs
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import BUILD, CHOOSE, require_answers
 from editing.pipeline.lock_text import (
@@ -97,13 +97,14 @@ def language_lock(
             ``distilled_values``.
     """
     require_answers(loaded.name, loaded.tokenizer)
-    require_common_inputs(loaded.anatomy, ("mlp",))
+    require_common_inputs(loaded.anatomy, ("mlp",), layers)
     loaded.require_exact("an edit")
     if passes is None:
         passes = STAY_PASSES if lock.target is None else PASSES
     if rate is None:
         rate = STAY_RATE if lock.target is None else RATE
-    chosen = middle_layers(loaded.anatomy.layers) if layers is None else tuple(layers)
+    able = [at for at in middle_layers(loaded.anatomy.layers) if has_common_inputs(loaded.anatomy, at, "mlp")]
+    chosen = tuple(able if layers is None else layers)
     max_questions = max(8, MAX_EXAMPLES // len(lock.sources))
     with stage("Asking the teacher", 2, "parts") as advance:
         building = _taught(loaded, questions, lock, BUILD, max_questions)

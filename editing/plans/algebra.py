@@ -231,7 +231,7 @@ def restricted(
         if allowed is None:
             edits.append(edit)
             continue
-        cut = on_components(edit, frozenset(allowed), source.anatomy.component_width(edit.block))
+        cut = on_components(edit, frozenset(allowed), source.anatomy.component_width(edit.block, edit.layer))
         if cut is not None:
             edits.append(cut)
     settings = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,9 +11,10 @@ from editing.plans.plan import ModuleEdit, Plan
 from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import check_shape
 from editing.plans.weights import Weights
+from neurons.architectures.anatomy import Part, StoredPiece
 from neurons.architectures.offload import has_offloaded, replaced, with_bias
 from neurons.errors import BrocaError
-from neurons.files.tensor_files import read_tensor
+from neurons.files.tensor_files import TensorEntry, read_tensor
 from neurons.models.source import LoadedModel
 
 
@@ -47,30 +48,43 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
 def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo: ExitStack) -> None:
     pieces = weights.pieces(edit.layer, edit.block)
     check_shape(edit, pieces, loaded.anatomy.residual)
-    module, name = loaded.anatomy.outputs[edit.block][edit.layer], loaded.anatomy.parameter_name(edit.block)
-    offloaded = has_offloaded(module)
-    live = loaded.anatomy.weight_values(edit.layer, edit.block)
-    if offloaded:
-        live = live.clone()
+    for part in loaded.anatomy.parts(edit.layer, edit.block):
+        columns = part.columns
+        of_part = [
+            (piece, entry) for piece, entry in pieces if columns.start <= piece.columns.start < columns.stop
+        ]
+        _apply_part(part, of_part, weights, edit, undo)
+
+
+def _apply_part(
+    part: Part,
+    pieces: Sequence[tuple[StoredPiece, TensorEntry]],
+    weights: Weights,
+    edit: ModuleEdit,
+    undo: ExitStack,
+) -> None:
+    # Only experts that change need a second copy.
+    pieces = [(piece, entry) for piece, entry in pieces if edit.changes(piece.columns)]
+    if not pieces:
+        return
+    offloaded = has_offloaded(part.module)
+    live = part.values.clone() if offloaded else part.values
     for piece, entry in pieces:
-        # Only experts that change need a second copy.
-        if not edit.changes(piece.columns):
-            continue
         stored = weights.read_piece(piece, entry)
         edited = edit.rounded(stored, 0, piece.columns.start).stored
-        target = loaded.anatomy.columns(edit.block, live, piece.columns)
+        target = part.cut(live, piece.columns)
         if not offloaded:
             undo.callback(target.copy_, target.clone())
         target.copy_(edited)
     if offloaded:
-        undo.enter_context(replaced(module, name, loaded.anatomy.oriented(edit.block, live)))
+        undo.enter_context(replaced(part.module, part.parameter, part.oriented(live)))
 
 
 def _apply_bias(
     loaded: LoadedModel, weights: Weights, edit: ModuleEdit, bias: torch.Tensor, undo: ExitStack
 ) -> None:
     entry = weights.bias(edit.layer, edit.block)
-    module = loaded.anatomy.outputs[edit.block][edit.layer]
+    module = loaded.anatomy.parts(edit.layer, edit.block)[0].module
     if entry is not None:
         stored = read_tensor(entry)
         edited = round_once(stored.double() + bias.double(), stored.dtype)

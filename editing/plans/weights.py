@@ -33,7 +33,7 @@ class Weights:
             entry = self._entries[piece.tensor]
             shape = (anatomy.residual, piece.columns.stop - piece.columns.start)
             shape = shape[::-1] if piece.transposed else shape
-            expected = shape if piece.index is None else (anatomy.experts, *shape)
+            expected = shape if piece.index is None else (piece.count, *shape)
             if entry.shape != expected:
                 raise BrocaError(
                     f"{self._source.name}: tensor {piece.tensor} has shape {list(entry.shape)} where the "
@@ -73,7 +73,7 @@ class Weights:
         anatomy = self._source.anatomy
         return {
             name: length
-            for layer in range(anatomy.layers)
+            for layer in anatomy.layers_with(block)
             for name, length in anatomy.switched_biases(layer, block, self._entries.keys()).items()
         }
 

@@ -188,7 +188,8 @@ def _no_op_hooks(loaded: LoadedModel) -> dict[tuple[str, int], SiteHook]:
     def no_op(values: torch.Tensor, routed: Routed | None) -> None:
         return None
 
-    return {("mlp_in", layer): no_op for layer in range(loaded.anatomy.layers * loaded.anatomy.mixed)}
+    anatomy = loaded.anatomy
+    return {("mlp_in", layer): no_op for layer in range(anatomy.layers) if anatomy.mixed_in(layer)}
 
 
 def _kept_on(loaded: LoadedModel, batch: TokenBatch, layers: int) -> torch.device | None:

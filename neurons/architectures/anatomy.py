@@ -5,7 +5,13 @@ Two modules of a layer, "attn" and "mlp", write to the residual stream, each wit
     attn: ``o_proj``    [d, A*D]; head i owns columns i*D .. (i+1)*D - 1
     mlp:  ``down_proj`` [d, I];   neuron j owns column j, its *value*
 
-In a mixture of E experts, neuron j of expert e has the flat index e*I + j: W is [d, E*I].
+In a mixture of E experts, neuron j of expert e has the flat index e*I + j: W is [d, E*I].  The neurons of a shared
+expert follow those of the others.  Layers need not be alike: n, A and D may differ, and a layer may lack either
+module, or have dense neurons in a model of mixtures.  So that all layers have places for the same numbers of neurons,
+indices from n on are places without a neuron.
+
+In a model of mixtures all neurons are in groups of I, which count as experts: a shared expert's, and those of a dense
+layer, are groups that every token reaches.
 
 Sites at which hooks see activations, with their width:
 
@@ -22,28 +28,23 @@ Differences between families are in ``neurons.architectures.layouts``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from neurons.architectures.attention import NO_HEADS, SOFTMAX, head_shape, is_understood, kind_of_attention
 from neurons.architectures.examination import examine
-from neurons.architectures.layouts import LAYOUTS, Layout, StoredForm
+from neurons.architectures.layouts import LAYOUTS, SIGN_PRESERVING, Layout, Mlp, StoredForm
 from neurons.architectures.offload import parameter_value
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 
 SITES = ("mlp_act", "mlp_up", "mlp_in", "attn_in", "mlp_out", "attn_out", "block_out")
 # Sites that exist once for each expert of a mixture.
 EXPERT_SITES = ("mlp_act", "mlp_up", "mlp_in")
 BLOCKS = ("attn", "mlp")
-
-# Activations that are positive exactly where their input is, so that LAPE can count the sign of the input.
-SIGN_PRESERVING = (
-    "silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh",
-    "quick_gelu",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class StoredPiece:
         columns: of W.
         transposed: the piece is [columns, d] instead of [d, columns].
         index: of the piece in the tensor's first dimension; None if the piece is the whole tensor.
+        count: pieces in the tensor.
     """
 
     tensor: str
     columns: slice
     transposed: bool = False
     index: int | None = None
+    count: int = 1
 
     @property
     def rows(self) -> slice | None:
@@ -74,6 +77,92 @@ class StoredPiece:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Columns of a layer's W [d, n] in one parameter: all of them, those of all experts, or of a shared expert.
+
+    Attributes:
+        path: of the output module in the layer; of experts, of the parameter.
+        module: the linear module that writes to the residual; of experts, the module that holds them.
+        parameter: name of the weight in ``module``.
+        first: the first column of W.
+        experts: number of experts in the parameter; None if it is a matrix.
+        transposed: the parameter is [n, d], or [E, I, d].
+        stored: forms in checkpoints.
+        gate: of neurons, the module whose output is the pre-activation; of experts, their module.
+        up: of neurons, the module of the linear branch; the gate if there is none.
+        halves: whether one module computes gate and linear branch, the gate first.
+    """
+
+    path: str
+    module: nn.Module
+    parameter: str
+    first: int
+    experts: int | None
+    transposed: bool
+    stored: tuple[StoredForm, ...]
+    gate: nn.Module | None = None
+    up: nn.Module | None = None
+    halves: bool = False
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        # The weight of a quantised linear module has another shape.
+        features = getattr(self.module, "in_features", None)
+        if self.experts is None and isinstance(features, int):
+            return features
+        return int(self.weight.shape[-1]) * (self.experts or 1)
+
+    @property
+    def columns(self) -> slice:
+        """Of W."""
+        return slice(self.first, self.first + self.width)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[d, columns], or [E, d, I] of experts: a view of the live parameter."""
+        return self.oriented(getattr(self.module, self.parameter).data)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The weight, read-only; also of an offloaded or (dequantised) a quantised module."""
+        return self.oriented(parameter_value(self.module, self.parameter))
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view [d, columns], or [E, d, I] of experts, of a tensor shaped like the parameter, and back."""
+        return tensor.mT if self.transposed else tensor
+
+    def cut(self, weight: torch.Tensor, chosen: slice) -> torch.Tensor:
+        """A view of columns of W, all of one expert, of the part's ``weight`` or ``values``."""
+        start, count = chosen.start - self.first, chosen.stop - chosen.start
+        if self.experts is None:
+            return weight[:, start : start + count]
+        expert, first_column = divmod(start, weight.shape[-1])
+        return weight[expert, :, first_column : first_column + count]
+
+    def pieces(self, stem: str, form: StoredForm) -> tuple[StoredPiece, ...]:
+        """The location on disk of the columns, if stored in this form.
+
+        Args:
+            stem: prefix of the layer's tensors.
+            form: one of ``stored``.
+        """
+        if self.experts is None:
+            return (StoredPiece(stem + form.name, self.columns, form.transposed),)
+        width = self.width // self.experts
+        return tuple(
+            StoredPiece(
+                stem + form.name.format(expert=expert),
+                slice(self.first + expert * width, self.first + (expert + 1) * width),
+                form.transposed,
+                expert if form.fused else None,
+                self.experts if form.fused else 1,
+            )
+            for expert in range(self.experts)
+        )
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of a loaded model.
 
@@ -81,18 +170,22 @@ class Anatomy:
         model_type: from the config.
         layers: number of layers L.
         residual: width d of the residual stream.
-        neurons: MLP neurons a layer, of all experts together.
-        heads: query heads A a layer.
-        head_dim: width D of a head.
-        experts: number of experts E; 1 in a dense model.
+        neurons: places for MLP neurons in a layer, of all experts together: the maximum over the layers.
+        heads: query heads A a layer, the maximum over the layers.
+        head_dim: width D of a head in the first layer with heads.
+        experts: number of groups of I neurons E, with those of shared experts; 1 in a dense model.
         expert_width: neurons I of one expert; all neurons in a dense model.
         gated: whether mlp_in is act(mlp_act) times a linear branch.
         blocks: the decoder layer modules.
-        gates: per layer, the module whose output is the pre-activation; of a mixture, the experts.
+        gates: per layer, the module whose output is the pre-activation; of a mixture, the experts; None without
+            an MLP.
         ups: per layer, the module of the linear branch; the gate if there is none.
         outputs: block name -> per layer, the linear module that writes to the residual; of a mixture,
-            the experts.
-        mixtures: per layer, the module of the mixture; empty in a dense model.
+            the experts; None where the layer has no such block.
+        mixtures: per layer, the module of the mixture, None in dense layers; empty in a dense model.
+        shared: per layer, the gate, linear branch and output of the shared expert, or None; empty without any.
+        head_dims: per layer, the width of a head.
+        attention: per layer, the kind of attention, as "softmax attention" or "linear attention".
         layout: names, in memory and on disk.
         gathered_on: for a model on several devices, the device on which hooks get values; None for the device
             that computes them.
@@ -108,16 +201,19 @@ class Anatomy:
     expert_width: int
     gated: bool
     blocks: tuple[nn.Module, ...]
-    gates: tuple[nn.Module, ...]
-    ups: tuple[nn.Module, ...]
-    outputs: dict[str, tuple[nn.Module, ...]]
-    mixtures: tuple[nn.Module, ...]
+    gates: tuple[nn.Module | None, ...]
+    ups: tuple[nn.Module | None, ...]
+    outputs: dict[str, tuple[nn.Module | None, ...]]
+    mixtures: tuple[nn.Module | None, ...]
+    shared: tuple[tuple[nn.Module, nn.Module, nn.Module] | None, ...]
+    head_dims: tuple[int, ...]
+    attention: tuple[str, ...]
     layout: Layout
     gathered_on: torch.device | None = None
 
     @property
     def mixed(self) -> bool:
-        """Whether the MLP is a mixture of experts."""
+        """Whether a layer's MLP is a mixture of experts."""
         return bool(self.mixtures)
 
     @property
@@ -125,44 +221,109 @@ class Anatomy:
         """Whether the outputs of o_proj and down_proj are added to the residual stream unchanged."""
         return self.layout.residual
 
-    def width(self, site: str) -> int:
-        """Width of a site; of a mixture's neurons, all experts together."""
-        if site in EXPERT_SITES:
-            return self.neurons
-        return self.heads * self.head_dim if site == "attn_in" else self.residual
+    def mixed_in(self, layer: int) -> bool:
+        """Whether the MLP of a layer is a mixture of experts."""
+        return self.mixed and self.mixtures[layer] is not None
 
-    def component_width(self, block: str) -> int:
+    def has(self, layer: int, block: str) -> bool:
+        """Whether a layer has heads ("attn") or neurons ("mlp") that Broca understands."""
+        return self.outputs[block][layer] is not None
+
+    def layers_with(self, block: str) -> tuple[int, ...]:
+        """The layers that have a block."""
+        return tuple(layer for layer in range(self.layers) if self.has(layer, block))
+
+    def require(self, block: str, layers: Collection[int]) -> None:
+        """Check that layers have a block.
+
+        Raises:
+            UsageError: names the layers without it and what they have instead.
+        """
+        lacking = [layer for layer in sorted(layers) if not self.has(layer, block)]
+        if not lacking:
+            return
+        kinds = list(dict.fromkeys(self.attention[layer] for layer in lacking))
+        what = ", ".join(kinds) if block == "attn" else "no MLP that Broca understands"
+        where = f"layer{'s' * (len(lacking) > 1)} {', '.join(map(str, lacking))}"
+        raise UsageError(
+            f"{self.model_type}: {where} {'have' if len(lacking) > 1 else 'has'} {what}: "
+            f"{self.component_name(block)}s are not edited there"
+        )
+
+    def width(self, site: str, layer: int | None = None) -> int:
+        """Width of a site in a layer, 0 where it does not exist; None gives the maximum over the layers.
+
+        Of a mixture's neurons, all experts together.
+        """
+        block = "mlp" if site in EXPERT_SITES else "attn"
+        if site not in EXPERT_SITES and site != "attn_in":
+            return self.residual
+        if layer is None:
+            return self.neurons if block == "mlp" else max(self.width(site, at) for at in range(self.layers))
+        parts = self.parts(layer, block)
+        return parts[-1].columns.stop if parts else 0
+
+    def component_width(self, block: str, layer: int) -> int:
         """Columns of a module's output weight for one component: D for a head, 1 for a neuron."""
-        return self.head_dim if block == "attn" else 1
+        return self.head_dims[layer] if block == "attn" else 1
 
     def component_name(self, block: str) -> str:
         return "head" if block == "attn" else "neuron"
 
+    def parts(self, layer: int, block: str) -> tuple[Part, ...]:
+        """The parameters that hold W, in the order of its columns; empty where the layer has no such block."""
+        module, layout = self.outputs[block][layer], self.layout
+        if module is None:
+            return ()
+        if block == "attn":
+            flipped = "attn" in layout.transposed
+            return (Part(layout.outputs["attn"], module, "weight", 0, None, flipped, layout.stored["attn"]),)
+        gate, up = self.gates[layer], self.ups[layer]
+        mixed = self.mixed_in(layer)
+        if self.mixed and not mixed and layout.dense is not None:
+            return (self._dense(layout.dense, 0, gate, up, module),)
+        path, flipped = layout.outputs["mlp"], "mlp" in layout.transposed
+        name = path.rpartition(".")[2] if mixed else "weight"
+        count = len(getattr(module, name)) if mixed else None
+        halves = layout.gate == layout.up
+        part = Part(path, module, name, 0, count, flipped, layout.stored["mlp"], gate, up, halves)
+        shared = self.shared[layer] if self.shared and mixed else None
+        if shared is None or layout.shared is None:
+            return (part,)
+        return part, self._dense(layout.shared, part.width, *shared)
+
+    def _dense(
+        self, names: Mlp, first: int, gate: nn.Module | None, up: nn.Module | None, output: nn.Module
+    ) -> Part:
+        halves = names.gate == names.up
+        return Part(names.output, output, "weight", first, None, False, names.stored, gate, up, halves)
+
+    def part_of(self, layer: int, block: str, column: int) -> Part:
+        """The part that holds a column of W."""
+        return next(part for part in self.parts(layer, block) if column < part.columns.stop)
+
     def output_parameter(self, layer: int, block: str) -> nn.Parameter:
-        """The parameter that holds W, in the model's shape."""
-        parameter: nn.Parameter = getattr(self.outputs[block][layer], self.parameter_name(block))
+        """The parameter that holds W, in the model's shape; of a mixture, that of the experts."""
+        part = self.parts(layer, block)[0]
+        parameter: nn.Parameter = getattr(part.module, part.parameter)
         return parameter
-
-    def parameter_name(self, block: str) -> str:
-        """The name of the parameter that holds W in the module of ``outputs``."""
-        return self.layout.outputs[block].rpartition(".")[2] if self._fused(block) else "weight"
-
-    def oriented(self, block: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A view [d, n], or [E, d, I] of fused experts, of a tensor shaped like the parameter."""
-        return tensor.mT if block in self.layout.transposed else tensor
 
     def output_weight(self, layer: int, block: str) -> torch.Tensor:
         """W as a view of the live parameter: writing into it edits the model.
 
         Returns:
-            [d, n]; for the MLP of a mixture [E, d, I].
+            [d, n]; for the MLP of a mixture [E, d, I], without a shared expert.
         """
-        return self.oriented(block, self.output_parameter(layer, block).data)
+        return self.parts(layer, block)[0].weight
 
     def weight_values(self, layer: int, block: str) -> torch.Tensor:
         """W as in ``output_weight``, read-only; also of an offloaded or (dequantised) a quantised module."""
-        module = self.outputs[block][layer]
-        return self.oriented(block, parameter_value(module, self.parameter_name(block)))
+        return self.parts(layer, block)[0].values
+
+    def output_norms(self, layer: int, block: str) -> torch.Tensor:
+        """The norms of the columns of W, float64 [n], on the weight's device."""
+        parts = self.parts(layer, block)
+        return torch.cat([part.values.double().norm(dim=-2).flatten() for part in parts])
 
     def output_bias(self, layer: int, block: str) -> torch.Tensor | None:
         """The bias [d] of an output module as a view of the live parameter; None without a bias.
@@ -170,7 +331,7 @@ class Anatomy:
         Raises:
             BrocaError: the experts of a mixture, which have no common bias.
         """
-        if self._fused(block):
+        if block == "mlp" and self.mixed_in(layer):
             raise BrocaError(
                 f"{self.model_type}: the experts of a mixture have no common bias: use the attention's"
             )
@@ -179,9 +340,10 @@ class Anatomy:
 
     def supports_bias(self, block: str) -> bool:
         """Whether a checkpoint of this architecture can have a bias in the output module."""
-        if self._fused(block):
+        layers = self.layers_with(block)
+        if not layers or (block == "mlp" and self.mixed):
             return False
-        return self.output_bias(0, block) is not None or block in self.layout.bias_switches
+        return self.output_bias(layers[0], block) is not None or block in self.layout.bias_switches
 
     def stored_bias(self, layer: int, block: str, names: Collection[str]) -> str:
         """The name of the tensor of an output bias, which need not be in the checkpoint.
@@ -211,20 +373,19 @@ class Anatomy:
             lengths[f"{stem}{path}.bias"] = int(module.get_parameter("weight").shape[0])
         return lengths
 
-    def columns(self, block: str, weight: torch.Tensor, chosen: slice) -> torch.Tensor:
-        """A view of columns, all of one expert, of a weight from ``output_weight`` or ``oriented``."""
-        if not self._fused(block):
-            return weight[:, chosen]
-        expert, first = divmod(chosen.start, self.expert_width)
-        return weight[expert, :, first : first + chosen.stop - chosen.start]
+    def columns(self, layer: int, block: str, chosen: slice) -> torch.Tensor:
+        """A view [d, columns] of columns of W, all of one expert, of the live parameter."""
+        part = self.part_of(layer, block, chosen.start)
+        return part.cut(part.weight, chosen)
 
     def value(self, layer: int, neuron: int) -> torch.Tensor:
         """A neuron's value [d], a view of the live parameter."""
-        return self.columns("mlp", self.output_weight(layer, "mlp"), slice(neuron, neuron + 1))[:, 0]
+        return self.columns(layer, "mlp", slice(neuron, neuron + 1))[:, 0]
 
     def tensor_name(self, layer: int, block: str) -> str:
         """The usual name of an output weight in the family's checkpoints; * stands for an expert."""
-        form = self.layout.stored[block][0]
+        parts = self.parts(layer, block)
+        form = parts[0].stored[0] if parts else self.layout.stored[block][0]
         return f"{self.layout.prefixes[0]}{layer}.{form.name.format(expert='*')}"
 
     def stored(self, layer: int, block: str, names: Collection[str]) -> tuple[StoredPiece, ...]:
@@ -237,12 +398,19 @@ class Anatomy:
 
         Raises:
             BrocaError: a tensor is missing, or the weight exists under two names.
+            UsageError: the layer has no such block.
         """
+        self.require(block, [layer])
+        return tuple(
+            piece for part in self.parts(layer, block) for piece in self._stored(layer, block, part, names)
+        )
+
+    def _stored(self, layer: int, block: str, part: Part, names: Collection[str]) -> tuple[StoredPiece, ...]:
         complete: list[tuple[StoredPiece, ...]] = []
         missing: list[str] = []
         for prefix in self.layout.prefixes:
-            for form in self.layout.stored[block]:
-                pieces = self._pieces(f"{prefix}{layer}.", form, block)
+            for form in part.stored:
+                pieces = part.pieces(f"{prefix}{layer}.", form)
                 absent = [piece.tensor for piece in pieces if piece.tensor not in names]
                 if not absent:
                     complete.append(pieces)
@@ -255,7 +423,8 @@ class Anatomy:
                 f"and as {complete[1][0].tensor!r}: keep the one that transformers loads"
             )
         if not complete:
-            name = missing[0] if missing else self.tensor_name(layer, block).replace("*", "0")
+            usual = part.pieces(f"{self.layout.prefixes[0]}{layer}.", part.stored[0])[0].tensor
+            name = missing[0] if missing else usual
             fix = (
                 "the names for this architecture are unknown"
                 if self.layout.examined
@@ -263,23 +432,6 @@ class Anatomy:
             )
             raise BrocaError(f"the checkpoint has no tensor {name!r}: {fix}")
         return complete[0]
-
-    def _fused(self, block: str) -> bool:
-        return self.mixed and block == "mlp"
-
-    def _pieces(self, stem: str, form: StoredForm, block: str) -> tuple[StoredPiece, ...]:
-        if not self._fused(block):
-            return (StoredPiece(stem + form.name, slice(0, self.width(f"{block}_in")), form.transposed),)
-        width = self.expert_width
-        return tuple(
-            StoredPiece(
-                stem + form.name.format(expert=expert),
-                slice(expert * width, (expert + 1) * width),
-                form.transposed,
-                expert if form.fused else None,
-            )
-            for expert in range(self.experts)
-        )
 
 
 def layout_of(config: Any) -> Layout | None:
@@ -318,21 +470,29 @@ def anatomy_of(model: Any) -> Anatomy:
 
     Raises:
         BrocaError: a part that is not found, an activation that does not preserve signs, or a module that is
-            missing, has an unexpected shape or differs from the other layers'.
+            missing or has an unexpected shape.
     """
     config = model.config.get_text_config()
     layout = layout_of(model.config)
     if layout is None:
         layout = examine(model)
         _check_activation(config, layout)
-    heads = config.num_attention_heads
+    blocks = tuple(_submodule(model, layout.layers).children())
+    path = layout.outputs["attn"]
+    attention = [kind_of_attention(config, layer, block) for layer, block in enumerate(blocks)]
+    for layer, block in enumerate(blocks) if layout.examined else ():
+        output: Any = _found(block, path)
+        width = 0 if output is None else output.weight.shape[0 if "attn" in layout.transposed else 1]
+        count, size = head_shape(config, layer, block, path, width) if width else (0, 0)
+        if count * size != width:
+            attention[layer] = NO_HEADS
     return assembled(
         layout,
         model.config.model_type,
-        tuple(_submodule(model, layout.layers).children()),
+        blocks,
         residual=config.hidden_size,
-        heads=heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        heads=lambda layer, width: head_shape(config, layer, blocks[layer], path, width),
+        attention=attention,
     )
 
 
@@ -342,8 +502,8 @@ def assembled(
     blocks: tuple[nn.Module, ...],
     *,
     residual: int,
-    heads: int,
-    head_dim: int,
+    heads: Callable[[int, int], tuple[int, int]],
+    attention: Sequence[str] | None = None,
 ) -> Anatomy:
     """Find and measure the parts of decoder layers with a known layout.
 
@@ -352,29 +512,32 @@ def assembled(
         model_type: from the config.
         blocks: the decoder layers, each with at least the modules that the layout names.
         residual: width d of the residual stream.
-        heads: query heads A a layer.
-        head_dim: width D of a head.
+        heads: (layer, input width of o_proj) -> query heads A and width D of a head.
+        attention: per layer, the kind of attention; None: softmax attention in all.
 
     Raises:
-        BrocaError: no layers, or a module that is missing, has an unexpected shape or differs from the other
-            layers'.
+        BrocaError: no layers, or a module that is missing or has an unexpected shape.
     """
     if not blocks:
         raise BrocaError(f"{model_type} has no layers: set their number in config.json")
+    kinds = tuple(attention or [SOFTMAX] * len(blocks))
     return _measured(
         Anatomy(
             model_type=model_type,
             layers=len(blocks),
             residual=residual,
             neurons=0,
-            heads=heads,
-            head_dim=head_dim,
+            heads=0,
+            head_dim=0,
             experts=1,
             expert_width=0,
             gated=layout.up is not None,
+            head_dims=(),
+            attention=kinds,
             layout=layout,
-            **_modules(layout, blocks),
-        )
+            **_modules(layout, blocks, kinds),
+        ),
+        heads,
     )
 
 
@@ -386,59 +549,127 @@ def with_modules_of(anatomy: Anatomy, model: Any) -> Anatomy:
         model: the same model with quantised linear modules.
     """
     blocks = tuple(_submodule(model, anatomy.layout.layers).children())
-    return replace(anatomy, **_modules(anatomy.layout, blocks))
+    return replace(anatomy, **_modules(anatomy.layout, blocks, anatomy.attention))
 
 
-def _modules(layout: Layout, blocks: tuple[nn.Module, ...]) -> dict[str, Any]:
+def _modules(layout: Layout, blocks: tuple[nn.Module, ...], attention: Sequence[str]) -> dict[str, Any]:
     """The fields of an Anatomy that hold modules."""
-    paths = dict(layout.outputs)
-    if layout.mixture is not None:
-        paths["mlp"] = layout.gate
-    outputs = {
-        block: tuple(_part(module, path, layer) for layer, module in enumerate(blocks))
-        for block, path in paths.items()
+    mixed = layout.mixture is not None
+    usual = {name: path for name, path in layout.outputs.items() if name != "mlp" or not mixed}
+    columns: dict[str, list[Any]] = {name: [] for name in ("attn", "mlp", "gate", "up", "mixture", "shared")}
+    for layer, block in enumerate(blocks):
+        attn = _found(block, usual["attn"]) if is_understood(attention[layer]) else None
+        columns["attn"].append(attn)
+        experts = _found(block, layout.gate) if mixed else None
+        dense = layout.dense if mixed and experts is None else None
+        if experts is not None:
+            columns["mlp"].append(experts)
+            columns["gate"].append(experts)
+            columns["up"].append(experts)
+            columns["mixture"].append(_part(block, layout.mixture or "", layer))
+            columns["shared"].append(_modules_of(block, layout.shared, layer))
+            continue
+        names = dense if mixed else Mlp(usual["mlp"], layout.gate, layout.up)
+        found = _modules_of(block, names, layer)
+        if attn is None and found is None and is_understood(attention[layer]):
+            # Raises, as neither block was found.
+            _part(block, usual["attn"], layer)
+        for name, module in zip(("gate", "up", "mlp"), found or (None, None, None), strict=True):
+            columns[name].append(module)
+        columns["mixture"].append(None)
+        columns["shared"].append(None)
+    return {
+        "blocks": blocks,
+        "gates": tuple(columns["gate"]),
+        "ups": tuple(columns["up"]),
+        "outputs": {name: tuple(columns[name]) for name in BLOCKS},
+        "mixtures": tuple(columns["mixture"]) if mixed else (),
+        "shared": tuple(columns["shared"]) if layout.shared is not None else (),
     }
-    gates = tuple(_part(block, layout.gate, layer) for layer, block in enumerate(blocks))
-    ups = tuple(_part(block, layout.up or layout.gate, layer) for layer, block in enumerate(blocks))
-    mixtures = (
-        ()
-        if layout.mixture is None
-        else tuple(_part(block, layout.mixture, layer) for layer, block in enumerate(blocks))
-    )
-    return {"blocks": blocks, "gates": gates, "ups": ups, "outputs": outputs, "mixtures": mixtures}
 
 
-def _measured(anatomy: Anatomy) -> Anatomy:
-    """The same anatomy with its neurons counted, after a check that all layers have the same shapes."""
-    d, layout = anatomy.residual, anatomy.layout
-    counted = {"attn": anatomy.heads * anatomy.head_dim}
-    first_mlp = tuple(anatomy.output_weight(0, "mlp").shape)
-    experts, width = (first_mlp[0], first_mlp[2]) if anatomy.mixed else (1, first_mlp[-1])
-    for block in BLOCKS:
-        fused = anatomy.mixed and block == "mlp"
-        expected = (experts, d, width) if fused else (d, counted.get(block, width))
-        for layer in range(anatomy.layers):
-            shape = tuple(anatomy.output_weight(layer, block).shape)
-            if shape != expected:
-                source = "the other layers have" if layer and block == "mlp" else "the config implies"
+def _modules_of(
+    block: nn.Module, names: Mlp | None, layer: int
+) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+    """The gate, the linear branch and the output of an MLP; None if the layer lacks the output."""
+    output = None if names is None else _found(block, names.output)
+    if names is None or output is None:
+        return None
+    return _part(block, names.gate, layer), _part(block, names.up or names.gate, layer), output
+
+
+def _measured(anatomy: Anatomy, heads: Callable[[int, int], tuple[int, int]]) -> Anatomy:
+    """The same anatomy with its neurons and heads counted, after a check of all shapes."""
+    d = anatomy.residual
+    for layer, module in enumerate(anatomy.mixtures):
+        experts_module = anatomy.gates[layer]
+        if module is None:
+            continue
+        if getattr(experts_module, "has_post_expert_norm", False):
+            raise BrocaError(
+                f"layer {layer}, {anatomy.layout.gate}: experts with a norm after them are not supported"
+            )
+    shapes: list[tuple[int, int]] = []
+    widths: list[int] = []
+    for layer in range(anatomy.layers):
+        parts = anatomy.parts(layer, "attn") + anatomy.parts(layer, "mlp")
+        for part in parts:
+            if part.weight.shape[-2] != d:
                 raise BrocaError(
-                    f"layer {layer}, {layout.outputs[block]}: its weight is {shape} where {source} {expected}"
+                    f"layer {layer}, {part.path}: its weight is {tuple(part.weight.shape)} and does not write "
+                    f"{d} numbers"
                 )
-    for layer, experts_module in enumerate(anatomy.outputs["mlp"] if anatomy.mixed else ()):
-        for attribute, expected_value in (("has_gate", True), ("has_post_expert_norm", False)):
-            if getattr(experts_module, attribute, None) is not expected_value:
+            width = _gate_width(part)
+            if width is not None and width != part.width:
                 raise BrocaError(
-                    f"layer {layer}, {layout.gate}: this kind of experts is not supported "
-                    f"({attribute} is {getattr(experts_module, attribute, None)})"
+                    f"layer {layer}, {part.path}: its weight is {tuple(part.weight.shape)} where the gate implies "
+                    f"{(d, width)}"
                 )
-    return Anatomy(
-        **{
-            **{name: getattr(anatomy, name) for name in Anatomy.__dataclass_fields__},
-            "neurons": experts * width,
-            "experts": experts,
-            "expert_width": width,
+        width = anatomy.width("attn_in", layer)
+        shapes.append(heads(layer, width) if width else (0, 0))
+        if shapes[-1][0] * shapes[-1][1] != width:
+            expected = (d, shapes[-1][0] * shapes[-1][1])
+            raise BrocaError(
+                f"layer {layer}, {anatomy.layout.outputs['attn']}: its weight is {(d, width)} where the config "
+                f"implies {expected}"
+            )
+        widths.append(anatomy.width("mlp_in", layer))
+    experts, width = 1, max(widths)
+    if anatomy.mixed:
+        sizes = {
+            part.weight.shape[-1]
+            for at in range(anatomy.layers)
+            for part in anatomy.parts(at, "mlp")
+            if part.experts
         }
+        width = max(sizes)
+        if len(sizes) > 1:
+            raise BrocaError(
+                f"{anatomy.model_type}: its layers have experts of {sorted(sizes)} neurons, which is not supported"
+            )
+        experts = -(-max(widths) // width)
+    return replace(
+        anatomy,
+        neurons=experts * width,
+        experts=experts,
+        expert_width=width,
+        heads=max(count for count, _ in shapes),
+        head_dim=next((size for _, size in shapes if size), 0),
+        head_dims=tuple(size for _, size in shapes),
     )
+
+
+def _gate_width(part: Part) -> int | None:
+    """The neurons that the gate writes; None if it is no linear module, as of experts."""
+    weight = getattr(part.gate, "weight", None)
+    if part.experts is not None or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return None
+    rows = part.oriented(weight).shape[-2]
+    return rows // 2 if part.halves else rows
+
+
+def _found(block: nn.Module, path: str) -> nn.Module | None:
+    return dict(block.named_modules()).get(path)
 
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
@@ -452,30 +683,19 @@ def _part(block: nn.Module, path: str, layer: int) -> nn.Module:
     try:
         return block.get_submodule(path)
     except AttributeError as error:
-        raise BrocaError(
-            f"layer {layer} ({type(block).__name__}) has no module {path!r}: all layers must have "
-            "the same structure"
-        ) from error
+        raise BrocaError(f"layer {layer} ({type(block).__name__}) has no module {path!r}") from error
 
 
-def site_module(anatomy: Anatomy, site: str, layer: int) -> tuple[nn.Module, bool]:
-    """The module of a site, and whether the site is its input (else its output).
-
-    Not for the neurons of a mixture, which have no modules of their own.
-    """
-    if site == "mlp_act":
-        return anatomy.gates[layer], False
-    if site == "mlp_up":
-        return anatomy.ups[layer], False
+def output_module(anatomy: Anatomy, site: str, layer: int) -> nn.Module | None:
+    """The module whose output is at a site of width d, or None where the layer has none."""
     if site == "block_out":
-        return anatomy.blocks[layer], False
-    if site == "mlp_out" and anatomy.mixed:
-        return anatomy.mixtures[layer], False
-    block, _, end = site.partition("_")
-    return anatomy.outputs[block][layer], end == "in"
+        return anatomy.blocks[layer]
+    if site == "mlp_out" and anatomy.mixed_in(layer):
+        return anatomy.mixtures[layer]
+    return anatomy.outputs[site.partition("_")[0]][layer]
 
 
 def first(value: Any) -> torch.Tensor:
-    """The hidden states in a module's input or output, which may be a tuple."""
-    tensor: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    """The hidden states in a module's input or output, which may be a tuple or a list."""
+    tensor: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
     return tensor

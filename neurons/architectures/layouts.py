@@ -10,6 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+# Activations that are positive exactly where their input is, so that LAPE can count the sign of the input.
+SIGN_PRESERVING = (
+    "silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh",
+    "quick_gelu",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class StoredForm:
@@ -24,6 +30,29 @@ class StoredForm:
     name: str
     transposed: bool = False
     fused: bool = False
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Names of an MLP without experts, in a layer of a family that has other MLPs too.
+
+    Attributes:
+        output: path of the linear module that writes to the residual.
+        gate: the module whose output is the pre-activation.
+        up: the module of the linear branch; None if the MLP is not gated; the same as ``gate`` if one module
+            computes both, the gate first.
+        names: of the output's weight on disk, after the layer's prefix; empty if as in memory.
+    """
+
+    output: str
+    gate: str
+    up: str | None
+    names: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> tuple[StoredForm, ...]:
+        """The forms of the output's weight in checkpoints."""
+        return tuple(StoredForm(name) for name in self.names or (f"{self.output}.weight",))
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,11 @@ class Layout:
             which preserves signs.
         transposed: blocks whose weight is [n, d] in memory (of a mixture: [E, I, d]).
         mixture: the module of a mixture of experts, whose output is added to the residual; else None.
+        dense: the MLP of layers without the mixture, in a family of mixtures.
+        shared: the MLP that every token reaches, beside the experts of a mixture.
         residual: whether the modules' outputs are added to the residual unchanged (no norm after).
+        residual_scale: the config's attribute that multiplies the outputs of attention and MLP; at 1 they are
+            unchanged.
         residual_unless: (attribute of the config, its value that puts a norm after the outputs).
         softcap: the config's attribute of the logits' soft cap; None without one.
         logit_scale: the config's attribute that multiplies the logits.
@@ -100,7 +133,10 @@ class Layout:
     activation: str | None = "hidden_act"
     transposed: tuple[str, ...] = ()
     mixture: str | None = None
+    dense: Mlp | None = None
+    shared: Mlp | None = None
     residual: bool = True
+    residual_scale: str | None = None
     residual_unless: tuple[str, bool] | None = None
     softcap: str | None = None
     logit_scale: str | None = None
@@ -112,10 +148,13 @@ class Layout:
 
     def for_config(self, text: Any) -> Layout:
         """The layout of one model, with what depends on its (text) config resolved."""
-        if self.residual_unless is None:
-            return self
-        attribute, value = self.residual_unless
-        return replace(self, residual=self.residual and getattr(text, attribute) != value)
+        unchanged = self.residual
+        if self.residual_scale is not None:
+            unchanged &= getattr(text, self.residual_scale, 1) == 1
+        if self.residual_unless is not None:
+            attribute, value = self.residual_unless
+            unchanged &= getattr(text, attribute) != value
+        return self if unchanged == self.residual else replace(self, residual=unchanged)
 
 
 def _plain(attn: str, mlp: str, transposed: bool = False) -> dict[str, tuple[StoredForm, ...]]:
@@ -132,7 +171,7 @@ def _dense(
     up: str | None = None,
     transposed: bool = False,
     prefixes: tuple[str, ...] = (),
-    names: ConfigNames = ConfigNames(),
+    names: ConfigNames | None = ConfigNames(),
     **rest: Any,
 ) -> Layout:
     """A dense family; old files may lack the first part of ``layers``, the base model's name."""
@@ -149,18 +188,38 @@ def _dense(
     )
 
 
-def _mixture(*down: StoredForm, **rest: Any) -> Layout:
-    """A mixture of experts with all experts in one parameter, under ``mlp.experts``."""
+def _mixture(
+    *down: StoredForm,
+    module: str = "mlp",
+    attn: str = "self_attn.o_proj",
+    layers: str = "model.layers",
+    prefixes: tuple[str, ...] = ("model.layers.", "layers."),
+    **rest: Any,
+) -> Layout:
+    """A mixture of experts with all experts in one parameter, under ``mlp.experts`` or another module."""
+    experts = f"{module}.experts"
     return Layout(
-        layers="model.layers",
-        outputs={"attn": "self_attn.o_proj", "mlp": "mlp.experts.down_proj"},
-        gate="mlp.experts",
-        up="mlp.experts",
-        prefixes=("model.layers.", "layers."),
-        stored={"attn": (StoredForm("self_attn.o_proj.weight"),), "mlp": down},
-        mixture="mlp",
+        layers=layers,
+        outputs={"attn": attn, "mlp": f"{experts}.down_proj"},
+        gate=experts,
+        up=experts,
+        prefixes=prefixes,
+        stored={"attn": (StoredForm(f"{attn}.weight"),), "mlp": down or _experts_of(module)},
+        mixture=module,
         **rest,
     )
+
+
+def _experts_of(module: str) -> tuple[StoredForm, StoredForm]:
+    """down_proj of every expert in its own tensor, or of all in one."""
+    experts = f"{module}.experts"
+    return StoredForm(f"{experts}.{{expert}}.down_proj.weight"), StoredForm(
+        f"{experts}.down_proj", fused=True
+    )
+
+
+def _gated_mlp(module: str) -> Mlp:
+    return Mlp(f"{module}.down_proj", f"{module}.gate_proj", f"{module}.up_proj")
 
 
 _GATED = _dense("model.layers", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -173,8 +232,8 @@ _GPT2_NAMES = ConfigNames(
     expansion=4,
     biases={"attn": True, "mlp": True},
 )
-_EACH_EXPERT = StoredForm("mlp.experts.{expert}.down_proj.weight")
-_ALL_EXPERTS = StoredForm("mlp.experts.down_proj", fused=True)
+_EACH_EXPERT, _ALL_EXPERTS = _experts_of("mlp")
+_W2 = StoredForm("block_sparse_moe.experts.{expert}.w2.weight")
 # Gemma 2 and 3 normalise the outputs of attention and MLP before adding them.
 _GEMMA = replace(
     _GATED,
@@ -183,6 +242,33 @@ _GEMMA = replace(
     softcap="final_logit_softcapping",
     names=_BIAS_IN_ATTENTION,
 )
+
+_DENSE = _gated_mlp("mlp")
+# Qwen's mixtures have a shared expert, DeepSeek's several, in one MLP.
+_QWEN_MOE = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_expert"))
+_DEEPSEEK = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_experts"))
+_PLAIN = replace(_GATED, gate="mlp.up_proj", up=None, names=None)
+_GRANITE_MOE = _mixture(
+    StoredForm("block_sparse_moe.output_linear.weight", fused=True),
+    module="block_sparse_moe",
+    logit_divisor="logits_scaling",
+    residual_scale="residual_multiplier",
+)
+_GRANITE_SHARED = replace(
+    _GRANITE_MOE, shared=Mlp("shared_mlp.output_linear", "shared_mlp.input_linear", "shared_mlp.input_linear")
+)
+# Layers and prefixes in wrappers, the language model beside a vision tower.
+_WRAPPED: dict[str, Any] = {
+    "layers": "model.language_model.layers",
+    "prefixes": (
+        "model.language_model.layers.",
+        "language_model.model.layers.",
+        "model.language_model.model.layers.",
+        "language_model.model.model.layers.",
+    ),
+}
+# transformers loads only the language model of these wrappers' checkpoints.
+_TEXT_OF_WRAPPER = ("model.layers.", "layers.", *_WRAPPED["prefixes"])
 
 # model_type of the config -> layout
 LAYOUTS: dict[str, Layout] = {
@@ -288,7 +374,113 @@ LAYOUTS: dict[str, Layout] = {
         StoredForm("mlp.experts.{expert}.w2.weight"),
         _ALL_EXPERTS,
     ),
-    "qwen3_moe": _mixture(_EACH_EXPERT, _ALL_EXPERTS),
+    "qwen3_moe": _mixture(_EACH_EXPERT, _ALL_EXPERTS, dense=_DENSE),
+    "olmoe": _mixture(),
+    "phimoe": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
+    "minimax": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
+    "minimax_m2": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": _GRANITE_SHARED,
+    "granitemoehybrid": _GRANITE_SHARED,
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3_next": _QWEN_MOE,
+    **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), replace(_QWEN_MOE, prefixes=_TEXT_OF_WRAPPER)),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v32": _DEEPSEEK,
+    "glm4_moe": _DEEPSEEK,
+    "glm4_moe_lite": _DEEPSEEK,
+    "glm_moe_dsa": _DEEPSEEK,
+    "ernie4_5_moe": _DEEPSEEK,
+    "kimi_linear": replace(
+        _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
+        dense=replace(_DENSE, names=("block_sparse_moe.down_proj.weight", "mlp.down_proj.weight")),
+        shared=replace(
+            _gated_mlp("mlp.shared_experts"),
+            names=(
+                "block_sparse_moe.shared_experts.down_proj.weight",
+                "mlp.shared_experts.down_proj.weight",
+            ),
+        ),
+    ),
+    "jamba": _mixture(module="feed_forward", dense=_gated_mlp("feed_forward")),
+    "lfm2_moe": _mixture(
+        StoredForm("feed_forward.experts.{expert}.w2.weight"),
+        StoredForm("feed_forward.experts.down_proj", fused=True),
+        module="feed_forward",
+        attn="self_attn.out_proj",
+        activation=None,
+        dense=Mlp("feed_forward.w2", "feed_forward.w1", "feed_forward.w3"),
+    ),
+    # Experts without a gate, and layers that have one module each.
+    "nemotron_h": replace(
+        _mixture(module="mixer", attn="mixer.o_proj", prefixes=("backbone.layers.", "model.layers.")),
+        up=None,
+        activation="mlp_hidden_act",
+        dense=Mlp("mixer.down_proj", "mixer.up_proj", None),
+        shared=Mlp("mixer.shared_experts.down_proj", "mixer.shared_experts.up_proj", None),
+    ),
+    **dict.fromkeys(
+        ("llama4", "llama4_text"),
+        _mixture(
+            StoredForm("feed_forward.experts.down_proj", transposed=True, fused=True),
+            module="feed_forward",
+            prefixes=_TEXT_OF_WRAPPER,
+            transposed=("mlp",),
+            dense=_gated_mlp("feed_forward"),
+            shared=_gated_mlp("feed_forward.shared_expert"),
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            "ministral",
+            "ministral3",
+            "smollm3",
+            "seed_oss",
+            "ernie4_5",
+            "helium",
+            "hunyuan_v1_dense",
+            "stablelm",
+        ),
+        replace(_GATED, names=None),
+    ),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), replace(_GATED, names=None, prefixes=_TEXT_OF_WRAPPER)),
+    **dict.fromkeys(("olmo3", "exaone4"), replace(_GATED, residual=False, names=None)),
+    "cohere2": replace(_GATED, logit_scale="logit_scale", names=None),
+    "granite": replace(
+        _GATED, logit_divisor="logits_scaling", residual_scale="residual_multiplier", names=None
+    ),
+    "glm": replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj", names=None),
+    "glm4": replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj", residual=False, names=None),
+    **dict.fromkeys(("arcee", "nemotron"), _PLAIN),
+    # Its activation is learned and changes signs, so its output is counted.
+    "apertus": replace(_PLAIN, gate="mlp.act_fn", activation=None),
+    "starcoder2": _dense("model.layers", "self_attn.o_proj", "mlp.c_proj", "mlp.c_fc", names=None),
+    # Multipliers act on the gate's input to its activation and on the outputs.
+    "falcon_h1": _dense(
+        "model.layers",
+        "self_attn.o_proj",
+        "feed_forward.down_proj",
+        "feed_forward.gate_proj",
+        "feed_forward.up_proj",
+        activation=None,
+        residual=False,
+        logit_scale="lm_head_multiplier",
+        names=None,
+    ),
+    "lfm2": _dense(
+        "model.layers",
+        "self_attn.out_proj",
+        "feed_forward.w2",
+        "feed_forward.w1",
+        "feed_forward.w3",
+        activation=None,
+        names=None,
+    ),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), replace(_GEMMA, names=None)),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), replace(_GEMMA, names=None, **_WRAPPED)),
+    # Its first layers keep the largest activations only, so their sign is that of the activation's output.
+    "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
     # A clamped SwiGLU, positive exactly where the gate is.
     "gpt_oss": _mixture(
         StoredForm("mlp.experts.down_proj", transposed=True, fused=True),

@@ -10,7 +10,7 @@ residual stream unchanged arrives there; and ``logits`` of the last hidden state
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of
+from neurons.architectures.anatomy import BLOCKS, Anatomy, Part, anatomy_of
 from neurons.architectures.layouts import Layout
-from neurons.architectures.sites import Routed, SiteHook, logits, site_hooks
+from neurons.architectures.sites import Routed, SiteHook, body, logits, site_hooks
 from neurons.errors import BrocaError, first_line
 
 # Tolerance for rounding between hook and weight, as a fraction of the change of the logits.
 _TOLERANCE = 1e-2
 _ROWS, _LENGTH = 2, 8
+_MAX_DEPTH = 8  # of a random model
+# Config attributes with the kind of each layer.
+_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 # Maximum parameters of a random model: more take too long to initialise.
 _MAX_PARAMETERS = 300_000_000
 
@@ -41,8 +44,8 @@ def example_ids(vocabulary: int, device: torch.device | str = "cpu") -> torch.Te
 def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
     """Check that an anatomy fits its model; the model is bit-identical afterwards.
 
-    Checks the first, the middle and the last layer, each with the neuron and the head of largest contribution
-    (of a mixture, a neuron in an expert that gets tokens).
+    Checks the first, the middle and the last layer and one of each kind, each with the neuron and the head of largest
+    contribution (of a mixture, a neuron in an expert that gets tokens, and one of the shared expert).
 
     Args:
         model: causal language model in eval mode.
@@ -52,16 +55,18 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
     Raises:
         BrocaError: names the layer and the module that do not fit.
     """
-    last = anatomy.layers - 1
-    for layer in sorted({0, last // 2, last}):
+    for layer in checked_layers(anatomy):
         _check_order(model, anatomy, layer, ids)
-        _check_gating(model, anatomy, layer, ids)
+        if anatomy.has(layer, "mlp") and not gating_holds(model, anatomy, layer, ids):
+            raise _wrong(anatomy, layer, "mlp", "its input is not the activation of its gate")
         for block in BLOCKS:
-            _check_silence(model, anatomy, layer, block, ids)
+            for part in anatomy.parts(layer, block):
+                check_silence(model, anatomy, layer, block, part, ids)
     if anatomy.residual_output and not writes_to_residual(model, anatomy, ids):
-        raise _wrong(anatomy, last, "mlp", "its output does not reach the residual stream unchanged")
+        block, layer = _last_writer(anatomy)
+        raise _wrong(anatomy, layer, block, "its output does not reach the residual stream unchanged")
     plain = model(input_ids=ids, use_cache=False).logits
-    made = logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    made = logits(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)
     if plain.shape != made.shape or not torch.allclose(plain.float(), made.float(), rtol=1e-2, atol=1e-4):
         raise BrocaError(
             f"{anatomy.model_type}: the model changes its logits after the output embeddings in a way that "
@@ -69,25 +74,41 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
         )
 
 
+def checked_layers(anatomy: Anatomy) -> tuple[int, ...]:
+    """The first, the middle and the last layer, and the first of each kind of layer."""
+    last = anatomy.layers - 1
+    of_kind: dict[Any, int] = {}
+    for layer in range(anatomy.layers):
+        paths = tuple(part.path for block in BLOCKS for part in anatomy.parts(layer, block))
+        of_kind.setdefault((anatomy.attention[layer], anatomy.head_dims[layer], paths), layer)
+    return tuple(sorted({0, last // 2, last, *of_kind.values()}))
+
+
+def _last_writer(anatomy: Anatomy) -> tuple[str, int]:
+    """The last layer with an MLP, else with heads."""
+    block = "mlp" if anatomy.layers_with("mlp") else "attn"
+    return block, anatomy.layers_with(block)[-1]
+
+
 @torch.no_grad()
 def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
-    """Whether a vector added to the MLP's output arrives in the residual stream unchanged (last layer)."""
-    layer = anatomy.layers - 1
+    """Whether a vector added to the MLP's output arrives in the residual stream unchanged (last layer with one)."""
+    block, layer = _last_writer(anatomy)
     arrived: list[torch.Tensor] = []
 
     def keep(values: torch.Tensor, _: Routed | None) -> None:
         arrived.append(values.float().clone())
 
     with site_hooks(anatomy, {("block_out", layer): keep}):
-        model.base_model(input_ids=ids, use_cache=False)
+        body(model)(input_ids=ids, use_cache=False)
     size = arrived[0].abs().mean()
     added = size * torch.where(torch.arange(anatomy.residual, device=ids.device) % 3 == 0, 4.0, -2.0)
 
     def add(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
         return values + added.to(values.dtype)
 
-    with site_hooks(anatomy, {("block_out", layer): keep, ("mlp_out", layer): add}):
-        model.base_model(input_ids=ids, use_cache=False)
+    with site_hooks(anatomy, {("block_out", layer): keep, (f"{block}_out", layer): add}):
+        body(model)(input_ids=ids, use_cache=False)
     before, after = arrived
     # Tolerance for bfloat16; a norm or a factor in between gives a much larger error.
     return bool(((after - before - added).abs().mean() <= 0.02 * added.abs().mean()).item())
@@ -106,6 +127,13 @@ def checked(model: Any, anatomy: Anatomy) -> Anatomy:
     try:
         residual = writes_to_residual(model, anatomy, ids)
         anatomy = replace(anatomy, layout=replace(anatomy.layout, residual=residual))
+        if not all(
+            gating_holds(model, anatomy, layer, ids)
+            for layer in checked_layers(anatomy)
+            if anatomy.has(layer, "mlp")
+        ):
+            # The config's activation is not all of it, as with a clamp: then only signs are checked.
+            anatomy = replace(anatomy, layout=replace(anatomy.layout, activation=None))
         self_check(model, anatomy, ids)
     except BrocaError:
         raise
@@ -150,12 +178,24 @@ def _checked_small(config: Any, layout: Layout, narrow: bool) -> Layout:
             f"check its anatomy ({type(error).__name__}: {first_line(error)})"
         ) from error
     anatomy = anatomy_of(model)
-    if anatomy.layout != layout:
+    if not _compatible(anatomy.layout, layout):
         raise BrocaError(
             f"architecture {config.model_type!r} is not in the table, and a small model of it has another "
             f"anatomy: {dict(anatomy.layout.outputs)} instead of {dict(layout.outputs)}"
         )
-    return checked(model, anatomy).layout
+    found = checked(model, anatomy).layout
+    return replace(layout, residual=found.residual, activation=found.activation)
+
+
+def _compatible(small: Layout, whole: Layout) -> bool:
+    """Whether the small model's parts are the whole model's, which may have more kinds of layers."""
+    if small.mixture is None and whole.mixture is not None:
+        names = None if whole.dense is None else (whole.dense.output, whole.dense.gate, whole.dense.up)
+        return (small.outputs["mlp"], small.gate, small.up) == names
+    same = ("layers", "gate", "up", "mixture", "transposed")
+    return small.outputs == whole.outputs and all(
+        getattr(small, name) == getattr(whole, name) for name in same
+    )
 
 
 def _small_model(config: Any, narrow: bool) -> Any:
@@ -163,7 +203,13 @@ def _small_model(config: Any, narrow: bool) -> Any:
 
     small = copy.deepcopy(config)
     text = small.get_text_config()
-    sizes: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": min(text.vocab_size, 512)}
+    kinds = _kinds_of_few(text)
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": _depth(text, kinds),
+        "first_k_dense_replace": 1,
+        "num_kv_shared_layers": 0,
+        "vocab_size": min(text.vocab_size, 512),
+    }
     if narrow:
         shared = max(1, text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or 1))
         heads = 4 if shared < 4 else 8
@@ -181,8 +227,8 @@ def _small_model(config: Any, narrow: bool) -> Any:
     vision: Any = getattr(small, "vision_config", None)
     if getattr(vision, "num_hidden_layers", None) is not None:
         vision.num_hidden_layers = 1
-    if isinstance(getattr(text, "layer_types", None), list):
-        text.layer_types = text.layer_types[-2:]
+    for name, of_layers in kinds.items():
+        setattr(text, name, of_layers)
     for holder in (small, text):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if isinstance(getattr(holder, name, None), int) and getattr(holder, name) >= text.vocab_size:
@@ -203,7 +249,41 @@ def _small_model(config: Any, narrow: bool) -> Any:
     return model.requires_grad_(False)
 
 
-def _check_silence(model: Any, anatomy: Anatomy, layer: int, block: str, ids: torch.Tensor) -> None:
+def _depth(text: Any, kinds: Mapping[str, Sequence[str]]) -> int:
+    """Layers of a small model: as many as kinds are given, or two, or enough where a config computes the kinds."""
+    if kinds:
+        return max(map(len, kinds.values()))
+    computed = [
+        list(dict.fromkeys(of)) for name in _KINDS if isinstance(of := getattr(text, name, None), list)
+    ]
+    return min(_MAX_DEPTH, text.num_hidden_layers) if any(len(of) > 1 for of in computed) else 2
+
+
+def _kinds_of_few(text: Any) -> dict[str, list[str]]:
+    """The config's lists of the kinds of layers, cut to the last layers such that all kinds of each occur."""
+    lists = {
+        name: kinds
+        for name in _KINDS
+        if isinstance(kinds := getattr(text, name, None), list)
+        # Some configs compute them from other settings.
+        and not isinstance(getattr(type(text), type(text).attribute_map.get(name, name), None), property)
+    }
+    depth = 2
+    while any(set(kinds[-depth:]) != set(kinds) for kinds in lists.values()) and depth < _MAX_DEPTH:
+        depth += 1
+    return {name: kinds[-depth:] for name, kinds in lists.items()}
+
+
+def check_silence(
+    model: Any, anatomy: Anatomy, layer: int, block: str, part: Part, ids: torch.Tensor
+) -> None:
+    """Check that silencing a component at its site and in its weight gives the same logits.
+
+    Takes the component of largest contribution in a part of the layer's weight.
+
+    Raises:
+        BrocaError: it changes nothing, or the two differ.
+    """
     site = f"{block}_in"
     totals = torch.zeros(anatomy.width(site), dtype=torch.float64, device=ids.device)
 
@@ -214,10 +294,10 @@ def _check_silence(model: Any, anatomy: Anatomy, layer: int, block: str, ids: to
 
     # Always with a hook, so that a mixture uses the same implementation of its experts each time.
     plain = _logits_of(model, anatomy, (site, layer), sum_up, ids)
-    width = anatomy.component_width(block)
+    width = anatomy.component_width(block, layer)
     # Weighted by the norm of the weight, which an edit may have zeroed.
-    contribution = totals * anatomy.output_weight(layer, block).norm(dim=-2).flatten().double()
-    component = int(contribution.view(-1, width).sum(1).argmax())
+    contribution = totals[part.columns] * part.weight.norm(dim=-2).flatten().double()
+    component = part.first // width + int(contribution.view(-1, width).sum(1).argmax())
     columns = slice(component * width, (component + 1) * width)
 
     def silence(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
@@ -239,14 +319,19 @@ def _check_silence(model: Any, anatomy: Anatomy, layer: int, block: str, ids: to
         raise _wrong(anatomy, layer, block, f"silencing {name} by its weight does not do what its input does")
 
 
-def _check_gating(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> None:
-    """act(mlp_act) * mlp_up is mlp_in, where the config names the activation."""
-    if anatomy.layout.activation is None:
-        return
+def gating_holds(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> bool:
+    """Whether act(mlp_act) * mlp_up is mlp_in, or has its sign where the config does not name the activation.
+
+    For a family of the table without a name it is not checked.
+    """
+    named = anatomy.layout.activation
+    if named is None and not anatomy.layout.examined:
+        return True
     from transformers.activations import ACT2FN
 
-    text = model.config.get_text_config()
-    activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[getattr(text, anatomy.layout.activation)]
+    activation: Callable[[torch.Tensor], torch.Tensor] = (
+        torch.sign if named is None else ACT2FN[getattr(model.config.get_text_config(), named)]
+    )
     seen: dict[tuple[str, int], torch.Tensor] = {}
 
     def keep(site: str) -> SiteHook:
@@ -257,18 +342,24 @@ def _check_gating(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -
 
     sites = ("mlp_act", "mlp_up", "mlp_in")
     with site_hooks(anatomy, {(site, layer): keep(site) for site in sites}):
-        model.base_model(input_ids=ids, use_cache=False)
+        body(model)(input_ids=ids, use_cache=False)
     for (site, expert), values in seen.items():
         if site != "mlp_in":
             continue
-        made = activation(seen["mlp_act", expert])
-        made = made * seen["mlp_up", expert] if anatomy.gated else made
-        if made.shape != values.shape or not torch.allclose(
-            made.float(), values.float(), rtol=2e-2, atol=1e-3 * float(values.abs().max())
-        ):
-            raise _wrong(anatomy, layer, "mlp", "its input is not the activation of its gate")
-    if not seen:
-        raise _wrong(anatomy, layer, "mlp", "its sites see no values")
+        made, up = activation(seen["mlp_act", expert]), seen["mlp_up", expert]
+        if made.shape != values.shape:
+            return False
+        if named is None:
+            made = made * up.sign() if anatomy.gated else made
+            # Values near 0 may have been rounded to it.
+            clear = values.abs() > 1e-3 * values.abs().max()
+            if not torch.equal(made[clear] > 0, values[clear] > 0):
+                return False
+            continue
+        made = made * up if anatomy.gated else made
+        if not torch.allclose(made.float(), values.float(), rtol=2e-2, atol=1e-3 * float(values.abs().max())):
+            return False
+    return bool(seen)
 
 
 def _check_order(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> None:
@@ -281,15 +372,15 @@ def _check_order(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) ->
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     ]
     try:
-        model.base_model(input_ids=ids, use_cache=False)
+        body(model)(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    for block in BLOCKS:
-        output = anatomy.outputs[block][layer]
+    for block, part in [(name, part) for name in BLOCKS for part in anatomy.parts(layer, name)]:
+        output = part.module
         if output not in inside:
             raise _wrong(anatomy, layer, block, "its output module is not in the layer")
-        if anatomy.mixed and block == "mlp":
+        if part.experts is not None:
             continue
         parent = inside[output].rpartition(".")[0]
         beside = [module for module in ran if inside[module].startswith(f"{parent}." if parent else "")]
@@ -308,7 +399,7 @@ def _logits_of(
 
 @contextmanager
 def _zeroed(anatomy: Anatomy, layer: int, block: str, columns: slice) -> Iterator[None]:
-    weight = anatomy.columns(block, anatomy.output_weight(layer, block), columns)
+    weight = anatomy.columns(layer, block, columns)
     kept = weight.clone()
     try:
         weight.zero_()

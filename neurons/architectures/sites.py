@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import EXPERT_SITES, SITES, Anatomy, first, site_module
+from neurons.architectures.anatomy import EXPERT_SITES, SITES, Anatomy, Part, first, output_module
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS, Layout
 from neurons.errors import BrocaError
@@ -52,8 +53,10 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
 
     A hook is called as ``hook(values, None)`` with values [rows, length, width].  For the neurons of
     a mixture (``mlp_act``, ``mlp_up``, ``mlp_in``) it is called as ``hook(values, routed)``, once for
-    each expert that has tokens, with values [n, I].  If it returns a tensor, of the same shape, that tensor
-    replaces the values in the forward pass.
+    each expert that has tokens, with values [n, I]; the neurons of a shared expert and of a dense layer in such a
+    model are groups that all tokens reach.  If it returns a tensor, of the same shape, that tensor replaces the
+    values in the forward pass.  Values have the width of the site in all layers: where a layer has fewer, zeros
+    follow.  A hook at a module that the layer does not have is never called.
 
     Some models write into the values after the hook returns, so it must copy what it keeps.  For a model on
     several devices all hooks get values on one device.  If gradients are enabled, the values are on the path
@@ -75,23 +78,24 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
         routed: dict[int, dict[str, SiteHook]] = {}
         shapes: dict[int, _RowShape] = {}
         for (site, layer), hook in hooks.items():
-            if anatomy.mixed and site in EXPERT_SITES:
-                routed.setdefault(layer, {})[site] = hook
-                continue
-            if layer not in shapes:
-                shapes[layer] = _RowShape()
-                handle = anatomy.blocks[layer].register_forward_pre_hook(shapes[layer].note, with_kwargs=True)
+            for placed, module, is_input in _placed(anatomy, site, layer, hook):
+                if placed is None:
+                    routed.setdefault(layer, {})[site] = hook
+                    continue
+                if layer not in shapes:
+                    shapes[layer] = _RowShape()
+                    block = anatomy.blocks[layer]
+                    noted = block.register_forward_pre_hook(shapes[layer].note, with_kwargs=True)
+                    open_now.callback(noted.remove)
+                at_module = replace(placed, rows=shapes[layer])
+                handle = (
+                    module.register_forward_pre_hook(at_module.before)
+                    if is_input
+                    else module.register_forward_hook(at_module.after)
+                )
                 open_now.callback(handle.remove)
-            module, is_input = site_module(anatomy, site, layer)
-            placed = _ModuleHook(hook, shapes[layer], _half(anatomy, site))
-            handle = (
-                module.register_forward_pre_hook(placed.before)
-                if is_input
-                else module.register_forward_hook(placed.after)
-            )
-            open_now.callback(handle.remove)
         if routed:
-            experts = {anatomy.gates[layer]: by_site for layer, by_site in routed.items()}
+            experts = {_experts_of(anatomy, layer): by_site for layer, by_site in routed.items()}
             open_now.enter_context(_experts_hooked(experts))
         yield
 
@@ -116,6 +120,12 @@ def _gathered(hook: SiteHook, where: torch.device) -> SiteHook:
 
 def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
     return values.to(where)
+
+
+def body(model: Any) -> nn.Module:
+    """The model without its output embeddings: it gives last hidden states."""
+    base: nn.Module = model.base_model if model.base_model is not model else model.model
+    return base
 
 
 def logits(
@@ -155,11 +165,84 @@ def _examined_once(model: nn.Module) -> Layout:
     return _examined[model]
 
 
-def _half(anatomy: Anatomy, site: str) -> int | None:
-    """The index of a site's half in a fused module's output; None if it is the whole output."""
-    if site not in ("mlp_act", "mlp_up") or anatomy.layout.gate != anatomy.layout.up:
-        return None
-    return 0 if site == "mlp_act" else 1
+def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    """Replace a module's ``forward`` until ``undo`` closes."""
+    replaced = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    if replaced is None:
+        undo.callback(vars(module).pop, "forward")
+    else:
+        undo.callback(vars(module).__setitem__, "forward", replaced)
+
+
+def _placed(
+    anatomy: Anatomy, site: str, layer: int, hook: SiteHook
+) -> Iterator[tuple[_ModuleHook | None, nn.Module, bool]]:
+    """The hooks at modules that make a hook at a site, each with its module and whether it sees the input.
+
+    None stands for the experts of a mixture, which have no module for each.
+    """
+    if site not in EXPERT_SITES and site != "attn_in":
+        module = output_module(anatomy, site, layer)
+        if module is not None:
+            yield _ModuleHook(hook), module, False
+        return
+    whole = anatomy.width(site)
+    for part in anatomy.parts(layer, "attn" if site == "attn_in" else "mlp"):
+        if part.experts is not None:
+            yield None, part.module, False
+            continue
+        own = hook
+        if site in EXPERT_SITES and anatomy.mixed:
+            own = _in_groups(hook, part.first // anatomy.expert_width, anatomy.expert_width)
+        elif part.width < whole:
+            own = _padded(hook, whole)
+        half = None if not part.halves else {"mlp_act": 0, "mlp_up": 1}.get(site)
+        module, is_input = _module_of(part, site)
+        yield _ModuleHook(own, half=half), module, is_input
+
+
+def _module_of(part: Part, site: str) -> tuple[nn.Module, bool]:
+    """The module of a site in a part, and whether the site is its input (else its output)."""
+    module = {"mlp_act": part.gate, "mlp_up": part.up}.get(site)
+    return (part.module, True) if module is None else (module, False)
+
+
+def _experts_of(anatomy: Anatomy, layer: int) -> nn.Module:
+    return anatomy.parts(layer, "mlp")[0].module
+
+
+def _padded(hook: SiteHook, width: int) -> SiteHook:
+    """The hook with zeros after the values of a layer that has fewer than ``width``."""
+
+    def on_all(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        own = values.shape[-1]
+        wide = nn.functional.pad(values, (0, width - own))
+        offered = hook(wide, routed)
+        if offered is None and torch.is_grad_enabled():
+            # The values that the hook saw must be on the path to the loss.
+            offered = wide
+        return None if offered is None else offered[..., :own]
+
+    return on_all
+
+
+def _in_groups(hook: SiteHook, first_group: int, width: int) -> SiteHook:
+    """The hook with the neurons of an MLP that all tokens reach as groups of ``width``, like experts."""
+
+    def on_groups(values: torch.Tensor, _: Routed | None) -> torch.Tensor | None:
+        flat = values.flatten(0, -2)
+        tokens = torch.arange(len(flat), device=flat.device)
+        groups = list(flat.split(width, dim=-1))
+        changed = False
+        for at, group in enumerate(groups):
+            # A copy, because hooks may write into the values.
+            offered = _padded(hook, width)(group.clone(), Routed(first_group + at, tokens))
+            if offered is not None:
+                groups[at], changed = offered.to(values.dtype), True
+        return torch.cat(groups, dim=-1).view(values.shape) if changed else None
+
+    return on_groups
 
 
 class _RowShape:
@@ -169,7 +252,7 @@ class _RowShape:
         self.shape: torch.Size | None = None
 
     def note(self, _: nn.Module, arguments: Any, named: Any) -> None:
-        self.shape = (arguments[0] if arguments else named["hidden_states"]).shape[:2]
+        self.shape = (arguments[0] if arguments else named["hidden_states"]).shape[-3:-1]
 
 
 @dataclass(frozen=True)
@@ -177,8 +260,8 @@ class _ModuleHook:
     """A hook at one module."""
 
     hook: SiteHook
-    rows: _RowShape
-    half: int | None
+    rows: _RowShape = field(default_factory=_RowShape)
+    half: int | None = None
 
     def before(self, _: nn.Module, inputs: tuple[Any, ...]) -> Any:
         changed = self._changed(inputs[0])
@@ -188,7 +271,9 @@ class _ModuleHook:
         changed = self._changed(first(output))
         if changed is None:
             return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        if isinstance(output, tuple | list):
+            return type(output)((changed, *output[1:]))
+        return changed
 
     def _changed(self, values: torch.Tensor) -> torch.Tensor | None:
         """The replacement of the values; None keeps them without a copy."""
@@ -204,6 +289,10 @@ class _ModuleHook:
     def _offered(self, values: torch.Tensor) -> torch.Tensor | None:
         if values.ndim == 3 or self.rows.shape is None:
             return _offer(self.hook, values, None)
+        if values.ndim == 4:
+            # Several streams, of which the layers' modules read and write the first.
+            offered = _offer(self.hook, values[0], None)
+            return None if offered is None else torch.cat([offered[None], values[1:]])
         shape = values.shape
         offered = _offer(self.hook, values.view(*self.rows.shape, shape[-1]), None)
         return None if offered is None else offered.reshape(shape)
@@ -244,8 +333,12 @@ def _experts_hooked(hooks: Mapping[nn.Module, Mapping[str, SiteHook]]) -> Iterat
 
     if _EXPERTS_FORWARD not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_FORWARD, _experts_forward)
-    configs: dict[int, Any] = {id(module.config): module.config for module in hooks}
+    registered = [module for module in hooks if hasattr(module, "has_gate")]
+    configs: dict[int, Any] = {id(module.config): module.config for module in registered}
     with ExitStack() as undo:
+        for module in hooks:
+            if module not in registered and module not in _hooks_of:
+                replace_forward(module, partial(_sorted_forward, module), undo)
         for key, config in configs.items():
             before = config._experts_implementation_internal
             if before != _EXPERTS_FORWARD:
@@ -272,9 +365,9 @@ def _experts_forward(
     """The stock eager forward of all experts of a mixture, with hooks.
 
     Args:
-        self: the experts module: ``gate_up_proj`` [E, 2I, d] and ``down_proj`` [E, d, I], both with their
-            last two dimensions swapped if ``is_transposed``; gate and up interleaved unless
-            ``is_concatenated``.
+        self: the experts module: ``gate_up_proj`` [E, 2I, d], or ``up_proj`` [E, I, d] without a gate, and
+            ``down_proj`` [E, d, I], both with their last two dimensions swapped if ``is_transposed``; gate and up
+            interleaved unless ``is_concatenated``.
         hidden: [tokens, d].
         chosen: int64 [tokens, k], experts of each token.
         weights: [tokens, k], of the experts' outputs.
@@ -296,13 +389,42 @@ def _experts_forward(
             continue
         tokens, place = torch.where(chosen == expert)
         routed = Routed(expert, tokens)
-        gate_up = _experts_linear(self, "gate_up_proj", hidden[tokens], expert)
-        gate_up = _hook_halves(gate_up, self.is_concatenated, hooks, routed)
-        inside = _hook_experts(hooks, "mlp_in", self._apply_gate(gate_up), routed)
+        if self.has_gate:
+            gate_up = _experts_linear(self, "gate_up_proj", hidden[tokens], expert)
+            gated = self._apply_gate(_hook_halves(gate_up, self.is_concatenated, hooks, routed))
+        else:
+            before = _experts_linear(self, "up_proj", hidden[tokens], expert)
+            for site in ("mlp_act", "mlp_up"):
+                before = _hook_experts(hooks, site, before, routed)
+            gated = self.act_fn(before)
+        inside = _hook_experts(hooks, "mlp_in", gated, routed)
         written = _experts_linear(self, "down_proj", inside, expert)
         weighted = written * weights[tokens, place, None]
         out.index_add_(0, tokens, weighted.to(out.dtype))
     return out
+
+
+def _sorted_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The forward of experts that get every token times its router score, 0 for experts that are not chosen.
+
+    Args:
+        self: the experts module: ``gate_up_proj`` [E, d, 2I], the gate first, and ``down_proj`` [E, I, d].
+        hidden: [E * tokens, d].
+    """
+    hooks = _hooks_of[self]
+    of_experts = hidden.view(self.num_experts, -1, hidden.shape[-1])
+    out = torch.zeros_like(of_experts)
+    for expert in range(self.num_experts):
+        tokens = of_experts[expert].any(-1).nonzero()[:, 0]
+        if not len(tokens):
+            continue
+        routed = Routed(expert, tokens)
+        gate, up = (of_experts[expert, tokens] @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+        gate = _hook_experts(hooks, "mlp_act", gate, routed)
+        up = _hook_experts(hooks, "mlp_up", up, routed)
+        inside = _hook_experts(hooks, "mlp_in", up * self.act_fn(gate), routed)
+        out[expert].index_add_(0, tokens, inside @ self.down_proj[expert])
+    return out.view(hidden.shape)
 
 
 def _experts_linear(self: Any, name: str, inputs: torch.Tensor, expert: int) -> torch.Tensor:

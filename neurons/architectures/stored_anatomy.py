@@ -88,7 +88,7 @@ def _assembled(
     head_dim = d // heads if text.get("head_dim") is None else _number(text, ("head_dim",))
     if blocks is None or head_dim is None:
         return None
-    anatomy = assembled(layout, model_type, blocks, residual=d, heads=heads, head_dim=head_dim)
+    anatomy = assembled(layout, model_type, blocks, residual=d, heads=lambda *_: (heads, head_dim))
     width = _number(text, names.width)
     if width is None and names.expansion is not None and all(text.get(name) is None for name in names.width):
         width = names.expansion * d
@@ -150,8 +150,11 @@ def _reads_and_writes(anatomy: Anatomy) -> bool:
     layout = anatomy.layout
     shape = (anatomy.neurons * (2 if layout.up == layout.gate else 1), anatomy.residual)
     return all(
-        anatomy.oriented("mlp", module.get_parameter("weight")).shape == shape
-        for module in (*anatomy.gates, *anatomy.ups)
+        part.oriented(module.get_parameter("weight")).shape == shape
+        for layer in range(anatomy.layers)
+        for part in anatomy.parts(layer, "mlp")
+        for module in (part.gate, part.up)
+        if module is not None
     )
 
 

@@ -20,7 +20,7 @@ from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of
 from neurons.architectures.low_bits import keep_layout, quantisation_config, quantised_settings
 from neurons.architectures.offload import execution_device, offloaded_bytes, reload_for_gradients
 from neurons.architectures.quantisation import quantised_remedy
-from neurons.architectures.self_check import checked, checked_on_small_model
+from neurons.architectures.self_check import checked, checked_layers, checked_on_small_model
 from neurons.architectures.stored_anatomy import stored_anatomy
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.files.tensor_files import read_tensor, tensor_entries
@@ -354,10 +354,12 @@ def _compare_with_disk(model: str, checkpoint: Path, anatomy: Anatomy) -> None:
         BrocaError: names the tensor.
     """
     entries = tensor_entries(checkpoint)
-    for layer, block in itertools.product(sorted({0, anatomy.layers - 1}), BLOCKS):
-        live = anatomy.weight_values(layer, block)
+    for layer, block in itertools.product(checked_layers(anatomy), BLOCKS):
+        if not anatomy.has(layer, block):
+            continue
         for piece in anatomy.stored(layer, block, entries):
-            in_memory = anatomy.columns(block, live, piece.columns)
+            part = anatomy.part_of(layer, block, piece.columns.start)
+            in_memory = part.cut(part.values, piece.columns)
             stored = piece.of(read_tensor(entries[piece.tensor], piece.rows))
             if stored.shape != in_memory.shape or not torch.equal(stored.to(in_memory), in_memory):
                 raise BrocaError(

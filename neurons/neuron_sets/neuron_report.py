@@ -124,10 +124,11 @@ def neuron_report(
         BrocaError: an activation that is not finite.
     """
     anatomy = loaded.anatomy
-    if not (0 <= layer < anatomy.layers and 0 <= neuron < anatomy.neurons):
+    width = anatomy.width("mlp_in", layer) if 0 <= layer < anatomy.layers else anatomy.neurons
+    if not (0 <= layer < anatomy.layers and 0 <= neuron < width):
         raise UsageError(
             f"there is no neuron {neuron} in layer {layer}: layers are 0-{anatomy.layers - 1}, neurons "
-            f"0-{anatomy.neurons - 1}"
+            f"0-{width - 1}"
         )
     activity: dict[str, Activity] = {}
     best: list[Snippet] = []
@@ -142,7 +143,8 @@ def neuron_report(
         ):
             raise not_finite(loaded, f"neuron {neuron} of layer {layer}")
     column = slice(neuron, neuron + 1)
-    value = anatomy.columns("mlp", anatomy.weight_values(layer, "mlp"), column)[:, 0].to(loaded.device)
+    part = anatomy.part_of(layer, "mlp", neuron)
+    value = part.cut(part.values, column)[:, 0].to(loaded.device)
     promoted, suppressed = _tokens(loaded, value, tokens)
     return NeuronReport(
         layer, neuron, float(value.float().norm()), tuple(best), promoted, suppressed, activity

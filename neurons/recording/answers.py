@@ -143,6 +143,7 @@ def _scores(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) -> to
         probability = _probability(loaded, batch, answers)
         probability.sum().backward()
     # Rows are independent, so the gradient of the sum holds each row's gradient.
+    without = torch.zeros(len(batch.ids), loaded.anatomy.neurons, dtype=torch.float64)
     return torch.stack(
         [
             answer_scores(
@@ -150,10 +151,12 @@ def _scores(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) -> to
                 gradients[layer],
                 probability.detach().to(activations[layer].device),
                 batch.attention,
-            )
+            ).cpu()
+            if layer in activations
+            else without
             for layer in layers
         ]
-    ).cpu()
+    )
 
 
 def _integrated(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor, steps: int) -> torch.Tensor:
@@ -170,14 +173,15 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor, s
         batch.ids.repeat(steps, 1), batch.attention.repeat(steps, 1), batch.counted.repeat(steps, 1)
     )
     fractions = torch.arange(1, steps + 1, device=batch.ids.device) / steps
-    integrals = []
+    without = torch.zeros(len(batch.ids), loaded.anatomy.neurons, dtype=torch.float64)
+    integrals = [without] * loaded.anatomy.layers
     for layer, activation in activations.items():
         scaled = (fractions.to(activation)[:, None, None] * activation).flatten(0, 1).requires_grad_(True)
         replaced = _replace(loaded.anatomy, scaled, last.repeat(steps), batch.ids.shape[1])
         with site_hooks(loaded.anatomy, {(INTEGRATED_SITE, layer): replaced}), torch.enable_grad():
             _probability(loaded, repeated, answers.repeat(steps)).sum().backward()
         assert scaled.grad is not None
-        integrals.append(integrate(activation, scaled.grad.view(steps, *activation.shape)).cpu())
+        integrals[layer] = integrate(activation, scaled.grad.view(steps, *activation.shape)).cpu()
     return torch.stack(integrals)
 
 

@@ -29,7 +29,7 @@ class Collector(Protocol):
     def add(self, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None: ...
 
     def finish(self, layer: int, at: Position) -> None:
-        """Called after the layer's mixture of experts has run and all routed tokens are added."""
+        """Called at the end of a layer of a model of mixtures, when all routed tokens are added."""
 
 
 @dataclass
@@ -138,8 +138,9 @@ class TextSums:
         if self.site != WEIGHTED_SITE:
             return torch.ones((), dtype=torch.float64, device=device)
         if layer not in self._norms:
-            weight = self.anatomy.weight_values(layer, "mlp")
-            self._norms[layer] = weight.double().norm(dim=-2).flatten().to(device)
+            norms = self.anatomy.output_norms(layer, "mlp").to(device)
+            # Places without a neuron follow.
+            self._norms[layer] = torch.nn.functional.pad(norms, (0, self.anatomy.neurons - len(norms)))
         return self._norms[layer]
 
 

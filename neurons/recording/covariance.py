@@ -176,6 +176,7 @@ class _Sums:
             place: torch.zeros(len(index), dtype=torch.float64, device=device)
             for place, index in units.items()
         }
+        self._groups: dict[int, list[torch.Tensor]] = {}
         self.grams = {place: Gram(len(index), device) for place, index in units.items()}
 
     def readers(self) -> dict[Place, PositionReader]:
@@ -184,10 +185,10 @@ class _Sums:
     def _reader(self, place: Place, index: torch.Tensor) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
             if routed is not None:
-                raise BrocaError(
-                    f"{self.loaded.anatomy.model_type}: the neurons of different experts see different tokens, so "
-                    "they have no common covariance: read attn_in"
-                )
+                whole = self._joined(place[1], values, at)
+                if whole is None:
+                    return
+                values = whole
             columns = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
             rows = at.rows(values)[:, columns]
             gram = self.grams[place]
@@ -200,6 +201,25 @@ class _Sums:
             self.starts[place] += at_start.sum(0, dtype=torch.float64).to(gram.centre.device)
 
         return read
+
+    def _joined(self, layer: int, group: torch.Tensor, at: Position) -> torch.Tensor | None:
+        """The values [rows, length, I] of a dense layer in a model of mixtures, once all its groups are here.
+
+        Raises:
+            BrocaError: a mixture of experts.
+        """
+        anatomy = self.loaded.anatomy
+        if anatomy.mixed_in(layer):
+            raise BrocaError(
+                f"{anatomy.model_type}: the neurons of different experts see different tokens, so they have no common "
+                "covariance: read attn_in"
+            )
+        groups = self._groups.setdefault(layer, [])
+        groups.append(group)
+        width = anatomy.width("mlp_in", layer)
+        if len(groups) * anatomy.expert_width < width:
+            return None
+        return torch.cat(self._groups.pop(layer), dim=-1)[:, :width].view(*at.counted.shape, width)
 
     def moments(self) -> Iterator[tuple[Place, Moments]]:
         for place, index in self.units.items():

@@ -17,6 +17,7 @@ from torch import nn
 from neurons.architectures.anatomy import Anatomy, first
 from neurons.architectures.offload import execution_device
 from neurons.architectures.self_check import example_ids
+from neurons.architectures.sites import replace_forward
 from neurons.errors import BrocaError
 from neurons.recording.text_pass import forward
 from neurons.text.batches import TokenBatch
@@ -211,13 +212,3 @@ def _skipped(anatomy: Anatomy, layer: int, kept: Kept, device: torch.device) -> 
         for below in range(layer):
             replace_forward(anatomy.blocks[below], stub(below), undo)
         yield
-
-
-def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
-    """Replace a module's ``forward`` until ``undo`` closes."""
-    replaced = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    if replaced is None:
-        undo.callback(vars(module).pop, "forward")
-    else:
-        undo.callback(vars(module).__setitem__, "forward", replaced)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from neurons.architectures.anatomy import Anatomy
-from neurons.recording.partial_forward import replace_forward
+from neurons.architectures.sites import replace_forward
 
 
 @contextmanager

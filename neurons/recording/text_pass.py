@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neurons.architectures.sites import Routed, SiteHook, site_hooks
+from neurons.architectures.sites import Routed, SiteHook, body, site_hooks
 from neurons.models.not_finite import explained
 from neurons.models.processes import world
 from neurons.models.source import LoadedModel
@@ -62,7 +62,7 @@ PositionReader = Callable[[torch.Tensor, Routed | None, Position], None]
 def forward(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Final hidden states [rows, length, d] of a batch, on its device, without logits."""
     mask = batch.attention.long() if batch.padded else None
-    hidden: torch.Tensor = model.base_model(
+    hidden: torch.Tensor = body(model)(
         input_ids=batch.ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
     return hidden.to(batch.ids.device)

@@ -130,7 +130,7 @@ def test_inspect_shows_the_components_that_change_most(broca, files, plan_of, me
     for edit in plan.edits:
         weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
         change = (edit.apply(weight) - weight).view(
-            len(weight), -1, loaded.anatomy.component_width(edit.block)
+            len(weight), -1, loaded.anatomy.component_width(edit.block, edit.layer)
         )
         norms = change.norm(dim=(0, 2))
         changes |= {(edit.layer, edit.block, i): float(norms[i]) for i in edit.components}
@@ -154,7 +154,7 @@ def test_what_a_scaled_plan_says_is_what_it_does(files, plan_of, method):
     other = {"weight_norm", "share", "constant_share"}
     for edit in plan.edits:
         weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
-        width, components = loaded.anatomy.component_width(edit.block), list(edit.components)
+        width, components = loaded.anatomy.component_width(edit.block, edit.layer), list(edit.components)
         change = edit.apply(weight) - weight
         measured = {"change_norm": float(change.norm()), "weight_norm": float(weight.norm())}
         if edit.bias is not None:

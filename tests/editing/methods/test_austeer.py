@@ -146,7 +146,7 @@ def test_equals_a_hook_on_the_input_channels(checkpoint_of, model_type):
     assert {edit.block for edit in plan.edits} == {"attn", "mlp"}
     for edit in plan.edits:
         factor = factors[edit.block][edit.layer]
-        width = loaded.anatomy.component_width(edit.block)
+        width = loaded.anatomy.component_width(edit.block, edit.layer)
         assert edit.components == tuple((factor != 1).view(-1, width).any(1).nonzero()[:, 0].tolist())
         torch.testing.assert_close(edit.column_scale, factor)
 

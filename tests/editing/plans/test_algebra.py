@@ -161,7 +161,7 @@ def plan_for(loaded, seed, rank=1):
     for layer, (block, n) in itertools.product(
         (0, 2), (("attn", loaded.anatomy.width("attn_in")), ("mlp", loaded.anatomy.neurons))
     ):
-        width = loaded.anatomy.component_width(block)
+        width = loaded.anatomy.component_width(block, 0)
         edits.append(
             ModuleEdit(
                 layer,

@@ -1,0 +1,255 @@
+"""Rows of the table whose layers are tried on a tiny model of their type, against transformers' own forward."""
+
+from dataclasses import replace
+
+import models
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from tiny_models import tiny_config, tiny_model
+
+from cli.inspect import command as inspect
+from editing.checkpoints.adapter import export_adapter
+from editing.checkpoints.difference import compare
+from editing.checkpoints.export import export
+from editing.methods.keyed import require_common_inputs
+from editing.methods.scope import chosen_places
+from editing.plans.applied import applied
+from editing.plans.plan import ModuleEdit, make_plan
+from neurons.architectures.anatomy import BLOCKS, anatomy_of
+from neurons.architectures.examination import examine
+from neurons.architectures.layouts import LAYOUTS
+from neurons.architectures.self_check import self_check, writes_to_residual
+from neurons.architectures.sites import site_hooks
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import load_model, open_model
+from neurons.recording.record import record
+from neurons.text.batches import TokenBatch
+
+TYPES = sorted(set(LAYOUTS) - {name.partition("-")[0] for name in models.FAMILIES})
+# Not found by structure: their experts or their activation are unlike those of all others.
+UNLIKE = ("llama4", "llama4_text", "gemma3n_text", "falcon_h1", "lfm2", "lfm2_moe")
+IDS = torch.tensor([[5, 40, 63, 70, 41, 9, 80, 65, 30], [7, 66, 50, 51, 89, 90, 17, 61, 62]])
+
+
+@pytest.fixture(scope="module")
+def model_of():
+    made = {}
+
+    def of(model_type):
+        if model_type not in made:
+            made.clear()
+            made[model_type] = tiny_model(tiny_config(model_type))
+        return made[model_type]
+
+    return of
+
+
+def logits_of(model, anatomy, hooks=None):
+    """With a hook at every layer's mlp_in, so that experts always run the same way."""
+    idle = {("mlp_in", layer): lambda values, routed: None for layer in range(anatomy.layers)}
+    with torch.no_grad(), site_hooks(anatomy, idle | (hooks or {})):
+        return model(input_ids=IDS, use_cache=False).logits.float()
+
+
+def silencer(anatomy, columns):
+    def silence(values, routed):
+        start = 0 if routed is None else routed.expert * anatomy.expert_width
+        own = [column - start for column in columns if 0 <= column - start < values.shape[-1]]
+        values = values.clone()
+        values[..., own] = 0
+        return values
+
+    return silence
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_silencing_at_the_site_and_in_the_weight_is_the_same(model_of, model_type):
+    """A few neurons of every part of every layer, and a head of every layer with heads."""
+    model = model_of(model_type)
+    anatomy = anatomy_of(model)
+    plain = logits_of(model, anatomy)
+    changed = tried = 0
+    for layer in range(anatomy.layers):
+        for block in BLOCKS:
+            width = anatomy.component_width(block, layer)
+            for part in anatomy.parts(layer, block):
+                columns = [*range(part.first, part.first + width), part.columns.stop - 1]
+                by_hook = logits_of(model, anatomy, {(f"{block}_in", layer): silencer(anatomy, columns)})
+                kept = [anatomy.columns(layer, block, slice(c, c + 1)) for c in columns]
+                before = [column.clone() for column in kept]
+                for column in kept:
+                    column.zero_()
+                by_weight = logits_of(model, anatomy)
+                for column, values in zip(kept, before, strict=True):
+                    column.copy_(values)
+                assert (by_hook - by_weight).abs().max() <= 1e-5 * plain.abs().max(), part.path
+                changed += not torch.equal(by_hook, plain)
+                tried += 1
+    # An expert may get no token.
+    assert tried and changed >= 0.7 * tried
+    assert torch.equal(logits_of(model, anatomy), plain)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_row_passes_the_self_check_of_unknown_architectures(model_of, model_type):
+    model = model_of(model_type)
+    anatomy = anatomy_of(model)
+    # As if it were examined, so that signs are checked where the row names no activation.
+    self_check(model, replace(anatomy, layout=replace(anatomy.layout, examined=True)), IDS)
+    if model_type != "falcon_h1":  # whose multipliers are 1 by default
+        assert writes_to_residual(model, anatomy, IDS) == anatomy.residual_output
+
+
+@pytest.mark.parametrize("model_type", sorted(set(TYPES) - set(UNLIKE)))
+def test_the_row_is_what_the_structure_says(model_of, model_type):
+    model = model_of(model_type)
+    row, found = anatomy_of(model).layout, examine(model)
+    for name in ("layers", "outputs", "gate", "up", "mixture", "transposed", "logit_scale", "logit_divisor"):
+        assert getattr(found, name) == getattr(row, name), name
+    for name in ("dense", "shared"):
+        theirs, ours = getattr(found, name), getattr(row, name)
+        assert theirs is None or (theirs.output, theirs.gate, theirs.up) == (ours.output, ours.gate, ours.up)
+
+
+@pytest.mark.parametrize("model_type", ["granite", "granitemoe"])
+def test_a_multiplier_after_the_modules_is_no_unchanged_output(model_type):
+    config = tiny_config(model_type)
+    assert anatomy_of(tiny_model(config)).residual_output
+    config.residual_multiplier = 0.25
+    model = tiny_model(config)
+    assert not anatomy_of(model).residual_output
+    self_check(model, anatomy_of(model), IDS)
+
+
+def saved(model_type, directory, **settings):
+    config = tiny_config(model_type)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model = tiny_model(config)
+    model.save_pretrained(directory)
+    models.tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def random_plan(source, blocks=BLOCKS):
+    generator = torch.Generator().manual_seed(1)
+    anatomy, edits = source.anatomy, []
+    for layer in range(anatomy.layers):
+        for block in blocks:
+            width = anatomy.width(f"{block}_in", layer)
+            if not width:
+                continue
+            left = torch.randn(anatomy.residual, 1, generator=generator)
+            right = torch.randn(width, 1, generator=generator) / width
+            components = tuple(range(width // anatomy.component_width(block, layer)))
+            notes = {"change_norm": float(left.norm() * right.norm()), "weight_norm": 1.0}
+            edits.append(ModuleEdit(layer, block, components, left=left, right=right, notes=notes))
+    return make_plan(edits, {"fingerprint": source.fingerprint, "model": "m", "method": "m", "settings": {}})
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen3_next", "deepseek_v3", "kimi_linear", "jamba", "llama4_text", "nemotron_h", "gemma4_text", "lfm2"],
+)
+def test_an_exported_plan_is_the_applied_one(tmp_path, model_type):
+    """Edits of heads, of experts, of shared experts and of dense layers, from the names on disk."""
+    loaded = load_model(saved(model_type, tmp_path / "model"), device="cpu")
+    source = open_model(tmp_path / "model")
+    assert source.anatomy.head_dims == loaded.anatomy.head_dims
+    plan = random_plan(source)
+    export(source, plan, tmp_path / "edited")
+    edited = load_model(tmp_path / "edited", device="cpu")
+    plain = logits_of(loaded.model, loaded.anatomy)
+    with applied(loaded, plan):
+        by_plan = logits_of(loaded.model, loaded.anatomy)
+    assert (by_plan - plain).abs().max() > 1e-2
+    assert torch.equal(logits_of(edited.model, edited.anatomy), by_plan)
+    assert torch.equal(logits_of(loaded.model, loaded.anatomy), plain)
+
+
+def batches():
+    seen = torch.ones_like(IDS, dtype=torch.bool)
+    counted = seen.clone()
+    counted[:, 0] = False
+    return {"xx": [TokenBatch(IDS, seen, counted, torch.arange(2))]}
+
+
+def test_every_token_reaches_a_shared_expert_and_a_dense_layer(tmp_path):
+    loaded = load_model(saved("deepseek_v3", tmp_path), device="cpu")
+    anatomy = loaded.anatomy
+    read = record(loaded, batches(), ["mlp_in:sum", "mlp_in:text_mean", "mlp_act:positive"])
+    routed, sums = read.routed[..., 0], read.moments["mlp_in:sum"][..., 0]
+    dense, mixed = 0, 3
+    assert [anatomy.mixed_in(layer) for layer in (dense, mixed)] == [False, True]
+    # 4 experts and a shared one of 32 neurons; the dense layer's 96 are three groups.
+    assert (anatomy.experts, anatomy.expert_width) == (5, 32)
+    assert routed[mixed, 4] == 16 and routed[mixed, :4].sum() == 2 * 16
+    assert routed[dense].tolist() == [16, 16, 16, 0, 0]
+    assert sums[dense, :96].all() and not sums[dense, 96:].any()
+    kept = []
+    down = loaded.model.model.layers[mixed].mlp.shared_experts.down_proj
+    handle = down.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    loaded.model(input_ids=IDS, use_cache=False)
+    handle.remove()
+    values = kept[0].view(2, 9, 32)[:, 1:].double()
+    torch.testing.assert_close(sums[mixed, 128:], values.sum((0, 1)))
+    means = read.moments["mlp_in:text_mean"][mixed, 128:, 0]
+    torch.testing.assert_close(means, values.mean(1).sum(0))
+
+
+def test_layers_without_heads_are_named_and_the_others_edited(tmp_path):
+    source = open_model(saved("qwen3_5_text", tmp_path / "model"))
+    anatomy = source.anatomy
+    lacking = [layer for layer in range(4) if not anatomy.has(layer, "attn")]
+    assert lacking and anatomy.layers_with("mlp") == (0, 1, 2, 3)
+    require_common_inputs(anatomy, ("attn", "mlp"), range(4))
+    places = chosen_places(source, range(4), BLOCKS)
+    assert [layer for layer, module in places if module == "mlp"] == [0, 1, 2, 3]
+    assert not {(layer, "attn") for layer in lacking} & set(places)
+    shown = CliRunner().invoke(inspect, [str(tmp_path / "model"), "--json"])
+    assert f"{', '.join(map(str, lacking))} (linear attention)" in shown.output
+    with pytest.raises(UsageError, match="linear attention"):
+        chosen_places(source, lacking, ("attn",))
+    with pytest.raises(UsageError, match=rf"layers? {', '.join(map(str, lacking))}.*linear attention.*heads"):
+        require_common_inputs(anatomy, ("attn",), range(4))
+    plan = random_plan(source)
+    assert {edit.layer for edit in plan.edits if edit.block == "attn"} == set(range(4)) - set(lacking)
+    export(source, plan, tmp_path / "edited")
+    found = compare(source, tmp_path / "edited")
+    assert [(edit.layer, edit.block) for edit in found.edits] == [(e.layer, e.block) for e in plan.edits]
+    export_adapter(source, plan, tmp_path / "adapter")
+    wrong = replace(plan.edits[0], layer=lacking[0], block="attn")
+    with pytest.raises(BrocaError, match=f"layer {lacking[0]} has linear attention"):
+        export(source, make_plan([wrong], plan.metadata), tmp_path / "wrong")
+
+
+def test_keys_exist_in_the_dense_layers_of_a_mixture(tmp_path):
+    source = open_model(saved("deepseek_v3", tmp_path))
+    require_common_inputs(source.anatomy, ("mlp",))
+    require_common_inputs(source.anatomy, ("mlp",), [0])
+    with pytest.raises(UsageError, match=r"layers 1.*--blocks attn"):
+        require_common_inputs(source.anatomy, ("mlp",), [0, 1])
+
+
+def test_layers_have_their_own_widths(tmp_path):
+    """Gemma 4's layers that share keys have wider MLPs, and its full attention wider heads."""
+    config = tiny_config("gemma4_text")
+    assert isinstance(config, transformers.PreTrainedConfig)
+    loaded = load_model(saved("gemma4_text", tmp_path), device="cpu")
+    anatomy = loaded.anatomy
+    seen = {}
+
+    def keep(site, layer):
+        return lambda values, routed: seen.__setitem__((site, layer), values.clone())
+
+    sites = [(site, layer) for site in ("mlp_in", "attn_in") for layer in range(anatomy.layers)]
+    logits_of(loaded.model, anatomy, {place: keep(*place) for place in sites})
+    for layer, block in enumerate(loaded.model.model.layers):
+        for site, module in (("mlp_in", block.mlp.down_proj), ("attn_in", block.self_attn.o_proj)):
+            own = anatomy.width(site, layer)
+            assert own == module.in_features
+            values = seen[site, layer]
+            assert values.shape[-1] == anatomy.width(site)
+            assert values[..., :own].any() and not values[..., own:].any()
