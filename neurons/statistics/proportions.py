@@ -43,7 +43,8 @@ def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Interval:
     """The fraction of true items after, minus that before, with the interval of Agresti and Min.
 
     Args:
-        before, after: the same items in the same order.
+        before: whether each item is true before.
+        after: the same items in the same order.
 
     Raises:
         UsageError: no items.

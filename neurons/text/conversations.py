@@ -158,7 +158,8 @@ def role_tokens(
         tokenizer: a fast tokenizer with a chat template.
         messages: the conversation's messages, in order.
         answer_follows: whether the conversation ends where an answer begins; its last token is then a header.
-        remedy, thinks: as ``rendered``.
+        remedy: as ``rendered``.
+        thinks: as ``rendered``.
 
     Raises:
         UsageError: a message without text, a tokenizer without character offsets, or a template that fails, drops
