@@ -237,8 +237,12 @@ class Anatomy:
         """Check that layers have a block.
 
         Raises:
-            UsageError: names the layers without it and what they have instead.
+            UsageError: names the layers without it and what they have instead, or a layer that the model does not have.
         """
+        if absent := [layer for layer in layers if not 0 <= layer < self.layers]:
+            raise UsageError(
+                f"{self.model_type}: layer {absent[0]}: the model has layers 0 to {self.layers - 1}"
+            )
         lacking = [layer for layer in sorted(layers) if not self.has(layer, block)]
         if not lacking:
             return

@@ -357,7 +357,9 @@ def gating_holds(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) ->
                 return False
             continue
         made = made * up if anatomy.gated else made
-        if not torch.allclose(made.float(), values.float(), rtol=2e-2, atol=1e-3 * float(values.abs().max())):
+        if not torch.allclose(
+            made.float(), values.float(), rtol=2e-2, atol=1e-3 * float(values.detach().abs().max())
+        ):
             return False
     return bool(seen)
 

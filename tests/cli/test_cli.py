@@ -193,7 +193,7 @@ REFUSALS = {
     "no model": (lambda m, t, f, d: ["identify", "no/such", "--corpus", t], 2, "no/such"),
     "no model directory": (lambda m, t, f, d: ["identify", "./none", "--corpus", t], 2, "./none"),
     "not a model": (lambda m, t, f, d: ["identify", t, "--corpus", t], 2, "config.json"),
-    "no corpus": (lambda m, t, f, d: ["identify", m, "--corpus", d / "none"], 2, "no such directory"),
+    "no corpus": (lambda m, t, f, d: ["identify", m, "--corpus", d / "none"], 2, "no such file or directory"),
     "one language": (lambda m, t, f, d: ["identify", m, "--corpus", alone(t, d)], 2, "(en)"),
     "empty file": (lambda m, t, f, d: ["identify", m, "--corpus", changed(t, d, "de", b"")], 2, "'de'"),
     "bad UTF-8": (

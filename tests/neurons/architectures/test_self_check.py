@@ -187,7 +187,8 @@ def test_what_reaches_the_residual_is_measured(family):
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_an_architecture_that_is_not_in_the_table_is_found_by_structure(tmp_path, name):
+def test_an_architecture_that_is_not_in_the_table_is_found_by_structure(tmp_path, monkeypatch, name):
+    monkeypatch.delitem(sites.LAYOUTS, name, raising=False)
     config_class, model_class, differs, (gate, up, residual, tensor) = NEW[name]
     source = save_new(tmp_path / name, config_class, model_class, **differs)
     loaded = load_model(str(source), device="cpu")
@@ -219,6 +220,7 @@ def test_logits_examine_a_model_once_and_do_not_keep_it(monkeypatch):
         return examine(model)
 
     monkeypatch.setattr(sites, "examine", counted)
+    monkeypatch.delitem(sites.LAYOUTS, "granite", raising=False)
     config_class, model_class, differs, _ = NEW["granite"]
     config = config_class(**{**models._SMALL, "pad_token_id": None, **differs})
     made = [model_class(config).eval().requires_grad_(False) for _ in range(2)]
@@ -267,8 +269,9 @@ def test_an_architecture_without_the_parts_is_refused_by_what_is_missing(
             look(str(tmp_path))
 
 
-def test_an_activation_that_changes_signs_is_read_at_its_output(tmp_path):
+def test_an_activation_that_changes_signs_is_read_at_its_output(tmp_path, monkeypatch):
     """Signs of its input are not counted: Broca does not know that they are the same."""
+    monkeypatch.delitem(sites.LAYOUTS, "stablelm", raising=False)
     save_new(tmp_path, transformers.StableLmConfig, transformers.StableLmForCausalLM, hidden_act="tanh")
     for look in (open_model, lambda path: load_model(path, device="cpu")):
         layout = look(str(tmp_path)).anatomy.layout
