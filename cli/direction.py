@@ -100,7 +100,7 @@ def command(**options: Any) -> None:
     from editing.directions.estimation import direction_of
     from editing.directions.registry import method_of
     from neurons.models.processes import is_first
-    from neurons.scorers.setting import assigned, read_settings
+    from neurons.setting import assigned, read_settings
     from neurons.text.token_budget import DIRECTIONS
 
     method = method_of(arguments.method)
@@ -169,7 +169,7 @@ def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:
 
 def _list(screen: Screen) -> None:
     from editing.directions.registry import METHODS
-    from neurons.scorers.setting import defaults
+    from neurons.setting import defaults
 
     screen.table(
         "methods",

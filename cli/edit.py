@@ -151,7 +151,7 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
     from neurons.errors import UsageError
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.scorers.selection import parse_layers
-    from neurons.scorers.setting import assigned, read_settings
+    from neurons.setting import assigned, read_settings
     from neurons.statistics.statistics import load_statistics
     from neurons.text.corpus_files import language_label
 

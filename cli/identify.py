@@ -112,7 +112,7 @@ def command(**options: Any) -> None:
     from neurons.recording.corpus_recording import remove_unfinished
     from neurons.scorers.method import NOTHING, PROMPTS
     from neurons.scorers.registry import method_of
-    from neurons.scorers.setting import assigned, read_settings
+    from neurons.setting import assigned, read_settings
 
     method = method_of(arguments.method)
     if arguments.out is None:
@@ -311,7 +311,7 @@ def _selection(arguments: SimpleNamespace) -> dict[str, Any]:
 
 def _list(screen: Screen) -> None:
     from neurons.scorers.registry import METHODS
-    from neurons.scorers.setting import defaults
+    from neurons.setting import defaults
 
     screen.table(
         "methods",

@@ -22,7 +22,7 @@ from editing.directions.length import into
 from editing.directions.method import DirectionMethod
 from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError, UsageError
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 
 @dataclass(frozen=True)

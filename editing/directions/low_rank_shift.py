@@ -29,7 +29,7 @@ from editing.directions.length import into
 from editing.directions.method import DirectionMethod
 from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 MAX_RANK = 12
 BOOTSTRAPS = 20

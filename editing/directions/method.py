@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from editing.directions.texts import Estimate, Texts
-from neurons.scorers.setting import Configured
+from neurons.setting import Configured
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from editing.directions.length import along
 from editing.directions.method import DirectionMethod
 from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 PENALTY = 1.0  # C of scikit-learn, its default
 MAX_ITERATIONS = 10_000

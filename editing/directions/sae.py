@@ -29,7 +29,7 @@ import torch
 
 from editing.directions.method import DirectionMethod
 from neurons.errors import BrocaError, UsageError
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 TARGET_RATE = RANDOM_RATE = 0.5
 

@@ -17,7 +17,7 @@ from editing.methods.material import Material
 from editing.methods.method import Hook, Steering
 from neurons.models.source import LoadedModel
 from neurons.scorers.momentum import MomentumRates
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from editing.methods.material import Material
 from editing.methods.method import Hook, Steering
 from neurons.models.source import LoadedModel
 from neurons.scorers.clas import clas_classes
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from editing.methods.method import NEURON_METHODS, Hook, Steering
 from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 from neurons.text.batches import language_batches
 from neurons.text.token_budget import MEANS
 

@@ -17,7 +17,7 @@ from editing.methods.material import Material
 from editing.methods.method import Hook, Steering
 from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.models.source import LoadedModel
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 
 def middle_layers(layers: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ from neurons.recording.collectors import TextSums
 from neurons.recording.corpus_recording import MAX_RESPONSE_BYTES
 from neurons.recording.text_pass import Position, PositionReader, Progress, line_numbers, numbered, read_text
 from neurons.scorers.momentum import MomentumRates, momentum_rates
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 from neurons.statistics.statistics import Statistics
 from neurons.statistics.totals import Totals
 from neurons.text.batches import language_batches

@@ -16,7 +16,7 @@ from editing.methods.material import Material
 from editing.methods.method import Knob, Method, Settings
 from editing.plans.plan import Plan
 from neurons.errors import UsageError
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 
 # Multiples of the difference of the means.
 HOOK_STRENGTHS = (1.0, 2.0)

@@ -29,7 +29,7 @@ from neurons.recording.corpus_recording import record_corpus
 from neurons.scorers.clas import CLASSES, clas_classes
 from neurons.scorers.method import TEXTS
 from neurons.scorers.selection import KINDS
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 from neurons.statistics.statistics import Statistics
 
 SHARED_GAIN, SPECIFIC_LOSS, STRENGTH = 0.4, 0.2, 1.0

@@ -52,7 +52,7 @@ from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 
 # form -> (columns keep their lengths, the neutral mean is preserved)
 FORMS = {

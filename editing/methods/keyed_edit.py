@@ -14,7 +14,7 @@ from editing.methods.material import Material
 from editing.methods.method import Method, Settings
 from editing.plans.plan import Plan
 from neurons.architectures.anatomy import BLOCKS
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 
 KEYED = "keyed edit"
 

@@ -22,7 +22,7 @@ from editing.methods.output_norm import OutputNorm, output_norm, source_tokens
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 from neurons.text.batches import language_batches
 
 # Edited layers, as fractions of the depth.

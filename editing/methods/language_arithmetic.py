@@ -44,7 +44,7 @@ from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import language_moments
 from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import MEANS

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from editing.methods.material import Material
 from editing.plans.plan import Plan
-from neurons.scorers.setting import WHOLE, Setting, declared
+from neurons.setting import WHOLE, Setting, declared
 
 Settings = Mapping[str, Any]
 Steering = Callable[[], AbstractContextManager[None]]

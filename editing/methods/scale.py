@@ -20,7 +20,7 @@ from editing.plans.weights import Weights
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 
 
 def scale_plan(

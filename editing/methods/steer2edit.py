@@ -36,7 +36,7 @@ from editing.plans.weights import Weights
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.models.source import ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 
 # One of the published settings (rho of heads, rho of neurons, alpha).  The thresholds are absolute, so settings do
 # not transfer between models.

@@ -37,7 +37,7 @@ from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 
 # Minimum length of a unit vector after projecting out those before it; less is rounding.
 MIN_REMAINDER = 1e-6

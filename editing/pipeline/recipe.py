@@ -9,7 +9,7 @@ from typing import Any
 
 from editing.methods.keyed import MEANS, STRENGTHS, VALUES
 from neurons.errors import UsageError
-from neurons.scorers.setting import COUNT, declared, setting
+from neurons.setting import COUNT, declared, setting
 from neurons.text.corpus_files import language_label
 
 

@@ -24,7 +24,7 @@ from neurons.scorers.means import means, rate_count, require_several
 from neurons.scorers.method import PROMPTS, Scorer, answers
 from neurons.scorers.scores import Scores
 from neurons.scorers.selection import Selection
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 from neurons.statistics.statistics import Statistics
 
 TOP_RATE = 0.003  # arXiv 2510.08284, as are the next two

@@ -21,7 +21,7 @@ from neurons.scorers.means import means, require_rate, require_several
 from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores, fractions
 from neurons.scorers.selection import Selection
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 from neurons.statistics.statistics import Statistics
 
 FILTER_RATE = 0.95  # the released code, as is ACTIVATION_RATE

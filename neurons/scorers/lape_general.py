@@ -28,7 +28,7 @@ from neurons.scorers.means import means, rate_count, require_rate, require_sever
 from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores, fractions
 from neurons.scorers.selection import Selection
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 from neurons.statistics.statistics import Statistics
 
 TOP_RATE = 0.01  # the released code's sweep

@@ -23,7 +23,7 @@ from neurons.errors import UsageError
 from neurons.scorers.means import require_finite, require_rate, require_several
 from neurons.scorers.method import TEXTS, Scorer
 from neurons.scorers.scores import Scores
-from neurons.scorers.setting import setting
+from neurons.setting import setting
 from neurons.statistics.statistics import Statistics
 
 # Below this fraction of the sum of squares the squared deviations are rounding error, not variance: it

@@ -9,7 +9,7 @@ import torch
 
 from neurons.scorers.scores import Scores
 from neurons.scorers.selection import Selection
-from neurons.scorers.setting import Configured
+from neurons.setting import Configured
 from neurons.statistics.statistics import Statistics
 
 # The input of a scorer: text packed into full blocks, one text a row, or prompts with answers.

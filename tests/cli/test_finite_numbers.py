@@ -5,7 +5,7 @@ import pytest
 from editing.pipeline.recipe import read_recipe
 from editing.study.registry import edits
 from neurons.errors import UsageError
-from neurons.scorers.setting import NUMBER, WHOLE, read_settings
+from neurons.setting import NUMBER, WHOLE, read_settings
 
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "1e999")
 # These fail before any input is read: MODEL does not exist, and FILE and FOLDER are empty.

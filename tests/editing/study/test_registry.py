@@ -11,7 +11,7 @@ from editing.methods.method import Method
 from editing.methods.scale import column_scaling
 from editing.plans.plan import load_plan, make_plan
 from editing.study import registry
-from neurons.scorers.setting import Range, setting
+from neurons.setting import Range, setting
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "artifacts" / "demo"

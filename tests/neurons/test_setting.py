@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from neurons.errors import UsageError
-from neurons.scorers.setting import (
+from neurons.setting import (
     COUNT,
     NUMBER,
     NUMBERS,
