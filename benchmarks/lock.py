@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from cli.steer import shipped_questions
+from cli.shipped import QUESTIONS, shipped
 from editing.evaluation.answer_language import answer_language
 from editing.evaluation.generation import generate
 from editing.evaluation.questions import questions_of_part, read_questions
@@ -46,16 +46,15 @@ LAST_WORDS = 20
 
 
 def answers(loaded: LoadedModel, chats: Sequence[Sequence[Message]], tokens: int) -> list[str]:
-    prompts = [role_tokens(loaded.tokenizer, chat, answer_follows=True).ids.tolist() for chat in chats]
+    prompts = [
+        role_tokens(loaded.tokenizer, chat, answer_follows=True, thinks=False).ids.tolist() for chat in chats
+    ]
     return [answer.text for answer in generate(loaded, prompts, tokens, temperature=0)]
 
 
-def first_turn(
-    loaded: LoadedModel, texts: Sequence[str], target: str, source: str, languages: Sequence[str]
-) -> list[float]:
-    """Fractions of the answers in the target: whole text, every line, first words."""
-    chats = [[Message("user", text)] for text in texts]
-    result = answer_language(answers(loaded, chats, ANSWER_TOKENS), target, languages, source)
+def fractions(texts: Sequence[str], target: str, source: str, languages: Sequence[str]) -> list[float]:
+    """Of answers, the fractions in the target: whole text, every line, first words."""
+    result = answer_language(texts, target, languages, source)
     return [result.whole, result.lines, float(result.begins or 0)]
 
 
@@ -69,25 +68,24 @@ def measured(
 ) -> dict[str, list[float]]:
     """Situation -> fractions of answers in the target: whole text, every line, first words."""
 
-    def fractions(texts: Sequence[str]) -> list[float]:
-        result = answer_language(texts, target, languages, source)
-        return [result.whole, result.lines, float(result.begins or 0)]
+    def of_target(texts: Sequence[str]) -> list[float]:
+        return fractions(texts, target, source, languages)
 
     first = answers(loaded, [[Message("user", text)] for text in texts], ANSWER_TOKENS)
-    result = {"first turn": fractions(first)}
+    result = {"first turn": of_target(first)}
     before = [
         [Message("user", text), Message("assistant", answer or "-")]
         for text, answer in zip(texts, first, strict=True)
     ]
     # Each question follows another one.
     second = [[*before[i - 1], Message("user", text)] for i, text in enumerate(texts)]
-    result["second turn"] = fractions(answers(loaded, second, ANSWER_TOKENS))
+    result["second turn"] = of_target(answers(loaded, second, ANSWER_TOKENS))
     for number, system in enumerate(SYSTEMS, start=1):
         chats = [[Message("system", system), Message("user", text)] for text in texts]
-        result[f"system {number}"] = fractions(answers(loaded, chats, ANSWER_TOKENS))
+        result[f"system {number}"] = of_target(answers(loaded, chats, ANSWER_TOKENS))
     whole = answers(loaded, [[Message("user", text)] for text in texts], long)
-    result["long"] = fractions(whole)
-    result["long, end"] = fractions([" ".join(text.split()[-LAST_WORDS:]) for text in whole])
+    result["long"] = of_target(whole)
+    result["long, end"] = of_target([" ".join(text.split()[-LAST_WORDS:]) for text in whole])
     return result
 
 
@@ -114,7 +112,7 @@ def main(
     keep_freed_memory()
     plan = load_plan(edit)
     target = plan.metadata["target"]
-    by_language = read_questions(questions or shipped_questions()).of
+    by_language = read_questions(questions or shipped(QUESTIONS)).of
     loaded = load_model(model, dtype=dtype)
     candidates = tuple(by_language)
     names = plan.metadata["settings"]["sources"] if languages is None else languages.split(",")
@@ -132,7 +130,12 @@ def main(
             ((source, of_source),) = questions.items()
             return measured(loaded, of_source, target, source, candidates, long)
         return {
-            f"questions in {name}": first_turn(loaded, of_language, target, name, candidates)
+            f"questions in {name}": fractions(
+                answers(loaded, [[Message("user", text)] for text in of_language], ANSWER_TOKENS),
+                target,
+                name,
+                candidates,
+            )
             for name, of_language in questions.items()
         }
 

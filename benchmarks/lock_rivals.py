@@ -20,16 +20,17 @@ from pathlib import Path
 
 import click
 import torch
+from lock_keys import of_part
 from peft import LoraConfig, get_peft_model
 
-from cli.steer import shipped_questions
+from cli.shipped import QUESTIONS, shipped
 from editing.evaluation.questions import Questions, read_questions
 from editing.methods.conversation_keys import middle_layers
-from editing.methods.distilled_values import PASSES, Example, TeacherAnswers
+from editing.methods.distilled_values import PASSES, TeacherAnswers
 from editing.pipeline.lock_kinds import Lock, lock_of
 from editing.pipeline.lock_measures import LockFigures, lock_figures
 from editing.pipeline.lock_prompts import BUILD, CHOOSE
-from editing.pipeline.lock_text import MAX_EXAMPLES, base_answers, lessons, plain_prompts, taught
+from editing.pipeline.lock_text import base_answers, plain_prompts
 from editing.plans.plan import ModuleEdit, Plan, load_plan, make_plan
 from neurons.models.freed_memory import keep_freed_memory
 from neurons.models.source import LoadedModel, load_model
@@ -124,7 +125,7 @@ def main(
     """Print a table."""
     keep_freed_memory()
     plan = load_plan(edit)
-    questions = read_questions(shipped_questions())
+    questions = read_questions(shipped(QUESTIONS))
     lock = lock_of(questions, plan.metadata["target"], plan.metadata["source"])
     loaded = load_model(model, dtype=dtype)
     plans = {"steer": plan} | {name: load_plan(path) for name, path in (text.split("=", 1) for text in also)}
@@ -147,12 +148,6 @@ def main(
     if json_path is not None:
         content = {name: of_name.as_json() for name, of_name in figures.items()}
         json_path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def of_part(loaded: LoadedModel, questions: Questions, lock: Lock, part: str) -> list[Example]:
-    most = MAX_EXAMPLES if part == BUILD else MAX_EXAMPLES // 2
-    by_source = taught(loaded, questions, lock, lessons(loaded, questions, lock, lock.sources, part, most))
-    return [example for of_source in by_source.values() for example in of_source.examples]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from cli.options import (
     served_device_options,
 )
 from cli.screen import Screen
-from cli.steer import shipped_questions
+from cli.shipped import CHOICES, CODE_REQUESTS, QUESTIONS, shipped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,7 @@ def command(**options: Any) -> None:
     screen = Screen(arguments.as_json)
     from editing.checkpoints.weight_exchange import Exchange
     from editing.evaluation.ability import ability
-    from editing.pipeline.lock_prompts import require_chat
+    from editing.pipeline.lock_prompts import require_answers
     from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from editing.study.provenance import file_read, model_read, processor
@@ -79,7 +79,7 @@ def command(**options: Any) -> None:
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, arguments.edit_path)
-    require_chat(loaded.name, loaded.tokenizer)
+    require_answers(loaded.name, loaded.tokenizer)
     # Stays on disk; its tensors that differ are exchanged in the model in memory.
     other = None if arguments.against is None else load_model(arguments.against, dtype=dtype, max_memory=0)
     exchange = None if other is None else Exchange(loaded, other)
@@ -103,7 +103,7 @@ def command(**options: Any) -> None:
             answers_in=answers_in,
             progress=advance,
         )
-    folders = [shipped_questions(name) for name in ("choices", "code_requests", "questions")]
+    folders = [shipped(name) for name in (CHOICES, CODE_REQUESTS, QUESTIONS)]
     inputs = [file_read("Broca's", folder) for folder in folders]
     inputs += [] if plan is None else [file_read("--edit", arguments.edit_path)]
     inputs += [] if other is None else [model_read("--against", other)]
@@ -141,11 +141,11 @@ def _tasks(languages: tuple[str, ...] | None) -> tuple[Tasks, tuple[str, ...]]:
     from neurons.errors import UsageError
     from neurons.text.corpus_files import language_label
 
-    choices = read_choices(shipped_questions("choices"))
-    code = read_questions(shipped_questions("code_requests")).of
+    choices = read_choices(shipped(CHOICES))
+    code = read_questions(shipped(CODE_REQUESTS)).of
     questions = {
         language: questions_of_part(of_language, "report")
-        for language, of_language in read_questions(shipped_questions()).of.items()
+        for language, of_language in read_questions(shipped(QUESTIONS)).of.items()
     }
     chosen = tuple(choices) if languages is None else tuple(dict.fromkeys(map(language_label, languages)))
     if missing := [language for language in chosen if language not in choices]:

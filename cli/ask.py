@@ -22,7 +22,7 @@ from cli.options import (
     writing_options,
 )
 from cli.screen import Screen
-from cli.steer import shipped_questions
+from cli.shipped import QUESTIONS, shipped
 
 if TYPE_CHECKING:
     from editing.evaluation.ask import Write
@@ -71,7 +71,7 @@ def command(**options: Any) -> None:
         )
     if arguments.engine == "vllm" and arguments.device != "auto":
         raise UsageError("vLLM runs on the device that it was built for: leave --device out")
-    questions = read_questions(arguments.questions or shipped_questions()).of
+    questions = read_questions(arguments.questions or shipped(QUESTIONS)).of
     languages = (
         tuple(questions) if arguments.languages is None else tuple(map(language_label, arguments.languages))
     )

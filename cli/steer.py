@@ -22,6 +22,7 @@ from cli.options import (
     served_device_options,
 )
 from cli.screen import Screen
+from cli.shipped import QUESTIONS, shipped
 
 if TYPE_CHECKING:
     from editing.pipeline.lock import Locked
@@ -33,24 +34,6 @@ if TYPE_CHECKING:
 ALL = "all"
 DEFAULT_SOURCE = "en"
 SHOWN_EXAMPLES = 6
-
-
-def shipped_questions(name: str = "questions") -> Path:
-    """The directory of Broca's questions: beside this file in an installed wheel, under artifacts/ in a checkout.
-
-    Args:
-        name: "questions", or "choices" or "code_requests" (``broca ability``).
-
-    Raises:
-        BrocaError: neither exists.
-    """
-    from neurons.errors import BrocaError
-
-    package = Path(__file__).resolve().parent
-    for directory in (package / name, package.parent / "artifacts" / name):
-        if directory.is_dir():
-            return directory
-    raise BrocaError(f"the {name} are missing from this installation: install broca again")
 
 
 @click.command("steer")
@@ -129,7 +112,7 @@ def command(**options: Any) -> None:
     from neurons.text.conversations import OPTIONAL, thinking
     from neurons.text.corpus_files import language_label
 
-    questions = read_questions(arguments.questions or shipped_questions())
+    questions = read_questions(arguments.questions or shipped(QUESTIONS))
     keep = None if arguments.keep is None else tuple(map(language_label, arguments.keep))
     if (arguments.target is None) != arguments.stay:
         raise UsageError("give either --to, the language of the answers, or --stay")

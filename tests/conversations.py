@@ -9,6 +9,12 @@ CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+# As of models that think before every answer, and of Qwen 3.
+OPENS_THOUGHT = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
+MAY_THINK = CHATML.replace(
+    "<|assistant|>\n{% endif",
+    "<|assistant|>\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif",
+)
 
 
 def chats_of(tokenizer, languages, count=6):

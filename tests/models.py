@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -297,3 +298,13 @@ def naive_loss(logits, ids):
     """Sum over positions of -ln p(next token), in nats."""
     logp = logits.log_softmax(-1)
     return -sum(logp[position, ids[position + 1]] for position in range(len(ids) - 1))
+
+
+@contextmanager
+def shifted(model):
+    """The residual stream of a llama's first layer moved."""
+    handle = model.model.layers[0].register_forward_hook(lambda _, __, hidden: hidden + 0.3)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -49,8 +49,8 @@ def test_the_wheel_holds_packages_and_demo(unpacked):
     "code, folder",
     [
         ("from cli.demo import shipped; print(shipped())", "shipped"),
-        ("from cli.steer import shipped_questions; print(shipped_questions())", "questions"),
-        ("from cli.steer import shipped_questions; print(shipped_questions('choices'))", "choices"),
+        ("from cli.shipped import QUESTIONS, shipped; print(shipped(QUESTIONS))", "questions"),
+        ("from cli.shipped import CHOICES, shipped; print(shipped(CHOICES))", "choices"),
     ],
 )
 def test_commands_find_their_files_there(unpacked, tmp_path, code, folder):

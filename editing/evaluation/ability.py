@@ -8,7 +8,7 @@ For each language:
 
 Of three models: "base" is unedited, "prompted" is unedited with an instruction after the question, "edited" is edited.
 Own answers are read by base and edited.  A model that is to answer in another language than the question's is scored on
-the choices in that language.
+the choices in that language.  Models that can think answer without thoughts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from editing.evaluation.asking import chat_tokens
 from editing.evaluation.choice_accuracy import choice_log_probabilities, right
 from editing.evaluation.choices import Choice
 from editing.evaluation.code_answers import has_block, has_python
-from editing.evaluation.generation import Continuation, generate
+from editing.evaluation.generation import generate_by_language
 from editing.evaluation.likelihood import Steering, read_again, read_unedited
 from editing.evaluation.own_answers import answer_batches
 from editing.evaluation.questions import Question
@@ -132,7 +132,7 @@ def ability(
         language: _prompts(loaded, [question.text for question in tasks.questions[language]])
         for language in languages
     }
-    answers = _answers(loaded, prompts, ANSWER_TOKENS)
+    answers = generate_by_language(loaded, prompts, ANSWER_TOKENS)
     own = {
         language: read_unedited(
             loaded, answer_batches(loaded, prompts[language], answers[language]), steering is not None
@@ -202,7 +202,7 @@ def _hits(
         for language in languages
     }
     results = {}
-    for language, answers in _answers(loaded, requests, CODE_TOKENS).items():
+    for language, answers in generate_by_language(loaded, requests, CODE_TOKENS).items():
         texts = [answer.text for answer in answers]
         results[language] = right_items[language], has_block(texts), has_python(texts)
         advance(len(texts))
@@ -214,16 +214,7 @@ def _instructed(texts: Sequence[str], instruction: str | None) -> list[str]:
 
 
 def _prompts(loaded: LoadedModel, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    return [chat_tokens(loaded.tokenizer, text, ANOTHER_MODEL) for text in texts]
-
-
-def _answers(
-    loaded: LoadedModel, prompts: Mapping[str, Sequence[tuple[int, ...]]], tokens: int
-) -> dict[str, list[Continuation]]:
-    """Greedy answers; the languages share batches, as a step costs about the same for any batch size."""
-    rows = [prompt for of_language in prompts.values() for prompt in of_language]
-    answers = iter(generate(loaded, rows, tokens, temperature=0))
-    return {language: [next(answers) for _ in of_language] for language, of_language in prompts.items()}
+    return [chat_tokens(loaded.tokenizer, text, ANOTHER_MODEL, thinks=False) for text in texts]
 
 
 def _rate(hits: Sequence[bool], base: Sequence[bool] | None) -> Rate:

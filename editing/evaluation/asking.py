@@ -46,18 +46,21 @@ class Prompt:
         return self.text if instruction is None else f"{instruction} {self.text}"
 
 
-def chat_tokens(tokenizer: Any, content: str, remedy: str = "leave it out with --no-chat") -> tuple[int, ...]:
+def chat_tokens(
+    tokenizer: Any, content: str, remedy: str = "leave it out with --no-chat", thinks: bool = True
+) -> tuple[int, ...]:
     """The tokens of a chat with one user message, up to the start of the answer.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         content: the user message.
         remedy: what to do if the template fails, as the end of the error message.
+        thinks: False turns thoughts off, if the template can.
 
     Raises:
         UsageError: the template raises, or renders nothing or a text without the content.
     """
-    text = rendered(tokenizer, [{"role": "user", "content": content}], True, remedy)
+    text = rendered(tokenizer, [{"role": "user", "content": content}], True, remedy, thinks)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tuple(ids)
 

@@ -1,6 +1,6 @@
 """Whether a model prefers the right one of four answers to a question (the cloze formulation of arXiv 2406.08446).
 
-The user message is the question alone, rendered by the model's chat template up to the start of the answer.  Scored is
+The user message is the question alone, rendered by the model's chat template up to the start of the answer, without thoughts.  Scored is
 each choice as the answer that follows: the sum of the log-probabilities of its tokens, in float64, without an end token
 and not divided by the length.  The choices are not in the prompt and have no letters, since small models nearly always
 answer "A".
@@ -47,7 +47,7 @@ def choice_log_probabilities(
     Raises:
         UsageError: a template that fails or drops the question, or an item longer than the model's context.
     """
-    prompts = [chat_tokens(loaded.tokenizer, text, ANOTHER_MODEL) for text in questions]
+    prompts = [chat_tokens(loaded.tokenizer, text, ANOTHER_MODEL, thinks=False) for text in questions]
     rows = prompt_rows(loaded.name, loaded.tokenizer, prompts, loaded.embedding_rows)
     texts = [choice for of_item in choices for choice in of_item]
     continuations = prompt_rows(

@@ -355,6 +355,15 @@ def _refuse(anatomy: Anatomy, block: str, layers: Sequence[int]) -> None:
     )
 
 
+def layers_with_common_inputs(anatomy: Anatomy, blocks: Sequence[str]) -> tuple[int, ...]:
+    """The layers with one of the blocks whose inputs every token reaches."""
+    return tuple(
+        layer
+        for layer in range(anatomy.layers)
+        if any(has_common_inputs(anatomy, layer, block) for block in blocks)
+    )
+
+
 def has_common_inputs(anatomy: Anatomy, layer: int, block: str) -> bool:
     """Whether every token reaches the inputs of a layer's module."""
     return anatomy.has(layer, block) and not (block == "mlp" and anatomy.mixed_in(layer))
@@ -384,9 +393,7 @@ def _fractions(
         chosen = tuple(strength)
     else:
         total = strength
-        every = range(loaded.anatomy.layers)
-        able = [at for at in every if any(has_common_inputs(loaded.anatomy, at, block) for block in blocks)]
-        chosen = tuple(able if layers is None else layers)
+        chosen = layers_with_common_inputs(loaded.anatomy, blocks) if layers is None else tuple(layers)
     named = chosen if layers is not None or isinstance(strength, Mapping) else None
     require_common_inputs(loaded.anatomy, blocks, named)
     if not total or total != total:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from editing.methods.keyed import LEARNED, MEANS, VALUES, has_common_inputs
+from editing.methods.keyed import LEARNED, MEANS, VALUES, layers_with_common_inputs
 from editing.methods.keyed_edit import Keyed
 from editing.methods.learned_values import enough_text
 from editing.methods.material import Material
@@ -169,10 +169,7 @@ class KeyedSearch(Method):
 
 def windows(material: Material) -> dict[str, tuple[int, ...]]:
     """The layers by the names of ``LAYERS``, without windows that are equal in a model of few layers."""
-    anatomy = material.loaded.anatomy
-    able = [
-        at for at in range(anatomy.layers) if any(has_common_inputs(anatomy, at, block) for block in BLOCKS)
-    ]
+    able = layers_with_common_inputs(material.loaded.anatomy, BLOCKS)
     layers = sorted(able if material.layers is None else material.layers)
     of_name: dict[str, tuple[int, ...]] = {}
     for name, (first, last) in LAYERS.items():

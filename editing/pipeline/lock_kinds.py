@@ -72,9 +72,7 @@ class Lock:
     def instruction_in(self, source: str) -> str:
         """The teacher's instruction: to answer in the question's language in that language, in another in English.
 
-        Models obey an instruction in the question's language to answer in another one less often:
-        Qwen2.5-Coder-0.5B-Instruct answers none of 8 German questions in French after "Antworte auf Französisch.", and
-        all after "Respond in French.".
+        Small models obey an instruction in the question's language to answer in another one less often.
         """
         if self.instruction is not None:
             return self.instruction

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from editing.evaluation.generation import Continuation, generate
+from editing.evaluation.generation import Continuation, generate, generate_by_language
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 from neurons.text.conversations import ALWAYS, Message, RoleTokens, role_tokens, thinking
@@ -35,8 +35,8 @@ def require_answers(name: str, tokenizer: Any) -> None:
     require_chat(name, tokenizer)
     if thinking(tokenizer) == ALWAYS:
         raise UsageError(
-            f"{name} thinks before every answer, and its chat template cannot turn that off: a lock is made from answers "
-            "without thoughts, so give a model that can answer so"
+            f"{name} thinks before every answer, and its chat template cannot turn that off: give a model that can answer "
+            "without thoughts"
         )
 
 
@@ -57,8 +57,8 @@ def answered(loaded: LoadedModel, prompts: Sequence[RoleTokens], tokens: int) ->
 def answered_by_language(
     loaded: LoadedModel, prompts: Mapping[str, Sequence[RoleTokens]], tokens: int
 ) -> dict[str, list[Continuation]]:
-    """``answered`` for several languages, whose prompts share batches: a step costs about the same for any batch size."""
-    answers = iter(
-        answered(loaded, [prompt for of_language in prompts.values() for prompt in of_language], tokens)
-    )
-    return {language: [next(answers) for _ in of_language] for language, of_language in prompts.items()}
+    """``answered`` for several languages, in shared batches."""
+    ids = {
+        language: [prompt.ids.tolist() for prompt in of_language] for language, of_language in prompts.items()
+    }
+    return generate_by_language(loaded, ids, tokens)

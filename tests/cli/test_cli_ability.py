@@ -15,7 +15,7 @@ from neurons.models.source import open_model
 @pytest.fixture(autouse=True)
 def asked(few_questions, tmp_path, monkeypatch):
     """A few items instead of Broca's."""
-    monkeypatch.setattr(command, "shipped_questions", lambda name="questions": few_questions.with_name(name))
+    monkeypatch.setattr(command, "shipped", few_questions.with_name)
     for name in ("choices", "code_requests"):
         (tmp_path / name).mkdir()
     for language, letters in (("en", "abc"), ("fr", "def")):

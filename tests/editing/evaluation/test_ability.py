@@ -2,15 +2,15 @@
 
 import json
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 
+import models
 import pytest
 import torch
 from conversations import CHATML
 
-from editing.evaluation import ability as guard
-from editing.evaluation.ability import BASE, EDITED, PROMPTED, Tasks, ability, load_ability
+from editing.evaluation import generation
+from editing.evaluation.ability import ANSWER_TOKENS, BASE, EDITED, PROMPTED, Tasks, ability, load_ability
 from editing.evaluation.asking import chat_tokens
 from editing.evaluation.choice_accuracy import choice_log_probabilities, right
 from editing.evaluation.choices import Choice
@@ -58,16 +58,6 @@ def tasks():
     )
 
 
-@contextmanager
-def shifted(model):
-    """The residual stream of the first layer moved."""
-    handle = model.model.layers[0].register_forward_hook(lambda _, __, hidden: hidden + 0.3)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def hits(loaded, items, choices, instruction=None):
     texts = [item.text if instruction is None else f"{item.text} {instruction}" for item in items]
     scores = choice_log_probabilities(loaded, texts, [item.choices for item in choices])
@@ -80,7 +70,7 @@ def test_each_model_is_measured_alone(loaded, tasks):
         loaded,
         tasks,
         ("en", "fr"),
-        steering=lambda: shifted(loaded.model),
+        steering=lambda: models.shifted(loaded.model),
         instructions={"en": "Be brief."},
         answers_in={"en": "fr"},
         progress=counts.append,
@@ -88,7 +78,7 @@ def test_each_model_is_measured_alone(loaded, tasks):
     assert sum(counts) == 2 * tasks.items(("en", "fr")) + tasks.items(("en",)) == 135
     english, french = tasks.choices["en"], tasks.choices["fr"]
     expected = {BASE: hits(loaded, english, english), PROMPTED: hits(loaded, english, french, "Be brief.")}
-    with shifted(loaded.model):
+    with models.shifted(loaded.model):
         expected[EDITED] = hits(loaded, english, french)
         in_english = hits(loaded, english, english)
         french_after = hits(loaded, french, french)
@@ -112,13 +102,13 @@ def naive_losses(loaded, prompt, answer):
 
 
 def test_own_answers_by_loops(loaded, tasks):
-    result = ability(loaded, tasks, ("fr",), steering=lambda: shifted(loaded.model))
+    result = ability(loaded, tasks, ("fr",), steering=lambda: models.shifted(loaded.model))
     before, after, divergence, tokens = 0.0, 0.0, 0.0, 0
     for question in tasks.questions["fr"]:
         prompt = chat_tokens(loaded.tokenizer, question.text)
-        (answer,) = generate(loaded, [prompt], guard.ANSWER_TOKENS, temperature=0)
+        (answer,) = generate(loaded, [prompt], ANSWER_TOKENS, temperature=0)
         p = naive_losses(loaded, prompt, answer.ids)
-        with shifted(loaded.model):
+        with models.shifted(loaded.model):
             q = naive_losses(loaded, prompt, answer.ids)
         for place, token in enumerate(answer.ids):
             before -= float(p[place, token])
@@ -157,9 +147,13 @@ def test_code_is_judged_in_every_models_own_answers(loaded, tasks, monkeypatch):
         )
         return [Continuation((5, 6), text)] * len(rows)
 
-    monkeypatch.setattr(guard, "generate", write)
+    monkeypatch.setattr(generation, "generate", write)
     result = ability(
-        loaded, tasks, ("en",), steering=lambda: shifted(loaded.model), instructions={"en": "Be brief."}
+        loaded,
+        tasks,
+        ("en",),
+        steering=lambda: models.shifted(loaded.model),
+        instructions={"en": "Be brief."},
     )
     assert [sum("Be brief." in prompt for prompt in prompts) for prompts in written] == [0, 0, 3, 0]
     assert {model: rate.rate.value for model, rate in result.blocks["en"].items()} == {

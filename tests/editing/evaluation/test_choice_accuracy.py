@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conversations import CHATML
+from conversations import CHATML, MAY_THINK
 
 from editing.evaluation import choice_accuracy
 from editing.evaluation.choice_accuracy import choice_log_probabilities, right
@@ -49,6 +49,15 @@ def test_scores_equal_a_loop_over_tokens(checkpoint_of, family, monkeypatch):
     assert scores.dtype == torch.float64
     assert torch.allclose(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
     assert sum(done) == 4 and len(done) > 1
+
+
+def test_a_model_that_can_think_is_scored_without_thoughts(chatting, monkeypatch):
+    closed = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n\n</think>\n\n{% endif")
+    monkeypatch.setattr(chatting.tokenizer, "chat_template", closed)
+    expected = [naive(chatting, QUESTIONS[0], choice) for choice in CHOICES[0]]
+    monkeypatch.setattr(chatting.tokenizer, "chat_template", MAY_THINK)
+    scores = choice_log_probabilities(chatting, QUESTIONS[:1], CHOICES[:1])
+    assert scores[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_model_that_is_sure_of_the_answers_is_right(chatting):

@@ -132,17 +132,7 @@ def other_head(model):
         model.lm_head.weight.data = kept
 
 
-@contextmanager
-def shifted(model):
-    """The residual stream of the first layer moved."""
-    handle = model.model.layers[0].register_forward_hook(lambda _, __, hidden: hidden + 0.3)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@pytest.mark.parametrize("change", [blurred, other_head, shifted])
+@pytest.mark.parametrize("change", [blurred, other_head, models.shifted])
 def test_mean_kl(llama, monkeypatch, change):
     batches = padded_batches(llama, monkeypatch)
     monkeypatch.setattr("neurons.models.next_token.LOGIT_BYTES_AT_ONCE", 5000)  # a few positions at a time

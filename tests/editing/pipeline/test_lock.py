@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conversations import CHATML
+from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
 
 from editing.evaluation.questions import Question, Questions
 from editing.methods.conversation_keys import coefficients
@@ -106,10 +106,15 @@ def test_a_lock_without_examples_to_choose_on_is_refused_before_keys(loaded, que
 
 
 def test_a_model_that_thinks_before_every_answer_is_refused_before_the_work(loaded, questions, monkeypatch):
-    opens = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
-    monkeypatch.setattr(loaded.tokenizer, "chat_template", opens)
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", OPENS_THOUGHT)
     with pytest.raises(UsageError, match="thinks before every answer"):
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
+
+
+def test_prompts_are_without_thoughts_where_the_template_can(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", MAY_THINK)
+    text = loaded.tokenizer.decode(prompt_of(loaded, "aaa abc?").ids)
+    assert text.rstrip().endswith("</think>")
 
 
 def test_a_mixture_of_experts_is_refused_before_the_work(checkpoint_of, questions):

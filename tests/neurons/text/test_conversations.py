@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from conversations import CHATML
+from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
 
 from neurons.errors import UsageError
 from neurons.text.conversations import (
@@ -117,13 +117,6 @@ def test_a_template_that_changes_messages_is_refused(tokenizer, template, fault)
 def test_an_empty_message_is_refused(tokenizer):
     with pytest.raises(UsageError, match="message 2"):
         role_tokens(tokenizer, [CHAT[0], Message("assistant", " ")])
-
-
-OPENS_THOUGHT = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
-MAY_THINK = CHATML.replace(
-    "<|assistant|>\n{% endif",
-    "<|assistant|>\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif",
-)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""Directories that Broca ships: questions, multiple-choice items and requests for code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+QUESTIONS, CHOICES, CODE_REQUESTS = "questions", "choices", "code_requests"
+
+
+def shipped(name: str) -> Path:
+    """A shipped directory: beside this file in an installed wheel, under artifacts/ in a checkout.
+
+    Args:
+        name: ``QUESTIONS``, ``CHOICES`` or ``CODE_REQUESTS``.
+
+    Raises:
+        BrocaError: it is in neither place.
+    """
+    from neurons.errors import BrocaError
+
+    package = Path(__file__).resolve().parent
+    for directory in (package / name, package.parent / "artifacts" / name):
+        if directory.is_dir():
+            return directory
+    raise BrocaError(f"the {name} are missing from this installation: install broca again")
