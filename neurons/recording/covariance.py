@@ -26,7 +26,8 @@ from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
 from neurons.recording.partial_forward import Kept, forward_between, supports_partial_forward
 from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
-from neurons.statistics.gram import Gram
+from neurons.statistics.gram import Gram, Workspace
+from neurons.statistics.sums import column_sums
 from neurons.text.batches import TokenBatch
 
 Place = tuple[str, int]  # site, layer
@@ -177,7 +178,8 @@ class _Sums:
             for place, index in units.items()
         }
         self._groups: dict[int, list[torch.Tensor]] = {}
-        self.grams = {place: Gram(len(index), device) for place, index in units.items()}
+        workspace = Workspace()
+        self.grams = {place: Gram(len(index), device, workspace) for place, index in units.items()}
 
     def readers(self) -> dict[Place, PositionReader]:
         return {place: self._reader(place, index) for place, index in self.units.items()}
@@ -195,10 +197,10 @@ class _Sums:
             gram.add(rows.to(gram.centre.device))
             for number, mask in _by_group(at.batch, at.language):
                 of_group = rows if at.batch.groups is None else rows[mask[at.counted].to(rows.device)]
-                self.sums[place][:, number] += of_group.sum(0, dtype=torch.float64).to(gram.centre.device)
+                self.sums[place][:, number] += column_sums(of_group).to(gram.centre.device)
             starts = at.batch.at_start.to(values.device)
             at_start = values.detach()[starts][:, columns]
-            self.starts[place] += at_start.sum(0, dtype=torch.float64).to(gram.centre.device)
+            self.starts[place] += column_sums(at_start).to(gram.centre.device)
 
         return read
 
