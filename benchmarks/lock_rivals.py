@@ -110,6 +110,7 @@ def row(name: str, figures: LockFigures, kept: Sequence[str]) -> str:
 @click.option(
     "--rate", "rates", type=float, multiple=True, default=RATES, show_default=True, help="Of the LoRA."
 )
+@click.option("--lora/--no-lora", "trains", default=True, show_default=True)
 @click.option("--also", multiple=True, metavar="NAME=EDIT", help="Another edit to measure.")
 @click.option("--passes", default=PASSES, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
@@ -118,6 +119,7 @@ def main(
     edit: Path,
     dtype: str,
     rates: Sequence[float],
+    trains: bool,
     also: Sequence[str],
     passes: int,
     json_path: Path | None,
@@ -129,7 +131,7 @@ def main(
     lock = lock_of(questions, plan.metadata["target"], plan.metadata["source"])
     loaded = load_model(model, dtype=dtype)
     plans = {"steer": plan} | {name: load_plan(path) for name, path in (text.split("=", 1) for text in also)}
-    if rates:
+    if trains:
         plans |= loras(loaded, questions, lock, rates, passes)
     figures = {}
     for name, of_name in plans.items():
