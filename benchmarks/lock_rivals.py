@@ -9,7 +9,10 @@ the pass.  Its rate is the one with the least divergence on the CHOOSE questions
     python benchmarks/lock_rivals.py MODEL --edit steered/broca/edit.safetensors --dtype bfloat16 \\
         --also "baked vector=baked.safetensors"
 
-A merged adapter is an edit like any other, so all are measured by the figures of ``broca steer``.
+A merged adapter is an edit like any other, so all are measured by the figures of ``broca steer``.  With ``--questions`` they
+are measured on all of these questions, the same in every language, in place of Broca's reporting quarter:
+
+    python benchmarks/lock_rivals.py MODEL --edit steered/broca/edit.safetensors --no-lora --questions DIR
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from lock_keys import of_part
 from peft import LoraConfig, get_peft_model
 
 from cli.shipped import QUESTIONS, shipped
+from editing.evaluation.answer_language import AnswerLanguage
 from editing.evaluation.questions import Questions, read_questions
 from editing.methods.conversation_keys import middle_layers
 from editing.methods.distilled_values import PASSES, TeacherAnswers
 from editing.pipeline.lock_kinds import Lock, lock_of
 from editing.pipeline.lock_measures import LockFigures, lock_figures
-from editing.pipeline.lock_prompts import BUILD, CHOOSE
+from editing.pipeline.lock_prompts import BUILD, CHOOSE, REPORT
 from editing.pipeline.lock_text import base_answers, plain_prompts
 from editing.plans.plan import ModuleEdit, Plan, load_plan, make_plan
 from neurons.models.freed_memory import keep_freed_memory
@@ -93,9 +97,18 @@ def merged(loaded: LoadedModel, adapted: torch.nn.Module, layers: Sequence[int])
     return make_plan(edits, {"model": loaded.label, "fingerprint": loaded.fingerprint, "method": "lora"})
 
 
+def fractions(language: AnswerLanguage) -> str:
+    """Of answers in the target: whole text, every line, first words."""
+    return " / ".join(f"{rate:.2f}" for rate in (language.whole, language.lines, language.begins or 0))
+
+
 def row(name: str, figures: LockFigures, kept: Sequence[str]) -> str:
     (of_source,) = figures.sources.values()
-    cells = [f"{of_source.language['steered'].whole:.2f}", f"{of_source.divergence['steered']:.3f}"]
+    cells = [
+        fractions(of_source.language["steered"]),
+        f"{of_source.chrf['steered']:.2f}",
+        f"{of_source.divergence['steered']:.3f}",
+    ]
     cells += [
         f"{figures.kept[language].steered.whole:.2f} / {figures.kept[language].divergence:.3f}"
         for language in kept
@@ -112,6 +125,7 @@ def row(name: str, figures: LockFigures, kept: Sequence[str]) -> str:
 )
 @click.option("--lora/--no-lora", "trains", default=True, show_default=True)
 @click.option("--also", multiple=True, metavar="NAME=EDIT", help="Another edit to measure.")
+@click.option("--questions", "others", type=click.Path(path_type=Path), help="[default: Broca's, to report]")
 @click.option("--passes", default=PASSES, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
 def main(
@@ -121,6 +135,7 @@ def main(
     rates: Sequence[float],
     trains: bool,
     also: Sequence[str],
+    others: Path | None,
     passes: int,
     json_path: Path | None,
 ) -> None:
@@ -134,17 +149,29 @@ def main(
     if trains:
         plans |= loras(loaded, questions, lock, rates, passes)
     figures = {}
+    if others is not None:
+        questions = read_questions(others)
+        lock = lock_of(questions, lock.target, lock.sources[0])
+    part = REPORT if others is None else "all"
     for name, of_name in plans.items():
-        figures[name] = lock_figures(loaded, questions, lock, of_name)
+        figures[name] = lock_figures(loaded, questions, lock, of_name, part=part)
         click.echo(row(name, figures[name], list(figures[name].kept)), err=True)
     languages = list(next(iter(figures.values())).kept)
-    print(f"{loaded.label}, {lock.sources[0]} to {lock.target}\n")
+    (of_source,) = figures["steer"].sources.values()
+    print(f"{loaded.label}, {lock.sources[0]} to {lock.target}, {len(figures['steer'].examples)} questions\n")
+    titles = [
+        f"in {lock.target}: whole text / every line / first words",
+        "chrF to prompted",
+        "KL to prompted",
+        *(f"{name}: in it / KL" for name in languages),
+    ]
+    print(f"| | {' | '.join(titles)} |\n{'|---' * (1 + len(titles))}|")
+    empty = " | -" * len(languages)
+    divergence = f"{of_source.divergence['base']:.3f}"
     print(
-        f"| | in {lock.target} | KL to prompted | "
-        + " | ".join(f"{name}: in it / KL" for name in languages)
-        + " |"
+        f"| base | {fractions(of_source.language['base'])} | {of_source.chrf['base']:.2f} | {divergence}{empty} |"
     )
-    print("|---" * (3 + len(languages)) + "|")
+    print(f"| prompted | {fractions(of_source.language['prompted'])} | - | -{empty} |")
     for name, of_name in figures.items():
         print(row(name, of_name, languages))
     if json_path is not None:

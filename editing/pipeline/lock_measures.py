@@ -102,6 +102,7 @@ def lock_figures(
     plan: Plan,
     *,
     kept: Sequence[str] | None = None,
+    part: str = REPORT,
     stage: Stage = quiet,
 ) -> LockFigures:
     """Measure a lock.
@@ -112,20 +113,22 @@ def lock_figures(
         lock: sources, target and teacher.
         plan: the edit.
         kept: languages whose questions are answered as before; None: the first ``MAX_LANGUAGES`` of ``lock.unchanged``.
+        part: part of the questions, a key of ``neurons.text.corpus.PARTS``; of questions that no lock was made from,
+            ``all`` can be measured if the lock has a target.
         stage: shows progress.
     """
     candidates = tuple(questions.of)
     others = list(kept if kept is not None else lock.unchanged[:MAX_LANGUAGES])
     sources = list(lock.sources)[:MAX_LANGUAGES]
     with stage("Measuring the unedited model", 3, "parts") as advance:
-        by_source = lessons(loaded, questions, lock, sources, REPORT)
+        by_source = lessons(loaded, questions, lock, sources, part)
         teachers = taught(loaded, questions, lock, by_source)
         advance(1)
         students = {
             source: [lesson.student for lesson in of_source] for source, of_source in by_source.items()
         }
         before = {source: answers for source, (_, answers) in base_answers(loaded, students).items()}
-        plain = plain_prompts(loaded, questions, others, REPORT)
+        plain = plain_prompts(loaded, questions, others, part)
         before_others = base_answers(loaded, plain)
         advance(1)
         base = {source: _divergence(loaded, teachers[source], None) for source in sources}
@@ -167,7 +170,7 @@ def lock_figures(
         for language in others
     }
     first = sources[0]
-    texts = [question.text for question in questions_of_part(questions.of[first], REPORT)]
+    texts = [question.text for question in questions_of_part(questions.of[first], part)]
     examples = tuple(SideBySide(*row) for row in zip(texts, before[first], after[first], strict=True))
     return LockFigures(lock.target, of_sources, of_kept, examples)
 
