@@ -146,7 +146,9 @@ def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedi
         after = [answer.text for answer in answered(loaded, prompts, ANSWER_TOKENS)]
     assert [example.after for example in figures.examples] == after
     every = lock_figures(loaded, questions, lock, made.plan, part="all")
-    assert [example.question for example in every.examples] == [question.text for question in questions.of["en"]]
+    assert [example.question for example in every.examples] == [
+        question.text for question in questions.of["en"]
+    ]
     assert every.kept["de"].base.answers == len(questions.of["de"]) == 4 * figures.kept["de"].base.answers
     assert english.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers))
     for name, value in loaded.model.state_dict().items():
