@@ -9,6 +9,9 @@ instruction ("prompted"), on the REPORT questions:
     long            answers of up to --long tokens
     long, end       their last ``LAST_WORDS`` words
 
+and the chrF of two sampled answers of the prompted model to each question, with which that of the steered model to the
+prompted one compares.
+
     python benchmarks/lock.py MODEL --edit steered/broca/edit.safetensors --dtype bfloat16
 
 With ``--languages``, only first turns, with questions in these languages instead, which a lock from every language
@@ -28,6 +31,7 @@ from editing.evaluation.answer_language import answer_language
 from editing.evaluation.generation import generate
 from editing.evaluation.questions import questions_of_part, read_questions
 from editing.pipeline.lock_kinds import Lock
+from editing.pipeline.lock_measures import mean_chrf
 from editing.pipeline.lock_prompts import REPORT
 from editing.pipeline.lock_text import ANSWER_TOKENS
 from editing.plans.applied import applied
@@ -43,13 +47,20 @@ SYSTEMS = (
     "Today is Monday. The user is an experienced engineer and dislikes small talk.",
 )
 LAST_WORDS = 20
+TEMPERATURE = 0.7
 
 
-def answers(loaded: LoadedModel, chats: Sequence[Sequence[Message]], tokens: int) -> list[str]:
+def answers(
+    loaded: LoadedModel,
+    chats: Sequence[Sequence[Message]],
+    tokens: int,
+    temperature: float = 0,
+    seed: int = 0,
+) -> list[str]:
     prompts = [
         role_tokens(loaded.tokenizer, chat, answer_follows=True, thinks=False).ids.tolist() for chat in chats
     ]
-    return [answer.text for answer in generate(loaded, prompts, tokens, temperature=0)]
+    return [answer.text for answer in generate(loaded, prompts, tokens, temperature, seed)]
 
 
 def fractions(texts: Sequence[str], target: str, source: str, languages: Sequence[str]) -> list[float]:
@@ -87,6 +98,13 @@ def measured(
     result["long"] = of_target(whole)
     result["long, end"] = of_target([" ".join(text.split()[-LAST_WORDS:]) for text in whole])
     return result
+
+
+def sampled_chrf(loaded: LoadedModel, texts: Sequence[str]) -> float:
+    """Mean chrF of two sampled answers to each question."""
+    chats = [[Message("user", text)] for text in texts]
+    first, second = (answers(loaded, chats, ANSWER_TOKENS, TEMPERATURE, seed) for seed in (0, 1))
+    return mean_chrf(first, second)
 
 
 @click.command()
@@ -150,6 +168,11 @@ def main(
     for situation in result["steered"]:
         cells = [" / ".join(f"{rate:.2f}" for rate in result[model_name][situation]) for model_name in result]
         print(f"| {situation} | {' | '.join(cells)} |")
+    if languages is None:
+        ((_, prompted),) = instructed.items()
+        print(
+            f"\nchrF of two prompted answers at temperature {TEMPERATURE}: {sampled_chrf(loaded, prompted):.2f}"
+        )
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=2) + "\n")
 
