@@ -75,11 +75,18 @@ LIST = "list"
     metavar="NAME=VALUE",
     help="A setting of the method; may be repeated.",
 )
+@click.option(
+    "--convert",
+    type=IN_PATH,
+    help="A direction to write as control vectors for llama.cpp, without MODEL.",
+)
 @tokens_option
 @device_options
 @dry_run_option
 @quantised_options
-@click.option("--out", type=OUT_FILE, help="File for the direction (.safetensors).")
+@click.option(
+    "--out", type=OUT_FILE, help="File for the direction (.safetensors), or for control vectors (.gguf)."
+)
 @json_option
 def command(**options: Any) -> None:
     """Estimate the direction from one language to another in MODEL (hub id or directory).
@@ -90,12 +97,16 @@ def command(**options: Any) -> None:
           --out direction.safetensors
       broca direction artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr \\
           --method low-rank-shift --winsorise 0.995 --out direction.safetensors
+      broca direction --convert direction.safetensors --out vectors.gguf
       broca direction --method list
     """
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
     if arguments.method == LIST:
         _list(screen)
+        return
+    if arguments.convert is not None:
+        _convert(screen, arguments)
         return
     from editing.directions.estimation import direction_of
     from editing.directions.registry import method_of
@@ -139,6 +150,19 @@ def command(**options: Any) -> None:
     _show(screen, direction, arguments)
 
 
+def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
+    from editing.directions.control_vectors import write_control_vectors
+    from editing.directions.direction import load_direction
+    from neurons.errors import UsageError
+
+    if arguments.out is None:
+        raise UsageError("--out is missing: give the file for the control vectors (.gguf)")
+    if arguments.model is not None or arguments.corpus is not None:
+        raise UsageError("--convert reads only a direction: leave MODEL and --corpus out")
+    layers = write_control_vectors(load_direction(arguments.convert), arguments.out)
+    screen.result({"out": arguments.out, "layers": layers}, arguments.out)
+
+
 def _require(arguments: SimpleNamespace) -> None:
     from neurons.errors import UsageError
 
@@ -152,6 +176,10 @@ def _require(arguments: SimpleNamespace) -> None:
             raise UsageError(f"--{name} is missing: give {description}")
     if arguments.model is None:
         raise UsageError("MODEL is missing: give a hub id or a directory")
+    if arguments.out.suffix == ".gguf":
+        raise UsageError(
+            f"{arguments.out}: a direction is a .safetensors, which --convert turns into control vectors (.gguf)"
+        )
 
 
 def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:

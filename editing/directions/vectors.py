@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from editing.directions.control_vectors import read_control_vectors
 from editing.directions.direction import load_direction
 from neurons.errors import BrocaError, UsageError, first_line
 from neurons.models.source import ModelSource
 
-_ARCHITECTURE = "controlvector"
 _LAYER = re.compile(r"(?:direction\.)?(\d+)")
 
 Vectors = torch.Tensor | Mapping[Any, torch.Tensor]
@@ -53,7 +53,7 @@ def read_vectors(
         BrocaError: no such file, or a damaged or unsuitable file.
     """
     readers: dict[str, Callable[[Path], Vectors]] = {
-        ".gguf": _read_gguf,
+        ".gguf": read_control_vectors,
         ".safetensors": _read_safetensors,
         ".pt": _read_torch,
         ".pth": _read_torch,
@@ -127,30 +127,6 @@ def _layer_of(path: Path, name: Any) -> int:
     if matched is None:
         raise BrocaError(f"{path}: {str(name)!r} names no layer: call the tensors direction.N, N the layer")
     return int(matched[1])
-
-
-def _read_gguf(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        import gguf
-    except ImportError as error:
-        raise BrocaError(f"{path}: reading .gguf needs the package gguf: pip install gguf") from error
-    try:
-        reader = gguf.GGUFReader(path)
-        field = reader.get_field("general.architecture")
-        architecture = None if field is None else str(field.contents())
-        if architecture == _ARCHITECTURE:
-            return {
-                tensor.name: torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
-                for tensor in reader.tensors
-                if tensor.name.startswith("direction.")
-            }
-    # The reader raises many types for damaged files.
-    except Exception as error:
-        raise BrocaError(f"{path}: not a readable .gguf file ({first_line(error)})") from error
-    raise BrocaError(
-        f"{path}: a .gguf file of architecture {architecture!r}, not {_ARCHITECTURE!r}: give a file "
-        "with control vectors"
-    )
 
 
 def _is_ours(path: Path) -> bool:
