@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -129,7 +128,7 @@ def main(model: str, edit: Path, formats: str, json_path: Path | None) -> None:
     )
     for name in formats.split(","):
         for title, edited in (("base", None), ("edited", plan)):
-            with applied(loaded, edited) if edited else nullcontext():
+            with applied(loaded, edited):
                 edited_weights = {key: value.clone() for key, value in loaded.model.state_dict().items()}
                 round_trip = FORMATS[name]
                 if round_trip is not None:
