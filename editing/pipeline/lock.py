@@ -155,13 +155,8 @@ def _examples(results: Mapping[str, Taught]) -> list[Example]:
 def _unchanged(
     loaded: LoadedModel, questions: Questions, lock: Lock, part: str, max_questions: int
 ) -> list[Example]:
-    """Examples of answers that must not change: questions without drift, answered by the unedited model.
-
-    None for a lock with a target: its keys are 1 on the sources alone, where every answer has to change.
-    """
-    if lock.target is not None:
-        return []
-    prompts = plain_prompts(loaded, questions, lock.sources, part, max_questions)
+    """Examples of answers that must not change, to questions without drift, by the unedited model."""
+    prompts = plain_prompts(loaded, questions, lock.own_answers, part, max_questions)
     return [example for examples, _ in base_answers(loaded, prompts).values() for example in examples]
 
 

@@ -50,15 +50,30 @@ class Lock:
         return (*self.sources, *self.keep)
 
     @property
+    def from_all(self) -> bool:
+        """Whether questions in every language are answered in the target."""
+        return self.target is not None and len(self.sources) > 1
+
+    @property
     def key_groups(self) -> tuple[tuple[str, ...], ...]:
         """The groups of tokens (``groups_of``) of each key.
 
         With a target, one key for the sources' messages and one for their headers; without, one for each source.  A
         single key for messages and headers makes one value serve both: the divergence of Qwen2.5-Coder-0.5B-Instruct
         from the teacher, English to German, is then 0.083 nats a token instead of 0.060.
+
+        From every language the keys are 1 on the target's tokens too.  A key that has to tell one language from all
+        others does not have the same mean in languages that it has not seen.
         """
-        by_source = [groups_of(name) for name in self.sources]
-        return tuple(by_source) if self.target is None else tuple(zip(*by_source, strict=True))
+        by_language = [groups_of(name) for name in (self.languages if self.from_all else self.sources)]
+        return tuple(by_language) if self.target is None else tuple(zip(*by_language, strict=True))
+
+    @property
+    def own_answers(self) -> tuple[str, ...]:
+        """The languages in which the keys are 1 although answers must not change: the model also trains on its own."""
+        if self.target is None:
+            return self.sources
+        return self.keep if self.from_all else ()
 
     @property
     def unchanged(self) -> tuple[str, ...]:

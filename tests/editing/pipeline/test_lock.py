@@ -4,9 +4,10 @@ import pytest
 import torch
 from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
 
-from editing.evaluation.questions import Question, Questions
+from editing.evaluation.questions import Question, Questions, questions_of_part
 from editing.methods.conversation_keys import coefficients
 from editing.methods.distilled_values import mean_divergence
+from editing.pipeline import lock as lock_module
 from editing.pipeline import lock_text
 from editing.pipeline.drift import SYSTEM_MESSAGES, drift_contexts
 from editing.pipeline.lock import language_lock
@@ -163,10 +164,33 @@ def test_from_every_language(loaded, questions, obedient):
     assert made.plan.metadata["settings"]["sources"] == ["de", "en"]
     text = conversation_batches(loaded, base_conversations(loaded, questions, lock.languages))
     of_edit = coefficients(loaded, made.plan.edits, text)
-    expected = {name: [1, 0] for name in ("de", "en")} | {f"{name}/header": [0, 1] for name in ("de", "en")}
+    expected = {name: [1, 0] for name in lock.languages} | {
+        f"{name}/header": [0, 1] for name in lock.languages
+    }
     for result in of_edit.values():
         for group in ("de", "de/header", "en", "en/header", "fr", "fr/header", "template"):
             assert result["means"][group] == pytest.approx(expected.get(group, [0, 0]), abs=1e-4)
+
+
+def test_from_every_language_the_target_trains_on_its_own_answers(loaded, questions, obedient, monkeypatch):
+    trained = []
+    learn = lock_module.distilled_values
+    monkeypatch.setattr(
+        lock_module,
+        "distilled_values",
+        lambda *given, **named: (trained.append(given[2:4]), learn(*given, **named))[1],
+    )
+    language_lock(loaded, questions, lock_of(questions, "fr"), passes=1)
+    language_lock(loaded, questions, lock_of(questions, "fr", "en"), passes=1)
+    (everywhere, held_out), (from_english, _) = trained
+    own = [example for example in everywhere if example.student == example.teacher]
+    asked = [
+        tuple(prompt_of(loaded, question.text).ids.tolist())
+        for question in questions_of_part(questions.of["fr"], BUILD)
+    ]
+    assert [example.student for example in own] == asked
+    assert sum(example.student == example.teacher for example in held_out) == 4
+    assert not [example for example in from_english if example.student == example.teacher]
 
 
 def test_the_teacher_gets_the_users_instruction(loaded, questions, obedient):
