@@ -41,6 +41,7 @@ from neurons.models.source import LoadedModel
 from neurons.text.conversation_batches import conversation_batches
 
 METHOD = "steer"
+MIN_EXAMPLES = 4  # in a language
 # Without a target most answers are already right, so little has to be learned.  At ``RATE`` the divergence of
 # Qwen2.5-Coder-0.5B-Instruct on held-out questions rises from 0.07 to 0.48 nats a token; at a twelfth it falls to 0.03.
 STAY_RATE = 0.004
@@ -105,7 +106,7 @@ def language_lock(
         rate = STAY_RATE if lock.target is None else RATE
     able = [at for at in middle_layers(loaded.anatomy.layers) if has_common_inputs(loaded.anatomy, at, "mlp")]
     chosen = tuple(able if layers is None else layers)
-    max_questions = max(8, MAX_EXAMPLES // len(lock.sources))
+    max_questions = max(MIN_EXAMPLES, MAX_EXAMPLES // len(lock.sources))
     with stage("Asking the teacher", 2, "parts") as advance:
         building = _taught(loaded, questions, lock, BUILD, max_questions)
         advance(1)

@@ -120,7 +120,8 @@ def lock_of(
     Args:
         questions: by language.
         target: language of the answers; None: the language of each question.
-        source: language of the questions; None: the languages of ``KEPT`` in which there are enough questions.
+        source: language of the questions; None: with a target, all languages in which there are enough questions, and
+            without one, those of them in ``KEPT``.
         keep: languages to keep; None: those of ``KEPT`` in which there are enough questions.
         instruction: as in ``Lock``.
         teacher: as in ``Lock``.
@@ -149,7 +150,11 @@ def _lock(
     instruction: str | None,
     teacher: str,
 ) -> Lock:
-    offered = [name for name in KEPT if len(questions.of.get(name, ())) >= MIN_QUESTIONS]
+    enough = [name for name, of_language in questions.of.items() if len(of_language) >= MIN_QUESTIONS]
+    offered = [name for name in KEPT if name in enough]
+    if source is None and target is not None:
+        # Languages that the edit has not seen answer the more often in the target the more languages it has seen.
+        offered += [name for name in enough if name not in offered and not unidentified([name])]
     if source is None:
         if keep:
             raise UsageError("--keep is for a lock from one language: leave it out")

@@ -33,7 +33,8 @@ from neurons.text.conversations import RoleTokens
 # (title, total, unit) -> a context that shows progress.
 Stage = Callable[[str, int | None, str], AbstractContextManager[Progress]]
 ANSWER_TOKENS, KEPT_ANSWER_TOKENS = 60, 32
-MAX_EXAMPLES = 64
+# Over all languages, in which they are the same number.
+MAX_EXAMPLES, MAX_CONVERSATIONS = 80, 320
 LANGUAGES_AT_ONCE = 2  # their questions fill a batch
 MIN_OBEYED = 0.5
 # Part of the questions -> the part from which their contexts are made.
@@ -79,7 +80,7 @@ def base_conversations(
     with stage("Asking in every language", len(languages), "languages") as advance:
         for first in range(0, len(languages), LANGUAGES_AT_ONCE):
             at_once = languages[first : first + LANGUAGES_AT_ONCE]
-            prompts = plain_prompts(loaded, questions, at_once, BUILD)
+            prompts = plain_prompts(loaded, questions, at_once, BUILD, MAX_CONVERSATIONS // len(languages))
             for language, answers in answered_by_language(loaded, prompts, KEPT_ANSWER_TOKENS).items():
                 conversations[language] = [
                     prompt.answered(answer.ids)

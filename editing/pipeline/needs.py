@@ -13,7 +13,7 @@ from editing.methods.learned_values import MAX_ROW_TOKENS
 from editing.pipeline.drift import context_tokens
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import BUILD, prompt_of
-from editing.pipeline.lock_text import ANSWER_TOKENS, KEPT_ANSWER_TOKENS
+from editing.pipeline.lock_text import ANSWER_TOKENS, KEPT_ANSWER_TOKENS, MAX_CONVERSATIONS
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.memory import (
     LIBRARIES,
@@ -83,7 +83,9 @@ def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[N
     rows = [
         len(prompt_of(planned, question.text).ids) + KEPT_ANSWER_TOKENS
         for language in lock.languages
-        for question in questions_of_part(questions.of[language], BUILD)
+        for question in questions_of_part(questions.of[language], BUILD)[
+            : MAX_CONVERSATIONS // len(lock.languages)
+        ]
     ]
     longest = max(rows) - KEPT_ANSWER_TOKENS
     text = Text(len(lock.languages), max(rows), sum(rows), len(rows))
