@@ -114,6 +114,8 @@ class Layout:
         residual_scale: the config's attribute that multiplies the outputs of attention and MLP; at 1 they are
             unchanged.
         residual_unless: (attribute of the config, its value that puts a norm after the outputs).
+        head_transform: the module between the last hidden states and the output embeddings, from the causal language model;
+            None without one.
         softcap: the config's attribute of the logits' soft cap; None without one.
         logit_scale: the config's attribute that multiplies the logits.
         logit_divisor: the config's attribute that divides the logits.
@@ -138,6 +140,7 @@ class Layout:
     residual: bool = True
     residual_scale: str | None = None
     residual_unless: tuple[str, bool] | None = None
+    head_transform: str | None = None
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
@@ -220,6 +223,10 @@ def _experts_of(module: str) -> tuple[StoredForm, StoredForm]:
 
 def _gated_mlp(module: str) -> Mlp:
     return Mlp(f"{module}.down_proj", f"{module}.gate_proj", f"{module}.up_proj")
+
+
+def _fused_mlp(module: str) -> Mlp:
+    return Mlp(f"{module}.down_proj", f"{module}.gate_up_proj", f"{module}.gate_up_proj")
 
 
 _GATED = _dense("model.layers", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -481,7 +488,25 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("gemma4", "gemma4_unified"), replace(_GEMMA, names=None, **_WRAPPED)),
     # Its first layers keep the largest activations only, so their sign is that of the activation's output.
     "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
-    # A clamped SwiGLU, positive exactly where the gate is.
+    "modernbert-decoder": _dense(
+        "model.layers",
+        "attn.Wo",
+        "mlp.Wo",
+        "mlp.Wi",
+        "mlp.Wi",
+        activation="hidden_activation",
+        head_transform="lm_head",
+        names=None,
+    ),
+    # Clamped SwiGLUs, positive exactly where the gate is.
+    "minimax_m3_vl_text": _mixture(
+        _W2,
+        _EACH_EXPERT,
+        _ALL_EXPERTS,
+        activation=None,
+        dense=_fused_mlp("mlp"),
+        shared=_fused_mlp("mlp.shared_experts"),
+    ),
     "gpt_oss": _mixture(
         StoredForm("mlp.experts.down_proj", transposed=True, fused=True),
         activation=None,

@@ -134,13 +134,15 @@ def logits(
     """The logits [..., vocabulary] of last hidden states [..., d] on their device, equal to
     ``model(...).logits``.
 
-    Beyond the output embeddings this applies the family's scale and soft cap of the logits.
+    Beyond the output embeddings this applies the family's module before them, and its scale and soft cap of the logits.
 
     Args:
         head: replaces the model's output embeddings.
     """
     text = model.config.get_text_config()
     layout = LAYOUTS.get(model.config.model_type) or _examined_once(model)
+    if layout.head_transform is not None:
+        hidden = model.get_submodule(layout.head_transform)(hidden)
     made: torch.Tensor = (model.get_output_embeddings() if head is None else head)(hidden).to(hidden.device)
     scale, divisor, cap = (
         None if name is None else getattr(text, name, None)
