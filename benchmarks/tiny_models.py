@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from neurons.architectures.attention import LAYER_KINDS
+
 LAYERS, WIDTH, VOCABULARY = 4, 64, 96
 MAX_PARAMETERS = 60_000_000
 
@@ -151,7 +153,7 @@ def _small(config_class: Any, overrides: dict[str, Any]) -> Any:
         settings["num_key_value_heads"] = SIZES["num_attention_heads"]
     # Not a second name for one of them.
     others = getattr(config_class, "attribute_map", {})
-    for name in {"layer_types", "mlp_layer_types", "layers_block_type"} - others.keys():
+    for name in set(LAYER_KINDS) - others.keys():
         kinds = getattr(default, name, None)
         if isinstance(kinds, list) and kinds and not isinstance(_attribute(config_class, name), property):
             settings[name] = _representative(kinds)

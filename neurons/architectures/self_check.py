@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from neurons.architectures.anatomy import BLOCKS, Anatomy, Part, anatomy_of
+from neurons.architectures.attention import LAYER_KINDS
 from neurons.architectures.layouts import Layout
 from neurons.architectures.sites import Routed, SiteHook, body, logits, site_hooks
 from neurons.errors import BrocaError, first_line
@@ -27,8 +28,6 @@ from neurons.errors import BrocaError, first_line
 _TOLERANCE = 1e-2
 _ROWS, _LENGTH = 2, 8
 _MAX_DEPTH = 8  # of a random model
-# Config attributes with the kind of each layer.
-_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 # Maximum parameters of a random model: more take too long to initialise.
 _MAX_PARAMETERS = 300_000_000
 
@@ -254,7 +253,7 @@ def _depth(text: Any, kinds: Mapping[str, Sequence[str]]) -> int:
     if kinds:
         return max(map(len, kinds.values()))
     computed = [
-        list(dict.fromkeys(of)) for name in _KINDS if isinstance(of := getattr(text, name, None), list)
+        list(dict.fromkeys(of)) for name in LAYER_KINDS if isinstance(of := getattr(text, name, None), list)
     ]
     return min(_MAX_DEPTH, text.num_hidden_layers) if any(len(of) > 1 for of in computed) else 2
 
@@ -263,7 +262,7 @@ def _kinds_of_few(text: Any) -> dict[str, list[str]]:
     """The config's lists of the kinds of layers, cut to the last layers such that all kinds of each occur."""
     lists = {
         name: kinds
-        for name in _KINDS
+        for name in LAYER_KINDS
         if isinstance(kinds := getattr(text, name, None), list)
         # Some configs compute them from other settings.
         and not isinstance(getattr(type(text), type(text).attribute_map.get(name, name), None), property)
