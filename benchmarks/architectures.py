@@ -57,7 +57,7 @@ class Outcome:
         experts: groups of neurons a layer that tokens are routed to, as "4"; "" in a dense model.
         keyed: "yes", "heads" or "neurons" if only these, or "" if none.
         steer2edit: "yes" or "no".
-        lora: "yes" or "no".
+        lora: as ``keyed``, or "no".
         ablation: "yes" or "".
         why: one sentence, or the error.
         kind: "supported", "refused", NO_MODEL or UNEXPECTED.
@@ -137,14 +137,14 @@ def _tried(model_type: str, folder: Path) -> Outcome:
             _silence(loaded, layer, block)
     said = _lacking(anatomy, layers_of)
     steer2edit = _unless_refused(said, lambda: _steer2edit(loaded, folder, means))
-    keyed, plan, by_hook = _keyed(loaded, folder, layers_of)
-    lora = _unless_refused(said, lambda: _lora(loaded, folder, plan, by_hook))
+    plan = _keyed(loaded, folder, layers_of)
+    lora = _lora(loaded, folder, plan, said)
     return Outcome(
         model_type,
         neurons=_which(layers_of["mlp"], anatomy.layers),
         heads=_which(layers_of["attn"], anatomy.layers),
         experts=str(anatomy.experts) if anatomy.mixed else "",
-        keyed=keyed,
+        keyed=_where(plan),
         steer2edit=steer2edit,
         lora=lora,
         ablation="yes" if layers_of["mlp"] else "",
@@ -285,44 +285,65 @@ def _steer2edit(loaded: Any, folder: Path, means: dict[str, torch.Tensor]) -> No
     _near(by_plan, _logits(load_model(folder / "steered", device="cpu"), ids), plain, "Steer2Edit")
 
 
-def _lora(loaded: Any, folder: Path, plan: Any, by_hook: torch.Tensor) -> None:
-    """Load the plan as an adapter; the model has it afterwards."""
+def _lora(loaded: Any, folder: Path, plan: Any, said: list[str]) -> str:
+    """Load the plan as an adapter, or its edits of heads if Broca refuses those of neurons.
+
+    The model has the adapter afterwards.
+    """
     import peft
 
     from editing.checkpoints.adapter import export_adapter
+    from editing.methods.added_values import adding, values_of
+    from editing.plans.plan import make_plan
+    from neurons.architectures.sites import site_hooks
+    from neurons.errors import BrocaError
 
-    export_adapter(loaded, plan, folder / "adapter")
-    ids = _batch().ids
-    plain = _logits(loaded, ids)
-    adapted = peft.PeftModel.from_pretrained(loaded.model, folder / "adapter").eval()
-    made = adapted(input_ids=ids, use_cache=False).logits.double()
-    _near(by_hook, made, plain, "the adapter")
+    heads = make_plan([edit for edit in plan.edits if edit.block == "attn"], plan.metadata)
+    for tried in (plan, heads):
+        try:
+            export_adapter(loaded, tried, folder / "adapter")
+        except BrocaError as error:
+            said.append(_sentence(str(error)))
+            continue
+        ids = _batch().ids
+        with site_hooks(loaded.anatomy, _hooks_of(loaded)):
+            plain = _logits(loaded, ids)
+            with adding(loaded, tried, values_of(tried)):
+                by_hook = _logits(loaded, ids)
+            adapted = peft.PeftModel.from_pretrained(loaded.model, folder / "adapter").eval()
+            made = adapted(input_ids=ids, use_cache=False).logits.double()
+        _near(by_hook, made, plain, "the adapter")
+        return _where(tried)
+    return "no"
 
 
-def _keyed(loaded: Any, folder: Path, layers_of: dict[str, list[int]]) -> tuple[str, Any, torch.Tensor]:
-    """Export random rank-1 edits wherever a key is possible, and compare the logits with hooks.
+def _where(plan: Any) -> str:
+    done = {edit.block for edit in plan.edits}
+    return "yes" if len(done) == 2 else "heads" if "attn" in done else "neurons"
 
-    Returns:
-        Where they are ("yes", "heads" or "neurons"), the plan, and the logits.
-    """
+
+def _keyed(loaded: Any, folder: Path, layers_of: dict[str, list[int]]) -> Any:
+    """Export a plan of random rank-1 edits wherever a key is possible, and compare the logits with hooks."""
     from editing.checkpoints.export import export
+    from editing.methods.added_values import adding, values_of
     from editing.plans.plan import ModuleEdit, make_plan
     from neurons.architectures.sites import site_hooks
     from neurons.models.source import load_model
 
     anatomy, generator = loaded.anatomy, torch.Generator().manual_seed(1)
-    edits, done = [], {}
+    edits = []
     for block, layers in layers_of.items():
         for layer in layers:
-            if block == "mlp" and anatomy.mixed_in(layer):
+            part = anatomy.common(layer, block)
+            if part is None:
                 continue
             width = anatomy.width(f"{block}_in", layer)
             left = torch.randn(anatomy.residual, 1, generator=generator)
-            right = torch.randn(width, 1, generator=generator) / width
+            right = torch.zeros(width, 1)
+            right[part.columns] = torch.randn(part.width, 1, generator=generator) / part.width
             components = tuple(range(width // anatomy.component_width(block, layer)))
             notes = {"change_norm": float(left.norm() * right.norm()), "weight_norm": 1.0}
             edits.append(ModuleEdit(layer, block, components, left=left, right=right, notes=notes))
-            done[block] = True
     metadata = {
         "fingerprint": loaded.fingerprint,
         "model": loaded.label,
@@ -335,36 +356,14 @@ def _keyed(loaded: Any, folder: Path, layers_of: dict[str, list[int]]) -> tuple[
     export(loaded, plan, folder / "edited")
     edited = load_model(folder / "edited", device="cpu")
     ids = _batch().ids
-    seen: dict[tuple[str, int], torch.Tensor] = {}
-    # Of a dense layer in a model of mixtures, whose values come in groups.
-    groups: dict[tuple[str, int], list[torch.Tensor]] = {}
-
-    def keep(edit: Any) -> Callable[..., None]:
-        def hook(values: torch.Tensor, routed: Any) -> None:
-            groups.setdefault((edit.block, edit.layer), []).append(values)
-            whole = torch.cat(groups[edit.block, edit.layer], dim=-1)[..., : len(edit.right)]
-            if whole.shape[-1] == len(edit.right):
-                del groups[edit.block, edit.layer]
-                seen[edit.block, edit.layer] = (whole @ edit.right).view(*ids.shape, 1)
-
-        return hook
-
-    def add(edit: Any) -> Callable[..., torch.Tensor]:
-        def hook(values: torch.Tensor, routed: Any) -> torch.Tensor:
-            return values + (seen[edit.block, edit.layer] @ edit.left.T).view(values.shape)
-
-        return hook
-
-    plain = _logits(loaded, ids)
-    hooks: dict[tuple[str, int], Any] = {}
-    for edit in edits:
-        hooks[f"{edit.block}_in", edit.layer] = keep(edit)
-        hooks[f"{edit.block}_out", edit.layer] = add(edit)
-    with site_hooks(anatomy, hooks):
-        by_hook = _logits(loaded, ids)
-    _near(by_hook, _logits(edited, ids), plain, "the edit")
-    where = {("attn", "mlp"): "yes", ("attn",): "heads", ("mlp",): "neurons"}[tuple(done)]
-    return where, plan, by_hook
+    # With hooks that change nothing, so that experts always compute in the same way.
+    with site_hooks(anatomy, _hooks_of(loaded)):
+        plain = _logits(loaded, ids)
+        with adding(loaded, plan, values_of(plan)):
+            by_hook = _logits(loaded, ids)
+    with site_hooks(edited.anatomy, _hooks_of(edited)):
+        _near(by_hook, _logits(edited, ids), plain, "the edit")
+    return plan
 
 
 def _child(pipe: Connection, model_type: str) -> None:

@@ -42,12 +42,16 @@ class Mlp:
         up: the module of the linear branch; None if the MLP is not gated; the same as ``gate`` if one module
             computes both, the gate first.
         names: of the output's weight on disk, after the layer's prefix; empty if as in memory.
+        factor: of a shared expert, the linear module [1, d] whose sigmoid multiplies its output; None without one.
+        added: of a shared expert, whether its output, times the factor, is added to the residual as the mixture's is.
     """
 
     output: str
     gate: str
     up: str | None
     names: tuple[str, ...] = ()
+    factor: str | None = None
+    added: bool = True
 
     @property
     def stored(self) -> tuple[StoredForm, ...]:
@@ -252,7 +256,9 @@ _GEMMA = replace(
 
 _DENSE = _gated_mlp("mlp")
 # Qwen's mixtures have a shared expert, DeepSeek's several, in one MLP.
-_QWEN_MOE = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_expert"))
+_QWEN_MOE = _mixture(
+    dense=_DENSE, shared=replace(_gated_mlp("mlp.shared_expert"), factor="mlp.shared_expert_gate")
+)
 _DEEPSEEK = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_experts"))
 _PLAIN = replace(_GATED, gate="mlp.up_proj", up=None, names=None)
 _GRANITE_MOE = _mixture(

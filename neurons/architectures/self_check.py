@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import BLOCKS, Anatomy, Part, anatomy_of
+from neurons.architectures.anatomy import BLOCKS, COMMON, Anatomy, Part, anatomy_of
 from neurons.architectures.attention import LAYER_KINDS
 from neurons.architectures.layouts import Layout
 from neurons.architectures.sites import Routed, SiteHook, body, logits, site_hooks
@@ -113,11 +113,38 @@ def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
     return bool(((after - before - added).abs().mean() <= 0.02 * added.abs().mean()).item())
 
 
+@torch.no_grad()
+def adds_shared(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
+    """Whether ``mlp_common`` of the first mixture with a shared expert is all that its weight adds to the residual."""
+    layer = next((at for at in range(anatomy.layers) if anatomy.mixed_in(at) and anatomy.shared[at]), None)
+    if layer is None:
+        return False
+    part = anatomy.parts(layer, "mlp")[1]
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(site: str) -> SiteHook:
+        return lambda values, _: kept.__setitem__(site, values.float().clone())
+
+    def silence(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        assert routed is not None
+        return values * 0 if routed.expert * anatomy.expert_width >= part.first else None
+
+    hooks = {(COMMON, layer): keep(COMMON), ("block_out", layer): keep("with")}
+    with site_hooks(anatomy, {**hooks, ("mlp_in", layer): lambda values, _: None}):
+        body(model)(input_ids=ids, use_cache=False)
+    with site_hooks(anatomy, {("block_out", layer): keep("without"), ("mlp_in", layer): silence}):
+        body(model)(input_ids=ids, use_cache=False)
+    added = kept[COMMON] @ part.values.float().T
+    # Tolerance as in ``writes_to_residual``.
+    error = (kept["with"] - kept["without"] - added).abs().mean()
+    return bool((error <= 0.02 * added.abs().mean()).item())
+
+
 def checked(model: Any, anatomy: Anatomy) -> Anatomy:
     """Self-check an examined anatomy on its model.
 
     Returns:
-        The anatomy with the measured ``residual`` of the layout.
+        The anatomy with the measured ``residual`` of the layout, and ``added`` of its shared expert.
 
     Raises:
         BrocaError: the anatomy does not fit, or the model cannot run.
@@ -126,6 +153,9 @@ def checked(model: Any, anatomy: Anatomy) -> Anatomy:
     try:
         residual = writes_to_residual(model, anatomy, ids)
         anatomy = replace(anatomy, layout=replace(anatomy.layout, residual=residual))
+        if (shared := anatomy.layout.shared) is not None:
+            shared = replace(shared, added=adds_shared(model, anatomy, ids))
+            anatomy = replace(anatomy, layout=replace(anatomy.layout, shared=shared))
         if not all(
             gating_holds(model, anatomy, layer, ids)
             for layer in checked_layers(anatomy)
@@ -183,7 +213,7 @@ def _checked_small(config: Any, layout: Layout, narrow: bool) -> Layout:
             f"anatomy: {dict(anatomy.layout.outputs)} instead of {dict(layout.outputs)}"
         )
     found = checked(model, anatomy).layout
-    return replace(layout, residual=found.residual, activation=found.activation)
+    return replace(layout, residual=found.residual, activation=found.activation, shared=found.shared)
 
 
 def _compatible(small: Layout, whole: Layout) -> bool:

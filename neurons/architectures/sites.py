@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import EXPERT_SITES, SITES, Anatomy, Part, first, output_module
+from neurons.architectures.anatomy import COMMON, EXPERT_SITES, SITES, Anatomy, Part, first, output_module
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS, Layout
 from neurons.errors import BrocaError
@@ -66,7 +66,7 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
         BrocaError: an unknown site or layer, or, at the forward pass, a replacement of another shape.
     """
     for site, layer in hooks:
-        if site not in SITES or not 0 <= layer < anatomy.layers:
+        if site not in (*SITES, COMMON) or not 0 <= layer < anatomy.layers:
             raise BrocaError(
                 f"there is no site {site} in layer {layer}: sites are {', '.join(SITES)}, layers "
                 f"0-{anatomy.layers - 1}"
@@ -184,6 +184,11 @@ def _placed(
 
     None stands for the experts of a mixture, which have no module for each.
     """
+    if site == COMMON:
+        part = anatomy.common(layer, "mlp")
+        if part is not None:
+            yield from _showing(part, hook)
+        return
     if site not in EXPERT_SITES and site != "attn_in":
         module = output_module(anatomy, site, layer)
         if module is not None:
@@ -202,6 +207,21 @@ def _placed(
         half = None if not part.halves else {"mlp_act": 0, "mlp_up": 1}.get(site)
         module, is_input = _module_of(part, site)
         yield _ModuleHook(own, half=half), module, is_input
+
+
+def _showing(part: Part, hook: SiteHook) -> Iterator[tuple[_ModuleHook, nn.Module, bool]]:
+    """The hooks that show the inputs of an MLP's output module, times the factor of its output."""
+    read: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor, _: Routed | None) -> None:
+        read[:] = [values]
+
+    def show(values: torch.Tensor, _: Routed | None) -> None:
+        hook(values if part.factor is None else values * part.factor(read.pop()).sigmoid(), None)
+
+    if part.factor is not None and part.gate is not None:
+        yield _ModuleHook(keep), part.gate, True
+    yield _ModuleHook(show), part.module, True
 
 
 def _module_of(part: Part, site: str) -> tuple[nn.Module, bool]:
