@@ -123,7 +123,8 @@ def examine(model: Any) -> Layout:
         shared=shared,
         softcap=_number(text, "final_logit_softcapping") or _number(text, "logits_soft_cap"),
         logit_scale=_number(text, "logit_scale"),
-        logit_divisor=_number(text, "logits_scaling"),
+        logit_divisor=_number(text, "logits_scaling") or _number(text, "logits_mup_width_multiplier"),
+        vocabulary=_number(text, "unpadded_vocab_size"),
         examined=True,
     )
 

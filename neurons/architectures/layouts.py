@@ -123,6 +123,7 @@ class Layout:
         softcap: the config's attribute of the logits' soft cap; None without one.
         logit_scale: the config's attribute that multiplies the logits.
         logit_divisor: the config's attribute that divides the logits.
+        vocabulary: the config's attribute of the number of logits, if the output embeddings are padded.
         bypassed_by: the config's attribute that, if true, makes the model compute without calling its
             modules, so that hooks see nothing; None without one.
         bias_switches: block -> the setting that adds a bias to its output module, if the family has one.
@@ -148,6 +149,7 @@ class Layout:
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
+    vocabulary: str | None = None
     bypassed_by: str | None = None
     bias_switches: Mapping[str, BiasSwitch] = field(default_factory=dict)
     examined: bool = False
@@ -404,6 +406,7 @@ LAYOUTS: dict[str, Layout] = {
     "glm4_moe": _DEEPSEEK,
     "glm4_moe_lite": _DEEPSEEK,
     "glm_moe_dsa": _DEEPSEEK,
+    "dots1": _DEEPSEEK,
     "ernie4_5_moe": _DEEPSEEK,
     "kimi_linear": replace(
         _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
@@ -494,6 +497,16 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("gemma4", "gemma4_unified"), replace(_GEMMA, names=None, **_WRAPPED)),
     # Its first layers keep the largest activations only, so their sign is that of the activation's output.
     "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
+    # Types without a model class of their own.
+    **dict.fromkeys(("internlm3", "iquestcoder"), replace(_GATED, names=None)),
+    "git": _dense(
+        "git.encoder.layer",
+        "attention.output.dense",
+        "output.dense",
+        "intermediate.dense",
+        residual=False,
+        names=None,
+    ),
     "modernbert-decoder": _dense(
         "model.layers",
         "attn.Wo",

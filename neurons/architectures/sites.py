@@ -154,6 +154,8 @@ def logits(
         made = made / divisor
     if cap is not None:
         made = torch.tanh(made / cap) * cap
+    if layout.vocabulary is not None:
+        made = made[..., : getattr(text, layout.vocabulary)]
     return made
 
 

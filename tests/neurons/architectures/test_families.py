@@ -1,5 +1,6 @@
 """Rows of the table whose layers are tried on a tiny model of their type, against transformers' own forward."""
 
+import json
 from dataclasses import replace
 
 import models
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from tiny_models import tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 from cli.inspect import command as inspect
 from editing.checkpoints.adapter import export_adapter
@@ -24,7 +25,7 @@ from neurons.architectures.anatomy import BLOCKS, anatomy_of
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS
 from neurons.architectures.self_check import adds_shared, checked, self_check, writes_to_residual
-from neurons.architectures.sites import site_hooks
+from neurons.architectures.sites import logits, site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
 from neurons.recording.record import record
@@ -33,8 +34,8 @@ from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import read_corpus
 
 TYPES = sorted(set(LAYOUTS) - {name.partition("-")[0] for name in models.FAMILIES})
-# Not found by structure: their experts or their activation are unlike those of all others.
-UNLIKE = ("llama4", "llama4_text", "gemma3n_text", "falcon_h1", "lfm2", "lfm2_moe")
+# Not found by structure: their experts, their activation or the name of their layers are unlike those of all others.
+UNLIKE = ("git", "llama4", "llama4_text", "gemma3n_text", "falcon_h1", "lfm2", "lfm2_moe")
 IDS = torch.tensor([[5, 40, 63, 70, 41, 9, 80, 65, 30], [7, 66, 50, 51, 89, 90, 17, 61, 62]])
 
 
@@ -161,6 +162,27 @@ def saved(model_type, directory, **settings):
     model.save_pretrained(directory)
     models.tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def test_a_type_without_a_model_class_of_its_own_has_that_of_another(tmp_path):
+    saved("internlm3", tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert open_model(tmp_path).anatomy.neurons == 96
+    (tmp_path / "config.json").write_text(json.dumps(written | {"architectures": ["Qwen2ForCausalLM"]}))
+    with pytest.raises(BrocaError, match=r"'internlm3'.*'Qwen2ForCausalLM' of 'qwen2'"):
+        open_model(tmp_path)
+
+
+def test_logits_of_padded_output_embeddings_are_cut():
+    model = tiny_model(tiny_config("inkling_text"))
+    hidden = torch.randn(2, model.config.hidden_size)
+    assert model.get_output_embeddings().weight.shape[0] == VOCABULARY + 6
+    divided = model.config.logits_mup_width_multiplier
+    assert divided != 1
+    expected = model.lm_head(hidden / divided)[:, :VOCABULARY]
+    torch.testing.assert_close(logits(model, hidden), expected)
+    checked(model, anatomy_of(model), IDS)
 
 
 def random_plan(source, blocks=BLOCKS):
