@@ -54,6 +54,7 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
     Raises:
         BrocaError: names the layer and the module that do not fit.
     """
+    _check_rows(model, anatomy, ids)
     for layer in checked_layers(anatomy):
         _check_order(model, anatomy, layer, ids)
         if anatomy.has(layer, "mlp") and not gating_holds(model, anatomy, layer, ids):
@@ -71,6 +72,24 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
             f"{anatomy.model_type}: the model changes its logits after the output embeddings in a way that "
             "Broca does not support, so losses would be wrong"
         )
+
+
+def _check_rows(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
+    """Every layer gives one vector of the residual's width for each token."""
+    shapes: dict[int, list[int]] = {}
+
+    def keep(layer: int) -> SiteHook:
+        return lambda values, _: shapes.__setitem__(layer, list(values.shape))
+
+    with site_hooks(anatomy, {("block_out", layer): keep(layer) for layer in range(anatomy.layers)}):
+        body(model)(input_ids=ids, use_cache=False)
+    expected = [*ids.shape, anatomy.residual]
+    for layer, shape in shapes.items():
+        if shape != expected:
+            raise BrocaError(
+                f"{anatomy.model_type}, layer {layer}: its output has the shape {shape} instead of {expected} (rows, "
+                "tokens, width): the positions come first, or there is more than one residual stream"
+            )
 
 
 def checked_layers(anatomy: Anatomy) -> tuple[int, ...]:
@@ -151,6 +170,7 @@ def checked(model: Any, anatomy: Anatomy) -> Anatomy:
     """
     ids = example_ids(model.config.get_text_config().vocab_size, model.get_input_embeddings().weight.device)
     try:
+        _check_rows(model, anatomy, ids)
         residual = writes_to_residual(model, anatomy, ids)
         anatomy = replace(anatomy, layout=replace(anatomy.layout, residual=residual))
         if (shared := anatomy.layout.shared) is not None:

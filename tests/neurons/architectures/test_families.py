@@ -165,13 +165,23 @@ def saved(model_type, directory, **settings):
 
 
 def test_a_type_without_a_model_class_of_its_own_has_that_of_another(tmp_path):
-    saved("internlm3", tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["architectures"] == ["LlamaForCausalLM"]
-    assert open_model(tmp_path).anatomy.neurons == 96
-    (tmp_path / "config.json").write_text(json.dumps(written | {"architectures": ["Qwen2ForCausalLM"]}))
+    config = json.loads((saved("internlm3", tmp_path / "right") / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert load_model(tmp_path / "right", device="cpu").anatomy.neurons == 96
+    wrong = saved("internlm3", tmp_path / "wrong") / "config.json"
+    wrong.write_text(json.dumps(config | {"architectures": ["Qwen2ForCausalLM"]}))
     with pytest.raises(BrocaError, match=r"'internlm3'.*'Qwen2ForCausalLM' of 'qwen2'"):
-        open_model(tmp_path)
+        load_model(tmp_path / "wrong", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"), [("xlnet", r"\[8, 2, 64\]"), ("qwen4_exp_text", r"\[2, 8, 256\]")]
+)
+def test_layers_whose_values_are_no_rows_of_the_residual_stream_are_refused(model_type, shape):
+    """XLNet has the positions first, Qwen4 several streams."""
+    model = tiny_model(tiny_config(model_type))
+    with pytest.raises(BrocaError, match=rf"{model_type}, layer 0: .*{shape}"):
+        checked(model, anatomy_of(model))
 
 
 def test_logits_of_padded_output_embeddings_are_cut():
@@ -182,7 +192,7 @@ def test_logits_of_padded_output_embeddings_are_cut():
     assert divided != 1
     expected = model.lm_head(hidden / divided)[:, :VOCABULARY]
     torch.testing.assert_close(logits(model, hidden), expected)
-    checked(model, anatomy_of(model), IDS)
+    checked(model, anatomy_of(model))
 
 
 def random_plan(source, blocks=BLOCKS):
