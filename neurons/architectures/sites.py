@@ -56,7 +56,8 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
     each expert that has tokens, with values [n, I]; the neurons of a shared expert and of a dense layer in such a
     model are groups that all tokens reach.  If it returns a tensor, of the same shape, that tensor replaces the
     values in the forward pass.  Values have the width of the site in all layers: where a layer has fewer, zeros
-    follow.  A hook at a module that the layer does not have is never called.
+    follow.  A hook at a module that the layer does not have is never called, and what a hook at ``mlp_common``
+    returns is not used.
 
     Some models write into the values after the hook returns, so it must copy what it keeps.  For a model on
     several devices all hooks get values on one device.  If gradients are enabled, the values are on the path
