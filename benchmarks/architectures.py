@@ -6,10 +6,13 @@ For each model type it builds a random model of a few layers from the type's con
     heads       silencing a head is the same
     experts     number of groups of neurons that tokens are routed to
     keyed edit  a plan of random rank-1 edits is exported and loaded again: the logits are those of a hook
+    Steer2Edit  a plan for a random direction is exported and loaded again: the logits are those of the applied plan
+    LoRA        the rank-1 edits as an adapter in PEFT: the same logits
     ablation    the loss without neurons is the loss with their columns zeroed
 
 Each type ends in support, in one sentence of Broca's, in "no tiny model" (transformers builds none from the sizes
-below) or in "unexpected error".  Each has its own process.  --table writes the table of docs/architectures.md.
+below) or in "unexpected error".  Each has its own process.  --table writes the table of docs/architectures.md, whose
+column vLLM comes from a JSON file of --vllm: model type -> "served", or vLLM's message.
 
     python benchmarks/architectures.py
     python benchmarks/architectures.py --types qwen3_5_text,jamba
@@ -27,7 +30,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -38,7 +41,7 @@ import click
 import torch
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 600
 TOLERANCE = 2e-3  # of the change of the logits
 UNEXPECTED, NO_MODEL = "unexpected error", "no tiny model"
 
@@ -53,6 +56,8 @@ class Outcome:
         heads: the same, of heads.
         experts: groups of neurons a layer that tokens are routed to, as "4"; "" in a dense model.
         keyed: "yes", "heads" or "neurons" if only these, or "" if none.
+        steer2edit: "yes" or "no".
+        lora: as ``keyed``, or "no".
         ablation: "yes" or "".
         why: one sentence, or the error.
         kind: "supported", "refused", NO_MODEL or UNEXPECTED.
@@ -64,6 +69,8 @@ class Outcome:
     heads: str = ""
     experts: str = ""
     keyed: str = ""
+    steer2edit: str = ""
+    lora: str = ""
     ablation: str = ""
     why: str = ""
     kind: str = "supported"
@@ -123,23 +130,41 @@ def _tried(model_type: str, folder: Path) -> Outcome:
         block: [layer for layer in range(anatomy.layers) if anatomy.has(layer, block)]
         for block in ("attn", "mlp")
     }
-    _record(loaded)
+    means = _record(loaded)
     _ablate(loaded, layers_of["mlp"])
     for block, layers in layers_of.items():
         for layer in layers:
             _silence(loaded, layer, block)
+    said = _lacking(anatomy, layers_of)
+    steer2edit = _unless_refused(said, lambda: _steer2edit(loaded, folder, means))
+    plan = _keyed(loaded, folder, layers_of)
+    lora = _lora(loaded, folder, plan, said)
     return Outcome(
         model_type,
         neurons=_which(layers_of["mlp"], anatomy.layers),
         heads=_which(layers_of["attn"], anatomy.layers),
         experts=str(anatomy.experts) if anatomy.mixed else "",
-        keyed=_keyed(loaded, folder, layers_of),
+        keyed=_where(plan),
+        steer2edit=steer2edit,
+        lora=lora,
         ablation="yes" if layers_of["mlp"] else "",
-        why=_lacking(anatomy, layers_of),
+        why="; ".join(dict.fromkeys(said)),
     )
 
 
-def _lacking(anatomy: Any, layers_of: dict[str, list[int]]) -> str:
+def _unless_refused(said: list[str], attempt: Callable[[], None]) -> str:
+    """ "yes", or "no" with what Broca says."""
+    from neurons.errors import BrocaError
+
+    try:
+        attempt()
+    except BrocaError as error:
+        said.append(_sentence(str(error)))
+        return "no"
+    return "yes"
+
+
+def _lacking(anatomy: Any, layers_of: dict[str, list[int]]) -> list[str]:
     """What Broca says of the layers without heads or neurons."""
     from neurons.errors import UsageError
 
@@ -149,7 +174,7 @@ def _lacking(anatomy: Any, layers_of: dict[str, list[int]]) -> str:
             anatomy.require(block, range(anatomy.layers))
         except UsageError as error:
             said.append(str(error))
-    return "; ".join(said)
+    return said
 
 
 def _which(layers: list[int], depth: int) -> str:
@@ -175,13 +200,16 @@ def _batch() -> Any:
     return TokenBatch(ids, seen, counted, torch.arange(2))
 
 
-def _record(loaded: Any) -> None:
+def _record(loaded: Any) -> dict[str, torch.Tensor]:
+    """The means [L, width] at the inputs of the output modules."""
     from neurons.recording.record import record
 
-    statistics = record(loaded, {"xx": [_batch()]}, ["mlp_act:positive", "mlp_in:sum", "attn_in:text_mean"])
+    read = ["mlp_act:positive", "mlp_in:sum", "mlp_in:text_mean", "attn_in:text_mean"]
+    statistics = record(loaded, {"xx": [_batch()]}, read)
     for layer in range(loaded.anatomy.layers):
         if loaded.anatomy.has(layer, "mlp"):
             assert bool(statistics.moments["mlp_in:sum"][layer].any()), f"layer {layer}: nothing is recorded"
+    return {site: statistics.text_mean(site)[..., 0].double() for site in ("attn_in", "mlp_in")}
 
 
 def _logits(loaded: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -234,27 +262,88 @@ def _ablate(loaded: Any, layers: list[int]) -> None:
         raise AssertionError(f"ablation gives {by_hook.tolist()}, zeroed weights {by_weight.tolist()}")
 
 
-def _keyed(loaded: Any, folder: Path, layers_of: dict[str, list[int]]) -> str:
-    """Export random rank-1 edits wherever a key is possible, and compare the logits with hooks."""
+def _steer2edit(loaded: Any, folder: Path, means: dict[str, torch.Tensor]) -> None:
+    """Export Steer2Edit's plan for a random direction, and compare the logits with the applied plan."""
     from editing.checkpoints.export import export
+    from editing.directions.direction import Direction
+    from editing.methods.steer2edit import steer2edit_plan
+    from editing.plans.applied import applied
+    from neurons.models.source import load_model
+
+    anatomy, generator = loaded.anatomy, torch.Generator().manual_seed(2)
+    shape = anatomy.layers, anatomy.residual
+    vectors = {
+        site: torch.randn(shape, generator=generator, dtype=torch.float64) for site in ("attn_out", "mlp_out")
+    }
+    direction = Direction("xx", "yy", vectors, means, {"fingerprint": loaded.fingerprint})
+    plan = steer2edit_plan(loaded, direction, range(anatomy.layers), heads_rho=0.1, neurons_rho=0.1, alpha=0)
+    ids = _batch().ids
+    plain = _logits(loaded, ids)
+    with applied(loaded, plan):
+        by_plan = _logits(loaded, ids)
+    export(loaded, plan, folder / "steered")
+    _near(by_plan, _logits(load_model(folder / "steered", device="cpu"), ids), plain, "Steer2Edit")
+
+
+def _lora(loaded: Any, folder: Path, plan: Any, said: list[str]) -> str:
+    """Load the plan as an adapter, or its edits of heads if Broca refuses those of neurons.
+
+    The model has the adapter afterwards.
+    """
+    import peft
+
+    from editing.checkpoints.adapter import export_adapter
+    from editing.methods.added_values import adding, values_of
+    from editing.plans.plan import make_plan
+    from neurons.architectures.sites import site_hooks
+    from neurons.errors import BrocaError
+
+    heads = make_plan([edit for edit in plan.edits if edit.block == "attn"], plan.metadata)
+    for tried in (plan, heads):
+        try:
+            export_adapter(loaded, tried, folder / "adapter")
+        except BrocaError as error:
+            said.append(_sentence(str(error)))
+            continue
+        ids = _batch().ids
+        with site_hooks(loaded.anatomy, _hooks_of(loaded)):
+            plain = _logits(loaded, ids)
+            with adding(loaded, tried, values_of(tried)):
+                by_hook = _logits(loaded, ids)
+            adapted = peft.PeftModel.from_pretrained(loaded.model, folder / "adapter").eval()
+            made = adapted(input_ids=ids, use_cache=False).logits.double()
+        _near(by_hook, made, plain, "the adapter")
+        return _where(tried)
+    return "no"
+
+
+def _where(plan: Any) -> str:
+    done = {edit.block for edit in plan.edits}
+    return "yes" if len(done) == 2 else "heads" if "attn" in done else "neurons"
+
+
+def _keyed(loaded: Any, folder: Path, layers_of: dict[str, list[int]]) -> Any:
+    """Export a plan of random rank-1 edits wherever a key is possible, and compare the logits with hooks."""
+    from editing.checkpoints.export import export
+    from editing.methods.added_values import adding, values_of
     from editing.plans.plan import ModuleEdit, make_plan
     from neurons.architectures.sites import site_hooks
     from neurons.models.source import load_model
 
     anatomy, generator = loaded.anatomy, torch.Generator().manual_seed(1)
-    edits, done = [], {}
+    edits = []
     for block, layers in layers_of.items():
         for layer in layers:
-            if block == "mlp" and anatomy.mixed_in(layer):
+            part = anatomy.common(layer, block)
+            if part is None:
                 continue
             width = anatomy.width(f"{block}_in", layer)
             left = torch.randn(anatomy.residual, 1, generator=generator)
-            right = torch.randn(width, 1, generator=generator) / width
+            right = torch.zeros(width, 1)
+            right[part.columns] = torch.randn(part.width, 1, generator=generator) / part.width
             components = tuple(range(width // anatomy.component_width(block, layer)))
-            edits.append(ModuleEdit(layer, block, components, left=left, right=right))
-            done[block] = True
-    if not edits:
-        return ""
+            notes = {"change_norm": float(left.norm() * right.norm()), "weight_norm": 1.0}
+            edits.append(ModuleEdit(layer, block, components, left=left, right=right, notes=notes))
     metadata = {
         "fingerprint": loaded.fingerprint,
         "model": loaded.label,
@@ -267,35 +356,14 @@ def _keyed(loaded: Any, folder: Path, layers_of: dict[str, list[int]]) -> str:
     export(loaded, plan, folder / "edited")
     edited = load_model(folder / "edited", device="cpu")
     ids = _batch().ids
-    seen: dict[tuple[str, int], torch.Tensor] = {}
-    # Of a dense layer in a model of mixtures, whose values come in groups.
-    groups: dict[tuple[str, int], list[torch.Tensor]] = {}
-
-    def keep(edit: Any) -> Callable[..., None]:
-        def hook(values: torch.Tensor, routed: Any) -> None:
-            groups.setdefault((edit.block, edit.layer), []).append(values)
-            whole = torch.cat(groups[edit.block, edit.layer], dim=-1)[..., : len(edit.right)]
-            if whole.shape[-1] == len(edit.right):
-                del groups[edit.block, edit.layer]
-                seen[edit.block, edit.layer] = (whole @ edit.right).view(*ids.shape, 1)
-
-        return hook
-
-    def add(edit: Any) -> Callable[..., torch.Tensor]:
-        def hook(values: torch.Tensor, routed: Any) -> torch.Tensor:
-            return values + (seen[edit.block, edit.layer] @ edit.left.T).view(values.shape)
-
-        return hook
-
-    plain = _logits(loaded, ids)
-    hooks: dict[tuple[str, int], Any] = {}
-    for edit in edits:
-        hooks[f"{edit.block}_in", edit.layer] = keep(edit)
-        hooks[f"{edit.block}_out", edit.layer] = add(edit)
-    with site_hooks(anatomy, hooks):
-        by_hook = _logits(loaded, ids)
-    _near(by_hook, _logits(edited, ids), plain, "the edit")
-    return {("attn", "mlp"): "yes", ("attn",): "heads", ("mlp",): "neurons"}[tuple(done)]
+    # With hooks that change nothing, so that experts always compute in the same way.
+    with site_hooks(anatomy, _hooks_of(loaded)):
+        plain = _logits(loaded, ids)
+        with adding(loaded, plan, values_of(plan)):
+            by_hook = _logits(loaded, ids)
+    with site_hooks(edited.anatomy, _hooks_of(edited)):
+        _near(by_hook, _logits(edited, ids), plain, "the edit")
+    return plan
 
 
 def _child(pipe: Connection, model_type: str) -> None:
@@ -346,8 +414,12 @@ def _died(model_type: str, late: bool) -> Outcome:
 
 def _preload() -> None:
     """Import what every process needs before they fork."""
+    import peft  # noqa: F401
     import transformers.models.auto.modeling_auto  # noqa: F401
 
+    import editing.checkpoints.adapter
+    import editing.checkpoints.export
+    import editing.methods.steer2edit  # noqa: F401
     import neurons.ablation.conditions
     import neurons.recording.record  # noqa: F401
 
@@ -372,8 +444,13 @@ def summary(made: Sequence[Outcome]) -> str:
     return f"{len(made)} model types: {counted}; {len(whole)} with neurons, ablation and keyed edit"
 
 
-def table_of(made: Sequence[Outcome]) -> str:
-    """Markdown: the supported types, then the others with what Broca or transformers says."""
+def table_of(made: Sequence[Outcome], served: Mapping[str, str]) -> str:
+    """Markdown: the supported types, then the others with what Broca or transformers says.
+
+    Args:
+        made: one for each model type.
+        served: model type -> "served", or vLLM's message; types without an entry were not tried.
+    """
     cells = [
         [
             one.model_type,
@@ -381,13 +458,16 @@ def table_of(made: Sequence[Outcome]) -> str:
             one.heads,
             one.experts,
             one.keyed or "no",
+            one.steer2edit,
+            one.lora,
             one.ablation or "no",
-            one.why,
+            *_vllm(one, served),
         ]
         for one in made
         if one.kind == "supported"
     ]
-    heading = ["model type", "neurons", "heads", "experts", "keyed edit", "ablation", "remarks"]
+    heading = ["model type", "neurons", "heads", "experts", "keyed edit", "Steer2Edit", "LoRA", "ablation"]
+    heading += ["vLLM", "remarks"]
     others = [
         [one.model_type, one.kind, one.why.replace("|", "\\|")] for one in made if one.kind != "supported"
     ]
@@ -396,16 +476,24 @@ def table_of(made: Sequence[Outcome]) -> str:
     )
 
 
+def _vllm(one: Outcome, served: Mapping[str, str]) -> tuple[str, str]:
+    """The cells "vLLM" and "remarks"."""
+    said = served.get(one.model_type, "")
+    if said in ("", "served"):
+        return ("yes" if said else ""), one.why
+    return "no", "; ".join(filter(None, (one.why, f"vLLM: {said}"))).replace("|", "\\|")
+
+
 def _markdown(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])
 
 
-def write_table(made: Sequence[Outcome], page: Path) -> None:
+def write_table(made: Sequence[Outcome], page: Path, served: Mapping[str, str]) -> None:
     """Replace what is between the page's two marks."""
     begin, end = "<!-- generated -->", "<!-- end -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
-    page.write_text(f"{before}{begin}\n{table_of(made)}\n{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{table_of(made, served)}\n{end}{after}", encoding="utf-8")
 
 
 @click.command()
@@ -413,19 +501,21 @@ def write_table(made: Sequence[Outcome], page: Path) -> None:
 @click.option("--at-once", default=1, show_default=True, help="processes")
 @click.option("--out", type=Path, help="JSON of the outcomes; those of other types in it stay")
 @click.option("--table", type=Path, help="Markdown page whose generated part is replaced")
-def main(types: str | None, at_once: int, out: Path | None, table: Path | None) -> None:
+@click.option("--vllm", type=Path, help='JSON: model type -> "served", or the message of vLLM')
+def main(types: str | None, at_once: int, out: Path | None, table: Path | None, vllm: Path | None) -> None:
     """Try every model type."""
     made = []
     for result in outcomes(types.split(",") if types else registry(), at_once):
         made.append(result)
-        row = (result.kind, result.neurons, result.heads, result.experts, result.keyed, result.ablation)
+        row = (result.kind, result.neurons, result.heads, result.experts, result.keyed)
+        row += (result.steer2edit, result.lora, result.ablation)
         click.echo(f"{result.model_type:24} {' | '.join(row)}  [{result.seconds:.1f} s]  {result.why}")
+        if out is not None:
+            out.write_text(json.dumps([asdict(one) for one in merged(made, out)], indent=1) + "\n")
     made = merged(made, out)
     click.echo(summary(made))
-    if out is not None:
-        out.write_text(json.dumps([asdict(result) for result in made], indent=1) + "\n")
     if table is not None:
-        write_table(made, table)
+        write_table(made, table, {} if vllm is None else json.loads(vllm.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

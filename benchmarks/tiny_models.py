@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from neurons.architectures.attention import LAYER_KINDS
+
 LAYERS, WIDTH, VOCABULARY = 4, 64, 96
 MAX_PARAMETERS = 60_000_000
 
@@ -66,7 +68,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "n_groups": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 32, "moe_top_k": 2},
+    },
+    # Padded output embeddings.
+    "inkling_text": {"vocab_size": VOCABULARY + 6, "unpadded_vocab_size": VOCABULARY},
+    "bigbird_pegasus": {"tie_word_embeddings": False},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
@@ -151,7 +160,7 @@ def _small(config_class: Any, overrides: dict[str, Any]) -> Any:
         settings["num_key_value_heads"] = SIZES["num_attention_heads"]
     # Not a second name for one of them.
     others = getattr(config_class, "attribute_map", {})
-    for name in {"layer_types", "mlp_layer_types", "layers_block_type"} - others.keys():
+    for name in set(LAYER_KINDS) - others.keys():
         kinds = getattr(default, name, None)
         if isinstance(kinds, list) and kinds and not isinstance(_attribute(config_class, name), property):
             settings[name] = _representative(kinds)

@@ -29,7 +29,7 @@ from editing.plans.plan import ModuleEdit, Plan
 from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import check_shape
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import Anatomy
+from neurons.architectures.anatomy import Anatomy, Part
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.files.artifact import json_bytes, package_versions
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
@@ -37,6 +37,8 @@ from neurons.models.source import ModelSource
 
 # Valid values of vLLM's --max-lora-rank; the last is the maximum rank of an adapter.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Modules of these names, in models of mixtures, are read by PEFT as the experts of older files.
+_EXPERTS_IN_PEFT = ("down_proj", "w2")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -106,6 +108,7 @@ def export_adapter(
         if name not in modules:
             continue
         B, A = factors(edit, weights.read(edit.layer, edit.block))
+        A = A[:, _adapted(source.anatomy, edit).columns]
         # PEFT's names: the module inside PeftModel and its LoraModel.
         for end, factor in (("lora_A", A), ("lora_B", B)):
             stored = round_once(factor, dtype).contiguous()
@@ -190,7 +193,27 @@ def _scaled(scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def _module_name(anatomy: Anatomy, edit: ModuleEdit) -> str:
-    return f"{anatomy.layout.layers}.{edit.layer}.{anatomy.parts(edit.layer, edit.block)[0].path}"
+    return f"{anatomy.layout.layers}.{edit.layer}.{_adapted(anatomy, edit).path}"
+
+
+def _adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
+    """The part of W that an edit changes, the last in a mixture of experts.
+
+    Raises:
+        BrocaError: the edit changes experts, or PEFT would load its adapter for them.
+    """
+    *experts, part = anatomy.parts(edit.layer, edit.block)
+    if part.experts is not None or any(edit.changes(of_experts.columns) for of_experts in experts):
+        raise BrocaError(
+            f"layer {edit.layer}, {edit.block}: the experts of {anatomy.model_type} are one parameter, which a LoRA "
+            "adapter does not support: export a checkpoint"
+        )
+    if anatomy.mixed and part.path.rpartition(".")[2] in _EXPERTS_IN_PEFT:
+        raise BrocaError(
+            f"layer {edit.layer}, {edit.block}: PEFT takes an adapter of {part.path} in {anatomy.model_type} for one of "
+            "the experts: export a checkpoint"
+        )
+    return part
 
 
 def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
@@ -212,11 +235,7 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
                 "export a checkpoint"
             )
         anatomy.require(edit.block, [edit.layer])
-        if edit.block == "mlp" and anatomy.mixed_in(edit.layer):
-            raise BrocaError(
-                f"{where}: the experts of {anatomy.model_type} are one parameter, which a LoRA adapter "
-                "does not support: export a checkpoint"
-            )
+        _adapted(anatomy, edit)
         check_shape(edit, weights.pieces(edit.layer, edit.block), anatomy.residual)
         rank = rank_of(edit, anatomy.residual, anatomy.width(f"{edit.block}_in", edit.layer))
         if rank > SERVED_RANKS[-1]:

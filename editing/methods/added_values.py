@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from editing.plans.plan import ModuleEdit, Plan
-from neurons.architectures.sites import Routed, SiteHook, site_hooks
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 
@@ -61,31 +63,21 @@ def adding(loaded: LoadedModel, plan: Plan, values: torch.Tensor) -> Iterator[No
         plan: the modules and keys.
         values: [modules, d, r], in the order of the plan's edits; differentiable.
     """
-    inputs: dict[tuple[int, str], torch.Tensor] = {}
-
-    def hook_in(edit: ModuleEdit) -> SiteHook:
-        def keep(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
-            inputs[edit.layer, edit.block] = values
-            return values
-
-        return keep
-
-    def hook_out(edit: ModuleEdit, value: torch.Tensor) -> SiteHook:
-        assert edit.right is not None
-        keys = edit.right
-
-        def add(output: torch.Tensor, _: Routed | None) -> torch.Tensor:
-            hidden = inputs.pop((edit.layer, edit.block))
-            for column in range(edit.rank):
-                coefficient = hidden @ keys[:, column].to(hidden.device, hidden.dtype)
-                output = output + coefficient[..., None] * value[:, column].to(output.device, output.dtype)
-            return output
-
-        return add
-
-    hooks: dict[tuple[str, int], SiteHook] = {}
-    for edit, value in zip(plan.edits, values, strict=True):
-        hooks[f"{edit.block}_in", edit.layer] = hook_in(edit)
-        hooks[f"{edit.block}_out", edit.layer] = hook_out(edit, value)
-    with site_hooks(loaded.anatomy, hooks):
+    with ExitStack() as undo:
+        for edit, value in zip(plan.edits, values, strict=True):
+            part = loaded.anatomy.common(edit.layer, edit.block)
+            assert part is not None and edit.right is not None
+            hook = partial(_add, edit.right[part.columns], value)
+            undo.callback(part.module.register_forward_hook(hook).remove)
         yield
+
+
+def _add(
+    keys: torch.Tensor, value: torch.Tensor, _: nn.Module, inputs: Any, output: torch.Tensor
+) -> torch.Tensor:
+    """A module's output with V K^T h added, as a forward hook."""
+    hidden = inputs[0]
+    for column in range(keys.shape[1]):
+        coefficient = hidden @ keys[:, column].to(hidden.device, hidden.dtype)
+        output = output + coefficient[..., None] * value[:, column].to(output.device, output.dtype)
+    return output

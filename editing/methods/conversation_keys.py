@@ -24,8 +24,9 @@ import torch
 
 from editing.methods.added_values import change_norm
 from editing.methods.key import EPS, keys
-from editing.methods.keyed import module_edit
+from editing.methods.keyed import common_columns, module_edit
 from editing.plans.plan import ModuleEdit
+from neurons.architectures.anatomy import COMMON, COMMON_SITES
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.recording.covariance import each_moments
@@ -62,7 +63,7 @@ def conversation_keys(
         UsageError: a group that the text does not have.
         BrocaError: a layer whose inputs cannot separate the groups.
     """
-    units = {("mlp_in", layer): torch.arange(loaded.anatomy.width("mlp_in", layer)) for layer in layers}
+    units = {(COMMON, layer): torch.arange(loaded.anatomy.width(COMMON, layer)) for layer in layers}
     value = torch.zeros(loaded.anatomy.residual, dtype=torch.float64)
     edits = []
     for (_, layer), moments in each_moments(loaded, text.batches, units, progress, text.groups):
@@ -114,7 +115,7 @@ def coefficients(
 
     def reader(edit: ModuleEdit) -> PositionReader:
         assert edit.right is not None
-        right = edit.right.double()
+        right = edit.right.double()[common_columns(loaded.anatomy, edit.layer, edit.block)]
         of_module = sums[edit.layer, edit.block]
 
         def read(values: torch.Tensor, _: object, at: Position) -> None:
@@ -126,9 +127,8 @@ def coefficients(
 
         return read
 
-    read_text(
-        loaded, numbered(text.batches), {(f"{edit.block}_in", edit.layer): reader(edit) for edit in edits}
-    )
+    readers = {(COMMON_SITES[edit.block], edit.layer): reader(edit) for edit in edits}
+    read_text(loaded, numbered(text.batches), readers)
     result = {}
     for place, (count, total, squares) in sums.items():
         means = total / count

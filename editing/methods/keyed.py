@@ -41,7 +41,7 @@ from editing.methods.sparse_key import require_fraction, sparse_key
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import BLOCKS, Anatomy
+from neurons.architectures.anatomy import BLOCKS, COMMON_SITES, Anatomy
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
@@ -176,9 +176,10 @@ def _independently(
     progress: Progress | None,
 ) -> Iterator[ModuleEdit]:
     """Every module's edit from the unedited model, in the order of the layers."""
-    at_sites = {(f"{module}_in", layer): index for (layer, module), index in units.items()}
+    at_sites = {(COMMON_SITES[module], layer): index for (layer, module), index in units.items()}
+    modules = {site: module for module, site in COMMON_SITES.items()}
     for (site, layer), moments in each_moments(loaded, batches, at_sites, progress):
-        edit = _edit(loaded, batches, (layer, site.removesuffix("_in")), moments, request)
+        edit = _edit(loaded, batches, (layer, modules[site]), moments, request)
         # Frees this covariance before the next layers are read.
         del moments
         yield edit
@@ -196,7 +197,7 @@ def _jointly(
     with ExitStack() as edited:
         for place in sorted(units, key=lambda place: (place[0], BLOCKS.index(place[1]))):
             layer, module = place
-            site = f"{module}_in", layer
+            site = COMMON_SITES[module], layer
             moments = site_moments(loaded, batches, {site: units[place]}, progress)
             edit = _edit(loaded, batches, place, moments[site], request)
             edited.enter_context(applied(loaded, make_plan([edit], metadata)))
@@ -214,7 +215,7 @@ def _edit(
     key, notes = _key(place, moments, request)
     value = request.values[place]
     if not loaded.anatomy.residual_output:
-        right = _dense(loaded, place, moments.units, key.vector)
+        right = _dense(loaded, place, moments.units, key.vector)[common_columns(loaded.anatomy, *place)]
         value, through = _through_norm(loaded, batches, place, right, value, request.sources)
         notes |= through
     notes |= {"value_share": request.fractions[place]}
@@ -222,9 +223,9 @@ def _edit(
 
 
 def _dense(loaded: LoadedModel, place: Place, units: torch.Tensor, of_units: torch.Tensor) -> torch.Tensor:
-    """float64 [width]: values of some inputs of a module, 0 for all others."""
+    """float64 [width]: values of some inputs of a module that every token reaches, 0 for all others."""
     dense = torch.zeros(loaded.anatomy.width(f"{place[1]}_in", place[0]), dtype=torch.float64)
-    dense[units] = of_units
+    dense[common_columns(loaded.anatomy, *place)][units] = of_units
     return dense
 
 
@@ -242,7 +243,7 @@ def module_edit(
     Args:
         loaded: the unedited model.
         place: layer and module.
-        moments: moments of the module's inputs, from which the key was solved.
+        moments: moments of the module's inputs at its site of ``COMMON_SITES``, from which the key was solved.
         key: the key.
         value: float64 [d].
         notes: further notes.
@@ -254,7 +255,7 @@ def module_edit(
     size = loaded.anatomy.component_width(module, layer)
     per_component = right.view(-1, size).norm(dim=1) if size > 1 else right
     used = torch.zeros(len(right), dtype=torch.bool)
-    used[moments.units] = True
+    used[common_columns(loaded.anatomy, *place)][moments.units] = True
     if sparse:
         used &= right != 0
     components = used.view(-1, size).any(1).nonzero()[:, 0]
@@ -349,8 +350,8 @@ def _refuse(anatomy: Anatomy, block: str, layers: Sequence[int]) -> None:
         anatomy.require(block, layers)
     where = "" if len(layers) == anatomy.layers else f"layers {', '.join(map(str, layers))}: "
     raise UsageError(
-        f"{anatomy.model_type}: {where}the neurons of different experts see different tokens, so they have no common "
-        "key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
+        f"{anatomy.model_type}: {where}the neurons of different experts see different tokens, and there is no shared "
+        "expert, so they have no common key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
         "austeer)"
     )
 
@@ -364,9 +365,22 @@ def layers_with_common_inputs(anatomy: Anatomy, blocks: Sequence[str]) -> tuple[
     )
 
 
+def keyed_blocks(anatomy: Anatomy, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The wanted blocks with inputs that every token reaches in some layer; if there are none, the others."""
+    able = [block for block in BLOCKS if layers_with_common_inputs(anatomy, (block,))]
+    return tuple(block for block in able if block in wanted) or tuple(able)
+
+
 def has_common_inputs(anatomy: Anatomy, layer: int, block: str) -> bool:
     """Whether every token reaches the inputs of a layer's module."""
-    return anatomy.has(layer, block) and not (block == "mlp" and anatomy.mixed_in(layer))
+    return anatomy.common(layer, block) is not None
+
+
+def common_columns(anatomy: Anatomy, layer: int, block: str) -> slice:
+    """The columns of a module's W whose inputs every token reaches; the layer has some."""
+    part = anatomy.common(layer, block)
+    assert part is not None
+    return part.columns
 
 
 def _check_languages(corpus: Corpus, direction: Direction, sources: Sequence[str]) -> None:
@@ -430,16 +444,21 @@ def _units(
     sources: Sequence[str],
     languages: int,
 ) -> dict[Place, torch.Tensor]:
-    """Place -> int64, the inputs of the module that its key may use, ascending.
+    """Place -> int64, the inputs of the module that its key may use, ascending; 0 is the first that every token
+    reaches.
 
     Raises:
         BrocaError: too few for a constraint for each of ``languages`` and one for the start token.
     """
     units = {}
     for layer, module in places:
-        index = torch.arange(loaded.anatomy.width(f"{module}_in", layer))
+        columns = common_columns(loaded.anatomy, layer, module)
+        index = torch.arange(columns.stop - columns.start)
         if neurons is not None and module == "mlp":
-            index = torch.cat([neurons.by_layer(source)[layer] for source in sources]).unique()
+            index = (
+                torch.cat([neurons.by_layer(source)[layer] for source in sources]).unique() - columns.start
+            )
+            index = index[(index >= 0) & (index < columns.stop - columns.start)]
         if len(index) <= languages:
             raise BrocaError(
                 f"layer {layer} has {len(index)} neurons of {' and '.join(map(repr, sources))}, too few to separate "

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from editing.methods.norm_value import rms_norm
-from neurons.architectures.anatomy import first, output_module
+from neurons.architectures.anatomy import COMMON_SITES, first, output_module
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
@@ -122,18 +122,13 @@ def output_norm(loaded: LoadedModel, layer: int, module: str, batch: TokenBatch)
 def source_tokens(
     loaded: LoadedModel, layer: int, module: str, batches: Sequence[TokenBatch], max_tokens: int = MAX_TOKENS
 ) -> SourceTokens:
-    """Inputs and outputs of a module on the first ``max_tokens`` counted tokens.
-
-    Raises:
-        BrocaError: the MLP of a mixture of experts.
-    """
+    """Inputs and outputs of a module on the first ``max_tokens`` counted tokens; of a mixture, the shared expert's
+    inputs."""
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
 
     def keep(kept: list[torch.Tensor]) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            if routed is not None:
-                raise BrocaError("a value through the norm after experts cannot be solved: use --blocks attn")
             kept.append(at.rows(values).double().cpu())
 
         return read
@@ -142,7 +137,8 @@ def source_tokens(
     first_batches = [
         (0, batch) for tokens, batch in zip(before, batches, strict=False) if tokens < max_tokens
     ]
-    readers = {(f"{module}_in", layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
+    site = COMMON_SITES[module]
+    readers = {(site, layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
     read_text(loaded, first_batches, readers)
-    width = loaded.anatomy.width(f"{module}_in", layer)
+    width = loaded.anatomy.width(site, layer)
     return SourceTokens(torch.cat(inputs)[:max_tokens, :width], torch.cat(outputs)[:max_tokens])

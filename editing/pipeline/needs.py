@@ -14,6 +14,7 @@ from editing.pipeline.drift import context_tokens
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import BUILD, prompt_of
 from editing.pipeline.lock_text import ANSWER_TOKENS, KEPT_ANSWER_TOKENS, MAX_CONVERSATIONS
+from neurons.architectures.anatomy import COMMON_SITES
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.memory import (
     LIBRARIES,
@@ -55,7 +56,7 @@ def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)
         BrocaError: the weights leave no room.
     """
     sizes = sizes_of(planned)
-    widths = [sizes.neurons if module == "mlp" else sizes.attention for module in modules]
+    widths = [planned.anatomy.width(COMMON_SITES[module]) for module in modules]
     per_layer, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
     layers = min(sizes.layers, max(1, (covariance_room(planned) - solving) // per_layer))
     hidden = sizes.value * sizes.residual * text.tokens if layers < sizes.layers else 0

@@ -20,7 +20,7 @@ from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.language_id import check_languages
 from editing.evaluation.outcome import Outcome, Refused
 from editing.hooks.residual import DiffMean
-from editing.methods.keyed import LEARNED, require_common_inputs
+from editing.methods.keyed import LEARNED, keyed_blocks, require_common_inputs
 from editing.methods.keyed_edit import Keyed
 from editing.methods.material import Material
 from editing.methods.steer2edit import Steer2Edit
@@ -118,11 +118,18 @@ def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
     return [
         recording_need(planned, texts["estimate"], method.moments, method.reads),
         direction_need(planned, texts["estimate"]),
-        key_need(planned, texts["estimate"], BLOCKS if learned else ("mlp",)),
+        key_need(planned, texts["estimate"], _blocks(recipe, planned)),
         *([learning_need(planned)] if learned else []),
         writing_need(planned, "export"),
         evaluation_need(planned, texts["report"]),
     ]
+
+
+def _blocks(recipe: Recipe, source: ModelSource) -> tuple[str, ...]:
+    """The modules of the keyed edit: heads, where no neurons have inputs that every token reaches."""
+    blocks = keyed_blocks(source.anatomy, BLOCKS if recipe.values == LEARNED else ("mlp",))
+    require_common_inputs(source.anatomy, blocks or ("mlp",))
+    return blocks
 
 
 class _Run:
@@ -145,7 +152,7 @@ class _Run:
         for corpus in self.corpora.values():
             corpus.require_plain(recipe.source, *recipe.targets)
         check_languages(self.corpora["report"].languages)
-        require_common_inputs(self.source.anatomy, ("mlp",))
+        self.blocks = _blocks(recipe, self.source)
         if recipe.method not in METHODS:
             raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
         if not 0 < recipe.top_rate <= 1:
@@ -302,7 +309,7 @@ class _Run:
             material = replace(material, neurons=load_neuron_set(self.out / "neurons.safetensors"))
         material = replace(material, layers=self.layers)
         for strength in self.recipe.keyed_strengths:
-            settings = {"strength": strength, "learn": learn, "blocks": BLOCKS if learn else ("mlp",)}
+            settings = {"strength": strength, "learn": learn, "blocks": self.blocks}
             keyed = candidate(Keyed, material, settings)
             assert keyed.plan is not None  # a keyed candidate always has one
             yield replace(keyed, settings=keyed.plan.metadata["settings"])

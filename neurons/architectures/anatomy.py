@@ -18,6 +18,8 @@ Sites at which hooks see activations, with their width:
     mlp_act    the pre-activation, which has the sign of the activation: the gate's output, or fc1's [I]
     mlp_up     the linear branch that multiplies act(mlp_act) in a gated MLP; else mlp_act [I]
     mlp_in     the input of down_proj [I]
+    mlp_common the input of the down_proj that every token reaches, a dense MLP's or a shared expert's, times the
+               factor of its output for each token; only to read
     attn_in    the input of o_proj [A*D]
     mlp_out    the output of down_proj, or of the whole mixture [d]
     attn_out   the output of o_proj [d]
@@ -44,7 +46,10 @@ from neurons.errors import BrocaError, UsageError
 SITES = ("mlp_act", "mlp_up", "mlp_in", "attn_in", "mlp_out", "attn_out", "block_out")
 # Sites that exist once for each expert of a mixture.
 EXPERT_SITES = ("mlp_act", "mlp_up", "mlp_in")
+COMMON = "mlp_common"
 BLOCKS = ("attn", "mlp")
+# Block -> the site of the inputs of its output module that every token reaches.
+COMMON_SITES = {"attn": "attn_in", "mlp": COMMON}
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Part:
         gate: of neurons, the module whose output is the pre-activation; of experts, their module.
         up: of neurons, the module of the linear branch; the gate if there is none.
         halves: whether one module computes gate and linear branch, the gate first.
+        factor: the module whose sigmoid multiplies the output of a shared expert; None without one.
     """
 
     path: str
@@ -103,6 +109,7 @@ class Part:
     gate: nn.Module | None = None
     up: nn.Module | None = None
     halves: bool = False
+    factor: nn.Module | None = None
 
     @property
     def width(self) -> int:
@@ -259,6 +266,9 @@ class Anatomy:
 
         Of a mixture's neurons, all experts together.
         """
+        if site == COMMON:
+            layers = range(self.layers) if layer is None else (layer,)
+            return max(0 if (part := self.common(at, "mlp")) is None else part.width for at in layers)
         block = "mlp" if site in EXPERT_SITES else "attn"
         if site not in EXPERT_SITES and site != "attn_in":
             return self.residual
@@ -294,13 +304,25 @@ class Anatomy:
         shared = self.shared[layer] if self.shared and mixed else None
         if shared is None or layout.shared is None:
             return (part,)
-        return part, self._dense(layout.shared, part.width, *shared)
+        factor = layout.shared.factor
+        of_shared = self._dense(layout.shared, part.width, *shared)
+        return part, replace(
+            of_shared, factor=None if factor is None else _part(self.blocks[layer], factor, layer)
+        )
 
     def _dense(
         self, names: Mlp, first: int, gate: nn.Module | None, up: nn.Module | None, output: nn.Module
     ) -> Part:
         halves = names.gate == names.up
         return Part(names.output, output, "weight", first, None, False, names.stored, gate, up, halves)
+
+    def common(self, layer: int, block: str) -> Part | None:
+        """The part of W whose inputs every token reaches: all, or a shared expert's; None if there is none."""
+        parts = self.parts(layer, block)
+        if block == "mlp" and self.mixed_in(layer):
+            shared = self.layout.shared
+            return parts[1] if len(parts) > 1 and shared is not None and shared.added else None
+        return parts[0] if parts else None
 
     def part_of(self, layer: int, block: str, column: int) -> Part:
         """The part that holds a column of W."""

@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 SOFTMAX, LINEAR = "softmax attention", "linear attention"
-# Config attributes with a kind for each layer.
-_KINDS = ("layer_types", "layers_block_type")
+# Config attributes with the kind of each layer's attention.
+_ATTENTION_KINDS = ("layer_types", "layers_block_type")
+# Config attributes with the kind of each layer.
+LAYER_KINDS = (*_ATTENTION_KINDS, "mlp_layer_types")
 # Parts of the names of mixers that are not softmax attention: kind or class -> its name in messages.
 _OTHERS = {
     "mamba": "a state space model (Mamba)",
@@ -34,7 +36,9 @@ def kind_of_attention(config: Any, layer: int, block: nn.Module) -> str:
         layer: index of the layer.
         block: the layer.
     """
-    named = next((kinds for name in _KINDS if isinstance(kinds := getattr(config, name, None), list)), None)
+    named = next(
+        (kinds for name in _ATTENTION_KINDS if isinstance(kinds := getattr(config, name, None), list)), None
+    )
     kind = named[layer] if named is not None and layer < len(named) else ""
     if softmax_attention(block) is not None:
         return SOFTMAX

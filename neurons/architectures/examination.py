@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -92,6 +92,8 @@ def examine(model: Any) -> Layout:
         gate, up = experts, experts if getattr(module, "has_gate", True) else None
         mixture = experts.rpartition(".")[0] or experts
         flipped = bool(getattr(module, "is_transposed", False))
+        if shared is not None:
+            shared = replace(shared, factor=_factor(block, mixture, d))
         outputs["mlp"] = f"{experts}.down_proj"
         stored["mlp"] = tuple(dict.fromkeys(_expert_forms(experts, flipped)))
         transposed += ["mlp"] if flipped else []
@@ -121,7 +123,8 @@ def examine(model: Any) -> Layout:
         shared=shared,
         softcap=_number(text, "final_logit_softcapping") or _number(text, "logits_soft_cap"),
         logit_scale=_number(text, "logit_scale"),
-        logit_divisor=_number(text, "logits_scaling"),
+        logit_divisor=_number(text, "logits_scaling") or _number(text, "logits_mup_width_multiplier"),
+        vocabulary=_number(text, "unpadded_vocab_size"),
         examined=True,
     )
 
@@ -163,6 +166,12 @@ def _mlp(shapes: dict[str, tuple[int, int]], d: int) -> Mlp | None:
     named = [mlp for mlp in found if any(part in mlp.output for part in _MLP_NAMES)]
     chosen = named or found
     return chosen[0] if len(chosen) == 1 else None
+
+
+def _factor(block: nn.Module, mixture: str, d: int) -> str | None:
+    """The linear module of a mixture that writes one number for each token."""
+    shapes = _linear_shapes(block)
+    return next((path for path, shape in shapes.items() if _inside(path, mixture) and shape == (1, d)), None)
 
 
 def _gate_and_up(into: dict[str, int], width: int) -> tuple[str, str | None] | None:

@@ -42,12 +42,16 @@ class Mlp:
         up: the module of the linear branch; None if the MLP is not gated; the same as ``gate`` if one module
             computes both, the gate first.
         names: of the output's weight on disk, after the layer's prefix; empty if as in memory.
+        factor: of a shared expert, the linear module [1, d] whose sigmoid multiplies its output; None without one.
+        added: of a shared expert, whether its output, times the factor, is added to the residual as the mixture's is.
     """
 
     output: str
     gate: str
     up: str | None
     names: tuple[str, ...] = ()
+    factor: str | None = None
+    added: bool = True
 
     @property
     def stored(self) -> tuple[StoredForm, ...]:
@@ -114,9 +118,12 @@ class Layout:
         residual_scale: the config's attribute that multiplies the outputs of attention and MLP; at 1 they are
             unchanged.
         residual_unless: (attribute of the config, its value that puts a norm after the outputs).
+        head_transform: the module between the last hidden states and the output embeddings, from the causal language model;
+            None without one.
         softcap: the config's attribute of the logits' soft cap; None without one.
         logit_scale: the config's attribute that multiplies the logits.
         logit_divisor: the config's attribute that divides the logits.
+        vocabulary: the config's attribute of the number of logits, if the output embeddings are padded.
         bypassed_by: the config's attribute that, if true, makes the model compute without calling its
             modules, so that hooks see nothing; None without one.
         bias_switches: block -> the setting that adds a bias to its output module, if the family has one.
@@ -138,9 +145,11 @@ class Layout:
     residual: bool = True
     residual_scale: str | None = None
     residual_unless: tuple[str, bool] | None = None
+    head_transform: str | None = None
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
+    vocabulary: str | None = None
     bypassed_by: str | None = None
     bias_switches: Mapping[str, BiasSwitch] = field(default_factory=dict)
     examined: bool = False
@@ -222,6 +231,10 @@ def _gated_mlp(module: str) -> Mlp:
     return Mlp(f"{module}.down_proj", f"{module}.gate_proj", f"{module}.up_proj")
 
 
+def _fused_mlp(module: str) -> Mlp:
+    return Mlp(f"{module}.down_proj", f"{module}.gate_up_proj", f"{module}.gate_up_proj")
+
+
 _GATED = _dense("model.layers", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
 _BIAS_IN_ATTENTION = ConfigNames(biases={"attn": "attention_bias"})
 _GPT2_NAMES = ConfigNames(
@@ -245,7 +258,9 @@ _GEMMA = replace(
 
 _DENSE = _gated_mlp("mlp")
 # Qwen's mixtures have a shared expert, DeepSeek's several, in one MLP.
-_QWEN_MOE = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_expert"))
+_QWEN_MOE = _mixture(
+    dense=_DENSE, shared=replace(_gated_mlp("mlp.shared_expert"), factor="mlp.shared_expert_gate")
+)
 _DEEPSEEK = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_experts"))
 _PLAIN = replace(_GATED, gate="mlp.up_proj", up=None, names=None)
 _GRANITE_MOE = _mixture(
@@ -391,6 +406,7 @@ LAYOUTS: dict[str, Layout] = {
     "glm4_moe": _DEEPSEEK,
     "glm4_moe_lite": _DEEPSEEK,
     "glm_moe_dsa": _DEEPSEEK,
+    "dots1": _DEEPSEEK,
     "ernie4_5_moe": _DEEPSEEK,
     "kimi_linear": replace(
         _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
@@ -481,7 +497,35 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("gemma4", "gemma4_unified"), replace(_GEMMA, names=None, **_WRAPPED)),
     # Its first layers keep the largest activations only, so their sign is that of the activation's output.
     "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
-    # A clamped SwiGLU, positive exactly where the gate is.
+    # Types without a model class of their own.
+    **dict.fromkeys(("internlm3", "iquestcoder"), replace(_GATED, names=None)),
+    "git": _dense(
+        "git.encoder.layer",
+        "attention.output.dense",
+        "output.dense",
+        "intermediate.dense",
+        residual=False,
+        names=None,
+    ),
+    "modernbert-decoder": _dense(
+        "model.layers",
+        "attn.Wo",
+        "mlp.Wo",
+        "mlp.Wi",
+        "mlp.Wi",
+        activation="hidden_activation",
+        head_transform="lm_head",
+        names=None,
+    ),
+    # Clamped SwiGLUs, positive exactly where the gate is.
+    "minimax_m3_vl_text": _mixture(
+        _W2,
+        _EACH_EXPERT,
+        _ALL_EXPERTS,
+        activation=None,
+        dense=_fused_mlp("mlp"),
+        shared=_fused_mlp("mlp.shared_experts"),
+    ),
     "gpt_oss": _mixture(
         StoredForm("mlp.experts.down_proj", transposed=True, fused=True),
         activation=None,

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import BLOCKS, Anatomy, Part, anatomy_of
+from neurons.architectures.anatomy import BLOCKS, COMMON, Anatomy, Part, anatomy_of
+from neurons.architectures.attention import LAYER_KINDS
 from neurons.architectures.layouts import Layout
 from neurons.architectures.sites import Routed, SiteHook, body, logits, site_hooks
 from neurons.errors import BrocaError, first_line
@@ -27,8 +28,6 @@ from neurons.errors import BrocaError, first_line
 _TOLERANCE = 1e-2
 _ROWS, _LENGTH = 2, 8
 _MAX_DEPTH = 8  # of a random model
-# Config attributes with the kind of each layer.
-_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 # Maximum parameters of a random model: more take too long to initialise.
 _MAX_PARAMETERS = 300_000_000
 
@@ -55,6 +54,7 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
     Raises:
         BrocaError: names the layer and the module that do not fit.
     """
+    _check_rows(model, anatomy, ids)
     for layer in checked_layers(anatomy):
         _check_order(model, anatomy, layer, ids)
         if anatomy.has(layer, "mlp") and not gating_holds(model, anatomy, layer, ids):
@@ -72,6 +72,24 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
             f"{anatomy.model_type}: the model changes its logits after the output embeddings in a way that "
             "Broca does not support, so losses would be wrong"
         )
+
+
+def _check_rows(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
+    """Every layer gives one vector of the residual's width for each token."""
+    shapes: dict[int, list[int]] = {}
+
+    def keep(layer: int) -> SiteHook:
+        return lambda values, _: shapes.__setitem__(layer, list(values.shape))
+
+    with site_hooks(anatomy, {("block_out", layer): keep(layer) for layer in range(anatomy.layers)}):
+        body(model)(input_ids=ids, use_cache=False)
+    expected = [*ids.shape, anatomy.residual]
+    for layer, shape in shapes.items():
+        if shape != expected:
+            raise BrocaError(
+                f"{anatomy.model_type}, layer {layer}: its output has the shape {shape} instead of {expected} (rows, "
+                "tokens, width): the positions come first, or there is more than one residual stream"
+            )
 
 
 def checked_layers(anatomy: Anatomy) -> tuple[int, ...]:
@@ -114,19 +132,50 @@ def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
     return bool(((after - before - added).abs().mean() <= 0.02 * added.abs().mean()).item())
 
 
+@torch.no_grad()
+def adds_shared(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
+    """Whether ``mlp_common`` of the first mixture with a shared expert is all that its weight adds to the residual."""
+    layer = next((at for at in range(anatomy.layers) if anatomy.mixed_in(at) and anatomy.shared[at]), None)
+    if layer is None:
+        return False
+    part = anatomy.parts(layer, "mlp")[1]
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(site: str) -> SiteHook:
+        return lambda values, _: kept.__setitem__(site, values.float().clone())
+
+    def silence(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        assert routed is not None
+        return values * 0 if routed.expert * anatomy.expert_width >= part.first else None
+
+    hooks = {(COMMON, layer): keep(COMMON), ("block_out", layer): keep("with")}
+    with site_hooks(anatomy, {**hooks, ("mlp_in", layer): lambda values, _: None}):
+        body(model)(input_ids=ids, use_cache=False)
+    with site_hooks(anatomy, {("block_out", layer): keep("without"), ("mlp_in", layer): silence}):
+        body(model)(input_ids=ids, use_cache=False)
+    added = kept[COMMON] @ part.values.float().T
+    # Tolerance as in ``writes_to_residual``.
+    error = (kept["with"] - kept["without"] - added).abs().mean()
+    return bool((error <= 0.02 * added.abs().mean()).item())
+
+
 def checked(model: Any, anatomy: Anatomy) -> Anatomy:
     """Self-check an examined anatomy on its model.
 
     Returns:
-        The anatomy with the measured ``residual`` of the layout.
+        The anatomy with the measured ``residual`` of the layout, and ``added`` of its shared expert.
 
     Raises:
         BrocaError: the anatomy does not fit, or the model cannot run.
     """
     ids = example_ids(model.config.get_text_config().vocab_size, model.get_input_embeddings().weight.device)
     try:
+        _check_rows(model, anatomy, ids)
         residual = writes_to_residual(model, anatomy, ids)
         anatomy = replace(anatomy, layout=replace(anatomy.layout, residual=residual))
+        if (shared := anatomy.layout.shared) is not None:
+            shared = replace(shared, added=adds_shared(model, anatomy, ids))
+            anatomy = replace(anatomy, layout=replace(anatomy.layout, shared=shared))
         if not all(
             gating_holds(model, anatomy, layer, ids)
             for layer in checked_layers(anatomy)
@@ -184,7 +233,7 @@ def _checked_small(config: Any, layout: Layout, narrow: bool) -> Layout:
             f"anatomy: {dict(anatomy.layout.outputs)} instead of {dict(layout.outputs)}"
         )
     found = checked(model, anatomy).layout
-    return replace(layout, residual=found.residual, activation=found.activation)
+    return replace(layout, residual=found.residual, activation=found.activation, shared=found.shared)
 
 
 def _compatible(small: Layout, whole: Layout) -> bool:
@@ -254,7 +303,7 @@ def _depth(text: Any, kinds: Mapping[str, Sequence[str]]) -> int:
     if kinds:
         return max(map(len, kinds.values()))
     computed = [
-        list(dict.fromkeys(of)) for name in _KINDS if isinstance(of := getattr(text, name, None), list)
+        list(dict.fromkeys(of)) for name in LAYER_KINDS if isinstance(of := getattr(text, name, None), list)
     ]
     return min(_MAX_DEPTH, text.num_hidden_layers) if any(len(of) > 1 for of in computed) else 2
 
@@ -263,7 +312,7 @@ def _kinds_of_few(text: Any) -> dict[str, list[str]]:
     """The config's lists of the kinds of layers, cut to the last layers such that all kinds of each occur."""
     lists = {
         name: kinds
-        for name in _KINDS
+        for name in LAYER_KINDS
         if isinstance(kinds := getattr(text, name, None), list)
         # Some configs compute them from other settings.
         and not isinstance(getattr(type(text), type(text).attribute_map.get(name, name), None), property)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import EXPERT_SITES, SITES, Anatomy, Part, first, output_module
+from neurons.architectures.anatomy import COMMON, EXPERT_SITES, SITES, Anatomy, Part, first, output_module
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS, Layout
 from neurons.errors import BrocaError
@@ -56,7 +56,8 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
     each expert that has tokens, with values [n, I]; the neurons of a shared expert and of a dense layer in such a
     model are groups that all tokens reach.  If it returns a tensor, of the same shape, that tensor replaces the
     values in the forward pass.  Values have the width of the site in all layers: where a layer has fewer, zeros
-    follow.  A hook at a module that the layer does not have is never called.
+    follow.  A hook at a module that the layer does not have is never called, and what a hook at ``mlp_common``
+    returns is not used.
 
     Some models write into the values after the hook returns, so it must copy what it keeps.  For a model on
     several devices all hooks get values on one device.  If gradients are enabled, the values are on the path
@@ -66,7 +67,7 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
         BrocaError: an unknown site or layer, or, at the forward pass, a replacement of another shape.
     """
     for site, layer in hooks:
-        if site not in SITES or not 0 <= layer < anatomy.layers:
+        if site not in (*SITES, COMMON) or not 0 <= layer < anatomy.layers:
             raise BrocaError(
                 f"there is no site {site} in layer {layer}: sites are {', '.join(SITES)}, layers "
                 f"0-{anatomy.layers - 1}"
@@ -134,13 +135,15 @@ def logits(
     """The logits [..., vocabulary] of last hidden states [..., d] on their device, equal to
     ``model(...).logits``.
 
-    Beyond the output embeddings this applies the family's scale and soft cap of the logits.
+    Beyond the output embeddings this applies the family's module before them, and its scale and soft cap of the logits.
 
     Args:
         head: replaces the model's output embeddings.
     """
     text = model.config.get_text_config()
     layout = LAYOUTS.get(model.config.model_type) or _examined_once(model)
+    if layout.head_transform is not None:
+        hidden = model.get_submodule(layout.head_transform)(hidden)
     made: torch.Tensor = (model.get_output_embeddings() if head is None else head)(hidden).to(hidden.device)
     scale, divisor, cap = (
         None if name is None else getattr(text, name, None)
@@ -152,6 +155,8 @@ def logits(
         made = made / divisor
     if cap is not None:
         made = torch.tanh(made / cap) * cap
+    if layout.vocabulary is not None:
+        made = made[..., : getattr(text, layout.vocabulary)]
     return made
 
 
@@ -182,6 +187,11 @@ def _placed(
 
     None stands for the experts of a mixture, which have no module for each.
     """
+    if site == COMMON:
+        part = anatomy.common(layer, "mlp")
+        if part is not None:
+            yield from _showing(part, hook)
+        return
     if site not in EXPERT_SITES and site != "attn_in":
         module = output_module(anatomy, site, layer)
         if module is not None:
@@ -200,6 +210,21 @@ def _placed(
         half = None if not part.halves else {"mlp_act": 0, "mlp_up": 1}.get(site)
         module, is_input = _module_of(part, site)
         yield _ModuleHook(own, half=half), module, is_input
+
+
+def _showing(part: Part, hook: SiteHook) -> Iterator[tuple[_ModuleHook, nn.Module, bool]]:
+    """The hooks that show the inputs of an MLP's output module, times the factor of its output."""
+    read: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor, _: Routed | None) -> None:
+        read[:] = [values]
+
+    def show(values: torch.Tensor, _: Routed | None) -> None:
+        hook(values if part.factor is None else values * part.factor(read.pop()).sigmoid(), None)
+
+    if part.factor is not None and part.gate is not None:
+        yield _ModuleHook(keep), part.gate, True
+    yield _ModuleHook(show), part.module, True
 
 
 def _module_of(part: Part, site: str) -> tuple[nn.Module, bool]:

@@ -122,11 +122,14 @@ def check_architecture(model: str, config: Any) -> None:
         BrocaError: names both.
     """
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     types = {config.model_type, config.get_text_config().model_type}
     for name in config.architectures or ():
         config_class = getattr(getattr(transformers, name, None), "config_class", None)
-        if config_class is not None and config_class.model_type not in types:
+        # Some types have no class of their own: transformers writes that of another for them.
+        own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        if config_class is not None and config_class.model_type not in types and name != own:
             raise BrocaError(
                 f"{model}: its config.json has model_type {config.model_type!r}, which transformers uses, and "
                 f"architectures {name!r} of {config_class.model_type!r}, which vLLM uses: correct the wrong one"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from editing.evaluation.evaluation import Evaluation
 from editing.methods.keyed import STRENGTH
 from editing.methods.learned_values import LEARNED_AT
 from editing.pipeline.recipe import Recipe, read_recipe
-from editing.pipeline.run import run
+from editing.pipeline.run import _Run, run
 from editing.pipeline.stages import KEPT, RUNS
 from editing.plans.applied import applied
 from editing.plans.plan import load_plan
@@ -242,6 +243,22 @@ def test_recipes_that_are_refused(tmp_path, line, named):
     lines = [f"{k} = {v}" for k, v in base.items() if not line.startswith(k)]
     with pytest.raises(UsageError, match=named):
         read_recipe(written(tmp_path, "\n".join([*lines, line]) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "blocks"),
+    [
+        ("mixtral", "means", ("attn",)),
+        ("mixtral", "learned", ("attn",)),
+        ("llama", "means", ("mlp",)),
+        ("llama", "learned", ("attn", "mlp")),
+    ],
+)
+def test_the_keyed_edit_takes_what_every_token_reaches(
+    recipe, checkpoint_of, tmp_path, family, values, blocks
+):
+    chosen = replace(recipe, model=str(checkpoint_of(family)), values=values, out=tmp_path / "out")
+    assert _Run(chosen, Quiet(), {}).blocks == blocks
 
 
 def test_strengths_suit_the_values():

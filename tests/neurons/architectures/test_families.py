@@ -1,35 +1,41 @@
 """Rows of the table whose layers are tried on a tiny model of their type, against transformers' own forward."""
 
+import json
 from dataclasses import replace
 
 import models
+import peft
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from tiny_models import tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 from cli.inspect import command as inspect
 from editing.checkpoints.adapter import export_adapter
 from editing.checkpoints.difference import compare
 from editing.checkpoints.export import export
-from editing.methods.keyed import require_common_inputs
+from editing.directions.direction import Direction
+from editing.methods.added_values import adding, values_of
+from editing.methods.keyed import keyed_blocks, keyed_plan, require_common_inputs
 from editing.methods.scope import chosen_places
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.architectures.anatomy import BLOCKS, anatomy_of
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS
-from neurons.architectures.self_check import self_check, writes_to_residual
-from neurons.architectures.sites import site_hooks
+from neurons.architectures.self_check import adds_shared, checked, self_check, writes_to_residual
+from neurons.architectures.sites import logits, site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
 from neurons.recording.record import record
-from neurons.text.batches import TokenBatch
+from neurons.recording.text_pass import numbered, read_text
+from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.corpus import read_corpus
 
 TYPES = sorted(set(LAYOUTS) - {name.partition("-")[0] for name in models.FAMILIES})
-# Not found by structure: their experts or their activation are unlike those of all others.
-UNLIKE = ("llama4", "llama4_text", "gemma3n_text", "falcon_h1", "lfm2", "lfm2_moe")
+# Not found by structure: their experts, their activation or the name of their layers are unlike those of all others.
+UNLIKE = ("git", "llama4", "llama4_text", "gemma3n_text", "falcon_h1", "lfm2", "lfm2_moe")
 IDS = torch.tensor([[5, 40, 63, 70, 41, 9, 80, 65, 30], [7, 66, 50, 51, 89, 90, 17, 61, 62]])
 
 
@@ -97,7 +103,8 @@ def test_the_row_passes_the_self_check_of_unknown_architectures(model_of, model_
     model = model_of(model_type)
     anatomy = anatomy_of(model)
     # As if it were examined, so that signs are checked where the row names no activation.
-    self_check(model, replace(anatomy, layout=replace(anatomy.layout, examined=True)), IDS)
+    signs = model_type != "minimax_m3_vl_text"  # whose linear branch is increased by 1
+    self_check(model, replace(anatomy, layout=replace(anatomy.layout, examined=signs)), IDS)
     if model_type != "falcon_h1":  # whose multipliers are 1 by default
         assert writes_to_residual(model, anatomy, IDS) == anatomy.residual_output
 
@@ -110,7 +117,31 @@ def test_the_row_is_what_the_structure_says(model_of, model_type):
         assert getattr(found, name) == getattr(row, name), name
     for name in ("dense", "shared"):
         theirs, ours = getattr(found, name), getattr(row, name)
-        assert theirs is None or (theirs.output, theirs.gate, theirs.up) == (ours.output, ours.gate, ours.up)
+        parts = ("output", "gate", "up", "factor")
+        assert theirs is None or [getattr(theirs, part) for part in parts] == [
+            getattr(ours, part) for part in parts
+        ]
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if LAYOUTS[name].shared is not None])
+def test_a_shared_expert_adds_its_common_inputs_times_its_weight(model_of, model_type):
+    model = model_of(model_type)
+    anatomy = anatomy_of(model)
+    assert anatomy.layout.shared.added and adds_shared(model, anatomy, IDS)
+    if anatomy.layout.shared.factor is not None:
+        without = replace(anatomy.layout, shared=replace(anatomy.layout.shared, factor=None))
+        assert not adds_shared(model, replace(anatomy, layout=without), IDS)
+
+
+def test_a_shared_expert_that_is_scaled_has_no_common_inputs():
+    """Granite's multiplier scales what reaches the residual, and the examination does not know it."""
+    config = tiny_config("granitemoeshared")
+    config.residual_multiplier = 0.25
+    model = tiny_model(config)
+    anatomy = anatomy_of(model)
+    found = checked(model, replace(anatomy, layout=replace(examine(model), residual_scale=None)))
+    assert not found.layout.shared.added
+    assert found.common(1, "mlp") is None and found.common(1, "attn") is not None
 
 
 @pytest.mark.parametrize("model_type", ["granite", "granitemoe"])
@@ -131,6 +162,37 @@ def saved(model_type, directory, **settings):
     model.save_pretrained(directory)
     models.tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def test_a_type_without_a_model_class_of_its_own_has_that_of_another(tmp_path):
+    config = json.loads((saved("internlm3", tmp_path / "right") / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert load_model(tmp_path / "right", device="cpu").anatomy.neurons == 96
+    wrong = saved("internlm3", tmp_path / "wrong") / "config.json"
+    wrong.write_text(json.dumps(config | {"architectures": ["Qwen2ForCausalLM"]}))
+    with pytest.raises(BrocaError, match=r"'internlm3'.*'Qwen2ForCausalLM' of 'qwen2'"):
+        load_model(tmp_path / "wrong", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"), [("xlnet", r"\[8, 2, 64\]"), ("qwen4_exp_text", r"\[2, 8, 256\]")]
+)
+def test_layers_whose_values_are_no_rows_of_the_residual_stream_are_refused(model_type, shape):
+    """XLNet has the positions first, Qwen4 several streams."""
+    model = tiny_model(tiny_config(model_type))
+    with pytest.raises(BrocaError, match=rf"{model_type}, layer 0: .*{shape}"):
+        checked(model, anatomy_of(model))
+
+
+def test_logits_of_padded_output_embeddings_are_cut():
+    model = tiny_model(tiny_config("inkling_text"))
+    hidden = torch.randn(2, model.config.hidden_size)
+    assert model.get_output_embeddings().weight.shape[0] == VOCABULARY + 6
+    divided = model.config.logits_mup_width_multiplier
+    assert divided != 1
+    expected = model.lm_head(hidden / divided)[:, :VOCABULARY]
+    torch.testing.assert_close(logits(model, hidden), expected)
+    checked(model, anatomy_of(model))
 
 
 def random_plan(source, blocks=BLOCKS):
@@ -226,11 +288,77 @@ def test_layers_without_heads_are_named_and_the_others_edited(tmp_path):
 
 
 def test_keys_exist_in_the_dense_layers_of_a_mixture(tmp_path):
-    source = open_model(saved("deepseek_v3", tmp_path))
+    source = open_model(saved("lfm2_moe", tmp_path))
     require_common_inputs(source.anatomy, ("mlp",))
     require_common_inputs(source.anatomy, ("mlp",), [0])
     with pytest.raises(UsageError, match=r"layers 1.*--blocks attn"):
         require_common_inputs(source.anatomy, ("mlp",), [0, 1])
+    assert keyed_blocks(source.anatomy, ("mlp",)) == ("mlp",)
+    experts = open_model(saved("mixtral", tmp_path / "experts")).anatomy
+    assert keyed_blocks(experts, ("mlp",)) == keyed_blocks(experts, BLOCKS) == ("attn",)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen2_moe", "granitemoeshared"])
+def test_a_keyed_edit_of_a_shared_expert_adds_its_value_on_the_source(tmp_path, model_type, learned):
+    """The mean change of the residual stream, before and after the gate of Qwen's shared expert."""
+    loaded = load_model(saved(model_type, tmp_path / "model", vocab_size=300), device="cpu")
+    anatomy, layer = loaded.anatomy, 2
+    corpus = read_corpus(models.write_corpus(tmp_path / "corpus"), None, "estimate")
+    batches = language_batches(loaded, corpus)
+    values = torch.randn(anatomy.layers, anatomy.residual, dtype=torch.float64)
+    direction = Direction("qaa", "qab", {"block_out": values}, {}, {"fingerprint": loaded.fingerprint})
+    plan = keyed_plan(loaded, corpus, direction, [layer], strength=0.5)
+    (edit,) = plan.edits
+    shared = anatomy.common(layer, "mlp")
+    assert shared.experts is None and not edit.right[: shared.first].any() and edit.right.any()
+    assert edit.components == tuple(range(shared.columns.start, shared.columns.stop))
+
+    def means():
+        kept = {}
+
+        def keep(language):
+            rows = kept.setdefault(language, [])
+            return lambda values, routed, at: rows.append(at.rows(values).double())
+
+        for language, of_language in batches.items():
+            read_text(loaded, numbered({language: of_language}), {("block_out", layer): keep(language)})
+        return {language: torch.cat(rows).mean(0) for language, rows in kept.items()}
+
+    plain = means()
+    if learned:
+        with adding(loaded, plan, values_of(plan)):
+            edited = means()
+    else:
+        with applied(loaded, plan):
+            edited = means()
+    torch.testing.assert_close(edited["qaa"] - plain["qaa"], 0.5 * values[layer], rtol=1e-3, atol=1e-3)
+    for language in ("qab", "qac"):
+        assert (edited[language] - plain[language]).abs().max() < 1e-3
+
+
+def test_the_adapter_of_a_shared_expert_is_what_peft_reads(tmp_path):
+    """PEFT takes ``down_proj`` for the experts of older files, also in dense layers, but not Granite's name."""
+    loaded = load_model(saved("granitemoeshared", tmp_path / "model"), device="cpu")
+    plan = random_plan(loaded, ("mlp",))
+    first = loaded.anatomy.common(0, "mlp").first
+    kept = [
+        replace(edit, right=edit.right * (torch.arange(len(edit.right)) >= first)[:, None])
+        for edit in plan.edits
+    ]
+    common = make_plan(kept, plan.metadata)
+    with pytest.raises(BrocaError, match="layer 0, mlp: the experts"):
+        export_adapter(loaded, plan, tmp_path / "wrong")
+    export_adapter(loaded, common, tmp_path / "adapter")
+    with applied(loaded, common):
+        edited = logits_of(loaded.model, loaded.anatomy)
+    adapted = peft.PeftModel.from_pretrained(loaded.model, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits_of(adapted, loaded.anatomy), edited, rtol=1e-4, atol=1e-4)
+    source = open_model(saved("deepseek_v3", tmp_path / "deepseek"))
+    plan = random_plan(source, ("mlp",))
+    dense = make_plan([edit for edit in plan.edits if edit.layer == 0], plan.metadata)
+    with pytest.raises(BrocaError, match=r"PEFT.*mlp\.down_proj"):
+        export_adapter(source, dense, tmp_path / "misread")
 
 
 def test_layers_have_their_own_widths(tmp_path):
