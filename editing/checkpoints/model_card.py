@@ -14,6 +14,11 @@ from neurons.files.artifact import package_versions
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
 
+THOUGHTS_OFF = (
+    "The model can think before it answers. Its chat template turned thoughts off (`enable_thinking`) while this edit was "
+    "made and measured: answers without thoughts are steered, thoughts and the answers after them are not measured."
+)
+
 
 def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoable: bool = False) -> str:
     """README.md of the output: Broca's section, then the source's card; front matter is kept.
@@ -89,6 +94,8 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
         for edit in plan.edits
     )
     measured = _measured(plan.metadata["measured"]) if "measured" in plan.metadata else ""
+    if plan.metadata.get("thinks") is False:
+        measured = f"{THOUGHTS_OFF}\n\n{measured}"
     also = (
         f"Added, with the config's setting for it: {len(added)} biases, {added[0]} the first.\n\n"
         if added

@@ -39,6 +39,7 @@ from editing.pipeline.lock_text import (
 from editing.plans.plan import Plan, make_plan
 from neurons.models.source import LoadedModel
 from neurons.text.conversation_batches import conversation_batches
+from neurons.text.conversations import OPTIONAL, thinking
 
 METHOD = "steer"
 # Without a target most answers are already right, so little has to be learned.  At ``RATE`` the divergence of
@@ -168,6 +169,7 @@ def _unchanged(
 def _metadata(
     loaded: LoadedModel, questions: Questions, lock: Lock, layers: Sequence[int], eps: float
 ) -> dict[str, Any]:
+    thoughts_off = {"thinks": False} if thinking(loaded.tokenizer) == OPTIONAL else {}
     return {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
@@ -175,6 +177,7 @@ def _metadata(
         "source": lock.sources[0] if len(lock.sources) == 1 else None,
         "target": lock.target,
         "languages": [*dict.fromkeys([*lock.sources, *filter(None, [lock.target])])],
+        **thoughts_off,
         "settings": {
             **lock.as_json(),
             "layers": list(layers),

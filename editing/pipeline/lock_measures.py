@@ -14,7 +14,7 @@ from typing import Any
 
 from editing.evaluation.answer_language import AnswerLanguage, answer_language
 from editing.evaluation.questions import Questions, questions_of_part
-from editing.methods.distilled_values import mean_divergence
+from editing.methods.distilled_values import mean_divergence, mean_divergences
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT, answered_by_language
 from editing.pipeline.lock_text import (
@@ -117,7 +117,7 @@ def lock_figures(
     candidates = tuple(questions.of)
     others = list(kept if kept is not None else lock.unchanged[:MAX_LANGUAGES])
     sources = list(lock.sources)[:MAX_LANGUAGES]
-    with stage("Measuring the unedited model", 3, "parts") as advance:
+    with stage("Measuring the unedited model", 2, "parts") as advance:
         by_source = lessons(loaded, questions, lock, sources, REPORT)
         teachers = taught(loaded, questions, lock, by_source)
         advance(1)
@@ -127,8 +127,6 @@ def lock_figures(
         before = {source: answers for source, (_, answers) in base_answers(loaded, students).items()}
         plain = plain_prompts(loaded, questions, others, REPORT)
         before_others = base_answers(loaded, plain)
-        advance(1)
-        base = {source: _divergence(loaded, teachers[source], None) for source in sources}
         advance(1)
     with stage("Measuring the steered model", 2, "parts") as advance:
         with applied(loaded, plan):
@@ -140,7 +138,7 @@ def lock_figures(
                 for prompts in (students, plain)
             )
         advance(1)
-        steered = {source: _divergence(loaded, teachers[source], plan) for source in sources}
+        divergences = {source: _divergences(loaded, teachers[source], plan) for source in sources}
         changes = {language: mean_divergence(loaded, before_others[language][0], plan) for language in others}
         advance(1)
     of_sources = {}
@@ -156,7 +154,7 @@ def lock_figures(
                 model: None if model == PROMPTED else mean_chrf(answers, prompted)
                 for model, answers in by_model.items()
             },
-            divergence={BASE: base[source], PROMPTED: None, STEERED: steered[source]},
+            divergence=divergences[source],
         )
     of_kept = {
         language: Kept(
@@ -184,5 +182,9 @@ def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def _divergence(loaded: LoadedModel, teacher: Taught, plan: Plan | None) -> float | None:
-    return mean_divergence(loaded, teacher.examples, plan) if teacher.examples else None
+def _divergences(loaded: LoadedModel, teacher: Taught, plan: Plan) -> dict[str, float | None]:
+    """Model -> ``Steering.divergence``."""
+    if not teacher.examples:
+        return dict.fromkeys(MODELS)
+    base, steered = mean_divergences(loaded, teacher.examples, (None, plan))
+    return {BASE: base, PROMPTED: None, STEERED: steered}
