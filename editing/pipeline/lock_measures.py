@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from editing.evaluation.answer_language import AnswerLanguage, answer_language
+from editing.evaluation.asking import CHAT, Prompt
+from editing.evaluation.generation import Continuation
 from editing.evaluation.questions import Questions, questions_of_part
+from editing.evaluation.relevance import Scorer
 from editing.methods.distilled_values import mean_divergence, mean_divergences
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT, answered_by_language
@@ -44,11 +47,13 @@ class Steering:
         chrf: model -> mean chrF (0 to 1) to the prompted model's answers; None for the prompted model.
         divergence: model -> nats a token from the prompted model, on its answers in the target; None for the prompted
             model, or if there are no such answers.
+        relevance: model -> mean score (0 to 1) of its answers by a judge; empty without one.
     """
 
     language: Mapping[str, AnswerLanguage]
     chrf: Mapping[str, float | None]
     divergence: Mapping[str, float | None]
+    relevance: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def lock_figures(
     plan: Plan,
     *,
     kept: Sequence[str] | None = None,
+    judge: Scorer | None = None,
     stage: Stage = quiet,
 ) -> LockFigures:
     """Measure a lock.
@@ -112,6 +118,7 @@ def lock_figures(
         lock: sources, target and teacher.
         plan: the edit.
         kept: languages whose questions are answered as before; None: the first ``MAX_LANGUAGES`` of ``lock.unchanged``.
+        judge: scores the relevance of answers to their questions; None: no scores.
         stage: shows progress.
     """
     candidates = tuple(questions.of)
@@ -155,6 +162,12 @@ def lock_figures(
                 for model, answers in by_model.items()
             },
             divergence=divergences[source],
+            relevance={}
+            if judge is None
+            else {
+                model: _mean_score(judge, _texts(questions, source), answers)
+                for model, answers in by_model.items()
+            },
         )
     of_kept = {
         language: Kept(
@@ -165,8 +178,9 @@ def lock_figures(
         for language in others
     }
     first = sources[0]
-    texts = [question.text for question in questions_of_part(questions.of[first], REPORT)]
-    examples = tuple(SideBySide(*row) for row in zip(texts, before[first], after[first], strict=True))
+    examples = tuple(
+        SideBySide(*row) for row in zip(_texts(questions, first), before[first], after[first], strict=True)
+    )
     return LockFigures(lock.target, of_sources, of_kept, examples)
 
 
@@ -179,6 +193,16 @@ def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
         metric.sentence_score(answer, [reference]).score / 100 if answer.strip() else 0.0
         for answer, reference in zip(answers, references, strict=True)
     ]
+    return sum(scores) / len(scores)
+
+
+def _texts(questions: Questions, language: str) -> list[str]:
+    return [question.text for question in questions_of_part(questions.of[language], REPORT)]
+
+
+def _mean_score(judge: Scorer, texts: Sequence[str], answers: Sequence[str]) -> float:
+    prompts = [Prompt(text, CHAT) for text in texts]
+    scores = judge(prompts, [Continuation((), answer) for answer in answers])
     return sum(scores) / len(scores)
 
 
