@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -21,12 +23,14 @@ NEW = "/new"
 @click.option(
     "--beside", metavar="BASE", help="A second model that gets the same messages: hub id or directory."
 )
+@click.option("--web", is_flag=True, help="Chat on a page in the browser, on this machine only (broca[web]).")
 @click.option("--system", help="A system message.  [default: that of the chat template]")
 @writing_options(512)
 @served_device_options
 def command(
     model: str,
     beside: str | None,
+    web: bool,
     system: str | None,
     new_tokens: int,
     temperature: float,
@@ -36,8 +40,9 @@ def command(
     """Talk to MODEL (hub id or directory).  A line is a message, /new starts a new conversation, an empty line ends.
 
     \b
-    Example:
+    Examples:
       broca chat steered --beside Qwen/Qwen2.5-0.5B-Instruct
+      broca chat steered --beside Qwen/Qwen2.5-0.5B-Instruct --web
     """
     from cli.loading import announced
     from editing.evaluation.talk import ContextFullError, Talk
@@ -46,12 +51,20 @@ def command(
     from neurons.models.source import load_model
 
     screen = Screen()
-    talks: dict[str, Talk] = {}
+    if web:
+        from cli.chat_page import require_gradio, serve
+
+        require_gradio()
+    talk_of: dict[str, Callable[[str | None], Talk]] = {}
     for name in dict.fromkeys([model, *([] if beside is None else [beside])]):
         chosen = own_dtype(name, device) if dtype == "auto" else dtype
         loaded = announced(screen, load_model(name, device, chosen))
         require_chat(loaded.name, loaded.tokenizer)
-        talks[name] = Talk(loaded, system, new_tokens, temperature)
+        talk_of[name] = partial(Talk, loaded, new_tokens=new_tokens, temperature=temperature)
+    if web:
+        serve(talk_of, system, screen.say)
+        return
+    talks = {name: talk(system) for name, talk in talk_of.items()}
     while message := _read():
         for name, talk in talks.items():
             if message == NEW:

@@ -190,8 +190,8 @@ languages_option = click.option(
     help="Languages of the corpus to read, as en,fr,de.  [default: all]",
 )
 CORPUS_HELP = (
-    "Directory of <language>.txt, .jsonl or .parquet, with one text or (in .jsonl) one conversation per line or row; or "
-    "a .jsonl whose rows have a language, from `broca ask`."
+    "Directory of <language>.txt, .jsonl or .parquet, with one text or (in .jsonl and .parquet) one conversation per line or "
+    "row; or a .jsonl whose rows have a language, from `broca ask`."
 )
 roles_option = click.option(
     "--roles",

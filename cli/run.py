@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -> None:
     """Identify neurons, estimate directions, edit, export and evaluate as RECIPE.toml says.
 
+    A recipe that `broca steer` wrote into a checkpoint repeats that edit.
+
     Stages that are finished and unchanged are skipped, so the same command resumes an interrupted run.
 
     \b
@@ -35,7 +37,13 @@ def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -
       broca run artifacts/demo/recipe.toml --out demo
     """
     from editing.pipeline.recipe import read_recipe
+    from editing.pipeline.steer_recipe import is_steer_recipe, read_steer_recipe
 
+    if is_steer_recipe(recipe_path):
+        from cli.steer import steer
+
+        steer(Screen(as_json), read_steer_recipe(recipe_path), out, dry_run=dry_run)
+        return
     recipe = read_recipe(recipe_path).with_options(out=out)
     if dry_run:
         from cli.dry_run import dry_run as show

@@ -25,14 +25,14 @@ from cli.screen import Screen
 from cli.shipped import QUESTIONS, shipped
 
 if TYPE_CHECKING:
+    from editing.evaluation.relevance import JudgeScorer
     from editing.pipeline.lock import Locked
     from editing.pipeline.lock_kinds import Lock
     from editing.pipeline.lock_measures import LockFigures
+    from editing.pipeline.steer_recipe import SteerRecipe
     from editing.plans.plan import Plan
     from neurons.models.source import ModelSource
 
-ALL = "all"
-DEFAULT_SOURCE = "en"
 SHOWN_EXAMPLES = 6
 
 
@@ -74,6 +74,10 @@ SHOWN_EXAMPLES = 6
     help="Questions, the same in every language: a directory of <language>.jsonl with question_id and text.  "
     "[default: Broca's questions, 64 in 25 languages]",
 )
+@click.option(
+    "--judge",
+    help="Model that judges whether answers address their questions: hub id or directory.  [default: no judge]",
+)
 @click.option("--lora", type=OUT_DIRECTORY, help="Directory for an adapter for PEFT and vLLM, too.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the examples.")
 @served_device_options
@@ -96,71 +100,94 @@ def command(**options: Any) -> None:
     Example:
       broca steer Qwen/Qwen2.5-0.5B-Instruct --to fr --out steered
     """
+    from editing.pipeline.steer_recipe import SteerRecipe
+
     arguments = SimpleNamespace(**options)
-    screen = Screen(arguments.as_json)
+    recipe = SteerRecipe(
+        model=arguments.model,
+        target=arguments.target,
+        stay=arguments.stay,
+        source=arguments.source,
+        instruction=arguments.instruction,
+        teacher=arguments.teacher,
+        keep=arguments.keep,
+        questions=arguments.questions,
+        judge=arguments.judge,
+        seed=arguments.seed,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    steer(
+        Screen(arguments.as_json),
+        recipe,
+        arguments.out,
+        lora=arguments.lora,
+        overwrite=arguments.overwrite,
+        dry_run=arguments.dry_run,
+    )
+
+
+def steer(
+    screen: Screen,
+    recipe: SteerRecipe,
+    out: Path | None,
+    *,
+    lora: Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Steer as a recipe says, write everything and print the figures, or the memory needs with ``dry_run``."""
     start = time.monotonic()
     from editing.checkpoints.adapter import check_adapter_place
     from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
     from editing.evaluation.questions import read_questions
     from editing.pipeline.lock import language_lock
-    from editing.pipeline.lock_kinds import lock_of
     from editing.pipeline.lock_measures import lock_figures
     from neurons.errors import UsageError
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
     from neurons.text.conversations import OPTIONAL, thinking
-    from neurons.text.corpus_files import language_label
 
-    questions = read_questions(arguments.questions or shipped(QUESTIONS))
-    keep = None if arguments.keep is None else tuple(map(language_label, arguments.keep))
-    if (arguments.target is None) != arguments.stay:
-        raise UsageError("give either --to, the language of the answers, or --stay")
-    source = arguments.source or (ALL if arguments.stay else DEFAULT_SOURCE)
-    lock = lock_of(
-        questions,
-        arguments.target,
-        None if source == ALL else source,
-        keep,
-        instruction=arguments.instruction,
-        teacher=arguments.teacher,
-    )
-    dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
-    if arguments.dry_run:
-        from cli.dry_run import dry_run
+    questions = read_questions(recipe.questions or shipped(QUESTIONS))
+    lock = recipe.lock(questions)
+    dtype = own_dtype(recipe.model, recipe.device) if recipe.dtype == "auto" else recipe.dtype
+    if dry_run:
+        from cli.dry_run import dry_run as show
         from editing.pipeline.needs import lock_needs
 
-        dry_run(
-            screen,
-            arguments.model,
-            arguments.device,
-            dtype,
-            lambda planned: lock_needs(planned, questions, lock),
-        )
+        show(screen, recipe.model, recipe.device, dtype, lambda planned: lock_needs(planned, questions, lock))
         return
-    out = arguments.out or Path(f"{Path(arguments.model).resolve().name}-{arguments.target or 'stay'}")
-    check_target(out, arguments.overwrite)
+    out = out or Path(f"{Path(recipe.model).resolve().name}-{lock.target or 'stay'}")
+    check_target(out, overwrite)
     directories = [out]
-    if arguments.lora is not None:
-        if arguments.lora.resolve() == out.resolve():
+    if lora is not None:
+        if lora.resolve() == out.resolve():
             raise UsageError(f"{out} is both --out and --lora: name another directory for the adapter")
-        check_adapter_place(arguments.lora, arguments.overwrite)
-        directories.append(arguments.lora)
-    if Path(arguments.model).is_dir():
+        check_adapter_place(lora, overwrite)
+        directories.append(lora)
+    if Path(recipe.model).is_dir():
         for directory in directories:
-            place_apart(Path(arguments.model), directory)
-    loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
+            place_apart(Path(recipe.model), directory)
+    loaded = announced(screen, load_model(recipe.model, recipe.device, dtype))
     require_unedited(loaded)
-    locked = language_lock(loaded, questions, lock, seed=arguments.seed, stage=screen.progress)
-    figures = lock_figures(loaded, questions, lock, locked.plan, stage=screen.progress)
-    plan = replace(locked.plan, metadata={**locked.plan.metadata, "measured": figures.as_json()})
-    written = _written(screen, arguments, loaded, out, plan)
+    recipe.require_model(loaded)
+    judge = None if recipe.judge is None else _judge(screen, recipe.judge, recipe.device)
+    locked = language_lock(loaded, questions, lock, seed=recipe.seed, stage=screen.progress)
+    figures = lock_figures(loaded, questions, lock, locked.plan, judge=judge, stage=screen.progress)
+    measured = figures.as_json()
+    if judge is not None:
+        measured["judge"] = {"model": judge.judge.label, "fingerprint": judge.judge.fingerprint}
+    plan = replace(locked.plan, metadata={**locked.plan.metadata, "measured": measured})
+    text = recipe.resolved(loaded, questions, lock).to_toml()
+    written = _written(screen, loaded, plan, text, out, lora, overwrite)
     _show(screen, lock, locked, figures)
     if thinking(loaded.tokenizer) == OPTIONAL:
         screen.say(
             "\nThe model can think before it answers. Answers without thoughts are steered and measured, thoughts are not."
         )
     seconds = time.monotonic() - start
+    screen.say(f"\nRepeat it: broca run {written['recipe']}\nFigures on a page: {written['report']}")
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(
         {
@@ -170,26 +197,57 @@ def command(**options: Any) -> None:
             "held_out": list(locked.held_out),
             "key_deviations": {str(layer): list(pair) for layer, pair in locked.deviations.items()},
             "seconds": seconds,
-            "measured": figures.as_json(),
+            "measured": measured,
             **written,
         },
         out,
     )
 
 
+def _judge(screen: Screen, name: str, device: str) -> JudgeScorer:
+    """The judge, after a trial: a model that cannot judge is refused before the work."""
+    from editing.evaluation.asking import CHAT, Prompt
+    from editing.evaluation.generation import Continuation
+    from editing.evaluation.relevance import JudgeScorer
+    from neurons.models.own_dtype import own_dtype
+    from neurons.models.source import load_model
+
+    judge = JudgeScorer(announced(screen, load_model(name, device, own_dtype(name, device))))
+    judge([Prompt("How much is one and one?", CHAT)], [Continuation((), "Two.")])
+    return judge
+
+
 def _written(
-    screen: Screen, arguments: SimpleNamespace, source: ModelSource, out: Path, plan: Plan
+    screen: Screen,
+    source: ModelSource,
+    plan: Plan,
+    recipe: str,
+    out: Path,
+    lora: Path | None,
+    overwrite: bool,
 ) -> dict[str, Any]:
-    """Write the checkpoint, and the adapter with --lora; their part of the result."""
+    """Write the checkpoint with its recipe and report, and the adapter; their part of the result."""
     from editing.checkpoints.adapter import export_adapter
     from editing.checkpoints.export import export
+    from editing.checkpoints.model_card import RECIPE_IN_CHECKPOINT
+    from editing.report.findings import read_findings
+    from editing.report.study import study_page
+    from neurons.files.artifact import write_atomically
 
     with screen.copying("Writing") as progress:
-        exported = export(source, plan, out, arguments.overwrite, progress)
-    result: dict[str, Any] = {"tensors": len(exported.tensors), "relative_change": exported.relative_change}
-    if arguments.lora is not None:
-        export_adapter(source, plan, arguments.lora, arguments.overwrite)
-        result["lora"] = arguments.lora
+        exported = export(source, plan, out, overwrite, progress, recipe=recipe)
+    recipe_path = out / RECIPE_IN_CHECKPOINT
+    report = recipe_path.with_name("report.html")
+    write_atomically(report, study_page(read_findings(recipe_path.parent)))
+    result: dict[str, Any] = {
+        "tensors": len(exported.tensors),
+        "relative_change": exported.relative_change,
+        "recipe": recipe_path,
+        "report": report,
+    }
+    if lora is not None:
+        export_adapter(source, plan, lora, overwrite)
+        result["lora"] = lora
     return result
 
 
@@ -211,6 +269,7 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
         answers, kept = "the question's language, after planted drift", "The same questions without drift"
     else:
         answers, kept = lock.target, "Questions in kept languages"
+    judged = any(of_source.relevance for of_source in figures.sources.values())
     screen.table(
         f"Answers in {answers}, on held-out questions",
         [
@@ -222,6 +281,7 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
             "first words",
             "chrF",
             "KL to prompted",
+            *(["relevance (judge)"] if judged else []),
         ],
         [
             [
@@ -233,6 +293,7 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
                 language.begins,
                 of_source.chrf[model],
                 of_source.divergence[model],
+                *([of_source.relevance[model]] if judged else []),
             ]
             for source, of_source in figures.sources.items()
             for model, language in of_source.language.items()

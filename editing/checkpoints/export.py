@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from editing.checkpoints.checkpoint import additions, write_checkpoint
-from editing.checkpoints.model_card import model_card
+from editing.checkpoints.model_card import RECIPE_IN_CHECKPOINT, model_card
 from editing.checkpoints.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
 from editing.checkpoints.verification import Verified, verify
 from editing.plans.plan import Plan
@@ -69,6 +69,7 @@ def export(
     progress: Callable[[int, int], None] | None = None,
     verified: bool = False,
     undoable: bool = False,
+    recipe: str | None = None,
 ) -> Exported:
     """Write the edited checkpoint.
 
@@ -84,6 +85,7 @@ def export(
         progress: called with (bytes done, bytes in all).
         verified: read all tensors back before the final rename (``editing.checkpoints.verification``).
         undoable: add ``broca/remainder.safetensors``, from which ``editing.checkpoints.undo`` restores the source.
+        recipe: of ``broca run``, which makes the plan again; written as ``broca/recipe.toml``.
 
     Raises:
         BrocaError: the plan was made for another model, the source was edited before, an error of
@@ -96,9 +98,11 @@ def export(
     biases = added_biases(source, plan)
     sums = {edit.entry.name: torch.zeros(3, dtype=torch.float64) for edit in edits}
     files = {
-        "README.md": model_card(source, plan, tuple(biases.tensors), undoable).encode(),
+        "README.md": model_card(source, plan, tuple(biases.tensors), undoable, recipe is not None).encode(),
         PLAN_IN_CHECKPOINT.as_posix(): plan.to_bytes(),
     }
+    if recipe is not None:
+        files[RECIPE_IN_CHECKPOINT.as_posix()] = recipe.encode()
     if biases.settings:
         files["config.json"] = _config_with(source, biases)
     checks: list[Verified] = []

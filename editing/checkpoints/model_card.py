@@ -14,8 +14,20 @@ from neurons.files.artifact import package_versions
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
 
+RECIPE_IN_CHECKPOINT = Path("broca") / "recipe.toml"
+THOUGHTS_OFF = (
+    "The model can think before it answers. Its chat template turned thoughts off (`enable_thinking`) while this edit was "
+    "made and measured: answers without thoughts are steered, thoughts and the answers after them are not measured."
+)
 
-def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoable: bool = False) -> str:
+
+def model_card(
+    source: ModelSource,
+    plan: Plan,
+    added: Sequence[str] = (),
+    undoable: bool = False,
+    repeatable: bool = False,
+) -> str:
     """README.md of the output: Broca's section, then the source's card; front matter is kept.
 
     Args:
@@ -23,6 +35,7 @@ def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoa
         plan: the edit.
         added: names of added tensors.
         undoable: whether the checkpoint supports ``broca export --undo``.
+        repeatable: whether the checkpoint contains a recipe.
     """
     readme = source.checkpoint / "README.md"
     fields: dict[str, Any] = {}
@@ -34,7 +47,7 @@ def model_card(source: ModelSource, plan: Plan, added: Sequence[str] = (), undoa
     if not Path(source.name).expanduser().exists():
         fields["base_model"] = source.name  # a hub id; a local path is meaningless elsewhere
     front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
-    parts = [f"---\n{front}\n---\n", _section(source, plan, added, undoable)]
+    parts = [f"---\n{front}\n---\n", _section(source, plan, added, undoable, repeatable)]
     if original:
         parts += ["---\n", "# The card of the base model\n", original + "\n"]
     return "\n".join(parts)
@@ -69,7 +82,7 @@ def split_front_matter(card: str) -> tuple[dict[str, Any], str]:
     return {}, card.strip()
 
 
-def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bool) -> str:
+def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bool, repeatable: bool) -> str:
     name = source.name.rstrip("/").split("/")[-1]
     method = plan.metadata["method"]
     pair = language_pair(plan.metadata)
@@ -89,6 +102,8 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
         for edit in plan.edits
     )
     measured = _measured(plan.metadata["measured"]) if "measured" in plan.metadata else ""
+    if plan.metadata.get("thinks") is False:
+        measured = f"{THOUGHTS_OFF}\n\n{measured}"
     also = (
         f"Added, with the config's setting for it: {len(added)} biases, {added[0]} the first.\n\n"
         if added
@@ -98,6 +113,11 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
         "`broca export THIS --undo --out BASE` restores the base model to the bit."
         if undoable
         else "use the base model."
+    )
+    repeat = (
+        f"\n**To repeat the edit**: `broca run {RECIPE_IN_CHECKPOINT.as_posix()} --out DIR`.\n"
+        if repeatable
+        else ""
     )
     return f"""# {name}, steered by Broca
 
@@ -117,7 +137,7 @@ Settings: {settings}.
 `{PLAN_IN_CHECKPOINT.as_posix()}` (`broca inspect` prints it): each tensor W above became \
 diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W can be had back from it up to the rounding of the stored dtype \
 (where no scale is 0).
-"""
+{repeat}"""
 
 
 def _measured(figures: Mapping[str, Any]) -> str:
@@ -130,9 +150,10 @@ def _measured(figures: Mapping[str, Any]) -> str:
         subject = "Held-out questions"
         answers = f"answers in `{figures['target']}`"
         alone = "questions in"
+    judged = any(one.get("relevance") for one in figures["sources"].values())
     rows = [
         f"| {source} | {model} | {fractions['whole']:.2f} | {fractions['lines']:.2f} | {_number(one['chrf'][model])} | "
-        f"{_number(one['divergence'][model])} |"
+        f"{_number(one['divergence'][model])} |" + (f" {one['relevance'][model]:.2f} |" if judged else "")
         for source, one in figures["sources"].items()
         for model, fractions in one["language"].items()
     ]
@@ -144,8 +165,9 @@ def _measured(figures: Mapping[str, Any]) -> str:
         [
             f"{subject}; *prompted* is the base model as the teacher, with its instruction or question:",
             "",
-            f"| questions in | model | {answers} | every line | chrF to prompted | KL to prompted |",
-            "|---|---|---|---|---|---|",
+            f"| questions in | model | {answers} | every line | chrF to prompted | KL to prompted |"
+            + (" relevance by the judge |" if judged else ""),
+            "|---|---|---|---|---|---|" + "---|" * judged,
             *rows,
             "",
             *(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Talk:
     def answer(self, content: str) -> Iterator[str]:
         """The answer to a user's message, in pieces of text; both join the conversation when the answer ends.
 
-        It is cut where the model's context ends.
+        It is cut where the model's context ends.  Closing the iterator stops the model, and nothing joins.
 
         Raises:
             ContextFullError: the conversation fills the context.
@@ -74,6 +74,7 @@ class Talk:
             tokenizer, skip_prompt=True, skip_special_tokens=True
         )
         errors: list[Exception] = []
+        closed = Event()
 
         def write() -> None:
             try:
@@ -83,6 +84,9 @@ class Talk:
                         attention_mask=torch.ones_like(ids).to(self.loaded.device),
                         max_new_tokens=new_tokens,
                         streamer=streamer,
+                        stopping_criteria=[
+                            lambda ids, _: torch.full((len(ids),), closed.is_set(), device=ids.device)
+                        ],
                         **settings,
                     )
             except Exception as error:
@@ -93,9 +97,14 @@ class Talk:
         writer = Thread(target=write, daemon=True)
         writer.start()
         pieces: list[str] = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+        except GeneratorExit:
+            closed.set()
+            writer.join()
+            raise
         writer.join()
         if errors:
             raise errors[0]

@@ -136,17 +136,28 @@ def distilled_values(
 
 
 def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan | None = None) -> float:
-    """Mean KL (nats a token) from the teacher to the student.
+    """``mean_divergences`` of one student."""
+    (divergence,) = mean_divergences(loaded, examples, [plan])
+    return divergence
+
+
+def mean_divergences(
+    loaded: LoadedModel, examples: Sequence[Example], plans: Sequence[Plan | None]
+) -> list[float]:
+    """Mean KL (nats a token) from the teacher, which reads the examples once, to each student.
 
     Args:
         loaded: the unedited model.
         examples: prompts and answers.
-        plan: the student's edit, as ``distilled_values`` returns it; None: the student is the unedited model.
+        plans: the students' edits, as ``distilled_values`` returns them; None: the unedited model.
     """
     lessons = _lessons(loaded, examples, _teachers_states(loaded, examples), range(len(examples)), False)
-    edited = nullcontext() if plan is None else adding(loaded, plan, values_of(plan).to(loaded.device))
-    with torch.no_grad(), edited:
-        return float(torch.cat([_divergences(loaded, lesson) for lesson in lessons]).mean())
+    means = []
+    for plan in plans:
+        edited = nullcontext() if plan is None else adding(loaded, plan, values_of(plan).to(loaded.device))
+        with torch.no_grad(), edited:
+            means.append(float(torch.cat([_divergences(loaded, lesson) for lesson in lessons]).mean()))
+    return means
 
 
 class TeacherAnswers:

@@ -39,6 +39,7 @@ from editing.pipeline.lock_text import (
 from editing.plans.plan import Plan, make_plan
 from neurons.models.source import LoadedModel
 from neurons.text.conversation_batches import conversation_batches
+from neurons.text.conversations import OPTIONAL, thinking
 
 METHOD = "steer"
 MIN_EXAMPLES = 4  # in a language
@@ -164,6 +165,7 @@ def _unchanged(
 def _metadata(
     loaded: LoadedModel, questions: Questions, lock: Lock, layers: Sequence[int], eps: float
 ) -> dict[str, Any]:
+    thoughts_off = {"thinks": False} if thinking(loaded.tokenizer) == OPTIONAL else {}
     return {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
@@ -171,6 +173,7 @@ def _metadata(
         "source": lock.sources[0] if len(lock.sources) == 1 else None,
         "target": lock.target,
         "languages": [*dict.fromkeys([*lock.sources, *filter(None, [lock.target])])],
+        **thoughts_off,
         "settings": {
             **lock.as_json(),
             "layers": list(layers),

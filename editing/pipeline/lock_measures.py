@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from editing.evaluation.answer_language import AnswerLanguage, answer_language
+from editing.evaluation.asking import CHAT, Prompt
+from editing.evaluation.generation import Continuation
 from editing.evaluation.questions import Questions, questions_of_part
-from editing.methods.distilled_values import mean_divergence
+from editing.evaluation.relevance import Scorer
+from editing.methods.distilled_values import mean_divergence, mean_divergences
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT, answered_by_language
 from editing.pipeline.lock_text import (
@@ -44,11 +47,13 @@ class Steering:
         chrf: model -> mean chrF (0 to 1) to the prompted model's answers; None for the prompted model.
         divergence: model -> nats a token from the prompted model, on its answers in the target; None for the prompted
             model, or if there are no such answers.
+        relevance: model -> mean score (0 to 1) of its answers by a judge; empty without one.
     """
 
     language: Mapping[str, AnswerLanguage]
     chrf: Mapping[str, float | None]
     divergence: Mapping[str, float | None]
+    relevance: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ def lock_figures(
     *,
     kept: Sequence[str] | None = None,
     part: str = REPORT,
+    judge: Scorer | None = None,
     stage: Stage = quiet,
 ) -> LockFigures:
     """Measure a lock.
@@ -115,12 +121,13 @@ def lock_figures(
         kept: languages whose questions are answered as before; None: the first ``MAX_LANGUAGES`` of ``lock.unchanged``.
         part: part of the questions, a key of ``neurons.text.corpus.PARTS``; of questions that no lock was made from,
             ``all`` can be measured if the lock has a target.
+        judge: scores the relevance of answers to their questions; None: no scores.
         stage: shows progress.
     """
     candidates = tuple(questions.of)
     others = list(kept if kept is not None else lock.unchanged[:MAX_LANGUAGES])
     sources = list(lock.sources)[:MAX_LANGUAGES]
-    with stage("Measuring the unedited model", 3, "parts") as advance:
+    with stage("Measuring the unedited model", 2, "parts") as advance:
         by_source = lessons(loaded, questions, lock, sources, part)
         teachers = taught(loaded, questions, lock, by_source)
         advance(1)
@@ -130,8 +137,6 @@ def lock_figures(
         before = {source: answers for source, (_, answers) in base_answers(loaded, students).items()}
         plain = plain_prompts(loaded, questions, others, part)
         before_others = base_answers(loaded, plain)
-        advance(1)
-        base = {source: _divergence(loaded, teachers[source], None) for source in sources}
         advance(1)
     with stage("Measuring the steered model", 2, "parts") as advance:
         with applied(loaded, plan):
@@ -143,7 +148,7 @@ def lock_figures(
                 for prompts in (students, plain)
             )
         advance(1)
-        steered = {source: _divergence(loaded, teachers[source], plan) for source in sources}
+        divergences = {source: _divergences(loaded, teachers[source], plan) for source in sources}
         changes = {language: mean_divergence(loaded, before_others[language][0], plan) for language in others}
         advance(1)
     of_sources = {}
@@ -159,7 +164,13 @@ def lock_figures(
                 model: None if model == PROMPTED else mean_chrf(answers, prompted)
                 for model, answers in by_model.items()
             },
-            divergence={BASE: base[source], PROMPTED: None, STEERED: steered[source]},
+            divergence=divergences[source],
+            relevance={}
+            if judge is None
+            else {
+                model: _mean_score(judge, _texts(questions, source, part), answers)
+                for model, answers in by_model.items()
+            },
         )
     of_kept = {
         language: Kept(
@@ -170,7 +181,7 @@ def lock_figures(
         for language in others
     }
     first = sources[0]
-    texts = [question.text for question in questions_of_part(questions.of[first], part)]
+    texts = _texts(questions, first, part)
     examples = tuple(SideBySide(*row) for row in zip(texts, before[first], after[first], strict=True))
     return LockFigures(lock.target, of_sources, of_kept, examples)
 
@@ -187,5 +198,19 @@ def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def _divergence(loaded: LoadedModel, teacher: Taught, plan: Plan | None) -> float | None:
-    return mean_divergence(loaded, teacher.examples, plan) if teacher.examples else None
+def _texts(questions: Questions, language: str, part: str) -> list[str]:
+    return [question.text for question in questions_of_part(questions.of[language], part)]
+
+
+def _mean_score(judge: Scorer, texts: Sequence[str], answers: Sequence[str]) -> float:
+    prompts = [Prompt(text, CHAT) for text in texts]
+    scores = judge(prompts, [Continuation((), answer) for answer in answers])
+    return sum(scores) / len(scores)
+
+
+def _divergences(loaded: LoadedModel, teacher: Taught, plan: Plan) -> dict[str, float | None]:
+    """Model -> ``Steering.divergence``."""
+    if not teacher.examples:
+        return dict.fromkeys(MODELS)
+    base, steered = mean_divergences(loaded, teacher.examples, (None, plan))
+    return {BASE: base, PROMPTED: None, STEERED: steered}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,26 +74,9 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UsageError: no such file, not TOML, an unknown or missing field, or a value of the wrong kind.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such recipe") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not TOML ({error})") from error
-    settings = declared(Recipe)
-    unknown = sorted(set(content) - set(settings))
-    if unknown:
-        raise UsageError(f"{path}: unknown {', '.join(unknown)} (known: {', '.join(sorted(settings))})")
-    missing = [name for name in ("model", "corpus", "source", "targets") if name not in content]
-    if missing:
-        raise UsageError(f"{path}: {', '.join(missing)} is missing")
-    for name in content:
-        content[name] = settings[name].require(f"{path}: {name}", content[name])
-    directory = path.resolve().parent
-    content["corpus"] = directory / Path(content["corpus"]).expanduser()
-    local = directory / Path(content["model"]).expanduser()
-    if local.is_dir():
-        content["model"] = str(local)
+    content = checked_fields(path, read_toml(path), Recipe, ("model", "corpus", "source", "targets"))
+    content["corpus"] = path.resolve().parent / Path(content["corpus"]).expanduser()
+    content["model"] = model_beside(path, content["model"])
     if "out" in content:
         content["out"] = Path(content["out"]).expanduser()
     for name in ("targets", "languages", "strengths"):
@@ -103,6 +87,48 @@ def read_recipe(path: Path) -> Recipe:
     recipe = Recipe(**content)
     check_recipe(recipe)
     return recipe
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        UsageError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such recipe") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML ({error})") from error
+
+
+def checked_fields(
+    path: Path, content: Mapping[str, Any], owner: type, required: Sequence[str]
+) -> dict[str, Any]:
+    """The values of a recipe's fields.
+
+    Args:
+        path: of the recipe, for errors.
+        content: name -> value.
+        owner: a dataclass that declares the fields (``neurons.setting.declared``).
+        required: names that must be present.
+
+    Raises:
+        UsageError: an unknown or missing field, or a value of the wrong kind.
+    """
+    settings = declared(owner)
+    if unknown := sorted(set(content) - set(settings)):
+        raise UsageError(f"{path}: unknown {', '.join(unknown)} (known: {', '.join(sorted(settings))})")
+    if missing := [name for name in required if name not in content]:
+        raise UsageError(f"{path}: {', '.join(missing)} is missing")
+    return {name: settings[name].require(f"{path}: {name}", value) for name, value in content.items()}
+
+
+def model_beside(path: Path, model: str) -> str:
+    """A recipe's model: a directory relative to the recipe's, if there is one, else a hub id."""
+    local = path.resolve().parent / Path(model).expanduser()
+    return str(local) if local.is_dir() else model
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from editing.plans.plan import Plan, language_pair
 from editing.plans.plan_pictures import plan_figure
 from editing.plans.plan_warnings import plan_warnings
 from editing.report.inline_svg import drawn, label
+from editing.report.lock_section import lock_content
 from editing.report.templating import rendered
 
 
@@ -31,5 +32,6 @@ def edit_content(plan: Plan, name: str) -> Markup:
         change=plan.relative_change(),
         settings=plan.metadata.get("settings") or {},
         warnings=plan_warnings(plan),
+        lock=lock_content(plan.metadata["measured"]) if "measured" in plan.metadata else "",
         drawing=drawing,
     )

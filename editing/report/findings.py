@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +34,8 @@ _NOT_READ = {
     ".jsonl": "lines of a program's own memory",
     ".log": "log",
     ".txt": "text",
-    ".toml": "recipe",
 }
+STEER_RECIPE = "recipe of broca steer"
 _ARTIFACTS = {
     "neurons": "neuron set",
     "edit": "plan of weight edits",
@@ -145,10 +146,25 @@ def _enter(top: Path, directory: Path, findings: Findings) -> None:
             findings.files.append(_artifact(path, name, findings))
         elif path.suffix in (".html", ".htm") and _is_report(path):
             continue  # an earlier page of this study
+        elif path.suffix == ".toml":
+            findings.files.append(_recipe(path, name))
         elif path.suffix in _NOT_READ:
             findings.files.append(File(name, f"{_NOT_READ[path.suffix]}, not read"))
         else:
             findings.files.append(_not_understood(name, "no file of Broca's"))
+
+
+def _recipe(path: Path, name: str) -> File:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        steers = "steer" in tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        steers = False
+    if not steers:
+        return File(name, "recipe, not read")
+    return File(
+        name, STEER_RECIPE, digest(path) or "", Provenance(command=f"broca run {path.name}", recipe=text)
+    )
 
 
 def _not_understood(name: str, reason: str) -> File:

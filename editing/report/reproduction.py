@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from editing.report.findings import Findings, place_of
+from editing.report.findings import STEER_RECIPE, Findings, place_of
 from editing.report.provenance import Provenance
 from neurons.neuron_sets.neuron_set import NeuronSet
 
@@ -43,8 +43,9 @@ def reproductions(findings: Findings) -> list[Reproduction]:
     """
     recorded = {file.name: file.provenance for file in findings.files if file.provenance is not None}
     run_files = _run_files(findings)
+    steer_recipes = [file.name for file in findings.files if file.kind == STEER_RECIPE]
     by_run: dict[str, Provenance] = {}
-    for name in run_files:
+    for name in [*run_files, *steer_recipes]:
         provenance = recorded.get(name)
         if provenance is not None and provenance.command:
             by_run.setdefault(place_of(name), provenance)
@@ -115,8 +116,12 @@ def _results(findings: Findings) -> list[str]:
 
 
 def _run_files(findings: Findings) -> list[str]:
-    """Names of the results in directories with a run.json."""
-    places = {place_of(file.name) for file in findings.files if file.name.rpartition("/")[2] == "run.json"}
+    """Names of the results in directories with a run.json or a recipe of ``broca steer``."""
+    places = {
+        place_of(file.name)
+        for file in findings.files
+        if file.name.rpartition("/")[2] == "run.json" or file.kind == STEER_RECIPE
+    }
     kinds = (findings.steering, findings.neurons, findings.edits, findings.choices)
     return [named.file for results in kinds for named in results if named.place in places]
 

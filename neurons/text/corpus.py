@@ -1,6 +1,6 @@
 """Corpora: a directory of ``<language>.txt``, ``.jsonl`` or ``.parquet``, one text in each line or row.
 
-A row of ``.jsonl`` may be a conversation (``neurons.text.corpus_rows``).  A corpus may also be one ``.jsonl`` file
+A row of ``.jsonl`` or ``.parquet`` may be a conversation (``neurons.text.corpus_rows``).  A corpus may also be one ``.jsonl`` file
 whose rows name their ``language``, as ``broca ask`` writes it.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from neurons.errors import UsageError
 from neurons.text.conversations import MESSAGE_ROLES, SELECTABLE
 from neurons.text.corpus_files import corpus_files, language_label
-from neurons.text.corpus_rows import Conversation, Text, parsed, row_text
+from neurons.text.corpus_rows import COLUMNS, Conversation, Text, parsed, row_text
 
 # Half to estimate from, a quarter to choose settings on, a quarter to report on: by line number, so that parallel
 # files stay parallel.
@@ -116,7 +116,7 @@ def read_corpus(
     Args:
         directory: one file for each language, named by its code (``neurons.text.corpus_files``): ``.txt`` (UTF-8, one
             text in each line; also FLORES' ``.dev`` and ``.devtest``), ``.jsonl`` (objects with ``text`` or
-            ``messages``) or ``.parquet`` (column ``text``).  Or a ``.jsonl`` file of objects that also have ``language``.
+            ``messages``) or ``.parquet`` (columns ``text`` or ``messages``).  Or a ``.jsonl`` file of objects that also have ``language``.
         languages: languages to read, in this order; None reads all, sorted by name.
         part: lines to read, a key of ``PARTS``.
         min_languages: minimum number of languages.
@@ -209,7 +209,7 @@ def _of_one_file(path: Path, languages: Sequence[str] | None) -> dict[str, tuple
 def _read_texts(path: Path) -> list[Text]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return [*_read_parquet(path)]
+        return _read_parquet(path)
     lines = _read_lines(path)
     if suffix != ".jsonl":
         return [line.strip() for line in lines]
@@ -235,14 +235,18 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
-def _read_parquet(path: Path) -> list[str]:
+def _read_parquet(path: Path) -> list[Text]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        column = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    except (pyarrow.ArrowInvalid, KeyError, OSError) as error:
-        raise UsageError(f"{path}: not a parquet file with a column 'text' ({error})") from error
-    if any(not isinstance(text, str | None) for text in column):
-        raise UsageError(f"{path}: column 'text' holds values that are not strings")
-    return [(text or "").strip() for text in column]
+        columns = [name for name in COLUMNS if name in pyarrow.parquet.read_schema(path).names]
+        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path}: not a parquet file ({error})") from error
+    if not columns:
+        raise UsageError(f"{path} has no column 'text' or 'messages': rename the column of the texts")
+    return [
+        "" if all(value is None for value in row.values()) else row_text(f"{path}: row {number}", row)
+        for number, row in enumerate(rows, start=1)
+    ]

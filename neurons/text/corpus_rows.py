@@ -1,4 +1,4 @@
-"""Rows of a ``.jsonl`` corpus: a text, or a conversation as chat datasets write it.
+"""Rows of a ``.jsonl`` or ``.parquet`` corpus: a text, or a conversation as chat datasets write it.
 
     {"text": "..."}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
@@ -25,6 +25,7 @@ from neurons.text.conversations import (
     role_tokens,
 )
 
+COLUMNS = ("text", "messages")
 EXAMPLE = '[{"role": "user", "content": "..."}, ...]'
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
@@ -70,14 +71,14 @@ def row_text(place: str, row: Any) -> Text:
     """The text or conversation of a row.
 
     Args:
-        place: file and line, for errors.
+        place: file and line or row, for errors.
         row: the parsed row.
 
     Raises:
         UsageError: not an object with a text or messages, both at once, a text that is not Unicode, no message, or a
             message of an unknown role or without content.
     """
-    given = [key for key in ("text", "messages") if isinstance(row, dict) and row.get(key) is not None]
+    given = [key for key in COLUMNS if isinstance(row, dict) and row.get(key) is not None]
     if not given:
         raise UsageError(f"{place} is not a JSON object with 'text' or 'messages'")
     if len(given) == 2:

@@ -3,10 +3,13 @@
 import io
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 import transformers
+
+from editing.evaluation.talk import Talk
 
 
 @pytest.fixture
@@ -20,11 +23,11 @@ def with_context(directory, tokens):
     return directory
 
 
-def stock_answers(directory, turns, tokens):
-    """The answers of transformers alone."""
+def stock_answers(directory, turns, tokens, before=()):
+    """The answers of transformers alone, after the messages ``before``."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    chat, answers = [], []
+    chat, answers = list(before), []
     for turn in turns:
         chat.append({"role": "user", "content": turn})
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -72,3 +75,20 @@ def test_a_full_context_is_said_and_the_conversation_goes_on_anew(broca, model, 
 def test_a_model_without_a_template_is_refused(broca, checkpoint_of):
     status, _, errors = broca("chat", checkpoint_of("llama"))
     assert status == 2 and "chat template" in errors
+
+
+def test_an_answer_that_is_not_awaited_stops_the_model(chatting):
+    passes, settings = [], chatting.model.generation_config
+    handle = chatting.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    threads = set(threading.enumerate())
+    talk = Talk(chatting, new_tokens=48)
+    pieces = talk.answer("cab")
+    try:
+        next(pieces)
+        pieces.close()
+        done = len(passes)
+        assert set(threading.enumerate()) <= threads and talk.messages == []
+        assert chatting.model.generation_config is settings
+        assert "".join(talk.answer("cab")) and len(passes) - done > done
+    finally:
+        handle.remove()

@@ -6,6 +6,7 @@ import models
 import pytest
 from conversations import CHATML, said, written
 
+from editing.plans.plan import load_plan
 from neurons.files.artifact import load_artifact
 
 QUESTIONS = {"en": ("bad cab", "fed bee"), "fr": ("high hill", "kill him"), "de": ("ill", "hi")}
@@ -68,6 +69,23 @@ def test_every_command_reads_the_tokens_of_the_roles(broca, model, chats, tmp_pa
     study = tmp_path / "study.json"
     run("ablate", neurons, "--draws", 0, out=study)
     assert json.loads(study.read_text())["corpus"]["roles"] == KEPT
+
+
+def test_the_protocol_of_steer2edit_from_questions_to_the_edit(broca, model, few_questions, tmp_path):
+    """Of the documentation: the model's answers, a direction where they are predicted, an edit."""
+    answers, direction, edit = (tmp_path / name for name in ("a.jsonl", "d.safetensors", "e.safetensors"))
+    asked = ["--questions", few_questions, "--languages", "en,fr", "--new-tokens", 6]
+    text = ["--corpus", answers, "--source", "en", "--target", "fr", "--roles", "before-answer"]
+    for command in (
+        ["ask", model, *asked, "--out", answers],
+        ["direction", model, *text, "--out", direction],
+        ["edit", model, "--method", "steer2edit", "--direction", direction, "--out", edit],
+    ):
+        status, _, errors = broca(*command)
+        assert status == 0, errors
+    assert load_artifact(direction, "direction").metadata["corpus"]["roles"] == ["before-answer"]
+    plan = load_plan(edit)
+    assert plan.metadata["method"] == "steer2edit" and plan.components > 0
 
 
 def test_evaluation_needs_questions_and_measures_the_answers(broca, model, chats, few_questions, tmp_path):

@@ -5,7 +5,9 @@ import json
 import pytest
 from safetensors import safe_open
 
+from editing.evaluation.questions import read_questions
 from editing.pipeline import lock_prompts, lock_text
+from editing.pipeline.steer_recipe import SteerRecipe, read_steer_recipe
 
 
 @pytest.fixture
@@ -47,6 +49,95 @@ def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, 
     assert (lora / "adapter_config.json").is_file()
     status, _, errors = broca(*arguments)
     assert status == 1 and "--overwrite" in errors
+
+
+def test_the_recipe_repeats_the_edit_to_the_byte(broca, model, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+    out, again = tmp_path / "steered", tmp_path / "again"
+    monkeypatch.chdir(tmp_path)
+    text = ["--questions", "questions", "--judge", "model"]
+    status, printed, errors = broca("steer", "model", "--to", "fr", "--seed", 3, *text, "--out", out)
+    assert status == 0, errors
+    recipe = out / "broca" / "recipe.toml"
+    assert f"broca run {recipe}" in printed
+    assert "broca run broca/recipe.toml" in (out / "README.md").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, printed, errors = broca("run", recipe, "--out", again, "--json")
+    assert status == 0, errors
+    for name in ("edit.safetensors", "recipe.toml", "report.html"):
+        assert (again / "broca" / name).read_bytes() == (out / "broca" / name).read_bytes(), name
+    # The judge's scores, on every way of writing the figures.
+    figures = json.loads(printed)["measured"]
+    assert figures["judge"]["model"] == "model"
+    scores = figures["sources"]["en"]["relevance"]
+    assert set(scores) == {"base", "prompted", "steered"}
+    page, card = (out / "broca" / "report.html").read_text(), (out / "README.md").read_text()
+    for score in scores.values():
+        assert 0 < score < 1 and f'<td class="n">{score:.2f}</td>' in page and f"| {score:.2f} |" in card
+    assert figures["examples"][0]["question"] in page and "broca run recipe.toml" in page
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target": "fr"},
+        {"target": "fr", "source": "de", "keep": ("en",)},
+        {"target": "fr", "source": "all"},
+        {"target": "fr", "teacher": "question"},
+        {"target": "de", "source": "de", "instruction": 'Say "ja",\n\\ in German.'},
+    ],
+)
+def test_the_recipe_says_the_same_lock(chatting, questions, tmp_path, settings):
+    recipe = SteerRecipe(chatting.name, questions=questions, **settings)
+    of_language = read_questions(questions)
+    lock = recipe.lock(of_language)
+    (tmp_path / "r.toml").write_text(recipe.resolved(chatting, of_language, lock).to_toml())
+    again = read_steer_recipe(tmp_path / "r.toml")
+    assert again.lock(of_language) == lock
+    assert (again.device, again.dtype, again.fingerprint) == ("cpu", "float32", chatting.fingerprint)
+    assert again.resolved(chatting, of_language, lock) == again
+
+
+def recipe_of(tmp_path, **settings):
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {"model": "model", **settings}.items()]
+    (tmp_path / "r.toml").write_text("\n".join(["[steer]", *lines, ""]))
+    return tmp_path / "r.toml"
+
+
+@pytest.mark.parametrize(
+    "settings, status, named",
+    [
+        ({}, 2, "--stay"),
+        ({"target": "fr", "to": "fr"}, 2, "unknown to"),
+        ({"target": "fr", "teacher": "master"}, 2, "'master'"),
+        ({"target": "fr", "keep": "de"}, 2, "'de'"),
+        ({"target": "fr", "questions_digest": "0"}, 2, "questions_digest"),
+        ({"target": "fr", "fingerprint": "0"}, 1, "fingerprint"),
+        ({"target": "fr", "judge": "nowhere/at/all"}, 2, "nowhere/at/all"),
+    ],
+)
+def test_a_recipe_that_cannot_be_repeated_is_an_error_of_one_line(
+    broca, model, questions, tmp_path, monkeypatch, settings, status, named
+):
+    def work(*_, **__):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(lock_prompts, "generate", work)
+    recipe = recipe_of(tmp_path, questions="questions", **settings)
+    found, _, errors = broca("run", recipe, "--out", tmp_path / "steered")
+    assert found == status and named in errors.splitlines()[-1] and "Traceback" not in errors
+    assert not (tmp_path / "steered").exists()
+
+
+def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, model, questions, tmp_path):
+    recipe = recipe_of(tmp_path, questions="questions", target="fr")
+    status, printed, errors = broca("run", recipe, "--dry-run", "--json")
+    assert status == 0, errors
+    assert set(json.loads(printed)["stages"]) == {"key", "learn", "evaluate"}
+    recipe.write_text("seed = 1\n" + recipe.read_text())
+    status, _, errors = broca("run", recipe, "--dry-run")
+    assert status == 2 and "seed" in errors
 
 
 def test_a_model_that_stays(broca, model, questions, tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
 
+from editing.checkpoints.model_card import model_card
 from editing.evaluation.questions import Question, Questions, questions_of_part
+from editing.methods import distilled_values
 from editing.methods.conversation_keys import coefficients
 from editing.methods.distilled_values import mean_divergence
 from editing.pipeline import lock as lock_module
@@ -118,6 +120,16 @@ def test_prompts_are_without_thoughts_where_the_template_can(loaded, monkeypatch
     assert text.rstrip().endswith("</think>")
 
 
+@pytest.mark.parametrize("template, thinks", [(MAY_THINK, False), (CHATML, None)])
+def test_the_plan_and_its_card_say_that_thoughts_were_off(
+    loaded, questions, obedient, monkeypatch, template, thinks
+):
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    made = language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")), passes=1)
+    assert made.plan.metadata.get("thinks") is thinks
+    assert ("thoughts" in model_card(loaded, made.plan)) == (thinks is False)
+
+
 def test_a_mixture_of_experts_is_refused_before_the_work(checkpoint_of, questions):
     loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
     loaded.tokenizer.chat_template = CHATML
@@ -154,6 +166,23 @@ def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedi
     assert english.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers))
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_the_teachers_answers_are_read_once_for_all_figures(loaded, questions, obedient, monkeypatch):
+    lock = lock_of(questions, "fr", "en")
+    made = language_lock(loaded, questions, lock, passes=1)
+    read = []
+
+    def noted(model, batch):
+        read.extend(tuple(ids[seen].tolist()) for ids, seen in zip(batch.ids, batch.attention, strict=True))
+        return forward(model, batch)
+
+    forward = distilled_values.forward
+    monkeypatch.setattr(distilled_values, "forward", noted)
+    lock_figures(loaded, questions, lock, made.plan)
+    for example in taught_in_english(loaded, questions, REPORT).examples:
+        assert read.count((*example.teacher, *example.answer)) == 1
+        assert read.count((*example.student, *example.answer)) == 2
 
 
 def test_from_every_language(loaded, questions, obedient):

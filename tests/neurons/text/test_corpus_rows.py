@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 
 import models
+import pyarrow.parquet
 import pytest
 import torch
 from conversations import CHATML, counted_by_hand, said, written
@@ -255,6 +256,23 @@ def test_one_file_of_all_languages_is_the_directory(tmp_path):
         read_corpus(file)
     with pytest.raises(UsageError, match=r"qaa\.txt"):
         read_corpus(shutil.copy(file, tmp_path / "qaa.txt"))
+
+
+def test_parquet_holds_the_same_conversations(tmp_path):
+    files = {"text": written(tmp_path / "text", ROWS)}
+    files["columns"] = tmp_path / "columns"
+    files["columns"].mkdir()
+    for language, rows in ROWS.items():
+        columns = [{"text": None, "messages": None, "other": 1, **(row or {})} for row in rows]
+        table = pyarrow.Table.from_pylist(columns)
+        pyarrow.parquet.write_table(table, files["columns"] / f"{language}.parquet")
+    by_line, by_row = (read_corpus(directory) for directory in files.values())
+    assert by_row.texts == by_line.texts and by_row.digest == by_line.digest
+    (files["columns"] / "qab.parquet").unlink()
+    bad = [{"messages": said(("user", "a"))["messages"]}, {"messages": said(("tool", "a"))["messages"]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(bad), files["columns"] / "qab.parquet")
+    with pytest.raises(UsageError, match=r"qab\.parquet: row 2\b.*'tool'"):
+        read_corpus(files["columns"])
 
 
 def test_the_same_conversations_in_two_languages_are_refused(tmp_path):
