@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -131,33 +132,40 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> Any:
-    """The config of a type with small sizes, also in its parts."""
+def tiny_config(
+    model_type: str, sizes: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Any:
+    """The config of a type with small sizes, also in its parts.
+
+    Args:
+        sizes: replace or add to SIZES.
+        overrides: the same for OVERRIDES of the type.
+    """
     import transformers
 
     made = transformers.CONFIG_MAPPING[model_type]
-    return _small(made, OVERRIDES.get(model_type, {}))
+    return _small(made, {**OVERRIDES.get(model_type, {}), **(overrides or {})}, {**SIZES, **(sizes or {})})
 
 
-def _small(config_class: Any, overrides: dict[str, Any]) -> Any:
+def _small(config_class: Any, overrides: dict[str, Any], sizes: dict[str, Any]) -> Any:
     default = config_class()
     if hasattr(default, "allow_global_per_layer_attribute_access"):
         default.allow_global_per_layer_attribute_access = True
     parts = getattr(config_class, "sub_configs", {})
     settings: dict[str, Any] = {
         name: value
-        for name, value in SIZES.items()
+        for name, value in sizes.items()
         if type(getattr(default, name, None)) in (int, float)
         and not isinstance(_attribute(config_class, name), property)
     }
     for part in parts:
         of_part = getattr(default, part, None)
         if of_part is not None:
-            settings[part] = _small(type(of_part), overrides.get(part, {})).to_dict()
+            settings[part] = _small(type(of_part), overrides.get(part, {}), sizes).to_dict()
     if getattr(default, "head_dim", None) == getattr(default, "qk_rope_head_dim", 0):
-        settings["head_dim"] = SIZES["qk_rope_head_dim"]
+        settings["head_dim"] = sizes["qk_rope_head_dim"]
     if getattr(default, "kv_lora_rank", None) and "num_key_value_heads" in settings:
-        settings["num_key_value_heads"] = SIZES["num_attention_heads"]
+        settings["num_key_value_heads"] = sizes["num_attention_heads"]
     # Not a second name for one of them.
     others = getattr(config_class, "attribute_map", {})
     for name in set(LAYER_KINDS) - others.keys():

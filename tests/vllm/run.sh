@@ -33,20 +33,20 @@ trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1
 # In processes of their own: vLLM patches transformers' classes when it is imported.
 echo "Exporting ..."
-PYTHONPATH=. "$MAIN_PYTHON" $HERE/make_exports.py --model "$MODEL" --corpus artifacts/demo/corpus \
+PYTHONPATH=.:benchmarks "$MAIN_PYTHON" $HERE/make_exports.py --model "$MODEL" --corpus artifacts/demo/corpus \
     ${EXPORTED:+--exported "$EXPORTED"} ${REAL:+--real "$REAL"} --out "$work"
 echo "Asking transformers ..."
 "$MAIN_PYTHON" $HERE/reference.py --cases "$work/cases.json" --out "$work/reference.json"
 
 export REFERENCE=$work/reference.json ANSWERS=$work/answers/answers.json
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
-export VLLM_CPU_KVCACHE_SPACE=1 # GiB; by default vLLM takes a share of the whole memory
 # Two run at a time, and vLLM would bind both to the same core.
 export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 echo "Asking vLLM ..."
 # Without a process for the engine, which quadruples the time to load.
 VLLM_ENABLE_V1_MULTIPROCESSING=0 $VENV/bin/python $HERE/generate.py --reference "$REFERENCE" --out "$work/answers"
 # The main suite's conftest.py imports what only the main environment has, hence --confcutdir.
-$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_greedy.py $HERE/test_serve.py $HERE/test_chat.py \
+export VLLM_CPU_KVCACHE_SPACE=1 # GiB; by default the server takes a share of the whole memory
+$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_compare.py $HERE/test_greedy.py $HERE/test_serve.py $HERE/test_chat.py \
     $HERE/test_engine.py
 echo "Done in $SECONDS seconds."
