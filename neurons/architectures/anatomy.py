@@ -668,7 +668,8 @@ def _measured(anatomy: Anatomy, heads: Callable[[int, int], tuple[int, int]]) ->
             for part in anatomy.parts(at, "mlp")
             if part.experts
         }
-        width = max(sizes)
+        # Without a layer of experts, all neurons are one group.
+        width = max(sizes, default=width)
         if len(sizes) > 1:
             raise BrocaError(
                 f"{anatomy.model_type}: its layers have experts of {sorted(sizes)} neurons, which is not supported"

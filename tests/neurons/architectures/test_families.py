@@ -70,10 +70,8 @@ def silencer(anatomy, columns):
     return silence
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_silencing_at_the_site_and_in_the_weight_is_the_same(model_of, model_type):
+def assert_same_at_site_and_in_weight(model):
     """A few neurons of every part of every layer, and a head of every layer with heads."""
-    model = model_of(model_type)
     anatomy = anatomy_of(model)
     plain = logits_of(model, anatomy)
     changed = tried = 0
@@ -96,6 +94,21 @@ def test_silencing_at_the_site_and_in_the_weight_is_the_same(model_of, model_typ
     # An expert may get no token.
     assert tried and changed >= 0.7 * tried
     assert torch.equal(logits_of(model, anatomy), plain)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_silencing_at_the_site_and_in_the_weight_is_the_same(model_of, model_type):
+    assert_same_at_site_and_in_weight(model_of(model_type))
+
+
+def test_a_type_of_mixtures_may_have_only_dense_layers():
+    config = tiny_config("deepseek_v3")
+    config.first_k_dense_replace = config.num_hidden_layers
+    config.mlp_layer_types = ["dense"] * config.num_hidden_layers
+    model = tiny_model(config)
+    anatomy = anatomy_of(model)
+    assert (anatomy.neurons, anatomy.experts) == (config.intermediate_size, 1)
+    assert_same_at_site_and_in_weight(model)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
