@@ -271,6 +271,13 @@ def memory_for_weights() -> int | None:
     return None if _limit is None else max(0, _limit - LIBRARIES - MIN_WORK)
 
 
+def memory_beside_work(sizes: Sizes) -> int:
+    """Maximum bytes of weights in main memory if some stay on disk: what the largest work on a layer leaves."""
+    width = max(sizes.inner, sizes.attention)
+    solving = covariance_bytes(width) + solving_bytes(width)
+    return max(0, memory_limit() - LIBRARIES - WORK - solving)
+
+
 def max_room(loaded: LoadedModel) -> int:
     """Maximum bytes for work on a loaded model.
 
@@ -323,6 +330,23 @@ def kept_bytes(loaded: LoadedModel, tokens: int) -> int:
     """Hidden states of ``tokens`` between two layers."""
     sizes = sizes_of(loaded)
     return sizes.value * sizes.residual * tokens
+
+
+def paused_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """What paused passes over ``tokens`` keep: embeddings and hidden states."""
+    return 2 * kept_bytes(loaded, tokens)
+
+
+def paused_room(loaded: LoadedModel, solving: int = 0) -> int:
+    """Bytes for paused passes: what other work leaves.
+
+    Args:
+        loaded: the model.
+        solving: bytes that are needed while the passes are paused.
+    """
+    if loaded.device.type == "cuda":
+        return room(loaded) // 2
+    return max(0, max_room(loaded) - max(room(loaded), solving))
 
 
 def _config(checkpoint: Path) -> Any:
