@@ -143,6 +143,6 @@ def source_tokens(
         (0, batch) for tokens, batch in zip(before, batches, strict=False) if tokens < max_tokens
     ]
     readers = {(f"{module}_in", layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
-    read_text(loaded, first_batches, readers)
+    read_text(loaded, first_batches, readers, layers=layer + 1)
     width = loaded.anatomy.width(f"{module}_in", layer)
     return SourceTokens(torch.cat(inputs)[:max_tokens, :width], torch.cat(outputs)[:max_tokens])

@@ -80,7 +80,7 @@ class PassesInStep(AbstractContextManager["PassesInStep"]):
             after_layer: called with the number of a pass and the layer that it has run.
 
         Raises:
-            Whatever a pass raises.
+            Exception: whatever a pass raises.
         """
 
         def resume(number: int, answer: Any = None) -> None:
@@ -96,6 +96,7 @@ class PassesInStep(AbstractContextManager["PassesInStep"]):
             if call is None or (stop is not None and self._layers.get(id(call.module)) == stop):
                 return
             module = call.module
+            del call  # otherwise this frame keeps its hidden states
             with held(module):
                 for number, paused in enumerate(self._passes):
                     if paused.call is None or paused.call.module is not module:
@@ -162,7 +163,7 @@ class _Pass:
             answer: the result of the call at which the pass is paused.
 
         Raises:
-            Whatever the function raises.
+            Exception: whatever the function raises.
         """
         self.call, self._answer = None, answer
         if self.started:
