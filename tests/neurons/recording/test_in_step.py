@@ -9,6 +9,8 @@ import pytest
 import torch
 from accelerate.utils.offload import OffloadedWeightsLoader
 
+from editing.methods.bake_correction import remainder_moments
+from editing.plans.plan import ModuleEdit
 from neurons.architectures.anatomy import anatomy_of
 from neurons.models.source import load_model
 from neurons.recording import waiting_states
@@ -209,3 +211,18 @@ def test_a_recording_in_step_resumes_after_the_batches_that_are_done(
         assert torch.equal(resumed.moments[name], values), name
     for language, values in expected.responses.items():
         assert torch.equal(resumed.responses[language], values), language
+
+
+def test_what_a_correction_sums_over_layers_is_of_one_batch(checkpoint_of, corpus):
+    whole, other = (
+        load_model(str(checkpoint_of()), **where) for where in ({"device": "cpu"}, {"max_memory": 0})
+    )
+    generator = torch.Generator().manual_seed(0)
+    edits = [
+        ModuleEdit(layer, "mlp", (0,), left=torch.zeros(64, 1), right=torch.randn(48, 1, generator=generator))
+        for layer in (0, 1)
+    ]
+    batches = language_batches(whole, corpus, tokens_a_batch=64)["qaa"]
+    assert len({batch.ids.shape for batch in batches}) > 1
+    expected, found = (remainder_moments(loaded, batches, edits, 2) for loaded in (whole, other))
+    assert torch.equal(found.product, expected.product) and found.remainder == expected.remainder > 0
