@@ -163,20 +163,22 @@ def remainder_moments(
         torch.zeros(width, width, dtype=torch.float64, device=loaded.device),
         torch.zeros(width, dtype=torch.float64, device=loaded.device),
     )
-    remainder: list[torch.Tensor] = []
+    remainder: dict[int, torch.Tensor] = {}  # by batch, which may be read in step
 
     def coefficient(edit: ModuleEdit) -> PositionReader:
         def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
             if edit.layer == edits[0].layer:
-                remainder[:] = [torch.ones(at.batch.ids.shape, dtype=torch.float64, device=loaded.device)]
+                remainder[at.index] = torch.ones(
+                    at.batch.ids.shape, dtype=torch.float64, device=loaded.device
+                )
             if edit.right is not None:
                 right = edit.right[:, 0].to(values.device, torch.float64)
-                remainder[0] = remainder[0] - values.detach().double() @ right
+                remainder[at.index] = remainder[at.index] - values.detach().double() @ right
 
         return read
 
     def last(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-        moments.add(values.detach(), remainder[0], at.batch)
+        moments.add(values.detach(), remainder.pop(at.index), at.batch)
 
     readers: dict[tuple[str, int], PositionReader] = {
         ("mlp_in", edit.layer): coefficient(edit) for edit in edits

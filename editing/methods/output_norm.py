@@ -139,6 +139,6 @@ def source_tokens(
     ]
     site = COMMON_SITES[module]
     readers = {(site, layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
-    read_text(loaded, first_batches, readers)
+    read_text(loaded, first_batches, readers, layers=layer + 1)
     width = loaded.anatomy.width(site, layer)
     return SourceTokens(torch.cat(inputs)[:max_tokens, :width], torch.cat(outputs)[:max_tokens])

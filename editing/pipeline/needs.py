@@ -24,6 +24,8 @@ from neurons.models.memory import (
     covariance_room,
     forward_bytes,
     logit_bytes,
+    paused_bytes,
+    paused_room,
     product_bytes,
     room,
     sizes_of,
@@ -59,7 +61,7 @@ def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)
     widths = [planned.anatomy.width(COMMON_SITES[module]) for module in modules]
     per_layer, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
     layers = min(sizes.layers, max(1, (covariance_room(planned) - solving) // per_layer))
-    hidden = sizes.value * sizes.residual * text.tokens if layers < sizes.layers else 0
+    paused = paused_bytes(planned, text.tokens) if layers < sizes.layers else 0
     tokens = min(batches_for(planned, False, text.row)[0], text.batch)
     # The keys of a group of layers are solved after its text is read.
     work = max(solving, forward_bytes(sizes, tokens) + max(map(product_bytes, widths)))
@@ -69,7 +71,7 @@ def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)
         "weights": sizes.weights,
         "activations": work,
         "covariances": layers * per_layer,
-        "kept": hidden if hidden <= room(planned) else 0,
+        "kept": paused if paused <= paused_room(planned, layers * per_layer + solving) else 0,
     }
     return Need("key", parts, tokens)
 

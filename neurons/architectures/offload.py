@@ -44,6 +44,28 @@ def offloaded_bytes(model: nn.Module) -> int:
     )
 
 
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Context in which the offloaded weights of a module and its parts are read once, and not for every call.
+
+    Not for calls with gradients, after which the weights would have to stay (``reload_for_gradients``).
+    """
+    with ExitStack() as undo:
+        for part in module.modules():
+            if not has_offloaded(part):
+                continue
+            owner: Any = part
+            waiting, device = owner._hf_hook.weights_map, execution_device(part)
+            for leaf, _ in part.named_parameters(recurse=False):
+                key, read = f"{waiting.prefix}{leaf}", waiting.dataset.state_dict
+                if key in read:
+                    undo.callback(read.__setitem__, key, read[key])
+                else:
+                    undo.callback(read.pop, key)
+                read[key] = waiting[leaf].to(device)
+        yield
+
+
 def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
     """The values of a parameter or buffer, whether live or offloaded.
 

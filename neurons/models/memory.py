@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from neurons.architectures.offload import offloaded_bytes
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, tensor_entries
 from neurons.models.next_token import LOGIT_BYTES_AT_ONCE
@@ -99,7 +100,7 @@ class Sizes:
         keys: width of a layer's keys, and of its values.
         vocabulary: V.
         value: bytes of a value of the activations, b.
-        weights: bytes of all weights.
+        weights: bytes of all weights; if some are or would be offloaded, of the others and of one layer.
     """
 
     layers: int
@@ -209,16 +210,17 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
     anatomy, model = source.anatomy, getattr(source, "model", None)
     config = (_config(source.checkpoint) if model is None else model.config).get_text_config()
     if model is not None:
-        value, parameters = model.dtype.itemsize, list(model.parameters())
-        # A planned model has all parameters on the meta device, an offloaded one only some.
-        planned = all(p.is_meta for p in parameters)
-        weights = sum(p.nbytes for p in parameters if planned or not p.is_meta)
+        value = model.dtype.itemsize
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        offloaded = offloaded_bytes(model)
+        if offloaded:
+            weights += max(offloaded_bytes(layer) for layer in anatomy.blocks) - offloaded
     else:
         stored, count = _stored(source.checkpoint)
         value = stored if value is None else value
         weights = count * value
     reached = anatomy.expert_width * max(1, getattr(config, "num_experts_per_tok", 1) or 1)
-    return Sizes(
+    sizes = Sizes(
         layers=anatomy.layers,
         residual=anatomy.residual,
         inner=min(anatomy.neurons, reached),
@@ -229,6 +231,11 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
         value=value,
         weights=weights,
     )
+    planned = model is not None and not offloaded and all(weight.is_meta for weight in model.parameters())
+    if planned and weights > memory_limit() - LIBRARIES - MIN_WORK:
+        layer = max(sum(weight.nbytes for weight in block.parameters()) for block in anatomy.blocks)
+        return replace(sizes, weights=max(layer, memory_beside_work(sizes)))
+    return sizes
 
 
 def read_weights(planned: LoadedModel, logits: bool) -> int:
@@ -243,7 +250,8 @@ def read_weights(planned: LoadedModel, logits: bool) -> int:
         stored = _stored(planned.checkpoint)[0]
     except (BrocaError, ValueError):  # a config alone
         return weights
-    if logits or planned.device.type == "cuda" or stored != planned.model.dtype.itemsize:
+    offloads = weights < sum(parameter.nbytes for parameter in planned.model.parameters())
+    if logits or offloads or planned.device.type == "cuda" or stored != planned.model.dtype.itemsize:
         return weights
     ends = (planned.model.get_input_embeddings(), planned.model.get_output_embeddings())
     embeddings = {id(end.weight): int(end.weight.nbytes) for end in ends if end is not None}
@@ -269,6 +277,13 @@ def covariance_room(loaded: LoadedModel) -> int:
 def memory_for_weights() -> int | None:
     """Maximum bytes of weights in main memory if a limit was set: the limit less libraries and work."""
     return None if _limit is None else max(0, _limit - LIBRARIES - MIN_WORK)
+
+
+def memory_beside_work(sizes: Sizes) -> int:
+    """Maximum bytes of weights in main memory if some stay on disk: what the largest work on a layer leaves."""
+    width = max(sizes.inner, sizes.attention)
+    solving = covariance_bytes(width) + solving_bytes(width)
+    return max(0, memory_limit() - LIBRARIES - WORK - solving)
 
 
 def max_room(loaded: LoadedModel) -> int:
@@ -323,6 +338,23 @@ def kept_bytes(loaded: LoadedModel, tokens: int) -> int:
     """Hidden states of ``tokens`` between two layers."""
     sizes = sizes_of(loaded)
     return sizes.value * sizes.residual * tokens
+
+
+def paused_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """What paused passes over ``tokens`` keep: embeddings and hidden states."""
+    return 2 * kept_bytes(loaded, tokens)
+
+
+def paused_room(loaded: LoadedModel, solving: int = 0) -> int:
+    """Bytes for paused passes: what other work leaves.
+
+    Args:
+        loaded: the model.
+        solving: bytes that are needed while the passes are paused.
+    """
+    if loaded.device.type == "cuda":
+        return room(loaded) // 2
+    return max(0, max_room(loaded) - max(room(loaded), solving))
 
 
 def _config(checkpoint: Path) -> Any:

@@ -32,7 +32,7 @@ from neurons.models.checkpoint_files import (
 )
 from neurons.models.complete_weights import require_complete
 from neurons.models.fingerprint import fingerprint
-from neurons.models.memory import memory_for_weights
+from neurons.models.memory import memory_beside_work, memory_for_weights, sizes_of
 from neurons.models.placement import max_memory_per_device
 from neurons.models.processes import own_gpu
 
@@ -257,9 +257,8 @@ def load_model(
     check_tied(model, checkpoint, bool(getattr(config, "tie_word_embeddings", False)))
     digest = fingerprint(checkpoint)
     each = None if target == "auto" else target.itemsize
-    if max_memory is None:
-        max_memory = memory_for_weights()
-    per_device = max_memory_per_device(checkpoint, where, each if bits is None else bits / 8, max_memory)
+    allowed = memory_for_weights() if max_memory is None else max_memory
+    per_device = max_memory_per_device(checkpoint, where, each if bits is None else bits / 8, allowed)
     place: dict[str, Any] = {"device_map": {"": where}}
     folder: TemporaryDirectory[str] | None = None
     if bits is not None:
@@ -272,10 +271,14 @@ def load_model(
     elif device == "auto" and per_device is not None:
         # For offloaded weights whose form on disk differs from the model's: fused experts.
         folder = TemporaryDirectory(prefix="broca-")
+        if max_memory is None:
+            # Weights in memory save little if the others are read anyway: they leave room for full batches.
+            planned = ModelSource(model, checkpoint, digest, anatomy_of(_empty(config)))
+            per_device["cpu"] = min(per_device["cpu"], memory_beside_work(sizes_of(planned, each)))
         place = {"device_map": "auto", "max_memory": per_device, "offload_folder": folder.name}
-    elif per_device is not None and max_memory is not None:
+    elif per_device is not None and allowed is not None:
         raise UsageError(
-            f"{model}: its weights need more than the {max_memory / 1e9:.1f} GB allowed on {where}: use "
+            f"{model}: its weights need more than the {allowed / 1e9:.1f} GB allowed on {where}: use "
             "--device auto, which offloads the rest to main memory or disk"
         )
     try:

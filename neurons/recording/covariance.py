@@ -1,13 +1,13 @@
 """Streamed means and pooled within-language covariances of selected units of a site.
 
 A covariance of 14,336 neurons takes 1.6 GB, so layers are processed in groups that fit into memory.  No layer runs
-twice: the hidden states after each group are kept for every batch, and the next group starts from them
-(``neurons.recording.partial_forward``).
+twice: the passes over all batches pause after each group (``neurons.recording.in_step``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +17,20 @@ from neurons.errors import BrocaError
 from neurons.models.memory import (
     covariance_bytes,
     covariance_room,
-    kept_bytes,
     max_room,
-    room,
     solving_bytes,
 )
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
-from neurons.recording.partial_forward import Kept, forward_between, supports_partial_forward
-from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
+from neurons.recording.text_pass import (
+    MAX_PAUSED,
+    Position,
+    PositionReader,
+    Progress,
+    TextInStep,
+    numbered,
+    read_text,
+)
 from neurons.statistics.gram import Gram, Workspace
 from neurons.statistics.sums import column_sums
 from neurons.text.batches import TokenBatch
@@ -115,34 +120,25 @@ def each_moments(
     flat = numbered(batches)
     parts = _parts(loaded, units)
     layers = 1 + max(layer for _, layer in units)
-    from_kept = len(parts) > 1 and _starts_between(loaded, flat)
-    kept: list[Kept | None] = [None] * len(flat)
-    start = done = 0
-    for part in parts:
-        stop = 1 + max(layer for _, layer in part)
-        sums = _Sums(loaded, batches, part, groups)
-        read_text(
-            loaded,
-            flat,
-            sums.readers(),
-            None if progress is None else _partial_progress(progress, done, stop, layers),
-            run=_layers_between(loaded, start, stop, kept, from_kept),
-        )
-        yield from sums.moments()
-        done = stop
-        start = stop if from_kept else 0
-
-
-def _layers_between(
-    loaded: LoadedModel, start: int, stop: int, kept: list[Kept | None], keeps: bool
-) -> Callable[[int, TokenBatch], None]:
-    """A function that runs the layers ``start`` to ``stop - 1`` on a batch, from what the last pass kept of it."""
-
-    def run(at: int, batch: TokenBatch) -> None:
-        states = forward_between(loaded.model, loaded.anatomy, batch, start, stop, kept[at])
-        kept[at] = states if keeps else None
-
-    return run
+    done = 0
+    with ExitStack() as open_now:
+        in_step = None
+        if len(parts) > 1 and len(flat) <= MAX_PAUSED:
+            solving = max(sum(covariance_bytes(len(index)) for index in part.values()) for part in parts)
+            solving += max(solving_bytes(len(index)) for index in units.values())
+            in_step = open_now.enter_context(TextInStep(loaded, flat, layers=layers, solving=solving))
+        for part in parts:
+            stop = 1 + max(layer for _, layer in part)
+            sums = _Sums(loaded, batches, part, groups)
+            if in_step is not None:
+                in_step.read(sums.readers(), progress, stop)
+            else:
+                partial_progress = (
+                    None if progress is None else _partial_progress(progress, done, stop, layers)
+                )
+                read_text(loaded, flat, sums.readers(), partial_progress, layers=stop)
+            yield from sums.moments()
+            done = stop
 
 
 def _partial_progress(progress: Progress, done: int, stop: int, layers: int) -> Progress:
@@ -275,11 +271,3 @@ def _parts(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dic
         parts[-1].update(of_layer)
         remaining -= size
     return parts
-
-
-def _starts_between(loaded: LoadedModel, batches: Sequence[tuple[int, TokenBatch]]) -> bool:
-    """Whether a group can start where the last stopped: the model supports it, and the hidden states fit."""
-    tokens = sum(batch.ids.numel() for _, batch in batches)
-    return kept_bytes(loaded, tokens) <= room(loaded) and supports_partial_forward(
-        loaded.model, loaded.anatomy
-    )

@@ -1,4 +1,4 @@
-"""Partial forward passes: start at a layer from kept hidden states, or stop before one.
+"""Partial forward passes, which start at a layer from kept hidden states.
 
 The model runs with its own embeddings, masks and positions.  Only the ``forward`` of the skipped layers is replaced,
 by one that returns the kept hidden states.
@@ -7,7 +7,7 @@ by one that returns the kept hidden states.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,57 +103,6 @@ def forward_from(
         raise BrocaError(f"no input hidden states of layer {layer} were kept")
     with _skipped(anatomy, layer, kept, batch.ids.device):
         return forward(model, batch)
-
-
-@torch.no_grad()
-def forward_between(
-    model: Any, anatomy: Anatomy, batch: TokenBatch, start: int, stop: int, kept: Kept | None
-) -> Kept | None:
-    """Run only the layers ``start`` to ``stop - 1``.
-
-    Args:
-        model: causal language model.
-        anatomy: its anatomy.
-        batch: the batch, on the model's device.
-        start: the first layer that runs; 0 needs nothing kept.
-        stop: the layer before which the pass stops, start + 1 to L.
-        kept: result of an earlier call that stopped at ``start``.
-
-    Returns:
-        What the next call needs to start at ``stop``, on the CPU; None after the last layer.
-
-    Raises:
-        BrocaError: nothing was kept for layer ``start``.
-    """
-    if stop == anatomy.layers:
-        forward_from(model, anatomy, batch, start, kept)
-        return None
-    entering: list[torch.Tensor] = []
-    other_outputs: dict[int, tuple[Any, ...] | None] = {} if kept is None else dict(kept.other_outputs)
-
-    def end(_: nn.Module, arguments: Any, named: Any) -> None:
-        hidden = arguments[0] if arguments else named["hidden_states"]
-        entering.append(hidden.to("cpu", copy=True))
-        raise _StopError
-
-    def note(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            other_outputs[layer] = _other_outputs(output)
-
-        return after
-
-    with ExitStack() as open_now:
-        handle = anatomy.blocks[stop].register_forward_pre_hook(end, with_kwargs=True)
-        open_now.callback(handle.remove)
-        for layer in range(start, stop):
-            open_now.callback(anatomy.blocks[layer].register_forward_hook(note(layer)).remove)
-        with suppress(_StopError):
-            forward_from(model, anatomy, batch, start, kept)
-    return Kept({stop: entering[0]}, other_outputs)
-
-
-class _StopError(Exception):
-    """The requested layers have run."""
 
 
 def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.Tensor:

@@ -123,14 +123,14 @@ def record(
             progress(counted_tokens(batch for _, batch in of_process[:done]))
     remaining = of_process[done:]
 
-    def after(at: int) -> None:
-        k, batch = remaining[at]
-        counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
-        if (done + at + 1) % CHECKED_EVERY == 0:
+    def after(read: range) -> None:
+        for k, batch in remaining[read.start : read.stop]:
+            counts[:, k] += torch.tensor([int(batch.counted.sum()), len(batch.ids)])
+        if (done + read.start) // CHECKED_EVERY < (done + read.stop) // CHECKED_EVERY:
             totals.require_finite()
         if unfinished is not None and unfinished.is_due():
             kept_responses = {f"responses {language}": values for language, values in responses.items()}
-            unfinished.save(done + at + 1, {**totals.state(), "counts": counts, **kept_responses})
+            unfinished.save(done + read.stop, {**totals.state(), "counts": counts, **kept_responses})
 
     with recomputing(anatomy) if recomputes and backward else nullcontext():
         read_text(

@@ -20,6 +20,7 @@ from editing.methods.learned_values import learned_values
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
+from neurons.models.memory import LIBRARIES, MIN_WORK, WORK, room, sizes_of
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_report import neuron_report
 from neurons.recording.record import loss_sum, record
@@ -226,6 +227,39 @@ def test_a_person_is_told_what_waits_on_disk(broca, checkpoint_of, corpus_direct
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 250_000})
     status, _, said = broca(*asked)
     assert status == 0 and "disk" in said and str(checkpoint_of().name) in said.replace("\n", "")
+
+
+def test_a_memory_limit_changes_no_byte(broca, checkpoint_of, corpus_directory, tmp_path, monkeypatch):
+    """Statistics, direction and plan of a model on disk are the files of a model in memory."""
+    monkeypatch.setattr("neurons.models.memory._limit", None)  # restored afterwards
+    model = checkpoint_of()
+    limit = LIBRARIES + MIN_WORK + size_of(load_model(str(model), device="cpu")) // 2
+    files = {}
+    for name, limited in (("whole", []), ("limited", ["--max-memory", str(limit)])):
+        folder = tmp_path / name
+        folder.mkdir()
+        statistics, direction, plan = (folder / f"{part}.safetensors" for part in ("s", "d", "e"))
+        text = [model, "--corpus", corpus_directory, *limited]
+        for command in (
+            ["record", *text, "--out", statistics],
+            ["direction", *text, "--source", "qaa", "--target", "qab", "--out", direction],
+            ["edit", *text, "--direction", direction, "--blocks", "attn,mlp", "--out", plan],
+        ):
+            status, _, said = broca(*command)
+            assert status == 0, said
+            assert command[0] == "edit" or ("read from" in said) == bool(limited)
+        files[name] = [path.read_bytes() for path in (statistics, direction, plan)]
+    assert files["limited"] == files["whole"]
+
+
+def test_the_weights_of_a_model_on_disk_leave_the_memory_to_the_work(checkpoint_of, monkeypatch):
+    whole, other = (
+        load_model(str(checkpoint_of()), **where) for where in ({"device": "cpu"}, {"max_memory": 0})
+    )
+    layer = sum(parameter.nbytes for parameter in whole.anatomy.blocks[0].parameters())
+    assert sizes_of(other).weights == layer < sizes_of(whole).weights == size_of(whole)
+    monkeypatch.setattr("neurons.models.memory._limit", LIBRARIES + WORK + layer)
+    assert room(other) == WORK > room(whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

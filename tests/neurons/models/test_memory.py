@@ -105,6 +105,15 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
         batches_for(llama, False, 1)
 
 
+def test_a_model_larger_than_the_limit_is_planned_on_disk(checkpoint_of):
+    """A dry run plans what loading with the same limit does."""
+    limit_memory(memory.LIBRARIES + memory.MIN_WORK)
+    planned, loaded = plan_model(str(checkpoint_of())), load_model(str(checkpoint_of()))
+    of_layer = sum(parameter.nbytes for parameter in loaded.anatomy.blocks[0].parameters())
+    assert sizes_of(planned).weights == sizes_of(loaded).weights == of_layer
+    assert read_weights(planned, False) == of_layer
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_wait_on_disk_where_no_logits_are_made(checkpoint_of, tied):
     stored = plan_model(str(checkpoint_of(tied=tied, dtype="bfloat16")), dtype="bfloat16")

@@ -35,7 +35,6 @@ def units_of(loaded):
 
 def one_layer_at_a_time(monkeypatch):
     monkeypatch.setattr(memory, "WORK", 1)
-    monkeypatch.setattr("neurons.recording.covariance.kept_bytes", lambda loaded, tokens: 0)
 
 
 def test_groups_of_layers_are_all_layers_at_once(loaded, corpus, monkeypatch):
