@@ -19,7 +19,7 @@ from torch import nn
 
 from neurons.architectures.anatomy import EXPERT_SITES, SITES, Anatomy, Part, first, output_module
 from neurons.architectures.examination import examine
-from neurons.architectures.layouts import LAYOUTS, Layout
+from neurons.architectures.layouts import Layout, row_of
 from neurons.errors import BrocaError
 
 _EXPERTS_FORWARD = "broca_reading"
@@ -124,8 +124,12 @@ def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
 
 def body(model: Any) -> nn.Module:
     """The model without its output embeddings: it gives last hidden states."""
-    base: nn.Module = model.base_model if model.base_model is not model else model.model
-    return base
+    base: Any = model.base_model
+    if base is model:
+        # Llama 4's wrapper has a whole causal language model inside.
+        base = getattr(model, "model", None) or model.get_decoder().base_model
+    module: nn.Module = base
+    return module
 
 
 def logits(
@@ -140,7 +144,7 @@ def logits(
         head: replaces the model's output embeddings.
     """
     text = model.config.get_text_config()
-    layout = LAYOUTS.get(model.config.model_type) or _examined_once(model)
+    layout = row_of(model.config) or _examined_once(model)
     made: torch.Tensor = (model.get_output_embeddings() if head is None else head)(hidden).to(hidden.device)
     scale, divisor, cap = (
         None if name is None else getattr(text, name, None)

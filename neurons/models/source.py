@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of, with_modules_of
+from neurons.architectures.auto_class import auto_class
 from neurons.architectures.low_bits import keep_layout, quantisation_config, quantised_settings
 from neurons.architectures.offload import execution_device, offloaded_bytes, reload_for_gradients
 from neurons.architectures.quantisation import quantised_remedy
@@ -281,7 +282,7 @@ def load_model(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         with _quietly():
-            loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded, report = auto_class(config).from_pretrained(
                 checkpoint,
                 dtype=target,
                 output_loading_info=True,
@@ -384,11 +385,9 @@ def _empty(config: Any) -> Any:
     Raises:
         BrocaError: transformers has no causal language model for this config.
     """
-    import transformers
-
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto_class(config).from_config(config, trust_remote_code=False)
     except ValueError as error:
         _reject_remote_code(config.model_type, error)
         raise BrocaError(

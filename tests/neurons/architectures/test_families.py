@@ -19,7 +19,7 @@ from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.architectures.anatomy import BLOCKS, anatomy_of
 from neurons.architectures.examination import examine
-from neurons.architectures.layouts import LAYOUTS
+from neurons.architectures.layouts import LAYOUTS, WRAPPERS
 from neurons.architectures.self_check import self_check, writes_to_residual
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -27,7 +27,7 @@ from neurons.models.source import load_model, open_model
 from neurons.recording.record import record
 from neurons.text.batches import TokenBatch
 
-TYPES = sorted(set(LAYOUTS) - {name.partition("-")[0] for name in models.FAMILIES})
+TYPES = sorted({*LAYOUTS, *WRAPPERS} - {name.partition("-")[0] for name in models.FAMILIES})
 # Not found by structure: their experts or their activation are unlike those of all others.
 UNLIKE = ("llama4", "llama4_text", "gemma3n_text", "falcon_h1", "lfm2", "lfm2_moe")
 IDS = torch.tensor([[5, 40, 63, 70, 41, 9, 80, 65, 30], [7, 66, 50, 51, 89, 90, 17, 61, 62]])
