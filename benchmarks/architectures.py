@@ -1,5 +1,7 @@
 """What Broca does with every causal language model of transformers' registry, on tiny random models.
 
+--wrappers: with every model of images and text, of which Broca edits the language model, on text alone.
+
 For each model type it builds a random model of a few layers from the type's config class, saves it, and tries
 
     neurons     positive counts and means are recorded, and silencing a neuron at its site and in its weight is the same
@@ -14,6 +16,7 @@ below) or in "unexpected error".  Each has its own process.  --table writes the 
     python benchmarks/architectures.py
     python benchmarks/architectures.py --types qwen3_5_text,jamba
     python benchmarks/architectures.py --table docs/architectures.md
+    python benchmarks/architectures.py --wrappers --table docs/architectures.md
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -353,16 +356,15 @@ def _preload() -> None:
 
 
 def registry() -> list[str]:
-    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return sorted({*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *wrappers()})
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def wrappers() -> Collection[str]:
-    from transformers.models.auto import modeling_auto
+def registry_of_wrappers() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    names: Collection[str] = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
-    return names
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def merged(made: Sequence[Outcome], path: Path | None) -> list[Outcome]:
@@ -407,11 +409,11 @@ def _markdown(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])
 
 
-def write_table(made: Sequence[Outcome], page: Path) -> None:
-    """Replace what is between the page's two marks."""
-    begin, end = "<!-- generated -->", "<!-- end -->"
+def write_table(made: Sequence[Outcome], page: Path, begin: str) -> None:
+    """Replace what is between the mark ``begin`` of the page and the next end."""
+    end = "<!-- end -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
+    after = rest.split(end, 1)[1]
     page.write_text(f"{before}{begin}\n{table_of(made)}\n{end}{after}", encoding="utf-8")
 
 
@@ -420,10 +422,12 @@ def write_table(made: Sequence[Outcome], page: Path) -> None:
 @click.option("--at-once", default=1, show_default=True, help="processes")
 @click.option("--out", type=Path, help="JSON of the outcomes; those of other types in it stay")
 @click.option("--table", type=Path, help="Markdown page whose generated part is replaced")
-def main(types: str | None, at_once: int, out: Path | None, table: Path | None) -> None:
+@click.option("--wrappers", is_flag=True, help="the registry of models of images and text")
+def main(types: str | None, at_once: int, out: Path | None, table: Path | None, wrappers: bool) -> None:
     """Try every model type."""
     made = []
-    for result in outcomes(types.split(",") if types else registry(), at_once):
+    whole = registry_of_wrappers() if wrappers else registry()
+    for result in outcomes(types.split(",") if types else whole, at_once):
         made.append(result)
         row = (result.kind, result.neurons, result.heads, result.experts, result.keyed, result.ablation)
         click.echo(f"{result.model_type:24} {' | '.join(row)}  [{result.seconds:.1f} s]  {result.why}")
@@ -432,7 +436,7 @@ def main(types: str | None, at_once: int, out: Path | None, table: Path | None) 
     if out is not None:
         out.write_text(json.dumps([asdict(result) for result in made], indent=1) + "\n")
     if table is not None:
-        write_table(made, table)
+        write_table(made, table, "<!-- wrappers -->" if wrappers else "<!-- generated -->")
 
 
 if __name__ == "__main__":

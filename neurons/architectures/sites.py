@@ -124,11 +124,9 @@ def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
 
 def body(model: Any) -> nn.Module:
     """The model without its output embeddings: it gives last hidden states."""
-    base: Any = model.base_model
-    if base is model:
-        # Llama 4's wrapper has a whole causal language model inside.
-        base = getattr(model, "model", None) or model.get_decoder().base_model
-    module: nn.Module = base
+    base: Any = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    # Llama 4's wrapper has a whole causal language model inside.
+    module: nn.Module = body(model.get_decoder()) if base is None else base
     return module
 
 

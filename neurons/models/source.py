@@ -36,6 +36,7 @@ from neurons.models.fingerprint import fingerprint
 from neurons.models.memory import memory_for_weights
 from neurons.models.placement import max_memory_per_device
 from neurons.models.processes import own_gpu
+from neurons.models.tokenizer import load_tokenizer
 
 # Copies of the weights in other formats.
 OTHER_FORMATS = (
@@ -239,7 +240,6 @@ def load_model(
         BrocaError: quantised, an architecture that fails the self-check, or files that cannot be loaded.
     """
     model = str(model)
-    import transformers
 
     quantised = None if bits is None else quantised_settings(bits)
     checkpoint = locate(model)
@@ -280,7 +280,7 @@ def load_model(
             "--device auto, which offloads the rest to main memory or disk"
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = load_tokenizer(checkpoint)
         with _quietly():
             loaded, report = auto_class(config).from_pretrained(
                 checkpoint,
@@ -331,7 +331,6 @@ def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         UsageError: no such model or device.
         BrocaError: quantised, or an architecture that is not supported.
     """
-    import transformers
 
     checkpoint = locate(model)
     config = _config(model, checkpoint)
@@ -342,7 +341,7 @@ def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     )
     empty = _empty(config).to(of_model).eval().requires_grad_(False)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = load_tokenizer(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError):
         tokenizer = None
     return LoadedModel(model, checkpoint, "", anatomy_of(empty), empty, tokenizer)
@@ -383,7 +382,7 @@ def _empty(config: Any) -> Any:
     """The model without weights, on the meta device.
 
     Raises:
-        BrocaError: transformers has no causal language model for this config.
+        BrocaError: transformers has no causal language model for this config, or it needs a library that is missing.
     """
     try:
         with torch.device("meta"):
@@ -393,6 +392,11 @@ def _empty(config: Any) -> Any:
         raise BrocaError(
             f"architecture {config.model_type!r} is supported neither by Broca nor by transformers as a causal "
             f"language model ({first_line(error)})"
+        ) from error
+    except ImportError as error:
+        raise BrocaError(
+            f"architecture {config.model_type!r} needs a library that is not installed: "
+            f"{first_line(error).partition('. ')[0]}"
         ) from error
     # Invalid sizes that pass the config class may raise anything here.
     except Exception as error:

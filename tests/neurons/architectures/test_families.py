@@ -28,8 +28,18 @@ from neurons.recording.record import record
 from neurons.text.batches import TokenBatch
 
 TYPES = sorted({*LAYOUTS, *WRAPPERS} - {name.partition("-")[0] for name in models.FAMILIES})
-# Not found by structure: their experts or their activation are unlike those of all others.
-UNLIKE = ("llama4", "llama4_text", "gemma3n_text", "falcon_h1", "lfm2", "lfm2_moe")
+# Not found by structure: their experts or their activation are unlike those of all others, or (of wrappers of Cohere 2) the
+# config has a scale of the logits that the head does not apply.
+UNLIKE = (
+    "llama4",
+    "llama4_text",
+    "gemma3n_text",
+    "falcon_h1",
+    "lfm2",
+    "lfm2_moe",
+    "aya_vision",
+    "cohere2_vision",
+)
 IDS = torch.tensor([[5, 40, 63, 70, 41, 9, 80, 65, 30], [7, 66, 50, 51, 89, 90, 17, 61, 62]])
 
 

@@ -3,6 +3,8 @@
 That silencing a neuron at its site and in its weight is the same is tried in test_families.py.
 """
 
+from importlib.util import find_spec
+
 import peft
 import pytest
 import torch
@@ -18,7 +20,6 @@ from editing.plans.applied import applied
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, anatomy_of
 from neurons.architectures.layouts import LAYOUTS, WRAPPERS, row_of
-from neurons.errors import BrocaError
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.memory import sizes_of
 from neurons.models.source import load_model, open_model, plan_model
@@ -170,11 +171,21 @@ def test_experts_are_edited_in_the_orientation_of_their_tensor(tmp_path):
     assert not torch.equal(logits_of(plain.model, plain.anatomy), made[0])
 
 
-def test_a_wrapper_that_is_not_understood_is_named(tmp_path):
-    transformers.BlipConfig().save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("model_type", "named"),
+    [
+        ("blip", "blip"),
+        pytest.param(
+            "gemma3n", "timm", marks=pytest.mark.skipif(find_spec("timm") is not None, reason="has timm")
+        ),
+    ],
+)
+def test_a_wrapper_that_cannot_be_edited_ends_in_a_sentence(broca, tmp_path, model_type, named):
+    transformers.CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
     save_file({"weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(BrocaError, match="blip"):
-        open_model(tmp_path)
+    status, _, error = broca("inspect", tmp_path)
+    assert status == 1 and len(error.splitlines()) == 1
+    assert model_type in error and named in error
 
 
 def test_the_rows_of_language_models_keep_their_class(tmp_path):
