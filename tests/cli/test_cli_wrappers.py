@@ -5,7 +5,6 @@ import json
 import models
 import pytest
 from conversations import OF_PARTS
-from tiny_models import tiny_config, tiny_model
 
 from editing.pipeline import lock_text
 from neurons.files.tensor_files import tensor_entries
@@ -14,13 +13,7 @@ from neurons.files.tensor_files import tensor_entries
 @pytest.fixture(scope="module", params=["qwen2_vl", "smolvlm"])
 def model(request, tmp_path_factory):
     """A wrapper with a chat template of its processor, which takes messages in parts."""
-    directory = tmp_path_factory.mktemp(request.param)
-    config = tiny_config(request.param)
-    text, tokenizer = config.get_text_config(), models.tiny_tokenizer()
-    text.vocab_size, text.max_position_embeddings = len(tokenizer), 512
-    text.eos_token_id = text.pad_token_id = tokenizer.eos_token_id
-    tiny_model(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    directory = models.build_wrapper(tmp_path_factory.mktemp(request.param), request.param)
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": OF_PARTS}))
     return directory
 
