@@ -203,7 +203,7 @@ def _small(config_class: Any, overrides: dict[str, Any], sizes: dict[str, Any] =
     for name in {"layer_types", "mlp_layer_types", "layers_block_type"} - others.keys():
         kinds = getattr(default, name, None)
         if isinstance(kinds, list) and kinds and not isinstance(_attribute(config_class, name), property):
-            settings[name] = _representative(kinds)
+            settings[name] = _representative(kinds, settings.get("num_hidden_layers", LAYERS))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(default, name, None) is not None:
             settings[name] = 1
@@ -216,11 +216,11 @@ def _attribute(config_class: Any, name: str) -> Any:
     return getattr(config_class, getattr(config_class, "attribute_map", {}).get(name, name), None)
 
 
-def _representative(kinds: list[str]) -> list[str]:
-    """LAYERS kinds of layers, all that occur if there is room, in the order of their first occurrence."""
+def _representative(kinds: list[str], layers: int) -> list[str]:
+    """Kinds of layers, all that occur if there is room, in the order of their first occurrence."""
     distinct = list(dict.fromkeys(kinds))
-    places = [distinct[at * len(distinct) // LAYERS] for at in range(LAYERS)]
-    return places if len(distinct) <= LAYERS else distinct[:LAYERS]
+    places = [distinct[at * len(distinct) // layers] for at in range(layers)]
+    return places if len(distinct) <= layers else distinct[:layers]
 
 
 def tiny_model(config: Any) -> Any:
