@@ -1,5 +1,7 @@
 """What Broca does with every causal language model of transformers' registry, on tiny random models.
 
+--wrappers: with every model of images and text, of which Broca edits the language model, on text alone.
+
 For each model type it builds a random model of a few layers from the type's config class, saves it, and tries
 
     neurons     positive counts and means are recorded, and silencing a neuron at its site and in its weight is the same
@@ -17,6 +19,7 @@ column vLLM comes from a JSON file of --vllm: model type -> "served", or vLLM's 
     python benchmarks/architectures.py
     python benchmarks/architectures.py --types qwen3_5_text,jamba
     python benchmarks/architectures.py --table docs/architectures.md
+    python benchmarks/architectures.py --wrappers --table docs/architectures.md
 """
 
 from __future__ import annotations
@@ -430,6 +433,12 @@ def registry() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def registry_of_wrappers() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
 def merged(made: Sequence[Outcome], path: Path | None) -> list[Outcome]:
     """The outcomes and those of other types in a file, by type."""
     before = json.loads(path.read_text()) if path is not None and path.exists() else []
@@ -488,11 +497,11 @@ def _markdown(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])
 
 
-def write_table(made: Sequence[Outcome], page: Path, served: Mapping[str, str]) -> None:
-    """Replace what is between the page's two marks."""
-    begin, end = "<!-- generated -->", "<!-- end -->"
+def write_table(made: Sequence[Outcome], page: Path, begin: str, served: Mapping[str, str]) -> None:
+    """Replace what is between the mark ``begin`` of the page and the next end."""
+    end = "<!-- end -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
+    after = rest.split(end, 1)[1]
     page.write_text(f"{before}{begin}\n{table_of(made, served)}\n{end}{after}", encoding="utf-8")
 
 
@@ -502,10 +511,14 @@ def write_table(made: Sequence[Outcome], page: Path, served: Mapping[str, str]) 
 @click.option("--out", type=Path, help="JSON of the outcomes; those of other types in it stay")
 @click.option("--table", type=Path, help="Markdown page whose generated part is replaced")
 @click.option("--vllm", type=Path, help='JSON: model type -> "served", or the message of vLLM')
-def main(types: str | None, at_once: int, out: Path | None, table: Path | None, vllm: Path | None) -> None:
+@click.option("--wrappers", is_flag=True, help="the registry of models of images and text")
+def main(
+    types: str | None, at_once: int, out: Path | None, table: Path | None, vllm: Path | None, wrappers: bool
+) -> None:
     """Try every model type."""
     made = []
-    for result in outcomes(types.split(",") if types else registry(), at_once):
+    whole = registry_of_wrappers() if wrappers else registry()
+    for result in outcomes(types.split(",") if types else whole, at_once):
         made.append(result)
         row = (result.kind, result.neurons, result.heads, result.experts, result.keyed)
         row += (result.steer2edit, result.lora, result.ablation)
@@ -515,7 +528,8 @@ def main(types: str | None, at_once: int, out: Path | None, table: Path | None, 
     made = merged(made, out)
     click.echo(summary(made))
     if table is not None:
-        write_table(made, table, {} if vllm is None else json.loads(vllm.read_text(encoding="utf-8")))
+        served = {} if vllm is None else json.loads(vllm.read_text(encoding="utf-8"))
+        write_table(made, table, "<!-- wrappers -->" if wrappers else "<!-- generated -->", served)
 
 
 if __name__ == "__main__":

@@ -47,13 +47,48 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
     "num_nextn_predict_layers": 0,
 }
+# In a part of a config that is not the language model's.
+TOWER_SIZES: dict[str, Any] = {
+    **SIZES,
+    **dict.fromkeys(("num_hidden_layers", "depth"), 2),
+    **dict.fromkeys(("num_heads", "num_attention_heads"), 4),
+    **dict.fromkeys(("embed_dim", "out_hidden_size"), WIDTH),
+    "image_size": 64,
+    "patch_size": 16,
+}
 # What a type needs beside SIZES; of nested configs as {"text_config": {...}}.
 _MAMBA = {"mamba_expand": 1}
 _DECODER = {
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "decoder_layers"), 4),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim"), 96),
 }
+
+
+def _positions(*section: int, **rest: Any) -> dict[str, Any]:
+    """Positions in time, height and width, which need their numbers of pairs."""
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": list(section),
+            **rest,
+        }
+    }
+
+
+_GLM = {"text_config": _positions(2, 3, 3)}
+_FEW_DEEP = {"vision_config": {"deepstack_visual_indexes": [0, 1]}}
+_ONE_SIZE = {"image_grid_pinpoints": [[64, 64]]}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"text_config": _positions(2, 3, 3)},
+    "qwen2_5_vl": {"text_config": _positions(2, 3, 3), "vision_config": {"fullatt_block_indexes": [1]}},
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _FEW_DEEP),
+    **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm_ocr"), _GLM),
+    "glm4v_moe": {"text_config": _positions(1, 1, 2, partial_rotary_factor=0.5)},
+    "internvl": {"vision_config": {"image_size": [64, 64], "patch_size": [16, 16]}},
+    "cohere2_vision": {"alignment_intermediate_size": 64},
+    "gemma3": {"mm_tokens_per_image": 4},
+    **dict.fromkeys(("llava_next", "llava_onevision"), _ONE_SIZE),
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {
         **_MAMBA,
@@ -102,7 +137,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "gemma4": {
-        "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+        "text_config": {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+        },
+        # By default it has no tower.
+        "vision_config": {
+            **dict.fromkeys(("hidden_size", "intermediate_size"), WIDTH),
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
+            **dict.fromkeys(("head_dim", "global_head_dim", "patch_size"), 16),
+            "num_hidden_layers": 2,
+            "position_embedding_size": 16,
+        },
     },
     "gemma4_unified": {
         "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
@@ -160,8 +206,11 @@ def _small(config_class: Any, overrides: dict[str, Any], sizes: dict[str, Any]) 
     }
     for part in parts:
         of_part = getattr(default, part, None)
-        if of_part is not None:
-            settings[part] = _small(type(of_part), overrides.get(part, {}), sizes).to_dict()
+        if of_part is None and part in overrides:
+            settings[part] = overrides[part]
+        elif of_part is not None:
+            of_part_sizes = sizes if of_part is default.get_text_config() else TOWER_SIZES
+            settings[part] = _small(type(of_part), overrides.get(part, {}), of_part_sizes).to_dict()
     if getattr(default, "head_dim", None) == getattr(default, "qk_rope_head_dim", 0):
         settings["head_dim"] = sizes["qk_rope_head_dim"]
     if getattr(default, "kv_lora_rank", None) and "num_key_value_heads" in settings:
@@ -171,7 +220,7 @@ def _small(config_class: Any, overrides: dict[str, Any], sizes: dict[str, Any]) 
     for name in set(LAYER_KINDS) - others.keys():
         kinds = getattr(default, name, None)
         if isinstance(kinds, list) and kinds and not isinstance(_attribute(config_class, name), property):
-            settings[name] = _representative(kinds)
+            settings[name] = _representative(kinds, settings.get("num_hidden_layers", LAYERS))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(default, name, None) is not None:
             settings[name] = 1
@@ -184,22 +233,22 @@ def _attribute(config_class: Any, name: str) -> Any:
     return getattr(config_class, getattr(config_class, "attribute_map", {}).get(name, name), None)
 
 
-def _representative(kinds: list[str]) -> list[str]:
-    """LAYERS kinds of layers, all that occur if there is room, in the order of their first occurrence."""
+def _representative(kinds: list[str], layers: int) -> list[str]:
+    """Kinds of layers, all that occur if there is room, in the order of their first occurrence."""
     distinct = list(dict.fromkeys(kinds))
-    places = [distinct[at * len(distinct) // LAYERS] for at in range(LAYERS)]
-    return places if len(distinct) <= LAYERS else distinct[:LAYERS]
+    places = [distinct[at * len(distinct) // layers] for at in range(layers)]
+    return places if len(distinct) <= layers else distinct[:layers]
 
 
 def tiny_model(config: Any) -> Any:
     """A random model in which every weight matters."""
-    import transformers
+    from neurons.architectures.auto_class import auto_class
 
     with torch.device("meta"):
-        size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f}M parameters")
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

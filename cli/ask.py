@@ -114,16 +114,13 @@ def _engine(screen: Screen, arguments: SimpleNamespace, dtype: str) -> Iterator[
     from editing.pipeline.lock_prompts import require_chat
 
     if arguments.engine == "vllm":
-        import transformers
-
         from editing.evaluation.vllm_generation import VllmWriter, require_vllm
         from neurons.models.source import locate, open_model
+        from neurons.models.tokenizer import load_tokenizer
 
         require_vllm()
         source = open_model(arguments.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            locate(arguments.model), trust_remote_code=False
-        )
+        tokenizer = load_tokenizer(locate(arguments.model))
         require_chat(arguments.model, tokenizer)
         with VllmWriter(arguments.model, tokenizer, dtype) as write:
             yield tokenizer, source.fingerprint, write

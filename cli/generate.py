@@ -169,16 +169,15 @@ def _by_vllm(
 ) -> dict[str, list[Continuation]]:
     from editing.evaluation.vllm_generation import generate_by_vllm, require_vllm
     from neurons.models.source import locate
+    from neurons.models.tokenizer import load_tokenizer
 
     require_vllm()
-    import transformers
-
     checkpoints = {UNEDITED: model} if against is None or compare else {}
     if against is not None:
         checkpoints[EDITED] = against
     columns = {}
     for name, checkpoint in checkpoints.items():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(checkpoint), trust_remote_code=False)
+        tokenizer = load_tokenizer(locate(checkpoint))
         inputs = _inputs(tokenizer, texts, chat)
         columns[name] = generate_by_vllm(checkpoint, tokenizer, inputs, dtype=dtype, **settings)
     return columns

@@ -9,6 +9,12 @@ CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+# As of processors, whose messages are lists of parts: text or an image.
+OF_PARTS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
+    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 # As of models that think before every answer, and of Qwen 3.
 OPENS_THOUGHT = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
 MAY_THINK = CHATML.replace(

@@ -181,7 +181,7 @@ def adapter_config(source: ModelSource, modules: dict[str, int]) -> dict[str, An
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": list(modules),
-        "fan_in_fan_out": bool(source.anatomy.layout.transposed),
+        "fan_in_fan_out": "attn" in source.anatomy.layout.transposed,
         "lora_dropout": 0.0,
         "bias": "none",
     }

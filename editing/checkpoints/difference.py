@@ -158,7 +158,8 @@ def compare(
             if difference is None:
                 equal += len(names)
             else:
-                name = olds[0][1].name if len(names) == 1 else base.anatomy.tensor_name(layer, block)
+                several = base.anatomy.tensor_name(layer, block, before.keys())
+                name = olds[0][1].name if len(names) == 1 else several
                 differences.append(replace(difference, name=name))
             seen |= names | {entry.name for _, entry in news}
             bias, of_bias = _bias(base, layer, block, before, after)

@@ -11,6 +11,7 @@ import yaml
 
 from editing.plans.plan import ModuleEdit, Plan, language_pair
 from neurons.files.artifact import package_versions
+from neurons.files.tensor_files import tensor_entries
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
 
@@ -96,8 +97,9 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
     else:
         what = f"the neurons of {', '.join(f'`{k}`' for k in plan.metadata.get('languages', []))}"
     settings = ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())
+    names = tensor_entries(source.checkpoint).keys()
     rows = "\n".join(
-        f"| `{source.anatomy.tensor_name(edit.layer, edit.block)}` | {len(edit.components)} "
+        f"| `{source.anatomy.tensor_name(edit.layer, edit.block, names)}` | {len(edit.components)} "
         f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_relative_change(edit)} |"
         for edit in plan.edits
     )

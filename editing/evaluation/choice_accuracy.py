@@ -21,6 +21,7 @@ import torch
 from editing.evaluation.asking import chat_tokens
 from editing.evaluation.choices import LETTERS
 from editing.evaluation.generation import prompt_rows
+from neurons.architectures.sites import body
 from neurons.errors import UsageError
 from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.next_token import token_losses
@@ -89,7 +90,7 @@ def right(log_probabilities: torch.Tensor, answers: Sequence[int]) -> list[bool]
 
 def _sums(loaded: LoadedModel, batch: TokenBatch, continuations: Sequence[Sequence[int]]) -> torch.Tensor:
     """float64 [rows * 4]: log-probabilities of four continuations to each prompt of the batch."""
-    device, base, times = loaded.device, loaded.model.base_model, len(LETTERS)
+    device, base, times = loaded.device, body(loaded.model), len(LETTERS)
     ids = torch.zeros(len(continuations), max(map(len, continuations)), dtype=torch.int64)
     there = torch.zeros_like(ids, dtype=torch.bool)
     for row, tokens in enumerate(continuations):

@@ -31,15 +31,13 @@ class Weights:
         located = []
         for piece in pieces:
             entry = self._entries[piece.tensor]
-            shape = (anatomy.residual, piece.columns.stop - piece.columns.start)
-            shape = shape[::-1] if piece.transposed else shape
-            expected = shape if piece.index is None else (piece.count, *shape)
-            if entry.shape != expected:
+            oriented = piece.stored_as(entry.shape, anatomy.residual)
+            if entry.shape != oriented.shape(anatomy.residual):
                 raise BrocaError(
                     f"{self._source.name}: tensor {piece.tensor} has shape {list(entry.shape)} where the "
-                    f"model has {list(expected)}"
+                    f"model has {list(piece.shape(anatomy.residual))}"
                 )
-            located.append((piece, entry))
+            located.append((oriented, entry))
         return tuple(located)
 
     def read_piece(self, piece: StoredPiece, entry: TensorEntry) -> torch.Tensor:

@@ -39,7 +39,7 @@ from torch import nn
 
 from neurons.architectures.attention import NO_HEADS, SOFTMAX, head_shape, is_understood, kind_of_attention
 from neurons.architectures.examination import examine
-from neurons.architectures.layouts import LAYOUTS, SIGN_PRESERVING, Layout, Mlp, StoredForm
+from neurons.architectures.layouts import SIGN_PRESERVING, Layout, Mlp, StoredForm, row_of
 from neurons.architectures.offload import parameter_value
 from neurons.errors import BrocaError, UsageError
 
@@ -62,6 +62,7 @@ class StoredPiece:
         transposed: the piece is [columns, d] instead of [d, columns].
         index: of the piece in the tensor's first dimension; None if the piece is the whole tensor.
         count: pieces in the tensor.
+        either: the piece may also have the other orientation, if the tensor's shape is that one's.
     """
 
     tensor: str
@@ -69,6 +70,19 @@ class StoredPiece:
     transposed: bool = False
     index: int | None = None
     count: int = 1
+    either: bool = False
+
+    def shape(self, residual: int) -> tuple[int, ...]:
+        """The shape of the tensor for W [``residual``, n]."""
+        width = self.columns.stop - self.columns.start
+        of_piece = (width, residual) if self.transposed else (residual, width)
+        return of_piece if self.index is None else (self.count, *of_piece)
+
+    def stored_as(self, shape: tuple[int, ...], residual: int) -> StoredPiece:
+        """The piece of a tensor of this shape, in its orientation if it may have either."""
+        turned = replace(self, transposed=not self.transposed)
+        other = self.either and shape != self.shape(residual) and shape == turned.shape(residual)
+        return turned if other else self
 
     @property
     def rows(self) -> slice | None:
@@ -164,6 +178,7 @@ class Part:
                 form.transposed,
                 expert if form.fused else None,
                 self.experts if form.fused else 1,
+                form.either,
             )
             for expert in range(self.experts)
         )
@@ -408,11 +423,13 @@ class Anatomy:
         """A neuron's value [d], a view of the live parameter."""
         return self.columns(layer, "mlp", slice(neuron, neuron + 1))[:, 0]
 
-    def tensor_name(self, layer: int, block: str) -> str:
-        """The usual name of an output weight in the family's checkpoints; * stands for an expert."""
+    def tensor_name(self, layer: int, block: str, names: Collection[str]) -> str:
+        """The name of an output weight in a checkpoint with tensors of these names; * stands for an expert."""
         parts = self.parts(layer, block)
         form = parts[0].stored[0] if parts else self.layout.stored[block][0]
-        return f"{self.layout.prefixes[0]}{layer}.{form.name.format(expert='*')}"
+        stems = [f"{prefix}{layer}." for prefix in self.layout.prefixes]
+        used = next((stem for stem in stems if any(name.startswith(stem) for name in names)), stems[0])
+        return used + form.name.format(expert="*")
 
     def stored(self, layer: int, block: str, names: Collection[str]) -> tuple[StoredPiece, ...]:
         """The location of W in a checkpoint: pieces that cover its columns once.
@@ -466,7 +483,7 @@ def layout_of(config: Any) -> Layout | None:
     Raises:
         BrocaError: an activation that does not preserve signs, or a setting that bypasses the modules.
     """
-    layout = LAYOUTS.get(config.model_type)
+    layout = row_of(config)
     if layout is None:
         return None
     text = config.get_text_config()

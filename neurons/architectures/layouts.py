@@ -25,11 +25,13 @@ class StoredForm:
         name: of the tensor after the layer's prefix; ``{expert}`` if every expert has its own.
         transposed: stored [n, d] (of each expert: [I, d]).
         fused: all experts in one tensor, indexed by its first dimension.
+        either: the tensor may also have the other orientation, if its shape is that one's.
     """
 
     name: str
     transposed: bool = False
     fused: bool = False
+    either: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,27 @@ class Layout:
             unchanged &= getattr(text, attribute) != value
         return self if unchanged == self.residual else replace(self, residual=unchanged)
 
+    def inside(self, path: str) -> Layout:
+        """The layout of a wrapper whose language model is one of this family.
+
+        Args:
+            path: of the language model in the wrapper, without the head, as "model.language_model".
+        """
+        own = self.layers.partition(".")[2]
+        held = f"language_model.{self.layers}"
+        names = (f"{path}.{own}", held, f"model.{held}", f"language_model.model.{self.layers}")
+        return replace(
+            self,
+            layers=f"{path}.{own}",
+            prefixes=tuple(dict.fromkeys(f"{name}." for name in names)),
+            # Wrappers have their own head, which does not change the logits further.
+            softcap=None,
+            logit_scale=None,
+            logit_divisor=None,
+            bias_switches={},
+            names=None,
+        )
+
 
 def _plain(attn: str, mlp: str, transposed: bool = False) -> dict[str, tuple[StoredForm, ...]]:
     return {
@@ -263,6 +286,19 @@ _QWEN_MOE = _mixture(
 )
 _DEEPSEEK = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_experts"))
 _PLAIN = replace(_GATED, gate="mlp.up_proj", up=None, names=None)
+_GLM4 = replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj", residual=False, names=None)
+# Of most wrappers, beside a tower for images.
+_LANGUAGE_MODEL = "model.language_model"
+# Some files of a wrapper have the names of the language model alone, and some of a language model those of a wrapper.
+_WITH_OR_WITHOUT_WRAPPER = ("model.layers.", "layers.", *_GATED.inside(_LANGUAGE_MODEL).prefixes)
+_LLAMA4 = _mixture(
+    StoredForm("feed_forward.experts.down_proj", transposed=True, fused=True),
+    module="feed_forward",
+    prefixes=_WITH_OR_WITHOUT_WRAPPER,
+    transposed=("mlp",),
+    dense=_gated_mlp("feed_forward"),
+    shared=_gated_mlp("feed_forward.shared_expert"),
+)
 _GRANITE_MOE = _mixture(
     StoredForm("block_sparse_moe.output_linear.weight", fused=True),
     module="block_sparse_moe",
@@ -272,18 +308,6 @@ _GRANITE_MOE = _mixture(
 _GRANITE_SHARED = replace(
     _GRANITE_MOE, shared=Mlp("shared_mlp.output_linear", "shared_mlp.input_linear", "shared_mlp.input_linear")
 )
-# Layers and prefixes in wrappers, the language model beside a vision tower.
-_WRAPPED: dict[str, Any] = {
-    "layers": "model.language_model.layers",
-    "prefixes": (
-        "model.language_model.layers.",
-        "language_model.model.layers.",
-        "model.language_model.model.layers.",
-        "language_model.model.model.layers.",
-    ),
-}
-# transformers loads only the language model of these wrappers' checkpoints.
-_TEXT_OF_WRAPPER = ("model.layers.", "layers.", *_WRAPPED["prefixes"])
 
 # model_type of the config -> layout
 LAYOUTS: dict[str, Layout] = {
@@ -306,18 +330,7 @@ LAYOUTS: dict[str, Layout] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     # The vision-language wrapper, which has no soft cap.
-    "gemma3": replace(
-        _GEMMA,
-        layers="model.language_model.layers",
-        prefixes=(
-            "language_model.model.layers.",
-            "model.language_model.layers.",
-            "model.language_model.model.layers.",
-            "language_model.model.model.layers.",
-        ),
-        softcap=None,
-        names=replace(_BIAS_IN_ATTENTION, part="text_config"),
-    ),
+    "gemma3": replace(_GEMMA.inside(_LANGUAGE_MODEL), names=replace(_BIAS_IN_ATTENTION, part="text_config")),
     "phi3": replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
     "phi": _dense(
         "model.layers",
@@ -399,7 +412,12 @@ LAYOUTS: dict[str, Layout] = {
     "granitemoehybrid": _GRANITE_SHARED,
     "qwen2_moe": _QWEN_MOE,
     "qwen3_next": _QWEN_MOE,
-    **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), replace(_QWEN_MOE, prefixes=_TEXT_OF_WRAPPER)),
+    "qwen3_5_moe": _QWEN_MOE.inside(_LANGUAGE_MODEL),
+    "qwen3_5_moe_text": replace(_QWEN_MOE, prefixes=_WITH_OR_WITHOUT_WRAPPER),
+    "qwen3_vl_moe": _mixture(
+        StoredForm("mlp.experts.down_proj", fused=True, either=True), dense=_DENSE
+    ).inside(_LANGUAGE_MODEL),
+    "glm4v_moe": _DEEPSEEK.inside(_LANGUAGE_MODEL),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
@@ -436,17 +454,8 @@ LAYOUTS: dict[str, Layout] = {
         dense=Mlp("mixer.down_proj", "mixer.up_proj", None),
         shared=Mlp("mixer.shared_experts.down_proj", "mixer.shared_experts.up_proj", None),
     ),
-    **dict.fromkeys(
-        ("llama4", "llama4_text"),
-        _mixture(
-            StoredForm("feed_forward.experts.down_proj", transposed=True, fused=True),
-            module="feed_forward",
-            prefixes=_TEXT_OF_WRAPPER,
-            transposed=("mlp",),
-            dense=_gated_mlp("feed_forward"),
-            shared=_gated_mlp("feed_forward.shared_expert"),
-        ),
-    ),
+    "llama4": _LLAMA4.inside("language_model.model"),
+    "llama4_text": _LLAMA4,
     **dict.fromkeys(
         (
             "ministral",
@@ -460,14 +469,20 @@ LAYOUTS: dict[str, Layout] = {
         ),
         replace(_GATED, names=None),
     ),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), replace(_GATED, names=None, prefixes=_TEXT_OF_WRAPPER)),
+    "qwen3_5_text": replace(_GATED, names=None, prefixes=_WITH_OR_WITHOUT_WRAPPER),
+    **dict.fromkeys(("qwen3_5", "qwen3_vl"), _GATED.inside(_LANGUAGE_MODEL)),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl"),
+        replace(_GATED.inside(_LANGUAGE_MODEL), prefixes=_WITH_OR_WITHOUT_WRAPPER),
+    ),
     **dict.fromkeys(("olmo3", "exaone4"), replace(_GATED, residual=False, names=None)),
     "cohere2": replace(_GATED, logit_scale="logit_scale", names=None),
     "granite": replace(
         _GATED, logit_divisor="logits_scaling", residual_scale="residual_multiplier", names=None
     ),
     "glm": replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj", names=None),
-    "glm4": replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj", residual=False, names=None),
+    "glm4": _GLM4,
+    **dict.fromkeys(("glm4v", "glm46v"), _GLM4.inside(_LANGUAGE_MODEL)),
     **dict.fromkeys(("arcee", "nemotron"), _PLAIN),
     # Its activation is learned and changes signs, so its output is counted.
     "apertus": replace(_PLAIN, gate="mlp.act_fn", activation=None),
@@ -494,7 +509,9 @@ LAYOUTS: dict[str, Layout] = {
         names=None,
     ),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), replace(_GEMMA, names=None)),
-    **dict.fromkeys(("gemma4", "gemma4_unified"), replace(_GEMMA, names=None, **_WRAPPED)),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_unified"), replace(_GEMMA.inside(_LANGUAGE_MODEL), softcap=_GEMMA.softcap)
+    ),
     # Its first layers keep the largest activations only, so their sign is that of the activation's output.
     "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
     # Types without a model class of their own.
@@ -532,3 +549,33 @@ LAYOUTS: dict[str, Layout] = {
         transposed=("mlp",),
     ),
 }
+
+# model_type of a wrapper of any family's language model -> the path of the language model
+WRAPPERS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "aya_vision",
+            "cohere2_vision",
+            "internvl",
+            "llava",
+            "llava_next",
+            "llava_onevision",
+            "mistral3",
+        ),
+        _LANGUAGE_MODEL,
+    ),
+    **dict.fromkeys(("idefics3", "smolvlm"), "model.text_model"),
+}
+
+
+def row_of(config: Any) -> Layout | None:
+    """The layout of a config's model type, of a wrapper that of its language model's; None if not in the table.
+
+    Args:
+        config: a transformers config.
+    """
+    layout, path = LAYOUTS.get(config.model_type), WRAPPERS.get(config.model_type)
+    if layout is not None or path is None:
+        return layout
+    text = LAYOUTS.get(config.get_text_config().model_type)
+    return None if text is None else text.inside(path)

@@ -20,6 +20,7 @@ from torch import nn
 
 from neurons.architectures.anatomy import BLOCKS, COMMON, Anatomy, Part, anatomy_of
 from neurons.architectures.attention import LAYER_KINDS
+from neurons.architectures.auto_class import auto_class
 from neurons.architectures.layouts import Layout
 from neurons.architectures.sites import Routed, SiteHook, body, logits, site_hooks
 from neurons.errors import BrocaError, first_line
@@ -248,8 +249,6 @@ def _compatible(small: Layout, whole: Layout) -> bool:
 
 
 def _small_model(config: Any, narrow: bool) -> Any:
-    import transformers
-
     small = copy.deepcopy(config)
     text = small.get_text_config()
     kinds = _kinds_of_few(text)
@@ -283,12 +282,12 @@ def _small_model(config: Any, narrow: bool) -> Any:
             if isinstance(getattr(holder, name, None), int) and getattr(holder, name) >= text.vocab_size:
                 setattr(holder, name, None)
     with torch.device("meta"):
-        size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(small).parameters())
+        size = sum(p.numel() for p in auto_class(small).from_config(small).parameters())
     if size > _MAX_PARAMETERS:
         raise BrocaError(
             f"two of its layers have {size:.1e} parameters, more than the maximum of {_MAX_PARAMETERS:.0e}"
         )
-    model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    model = auto_class(small).from_config(small, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

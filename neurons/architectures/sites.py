@@ -19,7 +19,7 @@ from torch import nn
 
 from neurons.architectures.anatomy import COMMON, EXPERT_SITES, SITES, Anatomy, Part, first, output_module
 from neurons.architectures.examination import examine
-from neurons.architectures.layouts import LAYOUTS, Layout
+from neurons.architectures.layouts import Layout, row_of
 from neurons.errors import BrocaError
 
 _EXPERTS_FORWARD = "broca_reading"
@@ -125,8 +125,10 @@ def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
 
 def body(model: Any) -> nn.Module:
     """The model without its output embeddings: it gives last hidden states."""
-    base: nn.Module = model.base_model if model.base_model is not model else model.model
-    return base
+    base: Any = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    # Llama 4's wrapper has a whole causal language model inside.
+    module: nn.Module = body(model.get_decoder()) if base is None else base
+    return module
 
 
 def logits(
@@ -141,7 +143,7 @@ def logits(
         head: replaces the model's output embeddings.
     """
     text = model.config.get_text_config()
-    layout = LAYOUTS.get(model.config.model_type) or _examined_once(model)
+    layout = row_of(model.config) or _examined_once(model)
     if layout.head_transform is not None:
         hidden = model.get_submodule(layout.head_transform)(hidden)
     made: torch.Tensor = (model.get_output_embeddings() if head is None else head)(hidden).to(hidden.device)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of, with_modules_of
+from neurons.architectures.auto_class import auto_class
 from neurons.architectures.low_bits import keep_layout, quantisation_config, quantised_settings
 from neurons.architectures.offload import execution_device, offloaded_bytes, reload_for_gradients
 from neurons.architectures.quantisation import quantised_remedy
@@ -35,6 +36,7 @@ from neurons.models.fingerprint import fingerprint
 from neurons.models.memory import memory_beside_work, memory_for_weights, sizes_of
 from neurons.models.placement import max_memory_per_device
 from neurons.models.processes import own_gpu
+from neurons.models.tokenizer import load_tokenizer
 
 # Copies of the weights in other formats.
 OTHER_FORMATS = (
@@ -238,7 +240,6 @@ def load_model(
         BrocaError: quantised, an architecture that fails the self-check, or files that cannot be loaded.
     """
     model = str(model)
-    import transformers
 
     quantised = None if bits is None else quantised_settings(bits)
     checkpoint = locate(model)
@@ -282,9 +283,9 @@ def load_model(
             "--device auto, which offloads the rest to main memory or disk"
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = load_tokenizer(checkpoint)
         with _quietly():
-            loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded, report = auto_class(config).from_pretrained(
                 checkpoint,
                 dtype=target,
                 output_loading_info=True,
@@ -333,7 +334,6 @@ def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         UsageError: no such model or device.
         BrocaError: quantised, or an architecture that is not supported.
     """
-    import transformers
 
     checkpoint = locate(model)
     config = _config(model, checkpoint)
@@ -344,7 +344,7 @@ def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
     )
     empty = _empty(config).to(of_model).eval().requires_grad_(False)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = load_tokenizer(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError):
         tokenizer = None
     return LoadedModel(model, checkpoint, "", anatomy_of(empty), empty, tokenizer)
@@ -385,18 +385,21 @@ def _empty(config: Any) -> Any:
     """The model without weights, on the meta device.
 
     Raises:
-        BrocaError: transformers has no causal language model for this config.
+        BrocaError: transformers has no causal language model for this config, or it needs a library that is missing.
     """
-    import transformers
-
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto_class(config).from_config(config, trust_remote_code=False)
     except ValueError as error:
         _reject_remote_code(config.model_type, error)
         raise BrocaError(
             f"architecture {config.model_type!r} is supported neither by Broca nor by transformers as a causal "
             f"language model ({first_line(error)})"
+        ) from error
+    except ImportError as error:
+        raise BrocaError(
+            f"architecture {config.model_type!r} needs a library that is not installed: "
+            f"{first_line(error).partition('. ')[0]}"
         ) from error
     # Invalid sizes that pass the config class may raise anything here.
     except Exception as error:

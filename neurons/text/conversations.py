@@ -17,7 +17,8 @@ tokens would be unreliable.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,9 @@ def rendered(
 ) -> str:
     """The text of a chat, rendered by the tokenizer's template.
 
+    Templates of models that also read images may need each message as a list of parts: they get that where the text
+    alone is not rendered.
+
     Args:
         tokenizer: a tokenizer with a chat template.
         chat: messages, as input of the template.
@@ -116,19 +120,34 @@ def rendered(
         UsageError: the template fails, renders no text, or drops a message.
     """
     variables = {} if thinks else _WITHOUT_THOUGHTS
+
+    def render(given: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                given, add_generation_prompt=answer_follows, tokenize=False, **variables
+            )
+        # A template is a program, and may fail in any way.
+        except Exception as error:
+            raise _unusable(
+                tokenizer, f"fails ({type(error).__name__}: {first_line(error)})", remedy
+            ) from error
+        if not text.strip():
+            raise _unusable(tokenizer, "renders nothing", remedy)
+        for message in chat:
+            if message["content"].strip() not in text:
+                raise _unusable(tokenizer, f"renders a text without the {message['role']}'s message", remedy)
+        return text
+
     try:
-        text: str = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=answer_follows, tokenize=False, **variables
-        )
-    # A template is a program, and may fail in any way.
-    except Exception as error:
-        raise _unusable(tokenizer, f"fails ({type(error).__name__}: {first_line(error)})", remedy) from error
-    if not text.strip():
-        raise _unusable(tokenizer, "renders nothing", remedy)
-    for message in chat:
-        if message["content"].strip() not in text:
-            raise _unusable(tokenizer, f"renders a text without the {message['role']}'s message", remedy)
-    return text
+        return render(chat)
+    except UsageError:
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+        with suppress(UsageError):
+            text = render(parts)
+            # A template that only knows text may write the list itself.
+            if "'type': 'text'" not in text:
+                return text
+        raise
 
 
 def thinking(tokenizer: Any) -> str | None:

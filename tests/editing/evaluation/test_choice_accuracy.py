@@ -1,5 +1,6 @@
 """Scores of choices against a loop over single tokens, and a model that knows the answers."""
 
+import models
 import pytest
 import torch
 from conversations import CHATML, MAY_THINK
@@ -34,10 +35,18 @@ def naive(loaded, question, choice):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3_text", "gpt2", "opt", "bloom", "falcon", "mixtral"]
+    "family",
+    [
+        *("llama", "gemma2", "gemma3_text", "gpt2", "opt", "bloom", "falcon", "mixtral"),
+        # Of images and text, whose positions have three coordinates, or whose base model has another name.
+        *("qwen2_vl", "qwen3_vl", "glm4v", "llama4"),
+    ],
 )
-def test_scores_equal_a_loop_over_tokens(checkpoint_of, family, monkeypatch):
-    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+def test_scores_equal_a_loop_over_tokens(checkpoint_of, tmp_path, family, monkeypatch):
+    known = family in models.FAMILIES
+    loaded = load_model(
+        str(checkpoint_of(family) if known else models.build_wrapper(tmp_path, family)), device="cpu"
+    )
     loaded.tokenizer.chat_template = CHATML
     monkeypatch.setattr(choice_accuracy, "MAX_TOKENS", 1024)  # some batches, with padding
     done = []

@@ -15,6 +15,7 @@ from editing.plans.applied import applied
 from neurons.architectures import sites
 from neurons.architectures.anatomy import anatomy_of
 from neurons.architectures.examination import examine
+from neurons.architectures.layouts import LAYOUTS
 from neurons.architectures.self_check import checked, example_ids, self_check, writes_to_residual
 from neurons.architectures.sites import logits
 from neurons.errors import BrocaError
@@ -173,8 +174,8 @@ def test_a_wrong_anatomy_is_refused_by_layer_and_block(name):
 def test_logits_that_the_head_alone_does_not_give_are_refused(family, monkeypatch):
     model = models.tiny_model(family).requires_grad_(False)
     anatomy = anatomy_of(model)
-    plain = replace(sites.LAYOUTS[family], softcap=None, logit_scale=None)
-    monkeypatch.setitem(sites.LAYOUTS, family, plain)
+    plain = replace(LAYOUTS[family], softcap=None, logit_scale=None)
+    monkeypatch.setitem(LAYOUTS, family, plain)
     with pytest.raises(BrocaError, match=f"{family}.*logits"):
         self_check(model, anatomy, IDS)
 
@@ -188,7 +189,7 @@ def test_what_reaches_the_residual_is_measured(family):
 
 @pytest.mark.parametrize("name", NEW)
 def test_an_architecture_that_is_not_in_the_table_is_found_by_structure(tmp_path, monkeypatch, name):
-    monkeypatch.delitem(sites.LAYOUTS, name, raising=False)
+    monkeypatch.delitem(LAYOUTS, name, raising=False)
     config_class, model_class, differs, (gate, up, residual, tensor) = NEW[name]
     source = save_new(tmp_path / name, config_class, model_class, **differs)
     loaded = load_model(str(source), device="cpu")
@@ -220,7 +221,7 @@ def test_logits_examine_a_model_once_and_do_not_keep_it(monkeypatch):
         return examine(model)
 
     monkeypatch.setattr(sites, "examine", counted)
-    monkeypatch.delitem(sites.LAYOUTS, "granite", raising=False)
+    monkeypatch.delitem(LAYOUTS, "granite", raising=False)
     config_class, model_class, differs, _ = NEW["granite"]
     config = config_class(**{**models._SMALL, "pad_token_id": None, **differs})
     made = [model_class(config).eval().requires_grad_(False) for _ in range(2)]
@@ -271,7 +272,7 @@ def test_an_architecture_without_the_parts_is_refused_by_what_is_missing(
 
 def test_an_activation_that_changes_signs_is_read_at_its_output(tmp_path, monkeypatch):
     """Signs of its input are not counted: Broca does not know that they are the same."""
-    monkeypatch.delitem(sites.LAYOUTS, "stablelm", raising=False)
+    monkeypatch.delitem(LAYOUTS, "stablelm", raising=False)
     save_new(tmp_path, transformers.StableLmConfig, transformers.StableLmForCausalLM, hidden_act="tanh")
     for look in (open_model, lambda path: load_model(path, device="cpu")):
         layout = look(str(tmp_path)).anatomy.layout

@@ -338,7 +338,7 @@ def test_padding_does_not_move_what_is_read(model_of, family):
         readers = {("attn_in", 2): lambda v, routed, name=name: seen.__setitem__(name, v.clone())}
         with torch.no_grad(), site_hooks(anatomy, readers):
             model.base_model(input_ids=ids, attention_mask=given, use_cache=False)
-    torch.testing.assert_close(seen["padded"][1:, :6], seen["short"])
+    torch.testing.assert_close(seen["padded"][1:, :6], seen["short"], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_wrong_is_refused(model_of):

@@ -86,7 +86,7 @@ def assert_the_same(found, expected, names):
             assert found.output_weight(layer, block).shape == expected.output_weight(layer, block).shape
             biases = [anatomy.output_bias(layer, block) for anatomy in (found, expected)]
             assert len({None if bias is None else bias.shape for bias in biases}) == 1
-            assert found.tensor_name(layer, block) == expected.tensor_name(layer, block)
+            assert found.tensor_name(layer, block, names) == expected.tensor_name(layer, block, names)
             for method in ("stored", "stored_bias", "switched_biases"):
                 asked = (layer, block, names)
                 assert outcome(getattr(found, method), *asked) == outcome(getattr(expected, method), *asked)

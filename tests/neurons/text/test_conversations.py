@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
+from conversations import CHATML, MAY_THINK, OF_PARTS, OPENS_THOUGHT
 
 from neurons.errors import UsageError
 from neurons.text.conversations import (
@@ -106,12 +106,25 @@ def test_a_conversation_whose_thought_the_template_drops_is_refused(tokenizer):
             "changes a message",
         ),
         ("{{ raise_exception('no such role') }}", "no such role"),
+        # A list of parts would be longer than the cut.
+        ("{% for m in messages %}{{ m['content'][:3] }}{% endfor %}", "without the user's message"),
     ],
 )
 def test_a_template_that_changes_messages_is_refused(tokenizer, template, fault):
     tokenizer.chat_template = template
     with pytest.raises(UsageError, match=fault):
         role_tokens(tokenizer, CHAT[:2])
+
+
+def test_a_template_may_take_messages_in_parts(tokenizer):
+    chat = [message for message in CHAT if message.thought is None]
+    tokenizer.chat_template = CHATML
+    plain = role_tokens(tokenizer, chat, True)
+    tokenizer.chat_template = OF_PARTS
+    in_parts = role_tokens(tokenizer, chat, True)
+    for role in ("user", "answer", "header"):
+        assert in_parts.ids[in_parts.of(role)].tolist() == plain.ids[plain.of(role)].tolist()
+    assert bool(in_parts.of("user").any())
 
 
 def test_an_empty_message_is_refused(tokenizer):
