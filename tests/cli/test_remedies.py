@@ -91,14 +91,6 @@ def test_experts_are_refused_with_the_methods_that_serve(edit, mixture):
         assert edit(mixture, method, "--layers", "1", "--blocks", "attn")[0] == 0
 
 
-def test_a_run_refuses_experts_before_its_first_stage(broca, mixture, known_text, tmp_path):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'model = "{mixture}"\ncorpus = "{known_text}"\nsource = "en"\ntargets = ["fr"]\n')
-    status, _, err = broca("run", recipe, "--out", tmp_path / "out")
-    assert status == 2 and "expert" in err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_comparison_goes_on_without_what_experts_cannot_do(checkpoint_of, known_text):
     from editing.methods.material import Material
     from editing.study.candidates import candidates_of
