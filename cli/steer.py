@@ -253,10 +253,9 @@ def _written(
 
 def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> None:
     """Print the figures of the training, both tables and some answers."""
-    for source, obeyed in locked.obeyed.items():
-        screen.say(
-            f"as the teacher, the model answers {obeyed:.0%} of the questions in {source} in {lock.target_of(source)}"
-        )
+    in_language = "the language of the question" if lock.target is None else lock.target
+    fractions = ", ".join(f"{source} {obeyed:.0%}" for source, obeyed in locked.obeyed.items())
+    screen.say(f"as the teacher, the model answers in {in_language} to questions in: {fractions}")
     solved, others = (
         sum(pair[i] for pair in locked.deviations.values()) / len(locked.deviations) for i in (0, 1)
     )
