@@ -36,11 +36,13 @@ KV_CACHE_BYTES = 1 << 27
 
 
 def jobs(cases: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """What is loaded: each checkpoint by itself, and each base model, with its adapters if it has any."""
+    """What is loaded: each checkpoint by itself, and base models with their adapters; with BASES=all, every base model."""
     loaded = []
+    every = os.environ.get("BASES") == "all"
     for case in cases.values():
         beside = [adapter["checkpoint"] for adapter in case["adapters"]]
-        loaded.append((case["base"], case["adapters"]))
+        if case["adapters"] or every:
+            loaded.append((case["base"], case["adapters"]))
         # One checkpoint of a case is enough: where there are several, the adapters show what the others are.
         alone = [path for path in case["exported"] if path not in beside] or case["exported"][:1]
         loaded += [(path, []) for path in alone]
