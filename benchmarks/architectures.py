@@ -14,7 +14,7 @@ For each model type it builds a random model of a few layers from the type's con
 
 Each type ends in support, in one sentence of Broca's, in "no tiny model" (transformers builds none from the sizes
 below) or in "unexpected error".  Each has its own process.  --table writes the table of docs/architectures.md, whose
-column vLLM comes from a JSON file of --vllm: model type -> "served", or vLLM's message.
+column vLLM comes from the outcomes of tests/vllm/sweep.py (--vllm build/vllm/families.json).
 
     python benchmarks/architectures.py
     python benchmarks/architectures.py --types qwen3_5_text,jamba
@@ -458,7 +458,7 @@ def table_of(made: Sequence[Outcome], served: Mapping[str, str]) -> str:
 
     Args:
         made: one for each model type.
-        served: model type -> "served", or vLLM's message; types without an entry were not tried.
+        served: model type -> its outcome in vLLM; types without an entry were not tried.
     """
     cells = [
         [
@@ -470,7 +470,8 @@ def table_of(made: Sequence[Outcome], served: Mapping[str, str]) -> str:
             one.steer2edit,
             one.lora,
             one.ablation or "no",
-            *_vllm(one, served),
+            {"served": "yes", "no tiny model": "", "": ""}.get(served.get(one.model_type, ""), "no"),
+            one.why,
         ]
         for one in made
         if one.kind == "supported"
@@ -483,14 +484,6 @@ def table_of(made: Sequence[Outcome], served: Mapping[str, str]) -> str:
     return "\n\n".join(
         [f"{summary(made)}.", _markdown(heading, cells), _markdown(["model type", "outcome", "why"], others)]
     )
-
-
-def _vllm(one: Outcome, served: Mapping[str, str]) -> tuple[str, str]:
-    """The cells "vLLM" and "remarks"."""
-    said = served.get(one.model_type, "")
-    if said in ("", "served"):
-        return ("yes" if said else ""), one.why
-    return "no", "; ".join(filter(None, (one.why, f"vLLM: {said}"))).replace("|", "\\|")
 
 
 def _markdown(heading: list[str], rows: list[list[str]]) -> str:
@@ -510,7 +503,7 @@ def write_table(made: Sequence[Outcome], page: Path, begin: str, served: Mapping
 @click.option("--at-once", default=1, show_default=True, help="processes")
 @click.option("--out", type=Path, help="JSON of the outcomes; those of other types in it stay")
 @click.option("--table", type=Path, help="Markdown page whose generated part is replaced")
-@click.option("--vllm", type=Path, help='JSON: model type -> "served", or the message of vLLM')
+@click.option("--vllm", type=Path, help="JSON of the outcomes of tests/vllm/sweep.py")
 @click.option("--wrappers", is_flag=True, help="the registry of models of images and text")
 def main(
     types: str | None, at_once: int, out: Path | None, table: Path | None, vllm: Path | None, wrappers: bool
@@ -528,7 +521,8 @@ def main(
     made = merged(made, out)
     click.echo(summary(made))
     if table is not None:
-        served = {} if vllm is None else json.loads(vllm.read_text(encoding="utf-8"))
+        swept = [] if vllm is None else json.loads(vllm.read_text(encoding="utf-8"))
+        served = {row["model_type"]: row["kind"] for row in swept}
         write_table(made, table, "<!-- wrappers -->" if wrappers else "<!-- generated -->", served)
 
 

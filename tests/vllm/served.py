@@ -11,6 +11,7 @@ SERVED = (
     "cohere2_moe",
     "ctrl",
     "cwm",
+    "dots1",
     "ernie4_5",
     "exaone4",
     "exaone_moe",

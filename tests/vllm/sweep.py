@@ -37,6 +37,7 @@ LIMIT_SECONDS = 600
 AT_A_TIME = 8  # types a start of vLLM
 SERVED, DIFFERS, REFUSED, NO_MODEL = "served", "other answers", "not served", "no tiny model"
 ENVIRONMENT = {
+    "BASES": "all",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
