@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -104,18 +104,7 @@ def command(**options: Any) -> None:
 
     arguments = SimpleNamespace(**options)
     recipe = SteerRecipe(
-        model=arguments.model,
-        target=arguments.target,
-        stay=arguments.stay,
-        source=arguments.source,
-        instruction=arguments.instruction,
-        teacher=arguments.teacher,
-        keep=arguments.keep,
-        questions=arguments.questions,
-        judge=arguments.judge,
-        seed=arguments.seed,
-        device=arguments.device,
-        dtype=arguments.dtype,
+        **{one.name: options[one.name] for one in fields(SteerRecipe) if one.name in options}
     )
     steer(
         Screen(arguments.as_json),

@@ -240,7 +240,6 @@ def load_model(
         BrocaError: quantised, an architecture that fails the self-check, or files that cannot be loaded.
     """
     model = str(model)
-
     quantised = None if bits is None else quantised_settings(bits)
     checkpoint = locate(model)
     where = pick_device(device)
@@ -334,7 +333,6 @@ def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         UsageError: no such model or device.
         BrocaError: quantised, or an architecture that is not supported.
     """
-
     checkpoint = locate(model)
     config = _config(model, checkpoint)
     where = pick_device(device)

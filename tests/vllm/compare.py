@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TOLERANCE = 2e-3  # nats
+TOLERANCE = 1e-3  # nats
 
 
 def first_difference(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> str:
