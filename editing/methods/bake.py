@@ -136,7 +136,7 @@ def _solved(covariance: torch.Tensor, constraints: torch.Tensor, eps: float) -> 
     ridged.diagonal().add_(eps * float(covariance.diagonal().mean()))
     targets = torch.ones(constraints.shape[1], dtype=torch.float64)
     try:
-        return solve_key(KeyProblem(ridged, constraints, targets, languages=0))
+        return solve_key(KeyProblem(ridged, constraints, targets, languages=0), overwrite=True)
     except BrocaError as error:
         raise BrocaError(
             "no coefficient of this module's input has mean 1 and value 1 on the start token: choose another layer or "

@@ -77,7 +77,8 @@ def correction_key(moments: RemainderMoments, eps: float = EPS) -> tuple[torch.T
     product = moments.product / moments.tokens
     start = moments.start / max(moments.starts, 1)
     try:
-        solved = solve_positive_definite(ridged, torch.stack([product, start.expand_as(product)], 1))
+        right = torch.stack([product, start.expand_as(product)], 1)
+        solved = solve_positive_definite(ridged, right, overwrite=True)
     except NotPositiveDefiniteError as error:
         raise BrocaError(
             f"{moments.tokens} tokens are too few for the {len(ridged)} inputs of the correcting layer at eps {eps}: "

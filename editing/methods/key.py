@@ -94,7 +94,7 @@ def key(
         BrocaError: the languages' means are linearly dependent on these units.
     """
     problem = key_problem(moments, source, eps, keep, keep_softly, soft_weight)
-    return key_of(moments, source, solve_key(problem))
+    return key_of(moments, source, solve_key(problem, overwrite=True))
 
 
 def keys(moments: Moments, sources: Sequence[Sequence[str]], eps: float = EPS) -> list[Key]:
@@ -110,7 +110,7 @@ def keys(moments: Moments, sources: Sequence[Sequence[str]], eps: float = EPS) -
     targets = torch.zeros(len(problem.targets), len(sources), dtype=torch.float64)
     for column, languages in enumerate(sources):
         targets[[moments.languages.index(name) for name in languages], column] = 1
-    vectors = solve_key(replace(problem, targets=targets))
+    vectors = solve_key(replace(problem, targets=targets), overwrite=True)
     return [key_of(moments, languages, vectors[:, column]) for column, languages in enumerate(sources)]
 
 
@@ -185,8 +185,12 @@ def key_problem(
     return KeyProblem(form, constraints, targets, len(moments.languages))
 
 
-def solve_key(problem: KeyProblem) -> torch.Tensor:
+def solve_key(problem: KeyProblem, overwrite: bool = False) -> torch.Tensor:
     """k of the module's docstring, float64 [S], or [S, n] for n keys.
+
+    Args:
+        problem: F, M and e.
+        overwrite: F may be destroyed, which saves its memory.
 
     Raises:
         BrocaError: the constraints are linearly dependent on these units.
@@ -196,7 +200,7 @@ def solve_key(problem: KeyProblem) -> torch.Tensor:
         "or fewer languages"
     )
     try:
-        whitened = solve_positive_definite(problem.form, problem.constraints)
+        whitened = solve_positive_definite(problem.form, problem.constraints, overwrite)
         gram = problem.constraints.T @ whitened
         if int(torch.linalg.matrix_rank(gram)) < len(gram):
             raise dependent

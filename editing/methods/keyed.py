@@ -293,7 +293,7 @@ def _key(place: Place, moments: Moments, request: _Request) -> tuple[Key, dict[s
     )
     try:
         if request.sparse is None:
-            return key_of(moments, request.sources, solve_key(problem)), {}
+            return key_of(moments, request.sources, solve_key(problem, overwrite=True)), {}
         sparse = sparse_key(problem, request.sparse)
     except BrocaError as error:
         raise type(error)(f"layer {layer}, {module}: {error}") from error

@@ -47,7 +47,7 @@ def direction_need(planned: LoadedModel, text: Text) -> Need:
 
 
 def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)) -> Need:
-    """Need of ``editing.methods.keyed``: the covariances of as many layers at a time as fit.
+    """Need of ``editing.methods.keyed``: the covariances of all layers if they fit, else of one at a time.
 
     Args:
         planned: the model.
@@ -60,10 +60,10 @@ def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)
     sizes = sizes_of(planned)
     widths = [planned.anatomy.width(COMMON_SITES[module]) for module in modules]
     per_layer, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
-    layers = min(sizes.layers, max(1, (covariance_room(planned) - solving) // per_layer))
+    layers = sizes.layers if sizes.layers * per_layer + solving <= covariance_room(planned) else 1
     paused = paused_bytes(planned, text.tokens) if layers < sizes.layers else 0
     tokens = min(batches_for(planned, False, text.row)[0], text.batch)
-    # The keys of a group of layers are solved after its text is read.
+    # The keys of a layer are solved after its text is read.
     work = max(solving, forward_bytes(sizes, tokens) + max(map(product_bytes, widths)))
     parts = {
         "libraries": LIBRARIES,

@@ -48,7 +48,7 @@ FRAGMENTATION = 1.4
 LOGIT_COPIES, LOGIT_COPIES_BACKWARD = 3, 5
 MAX_TOKENS, MAX_TOKENS_ON_GPU = 4096, 32768
 # Rows of a product of a module's inputs: more lose digits in float32, fewer cost more passes over the float64 sum.
-WAITING = 4096
+WAITING = 8192
 MIN_TOKENS = 256  # smaller batches are slow: recompute activations instead
 
 
@@ -162,13 +162,13 @@ def covariance_bytes(units: int) -> int:
 
 
 def solving_bytes(units: int) -> int:
-    """Beside the covariances: the quadratic form that a key minimises, and its Cholesky factor."""
-    return 16 * units**2
+    """Beside the covariances: the quadratic form that a key minimises, which its Cholesky factor replaces."""
+    return 8 * units**2
 
 
 def product_bytes(units: int) -> int:
-    """The float32 product of a batch's rows before it is added to a covariance."""
-    return 4 * units**2
+    """The centred rows of a product, and the product before it is added to a covariance: float32."""
+    return 4 * units**2 + 4 * WAITING * units
 
 
 def batch_plan(

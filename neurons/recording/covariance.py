@@ -1,7 +1,8 @@
 """Streamed means and pooled within-language covariances of selected units of a site.
 
-A covariance of 14,336 neurons takes 1.6 GB, so layers are processed in groups that fit into memory.  No layer runs
-twice: the passes over all batches pause after each group (``neurons.recording.in_step``).
+A covariance of 14,336 neurons takes 1.6 GB.  Unless those of all layers fit into memory, layers are processed one
+after another.  No layer runs twice: the passes over all batches pause after each (``neurons.recording.in_step``).
+Only a text of too many batches to pause is read again for each group of layers that fits.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def each_moments(
     progress: Progress | None = None,
     groups: Sequence[str] | None = None,
 ) -> Iterator[tuple[Place, Moments]]:
-    """Moments of several sites in order of layers, with as many layers at a time as fit into memory.
+    """Moments of several sites in order of layers.
 
     The model must not change during the iteration.
 
@@ -124,6 +125,7 @@ def each_moments(
     with ExitStack() as open_now:
         in_step = None
         if len(parts) > 1 and len(flat) <= MAX_PAUSED:
+            parts = _layer_by_layer(units)
             solving = max(sum(covariance_bytes(len(index)) for index in part.values()) for part in parts)
             solving += max(solving_bytes(len(index)) for index in units.values())
             in_step = open_now.enter_context(TextInStep(loaded, flat, layers=layers, solving=solving))
@@ -223,8 +225,10 @@ class _Sums:
         for place, index in self.units.items():
             gram = self.grams.pop(place)
             mean = self.sums[place].cpu() / self.tokens
-            about = mean - gram.centre.double().cpu()[:, None]
             covariance = gram.total().cpu()
+            centre = gram.centre.double().cpu()
+            del gram  # with its workspace
+            about = mean - centre[:, None]
             covariance.addmm_(about * self.tokens, about.T, alpha=-1)
             covariance /= self.tokens.sum()
             start = (self.starts[place] / self.start_tokens).cpu() if self.start_tokens else None
@@ -247,6 +251,11 @@ def _by_group(batch: TokenBatch, language: int) -> Iterator[tuple[int, torch.Ten
         yield number, batch.counted & (batch.groups == number)
 
 
+def _layer_by_layer(units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
+    layers = sorted({layer for _, layer in units})
+    return [{place: index for place, index in units.items() if place[1] == layer} for layer in layers]
+
+
 def _parts(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
     """Places in groups of consecutive layers that fit into memory; a layer is never split.
 
@@ -256,8 +265,8 @@ def _parts(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dic
     parts: list[dict[Place, torch.Tensor]] = []
     solving = max(solving_bytes(len(index)) for index in units.values())
     remaining = 0
-    for layer in sorted({layer for _, layer in units}):
-        of_layer = {place: index for place, index in units.items() if place[1] == layer}
+    for of_layer in _layer_by_layer(units):
+        layer = next(layer for _, layer in of_layer)
         size = sum(covariance_bytes(len(index)) for index in of_layer.values())
         if size + solving > max_room(loaded):
             raise BrocaError(
