@@ -227,7 +227,8 @@ def constant_keys(
     units = torch.arange(max(widths.values()))
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
     tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
-    free = room(loaded) - solving_bytes(len(units))
+    # A key and its covariance about the mean of all languages.
+    free = room(loaded) - 2 * solving_bytes(len(units))
     at_once = max(1, free // covariance_bytes(len(units)))
     keys: dict[int, ConstantKey] = {}
     for first in range(0, len(layers), at_once):

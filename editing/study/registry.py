@@ -21,6 +21,7 @@ from editing.methods.directional_ablation import Ablate
 from editing.methods.keyed_edit import Keyed, KeyedLearned
 from editing.methods.keyed_search import KeyedSearch
 from editing.methods.language_arithmetic import ArithmeticEdit
+from editing.methods.leace import Leace
 from editing.methods.method import Method
 from editing.methods.scale import Scale, ScalePair
 from editing.methods.steer2edit import Steer2Edit, Steer2EditGradient, Steer2EditLape
@@ -46,6 +47,7 @@ METHODS: tuple[type[Method], ...] = (
     Steer2EditGradient,
     Ablate,
     AblateSubspace,
+    Leace,
     Bake,
     BakeBias,
     Scale,

@@ -51,6 +51,7 @@ METHODS = {
     "steer2edit": ["--direction", "direction", "--neurons-rho", "0.1", "--alpha", "0.1"],
     "ablate": ["--direction", "direction", "--set", "form=norm-preserving", "--set", "from_layer=1"],
     "ablate-subspace": ["--direction", "subspace", "--strength", "0.5"],
+    "leace": ["--corpus", "text"],
     "scale": ["--neurons", "neurons", "--languages", "qab", "--factor", "0"],
     "clas": ["--neurons", "classes", "--layers", "0-2", "--set", "specific_loss=0.1"],
     "austeer": ["--corpus", "text", "--languages", "qaa,qab", "--set", "channels=7"],
@@ -254,7 +255,7 @@ def test_a_dry_run_foresees_keys_where_they_are_solved(broca, files, method):
         "edit", files / "model", "--method", method, *words, "--dry-run", "--json", "--out", files / "none"
     )
     assert status == 0, errors
-    solves = method in ("keyed", "bake", "language-arithmetic")
+    solves = method in ("keyed", "leace", "bake", "language-arithmetic")
     assert set(json.loads(printed)["stages"]) == {"key" if solves else "plan"}
     assert not (files / "none").exists()
 
