@@ -29,6 +29,7 @@ COMMANDS = {
     "tune": "Search for the best edit.",
     "generate": "Generate text with the unedited and the edited model.",
     "ask": "Answer questions in many languages and save the conversations.",
+    "score": "Score answers as published benchmarks do.",
     "chat": "Chat with a model, and optionally a second one, in the terminal.",
     "report": "Write one HTML page with all results of a directory.",
     "inspect": "Show the content of a Broca file or a checkpoint.",

@@ -1,0 +1,66 @@
+"""``broca score``: tables, file and refusals."""
+
+import json
+
+import pytest
+
+from editing.evaluation.answer_scores import load_answer_scores
+
+
+@pytest.fixture
+def answers(tmp_path):
+    texts = {
+        "en": ["Le chat dort sur le canapé du salon.", "The cat sleeps on the sofa of the living room."],
+        "de": ["Je ne sais pas ce que vous voulez dire par là."],
+    }
+    rows = [
+        {
+            "question_id": str(i),
+            "language": language,
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}],
+            "of": "0123",
+        }
+        for language, of_language in texts.items()
+        for i, text in enumerate(of_language)
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_scores_of_a_file(broca, answers, tmp_path):
+    out = tmp_path / "scores.json"
+    status, printed, err = broca("score", answers, "--target", "fr", "--out", out, "--json")
+    assert status == 0, err
+    found = load_answer_scores(out)
+    assert {k: of.forcing.forcing for k, of in found.questions.items()} == {"en": 0.5, "de": 1.0, "all": 0.75}
+    assert {k: of.confusion.lines for k, of in found.questions.items()} == {"en": 0.5, "de": 1.0, "all": 0.75}
+    assert found.about["answers_of"] == ["0123"] and json.loads(printed)["target"] == "fr"
+    status, printed, _ = broca("score", answers, "--target", "fr")
+    assert status == 0 and "CLaS-Bench" in printed and "Language Confusion Benchmark" in printed
+
+
+def test_a_judge_that_gives_no_rating_is_named(broca, answers, chat_model):
+    status, printed, err = broca("score", answers, "--target", "fr", "--judge", chat_model, "--json")
+    assert status == 0, err
+    unrated = 3 - json.loads(printed)["questions"]["all"]["forcing"]["rated"]
+    assert unrated and f"{unrated} replies of the judge have no rating" in err
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--judge-instruction", "answers.jsonl"], "needs --judge"),
+        (["--identifier", "answers.jsonl"], "not a fastText model"),
+    ],
+)
+def test_refusals(broca, answers, monkeypatch, words, reason):
+    monkeypatch.chdir(answers.parent)
+    status, _, err = broca("score", answers, "--target", "fr", *words)
+    assert status in (1, 2) and reason in err
+
+
+def test_a_file_without_answers_is_refused(broca, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    status, _, err = broca("score", tmp_path / "empty.jsonl")
+    assert status == 2 and "broca ask" in err
