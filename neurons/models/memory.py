@@ -12,7 +12,7 @@ the vocabulary, b bytes a value, t tokens a batch.  On a CPU in one process:
                  recomputed, the same for one layer and b d a token for each
     logits       of the positions of a chunk (``neurons.models.next_token``), in several copies
     sums         8 bytes a neuron, language and moment
-    covariances  8 I^2 a layer, and buffered rows, for as many layers at a time as fit
+    covariances  8 I^2 a layer, and buffered rows, of all layers if they fit, else of one at a time
 
 Not all freed memory is reused: estimates are multiplied by the measured ``FRAGMENTATION``
 (``benchmarks/memory.py`` compares estimates with peaks).
