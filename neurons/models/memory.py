@@ -47,6 +47,8 @@ FRAGMENTATION = 1.4
 # Copies of a chunk's logits: the model's, float32, their softmax, and with a gradient those of two of them.
 LOGIT_COPIES, LOGIT_COPIES_BACKWARD = 3, 5
 MAX_TOKENS, MAX_TOKENS_ON_GPU = 4096, 32768
+# Paused passes grow with the text: more of the memory that a stage needs at least is kept in a file.
+PAUSED_FRACTION = 0.03
 # Rows of a product of a module's inputs: more lose digits in float32, fewer cost more passes over the float64 sum.
 WAITING = 8192
 MIN_TOKENS = 256  # smaller batches are slow: recompute activations instead
@@ -346,7 +348,7 @@ def paused_bytes(loaded: LoadedModel, tokens: int) -> int:
 
 
 def paused_room(loaded: LoadedModel, solving: int = 0) -> int:
-    """Bytes for paused passes: what other work leaves.
+    """Bytes for paused passes: what other work leaves, and of a CPU's memory no more than ``PAUSED_FRACTION``.
 
     Args:
         loaded: the model.
@@ -354,7 +356,8 @@ def paused_room(loaded: LoadedModel, solving: int = 0) -> int:
     """
     if loaded.device.type == "cuda":
         return room(loaded) // 2
-    return max(0, max_room(loaded) - max(room(loaded), solving))
+    least = LIBRARIES + sizes_of(loaded).weights + solving
+    return min(int(PAUSED_FRACTION * least), max(0, max_room(loaded) - max(room(loaded), solving)))
 
 
 def _config(checkpoint: Path) -> Any:
