@@ -76,19 +76,12 @@ def test_no_two_of_many_methods_look_alike():
 
 
 def test_the_legend_has_permanent_edits_first():
-    assert legend(drawn(studies.dose_curves())) == [
-        "permanent edits",
-        "keyed edit",
-        r"baked \$x\$",
-        "hooks and prompts",
-        "hook",
-        "a prompt",
-        "",
-        "part of the strength",
-        "the whole strength",
-        "ceiling",
-        "unedited model",
-    ]
+    marks = ["", "part of the strength", "the whole strength", "ceiling", "unedited model"]
+    permanent, others = (
+        ["permanent edits", "keyed edit", r"baked \$x\$"],
+        ["hooks and prompts", "hook", "a prompt"],
+    )
+    assert legend(drawn(studies.dose_curves())) == [*permanent, *others, *marks]
     few = legend(drawn(studies.dose_curves({"hook": ((1.0, 0.5, 0.1),)}), math.nan, math.nan))
     assert few == ["hooks and prompts", "hook", "", "part of the strength", "the whole strength"]
 
