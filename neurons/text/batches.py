@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,15 +75,9 @@ class TokenBatch:
         return not bool(self.attention.all())
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(
-            self.ids.long().to(device),
-            self.attention.to(device),
-            self.counted.to(device),
-            self.lines,
-            self.fractions,
-            None if self.groups is None else self.groups.to(device),
-            self.starts,
-        )
+        groups = None if self.groups is None else self.groups.to(device)
+        ids, attention = self.ids.long().to(device), self.attention.to(device)
+        return replace(self, ids=ids, attention=attention, counted=self.counted.to(device), groups=groups)
 
 
 def context_length(model: Any) -> int | None:
