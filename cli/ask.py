@@ -18,6 +18,7 @@ from cli.options import (
     engine_option,
     json_option,
     model_argument,
+    seed_option,
     served_device_options,
     writing_options,
 )
@@ -40,7 +41,7 @@ MAX_SHOWN = 60  # characters of an answer
 @click.option("--languages", type=CommaSeparated(), help="Languages of the questions.  [default: all]")
 @engine_option
 @writing_options(200)
-@click.option("--seed", type=int, default=0, show_default=True)
+@seed_option("Seed of the sampling.")
 @served_device_options
 @click.option("--out", type=OUT_FILE, required=True, help="File for the conversations (.jsonl).")
 @json_option

@@ -420,15 +420,6 @@ def test_doses_stand_beside_the_keyed_edit(tmp_path):
     assert all(words.count(method) == 1 for method in studies.DOSES)
 
 
-def test_the_methods_keep_their_order_though_json_sorts_them(tmp_path):
-    methods = ("hook", "baked $x$", "keyed edit", "a prompt")
-    value = studies.dosed({method: studies.DOSES[method] for method in methods})
-    (tmp_path / "methods.json").write_bytes(json_bytes(value))
-    (steering,) = read_findings(tmp_path).steering
-    assert list(steering.result.curves) == list(methods)
-    assert [outcome.details["dose"] for outcome in steering.result.curves["hook"]] == [0.25, 0.5, 1.0]
-
-
 def test_one_dose_is_one(tmp_path):
     doses = {method: studies.DOSES[method] for method in ("keyed edit", "a prompt")}
     _, page = dosed_page(tmp_path, studies.dosed(doses))
@@ -500,26 +491,6 @@ def test_a_ceiling_and_a_base_that_were_not_measured(tmp_path):
     assert [row[1] for row in rows if row[0] == "hook"] == ["50 %", "100 %"]
     words = [element["text"].strip() for element in page.all("text")]
     assert "ceiling" not in words and "unedited model" not in words and "keyed edit" in words
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (lambda outcome: outcome["details"].pop("dose"), "curves.hook.0 should have a number, the dose"),
-        (
-            lambda outcome: outcome["details"].update(dose="all"),
-            "curves.hook.0 should have a number, the dose",
-        ),
-        (lambda outcome: outcome.pop("target_share"), "curves.hook.0.target_share is missing"),
-    ],
-)
-def test_doses_that_are_none_are_named(tmp_path, spoil, reason):
-    studies.write_run(tmp_path)
-    value = studies.dosed()
-    spoil(value["curves"]["hook"][0])
-    (tmp_path / "methods.json").write_bytes(json_bytes(value))
-    (file,) = [file for file in read_findings(tmp_path).files if not file.understood]
-    assert file.name == "methods.json" and reason in file.kind
 
 
 def test_hostile_words_among_doses_stay_words(tmp_path):

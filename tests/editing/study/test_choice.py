@@ -52,8 +52,8 @@ class Planned:
     def rate_on_few_prompts(self, steering, instruction):
         return self.figures[steering.args[0]][0]
 
-    def measure(self, name, steering, details, instruction, harm):
-        assert not harm
+    def measure(self, name, steering, details, kl, *, instruction, harm):
+        assert not kl and not harm
         at = steering.args[0]
         self.measured.append(at)
         rate, gap, _ = self.figures[at]
