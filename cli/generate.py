@@ -96,7 +96,7 @@ def command(**options: Any) -> None:
     if out is not None:
         write_atomically(out, json_bytes(value))
     screen.table(
-        f"{len(rows)} prompts",
+        f"{len(rows)} prompt{'s' * (len(rows) != 1)}",
         ["prompt", *columns],
         [[one_line(row[column]) for column in ("prompt", *columns)] for row in rows],
         words=1 + len(columns),
