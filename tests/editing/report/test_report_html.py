@@ -551,6 +551,13 @@ def test_command(study, tmp_path):
     assert (tmp_path / "page.html").read_bytes() == first
 
 
+def test_warnings_name_a_few_files_and_count_the_others(study):
+    for number in range(13):
+        (study / f"strange{number:02}.docx").write_text("")
+    lines = CliRunner().invoke(command, [str(study)]).stderr.splitlines()
+    assert len(lines) == 11 and "strange09.docx" in lines[9] and "3 more" in lines[10]
+
+
 def test_command_refuses_another_ending(study):
     done = CliRunner().invoke(command, [str(study), "--out", "page.pdf"])
     assert isinstance(done.exception, UsageError) and "page.pdf" in str(done.exception)
