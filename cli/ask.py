@@ -18,10 +18,11 @@ from cli.options import (
     engine_option,
     json_option,
     model_argument,
+    seed_option,
     served_device_options,
     writing_options,
 )
-from cli.screen import Screen
+from cli.screen import Screen, one_line
 from cli.shipped import QUESTIONS, shipped
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ MAX_SHOWN = 60  # characters of an answer
 @click.option("--languages", type=CommaSeparated(), help="Languages of the questions.  [default: all]")
 @engine_option
 @writing_options(200)
-@click.option("--seed", type=int, default=0, show_default=True)
+@seed_option("Seed of the sampling.")
 @served_device_options
 @click.option("--out", type=OUT_FILE, required=True, help="File for the conversations (.jsonl).")
 @json_option
@@ -83,11 +84,7 @@ def command(**options: Any) -> None:
     # Refuses another file before a model is loaded.
     read_answers(arguments.out)
     dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
-    settings = {
-        "new_tokens": arguments.new_tokens,
-        "temperature": arguments.temperature,
-        "seed": arguments.seed,
-    }
+    settings = {name: options[name] for name in ("new_tokens", "temperature", "seed")}
     count = sum(map(len, chosen.values()))
     with _engine(screen, arguments, dtype) as (tokenizer, fingerprint, write):
         of = settings_digest(fingerprint, {**settings, "engine": arguments.engine, "dtype": dtype})
@@ -134,5 +131,5 @@ def _engine(screen: Screen, arguments: SimpleNamespace, dtype: str) -> Iterator[
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = one_line(text)
     return line if len(line) <= MAX_SHOWN else line[: MAX_SHOWN - 1] + "…"

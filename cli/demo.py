@@ -10,21 +10,7 @@ from cli.command_line import command_line
 from cli.options import LANGUAGE, OUT_DIRECTORY, CommaSeparated, json_option
 from cli.run import recipe_provenance, run_recipe
 from cli.screen import Screen
-
-
-def shipped() -> Path:
-    """The directory of the demo: next to this file in a wheel, artifacts/demo in a checkout.
-
-    Raises:
-        BrocaError: neither exists.
-    """
-    from neurons.errors import BrocaError
-
-    here = Path(__file__).resolve().parent
-    for place in (here / "shipped", here.parent / "artifacts" / "demo"):
-        if (place / "recipe.toml").is_file():
-            return place
-    raise BrocaError("the demo's files are missing from this installation: install broca again")
+from cli.shipped import DEMO, shipped
 
 
 @click.command("demo")
@@ -42,7 +28,7 @@ def command(source: str | None, targets: tuple[str, ...] | None, out: Path | Non
     from editing.pipeline.recipe import check_recipe, read_recipe
     from neurons.text.corpus_files import language_label
 
-    path = shipped() / "recipe.toml"
+    path = shipped(DEMO) / "recipe.toml"
     recipe = read_recipe(path)
     targets = None if targets is None else tuple(map(language_label, targets))
     if source is not None and targets is None:

@@ -26,14 +26,14 @@ def dry_run(
     parts = list(dict.fromkeys(part for need in stages for part in need.parts))
     screen.table(
         f"{planned.label}: memory in GB, limit {limit / 1e9:.1f}",
-        ["stage", *parts, "peak", "tokens per pass", "activations", "fits"],
+        ["stage", *parts, "peak", "tokens per pass", "recomputed", "fits"],
         [
             [
                 need.stage,
                 *(need.parts[part] / 1e9 if part in need.parts else None for part in parts),
                 need.total / 1e9,
                 need.tokens or None,
-                "-" if not need.tokens else "recomputed" if need.recomputes else "kept",
+                "-" if not need.tokens else "yes" if need.recomputes else "no",
                 "yes" if need.total <= limit else "no",
             ]
             for need in stages

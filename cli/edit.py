@@ -79,11 +79,19 @@ SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     help="keyed: the total shift over all layers, in multiples of the direction; otherwise a factor of the edit.  "
     "[default: 3.5 for keyed, otherwise 1]",
 )
-@click.option("--heads-rho", help="steer2edit: penalty on heads; off if only --neurons-rho is given.")
-@click.option("--neurons-rho", help="steer2edit: penalty on neurons; off if only --heads-rho is given.")
-@click.option("--alpha", help="steer2edit: sparsity in [0, 1).  [default: 0.2]")
-@click.option("--eps", help="keyed, bake: ridge, as a fraction of the mean variance.  [default: 0.01]")
-@click.option("--factor", help="scale: 0 ablates, 2 doubles.")
+@click.option(
+    "--heads-rho", metavar="NUMBER", help="steer2edit: penalty on heads; off if only --neurons-rho is given."
+)
+@click.option(
+    "--neurons-rho",
+    metavar="NUMBER",
+    help="steer2edit: penalty on neurons; off if only --heads-rho is given.",
+)
+@click.option("--alpha", metavar="NUMBER", help="steer2edit: sparsity in [0, 1).  [default: 0.2]")
+@click.option(
+    "--eps", metavar="NUMBER", help="keyed, bake: ridge, as a fraction of the mean variance.  [default: 0.01]"
+)
+@click.option("--factor", metavar="NUMBER", help="scale: 0 ablates, 2 doubles.")
 @click.option(
     "--set",
     "assignments",

@@ -17,18 +17,23 @@ from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
 from cli.loading import announced
 from cli.options import (
+    ENGINES,
     IN_FILE,
     IN_PATH,
-    LANGUAGE,
     CommaSeparated,
     FiniteRange,
     Fractions,
+    choice_option,
     corpus_options,
+    count_option,
     device_options,
     dry_run_option,
     json_option,
     model_argument,
+    new_tokens_option,
     out_option,
+    pair_options,
+    seed_option,
     tokens_option,
 )
 from cli.screen import Screen
@@ -67,8 +72,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     "25%,50%,75%; also writes a plot as .png next to --out.",
 )
 @corpus_options
-@click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
-@click.option("--target", type=LANGUAGE, required=True, help="Language of the answers.")
+@pair_options
 @click.option(
     "--questions",
     "questions_path",
@@ -80,44 +84,30 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     "--no-chat", is_flag=True, help="Ask questions as plain text, without the tokenizer's chat template."
 )
 @click.option("--judge", help="Model that judges relevance: hub id or directory.")
-@click.option(
+@choice_option(
     "--relevance",
-    type=click.Choice(RELEVANCE),
-    default="auto",
-    show_default=True,
-    help="Measure of relevance; auto: the judge if given, else chrF if there are references, else the likelihood "
+    RELEVANCE,
+    "Measure of relevance; auto: the judge if given, else chrF if there are references, else the likelihood "
     "under the unedited model.",
 )
-@click.option(
+@choice_option(
     "--engine",
-    type=click.Choice(["transformers", "vllm"]),
-    default="transformers",
-    show_default=True,
-    help="What generates the answers; everything else runs with transformers. vllm needs the package vllm and "
+    ENGINES,
+    "What generates the answers; everything else runs with transformers. vllm needs the package vllm and "
     "exports --edit to a temporary checkpoint.",
 )
 @click.option(
     "--others/--no-others", default=False, help="Also measure answers to prompts in every other language."
 )
-@click.option(
-    "--prompts", type=click.IntRange(min=1), default=100, show_default=True, help="Maximum number of prompts."
-)
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Continuations per prompt."
-)
-@click.option(
-    "--new-tokens",
-    type=click.IntRange(min=1),
-    default=40,
-    show_default=True,
-    help="Maximum number of tokens to generate.",
-)
+@count_option("--prompts", "Maximum number of prompts.", 100)
+@count_option("--samples", "Continuations per prompt.", 1)
+@new_tokens_option(40)
 @click.option(
     "--temperature",
     type=FiniteRange(min=0),
     help="Sampling temperature; 0 is greedy decoding.  [default: 0.7, or 0 with --questions]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@seed_option("Seed of the sampling.")
 @tokens_option
 @device_options
 @dry_run_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,13 +27,9 @@ if TYPE_CHECKING:
     help="Write MODEL, an FP8 checkpoint, unquantised, so that it can be edited.",
 )
 @click.option(
-    "--format",
-    "form",
-    type=click.Choice(["checkpoint", "lora"]),
-    default="checkpoint",
-    show_default=True,
+    "--format", "form", type=click.Choice(["checkpoint", "lora"]), default="checkpoint", show_default=True,
     help="checkpoint: the whole model; lora: an adapter on MODEL for PEFT and vLLM.",
-)
+)  # fmt: skip
 @click.option("--strength", type=FINITE, help="Factor of the edit.  [default: 1]")
 @click.option("--verify", is_flag=True, help="Read every tensor back and compare it with MODEL and the plan.")
 @click.option("--undoable", is_flag=True, help="Store the rounding errors, for --undo.")
@@ -40,20 +37,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @out_option("Directory for the checkpoint.", directory=True)
 @json_option
-def command(
-    model: str,
-    edit_path: Path | None,
-    undo: bool,
-    dequantise: str | None,
-    form: str,
-    strength: float | None,
-    verify: bool,
-    undoable: bool,
-    repo: str | None,
-    overwrite: bool,
-    out: Path,
-    as_json: bool,
-) -> None:
+def command(**options: Any) -> None:
     """Copy the checkpoint of MODEL (hub id or directory) with the tensors of a plan edited.
 
     It needs as much disk as MODEL and takes two to three times as long as copying it, in constant memory; --verify
@@ -67,34 +51,32 @@ def command(
     """
     from editing.checkpoints.staging import check_target, place_apart
 
-    _check_combinations(edit_path, undo, dequantise, form, strength, verify, undoable)
-    screen = Screen(as_json)
+    arguments = SimpleNamespace(**options)
+    model, out, repo = arguments.model, arguments.out, arguments.repo
+    _check_combinations(arguments)
+    screen = Screen(arguments.as_json)
     if repo is not None:
         from editing.checkpoints.hub import require_pushable
 
         require_pushable(repo)
-    if undo:
+    if arguments.undo:
         from editing.checkpoints.undo import reject_adapter
 
         reject_adapter(Path(model))
-    if form == "checkpoint" or not out.exists():
-        check_target(out, overwrite)
+    if arguments.form == "checkpoint" or not out.exists():
+        check_target(out, arguments.overwrite)
     if Path(model).is_dir():
         place_apart(Path(model), out)
-    if edit_path is None:
-        result = (
-            _undone(screen, model, out, overwrite) if undo else _dequantised(screen, model, out, overwrite)
-        )
+    if arguments.edit_path is None:
+        write = _undone if arguments.undo else _dequantised
+        result = write(screen, model, out, arguments.overwrite)
     else:
         from editing.plans.plan import load_plan
 
-        plan = load_plan(edit_path)
-        if strength is not None:
-            plan = plan.scaled(strength)
-        if form == "lora":
-            result = _adapter(screen, model, plan, out, overwrite)
-        else:
-            result = _exported(screen, model, plan, out, overwrite, verify, undoable)
+        plan = load_plan(arguments.edit_path)
+        if arguments.strength is not None:
+            plan = plan.scaled(arguments.strength)
+        result = (_adapter if arguments.form == "lora" else _exported)(screen, plan, arguments)
     if repo is not None:
         from editing.checkpoints.hub import push
         from neurons.errors import BrocaError
@@ -109,46 +91,39 @@ def command(
     screen.result({"out": out, **result}, out)
 
 
-def _check_combinations(
-    edit_path: Path | None,
-    undo: bool,
-    dequantise: str | None,
-    form: str,
-    strength: float | None,
-    verify: bool,
-    undoable: bool,
-) -> None:
+def _check_combinations(arguments: SimpleNamespace) -> None:
     """Reject options that exclude each other."""
     from neurons.errors import UsageError
 
-    tasks = {"--edit": edit_path is not None, "--undo": undo, "--dequantise": dequantise is not None}
+    edit, lora = arguments.edit_path is not None, arguments.form == "lora"
+    tasks = {"--edit": edit, "--undo": arguments.undo, "--dequantise": arguments.dequantise is not None}
     given = [name for name, is_given in tasks.items() if is_given]
     if len(given) != 1:
         problem = f"{' and '.join(given)} exclude each other" if given else "nothing to do"
         raise UsageError(f"{problem}: give exactly one of --edit, --undo and --dequantise")
     options = {
-        "--format lora": form == "lora",
-        "--strength": strength is not None,
-        "--verify": verify,
-        "--undoable": undoable,
+        "--format lora": lora,
+        "--strength": arguments.strength is not None,
+        "--verify": arguments.verify,
+        "--undoable": arguments.undoable,
     }
     for name, is_given in options.items():
-        if is_given and edit_path is None:
-            note = ", which always compares digests" if name == "--verify" and undo else ""
+        if is_given and not edit:
+            note = ", which always compares digests" if name == "--verify" and arguments.undo else ""
             raise UsageError(f"{name} is not supported by {given[0]}{note}: leave it out")
-        if is_given and form == "lora" and name in ("--verify", "--undoable"):
+        if is_given and lora and name in ("--verify", "--undoable"):
             raise UsageError(f"{name} is not supported by --format lora: leave it out")
 
 
-def _exported(
-    screen: Screen, model: str, plan: Plan, out: Path, overwrite: bool, verify: bool, undoable: bool
-) -> dict[str, Any]:
+def _exported(screen: Screen, plan: Plan, arguments: SimpleNamespace) -> dict[str, Any]:
     from editing.checkpoints.export import export
     from neurons.models.source import open_model
 
-    source = open_model(model)
+    source, out = open_model(arguments.model), arguments.out
     with screen.copying("Writing") as progress:
-        exported = export(source, plan, out, overwrite, progress, verify, undoable)
+        exported = export(
+            source, plan, out, arguments.overwrite, progress, arguments.verify, arguments.undoable
+        )
     change = "" if exported.relative_change is None else f", ||dW||/||W|| {exported.relative_change:.3g}"
     screen.table(
         f"{len(exported.tensors)} tensors, {exported.components:,} components{change}",
@@ -184,11 +159,12 @@ def _exported(
     }
 
 
-def _adapter(screen: Screen, model: str, plan: Plan, out: Path, overwrite: bool) -> dict[str, Any]:
+def _adapter(screen: Screen, plan: Plan, arguments: SimpleNamespace) -> dict[str, Any]:
     from editing.checkpoints.adapter import export_adapter
     from neurons.models.source import open_model
 
-    exported = export_adapter(open_model(model), plan, out, overwrite=overwrite)
+    source = open_model(arguments.model)
+    exported = export_adapter(source, plan, arguments.out, overwrite=arguments.overwrite)
     screen.table(
         f"adapter of {len(exported.modules)} modules, {exported.components:,} components",
         ["module", "rank"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,9 +18,10 @@ from cli.options import (
     engine_option,
     json_option,
     model_argument,
+    seed_option,
     writing_options,
 )
-from cli.screen import Screen
+from cli.screen import Screen, one_line
 
 if TYPE_CHECKING:
     from editing.evaluation.generation import Continuation
@@ -46,26 +48,11 @@ UNEDITED, EDITED = "unedited", "edited"
 )
 @engine_option
 @writing_options(40)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@seed_option("Seed of the sampling.")
 @device_options
 @click.option("--out", type=OUT_FILE, help="File for the texts (.json).")
 @json_option
-def command(
-    model: str,
-    edit_path: Path | None,
-    against: str | None,
-    prompts: tuple[str, ...],
-    compare: bool,
-    chat: bool | None,
-    engine: str,
-    new_tokens: int,
-    temperature: float,
-    seed: int,
-    device: str,
-    dtype: str,
-    out: Path | None,
-    as_json: bool,
-) -> None:
+def command(**options: Any) -> None:
     """Generate text with MODEL (hub id or directory), with a plan applied to it, or with a steered checkpoint.
 
     \b
@@ -76,72 +63,64 @@ def command(
     from neurons.errors import UsageError
     from neurons.files.artifact import json_bytes, write_atomically
 
-    screen = Screen(as_json)
-    if edit_path is not None and against is not None:
+    arguments = SimpleNamespace(**options)
+    screen, against, out = Screen(arguments.as_json), arguments.against, arguments.out
+    if arguments.edit_path is not None and against is not None:
         raise UsageError("--edit and --against exclude each other: give one")
-    if compare and edit_path is None and against is None:
+    if arguments.compare and arguments.edit_path is None and against is None:
         raise UsageError("--compare needs --edit PLAN or --against CHECKPOINT")
-    texts = _read_prompts(prompts)
-    settings = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed}
-    if engine == "vllm":
-        if edit_path is not None:
+    texts = _read_prompts(arguments.prompts)
+    settings = {name: options[name] for name in ("new_tokens", "temperature", "seed")}
+    if arguments.engine == "vllm":
+        if arguments.edit_path is not None:
             raise UsageError(
                 "--edit is not supported by vLLM: run `broca export` and give the result with --against"
             )
-        if device != "auto":
+        if arguments.device != "auto":
             raise UsageError("--device is not supported by vLLM: leave it out")
-        columns = _by_vllm(model, against, texts, compare, chat, dtype, settings)
+        columns = _by_vllm(arguments, texts, settings)
     else:
-        columns = _by_transformers(
-            screen, model, edit_path, against, texts, compare, chat, (device, dtype), settings
-        )
+        columns = _by_transformers(screen, arguments, texts, settings)
     rows = [
         {"prompt": text, **{name: continuations[i].text for name, continuations in columns.items()}}
         for i, text in enumerate(texts)
     ]
     value = {
-        "model": model,
-        "edit": edit_path,
+        "model": arguments.model,
+        "edit": arguments.edit_path,
         "against": against,
-        "engine": engine,
-        "settings": {**settings, "chat": chat},
+        "engine": arguments.engine,
+        "settings": {**settings, "chat": arguments.chat},
         "texts": rows,
     }
     if out is not None:
         write_atomically(out, json_bytes(value))
     screen.table(
-        f"{len(rows)} prompts",
+        f"{len(rows)} prompt{'s' * (len(rows) != 1)}",
         ["prompt", *columns],
-        [[_one_line(row[column]) for column in ("prompt", *columns)] for row in rows],
+        [[one_line(row[column]) for column in ("prompt", *columns)] for row in rows],
         words=1 + len(columns),
     )
     screen.result(value, out)
 
 
 def _by_transformers(
-    screen: Screen,
-    model: str,
-    edit_path: Path | None,
-    against: str | None,
-    texts: list[str],
-    compare: bool,
-    chat: bool | None,
-    device_and_dtype: tuple[str, str],
-    settings: dict[str, Any],
+    screen: Screen, arguments: SimpleNamespace, texts: list[str], settings: dict[str, Any]
 ) -> dict[str, list[Continuation]]:
     from editing.evaluation.generation import generate
     from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from neurons.models.source import load_model
 
-    plan = None if edit_path is None else load_plan(edit_path)
+    against, compare, chat = arguments.against, arguments.compare, arguments.chat
+    plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
     alone = plan is None and against is None
     columns: dict[str, list[Continuation]] = {}
     with screen.progress("Writing", len(texts) * (1 + compare), "prompts") as advance:
         if alone or plan is not None or compare:
-            loaded = announced(screen, load_model(model, *device_and_dtype))
+            loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
             if plan is not None:
-                loaded.require_fingerprint(plan.metadata, edit_path)
+                loaded.require_fingerprint(plan.metadata, arguments.edit_path)
             write = partial(generate, loaded, _inputs(loaded.tokenizer, texts, chat), **settings)
             if alone or compare:
                 columns[UNEDITED] = write()
@@ -152,34 +131,29 @@ def _by_transformers(
                 advance(len(texts))
             del loaded, write
         if against is not None:
-            other = load_model(against, *device_and_dtype)
+            other = load_model(against, arguments.device, arguments.dtype)
             columns[EDITED] = generate(other, _inputs(other.tokenizer, texts, chat), **settings)
             advance(len(texts))
     return columns
 
 
 def _by_vllm(
-    model: str,
-    against: str | None,
-    texts: list[str],
-    compare: bool,
-    chat: bool | None,
-    dtype: str,
-    settings: dict[str, Any],
+    arguments: SimpleNamespace, texts: list[str], settings: dict[str, Any]
 ) -> dict[str, list[Continuation]]:
     from editing.evaluation.vllm_generation import generate_by_vllm, require_vllm
     from neurons.models.source import locate
     from neurons.models.tokenizer import load_tokenizer
 
     require_vllm()
-    checkpoints = {UNEDITED: model} if against is None or compare else {}
+    against = arguments.against
+    checkpoints = {UNEDITED: arguments.model} if against is None or arguments.compare else {}
     if against is not None:
         checkpoints[EDITED] = against
     columns = {}
     for name, checkpoint in checkpoints.items():
         tokenizer = load_tokenizer(locate(checkpoint))
-        inputs = _inputs(tokenizer, texts, chat)
-        columns[name] = generate_by_vllm(checkpoint, tokenizer, inputs, dtype=dtype, **settings)
+        inputs = _inputs(tokenizer, texts, arguments.chat)
+        columns[name] = generate_by_vllm(checkpoint, tokenizer, inputs, dtype=arguments.dtype, **settings)
     return columns
 
 
@@ -233,7 +207,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a text may be longer than a path can be
         return False
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -48,9 +48,10 @@ def command(file: Path, as_json: bool) -> None:
 
 
 def _header(screen: Screen, metadata: dict[str, Any]) -> None:
-    settings = ", ".join(
-        f"{key} {value}" for key, value in metadata.get("settings", {}).items() if value is not None
-    )
+    from editing.report.formats import plain
+
+    given = {key: value for key, value in metadata.get("settings", {}).items() if value is not None}
+    settings = plain(given) if given else ""
     packages = ", ".join(f"{key} {value}" for key, value in metadata["packages"].items())
     model = metadata.get("model") or "an unknown model"
     screen.say(f"{metadata['kind']} of {model} (fingerprint {metadata.get('fingerprint') or 'unknown'})")

@@ -30,7 +30,7 @@ COMMANDS = {
     "generate": "Generate text with the unedited and the edited model.",
     "ask": "Answer questions in many languages and save the conversations.",
     "score": "Score answers as published benchmarks do.",
-    "chat": "Chat with a model, and optionally a second one, in the terminal.",
+    "chat": "Chat with a model, or with two side by side.",
     "report": "Write one HTML page with all results of a directory.",
     "inspect": "Show the content of a Broca file or a checkpoint.",
     "compare": "Compare neuron sets or edits.",

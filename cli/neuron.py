@@ -10,8 +10,15 @@ import click
 
 from cli.corpora import noted_corpus
 from cli.loading import announced
-from cli.options import corpus_options, device_options, json_option, model_argument, tokens_option
-from cli.screen import Screen
+from cli.options import (
+    corpus_options,
+    count_option,
+    device_options,
+    json_option,
+    model_argument,
+    tokens_option,
+)
+from cli.screen import Screen, one_line
 
 if TYPE_CHECKING:
     from neurons.neuron_sets.neuron_report import NeuronReport
@@ -22,20 +29,8 @@ if TYPE_CHECKING:
 @click.argument("layer", type=int)
 @click.argument("neuron", type=int)
 @corpus_options
-@click.option(
-    "--snippets",
-    type=click.IntRange(min=0),
-    default=10,
-    show_default=True,
-    help="Number of text snippets to show.",
-)
-@click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help="Number of promoted and of suppressed tokens to show.",
-)
+@count_option("--snippets", "Number of text snippets to show.", 10, minimum=0)
+@count_option("--top", "Number of promoted and of suppressed tokens to show.", 10)
 @tokens_option
 @device_options
 @json_option
@@ -104,7 +99,7 @@ def _show(screen: Screen, report: NeuronReport) -> None:
             [
                 snippet.language,
                 str(snippet.line + 1),
-                _one_line(f"{snippet.before}»{snippet.token}«{snippet.after}"),
+                one_line(f"{snippet.before}»{snippet.token}«{snippet.after}"),
                 f"{snippet.value:+.3f}",
             ]
             for snippet in report.snippets
@@ -116,7 +111,3 @@ def _show(screen: Screen, report: NeuronReport) -> None:
 def _visible(token: str) -> str:
     """The token, quoted if it begins or ends with whitespace."""
     return repr(token) if token != token.strip() or not token else token
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

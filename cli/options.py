@@ -10,13 +10,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 PARTS = ("all", "estimate", "choose", "report")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class CommaSeparated(click.ParamType[tuple[str, ...]]):
@@ -183,6 +184,30 @@ class MultiValueCommand(click.Command):
         return super().parse_args(ctx, expanded)
 
 
+def count_option(name: str, text: str, default: int | None = None, minimum: int = 1) -> Decorator:
+    """A whole number."""
+    kind = click.IntRange(min=minimum)
+    return click.option(name, type=kind, default=default, show_default=default is not None, help=text)
+
+
+def choice_option(name: str, words: Sequence[str], text: str) -> Decorator:
+    """One of some words, by default the first."""
+    return click.option(name, type=click.Choice(words), default=words[0], show_default=True, help=text)
+
+
+def seed_option(text: str) -> Decorator:
+    """``seed``, by default 0."""
+    return click.option("--seed", type=int, default=0, show_default=True, help=text)
+
+
+def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``source`` and ``target``."""
+    for name, text in (("target", "answers"), ("source", "prompts")):
+        option = click.option(f"--{name}", type=LANGUAGE, required=True, help=f"Language of the {text}.")
+        command = option(command)
+    return command
+
+
 model_argument = click.argument("model")
 languages_option = click.option(
     "--languages",
@@ -201,18 +226,15 @@ roles_option = click.option(
 )
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print only one JSON object.")(command)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print only one JSON object.")
 
 
 def corpus_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
     """``corpus``, ``languages``, ``part`` and ``roles``."""
-    command = click.option(
+    command = choice_option(
         "--part",
-        type=click.Choice(PARTS),
-        default="all",
-        show_default=True,
-        help="Lines to read, by line number: half to estimate, a quarter to choose settings, a quarter to report.",
+        PARTS,
+        "Lines to read, by line number: half to estimate, a quarter to choose settings, a quarter to report.",
     )(command)
     command = languages_option(roles_option(command))
     return click.option("--corpus", type=IN_PATH, required=required, help=CORPUS_HELP)(command)
@@ -222,13 +244,8 @@ def device_options(
     command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's dtype"
 ) -> Callable[..., Any]:
     command = max_memory_option(command)
-    command = click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        help=f"Dtype of the activations; auto: {auto}.",
-    )(command)
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    command = choice_option("--dtype", dtypes, f"Dtype of the activations; auto: {auto}.")(command)
     return click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
     )(command)
@@ -263,9 +280,11 @@ def quantised_bits(arguments: Any) -> int | None:
     return 4 if arguments.load_in_4bit else 8 if arguments.load_in_8bit else None
 
 
-def writing_options(
-    new_tokens: int, temperature: float = 0.0
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def new_tokens_option(default: int) -> Decorator:
+    return count_option("--new-tokens", "Maximum number of tokens to generate.", default)
+
+
+def writing_options(new_tokens: int, temperature: float = 0.0) -> Decorator:
     """``new_tokens`` and ``temperature``."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -276,23 +295,17 @@ def writing_options(
             show_default=True,
             help="Sampling temperature; 0 is greedy decoding.",
         )(command)
-        return click.option(
-            "--new-tokens",
-            type=click.IntRange(min=1),
-            default=new_tokens,
-            show_default=True,
-            help="Maximum number of tokens to generate.",
-        )(command)
+        return new_tokens_option(new_tokens)(command)
 
     return add
 
 
-engine_option = click.option(
-    "--engine",
-    type=click.Choice(["transformers", "vllm"]),
-    default="transformers",
-    show_default=True,
-    help="What runs the model; vllm needs the package vllm and reads checkpoints only.",
+ENGINES = ("transformers", "vllm")
+engine_option = choice_option(
+    "--engine", ENGINES, "What runs the model; vllm needs the package vllm and reads checkpoints only."
+)
+batch_tokens_option = count_option(
+    "--batch-tokens", "Tokens per forward pass.  [default: what memory allows]"
 )
 
 
@@ -330,19 +343,14 @@ def max_memory_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def tokens_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--tokens",
-        type=click.IntRange(min=1),
-        help="Maximum number of tokens to read per language, spread over the whole text.  [default: as the method needs]",
-    )(command)
+tokens_option = count_option(
+    "--tokens",
+    "Maximum number of tokens to read per language, spread over the whole text.  [default: as the method needs]",
+)
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Print the memory that each stage needs, and exit."
+)
 
 
-def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--dry-run", is_flag=True, help="Print the memory that each stage needs, and exit.")(
-        command
-    )
-
-
-def out_option(text: str, directory: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def out_option(text: str, directory: bool = False) -> Decorator:
     return click.option("--out", type=OUT_DIRECTORY if directory else OUT_FILE, required=True, help=text)

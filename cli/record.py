@@ -12,6 +12,7 @@ from cli.corpora import noted_corpus, read_table
 from cli.loading import loaded_model
 from cli.options import (
     CommaSeparated,
+    batch_tokens_option,
     corpus_options,
     device_options,
     dry_run_option,
@@ -43,11 +44,7 @@ DEFAULT = ("lape", "lape-general", "random-matched")
     type=int,
     help="Tokens per block, if no method reads single texts.  [default: the model's context, at most 2048, or 512 with gradients]",
 )
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    help="Tokens per forward pass.  [default: what memory allows]",
-)
+@batch_tokens_option
 @device_options
 @dry_run_option
 @quantised_options

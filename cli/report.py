@@ -9,6 +9,8 @@ import click
 from cli.options import IN_DIRECTORY, OUT_FILE, json_option
 from cli.screen import Screen
 
+MAX_NAMED = 10  # files that are not recognised, in warnings
+
 
 @click.command("report")
 @click.argument("directory", metavar="DIR", type=IN_DIRECTORY)
@@ -36,10 +38,11 @@ def command(directory: Path, out: Path | None, as_json: bool) -> None:
     findings = read_findings(directory)
     content = study_page(findings)
     write_atomically(out, content)
-    unrecognised = [file.name for file in findings.files if not file.understood]
-    for file in findings.files:
-        if not file.understood:
-            screen.warn(f"{directory / file.name}: {file.kind}")
+    unrecognised = [file for file in findings.files if not file.understood]
+    for file in unrecognised[:MAX_NAMED]:
+        screen.warn(f"{directory / file.name}: {file.kind}")
+    if (more := len(unrecognised) - MAX_NAMED) > 0:
+        screen.warn(f"{more} more files are not understood: the page names them")
     shown = {
         "steering": [result.file for result in findings.steering],
         "searches": [result.file for result in findings.searches],
@@ -48,4 +51,5 @@ def command(directory: Path, out: Path | None, as_json: bool) -> None:
         "edits": [result.file for result in findings.edits],
         "choices": [result.file for result in findings.choices],
     }
-    screen.result({"out": out, "bytes": len(content), "shown": shown, "not_understood": unrecognised}, out)
+    names = [file.name for file in unrecognised]
+    screen.result({"out": out, "bytes": len(content), "shown": shown, "not_understood": names}, out)

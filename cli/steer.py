@@ -16,12 +16,14 @@ from cli.options import (
     LANGUAGE,
     OUT_DIRECTORY,
     CommaSeparated,
+    choice_option,
     dry_run_option,
     json_option,
     model_argument,
+    seed_option,
     served_device_options,
 )
-from cli.screen import Screen
+from cli.screen import Screen, one_line
 from cli.shipped import QUESTIONS, shipped
 
 if TYPE_CHECKING:
@@ -55,12 +57,10 @@ SHOWN_EXAMPLES = 6
     help="An instruction that the model learns to follow without it, such as 'Answer formally, in German.'  [default: to "
     "answer in the language]",
 )
-@click.option(
+@choice_option(
     "--teacher",
-    type=click.Choice(("instruction", "question")),
-    default="instruction",
-    show_default=True,
-    help="What makes the unedited model answer in the language: an instruction after the question, or, for a model that "
+    ("instruction", "question"),
+    "What makes the unedited model answer in the language: an instruction after the question, or, for a model that "
     "does not obey instructions, the same question in the target language.",
 )
 @click.option(
@@ -79,7 +79,7 @@ SHOWN_EXAMPLES = 6
     help="Model that judges whether answers address their questions: hub id or directory.  [default: no judge]",
 )
 @click.option("--lora", type=OUT_DIRECTORY, help="Directory for an adapter for PEFT and vLLM, too.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the examples.")
+@seed_option("Seed of the order of the examples.")
 @served_device_options
 @dry_run_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
@@ -305,9 +305,5 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
         )
     for example in figures.examples[:SHOWN_EXAMPLES]:
         screen.say(
-            f"\n? {example.question}\n  before: {_line(example.before)}\n  after:  {_line(example.after)}"
+            f"\n? {example.question}\n  before: {one_line(example.before)}\n  after:  {one_line(example.after)}"
         )
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

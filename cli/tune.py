@@ -15,15 +15,18 @@ from cli.corpora import note_files, read_table
 from cli.loading import announced
 from cli.options import (
     IN_PATH,
-    LANGUAGE,
     CommaSeparated,
+    Decorator,
     FiniteRange,
+    count_option,
     device_options,
     dry_run_option,
     json_option,
     languages_option,
     model_argument,
     out_option,
+    pair_options,
+    seed_option,
     tokens_option,
     writing_options,
 )
@@ -42,6 +45,11 @@ RESULT, PLAN = "tune.json", "edit.safetensors"
 SAMPLES = 2  # continuations per prompt; the minimum for the report
 
 
+def _goal(name: str, default: float, text: str) -> Decorator:
+    positive = FiniteRange(min=0, min_open=True)
+    return click.option(f"--goal-{name}", type=positive, default=default, show_default=True, help=text)
+
+
 @click.command("tune")
 @model_argument
 @click.option(
@@ -51,8 +59,7 @@ SAMPLES = 2  # continuations per prompt; the minimum for the report
     help="Directory of <language>.txt, .jsonl or .parquet, of source, target and at least one other language.",
 )
 @languages_option
-@click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts.")
-@click.option("--target", type=LANGUAGE, required=True, help="Language of the answers.")
+@pair_options
 @click.option(
     "--methods",
     type=CommaSeparated(),
@@ -61,46 +68,15 @@ SAMPLES = 2  # continuations per prompt; the minimum for the report
     help="Methods of `broca edit --method list` to search; several are searched together.",
 )
 @click.option("--layers", help="Layers to edit, as 1-3 or 1,2,5.  [default: all]")
-@click.option(
-    "--trials",
-    type=click.IntRange(min=1),
-    default=40,
-    show_default=True,
-    help="Number of edits to try, including earlier runs.",
-)
-@click.option(
-    "--prompts",
-    type=click.IntRange(min=1),
-    default=50,
-    show_default=True,
-    help="Maximum number of prompts per trial.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    help="Continuations per prompt.  [default: 2, or 1 at temperature 0]",
-)
-@click.option(
-    "--lines",
-    type=click.IntRange(min=1),
-    default=25,
-    show_default=True,
-    help="Lines per third language and trial.",
-)
+@count_option("--trials", "Number of edits to try, including earlier runs.", 40)
+@count_option("--prompts", "Maximum number of prompts per trial.", 50)
+@count_option("--samples", "Continuations per prompt.  [default: 2, or 1 at temperature 0]")
+@count_option("--lines", "Lines per third language and trial.", 25)
 @writing_options(40, 0.7)
-@click.option(
-    "--goal-share", type=FiniteRange(min=0, min_open=True), default=0.95, show_default=True,
-    help="Minimum target-language rate, as a fraction of the rate on target prompts.",
-)  # fmt: skip
-@click.option(
-    "--goal-gap", type=FiniteRange(min=0, min_open=True), default=0.3, show_default=True,
-    help="Maximum fluency gap, in nats a token.",
-)  # fmt: skip
-@click.option(
-    "--goal-rise", type=FiniteRange(min=0, min_open=True), default=0.05, show_default=True,
-    help="Maximum NLL rise of any third language, in nats a token.",
-)  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search and the sampling.")
+@_goal("share", 0.95, "Minimum target-language rate, as a fraction of the rate on target prompts.")
+@_goal("gap", 0.3, "Maximum fluency gap, in nats a token.")
+@_goal("rise", 0.05, "Maximum NLL rise of any third language, in nats a token.")
+@seed_option("Seed of the search and the sampling.")
 @tokens_option
 @device_options
 @dry_run_option

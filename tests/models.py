@@ -12,55 +12,10 @@ from tokenizers.models import BPE
 
 # Three invented languages (ISO 639's private-use codes) that share no letter.
 WORDS = {
-    "qaa": [
-        "abe",
-        "bead",
-        "cab",
-        "cafe",
-        "dab",
-        "deaf",
-        "decaf",
-        "fade",
-        "face",
-        "bed",
-        "ebb",
-        "add",
-        "beef",
-        "feed",
-    ],
-    "qab": [
-        "high",
-        "him",
-        "ilk",
-        "jig",
-        "kill",
-        "glim",
-        "hill",
-        "lim",
-        "mig",
-        "milk",
-        "hik",
-        "jim",
-        "gill",
-        "ikki",
-    ],
-    "qac": [
-        "nut",
-        "pop",
-        "spout",
-        "trust",
-        "pours",
-        "sport",
-        "stop",
-        "runt",
-        "turns",
-        "opus",
-        "tosu",
-        "quot",
-        "root",
-        "un",
-    ],
-}
+    "qaa": ["abe", "bead", "cab", "cafe", "dab", "deaf", "decaf", "fade", "face", "bed", "ebb", "add", "beef", "feed"],
+    "qab": ["high", "him", "ilk", "jig", "kill", "glim", "hill", "lim", "mig", "milk", "hik", "jim", "gill", "ikki"],
+    "qac": ["nut", "pop", "spout", "trust", "pours", "sport", "stop", "runt", "turns", "opus", "tosu", "quot", "root", "un"],
+}  # fmt: skip
 LETTERS = {"qaa": "abcdef", "qab": "ghijklm", "qac": "nopqrstu"}
 LANGUAGES = tuple(WORDS)
 

@@ -9,32 +9,9 @@ from editing.evaluation.questions import read_questions
 
 QUESTIONS = Path(__file__).parents[1] / "artifacts" / "questions"
 LANGUAGES = [
-    "ar",
-    "cs",
-    "de",
-    "el",
-    "en",
-    "es",
-    "fa",
-    "fr",
-    "he",
-    "hi",
-    "id",
-    "it",
-    "ja",
-    "ko",
-    "nl",
-    "pl",
-    "pt",
-    "ro",
-    "ru",
-    "sv",
-    "th",
-    "tr",
-    "uk",
-    "vi",
-    "zh",
-]
+    "ar", "cs", "de", "el", "en", "es", "fa", "fr", "he", "hi", "id", "it", "ja", "ko", "nl", "pl", "pt",
+    "ro", "ru", "sv", "th", "tr", "uk", "vi", "zh",
+]  # fmt: skip
 
 
 def test_every_language_asks_the_same_questions():

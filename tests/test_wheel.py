@@ -13,18 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
     where = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(where),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True, capture_output=True)
+    build = ["pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(where), str(ROOT)]
+    subprocess.run([sys.executable, "-m", *build], check=True, capture_output=True)
     (wheel,) = where.glob("broca-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(where / "site")
@@ -46,16 +36,16 @@ def test_the_wheel_holds_packages_and_demo(unpacked):
 
 
 @pytest.mark.parametrize(
-    "code, folder",
+    ("name", "folder"),
     [
-        ("from cli.demo import shipped; print(shipped())", "shipped"),
-        ("from cli.shipped import QUESTIONS, shipped; print(shipped(QUESTIONS))", "questions"),
-        ("from cli.shipped import CHOICES, shipped; print(shipped(CHOICES))", "choices"),
+        ("DEMO", "shipped"),
+        ("QUESTIONS", "questions"),
+        ("CHOICES", "choices"),
     ],
 )
-def test_commands_find_their_files_there(unpacked, tmp_path, code, folder):
+def test_commands_find_their_files_there(unpacked, tmp_path, name, folder):
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"from cli.shipped import {name}, shipped; print(shipped({name}))"],
         env={"PYTHONPATH": str(unpacked)},
         cwd=tmp_path,
         capture_output=True,

@@ -15,6 +15,7 @@ from typing import Any
 from neurons.errors import UsageError
 from neurons.text.corpus import PARTS as CORPUS_PARTS
 from neurons.text.corpus_files import language_label
+from neurons.text.corpus_rows import parquet_rows, read_lines
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 EXAMPLE = '{"question_id": "7", "text": "How do I bake bread?"}'
@@ -143,22 +144,12 @@ def read_rows(path: Path, example: str = EXAMPLE) -> list[dict[str, Any]]:
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: questions are read from {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UsageError(f"{path}: not a parquet file ({error})") from error
-        return rows
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8: convert the file") from error
+        return parquet_rows(path)
+    lines = read_lines(path)
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(content, newline="")))
+        return list(csv.DictReader(io.StringIO("\n".join(lines), newline="")))
     rows = []
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -16,7 +16,7 @@ from editing.evaluation.answer_language import AnswerLanguage, answer_language
 from editing.evaluation.asking import CHAT, Prompt
 from editing.evaluation.generation import Continuation
 from editing.evaluation.questions import Questions, questions_of_part
-from editing.evaluation.relevance import Scorer
+from editing.evaluation.relevance import ChrfScorer, Scorer
 from editing.methods.distilled_values import mean_divergence, mean_divergences
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT, answered_by_language
@@ -168,7 +168,9 @@ def lock_figures(
             relevance={}
             if judge is None
             else {
-                model: _mean_score(judge, _texts(questions, source, part), answers)
+                model: _mean_score(
+                    judge, [Prompt(text, CHAT) for text in _texts(questions, source, part)], answers
+                )
                 for model, answers in by_model.items()
             },
         )
@@ -187,24 +189,16 @@ def lock_figures(
 
 
 def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean chrF of answers to their references, 0 to 1, with the defaults of sacrebleu; 0 for an empty answer."""
-    from sacrebleu.metrics import CHRF
-
-    metric = CHRF()
-    scores = [
-        metric.sentence_score(answer, [reference]).score / 100 if answer.strip() else 0.0
-        for answer, reference in zip(answers, references, strict=True)
-    ]
-    return sum(scores) / len(scores)
+    """Mean chrF of answers to their references, 0 to 1."""
+    return _mean_score(ChrfScorer(), [Prompt("", CHAT, reference) for reference in references], answers)
 
 
 def _texts(questions: Questions, language: str, part: str) -> list[str]:
     return [question.text for question in questions_of_part(questions.of[language], part)]
 
 
-def _mean_score(judge: Scorer, texts: Sequence[str], answers: Sequence[str]) -> float:
-    prompts = [Prompt(text, CHAT) for text in texts]
-    scores = judge(prompts, [Continuation((), answer) for answer in answers])
+def _mean_score(scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[str]) -> float:
+    scores = scorer(prompts, [Continuation((), answer) for answer in answers])
     return sum(scores) / len(scores)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from editing.evaluation.questions import Questions
 from editing.pipeline.lock_kinds import INSTRUCTION, TEACHERS, Lock, lock_of
 from editing.pipeline.recipe import checked_fields, model_beside, read_toml
+from editing.report.findings import STEER_TABLE
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.setting import setting
 from neurons.text.corpus_files import language_label
 
-TABLE = "steer"
 ALL, DEFAULT_SOURCE = "all", "en"
 
 
@@ -116,7 +116,7 @@ class SteerRecipe:
             for name, value in asdict(self).items()
             if value is not None and value is not False
         ]
-        return "\n".join(["# `broca run THIS --out DIR` repeats the edit.", f"[{TABLE}]", *lines, ""])
+        return "\n".join(["# `broca run THIS --out DIR` repeats the edit.", f"[{STEER_TABLE}]", *lines, ""])
 
 
 def is_steer_recipe(path: Path) -> bool:
@@ -125,7 +125,7 @@ def is_steer_recipe(path: Path) -> bool:
     Raises:
         UsageError: as ``read_toml``.
     """
-    return TABLE in read_toml(path)
+    return STEER_TABLE in read_toml(path)
 
 
 def read_steer_recipe(path: Path) -> SteerRecipe:
@@ -135,11 +135,13 @@ def read_steer_recipe(path: Path) -> SteerRecipe:
         UsageError: no such file, not TOML, an unknown or missing setting, or a value of the wrong kind.
     """
     content = read_toml(path)
-    if unknown := sorted(set(content) - {TABLE}):
-        raise UsageError(f"{path}: {', '.join(unknown)} is outside [{TABLE}]: move it there, or remove it")
-    table = content.get(TABLE)
+    if unknown := sorted(set(content) - {STEER_TABLE}):
+        raise UsageError(
+            f"{path}: {', '.join(unknown)} is outside [{STEER_TABLE}]: move it there, or remove it"
+        )
+    table = content.get(STEER_TABLE)
     if not isinstance(table, dict):
-        raise UsageError(f"{path}: has no table [{TABLE}]: write the settings under [{TABLE}]")
+        raise UsageError(f"{path}: has no table [{STEER_TABLE}]: write the settings under [{STEER_TABLE}]")
     values: dict[str, Any] = checked_fields(path, table, SteerRecipe, ("model",))
     for name in ("model", "judge"):
         if name in values:

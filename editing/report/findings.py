@@ -35,7 +35,7 @@ _NOT_READ = {
     ".log": "log",
     ".txt": "text",
 }
-STEER_RECIPE = "recipe of broca steer"
+STEER_RECIPE, STEER_TABLE = "recipe of broca steer", "steer"
 _ARTIFACTS = {
     "neurons": "neuron set",
     "edit": "plan of weight edits",
@@ -89,7 +89,7 @@ class Findings:
     """The results and files in a directory, each kind in the order of the files' names.
 
     Attributes:
-        name: of the directory.
+        name: of the directory; of the directory in a checkpoint: the model's name.
         steering, ablations, searches, choices, neurons, edits: results, with their files.
         files: all files.
     """
@@ -120,6 +120,9 @@ def read_findings(directory: Path) -> Findings:
         raise UsageError(f"{directory}: no such directory: give the directory of the results")
     findings = Findings(directory.resolve().name or "study")
     _enter(directory, directory, findings)
+    if findings.name == PLAN_IN_CHECKPOINT.parent.name and findings.edits:
+        # In a checkpoint this directory always has the same name.
+        findings.name = f"{Path(findings.edits[0].result.metadata.get('model', 'model')).name}, edited"
     if findings.empty:
         raise UsageError(
             f"{directory}: no result of broca run, evaluate, ablate, tune, identify or edit: give the directory "
@@ -157,7 +160,7 @@ def _enter(top: Path, directory: Path, findings: Findings) -> None:
 def _recipe(path: Path, name: str) -> File:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        steers = "steer" in tomllib.loads(text)
+        steers = STEER_TABLE in tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         steers = False
     if not steers:

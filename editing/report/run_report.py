@@ -13,16 +13,12 @@ from editing.study.results import Report
 def methods_markdown(report: Report) -> str:
     """The table that compares many methods, with the meaning of its columns."""
     head, rows = methods_table(report)
-    columns = [name.replace("|", "\\|") for name in head]
     return "\n".join(
         [
             f"# {report.title}\n",
             f"Model {report.model}. Methods are estimated on one part of the text, their settings are chosen on "
             "another, and the results on a third are reported here; all methods have the same prompts.\n",
-            "| " + " | ".join(columns) + " |",
-            "|---|" + "---:|" * (len(columns) - 2) + "---|",
-            *("| " + " | ".join(row) + " |" for row in rows),
-            "",
+            *_table(head, rows, "---|" + "---:|" * (len(head) - 2) + "---|"),
             *_dose_response_markdown(report),
             *(f"{note}\n" for note in report.notes or ()),
             "Share: the fraction of answers identified as the target; empty answers and loops are failures and do "
@@ -40,14 +36,15 @@ def methods_markdown(report: Report) -> str:
 def _dose_response_markdown(report: Report) -> list[str]:
     if not report.curves:
         return []
-    columns, rows = dose_response_table(report)
-    return [
-        "Each method at parts of its chosen strength:\n",
-        "| " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * (len(columns) - 1),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
+    head, rows = dose_response_table(report)
+    table = _table(head, rows, "---|" + "---:|" * (len(head) - 1))
+    return ["Each method at parts of its chosen strength:\n", *table]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str) -> list[str]:
+    columns = [name.replace("|", "\\|") for name in head]
+    first, *others = ("| " + " | ".join(row) + " |" for row in (columns, *rows))
+    return [first, f"|{rule}", *others, ""]
 
 
 def markdown(reports: Sequence[Report]) -> str:
@@ -56,10 +53,8 @@ def markdown(reports: Sequence[Report]) -> str:
     for report in reports:
         parts.append(f"## {report.title}\n")
         head, rows = outcomes_table(report)
-        parts.append("| " + " | ".join(name.replace("|", "\\|") for name in head) + " |")
-        parts.append("|" + "---|" * len(head))
-        parts += ["| " + " | ".join(row) + " |" for row in rows]
-        parts += ["", *(f"{note}\n" for note in report.notes or ())]
+        parts += _table(head, rows, "---|" * len(head))
+        parts += [f"{note}\n" for note in report.notes or ()]
         for outcome in (report.outcomes[0], report.outcomes[-1]):
             parts.append(f"Samples, {outcome.name}:\n")
             for sample in outcome.samples[:3]:

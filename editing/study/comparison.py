@@ -10,28 +10,20 @@ from editing.study.candidates import Candidate
 
 MIN_CEILING_FRACTION = 0.9
 MAX_FLUENCY_GAP = 0.5
-MIN_ON_FEW_PROMPTS = (
-    0.45  # of the ceiling: half of MIN_CEILING_FRACTION, as a rate on sixteen prompts is noisy
-)
+MIN_ON_FEW_PROMPTS = 0.45  # of the ceiling: half of the fraction above, as a rate on sixteen prompts is noisy
 
 Measured = tuple[Candidate, Outcome]
 
 
 def measure_candidates(
-    evaluation: Evaluation, candidates: Sequence[Candidate], kl: bool = False
+    evaluation: Evaluation, candidates: Sequence[Candidate], kl: bool = False, harm: bool = True
 ) -> Iterator[Measured]:
-    """Measure each candidate, one at a time; with KL if ``kl``."""
-    for candidate in candidates:
-        yield (
-            candidate,
-            evaluation.measure(
-                candidate.title,
-                candidate.steering,
-                candidate.details(),
-                kl,
-                instruction=candidate.instruction,
-            ),
+    """Measure each candidate, one at a time; ``kl`` and ``harm`` as in ``Evaluation.measure``."""
+    for one in candidates:
+        outcome = evaluation.measure(
+            one.title, one.steering, one.details(), kl, instruction=one.instruction, harm=harm
         )
+        yield one, outcome
 
 
 def promising(
@@ -76,15 +68,8 @@ def best_of(
     kept, refused = promising(evaluation, candidates)
     progress(len(refused))
     measured = []
-    for candidate in kept:
-        outcome = evaluation.measure(
-            candidate.title,
-            candidate.steering,
-            candidate.details(),
-            instruction=candidate.instruction,
-            harm=False,
-        )
-        measured.append((candidate, outcome))
+    for pair in measure_candidates(evaluation, kept, harm=False):
+        measured.append(pair)
         progress(1)
     well = _steering_well(measured, evaluation.ceiling)
     if len(well) > 1:

@@ -73,7 +73,6 @@ class Search:
             fingerprint, the text, the seed, ...
         goals: of the edit.
         seed: of the sampled settings.
-        few_prompts: number of prompts in a trial's first step.
 
     Raises:
         BrocaError: the file belongs to another search, is not a search's file, or another search is running in it.
@@ -88,12 +87,10 @@ class Search:
         identity: Mapping[str, Any] | None = None,
         goals: Goals | None = None,
         seed: int = 0,
-        few_prompts: int = FEW_PROMPTS,
     ) -> None:
         self._scorer, self._spaces, self._applied = scorer, spaces, applied
         self.goals = goals or Goals()
-        self._seed, self._few_prompts = seed, few_prompts
-        self._stopping = False
+        self._seed, self._stopping = seed, False
         self.identity = dict(identity or {})
         self._path = path
         with _locked(path):
@@ -192,7 +189,7 @@ class Search:
             return replace(trial, state=state, why=str(error))
         measured = [other for other in finished if other.state == MEASURED]
         with self._applied(plan):
-            hits, prompts = self._scorer.few(self._few_prompts)
+            hits, prompts = self._scorer.few(FEW_PROMPTS)
             trial = replace(trial, found=hits, continuations=prompts, prompts=prompts)
             if measured:
                 rate = min(self.goals.share * self.ceiling, max(other.share for other in measured))

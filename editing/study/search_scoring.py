@@ -44,11 +44,6 @@ class Harm:
         """The largest NLL rise of a third language."""
         return max(self.nll_rise.values())
 
-    @property
-    def mean_kl(self) -> float:
-        """The mean KL on third languages."""
-        return sum(self.kl.values()) / len(self.kl)
-
 
 @dataclass(frozen=True)
 class Written:

@@ -56,6 +56,11 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
         BrocaError: names the layer and the module that do not fit.
     """
     _check_rows(model, anatomy, ids)
+    _check_modules(model, anatomy, ids)
+
+
+@torch.no_grad()
+def _check_modules(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
     for layer in checked_layers(anatomy):
         _check_order(model, anatomy, layer, ids)
         if anatomy.has(layer, "mlp") and not gating_holds(model, anatomy, layer, ids):
@@ -76,7 +81,7 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
 
 
 def _check_rows(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
-    """Every layer gives one vector of the residual's width for each token."""
+    """Every layer runs and gives one vector of the residual's width for each token."""
     shapes: dict[int, list[int]] = {}
 
     def keep(layer: int) -> SiteHook:
@@ -84,6 +89,11 @@ def _check_rows(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
 
     with site_hooks(anatomy, {("block_out", layer): keep(layer) for layer in range(anatomy.layers)}):
         body(model)(input_ids=ids, use_cache=False)
+    if idle := sorted({*range(anatomy.layers)} - {*shapes}):
+        raise BrocaError(
+            f"{anatomy.model_type}: layers {', '.join(map(str, idle))} do not run on text without images: "
+            "Broca edits models of which every layer does"
+        )
     expected = [*ids.shape, anatomy.residual]
     for layer, shape in shapes.items():
         if shape != expected:
@@ -184,7 +194,7 @@ def checked(model: Any, anatomy: Anatomy) -> Anatomy:
         ):
             # The config's activation is not all of it, as with a clamp: then only signs are checked.
             anatomy = replace(anatomy, layout=replace(anatomy.layout, activation=None))
-        self_check(model, anatomy, ids)
+        _check_modules(model, anatomy, ids)
     except BrocaError:
         raise
     # A model of unknown architecture may raise anything.

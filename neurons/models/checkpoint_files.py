@@ -122,14 +122,18 @@ def check_architecture(model: str, config: Any) -> None:
         BrocaError: names both.
     """
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
     types = {config.model_type, config.get_text_config().model_type}
+    # Some types have no class of their own: transformers writes that of another for them.
+    registries = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    own = [registry.get(config.model_type) for registry in registries]
     for name in config.architectures or ():
         config_class = getattr(getattr(transformers, name, None), "config_class", None)
-        # Some types have no class of their own: transformers writes that of another for them.
-        own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-        if config_class is not None and config_class.model_type not in types and name != own:
+        if config_class is not None and config_class.model_type not in types and name not in own:
             raise BrocaError(
                 f"{model}: its config.json has model_type {config.model_type!r}, which transformers uses, and "
                 f"architectures {name!r} of {config_class.model_type!r}, which vLLM uses: correct the wrong one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,15 +75,9 @@ class TokenBatch:
         return not bool(self.attention.all())
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(
-            self.ids.long().to(device),
-            self.attention.to(device),
-            self.counted.to(device),
-            self.lines,
-            self.fractions,
-            None if self.groups is None else self.groups.to(device),
-            self.starts,
-        )
+        groups = None if self.groups is None else self.groups.to(device)
+        ids, attention = self.ids.long().to(device), self.attention.to(device)
+        return replace(self, ids=ids, attention=attention, counted=self.counted.to(device), groups=groups)
 
 
 def context_length(model: Any) -> int | None:
@@ -212,10 +206,7 @@ def text_batches(
 
 
 def row_batches(
-    rows: Sequence[Sequence[int]],
-    uncounted: int,
-    lines: Sequence[int] | None = None,
-    tokens_a_batch: int | None = None,
+    rows: Sequence[Sequence[int]], uncounted: int, tokens_a_batch: int | None = None
 ) -> list[TokenBatch]:
     """Rows of token ids, padded on the right and grouped by length.
 
@@ -225,11 +216,9 @@ def row_batches(
     Args:
         rows: token ids; rows without a counted token are dropped.
         uncounted: positions at the beginning of each row that are not counted.
-        lines: the line of each row; None numbers the rows.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
     """
-    numbered = zip(range(len(rows)) if lines is None else lines, rows, strict=True)
-    counted = [TokenRow(line, row, range(uncounted, len(row))) for line, row in numbered]
+    counted = [TokenRow(line, row, range(uncounted, len(row))) for line, row in enumerate(rows)]
     return _row_batches(counted, uncounted, tokens_a_batch)
 
 

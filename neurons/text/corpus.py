@@ -6,7 +6,6 @@ whose rows name their ``language``, as ``broca ask`` writes it.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,7 +16,15 @@ from typing import Any
 from neurons.errors import UsageError
 from neurons.text.conversations import MESSAGE_ROLES, SELECTABLE
 from neurons.text.corpus_files import corpus_files, language_label
-from neurons.text.corpus_rows import COLUMNS, Conversation, Text, parsed, row_text
+from neurons.text.corpus_rows import (
+    COLUMNS,
+    Conversation,
+    Text,
+    parquet_rows,
+    parsed,
+    read_lines,
+    row_text,
+)
 
 # Half to estimate from, a quarter to choose settings on, a quarter to report on: by line number, so that parallel
 # files stay parallel.
@@ -187,7 +194,7 @@ def _of_one_file(path: Path, languages: Sequence[str] | None) -> dict[str, tuple
             f"{path} is a file: give a directory of <language>{path.suffix}, or a .jsonl whose rows have 'language'"
         )
     of_language: dict[str, list[Text]] = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         place = f"{path}: line {number}"
         row = parsed(place, line)
         if row is None:
@@ -209,8 +216,11 @@ def _of_one_file(path: Path, languages: Sequence[str] | None) -> dict[str, tuple
 def _read_texts(path: Path) -> list[Text]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(path)
-    lines = _read_lines(path)
+        return [
+            "" if all(value is None for value in row.values()) else row_text(f"{path}: row {number}", row)
+            for number, row in enumerate(parquet_rows(path, COLUMNS), start=1)
+        ]
+    lines = read_lines(path)
     if suffix != ".jsonl":
         return [line.strip() for line in lines]
     texts: list[Text] = []
@@ -219,34 +229,3 @@ def _read_texts(path: Path) -> list[Text]:
         row = parsed(place, line)
         texts.append("" if row is None else row_text(place, row))
     return texts
-
-
-def _read_lines(path: Path) -> list[str]:
-    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        content = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UsageError(f"{path}: line {line} is not UTF-8: convert the file") from error
-    # Not splitlines(): U+2028 and other separators occur within texts and would shift parallel lines.
-    lines = content.split("\n")
-    if lines and not lines[-1]:
-        lines.pop()
-    return lines
-
-
-def _read_parquet(path: Path) -> list[Text]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        columns = [name for name in COLUMNS if name in pyarrow.parquet.read_schema(path).names]
-        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path}: not a parquet file ({error})") from error
-    if not columns:
-        raise UsageError(f"{path} has no column 'text' or 'messages': rename the column of the texts")
-    return [
-        "" if all(value is None for value in row.values()) else row_text(f"{path}: row {number}", row)
-        for number, row in enumerate(rows, start=1)
-    ]

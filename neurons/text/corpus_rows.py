@@ -9,10 +9,12 @@ the two that is null.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from neurons.errors import UsageError
@@ -132,3 +134,43 @@ def parsed(place: str, line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"{place} is not a JSON object with 'text' or 'messages'") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file of text.
+
+    Raises:
+        UsageError: not UTF-8; names the line.
+    """
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        content = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UsageError(f"{path}: line {line} is not UTF-8: convert the file") from error
+    # Not splitlines(): U+2028 and other separators occur within texts and would shift parallel lines.
+    lines = content.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a parquet file, of these columns if it has them; None: of all.
+
+    Raises:
+        UsageError: not a parquet file, or one with none of the columns.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        kept = [name for name in names if columns is None or name in columns]
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path, columns=kept).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path}: not a parquet file ({error})") from error
+    if columns is not None and not kept:
+        either = " or ".join(map(repr, columns))
+        raise UsageError(f"{path} has no column {either}: rename the column of the texts")
+    return rows

@@ -19,186 +19,107 @@ from neurons.neuron_sets.neuron_set import neuron_set
 from neurons.statistics.statistics import Statistics
 
 D, WIDTH, LAYERS = 64, 48, 3
-# Placeholders in the commands.
-BAD, OUT, MODEL, TEXT = "{BAD}", "{OUT}", "{MODEL}", "{TEXT}"
 KINDS = ("neurons", "statistics", "direction", "edit")
 LANGUAGES = ("en", "fr", "de")
-GOOD = {kind: f"{{{kind}}}" for kind in KINDS}
-PAIR = ["--source", "en", "--target", "fr"]
 
+# In the commands, {neurons} to {edit} are good files of that kind, BAD is the bad one.
 # option -> (command with a bad file, kind of file, whether the file has the fingerprint of a model)
 FILES = {
-    "identify --statistics": (["identify", "--statistics", BAD, "--method", "lape", "--out", OUT], "statistics", False),
-    "identify --like": (["identify", "--method", "random", "--like", BAD, "--out", OUT], "neurons", False),
+    "identify --statistics": ("identify --statistics {BAD} --method lape --out {OUT}", "statistics", False),
+    "identify --like": ("identify --method random --like {BAD} --out {OUT}", "neurons", False),
     "identify --like, matched": (
-        ["identify", "--method", "random-matched", "--like", GOOD["neurons"], "--statistics", BAD, "--out", OUT],
-        "statistics", True),
-    "edit --direction": (["edit", MODEL, "--direction", BAD, "--corpus", TEXT, "--out", OUT], "direction", True),
+        "identify --method random-matched --like {neurons} --statistics {BAD} --out {OUT}", "statistics", True),
+    "edit --direction": ("edit {MODEL} --direction {BAD} --corpus {TEXT} --out {OUT}", "direction", True),
     "edit --neurons": (
-        ["edit", MODEL, "--method", "scale", "--neurons", BAD, "--languages", "en", "--factor", "0", "--out", OUT],
-        "neurons", True),
-    "edit --statistics": (["edit", MODEL, "--method", "clas", "--statistics", BAD, "--out", OUT], "statistics", True),
+        "edit {MODEL} --method scale --neurons {BAD} --languages en --factor 0 --out {OUT}", "neurons", True),
+    "edit --statistics": ("edit {MODEL} --method clas --statistics {BAD} --out {OUT}", "statistics", True),
     "edit --vector": (
-        ["edit", MODEL, "--method", "bake-bias", "--vector", BAD, "--layers", "1", "--out", OUT], "direction", False),
-    "edit --compose": (["edit", "--compose", GOOD["edit"], BAD, "--out", OUT], "edit", True),
-    "edit --invert": (["edit", MODEL, "--invert", BAD, "--out", OUT], "edit", True),
-    "edit --restrict": (["edit", MODEL, "--restrict", BAD, "--layers", "1", "--out", OUT], "edit", True),
+        "edit {MODEL} --method bake-bias --vector {BAD} --layers 1 --out {OUT}", "direction", False),
+    "edit --compose": ("edit --compose {edit} {BAD} --out {OUT}", "edit", True),
+    "edit --invert": ("edit {MODEL} --invert {BAD} --out {OUT}", "edit", True),
+    "edit --restrict": ("edit {MODEL} --restrict {BAD} --layers 1 --out {OUT}", "edit", True),
     "edit --restrict --neurons": (
-        ["edit", MODEL, "--restrict", GOOD["edit"], "--neurons", BAD, "--out", OUT], "neurons", True),
-    "export --edit": (["export", MODEL, "--edit", BAD, "--out", OUT], "edit", True),
-    "export --format lora": (["export", MODEL, "--edit", BAD, "--format", "lora", "--out", OUT], "edit", True),
-    "inspect": (["inspect", BAD], None, False),
-    "compare, neuron sets": (["compare", GOOD["neurons"], BAD, "--plot", f"{OUT}.png"], "neurons", True),
-    "compare, edits": (["compare", BAD, GOOD["edit"]], "edit", False),
-    "plot": (["plot", BAD, "--out", f"{OUT}.png"], "neurons, statistics or edit", False),
-    "merge": (["merge", GOOD["statistics"], BAD, "--out", OUT], "statistics", True),
-    "convert": (["convert", BAD, "--out", OUT], "neurons", False),
-    "convert LANGUAGE=FILE": (["convert", f"en={BAD}", "--out", OUT], "counts", False),
-    "convert --subtract": (
-        ["convert", f"en={GOOD['edit']}", "--subtract", f"en={BAD}", "--out", OUT], None, False),
-    "ablate": (["ablate", MODEL, BAD, "--corpus", TEXT, "--out", OUT], "neurons", True),
+        "edit {MODEL} --restrict {edit} --neurons {BAD} --out {OUT}", "neurons", True),
+    "export --edit": ("export {MODEL} --edit {BAD} --out {OUT}", "edit", True),
+    "export --format lora": ("export {MODEL} --edit {BAD} --format lora --out {OUT}", "edit", True),
+    "inspect": ("inspect {BAD}", None, False),
+    "compare, neuron sets": ("compare {neurons} {BAD} --plot {OUT}.png", "neurons", True),
+    "compare, edits": ("compare {BAD} {edit}", "edit", False),
+    "plot": ("plot {BAD} --out {OUT}.png", "neurons, statistics or edit", False),
+    "merge": ("merge {statistics} {BAD} --out {OUT}", "statistics", True),
+    "convert": ("convert {BAD} --out {OUT}", "neurons", False),
+    "convert LANGUAGE=FILE": ("convert en={BAD} --out {OUT}", "counts", False),
+    "convert --subtract": ("convert en={edit} --subtract en={BAD} --out {OUT}", None, False),
+    "ablate": ("ablate {MODEL} {BAD} --corpus {TEXT} --out {OUT}", "neurons", True),
     "ablate --statistics": (
-        ["ablate", MODEL, GOOD["neurons"], "--statistics", BAD, "--corpus", TEXT, "--out", OUT], "statistics", True),
-    "evaluate --edit": (["evaluate", MODEL, "--edit", BAD, "--corpus", TEXT, *PAIR, "--out", OUT], "edit", True),
-    "ability --edit": (["ability", MODEL, "--edit", BAD, "--out", OUT], "edit", True),
-    "generate --edit": (["generate", MODEL, "--edit", BAD, "--prompts", "abe", "--out", OUT], "edit", True),
+        "ablate {MODEL} {neurons} --statistics {BAD} --corpus {TEXT} --out {OUT}", "statistics", True),
+    "evaluate --edit": (
+        "evaluate {MODEL} --edit {BAD} --corpus {TEXT} --source en --target fr --out {OUT}", "edit", True),
+    "ability --edit": ("ability {MODEL} --edit {BAD} --out {OUT}", "edit", True),
+    "generate --edit": ("generate {MODEL} --edit {BAD} --prompts abe --out {OUT}", "edit", True),
 }  # fmt: skip
 DIRECTORIES = {
-    "record --corpus": ["record", MODEL, "--corpus", BAD, "--out", OUT],
-    "identify --corpus": ["identify", MODEL, "--corpus", BAD, "--out", OUT],
-    "identify --prompts": [
-        "identify",
-        MODEL,
-        "--method",
-        "integrated-gradients",
-        "--prompts",
-        BAD,
-        "--out",
-        OUT,
-    ],
-    "identify --control": [
-        "identify",
-        MODEL,
-        "--method",
-        "culnig",
-        "--prompts",
-        TEXT,
-        "--control",
-        BAD,
-        "--out",
-        OUT,
-    ],
-    "direction --corpus": ["direction", MODEL, "--corpus", BAD, *PAIR, "--out", OUT],
-    "edit --corpus": ["edit", MODEL, "--direction", GOOD["direction"], "--corpus", BAD, "--out", OUT],
-    "neuron --corpus": ["neuron", MODEL, "1", "2", "--corpus", BAD],
-    "ablate --corpus": ["ablate", MODEL, GOOD["neurons"], "--corpus", BAD, "--out", OUT],
-    "evaluate --corpus": ["evaluate", MODEL, "--corpus", BAD, *PAIR, "--out", OUT],
-    "tune --corpus": ["tune", MODEL, "--corpus", BAD, *PAIR, "--out", OUT],
-    "report": ["report", BAD, "--out", f"{OUT}.html"],
+    "record --corpus": "record {MODEL} --corpus {BAD} --out {OUT}",
+    "identify --corpus": "identify {MODEL} --corpus {BAD} --out {OUT}",
+    "identify --prompts": "identify {MODEL} --method integrated-gradients --prompts {BAD} --out {OUT}",
+    "identify --control": "identify {MODEL} --method culnig --prompts {TEXT} --control {BAD} --out {OUT}",
+    "direction --corpus": "direction {MODEL} --corpus {BAD} --source en --target fr --out {OUT}",
+    "edit --corpus": "edit {MODEL} --direction {direction} --corpus {BAD} --out {OUT}",
+    "neuron --corpus": "neuron {MODEL} 1 2 --corpus {BAD}",
+    "ablate --corpus": "ablate {MODEL} {neurons} --corpus {BAD} --out {OUT}",
+    "evaluate --corpus": "evaluate {MODEL} --corpus {BAD} --source en --target fr --out {OUT}",
+    "tune --corpus": "tune {MODEL} --corpus {BAD} --source en --target fr --out {OUT}",
+    "report": "report {BAD} --out {OUT}.html",
 }
 MODELS = {
-    "record": ["record", BAD, "--corpus", TEXT, "--out", OUT],
-    "identify": ["identify", BAD, "--corpus", TEXT, "--out", OUT],
-    "direction": ["direction", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
-    "edit": ["edit", BAD, "--direction", GOOD["direction"], "--corpus", TEXT, "--out", OUT],
-    "export": ["export", BAD, "--edit", GOOD["edit"], "--out", OUT],
-    "export --undo": ["export", BAD, "--undo", "--out", OUT],
-    "export --dequantise": ["export", BAD, "--dequantise", "bf16", "--out", OUT],
-    "diff, base": ["diff", BAD, MODEL, "--out", OUT],
-    "diff, edited": ["diff", MODEL, BAD, "--out", OUT],
-    "compare --model": ["compare", GOOD["edit"], GOOD["edit"], "--model", BAD],
-    "neuron": ["neuron", BAD, "1", "2", "--corpus", TEXT],
-    "ablate": ["ablate", BAD, GOOD["neurons"], "--corpus", TEXT, "--out", OUT],
-    "evaluate": ["evaluate", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
-    "evaluate --against": ["evaluate", MODEL, "--against", BAD, "--corpus", TEXT, *PAIR, "--out", OUT],
-    "ability": ["ability", BAD, "--out", OUT],
-    "generate": ["generate", BAD, "--prompts", "abe", "--out", OUT],
-    "generate --against": ["generate", MODEL, "--against", BAD, "--prompts", "abe", "--out", OUT],
+    "record": "record {BAD} --corpus {TEXT} --out {OUT}",
+    "identify": "identify {BAD} --corpus {TEXT} --out {OUT}",
+    "direction": "direction {BAD} --corpus {TEXT} --source en --target fr --out {OUT}",
+    "edit": "edit {BAD} --direction {direction} --corpus {TEXT} --out {OUT}",
+    "export": "export {BAD} --edit {edit} --out {OUT}",
+    "export --undo": "export {BAD} --undo --out {OUT}",
+    "export --dequantise": "export {BAD} --dequantise bf16 --out {OUT}",
+    "diff, base": "diff {BAD} {MODEL} --out {OUT}",
+    "diff, edited": "diff {MODEL} {BAD} --out {OUT}",
+    "compare --model": "compare {edit} {edit} --model {BAD}",
+    "neuron": "neuron {BAD} 1 2 --corpus {TEXT}",
+    "ablate": "ablate {BAD} {neurons} --corpus {TEXT} --out {OUT}",
+    "evaluate": "evaluate {BAD} --corpus {TEXT} --source en --target fr --out {OUT}",
+    "evaluate --against": "evaluate {MODEL} --against {BAD} --corpus {TEXT} --source en --target fr --out {OUT}",
+    "ability": "ability {BAD} --out {OUT}",
+    "generate": "generate {BAD} --prompts abe --out {OUT}",
+    "generate --against": "generate {MODEL} --against {BAD} --prompts abe --out {OUT}",
 }
 # option -> (command with a bad output, whether the output is a file or a directory)
 OUTPUTS = {
-    "record": (["record", MODEL, "--corpus", TEXT, "--out", BAD], "file"),
-    "identify": (["identify", MODEL, "--corpus", TEXT, "--out", BAD], "file"),
-    "direction": (["direction", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "file"),
-    "edit": (["edit", MODEL, "--direction", GOOD["direction"], "--corpus", TEXT, "--out", BAD], "file"),
-    "export": (["export", MODEL, "--edit", GOOD["edit"], "--out", BAD], "directory"),
-    "diff": (["diff", MODEL, MODEL, "--out", BAD], "file"),
-    "ablate": (["ablate", MODEL, GOOD["neurons"], "--corpus", TEXT, "--out", BAD], "file"),
-    "evaluate": (["evaluate", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "file"),
-    "ability": (["ability", MODEL, "--out", BAD], "file"),
-    "tune": (["tune", MODEL, "--corpus", TEXT, *PAIR, "--out", BAD], "directory"),
-    "compare": (["compare", GOOD["neurons"], GOOD["neurons"], "--plot", BAD], "file"),
-    "plot": (["plot", GOOD["neurons"], "--out", BAD], "file"),
-    "merge": (["merge", GOOD["statistics"], GOOD["statistics"], "--out", BAD], "file"),
-    "convert": (["convert", GOOD["neurons"], "--out", BAD], "file"),
+    "record": ("record {MODEL} --corpus {TEXT} --out {BAD}", "file"),
+    "identify": ("identify {MODEL} --corpus {TEXT} --out {BAD}", "file"),
+    "direction": ("direction {MODEL} --corpus {TEXT} --source en --target fr --out {BAD}", "file"),
+    "edit": ("edit {MODEL} --direction {direction} --corpus {TEXT} --out {BAD}", "file"),
+    "export": ("export {MODEL} --edit {edit} --out {BAD}", "directory"),
+    "diff": ("diff {MODEL} {MODEL} --out {BAD}", "file"),
+    "ablate": ("ablate {MODEL} {neurons} --corpus {TEXT} --out {BAD}", "file"),
+    "evaluate": ("evaluate {MODEL} --corpus {TEXT} --source en --target fr --out {BAD}", "file"),
+    "ability": ("ability {MODEL} --out {BAD}", "file"),
+    "tune": ("tune {MODEL} --corpus {TEXT} --source en --target fr --out {BAD}", "directory"),
+    "compare": ("compare {neurons} {neurons} --plot {BAD}", "file"),
+    "plot": ("plot {neurons} --out {BAD}", "file"),
+    "merge": ("merge {statistics} {statistics} --out {BAD}", "file"),
+    "convert": ("convert {neurons} --out {BAD}", "file"),
 }
 UNKNOWN = {
-    "record": ["record", MODEL, "--corpus", TEXT, "--languages", "en,xx", "--out", OUT],
-    "identify": ["identify", MODEL, "--corpus", TEXT, "--languages", "en,xx", "--out", OUT],
-    "direction": ["direction", MODEL, "--corpus", TEXT, "--source", "xx", "--target", "fr", "--out", OUT],
-    "direction, target": [
-        "direction",
-        MODEL,
-        "--corpus",
-        TEXT,
-        "--source",
-        "en",
-        "--target",
-        "xx",
-        "--out",
-        OUT,
-    ],
-    "edit": [
-        "edit",
-        MODEL,
-        "--direction",
-        GOOD["direction"],
-        "--corpus",
-        TEXT,
-        "--languages",
-        "en,xx",
-        "--out",
-        OUT,
-    ],
-    "edit, of neurons": [
-        "edit",
-        MODEL,
-        "--method",
-        "scale",
-        "--neurons",
-        GOOD["neurons"],
-        "--languages",
-        "xx",
-    ]
-    + ["--factor", "0", "--out", OUT],
-    "edit --restrict": ["edit", MODEL, "--restrict", GOOD["edit"], "--neurons", GOOD["neurons"]]
-    + ["--languages", "xx", "--out", OUT],
-    "neuron": ["neuron", MODEL, "1", "2", "--corpus", TEXT, "--languages", "xx"],
-    "ablate --languages": [
-        "ablate",
-        MODEL,
-        GOOD["neurons"],
-        "--corpus",
-        TEXT,
-        "--languages",
-        "en,xx",
-        "--out",
-        OUT,
-    ],
-    "evaluate --source": [
-        "evaluate",
-        MODEL,
-        "--corpus",
-        TEXT,
-        "--source",
-        "xx",
-        "--target",
-        "fr",
-        "--out",
-        OUT,
-    ],
-    "ability": ["ability", MODEL, "--languages", "en,xx", "--out", OUT],
-    "tune": ["tune", MODEL, "--corpus", TEXT, "--languages", "en,xx", *PAIR, "--out", OUT],
+    "record": "record {MODEL} --corpus {TEXT} --languages en,xx --out {OUT}",
+    "identify": "identify {MODEL} --corpus {TEXT} --languages en,xx --out {OUT}",
+    "direction": "direction {MODEL} --corpus {TEXT} --source xx --target fr --out {OUT}",
+    "direction, target": "direction {MODEL} --corpus {TEXT} --source en --target xx --out {OUT}",
+    "edit": "edit {MODEL} --direction {direction} --corpus {TEXT} --languages en,xx --out {OUT}",
+    "edit, of neurons": "edit {MODEL} --method scale --neurons {neurons} --languages xx --factor 0 --out {OUT}",
+    "edit --restrict": "edit {MODEL} --restrict {edit} --neurons {neurons} --languages xx --out {OUT}",
+    "neuron": "neuron {MODEL} 1 2 --corpus {TEXT} --languages xx",
+    "ablate --languages": "ablate {MODEL} {neurons} --corpus {TEXT} --languages en,xx --out {OUT}",
+    "evaluate --source": "evaluate {MODEL} --corpus {TEXT} --source xx --target fr --out {OUT}",
+    "ability": "ability {MODEL} --languages en,xx --out {OUT}",
+    "tune": "tune {MODEL} --corpus {TEXT} --languages en,xx --source en --target fr --out {OUT}",
 }
 
 
@@ -265,7 +186,7 @@ def refused(broca, model, good, known_text, tmp_path):
     def run(command, bad, expected_status, value=None):
         names = {"MODEL": model, "TEXT": known_text, "BAD": bad, "OUT": tmp_path / "results" / "out"}
         names |= {kind: good / f"{kind}.safetensors" for kind in KINDS}
-        words = [word.format(**names) for word in command]
+        words = [word.format(**names) for word in command.split()]
         before = everything(tmp_path)
         status, out, err = broca(*words)
         lines = err.splitlines()
@@ -353,18 +274,20 @@ def test_an_unknown_language(refused, bad, option):
 
 
 def test_a_recipe_that_is_not_there(refused, bad):
-    refused(["run", BAD, "--out", OUT], bad / "none.toml", 2)
+    refused("run {BAD} --out {OUT}", bad / "none.toml", 2)
 
 
 def test_a_usage_mistake_is_one_sentence_too(broca):
     for arguments, value in (
-        (["edit", "--nonsense"], "no such option '--nonsense'"),
-        (["nonsense"], "no such command 'nonsense'"),
-        (["record", "m"], "missing option '--corpus'"),
-        (["merge"], "missing argument"),
-        (["edit", "--strength", "much"], "'much' is not a number"),
-        (["plot", "x", "y"], "`broca plot --help`"),
+        ("edit --nonsense", "no such option '--nonsense'"),
+        ("nonsense", "no such command 'nonsense'"),
+        ("record m", "missing option '--corpus'"),
+        ("merge", "missing argument"),
+        ("edit --strength much", "'much' is not a number"),
+        ("plot x y", "`broca plot --help`"),
+        ("identify", "missing"),
+        ("identify x --part third", "third"),
     ):
-        status, out, err = broca(*arguments)
+        status, out, err = broca(*arguments.split())
         assert status == 2 and out == ""
         assert err.count("\n") == 1 and err.startswith("broca: ") and value in err, err

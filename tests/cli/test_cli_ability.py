@@ -35,25 +35,16 @@ def asked(few_questions, tmp_path, monkeypatch):
 
 def plan_of(model, **about):
     """A plan that changes the answers: a down_proj of twice its weights, with what ``broca steer`` writes about it."""
-    metadata = {
-        "model": "tiny",
-        "fingerprint": open_model(str(model)).fingerprint,
-        "method": "scale",
-        "settings": {},
-    }
+    fingerprint = open_model(str(model)).fingerprint
+    metadata = {"model": "tiny", "fingerprint": fingerprint, "method": "scale", "settings": {}, **about}
     scale = torch.full((48,), 5.0)
-    return make_plan([ModuleEdit(1, "mlp", tuple(range(48)), column_scale=scale)], {**metadata, **about})
+    return make_plan([ModuleEdit(1, "mlp", tuple(range(48)), column_scale=scale)], metadata)
 
 
 @pytest.fixture
 def steered(chat_model):
-    return plan_of(
-        chat_model,
-        method="steer",
-        source="en",
-        target="fr",
-        settings={"sources": ["en"], "instructions": {"en": "Respond in French."}},
-    )
+    settings = {"sources": ["en"], "instructions": {"en": "Respond in French."}}
+    return plan_of(chat_model, method="steer", source="en", target="fr", settings=settings)
 
 
 def test_the_figures_of_a_model(broca, chat_model, tmp_path):
@@ -93,15 +84,8 @@ def test_a_lock_is_measured_with_its_own_instruction_and_language(broca, chat_mo
 
 def test_another_plan_has_no_instruction_unless_one_is_given(broca, chat_model, tmp_path):
     plan_of(chat_model).save(tmp_path / "edit.safetensors")
-    arguments = [
-        "ability",
-        chat_model,
-        "--edit",
-        tmp_path / "edit.safetensors",
-        "--languages",
-        "fr",
-        "--json",
-    ]
+    edit = ["--edit", tmp_path / "edit.safetensors"]
+    arguments = ["ability", chat_model, *edit, "--languages", "fr", "--json"]
     result = json.loads(broca(*arguments)[1])
     assert set(result["accuracy"]) == {"fr"} and set(result["accuracy"]["fr"]) == {"base", "edited"}
     result = json.loads(broca(*arguments, "--instruction", "Be brief.")[1])

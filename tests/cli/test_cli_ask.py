@@ -12,27 +12,17 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 
 
-@pytest.fixture
-def model(chat_model):
-    return chat_model
-
-
-@pytest.fixture
-def questions(few_questions):
-    return few_questions
-
-
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_are_conversations_with_greedy_answers(broca, model, questions, tmp_path):
+def test_rows_are_conversations_with_greedy_answers(broca, chat_model, few_questions, tmp_path):
     out = tmp_path / "answers.jsonl"
-    arguments = ["ask", model, "--questions", questions, "--new-tokens", 6, "--out", out]
+    arguments = ["ask", chat_model, "--questions", few_questions, "--new-tokens", 6, "--out", out]
     status, printed, errors = broca(*arguments)
     assert status == 0, errors
     assert printed.splitlines()[-1] == str(out)
-    loaded = load_model(str(model), device="cpu")
+    loaded = load_model(str(chat_model), device="cpu")
     rows = read(out)
     assert [(row["language"], row["question_id"]) for row in rows] == [
         (language, str(i)) for language in ("de", "en", "fr") for i in range(8)
@@ -49,14 +39,29 @@ def test_rows_are_conversations_with_greedy_answers(broca, model, questions, tmp
     assert out.read_bytes() == before
 
 
-def test_answers_of_other_settings_are_not_mixed(broca, model, questions, tmp_path):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(["--new-tokens", 6], ["--new-tokens", 7]), (["--dtype", "float32"], ["--dtype", "bfloat16"])],
+)
+def test_answers_of_other_settings_are_not_mixed(broca, chat_model, few_questions, tmp_path, before, after):
     out = tmp_path / "answers.jsonl"
-    arguments = ["ask", model, "--questions", questions, "--out", out, "--languages", "fr"]
-    assert broca(*arguments, "--new-tokens", 6)[0] == 0
-    before = out.read_bytes()
-    status, _, errors = broca(*arguments, "--new-tokens", 7)
+    common = [
+        "ask",
+        chat_model,
+        "--questions",
+        few_questions,
+        "--out",
+        out,
+        "--languages",
+        "FR",
+        "--new-tokens",
+        4,
+    ]
+    assert broca(*common, *before)[0] == 0
+    content = out.read_bytes()
+    status, _, errors = broca(*common, *after)
     assert status == 2 and str(out) in errors
-    assert out.read_bytes() == before
+    assert out.read_bytes() == content
 
 
 def test_a_stopped_run_keeps_whole_batches_and_continues(tmp_path, monkeypatch):
@@ -108,7 +113,7 @@ def test_an_answer_to_a_different_question_with_the_same_id_is_refused(tmp_path)
         asking.ask(write, lambda text: [1], {"en": [Question("7", "after")]}, out, "one")
 
 
-def test_an_engine_starts_once_for_all_batches(broca, model, questions, tmp_path, monkeypatch):
+def test_an_engine_starts_once_for_all_batches(broca, chat_model, few_questions, tmp_path, monkeypatch):
     """A replacement for vLLM's writer, because the test environment has no vLLM."""
     from editing.evaluation import vllm_generation
 
@@ -130,17 +135,11 @@ def test_an_engine_starts_once_for_all_batches(broca, model, questions, tmp_path
     monkeypatch.setattr(vllm_generation, "VllmWriter", Writer)
     monkeypatch.setattr(asking, "AT_ONCE", 5)
     out = tmp_path / "answers.jsonl"
-    status, _, errors = broca("ask", model, "--engine", "vllm", "--questions", questions, "--out", out)
+    status, _, errors = broca(
+        "ask", chat_model, "--engine", "vllm", "--questions", few_questions, "--out", out
+    )
     assert status == 0, errors
     assert started == ["auto", "stopped"] and batches == [5, 5, 5, 5, 4]
-
-
-def test_answers_in_another_type_are_not_mixed(broca, model, questions, tmp_path):
-    out = tmp_path / "answers.jsonl"
-    arguments = ["ask", model, "--questions", questions, "--languages", "EN", "--new-tokens", 4, "--out", out]
-    assert broca(*arguments, "--dtype", "float32")[0] == 0
-    status, _, errors = broca(*arguments, "--dtype", "bfloat16")
-    assert status == 2 and str(out) in errors
 
 
 @pytest.mark.parametrize("content", [b"not JSON\n", b"[]\n", b'{"language": "en"}\n', b"\xff\xfe\n"])
@@ -155,7 +154,7 @@ def test_another_file_is_not_overwritten(tmp_path, content):
 @pytest.mark.parametrize(
     "more, named", [(["--languages", "xx"], "xx"), (["--out", "answers.txt"], "answers.txt")]
 )
-def test_impossible_arguments_are_refused_by_name(broca, model, questions, tmp_path, more, named):
-    arguments = ["ask", model, "--questions", questions, "--out", tmp_path / "answers.jsonl", *more]
+def test_impossible_arguments_are_refused_by_name(broca, chat_model, few_questions, tmp_path, more, named):
+    arguments = ["ask", chat_model, "--questions", few_questions, "--out", tmp_path / "answers.jsonl", *more]
     status, _, errors = broca(*arguments)
     assert status == 2 and named in errors

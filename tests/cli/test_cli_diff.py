@@ -5,7 +5,7 @@ import json
 import models
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import run
 from safetensors.torch import load_file, save_file
 
 from cli.diff import command
@@ -16,14 +16,6 @@ from neurons.files.tensor_files import read_tensor, tensor_entries
 from neurons.models.source import open_model
 
 DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"
-
-
-def run(*arguments):
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=True)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture
@@ -43,7 +35,7 @@ def rewrite(checkpoint, change):
 
 def test_a_plan_that_does_it_again(pair, tmp_path):
     base, edited = pair
-    out = run(base, edited, "--out", tmp_path / "edit.safetensors")
+    out = run(command, base, edited, "--out", tmp_path / "edit.safetensors").stdout
     assert DOWN in out and "column scale" in out
     assert out.strip().splitlines()[-1] == str(tmp_path / "edit.safetensors")
     source = open_model(str(base))
@@ -55,7 +47,7 @@ def test_a_plan_that_does_it_again(pair, tmp_path):
 
 
 def test_json(pair, tmp_path):
-    printed = json.loads(run(*pair, "--out", tmp_path / "edit.safetensors", "--json"))
+    printed = json.loads(run(command, *pair, "--out", tmp_path / "edit.safetensors", "--json").stdout)
     (tensor,) = printed["tensors"]
     assert tensor["name"] == DOWN and tensor["covered"] and 0 < tensor["relative"] < 1
     assert printed["not_covered"] == [] and printed["modules"][0]["layer"] == 1
@@ -65,11 +57,7 @@ def test_others_are_refused_and_allowed(pair, tmp_path):
     rewrite(pair[1], lambda tensors: tensors[UP].add_(1))
     out = tmp_path / "edit.safetensors"
     with pytest.raises(BrocaError, match=r"up_proj\.weight.*--allow-others"):
-        run(*pair, "--out", out)
+        run(command, *pair, "--out", out)
     assert not out.exists()
-    assert UP in run(*pair, "--allow-others", "--out", out)
+    assert UP in run(command, *pair, "--allow-others", "--out", out).stdout
     assert load_plan(out).metadata["not_covered"] == [UP]
-
-
-def test_help_has_an_example():
-    assert "broca diff artifacts/demo/model steered" in CliRunner().invoke(command, ["--help"]).output

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import models
 import pytest
-from click.testing import CliRunner
 
 from cli.evaluate import command
 from editing.directions.diffmean import diffmean_direction
@@ -36,23 +36,8 @@ def questions(tmp_path_factory):
 def evaluate(llama, known_text, tmp_path):
     def run(*arguments):
         out = tmp_path / "report.json"
-        common = [
-            llama.name,
-            "--corpus",
-            known_text,
-            "--source",
-            "en",
-            "--target",
-            "fr",
-            "--new-tokens",
-            6,
-            "--out",
-            out,
-        ]
-        result = CliRunner().invoke(command, list(map(str, [*common, *arguments])))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == 0, result.output
+        text = ["--corpus", known_text, "--source", "en", "--target", "fr"]
+        result = commands.run(command, llama.name, *text, "--new-tokens", 6, "--out", out, *arguments)
         return result.output, json.loads(out.read_text(encoding="utf-8"))
 
     return run
@@ -97,12 +82,8 @@ def test_questions_without_the_chat_template(evaluate, questions, llama, monkeyp
 
 def test_a_judge_is_named(evaluate, questions, llama):
     _, results = evaluate("--questions", questions, "--judge", llama.name)
-    assert results["relevance"] == {
-        "scorer": "judge",
-        "judge": llama.label,
-        "fingerprint": llama.fingerprint,
-        "prompt": JUDGE_PROMPT,
-    }
+    of_judge = {"judge": llama.label, "fingerprint": llama.fingerprint, "prompt": JUDGE_PROMPT}
+    assert results["relevance"] == {"scorer": "judge", **of_judge}
     assert 0 < results["outcomes"][0]["relevance"]["mean"] < 1
 
 
@@ -135,11 +116,8 @@ def test_one_scorer_for_the_text_that_is_chosen_on_and_for_that_which_is_reporte
 
 def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_path):
     output, results = evaluate("--methods", "prompt-source,keyed", "--prompts", 2)
-    assert [outcome["name"] for outcome in results["outcomes"]] == [
-        "base",
-        "prompt, source language",
-        "keyed edit",
-    ]
+    names = ["base", "prompt, source language", "keyed edit"]
+    assert [outcome["name"] for outcome in results["outcomes"]] == names
     assert results["corpus"]["part"] == "report"
     assert results["methods"] == ["prompt-source", "keyed"] and len(results["tried"]) == 4
     assert all(outcome["kl"] for outcome in results["outcomes"][1:])

@@ -23,14 +23,9 @@ def model(checkpoint_of):
 def edit(model, tmp_path_factory):
     source = open_model(str(model))
     generator = torch.Generator().manual_seed(0)
-    low_rank = ModuleEdit(
-        1,
-        "mlp",
-        (0,),
-        left=0.1 * torch.randn(64, 1, generator=generator),
-        right=torch.randn(48, 1, generator=generator),
-        notes={"change_norm": 1.0, "weight_norm": 5.0},
-    )
+    left, right = (torch.randn(size, 1, generator=generator) for size in (64, 48))
+    notes = {"change_norm": 1.0, "weight_norm": 5.0}
+    low_rank = ModuleEdit(1, "mlp", (0,), left=0.1 * left, right=right, notes=notes)
     about = {"model": source.label, "fingerprint": source.fingerprint, "method": "m", "languages": ["qaa"]}
     path = tmp_path_factory.mktemp("plans") / "edit.safetensors"
     make_plan([low_rank], {**about, "settings": {}}).save(path)
@@ -68,10 +63,8 @@ def test_json_is_all_that_is_printed(broca, model, edit, tmp_path):
 
 def test_strength_multiplies_the_edit(broca, model, edit, tmp_path):
     for strength in ("1", "2"):
-        assert (
-            broca("export", model, "--edit", edit, "--strength", strength, "--out", tmp_path / strength)[0]
-            == 0
-        )
+        strong = ["--strength", strength, "--out", tmp_path / strength]
+        assert broca("export", model, "--edit", edit, *strong)[0] == 0
     once, twice = (value(tmp_path / strength) - value(model) for strength in ("1", "2"))
     assert float((twice - 2 * once).norm()) < 0.05 * float(twice.norm())
 
@@ -121,10 +114,7 @@ COMBINATIONS = {
     "undo and undoable": (["--undo", "--undoable"], ("--undoable", "--undo")),
     "strength": (["--dequantise", "bf16", "--strength", "2"], ("--strength", "--dequantise")),
     "lora and verify": (["--edit", "EDIT", "--format", "lora", "--verify"], ("--verify", "--format lora")),
-    "lora and undoable": (
-        ["--edit", "EDIT", "--format", "lora", "--undoable"],
-        ("--undoable", "--format lora"),
-    ),
+    "lora and undoable": (["--edit", "EDIT", "--format=lora", "--undoable"], ("--undoable", "--format lora")),
 }
 
 

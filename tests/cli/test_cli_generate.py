@@ -7,10 +7,10 @@ import sys
 from contextlib import suppress
 from types import SimpleNamespace
 
+import commands
 import models
 import pytest
 import torch
-from click.testing import CliRunner
 
 from cli.generate import command
 from editing.directions.diffmean import diffmean_direction
@@ -30,11 +30,7 @@ def plan(llama, corpus):
 
 
 def run(*arguments):
-    result = CliRunner().invoke(command, list(map(str, arguments)))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+    return commands.run(command, *arguments).output
 
 
 def texts_of(output):

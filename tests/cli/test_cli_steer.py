@@ -11,32 +11,26 @@ from editing.pipeline.steer_recipe import SteerRecipe, read_steer_recipe
 
 
 @pytest.fixture
-def model(chat_model):
-    return chat_model
+def steer(broca, chat_model, few_questions):
+    """``broca steer`` on a tiny model."""
+    return lambda *arguments: broca("steer", chat_model, "--questions", few_questions, *arguments)
 
 
 @pytest.fixture
-def questions(few_questions):
-    return few_questions
+def untouched(monkeypatch):
+    """The model may not be asked."""
+
+    def work(*_, **__):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(lock_prompts, "generate", work)
 
 
-def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, monkeypatch):
+def test_a_checkpoint_an_adapter_and_figures(steer, tmp_path, monkeypatch):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
     out, lora = tmp_path / "steered", tmp_path / "adapter"
-    arguments = [
-        "steer",
-        model,
-        "--to",
-        "fr",
-        "--questions",
-        questions,
-        "--out",
-        out,
-        "--lora",
-        lora,
-        "--json",
-    ]
-    status, printed, errors = broca(*arguments)
+    arguments = ["--to", "fr", "--out", out, "--lora", lora, "--json"]
+    status, printed, errors = steer(*arguments)
     assert status == 0, errors
     result = json.loads(printed)
     assert result["lock"] == {"sources": ["en"], "target": "fr", "keep": ["fr", "de"]}
@@ -47,11 +41,11 @@ def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, 
     kept = result["measured"]["kept"]["de"]["divergence"]
     assert f"| {kept:.3f} |" in (out / "README.md").read_text()
     assert (lora / "adapter_config.json").is_file()
-    status, _, errors = broca(*arguments)
+    status, _, errors = steer(*arguments)
     assert status == 1 and "--overwrite" in errors
 
 
-def test_the_recipe_repeats_the_edit_to_the_byte(broca, model, questions, tmp_path, monkeypatch):
+def test_the_recipe_repeats_the_edit_to_the_byte(broca, chat_model, few_questions, tmp_path, monkeypatch):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
     out, again = tmp_path / "steered", tmp_path / "again"
     monkeypatch.chdir(tmp_path)
@@ -76,6 +70,7 @@ def test_the_recipe_repeats_the_edit_to_the_byte(broca, model, questions, tmp_pa
     for score in scores.values():
         assert 0 < score < 1 and f'<td class="n">{score:.2f}</td>' in page and f"| {score:.2f} |" in card
     assert figures["examples"][0]["question"] in page and "broca run recipe.toml" in page
+    assert "<h1>Study: model, edited</h1>" in page
 
 
 @pytest.mark.parametrize(
@@ -88,9 +83,9 @@ def test_the_recipe_repeats_the_edit_to_the_byte(broca, model, questions, tmp_pa
         {"target": "de", "source": "de", "instruction": 'Say "ja",\n\\ in German.'},
     ],
 )
-def test_the_recipe_says_the_same_lock(chatting, questions, tmp_path, settings):
-    recipe = SteerRecipe(chatting.name, questions=questions, **settings)
-    of_language = read_questions(questions)
+def test_the_recipe_says_the_same_lock(chatting, few_questions, tmp_path, settings):
+    recipe = SteerRecipe(chatting.name, questions=few_questions, **settings)
+    of_language = read_questions(few_questions)
     lock = recipe.lock(of_language)
     (tmp_path / "r.toml").write_text(recipe.resolved(chatting, of_language, lock).to_toml())
     again = read_steer_recipe(tmp_path / "r.toml")
@@ -118,19 +113,15 @@ def recipe_of(tmp_path, **settings):
     ],
 )
 def test_a_recipe_that_cannot_be_repeated_is_an_error_of_one_line(
-    broca, model, questions, tmp_path, monkeypatch, settings, status, named
+    broca, chat_model, few_questions, untouched, tmp_path, settings, status, named
 ):
-    def work(*_, **__):
-        raise AssertionError("the model was asked")
-
-    monkeypatch.setattr(lock_prompts, "generate", work)
     recipe = recipe_of(tmp_path, questions="questions", **settings)
     found, _, errors = broca("run", recipe, "--out", tmp_path / "steered")
     assert found == status and named in errors.splitlines()[-1] and "Traceback" not in errors
     assert not (tmp_path / "steered").exists()
 
 
-def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, model, questions, tmp_path):
+def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, chat_model, few_questions, tmp_path):
     recipe = recipe_of(tmp_path, questions="questions", target="fr")
     status, printed, errors = broca("run", recipe, "--dry-run", "--json")
     assert status == 0, errors
@@ -140,78 +131,64 @@ def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, model, ques
     assert status == 2 and "seed" in errors
 
 
-def test_a_model_that_stays(broca, model, questions, tmp_path, monkeypatch):
+def test_a_model_that_stays(steer, few_questions, tmp_path, monkeypatch):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
     monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
     for language, letters in (("en", "abc"), ("zh", "jkl"), ("de", "ghi")):
         rows = [{"question_id": str(i), "text": f"{letters} {letters[i % 3]} {i}?"} for i in range(16)]
-        (questions / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (questions / "fr.jsonl").unlink()
+        (few_questions / f"{language}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (few_questions / "fr.jsonl").unlink()
     peaks = []
     for options in (["--stay"], ["--to", "de"]):
-        status, printed, errors = broca(
-            "steer", model, *options, "--questions", questions, "--dry-run", "--json"
-        )
+        status, printed, errors = steer(*options, "--dry-run", "--json")
         assert status == 0, errors
         peaks.append(json.loads(printed)["stages"]["learn"]["peak"])
     assert peaks[0] > peaks[1]
     out = tmp_path / "stays"
-    status, printed, errors = broca("steer", model, "--stay", "--questions", questions, "--out", out)
+    status, printed, errors = steer("--stay", "--out", out)
     assert status == 0, errors
     card = (out / "README.md").read_text()
     assert "questions in `de`, `en`, `zh`)" in card and "the neurons of" not in card
     assert "without drift" in card and "without drift" in printed
 
 
-def test_a_disobedient_model_is_an_error_of_one_line_and_writes_nothing(
-    broca, model, questions, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("options", "status", "named"),
+    [
+        ("--to en", 2, "'en'"),
+        ("--to sw", 2, "'sw'"),
+        ("", 2, "--to"),
+        ("--to fr --stay", 2, "--to"),
+        ("--stay --from de", 2, "--from"),
+        ("--to fr --lora OUT", 2, "--lora"),
+        ("--to fr", 1, "0 of 4"),  # a model that does not obey
+    ],
+)
+def test_what_cannot_be_steered_is_an_error_of_one_line_and_writes_nothing(
+    steer, tmp_path, monkeypatch, options, status, named
 ):
     monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
-    arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
-    status, _, errors = broca(*arguments)
-    assert status == 1 and "0 of 4" in errors and len(errors.splitlines()) == 1
-    assert not (tmp_path / "steered").exists()
-
-
-@pytest.mark.parametrize("target, named", [("en", "en"), ("sw", "sw")])
-def test_impossible_languages_are_refused_by_name(broca, model, questions, tmp_path, target, named):
-    arguments = ["steer", model, "--to", target, "--questions", questions, "--out", tmp_path / "steered"]
-    status, _, errors = broca(*arguments)
-    assert status == 2 and f"'{named}'" in errors
-
-
-def test_an_impossible_export_is_refused_before_the_work(broca, model, questions, tmp_path, monkeypatch):
-    def work(*_, **__):
-        raise AssertionError("the model was asked")
-
-    monkeypatch.setattr(lock_prompts, "generate", work)
     out = tmp_path / "steered"
-    arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", out]
-    status, _, errors = broca(*arguments, "--lora", out)
-    assert status == 2 and "--lora" in errors
-    (model / "broca").mkdir()
-    (model / "broca" / "edit.safetensors").write_bytes(b"")
-    status, _, errors = broca(*arguments)
+    words = [out if word == "OUT" else word for word in options.split()]
+    found, _, errors = steer(*words, "--out", out)
+    assert found == status and named in errors and len(errors.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_what_is_found_in_the_files_is_refused_before_the_work(
+    steer, untouched, chat_model, few_questions, tmp_path
+):
+    arguments = ["--to", "fr", "--out", tmp_path / "steered"]
+    (chat_model / "broca").mkdir()
+    (chat_model / "broca" / "edit.safetensors").write_bytes(b"")
+    status, _, errors = steer(*arguments)
     assert status == 1 and "already edited" in errors
-
-
-def test_too_few_questions_are_refused_by_number(broca, model, questions, tmp_path):
-    (questions / "fr.jsonl").write_text('{"question_id": "1", "text": "def?"}\n')
-    arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
-    status, _, errors = broca(*arguments)
-    assert status == 2 and "1 questions in 'fr'" in errors
-
-
-def test_a_failing_template_is_refused_without_an_option_of_other_commands(broca, model, questions, tmp_path):
-    (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
-    status, _, errors = broca(*arguments)
+    (chat_model / "broca" / "edit.safetensors").unlink()
+    template = (chat_model / "chat_template.jinja").read_text()
+    (chat_model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    status, _, errors = steer(*arguments)
     assert status == 2 and "chat template" in errors and "--no-chat" not in errors
-
-
-@pytest.mark.parametrize("options", [[], ["--to", "fr", "--stay"], ["--stay", "--from", "de"]])
-def test_to_and_stay_exclude_each_other(broca, model, questions, tmp_path, options):
-    arguments = ["steer", model, *options, "--questions", questions, "--out", tmp_path / "steered"]
-    status, _, errors = broca(*arguments)
-    assert status == 2 and ("--to" in errors or "--from" in errors)
-    assert not (tmp_path / "steered").exists()
+    (chat_model / "chat_template.jinja").write_text(template)
+    (few_questions / "fr.jsonl").write_text('{"question_id": "1", "text": "def?"}\n')
+    status, _, errors = steer(*arguments)
+    assert status == 2 and "1 questions in 'fr'" in errors

@@ -32,18 +32,8 @@ def text(tmp_path_factory):
 
 
 def tune(text, out, *more, options=SMALL):
-    words = [
-        str(DEMO / "model"),
-        "--corpus",
-        str(text),
-        "--source",
-        "en",
-        "--target",
-        "fr",
-        "--out",
-        str(out),
-    ]
-    return CliRunner().invoke(command, [*words, *options, *more])
+    words = [DEMO / "model", "--corpus", text, "--source", "en", "--target", "fr", "--out", out]
+    return CliRunner().invoke(command, [*map(str, words), *options, *more])
 
 
 @pytest.fixture(scope="module")

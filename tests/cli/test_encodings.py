@@ -44,17 +44,9 @@ def test_what_cannot_be_encoded_is_escaped_so_that_json_stays_json(monkeypatch, 
 def test_a_table_of_text_is_written_to_an_ascii_stream(tmp_path, checkpoint_of, as_json):
     for language, text in {"ru": "Привет, мир", "zh": "你好"}.items():
         (tmp_path / f"{language}.txt").write_text(f"{text}\n" * 4 + f"{language}\n", encoding="utf-8")
-    command = [
-        "neuron",
-        str(checkpoint_of()),
-        "0",
-        "0",
-        "--corpus",
-        str(tmp_path),
-        *(["--json"] if as_json else []),
-    ]
+    command = ["neuron", str(checkpoint_of()), "0", "0", "--corpus", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "cli.main", *command],
+        [sys.executable, "-m", "cli.main", *command, *["--json"] * as_json],
         cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

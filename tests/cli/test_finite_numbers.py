@@ -1,8 +1,7 @@
-"""Numbers in options, settings and recipes must be finite and of the right type: otherwise status 2, before any work."""
+"""Numbers in options and settings must be finite and of the right type: otherwise status 2, before any work."""
 
 import pytest
 
-from editing.pipeline.recipe import read_recipe
 from editing.study.registry import edits
 from neurons.errors import UsageError
 from neurons.setting import NUMBER, WHOLE, read_settings
@@ -77,24 +76,3 @@ def test_no_methods_number_may_be_other_than_finite(value):
             if setting.kind in (NUMBER, WHOLE):
                 with pytest.raises(UsageError, match=name):
                     read_settings(method.settings(), {name: value})
-
-
-@pytest.mark.parametrize(
-    ("line", "name"),
-    [
-        ("top_rate = nan", "top_rate"),
-        ("top_rate = inf", "top_rate"),
-        ("top_rate = true", "top_rate"),
-        ("strengths = [2.0, nan]", "strengths"),
-        ("strengths = [-inf]", "strengths"),
-        ("strengths = [0]", "strengths"),
-        ("strengths = ['2']", "strengths"),
-        ("seed = 1.5", "seed"),
-        ("prompts = inf", "prompts"),
-    ],
-)
-def test_a_recipes_numbers(tmp_path, line, name):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'model = "m"\ncorpus = "c"\nsource = "en"\ntargets = ["fr"]\n{line}\n')
-    with pytest.raises(UsageError, match=name):
-        read_recipe(recipe)

@@ -32,15 +32,6 @@ def test_an_option_accepts_several_values(arguments, expected):
     assert CliRunner().invoke(echo, arguments).output.strip() == expected
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path, tmp_path / "file" / "x"):
-        result = CliRunner().invoke(echo, ["--out", str(out)])
-        assert result.exit_code == 2 and out.name in result.output
-    assert CliRunner().invoke(echo, ["--out", str(tmp_path / "new" / "x")]).exit_code == 0
-    assert not (tmp_path / "new").exists()
-
-
 def test_invalid_input_paths(tmp_path):
     (tmp_path / "file").write_text("")
     for kind, valid in (

@@ -45,17 +45,8 @@ def edit(broca, tmp_path, known_text):
             random = ["--method", "random", "--languages", "fr", "--top-rate", "0.2"]
             assert broca("identify", model, *random, "--out", tmp_path / "set")[0] == 0
         if method == "clas":
-            record = [
-                "record",
-                model,
-                "--corpus",
-                known_text,
-                "--for",
-                "clas",
-                "--out",
-                tmp_path / "statistics",
-            ]
-            assert broca(*record)[0] == 0
+            record = ["record", model, "--corpus", known_text, "--for", "clas"]
+            assert broca(*record, "--out", tmp_path / "statistics")[0] == 0
         status, _, err = broca("edit", model, "--method", method, *given, *more, "--out", tmp_path / "edit")
         return status, err
 

@@ -138,13 +138,7 @@ def test_code_is_judged_in_every_models_own_answers(loaded, tasks, monkeypatch):
 
     def write(loaded, rows, tokens, temperature):
         written.append([loaded.tokenizer.decode(row) for row in rows])
-        text = (
-            "```\nx = 1\n```"
-            if len(written) == 2
-            else "```\nx = 1 1\n```"
-            if len(written) == 3
-            else "no code"
-        )
+        text = {2: "```\nx = 1\n```", 3: "```\nx = 1 1\n```"}.get(len(written), "no code")
         return [Continuation((5, 6), text)] * len(rows)
 
     monkeypatch.setattr(generation, "generate", write)
@@ -156,16 +150,11 @@ def test_code_is_judged_in_every_models_own_answers(loaded, tasks, monkeypatch):
         instructions={"en": "Be brief."},
     )
     assert [sum("Be brief." in prompt for prompt in prompts) for prompts in written] == [0, 0, 3, 0]
-    assert {model: rate.rate.value for model, rate in result.blocks["en"].items()} == {
-        BASE: 1,
-        PROMPTED: 1,
-        EDITED: 0,
-    }
-    assert {model: rate.rate.value for model, rate in result.python["en"].items()} == {
-        BASE: 1,
-        PROMPTED: 0,
-        EDITED: 0,
-    }
+    blocks, python = (
+        [rate.rate.value for rate in kind["en"].values()] for kind in (result.blocks, result.python)
+    )
+    assert list(result.blocks["en"]) == [BASE, PROMPTED, EDITED]
+    assert (blocks, python) == ([1, 1, 0], [1, 0, 0])
     assert result.python["en"][EDITED].change.value == -1
 
 

@@ -7,7 +7,7 @@ from conversations import CHATML, MAY_THINK
 
 from editing.evaluation import choice_accuracy
 from editing.evaluation.choice_accuracy import choice_log_probabilities, right
-from editing.evaluation.choices import read_choices
+from editing.evaluation.choices import Choice, read_choices
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 
@@ -127,10 +127,4 @@ def test_items_are_read_by_language(tmp_path):
         '{"question_id": 7, "text": " x ", "choices": ["a", " b ", "c", "d"], "answer": "B"}\n'
     )
     ((language, (item,)),) = read_choices(tmp_path).items()
-    assert (language, item.question_id, item.text, item.choices, item.answer) == (
-        "fr",
-        "7",
-        "x",
-        ("a", "b", "c", "d"),
-        1,
-    )
+    assert (language, item) == ("fr", Choice("7", "x", ("a", "b", "c", "d"), 1))

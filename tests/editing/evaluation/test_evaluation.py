@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 from test_language_id import TEXTS
+from test_likelihood import naive_nlls
 
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.generation import Continuation, generate
@@ -26,19 +27,10 @@ from neurons.text.words import distinct_rate, opening, words
 LANGUAGES = ("de", "en", "es", "fr")
 LINES = {
     "de": ("Der Hund schläft heute lange im großen Haus.", "Wir gehen morgen früh ins Kino.", "Guten Tag!"),
-    "en": (
-        "The dog sleeps in the big house all day.",
-        "",
-        "We go to the cinema early tomorrow.",
-        "Hello you!",
-    ),
+    "en": ("The dog sleeps in the big house all day.", "", "We go to the cinema early tomorrow.", "Hello you!"),
     "es": ("El perro duerme hoy en la casa grande.", "Mañana vamos temprano al cine."),
-    "fr": (
-        "Le chien dort aujourd'hui dans la grande maison.",
-        "Demain nous allons au cinéma tôt.",
-        "Bonjour!",
-    ),
-}
+    "fr": ("Le chien dort aujourd'hui dans la grande maison.", "Demain nous allons au cinéma tôt.", "Bonjour!"),
+}  # fmt: skip
 NEW_TOKENS = 8
 
 
@@ -70,16 +62,6 @@ def always(loaded, token, strength=60.0):
 
 def prompts(language):
     return [opening(line) for line in LINES[language] if line] * 2
-
-
-def naive_nlls(model, rows):
-    """-ln p of each token but a row's first, row by row and token by token."""
-    nlls = []
-    for ids in rows:
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0].double()
-        nlls += [float(logits[i].logsumexp(0) - logits[i, ids[i + 1]]) for i in range(len(ids) - 1)]
-    return nlls
 
 
 def mean(values):
@@ -185,13 +167,6 @@ def test_a_target_that_is_forced_is_found(llama, corpus):
     assert forced.base.languages_found == {"fr": 2}
 
 
-def test_an_empty_answer_counts_as_empty(llama, evaluation):
-    outcome = evaluation.measure("silent", partial(always, llama, models.tiny_tokenizer().eos_token_id))
-    assert outcome.languages_found == {"empty": 6}
-    assert (outcome.target_share, outcome.source_share, outcome.distinct) == (0, 0, 0)
-    assert math.isnan(outcome.fluency_gap)
-
-
 @pytest.mark.parametrize("bytes_at_once", [1, 256 * 2**20])
 def test_kl_is_over_the_text_of_third_languages(llama, evaluation, monkeypatch, bytes_at_once):
     monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 40)
@@ -265,7 +240,9 @@ def test_failures_count_to_no_share(llama, evaluation):
         pytest.approx((NEW_TOKENS - 1) / NEW_TOKENS),
     )
     silent = evaluation.measure("silent", partial(always, llama, models.tiny_tokenizer().eos_token_id))
-    assert silent.failures == {"empty": 6, "looping": 0}
+    assert silent.failures == {"empty": 6, "looping": 0} and silent.languages_found == {"empty": 6}
+    assert (silent.target_share, silent.source_share, silent.distinct) == (0, 0, 0)
+    assert math.isnan(silent.fluency_gap)
     assert silent.answer_words == silent.longest_repeat == silent.sentence_share == 0
 
 

@@ -23,12 +23,12 @@ def log_probabilities(model, ids):
     return [[float(x) for x in row - row.logsumexp(0)] for row in logits]
 
 
-def naive_nlls(model, rows, first=1):
-    """-ln p of every token from position ``first`` on, given those before it."""
+def naive_nlls(model, rows):
+    """-ln p of every token but a row's first, given those before it."""
     nlls = []
     for ids in rows:
         predicted = log_probabilities(model, ids)
-        nlls += [-predicted[position - 1][ids[position]] for position in range(first, len(ids))]
+        nlls += [-predicted[position - 1][ids[position]] for position in range(1, len(ids))]
     return nlls
 
 

@@ -420,15 +420,6 @@ def test_doses_stand_beside_the_keyed_edit(tmp_path):
     assert all(words.count(method) == 1 for method in studies.DOSES)
 
 
-def test_the_methods_keep_their_order_though_json_sorts_them(tmp_path):
-    methods = ("hook", "baked $x$", "keyed edit", "a prompt")
-    value = studies.dosed({method: studies.DOSES[method] for method in methods})
-    (tmp_path / "methods.json").write_bytes(json_bytes(value))
-    (steering,) = read_findings(tmp_path).steering
-    assert list(steering.result.curves) == list(methods)
-    assert [outcome.details["dose"] for outcome in steering.result.curves["hook"]] == [0.25, 0.5, 1.0]
-
-
 def test_one_dose_is_one(tmp_path):
     doses = {method: studies.DOSES[method] for method in ("keyed edit", "a prompt")}
     _, page = dosed_page(tmp_path, studies.dosed(doses))
@@ -502,26 +493,6 @@ def test_a_ceiling_and_a_base_that_were_not_measured(tmp_path):
     assert "ceiling" not in words and "unedited model" not in words and "keyed edit" in words
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (lambda outcome: outcome["details"].pop("dose"), "curves.hook.0 should have a number, the dose"),
-        (
-            lambda outcome: outcome["details"].update(dose="all"),
-            "curves.hook.0 should have a number, the dose",
-        ),
-        (lambda outcome: outcome.pop("target_share"), "curves.hook.0.target_share is missing"),
-    ],
-)
-def test_doses_that_are_none_are_named(tmp_path, spoil, reason):
-    studies.write_run(tmp_path)
-    value = studies.dosed()
-    spoil(value["curves"]["hook"][0])
-    (tmp_path / "methods.json").write_bytes(json_bytes(value))
-    (file,) = [file for file in read_findings(tmp_path).files if not file.understood]
-    assert file.name == "methods.json" and reason in file.kind
-
-
 def test_hostile_words_among_doses_stay_words(tmp_path):
     hostile = studies.HOSTILE
     value = studies.dosed(
@@ -578,6 +549,13 @@ def test_command(study, tmp_path):
     assert value["shown"]["searches"] == ["tuned/tune.json"]
     # The first page in the directory is no part of the study.
     assert (tmp_path / "page.html").read_bytes() == first
+
+
+def test_warnings_name_a_few_files_and_count_the_others(study):
+    for number in range(13):
+        (study / f"strange{number:02}.docx").write_text("")
+    lines = CliRunner().invoke(command, [str(study)]).stderr.splitlines()
+    assert len(lines) == 11 and "strange09.docx" in lines[9] and "3 more" in lines[10]
 
 
 def test_command_refuses_another_ending(study):

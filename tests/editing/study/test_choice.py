@@ -1,13 +1,13 @@
 """The choice of a setting: candidates that hardly steer are not measured, and harm only if it decides."""
 
 from contextlib import nullcontext
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import studies
 
-from editing.evaluation.outcome import Outcome
 from editing.study.candidates import Candidate
 from editing.study.comparison import best_of, promising
 
@@ -52,22 +52,17 @@ class Planned:
     def rate_on_few_prompts(self, steering, instruction):
         return self.figures[steering.args[0]][0]
 
-    def measure(self, name, steering, details, instruction, harm):
-        assert not harm
+    def measure(self, name, steering, details, kl, *, instruction, harm):
+        assert not kl and not harm
         at = steering.args[0]
         self.measured.append(at)
         rate, gap, _ = self.figures[at]
-        return outcome(target_share=rate, fluency_gap=gap, nll_rise={}, details=details)
+        return studies.outcome("method", rate, fluency_gap=gap, nll_rise={}, details=details)
 
     def with_harm(self, measured, steering):
         at = steering.args[0]
         self.harmed.append(at)
         return replace(measured, nll_rise={"en": 9.0, "fr": 0.0, "de": self.figures[at][2]})
-
-
-def outcome(**given):
-    empty = {field.name: {} for field in fields(Outcome) if field.default is MISSING}
-    return Outcome(**{**empty, "samples": (), "name": "method", **given})
 
 
 @pytest.mark.parametrize(

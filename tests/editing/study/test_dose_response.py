@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import studies
 import torch
-from test_protocol import NEVER
+from test_protocol import NEVER, logits
 
 from editing.evaluation.evaluation import Evaluation
-from editing.evaluation.outcome import Outcome
 from editing.report.run_report import methods_markdown
 from editing.report.tables import dose_response_table
 from editing.study.candidates import candidate, candidates_of
@@ -20,11 +20,6 @@ from neurons.files.artifact import json_bytes
 from neurons.files.json_file import document
 
 ALL = compared()
-
-
-def logits(loaded):
-    with torch.no_grad():
-        return loaded.model(torch.tensor([[0, 5, 80, 33, 7]])).logits.double()
 
 
 def test_a_permanent_edit_is_scaled(llama, material):
@@ -104,19 +99,7 @@ def test_the_protocol_reports_each_fraction(llama, material, parts):
 
 
 def outcome(rate, rises, fraction):
-    return Outcome(
-        name="",
-        target_share=rate,
-        source_share=0.0,
-        distinct=1.0,
-        fluency_gap=0.0,
-        nll={},
-        nll_rise=rises,
-        kl={},
-        languages_found={},
-        samples=(),
-        details={"dose": fraction},
-    )
+    return studies.outcome("", rate, fluency_gap=0.0, nll_rise=rises, details={"dose": fraction})
 
 
 def test_the_table_sets_the_keyed_edit_beside_each_fraction():

@@ -140,9 +140,9 @@ def test_an_instruction_is_used_to_choose_too(llama, parts):
     instructions = []
 
     class Noting(Evaluation):
-        def measure(self, name, steering, details=None, kl=False, *, others=False, instruction=None):
+        def measure(self, *given, instruction=None, **options):
             instructions.append(instruction)
-            return super().measure(name, steering, details, kl, others=others, instruction=instruction)
+            return super().measure(*given, instruction=instruction, **options)
 
     both = [
         Noting(llama, parts[part], "en", "fr", max_prompts=1, new_tokens=2) for part in ("choose", "report")

@@ -52,8 +52,7 @@ def test_figures_are_the_evaluations(llama, anything_is_french):
     third = {name: expected.nll_rise[name] for name in ("de", "es")}
     assert harm.nll_rise == pytest.approx(third, rel=1e-3, abs=1e-5)
     assert harm.kl == pytest.approx(expected.kl, rel=1e-3)
-    assert harm.mean_kl == pytest.approx(sum(expected.kl.values()) / 2, rel=1e-3)
-    assert harm.mean_kl > 1e-3
+    assert min(harm.kl.values()) > 1e-3
     assert harm.rise == max(harm.nll_rise.values())
 
 

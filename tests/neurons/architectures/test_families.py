@@ -198,6 +198,16 @@ def test_a_type_without_a_model_class_of_its_own_has_that_of_another(tmp_path):
         load_model(tmp_path / "wrong", device="cpu")
 
 
+@pytest.mark.parametrize("model_type", ["glmga", "pp_chart2table"])
+def test_a_wrapper_without_a_model_class_of_its_own(tmp_path, model_type):
+    assert load_model(saved(model_type, tmp_path), device="cpu").anatomy.layers == 4
+
+
+def test_a_layer_that_does_not_run_without_images_is_named(tmp_path):
+    with pytest.raises(BrocaError, match="mllama: layers 3 do not run"):
+        load_model(saved("mllama", tmp_path), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("model_type", "shape"), [("xlnet", r"\[8, 2, 64\]"), ("qwen4_exp_text", r"\[2, 8, 256\]")]
 )

@@ -28,30 +28,15 @@ def found_in(directory, languages=None):
 SPELLED = {
     "en": ("en", "EN", "eng", "eng_Latn", "en-US", "en_GB"),
     "zh": ("zh", "zho", "zho_Hans", "zho_Hant", "zh-CN", "zh_TW", "cmn", "cmn_Hans", "chi"),
-    "fr": ("fra", "fre", "fr-CA", "fra_Latn"),
-    "ar": ("ar", "ara", "arb_Arab", "arb"),
-    "fa": ("fas", "pes_Arab"),
-    "no": ("no", "nb", "nob_Latn"),
-    "nn": ("nno_Latn",),
-    "ps": ("pbt_Arab", "pus"),
-    "lv": ("lvs_Latn",),
-    "ms": ("zsm_Latn",),
-    "id": ("ind_Latn", "in"),
-    "sr": ("srp_Cyrl",),
-    "sw": ("swh_Latn",),
-    "tl": ("tgl_Latn", "fil"),
-    "he": ("heb_Hebr", "iw"),
-    "yue": ("yue_Hant",),
+    "fr": ("fra", "fre", "fr-CA", "fra_Latn"), "ar": ("ar", "ara", "arb_Arab", "arb"),
+    "fa": ("fas", "pes_Arab"), "no": ("no", "nb", "nob_Latn"), "nn": ("nno_Latn",), "ps": ("pbt_Arab", "pus"),
+    "lv": ("lvs_Latn",), "ms": ("zsm_Latn",), "id": ("ind_Latn", "in"), "sr": ("srp_Cyrl",),
+    "sw": ("swh_Latn",), "tl": ("tgl_Latn", "fil"), "he": ("heb_Hebr", "iw"), "yue": ("yue_Hant",),
     "arz": ("arz_Arab",),
     # Languages without a code of two letters, and names that are not languages.
-    "ceb": ("ceb_Latn",),
-    "qaa": ("qaa",),
-    "xx": ("xx",),
-    "l0": ("l0",),
-    "en-train": ("en-train",),
-    "english": ("english",),
-    "README": ("README",),
-}
+    "ceb": ("ceb_Latn",), "qaa": ("qaa",), "xx": ("xx",), "l0": ("l0",), "en-train": ("en-train",),
+    "english": ("english",), "README": ("README",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -49,42 +49,18 @@ ROWS = {
     ],
 }
 # The same by hand: (role of the tokens, text).
+SYSTEM, ANSWER, END = "<|system|>\nbe good<|end|>\n<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>\n"
 PIECES = {
-    ("qaa", 0): [
-        ("template", "<|system|>\nbe good<|end|>\n<|user|>\n"),
-        ("user", "bad cab"),
-        ("template", "<|end|>\n<|assistant|>\n"),
-        ("answer", "a bee."),
-        ("template", "<|end|>\n"),
-    ],
+    ("qaa", 0): [("template", SYSTEM), ("user", "bad cab"), ("template", ANSWER), ("answer", "a bee."), ("template", END)],
     ("qaa", 3): [
-        ("template", "<|system|>\n"),
-        ("system", "be bad"),
-        ("template", "<|end|>\n<|user|>\n"),
-        ("user", "cab"),
-        ("template", "<|end|>\n<|assistant|>\n"),
-        ("answer", "abe"),
-        ("template", "<|end|>\n<|user|>\n"),
-        ("user", "fed"),
-        ("template", "<|end|>\n<|assistant|>\n<think>\n"),
-        ("thought", "bad"),
-        ("template", "\n</think>\n\n"),
-        ("answer", "a cab"),
-        ("template", "<|end|>\n"),
+        ("template", "<|system|>\n"), ("system", "be bad"), ("template", "<|end|>\n<|user|>\n"), ("user", "cab"),
+        ("template", ANSWER), ("answer", "abe"), ("template", "<|end|>\n<|user|>\n"), ("user", "fed"),
+        ("template", f"{ANSWER}<think>\n"), ("thought", "bad"), ("template", "\n</think>\n\n"), ("answer", "a cab"),
+        ("template", END),
     ],
-    ("qab", 1): [
-        ("template", "<|system|>\nbe good<|end|>\n<|user|>\n"),
-        ("user", "high hill"),
-        ("template", "<|end|>\n<|assistant|>\n"),
-    ],
-    ("qab", 2): [
-        ("template", "<|system|>\nbe good<|end|>\n<|user|>\n"),
-        ("user", "ill"),
-        ("template", "<|end|>\n<|assistant|>\n"),
-        ("answer", "kill a high hill"),
-        ("template", "<|end|>\n"),
-    ],
-}
+    ("qab", 1): [("template", SYSTEM), ("user", "high hill"), ("template", ANSWER)],
+    ("qab", 2): [("template", SYSTEM), ("user", "ill"), ("template", ANSWER), ("answer", "kill a high hill"), ("template", END)],
+}  # fmt: skip
 TEXTS_BY_HAND = {("qaa", 1): "cab bead", ("qab", 0): "hi ill"}
 CHOICES = [(role,) for role in ROLES] + [("user", "header"), ("before-answer",), None]
 
