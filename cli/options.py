@@ -287,6 +287,12 @@ def writing_options(
     return add
 
 
+classifier_option = click.option(
+    "--classifier",
+    metavar="FILE|MODEL",
+    help="What labels the answers: a .json or .toml file with keywords or regular expressions of each label, or a "
+    "text-classification model (hub id or directory).  [default: language identification]",
+)
 engine_option = click.option(
     "--engine",
     type=click.Choice(["transformers", "vllm"]),
