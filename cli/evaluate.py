@@ -203,7 +203,7 @@ def command(**options: Any) -> None:
             {"option": "--questions", "file": str(arguments.questions_path), "digest": questions.digest}
         )
     if arguments.classifier is not None:
-        inputs.append({"option": "--classifier", "file": classifier.name, "digest": classifier.digest})
+        inputs.append({"option": "--classifier", "file": classifier.name, "digest": str(classifier.digest)})
     judge = (
         None if arguments.judge is None else load_model(arguments.judge, arguments.device, arguments.dtype)
     )
