@@ -3,8 +3,8 @@
     python benchmarks/code_corpus.py /usr/lib/node_modules/npm code
 
 Python is the standard library of the running interpreter, JavaScript npm and its dependencies (github.com/npm/cli), which
-are installed with Node.js.  A text is 24 lines from the middle of a file.  Prompts are from other files than texts: the
-first 23 of 24 lines; the answer is the indentation and the first word of the last.
+are installed with Node.js.  A text is 24 lines from the middle of a file.  Prompts are 7 lines of other files; the
+answer is the indentation and the first word of the next line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-LINES, TEXTS, PROMPTS = 24, 120, 40
+LINES, TEXTS, PROMPTS = 24, 120, 24
+ASKED_LINES = 8
 FIRST_WORD = re.compile(r"\s*\w+")
 
 
@@ -34,7 +35,7 @@ def pieces(directory: Path, suffix: str) -> list[list[str]]:
 
 
 def main(javascript: Path, out: Path) -> None:
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     prompts = []
     sources = {"javascript": (javascript, ".js"), "python": (Path(sysconfig.get_path("stdlib")), ".py")}
     for label, (directory, suffix) in sources.items():
@@ -44,7 +45,7 @@ def main(javascript: Path, out: Path) -> None:
             raise SystemExit(f"{directory}: {len(found)} long files are too few")
         rows = [json.dumps({"text": "\n".join(lines)}) for lines in texts]
         (out / f"{label}.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
-        for *before, last in asked:
+        for *before, last in (lines[-ASKED_LINES:] for lines in asked):
             word = FIRST_WORD.match(last)
             assert word is not None
             prompts.append({"prompt": "\n".join(before) + "\n", "answer": word.group(), "label": label})

@@ -59,7 +59,7 @@ def note_files(
     if labels and not classified:
         notes.append(
             f"{', '.join(labels)}: labels that the language identifier does not know; evaluate, tune and run need a "
-            "classifier of them"
+            "classifier that knows them"
         )
     if notes:
         screen.note(f"{directory}: {'; '.join(notes)}")

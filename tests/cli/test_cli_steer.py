@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors import safe_open
 
+from editing.evaluation import language_id
 from editing.evaluation.questions import read_questions
 from editing.pipeline import lock_prompts, lock_text
 from editing.pipeline.steer_recipe import SteerRecipe, read_steer_recipe
@@ -21,7 +22,7 @@ def questions(few_questions):
 
 
 def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out, lora = tmp_path / "steered", tmp_path / "adapter"
     arguments = [
         "steer",
@@ -52,7 +53,7 @@ def test_a_checkpoint_an_adapter_and_figures(broca, model, questions, tmp_path, 
 
 
 def test_the_recipe_repeats_the_edit_to_the_byte(broca, model, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out, again = tmp_path / "steered", tmp_path / "again"
     monkeypatch.chdir(tmp_path)
     text = ["--questions", "questions", "--judge", "model"]
@@ -141,7 +142,7 @@ def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, model, ques
 
 
 def test_a_model_that_stays(broca, model, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "en")
     monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
     for language, letters in (("en", "abc"), ("zh", "jkl"), ("de", "ghi")):
         rows = [{"question_id": str(i), "text": f"{letters} {letters[i % 3]} {i}?"} for i in range(16)]
@@ -166,7 +167,7 @@ def test_a_model_that_stays(broca, model, questions, tmp_path, monkeypatch):
 def test_a_disobedient_model_is_an_error_of_one_line_and_writes_nothing(
     broca, model, questions, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "en")
     arguments = ["steer", model, "--to", "fr", "--questions", questions, "--out", tmp_path / "steered"]
     status, _, errors = broca(*arguments)
     assert status == 1 and "0 of 4" in errors and len(errors.splitlines()) == 1
