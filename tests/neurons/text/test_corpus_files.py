@@ -109,7 +109,7 @@ def test_what_lies_beside_text_is_no_language(tmp_path):
     files = corpus_files(tmp_path)
     assert found_in(tmp_path) == {"en": "en.txt", "fr": "fr.txt"}
     assert set(files.left_out) == {*beside, "de.csv"}
-    assert files.renamed == {} and files.no_codes == ()
+    assert files.renamed == {}
     assert read_corpus(tmp_path).languages == ("en", "fr")
     assert corpus_files(tmp_path, ["fr"]).left_out == ()
 
@@ -117,7 +117,7 @@ def test_what_lies_beside_text_is_no_language(tmp_path):
 def test_a_directory_of_text_alone_has_nothing_to_say(tmp_path):
     files = corpus_files(files_in(tmp_path, "qaa.txt", "en.jsonl", "yue.parquet"))
     assert list(files.of) == ["en", "qaa", "yue"]
-    assert not (files.left_out or files.renamed or files.no_codes)
+    assert not (files.left_out or files.renamed)
 
 
 def test_flores_is_read_under_two_letters(tmp_path):
@@ -135,7 +135,6 @@ def test_flores_is_read_under_two_letters(tmp_path):
 def test_a_name_that_is_no_code_is_a_label(tmp_path):
     files = corpus_files(files_in(tmp_path, "xx.txt", "english.txt", "en.txt"))
     assert list(files.of) == ["en", "english", "xx"]
-    assert files.no_codes == ("english", "xx")
     assert corpus_files(tmp_path, ["en", "xx"]).no_codes == ("xx",)
 
 
