@@ -28,7 +28,7 @@ from editing.evaluation.language_id import EMPTY, IDENTIFIED, OTHER
 from neurons.errors import BrocaError, UsageError
 from neurons.files.digest import digest, digest_of
 from neurons.files.json_file import read_json
-from neurons.models.source import locate, pick_device
+from neurons.models.source import locate, pick_device, quietly
 from neurons.text.batches import context_length
 
 Labelling = Callable[[list[str]], list[str]]
@@ -220,13 +220,14 @@ def _of_model(model: str, device: str) -> Classifier:
     from transformers import pipeline
 
     try:
-        made: Any = pipeline(
-            "text-classification",
-            model=str(checkpoint),
-            device=pick_device(device),
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
-        )
+        with quietly():
+            made: Any = pipeline(
+                "text-classification",
+                model=str(checkpoint),
+                device=pick_device(device),
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
     except (ValueError, OSError, ImportError) as error:
         raise BrocaError(f"{model}: transformers cannot load it as a classifier ({error})") from error
     made.tokenizer.model_max_length = min(
