@@ -3,7 +3,7 @@
     python benchmarks/code_corpus.py /usr/lib/node_modules/npm code
 
 Python is the standard library of the running interpreter, JavaScript npm and its dependencies (github.com/npm/cli), which
-are installed with Node.js.  A text is 24 lines from the middle of a file.  Prompts are 7 lines of other files; the
+are installed with Node.js.  A text is 24 lines from the middle of a file.  Prompts are 5 lines of other files; the
 answer is the indentation and the first word of the next line.
 """
 
@@ -15,8 +15,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-LINES, TEXTS, PROMPTS = 24, 120, 24
-ASKED_LINES = 8
+LINES, TEXTS, PROMPTS = 24, 120, 16
+ASKED_LINES = 6
 FIRST_WORD = re.compile(r"\s*\w+")
 
 
