@@ -233,6 +233,10 @@ def ablation_study(
     how = Settings() if settings is None else settings
     languages = corpus.languages
     _require_fit(loaded, languages, sets, how)
+    if prompts is not None:
+        if missing := [language for language in languages if language not in prompts.of]:
+            raise UsageError(f"there are no prompts for {', '.join(missing)}: write some, or leave them out")
+        prompts = replace(prompts, of={language: prompts.of[language] for language in languages})
     if how.moments() and statistics is None:
         statistics = record_corpus(loaded, corpus, how.moments(), TEXTS, tokens, None, batch_tokens)
     if statistics is not None and how.moments():
@@ -246,10 +250,6 @@ def ablation_study(
     for language, some in batches.items():
         if not some:
             raise UsageError(f"language {language!r} has no text of two tokens or more")
-    if prompts is not None:
-        if missing := [language for language in languages if language not in prompts.of]:
-            raise UsageError(f"there are no prompts for {', '.join(missing)}: write some, or leave them out")
-        prompts = replace(prompts, of={language: prompts.of[language] for language in languages})
     asked = None if prompts is None else PromptBatches(loaded, prompts, size)
     on_prompts = [0, *(number for one in plans.values() for number in one.on_prompts)]
     distinct = {condition.digest for condition in plan.conditions}
