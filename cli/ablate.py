@@ -17,6 +17,7 @@ from cli.loading import loaded_model
 from cli.options import (
     FINITE,
     IN_FILE,
+    IN_PATH,
     OUT_FILE,
     CommaSeparated,
     Fractions,
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
     type=IN_FILE,
     multiple=True,
     help="Neuron set; repeat the option, or list several files after it.",
+)
+@click.option(
+    "--prompts",
+    type=IN_PATH,
+    help="Prompts with answers, to measure accuracy on too: a .jsonl with prompt, answer and label, or a directory of "
+    "<language>.jsonl.",
 )
 @click.option(
     "--way",
@@ -109,6 +116,8 @@ def command(**options: Any) -> None:
     The text is read once unedited and once for each language, draw of a control and dose: at most about 45 forward
     passes for six languages with the default controls.  Reduce them with --draws and --tokens.  The output is small.
 
+    With --prompts, the fraction of right answers is measured too, before and after.
+
     With --out, the same command resumes an interrupted study.
 
     \b
@@ -116,6 +125,8 @@ def command(**options: Any) -> None:
       broca ablate artifacts/demo/model --corpus artifacts/demo/corpus --part report \\
           --neurons neurons.safetensors --out ablation.json
       broca ablate MODEL --corpus DIR --neurons lape.safetensors gradient.safetensors random.safetensors
+      broca ablate artifacts/demo/model --corpus artifacts/demo/corpus --part report \\
+          --neurons neurons.safetensors --prompts artifacts/demo/prompts --controls random
     """
     from editing.study.provenance import file_read, processor
     from neurons.ablation import pictures as ablation_pictures
@@ -127,6 +138,7 @@ def command(**options: Any) -> None:
     from neurons.files.artifact import json_bytes, write_atomically
     from neurons.neuron_sets import pictures
     from neurons.statistics.statistics import load_statistics
+    from neurons.text.prompts import read_prompts
     from neurons.text.token_budget import LOSSES
 
     arguments = SimpleNamespace(**options)
@@ -160,6 +172,10 @@ def command(**options: Any) -> None:
     corpus = noted_corpus(
         screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
     )
+    prompts = None
+    if arguments.prompts is not None:
+        prompts = read_prompts(arguments.prompts, corpus.languages)
+        inputs.append(file_read("--prompts", arguments.prompts))
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import ablation_need
@@ -178,6 +194,7 @@ def command(**options: Any) -> None:
             arguments.batch_tokens,
             arguments.out,
             progress,
+            prompts,
         )
     command_text = command_line(
         neuron_paths=paths,

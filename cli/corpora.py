@@ -33,10 +33,15 @@ def noted_corpus(
     return corpus
 
 
-def note_files(screen: Screen, directory: Path, languages: Sequence[str] | None) -> None:
-    """Note the files of a corpus that are renamed or left out, and warn of unknown languages.
+def note_files(
+    screen: Screen, directory: Path, languages: Sequence[str] | None, classified: bool = False
+) -> None:
+    """Note the files of a corpus that are renamed or left out, and labels that the language identifier does not know.
 
     It prints nothing if every file name is a code that the language identifier knows, or for a corpus of one file.
+
+    Args:
+        classified: a classifier of the user's knows the labels.
     """
     from editing.evaluation.language_id import unidentified
     from neurons.models.processes import is_first
@@ -50,19 +55,14 @@ def note_files(screen: Screen, directory: Path, languages: Sequence[str] | None)
         notes[MAX_NOTED:] = [f"{len(notes) - MAX_NOTED} more files likewise"]
     if files.left_out:
         notes.append(f"left out, because they are not text of a language: {', '.join(files.left_out)}")
+    labels = [label for label in unidentified(tuple(files.of)) if not _PRIVATE.fullmatch(label)]
+    if labels and not classified:
+        notes.append(
+            f"{', '.join(labels)}: labels that the language identifier does not know; evaluate, tune and run need a "
+            "classifier that knows them"
+        )
     if notes:
         screen.note(f"{directory}: {'; '.join(notes)}")
-    for language in files.no_codes:
-        screen.warn(
-            f"{files.of[language]}: {language!r} is not a language code and is used as a label; rename the file, or "
-            "name the languages with --languages"
-        )
-    codes = [code for code in files.of if code not in files.no_codes and not _PRIVATE.fullmatch(code)]
-    if unknown := unidentified(codes):
-        screen.warn(
-            f"the language identifier does not know {', '.join(unknown)}: neurons can be identified, but evaluate, "
-            "tune and run reject it"
-        )
 
 
 def read_table(

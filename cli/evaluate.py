@@ -24,6 +24,7 @@ from cli.options import (
     FiniteRange,
     Fractions,
     choice_option,
+    classifier_option,
     corpus_options,
     count_option,
     device_options,
@@ -80,6 +81,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     help="Questions, instead of openings of the lines: .jsonl, .csv or .parquet with question_id and text, or a "
     "directory of such files by language.",
 )
+@classifier_option
 @click.option(
     "--no-chat", is_flag=True, help="Ask questions as plain text, without the tokenizer's chat template."
 )
@@ -124,9 +126,9 @@ def command(**options: Any) -> None:
           --source en --target fr --out methods.json
     """
     from editing.checkpoints.weight_exchange import Exchange
+    from editing.evaluation.classifier import load_classifier
     from editing.evaluation.evaluation import Evaluation
     from editing.evaluation.generation import TEMPERATURE, check_samples
-    from editing.evaluation.language_id import check_languages
     from editing.evaluation.questions import read_questions
     from editing.plans.plan import load_plan
     from editing.study.provenance import (
@@ -156,6 +158,7 @@ def command(**options: Any) -> None:
         arguments.temperature = TEMPERATURE if arguments.questions_path is None else 0.0
     check_samples(arguments.samples, arguments.temperature)
     source, target = arguments.source, arguments.target
+    classifier = load_classifier(arguments.classifier, device=arguments.device)
     questions = None
     if arguments.questions_path is not None:
         questions = read_questions(arguments.questions_path, source)
@@ -166,9 +169,9 @@ def command(**options: Any) -> None:
         )
         for part in ((arguments.part,) if methods is None else ("estimate", "choose", "report"))
     }
-    note_files(screen, arguments.corpus, arguments.languages)
+    note_files(screen, arguments.corpus, arguments.languages, arguments.classifier is not None)
     reported = corpora[arguments.part if methods is None else "report"]
-    check_languages(reported.languages)
+    classifier.require(reported.languages)
     reported.require(source, target)
     everywhere = arguments.others or methods is not None
     for language in reported.languages if everywhere else (source, target):
@@ -189,6 +192,8 @@ def command(**options: Any) -> None:
         inputs.append(
             {"option": "--questions", "file": str(arguments.questions_path), "digest": questions.digest}
         )
+    if arguments.classifier is not None:
+        inputs.append({"option": "--classifier", "file": classifier.name, "digest": str(classifier.digest)})
     judge = (
         None if arguments.judge is None else load_model(arguments.judge, arguments.device, arguments.dtype)
     )
@@ -232,6 +237,7 @@ def command(**options: Any) -> None:
             chat=not arguments.no_chat,
             scorer=scorer,
             write=writer,
+            classifier=classifier,
         )
 
     def provenance(evaluation: Evaluation, writer: VllmWriter | None = None) -> dict[str, Any]:
@@ -243,6 +249,7 @@ def command(**options: Any) -> None:
             "corpus": text_measured(reported),
             "corpora": texts_read(corpora.values()),
             "inputs": inputs,
+            "classifier": classifier.provenance,
             "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},
             "processor": processor(loaded.device),
             "command": command_text,

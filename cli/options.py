@@ -300,6 +300,12 @@ def writing_options(new_tokens: int, temperature: float = 0.0) -> Decorator:
     return add
 
 
+classifier_option = click.option(
+    "--classifier",
+    metavar="FILE|MODEL",
+    help="What labels the answers: a .json or .toml file with keywords or regular expressions of each label, or a "
+    "text-classification model (hub id or directory).  [default: language identification]",
+)
 ENGINES = ("transformers", "vllm")
 engine_option = choice_option(
     "--engine", ENGINES, "What runs the model; vllm needs the package vllm and reads checkpoints only."

@@ -17,6 +17,7 @@ from cli.options import (
     OUT_DIRECTORY,
     CommaSeparated,
     choice_option,
+    classifier_option,
     dry_run_option,
     json_option,
     model_argument,
@@ -40,7 +41,9 @@ SHOWN_EXAMPLES = 6
 
 @click.command("steer")
 @model_argument
-@click.option("--to", "target", type=LANGUAGE, help="Language of the answers.")
+@click.option(
+    "--to", "target", type=LANGUAGE, help="Language of the answers, or a label that --classifier knows."
+)
 @click.option(
     "--stay",
     is_flag=True,
@@ -78,6 +81,7 @@ SHOWN_EXAMPLES = 6
     "--judge",
     help="Model that judges whether answers address their questions: hub id or directory.  [default: no judge]",
 )
+@classifier_option
 @click.option("--lora", type=OUT_DIRECTORY, help="Directory for an adapter for PEFT and vLLM, too.")
 @seed_option("Seed of the order of the examples.")
 @served_device_options

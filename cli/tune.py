@@ -18,6 +18,7 @@ from cli.options import (
     CommaSeparated,
     Decorator,
     FiniteRange,
+    classifier_option,
     count_option,
     device_options,
     dry_run_option,
@@ -33,6 +34,7 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
+    from editing.evaluation.classifier import Classifier
     from editing.plans.plan import Plan
     from editing.study.search_result import Reported, SearchResult
     from editing.study.trial import Goals
@@ -76,6 +78,7 @@ def _goal(name: str, default: float, text: str) -> Decorator:
 @_goal("share", 0.95, "Minimum target-language rate, as a fraction of the rate on target prompts.")
 @_goal("gap", 0.3, "Maximum fluency gap, in nats a token.")
 @_goal("rise", 0.05, "Maximum NLL rise of any third language, in nats a token.")
+@classifier_option
 @seed_option("Seed of the search and the sampling.")
 @tokens_option
 @device_options
@@ -96,8 +99,8 @@ def command(**options: Any) -> None:
           --source en --target fr --out tuned
     """
     from editing.directions.diffmean import diffmean_direction
+    from editing.evaluation.classifier import load_classifier
     from editing.evaluation.generation import check_samples
-    from editing.evaluation.language_id import check_languages
     from editing.methods.material import Material
     from editing.plans.applied import applied
     from editing.study.provenance import measured_by, processor, texts_read
@@ -126,9 +129,10 @@ def command(**options: Any) -> None:
         part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
         for part in PARTS
     }
-    note_files(screen, arguments.corpus, arguments.languages)
+    classifier = load_classifier(arguments.classifier, device=arguments.device)
+    note_files(screen, arguments.corpus, arguments.languages, arguments.classifier is not None)
     third_languages(corpora["choose"], arguments.source, arguments.target)
-    check_languages(corpora["choose"].languages)
+    classifier.require(corpora["choose"].languages)
     for corpus in corpora.values():
         corpus.require_plain(arguments.source, arguments.target)
     if arguments.dry_run:
@@ -162,6 +166,7 @@ def command(**options: Any) -> None:
         seed=arguments.seed,
         new_tokens=arguments.new_tokens,
         temperature=arguments.temperature,
+        classifier=classifier,
     )
     search = Search(
         scoring,
@@ -169,7 +174,11 @@ def command(**options: Any) -> None:
         partial(applied, loaded),
         arguments.out / STUDY,
         _identity(
-            arguments, loaded, corpora, {name: space.as_json() for name, space in search_spaces.items()}
+            arguments,
+            loaded,
+            corpora,
+            {name: space.as_json() for name, space in search_spaces.items()},
+            classifier,
         ),
         goals,
         arguments.seed,
@@ -199,7 +208,9 @@ def command(**options: Any) -> None:
         chosen=choice.trial.number,
         chosen_meets_goals=choice.met,
         why=choice.why,
-        report=_reported(screen, arguments, loaded, corpora["report"], plan, goals) if finished else None,
+        report=_reported(screen, arguments, loaded, corpora["report"], plan, goals, classifier)
+        if finished
+        else None,
         finished=finished,
         about={
             "identity": search.identity,
@@ -249,7 +260,11 @@ def _require_search_directory(out: Path, study: str) -> None:
 
 
 def _identity(
-    arguments: SimpleNamespace, loaded: LoadedModel, corpora: dict[str, Corpus], knobs: dict[str, Any]
+    arguments: SimpleNamespace,
+    loaded: LoadedModel,
+    corpora: dict[str, Corpus],
+    knobs: dict[str, Any],
+    classifier: Classifier,
 ) -> dict[str, Any]:
     """Everything that determines the figures of a trial; error messages name the keys."""
     return {
@@ -267,13 +282,20 @@ def _identity(
         "temperature": arguments.temperature,
         "goals": [arguments.goal_share, arguments.goal_gap, arguments.goal_rise],
         "seed": arguments.seed,
+        "classifier": classifier.provenance,
         "device": str(loaded.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
 
 
 def _reported(
-    screen: Screen, arguments: SimpleNamespace, loaded: LoadedModel, corpus: Corpus, plan: Plan, goals: Goals
+    screen: Screen,
+    arguments: SimpleNamespace,
+    loaded: LoadedModel,
+    corpus: Corpus,
+    plan: Plan,
+    goals: Goals,
+    classifier: Classifier,
 ) -> Reported:
     """The unedited and the edited model on the reporting part of the text."""
     from editing.evaluation.evaluation import Evaluation
@@ -292,6 +314,7 @@ def _reported(
             seed=arguments.seed,
             new_tokens=arguments.new_tokens,
             temperature=arguments.temperature,
+            classifier=classifier,
         )
         advance(1)
         details = {

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from editing.directions.direction import Direction as Direction
     from editing.directions.direction import load_direction as load_direction
     from editing.directions.estimation import direction_of as direction_of
+    from editing.evaluation.classifier import load_classifier as load_classifier
     from editing.evaluation.evaluation import Evaluation as Evaluation
     from editing.evaluation.questions import read_questions as read_questions
     from editing.methods.bake import bake_plan as bake_plan
@@ -46,6 +47,7 @@ _PUBLIC = {
     "lock_of": "editing.pipeline.lock_kinds",
     "language_lock": "editing.pipeline.lock",
     "lock_figures": "editing.pipeline.lock_measures",
+    "load_classifier": "editing.evaluation.classifier",
     "Evaluation": "editing.evaluation.evaluation",
 }
 __all__ = sorted(_PUBLIC)

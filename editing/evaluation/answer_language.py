@@ -4,7 +4,8 @@
     lines    every line with ``MIN_LETTERS`` letters is identified as the language (LPR of arXiv 2406.20052, for one answer)
     begins   the first ``FIRST_WORDS`` words are more probably in the language than in the language of the question
 
-Fenced code blocks are left out.
+Fenced code blocks are left out.  A classifier of the user's (``editing.evaluation.classifier``) takes the place of language
+identification in ``whole`` and ``lines``, and reads code too; it gives no probabilities, and so no ``begins``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 
 import regex
 
-from editing.evaluation.language_id import EMPTY, MIN_LETTERS, identify_language, more_probable
+from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
+from editing.evaluation.language_id import EMPTY, MIN_LETTERS, more_probable
 from neurons.text.words import words
 
 FIRST_WORDS = 5
@@ -27,7 +29,8 @@ class AnswerLanguage:
     """Fractions of answers that are in a language.
 
     Attributes:
-        whole, lines, begins: see the module's docstring; ``begins`` is None if the questions are in the language.
+        whole, lines, begins: see the module's docstring; ``begins`` is None if the questions are in the language,
+            or with a classifier of the user's.
         answers: number of answers.
     """
 
@@ -38,7 +41,11 @@ class AnswerLanguage:
 
 
 def answer_language(
-    answers: Sequence[str], language: str, languages: Sequence[str], question_language: str | None = None
+    answers: Sequence[str],
+    language: str,
+    languages: Sequence[str],
+    question_language: str | None = None,
+    classifier: Classifier = LANGUAGE_IDENTIFICATION,
 ) -> AnswerLanguage:
     """Fractions of answers in ``language``.
 
@@ -47,12 +54,14 @@ def answer_language(
         language: the language that they should be in.
         languages: the candidates of language identification; includes ``language``.
         question_language: the language of the questions; without it, or if it is ``language``, ``begins`` is None.
+        classifier: labels the answers.
     """
-    texts = [prose(text) for text in answers]
-    whole = [identify_language(text, languages) == language for text in texts]
-    lines = [_every_line(text, language, languages) for text in texts]
+    texts = [judged_text(text, classifier) for text in answers]
+    whole = [label == language for label in classifier.classify(texts, languages)]
+    lines = [_every_line(text, language, languages, classifier) for text in texts]
     begins = None
-    if question_language is not None and question_language != language:
+    if question_language not in (None, language) and classifier.identifies_languages:
+        assert question_language is not None
         pair = language, question_language
         begins = _fraction([more_probable(beginning(text), pair) == language for text in texts])
     return AnswerLanguage(_fraction(whole), _fraction(lines), begins, len(texts))
@@ -63,19 +72,20 @@ def prose(text: str) -> str:
     return str(_CODE.sub("", text))
 
 
+def judged_text(text: str, classifier: Classifier) -> str:
+    """What is labelled of an answer: its prose for language identification, else the text."""
+    return prose(text) if classifier.identifies_languages else text
+
+
 def beginning(text: str) -> str:
     """The first ``FIRST_WORDS`` words."""
     return " ".join(words(text)[:FIRST_WORDS])
 
 
-def _every_line(text: str, language: str, languages: Sequence[str]) -> bool:
-    labels = [
-        identify_language(line, languages)
-        for line in text.splitlines()
-        if len(_LETTER.findall(line)) >= MIN_LETTERS
-    ]
+def _every_line(text: str, language: str, languages: Sequence[str], classifier: Classifier) -> bool:
+    lines = [line for line in text.splitlines() if len(_LETTER.findall(line)) >= MIN_LETTERS]
     # An answer with short lines only is judged as a whole.
-    labels = labels or [identify_language(text, languages)]
+    labels = classifier.classify(lines or [text], languages)
     return all(label == language for label in labels if label != EMPTY) and labels != [EMPTY]
 
 

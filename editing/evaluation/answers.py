@@ -1,6 +1,7 @@
-"""Language and degenerate repetition of a set of answers.
+"""Label and degenerate repetition of a set of answers.
 
-An answer counts as written in a language if the language is identified in it and it is not a loop.
+An answer counts as written in a language if a classifier (``editing.evaluation.classifier``) gives it that label and it
+is not a loop.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
 from editing.evaluation.generation import Continuation
-from editing.evaluation.language_id import identify_language
 from editing.evaluation.repetition import distinct_ngrams, longest_repeat, loops
 from neurons.text.words import words
 
@@ -56,13 +57,18 @@ class Answers:
         return sum(values) / len(values)
 
 
-def identify_answers(items: Sequence[Continuation], languages: Sequence[str]) -> Answers:
+def identify_answers(
+    items: Sequence[Continuation],
+    languages: Sequence[str],
+    classifier: Classifier = LANGUAGE_IDENTIFICATION,
+) -> Answers:
     """Label answers with their languages.
 
     Args:
         items: at least one answer.
-        languages: the candidate languages.
+        languages: the candidate languages, or labels of the classifier.
+        classifier: labels the answers.
     """
     texts = [item.text for item in items]
-    labels = tuple(identify_language(text, languages) for text in texts)
+    labels = tuple(classifier.classify(texts, languages))
     return Answers(tuple(items), labels, tuple(map(loops, texts)))

@@ -6,7 +6,8 @@ held-out lines.  Measures of the answers:
 * **share**: the target-language rate (CLaS-Bench's language-forcing share), and the source-language rate.  Empty
   answers and loops (``editing.evaluation.repetition``) are failures and count for no language.
 * **ceiling**: the target-language rate of the unedited model's answers to target prompts.
-* **agreement**: the fraction of answers that a second detector labels the same.
+* **agreement**: the fraction of answers that a second detector labels the same; not measured with a classifier of
+  the user's (``editing.evaluation.classifier``), which takes the place of language identification everywhere.
 * **sentence share**: the mean fraction of an answer's sentences that are in the target.
 * **fluency gap**: the mean negative log-likelihood (nats a token) of the steered answers minus that of the unedited
   model's answers to target prompts; the unedited model reads both, without their prompts.  0: as fluent as the
@@ -34,9 +35,10 @@ from typing import Any
 
 from editing.evaluation.answers import Answers, identify_answers
 from editing.evaluation.asking import Prompt, openings, question_prompts
+from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
 from editing.evaluation.entanglement import effectiveness, entanglement
 from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
-from editing.evaluation.language_id import EMPTY, agreement, check_languages, second_opinion, sentence_share
+from editing.evaluation.language_id import EMPTY, agreement, second_opinion
 from editing.evaluation.likelihood import Steering, UneditedText, continuation_nll, read_again, read_unedited
 from editing.evaluation.outcome import OtherLanguage, Outcome, Sample
 from editing.evaluation.questions import Questions
@@ -76,13 +78,14 @@ class Evaluation:
         scorer: of relevance; None: relevance is not measured.
         write: writes the answers, also while a steering context is entered; None writes with ``loaded``.
             Everything else is measured on ``loaded``.
+        classifier: labels the answers; the languages are labels that it knows.
 
     Attributes:
         ceiling: target-language rate of the unedited model's answers to target prompts.
         read: the text of each language that likelihoods are measured on (``neurons.text.token_budget.text_read``).
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know, no question in the
+        UsageError: a language that the corpus lacks or the classifier does not know, no question in the
             source language, several samples at temperature 0, or a chat template that fails.
     """
 
@@ -102,12 +105,13 @@ class Evaluation:
         chat: bool = True,
         scorer: Scorer | None = None,
         write: Writer | None = None,
+        classifier: Classifier = LANGUAGE_IDENTIFICATION,
     ) -> None:
         check_samples(samples, temperature)
         corpus.require(source, target)
         if source == target:
             raise UsageError(f"source and target are both {source!r}")
-        check_languages(corpus.languages)
+        classifier.require(corpus.languages)
         if questions is not None and source not in questions.of:
             raise UsageError(f"there is no question in the source language {source!r}")
         self._loaded, self._corpus = loaded, corpus
@@ -116,6 +120,7 @@ class Evaluation:
         self._questions, self._chat, self._scorer = questions, chat, scorer
         self._write: Writer = partial(generate, loaded) if write is None else write
         self._samples, self._max_prompts = samples, max_prompts
+        self.classifier = classifier
         self._prompts = {language: self._prompts_of(language) for language in (source, target)}
         self._batches = language_batches(loaded, corpus, default=LOSSES.tokens)
         self.read = text_read(corpus, self._batches)
@@ -181,7 +186,10 @@ class Evaluation:
         labels = answers.labels
         prompts = self._prompts[self.source]
         texts = [item.text for item in answers.items]
-        second = [second_opinion(text, self._corpus.languages) for text in texts]
+        languages = self._corpus.languages
+        agreed = math.nan
+        if self.classifier.identifies_languages:
+            agreed = agreement(labels, [second_opinion(text, languages) for text in texts])
         score = None
         if self._scorer is not None:
             score = relevance(self._scorer.name, forced, self._scorer(prompts, answers.items))
@@ -202,8 +210,8 @@ class Evaluation:
             ),
             details=details or {},
             failures={EMPTY: labels.count(EMPTY), LOOPING: sum(answers.looping)},
-            agreement=agreement(labels, second),
-            sentence_share=sum(sentence_share(text, self.target, self._corpus.languages) for text in texts)
+            agreement=agreed,
+            sentence_share=sum(self.classifier.sentence_share(text, self.target, languages) for text in texts)
             / len(texts),
             distinct_pairs=answers.distinct_pairs,
             longest_repeat=answers.longest_repeat,
@@ -265,7 +273,7 @@ class Evaluation:
     def _written(self, prompts: Sequence[Prompt], instruction: str | None) -> Answers:
         inputs = [prompt.model_input(self._loaded.tokenizer, instruction) for prompt in prompts]
         items = self._write(inputs, self._new_tokens, self._temperature, self._seed)
-        return identify_answers(items, self._corpus.languages)
+        return identify_answers(items, self._corpus.languages, self.classifier)
 
     def _answers(self, language: str, instruction: str | None = None) -> Answers:
         if language not in self._prompts:

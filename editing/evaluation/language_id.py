@@ -12,8 +12,6 @@ from typing import Any
 
 import regex
 
-from neurons.errors import UsageError
-
 # Varieties that the detectors distinguish and ISO 639-3 assigns to a macrolanguage: they often label a Chinese text
 # "Wu".  A variety counts as its macrolanguage unless it is one of the candidate languages.
 MACROLANGUAGES = {"wuu": "zh", "yue": "zh", "arz": "ar", "ary": "ar", "nn": "no"}
@@ -57,19 +55,6 @@ def _second_identifier() -> Any:
 def unidentified(languages: Sequence[str]) -> list[str]:
     """The languages that py3langid has no label for, so that nothing can be measured in them."""
     return [language for language in languages if language not in IDENTIFIED]
-
-
-def check_languages(languages: Sequence[str]) -> None:
-    """Refuse languages that the identifier does not know.
-
-    Raises:
-        UsageError: names the unknown languages.
-    """
-    if unknown := unidentified(languages):
-        raise UsageError(
-            f"the language identifier does not know {', '.join(unknown)}: name corpus files by ISO 639-1 "
-            "codes (en, fr, zh, ...), or leave these out with --languages"
-        )
 
 
 def identify_language(text: str, languages: Sequence[str]) -> str:
@@ -120,12 +105,6 @@ def sentences(text: str) -> list[str]:
     elif _LETTER.search(short):
         result.append(short)
     return result
-
-
-def sentence_share(text: str, language: str, languages: Sequence[str]) -> float:
-    """Fraction of the text's sentences that are in ``language``; 0 for a text without a letter."""
-    labels = [identify_language(sentence, languages) for sentence in sentences(text)]
-    return labels.count(language) / len(labels) if labels else 0.0
 
 
 def _letters(text: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from editing.evaluation.language_id import unidentified
+from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
 from editing.evaluation.questions import Questions
 from editing.hooks.instructions import IN_TARGET, in_english
 from editing.pipeline.drift import require_drift_questions
@@ -36,6 +36,7 @@ class Lock:
         keep: languages whose questions are answered as before; includes the target unless that is a source.
         instruction: instruction to the teacher, in any language; None: to answer in the target.
         teacher: one of ``TEACHERS``.
+        classifier: tells the language, or another label, of answers (``classifier_of``).
     """
 
     target: str | None
@@ -43,6 +44,7 @@ class Lock:
     keep: tuple[str, ...]
     instruction: str | None = None
     teacher: str = INSTRUCTION
+    classifier: Classifier = LANGUAGE_IDENTIFICATION
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -84,6 +86,14 @@ class Lock:
         """The language of the answers to questions in a source."""
         return self.target or source
 
+    def classifier_of(self, label: str) -> Classifier:
+        """What tells whether answers have a label: the classifier, or language identification if it lacks the label."""
+        return self.classifier if self.classifier.knows(label) else LANGUAGE_IDENTIFICATION
+
+    def candidates(self, questions: Questions) -> tuple[str, ...]:
+        """The labels that answers may have: the languages of the questions, and the target."""
+        return tuple(dict.fromkeys([*questions.of, *([self.target] if self.target else [])]))
+
     def instruction_in(self, source: str) -> str:
         """The teacher's instruction: to answer in the question's language in that language, in another in English.
 
@@ -103,6 +113,7 @@ class Lock:
             "kept_languages": [name for name in self.keep if name != self.target],
             "teacher": self.teacher,
             "instructions": {name: self.instruction_in(name) for name in self.sources},
+            "classifier": self.classifier.provenance,
         }
 
 
@@ -114,6 +125,7 @@ def lock_of(
     *,
     instruction: str | None = None,
     teacher: str = INSTRUCTION,
+    classifier: Classifier = LANGUAGE_IDENTIFICATION,
 ) -> Lock:
     """The lock with these languages and this teacher.
 
@@ -125,18 +137,22 @@ def lock_of(
         keep: languages to keep; None: those of ``KEPT`` in which there are enough questions.
         instruction: as in ``Lock``.
         teacher: as in ``Lock``.
+        classifier: as in ``Lock``; a target that it knows needs no questions.
 
     Raises:
         UsageError: a language with too few questions or that cannot be identified, a language that is both source and
             kept, an unknown teacher, a teacher that this lock cannot have, a question that a teacher by question lacks
             in the target, or too few questions to plant drift.
     """
-    named = [name for name in (target, source, *(keep or ())) if name is not None]
-    _require_questions(questions, named)
+    asked = [name for name in (source, *(keep or ())) if name is not None]
+    if target is not None and (classifier.identifies_languages or target in questions.of):
+        asked.insert(0, target)
+    _require_questions(questions, asked)
+    _require_labels(classifier, [*asked, *([target] if target else [])])
     _require_teacher(target, source, instruction, teacher)
     if target is None:
         require_drift_questions(questions)
-    lock = _lock(questions, target, source, keep, instruction, teacher)
+    lock = _lock(questions, target, source, keep, instruction, teacher, classifier)
     if teacher == QUESTION:
         _require_parallel(questions, lock)
     return lock
@@ -149,27 +165,34 @@ def _lock(
     keep: Sequence[str] | None,
     instruction: str | None,
     teacher: str,
+    classifier: Classifier,
 ) -> Lock:
+    asked_in_target = [target] if target in questions.of else []
     enough = [name for name, of_language in questions.of.items() if len(of_language) >= MIN_QUESTIONS]
     offered = [name for name in KEPT if name in enough]
     if source is None and target is not None:
         # Languages that the edit has not seen answer the more often in the target the more languages it has seen.
-        offered += [name for name in enough if name not in offered and not unidentified([name])]
+        offered += [name for name in enough if name not in offered and _is_told(classifier, name)]
     if source is None:
         if keep:
             raise UsageError("--keep is for a lock from one language: leave it out")
         # An instruction may ask for more than a language, so the target is a source too.
         target_is_source = target is None or instruction is not None
-        sources = dict.fromkeys([*([target] if target and target_is_source else []), *offered])
-        kept = [] if target is None or target_is_source else [target]
+        sources = dict.fromkeys([*(asked_in_target if target_is_source else []), *offered])
+        kept = [] if target_is_source else asked_in_target
         return Lock(
-            target, tuple(name for name in sources if name not in kept), tuple(kept), instruction, teacher
+            target,
+            tuple(name for name in sources if name not in kept),
+            tuple(kept),
+            instruction,
+            teacher,
+            classifier,
         )
     if keep is not None and source in keep:
         raise UsageError(f"{source!r} is both the source and a language to keep: leave it out of one of them")
-    others = dict.fromkeys([*([target] if target else []), *(offered if keep is None else keep)])
+    others = dict.fromkeys([*asked_in_target, *(offered if keep is None else keep)])
     kept = [name for name in others if name != source]
-    return Lock(target, (source,), tuple(kept), instruction, teacher)
+    return Lock(target, (source,), tuple(kept), instruction, teacher, classifier)
 
 
 def _require_questions(questions: Questions, languages: Sequence[str]) -> None:
@@ -184,17 +207,27 @@ def _require_questions(questions: Questions, languages: Sequence[str]) -> None:
                 f"there are {count} questions in {language!r}: give {MIN_QUESTIONS} or more, to build on, to choose on "
                 "and to report"
             )
-    if unknown := unidentified(languages):
-        raise UsageError(
-            f"the language identifier does not know {unknown[0]!r}, so answers in it cannot be measured: choose "
-            "another language"
-        )
+
+
+def _is_told(classifier: Classifier, label: str) -> bool:
+    """Whether something tells which answers have a label."""
+    return classifier.knows(label) or LANGUAGE_IDENTIFICATION.knows(label)
+
+
+def _require_labels(classifier: Classifier, labels: Sequence[str]) -> None:
+    for label in labels:
+        if not _is_told(classifier, label):
+            known = "the language identifier" if classifier.identifies_languages else classifier.name
+            raise UsageError(
+                f"{known} does not know {label!r}, so answers in it cannot be measured: choose another language, or "
+                "give a --classifier that knows it"
+            )
 
 
 def _require_parallel(questions: Questions, lock: Lock) -> None:
     for source in lock.sources:
         target = lock.target_of(source)
-        there = {question.question_id for question in questions.of[target]}
+        there = {question.question_id for question in questions.of.get(target, ())}
         for question in questions.of[source]:
             if question.question_id not in there:
                 raise UsageError(

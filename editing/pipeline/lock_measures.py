@@ -124,7 +124,11 @@ def lock_figures(
         judge: scores the relevance of answers to their questions; None: no scores.
         stage: shows progress.
     """
-    candidates = tuple(questions.of)
+    candidates = lock.candidates(questions)
+
+    def measured(answers: Sequence[str], language: str, asked_in: str | None = None) -> AnswerLanguage:
+        return answer_language(answers, language, candidates, asked_in, lock.classifier_of(language))
+
     others = list(kept if kept is not None else lock.unchanged[:MAX_LANGUAGES])
     sources = list(lock.sources)[:MAX_LANGUAGES]
     with stage("Measuring the unedited model", 2, "parts") as advance:
@@ -157,7 +161,7 @@ def lock_figures(
         by_model = {BASE: before[source], PROMPTED: prompted, STEERED: after[source]}
         of_sources[source] = Steering(
             language={
-                model: answer_language(answers, lock.target_of(source), candidates, source)
+                model: measured(answers, lock.target_of(source), source)
                 for model, answers in by_model.items()
             },
             chrf={
@@ -176,8 +180,8 @@ def lock_figures(
         )
     of_kept = {
         language: Kept(
-            base=answer_language(before_others[language][1], language, candidates),
-            steered=answer_language(after_others[language], language, candidates),
+            base=measured(before_others[language][1], language),
+            steered=measured(after_others[language], language),
             divergence=changes[language],
         )
         for language in others

@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 
-from editing.evaluation.answer_language import prose
-from editing.evaluation.language_id import identify_language
+from editing.evaluation.answer_language import judged_text
 from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import Example
 from editing.pipeline.drift import drift_contexts
@@ -119,7 +118,9 @@ def lessons(
     drift = drift_contexts(loaded, questions, sources, _CONTEXTS_FROM[part]) if lock.target is None else {}
     result: dict[str, list[Lesson]] = {}
     for source in sources:
-        parallel = {question.question_id: question.text for question in questions.of[lock.target_of(source)]}
+        # Without a teacher by question, the target may be a label in which there are no questions.
+        in_target = questions.of.get(lock.target_of(source), ())
+        parallel = {question.question_id: question.text for question in in_target}
         of_part = questions_of_part(questions.of[source], part)[:max_questions]
         result[source] = []
         for question, context in zip(of_part, cycle(drift.get(source) or [()]), strict=False):
@@ -140,17 +141,19 @@ def taught(
     Args:
         loaded: the unedited model.
         questions: their languages are the candidates of language identification.
-        lock: determines the right language of the answers.
+        lock: determines the right language of the answers, and the classifier that tells it.
         by_source: source -> lessons.
     """
-    candidates = tuple(questions.of)
+    candidates = lock.candidates(questions)
     results = {}
     for source, of_source in by_source.items():
         answers = answered(loaded, [lesson.teacher for lesson in of_source], ANSWER_TOKENS)
+        classifier = lock.classifier_of(lock.target_of(source))
+        labels = classifier.classify([judged_text(one.text, classifier) for one in answers], candidates)
         examples = [
             Example(tuple(lesson.student.ids.tolist()), tuple(lesson.teacher.ids.tolist()), answer.ids)
-            for lesson, answer in zip(of_source, answers, strict=True)
-            if identify_language(prose(answer.text), candidates) == lock.target_of(source)
+            for lesson, answer, label in zip(of_source, answers, labels, strict=True)
+            if label == lock.target_of(source)
         ]
         results[source] = Taught(tuple(examples), tuple(answer.text for answer in answers))
     return results

@@ -36,6 +36,8 @@ class Recipe:
         samples: continuations a prompt.
         seed: of the sampling.
         tokens: maximum tokens of a language, evenly from the whole text; None: what each stage needs.
+        classifier: what labels the continuations (``load_classifier``), relative to the recipe's directory; None:
+            language identification.
         device, dtype: as for ``broca identify``.
     """
 
@@ -55,6 +57,7 @@ class Recipe:
     samples: int = setting(2, kind=COUNT)
     seed: int = 0
     tokens: int | None = setting(None, kind=COUNT)
+    classifier: str | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -76,7 +79,9 @@ def read_recipe(path: Path) -> Recipe:
     """
     content = checked_fields(path, read_toml(path), Recipe, ("model", "corpus", "source", "targets"))
     content["corpus"] = path.resolve().parent / Path(content["corpus"]).expanduser()
-    content["model"] = model_beside(path, content["model"])
+    for name in ("model", "classifier"):
+        if name in content:
+            content[name] = model_beside(path, content[name])
     if "out" in content:
         content["out"] = Path(content["out"]).expanduser()
     for name in ("targets", "languages", "strengths"):
@@ -126,9 +131,9 @@ def checked_fields(
 
 
 def model_beside(path: Path, model: str) -> str:
-    """A recipe's model: a directory relative to the recipe's, if there is one, else a hub id."""
+    """A recipe's model or classifier: a directory or file relative to the recipe's, if there is one, else a hub id."""
     local = path.resolve().parent / Path(model).expanduser()
-    return str(local) if local.is_dir() else model
+    return str(local) if local.exists() else model
 
 
 def check_recipe(recipe: Recipe) -> None:

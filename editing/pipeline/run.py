@@ -16,8 +16,8 @@ from editing.checkpoints.export import export
 from editing.checkpoints.weight_exchange import Exchange
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import load_direction
+from editing.evaluation.classifier import load_classifier
 from editing.evaluation.evaluation import Evaluation
-from editing.evaluation.language_id import check_languages
 from editing.evaluation.outcome import Outcome, Refused
 from editing.hooks.residual import DiffMean
 from editing.methods.keyed import LEARNED, keyed_blocks, require_common_inputs
@@ -151,7 +151,8 @@ class _Run:
                 )
         for corpus in self.corpora.values():
             corpus.require_plain(recipe.source, *recipe.targets)
-        check_languages(self.corpora["report"].languages)
+        self.classifier = load_classifier(recipe.classifier, device=recipe.device)
+        self.classifier.require(self.corpora["report"].languages)
         self.blocks = _blocks(recipe, self.source)
         if recipe.method not in METHODS:
             raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
@@ -187,6 +188,7 @@ class _Run:
             "processor": processor(self.loaded.device),
             "settings": {
                 **{key: value for key, value in asdict(self.recipe).items() if key not in recorded_elsewhere},
+                "classifier": self.classifier.provenance,
                 "device": str(self.loaded.device),
                 "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             },
@@ -220,6 +222,7 @@ class _Run:
             "prompts": recipe.prompts,
             "samples": recipe.samples,
             "seed": recipe.seed,
+            "classifier": self.classifier.provenance,
         }
         if recipe.key_neurons == "identified":
             steering["neurons"] = digest(self.out / "neurons.safetensors")
@@ -327,6 +330,7 @@ class _Run:
             samples=1 if choosing else recipe.samples,
             max_prompts=min(recipe.prompts, CHOOSING_PROMPTS) if choosing else recipe.prompts,
             seed=recipe.seed,
+            classifier=self.classifier,
         )
 
     def edit(self, target: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from editing.evaluation.classifier import load_classifier
 from editing.evaluation.questions import Questions
 from editing.pipeline.lock_kinds import INSTRUCTION, TEACHERS, Lock, lock_of
 from editing.pipeline.recipe import checked_fields, model_beside, read_toml
@@ -35,10 +36,13 @@ class SteerRecipe:
         keep: as in ``lock_of``.
         questions: file or directory, relative to the recipe's directory; None: the questions of Broca.
         judge: model that judges answers (``lock_figures``): hub id or directory, as ``model``; None: no judge.
+        classifier: what tells the label of answers (``load_classifier``): a file, or a model as ``model``; None: language
+            identification.
         seed: of the order of the examples.
         device, dtype: as for ``broca steer``.
         fingerprint: of the model that this must be; None: any.
         questions_digest: of the questions that these must be; None: any.
+        classifier_digest: of the classifier that this must be; None: any.
     """
 
     model: str
@@ -50,18 +54,20 @@ class SteerRecipe:
     keep: tuple[str, ...] | None = None
     questions: Path | None = None
     judge: str | None = None
+    classifier: str | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
     fingerprint: str | None = None
     questions_digest: str | None = None
+    classifier_digest: str | None = None
 
     def lock(self, questions: Questions) -> Lock:
         """The lock on these questions.
 
         Raises:
-            UsageError: both or neither of ``target`` and ``stay``, other questions than those of the digest, or as
-                ``lock_of``.
+            UsageError: both or neither of ``target`` and ``stay``, other questions or another classifier than those of
+                the digests, or as ``load_classifier`` and ``lock_of``.
         """
         if (self.target is None) != self.stay:
             raise UsageError("give either --to, the language of the answers, or --stay")
@@ -69,6 +75,12 @@ class SteerRecipe:
             raise UsageError(
                 f"the questions have the digest {questions.digest}, but the recipe {self.questions_digest}: give its "
                 "questions, or leave questions_digest out to make another edit"
+            )
+        classifier = load_classifier(self.classifier, device=self.device)
+        if self.classifier_digest not in (None, classifier.digest):
+            raise UsageError(
+                f"{self.classifier} has the digest {classifier.digest}, but the recipe {self.classifier_digest}: give "
+                "its classifier, or leave classifier_digest out to make another edit"
             )
         source = self.source or (ALL if self.stay else DEFAULT_SOURCE)
         return lock_of(
@@ -78,6 +90,7 @@ class SteerRecipe:
             None if self.keep is None else tuple(map(language_label, self.keep)),
             instruction=self.instruction,
             teacher=self.teacher,
+            classifier=classifier,
         )
 
     def require_model(self, source: ModelSource) -> None:
@@ -102,10 +115,12 @@ class SteerRecipe:
             keep=None if every else lock.keep,
             questions=None if self.questions is None else self.questions.resolve(),
             judge=None if self.judge is None else _absolute(self.judge),
+            classifier=None if self.classifier is None else _absolute(self.classifier),
             device=str(loaded.device),
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             fingerprint=loaded.fingerprint,
             questions_digest=questions.digest,
+            classifier_digest=lock.classifier.digest,
         )
 
     def to_toml(self) -> str:
@@ -143,7 +158,7 @@ def read_steer_recipe(path: Path) -> SteerRecipe:
     if not isinstance(table, dict):
         raise UsageError(f"{path}: has no table [{STEER_TABLE}]: write the settings under [{STEER_TABLE}]")
     values: dict[str, Any] = checked_fields(path, table, SteerRecipe, ("model",))
-    for name in ("model", "judge"):
+    for name in ("model", "judge", "classifier"):
         if name in values:
             values[name] = model_beside(path, values[name])
     if "questions" in values:
@@ -155,4 +170,4 @@ def read_steer_recipe(path: Path) -> SteerRecipe:
 
 def _absolute(model: str) -> str:
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
+    return str(path.resolve()) if path.exists() else model

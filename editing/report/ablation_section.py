@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
@@ -14,8 +15,10 @@ from editing.report.heat_maps import Cell, HeatMap
 from editing.report.inline_svg import Drawing
 from editing.report.provenance import provenance
 from editing.report.templating import rendered
+from neurons.ablation.accuracy import ACCURACY
 from neurons.ablation.matrix import perplexity
-from neurons.ablation.study import SetOutcome, Study, set_title
+from neurons.ablation.report import MEASURED
+from neurons.ablation.study import Effects, SetOutcome, Study, set_title
 
 MIN_SCALE = 0.1  # nats a token: smaller rises get no strong colour
 
@@ -36,8 +39,9 @@ def ablation_content(study: Study, name: str) -> Markup:
         tokens=sum(study.tokens),
         sets=[_row(outcome) for outcome in study.sets],
         matrices=[
-            (set_title(outcome.name, outcome.method), _matrix(study, outcome, scale))
+            (set_title(outcome.name, outcome.method), matrix)
             for outcome in study.sets
+            for matrix in (_losses(study, outcome, scale), *_answers(study, outcome))
         ],
         doses=[
             _dose_response(study, outcome, f"{name}-doses-{i}")
@@ -66,8 +70,38 @@ def _row(outcome: SetOutcome) -> list[str]:
     ]
 
 
-def _matrix(study: Study, outcome: SetOutcome, scale: float) -> HeatMap:
-    controls = {control: draws for control, draws in outcome.controls.items() if draws}
+def _losses(study: Study, outcome: SetOutcome, scale: float) -> HeatMap:
+    unablated = ", ".join(
+        f"{language} {number(perplexity(nll), '.1f')}"
+        for language, nll in zip(study.languages, study.baseline.tolist(), strict=True)
+    )
+    caption = (
+        f"{outcome.name}: rise of each language's NLL (columns) without each language's neurons (rows). Perplexity "
+        f"unablated: {unablated}."
+    )
+    effects = Effects(outcome.own, outcome.controls)
+    return _matrix(study, outcome, effects, caption, "nats a token", scale)
+
+
+def _answers(study: Study, outcome: SetOutcome) -> Iterator[HeatMap]:
+    for measure, effects in outcome.answers.items():
+        unablated = ", ".join(
+            f"{language} {number(value, '.3f')}"
+            for language, value in zip(study.languages, study.answers[measure].tolist(), strict=True)
+        )
+        caption = (
+            f"{outcome.name}: change of the {MEASURED[measure]} of each language's prompts (columns, "
+            f"{sum(study.prompts)} prompts) without each language's neurons (rows). Unablated: {unablated}."
+        )
+        scale = float(effects.own.change.abs().max()) or 1.0
+        unit = "fraction of answers" if measure == ACCURACY else "nats"
+        yield _matrix(study, outcome, effects, caption, unit, scale)
+
+
+def _matrix(
+    study: Study, outcome: SetOutcome, effects: Effects, caption: str, unit: str, scale: float
+) -> HeatMap:
+    controls = {control: draws for control, draws in effects.controls.items() if draws}
     rows = []
     for i, language in enumerate(study.languages):
         cells = [
@@ -76,7 +110,7 @@ def _matrix(study: Study, outcome: SetOutcome, scale: float) -> HeatMap:
                 zip(
                     *(
                         values[i].tolist()
-                        for values in (outcome.own.change, outcome.own.low, outcome.own.high)
+                        for values in (effects.own.change, effects.own.low, effects.own.high)
                     ),
                     strict=True,
                 )
@@ -87,16 +121,11 @@ def _matrix(study: Study, outcome: SetOutcome, scale: float) -> HeatMap:
         ]
         cells += [Cell(math.nan, text, plain=True) for text in (count(outcome.sizes[i]), *control_rises)]
         rows.append((f"{language} ablated", cells))
-    unablated = ", ".join(
-        f"{language} {number(perplexity(nll), '.1f')}"
-        for language, nll in zip(study.languages, study.baseline.tolist(), strict=True)
-    )
     return HeatMap(
-        f"{outcome.name}: rise of each language's NLL (columns) without each language's neurons (rows). Perplexity "
-        f"unablated: {unablated}.",
+        caption,
         ["", *study.languages, "neurons", *(f"own rise, {control} neurons" for control in controls)],
         rows,
-        "nats a token",
+        unit,
         scale=scale,
         min_scale=MIN_SCALE,
     )

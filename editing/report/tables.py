@@ -109,7 +109,7 @@ def details_of(report: Report, outcome: Outcome) -> list[str]:
     """The measures of an outcome that the table leaves out, one line each."""
     lines = [
         f"{outcome.name}: sentences in {report.target} {outcome.sentence_share:.2f}, second detector agrees "
-        f"{outcome.agreement:.2f}, empty {outcome.failures.get('empty', 0)}, looping "
+        f"{_number(outcome.agreement, '.2f')}, empty {outcome.failures.get('empty', 0)}, looping "
         f"{outcome.failures.get('looping', 0)}, {outcome.answer_words:.0f} words an answer"
     ]
     if outcome.relevance:

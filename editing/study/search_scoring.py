@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from editing.evaluation.answers import identify_answers
+from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
 from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
-from editing.evaluation.language_id import check_languages
 from editing.evaluation.likelihood import continuation_nll, read_again, read_unedited
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
@@ -76,12 +76,13 @@ class Scoring:
         seed: of the sampling, the same for every edit.
         new_tokens: maximum tokens of a continuation.
         temperature: 0 always takes the most likely token.
+        classifier: labels the continuations; the corpus's languages are labels that it knows.
 
     Attributes:
         ceiling: target-language rate of the unedited model's continuations of target prompts.
 
     Raises:
-        UsageError: a language that the corpus lacks or the identifier does not know, no third language, or
+        UsageError: a language that the corpus lacks or the classifier does not know, no third language, or
             several samples at temperature 0.
         BrocaError: the ceiling is below ``MIN_CEILING``.
     """
@@ -99,11 +100,13 @@ class Scoring:
         seed: int = 0,
         new_tokens: int = NEW_TOKENS,
         temperature: float = TEMPERATURE,
+        classifier: Classifier = LANGUAGE_IDENTIFICATION,
     ) -> None:
         check_samples(samples, temperature)
         self.source, self.target = source, target
         self.third = third_languages(corpus, source, target)
-        check_languages(corpus.languages)
+        classifier.require(corpus.languages)
+        self._classifier = classifier
         self._loaded, self._languages = loaded, corpus.languages
         self._seed, self._new_tokens, self._temperature = seed, new_tokens, temperature
         openings = {
@@ -148,7 +151,7 @@ class Scoring:
         return continuation_nll(self._loaded, written.answers) - self._unedited_nll
 
     def _hits(self, answers: Sequence[Continuation]) -> int:
-        return sum(identify_answers(answers, self._languages).in_language(self.target))
+        return sum(identify_answers(answers, self._languages, self._classifier).in_language(self.target))
 
     def _continue(self, prompts: Sequence[str], seed: int) -> list[Continuation]:
         return generate(self._loaded, prompts, self._new_tokens, self._temperature, seed)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,8 @@ from neurons.recording.partial_forward import Kept, forward_from, forward_keepin
 from neurons.recording.text_losses import predicted, text_losses
 from neurons.text.batches import TokenBatch
 
+# (model, final hidden states [rows, length, d], the batch on the model's device) -> float64 [rows, ...] on the CPU
+Reading = Callable[[Any, torch.Tensor, TokenBatch], torch.Tensor]
 # Fraction of GPU memory for kept hidden states; more are kept in main memory.
 _KEPT_FRACTION = 0.1
 
@@ -97,6 +99,7 @@ def condition_losses(
     ledger: Ledger | None = None,
     progress: Callable[[int], None] | None = None,
     whole: bool = False,
+    read: Reading = text_losses,
 ) -> TextLosses:
     """The loss of every text under every condition; the model is unchanged afterwards.
 
@@ -111,6 +114,8 @@ def condition_losses(
         progress: called with the number of tokens of each batch, for each distinct condition.
         whole: run every condition from the first layer, as for a model whose layers share more than hidden
             states; by default this depends on ``supports_partial_forward``.
+        read: what is measured of each row; the values of other than losses are in ``sums`` too, with their further
+            dimensions last.
 
     Raises:
         BrocaError: a neuron that the model does not have, or a loss that is not finite.
@@ -128,7 +133,9 @@ def condition_losses(
             missing = [c for d, c in distinct.items() if book.get(language, turn, d) is None]
             if progress is not None and len(missing) < len(distinct):
                 progress(size * (len(distinct) - len(missing)))
-            for condition, losses in batch_losses(loaded, batch, missing, f"{language} {turn}", from_below):
+            for condition, losses in batch_losses(
+                loaded, batch, missing, f"{language} {turn}", from_below, read
+            ):
                 if not bool(torch.isfinite(losses).all()):
                     raise not_finite(loaded, f"the loss of a text of language {language!r}")
                 book.put(language, turn, condition.digest, losses)
@@ -144,13 +151,19 @@ def condition_losses(
 
 
 def batch_losses(
-    loaded: LoadedModel, batch: TokenBatch, conditions: Sequence[Condition], turn: str, from_below: bool
+    loaded: LoadedModel,
+    batch: TokenBatch,
+    conditions: Sequence[Condition],
+    turn: str,
+    from_below: bool,
+    read: Reading = text_losses,
 ) -> Iterator[tuple[Condition, torch.Tensor]]:
     """Each condition with the loss of each text of the batch (nats, float64 [rows], on the CPU).
 
     Args:
         turn: name of the batch, which seeds random draws.
         from_below: start conditions at their first ablated layer.
+        read: as in ``condition_losses``.
     """
     if not conditions:
         return
@@ -166,7 +179,7 @@ def batch_losses(
                 keep_on = _kept_on(loaded, batch, len(layers))
                 hidden, kept = forward_keeping(model, anatomy, on_device, layers, keep_on)
             for condition in untouched:
-                yield condition, text_losses(model, hidden, on_device)
+                yield condition, read(model, hidden, on_device)
             del hidden
         for condition in conditions:
             if condition.first_layer is None:
@@ -175,7 +188,7 @@ def batch_losses(
             with site_hooks(anatomy, {**_no_op_hooks(loaded), **hooks}):
                 start = condition.first_layer if from_below else 0
                 hidden = forward_from(model, anatomy, on_device, start, kept)
-            yield condition, text_losses(model, hidden, on_device)
+            yield condition, read(model, hidden, on_device)
 
 
 def _no_op_hooks(loaded: LoadedModel) -> dict[tuple[str, int], SiteHook]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from neurons.ablation.accuracy import ACCURACY, ANSWER_NLL
 from neurons.ablation.matrix import Changes, largest_is_own, perplexity
-from neurons.ablation.study import SetOutcome, Study, set_title
+from neurons.ablation.study import Effects, SetOutcome, Study, set_title
+
+MEASURED = {ACCURACY: "accuracy", ANSWER_NLL: "negative log-likelihood of the answer (nats)"}
 
 
 def as_markdown(study: Study) -> str:
@@ -34,24 +37,37 @@ def as_markdown(study: Study) -> str:
         ),
     ]
     for one in study.sets:
-        parts += ["", f"**{set_title(one.name, one.method)}**", "", _matrix(study, one)]
+        unablated = [f"{perplexity(x):.2f}" for x in study.baseline.tolist()]
+        matrix = _matrix(study, one, Effects(one.own, one.controls), ["perplexity unablated", "", *unablated])
+        parts += ["", f"**{set_title(one.name, one.method)}**", "", matrix]
+        for measure, effects in one.answers.items():
+            unablated = [f"{x:.3f}" for x in study.answers[measure].tolist()]
+            matrix = _matrix(
+                study, one, effects, [f"{measure} unablated", "", *unablated], measure == ACCURACY
+            )
+            title = f"**{one.name}**, {MEASURED[measure]} of {sum(study.prompts):,} prompts, change"
+            parts += ["", title, "", matrix]
         if one.doses:
             parts += ["", f"**{one.name}**, doses: own language (mean of the others)", "", _doses(study, one)]
     return "\n".join(parts)
 
 
-def _matrix(study: Study, one: SetOutcome) -> str:
-    controls = {control: draws for control, draws in one.controls.items() if draws}
-    rows = [["perplexity unablated", "", *(f"{perplexity(x):.2f}" for x in study.baseline.tolist())]]
-    rows[0] += [""] * len(controls)
+def _matrix(
+    study: Study, one: SetOutcome, effects: Effects, unablated: list[str], falls: bool = False
+) -> str:
+    controls = {control: draws for control, draws in effects.controls.items() if draws}
+    rows = [[*unablated, *[""] * len(controls)]]
     for i, language in enumerate(study.languages):
-        cells = [_cell(one.own, i, j) for j in range(len(study.languages))]
+        cells = [_cell(effects.own, i, j) for j in range(len(study.languages))]
         cells[i] = f"**{cells[i]}**"
         beside = []
         for draws in controls.values():
             own = [float(draw.change[i, i]) for draw in draws]
-            highest = max(float(draw.high[i, i]) for draw in draws)
-            beside.append(f"{sum(own) / len(own):+.4f} (at most {highest:+.4f})")
+            if falls:
+                bound = f"at least {min(float(draw.low[i, i]) for draw in draws):+.4f}"
+            else:
+                bound = f"at most {max(float(draw.high[i, i]) for draw in draws):+.4f}"
+            beside.append(f"{sum(own) / len(own):+.4f} ({bound})")
         rows.append([f"ablated {language}", f"{one.sizes[i]:,}", *cells, *beside])
     head = ["", "neurons", *study.languages, *(f"{control}, own language" for control in controls)]
     return _table(head, rows)

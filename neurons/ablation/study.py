@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neurons.ablation.conditions import UNTOUCHED, Condition, TextLosses, condition_losses
+from neurons.ablation.accuracy import PromptBatches
+from neurons.ablation.conditions import UNTOUCHED, Condition, InMemory, condition_losses
 from neurons.ablation.ledger import LedgerFile
 from neurons.ablation.matrix import Changes, Specificity, bootstrapped, specificity
 from neurons.ablation.replacement import REPLACEMENTS, Replacement
@@ -25,8 +27,9 @@ from neurons.recording.corpus_recording import record_corpus
 from neurons.scorers.method import TEXTS
 from neurons.statistics.bootstrap import CONFIDENCE, DRAWS
 from neurons.statistics.statistics import Statistics
-from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
+from neurons.text.prompts import Prompts
 from neurons.text.token_budget import LOSSES, text_read
 
 CONTROLS = ("random", "matched")
@@ -102,6 +105,19 @@ def set_title(name: str, method: str) -> str:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """What ablating one neuron set does to one measure.
+
+    Attributes:
+        own: [K, K], row i without language i's neurons; its ``nll`` is the mean of the measure.
+        controls: control -> [K, K] of each draw.
+    """
+
+    own: Changes
+    controls: Mapping[str, tuple[Changes, ...]]
+
+
+@dataclass(frozen=True)
 class SetOutcome:
     """What ablating one neuron set does.
 
@@ -113,6 +129,7 @@ class SetOutcome:
         controls: control -> [K, K] of each draw.
         doses: in the order asked for.
         specificity: of ``own``.
+        answers: measure of ``neurons.ablation.accuracy`` -> what becomes of it; empty without prompts.
     """
 
     name: str
@@ -122,6 +139,7 @@ class SetOutcome:
     controls: dict[str, tuple[Changes, ...]]
     doses: tuple[Dose, ...]
     specificity: Specificity
+    answers: Mapping[str, Effects] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,8 @@ class Study:
         sets: a neuron set each.
         settings: what was done.
         metadata: JSON values: model, fingerprint, corpus, packages, sets.
+        prompts: of each language; empty without prompts.
+        answers: measure of ``neurons.ablation.accuracy`` -> float64 [K] of the untouched model.
     """
 
     languages: tuple[str, ...]
@@ -145,6 +165,8 @@ class Study:
     sets: tuple[SetOutcome, ...]
     settings: Settings
     metadata: dict[str, Any]
+    prompts: tuple[int, ...] = ()
+    answers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -170,6 +192,11 @@ class _SetPlan:
     controls: dict[str, list[list[int]]]
     doses: list[tuple[float, dict[str, torch.Tensor], list[int]]]
 
+    @property
+    def on_prompts(self) -> list[int]:
+        """The conditions that answers are measured under: all but the doses."""
+        return [*self.own, *(one for draws in self.controls.values() for draw in draws for one in draw)]
+
 
 def ablation_study(
     loaded: LoadedModel,
@@ -181,6 +208,7 @@ def ablation_study(
     batch_tokens: int | None = None,
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    prompts: Prompts | None = None,
 ) -> Study:
     """Ablate each language's neurons and read every language without them.
 
@@ -195,15 +223,20 @@ def ablation_study(
         batch_tokens: tokens read at once; None takes what memory allows.
         out: where the study will be written: unfinished work is kept beside it, and gone on with.
         progress: called with (tokens done, tokens in all), counting each condition's tokens.
+        prompts: with answers, of the corpus's languages, to measure accuracy on too; None: none.
 
     Raises:
-        UsageError: a language that a set lacks, no set, statistics that lack what is needed, a dose that
+        UsageError: a language that a set or the prompts lack, no set, statistics that lack what is needed, a dose that
             the set does not have, or a layer in which no control is left.
         BrocaError: a set or statistics of another model, or a loss that is not finite.
     """
     how = Settings() if settings is None else settings
     languages = corpus.languages
     _require_fit(loaded, languages, sets, how)
+    if prompts is not None:
+        if missing := [language for language in languages if language not in prompts.of]:
+            raise UsageError(f"there are no prompts for {', '.join(missing)}: write some, or leave them out")
+        prompts = replace(prompts, of={language: prompts.of[language] for language in languages})
     if how.moments() and statistics is None:
         statistics = record_corpus(loaded, corpus, how.moments(), TEXTS, tokens, None, batch_tokens)
     if statistics is not None and how.moments():
@@ -217,7 +250,29 @@ def ablation_study(
     for language, some in batches.items():
         if not some:
             raise UsageError(f"language {language!r} has no text of two tokens or more")
-    losses = _losses(loaded, batches, plan.conditions, out, progress)
+    asked = None if prompts is None else PromptBatches(loaded, prompts, size)
+    on_prompts = [0, *(number for one in plans.values() for number in one.on_prompts)]
+    distinct = {condition.digest for condition in plan.conditions}
+    of_prompts = {plan.conditions[number].digest for number in on_prompts}
+    total = len(distinct) * _counted(batches) + (len(of_prompts) * _counted(asked.of) if asked else 0)
+
+    def advance(count: int) -> None:
+        if progress is not None:
+            progress(count, total)
+
+    key = _key(loaded, {**batches, **(asked.of if asked else {})}, "" if prompts is None else prompts.digest)
+    with nullcontext(InMemory()) if out is None else LedgerFile(out, key) as ledger:
+        losses = condition_losses(loaded, batches, plan.conditions, ledger, advance)
+        answers = (
+            asked.measured(loaded, [plan.conditions[number] for number in on_prompts], ledger, advance)
+            if asked
+            else {}
+        )
+    of_answers = {
+        measure: bootstrapped(values, 0, (), how.resamples, how.seed, how.confidence).changes
+        for measure, values in answers.items()
+    }
+    place = {number: i for i, number in enumerate(on_prompts)}
     kept = [condition for one in plans.values() for condition in one.own]
     found = bootstrapped(losses, 0, kept, how.resamples, how.seed, how.confidence)
     return Study(
@@ -226,7 +281,10 @@ def ablation_study(
         tokens=tuple(int(losses.tokens[language].sum()) for language in languages),
         baseline=found.changes.nll[0],
         sets=tuple(
-            _outcome(name, sets[name], one, found.changes, found.drawn, languages, how)
+            replace(
+                _outcome(name, sets[name], one, found.changes, found.drawn, languages, how),
+                answers={measure: _effects(one, changes, place) for measure, changes in of_answers.items()},
+            )
             for name, one in plans.items()
         ),
         settings=how,
@@ -248,9 +306,23 @@ def ablation_study(
                 name: {key: one.metadata.get(key) for key in ("method", "fingerprint", "settings")}
                 for name, one in sets.items()
             },
-            "conditions": len({condition.digest for condition in plan.conditions}),
+            "conditions": len(distinct),
+            **({} if prompts is None else {"prompts_digest": prompts.digest}),
         },
+        prompts=() if prompts is None else tuple(len(prompts.of[language]) for language in languages),
+        answers={measure: changes.nll[0] for measure, changes in of_answers.items()},
     )
+
+
+def _effects(plan: _SetPlan, changes: Changes, place: Mapping[int, int]) -> Effects:
+    def of(numbers: Sequence[int]) -> Changes:
+        return changes.of([place[number] for number in numbers])
+
+    return Effects(of(plan.own), {control: tuple(map(of, draws)) for control, draws in plan.controls.items()})
+
+
+def _counted(batches: Mapping[str, Sequence[TokenBatch]]) -> int:
+    return sum(counted_tokens(some) for some in batches.values())
 
 
 def _require_fit(
@@ -346,29 +418,9 @@ def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: 
     return rows[order[:count].sort().values]
 
 
-def _losses(
-    loaded: LoadedModel,
-    batches: Mapping[str, Sequence[TokenBatch]],
-    conditions: Sequence[Condition],
-    out: Path | None,
-    progress: Callable[[int, int], None] | None,
-) -> TextLosses:
-    different = len({condition.digest for condition in conditions})
-    total = different * sum(int(batch.counted.sum()) for some in batches.values() for batch in some)
-
-    def advance(count: int) -> None:
-        if progress is not None:
-            progress(count, total)
-
-    if out is None:
-        return condition_losses(loaded, batches, conditions, progress=advance)
-    with LedgerFile(out, _key(loaded, batches)) as ledger:
-        return condition_losses(loaded, batches, conditions, ledger, advance)
-
-
-def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> str:
+def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], prompts: str) -> str:
     """Names what losses depend on beside the condition."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(prompts.encode())
     for piece in _key_pieces(loaded, batches):
         digest.update(piece)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from neurons.ablation.matrix import Changes, Specificity, by_language, clear_of, largest_is_own, perplexity
-from neurons.ablation.study import Dose, SetOutcome, Settings, Study
+from neurons.ablation.study import Dose, Effects, SetOutcome, Settings, Study
 from neurons.errors import UsageError
 from neurons.files.json_file import Figure, checked
 
@@ -23,7 +23,8 @@ def study_document(study: Study) -> dict[str, Any]:
 
     ``baseline[j]``, ``ablated[i][j]`` and ``random[i][j]`` are mean negative log-likelihoods (nats a token)
     of language j, i being the language whose neurons, or their control, are ablated; ``random`` is the mean
-    over ``random_draws``.  They are the first set's; ``sets`` holds all.
+    over ``random_draws``.  They are the first set's; ``sets`` holds all.  ``answers`` has the same for each measure of
+    ``neurons.ablation.accuracy``.
     """
     languages = study.languages
     baseline = dict(zip(languages, study.baseline.tolist(), strict=True))
@@ -36,7 +37,18 @@ def study_document(study: Study) -> dict[str, Any]:
         "unit": "nats a token",
         "baseline": baseline,
         "baseline_perplexity": {language: perplexity(nll) for language, nll in baseline.items()},
-        **{key: value for key, value in sets[0].items() if key not in ("name", "method")},
+        **{key: value for key, value in sets[0].items() if key not in ("name", "method", "answers")},
+        **(
+            {
+                "prompts": dict(zip(languages, study.prompts, strict=True)),
+                "answers": {
+                    measure: dict(zip(languages, of_untouched.tolist(), strict=True))
+                    for measure, of_untouched in study.answers.items()
+                },
+            }
+            if study.answers
+            else {}
+        ),
         "sets": sets,
     }
 
@@ -54,14 +66,19 @@ def _set_json(study: Study, one: SetOutcome) -> dict[str, Any]:
         "own_is_largest": dict(zip(languages, largest_is_own(one.own), strict=True)),
         "specificity": one.specificity,
     }
+    written |= _controls_json(one.controls, languages)
     for control, draws in one.controls.items():
         if draws:
-            mean = torch.stack([draw.nll for draw in draws]).mean(0)
-            written[control] = by_language(mean, languages)
-            written[f"{control}_draws"] = [
-                {"nll": by_language(draw.nll, languages), **_changes_json(draw, languages)} for draw in draws
-            ]
             written[f"clear_of_{control}"] = dict(zip(languages, clear_of(one.own, draws), strict=True))
+    if one.answers:
+        written["answers"] = {
+            measure: {
+                "ablated": by_language(effects.own.nll, languages),
+                **_changes_json(effects.own, languages),
+                **_controls_json(effects.controls, languages, "ablated"),
+            }
+            for measure, effects in one.answers.items()
+        }
     written["doses"] = [
         {
             "share": dose.share,
@@ -71,6 +88,19 @@ def _set_json(study: Study, one: SetOutcome) -> dict[str, Any]:
         }
         for dose in one.doses
     ]
+    return written
+
+
+def _controls_json(
+    controls: Mapping[str, Sequence[Changes]], languages: Sequence[str], mean: str = "nll"
+) -> dict[str, Any]:
+    written: dict[str, Any] = {}
+    for control, draws in controls.items():
+        if draws:
+            written[control] = by_language(torch.stack([draw.nll for draw in draws]).mean(0), languages)
+            written[f"{control}_draws"] = [
+                {mean: by_language(draw.nll, languages), **_changes_json(draw, languages)} for draw in draws
+            ]
     return written
 
 
@@ -103,32 +133,42 @@ class _Dose(_Matrices):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Set(_Matrices):
+class _Effects(_Matrices):
+    matched_draws: tuple[_Matrices, ...] = ()
+    random_draws: tuple[_Matrices, ...] = ()
+
+    def controls(self, languages: Sequence[str]) -> dict[str, tuple[Changes, ...]]:
+        draws = {"matched": self.matched_draws, "random": self.random_draws}
+        return {
+            control: tuple(one.changes(languages) for one in some) for control, some in draws.items() if some
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Set(_Effects):
     name: str
     method: str
     neurons: Mapping[str, int]
     specificity: Specificity
     doses: tuple[_Dose, ...]
-    matched_draws: tuple[_Matrices, ...] = ()
-    random_draws: tuple[_Matrices, ...] = ()
+    answers: Mapping[str, _Effects] = field(default_factory=dict)
 
     def outcome(self, languages: Sequence[str]) -> SetOutcome:
-        draws = {"matched": self.matched_draws, "random": self.random_draws}
         return SetOutcome(
             name=self.name,
             method=self.method,
             sizes=tuple(self.neurons[k] for k in languages),
             own=self.changes(languages),
-            controls={
-                control: tuple(one.changes(languages) for one in some)
-                for control, some in draws.items()
-                if some
-            },
+            controls=self.controls(languages),
             doses=tuple(
                 Dose(one.share, tuple(one.neurons[k] for k in languages), one.changes(languages))
                 for one in self.doses
             ),
             specificity=self.specificity,
+            answers={
+                measure: Effects(effects.changes(languages), effects.controls(languages))
+                for measure, effects in self.answers.items()
+            },
         )
 
 
@@ -141,6 +181,8 @@ class _Document:
     sets: Annotated[tuple[_Set, ...], Field(min_length=1)]
     settings: Settings
     about: Mapping[str, Any]
+    prompts: Mapping[str, int] = field(default_factory=dict)
+    answers: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
 
 
 def study_of(value: Any, file: Path | str) -> Study:
@@ -167,6 +209,11 @@ def study_of(value: Any, file: Path | str) -> Study:
             settings=found.settings,
             metadata={k: one for k, one in found.about.items() if k not in derived}
             | {"settings": value["settings"]},
+            prompts=tuple(found.prompts[k] for k in languages) if found.prompts else (),
+            answers={
+                measure: torch.tensor([of_untouched[k] for k in languages], dtype=torch.float64)
+                for measure, of_untouched in found.answers.items()
+            },
         )
     except KeyError as error:
         raise UsageError(

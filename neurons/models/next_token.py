@@ -1,4 +1,4 @@
-"""Losses (with gradients) and KL of next-token distributions, computed in chunks of positions.
+"""Losses (with gradients), hits and KL of next-token distributions, computed in chunks of positions.
 
 The logits of a batch can be larger than the model: 152k tokens x 4096 positions x 4 bytes is 2.5 GB a copy.  So
 logits are computed for as many positions as fit in ``LOGIT_BYTES_AT_ONCE``, and the gradient of a chunk before
@@ -47,6 +47,26 @@ def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tor
         )
 
     return _in_chunks(model, losses, hidden, targets.to(hidden.device).long())
+
+
+def token_hits(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Whether the token that follows each position is the most likely one, which greedy decoding writes.
+
+    Args:
+        model: causal language model.
+        hidden: last hidden states [n, d].
+        targets: int64 [n], on any device.
+
+    Returns:
+        bool [n], on the device of the hidden states.
+    """
+
+    def hits(chunk: torch.Tensor, chunk_targets: torch.Tensor) -> torch.Tensor:
+        # In float32, as transformers decodes.
+        return logits(model, chunk).float().argmax(-1).to(chunk.device) == chunk_targets
+
+    with torch.no_grad():
+        return _in_chunks(model, hits, hidden, targets.to(hidden.device).long())
 
 
 def token_divergences(

@@ -283,7 +283,7 @@ def load_model(
         )
     try:
         tokenizer = load_tokenizer(checkpoint)
-        with _quietly():
+        with quietly():
             loaded, report = auto_class(config).from_pretrained(
                 checkpoint,
                 dtype=target,
@@ -417,7 +417,7 @@ def _reject_remote_code(name: str, error: Exception) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Context without transformers' progress bar and accelerate's message about offloading."""
     from transformers.utils import logging as bars
 

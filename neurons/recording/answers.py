@@ -22,7 +22,7 @@ from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import TokenBatch, block_length, row_batches
-from neurons.text.prompts import Prompts, answer_token
+from neurons.text.prompts import Prompts, answer_tokens
 
 STEPS = 20  # arXiv 2104.08696
 CULNIG_SITE = "mlp_act"  # before the nonlinearity
@@ -59,8 +59,9 @@ def record_answers(
     name = f"{site}:{moment}"
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
     counts = torch.tensor([len(of_language) for of_language in prompts.of.values()])
-    tokens = [_tokens(loaded, prompts, language) for language in languages]
-    for k, (rows, answers) in enumerate(tokens):
+    tokens = [prompt_tokens(loaded, prompts, language) for language in languages]
+    for k, (rows, whole_answers) in enumerate(tokens):
+        answers = torch.tensor([answer[0] for answer in whole_answers])
         # Every step of the integral is a row, and every expert has a place for every token.
         fitting, _ = batches_for(loaded, True, max(map(len, rows)))
         at_once = fitting // (steps if moment == "integrated" else 1) // anatomy.experts
@@ -89,19 +90,28 @@ def record_answers(
     )
 
 
-def _tokens(loaded: LoadedModel, prompts: Prompts, language: str) -> tuple[list[list[int]], torch.Tensor]:
+def prompt_tokens(
+    loaded: LoadedModel, prompts: Prompts, language: str, whole: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of each prompt of a language, and of its answer: the first, or with ``whole`` all.
+
+    Raises:
+        UsageError: a prompt longer than the model's context, or a token without an embedding.
+    """
     rows, answers = [], []
     longest = block_length(loaded.model)
     for prompt in prompts.of[language]:
-        row, answer = answer_token(loaded.tokenizer, prompt)
-        if len(row) > longest:
+        row, answer = answer_tokens(loaded.tokenizer, prompt)
+        answer = answer if whole else answer[:1]
+        # The last token of the answer is only predicted.
+        if (length := len(row) + len(answer) - 1) > longest:
             raise UsageError(
-                f"language {language!r}: a prompt has {len(row)} tokens, but the model reads {longest}: shorten it"
+                f"language {language!r}: a prompt has {length} tokens, but the model reads {longest}: shorten it"
             )
-        require_embedded(loaded.name, loaded.tokenizer, max(*row, answer), loaded.embedding_rows)
+        require_embedded(loaded.name, loaded.tokenizer, max(*row, *answer), loaded.embedding_rows)
         rows.append(row)
         answers.append(answer)
-    return rows, torch.tensor(answers)
+    return rows, answers
 
 
 def _probability(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,6 @@ class CorpusFiles:
         """File name -> language, for files with another spelling of the language."""
         return {path.name: language for language, path in self.of.items() if path.stem != language}
 
-    @property
-    def no_codes(self) -> tuple[str, ...]:
-        """Languages whose names are not language codes."""
-        return tuple(language for language in self.of if not is_language_code(language))
-
 
 def is_language_code(name: str) -> bool:
     """Whether a name is a valid language tag: ISO 639, optionally with script and region."""
@@ -125,7 +120,8 @@ def corpus_files(
             choice = "" if all(path.stem == stem for path in files) else f", or --languages {stem},..."
             raise UsageError(
                 f"{directory}: language {language!r} has {len(files)} files, "
-                f"{' and '.join(path.name for path in files)}: keep one{choice}"
+                f"{' and '.join(path.name for path in files)}: keep one{choice}; name dialects by words, as "
+                "british.txt"
             )
         chosen[language] = files[0]
     left_out = () if languages is not None else tuple(_left_out(visible, texts, suffixes))

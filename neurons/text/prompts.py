@@ -1,4 +1,7 @@
-"""Prompts with answers: ``<language>.jsonl``, each line an object with ``prompt`` and ``answer``."""
+"""Prompts with answers: ``<language>.jsonl``, each line an object with ``prompt`` and ``answer``.
+
+They may also be one ``.jsonl`` file, whose objects have a ``label`` too.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from typing import Any
 
 from neurons.errors import UsageError
 from neurons.models.start_tokens import start_tokens
-from neurons.text.corpus_files import corpus_files
+from neurons.text.corpus_files import corpus_files, language_label
 
 EXAMPLE = '{"prompt": "The capital of France is", "answer": " Paris"}'
+LABELLED = EXAMPLE[:-1] + ', "label": "capitals"}'
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,18 @@ class Prompts:
 
 
 def read_prompts(directory: Path, languages: Sequence[str] | None = None) -> Prompts:
-    """Read a directory of ``<language>.jsonl``.
+    """Read a directory of ``<language>.jsonl``, or a ``.jsonl`` file whose lines have a label.
 
     Args:
-        directory: holds the files, named as in a corpus (``neurons.text.corpus_files``).
+        directory: holds the files, named as in a corpus (``neurons.text.corpus_files``); or the file.
         languages: languages to read, in this order; None reads all, sorted by name.
 
     Raises:
-        UsageError: no such directory or file, an empty file, or a line that is not a prompt; with an example.
+        UsageError: no such directory or file, an empty file, a language without prompts, or a line that is not a
+            prompt; with an example.
     """
+    if directory.is_file():
+        return _of_one_file(directory, languages)
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory of <language>.jsonl with lines like {EXAMPLE}")
     try:
@@ -68,21 +75,46 @@ def read_prompts(directory: Path, languages: Sequence[str] | None = None) -> Pro
     return Prompts(prompts, digest.hexdigest())
 
 
-def _prompt(path: Path, number: int, line: bytes) -> Prompt:
+def _of_one_file(path: Path, languages: Sequence[str] | None) -> Prompts:
+    content = path.read_bytes()
+    of_label: dict[str, list[Prompt]] = {}
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            prompt = _prompt(path, number, line, LABELLED)
+            label = json.loads(line).get("label")
+            if not isinstance(label, str) or not label:
+                raise UsageError(f"{path}: line {number} has no label: write lines like {LABELLED}")
+            of_label.setdefault(language_label(label), []).append(prompt)
+    chosen = sorted(of_label) if languages is None else [language_label(name) for name in languages]
+    if missing := [label for label in chosen if label not in of_label]:
+        raise UsageError(f"{path}: no prompt for {', '.join(missing)} (it has {', '.join(sorted(of_label))})")
+    if not chosen:
+        raise UsageError(f"{path}: holds no prompt: write lines like {LABELLED}")
+    digest = hashlib.sha256(json.dumps(chosen).encode() + content)
+    return Prompts({label: tuple(of_label[label]) for label in chosen}, digest.hexdigest())
+
+
+def _prompt(path: Path, number: int, line: bytes, example: str = EXAMPLE) -> Prompt:
     try:
         value = json.loads(line)
         prompt, answer = value["prompt"], value["answer"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: line {number} is not an object like {EXAMPLE}") from error
+        raise UsageError(f"{path}: line {number} is not an object like {example}") from error
     if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not answer:
         raise UsageError(
-            f"{path}: line {number}: 'prompt' and 'answer' must be strings that are not empty: {EXAMPLE}"
+            f"{path}: line {number}: 'prompt' and 'answer' must be strings that are not empty: {example}"
         )
     return Prompt(prompt, answer)
 
 
 def answer_token(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
-    """The prompt's tokens and the first token of its answer.
+    """The prompt's tokens and the first token of its answer, as ``answer_tokens``."""
+    ids, answer = answer_tokens(tokenizer, prompt)
+    return ids, answer[0]
+
+
+def answer_tokens(tokenizer: Any, prompt: Prompt) -> tuple[list[int], list[int]]:
+    """The prompt's tokens and its answer's.
 
     Both are tokenised together, as the model would read them.  If a token spans the end of the prompt, the answer
     is tokenised alone.
@@ -99,4 +131,4 @@ def answer_token(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
         raise UsageError(
             f"the tokenizer gives no token for {prompt.prompt!r} or for its answer {prompt.answer!r}"
         )
-    return start + ids, answer[0]
+    return start + ids, list(answer)

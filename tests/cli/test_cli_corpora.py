@@ -1,4 +1,4 @@
-"""Notes and warnings about the files of a corpus, before a model is loaded."""
+"""Notes about the files of a corpus, before a model is loaded."""
 
 import json
 
@@ -112,19 +112,23 @@ def test_nothing_is_said_of_files_that_nobody_asked_for(reading, name):
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"tune", "evaluate"}))
-def test_a_name_that_is_no_code_is_warned_about_at_the_first_command(reading, mixed, name):
+def test_a_label_is_noted_at_the_first_command(reading, mixed, name):
     (mixed / "xx.txt").write_text("some other text\nand more\n")
     (mixed / "ceb_Latn.txt").write_text("a language that is not identified\nand more\n")
-    label, unknown = warnings(reading(name)[2])
-    assert "'xx'" in label and "ceb" in unknown
-    assert warnings(reading(name, "--languages", "de,en")[2]) == []
+    err = reading(name)[2]
+    assert "ceb, xx: labels" in notes(err)[0] and warnings(err) == []
+    assert "labels" not in reading(name, "--languages", "de,en")[2]
 
 
 @pytest.mark.parametrize("name", ["tune", "evaluate"])
-def test_what_measures_refuses_such_a_name_before_it_reads_a_model(reading, mixed, name):
+def test_what_measures_refuses_such_a_name_before_it_reads_a_model(reading, mixed, name, tmp_path):
     (mixed / "xx.txt").write_text("".join(f"some other text {i}\n" for i in range(9)))
     status, _, err = reading(name)
     assert status == 2 and "does not know xx" in err.splitlines()[-1]
+    words = {label: {"keywords": [label]} for label in ("en", "fr", "de", "xx")}
+    (tmp_path / "words.json").write_text(json.dumps(words))
+    status, _, err = reading(name, "--classifier", tmp_path / "words.json")
+    assert status == 2 and "no-such-model" in err.splitlines()[-1] and "labels" not in err
 
 
 def test_languages_may_be_named_in_any_spelling(broca, model, mixed, tmp_path, neurons):

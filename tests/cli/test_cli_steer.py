@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors import safe_open
 
+from editing.evaluation import language_id
 from editing.evaluation.questions import read_questions
 from editing.pipeline import lock_prompts, lock_text
 from editing.pipeline.steer_recipe import SteerRecipe, read_steer_recipe
@@ -27,7 +28,7 @@ def untouched(monkeypatch):
 
 
 def test_a_checkpoint_an_adapter_and_figures(steer, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out, lora = tmp_path / "steered", tmp_path / "adapter"
     arguments = ["--to", "fr", "--out", out, "--lora", lora, "--json"]
     status, printed, errors = steer(*arguments)
@@ -46,7 +47,7 @@ def test_a_checkpoint_an_adapter_and_figures(steer, tmp_path, monkeypatch):
 
 
 def test_the_recipe_repeats_the_edit_to_the_byte(broca, chat_model, few_questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out, again = tmp_path / "steered", tmp_path / "again"
     monkeypatch.chdir(tmp_path)
     text = ["--questions", "questions", "--judge", "model"]
@@ -132,7 +133,7 @@ def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, chat_model,
 
 
 def test_a_model_that_stays(steer, few_questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "en")
     monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
     for language, letters in (("en", "abc"), ("zh", "jkl"), ("de", "ghi")):
         rows = [{"question_id": str(i), "text": f"{letters} {letters[i % 3]} {i}?"} for i in range(16)]
@@ -167,7 +168,7 @@ def test_a_model_that_stays(steer, few_questions, tmp_path, monkeypatch):
 def test_what_cannot_be_steered_is_an_error_of_one_line_and_writes_nothing(
     steer, tmp_path, monkeypatch, options, status, named
 ):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "en")
     out = tmp_path / "steered"
     words = [out if word == "OUT" else word for word in options.split()]
     found, _, errors = steer(*words, "--out", out)

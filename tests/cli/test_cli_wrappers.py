@@ -6,7 +6,7 @@ import models
 import pytest
 from conversations import OF_PARTS
 
-from editing.pipeline import lock_text
+from editing.evaluation import language_id
 from neurons.files.tensor_files import tensor_entries
 
 
@@ -58,7 +58,7 @@ def test_the_stages_one_after_the_other(broca, model, known_text, tmp_path):
 
 
 def test_steer(broca, model, few_questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out = tmp_path / "steered"
     status, printed, errors = broca(
         "steer", model, "--to", "fr", "--questions", few_questions, "--out", out, "--json"

@@ -12,9 +12,10 @@ import torch
 from test_language_id import TEXTS
 from test_likelihood import naive_nlls
 
+from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.generation import Continuation, generate
-from editing.evaluation.language_id import identify_language, second_opinion, sentence_share
+from editing.evaluation.language_id import identify_language, second_opinion
 from editing.evaluation.questions import Question, Questions
 from editing.evaluation.relevance import ChrfScorer, LikelihoodScorer
 from editing.evaluation.repetition import distinct_ngrams, longest_repeat, loops
@@ -253,7 +254,9 @@ def test_what_else_is_told_of_the_answers(llama, evaluation):
     assert base.agreement == mean(
         [second_opinion(t, LANGUAGES) == label for t, label in zip(texts, labels, strict=True)]
     )
-    assert base.sentence_share == pytest.approx(mean([sentence_share(t, "fr", LANGUAGES) for t in texts]))
+    assert base.sentence_share == pytest.approx(
+        mean([LANGUAGE_IDENTIFICATION.sentence_share(t, "fr", LANGUAGES) for t in texts])
+    )
     assert base.distinct_pairs == pytest.approx(mean([distinct_ngrams(t, 2) for t in texts]))
     assert base.longest_repeat == pytest.approx(
         mean([longest_repeat(t) / max(len(words(t)), 1) for t in texts])

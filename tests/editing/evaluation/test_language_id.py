@@ -2,15 +2,13 @@
 
 import pytest
 
+from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION
 from editing.evaluation.language_id import (
     agreement,
-    check_languages,
     identify_language,
     second_opinion,
-    sentence_share,
     sentences,
 )
-from neurons.errors import UsageError
 
 TEXTS = {
     "en": "The children were playing in the garden when it began to rain.",
@@ -44,12 +42,6 @@ def test_takes_the_most_probable_of_the_list():
     # Whatever it says must not depend on the order in which the languages are named.
     text = "Hotel Restaurant Garage"
     assert identify_language(text, ("en", "fr", "de")) == identify_language(text, ("de", "fr", "en"))
-
-
-def test_check_languages():
-    check_languages(("en", "fr", "zh", "ko"))
-    with pytest.raises(UsageError, match="qaa, other"):
-        check_languages(("en", "qaa", "fr", "other"))
 
 
 @pytest.mark.parametrize(("label", "asked"), [("wuu", "zh"), ("yue", "zh"), ("arz", "ar")])
@@ -112,6 +104,7 @@ def test_sentences(text, expected):
 
 def test_sentence_share_sees_a_change_of_language():
     mixed = f"{TEXTS['fr']} {TEXTS['en']} {TEXTS['fr']} {TEXTS['de']}"
+    sentence_share = LANGUAGE_IDENTIFICATION.sentence_share
     assert sentence_share(mixed, "fr", tuple(TEXTS)) == 0.5
     assert sentence_share(mixed, "en", tuple(TEXTS)) == 0.25
     assert sentence_share("... !", "fr", tuple(TEXTS)) == 0.0

@@ -5,6 +5,7 @@ import torch
 from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
 
 from editing.checkpoints.model_card import model_card
+from editing.evaluation import language_id
 from editing.evaluation.questions import Question, Questions, questions_of_part
 from editing.methods import distilled_values
 from editing.methods.conversation_keys import coefficients
@@ -45,7 +46,7 @@ def loaded(chatting):
 
 @pytest.fixture
 def obedient(monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "fr")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
 
 
 def taught_in_english(loaded, questions, part):
@@ -69,7 +70,7 @@ def test_examples_are_the_teachers_own_answers_without_its_instruction(loaded, q
 
 def test_an_answer_in_another_language_is_no_example(loaded, questions, monkeypatch):
     labels = iter(["fr", "en", "fr", "other"])
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(labels))
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: next(labels))
     result = taught_in_english(loaded, questions, CHOOSE)
     assert result.obeyed == 0.5 and len(result.answers) == 4
     students = [example.student for example in result.examples]
@@ -77,7 +78,7 @@ def test_an_answer_in_another_language_is_no_example(loaded, questions, monkeypa
 
 
 def test_a_teacher_that_does_not_obey_is_refused_by_number(loaded, questions, monkeypatch):
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "en")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "en")
     with pytest.raises(BrocaError, match="0 of 8"):
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
@@ -86,7 +87,7 @@ def test_a_source_in_which_the_teacher_does_not_obey_leaves_the_others_to_learn_
     loaded, questions, monkeypatch
 ):
     labels = iter((["de"] * 8 + ["fr"] * 8) + (["de"] * 4 + ["fr"] * 4))
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(labels))
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: next(labels))
     made = language_lock(loaded, questions, Lock("fr", ("de", "en"), ("fr",)), passes=1)
     assert made.obeyed == {"de": 0.0, "en": 1.0}
 
@@ -103,7 +104,7 @@ def test_another_language_is_asked_for_in_english():
 def test_a_lock_without_examples_to_choose_on_is_refused_before_keys(loaded, questions, monkeypatch):
     """The teacher obeys on all BUILD questions and on no CHOOSE question."""
     labels = iter(["fr"] * 8 + ["en"] * 4)
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: next(labels))
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: next(labels))
     with pytest.raises(BrocaError, match="0 of 4"):
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
@@ -278,7 +279,7 @@ def test_answers_stay_after_planted_drift(loaded, chinese, monkeypatch):
     teacher = prompt_of(loaded, text, "Antworte auf Deutsch.", contexts["de"][0])
     assert torch.equal(first.teacher.ids, teacher.ids)
     monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
-    monkeypatch.setattr(lock_text, "identify_language", lambda text, languages: "de")
+    monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "de")
     made = language_lock(loaded, chinese, lock, passes=2)
     assert made.obeyed == {"de": 1.0, "en": 0.0, "fr": 0.0, "zh": 0.0}
     (edit, *_) = made.plan.edits

@@ -23,7 +23,7 @@ CORPUS = Corpus(LINES, "digest", "choose")
 def anything_is_french(monkeypatch):
     """A tiny random model writes no language: most of what it writes is to count as French."""
     label = lambda text, _: "fr" if sum(map(ord, text)) % 5 else "other"  # noqa: E731
-    monkeypatch.setattr("editing.evaluation.answers.identify_language", label)
+    monkeypatch.setattr("editing.evaluation.language_id.identify_language", label)
 
 
 def plan_of(llama, strength=1.0, seed=0):
@@ -57,7 +57,7 @@ def test_figures_are_the_evaluations(llama, anything_is_french):
 
 
 def test_answers_that_go_round_in_circles_are_no_success(llama, monkeypatch):
-    monkeypatch.setattr("editing.evaluation.answers.identify_language", lambda text, languages: "fr")
+    monkeypatch.setattr("editing.evaluation.language_id.identify_language", lambda text, languages: "fr")
     scoring = Scoring(llama, CORPUS, "en", "fr", samples=2, seed=5, new_tokens=NEW_TOKENS)
     token, _ = spaced_word()
     with always(llama, token):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editing.evaluation.language_id import IDENTIFIED, check_languages, unidentified
+from editing.evaluation.language_id import IDENTIFIED, unidentified
 from neurons.errors import UsageError
 from neurons.text.corpus import read_corpus
 from neurons.text.corpus_files import corpus_files, is_language_code, language_label
@@ -69,11 +69,8 @@ def test_any_name_has_a_label_that_is_its_own(name):
     assert is_language_code(label) == is_language_code(name)
 
 
-def test_languages_that_cannot_be_measured_are_refused_by_name():
+def test_languages_that_cannot_be_measured():
     assert unidentified(["en", "ceb", "xx"]) == ["ceb", "xx"]
-    check_languages(["en", "yue"])
-    with pytest.raises(UsageError, match="ceb, xx"):
-        check_languages(["en", "ceb", "xx"])
 
 
 # --- directories ---------------------------------------------------------------------------------
@@ -97,7 +94,7 @@ def test_what_lies_beside_text_is_no_language(tmp_path):
     files = corpus_files(tmp_path)
     assert found_in(tmp_path) == {"en": "en.txt", "fr": "fr.txt"}
     assert set(files.left_out) == {*beside, "de.csv"}
-    assert files.renamed == {} and files.no_codes == ()
+    assert files.renamed == {}
     assert read_corpus(tmp_path).languages == ("en", "fr")
     assert corpus_files(tmp_path, ["fr"]).left_out == ()
 
@@ -105,7 +102,7 @@ def test_what_lies_beside_text_is_no_language(tmp_path):
 def test_a_directory_of_text_alone_has_nothing_to_say(tmp_path):
     files = corpus_files(files_in(tmp_path, "qaa.txt", "en.jsonl", "yue.parquet"))
     assert list(files.of) == ["en", "qaa", "yue"]
-    assert not (files.left_out or files.renamed or files.no_codes)
+    assert not (files.left_out or files.renamed)
 
 
 def test_flores_is_read_under_two_letters(tmp_path):
@@ -123,8 +120,7 @@ def test_flores_is_read_under_two_letters(tmp_path):
 def test_a_name_that_is_no_code_is_a_label(tmp_path):
     files = corpus_files(files_in(tmp_path, "xx.txt", "english.txt", "en.txt"))
     assert list(files.of) == ["en", "english", "xx"]
-    assert files.no_codes == ("english", "xx")
-    assert corpus_files(tmp_path, ["en", "xx"]).no_codes == ("xx",)
+    assert list(corpus_files(tmp_path, ["xx", "en"]).of) == ["xx", "en"]
 
 
 @pytest.mark.parametrize(
