@@ -143,10 +143,10 @@ def _check_combinations(
 def _exported(
     screen: Screen, model: str, plan: Plan, out: Path, overwrite: bool, verify: bool, undoable: bool
 ) -> dict[str, Any]:
+    from editing.checkpoints.dequantise import open_for_export
     from editing.checkpoints.export import export
-    from neurons.models.source import open_model
 
-    source = open_model(model)
+    source = open_for_export(model)
     with screen.copying("Writing") as progress:
         exported = export(source, plan, out, overwrite, progress, verify, undoable)
     change = "" if exported.relative_change is None else f", ||dW||/||W|| {exported.relative_change:.3g}"
@@ -219,5 +219,5 @@ def _dequantised(screen: Screen, model: str, out: Path, overwrite: bool) -> dict
     checkpoint = locate(model)
     with screen.copying("Writing") as progress:
         written = dequantise(checkpoint, out, overwrite, progress)
-    screen.say(f"converted {len(written.tensors)} FP8 tensors to bf16, {written.bytes / 1e9:.2f} GB in total")
+    screen.say(f"converted {len(written.tensors)} tensors to bf16, {written.bytes / 1e9:.2f} GB in total")
     return {"tensors": list(written.tensors), "bytes": written.bytes}

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from editing.evaluation.lens import LanguageLens
 from editing.evaluation.outcome import Outcome, Refused
 from neurons.files.json_file import Figure, checked, read_json
 
@@ -59,6 +60,7 @@ class Report:
         tried: all their settings, on the part that settings were chosen on.
         curves: title -> the outcomes at fractions of the method's strength, ascending
             (``editing.study.dose_response``), each with ``details["dose"]``; empty if not measured.
+        lens: the logit lens by language.
         about: provenance (``editing.study.provenance``) and command, as JSON values.
     """
 
@@ -71,6 +73,7 @@ class Report:
     methods: tuple[str, ...] | None = None
     tried: tuple[Outcome | Refused, ...] | None = None
     curves: Mapping[str, tuple[Annotated[Outcome, AfterValidator(_with_dose)], ...]] | None = None
+    lens: LanguageLens | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
