@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dequantise",
     type=click.Choice(["bf16"]),
-    help="Write MODEL, an FP8 checkpoint, unquantised, so that it can be edited.",
+    help="Write MODEL, an FP8 or MXFP4 checkpoint, unquantised, so that a plan can be made for it.",
 )
 @click.option(
     "--format",
@@ -57,7 +57,8 @@ def command(
     """Copy the checkpoint of MODEL (hub id or directory) with the tensors of a plan edited.
 
     It needs as much disk as MODEL and takes two to three times as long as copying it, in constant memory; --verify
-    reads everything once more.  An adapter is small and takes seconds.
+    reads everything once more.  An adapter is small and takes seconds.  An FP8 checkpoint takes the plan of its
+    unquantised copy, and stays FP8.
 
     \b
     Examples:

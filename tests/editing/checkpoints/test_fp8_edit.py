@@ -1,6 +1,7 @@
 """Edits of FP8 tiles in place, against plain loops in float64; all other bytes are those of the source."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,7 +168,8 @@ def test_what_is_refused(quantised, tmp_path, broca):
     with pytest.raises(UsageError, match="bias"):
         export(source, plan_for(source, ModuleEdit(1, "attn", (), bias=torch.ones(72))), tmp_path / "out")
     with pytest.raises(BrocaError, match="not all finite"):
-        export(source, plan_for(source, rank_one(3e38)), tmp_path / "out")
+        huge = rank_one(1e30)
+        export(source, plan_for(source, replace(huge, left=huge.left * 1e30)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     other = shutil.copytree(quantised[0], tmp_path / "other")
     (other / "config.json").write_text(
@@ -183,4 +185,4 @@ def test_what_is_refused(quantised, tmp_path, broca):
     status, _, err = broca(
         "export", tmp_path / "out", "--edit", tmp_path / "edit.safetensors", "--out", tmp_path / "again"
     )
-    assert (status == 1 and "edited" in err) or "fingerprint" in err
+    assert status == 1 and "fingerprint" in err
