@@ -300,10 +300,7 @@ def command(**options: Any) -> None:
 
             steering = exchange if plan is None else partial(applied, loaded, plan)
             models = {"base": nullcontext, **({} if steering is None else {outcomes[-1].name: steering})}
-            whole = replace(
-                read_corpus(arguments.corpus, arguments.languages, roles=arguments.roles),
-                tokens=arguments.tokens,
-            )
+            whole = read_corpus(arguments.corpus, arguments.languages, roles=arguments.roles)
             lens = language_lens(loaded, whole, measuring.source_rows, models)
     _save_report(screen, arguments, measuring, outcomes, lens, provenance(measuring, writer))
 

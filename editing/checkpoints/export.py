@@ -121,7 +121,7 @@ def export(
     sizes: list[int] = []
 
     def complete(staged: Path) -> None:
-        sums.update(write_tiles(tiles.values(), staged))
+        sums.update(write_tiles(tiles.values(), staged, progress))
         if verified:
             checks.append(verify(source, plan, staged))
         if undoable:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,13 +189,26 @@ def tile_edits(source: ModelSource, edits: Iterable[TensorEdit]) -> dict[str, Ti
     return found
 
 
-def write_tiles(edits: Collection[TileEdit], checkpoint: Path) -> dict[str, torch.Tensor]:
+def write_tiles(
+    edits: Collection[TileEdit], checkpoint: Path, progress: Callable[[int, int], None] | None = None
+) -> dict[str, torch.Tensor]:
     """Write edits into a copy of their checkpoint, and sync its files.
+
+    Args:
+        edits: of different tensors.
+        checkpoint: the copy.
+        progress: called with (bytes done, bytes in all) after each tensor.
 
     Returns:
         Name of the weight -> the sums of ``TileEdit.write``.
     """
-    sums = {edit.entry.name: edit.write(checkpoint) for edit in edits}
+    sums = {}
+    done, total = 0, sum(edit.entry.end - edit.entry.begin for edit in edits)
+    for edit in edits:
+        sums[edit.entry.name] = edit.write(checkpoint)
+        done += edit.entry.end - edit.entry.begin
+        if progress is not None:
+            progress(done, total)
     for name in {entry.file.name for edit in edits for entry in (edit.entry, edit.scales)}:
         with (checkpoint / name).open("rb") as stream:
             os.fsync(stream.fileno())

@@ -21,7 +21,7 @@ def lens_figure(lens: LanguageLens, source: str, target: str) -> Figure:
     """Mass of source, target and other languages over layers; the unedited model dashed."""
     figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
-    layers = range(1, len(next(iter(lens.masses.values()))) + 1)
+    layers = range(len(next(iter(lens.masses.values()))))
     for place, (title, languages) in enumerate(lens_lines(lens, source, target).items()):
         for model in lens.masses:
             unedited = model == "base" and len(lens.masses) > 1
@@ -36,7 +36,7 @@ def lens_figure(lens: LanguageLens, source: str, target: str) -> Figure:
                 linestyle="--" if unedited else "-",
             )
     tidy(axis)
-    axis.set(xlabel="layer", ylabel="mass on the language's tokens", ylim=(0, None))
+    axis.set(xlabel="after layer", ylabel="mass on the language's tokens", ylim=(0, None))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
@@ -50,7 +50,7 @@ def lens_table(lens: LanguageLens, source: str, target: str) -> tuple[list[str],
         for model in lens.masses
     }
     rows = [
-        [str(layer + 1), *(number(value, ".3f") for value in values)]
+        [str(layer), *(number(value, ".3f") for value in values)]
         for layer, values in enumerate(zip(*columns.values(), strict=True))
     ]
     return ["layer", *columns], rows

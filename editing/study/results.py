@@ -60,8 +60,8 @@ class Report:
         tried: all their settings, on the part that settings were chosen on.
         curves: title -> the outcomes at fractions of the method's strength, ascending
             (``editing.study.dose_response``), each with ``details["dose"]``; empty if not measured.
-        lens: the logit lens by language.
         about: provenance (``editing.study.provenance``) and command, as JSON values.
+        lens: the logit lens by language.
     """
 
     source: str
@@ -73,8 +73,8 @@ class Report:
     methods: tuple[str, ...] | None = None
     tried: tuple[Outcome | Refused, ...] | None = None
     curves: Mapping[str, tuple[Annotated[Outcome, AfterValidator(_with_dose)], ...]] | None = None
-    lens: LanguageLens | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    lens: LanguageLens | None = None
 
     @property
     def model(self) -> str:
