@@ -23,7 +23,7 @@ import torch
 from neurons.architectures.sites import Routed, logits
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
-from neurons.recording.partial_forward import end_of_model
+from neurons.recording.partial_forward import ending
 from neurons.recording.text_pass import Position, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
@@ -80,10 +80,10 @@ def language_masses(
     batches = [(0, batch) for batch in row_batches(prompts, uncounted=0)]
     read_text(loaded, batches, {(SITE, layer): partial(keep, layer) for layer in range(layers)})
     masses = torch.zeros(layers, languages, dtype=torch.float64)
+    end = ending(loaded.model, loaded.anatomy, _POSITIONS_AT_ONCE)
     for layer, of_layer in enumerate(streams):
         for vectors in torch.cat(of_layer).split(_POSITIONS_AT_ONCE):
-            ends = end_of_model(loaded.model, loaded.anatomy, vectors)
-            probabilities = logits(loaded.model, ends).double().softmax(-1).sum(0).cpu()
+            probabilities = logits(loaded.model, end(vectors)).double().softmax(-1).sum(0).cpu()
             of_tokens = languages_of_tokens[: len(probabilities)]
             known = of_tokens >= 0
             masses[layer].index_add_(0, of_tokens[known], probabilities[known])
