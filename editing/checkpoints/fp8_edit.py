@@ -5,7 +5,8 @@ A changed tile W' (``editing.checkpoints.fp8_tiles``) keeps its scale s if its n
     s' = 2^k s,    k the smallest integer >= 0 with max |W'| <= 464 s',    Q' = W' / s' rounded to nearest even
 
 otherwise: 448 is the largest FP8 number, and 464 is half a step above it.  The tile's unchanged numbers then keep their bits (with k > 0 all but the smallest, which lose bits of
-2^-9), and scales that are powers of two, as DeepSeek-V3.1's, stay powers of two.  All other tiles keep their bytes.
+2^-9), and scales that are powers of two, as DeepSeek-V3.1's, stay powers of two.  For a tile that was 0 k may be
+negative, and s is 1 if it was 0.  All other tiles keep their bytes.
 """
 
 from __future__ import annotations
@@ -99,12 +100,12 @@ class TileEdit:
         weight = dequantised(old, scales[place : place + 1], self.tile)
         chunk = self.edit.rounded(weight, first)
         new, base = chunk.stored, scales[place].double()
-        tiles = [part.abs().amax() for part in new.split(self.tile[1], dim=1)]
-        mantissa, power = torch.frexp(torch.stack(tiles) / (LARGEST * torch.where(base > 0, base, 1.0)))
-        power = torch.where(mantissa == 0.5, power - 1, power).clamp(min=0)
-        grown = torch.ldexp(torch.where(base > 0, base, 1.0), power)
-        # A tile of zeros may have the scale 0.
-        grown = torch.where((base > 0) | (torch.stack(tiles) > 0), grown, base)
+        before, peaks = _peaks(weight, self.tile[1]), _peaks(new, self.tile[1])
+        usable = torch.where(base > 0, base, 1.0)
+        mantissa, power = torch.frexp(peaks / (LARGEST * usable))
+        power = torch.where(mantissa == 0.5, power - 1, power)
+        power = torch.where(before > 0, power.clamp(min=0), power)
+        grown = torch.where(peaks > 0, torch.ldexp(usable, power), base)
         kept = torch.where(changed[place], grown, base).to(scales.dtype)
         if not bool(torch.isfinite(new).all()) or not bool(torch.isfinite(kept).all()):
             raise BrocaError(
@@ -112,7 +113,8 @@ class TileEdit:
                 "a wider dtype."
             )
         size = old.shape
-        quantised = round_once(new / expanded(kept.double()[None], self.tile, *size), torch.float8_e4m3fn)
+        divisors = torch.where(kept > 0, kept.double(), 1.0)
+        quantised = round_once(new / expanded(divisors[None], self.tile, *size), torch.float8_e4m3fn)
         mask = expanded(changed[place : place + 1], self.tile, *size)
         stored = torch.where(mask, quantised.view(torch.uint8), old.view(torch.uint8))
         stored = stored.view(torch.float8_e4m3fn)
@@ -218,6 +220,11 @@ def write_tiles(
 def _any_in(flags: torch.Tensor, size: int) -> torch.Tensor:
     """Whether any flag is set, for each tile of one dimension."""
     return torch.stack([part.any() for part in flags.split(size)])
+
+
+def _peaks(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """The largest absolute value of each tile in a row of tiles."""
+    return torch.stack([part.abs().amax() for part in rows.split(width, dim=1)])
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

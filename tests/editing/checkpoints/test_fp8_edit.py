@@ -143,6 +143,26 @@ def test_a_planted_neuron_is_scaled_exactly(quantised, tmp_path, factor):
     torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_tile_of_zeros(tmp_path, scale):
+    tensors = quantise(tmp_path / "fp8")
+    tensors[DOWN][:, 16:32] = 0
+    tensors[f"{DOWN}_scale_inv"][:, 1] = scale
+    left, right = torch.zeros(72, 1), torch.zeros(64, 1)
+    tensors[O_PROJ][:32, :16] = 0
+    tensors[f"{O_PROJ}_scale_inv"][0, 0] = scale
+    left[3], right[5] = 0.002, 0.03
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    source = open_for_export(str(tmp_path / "fp8"))
+    plan = plan_for(source, scaling(2.0), ModuleEdit(1, "attn", (0,), left=left, right=right))
+    export(source, plan, tmp_path / "out", verified=True)
+    after = tensors_of(tmp_path / "out")
+    assert torch.equal(after[DOWN].view(torch.uint8), tensors[DOWN].view(torch.uint8))
+    assert torch.equal(after[f"{DOWN}_scale_inv"], tensors[f"{DOWN}_scale_inv"])
+    tile = after[O_PROJ][:32, :16].float() * after[f"{O_PROJ}_scale_inv"][0, 0]
+    assert float(tile[3, 5]) == pytest.approx(6e-5, rel=1 / 16) and int(tile.count_nonzero()) == 1
+
+
 def test_a_damaged_result_fails_the_verification(quantised, tmp_path):
     source = open_for_export(str(quantised[0]))
     plan = plan_for(source, rank_one())
