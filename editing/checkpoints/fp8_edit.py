@@ -4,9 +4,10 @@ A changed tile W' (``editing.checkpoints.fp8_tiles``) keeps its scale s if its n
 
     s' = 2^k s,    k the smallest integer >= 0 with max |W'| <= 464 s',    Q' = W' / s' rounded to nearest even
 
-otherwise: 448 is the largest FP8 number, and 464 is half a step above it.  The tile's unchanged numbers then keep their bits (with k > 0 all but the smallest, which lose bits of
-2^-9), and scales that are powers of two, as DeepSeek-V3.1's, stay powers of two.  For a tile that was 0 k may be
-negative, and s is 1 if it was 0.  All other tiles keep their bytes.
+otherwise: 448 is the largest FP8 number, and 464 is half a step above it.  The tile's unchanged numbers then keep
+their bits (with k > 0 all but those near the smallest FP8 number), and scales that are powers of two, as most of
+DeepSeek-V3.1's, stay powers of two.  For a tile that was 0, k may be negative, and s is 1 if it was 0.  All other
+tiles keep their bytes.
 """
 
 from __future__ import annotations
