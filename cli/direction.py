@@ -78,14 +78,15 @@ LIST = "list"
 @click.option(
     "--convert",
     type=IN_PATH,
-    help="A direction to write as control vectors for llama.cpp, without MODEL.",
+    help="A direction to write as vectors for llama.cpp and EasySteer (.gguf) or vLLM-Hook (.pt), without MODEL.",
 )
+@click.option("--layer", type=click.IntRange(min=0), help="--convert to .pt: the layer of the vector.")
 @tokens_option
 @device_options
 @dry_run_option
 @quantised_options
 @click.option(
-    "--out", type=OUT_FILE, help="File for the direction (.safetensors), or for control vectors (.gguf)."
+    "--out", type=OUT_FILE, help="File for the direction (.safetensors), or for its vectors (.gguf or .pt)."
 )
 @json_option
 def command(**options: Any) -> None:
@@ -98,6 +99,7 @@ def command(**options: Any) -> None:
       broca direction artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr \\
           --method low-rank-shift --winsorise 0.995 --out direction.safetensors
       broca direction --convert direction.safetensors --out vectors.gguf
+      broca direction --convert direction.safetensors --layer 3 --out vector.pt
       broca direction --method list
     """
     arguments = SimpleNamespace(**options)
@@ -153,12 +155,22 @@ def command(**options: Any) -> None:
 def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
     from editing.directions.control_vectors import write_control_vectors
     from editing.directions.direction import load_direction
+    from editing.directions.vllm_hook import write_hook_vector
     from neurons.errors import UsageError
 
     if arguments.out is None:
-        raise UsageError("--out is missing: give the file for the control vectors (.gguf)")
+        raise UsageError("--out is missing: give the file for the vectors (.gguf or .pt)")
     if arguments.model is not None or arguments.corpus is not None:
         raise UsageError("--convert reads only a direction: leave MODEL and --corpus out")
+    if (arguments.out.suffix == ".pt") != (arguments.layer is not None):
+        raise UsageError(
+            "--layer is the layer of a vector for vLLM-Hook: give both --layer and an --out of .pt"
+        )
+    if arguments.layer is not None:
+        config = write_hook_vector(load_direction(arguments.convert), arguments.layer, arguments.out)
+        screen.say(f"configuration for vLLM-Hook: {config}")
+        screen.result({"out": arguments.out, "layers": [arguments.layer], "config": config}, arguments.out)
+        return
     layers = write_control_vectors(load_direction(arguments.convert), arguments.out)
     screen.result({"out": arguments.out, "layers": layers}, arguments.out)
 
@@ -180,6 +192,8 @@ def _require(arguments: SimpleNamespace) -> None:
         raise UsageError(
             f"{arguments.out}: a direction is a .safetensors, which --convert turns into control vectors (.gguf)"
         )
+    if arguments.layer is not None:
+        raise UsageError("--layer is only for --convert: leave it out")
 
 
 def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:

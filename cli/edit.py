@@ -107,6 +107,12 @@ SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     metavar="EDIT",
     help="A plan to restrict to --layers, --heads and --neurons; needs MODEL.",
 )
+@click.option(
+    "--convert",
+    type=IN_FILE,
+    metavar="FACTORS",
+    help="Rank-1 factors that Steer2Edit's code saved (.pt), as a plan; needs MODEL.",
+)
 @click.option("--heads", help="--restrict: heads to keep in the plan, as 0,3.")
 @tokens_option
 @device_options
@@ -129,6 +135,7 @@ def command(**options: Any) -> None:
           --out edit.safetensors
       broca edit --compose first.safetensors second.safetensors --out both.safetensors
       broca edit artifacts/demo/model --restrict edit.safetensors --layers 2-5 --out cut.safetensors
+      broca edit artifacts/demo/model --convert factors.pt --out edit.safetensors
       broca edit --method list
     """
     arguments = SimpleNamespace(**options)
@@ -141,7 +148,7 @@ def command(**options: Any) -> None:
     if arguments.out is None:
         raise UsageError("--out is missing: give the file for the plan")
     _require_other_file(arguments)
-    operations = [name for name in ("compose", "invert", "restrict") if getattr(arguments, name)]
+    operations = [name for name in ("compose", "invert", "restrict", "convert") if getattr(arguments, name)]
     if len(operations) > 1:
         raise UsageError(f"--{' and --'.join(operations)} exclude each other: use one at a time")
     made = _from_plans(arguments, operations[0]) if operations else _by_method(screen, arguments)
@@ -236,9 +243,10 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
 
 
 def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource | None]:
-    """A plan from --compose, --invert or --restrict."""
+    """A plan from --compose, --invert, --restrict or --convert."""
     from editing.plans.algebra import compose, inverted, restricted
     from editing.plans.plan import load_plan
+    from editing.plans.steer2edit_factors import read_factors
     from neurons.errors import UsageError
     from neurons.models.source import open_model
     from neurons.neuron_sets.neuron_set import load_neuron_set
@@ -256,7 +264,7 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
         if arguments.languages is not None and arguments.neurons is None:
             raise UsageError("--languages selects from --neurons, which is not given: leave it out")
     if operation != "compose" and arguments.model is None:
-        raise UsageError(f"--{operation} needs MODEL, the model of the plan")
+        raise UsageError(f"--{operation} needs MODEL, the model that is edited")
     if operation == "compose" and len(arguments.compose) == 1 and arguments.strength is None:
         raise UsageError("--compose needs two or more plans, or one plan and --strength")
     source = None if arguments.model is None else open_model(arguments.model)
@@ -265,6 +273,9 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
     elif operation == "invert":
         assert source is not None
         plan = inverted(source, load_plan(arguments.invert))
+    elif operation == "convert":
+        assert source is not None
+        plan = read_factors(arguments.convert, source)
     else:
         assert source is not None
         layers = None if arguments.layers is None else parse_layers(arguments.layers, source.anatomy.layers)
@@ -292,7 +303,7 @@ def _require_other_file(arguments: SimpleNamespace) -> None:
     """Reject an --out that would replace an input file."""
     from neurons.errors import UsageError
 
-    for name in ("directions", "vector", "neurons", "statistics", "compose", "invert", "restrict"):
+    for name in ("directions", "vector", "neurons", "statistics", "compose", "invert", "restrict", "convert"):
         value = getattr(arguments, name)
         for path in value if isinstance(value, tuple) else (value,):
             if path is not None and arguments.out.exists() and path.samefile(arguments.out):

@@ -42,6 +42,7 @@ from cli.tables import report_table, say_samples
 
 if TYPE_CHECKING:
     from editing.evaluation.evaluation import Evaluation
+    from editing.evaluation.lens import LanguageLens
     from editing.evaluation.likelihood import Steering
     from editing.evaluation.outcome import Outcome
     from editing.evaluation.questions import Questions
@@ -100,6 +101,12 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 )
 @click.option(
     "--others/--no-others", default=False, help="Also measure answers to prompts in every other language."
+)
+@click.option(
+    "--lens",
+    is_flag=True,
+    help="Also measure the logit lens: how likely each language's tokens are after each layer, at the end of the "
+    "prompts; also writes a plot as .png next to --out.",
 )
 @count_option("--prompts", "Maximum number of prompts.", 100)
 @count_option("--samples", "Continuations per prompt.", 1)
@@ -277,13 +284,22 @@ def command(**options: Any) -> None:
         material = Material(loaded, corpora["estimate"], source, target)
         _compare_methods(screen, arguments, methods, material, half_evaluation, provenance)
         return
+    lens = None
     with (
         _writer(screen, arguments.engine, loaded, plan, other) as (writer, steered_writing),
         screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance,
     ):
         measuring = evaluation(reported, questions, writer)
         outcomes = _outcomes(arguments, loaded, measuring, plan, exchange, steered_writing, advance)
-    _save_report(screen, arguments, measuring, outcomes, provenance(measuring, writer))
+        if arguments.lens:
+            from editing.evaluation.lens import language_lens
+            from editing.plans.applied import applied
+
+            steering = exchange if plan is None else partial(applied, loaded, plan)
+            models = {"base": nullcontext, **({} if steering is None else {outcomes[-1].name: steering})}
+            whole = read_corpus(arguments.corpus, arguments.languages, roles=arguments.roles)
+            lens = language_lens(loaded, whole, measuring.source_rows, models)
+    _save_report(screen, arguments, measuring, outcomes, lens, provenance(measuring, writer))
 
 
 def _check_options(arguments: SimpleNamespace) -> None:
@@ -297,6 +313,10 @@ def _check_options(arguments: SimpleNamespace) -> None:
         raise UsageError("--methods makes its own edits: leave --edit and --against out")
     if methods is not None and arguments.part not in ("all", "report"):
         raise UsageError("--methods reads every part of the corpus: leave --part out")
+    if methods is not None and arguments.lens:
+        raise UsageError("--lens is of one edit, and not supported by --methods: leave it out")
+    if arguments.lens and out.suffix == ".png":
+        raise UsageError(f"{out}: --lens writes a plot to .png and the results to --out: name a .json")
     if methods is not None and out.suffix in (".md", ".png"):
         raise UsageError(
             f"{out}: --methods writes a table to .md, a plot to .png and the results to --out: name a .json"
@@ -393,6 +413,7 @@ def _save_report(
     arguments: SimpleNamespace,
     evaluation: Evaluation,
     outcomes: list[Outcome],
+    lens: LanguageLens | None,
     provenance: dict[str, Any],
 ) -> None:
     from editing.report.tables import details_of
@@ -407,6 +428,7 @@ def _save_report(
         evaluation.ceiling,
         evaluation.continuations,
         tuple(outcomes),
+        lens=lens,
         about=provenance,
     )
     write_atomically(arguments.out, json_bytes(document(report)))
@@ -415,6 +437,17 @@ def _save_report(
     for line in details_of(report, outcomes[-1]):
         screen.say(line)
     say_samples(screen, outcomes[-1])
+    if lens is not None:
+        from editing.report.lens_figure import lens_figure, lens_table
+        from neurons.neuron_sets.pictures import save_figure
+
+        plot = arguments.out.with_suffix(".png")
+        save_figure(lens_figure(lens, arguments.source, arguments.target), plot)
+        screen.table(
+            "mass of each language's tokens after each layer",
+            *lens_table(lens, arguments.source, arguments.target),
+        )
+        screen.say(f"plot of the logit lens: {plot}")
     screen.result({"out": arguments.out, **document(report)}, arguments.out)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dequantise",
     type=click.Choice(["bf16"]),
-    help="Write MODEL, an FP8 checkpoint, unquantised, so that it can be edited.",
+    help="Write MODEL, an FP8 or MXFP4 checkpoint, unquantised, so that a plan can be made for it.",
 )
 @click.option(
     "--format", "form", type=click.Choice(["checkpoint", "lora"]), default="checkpoint", show_default=True,
@@ -41,7 +41,8 @@ def command(**options: Any) -> None:
     """Copy the checkpoint of MODEL (hub id or directory) with the tensors of a plan edited.
 
     It needs as much disk as MODEL and takes two to three times as long as copying it, in constant memory; --verify
-    reads everything once more.  An adapter is small and takes seconds.
+    reads everything once more.  An adapter is small and takes seconds.  An FP8 checkpoint takes the plan of its
+    unquantised copy, and stays FP8.
 
     \b
     Examples:
@@ -116,10 +117,10 @@ def _check_combinations(arguments: SimpleNamespace) -> None:
 
 
 def _exported(screen: Screen, plan: Plan, arguments: SimpleNamespace) -> dict[str, Any]:
+    from editing.checkpoints.dequantise import open_for_export
     from editing.checkpoints.export import export
-    from neurons.models.source import open_model
 
-    source, out = open_model(arguments.model), arguments.out
+    source, out = open_for_export(arguments.model), arguments.out
     with screen.copying("Writing") as progress:
         exported = export(
             source, plan, out, arguments.overwrite, progress, arguments.verify, arguments.undoable
@@ -195,5 +196,5 @@ def _dequantised(screen: Screen, model: str, out: Path, overwrite: bool) -> dict
     checkpoint = locate(model)
     with screen.copying("Writing") as progress:
         written = dequantise(checkpoint, out, overwrite, progress)
-    screen.say(f"converted {len(written.tensors)} FP8 tensors to bf16, {written.bytes / 1e9:.2f} GB in total")
+    screen.say(f"converted {len(written.tensors)} tensors to bf16, {written.bytes / 1e9:.2f} GB in total")
     return {"tensors": list(written.tensors), "bytes": written.bytes}

@@ -56,6 +56,7 @@ def write_checkpoint(
     added: Mapping[str, torch.Tensor] | None = None,
     left_out: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
+    quantised: bool = False,
     complete: Callable[[Path], None] | None = None,
     overwrite: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
@@ -78,6 +79,7 @@ def write_checkpoint(
         added: small tensors that are not in the source, in a new shard (see ``additions``).
         left_out: files of the source to skip.
         renamed: file of the source -> its path in the copy.
+        quantised: accept a quantised source, of which ``complete`` may change the quantised tensors.
         complete: called with the full directory before it is renamed; it may add files, and its errors
             stop the run.
         overwrite: replace a target that is a checkpoint (has a ``config.json``).
@@ -92,7 +94,7 @@ def write_checkpoint(
     """
     target = place_apart(source, target)
     entries = tensor_entries(source)
-    _check_source(source, entries, replacements)
+    _check_source(source, entries, replacements, quantised)
     extra_shard = additions(source, added or {})
     placed = {Path(old): Path(new) for old, new in {**extra_shard.renamed, **(renamed or {})}.items()}
     directories, sizes = _tree(source, target)
@@ -247,13 +249,15 @@ def _index(source: Path, single: bool) -> tuple[str, dict[str, Any]]:
     return name, json.loads((source / name).read_bytes())
 
 
-def _check_source(source: Path, entries: Mapping[str, TensorEntry], names: Mapping[str, Replacement]) -> None:
+def _check_source(
+    source: Path, entries: Mapping[str, TensorEntry], names: Mapping[str, Replacement], quantised: bool
+) -> None:
     config = source / "config.json"
     try:
         settings = json.loads(config.read_bytes()) if config.exists() else {}
     except (ValueError, RecursionError) as error:
         raise BrocaError(f"{config} is not valid JSON ({error}): download it again.") from error
-    if is_quantised(settings):
+    if is_quantised(settings) and not quantised:
         raise BrocaError(
             f"{source} is quantised (quantization_config in config.json), so its stored numbers are not its "
             f"weights: {quantised_remedy(settings)}."

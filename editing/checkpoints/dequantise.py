@@ -1,33 +1,37 @@
-"""Dequantise a checkpoint of FP8 tiles to bf16, one tensor at a time.
+"""Dequantise a checkpoint of FP8 tiles or MXFP4 experts to bf16, one tensor at a time.
 
-DeepSeek-V3 (arXiv 2412.19437, section 3.3) stores a weight W [d, n] as Q (F8_E4M3) [d, n] and one scale
-for each tile of a x b numbers, S [ceil(d/a), ceil(n/b)], usually a = b = 128; Qwen3 and others follow:
-
-    W_ij = Q_ij S_(i//a)(j//b)
-
-with S in the tensor ``<name of Q>_scale_inv`` and a, b in ``quantization_config.weight_block_size``.
 Everything else in such a checkpoint is copied byte for byte.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from editing.checkpoints.fp8_tiles import Fp8Tiles
+from editing.checkpoints.mxfp4 import Mxfp4
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
-from editing.plans.rounding import round_once
-from neurons.architectures.quantisation import fp8_tile_size, is_quantised, quantisation, quantised_remedy
+from neurons.architectures.quantisation import (
+    fp8_tile_size,
+    is_mxfp4,
+    is_quantised,
+    quantisation,
+    quantised_remedy,
+)
 from neurons.errors import BrocaError
-from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries, weight_files
+from neurons.files.tensor_files import TensorEntry, tensor_entries, weight_files
+from neurons.models.fingerprint import digest_of, stored_samples
+from neurons.models.source import ModelSource, locate, open_model
 
-STORED, SCALE_ENDING = "F8_E4M3", "_scale_inv"
-_CHUNK_BYTES = 16 * 2**20
+_COPIED_BYTES = 16 * 2**20
 _NOT_COPIED = {".git", ".cache"}
 
 
@@ -50,6 +54,8 @@ class Dequantised:
 class _NewTensor:
     """A tensor of the new checkpoint: its source, and its scales if it is dequantised."""
 
+    name: str
+    shape: tuple[int, ...]
     entry: TensorEntry
     scales: TensorEntry | None
 
@@ -59,7 +65,7 @@ class _NewTensor:
 
     @property
     def size(self) -> int:
-        return (self.entry.end - self.entry.begin) * (1 if self.scales is None else 2)
+        return self.entry.end - self.entry.begin if self.scales is None else 2 * math.prod(self.shape)
 
 
 def dequantise(
@@ -68,10 +74,10 @@ def dequantise(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dequantised:
-    """Write a checkpoint of FP8 tiles as an ordinary bf16 one.
+    """Write a quantised checkpoint as an ordinary bf16 one.
 
-    Each number is the product above, in float64, rounded once.  Files keep their names; only a few rows of a
-    tensor are in memory.  The new directory is renamed into place at the end.
+    Each number is the exact product of its stored number and scale, rounded once.  Files keep their names; only
+    a few rows, or one expert, of a tensor are in memory.  The new directory is renamed into place at the end.
 
     Args:
         source: checkpoint directory; only read.
@@ -85,16 +91,16 @@ def dequantise(
     """
     target = place_apart(source, target)
     settings = _settings(source)
-    tile = fp8_tile_size(settings)
-    if tile is None:
+    form = _form(settings)
+    if form is None:
         if is_quantised(settings):
             method = (quantisation(settings) or {}).get("quant_method")
             raise BrocaError(
-                f"{source} is quantised by {method}, but only FP8 with a weight_block_size is supported here: "
-                f"{quantised_remedy(settings)}."
+                f"{source} is quantised by {method}, but only MXFP4 and FP8 with a weight_block_size are supported "
+                f"here: {quantised_remedy(settings)}."
             )
         raise BrocaError(f"{source} is not quantised: there is nothing to dequantise.")
-    shards = _shards(source, tile)
+    shards = _shards(source, form)
     files = _other_files(source, target)
     check_target(target, overwrite)
     contents = {Path("config.json"): _unquantised(settings)} | _indexes(source, shards)
@@ -119,30 +125,53 @@ def dequantise(
             with (staged / name).open("xb") as stream:
                 stream.write(_header(tensors))
                 for tensor in tensors:
-                    _write(tensor, tile, stream, advance)
+                    for part in _contents(tensor, form):
+                        stream.write(part)
+                        advance(len(part))
     return Dequantised(
         path=target,
-        tensors=tuple(
-            sorted(t.entry.name for tensors in shards.values() for t in tensors if t.scales is not None)
-        ),
+        tensors=tuple(sorted(t.name for tensors in shards.values() for t in tensors if t.scales is not None)),
         bytes=total,
     )
 
 
-def dequantised(quantised: torch.Tensor, scales: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
-    """The values of FP8 tiles, before rounding.
+def open_for_export(model: str) -> ModelSource:
+    """As ``open_model``, but a checkpoint of FP8 tiles is accepted too, with the fingerprint of its dequantised copy.
 
-    Args:
-        quantised: float8 [d, n].
-        scales: [ceil(d/a), ceil(n/b)], any float dtype.
-        tile: (a, b).
-
-    Returns:
-        float64 [d, n], exact: 4 bits times 24 bits are fewer than 53.
+    Raises:
+        UsageError, BrocaError: as ``open_model``, or as ``dequantise`` for the tensors.
     """
-    rows, columns = quantised.shape
-    expanded = scales.double().repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1)
-    return quantised.float().double() * expanded[:, :columns]
+    checkpoint = locate(model)
+    settings = _settings(checkpoint)
+    tile = fp8_tile_size(settings)
+    if tile is None:
+        return open_model(model)
+    form = Fp8Tiles(tile)
+    tensors = sorted(
+        (tensor for of_file in _shards(checkpoint, form).values() for tensor in of_file),
+        key=lambda tensor: tensor.name,
+    )
+    digest = digest_of(
+        json.loads(_unquantised(settings)),
+        (
+            (tensor.name, tensor.dtype, tensor.shape, tensor.size, partial(_samples, tensor, form))
+            for tensor in tensors
+        ),
+    )
+    return replace(open_model(model, quantised=True), fingerprint=digest)
+
+
+def _samples(tensor: _NewTensor, form: Fp8Tiles, offsets: Iterable[int], count: int) -> Iterator[bytes]:
+    if tensor.scales is None:
+        return stored_samples(tensor.entry, offsets, count)
+    return form.samples(tensor.entry, tensor.scales, offsets, count)
+
+
+def _form(settings: Any) -> Fp8Tiles | Mxfp4 | None:
+    tile = fp8_tile_size(settings)
+    if tile is not None:
+        return Fp8Tiles(tile)
+    return Mxfp4() if is_mxfp4(settings) else None
 
 
 def _settings(source: Path) -> Any:
@@ -164,34 +193,36 @@ def _unquantised(settings: Any) -> bytes:
     return (json.dumps(without(settings), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _shards(source: Path, tile: tuple[int, int]) -> dict[str, list[_NewTensor]]:
+def _shards(source: Path, form: Fp8Tiles | Mxfp4) -> dict[str, list[_NewTensor]]:
     """File name -> its new tensors, in the order of the old ones."""
     entries = tensor_entries(source)
-    shards: dict[str, list[_NewTensor]] = {}
-    used = set()
+    scales_of: dict[str, TensorEntry] = {}
     for entry in entries.values():
-        if entry.dtype != STORED:
+        name = form.scales_of(entry)
+        if name is None:
             continue
-        scales = entries.get(entry.name + SCALE_ENDING)
-        if scales is None:
+        if name not in entries:
             raise BrocaError(
-                f"{source}: tensor {entry.name} is {STORED} without {entry.name}{SCALE_ENDING}, so its "
-                "values are unknown: download the checkpoint again."
+                f"{source}: tensor {entry.name} is {form.kind} without {name}, so its values are unknown: download "
+                "the checkpoint again."
             )
-        expected = tuple(-(-size // step) for size, step in zip(entry.shape, tile, strict=False))
-        if len(entry.shape) != 2 or scales.shape != expected or scales.dtype not in READABLE_DTYPES:
+        scales = entries[name]
+        if not form.fits(entry, scales):
             raise BrocaError(
-                f"{source}: tensor {scales.name} ({scales.dtype}, {list(scales.shape)}) does not fit "
-                f"{entry.name} {list(entry.shape)} in tiles of {list(tile)}: download the checkpoint again."
+                f"{source}: tensor {name} ({scales.dtype}, {list(scales.shape)}) does not fit {entry.name} "
+                f"({entry.dtype}, {list(entry.shape)}): download the checkpoint again."
             )
-        used.add(scales.name)
+        scales_of[entry.name] = scales
+    if not scales_of:
+        raise BrocaError(f"{source} has no {form.kind} tensor, so there is nothing to dequantise.")
+    used = {scales.name for scales in scales_of.values()}
+    shards: dict[str, list[_NewTensor]] = {}
     for entry in sorted(entries.values(), key=lambda e: (e.file.name, e.begin)):
         if entry.name in used:
             continue
-        scales = entries[entry.name + SCALE_ENDING] if entry.dtype == STORED else None
-        shards.setdefault(entry.file.name, []).append(_NewTensor(entry, scales))
-    if not used:
-        raise BrocaError(f"{source} has no {STORED} tensor, so there is nothing to dequantise.")
+        scales_entry = scales_of.get(entry.name)
+        name, shape = (entry.name, entry.shape) if scales_entry is None else form.result(entry)
+        shards.setdefault(entry.file.name, []).append(_NewTensor(name, shape, entry, scales_entry))
     return shards
 
 
@@ -210,7 +241,7 @@ def _other_files(source: Path, target: Path) -> list[Path]:
 
 def _indexes(source: Path, shards: Mapping[str, list[_NewTensor]]) -> dict[Path, bytes]:
     """The indexes of the source, without the scales and with the new size."""
-    kept = {tensor.entry.name: name for name, tensors in shards.items() for tensor in tensors}
+    kept = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
     size = sum(tensor.size for tensors in shards.values() for tensor in tensors)
     indexes = {}
     for path in source.glob("*.safetensors.index.json"):
@@ -225,9 +256,9 @@ def _header(tensors: list[_NewTensor]) -> bytes:
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for tensor in tensors:
-        described[tensor.entry.name] = {
+        described[tensor.name] = {
             "dtype": tensor.dtype,
-            "shape": list(tensor.entry.shape),
+            "shape": list(tensor.shape),
             "data_offsets": [place, place + tensor.size],
         }
         place += tensor.size
@@ -236,38 +267,23 @@ def _header(tensors: list[_NewTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(
-    tensor: _NewTensor, tile: tuple[int, int], stream: BinaryIO, advance: Callable[[int], None]
-) -> None:
+def _contents(tensor: _NewTensor, form: Fp8Tiles | Mxfp4) -> Iterator[memoryview | bytes]:
+    """The bytes of a new tensor, in order."""
     entry = tensor.entry
+    if tensor.scales is not None:
+        for chunk in form.chunks(entry, tensor.scales):
+            if not bool(torch.isfinite(chunk).all()):
+                raise BrocaError(f"tensor {entry.name} is not finite: download the checkpoint again.")
+            yield chunk.contiguous().view(torch.uint8).numpy().reshape(-1).data
+        return
     with entry.file.open("rb") as reader:
         reader.seek(entry.begin)
-        if tensor.scales is None:
-            left = entry.end - entry.begin
-            while left:
-                content = _exactly(reader, min(left, _CHUNK_BYTES), entry)
-                stream.write(content)
-                left -= len(content)
-                advance(len(content))
-            return
-        scales = read_tensor(tensor.scales)
-        if not bool(torch.isfinite(scales).all()):
-            raise BrocaError(f"tensor {tensor.scales.name} is not finite: download the checkpoint again.")
-        rows, columns = entry.shape
-        step = tile[0] * max(1, _CHUNK_BYTES // max(1, tile[0] * columns))
-        for first in range(0, rows if columns else 0, step):
-            count = min(step, rows - first)
-            content = _exactly(reader, count * columns, entry)
-            stored = torch.frombuffer(bytearray(content), dtype=torch.float8_e4m3fn).reshape(count, columns)
-            new = round_once(dequantised(stored, scales[first // tile[0] :], tile), torch.bfloat16)
-            if not bool(torch.isfinite(new).all()):
-                raise BrocaError(f"tensor {entry.name} is not finite: download the checkpoint again.")
-            stream.write(new.contiguous().view(torch.uint8).numpy().data)
-            advance(2 * len(content))
-
-
-def _exactly(reader: BinaryIO, count: int, entry: TensorEntry) -> bytes:
-    content = reader.read(count)
-    if len(content) != count:
-        raise BrocaError(f"{entry.file} ends inside tensor {entry.name}: download the checkpoint again.")
-    return content
+        left = entry.end - entry.begin
+        while left:
+            content = reader.read(min(left, _COPIED_BYTES))
+            if not content:
+                raise BrocaError(
+                    f"{entry.file} ends inside tensor {entry.name}: download the checkpoint again."
+                )
+            yield content
+            left -= len(content)

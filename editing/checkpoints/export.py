@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from editing.checkpoints.checkpoint import additions, write_checkpoint
+from editing.checkpoints.fp8_edit import tile_edits, tile_size, write_tiles
 from editing.checkpoints.model_card import RECIPE_IN_CHECKPOINT, model_card
 from editing.checkpoints.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
 from editing.checkpoints.verification import Verified, verify
 from editing.plans.plan import Plan
 from editing.plans.rounding import EditedChunk
 from editing.plans.tensor_edits import AddedBiases, TensorEdit, added_biases, tensor_edits
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 from neurons.files.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
@@ -77,9 +78,12 @@ def export(
     plan, and the model card describes the edit.  Biases that the source does not have are in a new shard, and
     the config enables them.
 
+    Of a checkpoint of FP8 tiles, opened by ``editing.checkpoints.dequantise.open_for_export``, only the tiles that
+    the plan changes are requantised (``editing.checkpoints.fp8_edit``).
+
     Args:
         source: the unedited model.
-        plan: made for it.
+        plan: made for it; for FP8 tiles, for its dequantised copy.
         out: directory to create.
         overwrite: replace an existing checkpoint.
         progress: called with (bytes done, bytes in all).
@@ -90,11 +94,19 @@ def export(
     Raises:
         BrocaError: the plan was made for another model, the source was edited before, an error of
             ``write_checkpoint``, or a tensor that fails the verification.
+        UsageError: biases or ``undoable`` for FP8 tiles.
     """
     out = Path(out)
     source.require_fingerprint(plan.metadata, "the plan")
     require_unedited(source)
     edits = tensor_edits(source, plan)
+    in_tiles = tile_size(source) is not None
+    if in_tiles and (undoable or any(edit.bias is not None for edit in plan.edits)):
+        raise UsageError(
+            f"{source.name}: {'an export that can be undone' if undoable else 'a bias'} is not supported for FP8 "
+            "tiles: dequantise the checkpoint first, with `broca export MODEL --dequantise bf16`"
+        )
+    tiles = tile_edits(source, edits)
     biases = added_biases(source, plan)
     sums = {edit.entry.name: torch.zeros(3, dtype=torch.float64) for edit in edits}
     files = {
@@ -109,6 +121,7 @@ def export(
     sizes: list[int] = []
 
     def complete(staged: Path) -> None:
+        sums.update(write_tiles(tiles.values(), staged, progress))
         if verified:
             checks.append(verify(source, plan, staged))
         if undoable:
@@ -117,9 +130,14 @@ def export(
     write_checkpoint(
         source.checkpoint,
         out,
-        {edit.entry.name: _replacement(edit, sums[edit.entry.name]) for edit in edits},
+        {
+            edit.entry.name: _replacement(edit, sums[edit.entry.name])
+            for edit in edits
+            if edit.entry.name not in tiles
+        },
         files,
         added=biases.tensors,
+        quantised=in_tiles,
         complete=complete,
         overwrite=overwrite,
         progress=progress,

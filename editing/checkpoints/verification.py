@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from editing.checkpoints.checkpoint import CHUNK_BYTES, chunks
+from editing.checkpoints.fp8_edit import tile_edits
 from editing.plans.plan import Plan
 from editing.plans.tensor_edits import added_biases, tensor_edits
 from neurons.errors import BrocaError
@@ -52,6 +53,8 @@ def verify(
     """
     before, after = tensor_entries(source.checkpoint), tensor_entries(checkpoint)
     edits = {edit.entry.name: edit for edit in tensor_edits(source, plan)}
+    tiles = tile_edits(source, edits.values())
+    scales = {tile.scales.name for tile in tiles.values()}
     added = added_biases(source, plan).tensors
     for name in sorted(after.keys() ^ (before.keys() | added.keys())):
         fault = "is unexpected in" if name in after else "is missing from"
@@ -66,6 +69,9 @@ def verify(
             correct = entry.shape == tuple(stored.shape) and READABLE_DTYPES[entry.dtype] == stored.dtype
             if not correct or not _same_bits(read_tensor(entry), stored):
                 raise _wrong(checkpoint, f"the new tensor {name} is not the plan's")
+        elif name in tiles:
+            if wrong := tiles[name].fault(entry, after[tiles[name].scales.name]):
+                raise _wrong(checkpoint, f"tensor {wrong} is not what source and plan give")
         elif name in edits:
             for first, rows in chunks(entry, chunk_bytes):
                 base = read_tensor(before[name], rows)
@@ -74,12 +80,13 @@ def verify(
                     raise _wrong(
                         checkpoint, f"tensor {name} is not what source and plan give (from row {first} on)"
                     )
-        elif not _same_bytes(before[name], entry):
+        elif name not in scales and not _same_bytes(before[name], entry):
             raise _wrong(checkpoint, f"tensor {name}, which the plan does not edit, is not the source's")
         done += entry.end - entry.begin
         if progress is not None:
             progress(done, total)
-    return Verified(edited=(*edits, *added), unchanged=len(after) - len(edits) - len(added), bytes=total)
+    edited = (*edits, *sorted(scales), *added)
+    return Verified(edited=edited, unchanged=len(after) - len(edited), bytes=total)
 
 
 def _wrong(checkpoint: Path, fault: str) -> BrocaError:

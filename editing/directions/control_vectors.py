@@ -1,4 +1,4 @@
-"""Control vectors in a .gguf file, as llama.cpp and repeng use them.
+"""Control vectors in a .gguf file, as llama.cpp, repeng and EasySteer use them.
 
     general.architecture        "controlvector"
     controlvector.layer_count   number of vectors
@@ -49,6 +49,19 @@ def read_control_vectors(path: Path) -> dict[str, torch.Tensor]:
     )
 
 
+def residual_vectors(direction: Direction) -> torch.Tensor:
+    """The vectors at the outputs of the layers, float64 [L, d].
+
+    Raises:
+        UsageError: a direction without them.
+    """
+    if SITE not in direction.vectors:
+        raise UsageError(
+            f"the direction has no vectors at {SITE}: it has {', '.join(direction.vectors) or 'none'}"
+        )
+    return direction.vectors[SITE]
+
+
 def write_control_vectors(direction: Direction, path: Path) -> list[int]:
     """Write the vectors at the outputs of the layers, without layer 0 and layers whose vector is 0.
 
@@ -65,11 +78,7 @@ def write_control_vectors(direction: Direction, path: Path) -> list[int]:
     """
     if path.suffix != ".gguf":
         raise UsageError(f"{path}: control vectors are written as .gguf: name the file so")
-    if SITE not in direction.vectors:
-        raise UsageError(
-            f"the direction has no vectors at {SITE}: it has {', '.join(direction.vectors) or 'none'}"
-        )
-    vectors = direction.vectors[SITE]
+    vectors = residual_vectors(direction)
     layers = [layer for layer in range(1, len(vectors)) if bool(vectors[layer].any())]
     if not layers:
         raise BrocaError(

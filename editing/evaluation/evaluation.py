@@ -37,7 +37,14 @@ from editing.evaluation.answers import Answers, identify_answers
 from editing.evaluation.asking import Prompt, openings, question_prompts
 from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
 from editing.evaluation.entanglement import effectiveness, entanglement
-from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
+from editing.evaluation.generation import (
+    NEW_TOKENS,
+    TEMPERATURE,
+    Continuation,
+    check_samples,
+    generate,
+    prompt_rows,
+)
 from editing.evaluation.language_id import EMPTY, agreement, second_opinion
 from editing.evaluation.likelihood import Steering, UneditedText, continuation_nll, read_again, read_unedited
 from editing.evaluation.outcome import OtherLanguage, Outcome, Sample
@@ -137,6 +144,13 @@ class Evaluation:
     def continuations(self) -> int:
         """Number of answers that each rate is over."""
         return len(self._prompts[self.source])
+
+    @property
+    def source_rows(self) -> list[list[int]]:
+        """The tokens of each prompt in the source language, without repeats for samples."""
+        prompts = self._prompts[self.source][: len(self._prompts[self.source]) // self._samples]
+        inputs = [prompt.model_input(self._loaded.tokenizer) for prompt in prompts]
+        return prompt_rows(self._loaded.name, self._loaded.tokenizer, inputs, self._loaded.embedding_rows)
 
     @property
     def ceiling_from(self) -> str:

@@ -8,10 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from editing.evaluation.lens import LanguageLens
 from editing.evaluation.outcome import Outcome
 from editing.report.dose_response_section import dose_response_content
 from editing.report.formats import count, number, plain
 from editing.report.heat_maps import Cell, HeatMap
+from editing.report.inline_svg import drawn
+from editing.report.lens_figure import lens_figure, lens_table
 from editing.report.provenance import provenance
 from editing.report.templating import rendered
 from editing.study.results import Report
@@ -50,6 +53,7 @@ def steering_content(result: Report, name: str) -> Markup:
         rows=rows,
         maps=[heat_map for heat_map in _maps(result) if heat_map.rows],
         doses=dose_response_content(result, name) if result.curves else "",
+        lens=result.lens and _lens(result.lens, result, name),
         samples=samples_by_prompt(outcomes),
         settings=[
             (outcome.name, plain(settings))
@@ -57,6 +61,23 @@ def steering_content(result: Report, name: str) -> Markup:
             if (settings := outcome.details.get("settings"))
         ],
     )
+
+
+def _lens(lens: LanguageLens, result: Report, name: str) -> dict[str, Any]:
+    """The figure of the logit lens, and the caption, head and rows of its table."""
+    tokens = ", ".join(f"{language} {count(number)}" for language, number in lens.tokens.items())
+    caption = (
+        f"Logit lens: mass of the tokens of {result.source}, {result.target} and the other languages after each layer, "
+        f"at the last token of {count(lens.positions)} {result.source} prompts. The unedited model is dashed. The last "
+        "layer is the model's own next token."
+    )
+    head, rows = lens_table(lens, result.source, result.target)
+    return {
+        "drawing": drawn(lens_figure(lens, result.source, result.target), f"{name}-lens", caption),
+        "caption": f"The same in numbers. Tokens of the vocabulary that are a language's own: {tokens}.",
+        "head": head,
+        "rows": rows,
+    }
 
 
 def samples_by_prompt(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[str, str, str]]]:

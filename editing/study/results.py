@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from editing.evaluation.lens import LanguageLens
 from editing.evaluation.outcome import Outcome, Refused
 from neurons.files.json_file import Figure, checked, read_json
 
@@ -60,6 +61,7 @@ class Report:
         curves: title -> the outcomes at fractions of the method's strength, ascending
             (``editing.study.dose_response``), each with ``details["dose"]``; empty if not measured.
         about: provenance (``editing.study.provenance``) and command, as JSON values.
+        lens: the logit lens by language.
     """
 
     source: str
@@ -72,6 +74,7 @@ class Report:
     tried: tuple[Outcome | Refused, ...] | None = None
     curves: Mapping[str, tuple[Annotated[Outcome, AfterValidator(_with_dose)], ...]] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    lens: LanguageLens | None = None
 
     @property
     def model(self) -> str:

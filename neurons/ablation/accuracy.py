@@ -49,7 +49,7 @@ class PromptBatches:
             lines = range(len(lengths), len(lengths) + len(rows))
             lengths += map(len, answers)
             texts = [row + answer for row, answer in zip(rows, answers, strict=True)]
-            self.of[self.name(label)] = row_batches(texts, uncounted, lines, tokens_a_batch)
+            self.of[self.name(label)] = row_batches(texts, uncounted, tokens_a_batch, lines)
         self._lengths = torch.tensor(lengths)
 
     @staticmethod

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-_FP8 = "fp8"
+_FP8, _MXFP4 = "fp8", "mxfp4"
 # How to dequantise kinds that Broca does not, by quant_method of the config.
 _REMEDIES = {
-    "mxfp4": "load it in transformers with quantization_config=Mxfp4Config(dequantize=True) and save it",
     "bitsandbytes": "load it in transformers, call model.dequantize() and save it",
     "compressed-tensors": "load it in transformers with "
     "quantization_config=CompressedTensorsConfig(run_compressed=False) and save it",
@@ -41,9 +40,14 @@ def fp8_tile_size(settings: Any) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
+def is_mxfp4(settings: Any) -> bool:
+    """Whether the weights are in 4 bits with a scale for 32 numbers, as gpt-oss's experts are."""
+    return (quantisation(settings) or {}).get("quant_method") == _MXFP4
+
+
 def quantised_remedy(settings: Any) -> str:
     """How to get an editable checkpoint from a quantised one, as the end of a sentence."""
-    if fp8_tile_size(settings) is not None:
+    if fp8_tile_size(settings) is not None or is_mxfp4(settings):
         return "write it unquantised first, with `broca export MODEL --dequantise bf16 --out DIRECTORY`"
     method = (quantisation(settings) or {}).get("quant_method")
     other = _REMEDIES.get(str(method))

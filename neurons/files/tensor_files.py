@@ -123,19 +123,42 @@ def read_tensor(
             f"tensor {_shown(entry.name)} in {entry.file} is stored as {_shown(entry.dtype)}, but only "
             f"{', '.join(READABLE_DTYPES)} can be read: use an unquantised checkpoint."
         )
+    shape, begin, end = _span(entry, rows)
+    return _read(entry, begin, end, into).view(READABLE_DTYPES[entry.dtype]).reshape(shape)
+
+
+def read_bytes(entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
+    """The stored bytes of a tensor of any dtype, flat uint8, on the CPU.
+
+    Args:
+        entry: the location of the tensor.
+        rows: as in ``read_tensor``.
+
+    Raises:
+        BrocaError: as ``read_tensor``, except for the dtype.
+    """
+    _, begin, end = _span(entry, rows)
+    return _read(entry, begin, end, None)
+
+
+def _span(entry: TensorEntry, rows: slice | None) -> tuple[tuple[int, ...], int, int]:
+    """The shape of some rows of a tensor, and the offsets of their bytes in the file."""
     shape, begin, end = entry.shape, entry.begin, entry.end
-    if rows is not None:
-        if not shape or rows.step not in (None, 1):
-            raise BrocaError(
-                f"tensor {_shown(entry.name)} of shape {list(shape)} cannot be read by the rows {rows}: "
-                "rows need a first dimension and no step."
-            )
-        first, last, _ = rows.indices(shape[0])
-        count = max(0, last - first)
-        row_bytes = (end - begin) // shape[0] if shape[0] else 0
-        begin += first * row_bytes
-        end = begin + count * row_bytes
-        shape = (count, *shape[1:])
+    if rows is None:
+        return shape, begin, end
+    if not shape or rows.step not in (None, 1):
+        raise BrocaError(
+            f"tensor {_shown(entry.name)} of shape {list(shape)} cannot be read by the rows {rows}: "
+            "rows need a first dimension and no step."
+        )
+    first, last, _ = rows.indices(shape[0])
+    count = max(0, last - first)
+    row_bytes = (end - begin) // shape[0] if shape[0] else 0
+    begin += first * row_bytes
+    return (count, *shape[1:]), begin, begin + count * row_bytes
+
+
+def _read(entry: TensorEntry, begin: int, end: int, into: torch.Tensor | None) -> torch.Tensor:
     content = _buffer(entry, end - begin) if into is None else into[: end - begin]
     with _opened(entry.file) as stream:
         stream.seek(begin)
@@ -147,7 +170,7 @@ def read_tensor(
         raise BrocaError(
             f"{entry.file} ends inside tensor {_shown(entry.name)}: download the checkpoint again."
         )
-    return content.view(READABLE_DTYPES[entry.dtype]).reshape(shape)
+    return content
 
 
 def _buffer(entry: TensorEntry, size: int) -> torch.Tensor:

@@ -183,7 +183,7 @@ def pick_device(device: str = "auto") -> torch.device:
     return chosen
 
 
-def open_model(model: str | Path) -> ModelSource:
+def open_model(model: str | Path, quantised: bool = False) -> ModelSource:
     """Open a checkpoint without reading its weights.
 
     For most architectures in the table, config.json and the tensors' headers are enough
@@ -194,6 +194,10 @@ def open_model(model: str | Path) -> ModelSource:
     random model of the same config class: two layers, a few hundred tokens, narrow if possible.  ``load_model``
     repeats the check on the model itself.
 
+    Args:
+        model: hub id or local directory.
+        quantised: accept a quantised checkpoint, whose stored numbers are not its weights.
+
     Raises:
         UsageError: no such model.
         BrocaError: quantised, or an architecture that fails the self-check.
@@ -202,7 +206,7 @@ def open_model(model: str | Path) -> ModelSource:
     checkpoint = locate(model)
     anatomy = _from_files(checkpoint)
     if anatomy is None:
-        config = _config(model, checkpoint)
+        config = _config(model, checkpoint, quantised)
         anatomy = anatomy_of(_empty(config))
         if anatomy.layout.examined:
             anatomy = replace(anatomy, layout=checked_on_small_model(config, anatomy.layout))
@@ -433,7 +437,7 @@ def quietly() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _config(model: str, checkpoint: Path) -> Any:
+def _config(model: str, checkpoint: Path, quantised: bool = False) -> Any:
     import transformers
 
     try:
@@ -453,7 +457,10 @@ def _config(model: str, checkpoint: Path) -> Any:
             f"{config.model_type!r} has none)"
         )
     layout_of(config)
-    if getattr(config, "quantization_config", None):
+    if quantised:
+        # The modules of the unquantised model.
+        vars(config).pop("quantization_config", None)
+    elif getattr(config, "quantization_config", None):
         settings = json.loads((checkpoint / "config.json").read_bytes())
         raise BrocaError(quantised_message(model, checkpoint, quantised_remedy(settings)))
     return config

@@ -39,6 +39,28 @@ def is_torch_file(path: Path) -> bool:
     return start[8:] != b"{" and (start.startswith(b"PK") or start.startswith(b"\x80"))
 
 
+def load_torch_file(path: Path) -> tuple[Any, str]:
+    """The content of a file of ``torch.save``, of plain tensors and numbers, and its sha256; no code in it runs.
+
+    Raises:
+        BrocaError: no such file, a damaged one, or one of other objects.
+    """
+    if not path.is_file():
+        raise BrocaError(f"{path}: there is no such file")
+    data = path.read_bytes()
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # torch.load raises many types, from a cut archive to a pickle that wants to run code.
+        raise BrocaError(
+            f"{path}: not a torch file of plain tensors, or damaged; nothing in it was run "
+            f"({type(error).__name__}: {first_line(error)[:120]})"
+        ) from error
+    return content, hashlib.sha256(data).hexdigest()
+
+
 def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | None = None) -> NeuronSet:
     """A published mask file as a neuron set.
 
@@ -59,7 +81,7 @@ def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | N
     if width < 1:
         raise UsageError(f"the width is {width}, but a layer has at least one neuron")
     _require_names(languages)
-    content, digest = _load(path)
+    content, digest = load_torch_file(path)
     shape = "a mask file is a list of languages, each a list of layers, each a tensor of neuron indices"
     if not _is_list(content) or not content or not all(_is_list(of_layers) for of_layers in content):
         raise BrocaError(f"{path}: {shape}, but this is {_what(content)}")
@@ -125,7 +147,7 @@ def read_counts(paths: Mapping[str, Path]) -> Statistics:
     tokens: list[int] = []
     digests: dict[str, str] = {}
     for language, path in paths.items():
-        content, digests[language] = _load(path)
+        content, digests[language] = load_torch_file(path)
         count, seen = _counts(path, content)
         if counts and count.shape != counts[0].shape:
             other = next(iter(paths))
@@ -147,24 +169,6 @@ def read_counts(paths: Mapping[str, Path]) -> Statistics:
             "corpora": [{"digest": digest, "language": k} for k, digest in digests.items()],
         },
     )
-
-
-def _load(path: Path) -> tuple[Any, str]:
-    """A torch file's content and its sha256."""
-    if not path.is_file():
-        raise BrocaError(f"{path}: there is no such file")
-    data = path.read_bytes()
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # torch.load raises many types, from a cut archive to a pickle that wants to run code.
-        raise BrocaError(
-            f"{path}: not a torch file of plain tensors, or damaged; nothing in it was run "
-            f"({type(error).__name__}: {first_line(error)[:120]})"
-        ) from error
-    return content, hashlib.sha256(data).hexdigest()
 
 
 def _rows(layer: int, indices: Any, width: int, where: str, shape: str) -> torch.Tensor:

@@ -116,14 +116,26 @@ def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.T
     Returns:
         [n, d], input of ``neurons.architectures.sites.logits``.
     """
+    return ending(model, anatomy, len(vectors))(vectors)
+
+
+@torch.no_grad()
+def ending(model: Any, anatomy: Anatomy, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``end_of_model`` as a function of at most ``rows`` vectors; one whole pass of the model serves all calls."""
     device = execution_device(model.get_input_embeddings())
-    ids = torch.zeros(len(vectors), 1, dtype=torch.int64, device=device)
+    ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     seen = torch.ones_like(ids, dtype=torch.bool)
     batch = TokenBatch(ids, seen, seen)
     last = anatomy.layers
     _, kept = forward_keeping(model, anatomy, batch, [last])
-    hidden = vectors[:, None].to(kept.entering[last])
-    return forward_from(model, anatomy, batch, last, replace(kept, entering={last: hidden}))[:, 0]
+
+    def end(vectors: torch.Tensor) -> torch.Tensor:
+        hidden = torch.zeros_like(kept.entering[last])
+        hidden[: len(vectors), 0] = vectors.to(hidden)
+        entering = replace(kept, entering={last: hidden})
+        return forward_from(model, anatomy, batch, last, entering)[: len(vectors), 0]
+
+    return end
 
 
 @torch.no_grad()

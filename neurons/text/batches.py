@@ -206,7 +206,10 @@ def text_batches(
 
 
 def row_batches(
-    rows: Sequence[Sequence[int]], uncounted: int, tokens_a_batch: int | None = None
+    rows: Sequence[Sequence[int]],
+    uncounted: int,
+    tokens_a_batch: int | None = None,
+    lines: Sequence[int] | None = None,
 ) -> list[TokenBatch]:
     """Rows of token ids, padded on the right and grouped by length.
 
@@ -217,8 +220,10 @@ def row_batches(
         rows: token ids; rows without a counted token are dropped.
         uncounted: positions at the beginning of each row that are not counted.
         tokens_a_batch: None takes ``TOKENS_A_BATCH``.
+        lines: the line of each row; None numbers the rows.
     """
-    counted = [TokenRow(line, row, range(uncounted, len(row))) for line, row in enumerate(rows)]
+    numbered = zip(range(len(rows)) if lines is None else lines, rows, strict=True)
+    counted = [TokenRow(line, row, range(uncounted, len(row))) for line, row in numbered]
     return _row_batches(counted, uncounted, tokens_a_batch)
 
 

@@ -38,6 +38,7 @@ FILES = {
     "edit --compose": ("edit --compose {edit} {BAD} --out {OUT}", "edit", True),
     "edit --invert": ("edit {MODEL} --invert {BAD} --out {OUT}", "edit", True),
     "edit --restrict": ("edit {MODEL} --restrict {BAD} --layers 1 --out {OUT}", "edit", True),
+    "edit --convert": ("edit {MODEL} --convert {BAD} --out {OUT}", "factors", False),
     "edit --restrict --neurons": (
         "edit {MODEL} --restrict {edit} --neurons {BAD} --out {OUT}", "neurons", True),
     "export --edit": ("export {MODEL} --edit {BAD} --out {OUT}", "edit", True),

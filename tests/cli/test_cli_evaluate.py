@@ -15,6 +15,7 @@ from editing.directions.diffmean import diffmean_direction
 from editing.evaluation.generation import generate
 from editing.evaluation.relevance import JUDGE_PROMPT
 from editing.methods.directional_ablation import directional_ablation_plan
+from editing.study.results import load_reports
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 from neurons.text.corpus import read_corpus
@@ -60,6 +61,17 @@ def test_questions_are_greedy_and_the_likelihood_stands_in_for_a_judge(evaluate,
     assert set(results["outcomes"][0]["others"]) == {"de", "fr"}
     assert results["outcomes"][0]["relevance"]["scorer"] == "likelihood"
     assert "relevance (likelihood)" in output and "second detector agrees" in output
+
+
+def test_the_lens_of_an_edit_and_its_plot(evaluate, edit, llama, tmp_path):
+    output, _ = evaluate("--prompts", 3, "--edit", edit, "--lens", "--relevance", "none")
+    (report,) = load_reports(tmp_path / "report.json")
+    assert report.lens.positions == 3 and set(report.lens.masses) == {"base", "edited"}
+    assert set(report.lens.languages) == {"en", "fr", "de"} and all(report.lens.tokens.values())
+    base, edited = report.lens.masses.values()
+    assert len(base) == llama.anatomy.layers and base != edited
+    assert all(0 < sum(of_layer) <= 1 for of_layer in (*base, *edited))
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG") and "report.png" in output
 
 
 def test_questions_without_the_chat_template(evaluate, questions, llama, monkeypatch):
@@ -232,6 +244,8 @@ def test_vllm_that_is_not_installed_is_one_sentence(evaluate, monkeypatch):
         (["--doses", "50%"], "--methods"),
         (["--methods", "all", "--doses", "50%,120%"], "1.2"),
         (["--methods", "all", "--engine", "vllm"], "--engine vllm"),
+        (["--methods", "all", "--lens"], "--lens"),
+        (["--lens", "--out", "lens.png"], "lens.png"),
         (["--samples", "2", "--temperature", "0"], "2 samples"),
     ],
 )

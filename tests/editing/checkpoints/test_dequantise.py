@@ -11,10 +11,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from editing.checkpoints.checkpoint import write_checkpoint
-from editing.checkpoints.dequantise import dequantise, dequantised
+from editing.checkpoints.dequantise import dequantise, open_for_export
+from editing.checkpoints.fp8_tiles import dequantised
+from editing.checkpoints.mxfp4 import dequantised_blocks
 from neurons.architectures.quantisation import quantised_remedy
 from neurons.errors import BrocaError
-from neurons.files.tensor_files import tensor_entries
+from neurons.files.tensor_files import read_bytes, tensor_entries
 from neurons.models.source import open_model
 
 SETTINGS = {
@@ -87,9 +89,7 @@ def test_each_number_is_its_product(block):
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_whole_checkpoint(tmp_path, shards, scale_dtype, monkeypatch):
-    import editing.checkpoints.dequantise as module
-
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 700)
+    monkeypatch.setattr("editing.checkpoints.fp8_tiles._CHUNK_BYTES", 700)
     tensors = quantise(tmp_path / "fp8", shards=shards, scale_dtype=scale_dtype)
     told = []
     found = dequantise(tmp_path / "fp8", tmp_path / "out", progress=lambda *counts: told.append(counts))
@@ -131,15 +131,17 @@ def test_the_result_loads_and_can_be_edited(tmp_path):
 
 
 def test_no_shard_is_in_memory_at_once(tmp_path, monkeypatch):
-    import editing.checkpoints.dequantise as module
+    import editing.checkpoints.fp8_tiles as module
 
+    read = []
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(module, "read_bytes", lambda *a: read.append(read_bytes(*a)) or read[-1])
     (tmp_path / "fp8").mkdir()
     weight = torch.randn(4096, 1024).to(torch.float8_e4m3fn)
     save_file({"w": weight, "w_scale_inv": torch.ones(32, 8)}, tmp_path / "fp8" / "model.safetensors")
     settings = {"quantization_config": {**SETTINGS, "weight_block_size": [128, 128]}}
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(settings))
-    # The allocations of Python, through which all that is read from a file goes.
+    # The allocations of Python, through which everything else that is read from a file goes.
     tracemalloc.start()
     try:
         dequantise(tmp_path / "fp8", tmp_path / "out")
@@ -147,6 +149,7 @@ def test_no_shard_is_in_memory_at_once(tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
     assert peak < 2**20 < weight.numel()
+    assert len(read) == 32 and {content.numel() for content in read} == {1 << 17}
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"].float(), weight.float())
 
 
@@ -168,7 +171,7 @@ def test_other_kinds_are_refused_and_told_the_way(tmp_path):
     source = tmp_path / "fp8"
     quantise(source)
     settings_of(source, quant_method="mxfp4")
-    refused(source, r"quantised by mxfp4.*Mxfp4Config\(dequantize=True\)")
+    refused(source, "no MXFP4 tensor")
     settings_of(source, quant_method="gptq")
     refused(source, "quantised by gptq.*the unquantised checkpoint")
     settings_of(source, quant_method="fp8", weight_block_size=None)
@@ -215,3 +218,84 @@ def test_the_target_is_kept_unless_told(tmp_path):
     assert (tmp_path / "old" / "config.json").read_bytes() == before
     dequantise(tmp_path / "fp8", tmp_path / "old", overwrite=True)
     assert open_model(str(tmp_path / "old")).anatomy.residual == 72
+
+
+def test_the_fingerprint_of_the_copy_is_known_before_it_is_written(tmp_path):
+    for shards in (1, 2):
+        source, out = tmp_path / f"fp8-{shards}", tmp_path / f"out-{shards}"
+        quantise(source, shards=shards)
+        dequantise(source, out)
+        assert open_for_export(str(source)).fingerprint == open_model(str(out)).fingerprint
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    rewrite(tmp_path / "fp8-1", lambda tensors: tensors.update({name: tensors[name] * 2}))
+    changed = open_for_export(str(tmp_path / "fp8-1")).fingerprint
+    assert changed != open_model(str(tmp_path / "out-1")).fingerprint
+    plain = str(tmp_path / "out-1")
+    assert open_for_export(plain).fingerprint == open_model(plain).fingerprint
+
+
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def test_each_number_of_mxfp4_is_its_product():
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (2, 3, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.tensor([[0, 1, 127], [120, 130, 252]], dtype=torch.uint8)
+    found = dequantised_blocks(blocks, scales)
+    assert found.shape == (2, 96)
+    for row in range(2):
+        for place in range(96):
+            byte = int(blocks[row, place // 32, place % 32 // 2])
+            half = byte >> 4 if place % 2 else byte & 15
+            number = E2M1[half & 7] * (-1) ** (half >> 3)
+            assert float(found[row, place]) == number * 2.0 ** (int(scales[row, place // 32]) - 127)
+    assert torch.equal(found.bfloat16().float(), found)  # exact, also below the normal numbers
+    assert not bool(dequantised_blocks(blocks, torch.full_like(scales, 255)).isfinite().any())
+
+
+def mxfp4(directory):
+    """A tiny gpt-oss whose experts are MXFP4, as its checkpoints are stored."""
+    models.build_checkpoint(directory, "gpt_oss", dtype="bfloat16", intermediate_size=64)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        if name.endswith(("experts.down_proj", "experts.gate_up_proj")):
+            experts, inputs, outputs = tensor.shape
+            shape = (experts, outputs, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(
+                256, (*shape, 16), dtype=torch.uint8, generator=generator
+            )
+            tensors[f"{name}_scales"] = torch.randint(118, 125, shape, generator=generator).to(torch.uint8)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def test_a_checkpoint_of_mxfp4_experts_becomes_the_model_that_transformers_loads(tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors = mxfp4(tmp_path / "mxfp4")
+    found = dequantise(tmp_path / "mxfp4", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(found.tensors) == 6 and {*found.tensors} < {*stored}
+    for name, tensor in stored.items():
+        blocks = tensors.get(f"{name}_blocks")
+        if blocks is None:
+            assert torch.equal(tensor, tensors[name])
+        else:
+            assert torch.equal(tensor, convert_moe_packed_tensors(blocks, tensors[f"{name}_scales"]))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(loaded.get_parameter(name), stored[name])
+    assert open_model(str(tmp_path / "out")).anatomy.model_type == "gpt_oss"
+    rewrite(tmp_path / "mxfp4", lambda tensors: tensors[f"{name}_scales"].fill_(255))
+    refused(tmp_path / "mxfp4", "is not finite", tmp_path / "other")
+    rewrite(tmp_path / "mxfp4", lambda tensors: tensors.pop(f"{name}_scales"))
+    refused(tmp_path / "mxfp4", f"without {name}_scales", tmp_path / "other")

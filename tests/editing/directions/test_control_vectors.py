@@ -91,3 +91,27 @@ def test_a_direction_is_not_estimated_into_a_gguf(tmp_path, monkeypatch, capsys)
     estimate = ["model", "--corpus", tmp_path, "--source", "en", "--target", "fr"]
     assert run(monkeypatch, *estimate, "--out", tmp_path / "direction.gguf") == 2
     assert "--convert" in capsys.readouterr().err
+
+
+def test_a_vector_for_vllm_hook_acts_as_the_direction(direction, tmp_path, monkeypatch, capsys):
+    direction.save(tmp_path / "direction.safetensors")
+    out = tmp_path / "vector.pt"
+    given = ["--convert", tmp_path / "direction.safetensors", "--out", out]
+    assert run(monkeypatch, *given, "--layer", "3", "--json") in (0, None)
+    config = json.loads((tmp_path / "vector.json").read_text())["steering"]
+    assert json.loads(capsys.readouterr().out)["config"] == str(tmp_path / "vector.json")
+    # What its worker does with the output of layer ``optimal_layer``.
+    vector = torch.load(config["vector_path"], weights_only=True)["dir"]
+    assert (config["method"], config["optimal_layer"], config["apply_at_all_positions"]) == (
+        "add_vector",
+        3,
+        True,
+    )
+    hidden = torch.randn(2, 5, 64)
+    shifted = hidden + config["coefficient"] * vector.view(1, -1)
+    torch.testing.assert_close(shifted, (hidden.double() + direction.vectors["block_out"][3]).float())
+    again = out.read_bytes()
+    assert run(monkeypatch, *given, "--layer", "3") in (0, None) and out.read_bytes() == again
+    for layer in ("2", "4"):  # without a vector, and beyond the model
+        assert run(monkeypatch, *given, "--layer", layer) == 2 and layer in capsys.readouterr().err
+    assert run(monkeypatch, *given) == 2 and "--layer" in capsys.readouterr().err

@@ -8,12 +8,14 @@ import studies
 from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 
+from editing.evaluation.lens import LanguageLens
 from editing.evaluation.outcome import OtherLanguage, Refused, Sample
 from editing.report.choice_section import choice_content
 from editing.report.curves import Curve, Point, _envelope, dose_response_drawing, trade_off
 from editing.report.formats import MAX_UNBROKEN, clean, number, plain, span
 from editing.report.heat_maps import COOL, FULL, WARM, Cell, HeatMap, colour
 from editing.report.inline_svg import drawn, label
+from editing.report.lens_figure import lens_figure, lens_table
 from editing.report.provenance import provenance
 from editing.report.steering_section import samples_by_prompt, steering_content
 from editing.report.templating import TEMPLATES, rendered
@@ -275,6 +277,30 @@ def test_a_comparison_of_all_ways_has_its_settings_with_it():
     assert page.texts("NLL rise on each language's text")[0] == ["way", "ar", "zh", "en"]
     assert page.texts("KL of next-token distributions")[2] == ["hook", "0.021"]
     assert Report("en", "ar", 1.0, 10, (chosen,), tried=()).choice is None
+
+
+def test_the_lens_is_a_figure_and_a_table():
+    lens = LanguageLens(
+        ("de", "en", "fr", "zh"),
+        {"de": 1, "en": 2000, "fr": 3, "zh": 0},
+        7,
+        {
+            "base": ((0.25, 0.5, 0.0, 0.125), (0.0, 0.75, 0.125, 0.0)),
+            "edited": ((0.25, 0.5, 0.0, 0.0), (0.0, 0.0, 0.875, 0.0)),
+        },
+    )
+    head, rows = lens_table(lens, "en", "fr")
+    assert head[0] == "layer" and len(head) == 7
+    assert rows == [
+        ["0", "0.500", "0.500", "0.000", "0.000", "0.375", "0.250"],
+        ["1", "0.750", "0.000", "0.125", "0.875", "0.000", "0.000"],
+    ]
+    (axis,) = lens_figure(lens, "en", "fr").axes
+    assert [line.get_ydata().tolist() for line in axis.lines[2:4]] == [[0.0, 0.125], [0.0, 0.875]]
+    assert [line.get_linestyle() for line in axis.lines] == ["--", "-"] * 3
+    report = Report("en", "fr", 1.0, 7, (studies.outcome("base", 0.0),), lens=lens)
+    page = studies.Page(steering_content(report, "s"))
+    assert page.faults == [] and page.texts("The same in numbers") == [head, *rows]
 
 
 def test_the_envelope_is_the_most_that_is_reached_at_a_cost_or_less():

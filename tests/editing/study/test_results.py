@@ -6,6 +6,7 @@ import math
 import pytest
 import studies
 
+from editing.evaluation.lens import LanguageLens
 from editing.evaluation.outcome import OtherLanguage, Outcome, Refused
 from editing.study.results import Choice, Report, load_choice, load_reports
 from editing.study.search_result import SearchResult, search_document
@@ -19,8 +20,14 @@ BASE = studies.outcome("base", 0.0, fluency_gap=math.nan, relevance={"scorer": "
 REFUSED = Refused("bake", {"layer": 1}, "no")
 DOSE = studies.outcome("method", 0.25, details={"dose": 0.5})
 ABOUT = {"model": "m", "command": "broca ...", "inputs": [], "corpora": [{"digest": "d", "part": "all"}]}
+LENS = LanguageLens(
+    ("en", "ar", "fr"),
+    {"en": 3, "ar": 2, "fr": 0},
+    4,
+    {"base": ((0.5, 0.125, 0.0), (0.75, 0.0, 0.25)), "edited": ((0.5, 0.0, 0.0), (0.0, 1.0, 0.0))},
+)
 REPORTS = {
-    "evaluate": Report("en", "ar", 0.96, 100, (BASE, OUTCOME), about=ABOUT),
+    "evaluate": Report("en", "ar", 0.96, 100, (BASE, OUTCOME), lens=LENS, about=ABOUT),
     "run": Report("en", "ar", 0.96, 100, (BASE, OUTCOME), notes=(), about={**ABOUT, "read": {"en": 3}}),
     "compare": Report(
         "en", "ar", 0.96, 100, (BASE, OUTCOME), ("A note.",), ("method",), (OUTCOME, REFUSED),
@@ -44,6 +51,7 @@ def test_a_report_comes_back_from_its_file_to_the_byte(tmp_path, name):
     assert report.outcomes[1] == OUTCOME and math.isnan(report.outcomes[0].fluency_gap)
     assert report.about == REPORTS[name].about and report.curves == REPORTS[name].curves
     assert (report.notes, report.tried) == (REPORTS[name].notes, REPORTS[name].tried)
+    assert report.lens == REPORTS[name].lens
 
 
 def test_a_list_of_reports_is_several(tmp_path):
