@@ -8,6 +8,7 @@ and transformers interprets the checkpoint or reports the fault.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ def stored_anatomy(settings: Mapping[str, Any], entries: Mapping[str, TensorEntr
         entries: of all tensors, by name (``neurons.files.tensor_files.tensor_entries``).
 
     Returns:
-        The result of ``anatomy_of``, with empty modules (meta device) and only those that the layout names;
+        The result of ``anatomy_of``, with empty modules (meta device) and only those with a matrix;
         None where the files rely on defaults of transformers, disagree, or are invalid.
     """
     model_type = settings.get("model_type")
@@ -84,6 +85,8 @@ def _assembled(
     if layers is None or heads is None or d is None or d % heads or len(stems) != 1:
         return None
     blocks = _skeletons(layout, stems[0], layers, entries)
+    own = layout.layers.rpartition(".")[2]
+    parents = layout.layers.removesuffix(own), stems[0].removesuffix(f"{own}.")
     # As in ``anatomy_of``; ``assembled`` then checks the columns of o_proj.
     head_dim = d // heads if text.get("head_dim") is None else _number(text, ("head_dim",))
     if blocks is None or head_dim is None:
@@ -93,7 +96,21 @@ def _assembled(
     if width is None and names.expansion is not None and all(text.get(name) is None for name in names.width):
         width = names.expansion * d
     fits = anatomy.neurons == width and _reads_and_writes(anatomy) and _has_its_biases(anatomy, names, text)
-    return anatomy if fits else None
+    if not fits:
+        return None
+    outside = {
+        path.replace(parents[1], parents[0], 1) if path.startswith(parents[1]) else path: module
+        for path, module in _matrices("", entries).items()
+        if not path.startswith(stems[0])
+    }
+    return replace(anatomy, outside=outside)
+
+
+def _matrices(stem: str, entries: Mapping[str, TensorEntry]) -> dict[str, nn.Module]:
+    """Path after the stem -> empty module, for each matrix below it."""
+    paths = [name.removeprefix(stem).removesuffix(".weight") for name in entries if name.startswith(stem)]
+    modules = {path: _module(f"{stem}{path}.", entries) for path in paths if f"{stem}{path}.weight" in entries}
+    return {path: module for path, module in modules.items() if module is not None}
 
 
 def _number(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
@@ -106,18 +123,21 @@ def _number(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 def _skeletons(
     layout: Layout, stem: str, layers: int, entries: Mapping[str, TensorEntry]
 ) -> tuple[nn.Module, ...] | None:
-    """The decoder layers with the modules that the layout names; None if a weight is missing."""
+    """The decoder layers with their matrices; None if one that the layout names is missing."""
     paths = {*layout.outputs.values(), layout.gate, layout.up or layout.gate}
     paths |= {path for switch in layout.bias_switches.values() for path in switch.modules}
     blocks = []
     for layer in range(layers):
         block = nn.Module()
-        for path in sorted(paths):
-            module = _module(f"{stem}{layer}.{path}.", entries)
-            if module is None:
-                return None
+        modules = _matrices(f"{stem}{layer}.", entries)
+        if not paths <= modules.keys():
+            return None
+        for path, module in sorted(modules.items()):
             parent, _, name = path.rpartition(".")
-            _inside(block, parent).add_module(name, module)
+            try:
+                _inside(block, parent).add_module(name, module)
+            except KeyError:  # no valid name of a module
+                return None
         blocks.append(block)
     return tuple(blocks)
 
