@@ -40,7 +40,7 @@ from neurons.models.source import LoadedModel, ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.text_pass import Progress, forward
 from neurons.scorers.random_control import random_like
-from neurons.text.batches import TokenBatch, packed_corpus
+from neurons.text.batches import TokenBatch, block_length, packed_corpus
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import GRADIENTS, text_read
 
@@ -72,14 +72,12 @@ class Training:
     seed: int = 0
 
 
-def chosen_neurons(source: ModelSource, neurons: NeuronSet, languages: Sequence[str]) -> torch.Tensor:
+def chosen_neurons(neurons: NeuronSet, languages: Sequence[str]) -> torch.Tensor:
     """int64 [n, 2], (layer, neuron) of the neurons of any of the languages, in order.
 
     Raises:
         UsageError: a language that the set does not have, or none of them has a neuron.
-        BrocaError: neurons of another model.
     """
-    neurons.require_model(source)
     rows = torch.cat([neurons.of(language) for language in languages]).unique(dim=0)
     if not len(rows):
         raise UsageError(f"the neuron set has no neuron for {', '.join(languages)}: choose others")
@@ -176,7 +174,7 @@ def train(
     Raises:
         UsageError: no passes or a rate that is not positive, less than a block of text, conversations, or as
             ``chosen_neurons`` and ``control_neurons``.
-        BrocaError: quantised weights, neurons of routed experts, a loss that is not finite, or one that no pass lowers on
+        BrocaError: quantised weights, neurons of another model or of routed experts, a loss that is not finite, or one that no pass lowers on
             the held-out text.
     """
     if training.passes < 1 or not training.rate > 0:
@@ -184,7 +182,8 @@ def train(
             f"{training.passes} passes at a rate of {training.rate} train nothing: give one pass or more, and a positive rate"
         )
     loaded.require_exact("an edit")
-    rows = chosen_neurons(loaded, neurons, languages)
+    neurons.require_model(loaded)
+    rows = chosen_neurons(neurons, languages)
     edits = untrained(loaded, control_neurons(loaded, rows, control, training.seed))
     if control == LORA:
         edits = as_lora(loaded, edits, training.seed)
@@ -249,8 +248,7 @@ class NextTokens:
     def __init__(self, loaded: LoadedModel, text: Corpus, held_out: Corpus, training: Training) -> None:
         for corpus in (text, held_out):
             corpus.require_plain(*corpus.languages, remedy="train on plain text")
-        context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or BLOCK
-        self.length = min(BLOCK, context) if training.block is None else training.block
+        self.length = training.block or min(BLOCK, block_length(loaded.model))
         packed = partial(packed_corpus, loaded, block=self.length, tokens_a_batch=self.length)
         budget = training.tokens, GRADIENTS.tokens
         of_text, of_held_out = (

@@ -26,7 +26,7 @@ Sites at which hooks see activations, with their width:
     block_out  the residual stream after the layer [d]
 
 Any other module with a matrix, such as ``gate_proj``, ``q_proj`` or a router, is named by its path in its layer, and one
-outside the layers (``OUTSIDE``: the embeddings, the LM head) by its path in the model.
+beside the list of layers (``OUTSIDE``), as the embeddings, by its path in the model; the output embeddings are ``HEAD``.
 
 Differences between families are in ``neurons.architectures.layouts``.
 """
@@ -52,6 +52,8 @@ EXPERT_SITES = ("mlp_act", "mlp_up", "mlp_in")
 COMMON = "mlp_common"
 BLOCKS = ("attn", "mlp")
 OUTSIDE = -1  # the "layer" of modules outside the decoder layers
+HEAD = "lm_head"  # the name of the output embeddings, whatever the family calls them
+HEADS_ON_DISK = ("lm_head", "embed_out")
 # Block -> the site of the inputs of its output module that every token reaches.
 COMMON_SITES = {"attn": "attn_in", "mlp": COMMON}
 
@@ -213,7 +215,7 @@ class Anatomy:
         head_dims: per layer, the width of a head.
         attention: per layer, the kind of attention, as "softmax attention" or "linear attention".
         layout: names, in memory and on disk.
-        outside: path -> module, for each matrix outside the decoder layers.
+        outside: path -> module, for each matrix beside the list of layers, and for ``HEAD``.
         gathered_on: for a model on several devices, the device on which hooks get values; None for the device
             that computes them.
     """
@@ -353,11 +355,14 @@ class Anatomy:
                     raise BrocaError(f"{self.model_type}: {path} {where} is its output module: call it {block!r}")
         # Only families whose linear modules are all [n, d] in memory have a transposed attention.
         flipped = layer != OUTSIDE and "attn" in self.layout.transposed
-        name = path.removeprefix(self._parent) if layer == OUTSIDE else path
-        return Part(path, module, "weight", 0, None, flipped, (StoredForm(f"{name}.weight", flipped),))
+        names = HEADS_ON_DISK if (layer, path) == (OUTSIDE, HEAD) else (path,)
+        if layer == OUTSIDE:
+            names = tuple(name.removeprefix(self.parent) for name in names)
+        forms = tuple(StoredForm(f"{name}.weight", flipped) for name in names)
+        return Part(path, module, "weight", 0, None, flipped, forms)
 
     @property
-    def _parent(self) -> str:
+    def parent(self) -> str:
         """The prefix of the modules beside the list of layers, in memory."""
         return self.layout.layers.removesuffix(self.layout.layers.rpartition(".")[2])
 
@@ -365,10 +370,10 @@ class Anatomy:
         """The prefixes that the names of a layer's tensors, or of one outside the layers, may have on disk."""
         if layer != OUTSIDE:
             return [f"{prefix}{layer}." for prefix in self.layout.prefixes]
+        if block == HEAD:
+            return ["", "language_model."]
         own = self.layout.layers.rpartition(".")[2] + "."
-        if block.startswith(self._parent):
-            return list(dict.fromkeys(prefix.removesuffix(own) for prefix in self.layout.prefixes))
-        return ["", "language_model."]
+        return list(dict.fromkeys(prefix.removesuffix(own) for prefix in self.layout.prefixes))
 
     def rows(self, layer: int, block: str) -> int:
         """Number of rows of W: d of an output module."""
@@ -632,11 +637,12 @@ def anatomy_of(model: Any) -> Anatomy:
         attention=attention,
     )
     outside = {
-        name: module
-        for name, module in model.named_modules()
-        if not name.startswith(f"{layout.layers}.") and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        anatomy.parent + name: module
+        for name, module in _submodule(model, anatomy.parent.removesuffix(".")).named_children()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
     }
-    return replace(anatomy, outside=outside)
+    head = model.get_output_embeddings()
+    return replace(anatomy, outside=outside if head is None else {**outside, HEAD: head})
 
 
 def assembled(

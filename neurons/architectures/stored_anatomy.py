@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import BLOCKS, Anatomy, assembled, layout_of
+from neurons.architectures.anatomy import BLOCKS, HEAD, HEADS_ON_DISK, Anatomy, assembled, layout_of
 from neurons.architectures.layouts import LAYOUTS, ConfigNames, Layout
 from neurons.architectures.quantisation import is_quantised
 from neurons.errors import BrocaError
@@ -85,8 +85,6 @@ def _assembled(
     if layers is None or heads is None or d is None or d % heads or len(stems) != 1:
         return None
     blocks = _skeletons(layout, stems[0], layers, entries)
-    own = layout.layers.rpartition(".")[2]
-    parents = layout.layers.removesuffix(own), stems[0].removesuffix(f"{own}.")
     # As in ``anatomy_of``; ``assembled`` then checks the columns of o_proj.
     head_dim = d // heads if text.get("head_dim") is None else _number(text, ("head_dim",))
     if blocks is None or head_dim is None:
@@ -98,11 +96,14 @@ def _assembled(
     fits = anatomy.neurons == width and _reads_and_writes(anatomy) and _has_its_biases(anatomy, names, text)
     if not fits:
         return None
-    outside = {
-        path.replace(parents[1], parents[0], 1) if path.startswith(parents[1]) else path: module
-        for path, module in _matrices("", entries).items()
-        if not path.startswith(stems[0])
-    }
+    beside = stems[0].removesuffix(layout.layers.rpartition(".")[2] + ".")
+    outside = {}
+    for path, module in _matrices("", entries).items():
+        name = path.removeprefix(beside)
+        if path.rpartition(".")[2] in HEADS_ON_DISK:
+            outside[HEAD] = module
+        elif path.startswith(beside) and "." not in name:
+            outside[anatomy.parent + name] = module
     return replace(anatomy, outside=outside)
 
 
