@@ -48,9 +48,15 @@ if TYPE_CHECKING:
     "same modules with as many numbers).  [default: none]",
 )
 @click.option(
-    "--passes", type=click.IntRange(min=1), default=1, show_default=True, help="Passes over the training text."
+    "--passes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Passes over the training text.",
 )
-@click.option("--rate", type=FiniteRange(min=0), default=1e-4, show_default=True, help="AdamW's learning rate.")
+@click.option(
+    "--rate", type=FiniteRange(min=0), default=1e-4, show_default=True, help="AdamW's learning rate."
+)
 @click.option(
     "--block", type=click.IntRange(min=2), help="Tokens in a block.  [default: the context, up to 512]"
 )
@@ -71,8 +77,8 @@ def command(**options: Any) -> None:
       broca train artifacts/demo/model --neurons neurons.safetensors --languages fr \\
           --corpus artifacts/demo/corpus --control random --out enhanced.safetensors
     """
-    from editing.methods.subnetwork import CONTROLS, SET, Training, chosen_neurons, control_neurons, train
     from editing.evaluation.likelihood import language_losses
+    from editing.methods.subnetwork import CONTROLS, SET, Training, chosen_neurons, control_neurons, train
     from editing.pipeline.needs import subnetwork_need
     from neurons.errors import UsageError
     from neurons.models.source import load_model

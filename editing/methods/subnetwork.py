@@ -96,7 +96,11 @@ def control_neurons(source: ModelSource, rows: torch.Tensor, control: str, seed:
     if control != ALL:
         return rows
     return torch.tensor(
-        [(layer, neuron) for layer in range(anatomy.layers) for neuron in range(anatomy.width("mlp_in", layer))]
+        [
+            (layer, neuron)
+            for layer in range(anatomy.layers)
+            for neuron in range(anatomy.width("mlp_in", layer))
+        ]
     )
 
 
@@ -137,7 +141,9 @@ def as_lora(source: ModelSource, edits: Sequence[ModuleEdit], seed: int) -> list
     }
     replaced = []
     for edit in edits:
-        numbers = sum(factor.numel() for factor in factors_of([one for one in edits if one.layer == edit.layer]))
+        numbers = sum(
+            factor.numel() for factor in factors_of([one for one in edits if one.layer == edit.layer])
+        )
         each = sum(sum(shape) for (layer, _), shape in shapes.items() if layer == edit.layer)
         rank = max(1, round(numbers / each))
         outputs, inputs = shapes[edit.layer, edit.block]

@@ -42,7 +42,10 @@ Deltas = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def _times(
-    places: torch.Tensor | None, deltas: torch.Tensor | None, along: torch.Tensor | None, across: torch.Tensor | None
+    places: torch.Tensor | None,
+    deltas: torch.Tensor | None,
+    along: torch.Tensor | None,
+    across: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """Deltas of rows (columns) times the scales of the rows (columns) and of the columns (rows)."""
     if places is None or deltas is None:
@@ -55,7 +58,9 @@ def _times(
 
 def _sum(first: Deltas, second: Deltas) -> Deltas:
     """The union of two sets of rows or columns, and the sums of their deltas."""
-    given = [(places, deltas) for places, deltas in (first, second) if places is not None and deltas is not None]
+    given = [
+        (places, deltas) for places, deltas in (first, second) if places is not None and deltas is not None
+    ]
     if len(given) < 2:
         return given[0] if given else (None, None)
     places = torch.cat([of_edit for of_edit, _ in given]).unique()
@@ -187,7 +192,13 @@ def on_components(edit: ModuleEdit, components: Collection[int], width: int) -> 
 def _on_rows(edit: ModuleEdit, components: Collection[int]) -> ModuleEdit | None:
     rows, deltas = edit.rows, edit.row_deltas
     others = (edit.row_scale, edit.column_scale, edit.left, edit.columns)
-    if rows is None or deltas is None or others != (None,) * 4 or not edit.components or len(rows) % len(edit.components):
+    if (
+        rows is None
+        or deltas is None
+        or others != (None,) * 4
+        or not edit.components
+        or len(rows) % len(edit.components)
+    ):
         raise BrocaError(
             f"{edit.where}: the edit changes more than rows that belong to neurons, so it cannot be restricted to neurons: "
             "restrict it to layers instead"

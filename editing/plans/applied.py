@@ -54,7 +54,9 @@ def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo:
             (piece, entry) for piece, entry in pieces if columns.start <= piece.columns.start < columns.stop
         ]
         if edit.layer == OUTSIDE and has_offloaded(part.module):
-            raise BrocaError(f"{edit.where}: offloaded, and possibly tied to other weights: load it with --device cpu")
+            raise BrocaError(
+                f"{edit.where}: offloaded, and possibly tied to other weights: load it with --device cpu"
+            )
         _apply_part(part, of_part, weights, edit, undo)
 
 

@@ -30,7 +30,9 @@ def component_changes(edit: ModuleEdit, count: int) -> torch.Tensor:
         length = 1.0 if weight is None else float(weight) / len(scale) ** 0.5
         squares += (scale * length).square().view(count, -1).sum(1)
     if edit.columns is not None and edit.column_deltas is not None:
-        squares.index_add_(0, edit.columns // _width(edit, count), edit.column_deltas.double().square().sum(1))
+        squares.index_add_(
+            0, edit.columns // _width(edit, count), edit.column_deltas.double().square().sum(1)
+        )
     if edit.rows is not None and edit.row_deltas is not None and edit.block not in BLOCKS and edit.components:
         of_rows = edit.row_deltas.double().square().sum(1).view(-1, len(edit.components)).sum(0)
         squares[list(edit.components)] += of_rows

@@ -198,7 +198,10 @@ class ModuleEdit:
         return (
             self.row_scale is not None
             or self.rows is not None
-            or (self.columns is not None and bool(((self.columns >= columns.start) & (self.columns < columns.stop)).any()))
+            or (
+                self.columns is not None
+                and bool(((self.columns >= columns.start) & (self.columns < columns.stop)).any())
+            )
             or (self.column_scale is not None and bool((self.column_scale[columns] != 1).any()))
             or (self.right is not None and bool(self.right[columns].any()))
         )

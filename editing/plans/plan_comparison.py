@@ -78,7 +78,13 @@ def _cosine(first: ModuleEdit, second: ModuleEdit, weight: torch.Tensor | None) 
 def _cosine_of_deltas(first: ModuleEdit, second: ModuleEdit) -> float | None:
     for places, deltas in (("rows", "row_deltas"), ("columns", "column_deltas")):
         ours, theirs = getattr(first, places), getattr(second, places)
-        if ours is None or theirs is None or {first.rank, second.rank} != {0} or first.dense != len(ours) or second.dense != len(theirs):
+        if (
+            ours is None
+            or theirs is None
+            or {first.rank, second.rank} != {0}
+            or first.dense != len(ours)
+            or second.dense != len(theirs)
+        ):
             continue
         a, b = getattr(first, deltas).double(), getattr(second, deltas).double()
         shared = ours[torch.isin(ours, theirs)]

@@ -85,9 +85,18 @@ def _module_fault(tensors: Mapping[str, torch.Tensor], output: bool) -> str | No
         places, deltas = tensors.get(f"{name}s"), factors.get(f"{name}_deltas")
         if places is None and deltas is None:
             continue
-        if places is None or deltas is None or places.dtype != torch.int64 or places.shape != deltas.shape[:1]:
+        if (
+            places is None
+            or deltas is None
+            or places.dtype != torch.int64
+            or places.shape != deltas.shape[:1]
+        ):
             return f"it has no {name} for each of its {name}_deltas"
-        if int(places[0]) < 0 or not bool((places.diff() > 0).all()) or int(places[-1]) >= min(length, default=2**63):
+        if (
+            int(places[0]) < 0
+            or not bool((places.diff() > 0).all())
+            or int(places[-1]) >= min(length, default=2**63)
+        ):
             return f"its {name}s do not ascend, or it has fewer"
         width.add(deltas.shape[1])
     if len(rows) > 1 or len(columns) > 1:

@@ -44,7 +44,11 @@ def plan_figure(plan: Plan) -> Figure:
         BrocaError: a plan that changes neither heads nor neurons.
     """
     of_block = {
-        block: [edit for edit in plan.edits if edit.block == block or (block == "mlp" and edit.block not in BLOCKS and edit.components)]
+        block: [
+            edit
+            for edit in plan.edits
+            if edit.block == block or (block == "mlp" and edit.block not in BLOCKS and edit.components)
+        ]
         for block in BLOCKS
     }
     blocks = [block for block in BLOCKS if of_block[block]]

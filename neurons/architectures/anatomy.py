@@ -352,7 +352,9 @@ class Anatomy:
         if layer != OUTSIDE:
             for block in BLOCKS:
                 if any(part.module is module for part in self.parts(layer, block)):
-                    raise BrocaError(f"{self.model_type}: {path} {where} is its output module: call it {block!r}")
+                    raise BrocaError(
+                        f"{self.model_type}: {path} {where} is its output module: call it {block!r}"
+                    )
         # Only families whose linear modules are all [n, d] in memory have a transposed attention.
         flipped = layer != OUTSIDE and "attn" in self.layout.transposed
         names = HEADS_ON_DISK if (layer, path) == (OUTSIDE, HEAD) else (path,)
@@ -375,6 +377,19 @@ class Anatomy:
         own = self.layout.layers.rpartition(".")[2] + "."
         return list(dict.fromkeys(prefix.removesuffix(own) for prefix in self.layout.prefixes))
 
+    def matrices(self, layer: int) -> list[str]:
+        """The paths of the modules with a matrix, in a layer or ``OUTSIDE``, without output modules."""
+        modules = self.outside if layer == OUTSIDE else dict(self.blocks[layer].named_modules())
+        outputs = (
+            () if layer == OUTSIDE else [part.module for block in BLOCKS for part in self.parts(layer, block)]
+        )
+        return sorted(
+            path
+            for path, module in modules.items()
+            if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+            and not any(module is output for output in outputs)
+        )
+
     def rows(self, layer: int, block: str) -> int:
         """Number of rows of W: d of an output module."""
         return self.residual if block in BLOCKS else int(self.parts(layer, block)[0].weight.shape[-2])
@@ -395,7 +410,9 @@ class Anatomy:
         """
         rows: dict[str, torch.Tensor] = {}
         for part in self.parts(layer, "mlp"):
-            chosen = [neuron - part.first for neuron in neurons if neuron in range(part.first, part.columns.stop)]
+            chosen = [
+                neuron - part.first for neuron in neurons if neuron in range(part.first, part.columns.stop)
+            ]
             if not chosen:
                 continue
             if part.experts is not None:

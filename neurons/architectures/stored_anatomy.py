@@ -110,7 +110,9 @@ def _assembled(
 def _matrices(stem: str, entries: Mapping[str, TensorEntry]) -> dict[str, nn.Module]:
     """Path after the stem -> empty module, for each matrix below it."""
     paths = [name.removeprefix(stem).removesuffix(".weight") for name in entries if name.startswith(stem)]
-    modules = {path: _module(f"{stem}{path}.", entries) for path in paths if f"{stem}{path}.weight" in entries}
+    modules = {
+        path: _module(f"{stem}{path}.", entries) for path in paths if f"{stem}{path}.weight" in entries
+    }
     return {path: module for path, module in modules.items() if module is not None}
 
 

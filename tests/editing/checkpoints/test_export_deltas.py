@@ -103,7 +103,13 @@ def nearest(exact, dtype):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("llama", "bfloat16"), ("llama", "float32"), ("phi3", "float16"), ("gpt2", "bfloat16"), ("qwen3_moe", "float32")],
+    [
+        ("llama", "bfloat16"),
+        ("llama", "float32"),
+        ("phi3", "float16"),
+        ("gpt2", "bfloat16"),
+        ("qwen3_moe", "float32"),
+    ],
 )
 def test_exported_weights_are_base_plus_delta_and_all_else_is_the_same_bytes(
     checkpoint_of, tmp_path, family, dtype

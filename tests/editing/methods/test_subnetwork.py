@@ -94,7 +94,9 @@ def test_gradients_are_those_of_the_whole_weights(checkpoint_of, corpora, family
         for gradient, (weight, edit) in zip(gradients, expected, strict=True):
             full = weight.grad.T if family == "gpt2" else weight.grad
             part = full[:, edit.columns].T if edit.block == "mlp" else full[edit.rows]
-            torch.testing.assert_close(gradient.double(), part, rtol=1e-3, atol=1e-4 * float(part.abs().max()))
+            torch.testing.assert_close(
+                gradient.double(), part, rtol=1e-3, atol=1e-4 * float(part.abs().max())
+            )
 
 
 def test_neurons_of_a_language_help_it_more_than_random_ones():
@@ -107,7 +109,8 @@ def test_neurons_of_a_language_help_it_more_than_random_ones():
     neurons = identify(loaded, text, "gradient-contrast", tokens=2000)
     training = Training(block=128, tokens=2500, rate=2e-3)
     plans = {
-        control: train(loaded, neurons, ["fr"], text, held_out, training, control) for control in (SET, RANDOM)
+        control: train(loaded, neurons, ["fr"], text, held_out, training, control)
+        for control in (SET, RANDOM)
     }
     assert plans[SET].components == plans[RANDOM].components
     losses = language_losses(loaded, report, plans)["fr"]
@@ -135,7 +138,9 @@ def test_only_the_chosen_weights_change_and_the_same_seed_gives_the_same_bytes(l
     assert learning["held_out"][learning["passes"]] == min(learning["held_out"]) < learning["held_out"][0]
     losses = language_losses(llama, report, {"trained": plan})
     assert losses["qaa"]["trained"] < losses["qaa"]["base"]
-    assert all(not parameter.requires_grad and parameter.grad is None for parameter in llama.model.parameters())
+    assert all(
+        not parameter.requires_grad and parameter.grad is None for parameter in llama.model.parameters()
+    )
 
 
 def test_refusals(llama, corpora, checkpoint_of):

@@ -23,6 +23,7 @@ GROUPS = [
     ("rows", "row_deltas"),
     ("columns", "column_deltas"),
 ]
+WHOLE = tuple(itertools.chain.from_iterable(GROUPS))
 DELTAS = ("rows", "row_deltas", "columns", "column_deltas")
 wanted_factors = st.lists(st.sampled_from(GROUPS), min_size=1, max_size=4, unique=True).map(
     lambda groups: tuple(itertools.chain.from_iterable(groups))
@@ -31,7 +32,7 @@ seeds = st.integers(0, 10_000)
 PRECISE = settings(max_examples=60, deadline=None)
 
 
-def random_edit(seed, wanted=tuple(itertools.chain.from_iterable(GROUPS)), rank=2, width=1):
+def random_edit(seed, wanted=WHOLE, rank=2, width=1):
     generator = torch.Generator().manual_seed(seed)
     count = COLUMNS // width
     chosen = sorted(torch.randperm(count, generator=generator)[: 1 + seed % count].tolist())
