@@ -220,7 +220,7 @@ def _module(
     if not bool(columns.any()):
         return None, None
     relative = _ratio(float((changed - weight).norm()), float(weight.norm()))
-    factors = recovered(weight, changed, dtype)
+    factors: dict[str, Any] | None = recovered(weight, changed, dtype)
     few = few_places(differs)
     if few is not None and (
         factors is None or ("left" in factors and len(few[1]) <= factors["left"].shape[1])
@@ -303,7 +303,7 @@ def _deltas(
         change = change.T
     if piece.transposed:
         name = "columns" if name == "rows" else "rows"
-    factors = {name: places, f"{name.removesuffix('s')}_deltas": change.float().contiguous()}
+    factors: dict[str, Any] = {name: places, f"{name.removesuffix('s')}_deltas": change.float().contiguous()}
     norms = {"change_norm": float(change.norm()), "weight_norm": float(before.norm(dtype=torch.float64))}
     return ModuleEdit(layer, path, (), notes=norms, **factors)
 

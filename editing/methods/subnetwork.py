@@ -78,7 +78,7 @@ def chosen_neurons(neurons: NeuronSet, languages: Sequence[str]) -> torch.Tensor
     Raises:
         UsageError: a language that the set does not have, or none of them has a neuron.
     """
-    rows = torch.cat([neurons.of(language) for language in languages]).unique(dim=0)
+    rows: torch.Tensor = torch.cat([neurons.of(language) for language in languages]).unique(dim=0)
     if not len(rows):
         raise UsageError(f"the neuron set has no neuron for {', '.join(languages)}: choose others")
     return rows

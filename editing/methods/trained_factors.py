@@ -29,10 +29,11 @@ def factors_of(edits: Sequence[ModuleEdit]) -> list[torch.Tensor]:
 def with_factors(edits: Sequence[ModuleEdit], factors: Sequence[torch.Tensor]) -> list[ModuleEdit]:
     """The edits with other factors, in the order of ``factors_of``."""
     left = iter(factors)
-    return [
-        replace(edit, **{name: next(left) for name in TRAINED if getattr(edit, name) is not None})
-        for edit in edits
-    ]
+    changed: list[ModuleEdit] = []
+    for edit in edits:
+        own: dict[str, Any] = {name: next(left) for name in TRAINED if getattr(edit, name) is not None}
+        changed.append(replace(edit, **own))
+    return changed
 
 
 @contextmanager

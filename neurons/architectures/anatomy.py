@@ -357,7 +357,7 @@ class Anatomy:
                     )
         # Only families whose linear modules are all [n, d] in memory have a transposed attention.
         flipped = layer != OUTSIDE and "attn" in self.layout.transposed
-        names = HEADS_ON_DISK if (layer, path) == (OUTSIDE, HEAD) else (path,)
+        names: tuple[str, ...] = HEADS_ON_DISK if (layer, path) == (OUTSIDE, HEAD) else (path,)
         if layer == OUTSIDE:
             names = tuple(name.removeprefix(self.parent) for name in names)
         forms = tuple(StoredForm(f"{name}.weight", flipped) for name in names)

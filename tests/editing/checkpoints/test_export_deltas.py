@@ -20,7 +20,7 @@ from neurons.models.source import load_model, open_model
 
 IDS = torch.tensor([[0, 5, 80, 33, 200, 7]])
 NEURONS = (3, 7, 20)
-# family -> module of its plan -> tensor; None: the module is not in the family.
+# family -> module of its plan -> tensor; of a mixture's neurons, that of the expert that has them.
 TENSORS = {
     "llama": {
         "mlp": "model.layers.1.mlp.down_proj.weight",
@@ -41,7 +41,7 @@ TENSORS = {
         "transformer.wte": "transformer.wte.weight",
     },
     "qwen3_moe": {
-        "mlp": None,
+        "mlp": "model.layers.1.mlp.experts.0.down_proj.weight",
         "mlp.gate": "model.layers.1.mlp.gate.weight",
         "self_attn.v_proj": "model.layers.1.self_attn.v_proj.weight",
     },
@@ -72,14 +72,13 @@ def delta_plan(source, family):
             inputs = anatomy.parts(layer, block)[0].width
             edit = ModuleEdit(layer, block, components, rows=rows, row_deltas=random(len(rows), inputs))
         edits.append(edit)
-        if tensor is not None:
-            inputs = source.anatomy.parts(layer, block)[0].width
-            naive = torch.zeros(anatomy.rows(layer, block), inputs, dtype=torch.float64)
-            for i, row in enumerate([] if edit.rows is None else edit.rows.tolist()):
-                naive[row] = edit.row_deltas[i].double()
-            for i, column in enumerate([] if edit.columns is None else edit.columns.tolist()):
-                naive[:, column] = edit.column_deltas[i].double()
-            dense[tensor] = naive
+        inputs = anatomy.expert_width if block == "mlp" else anatomy.parts(layer, block)[0].width
+        naive = torch.zeros(anatomy.rows(layer, block), inputs, dtype=torch.float64)
+        for i, row in enumerate([] if edit.rows is None else edit.rows.tolist()):
+            naive[row] = edit.row_deltas[i].double()
+        for i, column in enumerate([] if edit.columns is None else edit.columns.tolist()):
+            naive[:, column] = edit.column_deltas[i].double()
+        dense[tensor] = naive
     about = {
         "model": source.label,
         "fingerprint": source.fingerprint,
@@ -124,9 +123,7 @@ def test_exported_weights_are_base_plus_delta_and_all_else_is_the_same_bytes(
     flipped = family == "gpt2"
     for name, base in before.items():
         if name not in dense:
-            # The experts' own tensors are edited too.
-            if family != "qwen3_moe" or ".experts." not in name:
-                assert torch.equal(after[name].view(torch.uint8), base.view(torch.uint8)), name
+            assert torch.equal(after[name].view(torch.uint8), base.view(torch.uint8)), name
             continue
         naive = dense[name].T if flipped and "wte" not in name else dense[name]
         untouched = naive == 0

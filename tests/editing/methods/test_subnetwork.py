@@ -148,7 +148,7 @@ def test_refusals(llama, corpora, checkpoint_of):
     for languages, training, error, named in (
         (["qab"], SHORT, UsageError, "qab"),
         (["qaa"], Training(passes=0), UsageError, "0 passes"),
-        (["qaa"], Training(block=32, tokens=64, rate=50.0), BrocaError, "lower rate"),
+        (["qaa"], Training(block=32, tokens=64, rate=1e-30), BrocaError, "no pass lowers"),
     ):
         with pytest.raises(error, match=named):
             train(llama, neurons_of(llama), languages, text, held_out, training)
