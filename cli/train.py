@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def command(**options: Any) -> None:
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.text.corpus import read_corpus
     from neurons.text.corpus_files import language_label
-    from neurons.text.token_budget import GRADIENTS
+    from neurons.text.token_budget import GRADIENTS, LOSSES
 
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
@@ -122,12 +123,14 @@ def command(**options: Any) -> None:
     for run in runs:
         with screen.progress(f"Training: {run}", None, "tokens") as advance:
             plans[run] = train(loaded, neurons, languages, text, held_out, training, run, advance)
+        if run == SET:
+            plans[run].save(arguments.out)
     plan = plans[SET]
-    plan.save(arguments.out)
     read_table(screen, plan.metadata["read"], GRADIENTS.minimum, "text trained on")
     plan_table(screen, plan, loaded.anatomy)
     with screen.progress("Measuring", None, "passes") as advance:
-        losses = language_losses(loaded, report, plans, advance)
+        tokens = min(arguments.tokens or LOSSES.tokens, LOSSES.tokens)
+        losses = language_losses(loaded, replace(report, tokens=tokens), plans, advance)
     screen.table(
         "NLL on held-out text, nats a token, and its change",
         ["language", "base", *runs],

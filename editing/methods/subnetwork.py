@@ -42,7 +42,7 @@ from neurons.recording.text_pass import Progress, forward
 from neurons.scorers.random_control import random_like
 from neurons.text.batches import TokenBatch, block_length, packed_corpus
 from neurons.text.corpus import Corpus
-from neurons.text.token_budget import GRADIENTS, text_read
+from neurons.text.token_budget import GRADIENTS, LOSSES, text_read
 
 METHOD = "subnetwork"
 SET, RANDOM, ALL, LORA = "set", "random", "all", "lora"
@@ -180,8 +180,8 @@ def train(
     Raises:
         UsageError: no passes or a rate that is not positive, less than a block of text, conversations, or as
             ``chosen_neurons`` and ``control_neurons``.
-        BrocaError: quantised weights, neurons of another model or of routed experts, a loss that is not finite, or one that no pass lowers on
-            the held-out text.
+        BrocaError: quantised weights, neurons of another model or of routed experts, a loss that is not finite, or, of the set, one
+            that no pass lowers on the held-out text.
     """
     if training.passes < 1 or not training.rate > 0:
         raise UsageError(
@@ -206,9 +206,9 @@ def train(
         seed=training.seed,
         progress=progress,
     )
-    if made.passes == 0:
+    if made.passes == 0 and control == SET:
         raise BrocaError(
-            f"{control}: no pass lowers the loss on held-out text ({made.held_out[0]:.4f} nats a token before, "
+            f"no pass lowers the loss on held-out text ({made.held_out[0]:.4f} nats a token before, "
             f"{min(made.held_out[1:]):.4f} after): train at a lower rate, or on more text"
         )
     settings: dict[str, Any] = {
@@ -256,10 +256,9 @@ class NextTokens:
             corpus.require_plain(*corpus.languages, remedy="train on plain text")
         self.length = training.block or min(BLOCK, block_length(loaded.model))
         packed = partial(packed_corpus, loaded, block=self.length, tokens_a_batch=self.length)
-        budget = training.tokens, GRADIENTS.tokens
-        of_text, of_held_out = (
-            packed(corpus, tokens=budget[0], default=budget[1]) for corpus in (text, held_out)
-        )
+        of_text = packed(text, tokens=training.tokens, default=GRADIENTS.tokens)
+        few = min(training.tokens or LOSSES.tokens, LOSSES.tokens)
+        of_held_out = packed(held_out, tokens=few)
         self.read = text_read(text, of_text)
         self._loaded = loaded
         self._blocks = [batch for batches in of_text.values() for batch in batches]
