@@ -79,7 +79,14 @@ def command(**options: Any) -> None:
           --corpus artifacts/demo/corpus --control random --out enhanced.safetensors
     """
     from editing.evaluation.likelihood import language_losses
-    from editing.methods.subnetwork import CONTROLS, SET, Training, chosen_neurons, control_neurons, train
+    from editing.methods.subnetwork import (
+        CONTROLS,
+        SET,
+        Training,
+        chosen_neurons,
+        control_neurons,
+        subnetwork_plan,
+    )
     from editing.pipeline.needs import subnetwork_need
     from neurons.errors import UsageError
     from neurons.models.source import load_model
@@ -122,7 +129,7 @@ def command(**options: Any) -> None:
     plans: dict[str, Plan] = {}
     for run in runs:
         with screen.progress(f"Training: {run}", None, "tokens") as advance:
-            plans[run] = train(loaded, neurons, languages, text, held_out, training, run, advance)
+            plans[run] = subnetwork_plan(loaded, neurons, languages, text, held_out, training, run, advance)
         if run == SET:
             plans[run].save(arguments.out)
     plan = plans[SET]

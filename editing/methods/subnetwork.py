@@ -152,7 +152,7 @@ def as_lora(source: ModelSource, edits: Sequence[ModuleEdit], seed: int) -> list
     return replaced
 
 
-def train(
+def subnetwork_plan(
     loaded: LoadedModel,
     neurons: NeuronSet,
     languages: Sequence[str],

@@ -16,7 +16,7 @@ from editing.methods.subnetwork import (
     NextTokens,
     Training,
     control_neurons,
-    train,
+    subnetwork_plan,
     untrained,
 )
 from editing.methods.trained_factors import computing_with, factors_of, with_factors
@@ -109,7 +109,7 @@ def test_neurons_of_a_language_help_it_more_than_random_ones():
     neurons = identify(loaded, text, "gradient-contrast", tokens=2000)
     training = Training(block=128, tokens=2500, rate=2e-3)
     plans = {
-        control: train(loaded, neurons, ["fr"], text, held_out, training, control)
+        control: subnetwork_plan(loaded, neurons, ["fr"], text, held_out, training, control)
         for control in (SET, RANDOM)
     }
     assert plans[SET].components == plans[RANDOM].components
@@ -121,10 +121,11 @@ def test_neurons_of_a_language_help_it_more_than_random_ones():
 def test_only_the_chosen_weights_change_and_the_same_seed_gives_the_same_bytes(llama, corpora, control):
     text, held_out, report = corpora
     made = [
-        train(llama, neurons_of(llama), ["qaa"], text, held_out, SHORT, control).to_bytes() for _ in range(2)
+        subnetwork_plan(llama, neurons_of(llama), ["qaa"], text, held_out, SHORT, control).to_bytes()
+        for _ in range(2)
     ]
     assert made[0] == made[1]
-    plan = train(llama, neurons_of(llama), ["qaa"], text, held_out, SHORT, control)
+    plan = subnetwork_plan(llama, neurons_of(llama), ["qaa"], text, held_out, SHORT, control)
     rows = control_neurons(llama, ROWS, control, 0)
     per_layer = [int((rows[:, 0] == layer).sum()) for layer in range(3)]
     assert per_layer == ([48] * 3 if control == ALL else [2, 0, 3])
@@ -151,7 +152,7 @@ def test_refusals(llama, corpora, checkpoint_of):
         (["qaa"], Training(block=32, tokens=64, rate=1e-30), BrocaError, "no pass lowers"),
     ):
         with pytest.raises(error, match=named):
-            train(llama, neurons_of(llama), languages, text, held_out, training)
+            subnetwork_plan(llama, neurons_of(llama), languages, text, held_out, training)
     mixture = load_model(str(checkpoint_of("mixtral")), device="cpu")
     with pytest.raises(BrocaError, match="neuron 3 of layer 0 belongs to a routed expert"):
-        train(mixture, neurons_of(mixture), ["qaa"], text, held_out, SHORT)
+        subnetwork_plan(mixture, neurons_of(mixture), ["qaa"], text, held_out, SHORT)
