@@ -311,7 +311,8 @@ class Anatomy:
         """The parameters that hold W, in the order of its columns; empty where the layer has no such block.
 
         Raises:
-            BrocaError: a path that names no matrix, or that of an output module.
+            UsageError: a path in a layer that the model does not have.
+            BrocaError: a path that names no matrix, or that of an output module, or an architecture that was examined.
         """
         if block not in BLOCKS:
             return (self._named(layer, block),)
@@ -341,6 +342,13 @@ class Anatomy:
 
     def _named(self, layer: int, path: str) -> Part:
         """The matrix of a module that is not an output module."""
+        if layer >= self.layers:
+            raise UsageError(f"{self.model_type}: layer {layer}: the model has layers 0 to {self.layers - 1}")
+        if self.layout.examined:
+            raise BrocaError(
+                f"{self.model_type} is not in the table of architectures, so only its output modules are known, and not "
+                f"{path!r}: edit those"
+            )
         module = self.outside.get(path) if layer == OUTSIDE else _found(self.blocks[layer], path)
         where = "outside its layers" if layer == OUTSIDE else f"in layer {layer}"
         weight = getattr(module, "weight", None)

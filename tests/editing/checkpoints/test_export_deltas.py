@@ -206,6 +206,7 @@ def edit_of(layer, block, **factors):
     ("family", "layer", "block", "named"),
     [
         ("llama", 1, "mlp.nothing", "mlp.nothing"),
+        ("llama", 9, "mlp.gate_proj", "layer 9"),
         ("llama", 1, "mlp.down_proj", "'mlp'"),
         ("mixtral", 1, "mlp.experts", "mlp.experts"),
         ("llama", OUTSIDE, "model.norm", "model.norm"),
@@ -263,3 +264,16 @@ def test_a_damaged_file_is_refused(llama, tmp_path):
         Plan((damaged,), plan.metadata).save(tmp_path / "plan.safetensors")
         with pytest.raises(BrocaError, match=r"layer 1, mlp\.gate_proj"):
             load_plan(tmp_path / "plan.safetensors")
+
+
+def test_of_an_examined_architecture_only_the_outputs_are_edited(llama, tmp_path):
+    layout = replace(llama.anatomy.layout, examined=True)
+    examined = replace(llama, anatomy=replace(llama.anatomy, layout=layout))
+    plan, _ = delta_plan(llama, "llama")
+    with pytest.raises(BrocaError, match="not in the table"):
+        export(examined, plan, tmp_path / "no")
+    export(
+        examined,
+        make_plan([edit for edit in plan.edits if edit.block == "mlp"], plan.metadata),
+        tmp_path / "out",
+    )
