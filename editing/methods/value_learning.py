@@ -122,7 +122,7 @@ def minimise(
 
     trained: list[float] = []
     held_out, best = [loss_held_out()], copied()
-    _require_finite(loaded, held_out[0], "the values before training: lower the strength of a plan")
+    _require_finite(loaded, held_out[0], "the plan's own values: lower its strength")
     for _ in range(passes):
         total, count = 0.0, 0
         for batches in objective.steps(generator):
