@@ -20,6 +20,7 @@ COMMANDS = {
     "identify": "Identify the neurons of each language.",
     "direction": "Estimate the direction from one language to another.",
     "edit": "Make a plan of weight edits from a direction or a neuron set.",
+    "train": "Train only a language's neurons on its text.",
     "export": "Write the edited checkpoint or an adapter.",
     "diff": "Recover the edit between two checkpoints.",
     "ablate": "Ablate neurons and measure the loss of every language.",

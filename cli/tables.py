@@ -64,14 +64,16 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
         languages = ", ".join(metadata.get("languages", [])) or "no language named"
     stds = any("spread" in edit.notes for edit in plan.edits)
     biases = any(edit.bias is not None for edit in plan.edits)
+    dense = any(edit.dense for edit in plan.edits)
     rows = []
     for edit in plan.edits:
         notes = edit.notes
         row = [
-            str(edit.layer),
+            str(edit.layer) if edit.layer >= 0 else "-",
             edit.block if anatomy is None else anatomy.parts(edit.layer, edit.block)[0].path,
             len(edit.components),
             edit.rank,
+            *([edit.dense] if dense else []),
             notes.get("change_norm"),
             edit.relative_change,
         ]
@@ -86,6 +88,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
             "module",
             "components",
             "rank",
+            *(["rows, columns"] if dense else []),
             "||dW||",
             "||dW||/||W||",
             *(["key std"] if stds else []),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from editing.methods.keyed import keyed_plan as keyed_plan
     from editing.methods.scale import scale_plan as scale_plan
     from editing.methods.steer2edit import steer2edit_plan as steer2edit_plan
+    from editing.methods.subnetwork import subnetwork_plan as subnetwork_plan
     from editing.pipeline.lock import language_lock as language_lock
     from editing.pipeline.lock_kinds import lock_of as lock_of
     from editing.pipeline.lock_measures import lock_figures as lock_figures
@@ -38,6 +39,7 @@ _PUBLIC = {
     "directional_ablation_plan": "editing.methods.directional_ablation",
     "bake_plan": "editing.methods.bake",
     "scale_plan": "editing.methods.scale",
+    "subnetwork_plan": "editing.methods.subnetwork",
     "Plan": "editing.plans.plan",
     "load_plan": "editing.plans.plan",
     "compose": "editing.plans.algebra",

@@ -2,14 +2,14 @@
 
 A LoRA adapter adds (alpha / r) B A to a module's weight W [d, n]; with alpha = r its change is exactly
 
-    B A = W' - W,        W' = diag(r) W diag(c) + U K^T        (``editing.plans.plan``)
+    B A = W' - W,        W' = diag(r) W diag(c) + U K^T + D        (``editing.plans.plan``)
 
 As sums of outer products, with I the rows and J the columns that are scaled and e a unit vector,
 
-    W' - W = U K^T + sum_{j in J} ((c_j - 1) W[:, j]) e_j^T + sum_{i in I} e_i ((r_i - 1) W[i, :] * c)^T
+    W' - W = U K^T + sum_{j in J} ((c_j - 1) W[:, j]) e_j^T + sum_{i in I} e_i ((r_i - 1) W[i, :] * c)^T + D
 
-so that B and A are the concatenation of these columns and rows, of rank rank(U) + |J| + |I|.  If that exceeds
-min(d, n), the factors are the identity and W' - W.
+where D is such a sum over its rows and columns, so that B and A are the concatenation of these columns and rows, of rank
+rank(U) + |J| + |I| + the rows and columns of D.  If that exceeds min(d, n), the factors are the identity and W' - W.
 
 This module writes the two files itself: all versions of PEFT and vLLM read its dozen settings, while PEFT's own
 writer adds settings of its latest version, which older readers reject.
@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
 from editing.plans.plan import ModuleEdit, Plan
 from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import check_shape
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import Anatomy, Part
+from neurons.architectures.anatomy import BLOCKS, OUTSIDE, Anatomy, Part
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.files.artifact import json_bytes, package_versions
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
@@ -144,7 +145,7 @@ def factors(edit: ModuleEdit, weight: torch.Tensor) -> tuple[torch.Tensor, torch
     d, n = weight.shape
     float64 = torch.float64
     rows, columns = _scaled(edit.row_scale), _scaled(edit.column_scale)
-    if len(rows) + len(columns) + edit.rank > min(d, n):
+    if len(rows) + len(columns) + edit.rank + edit.dense > min(d, n):
         change = edit.apply(weight) - weight
         return (torch.eye(d, dtype=float64), change) if d <= n else (change, torch.eye(n, dtype=float64))
     left = [torch.zeros(d, 0, dtype=float64)]
@@ -159,12 +160,18 @@ def factors(edit: ModuleEdit, weight: torch.Tensor) -> tuple[torch.Tensor, torch
         scaled = weight[rows] if edit.column_scale is None else weight[rows] * edit.column_scale.to(float64)
         left.append(torch.eye(d, dtype=float64)[:, rows])
         right.append((scaled * (edit.row_scale[rows].to(float64) - 1)[:, None]).T)
+    if edit.rows is not None and edit.row_deltas is not None:
+        left.append(torch.eye(d, dtype=float64)[:, edit.rows])
+        right.append(edit.row_deltas.to(float64).T)
+    if edit.columns is not None and edit.column_deltas is not None:
+        left.append(edit.column_deltas.to(float64).T)
+        right.append(torch.eye(n, dtype=float64)[:, edit.columns])
     return torch.cat(left, dim=1), torch.cat(right, dim=1).T
 
 
 def rank_of(edit: ModuleEdit, d: int, n: int) -> int:
     """The rank of ``factors`` for a weight [d, n]; 0 if W does not change."""
-    return min(len(_scaled(edit.row_scale)) + len(_scaled(edit.column_scale)) + edit.rank, d, n)
+    return min(len(_scaled(edit.row_scale)) + len(_scaled(edit.column_scale)) + edit.rank + edit.dense, d, n)
 
 
 def adapter_config(source: ModelSource, modules: dict[str, int]) -> dict[str, Any]:
@@ -200,14 +207,18 @@ def _adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
     """The part of W that an edit changes, the last in a mixture of experts.
 
     Raises:
-        BrocaError: the edit changes experts, or PEFT would load its adapter for them.
+        BrocaError: the edit changes experts or a module that is not linear, or PEFT would load its adapter for experts.
     """
+    if edit.layer == OUTSIDE:
+        raise BrocaError(f"{edit.where}: an adapter for it is not read by vLLM: export a checkpoint")
     *experts, part = anatomy.parts(edit.layer, edit.block)
     if part.experts is not None or any(edit.changes(of_experts.columns) for of_experts in experts):
         raise BrocaError(
             f"layer {edit.layer}, {edit.block}: the experts of {anatomy.model_type} are one parameter, which a LoRA "
             "adapter does not support: export a checkpoint"
         )
+    if anatomy.mixed and edit.block not in BLOCKS and not isinstance(part.module, nn.Linear):
+        raise BrocaError(f"{edit.where}: no linear module, so it takes no LoRA adapter: export a checkpoint")
     if anatomy.mixed and part.path.rpartition(".")[2] in _EXPERTS_IN_PEFT:
         raise BrocaError(
             f"layer {edit.layer}, {edit.block}: PEFT takes an adapter of {part.path} in {anatomy.model_type} for one of "
@@ -228,20 +239,22 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
     for edit in plan.edits:
         if edit.layer >= anatomy.layers:
             raise BrocaError(f"the plan edits layer {edit.layer}: the model has {anatomy.layers}")
-        where = f"layer {edit.layer}, {edit.block}"
+        where = edit.where
         if edit.bias is not None and bool(edit.bias.any()):
             raise BrocaError(
                 f"{where}: the plan adds a constant to the module's output, which a LoRA adapter cannot: "
                 "export a checkpoint"
             )
-        anatomy.require(edit.block, [edit.layer])
+        if edit.block in BLOCKS:
+            anatomy.require(edit.block, [edit.layer])
         _adapted(anatomy, edit)
-        check_shape(edit, weights.pieces(edit.layer, edit.block), anatomy.residual)
-        rank = rank_of(edit, anatomy.residual, anatomy.width(f"{edit.block}_in", edit.layer))
+        pieces, rows = weights.pieces(edit.layer, edit.block), anatomy.rows(edit.layer, edit.block)
+        check_shape(edit, pieces, rows)
+        rank = rank_of(edit, rows, pieces[-1][0].columns.stop)
         if rank > SERVED_RANKS[-1]:
             raise BrocaError(
-                f"{where}: the change needs rank {rank} (one for each scaled row or column), but vLLM serves "
-                f"adapters up to rank {SERVED_RANKS[-1]}: scale fewer neurons or export a checkpoint"
+                f"{where}: the change needs rank {rank} (one for each changed row or column), but vLLM serves "
+                f"adapters up to rank {SERVED_RANKS[-1]}: change fewer neurons or export a checkpoint"
             )
         if rank:
             ranks[_module_name(anatomy, edit)] = rank
@@ -286,7 +299,7 @@ tags:
 # {source.label}, steered by Broca: a LoRA adapter
 
 Made by Broca {package_versions()["broca"]} (method `{plan.metadata["method"]}`) for the model `{source.label}`, \
-fingerprint `{source.fingerprint}`. Nothing was trained: B A is the change of the weights that the plan in \
+fingerprint `{source.fingerprint}`. B A is the change of the weights that the plan in \
 `{PLAN_IN_CHECKPOINT.as_posix()}` asks for (`broca inspect` prints it).
 
 Settings: {settings}.

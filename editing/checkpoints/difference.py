@@ -8,14 +8,15 @@ multiples of a spacing t(W'_ij), the first form that fits is used:
                    16-bit numbers may come from float32, whose rounding widens them a little
     row scale      the same for rows
     low rank       W' - W on the columns that are not scaled is U K^T, from its singular values above the noise
+    deltas         at most half of the columns, or of the rows, differ, and their number is not above the rank
 
 Rounding errors are independent numbers of standard deviation t/sqrt(12).  The largest singular value of
 such a matrix S is at most (1 + e) (a + b) + c max(S) sqrt(log(d + n)), with a and b the largest norm of a
 row and of a column of S (Bandeira and van Handel, arXiv 1408.6185); with equal entries that is
 S (sqrt(d) + sqrt(n)).  Here e is 0.1 and c is 1, as rounding errors are bounded.
 
-Biases differ by d = b' - b.  All other differences (embeddings, norms, other projections, or a change of an output
-weight of another form) are listed and are not in the plan.
+Other matrices (gates, queries, embeddings, ...) have only deltas.  Biases differ by d = b' - b.  All other differences
+(norms, or a change of another form) are listed and are not in the plan.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +33,7 @@ from editing.checkpoints.checkpoint import chunks
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.rounding import round_once
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import BLOCKS
+from neurons.architectures.anatomy import BLOCKS, OUTSIDE, StoredPiece
 from neurons.errors import BrocaError, NothingToChangeError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
 from neurons.models.source import ModelSource
@@ -101,11 +103,11 @@ class Difference:
             more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
             raise BrocaError(
                 f"{self.edited} differs from {base.name} also in {', '.join(others[:_MAX_NAMED])}{more}, which "
-                "is not an edit of output weights: add --allow-others to skip it"
+                "no plan can hold: add --allow-others to skip it"
             )
         if not self.edits:
             raise NothingToChangeError(
-                f"{self.edited} and {base.name} have the same output weights: there is no edit between them"
+                f"{self.edited} and {base.name} differ in no weight that a plan can hold: there is no edit between them"
             )
         metadata = {
             "model": base.label,
@@ -170,6 +172,32 @@ def compare(
                 edits.append(_with_bias(layer, block, edit, bias, weight))
             advance([before[name] for name in names])
     zero_biases = _zero_biases(base, before, after)
+    for layer in (OUTSIDE, *range(base.anatomy.layers)):
+        for path in base.anatomy.matrices(layer):
+            try:
+                ((piece, entry),) = old.pieces(layer, path)
+            except BrocaError:  # not in the file under its name, or tied
+                continue
+            other_entry = after.get(entry.name)
+            if (
+                other_entry is None
+                or other_entry.shape != entry.shape
+                or other_entry.dtype not in READABLE_DTYPES
+            ):
+                continue
+            differs = _differing(entry, other_entry)
+            few = few_places(differs)
+            if few is not None:
+                edits.append(_deltas(layer, path, piece, (entry, other_entry), *few))
+                differences.append(
+                    TensorDifference(entry.name, edits[-1].relative_change, _dense_form(edits[-1]), True)
+                )
+            elif bool(differs.any()):
+                continue
+            else:
+                equal += 1
+            seen.add(entry.name)
+            advance([entry])
     for name in sorted((before.keys() | after.keys()) - seen - zero_biases):
         if name not in before or name not in after:
             where = "only in the base" if name in before else "only in the edited checkpoint"
@@ -192,20 +220,17 @@ def _module(
     if not bool(columns.any()):
         return None, None
     relative = _ratio(float((changed - weight).norm()), float(weight.norm()))
-    factors = recovered(weight, changed, dtype)
+    factors: dict[str, Any] | None = recovered(weight, changed, dtype)
+    few = few_places(differs)
+    if few is not None and (
+        factors is None or ("left" in factors and len(few[1]) <= factors["left"].shape[1])
+    ):
+        factors = deltas_at(changed - weight, *few)
     if factors is None:
         return None, TensorDifference("", relative, f"{NOT_COVERED}: of full rank", False)
     width = base.anatomy.component_width(block, layer)
     components = columns.view(-1, width).any(1).nonzero()[:, 0].tolist()
-    edit = ModuleEdit(
-        layer,
-        block,
-        tuple(components),
-        row_scale=factors.get("row_scale"),
-        column_scale=factors.get("column_scale"),
-        left=factors.get("left"),
-        right=factors.get("right"),
-    )
+    edit = ModuleEdit(layer, block, tuple(components), **factors)
     applied = edit.apply(weight)
     # Factors are float32: where terms cancel, the error of their sum is relative to the terms.
     terms = torch.maximum(weight.abs(), changed.abs())
@@ -220,7 +245,67 @@ def _module(
     }
     what = [name.replace("_", " ") for name in ("row_scale", "column_scale") if name in factors]
     what += [f"rank {edit.rank}"] if edit.rank else []
+    what += [_dense_form(edit)] if edit.dense else []
     return replace(edit, notes=notes), TensorDifference("", relative, ", ".join(what), True)
+
+
+def few_places(differs: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+    """The rows or the columns, whichever are fewer, that hold all changed numbers: "rows" or "columns", and int64.
+
+    Args:
+        differs: bool [d, n].
+
+    Returns:
+        None if they are more than half, or if nothing differs.
+    """
+    places = {"rows": differs.any(1), "columns": differs.any(0)}
+    name = min(places, key=lambda one: int(places[one].sum()))
+    count = int(places[name].sum())
+    return (name, places[name].nonzero()[:, 0]) if 0 < 2 * count <= len(places[name]) else None
+
+
+def deltas_at(change: torch.Tensor, name: str, places: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The fields of an edit for a change [d, n] of only these rows or columns."""
+    part = change[places] if name == "rows" else change[:, places].T
+    return {name: places, f"{name.removesuffix('s')}_deltas": part.float().contiguous()}
+
+
+def _dense_form(edit: ModuleEdit) -> str:
+    return " and ".join(
+        f"deltas of {len(places)} {name}"
+        for name, places in (("rows", edit.rows), ("columns", edit.columns))
+        if places is not None
+    )
+
+
+def _differing(old: TensorEntry, new: TensorEntry) -> torch.Tensor:
+    """bool, of the tensors' shape: where the new numbers are not the old ones in their dtype."""
+    differs = torch.zeros(old.shape, dtype=torch.bool)
+    for _, rows in chunks(old):
+        after = read_tensor(new, rows)
+        differs[rows] = round_once(read_tensor(old, rows).double(), after.dtype) != after
+    return differs
+
+
+def _deltas(
+    layer: int,
+    path: str,
+    piece: StoredPiece,
+    entries: tuple[TensorEntry, TensorEntry],
+    name: str,
+    places: torch.Tensor,
+) -> ModuleEdit:
+    """The edit of a module's matrix that changes only these stored rows or columns."""
+    before, after = map(read_tensor, entries)
+    chosen: Any = places if name == "rows" else (slice(None), places)
+    change = after[chosen].double() - before[chosen].double()
+    if name == "columns":
+        change = change.T
+    if piece.transposed:
+        name = "columns" if name == "rows" else "rows"
+    factors: dict[str, Any] = {name: places, f"{name.removesuffix('s')}_deltas": change.float().contiguous()}
+    norms = {"change_norm": float(change.norm()), "weight_norm": float(before.norm(dtype=torch.float64))}
+    return ModuleEdit(layer, path, (), notes=norms, **factors)
 
 
 def recovered(

@@ -100,7 +100,7 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
     names = tensor_entries(source.checkpoint).keys()
     rows = "\n".join(
         f"| `{source.anatomy.tensor_name(edit.layer, edit.block, names)}` | {len(edit.components)} "
-        f"{source.anatomy.component_name(edit.block)}s | {edit.rank} | {_relative_change(edit)} |"
+        f"{source.anatomy.component_name(edit.block)}s | {edit.rank + edit.dense} | {_relative_change(edit)} |"
         for edit in plan.edits
     )
     measured = _measured(plan.metadata["measured"]) if "measured" in plan.metadata else ""
@@ -111,6 +111,7 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
         if added
         else ""
     )
+    deltas = " + its deltas of rows and columns" if any(edit.dense for edit in plan.edits) else ""
     undo = (
         "`broca export THIS --undo --out BASE` restores the base model to the bit."
         if undoable
@@ -137,7 +138,7 @@ Settings: {settings}.
 
 **To undo the edit**, {undo} The plan, with every number of the edit, is in \
 `{PLAN_IN_CHECKPOINT.as_posix()}` (`broca inspect` prints it): each tensor W above became \
-diag(r) W diag(c) + U K^T, and its bias b, where the plan has a d, b + d, so W can be had back from it up to the rounding of the stored dtype \
+diag(r) W diag(c) + U K^T{deltas}, and its bias b, where the plan has a d, b + d, so W can be had back from it up to the rounding of the stored dtype \
 (where no scale is 0).
 {repeat}"""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from editing.evaluation.generation import Continuation
+from editing.plans.applied import applied
+from editing.plans.plan import Plan
 from neurons.architectures.offload import parameter_value
 from neurons.models.next_token import Head, token_divergences, token_losses
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
-from neurons.recording.text_pass import forward
-from neurons.text.batches import TokenBatch, row_batches
+from neurons.recording.text_pass import Progress, forward
+from neurons.text.batches import TokenBatch, language_batches, row_batches
+from neurons.text.corpus import Corpus
+from neurons.text.token_budget import LOSSES
 
 Steering = Callable[[], AbstractContextManager[None]]
 
@@ -36,6 +40,28 @@ def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
 def _loss_sum(loaded: LoadedModel, batch: TokenBatch, hidden: torch.Tensor) -> float:
     targets = batch.ids[:, 1:][batch.counted[:, 1:]]
     return float(token_losses(loaded.model, hidden, targets).sum(dtype=torch.float64))
+
+
+def language_losses(
+    loaded: LoadedModel, corpus: Corpus, plans: Mapping[str, Plan], progress: Progress | None = None
+) -> dict[str, dict[str, float]]:
+    """Language -> the mean negative log-likelihood (nats a token) of "base" and of the model with each plan.
+
+    Args:
+        loaded: the unedited model.
+        corpus: text; of each language ``LOSSES.tokens`` tokens are read.
+        plans: name -> edit.
+        progress: called after each pass over all languages.
+    """
+    batches = language_batches(loaded, corpus, default=LOSSES.tokens)
+    losses: dict[str, dict[str, float]] = {language: {} for language in batches}
+    for name, plan in {"base": None, **plans}.items():
+        with applied(loaded, plan):
+            for language, of_language in batches.items():
+                losses[language][name] = mean_nll(loaded, of_language)
+        if progress is not None:
+            progress(1)
+    return losses
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ def values_of(plan: Plan) -> torch.Tensor:
     """
     ranks = {edit.rank for edit in plan.edits}
     for edit in plan.edits:
-        scaled = edit.row_scale is not None or edit.column_scale is not None or edit.bias is not None
+        scaled = edit.dense or any(
+            factor is not None for factor in (edit.row_scale, edit.column_scale, edit.bias)
+        )
         if len(ranks) > 1 or edit.rank == 0 or scaled:
             raise UsageError(
                 "values are learned for edits of the same rank without scales and biases, but the edit of "
-                f"{edit.block} of layer {edit.layer} has rank {edit.rank}{' and scales or a bias' if scaled else ''}: "
+                f"{edit.block} of layer {edit.layer} has rank {edit.rank}{' and scales, deltas or a bias' if scaled else ''}: "
                 "make the plan with --method keyed"
             )
     return torch.stack([edit.left.double() for edit in plan.edits if edit.left is not None])

@@ -1,4 +1,4 @@
-"""The training loop of learned and distilled values.
+"""The training loop of learned and distilled values, and of subnetworks.
 
 The modules W_m' = W_m + V_m K_m^T of a plan keep their keys K_m [S, r] and get values V_m = r_m Z_m [d, r].  r_m is a
 unit for each module, so that the same learning rate suits every model.  Adam (arXiv 1412.6980) optimises Z from the
@@ -8,8 +8,8 @@ measured on held-out batches.  The result is the Z of the best pass, or the plan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -46,20 +46,112 @@ class Objective(Protocol[Batch]):
 
 
 @dataclass(frozen=True)
+class Minimised:
+    """The result of a training.
+
+    Attributes:
+        best: the parameters of the best pass, on the CPU.
+        trained: mean training loss (nats a token) during each pass.
+        held_out: mean held-out loss (nats a token): before training, then after each pass.
+        passes: the number of passes after which the parameters were best.
+    """
+
+    best: tuple[torch.Tensor, ...]
+    trained: tuple[float, ...]
+    held_out: tuple[float, ...]
+    passes: int
+
+
+@dataclass(frozen=True)
 class Learned:
     """The learned values.
 
     Attributes:
         edits: the plan's edits with the learned values.
-        trained: mean training loss (nats a token) during each pass.
-        held_out: mean held-out loss (nats a token): before training, then after each pass.
-        passes: the number of passes after which the values were best.
+        trained, held_out, passes: as in ``Minimised``.
     """
 
     edits: tuple[ModuleEdit, ...]
     trained: tuple[float, ...]
     held_out: tuple[float, ...]
     passes: int
+
+
+def minimise(
+    loaded: LoadedModel,
+    objective: Objective[Batch],
+    parameters: Sequence[torch.Tensor],
+    edited: Callable[[Sequence[torch.Tensor]], AbstractContextManager[None]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    passes: int,
+    units: Sequence[torch.Tensor] | None = None,
+    clip: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Minimised:
+    """Train parameters.
+
+    Args:
+        loaded: the unedited model; its weights do not change.
+        objective: the loss to minimise.
+        parameters: float32, changed in place.
+        edited: context in which the model computes with (a copy of) the parameters, times their units.
+        optimizer: of the parameters.
+        passes: passes over the training data.
+        units: a factor of each parameter; None: 1.
+        clip: maximum norm of the gradient of all parameters together; None: no limit.
+        seed: of the order of the training data.
+        progress: called with the number of tokens of each step.
+
+    Raises:
+        BrocaError: a loss that is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def scaled(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(tensors) if units is None else [t * unit for t, unit in zip(tensors, units, strict=True)]
+
+    def copied() -> list[torch.Tensor]:
+        return [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+
+    def loss_held_out() -> float:
+        with torch.no_grad(), edited(scaled(parameters)):
+            sums = [float(objective.loss(batch)) for batch in objective.held_out]
+        return sum(sums) / sum(map(objective.tokens, objective.held_out))
+
+    trained: list[float] = []
+    held_out, best = [loss_held_out()], copied()
+    _require_finite(loaded, held_out[0], "the plan's own values: lower its strength")
+    for _ in range(passes):
+        total, count = 0.0, 0
+        for batches in objective.steps(generator):
+            tokens = sum(map(objective.tokens, batches))
+            # Leaves: the backward pass of each recomputed layer ends here.
+            leaves = [leaf.requires_grad_(True) for leaf in scaled([p.detach() for p in parameters])]
+            for batch in batches:
+                recomputed = recomputing(loaded.anatomy) if objective.recomputes(batch) else nullcontext()
+                # Includes the backward pass, in which recomputed layers need their edits again.
+                with torch.enable_grad(), recomputed, edited(leaves):
+                    loss = objective.loss(batch)
+                    (loss / tokens).backward()
+                total += float(loss.detach())
+            gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+            for parameter, gradient in zip(parameters, scaled(gradients), strict=True):
+                parameter.grad = gradient
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            count += tokens
+            if progress is not None:
+                progress(tokens)
+        trained.append(total / count)
+        held_out.append(loss_held_out())
+        for mean in (trained[-1], held_out[-1]):
+            _require_finite(loaded, mean, "learned values: learn at a lower rate")
+        if held_out[-1] < min(held_out[:-1]):
+            best = copied()
+    return Minimised(tuple(best), tuple(trained), tuple(held_out), held_out.index(min(held_out)))
 
 
 def learn_values(
@@ -90,47 +182,21 @@ def learn_values(
         BrocaError: a loss that is not finite.
     """
     units = unit[:, None, None]
-    scale = units.float().to(loaded.device)
     z = (values_of(plan) / units).float().to(loaded.device).requires_grad_(True)
-    optimizer = torch.optim.Adam([z], lr=rate)
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss_held_out() -> float:
-        with torch.no_grad(), adding(loaded, plan, z * scale):
-            sums = [float(objective.loss(batch)) for batch in objective.held_out]
-        return sum(sums) / sum(map(objective.tokens, objective.held_out))
-
-    trained: list[float] = []
-    held_out, best = [loss_held_out()], z.detach().clone()
-    _require_finite(loaded, held_out[0], "the plan's own values: lower its strength")
-    for _ in range(passes):
-        total, count = 0.0, 0
-        for batches in objective.steps(generator):
-            tokens = sum(map(objective.tokens, batches))
-            # A leaf: the backward pass of each recomputed layer ends here.
-            values = (z.detach() * scale).requires_grad_(True)
-            for batch in batches:
-                recomputed = recomputing(loaded.anatomy) if objective.recomputes(batch) else nullcontext()
-                # Includes the backward pass, in which recomputed layers need their edits again.
-                with torch.enable_grad(), recomputed, adding(loaded, plan, values):
-                    loss = objective.loss(batch)
-                    (loss / tokens).backward()
-                total += float(loss.detach())
-            assert values.grad is not None
-            z.grad = values.grad * scale
-            optimizer.step()
-            count += tokens
-            if progress is not None:
-                progress(tokens)
-        trained.append(total / count)
-        held_out.append(loss_held_out())
-        for mean in (trained[-1], held_out[-1]):
-            _require_finite(loaded, mean, "learned values: learn at a lower rate")
-        if held_out[-1] < min(held_out[:-1]):
-            best = z.detach().clone()
-    values = best.cpu().double() * units
+    made = minimise(
+        loaded,
+        objective,
+        [z],
+        lambda values: adding(loaded, plan, values[0]),
+        torch.optim.Adam([z], lr=rate),
+        passes=passes,
+        units=[units.float().to(loaded.device)],
+        seed=seed,
+        progress=progress,
+    )
+    values = made.best[0].double() * units
     edits = [with_value(edit, value) for edit, value in zip(plan.edits, values, strict=True)]
-    return Learned(tuple(edits), tuple(trained), tuple(held_out), held_out.index(min(held_out)))
+    return Learned(tuple(edits), made.trained, made.held_out, made.passes)
 
 
 def _require_finite(loaded: LoadedModel, loss: float, values: str) -> None:

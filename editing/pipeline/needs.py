@@ -10,6 +10,7 @@ from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
 from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import EXAMPLES_A_STEP
 from editing.methods.learned_values import MAX_ROW_TOKENS
+from editing.methods.subnetwork import BLOCK, BLOCKS_A_STEP
 from editing.pipeline.drift import context_tokens
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import BUILD, prompt_of
@@ -33,6 +34,7 @@ from neurons.models.memory import (
 )
 from neurons.models.source import LoadedModel
 from neurons.recording.needs import Text, pass_need
+from neurons.text.batches import block_length
 
 WRITER = 300 * 2**20  # bytes of Python, torch and safetensors, without transformers
 COPIES = 3  # of an edited tensor, in float64
@@ -79,6 +81,22 @@ def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)
 def learning_need(planned: LoadedModel) -> Need:
     """Need of ``editing.methods.learned_values``."""
     return pass_need(planned, "learn", MAX_ROW_TOKENS, True)
+
+
+def subnetwork_need(planned: LoadedModel, control: str, neurons: int, block: int | None = None) -> Need:
+    """Need of ``editing.methods.subnetwork``.
+
+    Args:
+        planned: the model.
+        control: of ``editing.methods.subnetwork.CONTROLS``, or ``SET``.
+        neurons: number of trained neurons.
+        block: tokens of a block; None: the default.
+    """
+    row = block_length(planned.model, block or min(BLOCK, block_length(planned.model)))
+    matrices = 3 if planned.anatomy.gated else 2
+    # The deltas, their gradients, both moments of AdamW and the best pass.
+    deltas = 5 * 4 * matrices * neurons * planned.anatomy.residual
+    return pass_need(planned, control, row, True, row * BLOCKS_A_STEP, deltas=deltas)
 
 
 def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[Need]:

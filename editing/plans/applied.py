@@ -11,7 +11,7 @@ from editing.plans.plan import ModuleEdit, Plan
 from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import check_shape
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import Part, StoredPiece
+from neurons.architectures.anatomy import OUTSIDE, Part, StoredPiece
 from neurons.architectures.offload import has_offloaded, replaced, with_bias
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import TensorEntry, read_tensor
@@ -47,12 +47,16 @@ def applied(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
 
 def _apply_weight(loaded: LoadedModel, weights: Weights, edit: ModuleEdit, undo: ExitStack) -> None:
     pieces = weights.pieces(edit.layer, edit.block)
-    check_shape(edit, pieces, loaded.anatomy.residual)
+    check_shape(edit, pieces, loaded.anatomy.rows(edit.layer, edit.block))
     for part in loaded.anatomy.parts(edit.layer, edit.block):
         columns = part.columns
         of_part = [
             (piece, entry) for piece, entry in pieces if columns.start <= piece.columns.start < columns.stop
         ]
+        if edit.layer == OUTSIDE and has_offloaded(part.module):
+            raise BrocaError(
+                f"{edit.where}: offloaded, and possibly tied to other weights: load it with --device cpu"
+            )
         _apply_part(part, of_part, weights, edit, undo)
 
 

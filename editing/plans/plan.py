@@ -3,11 +3,14 @@
 For an output module, "attn" or "mlp" of a layer, with weight W [d, n] (n inputs: A*D of heads or I of
 neurons),
 
-    W' = diag(r) W diag(c) + U K^T
+    W' = diag(r) W diag(c) + U K^T + sum_{i in R} e_i D_i^T + sum_{j in C} E_j e_j^T
 
-with r [d] and c [n] scales (absent: ones) and U [d, rank], K [n, rank] (absent: zeros), and for its bias
+with r [d] and c [n] scales (absent: ones), U [d, rank], K [n, rank] (absent: zeros), D_i [n] and E_j [d] dense deltas of
+chosen rows R and columns C (absent: none), and for its bias
 
     b' = b + d
+
+The same holds for any other module with a matrix W [outputs, inputs], or an embedding [tokens, d], without the bias.
 
 Composition, inversion and restriction are in ``editing.plans.algebra``.
 """
@@ -15,7 +18,7 @@ Composition, inversion and restriction are in ``editing.plans.algebra``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,28 +28,35 @@ import torch
 from editing.directions.direction import Direction
 from editing.plans.plan_content import require_plan_content
 from editing.plans.rounding import EditedChunk, edited_and_rounded, float32_is_enough
-from neurons.architectures.anatomy import BLOCKS
+from neurons.architectures.anatomy import BLOCKS, OUTSIDE
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.files.artifact import artifact_bytes, load_artifact, write_atomically
 from neurons.models.source import ModelSource
 
 # The tensors of a module's edit, as attributes and in files.
-FACTORS = ("row_scale", "column_scale", "left", "right", "bias")
+FACTORS = ("row_scale", "column_scale", "left", "right", "bias", "row_deltas", "column_deltas")
+PLACES = ("rows", "columns")  # of the deltas
 
 
 @dataclass(frozen=True)
 class ModuleEdit:
-    """The change of one output module.
+    """The change of one module.
 
     Attributes:
-        layer: index of the layer.
-        block: "attn" (o_proj) or "mlp" (down_proj).
-        components: indices of the heads or neurons that change, ascending.
+        layer: index of the layer, or ``OUTSIDE``.
+        block: "attn" (o_proj), "mlp" (down_proj), or the path of another module in its layer, as ``mlp.gate_proj``, or,
+            outside the layers, in the model, as ``model.embed_tokens``.
+        components: indices of the heads or neurons that change, ascending; of another module, of the neurons whose
+            gates or linear branches are the changed rows (``Anatomy.input_rows``), or ().
         row_scale: float32 [d] or None.
         column_scale: float32 [n] or None.
         left: U, float32 [d, rank] or None.
         right: K, float32 [n, rank] or None, together with ``left``.
         bias: float32 [d] or None, added to the module's bias.
+        rows: R, int64 [k], ascending, or None.
+        row_deltas: D, float32 [k, n] or None, together with ``rows``.
+        columns: C, int64 [m], ascending, or None.
+        column_deltas: E, float32 [m, d] or None, together with ``columns``.
         details: per component, name -> float64 [len(components)]: the method's g, lambda, c, ...
         notes: JSON values for the whole module: ||dW||, ||W||, standard deviation of the key, ...
     """
@@ -59,12 +69,48 @@ class ModuleEdit:
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    row_deltas: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    column_deltas: torch.Tensor | None = None
     details: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def where(self) -> str:
+        """The module in messages."""
+        return self.block if self.layer == OUTSIDE else f"layer {self.layer}, {self.block}"
+
+    @property
     def rank(self) -> int:
         return 0 if self.left is None else self.left.shape[1]
+
+    @property
+    def dense(self) -> int:
+        """Number of rows and columns with dense deltas."""
+        return sum(len(places) for places in (self.rows, self.columns) if places is not None)
+
+    def deltas(self, rows: slice, columns: slice) -> torch.Tensor | None:
+        """The dense deltas in a range of W, float64 [rows, columns]; None if it has none.
+
+        Other numbers are -0, which changes no bit of what it is added to.
+        """
+        total = None
+        for places, deltas, along, across, axis in (
+            (self.rows, self.row_deltas, rows, columns, 0),
+            (self.columns, self.column_deltas, columns, rows, 1),
+        ):
+            if places is None or deltas is None:
+                continue
+            first, last = torch.searchsorted(places, torch.tensor([along.start, along.stop])).tolist()
+            if first == last:
+                continue
+            if total is None:
+                shape = rows.stop - rows.start, columns.stop - columns.start
+                total = torch.full(shape, -0.0, dtype=torch.float64)
+            part = deltas[first:last, across].double()
+            total.index_add_(axis, places[first:last] - along.start, part if axis == 0 else part.T)
+        return total
 
     def apply(self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0) -> torch.Tensor:
         """W' for a range of rows and columns.
@@ -89,12 +135,14 @@ class ModuleEdit:
         if self.left is not None and self.right is not None:
             left, right = self.left[rows].to(device, float64), self.right[columns].to(device, float64)
             edited = torch.addmm(edited, left, right.T)
-        return edited
+        deltas = self.deltas(rows, columns)
+        return edited if deltas is None else edited + deltas.to(device)
 
     def rounded(
         self, weight: torch.Tensor, first_row: int = 0, first_column: int = 0, transposed: bool = False
     ) -> EditedChunk:
-        """W' in its stored dtype, for a range of rows and columns: computed in float32, cast once.
+        """W' in its stored dtype, for a range of rows and columns: computed in float32, or float64 where it has deltas, and
+        cast once.
 
         Args:
             weight: [rows, columns] in its stored dtype, of W or, if ``transposed``, of W^T.
@@ -109,20 +157,25 @@ class ModuleEdit:
             return None if factor is None else factor[places].to(weight.device, torch.float32)
 
         of_rows, of_columns = (self.row_scale, self.left), (self.column_scale, self.right)
+        deltas = self.deltas(columns, rows) if transposed else self.deltas(rows, columns)
         if transposed:
             of_rows, of_columns = of_columns, of_rows
+            deltas = None if deltas is None else deltas.T
         return edited_and_rounded(
             weight,
             part(of_rows[0], rows),
             part(of_columns[0], columns),
             part(of_rows[1], rows),
             part(of_columns[1], columns),
+            None if deltas is None else deltas.to(weight.device),
             in_float32=self._in_float32,
         )
 
     @cached_property
     def _in_float32(self) -> bool:
-        return float32_is_enough(self.row_scale, self.column_scale)
+        # Chunks with and without deltas must agree on what other factors give.
+        mixed = self.dense > 0 and (self.row_scale, self.column_scale, self.left) != (None, None, None)
+        return not mixed and float32_is_enough(self.row_scale, self.column_scale)
 
     @property
     def relative_change(self) -> float | None:
@@ -138,12 +191,17 @@ class ModuleEdit:
     @property
     def changes_weight(self) -> bool:
         """Whether W changes: an edit may change only the bias."""
-        return self.row_scale is not None or self.column_scale is not None or self.left is not None
+        return any(getattr(self, name) is not None for name in FACTORS if name != "bias")
 
     def changes(self, columns: slice) -> bool:
         """Whether the edit changes these columns of W."""
         return (
             self.row_scale is not None
+            or self.rows is not None
+            or (
+                self.columns is not None
+                and bool(((self.columns >= columns.start) & (self.columns < columns.stop)).any())
+            )
             or (self.column_scale is not None and bool((self.column_scale[columns] != 1).any()))
             or (self.right is not None and bool(self.right[columns].any()))
         )
@@ -159,23 +217,26 @@ class ModuleEdit:
         """
         if self.through_norm and strength != 1:
             raise UsageError(
-                f"layer {self.layer}, {self.block}: solved through the norm after the module, so it cannot be multiplied by "
+                f"{self.where}: solved through the norm after the module, so it cannot be multiplied by "
                 f"{strength:g}: make the edit again with broca edit --strength"
             )
         if self.row_scale is not None and self.column_scale is not None:
             raise BrocaError(
-                f"layer {self.layer}, {self.block}: scales rows and columns, so its strength cannot change: "
+                f"{self.where}: scales rows and columns, so its strength cannot change: "
                 "make the edit again with other settings"
             )
-        return ModuleEdit(
-            layer=self.layer,
-            block=self.block,
-            components=self.components,
+
+        def times(factor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if factor is None else factor * strength
+
+        return replace(
+            self,
             row_scale=None if self.row_scale is None else 1 + strength * (self.row_scale - 1),
             column_scale=None if self.column_scale is None else 1 + strength * (self.column_scale - 1),
-            left=None if self.left is None else self.left * strength,
-            right=self.right,
-            bias=None if self.bias is None else self.bias * strength,
+            left=times(self.left),
+            bias=times(self.bias),
+            row_deltas=times(self.row_deltas),
+            column_deltas=times(self.column_deltas),
             details={name: _scaled_detail(name, values, strength) for name, values in self.details.items()},
             notes={
                 name: abs(strength) * value if name in ("change_norm", "bias_norm") else value
@@ -213,7 +274,8 @@ class Plan:
     @property
     def components(self) -> int:
         """Number of heads and neurons that change."""
-        return sum(len(edit.components) for edit in self.edits)
+        kinds = [(edit.layer, edit.block == "attn", edit.components) for edit in self.edits]
+        return len({(layer, head, component) for layer, head, of_edit in kinds for component in of_edit})
 
     def relative_change(self) -> float | None:
         """||dW||_F / ||W||_F over all edited modules, from their notes; None if a module has none.
@@ -259,6 +321,10 @@ class Plan:
                 if value is not None:
                     # A copy: the file format rejects tensors that share memory.
                     tensors[f"{prefix}.{name}"] = value.float().clone()
+            for name in PLACES:
+                value = getattr(edit, name)
+                if value is not None:
+                    tensors[f"{prefix}.{name}"] = value.clone()
             for name, values in edit.details.items():
                 tensors[f"{prefix}.details.{name}"] = values.double()
             modules.append({"layer": edit.layer, "block": edit.block, "notes": dict(edit.notes)})
@@ -280,28 +346,36 @@ def _is_nonlinear(metadata: Mapping[str, Any]) -> bool:
     return renormalised or metadata.get("method") == "language-arithmetic"
 
 
+def module_order(layer: int, block: str) -> tuple[int, int, str]:
+    """A sort key of modules: by layer, output modules first."""
+    return layer, BLOCKS.index(block) if block in BLOCKS else len(BLOCKS), block
+
+
 def make_plan(edits: Sequence[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
     """Check the edits and sort them.
 
     Raises:
         NothingToChangeError: no edits.
-        BrocaError: a module named twice, an edit without a factor, or values that are not finite.
+        BrocaError: a module named twice, an edit without a factor, a bias of another module than an output module, or
+            values that are not finite.
     """
     if not edits:
         raise NothingToChangeError(
             "the plan changes nothing: loosen its thresholds or choose other layers or neurons"
         )
-    ordered = sorted(edits, key=lambda edit: (edit.layer, BLOCKS.index(edit.block)))
+    ordered = sorted(edits, key=lambda edit: module_order(edit.layer, edit.block))
     places = [(edit.layer, edit.block) for edit in ordered]
     if len(set(places)) != len(places):
         raise BrocaError("the plan names a module twice")
     for edit in ordered:
         if all(getattr(edit, name) is None for name in FACTORS):
-            raise BrocaError(f"layer {edit.layer}, {edit.block}: the plan names it without a change")
+            raise BrocaError(f"{edit.where}: the plan names it without a change")
+        if edit.bias is not None and edit.block not in BLOCKS:
+            raise BrocaError(f"{edit.where}: a plan adds biases only to output modules")
         for name in FACTORS:
             value = getattr(edit, name)
             if value is not None and not bool(torch.isfinite(value).all()):
-                raise BrocaError(f"layer {edit.layer}, {edit.block}: the edit's {name} is not finite")
+                raise BrocaError(f"{edit.where}: the edit's {name} is not finite")
     return Plan(tuple(ordered), dict(metadata))
 
 
@@ -326,7 +400,7 @@ def load_plan(path: Path | str) -> Plan:
                 layer=module["layer"],
                 block=module["block"],
                 components=tuple(tensors["components"].tolist()),
-                **{name: tensors.get(name) for name in FACTORS},
+                **{name: tensors.get(name) for name in (*FACTORS, *PLACES)},
                 details={
                     name.removeprefix("details."): values
                     for name, values in tensors.items()

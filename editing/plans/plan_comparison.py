@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from editing.plans.plan import ModuleEdit, Plan
+from editing.plans.plan import ModuleEdit, Plan, module_order
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import BrocaError
 from neurons.models.source import ModelSource
 
@@ -23,7 +22,7 @@ class ModuleAgreement:
         shared: number of components that both change.
         jaccard: shared / number that either changes.
         cosine: <dW1, dW2> / (||dW1|| ||dW2||); None if one does not change the module, or if a scale makes dW
-            depend on weights that were not given.
+            depend on weights that were not given, or one has dense deltas and the other another form.
     """
 
     layer: int
@@ -70,8 +69,29 @@ def _cosine(first: ModuleEdit, second: ModuleEdit, weight: torch.Tensor | None) 
         return product / lengths if lengths else None
     if any(edit.row_scale is not None or edit.column_scale is not None for edit in (first, second)):
         return None
+    if first.dense or second.dense:
+        return _cosine_of_deltas(first, second)
     lengths = (_product(first, first) * _product(second, second)) ** 0.5
     return _product(first, second) / lengths if lengths else None
+
+
+def _cosine_of_deltas(first: ModuleEdit, second: ModuleEdit) -> float | None:
+    for places, deltas in (("rows", "row_deltas"), ("columns", "column_deltas")):
+        ours, theirs = getattr(first, places), getattr(second, places)
+        if (
+            ours is None
+            or theirs is None
+            or {first.rank, second.rank} != {0}
+            or first.dense != len(ours)
+            or second.dense != len(theirs)
+        ):
+            continue
+        a, b = getattr(first, deltas).double(), getattr(second, deltas).double()
+        shared = ours[torch.isin(ours, theirs)]
+        product = float((a[torch.searchsorted(ours, shared)] * b[torch.searchsorted(theirs, shared)]).sum())
+        lengths = float(a.norm() * b.norm())
+        return product / lengths if lengths else None
+    return None
 
 
 def _product(first: ModuleEdit, second: ModuleEdit) -> float:
@@ -105,7 +125,7 @@ def compare_plans(
         source.require_fingerprint(first.metadata, "the plan")
     weights = None if source is None else Weights(source)
     ours, theirs = ({(edit.layer, edit.block): edit for edit in plan.edits} for plan in (first, second))
-    places = sorted({*ours, *theirs}, key=lambda place: (place[0], BLOCKS.index(place[1])))
+    places = sorted({*ours, *theirs}, key=lambda place: module_order(*place))
     return tuple(
         agreement(ours.get(place), theirs.get(place), None if weights is None else weights.read(*place))
         for place in places

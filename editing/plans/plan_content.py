@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from neurons.architectures.anatomy import BLOCKS
+from neurons.architectures.anatomy import BLOCKS, OUTSIDE
 from neurons.errors import BrocaError
 from neurons.files.artifact import Artifact
 
 _VECTORS = ("row_scale", "column_scale", "bias")
+_MATRICES = ("left", "right", "row_deltas", "column_deltas")
 _WORDS = ("method", "model", "fingerprint", "source", "target")
 
 
@@ -31,7 +32,7 @@ def require_plan_content(artifact: Artifact, path: Path) -> None:
                 for name, tensor in artifact.tensors.items()
                 if name.startswith(prefix)
             }
-            fault = _module_fault(of_module)
+            fault = _module_fault(of_module, module["block"] in BLOCKS)
             if fault is not None:
                 fault = f"layer {module['layer']}, {module['block']}: {fault}"
                 break
@@ -53,21 +54,22 @@ def _metadata_fault(metadata: Mapping[str, Any]) -> str | None:
         return "it lists no modules"
     for module in modules:
         layer, block = module.get("layer"), module.get("block")
-        if type(layer) is not int or layer < 0 or block not in BLOCKS:
+        valid = type(layer) is int and layer >= OUTSIDE and isinstance(block, str) and block
+        if not valid or (layer == OUTSIDE and block in BLOCKS):
             return f"it names a module {block!r} of layer {layer!r}"
         if not isinstance(module.get("notes"), dict):
             return f"layer {layer}, {block}: it has no notes"
     return None
 
 
-def _module_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
+def _module_fault(tensors: Mapping[str, torch.Tensor], output: bool) -> str | None:
     """The first fault in a module's tensors, by their names within it; None without any."""
     components = tensors.get("components")
     if components is None or components.ndim != 1 or components.dtype != torch.int64:
         return "it lists no components"
     if len(components) and (int(components[0]) < 0 or not bool((components.diff() > 0).all())):
         return "its components do not ascend"
-    factors = {name: tensors[name] for name in (*_VECTORS, "left", "right") if name in tensors}
+    factors = {name: tensors[name] for name in (*_VECTORS, *_MATRICES) if name in tensors}
     for name, tensor in factors.items():
         dimensions = 1 if name in _VECTORS else 2
         if tensor.ndim != dimensions or not tensor.is_floating_point() or not tensor.numel():
@@ -79,9 +81,27 @@ def _module_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
         return f"left and right are of ranks {left.shape[1]} and {right.shape[1]}"
     rows = {len(factors[name]) for name in ("row_scale", "left", "bias") if name in factors}
     columns = {len(factors[name]) for name in ("column_scale", "right") if name in factors}
+    for name, length, width in (("row", rows, columns), ("column", columns, rows)):
+        places, deltas = tensors.get(f"{name}s"), factors.get(f"{name}_deltas")
+        if places is None and deltas is None:
+            continue
+        if (
+            places is None
+            or deltas is None
+            or places.dtype != torch.int64
+            or places.shape != deltas.shape[:1]
+        ):
+            return f"it has no {name} for each of its {name}_deltas"
+        if (
+            int(places[0]) < 0
+            or not bool((places.diff() > 0).all())
+            or int(places[-1]) >= min(length, default=2**63)
+        ):
+            return f"its {name}s do not ascend, or it has fewer"
+        width.add(deltas.shape[1])
     if len(rows) > 1 or len(columns) > 1:
         return "its factors are of different sizes"
-    if len(components) and columns and int(components[-1]) >= max(columns):
+    if output and len(components) and columns and int(components[-1]) >= max(columns):
         return f"it changes component {int(components[-1])} of {max(columns)} columns"
     for name, values in tensors.items():
         if name.startswith("details.") and (

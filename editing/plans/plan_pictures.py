@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from editing.plans.component_changes import component_changes, component_count
 from editing.plans.plan import ModuleEdit, Plan, language_pair
 from neurons.architectures.anatomy import BLOCKS
+from neurons.errors import BrocaError
 from neurons.neuron_sets.pictures import LINE, TITLE, title_of
 
 WIDE = 10.0  # inches
@@ -26,7 +27,7 @@ def component_sizes(edit: ModuleEdit, count: int) -> torch.Tensor:
         edit: of a module.
         count: number of components of the module.
     """
-    if edit.left is not None:
+    if edit.left is not None or edit.dense:
         return component_changes(edit, count)
     if edit.column_scale is not None:
         return (edit.column_scale.double() - 1).abs().view(count, -1).amax(1)
@@ -36,9 +37,23 @@ def component_sizes(edit: ModuleEdit, count: int) -> torch.Tensor:
 def plan_figure(plan: Plan) -> Figure:
     """Heat maps layer by component, one for each of "attn" and "mlp" that the plan edits.
 
-    Too many neurons are drawn in groups of neighbours, with the maximum of each.
+    A neuron's change is that of its gate, its linear branch and its output.  Too many neurons are drawn in groups of
+    neighbours, with the maximum of each.
+
+    Raises:
+        BrocaError: a plan that changes neither heads nor neurons.
     """
-    blocks = [block for block in BLOCKS if any(edit.block == block for edit in plan.edits)]
+    of_block = {
+        block: [
+            edit
+            for edit in plan.edits
+            if edit.block == block or (block == "mlp" and edit.block not in BLOCKS and edit.components)
+        ]
+        for block in BLOCKS
+    }
+    blocks = [block for block in BLOCKS if of_block[block]]
+    if not blocks:
+        raise BrocaError("the plan changes neither heads nor neurons: there is nothing to draw")
     layers = 1 + max(edit.layer for edit in plan.edits)
     about = plan.metadata
     ends = language_pair(about)
@@ -51,14 +66,14 @@ def plan_figure(plan: Plan) -> Figure:
     )
     figure.suptitle(title, fontsize=TITLE)
     for axis, block in zip(figure.subplots(len(blocks), squeeze=False)[:, 0], blocks, strict=True):
-        rows = {edit.layer: edit for edit in plan.edits if edit.block == block}
-        count = max(component_count(edit) for edit in rows.values())
-        sizes = torch.zeros(layers, count, dtype=torch.float64)
+        count = max(component_count(edit) for edit in of_block[block])
+        squares = torch.zeros(layers, count, dtype=torch.float64)
         added = False
-        for layer, edit in rows.items():
+        for edit in of_block[block]:
             whole = component_sizes(edit, component_count(edit))
-            sizes[layer, : len(whole)] = whole
-            added = added or edit.left is not None
+            squares[edit.layer, : len(whole)] += whole.square()
+            added = added or edit.left is not None or edit.dense > 0
+        sizes = squares.sqrt()
         group = -(-count // MAX_COLUMNS)
         padded = torch.nn.functional.pad(sizes, (0, -count % group)).view(layers, -1, group).amax(-1)
         image = axis.imshow(

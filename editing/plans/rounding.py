@@ -68,14 +68,15 @@ def edited_and_rounded(
     column_scale: torch.Tensor | None = None,
     left: torch.Tensor | None = None,
     right: torch.Tensor | None = None,
+    deltas: torch.Tensor | None = None,
     in_float32: bool = True,
 ) -> EditedChunk:
-    """diag(r) W diag(c) + U K^T, computed in float32 as W + (W (r c - 1) + U K^T) and cast once.
+    """diag(r) W diag(c) + U K^T + D, computed in float32 as W + (W (r c - 1) + U K^T) and cast once.
 
     With e = 2^-24 (|W| + |W (r c - 1)| + sum over ranks of |U K^T|), a number before the cast is within
     (4 + 2 rank) e of the float64 result.  Products and sums are rounded one by one in the order of the rank,
-    so that the bits are the same on every machine.  If float32 overflows, and for weights stored as float32
-    or float64, everything is computed in float64.
+    so that the bits are the same on every machine.  With deltas D, if float32 overflows, and for weights stored as
+    float32 or float64, everything is computed in float64.
 
     Args:
         weight: W [rows, columns] in its stored dtype.
@@ -83,10 +84,11 @@ def edited_and_rounded(
         column_scale: c, float32 [columns] or None.
         left: U, float32 [rows, rank] or None.
         right: K, float32 [columns, rank] or None, together with ``left``.
+        deltas: D, float64 [rows, columns] or None.
         in_float32: False to compute in float64 (see ``float32_is_enough``).
     """
-    factors = row_scale, column_scale, left, right
-    if in_float32 and weight.dtype in (torch.bfloat16, torch.float16):
+    factors = row_scale, column_scale, left, right, deltas
+    if deltas is None and in_float32 and weight.dtype in (torch.bfloat16, torch.float16):
         edited, change = _edited(weight, torch.float32, *factors)
         if all_finite(edited):
             return EditedChunk(edited.to(weight.dtype), change)
@@ -101,6 +103,7 @@ def _edited(
     column_scale: torch.Tensor | None,
     left: torch.Tensor | None,
     right: torch.Tensor | None,
+    deltas: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The edited numbers before rounding, and their change."""
     # Changed in place below: new memory costs as much as the arithmetic.
@@ -115,4 +118,6 @@ def _edited(
         # Not a matrix product, whose precision and order depend on settings and machine.
         for column, key in zip(left.to(dtype).T, right.to(dtype).T, strict=True):
             change += column[:, None] * key
+    if deltas is not None:
+        change += deltas
     return base.add_(change), change

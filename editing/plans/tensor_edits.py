@@ -87,7 +87,7 @@ class TensorEdit:
 
 
 def undone(edit: ModuleEdit, weight: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:
-    """W = diag(1/r) (W' - U K^T) diag(1/c) for a part of W' that starts at a row and a column.
+    """W = diag(1/r) (W' - U K^T - D) diag(1/c) for a part of W' that starts at a row and a column, with deltas D.
 
     Args:
         edit: from W to W'.
@@ -105,6 +105,9 @@ def undone(edit: ModuleEdit, weight: torch.Tensor, row: int = 0, column: int = 0
         # One by one: the order of sums in a matrix product depends on the machine.
         for left, right in zip(lefts.T, rights.T, strict=True):
             base = base - left[:, None] * right
+    deltas = edit.deltas(slice(row, row + rows), slice(column, column + columns))
+    if deltas is not None:
+        base = base - deltas
     if edit.column_scale is not None:
         base = base / _part(edit.column_scale, column, columns)
     if edit.row_scale is not None:
@@ -127,7 +130,7 @@ def tensor_edits(source: ModelSource, plan: Plan) -> tuple[TensorEdit, ...]:
     for edit in plan.edits:
         if edit.changes_weight:
             pieces = weights.pieces(edit.layer, edit.block)
-            check_shape(edit, pieces, source.anatomy.residual)
+            check_shape(edit, pieces, source.anatomy.rows(edit.layer, edit.block))
             # The experts of a mixture may be in one tensor or in one each.
             by_tensor: dict[str, tuple[TensorEntry, list[StoredPiece]]] = {}
             for piece, entry in pieces:
@@ -159,11 +162,19 @@ def check_shape(edit: ModuleEdit, pieces: Sequence[tuple[StoredPiece, TensorEntr
         (edit.left, rows),
         (edit.column_scale, columns),
         (edit.right, columns),
+        (None if edit.row_deltas is None else edit.row_deltas[0], columns),
+        (None if edit.column_deltas is None else edit.column_deltas[0], rows),
     ):
         if tensor is not None and len(tensor) != size:
             raise BrocaError(
                 f"the plan does not fit tensor {name} of shape {list(pieces[0][1].shape)}: it has "
                 f"{len(tensor)} entries where {size} are needed"
+            )
+    for places, size, what in ((edit.rows, rows, "row"), (edit.columns, columns, "column")):
+        if places is not None and int(places[-1]) >= size:
+            raise BrocaError(
+                f"the plan does not fit tensor {name} of shape {list(pieces[0][1].shape)}: it changes {what} "
+                f"{int(places[-1])}"
             )
 
 

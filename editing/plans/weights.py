@@ -1,17 +1,18 @@
-"""Output weights of a checkpoint, read from disk one at a time and assembled from their tensors."""
+"""Weights of a checkpoint, read from disk one at a time and assembled from their tensors."""
 
 from __future__ import annotations
 
 import torch
 
-from neurons.architectures.anatomy import StoredPiece
+from neurons.architectures.anatomy import OUTSIDE, StoredPiece
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
+from neurons.models.checkpoint_files import tied_copies
 from neurons.models.source import ModelSource
 
 
 class Weights:
-    """Reads the weight W [d, n] of an output module by (layer, block)."""
+    """Reads the weight W [d, n] of a module by (layer, block), as plans name it."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
@@ -21,9 +22,10 @@ class Weights:
         """The location of W on disk: pieces that cover its columns once, in order.
 
         Raises:
-            BrocaError: a tensor is missing or has another shape.
+            BrocaError: a tensor is missing, has another shape, or is tied to another that is stored too.
         """
         anatomy = self._source.anatomy
+        rows = anatomy.rows(layer, block)
         try:
             pieces = anatomy.stored(layer, block, self._entries.keys())
         except BrocaError as error:
@@ -31,11 +33,17 @@ class Weights:
         located = []
         for piece in pieces:
             entry = self._entries[piece.tensor]
-            oriented = piece.stored_as(entry.shape, anatomy.residual)
-            if entry.shape != oriented.shape(anatomy.residual):
+            oriented = piece.stored_as(entry.shape, rows)
+            if entry.shape != oriented.shape(rows):
                 raise BrocaError(
                     f"{self._source.name}: tensor {piece.tensor} has shape {list(entry.shape)} where the "
-                    f"model has {list(piece.shape(anatomy.residual))}"
+                    f"model has {list(piece.shape(rows))}"
+                )
+            copies = tied_copies(self._source.checkpoint) if layer == OUTSIDE else ()
+            if piece.tensor in copies:
+                raise BrocaError(
+                    f"{self._source.name}: {' and '.join(copies)} are tied and both stored, so one cannot change alone: "
+                    f"remove {copies[0]} from the weights"
                 )
             located.append((oriented, entry))
         return tuple(located)

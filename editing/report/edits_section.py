@@ -10,6 +10,7 @@ from editing.plans.plan_warnings import plan_warnings
 from editing.report.inline_svg import drawn, label
 from editing.report.lock_section import lock_content
 from editing.report.templating import rendered
+from neurons.architectures.anatomy import BLOCKS
 
 
 def edit_content(plan: Plan, name: str) -> Markup:
@@ -21,7 +22,7 @@ def edit_content(plan: Plan, name: str) -> Markup:
     """
     method = plan.metadata.get("method", "an edit")
     pair, drawing = language_pair(plan.metadata), None
-    if plan.edits:
+    if plan.components or any(edit.block in BLOCKS for edit in plan.edits):
         named = Plan(plan.edits, {**plan.metadata, "method": label(str(plan.metadata.get("method", "edit")))})
         drawing = drawn(plan_figure(named), name, "How strongly each component of each layer changes")
     return rendered(

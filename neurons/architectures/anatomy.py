@@ -25,13 +25,16 @@ Sites at which hooks see activations, with their width:
     attn_out   the output of o_proj [d]
     block_out  the residual stream after the layer [d]
 
+Any other module with a matrix, such as ``gate_proj``, ``q_proj`` or a router, is named by its path in its layer, and one
+beside the list of layers (``OUTSIDE``), as the embeddings, by its path in the model; the output embeddings are ``HEAD``.
+
 Differences between families are in ``neurons.architectures.layouts``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +51,9 @@ SITES = ("mlp_act", "mlp_up", "mlp_in", "attn_in", "mlp_out", "attn_out", "block
 EXPERT_SITES = ("mlp_act", "mlp_up", "mlp_in")
 COMMON = "mlp_common"
 BLOCKS = ("attn", "mlp")
+OUTSIDE = -1  # the "layer" of modules outside the decoder layers
+HEAD = "lm_head"  # the name of the output embeddings, whatever the family calls them
+HEADS_ON_DISK = ("lm_head", "embed_out")
 # Block -> the site of the inputs of its output module that every token reaches.
 COMMON_SITES = {"attn": "attn_in", "mlp": COMMON}
 
@@ -209,6 +215,7 @@ class Anatomy:
         head_dims: per layer, the width of a head.
         attention: per layer, the kind of attention, as "softmax attention" or "linear attention".
         layout: names, in memory and on disk.
+        outside: path -> module, for each matrix beside the list of layers, and for ``HEAD``.
         gathered_on: for a model on several devices, the device on which hooks get values; None for the device
             that computes them.
     """
@@ -231,6 +238,7 @@ class Anatomy:
     head_dims: tuple[int, ...]
     attention: tuple[str, ...]
     layout: Layout
+    outside: Mapping[str, nn.Module] = field(default_factory=dict)
     gathered_on: torch.device | None = None
 
     @property
@@ -300,7 +308,14 @@ class Anatomy:
         return "head" if block == "attn" else "neuron"
 
     def parts(self, layer: int, block: str) -> tuple[Part, ...]:
-        """The parameters that hold W, in the order of its columns; empty where the layer has no such block."""
+        """The parameters that hold W, in the order of its columns; empty where the layer has no such block.
+
+        Raises:
+            UsageError: a path in a layer that the model does not have.
+            BrocaError: a path that names no matrix, or that of an output module, or an architecture that was examined.
+        """
+        if block not in BLOCKS:
+            return (self._named(layer, block),)
         module, layout = self.outputs[block][layer], self.layout
         if module is None:
             return ()
@@ -323,6 +338,109 @@ class Anatomy:
         of_shared = self._dense(layout.shared, part.width, *shared)
         return part, replace(
             of_shared, factor=None if factor is None else _part(self.blocks[layer], factor, layer)
+        )
+
+    def _named(self, layer: int, path: str) -> Part:
+        """The matrix of a module that is not an output module."""
+        if layer >= self.layers:
+            raise UsageError(f"{self.model_type}: layer {layer}: the model has layers 0 to {self.layers - 1}")
+        if self.layout.examined:
+            raise BrocaError(
+                f"{self.model_type} is not in the table of architectures, so only its output modules are known, and not "
+                f"{path!r}: edit those"
+            )
+        module = self.outside.get(path) if layer == OUTSIDE else _found(self.blocks[layer], path)
+        where = "outside its layers" if layer == OUTSIDE else f"in layer {layer}"
+        weight = getattr(module, "weight", None)
+        if module is None or weight is None or weight.ndim != 2:
+            raise BrocaError(
+                f"{self.model_type} has no module {path!r} with a matrix {where} (the experts of a mixture are one "
+                "parameter, which is not supported): give the path of a linear module"
+            )
+        if layer != OUTSIDE:
+            for block in BLOCKS:
+                if any(part.module is module for part in self.parts(layer, block)):
+                    raise BrocaError(
+                        f"{self.model_type}: {path} {where} is its output module: call it {block!r}"
+                    )
+        # Only families whose linear modules are all [n, d] in memory have a transposed attention.
+        flipped = layer != OUTSIDE and "attn" in self.layout.transposed
+        names: tuple[str, ...] = HEADS_ON_DISK if (layer, path) == (OUTSIDE, HEAD) else (path,)
+        if layer == OUTSIDE:
+            names = tuple(name.removeprefix(self.parent) for name in names)
+        forms = tuple(StoredForm(f"{name}.weight", flipped) for name in names)
+        return Part(path, module, "weight", 0, None, flipped, forms)
+
+    @property
+    def parent(self) -> str:
+        """The prefix of the modules beside the list of layers, in memory."""
+        return self.layout.layers.removesuffix(self.layout.layers.rpartition(".")[2])
+
+    def _stems(self, layer: int, block: str) -> list[str]:
+        """The prefixes that the names of a layer's tensors, or of one outside the layers, may have on disk."""
+        if layer != OUTSIDE:
+            return [f"{prefix}{layer}." for prefix in self.layout.prefixes]
+        if block == HEAD:
+            return ["", "language_model."]
+        own = self.layout.layers.rpartition(".")[2] + "."
+        return list(dict.fromkeys(prefix.removesuffix(own) for prefix in self.layout.prefixes))
+
+    def matrices(self, layer: int) -> list[str]:
+        """The paths of the modules with a matrix, in a layer or ``OUTSIDE``, without output modules."""
+        modules = self.outside if layer == OUTSIDE else dict(self.blocks[layer].named_modules())
+        outputs = (
+            () if layer == OUTSIDE else [part.module for block in BLOCKS for part in self.parts(layer, block)]
+        )
+        return sorted(
+            path
+            for path, module in modules.items()
+            if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+            and not any(module is output for output in outputs)
+        )
+
+    def rows(self, layer: int, block: str) -> int:
+        """Number of rows of W: d of an output module."""
+        return self.residual if block in BLOCKS else int(self.parts(layer, block)[0].weight.shape[-2])
+
+    def input_rows(self, layer: int, neurons: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows of the gates and linear branches that compute neurons.
+
+        Args:
+            layer: 0 to L - 1.
+            neurons: indices, ascending.
+
+        Returns:
+            Path of a module in the layer -> int64, ascending; its rows are the neurons in their order, or, in a module
+            that computes gate and linear branch, first all gates and then all branches.
+
+        Raises:
+            BrocaError: neurons of routed experts.
+        """
+        rows: dict[str, torch.Tensor] = {}
+        for part in self.parts(layer, "mlp"):
+            chosen = [
+                neuron - part.first for neuron in neurons if neuron in range(part.first, part.columns.stop)
+            ]
+            if not chosen:
+                continue
+            if part.experts is not None:
+                raise BrocaError(
+                    f"{self.model_type}: neuron {chosen[0] + part.first} of layer {layer} belongs to a routed expert, whose "
+                    "gates are in one parameter with those of the others, which is not supported"
+                )
+            own = torch.tensor(chosen)
+            paths = {id(module): path for path, module in self.blocks[layer].named_modules()}
+            for module in (part.gate, part.up):
+                if module is not None:
+                    rows[paths[id(module)]] = torch.cat([own, own + part.width]) if part.halves else own
+        return rows
+
+    def computes_neurons(self, layer: int, path: str) -> bool:
+        """Whether a module's rows are gates or linear branches of neurons."""
+        return layer != OUTSIDE and any(
+            module is not None and module is _found(self.blocks[layer], path)
+            for part in self.parts(layer, "mlp")
+            for module in (part.gate, part.up)
         )
 
     def _dense(
@@ -427,7 +545,7 @@ class Anatomy:
         """The name of an output weight in a checkpoint with tensors of these names; * stands for an expert."""
         parts = self.parts(layer, block)
         form = parts[0].stored[0] if parts else self.layout.stored[block][0]
-        stems = [f"{prefix}{layer}." for prefix in self.layout.prefixes]
+        stems = self._stems(layer, block)
         used = next((stem for stem in stems if any(name.startswith(stem) for name in names)), stems[0])
         return used + form.name.format(expert="*")
 
@@ -436,14 +554,15 @@ class Anatomy:
 
         Args:
             layer: 0 to L - 1.
-            block: "attn" or "mlp".
+            block: "attn" or "mlp", or the path of another module.
             names: of the tensors in the checkpoint.
 
         Raises:
             BrocaError: a tensor is missing, or the weight exists under two names.
             UsageError: the layer has no such block.
         """
-        self.require(block, [layer])
+        if block in BLOCKS:
+            self.require(block, [layer])
         return tuple(
             piece for part in self.parts(layer, block) for piece in self._stored(layer, block, part, names)
         )
@@ -451,9 +570,10 @@ class Anatomy:
     def _stored(self, layer: int, block: str, part: Part, names: Collection[str]) -> tuple[StoredPiece, ...]:
         complete: list[tuple[StoredPiece, ...]] = []
         missing: list[str] = []
-        for prefix in self.layout.prefixes:
+        stems = self._stems(layer, block)
+        for stem in stems:
             for form in part.stored:
-                pieces = part.pieces(f"{prefix}{layer}.", form)
+                pieces = part.pieces(stem, form)
                 absent = [piece.tensor for piece in pieces if piece.tensor not in names]
                 if not absent:
                     complete.append(pieces)
@@ -466,8 +586,12 @@ class Anatomy:
                 f"and as {complete[1][0].tensor!r}: keep the one that transformers loads"
             )
         if not complete:
-            usual = part.pieces(f"{self.layout.prefixes[0]}{layer}.", part.stored[0])[0].tensor
+            usual = part.pieces(stems[0], part.stored[0])[0].tensor
             name = missing[0] if missing else usual
+            if layer == OUTSIDE:
+                raise BrocaError(
+                    f"the checkpoint has no tensor {name!r}: if {block} is tied to the embeddings, edit those"
+                )
             fix = (
                 "the names for this architecture are unknown"
                 if self.layout.examined
@@ -529,7 +653,7 @@ def anatomy_of(model: Any) -> Anatomy:
         count, size = head_shape(config, layer, block, path, width) if width else (0, 0)
         if count * size != width:
             attention[layer] = NO_HEADS
-    return assembled(
+    anatomy = assembled(
         layout,
         model.config.model_type,
         blocks,
@@ -537,6 +661,13 @@ def anatomy_of(model: Any) -> Anatomy:
         heads=lambda layer, width: head_shape(config, layer, blocks[layer], path, width),
         attention=attention,
     )
+    outside = {
+        anatomy.parent + name: module
+        for name, module in _submodule(model, anatomy.parent.removesuffix(".")).named_children()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }
+    head = model.get_output_embeddings()
+    return replace(anatomy, outside=outside if head is None else {**outside, HEAD: head})
 
 
 def assembled(

@@ -8,13 +8,14 @@ and transformers interprets the checkpoint or reports the fault.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import BLOCKS, Anatomy, assembled, layout_of
+from neurons.architectures.anatomy import BLOCKS, HEAD, HEADS_ON_DISK, Anatomy, assembled, layout_of
 from neurons.architectures.layouts import LAYOUTS, ConfigNames, Layout
 from neurons.architectures.quantisation import is_quantised
 from neurons.errors import BrocaError
@@ -32,7 +33,7 @@ def stored_anatomy(settings: Mapping[str, Any], entries: Mapping[str, TensorEntr
         entries: of all tensors, by name (``neurons.files.tensor_files.tensor_entries``).
 
     Returns:
-        The result of ``anatomy_of``, with empty modules (meta device) and only those that the layout names;
+        The result of ``anatomy_of``, with empty modules (meta device) and only those with a matrix;
         None where the files rely on defaults of transformers, disagree, or are invalid.
     """
     model_type = settings.get("model_type")
@@ -93,7 +94,26 @@ def _assembled(
     if width is None and names.expansion is not None and all(text.get(name) is None for name in names.width):
         width = names.expansion * d
     fits = anatomy.neurons == width and _reads_and_writes(anatomy) and _has_its_biases(anatomy, names, text)
-    return anatomy if fits else None
+    if not fits:
+        return None
+    beside = stems[0].removesuffix(layout.layers.rpartition(".")[2] + ".")
+    outside = {}
+    for path, module in _matrices("", entries).items():
+        name = path.removeprefix(beside)
+        if path.rpartition(".")[2] in HEADS_ON_DISK:
+            outside[HEAD] = module
+        elif path.startswith(beside) and "." not in name:
+            outside[anatomy.parent + name] = module
+    return replace(anatomy, outside=outside)
+
+
+def _matrices(stem: str, entries: Mapping[str, TensorEntry]) -> dict[str, nn.Module]:
+    """Path after the stem -> empty module, for each matrix below it."""
+    paths = [name.removeprefix(stem).removesuffix(".weight") for name in entries if name.startswith(stem)]
+    modules = {
+        path: _module(f"{stem}{path}.", entries) for path in paths if f"{stem}{path}.weight" in entries
+    }
+    return {path: module for path, module in modules.items() if module is not None}
 
 
 def _number(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
@@ -106,18 +126,21 @@ def _number(text: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 def _skeletons(
     layout: Layout, stem: str, layers: int, entries: Mapping[str, TensorEntry]
 ) -> tuple[nn.Module, ...] | None:
-    """The decoder layers with the modules that the layout names; None if a weight is missing."""
+    """The decoder layers with their matrices; None if one that the layout names is missing."""
     paths = {*layout.outputs.values(), layout.gate, layout.up or layout.gate}
     paths |= {path for switch in layout.bias_switches.values() for path in switch.modules}
     blocks = []
     for layer in range(layers):
         block = nn.Module()
-        for path in sorted(paths):
-            module = _module(f"{stem}{layer}.{path}.", entries)
-            if module is None:
-                return None
+        modules = _matrices(f"{stem}{layer}.", entries)
+        if not paths <= modules.keys():
+            return None
+        for path, module in sorted(modules.items()):
             parent, _, name = path.rpartition(".")
-            _inside(block, parent).add_module(name, module)
+            try:
+                _inside(block, parent).add_module(name, module)
+            except KeyError:  # no valid name of a module
+                return None
         blocks.append(block)
     return tuple(blocks)
 

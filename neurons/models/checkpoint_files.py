@@ -95,20 +95,31 @@ def check_tied(model: str, checkpoint: Path, tied: bool | None = None) -> None:
     Raises:
         BrocaError: names both tensors; or as ``tensor_entries``.
     """
+    copies = tied_copies(checkpoint, tied)
+    entries = tensor_entries(checkpoint) if copies else {}
+    if copies and not _equal(*(entries[name] for name in copies)):
+        raise BrocaError(
+            f"{model}: tie_word_embeddings ties {copies[0]} to {copies[1]}, but the two differ: "
+            "transformers uses both, vLLM only the embedding: set tie_word_embeddings to false, "
+            f"or remove {copies[0]} from the weights"
+        )
+
+
+def tied_copies(checkpoint: Path, tied: bool | None = None) -> tuple[str, ...]:
+    """The names of the output head and the embedding to which the config ties it, if both are stored; else ().
+
+    Args:
+        checkpoint: the directory.
+        tied: as for ``check_tied``.
+    """
     if tied is None:
         tied = bool(_settings(checkpoint / "config.json").get("tie_word_embeddings"))
     if not tied:
-        return
-    entries = tensor_entries(checkpoint)
-    heads, embeddings = (
-        [entry for name, entry in entries.items() if name.endswith(ends)] for ends in (_HEADS, _EMBEDDINGS)
-    )
-    if len(heads) == len(embeddings) == 1 and not _equal(heads[0], embeddings[0]):
-        raise BrocaError(
-            f"{model}: tie_word_embeddings ties {heads[0].name} to {embeddings[0].name}, but the two differ: "
-            "transformers uses both, vLLM only the embedding: set tie_word_embeddings to false, "
-            f"or remove {heads[0].name} from the weights"
-        )
+        return ()
+    found = [
+        [name for name in tensor_entries(checkpoint) if name.endswith(ends)] for ends in (_HEADS, _EMBEDDINGS)
+    ]
+    return (found[0][0], found[1][0]) if [len(names) for names in found] == [1, 1] else ()
 
 
 def check_architecture(model: str, config: Any) -> None:

@@ -10,12 +10,21 @@ from hypothesis import strategies as st
 
 from editing.plans.algebra import after, compose, inverse, inverted, on_components, restricted
 from editing.plans.applied import applied
-from editing.plans.plan import FACTORS, ModuleEdit, make_plan
+from editing.plans.plan import FACTORS, PLACES, ModuleEdit, make_plan
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.models.source import load_model
 
 ROWS, COLUMNS, WIDTH = 4, 6, 2
-GROUPS = [("row_scale",), ("column_scale",), ("left", "right"), ("bias",)]
+GROUPS = [
+    ("row_scale",),
+    ("column_scale",),
+    ("left", "right"),
+    ("bias",),
+    ("rows", "row_deltas"),
+    ("columns", "column_deltas"),
+]
+WHOLE = tuple(itertools.chain.from_iterable(GROUPS))
+DELTAS = ("rows", "row_deltas", "columns", "column_deltas")
 wanted_factors = st.lists(st.sampled_from(GROUPS), min_size=1, max_size=4, unique=True).map(
     lambda groups: tuple(itertools.chain.from_iterable(groups))
 )
@@ -23,7 +32,7 @@ seeds = st.integers(0, 10_000)
 PRECISE = settings(max_examples=60, deadline=None)
 
 
-def random_edit(seed, wanted=("row_scale", "column_scale", "left", "right", "bias"), rank=2, width=1):
+def random_edit(seed, wanted=WHOLE, rank=2, width=1):
     generator = torch.Generator().manual_seed(seed)
     count = COLUMNS // width
     chosen = sorted(torch.randperm(count, generator=generator)[: 1 + seed % count].tolist())
@@ -36,6 +45,10 @@ def random_edit(seed, wanted=("row_scale", "column_scale", "left", "right", "bia
         "left": torch.randn(ROWS, rank, generator=generator),
         "right": torch.randn(COLUMNS, rank, generator=generator) * mask[:, None],
         "bias": torch.randn(ROWS, generator=generator),
+        "rows": torch.randperm(ROWS, generator=generator)[: 1 + seed % ROWS].sort().values,
+        "row_deltas": torch.randn(1 + seed % ROWS, COLUMNS, generator=generator),
+        "columns": mask.nonzero()[:, 0],
+        "column_deltas": torch.randn(int(mask.sum()), ROWS, generator=generator),
     }
     return ModuleEdit(
         0,
@@ -56,6 +69,10 @@ def module(edit, weight, bias):
             value *= 1.0 if edit.column_scale is None else float(edit.column_scale[c])
             for i in range(edit.rank):
                 value += float(edit.left[r, i]) * float(edit.right[c, i])
+            if edit.rows is not None and r in edit.rows:
+                value += float(edit.row_deltas[edit.rows.tolist().index(r), c])
+            if edit.columns is not None and c in edit.columns:
+                value += float(edit.column_deltas[edit.columns.tolist().index(c), r])
             edited[r, c] = value
     moved = torch.zeros(ROWS) if edit.bias is None else edit.bias
     return edited, bias + moved.double()
@@ -103,7 +120,7 @@ def test_the_inverse_takes_back(seed, wanted):
 @PRECISE
 @given(
     seeds,
-    st.sampled_from([("left", "right"), ("column_scale", "left", "right"), ("row_scale", "bias")]),
+    st.sampled_from([("left", "right"), ("column_scale", "left", "right"), ("row_scale", "bias"), DELTAS]),
     st.floats(-3, 3, width=32),
     st.floats(-3, 3, width=32),
 )
@@ -120,7 +137,7 @@ def test_strengths_multiply(seed, wanted, one, other):
 @PRECISE
 @given(seeds, st.sets(st.integers(0, COLUMNS // WIDTH - 1)), st.sampled_from([1, WIDTH]))
 def test_on_components_is_the_edit_there_and_nothing_elsewhere(seed, allowed, width):
-    edit = random_edit(seed, ("column_scale", "left", "right"), width=width)
+    edit = random_edit(seed, ("column_scale", "left", "right", "columns", "column_deltas"), width=width)
     cut = on_components(edit, allowed, width)
     weight, bias = weight_and_bias()
     whole = module(edit, weight, bias)[0]
@@ -143,10 +160,10 @@ def test_a_scale_of_zero_cannot_be_undone():
         inverse(ModuleEdit(0, "mlp", (3,), column_scale=scale))
 
 
-@pytest.mark.parametrize("factor", ["row_scale", "bias"])
-def test_what_is_no_ones_component_cannot_be_restricted(factor):
+@pytest.mark.parametrize("factors", [("row_scale",), ("bias",), ("rows", "row_deltas")])
+def test_what_is_no_ones_component_cannot_be_restricted(factors):
     with pytest.raises(BrocaError, match="layer 0, mlp"):
-        on_components(random_edit(0, (factor, "left", "right")), range(COLUMNS), 1)
+        on_components(random_edit(0, (*factors, "left", "right")), range(COLUMNS), 1)
 
 
 @pytest.fixture
@@ -238,4 +255,4 @@ def test_refusals(loaded):
 
 
 def test_every_factor_is_covered():
-    assert {name for group in GROUPS for name in group} == set(FACTORS)
+    assert {name for group in GROUPS for name in group} == {*FACTORS, *PLACES}

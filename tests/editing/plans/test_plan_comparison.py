@@ -54,6 +54,22 @@ def test_cosine_is_that_of_the_changes(scaled):
     assert without.cosine is None if scaled else without.cosine == pytest.approx(found.cosine)
 
 
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_deltas_of_the_same_form_are_compared(name):
+    generator = torch.Generator().manual_seed(5)
+    size, other = (N, D) if name == "columns" else (D, N)
+    edits, changes = [], []
+    for places in ([0, 2, 3], [2, 3, 4]):
+        deltas = torch.randn(3, other, generator=generator)
+        fields = {name: torch.tensor(places), f"{name.removesuffix('s')}_deltas": deltas}
+        edits.append(ModuleEdit(0, "mlp", (), **fields))
+        changes.append(torch.zeros(size, other, dtype=torch.float64))
+        changes[-1][places] = deltas.double()
+    expected = float((changes[0] * changes[1]).sum() / changes[0].norm() / changes[1].norm())
+    assert agreement(*edits).cosine == pytest.approx(expected)
+    assert agreement(edits[0], edit(1, (0,))).cosine is None
+
+
 def test_the_same_edit_agrees_and_the_opposite_disagrees():
     one = edit(4, (1, 3))
     assert agreement(one, one).cosine == pytest.approx(1)

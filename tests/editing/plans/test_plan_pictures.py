@@ -8,6 +8,7 @@ import torch
 from editing.plans.component_changes import component_count
 from editing.plans.plan import ModuleEdit, make_plan
 from editing.plans.plan_pictures import MAX_COLUMNS, component_sizes, plan_figure
+from neurons.errors import BrocaError
 from neurons.neuron_sets.pictures import save_figure
 
 D, HEADS, WIDTH = 6, 4, 3
@@ -37,6 +38,20 @@ def test_size_is_the_norm_of_what_is_added():
     change = edit.left.double() @ edit.right.double().T
     expected = [float(change[:, i * WIDTH : (i + 1) * WIDTH].norm()) for i in range(HEADS)]
     assert component_sizes(edit, HEADS).tolist() == pytest.approx(expected)
+
+
+def test_size_of_a_neuron_is_that_of_its_deltas():
+    deltas = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
+    output = ModuleEdit(0, "mlp", (1, 3), columns=torch.tensor([1, 3]), column_deltas=deltas[:2])
+    # Gate and linear branch of both neurons in one module.
+    gate = ModuleEdit(0, "mlp.gate_up", (1, 3), rows=torch.tensor([1, 3, 6, 8]), row_deltas=deltas)
+    assert component_sizes(output, 5).tolist() == pytest.approx(
+        [0, float(deltas[0].norm()), 0, float(deltas[1].norm()), 0]
+    )
+    pairs = [float(deltas[[i, i + 2]].norm()) for i in (0, 1)]
+    assert component_sizes(gate, 5).tolist() == pytest.approx([0, pairs[0], 0, pairs[1], 0])
+    with pytest.raises(BrocaError, match="nothing to draw"):
+        plan_figure(make_plan([ModuleEdit(0, "self_attn.q_proj", (), left=deltas, right=deltas)], {}))
 
 
 def test_size_of_a_scale_is_its_distance_from_one():

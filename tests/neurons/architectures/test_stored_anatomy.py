@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from neurons.architectures.anatomy import BLOCKS, SITES, anatomy_of
+from neurons.architectures.anatomy import BLOCKS, OUTSIDE, SITES, anatomy_of
 from neurons.architectures.stored_anatomy import stored_anatomy
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import tensor_entries
@@ -23,7 +23,7 @@ from neurons.models.source import open_model
 # Of the families that the tests know, those whose experts only transformers can describe.
 SLOW = ("mixtral", "qwen3_moe", "gpt_oss")
 FAST = [family for family in models.FAMILIES if family not in SLOW]
-MODULES = ("blocks", "gates", "ups", "outputs", "mixtures")
+MODULES = ("blocks", "gates", "ups", "outputs", "mixtures", "outside")
 
 
 @pytest.fixture
@@ -96,6 +96,14 @@ def assert_the_same(found, expected, names):
             assert ours.weight.shape == theirs.weight.shape
             assert (getattr(ours, "bias", None) is None) == (getattr(theirs, "bias", None) is None)
         assert found.value(layer, 1).shape == (expected.residual,)
+        assert found.input_rows(layer, [1, 3]).keys() == expected.input_rows(layer, [1, 3]).keys()
+    for layer in (OUTSIDE, 0, expected.layers - 1):
+        modules = found.outside if layer == OUTSIDE else dict(found.blocks[layer].named_modules())
+        matrices = [path for path, module in modules.items() if hasattr(module, "weight")]
+        assert len(matrices) >= (2 if layer == OUTSIDE else 4)
+        for path in matrices:
+            for method, asked in (("stored", (layer, path, names)), ("rows", (layer, path))):
+                assert outcome(getattr(found, method), *asked) == outcome(getattr(expected, method), *asked)
 
 
 @pytest.mark.parametrize("family", FAST)

@@ -1,0 +1,159 @@
+"""``broca train``: trains the neurons of a language on its text, and measures every language before and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.corpora import note_files, read_table
+from cli.loading import announced
+from cli.options import (
+    CORPUS_HELP,
+    IN_FILE,
+    IN_PATH,
+    CommaSeparated,
+    FiniteRange,
+    device_options,
+    dry_run_option,
+    json_option,
+    model_argument,
+    out_option,
+    tokens_option,
+)
+from cli.screen import Screen
+from cli.tables import plan_table
+
+if TYPE_CHECKING:
+    from editing.plans.plan import Plan
+
+
+@click.command("train")
+@model_argument
+@click.option("--neurons", type=IN_FILE, required=True, help="Neuron set, from `broca identify`.")
+@click.option(
+    "--languages",
+    type=CommaSeparated(),
+    required=True,
+    help="Languages whose neurons are trained, on their text; all others of the corpus are only measured.",
+)
+@click.option("--corpus", type=IN_PATH, required=True, help=CORPUS_HELP)
+@click.option(
+    "--control",
+    "controls",
+    type=CommaSeparated(),
+    default=(),
+    help="Also train and measure: random (as many other neurons in each layer), all (all neurons), lora (a LoRA of the "
+    "same modules with as many numbers).  [default: none]",
+)
+@click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Passes over the training text.",
+)
+@click.option(
+    "--rate", type=FiniteRange(min=0), default=1e-4, show_default=True, help="AdamW's learning rate."
+)
+@click.option(
+    "--block", type=click.IntRange(min=2), help="Tokens in a block.  [default: the context, up to 512]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all draws.")
+@tokens_option
+@device_options
+@dry_run_option
+@out_option("File for the plan (.safetensors).")
+@json_option
+def command(**options: Any) -> None:
+    """Train only the gate and up rows and the down columns of a language's neurons in MODEL (hub id or directory).
+
+    Half of the corpus is trained on, a quarter chooses the best pass, and the loss of every language is measured on the
+    last quarter.  `broca export` writes the checkpoint.
+
+    \b
+    Example:
+      broca train artifacts/demo/model --neurons neurons.safetensors --languages fr \\
+          --corpus artifacts/demo/corpus --control random --out enhanced.safetensors
+    """
+    from editing.evaluation.likelihood import language_losses
+    from editing.methods.subnetwork import (
+        CONTROLS,
+        SET,
+        Training,
+        chosen_neurons,
+        control_neurons,
+        subnetwork_plan,
+    )
+    from editing.pipeline.needs import subnetwork_need
+    from neurons.errors import UsageError
+    from neurons.models.source import load_model
+    from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.text.corpus import read_corpus
+    from neurons.text.corpus_files import language_label
+    from neurons.text.token_budget import GRADIENTS, LOSSES
+
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    if unknown := [control for control in arguments.controls if control not in CONTROLS]:
+        raise UsageError(f"--control {unknown[0]!r} is unknown: choose from {', '.join(CONTROLS)}")
+    languages = [*dict.fromkeys(map(language_label, arguments.languages))]
+    neurons = load_neuron_set(arguments.neurons)
+    text, held_out, report = (
+        read_corpus(arguments.corpus, part=part, min_languages=1) for part in ("estimate", "choose", "report")
+    )
+    note_files(screen, arguments.corpus, None)
+    text.require(*languages)
+    training = Training(arguments.passes, arguments.rate, arguments.block, arguments.tokens, arguments.seed)
+    runs = [SET, *dict.fromkeys(arguments.controls)]
+    if arguments.dry_run:
+        from cli.dry_run import dry_run
+
+        rows = chosen_neurons(neurons, languages)
+        dry_run(
+            screen,
+            arguments.model,
+            arguments.device,
+            arguments.dtype,
+            lambda planned: [
+                subnetwork_need(planned, run, len(control_neurons(planned, rows, run, 0)), arguments.block)
+                for run in runs
+            ],
+        )
+        return
+    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    for run in runs:  # raises before any work
+        control_neurons(loaded, chosen_neurons(neurons, languages), run, training.seed)
+    plans: dict[str, Plan] = {}
+    for run in runs:
+        with screen.progress(f"Training: {run}", None, "tokens") as advance:
+            plans[run] = subnetwork_plan(loaded, neurons, languages, text, held_out, training, run, advance)
+        if run == SET:
+            plans[run].save(arguments.out)
+    plan = plans[SET]
+    read_table(screen, plan.metadata["read"], GRADIENTS.minimum, "text trained on")
+    plan_table(screen, plan, loaded.anatomy)
+    with screen.progress("Measuring", None, "passes") as advance:
+        tokens = min(arguments.tokens or LOSSES.tokens, LOSSES.tokens)
+        losses = language_losses(loaded, replace(report, tokens=tokens), plans, advance)
+    screen.table(
+        "NLL on held-out text, nats a token, and its change",
+        ["language", "base", *runs],
+        [
+            [language, of_runs["base"], *(f"{of_runs[run] - of_runs['base']:+.4f}" for run in runs)]
+            for language, of_runs in losses.items()
+        ],
+    )
+    screen.result(
+        {
+            "out": arguments.out,
+            "languages": languages,
+            "nll": losses,
+            "learning": {run: of_run.metadata["learning"] for run, of_run in plans.items()},
+            "relative_change": {run: of_run.relative_change() for run, of_run in plans.items()},
+            "components": {run: of_run.components for run, of_run in plans.items()},
+        },
+        arguments.out,
+    )

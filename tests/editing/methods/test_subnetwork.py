@@ -1,0 +1,158 @@
+"""Trained neurons: gradients against whole weights, planted truth, equal bytes."""
+
+import copy
+from pathlib import Path
+
+import models
+import pytest
+import torch
+
+from editing.evaluation.likelihood import language_losses
+from editing.methods.subnetwork import (
+    ALL,
+    LORA,
+    RANDOM,
+    SET,
+    NextTokens,
+    Training,
+    control_neurons,
+    subnetwork_plan,
+    untrained,
+)
+from editing.methods.trained_factors import computing_with, factors_of, with_factors
+from neurons.errors import BrocaError, UsageError
+from neurons.models.source import load_model
+from neurons.neuron_sets.identify import identify
+from neurons.neuron_sets.neuron_set import neuron_set
+from neurons.recording.recomputation import recomputing
+from neurons.text.corpus import read_corpus
+
+ROWS = torch.tensor([[0, 3], [0, 11], [2, 0], [2, 5], [2, 47]])
+SHORT = Training(block=32, tokens=400, rate=0.01)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    directory = models.write_corpus(tmp_path_factory.mktemp("text"))
+    return [read_corpus(directory, part=part) for part in ("estimate", "choose", "report")]
+
+
+def neurons_of(loaded, rows=ROWS):
+    anatomy = loaded.anatomy
+    return neuron_set(
+        {"qaa": rows},
+        {"qaa": torch.ones(len(rows))},
+        anatomy.layers,
+        anatomy.neurons,
+        {"fingerprint": loaded.fingerprint, "method": "m"},
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_gradients_are_those_of_the_whole_weights(checkpoint_of, corpora, family):
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    text = corpora[0].only("qaa")
+    objective = NextTokens(loaded, text, text, Training(block=24, tokens=80))
+    batch = next(objective.steps(torch.Generator().manual_seed(0)))[0]
+    edits = untrained(loaded, ROWS)
+    generator = torch.Generator().manual_seed(1)
+    deltas = [0.05 * torch.randn(zeros.shape, generator=generator) for zeros in factors_of(edits)]
+
+    found = []
+    for recomputed in (False, True):
+        leaves = [delta.clone().requires_grad_(True) for delta in deltas]
+        with computing_with(loaded, with_factors(edits, leaves)):
+            if recomputed:
+                with recomputing(loaded.anatomy):
+                    objective.loss(batch).backward()
+            else:
+                loss = objective.loss(batch)
+                loss.backward()
+        found.append([leaf.grad for leaf in leaves])
+
+    # All weights of a copy in float64, changed in place, and the gradient of its own logits.
+    naive = copy.deepcopy(loaded.model).double().requires_grad_(True)
+    anatomy = loaded.anatomy
+    expected = []
+    with torch.no_grad():
+        for edit, delta in zip(with_factors(edits, deltas), deltas, strict=True):
+            path = anatomy.layout.outputs["mlp"] if edit.block == "mlp" else edit.block
+            weight = naive.get_submodule(anatomy.layout.layers)[edit.layer].get_submodule(path).weight
+            W = weight.T if family == "gpt2" else weight
+            if edit.block == "mlp":
+                W[:, edit.columns] += delta.double().T
+            else:
+                W[edit.rows] += delta.double()
+            expected.append((weight, edit))
+    ids = batch.tokens.ids.long()
+    logp = naive(ids).logits[:, :-1].log_softmax(-1)
+    whole = -logp.gather(-1, ids[:, 1:, None])[..., 0]
+    total = whole[batch.tokens.counted[:, 1:]].sum()
+    total.backward()
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+    for gradients in found:
+        for gradient, (weight, edit) in zip(gradients, expected, strict=True):
+            full = weight.grad.T if family == "gpt2" else weight.grad
+            part = full[:, edit.columns].T if edit.block == "mlp" else full[edit.rows]
+            torch.testing.assert_close(
+                gradient.double(), part, rtol=1e-3, atol=1e-4 * float(part.abs().max())
+            )
+
+
+def test_neurons_of_a_language_help_it_more_than_random_ones():
+    """The demo model, whose French neurons are known from its text."""
+    artifacts = Path(__file__).parents[3] / "artifacts" / "demo"
+    loaded = load_model(str(artifacts / "model"), device="cpu")
+    text, held_out, report = (
+        read_corpus(artifacts / "corpus", ["fr", "en"], part) for part in ("estimate", "choose", "report")
+    )
+    neurons = identify(loaded, text, "gradient-contrast", tokens=2000)
+    training = Training(block=128, tokens=2500, rate=2e-3)
+    plans = {
+        control: subnetwork_plan(loaded, neurons, ["fr"], text, held_out, training, control)
+        for control in (SET, RANDOM)
+    }
+    assert plans[SET].components == plans[RANDOM].components
+    losses = language_losses(loaded, report, plans)["fr"]
+    assert losses[SET] < losses[RANDOM] < losses["base"]
+
+
+@pytest.mark.parametrize("control", [SET, RANDOM, ALL, LORA])
+def test_only_the_chosen_weights_change_and_the_same_seed_gives_the_same_bytes(llama, corpora, control):
+    text, held_out, report = corpora
+    made = [
+        subnetwork_plan(llama, neurons_of(llama), ["qaa"], text, held_out, SHORT, control).to_bytes()
+        for _ in range(2)
+    ]
+    assert made[0] == made[1]
+    plan = subnetwork_plan(llama, neurons_of(llama), ["qaa"], text, held_out, SHORT, control)
+    rows = control_neurons(llama, ROWS, control, 0)
+    per_layer = [int((rows[:, 0] == layer).sum()) for layer in range(3)]
+    assert per_layer == ([48] * 3 if control == ALL else [2, 0, 3])
+    for edit in plan.edits:
+        of_layer = rows[rows[:, 0] == edit.layer, 1]
+        if control == LORA:
+            assert edit.rank == max(1, round(len(of_layer) * 3 * 64 / (3 * (64 + 48)))) and not edit.dense
+        else:
+            assert edit.components == tuple(of_layer.tolist()) and edit.dense == len(of_layer)
+    learning = plan.metadata["learning"]
+    assert learning["held_out"][learning["passes"]] == min(learning["held_out"]) < learning["held_out"][0]
+    losses = language_losses(llama, report, {"trained": plan})
+    assert losses["qaa"]["trained"] < losses["qaa"]["base"]
+    assert all(
+        not parameter.requires_grad and parameter.grad is None for parameter in llama.model.parameters()
+    )
+
+
+def test_refusals(llama, corpora, checkpoint_of):
+    text, held_out, _ = corpora
+    for languages, training, error, named in (
+        (["qab"], SHORT, UsageError, "qab"),
+        (["qaa"], Training(passes=0), UsageError, "0 passes"),
+        (["qaa"], Training(block=32, tokens=64, rate=1e-30), BrocaError, "no pass lowers"),
+    ):
+        with pytest.raises(error, match=named):
+            subnetwork_plan(llama, neurons_of(llama), languages, text, held_out, training)
+    mixture = load_model(str(checkpoint_of("mixtral")), device="cpu")
+    with pytest.raises(BrocaError, match="neuron 3 of layer 0 belongs to a routed expert"):
+        subnetwork_plan(mixture, neurons_of(mixture), ["qaa"], text, held_out, SHORT)
