@@ -36,6 +36,7 @@ import torch
 from editing.methods.bake import EPS, baked_edit, constant_keys, total_moments
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method, Settings
+from editing.methods.scope import require_neurons
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.sites import Routed
@@ -349,7 +350,7 @@ def _check(
     as_bias: bool,
 ) -> None:
     anatomy = loaded.anatomy
-    neurons.require_model(loaded)
+    require_neurons(loaded, neurons)
     if target is None and not deactivate:
         raise UsageError("name a target language, or languages to deactivate")
     if target is not None:

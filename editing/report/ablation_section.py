@@ -15,7 +15,7 @@ from editing.report.inline_svg import Drawing
 from editing.report.provenance import provenance
 from editing.report.templating import rendered
 from neurons.ablation.matrix import perplexity
-from neurons.ablation.study import SetOutcome, Study, set_title
+from neurons.ablation.study import SetOutcome, Study, set_title, units_of
 
 MIN_SCALE = 0.1  # nats a token: smaller rises get no strong colour
 
@@ -31,6 +31,7 @@ def ablation_content(study: Study, name: str) -> Markup:
     return rendered(
         "ablation",
         part=provenance(study.metadata).part,
+        units=units_of(study),
         way=f"mean of {study.settings.mean_of}" if study.settings.mean_of else study.settings.way,
         confidence=study.settings.confidence,
         tokens=sum(study.tokens),
@@ -92,9 +93,14 @@ def _matrix(study: Study, outcome: SetOutcome, scale: float) -> HeatMap:
         for language, nll in zip(study.languages, study.baseline.tolist(), strict=True)
     )
     return HeatMap(
-        f"{outcome.name}: rise of each language's NLL (columns) without each language's neurons (rows). Perplexity "
-        f"unablated: {unablated}.",
-        ["", *study.languages, "neurons", *(f"own rise, {control} neurons" for control in controls)],
+        f"{outcome.name}: rise of each language's NLL (columns) without each language's {outcome.unit}s (rows). "
+        f"Perplexity unablated: {unablated}.",
+        [
+            "",
+            *study.languages,
+            f"{outcome.unit}s",
+            *(f"own rise, {control} {outcome.unit}s" for control in controls),
+        ],
         rows,
         "nats a token",
         scale=scale,
@@ -108,7 +114,7 @@ def _interval(low: float, high: float) -> str:
 
 def _dose_response(study: Study, outcome: SetOutcome, name: str) -> tuple[Drawing, dict[str, Any]]:
     """The curves, and the caption, head and rows of their table."""
-    axis = "share of the model's neurons" if study.settings.dose_of_model else "share of the set"
+    axis = f"share of the model's {outcome.unit}s" if study.settings.dose_of_model else "share of the set"
     doses = sorted(outcome.doses, key=lambda dose: dose.share)
     curves = []
     for i, language in enumerate(study.languages):
@@ -124,7 +130,7 @@ def _dose_response(study: Study, outcome: SetOutcome, name: str) -> tuple[Drawin
     )
     table = {
         "caption": f"{outcome.name}: own language (mean of the others), nats a token",
-        "head": [axis, "neurons", *study.languages],
+        "head": [axis, f"{outcome.unit}s", *study.languages],
         "rows": [
             [
                 f"{100 * dose.share:.4g} %",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from neurons.ablation.matrix import Changes, largest_is_own, perplexity
-from neurons.ablation.study import SetOutcome, Study, set_title
+from neurons.ablation.study import SetOutcome, Study, set_title, units_of
 
 
 def as_markdown(study: Study) -> str:
@@ -17,7 +17,7 @@ def as_markdown(study: Study) -> str:
         f"with {percent} intervals over texts",
         "",
         _table(
-            ["neuron set", "method", "neurons", "own", "others", "specificity", "own is largest"],
+            ["neuron set", "method", units_of(study), "own", "others", "specificity", "own is largest"],
             [
                 [
                     one.name,
@@ -53,7 +53,7 @@ def _matrix(study: Study, one: SetOutcome) -> str:
             highest = max(float(draw.high[i, i]) for draw in draws)
             beside.append(f"{sum(own) / len(own):+.4f} (at most {highest:+.4f})")
         rows.append([f"ablated {language}", f"{one.sizes[i]:,}", *cells, *beside])
-    head = ["", "neurons", *study.languages, *(f"{control}, own language" for control in controls)]
+    head = ["", f"{one.unit}s", *study.languages, *(f"{control}, own language" for control in controls)]
     return _table(head, rows)
 
 
@@ -66,7 +66,7 @@ def _doses(study: Study, one: SetOutcome) -> str:
         cells = [f"{a:+.4f} ({b:+.4f})" for a, b in zip(own.tolist(), others.tolist(), strict=True)]
         rows.append([f"{dose.share:.4g}", _range(dose.sizes), *cells])
     whole = "of the model" if study.settings.dose_of_model else "of the set"
-    return _table([f"share {whole}", "neurons", *study.languages], rows)
+    return _table([f"share {whole}", f"{one.unit}s", *study.languages], rows)
 
 
 def _cell(changes: Changes, i: int, j: int) -> str:

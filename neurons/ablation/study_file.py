@@ -36,7 +36,7 @@ def study_document(study: Study) -> dict[str, Any]:
         "unit": "nats a token",
         "baseline": baseline,
         "baseline_perplexity": {language: perplexity(nll) for language, nll in baseline.items()},
-        **{key: value for key, value in sets[0].items() if key not in ("name", "method")},
+        **{key: value for key, value in sets[0].items() if key not in ("name", "method", "unit")},
         "sets": sets,
     }
 
@@ -46,6 +46,7 @@ def _set_json(study: Study, one: SetOutcome) -> dict[str, Any]:
     written: dict[str, Any] = {
         "name": one.name,
         "method": one.method,
+        "unit": one.unit,
         "neurons": dict(zip(languages, one.sizes, strict=True)),
         "ablated": by_language(one.own.nll, languages),
         "perplexity": by_language(one.own.nll.exp(), languages),
@@ -109,6 +110,7 @@ class _Set(_Matrices):
     neurons: Mapping[str, int]
     specificity: Specificity
     doses: tuple[_Dose, ...]
+    unit: str = "neuron"
     matched_draws: tuple[_Matrices, ...] = ()
     random_draws: tuple[_Matrices, ...] = ()
 
@@ -129,6 +131,7 @@ class _Set(_Matrices):
                 for one in self.doses
             ),
             specificity=self.specificity,
+            unit=self.unit,
         )
 
 
