@@ -173,7 +173,6 @@ def write_run(directory, name="model", edited="keyed edit", text=ARABIC, prompt=
         8,
         {
             "method": "lape",
-            "unit": "neuron",
             "model": name,
             "fingerprint": "0123456789abcdef",
             "settings": {"top_rate": 0.01, "filter_rate": 0.95, "kinds": None},
