@@ -65,7 +65,7 @@ def test_heads_from_identification_to_an_exported_checkpoint(broca, files, ident
 def test_heads_are_listed_compared_and_plotted_as_heads(broca, identified, tmp_path):
     first, second = identified("head-gradient", "--top-rate", "0.17"), identified("head-gradient-contrast")
     status, shown, _ = broca("inspect", first)
-    assert status == 0 and "3 layers x 4 heads" in shown and "head" in shown and "neuron " not in shown
+    assert status == 0 and "3 layers x 4 heads" in shown and "layers with most heads" in shown
     status, shown, _ = broca("compare", first, second, "--plot", tmp_path / "c.png", "--details")
     assert status == 0 and "sets of heads" in shown
     status, _, _ = broca("plot", first, "--out", tmp_path / "p.svg")

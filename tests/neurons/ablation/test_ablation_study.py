@@ -416,7 +416,7 @@ def test_a_set_named_twice_or_none_is_refused(arguments):
 def test_heads_and_neurons_in_one_study(llama, corpus):
     """Controls of heads are other heads of the same layers; the matrix is that of condition_losses."""
     places = {"qaa": [(0, 1)], "qab": [(2, 0)], "qac": [(1, 1)]}
-    heads = set_of(places, neurons=2, unit="head", heads=[2, 2, 2])
+    heads = set_of(places, width=2, unit="head", heads=[2, 2, 2])
     small = replace(corpus, texts={k: texts[:6] for k, texts in corpus.texts.items()})
     settings = Settings(way="mean", draws=1, resamples=50)
     assert settings.moments([heads]) == ("attn_in:absolute", "attn_in:sum")
