@@ -91,7 +91,7 @@ MAX_LAYER_COLUMNS = 12
 @click.option("--out", type=OUT_FILE, help="File for the neuron set (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
-    """Identify the neurons of each language in MODEL (hub id or directory).
+    """Identify the neurons of each language in MODEL (hub id or directory), or with --method head-... its attention heads.
 
     The text is read once, with a backward pass for gradient methods only; --tokens reads less.  From --statistics it
     takes seconds.  The output is small: some bytes per neuron.
@@ -100,6 +100,7 @@ def command(**options: Any) -> None:
     Examples:
       broca identify artifacts/demo/model --corpus artifacts/demo/corpus --out neurons.safetensors
       broca identify --method list
+      broca identify artifacts/demo/model --corpus artifacts/demo/corpus --method head-gradient --out heads.safetensors
       broca identify --statistics statistics.safetensors --method lape --out neurons.safetensors
     """
     arguments = SimpleNamespace(**options)

@@ -27,7 +27,15 @@ def identified(broca, files):
         out = files / f"{method}.safetensors"
         if not out.exists():
             status, shown, err = broca(
-                "identify", files / "model", "--corpus", files / "text", "--method", method, *words, "--out", out
+                "identify",
+                files / "model",
+                "--corpus",
+                files / "text",
+                "--method",
+                method,
+                *words,
+                "--out",
+                out,
             )
             assert status == 0, err
             assert "3 layers of 4 heads" in shown
