@@ -71,7 +71,8 @@ def test_heads_from_identification_to_an_exported_checkpoint(broca, files, ident
 
 
 def test_heads_are_listed_compared_and_plotted_as_heads(broca, identified, tmp_path):
-    first, second = identified("head-gradient", "--top-rate", "0.17"), identified("head-gradient-contrast")
+    methods = ("head-gradient", "head-gradient-contrast")
+    first, second = (identified(method, "--top-rate", "0.17") for method in methods)
     status, shown, _ = broca("inspect", first)
     assert status == 0 and "3 layers x 4 heads" in shown and "layers with most heads" in shown
     status, shown, _ = broca("compare", first, second, "--plot", tmp_path / "c.png", "--details")
@@ -110,6 +111,7 @@ def test_controls_and_ablation_of_heads(broca, files, identified, tmp_path):
 def test_shapley_values_of_one_language(broca, files, tmp_path):
     out = tmp_path / "shapley.safetensors"
     words = ["--method", "head-shapley", "--languages", "qaa", "--tokens", "30", "--set", "permutations=2"]
+    words += ["--top-rate", "0.1"]
     status, _, err = broca("identify", files / "model", "--corpus", files / "text", *words, "--out", out)
     assert status == 0, err
     heads = load_neuron_set(out)
