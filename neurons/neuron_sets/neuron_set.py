@@ -205,7 +205,7 @@ def _fault(artifact: Artifact) -> str | None:
     languages = metadata.get("languages")
     if not isinstance(languages, list) or not all(isinstance(language, str) for language in languages):
         return f"its languages are {languages!r}"
-    if (unit := metadata.get("unit", "neuron")) not in UNITS:
+    if (unit := metadata.get("unit", "neuron")) not in tuple(UNITS):
         return f"it is of {unit!r}"
     if not isinstance(metadata.get("settings", {}), dict):
         return f"its settings are {metadata['settings']!r}"

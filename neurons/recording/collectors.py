@@ -154,7 +154,7 @@ def head_effects(values: torch.Tensor, gradient: torch.Tensor, heads: int, width
     """
     exact = torch.promote_types(values.dtype, torch.float32)
     product = values[..., : heads * width].to(exact) * gradient[..., : heads * width].to(exact)
-    return product.view(*product.shape[:-1], heads, width).sum(-1, dtype=torch.float64)
+    return product.reshape(*product.shape[:-1], heads, width).sum(-1, dtype=torch.float64)
 
 
 @dataclass
