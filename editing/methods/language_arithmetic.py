@@ -350,6 +350,11 @@ def _check(
     as_bias: bool,
 ) -> None:
     anatomy = loaded.anatomy
+    if anatomy.mixed:
+        raise BrocaError(
+            f"{anatomy.model_type}: no neuron of a mixture of experts sees every token, so its MLP cannot add a "
+            "constant: use --method scale"
+        )
     require_neurons(loaded, neurons)
     if target is None and not deactivate:
         raise UsageError("name a target language, or languages to deactivate")
@@ -361,11 +366,6 @@ def _check(
         raise UsageError(f"strength {strength}: give a finite number other than 0")
     if not -math.inf < fill <= 0:
         raise UsageError(f"fill is {fill}: it must be finite and not above 0")
-    if anatomy.mixed:
-        raise BrocaError(
-            f"{anatomy.model_type}: no neuron of a mixture of experts sees every token, so its MLP cannot add a "
-            "constant: use --method scale"
-        )
     if as_bias and not anatomy.supports_bias("mlp"):
         raise BrocaError(
             f"{anatomy.model_type}: its MLP has no bias, and its config has no setting for a bias that serving "
