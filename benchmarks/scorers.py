@@ -178,7 +178,7 @@ def runnable(text: Corpus, prompts: Prompts | None, control: Prompts | None) -> 
     """The methods that can run on the given text and prompts; the reason for leaving out others goes to stderr."""
     names = []
     for name, method in METHODS.items():
-        if method.control:
+        if method.control or method.unit != "neuron":
             continue
         if method.reads == PROMPTS:
             needs_control = any(moment.endswith(":answer_control") for moment in method.moments)

@@ -162,9 +162,9 @@ def command(**options: Any) -> None:
             pictures.picture_format(picture)
     if arguments.dose_picture is not None and not settings.doses:
         raise UsageError("--dose-picture needs --doses, for example 1%,2%,5%,10%")
-    if arguments.statistics is not None and not settings.moments():
-        raise UsageError("--statistics is not used by this study: leave it out")
     sets = _sets(paths)
+    if arguments.statistics is not None and not settings.moments(sets.values()):
+        raise UsageError("--statistics is not used by this study: leave it out")
     statistics = None if arguments.statistics is None else load_statistics(arguments.statistics)
     inputs = [file_read("--neurons", path) for path in paths]
     if arguments.statistics is not None:
@@ -216,7 +216,9 @@ def command(**options: Any) -> None:
     for neuron_set in study.sets:
         sizes = zip(study.languages, neuron_set.sizes, strict=True)
         if empty := [language for language, size in sizes if not size]:
-            screen.warn(f"{neuron_set.name} has no neurons for {', '.join(empty)}: nothing is ablated there")
+            screen.warn(
+                f"{neuron_set.name} has no {neuron_set.unit}s for {', '.join(empty)}: nothing is ablated there"
+            )
     screen.say(as_markdown(study))
     screen.result({**document, "out": arguments.out}, arguments.out)
 

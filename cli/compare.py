@@ -95,7 +95,7 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
         if languages:
             screen.warn(f"{name}: {', '.join(languages)} left out, because not every set has it")
     screen.table(
-        f"neuron sets, all of {', '.join(comparison.languages)}",
+        f"sets of {comparison.unit}s, all of {', '.join(comparison.languages)}",
         ["first", "second", "first size", "second size", "shared", "Jaccard", "rank correlation"],
         [
             [
@@ -118,6 +118,7 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
     screen.result(
         {
             "sets": list(comparison.names),
+            "unit": comparison.unit,
             "languages": list(comparison.languages),
             "left_out": left_out,
             "sizes": comparison.sizes.tolist(),
@@ -153,7 +154,7 @@ def _columns(pair: Pair) -> dict[str, list[Any]]:
 def _details(screen: Screen, comparison: Comparison) -> None:
     """Print the sizes and overlaps of every language."""
     screen.table(
-        "neurons",
+        f"{comparison.unit}s",
         ["set", *comparison.languages],
         [[name, *row] for name, row in zip(comparison.names, comparison.sizes.tolist(), strict=True)],
     )

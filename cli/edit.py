@@ -247,6 +247,7 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
     from editing.plans.algebra import compose, inverted, restricted
     from editing.plans.plan import load_plan
     from editing.plans.steer2edit_factors import read_factors
+    from neurons.architectures.anatomy import UNITS
     from neurons.errors import UsageError
     from neurons.models.source import open_model
     from neurons.neuron_sets.neuron_set import load_neuron_set
@@ -287,10 +288,13 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
                     modules["attn"] = parse_layers(arguments.heads, source.anatomy.heads, "heads")
             if arguments.neurons is not None:
                 neurons = load_neuron_set(arguments.neurons)
-                neurons.require_model(source)
+                neurons.require_places(source)
+                block = UNITS[neurons.unit]
+                if block == "attn" and arguments.heads is not None:
+                    raise UsageError("--neurons is a set of heads, as is --heads: give one of them")
                 languages = [*map(language_label, arguments.languages or ())] or neurons.languages
                 for layer, modules in components.items():
-                    modules["mlp"] = {
+                    modules[block] = {
                         neuron
                         for language in languages
                         for neuron in neurons.by_layer(language)[layer].tolist()

@@ -91,7 +91,7 @@ MAX_LAYER_COLUMNS = 12
 @click.option("--out", type=OUT_FILE, help="File for the neuron set (.safetensors).")
 @json_option
 def command(**options: Any) -> None:
-    """Identify the neurons of each language in MODEL (hub id or directory).
+    """Identify the neurons of each language in MODEL (hub id or directory), or with --method head-... its attention heads.
 
     The text is read once, with a backward pass for gradient methods only; --tokens reads less.  From --statistics it
     takes seconds.  The output is small: some bytes per neuron.
@@ -100,6 +100,7 @@ def command(**options: Any) -> None:
     Examples:
       broca identify artifacts/demo/model --corpus artifacts/demo/corpus --out neurons.safetensors
       broca identify --method list
+      broca identify artifacts/demo/model --corpus artifacts/demo/corpus --method head-gradient --out heads.safetensors
       broca identify --statistics statistics.safetensors --method lape --out neurons.safetensors
     """
     arguments = SimpleNamespace(**options)
@@ -110,14 +111,14 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
     from neurons.recording.corpus_recording import remove_unfinished
-    from neurons.scorers.method import NOTHING, PROMPTS
+    from neurons.scorers.method import ABLATIONS, PROMPTS
     from neurons.scorers.registry import method_of
     from neurons.setting import assigned, read_settings
 
     method = method_of(arguments.method)
     if arguments.out is None:
         raise UsageError("--out is missing: give the file for the neuron set")
-    if arguments.dry_run and (method.reads in (NOTHING, PROMPTS) or arguments.statistics is not None):
+    if arguments.dry_run and (not method.records() or arguments.statistics is not None):
         raise UsageError("--dry-run needs a method that reads text with MODEL: leave it out")
     _check_options(arguments, method)
     neurons: NeuronSet | None
@@ -130,6 +131,8 @@ def command(**options: Any) -> None:
         raise UsageError("MODEL is missing: give a hub id or a directory, or --statistics")
     elif method.reads == PROMPTS:
         neurons = _by_prompts(screen, arguments)
+    elif method.reads == ABLATIONS:
+        neurons = _by_ablations(screen, arguments)
     else:
         neurons = _by_text(screen, arguments)
     if neurons is None or not is_first():
@@ -182,6 +185,27 @@ def _from_statistics(arguments: SimpleNamespace) -> NeuronSet:
     from neurons.statistics.statistics import load_statistics
 
     statistics = load_statistics(arguments.statistics)
+    return neurons_from(
+        statistics, arguments.method, arguments.top_rate, arguments.settings, _selection(arguments)
+    )
+
+
+def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
+    from neurons.ablation.shapley import record_shapley
+    from neurons.errors import UsageError
+    from neurons.neuron_sets.identify import neurons_from
+    from neurons.scorers.head_shapley import HeadShapley
+
+    if arguments.corpus is None:
+        raise UsageError("--corpus is missing: give a directory of <language>.txt")
+    corpus = noted_corpus(
+        screen, arguments.corpus, arguments.languages, arguments.part, 1, roles=arguments.roles
+    )
+    settings = HeadShapley(**arguments.settings)
+    loaded = loaded_model(screen, arguments)
+    total = settings.permutations * sum(loaded.anatomy.unit_counts("head")) * len(corpus.languages)
+    with screen.progress("Removing heads", total, "heads") as advance:
+        statistics = record_shapley(loaded, corpus, settings, arguments.tokens, advance)
     return neurons_from(
         statistics, arguments.method, arguments.top_rate, arguments.settings, _selection(arguments)
     )
@@ -256,7 +280,7 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
         statistics = record_corpus(
             loaded,
             corpus,
-            method.moments,
+            (f"{like.site}:absolute",),
             method.reads,
             arguments.tokens,
             arguments.block,
@@ -270,16 +294,16 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
 def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
     """Reject options that the method does not use."""
     from neurons.errors import UsageError
-    from neurons.scorers.method import NOTHING, PROMPTS
+    from neurons.scorers.method import ABLATIONS, PROMPTS
 
     from_statistics = arguments.statistics is not None
-    reads_text = not from_statistics and method.reads not in (PROMPTS, NOTHING)
+    reads_text = not from_statistics and (method.records() or method.reads == ABLATIONS)
     reads_prompts = not from_statistics and method.reads == PROMPTS
     control = method.control
     accepted = {
         "corpus": reads_text,
         "tokens": reads_text,
-        "block": reads_text,
+        "block": reads_text and method.records(),
         "roles": reads_text,
         "prompts": reads_prompts,
         "control": reads_prompts and "mlp_act:answer_control" in method.moments,
@@ -350,11 +374,11 @@ def _show(screen: Screen, neurons: NeuronSet, arguments: SimpleNamespace) -> Non
     by_layer = neurons.layers <= MAX_LAYER_COLUMNS
     kinds = {language: neurons.kind_counts(language) for language in neurons.languages}
     screen.table(
-        f"{arguments.method}: {neurons.layers} layers of {neurons.neurons} neurons"
+        f"{arguments.method}: {neurons.layers} layers of {neurons.neurons} {neurons.unit}s"
         + (f" ({neurons.experts} experts)" if neurons.experts > 1 else ""),
         [
             "language",
-            "neurons",
+            f"{neurons.unit}s",
             *next(iter(kinds.values())),
             *(f"layer {i}" for i in range(neurons.layers) if by_layer),
         ],
@@ -367,15 +391,18 @@ def _show(screen: Screen, neurons: NeuronSet, arguments: SimpleNamespace) -> Non
         screen.warn(
             f"{fraction:.0%} of the tokens of {language!r} are unknown to the tokenizer: its neurons are unreliable"
         )
+    for kind, lacking in neurons.metadata.get("without_heads", {}).items() if neurons.unit == "head" else ():
+        screen.say(f"layers {', '.join(map(str, lacking))} have {kind}: they have no heads to score")
     if neurons.empty_languages:
         screen.warn(
-            f"{arguments.method} found no neurons for {', '.join(neurons.empty_languages)}: none passes its thresholds; "
+            f"{arguments.method} found no {neurons.unit}s for {', '.join(neurons.empty_languages)}: none passes its thresholds; "
             "try --method gradient-contrast, a larger --top-rate, or other settings (--set)"
         )
     screen.result(
         {
             "out": arguments.out,
             "method": arguments.method,
+            "unit": neurons.unit,
             "fingerprint": neurons.metadata.get("fingerprint"),
             "tokens": neurons.metadata.get("tokens"),
             "neurons": {language: sum(layers) for language, layers in counts.items()},

@@ -109,11 +109,11 @@ def _neurons(screen: Screen, file: Path) -> None:
         rows.append([language, sum(layers), *neuron_set.kind_counts(language).values(), shown or "-"])
     experts = f", {neuron_set.experts} experts per layer" if neuron_set.experts > 1 else ""
     screen.table(
-        f"neuron set, {neuron_set.layers} layers x {neuron_set.neurons} neurons{experts}",
-        ["language", "neurons", *KINDS, "layers with most neurons"],
+        f"neuron set, {neuron_set.layers} layers x {neuron_set.neurons} {neuron_set.unit}s{experts}",
+        ["language", f"{neuron_set.unit}s", *KINDS, f"layers with most {neuron_set.unit}s"],
         rows,
     )
-    name = "neuron" if neuron_set.experts == 1 else "(expert, neuron)"
+    name = neuron_set.unit if neuron_set.experts == 1 else "(expert, neuron)"
     screen.table(
         f"largest scores, up to {MAX_NEURONS} per language",
         ["language", "layer", name, "score", "kind"],

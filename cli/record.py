@@ -67,13 +67,13 @@ def command(**options: Any) -> None:
     """
     from neurons.models.processes import is_first
     from neurons.recording.corpus_recording import record_corpus, remove_unfinished
-    from neurons.scorers.method import NOTHING, PROMPTS
+    from neurons.scorers.method import NOTHING
     from neurons.scorers.registry import METHODS, moments_of
     from neurons.text.token_budget import budget_of
 
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
-    readable = [name for name, method in METHODS.items() if method.reads not in (NOTHING, PROMPTS)]
+    readable = [name for name, method in METHODS.items() if method.records()]
     names = (*readable, "random-matched") if arguments.methods == ("all",) else arguments.methods
     moments, reads = moments_of(tuple(names))
     corpus = noted_corpus(

@@ -233,7 +233,7 @@ def naive_llama(model, ids, bump=None):
             theirs = slice(head // shared * width, (head // shared + 1) * width)
             scores = rotate(query[:, own]) @ rotate(key[:, theirs]).T / math.sqrt(width)
             heads.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ value[:, theirs])
-        attn_in = torch.cat(heads, dim=1)
+        attn_in = torch.cat(heads, dim=1).requires_grad_(True)
         attn_out = attn_in @ weight[name + "self_attn.o_proj.weight"].T
         x = x + attn_out
         normed = norm(x, name + "post_attention_layernorm.weight")

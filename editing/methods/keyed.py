@@ -37,6 +37,7 @@ from editing.methods.key import Key, key_of, key_problem, require_key, solve_key
 from editing.methods.learned_values import LEARNED_AT
 from editing.methods.norm_value import value_through_norm
 from editing.methods.output_norm import output_norm, source_tokens
+from editing.methods.scope import require_neurons
 from editing.methods.sparse_key import require_fraction, sparse_key
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
@@ -124,7 +125,7 @@ def keyed_plan(
     sources = (direction.source,) if sources is None else tuple(sources)
     _check_languages(corpus, direction, sources)
     if neurons is not None:
-        neurons.require_model(loaded)
+        require_neurons(loaded, neurons)
     fractions, total = _fractions(loaded, layers, strength, blocks)
     if keep is None:
         keep = [name for name in corpus.languages if name not in (*sources, *keep_softly)]

@@ -36,6 +36,7 @@ import torch
 from editing.methods.bake import EPS, baked_edit, constant_keys, total_moments
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method, Settings
+from editing.methods.scope import require_neurons
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
 from neurons.architectures.sites import Routed
@@ -349,7 +350,12 @@ def _check(
     as_bias: bool,
 ) -> None:
     anatomy = loaded.anatomy
-    neurons.require_model(loaded)
+    if anatomy.mixed:
+        raise BrocaError(
+            f"{anatomy.model_type}: no neuron of a mixture of experts sees every token, so its MLP cannot add a "
+            "constant: use --method scale"
+        )
+    require_neurons(loaded, neurons)
     if target is None and not deactivate:
         raise UsageError("name a target language, or languages to deactivate")
     if target is not None:
@@ -360,11 +366,6 @@ def _check(
         raise UsageError(f"strength {strength}: give a finite number other than 0")
     if not -math.inf < fill <= 0:
         raise UsageError(f"fill is {fill}: it must be finite and not above 0")
-    if anatomy.mixed:
-        raise BrocaError(
-            f"{anatomy.model_type}: no neuron of a mixture of experts sees every token, so its MLP cannot add a "
-            "constant: use --method scale"
-        )
     if as_bias and not anatomy.supports_bias("mlp"):
         raise BrocaError(
             f"{anatomy.model_type}: its MLP has no bias, and its config has no setting for a bias that serving "

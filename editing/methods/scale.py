@@ -1,6 +1,7 @@
 """Neuron scaling: a neuron's column of down_proj times a factor; 0 ablates it, more than 1 amplifies it.
 
-Scaling a neuron's column equals scaling its activation by a hook.  No forward pass is needed.
+Of a head it is the columns of o_proj.  Scaling columns equals scaling the activations by a hook.  No forward pass is
+needed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method
-from editing.methods.scope import chosen_layers, require_neurons
+from editing.methods.scope import chosen_layers
 from editing.plans.algebra import compose
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
+from neurons.architectures.anatomy import UNITS
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
@@ -30,11 +32,11 @@ def scale_plan(
     factor: float,
     layers: Sequence[int] | None = None,
 ) -> Plan:
-    """Scale the neurons of languages.
+    """Scale the neurons or heads of languages.
 
     Args:
         source: the model.
-        neurons: a neuron set of this model.
+        neurons: a neuron set of this model, of neurons or of heads.
         languages: languages of the neurons; a neuron of several is scaled once.
         factor: 0 ablates, more than 1 amplifies, a negative factor reverses the sign.
         layers: layers of the neurons; None takes all.
@@ -46,7 +48,7 @@ def scale_plan(
     """
     if factor == 1 or factor != factor or abs(factor) == float("inf"):
         raise UsageError(f"factor {factor}: give a finite factor other than 1 (0 ablates)")
-    require_neurons(source, neurons)
+    neurons.require_places(source)
     if not languages:
         raise UsageError("name at least one language whose neurons should be scaled")
     in_layers = torch.zeros(source.anatomy.layers, dtype=torch.bool)
@@ -60,9 +62,9 @@ def scale_plan(
             if layers is None
             else (" in these layers", "choose other layers, another method or rate")
         )
-        raise BrocaError(f"the neuron set has no neuron for {', '.join(empty)}{where}: {fix}")
-    rows = torch.cat(list(members.values()))
-    scale = torch.ones(source.anatomy.layers, source.anatomy.neurons, dtype=torch.float64)
+        raise BrocaError(f"the neuron set has no {neurons.unit} for {', '.join(empty)}{where}: {fix}")
+    rows = source.anatomy.unit_columns(neurons.unit, torch.cat(list(members.values())))
+    scale = torch.ones(source.anatomy.layers, source.anatomy.width(neurons.site), dtype=torch.float64)
     scale[rows[:, 0], rows[:, 1]] = factor
     settings: dict[str, Any] = {"factor": factor, "neurons": neurons.metadata.get("method")}
     if layers is not None:
@@ -74,7 +76,7 @@ def scale_plan(
         "languages": list(languages),
         "settings": settings,
     }
-    return make_plan(column_scaling(source, "mlp", scale), metadata)
+    return make_plan(column_scaling(source, UNITS[neurons.unit], scale), metadata)
 
 
 def column_scaling(source: ModelSource, module: str, scale: torch.Tensor) -> list[ModuleEdit]:
@@ -128,7 +130,7 @@ class Scale(Method):
     """The registered method."""
 
     name = "scale"
-    line = "multiplies neurons by a factor: 0 ablates, 2 doubles; no forward pass"
+    line = "multiplies neurons or heads by a factor: 0 ablates, 2 doubles; no forward pass"
     source = "exact fold"
     needs = ("neurons", "languages")
     takes = ("layers", "strength")

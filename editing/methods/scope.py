@@ -94,18 +94,17 @@ def require_site(source: ModelSource, site: str) -> None:
 
 
 def require_neurons(source: ModelSource, neurons: NeuronSet) -> None:
-    """Check that a neuron set belongs to the model.
+    """Check that a set of neurons belongs to the model.
 
     Raises:
+        UsageError: it is a set of heads.
         BrocaError: another fingerprint, or other numbers of layers or neurons.
     """
-    neurons.require_model(source)
-    expected = (source.anatomy.layers, source.anatomy.neurons)
-    if (neurons.layers, neurons.neurons) != expected:
-        raise BrocaError(
-            f"the neuron set has {neurons.layers} x {neurons.neurons} neurons, but the model has "
-            f"{expected[0]} x {expected[1]}: identify neurons in this model"
+    if neurons.unit != "neuron":
+        raise UsageError(
+            f"the neuron set is of {neurons.unit}s, which only --method scale edits: identify neurons with another method"
         )
+    neurons.require_places(source)
 
 
 def site_of(site: str, module: str) -> str:

@@ -18,7 +18,7 @@ from editing.report.templating import rendered
 from neurons.ablation.accuracy import ACCURACY
 from neurons.ablation.matrix import perplexity
 from neurons.ablation.report import MEASURED
-from neurons.ablation.study import Effects, SetOutcome, Study, set_title
+from neurons.ablation.study import Effects, SetOutcome, Study, set_title, units_of
 
 MIN_SCALE = 0.1  # nats a token: smaller rises get no strong colour
 
@@ -34,6 +34,7 @@ def ablation_content(study: Study, name: str) -> Markup:
     return rendered(
         "ablation",
         part=provenance(study.metadata).part,
+        units=units_of(study),
         way=f"mean of {study.settings.mean_of}" if study.settings.mean_of else study.settings.way,
         confidence=study.settings.confidence,
         tokens=sum(study.tokens),
@@ -76,7 +77,7 @@ def _losses(study: Study, outcome: SetOutcome, scale: float) -> HeatMap:
         for language, nll in zip(study.languages, study.baseline.tolist(), strict=True)
     )
     caption = (
-        f"{outcome.name}: rise of each language's NLL (columns) without each language's neurons (rows). Perplexity "
+        f"{outcome.name}: rise of each language's NLL (columns) without each language's {outcome.unit}s (rows). Perplexity "
         f"unablated: {unablated}."
     )
     effects = Effects(outcome.own, outcome.controls)
@@ -91,7 +92,7 @@ def _answers(study: Study, outcome: SetOutcome) -> Iterator[HeatMap]:
         )
         caption = (
             f"{outcome.name}: change of the {MEASURED[measure]} of each language's prompts (columns, "
-            f"{sum(study.prompts)} prompts) without each language's neurons (rows). Unablated: {unablated}."
+            f"{sum(study.prompts)} prompts) without each language's {outcome.unit}s (rows). Unablated: {unablated}."
         )
         scale = float(effects.own.change.abs().max()) or 1.0
         unit = "fraction of answers" if measure == ACCURACY else "nats"
@@ -123,7 +124,12 @@ def _matrix(
         rows.append((f"{language} ablated", cells))
     return HeatMap(
         caption,
-        ["", *study.languages, "neurons", *(f"own rise, {control} neurons" for control in controls)],
+        [
+            "",
+            *study.languages,
+            f"{outcome.unit}s",
+            *(f"own rise, {control} {outcome.unit}s" for control in controls),
+        ],
         rows,
         unit,
         scale=scale,
@@ -137,7 +143,7 @@ def _interval(low: float, high: float) -> str:
 
 def _dose_response(study: Study, outcome: SetOutcome, name: str) -> tuple[Drawing, dict[str, Any]]:
     """The curves, and the caption, head and rows of their table."""
-    axis = "share of the model's neurons" if study.settings.dose_of_model else "share of the set"
+    axis = f"share of the model's {outcome.unit}s" if study.settings.dose_of_model else "share of the set"
     doses = sorted(outcome.doses, key=lambda dose: dose.share)
     curves = []
     for i, language in enumerate(study.languages):
@@ -153,7 +159,7 @@ def _dose_response(study: Study, outcome: SetOutcome, name: str) -> tuple[Drawin
     )
     table = {
         "caption": f"{outcome.name}: own language (mean of the others), nats a token",
-        "head": [axis, "neurons", *study.languages],
+        "head": [axis, f"{outcome.unit}s", *study.languages],
         "rows": [
             [
                 f"{100 * dose.share:.4g} %",

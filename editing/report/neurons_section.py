@@ -46,10 +46,10 @@ def _layers(neurons: NeuronSet) -> HeatMap:
         # A layer without neurons has an empty cell.
         rows.append((language, [Cell(float(size), count(size) if size else "") for size in sizes]))
     return HeatMap(
-        "Where they lie: neurons of each language (rows) in each layer (columns, from 0)",
+        f"Where they lie: {neurons.unit}s of each language (rows) in each layer (columns, from 0)",
         ["language", *map(str, range(neurons.layers))],
         rows,
-        "neurons",
+        f"{neurons.unit}s",
         signed=False,
         form=",.0f",
     )
@@ -64,7 +64,7 @@ def _overlap(neurons: NeuronSet) -> HeatMap:
         cells[i] = Cell(overlaps[i], count(len(neurons.of(language))), strong=True, plain=True)
         rows.append((language, cells))
     return HeatMap(
-        "What languages share: Jaccard index of every two languages' neurons (diagonal: how many each has)",
+        f"What languages share: Jaccard index of every two languages' {neurons.unit}s (diagonal: how many each has)",
         ["", *neurons.languages],
         rows,
         "Jaccard index",

@@ -27,19 +27,21 @@ _KEPT_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Condition:
-    """Neurons that are ablated together.
+    """Values that are ablated together.
 
     Attributes:
-        rows: int64 [n, 2], (layer, neuron), sorted; empty for the unchanged model.
+        rows: int64 [n, 2], (layer, column of the site), sorted; empty for the unchanged model.
         replacement: what replaces their values.
+        site: "mlp_in", where columns are neurons, or "attn_in", where they are channels of heads.
     """
 
     rows: torch.Tensor
     replacement: Replacement = field(default_factory=Replacement)
+    site: str = "mlp_in"
 
     @property
     def first_layer(self) -> int | None:
-        """The first layer with an ablated neuron; None without any."""
+        """The first layer with an ablated value; None without any."""
         return int(self.rows[:, 0].min()) if len(self.rows) else None
 
     @cached_property
@@ -48,7 +50,8 @@ class Condition:
         by = self.replacement
         digest = hashlib.sha256(self.rows.contiguous().numpy().tobytes())
         if len(self.rows):
-            digest.update(f"{by.kind} {by.seed if by.kind == 'resample' else ''}".encode())
+            site = "" if self.site == "mlp_in" else f" {self.site}"
+            digest.update(f"{by.kind} {by.seed if by.kind == 'resample' else ''}{site}".encode())
             if by.kind == "mean" and by.means is not None:
                 means = by.means[self.rows[:, 0], self.rows[:, 1]]
                 digest.update(means.contiguous().numpy().tobytes())
@@ -118,11 +121,11 @@ def condition_losses(
             dimensions last.
 
     Raises:
-        BrocaError: a neuron that the model does not have, or a loss that is not finite.
+        BrocaError: a neuron or channel that the model does not have, or a loss that is not finite.
     """
     anatomy = loaded.anatomy
     for condition in conditions:
-        _require_inside(condition.rows, anatomy.layers, anatomy.neurons)
+        _require_inside(condition.rows, anatomy.layers, anatomy.width(condition.site))
     distinct = {condition.digest: condition for condition in conditions}
     book: Ledger = InMemory() if ledger is None else ledger
     from_below = not whole and supports_partial_forward(loaded.model, anatomy)
@@ -184,7 +187,9 @@ def batch_losses(
         for condition in conditions:
             if condition.first_layer is None:
                 continue
-            hooks = ablation_hooks(anatomy, condition.rows, condition.replacement, on_device.counted, turn)
+            hooks = ablation_hooks(
+                anatomy, condition.rows, condition.replacement, on_device.counted, turn, condition.site
+            )
             with site_hooks(anatomy, {**_no_op_hooks(loaded), **hooks}):
                 start = condition.first_layer if from_below else 0
                 hidden = forward_from(model, anatomy, on_device, start, kept)

@@ -93,7 +93,7 @@ def doses_figure(study: Study) -> Figure:
         axis.set_xscale("log")
         axis.set_xticks(percents, [f"{percent:g}" for percent in percents], minor=False)
         axis.set_xticks([], minor=True)
-        whole = "the model's neurons" if study.settings.dose_of_model else "each language's neurons"
+        whole = f"{'the model' if study.settings.dose_of_model else 'each language'}'s {outcome.unit}s"
         axis.set_xlabel(f"ablated, % of {whole}, best first")
         axis.set_title(set_title(outcome.name, outcome.method), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)

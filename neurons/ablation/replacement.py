@@ -1,8 +1,8 @@
-"""Ablation at ``mlp_in``: hooks that replace the values of neurons while a model runs.
+"""Ablation at ``mlp_in`` or ``attn_in``: hooks that replace the values of neurons or heads while a model runs.
 
-    zero      0 at every position, as if their columns of ``down_proj`` were zeroed
-    mean      each neuron's mean over text, or over the text of one language, at every counted token
-    resample  the values, all neurons of a layer together, of a random other counted token of the batch;
+    zero      0 at every position, as if their columns of ``down_proj`` or ``o_proj`` were zeroed
+    mean      each value's mean over text, or over the text of one language, at every counted token
+    resample  the values, all neurons or heads of a layer together, of a random other counted token of the batch;
               of a mixture, of a random other counted token that reached the expert
 
 Uncounted positions (the first, which serves as an attention sink) keep their values under ``mean`` and
@@ -20,17 +20,18 @@ import torch
 from neurons.architectures.anatomy import Anatomy
 from neurons.architectures.sites import Routed, SiteHook
 from neurons.errors import UsageError
+from neurons.statistics.statistics import Statistics
 
 REPLACEMENTS = ("zero", "mean", "resample")
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What replaces the values of ablated neurons.
+    """What replaces the values of ablated neurons or heads.
 
     Attributes:
         kind: one of ``REPLACEMENTS``.
-        means: float32 [L, I], for "mean".
+        means: float32 [L, width] of the site, for "mean".
         seed: for the draws of "resample".
     """
 
@@ -42,7 +43,27 @@ class Replacement:
         if self.kind not in REPLACEMENTS:
             raise UsageError(f"replacement {self.kind!r} is unknown: choose from {', '.join(REPLACEMENTS)}")
         if self.kind == "mean" and self.means is None:
-            raise UsageError("mean ablation needs the means of the neurons: record mlp_in:sum")
+            raise UsageError("mean ablation needs the means of the values: record mlp_in:sum or attn_in:sum")
+
+
+def means_of(statistics: Statistics, site: str, language: str | None = None) -> torch.Tensor:
+    """Means over the text of one language, or of all, float32 [L, width].
+
+    Raises:
+        UsageError: no sums of the site, or no such language.
+    """
+    sums = statistics.moment(f"{site}:sum")
+    seen = statistics.seen() if site == "mlp_in" else statistics.tokens
+    if language is None:
+        # Where an expert saw no token there is nothing that could be replaced.
+        return (sums.sum(-1) / seen.sum(-1).clamp(min=1)).float()
+    if language not in statistics.languages:
+        raise UsageError(
+            f"the statistics have no language {language!r} to take the mean of: they have "
+            f"{', '.join(statistics.languages)}"
+        )
+    k = statistics.languages.index(language)
+    return (sums[..., k] / seen[..., k].clamp(min=1)).float()
 
 
 # (values [..., n of the columns], mask of counted positions, layer, expert) -> new values
@@ -50,31 +71,37 @@ _Fill = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 
 def ablation_hooks(
-    anatomy: Anatomy, rows: torch.Tensor, replacement: Replacement, counted: torch.Tensor, turn: str
+    anatomy: Anatomy,
+    rows: torch.Tensor,
+    replacement: Replacement,
+    counted: torch.Tensor,
+    turn: str,
+    site: str = "mlp_in",
 ) -> dict[tuple[str, int], SiteHook]:
-    """Hooks for ``neurons.architectures.sites.site_hooks`` that ablate neurons on one batch.
+    """Hooks for ``neurons.architectures.sites.site_hooks`` that ablate values on one batch.
 
     They write into the values in place, so gradients must be off.
 
     Args:
         anatomy: of the model.
-        rows: int64 [n, 2], (layer, neuron).
+        rows: int64 [n, 2], (layer, column of the site).
         replacement: what replaces their values.
         counted: bool [rows, length] of the batch, on the model's device.
         turn: name of the batch; the draws of "resample" depend on it and the seed.
+        site: "mlp_in" or "attn_in".
     """
     hooks: dict[tuple[str, int], SiteHook] = {}
+    mixed = anatomy.mixed and site == "mlp_in"
+    # Without experts all columns are one group.
+    width = anatomy.expert_width if mixed else anatomy.width(site)
     for layer in rows[:, 0].unique().tolist():
-        neurons = rows[rows[:, 0] == layer, 1].to(counted.device)
-        fill = _fill_of(replacement, neurons, turn, anatomy)
-        hooks["mlp_in", layer] = _hook(anatomy, layer, neurons, fill, counted)
+        own = rows[rows[:, 0] == layer, 1].to(counted.device)
+        fill = _fill_of(replacement, own, turn, width, mixed)
+        hooks[site, layer] = _hook(width, layer, own, fill, counted)
     return hooks
 
 
-def _hook(
-    anatomy: Anatomy, layer: int, own: torch.Tensor, fill: _Fill | None, counted: torch.Tensor
-) -> SiteHook:
-    width = anatomy.expert_width
+def _hook(width: int, layer: int, own: torch.Tensor, fill: _Fill | None, counted: torch.Tensor) -> SiteHook:
     columns = {expert: own[own // width == expert] % width for expert in (own // width).unique().tolist()}
 
     def hook(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
@@ -91,14 +118,14 @@ def _hook(
     return hook
 
 
-def _fill_of(replacement: Replacement, neurons: torch.Tensor, turn: str, anatomy: Anatomy) -> _Fill | None:
+def _fill_of(replacement: Replacement, own: torch.Tensor, turn: str, width: int, mixed: bool) -> _Fill | None:
     """The function that gives new values; None stands for zero."""
     if replacement.kind == "mean":
         means = replacement.means
         assert means is not None
 
         def by_mean(values: torch.Tensor, seen: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
-            of_expert = neurons[neurons // anatomy.expert_width == expert].cpu()
+            of_expert = own[own // width == expert].cpu()
             return torch.where(seen[..., None], means[layer, of_expert].to(values), values)
 
         return by_mean
@@ -108,7 +135,7 @@ def _fill_of(replacement: Replacement, neurons: torch.Tensor, turn: str, anatomy
             flat = values.flatten(0, -2)
             places = seen.flatten().nonzero()[:, 0]
             # In a dense model every layer draws the same tokens, so that the layers stay consistent.
-            name = f"{replacement.seed} {turn}" + (f" {layer} {expert}" if anatomy.mixed else "")
+            name = f"{replacement.seed} {turn}" + (f" {layer} {expert}" if mixed else "")
             changed = flat.clone()
             changed[places] = flat[places[others(len(places), name).to(places.device)]]
             return changed.view(values.shape)

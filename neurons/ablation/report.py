@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from neurons.ablation.accuracy import ACCURACY, ANSWER_NLL
 from neurons.ablation.matrix import Changes, largest_is_own, perplexity
-from neurons.ablation.study import Effects, SetOutcome, Study, set_title
+from neurons.ablation.study import Effects, SetOutcome, Study, set_title, units_of
 
 MEASURED = {ACCURACY: "accuracy", ANSWER_NLL: "negative log-likelihood of the answer (nats)"}
 
@@ -20,7 +20,7 @@ def as_markdown(study: Study) -> str:
         f"with {percent} intervals over texts",
         "",
         _table(
-            ["neuron set", "method", "neurons", "own", "others", "specificity", "own is largest"],
+            ["neuron set", "method", units_of(study), "own", "others", "specificity", "own is largest"],
             [
                 [
                     one.name,
@@ -69,7 +69,7 @@ def _matrix(
                 bound = f"at most {max(float(draw.high[i, i]) for draw in draws):+.4f}"
             beside.append(f"{sum(own) / len(own):+.4f} ({bound})")
         rows.append([f"ablated {language}", f"{one.sizes[i]:,}", *cells, *beside])
-    head = ["", "neurons", *study.languages, *(f"{control}, own language" for control in controls)]
+    head = ["", f"{one.unit}s", *study.languages, *(f"{control}, own language" for control in controls)]
     return _table(head, rows)
 
 
@@ -82,7 +82,7 @@ def _doses(study: Study, one: SetOutcome) -> str:
         cells = [f"{a:+.4f} ({b:+.4f})" for a, b in zip(own.tolist(), others.tolist(), strict=True)]
         rows.append([f"{dose.share:.4g}", _range(dose.sizes), *cells])
     whole = "of the model" if study.settings.dose_of_model else "of the set"
-    return _table([f"share {whole}", "neurons", *study.languages], rows)
+    return _table([f"share {whole}", f"{one.unit}s", *study.languages], rows)
 
 
 def _cell(changes: Changes, i: int, j: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from neurons.ablation.accuracy import PromptBatches
 from neurons.ablation.conditions import UNTOUCHED, Condition, InMemory, condition_losses
 from neurons.ablation.ledger import LedgerFile
 from neurons.ablation.matrix import Changes, Specificity, bootstrapped, specificity
-from neurons.ablation.replacement import REPLACEMENTS, Replacement
+from neurons.ablation.replacement import REPLACEMENTS, Replacement, means_of
+from neurons.architectures.anatomy import UNITS, Anatomy
 from neurons.errors import UsageError
 from neurons.files.artifact import package_versions
 from neurons.models.memory import batches_for
@@ -33,7 +35,6 @@ from neurons.text.prompts import Prompts
 from neurons.text.token_budget import LOSSES, text_read
 
 CONTROLS = ("random", "matched")
-ACTIVITY, SUM = "mlp_in:absolute", "mlp_in:sum"
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,12 @@ class Settings:
         if not 0 < self.confidence < 1:
             raise UsageError(f"a confidence of {self.confidence} is impossible: write one such as 0.95")
 
-    def moments(self) -> tuple[str, ...]:
-        """What must be known of the neurons' activity."""
+    def moments(self, sets: Iterable[NeuronSet]) -> tuple[str, ...]:
+        """What must be known of the activity of the sets' neurons or heads."""
         matched = bool("matched" in self.controls and self.draws)
-        return (*([ACTIVITY] if matched else []), *([SUM] if self.way == "mean" else []))
+        names = (*(["absolute"] if matched else []), *(["sum"] if self.way == "mean" else []))
+        sites = sorted({one.site for one in sets}, reverse=True)
+        return tuple(f"{site}:{name}" for site in sites for name in names)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class SetOutcome:
         doses: in the order asked for.
         specificity: of ``own``.
         answers: measure of ``neurons.ablation.accuracy`` -> what becomes of it; empty without prompts.
+        unit: what is ablated, "neuron" or "head".
     """
 
     name: str
@@ -140,6 +144,7 @@ class SetOutcome:
     doses: tuple[Dose, ...]
     specificity: Specificity
     answers: Mapping[str, Effects] = field(default_factory=dict)
+    unit: str = "neuron"
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,11 @@ class Study:
     answers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+def units_of(study: Study) -> str:
+    """What the sets of a study hold: "neurons", "heads" or "neurons or heads"."""
+    return " or ".join(f"{unit}s" for unit in UNITS if any(one.unit == unit for one in study.sets))
+
+
 @dataclass
 class _Plan:
     """Conditions, and what each of them is for."""
@@ -176,11 +186,18 @@ class _Plan:
     conditions: list[Condition] = field(default_factory=lambda: [UNTOUCHED])
 
     def add(
-        self, members: Mapping[str, torch.Tensor], languages: Sequence[str], how: Replacement
+        self,
+        members: Mapping[str, torch.Tensor],
+        languages: Sequence[str],
+        how: Replacement,
+        unit: str,
+        anatomy: Anatomy,
     ) -> list[int]:
         """A condition for each language; their numbers."""
-        first = len(self.conditions)
-        self.conditions += [Condition(members[language], how) for language in languages]
+        first, site = len(self.conditions), f"{UNITS[unit]}_in"
+        self.conditions += [
+            Condition(anatomy.unit_columns(unit, members[language]), how, site) for language in languages
+        ]
         return list(range(first, len(self.conditions)))
 
 
@@ -217,8 +234,8 @@ def ablation_study(
         corpus: held-out text; its languages, in its order, are ablated and measured.
         sets: name -> neuron set that has all of the corpus's languages.
         settings: None takes the defaults.
-        statistics: with ``mlp_in:absolute`` for matched controls and ``mlp_in:sum`` for means; None
-            records them from the corpus, text by text.
+        statistics: with ``mlp_in:absolute`` for matched controls and ``mlp_in:sum`` for means, of heads
+            ``attn_in:...``; None records them from the corpus, text by text.
         tokens: most tokens a language; None: the corpus's, else ``LOSSES.tokens``.
         batch_tokens: tokens read at once; None takes what memory allows.
         out: where the study will be written: unfinished work is kept beside it, and gone on with.
@@ -237,13 +254,15 @@ def ablation_study(
         if missing := [language for language in languages if language not in prompts.of]:
             raise UsageError(f"there are no prompts for {', '.join(missing)}: write some, or leave them out")
         prompts = replace(prompts, of={language: prompts.of[language] for language in languages})
-    if how.moments() and statistics is None:
-        statistics = record_corpus(loaded, corpus, how.moments(), TEXTS, tokens, None, batch_tokens)
-    if statistics is not None and how.moments():
+    moments = how.moments(sets.values())
+    if moments and statistics is None:
+        statistics = record_corpus(loaded, corpus, moments, TEXTS, tokens, None, batch_tokens)
+    if statistics is not None and moments:
         loaded.require_fingerprint({"fingerprint": statistics.fingerprint}, "the statistics")
-    replacement = Replacement(how.way, _means(how, statistics), how.seed)
     plan = _Plan()
-    plans = {name: _planned(plan, one, languages, replacement, how, statistics) for name, one in sets.items()}
+    plans = {
+        name: _planned(plan, one, languages, loaded.anatomy, how, statistics) for name, one in sets.items()
+    }
 
     size = batches_for(loaded, False, 1)[0] if batch_tokens is None else batch_tokens
     batches = language_batches(loaded, corpus, tokens, size, LOSSES.tokens)
@@ -331,7 +350,7 @@ def _require_fit(
     if not sets:
         raise UsageError("there is no neuron set to ablate")
     for name, one in sets.items():
-        one.require_model(loaded)
+        one.require_places(loaded)
         missing = [language for language in languages if language not in one.members]
         if missing:
             raise UsageError(
@@ -342,43 +361,35 @@ def _require_fit(
         raise UsageError("an ablation matrix needs at least two languages")
 
 
-def _means(how: Settings, statistics: Statistics | None) -> torch.Tensor | None:
-    """float32 [L, I], for the way "mean"."""
-    if how.way != "mean" or statistics is None:
-        return None
-    sums, seen = statistics.moment(SUM), statistics.seen()
-    if how.mean_of is None:
-        # Where an expert saw no token there is nothing that could be replaced.
-        return (sums.sum(-1) / seen.sum(-1).clamp(min=1)).float()
-    if how.mean_of not in statistics.languages:
-        raise UsageError(
-            f"the statistics have no language {how.mean_of!r} to take the mean of: they have "
-            f"{', '.join(statistics.languages)}"
-        )
-    k = statistics.languages.index(how.mean_of)
-    return (sums[..., k] / seen[..., k].clamp(min=1)).float()
-
-
 def _planned(
     plan: _Plan,
     neurons: NeuronSet,
     languages: Sequence[str],
-    replacement: Replacement,
+    anatomy: Anatomy,
     how: Settings,
     statistics: Statistics | None,
 ) -> _SetPlan:
-    own = plan.add(neurons.members, languages, replacement)
+    means = None
+    if how.way == "mean" and statistics is not None:
+        means = means_of(statistics, neurons.site, how.mean_of)
+    add = partial(
+        plan.add,
+        languages=languages,
+        how=Replacement(how.way, means, how.seed),
+        unit=neurons.unit,
+        anatomy=anatomy,
+    )
+    own = add(neurons.members)
     controls: dict[str, list[list[int]]] = {}
     for control in how.controls:
         known = statistics if control == "matched" else None
         controls[control] = [
-            plan.add(_control(neurons, how.seed + draw, known).members, languages, replacement)
-            for draw in range(how.draws)
+            add(_control(neurons, how.seed + draw, known).members) for draw in range(how.draws)
         ]
     doses = []
     for share in how.doses:
         members = {k: dosed(neurons, k, share, how.seed, how.dose_of_model) for k in languages}
-        doses.append((share, members, plan.add(members, languages, replacement)))
+        doses.append((share, members, add(members)))
     return _SetPlan(own, controls, doses)
 
 
@@ -386,7 +397,9 @@ def _control(neurons: NeuronSet, seed: int, statistics: Statistics | None) -> Ne
     try:
         return random_set(neurons, seed, statistics)
     except UsageError as error:
-        raise UsageError(f"{error}; ablate fewer neurons, or ask for no controls (0 draws)") from error
+        raise UsageError(
+            f"{error}; ablate fewer {neurons.unit}s, or ask for no controls (0 draws)"
+        ) from error
 
 
 def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: bool = False) -> torch.Tensor:
@@ -408,7 +421,7 @@ def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: 
     count = max(1, round(share * whole))
     if count > len(rows):
         raise UsageError(
-            f"language {language!r}: a dose of {share:g} of the model is {count} neurons, and the set has "
+            f"language {language!r}: a dose of {share:g} of the model is {count} {neurons.unit}s, and the set has "
             f"{len(rows)}: identify with --top-rate {share:g} or more"
         )
     if bool((scores == scores[0]).all()):
@@ -467,4 +480,5 @@ def _outcome(
             for share, members, numbers in plan.doses
         ),
         specificity=specificity(own.change, matrices, how.confidence),
+        unit=neurons.unit,
     )

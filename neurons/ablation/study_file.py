@@ -37,7 +37,7 @@ def study_document(study: Study) -> dict[str, Any]:
         "unit": "nats a token",
         "baseline": baseline,
         "baseline_perplexity": {language: perplexity(nll) for language, nll in baseline.items()},
-        **{key: value for key, value in sets[0].items() if key not in ("name", "method", "answers")},
+        **{key: value for key, value in sets[0].items() if key not in ("name", "method", "answers", "unit")},
         **(
             {
                 "prompts": dict(zip(languages, study.prompts, strict=True)),
@@ -58,6 +58,7 @@ def _set_json(study: Study, one: SetOutcome) -> dict[str, Any]:
     written: dict[str, Any] = {
         "name": one.name,
         "method": one.method,
+        "unit": one.unit,
         "neurons": dict(zip(languages, one.sizes, strict=True)),
         "ablated": by_language(one.own.nll, languages),
         "perplexity": by_language(one.own.nll.exp(), languages),
@@ -152,6 +153,7 @@ class _Set(_Effects):
     specificity: Specificity
     doses: tuple[_Dose, ...]
     answers: Mapping[str, _Effects] = field(default_factory=dict)
+    unit: str = "neuron"
 
     def outcome(self, languages: Sequence[str]) -> SetOutcome:
         return SetOutcome(
@@ -169,6 +171,7 @@ class _Set(_Effects):
                 measure: Effects(effects.changes(languages), effects.controls(languages))
                 for measure, effects in self.answers.items()
             },
+            unit=self.unit,
         )
 
 

@@ -54,6 +54,8 @@ BLOCKS = ("attn", "mlp")
 OUTSIDE = -1  # the "layer" of modules outside the decoder layers
 HEAD = "lm_head"  # the name of the output embeddings, whatever the family calls them
 HEADS_ON_DISK = ("lm_head", "embed_out")
+# What a neuron set holds -> the block whose W has its columns; the site BLOCK_in has its values.
+UNITS = {"neuron": "mlp", "head": "attn"}
 # Block -> the site of the inputs of its output module that every token reaches.
 COMMON_SITES = {"attn": "attn_in", "mlp": COMMON}
 
@@ -306,6 +308,26 @@ class Anatomy:
 
     def component_name(self, block: str) -> str:
         return "head" if block == "attn" else "neuron"
+
+    def places(self, unit: str) -> int:
+        """Places for units in a layer: I neurons or A heads, the maximum over the layers."""
+        return self.heads if unit == "head" else self.neurons
+
+    def unit_counts(self, unit: str) -> tuple[int, ...]:
+        """Number of neurons or heads of each layer, 0 where Broca understands none."""
+        block = UNITS[unit]
+        return tuple(
+            self.width(f"{block}_in", layer) // max(1, self.component_width(block, layer))
+            for layer in range(self.layers)
+        )
+
+    def unit_columns(self, unit: str, rows: torch.Tensor) -> torch.Tensor:
+        """The columns of W of units, int64 [n, 2] (layer, column), from rows int64 [m, 2] (layer, neuron or head)."""
+        every = torch.tensor([self.component_width(UNITS[unit], layer) for layer in range(self.layers)])
+        widths = every[rows[:, 0]]
+        offsets = torch.arange(int(widths.sum())) - (widths.cumsum(0) - widths).repeat_interleave(widths)
+        columns = (rows[:, 1] * widths).repeat_interleave(widths) + offsets
+        return torch.stack([rows[:, 0].repeat_interleave(widths), columns], dim=1)
 
     def parts(self, layer: int, block: str) -> tuple[Part, ...]:
         """The parameters that hold W, in the order of its columns; empty where the layer has no such block.

@@ -76,6 +76,7 @@ class Comparison:
         pairs: all pairs of sets, in order.
         methods: of the sets; None where unknown.
         model: "model" and "fingerprint" of the sets, as far as known.
+        unit: what the sets hold, "neuron" or "head".
     """
 
     names: tuple[str, ...]
@@ -86,6 +87,7 @@ class Comparison:
     pairs: tuple[Pair, ...]
     methods: tuple[str | None, ...]
     model: dict[str, str]
+    unit: str = "neuron"
 
 
 def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
@@ -127,6 +129,7 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
             for name in ("model", "fingerprint")
             if s.metadata.get(name)
         },
+        unit=sets[0].unit,
     )
 
 
@@ -153,9 +156,11 @@ def _require_one_model(sets: Sequence[NeuronSet], names: Sequence[str]) -> None:
                 f"{a} and {b} are of two models, fingerprints {prints[0]} and {prints[1]}: compare neuron sets of "
                 "the same model"
             )
+        if first.unit != second.unit:
+            raise BrocaError(f"{a} is of {first.unit}s, {b} of {second.unit}s: compare sets of the same")
         if (first.layers, first.neurons) != (second.layers, second.neurons):
             raise BrocaError(
-                f"{a} is of {first.layers} layers x {first.neurons} neurons, {b} of {second.layers} x "
+                f"{a} is of {first.layers} layers x {first.neurons} {first.unit}s, {b} of {second.layers} x "
                 f"{second.neurons}: compare neuron sets of the same model"
             )
 

@@ -120,7 +120,14 @@ def write_masks(neurons: NeuronSet, path: Path) -> None:
 
     The languages are in the order of ``neurons.languages``; a language without neurons has L empty tensors.
     A neuron of an expert is written by its number in the layer, e * (I / E) + j.
+
+    Raises:
+        UsageError: a set of heads.
     """
+    if neurons.unit != "neuron":
+        raise UsageError(
+            f"published masks are of neurons, and the set is of {neurons.unit}s: it has no mask file"
+        )
     masks = [neurons.by_layer(language) for language in neurons.languages]
     stream = io.BytesIO()
     torch.save(masks, stream)

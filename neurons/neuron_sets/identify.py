@@ -58,7 +58,7 @@ def identify(
             is not parallel for a method that needs it, or a rate outside (0, 1].
     """
     scorer = method_of(method)
-    if scorer.control or scorer.reads == PROMPTS:
+    if not scorer.records() or scorer.control:
         raise UsageError(f"method {method!r} does not read text: it needs {_needs(scorer)}")
     require_parallel(method, corpus)
     statistics = record_corpus(
@@ -141,6 +141,11 @@ def neurons_from(
         )
     for corpus in statistics.metadata.get("corpora", []):
         _require_parallel(method, scorer, corpus.get("lines", {}))
+    if scorer.unit == "head" and not any(statistics.heads()):
+        kinds = ", ".join(statistics.metadata.get("without_heads", {}))
+        raise UsageError(
+            f"method {method!r} scores heads, but the layers of the model have {kinds}: identify neurons"
+        )
     rate = scorer.selection.top_rate if top_rate is None else top_rate
     rule = scorer.selection.changed(top_rate=rate, **(selection or {}))
     scores = scorer.of(settings or {}).scores(statistics, rule.top_rate)
@@ -148,13 +153,14 @@ def neurons_from(
     layers, width, _ = scores.values.shape
     if round(rule.top_rate * layers * width) == 0:
         raise UsageError(
-            f"the top rate {rule.top_rate} keeps none of {layers * width:,} neurons: use at least "
+            f"the top rate {rule.top_rate} keeps none of {layers * width:,} {scorer.unit}s: use at least "
             f"{1 / (layers * width):.1g}"
         )
     languages = statistics.languages
     metadata = {
         **{key: value for key, value in statistics.metadata.items() if key not in ("settings", "unknown")},
         "fingerprint": statistics.fingerprint,
+        "unit": scorer.unit,
         "method": method,
         "tokens": dict(zip(languages, statistics.tokens.tolist(), strict=True)),
         "settings": {**asdict(scorer.of(settings or {})), **rule.as_json()},
@@ -177,7 +183,7 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
     Args:
         like: the set.
         seed: random seed.
-        statistics: with ``mlp_in:absolute``, to match the control in activity too.
+        statistics: with ``mlp_in:absolute`` (of heads ``attn_in:absolute``), to match the control in activity too.
 
     Raises:
         UsageError: a layer without enough other neurons, or statistics of another model.
@@ -186,18 +192,17 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
     for k, language in enumerate(like.languages):
         rows = like.of(language)
         if statistics is None:
-            members[language] = random_like(rows, like.layers, like.neurons, seed * len(like.languages) + k)
+            members[language] = random_like(
+                rows, like.layers, like.neurons, seed * len(like.languages) + k, like.counts
+            )
         else:
-            # Activity over all languages together, so that language specificity is not matched.
-            # An expert without tokens has activity 0.
-            seen = statistics.seen().sum(-1).clamp(min=1)
-            activity = statistics.moment("mlp_in:absolute").sum(-1) / seen
+            activity = _head_activity(statistics) if like.unit == "head" else _activity(statistics)
             members[language] = random_matched(rows, activity, seed * len(like.languages) + k)
     metadata = {
         **{
             k: v
             for k, v in like.metadata.items()
-            if k in ("model", "fingerprint", "layers", "neurons", "experts")
+            if k in ("model", "fingerprint", "unit", "layers", "neurons", "experts", "heads")
         },
         "method": "random" if statistics is None else "random-matched",
         "settings": {
@@ -208,6 +213,24 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
     }
     scores = {language: torch.zeros(len(rows), dtype=torch.float64) for language, rows in members.items()}
     return neuron_set(members, scores, like.layers, like.neurons, metadata)
+
+
+def _activity(statistics: Statistics) -> torch.Tensor:
+    """Mean absolute value of each neuron over all languages together, so that language specificity is not matched.
+
+    An expert without tokens has activity 0.
+    """
+    return statistics.moment("mlp_in:absolute").sum(-1) / statistics.seen().sum(-1).clamp(min=1)
+
+
+def _head_activity(statistics: Statistics) -> torch.Tensor:
+    """The same of each head's channels together, float64 [L, A]; -inf where there is no head."""
+    absolute = statistics.moment("attn_in:absolute").sum(-1) / statistics.tokens.sum()
+    counts = statistics.heads()
+    activity = torch.full((len(counts), max(counts)), -torch.inf, dtype=torch.float64)
+    for layer, (count, width) in enumerate(zip(counts, statistics.metadata["head_widths"], strict=True)):
+        activity[layer, :count] = absolute[layer, : count * width].view(count, width).mean(1)
+    return activity
 
 
 def random_neurons(

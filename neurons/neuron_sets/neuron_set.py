@@ -1,4 +1,4 @@
-"""A neuron set: the neurons of each language, with score and kind."""
+"""A neuron set: the neurons, or the attention heads, of each language, with score and kind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from neurons.architectures.anatomy import UNITS
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import Artifact, load_artifact, save_artifact
 from neurons.models.source import ModelSource
@@ -17,15 +18,15 @@ from neurons.scorers.selection import KINDS, kind_of
 
 @dataclass(frozen=True)
 class NeuronSet:
-    """Neurons by language.
+    """Neurons by language, or attention heads: "neuron" then stands for head.
 
     Attributes:
         members: language -> int64 [n, 2], unique rows (layer, neuron), sorted.
         scores: language -> float64 [n], the method's score of each row of ``members``.
         kinds: language -> int64 [n], each row's index into ``neurons.scorers.selection.KINDS``.
         layers: L of the model.
-        neurons: I of the model, those of all experts of a layer together.
-        metadata: method, settings, tokens, fingerprint, model, corpus digest, experts.
+        neurons: I of the model, those of all experts of a layer together; of heads, A.
+        metadata: unit, method, settings, tokens, fingerprint, model, corpus digest, experts.
     """
 
     members: dict[str, torch.Tensor]
@@ -36,9 +37,24 @@ class NeuronSet:
     metadata: dict[str, Any]
 
     @property
+    def unit(self) -> str:
+        """ "neuron" or "head"."""
+        return str(self.metadata.get("unit", "neuron"))
+
+    @property
+    def site(self) -> str:
+        """The site of the values: "mlp_in", or "attn_in" of heads."""
+        return f"{UNITS[self.unit]}_in"
+
+    @property
     def experts(self) -> int:
         """Experts E a layer (1 in a dense model); neuron (expert e, j) is number e * (I / E) + j."""
-        return int(self.metadata.get("experts", 1))
+        return 1 if self.unit == "head" else int(self.metadata.get("experts", 1))
+
+    @property
+    def counts(self) -> list[int]:
+        """Places of each layer; of heads, the number of heads, 0 where Broca understands none."""
+        return list(self.metadata.get("heads", [])) if self.unit == "head" else [self.neurons] * self.layers
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -78,6 +94,20 @@ class NeuronSet:
         """
         if "fingerprint" in self.metadata:
             source.require_fingerprint(self.metadata, "the neuron set")
+
+    def require_places(self, source: ModelSource) -> None:
+        """Check that the set belongs to the model, also without a fingerprint.
+
+        Raises:
+            BrocaError: another fingerprint, or other numbers of layers, neurons or heads.
+        """
+        self.require_model(source)
+        expected = (source.anatomy.layers, source.anatomy.places(self.unit))
+        if (self.layers, self.neurons) != expected:
+            raise BrocaError(
+                f"the neuron set has {self.layers} x {self.neurons} {self.unit}s, but the model has "
+                f"{expected[0]} x {expected[1]}: identify {self.unit}s in this model"
+            )
 
     def save(self, path: Path | str) -> None:
         tensors = {f"members.{i}": rows for i, rows in enumerate(self.members.values())}
@@ -175,6 +205,8 @@ def _fault(artifact: Artifact) -> str | None:
     languages = metadata.get("languages")
     if not isinstance(languages, list) or not all(isinstance(language, str) for language in languages):
         return f"its languages are {languages!r}"
+    if (unit := metadata.get("unit", "neuron")) not in tuple(UNITS):
+        return f"it is of {unit!r}"
     if not isinstance(metadata.get("settings", {}), dict):
         return f"its settings are {metadata['settings']!r}"
     sizes = {name: metadata.get(name) for name in ("layers", "neurons")}
@@ -182,6 +214,11 @@ def _fault(artifact: Artifact) -> str | None:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             return f"it has {size!r} {name}"
+    heads = metadata.get("heads")
+    if unit == "head" and not (
+        isinstance(heads, list) and len(heads) == sizes["layers"] and all(type(n) is int for n in heads)
+    ):
+        return f"its numbers of heads are {heads!r}"
     for i, language in enumerate(languages):
         rows, scores, kinds = (tensors.get(f"{name}.{i}") for name in ("members", "scores", "kinds"))
         if rows is None or rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype != torch.int64:

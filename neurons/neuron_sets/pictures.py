@@ -102,11 +102,11 @@ def layers_figure(neurons: NeuronSet) -> Figure:
     cell = 0.2 + 0.1 * len(f"{int(counts.max()):,}")
     names = [f"{k}  ({int(total):,})" for k, total in zip(languages, counts.sum(1), strict=True)]
     width = min(MAX_WIDTH, max(4.5, 2.0 + max(map(len, names)) * 0.08 + cell * neurons.layers))
-    title = title_of("neurons of each language by layer", neurons.metadata, languages, width - 1)
+    title = title_of(f"{neurons.unit}s of each language by layer", neurons.metadata, languages, width - 1)
     figure = Figure(figsize=(width, 1.5 + 0.32 * len(languages) + _more(title)), layout="constrained")
     axis = figure.subplots()
     numbered = cell * neurons.layers <= MAX_WIDTH - 3
-    _heat_map(figure, axis, counts, "neurons", "{:,.0f}" if numbered else None)
+    _heat_map(figure, axis, counts, f"{neurons.unit}s", "{:,.0f}" if numbered else None)
     for text in axis.texts:
         # Many cells are 0; their colour is enough.
         text.set_visible(text.get_text() != "0")
@@ -123,7 +123,7 @@ def overlap_figure(neurons: NeuronSet) -> Figure:
     overlap = language_overlap(neurons)
     side = min(MAX_WIDTH - 1.5, 1.6 + 0.45 * len(languages))
     wide = max(4.2, side + 1.2)
-    title = title_of("neurons that languages share", neurons.metadata, languages, wide - 1)
+    title = title_of(f"{neurons.unit}s that languages share", neurons.metadata, languages, wide - 1)
     figure = Figure(figsize=(wide, max(3.0, side) + _more(title)), layout="constrained")
     axis = figure.subplots()
     shown = overlap.clone().fill_diagonal_(math.nan)
@@ -133,7 +133,7 @@ def overlap_figure(neurons: NeuronSet) -> Figure:
         axis.text(i, i, f"{size:,}", ha="center", va="center", fontsize=8, color="black")
     axis.set_xticks(range(len(languages)), languages, **_label_rotation(languages))
     axis.set_yticks(range(len(languages)), languages)
-    axis.set_xlabel("diagonal: number of neurons")
+    axis.set_xlabel(f"diagonal: number of {neurons.unit}s")
     axis.set_title(title, fontsize=TITLE)
     return figure
 
@@ -258,7 +258,9 @@ def comparison_figure(comparison: Comparison) -> Figure:
         for name, method in zip(comparison.names, comparison.methods, strict=True)
         if method and method != name
     )
-    title = title_of("neurons that sets and languages share", comparison.model, (used,) if used else (), wide)
+    title = title_of(
+        f"{comparison.unit}s that sets and languages share", comparison.model, (used,) if used else (), wide
+    )
     figure = Figure(figsize=(wide, map_side + 1.7 + _more(title)), layout="constrained")
     figure.suptitle(title, fontsize=TITLE)
     left, right = figure.subplots(1, 2, width_ratios=[map_side + 1, beside_width + 0.6])
@@ -289,7 +291,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     _heat_map(figure, right, values, "Jaccard index", "{:.2f}" if values.shape[1] <= 12 else None, largest)
     right.set_yticks(range(count), labels, **small)
     right.set_title(beside_title, fontsize=10)
-    empty = " (grey: neither has a neuron)" if bool(torch.isnan(values).any()) else ""
+    empty = f" (grey: neither has a {comparison.unit})" if bool(torch.isnan(values).any()) else ""
     right.set_xlabel(across_label + empty)
     if sets == 2:
         right.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
@@ -337,7 +339,7 @@ def _scale(figure: Figure, image: Any, axes: Any, label: str) -> None:
     bar = figure.colorbar(
         image, ax=axes, label=label, pad=0.15 / wide, fraction=1.0 / wide, aspect=high / 0.2
     )
-    whole = label == "neurons"
+    whole = label in ("neurons", "heads")
     bar.locator = MaxNLocator(nbins=6, integer=whole, min_n_ticks=1)
     bar.update_ticks()
 

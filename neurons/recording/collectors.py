@@ -144,9 +144,22 @@ class TextSums:
         return self._norms[layer]
 
 
+def head_effects(values: torch.Tensor, gradient: torch.Tensor, heads: int, width: int) -> torch.Tensor:
+    """The sum of x * dLoss/dx over the channels of each head, float64 [..., heads].
+
+    Args:
+        values, gradient: [..., n], the channels of head i from i * ``width`` on; others follow.
+        heads: number of heads.
+        width: channels of a head.
+    """
+    exact = torch.promote_types(values.dtype, torch.float32)
+    product = values[..., : heads * width].to(exact) * gradient[..., : heads * width].to(exact)
+    return product.reshape(*product.shape[:-1], heads, width).sum(-1, dtype=torch.float64)
+
+
 @dataclass
 class Attribution:
-    """|x * dLoss/dx| of one site, summed over tokens in the backward pass."""
+    """|x * dLoss/dx| of one site, summed over tokens in the backward pass; at ``attn_in`` of each head."""
 
     site: str
     anatomy: Anatomy
@@ -159,12 +172,18 @@ class Attribution:
         units = slice(None) if routed is None else expert_units(self.anatomy, routed)
         total = self.totals.of(f"{self.site}:{ATTRIBUTION}", layer, values.device)[at.language, units]
         positions = at.positions(routed, values.device)
+        width = self.anatomy.head_dims[layer]
+        heads = self.anatomy.width("attn_in", layer) // width if self.site == "attn_in" else None
 
         # Detached: a hook that refers to the values refers to their graph, which refers to the hook, a cycle.
         detached = values.detach()
 
         def on_gradient(gradient: torch.Tensor) -> None:
-            add_tokens(detached * gradient, positions, {"absolute": total})
+            if heads is None:
+                add_tokens(detached * gradient, positions, {"absolute": total})
+            else:
+                effects = head_effects(detached, gradient, heads, width)
+                add_tokens(effects, positions, {"absolute": total[:heads]})
 
         values.register_hook(on_gradient)
 

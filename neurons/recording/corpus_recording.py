@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.utils import find_executable_batch_size
 
+from neurons.architectures.anatomy import Anatomy
 from neurons.errors import UsageError
 from neurons.files.artifact import package_versions
 from neurons.models.memory import batches_for
@@ -105,7 +106,7 @@ def record_corpus(
         read = text_read(corpus, batches)
         return replace(
             statistics,
-            metadata=_metadata(
+            metadata=recording_metadata(
                 loaded, corpus, statistics, PACKED if packs else TEXTS, block, size, unknown, read, backward
             ),
         )
@@ -120,6 +121,15 @@ def record_corpus(
         reduce_batch_size_fn=lambda: next(halves),
     )()
     return statistics
+
+
+def head_metadata(anatomy: Anatomy) -> dict[str, Any]:
+    """``heads`` and ``head_widths`` of each layer, and ``without_heads``: kind of attention -> its layers."""
+    counts = anatomy.unit_counts("head")
+    without: dict[str, list[int]] = {}
+    for layer in (layer for layer, count in enumerate(counts) if not count):
+        without.setdefault(anatomy.attention[layer], []).append(layer)
+    return {"heads": list(counts), "head_widths": list(anatomy.head_dims), "without_heads": without}
 
 
 def remove_unfinished(out: Path) -> None:
@@ -162,7 +172,7 @@ def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], momen
     return digest.hexdigest()
 
 
-def _metadata(
+def recording_metadata(
     loaded: LoadedModel,
     corpus: Corpus,
     statistics: Statistics,
@@ -173,11 +183,22 @@ def _metadata(
     read: Mapping[str, Any],
     backward: bool,
 ) -> dict[str, Any]:
+    """The metadata of statistics of a corpus.
+
+    Args:
+        reads: "blocks" or "texts".
+        block: tokens in a block, as given.
+        size: tokens in a batch.
+        unknown: language -> rate of unknown tokens.
+        read: of ``text_read``.
+        backward: whether gradients were computed.
+    """
     return {
         "model": loaded.label,
         "layers": loaded.anatomy.layers,
         "neurons": loaded.anatomy.neurons,
         "experts": loaded.anatomy.experts,
+        **head_metadata(loaded.anatomy),
         **loaded.provenance,
         "corpora": [
             {

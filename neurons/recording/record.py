@@ -67,8 +67,8 @@ def record(
         loaded: the model.
         batches: language -> its batches.
         moments: the moments, as ``site:moment`` (``neurons.statistics.statistics.MOMENTS``).  ``mlp_in:attribution``
-            needs a backward pass; its loss is the sum of the negative log-likelihoods (nats) of a row's tokens.
-            ``mlp_in:responses`` keeps each text's mean, float32, so its size grows with the texts.
+            and ``attn_in:attribution`` (of heads) need a backward pass; their loss is the sum of the negative
+            log-likelihoods (nats) of a row's tokens.  ``mlp_in:responses`` keeps each text's mean, float32, so its size grows with the texts.
         progress: called with the number of tokens of each batch that is done.
         unfinished: keeps the state; a state of the same recording is resumed.
         recomputes: recompute activations in the backward pass (``neurons.recording.recomputation``).
@@ -162,7 +162,12 @@ def record(
 
 
 def _totals(anatomy: Anatomy, languages: int, parsed: Sequence[tuple[str, str]]) -> Totals:
-    widths = {f"{site}:{moment}": anatomy.width(site) for site, moment in parsed}
+    widths = {
+        f"{site}:{moment}": anatomy.heads
+        if (site, moment) == ("attn_in", ATTRIBUTION)
+        else anatomy.width(site)
+        for site, moment in parsed
+    }
     dtypes = {f"{site}:{moment}": moment_dtype(moment) for site, moment in parsed}
     for site, moment in parsed:
         if moment == "positive":

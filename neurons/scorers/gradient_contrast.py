@@ -7,7 +7,7 @@ input of ``down_proj`` and Loss the negative log-likelihood of the text:
     S_k        = R_k / sum_{l, j} R_k
     score_k    = S_k - max_{i != k} S_i
 
-and language k has the neurons of largest score_k among those above 0.  The normalisation makes languages
+and language k has the neurons of largest score_k among those above 0; R of heads is that of ``gradient``.  The normalisation makes languages
 with different losses comparable; the difference to the best other language removes neurons that matter
 to every language.  Unlike activation counts, the score does not depend on how often a neuron fires: in
 small SiLU models neurons fire on most tokens of all languages.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from neurons.errors import UsageError
-from neurons.scorers.gradient import mean_attribution
+from neurons.scorers.gradient import HEADS, mean_attribution
 from neurons.scorers.means import require_several
 from neurons.scorers.method import Scorer
 from neurons.scorers.scores import Scores, fractions
@@ -64,4 +64,14 @@ class GradientContrast(Scorer):
     moments = ("mlp_in:attribution",)
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
-        return gradient_contrast(statistics.moment("mlp_in:attribution"), statistics.tokens)
+        return gradient_contrast(statistics.moment(self.moments[0]), statistics.tokens)
+
+
+class HeadGradientContrast(GradientContrast):
+    """The registered scorer."""
+
+    name = "head-gradient-contrast"
+    line = "heads by gradient x activation minus the largest of any other language"
+    moments = ("attn_in:attribution",)
+    unit = "head"
+    selection = HEADS

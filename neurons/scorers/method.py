@@ -12,8 +12,9 @@ from neurons.scorers.selection import Selection
 from neurons.setting import Configured
 from neurons.statistics.statistics import Statistics
 
-# The input of a scorer: text packed into full blocks, one text a row, or prompts with answers.
-PACKED, TEXTS, PROMPTS, NOTHING = "blocks", "texts", "prompts", "nothing"
+# The input of a scorer: text packed into full blocks, one text a row, prompts with answers, or losses of texts without
+# some heads.
+PACKED, TEXTS, PROMPTS, ABLATIONS, NOTHING = "blocks", "texts", "prompts", "ablations", "nothing"
 RESPONSES = "mlp_in:responses"
 
 
@@ -26,8 +27,9 @@ class Scorer(Configured):
         line: a description in one line.
         source: the publication.
         moments: statistics that must be recorded.
-        reads: "blocks" (full blocks of joined text), "texts" (one text a row), "prompts" (with answers) or
-            "nothing".
+        reads: "blocks" (full blocks of joined text), "texts" (one text a row), "prompts" (with answers), "ablations"
+            (losses without some heads) or "nothing".
+        unit: what is scored, "neuron" or "head".
         selection: the default selection of neurons.
         control: whether it is a random control of another neuron set and gives no scores.
         rate_in_score: whether the scorer applies the top rate itself, so that selection keeps all members.
@@ -39,10 +41,16 @@ class Scorer(Configured):
     source: ClassVar[str]
     moments: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = PACKED
+    unit: ClassVar[str] = "neuron"
     selection: ClassVar[Selection] = Selection(scope="language", top_rate=0.01)
     control: ClassVar[bool] = False
     rate_in_score: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
+
+    @classmethod
+    def records(cls) -> bool:
+        """Whether its moments are recorded from text."""
+        return cls.reads in (PACKED, TEXTS)
 
     @classmethod
     def needs(cls) -> str:
@@ -54,6 +62,8 @@ class Scorer(Configured):
         if cls.reads == PROMPTS:
             control = " --control [--recognition]" if "mlp_act:answer_control" in cls.moments else ""
             return f"MODEL --prompts{control}"
+        if cls.reads == ABLATIONS:
+            return "MODEL --corpus"
         return f"MODEL --corpus, or --statistics{'; parallel text' if cls.parallel else ''}"
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
@@ -63,6 +73,12 @@ class Scorer(Configured):
             UsageError: the statistics lack a moment that it needs.
         """
         raise NotImplementedError
+
+
+def member_heads(statistics: Statistics, values: torch.Tensor) -> torch.Tensor:
+    """bool [L, A, K]: the places of values [L, A, K] that hold a head, in layers with fewer than A or none."""
+    counts = torch.tensor(statistics.heads())
+    return (torch.arange(values.shape[1]) < counts[:, None])[..., None].expand(values.shape)
 
 
 def answers(statistics: Statistics, moment: str) -> tuple[torch.Tensor, torch.Tensor]:

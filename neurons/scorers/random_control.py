@@ -9,6 +9,7 @@ more, or less, than the average.  ``random_scores`` is an uninformative scorer.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import torch
 
@@ -19,7 +20,9 @@ from neurons.scorers.scores import Scores
 NEAREST = 10  # our choice
 
 
-def random_like(rows: torch.Tensor, layers: int, width: int, seed: int) -> torch.Tensor:
+def random_like(
+    rows: torch.Tensor, layers: int, width: int, seed: int, counts: Sequence[int] | None = None
+) -> torch.Tensor:
     """As many random neurons in each layer as ``rows`` has there, none of them among ``rows``.
 
     Args:
@@ -27,6 +30,7 @@ def random_like(rows: torch.Tensor, layers: int, width: int, seed: int) -> torch
         layers: L of the model.
         width: I of the model.
         seed: equal seeds give equal neurons.
+        counts: number of neurons of each layer; None: I.
 
     Returns:
         int64 [n, 2], in (layer, neuron) order.
@@ -38,10 +42,10 @@ def random_like(rows: torch.Tensor, layers: int, width: int, seed: int) -> torch
     excluded = _mask(rows, layers, width)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for layer in range(layers):
-        candidates = (~excluded[layer]).nonzero()[:, 0]
-        wanted = width - len(candidates)
-        _require_room(layer, wanted, width)
+    for layer, count in enumerate(counts or [width] * layers):
+        candidates = (~excluded[layer, :count]).nonzero()[:, 0]
+        wanted = count - len(candidates)
+        _require_room(layer, wanted, count)
         picked = candidates[torch.randperm(len(candidates), generator=generator)[:wanted]].sort().values
         drawn.append(torch.stack([torch.full_like(picked, layer), picked], dim=1))
     return torch.cat(drawn)
@@ -57,7 +61,8 @@ def random_matched(
 
     Args:
         rows: int64 [n, 2], (layer, neuron).
-        activity: float64 [L, I], the quantity to match, such as the fraction of tokens that fire.
+        activity: float64 [L, I], the quantity to match, such as the fraction of tokens that fire; -inf where there
+            is no neuron.
         seed: equal seeds give equal neurons.
         nearest: number of neurons that each is drawn from; fewer where fewer remain.
 
@@ -75,7 +80,7 @@ def random_matched(
     if bool(torch.isnan(activity).any()):
         layer, neuron = torch.isnan(activity).nonzero()[0].tolist()
         raise BrocaError(f"the activity of neuron {neuron} in layer {layer} is not a number")
-    excluded = _mask(rows, layers, width)
+    excluded = _mask(rows, layers, width) | (activity == -torch.inf)
     generator = torch.Generator().manual_seed(seed)
     matched = rows.to(torch.int64).clone()
     for layer in rows[:, 0].unique().tolist():

@@ -6,14 +6,15 @@ from neurons.errors import UsageError
 from neurons.scorers.average_precision import AveragePrecision
 from neurons.scorers.clas import Clas
 from neurons.scorers.culnig import Culnig
-from neurons.scorers.gradient import Gradient
-from neurons.scorers.gradient_contrast import GradientContrast
+from neurons.scorers.gradient import Gradient, HeadGradient
+from neurons.scorers.gradient_contrast import GradientContrast, HeadGradientContrast
+from neurons.scorers.head_shapley import HeadShapley
 from neurons.scorers.integrated_gradients import IntegratedGradients
 from neurons.scorers.lape import Lape
 from neurons.scorers.lape_general import LapeGeneral
 from neurons.scorers.lape_gradient import LapeGradient
 from neurons.scorers.localizer import Localizer
-from neurons.scorers.method import NOTHING, PACKED, PROMPTS, TEXTS, Scorer
+from neurons.scorers.method import PACKED, TEXTS, Scorer
 from neurons.scorers.momentum import Momentum
 from neurons.scorers.plnd import Plnd, PlndReleased
 from neurons.scorers.random_control import Random, RandomMatched
@@ -32,6 +33,9 @@ _ALL: tuple[type[Scorer], ...] = (
     Localizer,
     Momentum,
     Clas,
+    HeadGradient,
+    HeadGradientContrast,
+    HeadShapley,
     Random,
     RandomMatched,
 )
@@ -56,10 +60,9 @@ def moments_of(names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
     """
     methods = [method_of(name) for name in names]
     for name, method in zip(names, methods, strict=True):
-        if method.reads in (PROMPTS, NOTHING):
+        if not method.records():
             raise UsageError(
-                f"method {name!r} reads {'prompts' if method.reads == PROMPTS else 'nothing'}, so text cannot be "
-                "recorded for it: call `broca identify` with it"
+                f"method {name!r} reads {method.reads}, so text cannot be recorded for it: call `broca identify` with it"
             )
     moments = tuple(dict.fromkeys(moment for method in methods for moment in method.moments))
     return moments, TEXTS if any(method.reads == TEXTS for method in methods) else PACKED

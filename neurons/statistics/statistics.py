@@ -20,7 +20,7 @@ MOMENTS: dict[str, torch.dtype] = {
     "sum": torch.float64,  # sum over tokens of x
     "square": torch.float64,  # ... of x^2
     "absolute": torch.float64,  # ... of |x|
-    "attribution": torch.float64,  # ... of |x * dLoss/dx|
+    "attribution": torch.float64,  # ... of |x * dLoss/dx|; at attn_in of |sum over a head's channels of x * dLoss/dx|
     "text_mean": torch.float64,  # sum over texts of the text's mean m
     "text_square": torch.float64,  # ... of m^2
     "text_absolute": torch.float64,  # ... of |m|
@@ -29,6 +29,8 @@ MOMENTS: dict[str, torch.dtype] = {
     "answer_control": torch.float64,  # ... over control prompts, negative scores as 0
     "answer_recognition": torch.float64,  # ... over recognition prompts
     "integrated": torch.float64,  # sum over prompts of the integrated gradient of the answer's probability
+    "shapley": torch.float64,  # sum over permutations of a head's marginal value (neurons.ablation.shapley)
+    "shapley_square": torch.float64,  # ... of its square
 }
 MERGED_BY_MAXIMUM = ("worst_rank",)
 
@@ -58,7 +60,7 @@ class Statistics:
         routed: int64 [L, E, K], tokens that were routed to each expert; None in a dense model.
         responses: language -> float32 [texts, L, I], each text's mean at ``mlp_in``; empty if not recorded.
         lines: language -> int64 [texts], ascending: the line of the corpus of each response.
-        prompts: moment -> int64 [K], number of prompts, for moments over prompts.
+        prompts: moment -> int64 [K], number of prompts or permutations, for moments over these.
         metadata: JSON values: model, corpora, settings.
     """
 
@@ -89,6 +91,16 @@ class Statistics:
                 f"the statistics have no {name} (they have {held}): record again with the method that needs it"
             )
         return self.moments[name]
+
+    def heads(self) -> list[int]:
+        """Number of heads of each layer.
+
+        Raises:
+            UsageError: unknown, as of files that were not recorded.
+        """
+        if "heads" not in self.metadata:
+            raise UsageError("the statistics do not hold the numbers of heads: record again")
+        return list(self.metadata["heads"])
 
     def seen(self) -> torch.Tensor:
         """Tokens that reached each neuron, int64, [K] or (for experts) [L, I, K].

@@ -33,12 +33,15 @@ MEANS = Budget(200_000, 1_000)  # of neurons over texts
 DIRECTIONS = Budget(100_000, 500)  # means over texts in the residual stream
 KEYS = Budget(100_000, 1_000)  # covariances
 LOSSES = Budget(50_000, 200)  # likelihoods, ablation, KL
+SHAPLEY = Budget(2_000, 200)  # read once for each head and permutation
 
 
 def budget_of(moments: Sequence[str], reads: str) -> Budget:
     """The budget of a recording of these moments from "blocks" or "texts"."""
     if any(moment.endswith(":attribution") for moment in moments):
         return GRADIENTS
+    if any(moment.endswith(":shapley") for moment in moments):
+        return SHAPLEY
     return COUNTS if reads == "blocks" else MEANS
 
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from editing.methods.scale import column_scaling, scale_plan
+from editing.methods.scope import require_neurons
 from editing.plans.applied import applied
+from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
+from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_set import neuron_set
 
 ROWS = {
@@ -153,3 +156,52 @@ def test_channels_of_a_head_are_scaled_one_by_one(llama):
     assert edit.notes["change_norm"] == pytest.approx(float((expected - weight).norm()))
     assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()))
     assert edit.details["factor"].tolist() == pytest.approx([(30 + 3 - 1) / 32])
+
+
+HEADS = {"qaa": torch.tensor([[0, 1], [2, 0]]), "qab": torch.tensor([[1, 1]])}
+
+
+@pytest.fixture(scope="module")
+def heads():
+    scores = {k: torch.zeros(len(v)) for k, v in HEADS.items()}
+    return neuron_set(HEADS, scores, 3, 2, {"method": "head-gradient", "unit": "head", "heads": [2, 2, 2]})
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.5])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_heads_are_columns_of_o_proj_and_equal_a_hook(checkpoint_of, heads, family, factor):
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    width = loaded.anatomy.head_dim
+
+    def scaled(head):
+        def hook(values, routed):
+            values = values.clone()
+            values[..., head * width : (head + 1) * width] *= factor
+            return values
+
+        return hook
+
+    plan = scale_plan(loaded, heads, ["qaa"], factor)
+    assert [(edit.layer, edit.block, edit.components) for edit in plan.edits] == [
+        (0, "attn", (1,)),
+        (2, "attn", (0,)),
+    ]
+    with site_hooks(
+        loaded.anatomy, {("attn_in", layer): scaled(head) for layer, head in HEADS["qaa"].tolist()}
+    ):
+        expected = logits(loaded)
+    before = logits(loaded)
+    with applied(loaded, plan):
+        result = logits(loaded)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert (result - before).abs().max() > 0.01
+
+
+def test_a_set_of_heads_is_refused_where_neurons_are_edited_and_one_of_another_shape(llama, heads):
+    with pytest.raises(UsageError, match="heads"):
+        require_neurons(llama, heads)
+    other = neuron_set(
+        {"qaa": HEADS["qab"]}, {"qaa": torch.zeros(1)}, 3, 4, {"unit": "head", "heads": [4] * 3}
+    )
+    with pytest.raises(BrocaError, match="3 x 4 heads, but the model has 3 x 2"):
+        scale_plan(llama, other, ["qaa"], 0.0)

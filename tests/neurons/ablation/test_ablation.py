@@ -38,14 +38,14 @@ def random_conditions(anatomy, replacement=None):
     return found
 
 
-def naive_texts(loaded, batches, rows):
+def naive_texts(loaded, batches, rows, block="mlp"):
     """Loss of each text in float64: columns zeroed in a copy, a text at a time, the model's own logits."""
     model = copy.deepcopy(loaded.model).double()
     if loaded.anatomy.mixed:
         model.set_experts_implementation("eager")  # the others know no float64
     exact = anatomy_of(model)
-    for layer, neuron in rows.tolist():
-        exact.value(layer, neuron).zero_()
+    for layer, column in rows.tolist():
+        exact.columns(layer, block, slice(column, column + 1)).zero_()
     found = []
     for batch in batches:
         for ids, attention in zip(batch.ids, batch.attention, strict=True):
@@ -70,6 +70,46 @@ def test_zeroing_equals_zeroed_columns_of_a_copy(family, checkpoint_of):
         assert not torch.equal(found.sums[language][:, 0], found.sums[language][:, 1])
         expected = [int(row.sum()) - 1 for batch in some for row in batch.attention]
         assert found.tokens[language].tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zeroing_heads_equals_zeroed_columns_of_o_proj(family, checkpoint_of):
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    batches = some_batches(loaded, 4)
+    width = loaded.anatomy.head_dim
+    heads = [rows_of((1, 0)), rows_of((0, 1), (2, 0), (2, 1))]
+    conditions = [
+        UNTOUCHED,
+        *(Condition(loaded.anatomy.unit_columns("head", rows), site="attn_in") for rows in heads),
+    ]
+    found = condition_losses(loaded, batches, conditions)
+    for language, of_language in batches.items():
+        for c, rows in enumerate([rows_of(), *heads]):
+            columns = [(layer, head * width + i) for layer, head in rows.tolist() for i in range(width)]
+            assert columns == [tuple(row) for row in conditions[c].rows.tolist()]
+            expected = naive_texts(loaded, of_language, rows_of(*columns), "attn")
+            assert found.sums[language][:, c].tolist() == pytest.approx(expected, rel=2e-5)
+        changes = (found.sums[language][:, 1:] - found.sums[language][:, :1]).abs()
+        assert float(changes.max(0).values.min()) > 1e-3
+
+
+@pytest.mark.parametrize("way", ["zero", "mean", "resample"])
+def test_heads_from_the_middle_have_the_bits_of_whole_passes(llama, way):
+    batches, anatomy = some_batches(llama), llama.anatomy
+    means = torch.randn(3, anatomy.width("attn_in"), generator=torch.Generator().manual_seed(1))
+    how = Replacement(way, means, 3)
+    columns = [anatomy.unit_columns("head", rows_of(*rows)) for rows in ([(2, 1)], [(1, 0), (2, 0)])]
+    conditions = [UNTOUCHED, *(Condition(rows, how, "attn_in") for rows in columns)]
+    one = condition_losses(llama, batches, conditions)
+    other = condition_losses(llama, batches, conditions, whole=True)
+    for language in batches:
+        assert torch.equal(one.sums[language], other.sums[language])
+        assert bool((one.sums[language][:, 1:] != one.sums[language][:, :1]).all())
+
+
+def test_the_same_columns_of_another_site_are_another_condition():
+    rows = rows_of((0, 3))
+    assert Condition(rows).digest != Condition(rows, site="attn_in").digest
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "mixtral"])

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 from cli.ablate import command
 from neurons.ablation import pictures as ablation_pictures
-from neurons.ablation.conditions import TextLosses
+from neurons.ablation.conditions import UNTOUCHED, Condition, TextLosses, condition_losses
 from neurons.ablation.matrix import Changes, bootstrapped, clear_of, largest_is_own, specificity
+from neurons.ablation.replacement import Replacement
 from neurons.ablation.report import as_markdown
 from neurons.ablation.study import Settings, ablation_study, dosed
 from neurons.ablation.study_file import study_document, study_of
@@ -25,6 +26,7 @@ from neurons.models.source import load_model
 from neurons.neuron_sets import pictures
 from neurons.neuron_sets.neuron_set import neuron_set
 from neurons.recording.corpus_recording import record_corpus
+from neurons.text.batches import language_batches
 from neurons.text.corpus import read_corpus
 
 OWN = {"qaa": [(0, 1), (1, 5)], "qab": [(0, 9), (2, 3)], "qac": [(1, 11)]}
@@ -409,3 +411,34 @@ def test_a_set_named_twice_or_none_is_refused(arguments):
         run([*arguments, arguments[-1]])
     with pytest.raises(UsageError, match="--neurons is missing"):
         run(arguments[:-3])
+
+
+def test_heads_and_neurons_in_one_study(llama, corpus):
+    """Controls of heads are other heads of the same layers; the matrix is that of condition_losses."""
+    places = {"qaa": [(0, 1)], "qab": [(2, 0)], "qac": [(1, 1)]}
+    heads = set_of(places, width=2, unit="head", heads=[2, 2, 2])
+    small = replace(corpus, texts={k: texts[:6] for k, texts in corpus.texts.items()})
+    settings = Settings(way="mean", draws=1, resamples=50)
+    assert settings.moments([heads]) == ("attn_in:absolute", "attn_in:sum")
+    study = ablation_study(llama, small, {"heads": heads, "neurons": set_of(OWN)}, settings)
+    one, other = study.sets
+    assert (one.unit, other.unit) == ("head", "neuron")
+    batches = language_batches(llama, small)
+    means = record_corpus(llama, small, ("attn_in:sum",), "texts")
+    mean = (means.moment("attn_in:sum").sum(-1) / means.tokens.sum()).float()
+    for control in ("random", "matched"):
+        # With two heads a layer, the control is the other head.
+        other_heads = {k: [(layer, 1 - head) for layer, head in rows] for k, rows in places.items()}
+        for found, rows in ((one.own, places), (one.controls[control][0], other_heads)):
+            for i, language in enumerate(small.languages):
+                columns = llama.anatomy.unit_columns("head", torch.tensor(rows[language]))
+                condition = Condition(columns, Replacement("mean", mean), "attn_in")
+                losses = condition_losses(llama, batches, [UNTOUCHED, condition])
+                for j, measured in enumerate(small.languages):
+                    before, after = (losses.sums[measured].sum(0) / losses.tokens[measured].sum()).tolist()
+                    assert float(found.change[i, j]) == pytest.approx(after - before, abs=1e-5)
+    written = json.loads(json_bytes(study_document(study)))
+    assert (written["unit"], written["sets"][0]["unit"]) == ("nats a token", "head")
+    assert study_of(written, "a.json").sets[0].unit == "head"
+    text = as_markdown(study)
+    assert "| neuron set | method | neurons or heads |" in text and "|  | heads |" in text

@@ -28,6 +28,8 @@ from neurons.architectures.self_check import adds_shared, checked, self_check, w
 from neurons.architectures.sites import logits, site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
+from neurons.neuron_sets.identify import neurons_from, random_set
+from neurons.recording.corpus_recording import head_metadata
 from neurons.recording.record import record
 from neurons.recording.text_pass import numbered, read_text
 from neurons.text.batches import TokenBatch, language_batches
@@ -293,6 +295,22 @@ def test_every_token_reaches_a_shared_expert_and_a_dense_layer(tmp_path):
     torch.testing.assert_close(sums[mixed, 128:], values.sum((0, 1)))
     means = read.moments["mlp_in:text_mean"][mixed, 128:, 0]
     torch.testing.assert_close(means, values.mean(1).sum(0))
+
+
+def test_heads_of_a_hybrid_are_those_of_its_softmax_attention(tmp_path):
+    loaded = load_model(saved("qwen3_5_text", tmp_path / "model"), device="cpu")
+    anatomy = loaded.anatomy
+    read = record(loaded, batches(), ["attn_in:attribution", "attn_in:absolute"])
+    read.metadata.update(head_metadata(anatomy))
+    lacking = [layer for layer in range(4) if not anatomy.has(layer, "attn")]
+    assert read.metadata["without_heads"] == {"linear attention": lacking}
+    heads = neurons_from(read, "head-gradient", 1.0)
+    assert {*heads.of("xx")[:, 0].tolist()} == {*range(4)} - {*lacking}
+    assert len(heads.of("xx")) == sum(heads.counts)
+    for statistics in (None, read):
+        one = neurons_from(read, "head-gradient", 1 / (4 * anatomy.heads))
+        (drawn,) = random_set(one, 0, statistics).of("xx").tolist()
+        assert drawn[0] == int(one.of("xx")[0, 0]) and drawn != one.of("xx")[0].tolist()
 
 
 def test_layers_without_heads_are_named_and_the_others_edited(tmp_path):

@@ -1,11 +1,15 @@
 """Models built so that their language neurons are known: identify() must find exactly those."""
 
+from dataclasses import replace
+
 import models
 import pytest
 import torch
 
+from neurons.ablation.shapley import record_shapley
 from neurons.models.source import load_model
-from neurons.neuron_sets.identify import identify
+from neurons.neuron_sets.identify import identify, neurons_from
+from neurons.scorers.head_shapley import HeadShapley
 from neurons.text.corpus import read_corpus
 
 # The residual stream: one constant dimension, one a language, some of each language's own, and the rest.
@@ -156,3 +160,46 @@ def test_equal_runs_save_equal_bytes(llama, corpus, tmp_path):
         identify(llama, corpus, "gradient-contrast", 0.05, tokens=200, block=32).save(tmp_path / run)
         files.append((tmp_path / run).read_bytes())
     assert files[0] == files[1]
+
+
+CARRIES = {(0, 1): "qaa", (1, 0): "qab", (2, 1): "qac"}
+
+
+@pytest.fixture(scope="module")
+def planted_heads(tmp_path_factory):
+    """Without MLPs; one head of each language tells its tokens' language to the output, the others write little.
+
+    A planted head reads what only its language's embeddings say, and writes what only its tokens' output
+    embeddings read.
+    """
+    model, _ = planted_model()
+    with torch.no_grad():
+        for layer, block in enumerate(model.model.layers):
+            block.mlp.down_proj.weight.zero_()
+            attention = block.self_attn
+            attention.o_proj.weight.normal_(std=0.005, generator=torch.Generator().manual_seed(layer))
+            for (at, head), language in CARRIES.items():
+                if at == layer:
+                    # Both heads share the keys and values.
+                    attention.v_proj.weight[0] = 0
+                    attention.v_proj.weight[0, SAYS[language]] = 2
+                    attention.o_proj.weight[:, head * 32] = 0
+                    attention.o_proj.weight[OWN[language].start, head * 32] = 2
+                    attention.o_proj.weight[:, (1 - head) * 32] = 0
+        for token, language in enumerate(models.token_languages()):
+            if language is not None:
+                model.lm_head.weight[token, OWN[language].start] = 2
+    return models.save_checkpoint(model, tmp_path_factory.mktemp("heads"))
+
+
+@pytest.mark.parametrize("method", ["head-gradient", "head-gradient-contrast", "head-shapley"])
+def test_the_head_that_alone_carries_a_language_is_found(planted_heads, planted_corpus, method):
+    loaded = load_model(str(planted_heads), device="cpu")
+    if method == "head-shapley":
+        few = replace(planted_corpus, texts={k: texts[:8] for k, texts in planted_corpus.texts.items()})
+        heads = neurons_from(record_shapley(loaded, few, HeadShapley(permutations=4)), method, 1 / 6)
+    else:
+        heads = identify(loaded, planted_corpus, method, 1 / 6, block=32)
+    assert (heads.unit, heads.neurons) == ("head", 2)
+    found = {language: [tuple(row) for row in heads.of(language).tolist()] for language in heads.languages}
+    assert found == {language: [place] for place, language in CARRIES.items()}
