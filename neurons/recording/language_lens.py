@@ -8,9 +8,10 @@ With h_l(x) the residual stream after layer l at the last token of a prompt x, a
 After the last layer p_l(x) is the model's own distribution of the next token.  Token v belongs to the language in
 whose text it dominates: with n[k, v] its count in the text of language k, N[k] the number of tokens there,
 
-    r[k, v] = (n[k, v] / N[k]) / sum over j of n[j, v] / N[j],        v in T_k if r[k, v] >= 0.9
+    r[k, v] = (n[k, v] / N[k]) / sum over j of n[j, v] / N[j],        v in T_k if r[k, v] >= 0.9 and n[k, v] >= 5
 
-so tokens that languages share (punctuation, digits, names), and tokens that no text has, belong to none.
+so tokens that languages share (punctuation, digits, names), and tokens that the text has too rarely to tell, belong to
+none.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from neurons.recording.text_pass import Position, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
 DOMINANT = 0.9
+FEWEST = 5  # a token that stands once in the text of one language may be as usual in another
 SITE = "block_out"
 _POSITIONS_AT_ONCE = 64  # each has a float64 for every token of the vocabulary
 
@@ -49,7 +51,7 @@ def token_languages(batches: Mapping[str, Sequence[TokenBatch]], vocabulary: int
     rates = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     fractions, languages = (rates / rates.sum(0)).max(0)
     # Tokens without counts are 0 / 0, which is not at least DOMINANT.
-    return torch.where(fractions >= DOMINANT, languages, -1)
+    return torch.where((fractions >= DOMINANT) & (counts.amax(0) >= FEWEST), languages, -1)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from neurons.architectures.sites import site_hooks
-from neurons.recording.language_lens import DOMINANT, language_masses, token_languages
+from neurons.recording.language_lens import DOMINANT, FEWEST, language_masses, token_languages
 from neurons.text.batches import TokenBatch
 
 PROMPTS = [[3, 7, 11, 2], [5, 9], [4, 8, 6, 10, 12, 1, 13]]
@@ -19,13 +19,16 @@ def batch(rows, uncounted=0):
 
 
 def test_a_token_belongs_to_the_language_that_dominates():
-    # Of a's 20 tokens 10 are 1, of b's 100 10 are: fractions .5 and .1, of which a has 5/6.
+    # Of a's 20 tokens 10 are 1, of b's 100 10 are: fractions .5 and .1, of which a has 5/6.  5 and 6 stand 5 and 4 times.
     text = {
         "a": [batch([[1] * 10 + [2] * 9 + [3]])],
-        "b": [batch([[0, *[1] * 5, *[4] * 45]], uncounted=1), batch([[1] * 5 + [3] * 45])],
+        "b": [
+            batch([[0, *[1] * 5, *[4] * 36, *[5] * 5, *[6] * 4]], uncounted=1),
+            batch([[1] * 5 + [3] * 45]),
+        ],
     }
-    assert DOMINANT == 0.9
-    assert token_languages(text, 7).tolist() == [-1, -1, 0, 1, 1, -1, -1]  # 3 has .05 and .45
+    assert (DOMINANT, FEWEST) == (0.9, 5)
+    assert token_languages(text, 8).tolist() == [-1, -1, 0, 1, 1, 1, -1, -1]  # 3 has .05 and .45
 
 
 def test_equal_to_loops(llama):
