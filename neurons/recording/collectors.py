@@ -148,7 +148,8 @@ def head_effects(values: torch.Tensor, gradient: torch.Tensor, heads: int, width
     """The sum of x * dLoss/dx over the channels of each head, float64 [..., heads].
 
     Args:
-        values, gradient: [..., n], the channels of head i from i * ``width`` on; others follow.
+        values: [..., n], the channels of head i from i * ``width`` on; others follow.
+        gradient: of the loss, of the shape of ``values``.
         heads: number of heads.
         width: channels of a head.
     """
