@@ -38,7 +38,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.recording.covariance import Moments, each_moments
 from neurons.recording.text_pass import Progress
-from neurons.setting import setting
+from neurons.setting import Range, setting
 from neurons.text.batches import counted_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS
@@ -190,10 +190,16 @@ class Leace(Method):
     takes = ("layers", "blocks", "strength", "part", "languages", "device", "dtype")
     solves_keys = True
 
-    strength: float = setting(1.0, "1 makes the means on all languages equal")
+    strength: float = setting(1.0, "1 makes the means on all languages equal", search=Range(0.1, 1.5))
     eps: float = setting(EPS, "ridge of the constant's key, as a fraction of the mean variance")
 
     def prepare(self, material: Material) -> Plan:
+        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
+        method = replace(self, strength=1.0) if material.studied else self
+        plan: Plan = material.once(method, lambda: method._solved(material))
+        return plan
+
+    def _solved(self, material: Material) -> Plan:
         return leace_plan(
             material.loaded,
             material.text,
