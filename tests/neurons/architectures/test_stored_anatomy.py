@@ -309,8 +309,8 @@ def test_a_quantised_checkpoint_is_refused_as_ever(copy):
     with pytest.raises(BrocaError) as refused:
         open_model(str(checkpoint))
     assert str(refused.value) == (
-        f"{checkpoint}: a quantised checkpoint, whose weights cannot be edited: start from the unquantised "
-        "checkpoint, or load it in transformers with quantization_config=Mxfp4Config(dequantize=True) and save it"
+        f"{checkpoint}: a quantised checkpoint, whose weights cannot be edited: write it unquantised first, with "
+        "`broca export MODEL --dequantise bf16 --out DIRECTORY`"
     )
 
 
