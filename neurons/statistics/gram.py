@@ -33,7 +33,8 @@ class Workspace:
             self._rows = torch.empty(count, width, device=centre.device)
         found = self._rows[:count]
         for part, place in zip(rows, found.split([len(part) for part in rows]), strict=True):
-            torch.sub(part, centre, out=place)
+            for some, centred in zip(part.split(TILE), place.split(TILE), strict=True):
+                centred.copy_(some).sub_(centre)
         return found
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
