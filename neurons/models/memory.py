@@ -48,7 +48,7 @@ FRAGMENTATION = 1.4
 LOGIT_COPIES, LOGIT_COPIES_BACKWARD = 3, 5
 MAX_TOKENS, MAX_TOKENS_ON_GPU = 4096, 32768
 # Paused passes grow with the text: more of the memory that a stage needs at least is kept in a file.
-PAUSED_FRACTION = 0.07
+PAUSED_FRACTION = 0.08
 # Rows of a product of a module's inputs: more lose digits in float32, fewer cost more passes over the float64 sum.
 WAITING = 8192
 MIN_TOKENS = 256  # smaller batches are slow: recompute activations instead
