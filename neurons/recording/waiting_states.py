@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -11,6 +12,16 @@ import torch
 from torch import nn
 
 MIN_BYTES = 2**16  # smaller tensors stay in memory
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a storage is in the file, and the version of its numbers there; of free space, without a storage."""
+
+    offset: int
+    size: int
+    version: int
+    storage: Any
 
 
 class WaitingStates:
@@ -25,9 +36,10 @@ class WaitingStates:
     def __init__(self, fixed: frozenset[int]) -> None:
         self._fixed = fixed
         self._file = TemporaryFile(prefix="broca-", buffering=0)  # noqa: SIM115
-        self._away: list[tuple[torch.UntypedStorage, int, int]] = []  # storage, bytes, offset
-        self._written: dict[int, tuple[int, int, int]] = {}  # storage -> version, bytes, offset
-        self._free: list[tuple[int, int]] = []  # bytes, offset
+        self._away: list[_Place] = []
+        # By the address of the storage, which no other can have while this holds it.
+        self._written: dict[int, _Place] = {}
+        self._free: list[_Place] = []
         self._end = 0
 
     def move(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -38,42 +50,44 @@ class WaitingStates:
             fixed = storage.data_ptr() in self._fixed
             if storage.nbytes() >= MIN_BYTES and not fixed and storage.resizable():
                 moved[storage._cdata] = storage, tensor._version
-        self._free += [place[1:] for name, place in self._written.items() if name not in moved]
-        self._written = {name: place for name, place in self._written.items() if name in moved}
+        unchanged = {
+            name: place
+            for name, place in self._written.items()
+            if name in moved and (place.size, place.version) == (moved[name][0].nbytes(), moved[name][1])
+        }
+        self._free += [
+            replace(place, storage=None) for name, place in self._written.items() if name not in unchanged
+        ]
+        self._written = unchanged
         for name, (storage, version) in moved.items():
-            size, known = storage.nbytes(), self._written.get(name)
-            if known is not None and known[:2] == (version, size):
-                offset = known[2]
-            else:
-                if known is not None:
-                    self._free.append(known[1:])
-                offset = self._place(size)
-                self._file.seek(offset)
+            if name not in unchanged:
+                place = _Place(self._offset(storage.nbytes()), storage.nbytes(), version, storage)
+                self._file.seek(place.offset)
                 _transfer(storage, self._file.write)
-            self._written[name] = version, size, offset
-            self._away.append((storage, size, offset))
-        for storage, _, _ in self._away:
-            storage.resize_(0)
+                self._written[name] = place
+        self._away = [*self._written.values()]
+        for place in self._away:
+            place.storage.resize_(0)
 
     def restore(self) -> None:
         """Read everything back."""
-        for storage, size, offset in self._away:
-            self._file.seek(offset)
-            storage.resize_(size)
-            _transfer(storage, self._file.readinto)
+        for place in self._away:
+            self._file.seek(place.offset)
+            place.storage.resize_(place.size)
+            _transfer(place.storage, self._file.readinto)
         self._away.clear()
 
     def close(self) -> None:
         """Remove the file, and what is in it."""
         self._away.clear()
+        self._written.clear()
         self._file.close()
 
-    def _place(self, size: int) -> int:
+    def _offset(self, size: int) -> int:
         """The offset of free space in the file."""
-        for at, (free, offset) in enumerate(self._free):
-            if free == size:
-                del self._free[at]
-                return offset
+        for at, free in enumerate(self._free):
+            if free.size == size:
+                return self._free.pop(at).offset
         self._end += size
         return self._end - size
 
