@@ -77,13 +77,17 @@ class TileEdit:
         """bool [ceil(d/a), ceil(n/b)]: the tiles in which the edit may change a number."""
         of, columns = self.edit.edit, self.edit.pieces[0].columns
         no_rows, no_columns = (torch.zeros(size, dtype=torch.bool) for size in self.entry.shape)
-        rows = no_rows if of.row_scale is None else of.row_scale != 1
-        scaled = no_columns if of.column_scale is None else of.column_scale[columns] != 1
+        in_rows = no_rows.clone() if of.row_scale is None else of.row_scale != 1
+        in_columns = no_columns.clone() if of.column_scale is None else of.column_scale[columns] != 1
+        if of.rows is not None:
+            in_rows[of.rows] = True
+        if of.columns is not None:
+            in_columns |= torch.isin(torch.arange(columns.start, columns.stop), of.columns)
         left = no_rows if of.left is None else of.left.any(1)
         right = no_columns if of.right is None else of.right[columns].any(1)
-        rows, left = (_any_in(part, self.tile[0])[:, None] for part in (rows, left))
-        scaled, right = (_any_in(part, self.tile[1]) for part in (scaled, right))
-        return rows | scaled | (left & right)
+        in_rows, left = (_any_in(part, self.tile[0])[:, None] for part in (in_rows, left))
+        in_columns, right = (_any_in(part, self.tile[1]) for part in (in_columns, right))
+        return in_rows | in_columns | (left & right)
 
     def edited(self, place: int, scales: torch.Tensor, changed: torch.Tensor) -> EditedTiles:
         """The new numbers of a row of tiles.

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_dequantise import quantise
 
 from editing.checkpoints.dequantise import dequantise, open_for_export
 from editing.checkpoints.export import export
+from editing.checkpoints.fp8_edit import TileEdit
 from editing.checkpoints.verification import verify
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.errors import BrocaError, UsageError
@@ -81,6 +83,45 @@ def naive(quantised, scales, planned):
             for place, value in wanted.items():
                 new[place] = torch.tensor(value / scale).to(torch.float8_e4m3fn)
     return new, of_tiles
+
+
+def test_deltas_of_another_expert_change_no_tile():
+    """An expert's tensor has the columns 16 to 31 of W."""
+    edit = ModuleEdit(0, "mlp", (), columns=torch.tensor([2, 20]), column_deltas=torch.ones(2, 64))
+    part = SimpleNamespace(
+        edit=edit, pieces=[SimpleNamespace(columns=slice(16, 32))], entry=SimpleNamespace(shape=(64, 16))
+    )
+    assert TileEdit(part, None, (32, 8)).changed().tolist() == [[True, False], [True, False]]
+
+
+def test_deltas_change_the_tiles_of_their_rows_and_columns(quantised, tmp_path):
+    """Also of the gate, which no other form of an edit changes."""
+    generator = torch.Generator().manual_seed(8)
+    gate = "model.layers.2.mlp.gate_proj.weight"
+    before = tensors_of(quantised[0])
+    row_deltas = torch.randn(2, before[gate].shape[1], generator=generator) / 10
+    column_deltas = torch.randn(1, 72, generator=generator) / 10
+    source = open_for_export(str(quantised[0]))
+    plan = plan_for(
+        source,
+        ModuleEdit(2, "mlp.gate_proj", (3, 40), rows=torch.tensor([3, 40]), row_deltas=row_deltas),
+        ModuleEdit(2, "mlp", (17,), columns=torch.tensor([17]), column_deltas=column_deltas),
+    )
+    export(source, plan, tmp_path / "out", verified=True)
+    after = tensors_of(tmp_path / "out")
+    changes = {
+        gate: {
+            (r, c): float(row_deltas[i, c]) for i, r in enumerate((3, 40)) for c in range(row_deltas.shape[1])
+        },
+        DOWN: {(r, 17): float(column_deltas[0, r]) for r in range(72)},
+    }
+    for name, given in changes.items():
+        rows, columns = before[name].shape
+        change = {(r, c): given.get((r, c), 0.0) for r in range(rows) for c in range(columns)}
+        expected, scales = naive(before[name], before[f"{name}_scale_inv"], change)
+        assert torch.equal(after[name].view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(after[f"{name}_scale_inv"], scales)
+        assert not torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [0.002, 0.3, 40.0])
