@@ -16,11 +16,13 @@ from cli.options import (
     IN_PATH,
     CommaSeparated,
     FiniteRange,
+    count_option,
     device_options,
     dry_run_option,
     json_option,
     model_argument,
     out_option,
+    seed_option,
     tokens_option,
 )
 from cli.screen import Screen
@@ -48,20 +50,12 @@ if TYPE_CHECKING:
     help="Also train and measure: random (as many other neurons in each layer), all (all neurons), lora (a LoRA of the "
     "same modules with as many numbers).  [default: none]",
 )
-@click.option(
-    "--passes",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Passes over the training text.",
-)
+@count_option("--passes", "Passes over the training text.", 1)
 @click.option(
     "--rate", type=FiniteRange(min=0), default=1e-4, show_default=True, help="AdamW's learning rate."
 )
-@click.option(
-    "--block", type=click.IntRange(min=2), help="Tokens in a block.  [default: the context, up to 512]"
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all draws.")
+@count_option("--block", "Tokens in a block.  [default: the context, up to 512]", minimum=2)
+@seed_option("Seed of all draws.")
 @tokens_option
 @device_options
 @dry_run_option
@@ -108,10 +102,10 @@ def command(**options: Any) -> None:
     text.require(*languages)
     training = Training(arguments.passes, arguments.rate, arguments.block, arguments.tokens, arguments.seed)
     runs = [SET, *dict.fromkeys(arguments.controls)]
+    rows = chosen_neurons(neurons, languages)
     if arguments.dry_run:
         from cli.dry_run import dry_run
 
-        rows = chosen_neurons(neurons, languages)
         dry_run(
             screen,
             arguments.model,
@@ -125,7 +119,7 @@ def command(**options: Any) -> None:
         return
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     for run in runs:  # raises before any work
-        control_neurons(loaded, chosen_neurons(neurons, languages), run, training.seed)
+        control_neurons(loaded, rows, run, training.seed)
     plans: dict[str, Plan] = {}
     for run in runs:
         with screen.progress(f"Training: {run}", None, "tokens") as advance:
@@ -135,7 +129,7 @@ def command(**options: Any) -> None:
     plan = plans[SET]
     read_table(screen, plan.metadata["read"], GRADIENTS.minimum, "text trained on")
     plan_table(screen, plan, loaded.anatomy)
-    with screen.progress("Measuring", None, "passes") as advance:
+    with screen.progress("Measuring", 1 + len(runs), "models") as advance:
         tokens = min(arguments.tokens or LOSSES.tokens, LOSSES.tokens)
         losses = language_losses(loaded, replace(report, tokens=tokens), plans, advance)
     screen.table(

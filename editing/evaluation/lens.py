@@ -22,7 +22,8 @@ class LanguageLens:
         languages: the K languages.
         tokens: language -> number of tokens of the vocabulary that are its own.
         positions: number of prompts.
-        masses: model ("base", "edited", ...) -> a number of each of the L layers and K languages; the rest to 1 is on tokens of no language.
+        masses: model ("base", "edited", ...) -> a number of each of the L layers and K languages; the rest to 1 is on
+            tokens of no language.
     """
 
     languages: tuple[str, ...]

@@ -240,10 +240,10 @@ def constant_keys(
             flat = [batch for _, batch in numbered(batches)]
             means = {layer: mean for layer, (mean, _) in totals.items()}
             for layer, fourth in fourth_moments(loaded, flat, site, means).items():
-                with _in_layer(layer, block):
+                with in_layer(layer, block):
                     ridges[layer] = ledoit_wolf_eps(totals[layer][1], fourth, int(tokens.sum()))
         for layer, of_layer in moments.items():
-            with _in_layer(layer, block):
+            with in_layer(layer, block):
                 if of_layer.all_zero:
                     raise BrocaError(
                         f"its {len(of_layer.units)} inputs are 0 on every token, so it cannot add a vector: choose "
@@ -254,7 +254,7 @@ def constant_keys(
 
 
 @contextmanager
-def _in_layer(layer: int, module: str) -> Iterator[None]:
+def in_layer(layer: int, module: str) -> Iterator[None]:
     """Adds layer and module to the message of an error."""
     try:
         yield

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from editing.methods.bake import baked_metadata, total_moments
+from editing.methods.bake import baked_metadata, in_layer
 from editing.methods.key import EPS, key_problem, solve_key
 from editing.methods.material import Material
 from editing.methods.method import Method
@@ -77,7 +77,9 @@ def eraser(deviations: torch.Tensor, covariance: torch.Tensor) -> Eraser:
     basis, lengths, _ = torch.linalg.svd(whitened, full_matrices=False)
     basis = basis[:, lengths**2 > MIN_VARIANCE * lengths[:1] ** 2]
     if basis.shape[1] == 0:
-        raise BrocaError("its output has the same mean on every language, so there is nothing to erase")
+        raise BrocaError(
+            "its output has the same mean on every language, so there is nothing to erase: leave it out (--layers)"
+        )
     return Eraser(axes @ (scales[:, None] * basis), axes @ (basis / scales[:, None]))
 
 
@@ -125,13 +127,16 @@ def leace_plan(
     tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
     module_of = {(COMMON_SITES[module], layer): (layer, module) for layer, module in places}
     units = {(site, layer): torch.arange(anatomy.width(site, layer)) for site, layer in module_of}
-    edits = []
+    edits, weights = [], Weights(loaded)
     for place, moments in each_moments(loaded, batches, units, progress):
         layer, module = module_of[place]
-        try:
-            edits.append(_module_edit(loaded, (layer, module), moments, tokens, strength, eps))
-        except BrocaError as error:
-            raise type(error)(f"layer {layer}, {module}: {error}") from error
+        size = anatomy.component_width(module, layer)
+        with in_layer(layer, module):
+            edits.append(
+                _module_edit(
+                    (layer, module), weights.read(layer, module), size, moments, tokens, strength, eps
+                )
+            )
         # Frees this covariance before the next layer is read.
         del moments
     settings = {
@@ -139,38 +144,39 @@ def leace_plan(
         "blocks": list(chosen_modules(blocks)),
         "strength": strength,
         "eps": eps,
-        "corpus": corpus.digest,
+        "corpus": corpus.provenance,
     }
     return make_plan(edits, baked_metadata(loaded, "leace", settings, {"languages": list(batches)}))
 
 
 def _module_edit(
-    loaded: LoadedModel,
     place: tuple[int, str],
+    weight: torch.Tensor,
+    size: int,
     moments: Moments,
     tokens: torch.Tensor,
     strength: float,
     eps: float,
 ) -> ModuleEdit:
-    layer, module = place
-    weight = Weights(loaded).read(layer, module)
-    mean, covariance = total_moments(moments, tokens)
-    projection = eraser(weight @ (moments.mean - mean[:, None]), weight @ covariance @ weight.T)
-    del covariance  # as large as what a key minimises
+    """The edit of W [d, n] of a layer's module, whose components have ``size`` columns each."""
+    fractions = tokens.double() / tokens.sum()
+    mean = moments.mean @ fractions
+    deviations = weight @ (moments.mean - mean[:, None])
+    covariance = weight @ moments.covariance @ weight.T + (deviations * fractions) @ deviations.T
+    projection = eraser(deviations, covariance)
     reads = weight.T @ projection.right
     problem = key_problem(moments, moments.languages, eps)
     targets = (reads.T @ mean).expand(len(moments.languages), -1)
     if moments.start is not None:
         targets = torch.cat([targets, (reads.T @ moments.start)[None]])
     right = reads - solve_key(replace(problem, targets=targets), overwrite=True)
-    size = loaded.anatomy.component_width(module, layer)
     squares = ((right @ (projection.left.T @ projection.left)) * right).sum(1).clamp(min=0)
     changes = squares.view(-1, size).sum(1).sqrt()
     chosen = changes.nonzero()[:, 0]
     share = changes / weight.norm(dim=0).view(-1, size).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     return ModuleEdit(
-        layer=layer,
-        block=module,
+        layer=place[0],
+        block=place[1],
         components=tuple(chosen.tolist()),
         left=(-strength * projection.left).float(),
         right=right.float(),

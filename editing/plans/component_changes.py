@@ -11,8 +11,8 @@ from neurons.architectures.anatomy import BLOCKS
 def component_changes(edit: ModuleEdit, count: int) -> torch.Tensor:
     """||dW_i||_F of each component i, float64 [count]; an estimate if columns are scaled.
 
-    The added part, U K_i^T, and deltas of a component's columns, or of its rows in a gate or linear branch, are exact.  Scaling column j changes it by (c_j - 1) w_j, but a plan does not have
-    w_j: it is assumed to have the root mean square norm of W's columns, from the note "weight_norm", or norm 1
+    The added part, U K_i^T, and deltas of a component's columns, or of its rows in a gate or linear branch, are exact.
+    Scaling column j changes it by (c_j - 1) w_j, but a plan does not have w_j: it is assumed to have the root mean square norm of W's columns, from the note "weight_norm", or norm 1
     without that note, and to be orthogonal to the added part.
 
     Args:

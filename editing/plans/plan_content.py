@@ -14,6 +14,7 @@ from neurons.files.artifact import Artifact
 
 _VECTORS = ("row_scale", "column_scale", "bias")
 _MATRICES = ("left", "right", "row_deltas", "column_deltas")
+_PLACES = ("rows", "columns")
 _WORDS = ("method", "model", "fingerprint", "source", "target")
 
 
@@ -25,14 +26,18 @@ def require_plan_content(artifact: Artifact, path: Path) -> None:
     """
     fault = _metadata_fault(artifact.metadata)
     if fault is None:
-        for module in artifact.metadata["modules"]:
-            prefix = f"{module['layer']}.{module['block']}."
-            of_module = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in artifact.tensors.items()
-                if name.startswith(prefix)
-            }
-            fault = _module_fault(of_module, module["block"] in BLOCKS)
+        modules = {f"{module['layer']}.{module['block']}.": module for module in artifact.metadata["modules"]}
+        of_modules: dict[str, dict[str, torch.Tensor]] = {prefix: {} for prefix in modules}
+        # The names of "mlp.gate_proj" begin like those of "mlp".
+        longest_first = sorted(modules, key=len, reverse=True)
+        for name, tensor in artifact.tensors.items():
+            owner = next((prefix for prefix in longest_first if name.startswith(prefix)), None)
+            if owner is None:
+                fault = f"it lists no module of {name}"
+                break
+            of_modules[owner][name.removeprefix(owner)] = tensor
+        for prefix, module in modules.items() if fault is None else ():
+            fault = _module_fault(of_modules[prefix], module["block"] in BLOCKS)
             if fault is not None:
                 fault = f"layer {module['layer']}, {module['block']}: {fault}"
                 break
@@ -64,6 +69,9 @@ def _metadata_fault(metadata: Mapping[str, Any]) -> str | None:
 
 def _module_fault(tensors: Mapping[str, torch.Tensor], output: bool) -> str | None:
     """The first fault in a module's tensors, by their names within it; None without any."""
+    known = {"components", *_VECTORS, *_MATRICES, *_PLACES}
+    if unknown := sorted(name for name in tensors if name not in known and not name.startswith("details.")):
+        return f"it has {unknown[0]}, which this version of Broca does not know"
     components = tensors.get("components")
     if components is None or components.ndim != 1 or components.dtype != torch.int64:
         return "it lists no components"

@@ -8,7 +8,7 @@ import torch
 
 from editing.plans.plan import ModuleEdit, Plan, load_plan, make_plan
 from neurons.errors import BrocaError, UsageError
-from neurons.files.artifact import save_artifact
+from neurons.files.artifact import load_artifact, save_artifact
 from neurons.scorers.selection import parse_layers
 
 ROWS, COLUMNS = 5, 7
@@ -264,3 +264,27 @@ def test_parse_layers_refuses(text):
 def test_parse_layers_refuses_reversed_ranges_and_odd_digits(text):
     with pytest.raises(UsageError):
         parse_layers(text, 8)
+
+
+def test_a_tensor_that_this_version_does_not_know_is_refused(tmp_path):
+    """A change that is not understood must not be left out in silence."""
+    edit = ModuleEdit(1, "mlp", (0,), left=torch.ones(4, 1), right=torch.ones(3, 1))
+    plan = make_plan([edit], {"method": "test", "settings": {}})
+    path = tmp_path / "edit.safetensors"
+    plan.save(path)
+    artifact = load_artifact(path, "edit")
+    for name, fault in (
+        ("1.mlp.rotation", "rotation, which this version of Broca does not know"),
+        ("2.mlp.left", r"no module of 2\.mlp\.left"),
+    ):
+        save_artifact(path, "edit", {**artifact.tensors, name: torch.ones(2)}, artifact.metadata)
+        with pytest.raises(BrocaError, match=fault):
+            load_plan(path)
+
+
+def test_modules_whose_names_begin_alike(tmp_path):
+    gate = ModuleEdit(1, "mlp.gate_proj", (2,), rows=torch.tensor([2]), row_deltas=torch.ones(1, 4))
+    down = ModuleEdit(1, "mlp", (2,), columns=torch.tensor([2]), column_deltas=torch.ones(1, 4))
+    plan = make_plan([gate, down], {"method": "test", "settings": {}})
+    plan.save(tmp_path / "edit.safetensors")
+    assert load_plan(tmp_path / "edit.safetensors").to_bytes() == plan.to_bytes()
