@@ -14,8 +14,8 @@ prompted one compares.
 
     python benchmarks/lock.py MODEL --edit steered/broca/edit.safetensors --dtype bfloat16
 
-With ``--languages``, only first turns, with questions in these languages instead, which a lock from every language
-need not have seen.
+With ``--questions DIR --every``, on all of the questions in another directory (the first ``--most``).  With ``--languages``,
+only first turns, with questions in these languages instead, which a lock from every language need not have seen.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def sampled_chrf(loaded: LoadedModel, texts: Sequence[str]) -> float:
 @click.argument("model")
 @click.option("--edit", type=click.Path(path_type=Path), required=True)
 @click.option("--questions", type=click.Path(path_type=Path), help="[default: Broca's questions]")
+@click.option("--every", is_flag=True, help="All these questions: no part of them was trained on.")
 @click.option("--languages", help="Languages of the questions, separated by commas.")
 @click.option("--dtype", default="auto")
 @click.option("--long", default=300, show_default=True)
@@ -120,6 +121,7 @@ def main(
     model: str,
     edit: Path,
     questions: Path | None,
+    every: bool,
     languages: str | None,
     dtype: str,
     long: int,
@@ -130,12 +132,16 @@ def main(
     keep_freed_memory()
     plan = load_plan(edit)
     target = plan.metadata["target"]
-    by_language = read_questions(questions or shipped(QUESTIONS)).of
+    shipped_questions = read_questions(shipped(QUESTIONS)).of
+    by_language = shipped_questions if questions is None else read_questions(questions).of
     loaded = load_model(model, dtype=dtype)
-    candidates = tuple(by_language)
+    candidates = tuple(dict.fromkeys([*shipped_questions, *by_language]))
     names = plan.metadata["settings"]["sources"] if languages is None else languages.split(",")
     texts = {
-        name: [question.text for question in questions_of_part(by_language[name], REPORT)][:most]
+        name: [
+            question.text
+            for question in (by_language[name] if every else questions_of_part(by_language[name], REPORT))
+        ][:most]
         for name in names
     }
     instructed = {

@@ -73,7 +73,7 @@ def command(**options: Any) -> None:
         questions.setdefault(row["language"], []).append(question)
         answers.setdefault(row["language"], []).append(answer)
     identify = FastTextIdentifier(arguments.identifier or included_model())
-    identify("a text")  # a wrong file is refused before the judge works
+    identify.require(answers if arguments.target is None else [arguments.target])
     english = (
         english_words(arguments.english_words.read_text("utf-8", "replace").splitlines())
         if arguments.english_words is not None

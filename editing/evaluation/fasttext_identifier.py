@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 from neurons.text.corpus_files import language_label
 
 _LABEL = "__label__"
@@ -34,6 +35,21 @@ class FastTextIdentifier:
             return "", 0.0
         labels, probabilities = self._model.predict(one_line, 1)
         return language_label(labels[0].removeprefix(_LABEL)), float(probabilities[0])
+
+    def require(self, languages: Iterable[str]) -> None:
+        """Check that it can name the languages.
+
+        Raises:
+            UsageError: names the unknown ones.
+            BrocaError: not a fastText model.
+        """
+        labels, _ = self._model.predict("text", -1)
+        known = {language_label(label.removeprefix(_LABEL)) for label in labels}
+        if unknown := [language for language in languages if language not in known]:
+            raise UsageError(
+                f"{self.path.name} does not identify {', '.join(unknown)}: name languages by ISO 639-1 codes (en, fr, zh, "
+                "...), or give another model (--identifier)"
+            )
 
     @cached_property
     def _model(self) -> Any:

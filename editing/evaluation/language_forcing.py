@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 import regex
 
+from editing.evaluation.asking import CHAT, question_style
 from editing.evaluation.generation import PROMPTS_A_BATCH, generate
 from editing.evaluation.relevance import harmonic_mean
+from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 from neurons.text.conversations import Message, role_tokens
 
@@ -98,9 +100,10 @@ def ratings(
         seen: called with numbers of ratings.
 
     Raises:
-        UsageError: as ``role_tokens``.
+        UsageError: the judge has no chat template; or as ``role_tokens``.
     """
-
+    if question_style(judge.tokenizer) != CHAT:
+        raise UsageError(f"{judge.name} has no chat template, so it cannot judge: choose an instruct model")
     about = instruction.replace("{source}", source).replace("{target}", target)
     asked = [
         _QUESTION.format(source=source, target=target, question=question, answer=answer)

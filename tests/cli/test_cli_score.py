@@ -50,14 +50,17 @@ def test_a_judge_that_gives_no_rating_is_named(broca, answers, chat_model):
 @pytest.mark.parametrize(
     "words, reason",
     [
+        (["--target", "xx"], "does not identify xx"),
+        (["--judge", "{model}"], "has no chat template, so it cannot judge"),
         (["--judge-instruction", "answers.jsonl"], "needs --judge"),
         (["--identifier", "answers.jsonl"], "not a fastText model"),
     ],
 )
-def test_refusals(broca, answers, monkeypatch, words, reason):
+def test_refusals(broca, answers, checkpoint_of, monkeypatch, words, reason):
     monkeypatch.chdir(answers.parent)
+    words = [word.format(model=checkpoint_of()) for word in words]
     status, _, err = broca("score", answers, "--target", "fr", *words)
-    assert status in (1, 2) and reason in err
+    assert status in (1, 2) and reason in err and len(err.splitlines()) == 1
 
 
 def test_a_file_without_answers_is_refused(broca, tmp_path):
