@@ -40,6 +40,8 @@ from neurons.models.source import ModelSource
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Modules of these names, in models of mixtures, are read by PEFT as the experts of older files.
 _EXPERTS_IN_PEFT = ("down_proj", "w2")
+# PEFT renames the modules of these types' adapters like tensors of their checkpoints, and then finds none of them.
+_RENAMED_IN_PEFT = ("unlimited_ocr",)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -211,6 +213,8 @@ def _adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
     """
     if edit.layer == OUTSIDE:
         raise BrocaError(f"{edit.where}: an adapter for it is not read by vLLM: export a checkpoint")
+    if anatomy.model_type in _RENAMED_IN_PEFT:
+        raise BrocaError(f"PEFT does not load adapters for {anatomy.model_type}: export a checkpoint")
     *experts, part = anatomy.parts(edit.layer, edit.block)
     if part.experts is not None or any(edit.changes(of_experts.columns) for of_experts in experts):
         raise BrocaError(

@@ -398,14 +398,36 @@ class Anatomy:
         """The prefix of the modules beside the list of layers, in memory."""
         return self.layout.layers.removesuffix(self.layout.layers.rpartition(".")[2])
 
-    def _stems(self, layer: int, block: str) -> list[str]:
+    def _stems(self, layer: int, block: str, names: Collection[str]) -> list[str]:
         """The prefixes that the names of a layer's tensors, or of one outside the layers, may have on disk."""
         if layer != OUTSIDE:
-            return [f"{prefix}{layer}." for prefix in self.layout.prefixes]
+            stems = [f"{prefix}{layer}." for prefix in self.layout.prefixes]
+            if not self.layout.examined or any(name.startswith(tuple(stems)) for name in names):
+                return stems
+            return [f"{prefix}{layer}." for prefix in self._prefixes_by_structure(names)] or stems
         if block == HEAD:
             return ["", "language_model."]
         own = self.layout.layers.rpartition(".")[2] + "."
         return list(dict.fromkeys(prefix.removesuffix(own) for prefix in self.layout.prefixes))
+
+    def _prefixes_by_structure(self, names: Collection[str]) -> list[str]:
+        """The only prefix under which the output weights of as many layers are on disk; empty if there is another one."""
+        tails = [form.name.format(expert=0) for forms in self.layout.stored.values() for form in forms]
+        first = tuple(f".0.{tail}" for tail in tails)
+        found = {
+            name.removesuffix(tail[1:])
+            for name in names
+            if name.endswith(first)
+            for tail in first
+            if name.endswith(tail)
+        }
+        numbered = [
+            prefix
+            for prefix in found
+            if any(name.startswith(f"{prefix}{self.layers - 1}.") for name in names)
+            and not any(name.startswith(f"{prefix}{self.layers}.") for name in names)
+        ]
+        return numbered if len(numbered) == 1 else []
 
     def matrices(self, layer: int) -> list[str]:
         """The paths of the modules with a matrix, in a layer or ``OUTSIDE``, without output modules."""
@@ -567,7 +589,7 @@ class Anatomy:
         """The name of an output weight in a checkpoint with tensors of these names; * stands for an expert."""
         parts = self.parts(layer, block)
         form = parts[0].stored[0] if parts else self.layout.stored[block][0]
-        stems = self._stems(layer, block)
+        stems = self._stems(layer, block, names)
         used = next((stem for stem in stems if any(name.startswith(stem) for name in names)), stems[0])
         return used + form.name.format(expert="*")
 
@@ -592,7 +614,7 @@ class Anatomy:
     def _stored(self, layer: int, block: str, part: Part, names: Collection[str]) -> tuple[StoredPiece, ...]:
         complete: list[tuple[StoredPiece, ...]] = []
         missing: list[str] = []
-        stems = self._stems(layer, block)
+        stems = self._stems(layer, block, names)
         for stem in stems:
             for form in part.stored:
                 pieces = part.pieces(stem, form)

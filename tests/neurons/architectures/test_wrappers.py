@@ -20,6 +20,7 @@ from editing.plans.applied import applied
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, anatomy_of
 from neurons.architectures.layouts import LAYOUTS, WRAPPERS, row_of
+from neurons.errors import BrocaError
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.memory import sizes_of
 from neurons.models.source import load_model, open_model, plan_model
@@ -86,7 +87,7 @@ def test_the_listed_wrappers_are_in_the_table():
         assert row_of(tiny_config(model_type)) is not None, model_type
 
 
-@pytest.mark.parametrize("model_type", [*WITH_IMAGES, "llama4"])
+@pytest.mark.parametrize("model_type", [*WITH_IMAGES, "llama4", "qianfan_ocr"])
 def test_an_export_is_the_wrapper_with_other_weights_in_its_language_model(tmp_path, model_type):
     base, out = wrapper_at(tmp_path / "model", model_type), tmp_path / "edited"
     source, loaded = open_model(base), load_model(base, device="cpu")
@@ -121,6 +122,18 @@ def bytes_of(entry):
     with entry.file.open("rb") as stream:
         stream.seek(entry.begin)
         return stream.read(entry.end - entry.begin)
+
+
+def test_layers_are_found_by_structure_if_no_other_tower_has_as_many(tmp_path):
+    anatomy = open_model(wrapper_at(tmp_path / "model", "qianfan_ocr")).anatomy
+    assert anatomy.layout.examined
+    tails = [anatomy.layout.stored[block][0].name for block in BLOCKS]
+    mine = [f"odd.path.{layer}.{tail}" for layer in range(anatomy.layers) for tail in tails]
+    other = [f"tower.{layer}.{tails[0]}" for layer in range(anatomy.layers + 1)]
+    assert anatomy.tensor_name(1, "attn", [*mine, *other]) == f"odd.path.1.{tails[0]}"
+    assert anatomy.stored(2, "mlp", [*mine, *other])[0].tensor == f"odd.path.2.{tails[1]}"
+    with pytest.raises(BrocaError, match="names for this architecture are unknown"):
+        anatomy.stored(2, "mlp", [*mine, *other[:-1]])
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "smolvlm", "llama4"])
