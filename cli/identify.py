@@ -116,9 +116,10 @@ def command(**options: Any) -> None:
     from neurons.setting import assigned, read_settings
 
     method = method_of(arguments.method)
-    if arguments.out is None:
+    if arguments.out is None and not arguments.dry_run:
         raise UsageError("--out is missing: give the file for the neuron set")
-    if arguments.dry_run and (not method.records() or arguments.statistics is not None):
+    reads_text = method.records() or method.reads == ABLATIONS
+    if arguments.dry_run and (not reads_text or arguments.statistics is not None):
         raise UsageError("--dry-run needs a method that reads text with MODEL: leave it out")
     _check_options(arguments, method)
     neurons: NeuronSet | None
@@ -190,7 +191,7 @@ def _from_statistics(arguments: SimpleNamespace) -> NeuronSet:
     )
 
 
-def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
+def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | None:
     from neurons.ablation.shapley import record_shapley
     from neurons.errors import UsageError
     from neurons.neuron_sets.identify import neurons_from
@@ -201,6 +202,12 @@ def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
     corpus = noted_corpus(
         screen, arguments.corpus, arguments.languages, arguments.part, 1, roles=arguments.roles
     )
+    if arguments.dry_run:
+        from cli.dry_run import dry_run_of_text
+        from neurons.recording.needs import ablation_need
+
+        dry_run_of_text(screen, arguments, corpus, ablation_need)
+        return None
     settings = HeadShapley(**arguments.settings)
     loaded = loaded_model(screen, arguments)
     total = settings.permutations * sum(loaded.anatomy.unit_counts("head")) * len(corpus.languages)

@@ -111,8 +111,10 @@ def test_controls_and_ablation_of_heads(broca, files, identified, tmp_path):
 def test_shapley_values_of_one_language(broca, files, tmp_path):
     out = tmp_path / "shapley.safetensors"
     words = ["--method", "head-shapley", "--languages", "qaa", "--tokens", "30", "--set", "permutations=2"]
-    words += ["--top-rate", "0.1"]
-    status, _, err = broca("identify", files / "model", "--corpus", files / "text", *words, "--out", out)
+    command = ["identify", files / "model", "--corpus", files / "text", *words, "--top-rate", "0.1"]
+    status, printed, err = broca(*command, "--dry-run", "--json")
+    assert status == 0 and json.loads(printed)["stages"]["ablate"]["peak"] > 0, err
+    status, _, err = broca(*command, "--out", out)
     assert status == 0, err
     heads = load_neuron_set(out)
     assert heads.metadata["notes"]["permutations"] == [2]
