@@ -162,7 +162,7 @@ def planted(tmp_path_factory):
     """
     model = models.tiny_model("llama", seed=3)
     owners = models.token_languages()
-    (nut,) = {models.tiny_tokenizer()(" nut", add_special_tokens=False)["input_ids"][-1]}
+    nut = models.tiny_tokenizer()(" nut", add_special_tokens=False)["input_ids"][-1]
     with torch.no_grad():
         embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
         embedding[:, :8] = 0
