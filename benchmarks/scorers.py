@@ -40,7 +40,7 @@ from neurons.neuron_sets.identify import DEFAULT_METHOD, random_set, require_par
 from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
 from neurons.recording.answers import merge_moments, record_answers
 from neurons.recording.corpus_recording import record_corpus
-from neurons.scorers.method import PROMPTS, Scorer
+from neurons.scorers.method import CONFUSIONS, PROMPTS, Scorer
 from neurons.scorers.registry import METHODS, moments_of
 from neurons.scorers.selection import Selected, select
 from neurons.statistics.statistics import Statistics
@@ -178,7 +178,7 @@ def runnable(text: Corpus, prompts: Prompts | None, control: Prompts | None) -> 
     """The methods that can run on the given text and prompts; the reason for leaving out others goes to stderr."""
     names = []
     for name, method in METHODS.items():
-        if method.control or method.unit != "neuron":
+        if method.control or method.unit != "neuron" or method.reads == CONFUSIONS:
             continue
         if method.reads == PROMPTS:
             needs_control = any(moment.endswith(":answer_control") for moment in method.moments)

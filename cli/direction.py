@@ -12,9 +12,11 @@ from cli.corpora import noted_corpus, read_table
 from cli.loading import loaded_model
 from cli.options import (
     FINITE,
+    IN_FILE,
     IN_PATH,
     LANGUAGE,
     OUT_FILE,
+    PARTS,
     corpus_options,
     device_options,
     dry_run_option,
@@ -27,7 +29,10 @@ from cli.tables import direction_table
 
 if TYPE_CHECKING:
     from editing.directions.direction import Direction
+    from editing.directions.method import DirectionMethod
     from editing.directions.sae import Autoencoder
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel
 
 LIST = "list"
 
@@ -35,8 +40,15 @@ LIST = "list"
 @click.command("direction")
 @click.argument("model", required=False)
 @partial(corpus_options, required=False)
-@click.option("--source", type=LANGUAGE, help="Language to steer from.")
-@click.option("--target", type=LANGUAGE, help="Language to steer to.")
+@click.option(
+    "--preferences",
+    type=IN_FILE,
+    help='Rows {"prompt": ..., "chosen": ..., "rejected": ...} (.jsonl) instead of --corpus; bipo and grains need them.',
+)
+@click.option(
+    "--source", type=LANGUAGE, help="Language to steer from.  [default with --preferences: rejected]"
+)
+@click.option("--target", type=LANGUAGE, help="Language to steer to.  [default with --preferences: chosen]")
 @click.option(
     "--method", default="diffmean", show_default=True, help="One of `broca direction --method list`."
 )
@@ -98,6 +110,8 @@ def command(**options: Any) -> None:
           --out direction.safetensors
       broca direction artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr \\
           --method low-rank-shift --winsorise 0.995 --out direction.safetensors
+      broca direction artifacts/demo/model --preferences artifacts/demo/preferences.jsonl --source en --target fr \\
+          --method bipo --out direction.safetensors
       broca direction --convert direction.safetensors --out vectors.gguf
       broca direction --convert direction.safetensors --layer 3 --out vector.pt
       broca direction --method list
@@ -112,13 +126,21 @@ def command(**options: Any) -> None:
         return
     from editing.directions.estimation import direction_of
     from editing.directions.registry import method_of
-    from neurons.models.processes import is_first
     from neurons.setting import assigned, read_settings
-    from neurons.text.token_budget import DIRECTIONS
 
     method = method_of(arguments.method)
     _require(arguments)
     settings = read_settings(method.settings(), assigned(arguments.assignments))
+    length = {
+        "winsorised": arguments.winsorise,
+        "project_neutral": arguments.project_neutral,
+        "unit_length": arguments.unit_length,
+    }
+    if arguments.preferences is not None:
+        direction = _of_preferences(screen, arguments, method, settings, length)
+        if direction is not None:
+            _write(screen, direction, arguments)
+        return
     corpus = noted_corpus(
         screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
     )
@@ -137,14 +159,54 @@ def command(**options: Any) -> None:
             arguments.source,
             arguments.target,
             arguments.method,
-            winsorised=arguments.winsorise,
-            project_neutral=arguments.project_neutral,
-            unit_length=arguments.unit_length,
             tokens=arguments.tokens,
             settings=settings,
             autoencoders=autoencoders,
             progress=advance,
+            **length,
         )
+    _write(screen, direction, arguments)
+
+
+def _of_preferences(
+    screen: Screen,
+    arguments: SimpleNamespace,
+    method: type[DirectionMethod],
+    settings: dict[str, Any],
+    length: dict[str, Any],
+) -> Direction | None:
+    """The direction; None with --dry-run."""
+    from editing.directions.estimation import direction_of_preferences
+    from neurons.text.preferences import CHOSEN, REJECTED, read_preferences
+
+    preferences = read_preferences(arguments.preferences)
+    if arguments.dry_run:
+        from cli.dry_run import dry_run
+        from editing.pipeline.needs import preference_needs
+
+        def needs(planned: LoadedModel) -> list[Need]:
+            return preference_needs(planned, preferences, method)
+
+        dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
+        return None
+    loaded = loaded_model(screen, arguments)
+    with screen.progress("Reading preferences", None, "rows") as advance:
+        return direction_of_preferences(
+            loaded,
+            preferences,
+            arguments.method,
+            arguments.source or REJECTED,
+            arguments.target or CHOSEN,
+            settings=settings,
+            progress=advance,
+            **length,
+        )
+
+
+def _write(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> None:
+    from neurons.models.processes import is_first
+    from neurons.text.token_budget import DIRECTIONS
+
     if not is_first():
         return
     direction.save(arguments.out)
@@ -178,12 +240,21 @@ def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
 def _require(arguments: SimpleNamespace) -> None:
     from neurons.errors import UsageError
 
-    for name, description in (
+    needed = [
         ("corpus", "a directory of <language>.txt"),
         ("source", "the language to steer from"),
         ("target", "the language to steer to"),
         ("out", "the file for the direction"),
-    ):
+    ]
+    if arguments.preferences is not None:
+        for name in ("corpus", "languages", "roles", "tokens", "saes"):
+            if getattr(arguments, name):
+                option = "sae" if name == "saes" else name
+                raise UsageError(f"--preferences and --{option} exclude each other: leave one out")
+        if arguments.part != PARTS[0]:
+            raise UsageError("--preferences has no parts: leave --part out")
+        needed = needed[3:]
+    for name, description in needed:
         if getattr(arguments, name) is None:
             raise UsageError(f"--{name} is missing: give {description}")
     if arguments.model is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.corpora import noted_corpus, read_table
-from cli.loading import loaded_model
+from cli.loading import announced, loaded_model
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
@@ -42,10 +43,19 @@ MAX_LAYER_COLUMNS = 12
     "--statistics", type=IN_FILE, help="Statistics, from `broca record`, instead of MODEL and text."
 )
 @click.option(
-    "--prompts", type=IN_DIRECTORY, help="culnig, integrated-gradients: directory of <language>.jsonl."
+    "--prompts",
+    type=IN_DIRECTORY,
+    help="culnig, integrated-gradients, language-confusion: directory of <language>.jsonl.",
 )
 @click.option("--control", type=IN_DIRECTORY, help="culnig: control prompts, without the question.")
 @click.option("--recognition", type=IN_DIRECTORY, help="culnig: second control prompts.")
+@click.option(
+    "--answers", type=IN_FILE, help="language-confusion: answers, from `broca ask`, instead of --prompts."
+)
+@click.option(
+    "--sibling",
+    help="language-confusion: MODEL tuned on many languages, whose score is subtracted: hub id or directory.",
+)
 @click.option("--like", type=IN_FILE, help="random, random-matched: the neuron set to match.")
 @click.option(
     "--method", default="gradient-contrast", show_default=True, help="One of `broca identify --method list`."
@@ -111,7 +121,7 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
     from neurons.recording.corpus_recording import remove_unfinished
-    from neurons.scorers.method import ABLATIONS, PROMPTS
+    from neurons.scorers.method import ABLATIONS, CONFUSIONS, PROMPTS
     from neurons.scorers.registry import method_of
     from neurons.setting import assigned, read_settings
 
@@ -132,6 +142,8 @@ def command(**options: Any) -> None:
         raise UsageError("MODEL is missing: give a hub id or a directory, or --statistics")
     elif method.reads == PROMPTS:
         neurons = _by_prompts(screen, arguments)
+    elif method.reads == CONFUSIONS:
+        neurons = _by_confusions(screen, arguments)
     elif method.reads == ABLATIONS:
         neurons = _by_ablations(screen, arguments)
     else:
@@ -242,6 +254,54 @@ def _by_prompts(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
         )
 
 
+def _by_confusions(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
+    from editing.evaluation.confusion_points import points_of_answers, read_changed_answers
+    from editing.evaluation.fasttext_identifier import FastTextIdentifier, included_model
+    from neurons.errors import UsageError
+    from neurons.models.source import load_model
+    from neurons.neuron_sets.identify import identify_by_confusion
+    from neurons.recording.confusion import ConfusionPoint, points_of_prompts, record_confusion
+    from neurons.scorers.language_confusion import SIBLING, LanguageConfusion
+    from neurons.text.prompts import EXAMPLE, read_prompts
+
+    if (arguments.prompts is None) == (arguments.answers is None):
+        raise UsageError(
+            f"--method {arguments.method} needs the points where answers change their language: give either --answers FILE of "
+            f"`broca ask`, or --prompts DIR of <language>.jsonl with lines like {EXAMPLE}, whose answers are in a wrong language"
+        )
+    points: Callable[[LoadedModel], dict[str, list[ConfusionPoint]]]
+    if arguments.prompts is not None:
+        prompts = read_prompts(arguments.prompts, arguments.languages)
+        points, digest = partial(points_of_prompts, prompts=prompts), prompts.digest
+    else:
+        identifier = FastTextIdentifier(included_model())
+        changed = read_changed_answers(arguments.answers, arguments.languages, identifier)
+        for language, count in changed.answers.items():
+            screen.note(
+                f"{language}: {len(changed.of.get(language, ()))} of {count} answers change their language"
+            )
+        points, digest = partial(points_of_answers, changed=changed), changed.digest
+    sibling = None
+    if arguments.sibling is not None:
+        other = announced(screen, load_model(arguments.sibling, arguments.device, arguments.dtype))
+        top, moment = LanguageConfusion(**arguments.settings).top, SIBLING.partition(":")[2]
+        with screen.progress("Reading the sibling", None, "points") as advance:
+            sibling = record_confusion(other, points(other), top, moment, advance)
+        del other
+    loaded = loaded_model(screen, arguments)
+    with screen.progress("Reading the points", None, "points") as advance:
+        return identify_by_confusion(
+            loaded,
+            points(loaded),
+            digest,
+            sibling,
+            arguments.top_rate,
+            arguments.settings,
+            _selection(arguments),
+            advance,
+        )
+
+
 def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -> NeuronSet:
     from neurons.errors import BrocaError, UsageError
     from neurons.models.source import open_model
@@ -301,11 +361,12 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
 def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
     """Reject options that the method does not use."""
     from neurons.errors import UsageError
-    from neurons.scorers.method import ABLATIONS, PROMPTS
+    from neurons.scorers.method import ABLATIONS, CONFUSIONS, PROMPTS
 
     from_statistics = arguments.statistics is not None
     reads_text = not from_statistics and (method.records() or method.reads == ABLATIONS)
-    reads_prompts = not from_statistics and method.reads == PROMPTS
+    reads_prompts = not from_statistics and method.reads in (PROMPTS, CONFUSIONS)
+    confusions = not from_statistics and method.reads == CONFUSIONS
     control = method.control
     accepted = {
         "corpus": reads_text,
@@ -315,6 +376,8 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         "prompts": reads_prompts,
         "control": reads_prompts and "mlp_act:answer_control" in method.moments,
         "recognition": reads_prompts and "mlp_act:answer_control" in method.moments,
+        "answers": confusions,
+        "sibling": confusions,
         "languages": not from_statistics,
         "model": not from_statistics,
         "statistics": bool(method.moments),

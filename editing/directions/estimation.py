@@ -1,9 +1,9 @@
-"""Estimate a direction from a model and a corpus with any method."""
+"""Estimate a direction from a model and a corpus, or preferences, with any method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES, DiffMean, dif
 from editing.directions.direction import Direction
 from editing.directions.length import along, unit, without_neutral
 from editing.directions.low_rank_shift import window
+from editing.directions.method import DirectionMethod, Given, PreferenceMethod
 from editing.directions.recorded import Recorded, record_texts
 from editing.directions.registry import method_of
 from editing.directions.sae import Autoencoder, LanguageFeatures, Sae, language_features
@@ -20,10 +21,12 @@ from editing.directions.sae_recording import firing, random_batches, require_fit
 from editing.directions.texts import Estimate, Texts
 from editing.directions.winsorise import require_quantile, winsorise
 from neurons.errors import BrocaError, UsageError
+from neurons.models.memory import batches_for
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
-from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.batches import TokenBatch, counted_tokens, language_batches, token_row_batches
 from neurons.text.corpus import Corpus
+from neurons.text.preferences import CHOSEN, REJECTED, Preferences, preference_rows
 from neurons.text.token_budget import DIRECTIONS, text_read
 
 Estimator = Callable[[Texts], Estimate]
@@ -73,7 +76,12 @@ def direction_of(
         BrocaError: languages that do not differ, or a method without a result.
     """
     estimator = method_of(method).of(settings or {})
-    _require_languages(corpus, source, target)
+    if isinstance(estimator, PreferenceMethod):
+        raise UsageError(
+            f"method {method!r} reads preferences: give them (--preferences) instead of a corpus"
+        )
+    corpus.require(source, target)
+    _require_two(source, target)
     if estimator.parallel:
         _require_parallel(method, corpus, source, target)
     if winsorised is not None:
@@ -92,55 +100,142 @@ def direction_of(
     languages = corpus.languages if estimator.all_languages else (source, target)
     read = corpus.only(*languages)
     batches = language_batches(loaded, read, tokens, default=DIRECTIONS.tokens)
-    recorded = record_texts(loaded, batches, progress)
-    by_place: Mapping[tuple[str, int], Estimator] = {}
+    given: list[Given] = []
     notes: dict[str, Any] = {}
     if isinstance(estimator, Sae):
         features = _features(loaded, batches[target], autoencoders, estimator, progress)
-        by_place = _by_autoencoders(autoencoders, features, loaded.anatomy.layers)
+        given = [
+            Given(sae.site, sae.layer, of_sae.vector)
+            for sae, of_sae in zip(autoencoders, features, strict=True)
+        ]
         notes["autoencoders"] = [
             {"name": sae.name, "layer": sae.layer, "site": sae.site, "features": of_sae.features.tolist()}
             for sae, of_sae in zip(autoencoders, features, strict=True)
         ]
+    metadata = {"corpus": corpus.provenance, "read": text_read(read, batches), **notes}
+    length = _Length(winsorised, project_neutral, unit_length)
+    return _estimated(
+        loaded, batches, (source, target), estimator, given, length, metadata, progress, most_tokens=tokens
+    )
+
+
+def direction_of_preferences(
+    loaded: LoadedModel,
+    preferences: Preferences,
+    method: str,
+    source: str = REJECTED,
+    target: str = CHOSEN,
+    *,
+    winsorised: float | None = None,
+    project_neutral: bool = False,
+    unit_length: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Direction:
+    """Estimate a direction from rejected to chosen answers.
+
+    A method that reads text reads the positions that predict a token of the answers, of the rejected ones as its source
+    and of the chosen ones as its target.
+
+    Args:
+        loaded: the model.
+        preferences: prompts with two answers.
+        method: a key of ``editing.directions.registry.METHODS``.
+        source: name of the rejected answers, for example their language.
+        target: name of the chosen answers.
+        winsorised, project_neutral, unit_length, settings: as in ``direction_of``.
+        progress: called with the number of preferences, or tokens, that are done.
+
+    Raises:
+        UsageError: as ``direction_of`` and ``preference_rows``, or a method that needs an autoencoder.
+        BrocaError: as ``direction_of``, or nothing was learned.
+    """
+    estimator = method_of(method).of(settings or {})
+    _require_two(source, target)
+    if isinstance(estimator, Sae):
+        raise UsageError("method 'sae' reads text: give --corpus instead of --preferences")
+    if winsorised is not None:
+        require_quantile(winsorised)
+    rows = preference_rows(loaded, preferences)
+    given: list[Given] = []
+    notes: dict[str, Any] = {}
+    if isinstance(estimator, PreferenceMethod):
+        given, notes = estimator.given(loaded, rows, progress)
+    at_once = batches_for(loaded, False, max(len(row.ids) for of_kind in rows.values() for row in of_kind))[0]
+    batches = {
+        name: token_row_batches(rows[kind], 0, at_once)
+        for name, kind in ((source, REJECTED), (target, CHOSEN))
+    }
+    count = len(preferences.of)
+    read = {
+        name: {"tokens": counted_tokens(of_kind), "texts": count, "of": count, "cut": 0.0}
+        for name, of_kind in batches.items()
+    }
+    metadata = {"preferences": preferences.digest, "read": read, **notes}
+    length = _Length(winsorised, project_neutral, unit_length)
+    return _estimated(loaded, batches, (source, target), estimator, given, length, metadata, progress)
+
+
+@dataclass(frozen=True)
+class _Length:
+    """What changes the estimates of any method, as in ``direction_of``."""
+
+    winsorised: float | None
+    project_neutral: bool
+    unit_length: bool
+
+
+def _estimated(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    pair: tuple[str, str],
+    method: DirectionMethod,
+    given: Sequence[Given],
+    length: _Length,
+    metadata: Mapping[str, Any],
+    progress: Progress | None,
+    **settings: Any,
+) -> Direction:
+    """Record the batches and estimate at every site of every layer.
+
+    Args:
+        pair: source and target.
+        given: the method's own vectors; empty: it estimates them from the texts.
+    """
+    source, target = pair
+    recorded = record_texts(loaded, batches, progress)
+    by_place = _by_given(given, loaded.anatomy.layers) if given else {}
     places = [(site, layer) for site in OUTPUT_SITES for layer in range(loaded.anatomy.layers)]
     results: dict[tuple[str, int], Estimate] = {}
     for site, layer in places:
         if site != "block_out" and not loaded.anatomy.has(layer, site.removesuffix("_out")):
             results[site, layer] = Estimate(torch.zeros(loaded.anatomy.residual, dtype=torch.float64))
             continue
-        texts = _texts(recorded, source, target, site, layer, estimator.parallel, winsorised)
-        at_place = by_place.get((site, layer), estimator.estimate)
+        texts = _texts(recorded, source, target, site, layer, method.parallel, length.winsorised)
+        at_place = by_place.get((site, layer), method.estimate)
         try:
             estimate = at_place(texts)
         except BrocaError as error:
             raise type(error)(f"{error} (at {site} of layer {layer})") from error
         vector = estimate.vector
         cosine = float(unit(vector) @ unit(texts.diffmean))
-        if project_neutral:
-            s, t = languages.index(source), languages.index(target)
+        if length.project_neutral:
+            s, t = recorded.languages.index(source), recorded.languages.index(target)
             vector = without_neutral(vector, (texts.means[s] + texts.means[t]) / 2)
-        if unit_length:
+        if length.unit_length:
             vector = unit(vector)
         results[site, layer] = Estimate(vector, estimate.basis, {**estimate.measures, "cosine": cosine})
-    metadata = {
+    described = {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
         **loaded.provenance,
-        "method": method,
-        "corpus": corpus.provenance,
+        "method": method.name,
         "tokens": dict(zip(recorded.languages, recorded.tokens.tolist(), strict=True)),
         "texts": recorded.texts,
-        "settings": {
-            **asdict(estimator),
-            "winsorised": winsorised,
-            "project_neutral": project_neutral,
-            "unit_length": unit_length,
-            "most_tokens": tokens,
-        },
-        "read": text_read(read, batches),
-        **notes,
+        "settings": {**asdict(method), **asdict(length), **settings},
+        **metadata,
     }
-    return _assembled(source, target, results, recorded, metadata)
+    return _assembled(source, target, results, recorded, described)
 
 
 def _assembled(
@@ -230,32 +325,25 @@ def _features(
     ]
 
 
-def _by_autoencoders(
-    autoencoders: Sequence[Autoencoder], features: Sequence[LanguageFeatures], layers: int
-) -> dict[tuple[str, int], Estimator]:
-    """At an autoencoder's site its vector, elsewhere the line of the nearest; of two the lower layer's."""
-    by_layer = sorted(range(len(autoencoders)), key=lambda at: autoencoders[at].layer)
+def _by_given(given: Sequence[Given], layers: int) -> dict[tuple[str, int], Estimator]:
+    """At the place of a vector that vector, elsewhere the line of the nearest; of two the lower layer's."""
+    by_layer = sorted(given, key=lambda one: one.layer)
     estimators: dict[tuple[str, int], Estimator] = {}
     for site in OUTPUT_SITES:
         for layer in range(layers):
-            nearest = min(
-                by_layer,
-                key=lambda at: (abs(autoencoders[at].layer - layer), autoencoders[at].site != site),
-            )
-            sae, vector = autoencoders[nearest], features[nearest].vector
-            is_site = (sae.site, sae.layer) == (site, layer)
-            estimators[site, layer] = partial(_given, vector, is_site)
+            nearest = min(by_layer, key=lambda one: (abs(one.layer - layer), one.site != site))
+            is_place = (nearest.site, nearest.layer) == (site, layer)
+            estimators[site, layer] = partial(_given, nearest.vector, is_place)
     return estimators
 
 
-def _given(vector: torch.Tensor, is_site: bool, texts: Texts) -> Estimate:
+def _given(vector: torch.Tensor, is_place: bool, texts: Texts) -> Estimate:
     return Estimate(
-        vector if is_site else along(unit(vector), texts.diffmean), measures={"read": float(is_site)}
+        vector if is_place else along(unit(vector), texts.diffmean), measures={"read": float(is_place)}
     )
 
 
-def _require_languages(corpus: Corpus, source: str, target: str) -> None:
-    corpus.require(source, target)
+def _require_two(source: str, target: str) -> None:
     if source == target:
         raise UsageError(f"source and target are both {source!r}")
 

@@ -1,12 +1,19 @@
-"""The base class of direction methods: a frozen dataclass of settings and an estimator for one site of a layer."""
+"""The base classes of direction methods: a frozen dataclass of settings, with an estimator for one site of a layer or a
+function of preferences."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from editing.directions.texts import Estimate, Texts
+from neurons.models.source import LoadedModel
+from neurons.recording.text_pass import Progress
 from neurons.setting import Configured
+from neurons.text.token_rows import TokenRow
 
 
 @dataclass(frozen=True)
@@ -31,4 +38,45 @@ class DirectionMethod(Configured):
 
     def estimate(self, texts: Texts) -> Estimate:
         """The direction at one site of one layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Given:
+    """A vector that a method computes by itself at one site of one layer.
+
+    Attributes:
+        site: "attn_out", "mlp_out" or "block_out".
+        layer: 0 to L - 1.
+        vector: float64 [d].
+    """
+
+    site: str
+    layer: int
+    vector: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceMethod(DirectionMethod):
+    """A method that reads preferences (``neurons.text.preferences``).
+
+    Attributes:
+        rows_together: rows that one backward pass must hold.
+    """
+
+    needs: ClassVar[str] = "preferences"
+    rows_together: ClassVar[int] = 1
+
+    def given(
+        self, loaded: LoadedModel, rows: Mapping[str, Sequence[TokenRow]], progress: Progress | None = None
+    ) -> tuple[list[Given], dict[str, Any]]:
+        """Its vectors, from rejected to chosen, and JSON values for the metadata.
+
+        At other sites and layers the direction is the line of the nearest, as far as DiffMean goes along it.
+
+        Args:
+            loaded: the model.
+            rows: of ``neurons.text.preferences.preference_rows``.
+            progress: called with the number of preferences that are done.
+        """
         raise NotImplementedError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from editing.directions.bipo import Bipo
 from editing.directions.diffmean import DiffMean
+from editing.directions.grains import Grains
 from editing.directions.language_subspace import ByLanguageSubspace
 from editing.directions.lda import Lda
 from editing.directions.low_rank_shift import ByLowRankShift
@@ -13,7 +15,8 @@ from editing.directions.sae import Sae
 from neurons.errors import UsageError
 
 METHODS: dict[str, type[DirectionMethod]] = {
-    method.name: method for method in (DiffMean, Pca, Lda, Probe, ByLowRankShift, ByLanguageSubspace, Sae)
+    method.name: method
+    for method in (DiffMean, Pca, Lda, Probe, ByLowRankShift, ByLanguageSubspace, Sae, Bipo, Grains)
 }
 
 

@@ -85,6 +85,12 @@ def pass_rates(
     return PassRates(by_lines, by_words, both, counted)
 
 
+def wrong_line(line: str, language: str, identify: Callable[[str], tuple[str, float]]) -> bool:
+    """Whether a line counts and is not identified as the language."""
+    plain = line.strip().translate(_WITHOUT)
+    return len(_words(plain, language)) >= MIN_WORDS and not _is(plain, language, identify)
+
+
 def in_latin_script(language: str) -> bool:
     """Whether a language is mainly written in Latin script."""
     return bool(langcodes.Language.get(language).maximize().script == "Latn")

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 
 from editing.methods.trained_factors import computing_with, factors_of, with_factors
-from editing.methods.value_learning import minimise
 from editing.plans.algebra import with_norms
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from neurons.errors import BrocaError, UsageError
@@ -39,6 +38,7 @@ from neurons.models.next_token import token_losses
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.text_pass import Progress, forward
+from neurons.recording.training import minimise
 from neurons.scorers.random_control import random_like
 from neurons.text.batches import TokenBatch, block_length, packed_corpus
 from neurons.text.corpus import Corpus

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from editing.directions.method import DirectionMethod, PreferenceMethod
 from editing.evaluation.evaluation import KEPT_FRACTION
 from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
 from editing.evaluation.questions import Questions, questions_of_part
@@ -35,6 +36,7 @@ from neurons.models.memory import (
 from neurons.models.source import LoadedModel
 from neurons.recording.needs import Text, pass_need
 from neurons.text.batches import block_length
+from neurons.text.preferences import Preferences, preference_rows
 
 WRITER = 300 * 2**20  # bytes of Python, torch and safetensors, without transformers
 COPIES = 3  # of an edited tensor, in float64
@@ -46,6 +48,28 @@ def direction_need(planned: LoadedModel, text: Text) -> Need:
     fraction = 2 / text.languages if text.languages else 0
     kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction)
     return pass_need(planned, "direction", text.row, False, text.batch, kept=kept)
+
+
+def preference_needs(
+    planned: LoadedModel, preferences: Preferences, method: type[DirectionMethod]
+) -> list[Need]:
+    """Needs of ``editing.directions.estimation.direction_of_preferences``.
+
+    Args:
+        planned: the model.
+        preferences: what is read.
+        method: the direction method.
+    """
+    rows = (
+        [block_length(planned.model)] * 2 * len(preferences.of)
+        if planned.tokenizer is None
+        else [len(row.ids) for of_kind in preference_rows(planned, preferences).values() for row in of_kind]
+    )
+    # Half of the rows are of each of two languages.
+    recorded = direction_need(planned, Text(2, max(rows), sum(rows), len(rows)))
+    if not issubclass(method, PreferenceMethod):
+        return [recorded]
+    return [pass_need(planned, "preferences", method.rows_together * max(rows), True), recorded]
 
 
 def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)) -> Need:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from neurons.errors import UsageError
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
 from neurons.recording.answers import merge_moments, record_answers
+from neurons.recording.confusion import ConfusionPoint, record_confusion
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.text_pass import Progress
-from neurons.scorers.method import PROMPTS, Scorer
+from neurons.scorers.language_confusion import LanguageConfusion
+from neurons.scorers.method import CONFUSIONS, PROMPTS, Scorer
 from neurons.scorers.random_control import random_like, random_matched, random_scores
 from neurons.scorers.registry import method_of
 from neurons.scorers.selection import Selection, select
@@ -104,14 +106,51 @@ def identify_by_prompts(
     ]
     statistics = merge_moments(recorded)
     statistics.metadata.update(
-        model=loaded.label,
-        layers=loaded.anatomy.layers,
-        neurons=loaded.anatomy.neurons,
-        experts=loaded.anatomy.experts,
+        _of_model(loaded),
         prompts={moment: of_moment.digest for moment, of_moment in given.items() if of_moment is not None},
-        **loaded.provenance,
     )
     return neurons_from(statistics, method, top_rate, settings, selection)
+
+
+def identify_by_confusion(
+    loaded: LoadedModel,
+    points: Mapping[str, Sequence[ConfusionPoint]],
+    source: str,
+    sibling: Statistics | None = None,
+    top_rate: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    selection: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> NeuronSet:
+    """Identify the neurons that change the language of answers.
+
+    Args:
+        points: language that the answers should be in -> points.
+        source: digest of the points' file.
+        sibling: ``record_confusion`` with the moment "confusion_sibling" on a model that was tuned from the same checkpoint,
+            recorded before, so that one model is in memory at a time; None: no sibling.
+
+    Raises:
+        UsageError: a sibling of another shape or with other languages.
+        BrocaError: as ``record_confusion``.
+    """
+    top = LanguageConfusion.of(settings or {}).top
+    recorded = [record_confusion(loaded, points, top, progress=progress)]
+    statistics = merge_moments(recorded if sibling is None else [*recorded, sibling])
+    statistics.metadata.update(_of_model(loaded), prompts={"confusion": source})
+    if sibling is not None:
+        statistics.metadata["sibling"] = sibling.fingerprint
+    return neurons_from(statistics, LanguageConfusion.name, top_rate, settings, selection)
+
+
+def _of_model(loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        "model": loaded.label,
+        "layers": loaded.anatomy.layers,
+        "neurons": loaded.anatomy.neurons,
+        "experts": loaded.anatomy.experts,
+        **loaded.provenance,
+    }
 
 
 def neurons_from(
@@ -263,7 +302,7 @@ def require_prompts(method: str, prompts: Prompts | None, control: Prompts | Non
         UsageError: prompts that the method needs are missing; the message has an example.
     """
     scorer = method_of(method)
-    if prompts is None or (_CONTROL in scorer.moments and control is None):
+    if scorer.reads != PROMPTS or prompts is None or (_CONTROL in scorer.moments and control is None):
         raise UsageError(f"method {method!r} needs {_needs(scorer)}")
 
 
@@ -277,6 +316,8 @@ def require_parallel(method: str, corpus: Corpus) -> None:
 
 def _needs(method: type[Scorer]) -> str:
     """The required options of a method that reads no text, with an example."""
+    if method.reads == CONFUSIONS:
+        return "the points where answers change their language: --answers FILE of `broca ask`"
     if method.reads != PROMPTS:
         return "a neuron set to control for: --like neurons.safetensors"
     control = " and --control DIR" if _CONTROL in method.moments else ""

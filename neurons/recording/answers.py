@@ -174,7 +174,7 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor, s
     last = batch.attention.sum(1) - 1
     activations: dict[int, torch.Tensor] = {}
     hooks: dict[tuple[str, int], SiteHook] = {
-        (INTEGRATED_SITE, layer): _keep(loaded.anatomy, activations, layer, last, batch.ids.shape[1])
+        (INTEGRATED_SITE, layer): keep_last(loaded.anatomy, activations, layer, last, batch.ids.shape[1])
         for layer in range(loaded.anatomy.layers)
     }
     with site_hooks(loaded.anatomy, hooks), torch.no_grad():
@@ -195,7 +195,7 @@ def _integrated(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor, s
     return torch.stack(integrals)
 
 
-def _keep(
+def keep_last(
     anatomy: Anatomy, kept: dict[int, torch.Tensor], layer: int, last: torch.Tensor, length: int
 ) -> SiteHook:
     """A hook that keeps the values at each row's last token, [rows, I]."""

@@ -15,6 +15,25 @@ def predicted(batch: TokenBatch) -> torch.Tensor:
     return batch.counted[:, 1:]
 
 
+def row_losses(model: Any, hidden: torch.Tensor, ids: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (nats) of predicted tokens, summed over each row.
+
+    Args:
+        model: causal language model.
+        hidden: final hidden states [rows, length, d].
+        ids: int64 [rows, length].
+        predicted: bool [rows, length - 1], the tokens after the first that count.
+
+    Returns:
+        float64 [rows], on the device of the hidden states; differentiable by them if gradients are enabled.
+    """
+    losses = token_losses(model, hidden[:, :-1][predicted], ids[:, 1:][predicted])
+    # Summed over rows of a dense tensor: index_add has no fixed order on a GPU.
+    dense = torch.zeros(predicted.shape, dtype=torch.float64, device=hidden.device)
+    dense[predicted] = losses.double()
+    return dense.sum(1)
+
+
 @torch.no_grad()
 def text_losses(model: Any, hidden: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
     """Negative log-likelihood (nats) of the predicted tokens, summed over each row.
@@ -27,9 +46,4 @@ def text_losses(model: Any, hidden: torch.Tensor, batch: TokenBatch) -> torch.Te
     Returns:
         float64 [rows], on the CPU.
     """
-    mask = predicted(batch)
-    losses = token_losses(model, hidden[:, :-1][mask], batch.ids[:, 1:][mask])
-    # Summed over rows of a dense tensor: index_add has no fixed order on a GPU.
-    dense = torch.zeros(mask.shape, dtype=torch.float64, device=hidden.device)
-    dense[mask] = losses.double()
-    return dense.sum(1).cpu()
+    return row_losses(model, hidden, batch.ids, predicted(batch)).cpu()

@@ -12,9 +12,10 @@ from neurons.scorers.selection import Selection
 from neurons.setting import Configured
 from neurons.statistics.statistics import Statistics
 
-# The input of a scorer: text packed into full blocks, one text a row, prompts with answers, or losses of texts without
-# some heads.
-PACKED, TEXTS, PROMPTS, ABLATIONS, NOTHING = "blocks", "texts", "prompts", "ablations", "nothing"
+# The input of a scorer: text packed into full blocks, one text a row, prompts with answers, points where an answer changes
+# its language, or losses of texts without some heads.
+PACKED, TEXTS, PROMPTS, CONFUSIONS, ABLATIONS = "blocks", "texts", "prompts", "confusions", "ablations"
+NOTHING = "nothing"
 RESPONSES = "mlp_in:responses"
 
 
@@ -27,8 +28,8 @@ class Scorer(Configured):
         line: a description in one line.
         source: the publication.
         moments: statistics that must be recorded.
-        reads: "blocks" (full blocks of joined text), "texts" (one text a row), "prompts" (with answers), "ablations"
-            (losses without some heads) or "nothing".
+        reads: "blocks" (full blocks of joined text), "texts" (one text a row), "prompts" (with answers), "confusions"
+            (points where an answer changes its language), "ablations" (losses without some heads) or "nothing".
         unit: what is scored, "neuron" or "head".
         selection: the default selection of neurons.
         control: whether it is a random control of another neuron set and gives no scores.
@@ -62,6 +63,8 @@ class Scorer(Configured):
         if cls.reads == PROMPTS:
             control = " --control [--recognition]" if "mlp_act:answer_control" in cls.moments else ""
             return f"MODEL --prompts{control}"
+        if cls.reads == CONFUSIONS:
+            return "MODEL --prompts or --answers [--sibling]"
         if cls.reads == ABLATIONS:
             return "MODEL --corpus"
         return f"MODEL --corpus, or --statistics{'; parallel text' if cls.parallel else ''}"

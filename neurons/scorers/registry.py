@@ -10,6 +10,7 @@ from neurons.scorers.gradient import Gradient, HeadGradient
 from neurons.scorers.gradient_contrast import GradientContrast, HeadGradientContrast
 from neurons.scorers.head_shapley import HeadShapley
 from neurons.scorers.integrated_gradients import IntegratedGradients
+from neurons.scorers.language_confusion import LanguageConfusion
 from neurons.scorers.lape import Lape
 from neurons.scorers.lape_general import LapeGeneral
 from neurons.scorers.lape_gradient import LapeGradient
@@ -33,6 +34,7 @@ _ALL: tuple[type[Scorer], ...] = (
     Localizer,
     Momentum,
     Clas,
+    LanguageConfusion,
     HeadGradient,
     HeadGradientContrast,
     HeadShapley,

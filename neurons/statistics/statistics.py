@@ -29,6 +29,8 @@ MOMENTS: dict[str, torch.dtype] = {
     "answer_control": torch.float64,  # ... over control prompts, negative scores as 0
     "answer_recognition": torch.float64,  # ... over recognition prompts
     "integrated": torch.float64,  # sum over prompts of the integrated gradient of the answer's probability
+    "confusion": torch.float64,  # sum over prompts of the counted rises of a wrong token's log-probability
+    "confusion_sibling": torch.float64,  # ... in another model
     "shapley": torch.float64,  # sum over permutations of a head's marginal value (neurons.ablation.shapley)
     "shapley_square": torch.float64,  # ... of its square
 }

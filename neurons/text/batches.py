@@ -202,7 +202,7 @@ def text_batches(
                 sampled.append(place)
                 used += len(pieces[place].counted)
         rows += [pieces[place] for place in sorted(sampled)]
-    return _row_batches(rows, uncounted, tokens_a_batch)
+    return token_row_batches(rows, uncounted, tokens_a_batch)
 
 
 def row_batches(
@@ -224,10 +224,13 @@ def row_batches(
     """
     numbered = zip(range(len(rows)) if lines is None else lines, rows, strict=True)
     counted = [TokenRow(line, row, range(uncounted, len(row))) for line, row in numbered]
-    return _row_batches(counted, uncounted, tokens_a_batch)
+    return token_row_batches(counted, uncounted, tokens_a_batch)
 
 
-def _row_batches(rows: Sequence[TokenRow], starts: int, tokens_a_batch: int | None) -> list[TokenBatch]:
+def token_row_batches(
+    rows: Sequence[TokenRow], starts: int, tokens_a_batch: int | None = None
+) -> list[TokenBatch]:
+    """As ``row_batches``, of rows with their counted positions and lines, after ``starts`` start tokens."""
     kept = sorted((row for row in rows if len(row.counted)), key=lambda row: len(row.ids))
     max_positions = TOKENS_A_BATCH if tokens_a_batch is None else tokens_a_batch
     of_line: dict[int, int] = {}
@@ -236,7 +239,7 @@ def _row_batches(rows: Sequence[TokenRow], starts: int, tokens_a_batch: int | No
     split = len(of_line) < len(kept)
     longest = len(kept[-1].ids) if kept else 0
     return [
-        _padded(group, min(length, longest), starts, of_line if split else None)
+        padded_batch(group, min(length, longest), starts, of_line if split else None)
         for group, length in _groups(kept, max_positions)
     ]
 
@@ -414,9 +417,17 @@ def _sampled(
     return dict(sorted(of_line.items()))
 
 
-def _padded(
+def padded_batch(
     rows: Sequence[TokenRow], length: int, starts: int, of_line: Mapping[int, int] | None = None
 ) -> TokenBatch:
+    """A batch of rows in their order.
+
+    Args:
+        rows: of at most ``length`` tokens.
+        length: positions of each row, padding on the right included.
+        starts: number of start tokens of each row.
+        of_line: line -> its counted tokens, if it has several rows; None: every row is a whole line.
+    """
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     attention = torch.zeros(len(rows), length, dtype=torch.bool)
     counted = torch.zeros(len(rows), length, dtype=torch.bool)

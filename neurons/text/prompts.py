@@ -95,16 +95,31 @@ def _of_one_file(path: Path, languages: Sequence[str] | None) -> Prompts:
 
 
 def _prompt(path: Path, number: int, line: bytes, example: str = EXAMPLE) -> Prompt:
+    return Prompt(*row_strings(path, number, line, ("prompt", "answer"), example))
+
+
+def row_strings(path: Path, number: int, line: bytes, names: Sequence[str], example: str) -> list[str]:
+    """The strings of a JSON object.
+
+    Args:
+        path, number: of the line, for errors.
+        line: the object.
+        names: keys of the strings.
+        example: an object with these keys.
+
+    Raises:
+        UsageError: not an object, or a missing or empty string.
+    """
     try:
         value = json.loads(line)
-        prompt, answer = value["prompt"], value["answer"]
+        strings = [value[name] for name in names]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: line {number} is not an object like {example}") from error
-    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not answer:
+    if not all(isinstance(string, str) and string for string in strings):
         raise UsageError(
-            f"{path}: line {number}: 'prompt' and 'answer' must be strings that are not empty: {example}"
+            f"{path}: line {number}: {' and '.join(map(repr, names))} must be strings that are not empty: {example}"
         )
-    return Prompt(prompt, answer)
+    return strings
 
 
 def answer_token(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:

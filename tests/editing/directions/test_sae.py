@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from editing.directions.estimation import _by_autoencoders, direction_of
-from editing.directions.sae import Autoencoder, Firing, LanguageFeatures, language_features
+from editing.directions.estimation import _by_given, direction_of
+from editing.directions.method import Given
+from editing.directions.sae import Autoencoder, Firing, language_features
 from editing.directions.sae_files import read_autoencoder
 from editing.directions.sae_recording import firing, random_batches
 from editing.directions.texts import Texts
@@ -262,10 +263,9 @@ def test_direction_by_an_autoencoder(llama, uneven):
 
 
 def test_the_nearest_autoencoder_speaks_for_other_layers():
-    low, high = autoencoder(1, layer=0), autoencoder(2, layer=3)
-    vectors = [torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 2.0]).double()]
-    features = [LanguageFeatures(torch.tensor([0]), vector) for vector in vectors]
-    finders = _by_autoencoders([high, low], features[::-1], 4)
+    low = Given("block_out", 0, torch.tensor([1.0, 0.0]).double())
+    high = Given("block_out", 3, torch.tensor([0.0, 2.0]).double())
+    finders = _by_given([high, low], 4)
     delta = torch.tensor([5.0, 7.0]).double()
     texts = Texts(delta, delta, None, delta, delta)
     found = [finders["block_out", layer](texts).vector.tolist() for layer in range(4)]

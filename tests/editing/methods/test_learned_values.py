@@ -285,7 +285,7 @@ def test_refuses(llama, plan, texts):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
     ("fails", "named"),
-    [("always", "own values"), ("at first", "own values"), ("later", "learned values")],
+    [("always", "before training"), ("at first", "before training"), ("later", "learned values")],
 )
 def test_a_loss_that_is_not_finite_is_refused(llama, plan, texts, monkeypatch, value, fails, named):
     learning = False
