@@ -26,8 +26,8 @@ from cli.screen import Screen
 from cli.tables import direction_table
 
 if TYPE_CHECKING:
+    from editing.directions.autoencoder import Autoencoder
     from editing.directions.direction import Direction
-    from editing.directions.sae import Autoencoder
 
 LIST = "list"
 

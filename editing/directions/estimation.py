@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from editing.directions.autoencoder import Autoencoder, LanguageFeatures
 from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES, DiffMean, diffmean_direction
 from editing.directions.direction import Direction
 from editing.directions.length import along, unit, without_neutral
 from editing.directions.low_rank_shift import window
+from editing.directions.method import DirectionMethod
 from editing.directions.recorded import Recorded, record_texts
 from editing.directions.registry import method_of
-from editing.directions.sae import Autoencoder, LanguageFeatures, Sae, language_features
-from editing.directions.sae_recording import firing, random_batches, require_fit
+from editing.directions.sae_recording import require_fit
 from editing.directions.texts import Estimate, Texts
 from editing.directions.winsorise import require_quantile, winsorise
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
-from neurons.text.batches import TokenBatch, language_batches
+from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import DIRECTIONS, text_read
 
@@ -59,7 +60,7 @@ def direction_of(
         unit_length: vectors of length 1 instead of the method's length.
         tokens: maximum tokens a language; None: the corpus's, else ``DIRECTIONS.tokens``.
         settings: of the method; the others keep their defaults.
-        autoencoders: for ``sae``.
+        autoencoders: for a method that reads them.
         progress: called with the number of tokens of each batch.
 
     Returns:
@@ -78,10 +79,10 @@ def direction_of(
         _require_parallel(method, corpus, source, target)
     if winsorised is not None:
         require_quantile(winsorised)
-    if isinstance(estimator, Sae) != bool(autoencoders):
+    if estimator.autoencoders != bool(autoencoders):
         raise UsageError(
-            "method 'sae' needs an autoencoder: give --sae PATH (SAE-Lens or Gemma-Scope)"
-            if isinstance(estimator, Sae)
+            f"method {method!r} needs an autoencoder: give --sae PATH (SAE-Lens, Gemma-Scope or `broca sae`)"
+            if estimator.autoencoders
             else f"method {method!r} does not use an autoencoder: leave --sae out, or use --method sae"
         )
     for sae in autoencoders:
@@ -95,11 +96,12 @@ def direction_of(
     recorded = record_texts(loaded, batches, progress)
     by_place: Mapping[tuple[str, int], Estimator] = {}
     notes: dict[str, Any] = {}
-    if isinstance(estimator, Sae):
-        features = _features(loaded, batches[target], autoencoders, estimator, progress)
-        by_place = _by_autoencoders(autoencoders, features, loaded.anatomy.layers)
+    if estimator.autoencoders:
+        features = estimator.read(loaded, batches, source, target, autoencoders, progress)
+        by_place = _by_autoencoders(estimator, autoencoders, features, loaded.anatomy.layers)
         notes["autoencoders"] = [
             {"name": sae.name, "layer": sae.layer, "site": sae.site, "features": of_sae.features.tolist()}
+            | of_sae.notes
             for sae, of_sae in zip(autoencoders, features, strict=True)
         ]
     places = [(site, layer) for site in OUTPUT_SITES for layer in range(loaded.anatomy.layers)]
@@ -213,27 +215,13 @@ def _texts(
     return Texts(values[source], values[target], differences, means[t] - means[s], means)
 
 
-def _features(
-    loaded: LoadedModel,
-    on_target: Sequence[TokenBatch],
-    autoencoders: Sequence[Autoencoder],
-    method: Sae,
-    progress: Progress | None,
-) -> list[LanguageFeatures]:
-    """The target's features of each autoencoder."""
-    of_target = firing(loaded, on_target, autoencoders, progress)
-    at_random = random_batches(loaded, on_target, method.seed)
-    of_random = firing(loaded, at_random, autoencoders, progress)
-    return [
-        language_features(target, random, sae.decoder, method.target_rate, method.random_rate)
-        for sae, target, random in zip(autoencoders, of_target, of_random, strict=True)
-    ]
-
-
 def _by_autoencoders(
-    autoencoders: Sequence[Autoencoder], features: Sequence[LanguageFeatures], layers: int
+    method: DirectionMethod,
+    autoencoders: Sequence[Autoencoder],
+    features: Sequence[LanguageFeatures],
+    layers: int,
 ) -> dict[tuple[str, int], Estimator]:
-    """At an autoencoder's site its vector, elsewhere the line of the nearest; of two the lower layer's."""
+    """At an autoencoder's site its estimate, elsewhere the line of the nearest; of two the lower layer's."""
     by_layer = sorted(range(len(autoencoders)), key=lambda at: autoencoders[at].layer)
     estimators: dict[tuple[str, int], Estimator] = {}
     for site in OUTPUT_SITES:
@@ -242,16 +230,19 @@ def _by_autoencoders(
                 by_layer,
                 key=lambda at: (abs(autoencoders[at].layer - layer), autoencoders[at].site != site),
             )
-            sae, vector = autoencoders[nearest], features[nearest].vector
+            sae = autoencoders[nearest]
             is_site = (sae.site, sae.layer) == (site, layer)
-            estimators[site, layer] = partial(_given, vector, is_site)
+            estimators[site, layer] = partial(_estimate, method, features[nearest], is_site)
     return estimators
 
 
-def _given(vector: torch.Tensor, is_site: bool, texts: Texts) -> Estimate:
-    return Estimate(
-        vector if is_site else along(unit(vector), texts.diffmean), measures={"read": float(is_site)}
+def _estimate(method: DirectionMethod, features: LanguageFeatures, is_site: bool, texts: Texts) -> Estimate:
+    estimate = (
+        method.estimate_at(features, texts)
+        if is_site
+        else Estimate(along(unit(features.vector), texts.diffmean))
     )
+    return replace(estimate, measures={**estimate.measures, "read": float(is_site)})
 
 
 def _require_languages(corpus: Corpus, source: str, target: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from editing.directions.sae_training import BATCH as SAE_BATCH
 from editing.evaluation.evaluation import KEPT_FRACTION
 from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
 from editing.evaluation.questions import Questions, questions_of_part
@@ -46,6 +47,23 @@ def direction_need(planned: LoadedModel, text: Text) -> Need:
     fraction = 2 / text.languages if text.languages else 0
     kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction)
     return pass_need(planned, "direction", text.row, False, text.batch, kept=kept)
+
+
+def sae_need(planned: LoadedModel, text: Text, layers: int, states: int, features: int) -> Need:
+    """Need of ``editing.directions.sae_training``: the states of all layers, and the training of one.
+
+    Args:
+        planned: the model.
+        text: what is read.
+        layers: number of autoencoders.
+        states: number of states.
+        features: number of features.
+    """
+    residual = sizes_of(planned).residual
+    # Weights, gradients, Adam's two moments and a product; a batch's codes; the states of a layer twice.
+    training = 5 * features * residual + 4 * features * SAE_BATCH + 2 * states * residual
+    more = {"states": 4 * layers * states * residual, "training": 4 * training}
+    return pass_need(planned, "sae", text.row, False, text.batch, **more)
 
 
 def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)) -> Need:
