@@ -31,6 +31,7 @@ NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 # TransformerLens hook -> site.
 HOOKS = {"hook_resid_post": "block_out", "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out"}
 UNIT = "constant_norm_rescale"
+FORMAT = "6.0.0"  # version of the configuration; without it SAE-Lens reads an older one
 
 
 def read_autoencoder(path: Path, layer: int | None = None) -> Autoencoder:
@@ -78,6 +79,7 @@ def write_autoencoder(directory: Path, autoencoder: Autoencoder, metadata: Mappi
         "normalize_activations": UNIT if autoencoder.unit else "none",
         "reshape_activations": "none",
         "metadata": {
+            "sae_lens_version": FORMAT,
             "hook_name": f"blocks.{autoencoder.layer}.{hook}",
             "fingerprint": autoencoder.fingerprint,
             **metadata,

@@ -14,11 +14,11 @@ Stage III adds lambda mu_tgt W_dec - beta <c_S(h), mu_en> mu_en W_dec to the res
 * The first term is a constant: the direction's vector, with the line of mu_tgt W_dec and the length of DiffMean along
   it (``editing.directions.length``).  The measure ``lambda`` is the paper's lambda of strength 1.  ``bake`` and ``keyed``
   write it into weights.
-* The second reads c_S(h) through the encoder's ReLU, which no weights of an output module can.  Its linear part, with
-  e = mu_en W_dec in place of the encoder's columns (they are the same where the autoencoder's weights are tied), is the
-  ablation of the line e: the direction's subspace, of rank 1, which ``ablate-subspace`` writes with strength beta ||e||^2
-  (the measure ``suppressed`` is ||e||^2).  The measure ``readout`` says how well it reads: the squared correlation
-  between e^T x and <c_S(x), mu_en> over the texts of both languages.
+* The second reads c_S(h) through the encoder's ReLU, which the weights of an output module cannot.  With e = mu_en W_dec
+  and e^ = unit(e), least squares over the texts of both languages read it as a linear function of the residual,
+  <c_S(x), mu_en> ~ a e^^T x + c, with the squared correlation ``readout``.  What is left is the ablation of the line e,
+  strength beta a ||e|| (``slope`` is a ||e||), which ``ablate-subspace`` writes, as the direction's subspace is that line;
+  and the constant -beta c e (``offset`` is c ||e||), which is like a smaller lambda as far as e has the line of the vector.
 
 The paper takes the last token of each text, and the activation without the factor ||x|| of unit inputs.  Released
 code projects mu_tgt by P too; this is the paper's formula.  As in both, mu_en has the features of the target.
@@ -108,6 +108,17 @@ def masked_shift(
     )
 
 
+def linear_readout(values: torch.Tensor, activity: torch.Tensor) -> tuple[float, float, float]:
+    """(a, c, squared correlation) of the least squares of an activity [n] by a x + c; a 0 if either is constant."""
+    deviations, of_activity = values - values.mean(), activity - activity.mean()
+    product = float(deviations @ of_activity)
+    squares, of_squares = float(deviations.square().sum()), float(of_activity.square().sum())
+    slope, correlation = (
+        (product / squares, product**2 / squares / of_squares) if squares and of_squares else (0.0, 0.0)
+    )
+    return slope, float(activity.mean()) - slope * float(values.mean()), correlation
+
+
 @dataclass(frozen=True)
 class SaeShift(DirectionMethod):
     """The registered method."""
@@ -190,12 +201,13 @@ class SaeShift(DirectionMethod):
 
     def estimate_at(self, features: LanguageFeatures, texts: Texts) -> Estimate:
         assert isinstance(features, ShiftFeatures)
-        vector = along(unit(features.vector), texts.diffmean)
+        length = features.suppressed.norm()
         line = unit(features.suppressed)
-        read = torch.cat([texts.source, texts.target]) @ line
-        readout = torch.corrcoef(torch.stack([read, features.activity]))[0, 1].square()
+        slope, offset, readout = linear_readout(
+            torch.cat([texts.source, texts.target]) @ line, features.activity
+        )
         return Estimate(
-            vector,
+            along(unit(features.vector), texts.diffmean),
             line[:, None],
             {
                 "features": len(features.features),
@@ -203,7 +215,8 @@ class SaeShift(DirectionMethod):
                 "mass": features.shift.mass,
                 "stability": features.shift.stability,
                 "lambda": float(unit(features.vector) @ texts.diffmean / features.vector.norm()),
-                "suppressed": float(features.suppressed.square().sum()),
-                "readout": float(readout.nan_to_num()),  # no activity: nothing to read
+                "slope": slope * float(length),
+                "offset": offset * float(length),
+                "readout": readout,
             },
         )

@@ -9,8 +9,9 @@ import torch
 from editing.directions.autoencoder import Autoencoder, Firing
 from editing.directions.estimation import direction_of
 from editing.directions.feature_lift import feature_lifts, half_texts, language_signs
+from editing.directions.recorded import record_texts
 from editing.directions.sae_recording import firing, text_codes
-from editing.directions.sae_shift import SaeShift, masked_shift, selectivity
+from editing.directions.sae_shift import SaeShift, linear_readout, masked_shift, selectivity
 from editing.methods.subspace_ablation import subspace_ablation_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.text.batches import language_batches
@@ -131,6 +132,12 @@ def test_shift_equals_the_formula():
     torch.testing.assert_close(found.activity, torch.cat([source @ english, target @ english]))
 
 
+def test_nothing_to_read_has_no_slope():
+    still, moving = torch.ones(4).double(), drawn(4).double()
+    assert linear_readout(moving, still) == (0.0, 1.0, 0.0)
+    assert linear_readout(still, moving) == (0.0, pytest.approx(float(moving.mean())), 0.0)
+
+
 @pytest.fixture(scope="module")
 def planted(llama, corpus):
     """Features at the last layer that fire on the target or on the source, and raise or lower the target's tokens."""
@@ -170,11 +177,16 @@ def test_finds_the_planted_features(llama, corpus, planted):
     # Strength lambda / measure gives the paper's vector.
     torch.testing.assert_close(vector, measures["lambda"] * expected.vector, rtol=1e-5, atol=1e-6)
     suppressed = found.subspace("block_out", 2)
-    torch.testing.assert_close(
-        suppressed[:, 0] * measures["suppressed"] ** 0.5, expected.suppressed, rtol=1e-5, atol=1e-6
-    )
+    length = float(expected.suppressed.norm())
+    torch.testing.assert_close(suppressed[:, 0] * length, expected.suppressed, rtol=1e-5, atol=1e-6)
     assert (measures["features"], measures["read"]) == (2, 1)
-    assert 0 <= measures["readout"] <= 1
+    recorded = record_texts(llama, {k: batches[k] for k in ("qaa", "qab")})
+    states = torch.cat([recorded.outputs[k]["block_out"][:, 2] for k in ("qaa", "qab")]).double()
+    values, activity = (states @ suppressed[:, 0]).tolist(), expected.activity.tolist()
+    slope, offset = statistics.linear_regression(values, activity)
+    assert measures["slope"] == pytest.approx(slope * length, rel=1e-4)
+    assert measures["offset"] == pytest.approx(offset * length, rel=1e-4, abs=1e-6)
+    assert measures["readout"] == pytest.approx(statistics.correlation(values, activity) ** 2, rel=1e-4)
     # The other layers have the line, and nothing to ablate.
     for layer in (0, 1):
         delta = plain.vectors["block_out"][layer]
