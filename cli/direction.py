@@ -28,9 +28,9 @@ from cli.screen import Screen
 from cli.tables import direction_table
 
 if TYPE_CHECKING:
+    from editing.directions.autoencoder import Autoencoder
     from editing.directions.direction import Direction
     from editing.directions.method import DirectionMethod
-    from editing.directions.sae import Autoencoder
     from neurons.models.memory import Need
     from neurons.models.source import LoadedModel
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "Run the whole pipeline from one recipe.",
     "record": "Record activation statistics of a model on text.",
     "identify": "Identify the neurons of each language.",
+    "sae": "Train sparse autoencoders on a model's activations.",
     "direction": "Estimate the direction from one language to another.",
     "edit": "Make a plan of weight edits from a direction or a neuron set.",
     "train": "Train only a language's neurons on its text.",

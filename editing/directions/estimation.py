@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from editing.directions.autoencoder import Autoencoder
 from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES, DiffMean, diffmean_direction
 from editing.directions.direction import Direction
 from editing.directions.length import along, unit, without_neutral
@@ -16,8 +17,7 @@ from editing.directions.low_rank_shift import window
 from editing.directions.method import DirectionMethod, Given, PreferenceMethod
 from editing.directions.recorded import Recorded, record_texts
 from editing.directions.registry import method_of
-from editing.directions.sae import Autoencoder, LanguageFeatures, Sae, language_features
-from editing.directions.sae_recording import firing, random_batches, require_fit
+from editing.directions.sae_recording import require_fit
 from editing.directions.texts import Estimate, Texts
 from editing.directions.winsorise import require_quantile, winsorise
 from neurons.errors import BrocaError, UsageError
@@ -62,7 +62,7 @@ def direction_of(
         unit_length: vectors of length 1 instead of the method's length.
         tokens: maximum tokens a language; None: the corpus's, else ``DIRECTIONS.tokens``.
         settings: of the method; the others keep their defaults.
-        autoencoders: for ``sae``.
+        autoencoders: for a method that reads them.
         progress: called with the number of tokens of each batch.
 
     Returns:
@@ -86,10 +86,10 @@ def direction_of(
         _require_parallel(method, corpus, source, target)
     if winsorised is not None:
         require_quantile(winsorised)
-    if isinstance(estimator, Sae) != bool(autoencoders):
+    if estimator.autoencoders != bool(autoencoders):
         raise UsageError(
-            "method 'sae' needs an autoencoder: give --sae PATH (SAE-Lens or Gemma-Scope)"
-            if isinstance(estimator, Sae)
+            f"method {method!r} needs an autoencoder: give --sae PATH (SAE-Lens, Gemma-Scope or `broca sae`)"
+            if estimator.autoencoders
             else f"method {method!r} does not use an autoencoder: leave --sae out, or use --method sae"
         )
     for sae in autoencoders:
@@ -102,14 +102,15 @@ def direction_of(
     batches = language_batches(loaded, read, tokens, default=DIRECTIONS.tokens)
     given: list[Given] = []
     notes: dict[str, Any] = {}
-    if isinstance(estimator, Sae):
-        features = _features(loaded, batches[target], autoencoders, estimator, progress)
+    if estimator.autoencoders:
+        features = estimator.read(loaded, batches, source, target, autoencoders, progress)
         given = [
-            Given(sae.site, sae.layer, of_sae.vector)
+            Given(sae.site, sae.layer, of_sae.vector, partial(estimator.estimate_at, of_sae))
             for sae, of_sae in zip(autoencoders, features, strict=True)
         ]
         notes["autoencoders"] = [
             {"name": sae.name, "layer": sae.layer, "site": sae.site, "features": of_sae.features.tolist()}
+            | of_sae.notes
             for sae, of_sae in zip(autoencoders, features, strict=True)
         ]
     metadata = {"corpus": corpus.provenance, "read": text_read(read, batches), **notes}
@@ -152,8 +153,8 @@ def direction_of_preferences(
     """
     estimator = method_of(method).of(settings or {})
     _require_two(source, target)
-    if isinstance(estimator, Sae):
-        raise UsageError("method 'sae' reads text: give --corpus instead of --preferences")
+    if estimator.autoencoders:
+        raise UsageError(f"method {method!r} reads text: give --corpus instead of --preferences")
     if winsorised is not None:
         require_quantile(winsorised)
     rows = preference_rows(loaded, preferences)
@@ -308,39 +309,21 @@ def _texts(
     return Texts(values[source], values[target], differences, means[t] - means[s], means)
 
 
-def _features(
-    loaded: LoadedModel,
-    on_target: Sequence[TokenBatch],
-    autoencoders: Sequence[Autoencoder],
-    method: Sae,
-    progress: Progress | None,
-) -> list[LanguageFeatures]:
-    """The target's features of each autoencoder."""
-    of_target = firing(loaded, on_target, autoencoders, progress)
-    at_random = random_batches(loaded, on_target, method.seed)
-    of_random = firing(loaded, at_random, autoencoders, progress)
-    return [
-        language_features(target, random, sae.decoder, method.target_rate, method.random_rate)
-        for sae, target, random in zip(autoencoders, of_target, of_random, strict=True)
-    ]
-
-
 def _by_given(given: Sequence[Given], layers: int) -> dict[tuple[str, int], Estimator]:
-    """At the place of a vector that vector, elsewhere the line of the nearest; of two the lower layer's."""
+    """At the place of a vector its estimate, elsewhere the line of the nearest; of two the lower layer's."""
     by_layer = sorted(given, key=lambda one: one.layer)
     estimators: dict[tuple[str, int], Estimator] = {}
     for site in OUTPUT_SITES:
         for layer in range(layers):
             nearest = min(by_layer, key=lambda one: (abs(one.layer - layer), one.site != site))
             is_place = (nearest.site, nearest.layer) == (site, layer)
-            estimators[site, layer] = partial(_given, nearest.vector, is_place)
+            estimators[site, layer] = partial(_given, nearest, is_place)
     return estimators
 
 
-def _given(vector: torch.Tensor, is_place: bool, texts: Texts) -> Estimate:
-    return Estimate(
-        vector if is_place else along(unit(vector), texts.diffmean), measures={"read": float(is_place)}
-    )
+def _given(given: Given, is_place: bool, texts: Texts) -> Estimate:
+    estimate = given.at_place(texts) if is_place else Estimate(along(unit(given.vector), texts.diffmean))
+    return replace(estimate, measures={**estimate.measures, "read": float(is_place)})
 
 
 def _require_two(source: str, target: str) -> None:

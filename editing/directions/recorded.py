@@ -66,16 +66,17 @@ class Recorded:
         Raises:
             UsageError: there are none.
         """
-        of_first, of_second = self.lines[first], self.lines[second]
-        places = (
-            torch.isin(of_first, of_second).nonzero().flatten(),
-            torch.isin(of_second, of_first).nonzero().flatten(),
-        )
+        places = common_lines(self.lines[first], self.lines[second])
         if not len(places[0]):
             raise UsageError(
                 f"no line has a text in {first!r} and in {second!r}: parallel text is needed, with equal line numbers"
             )
         return places
+
+
+def common_lines(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices (int64 [m], int64 [m]) of the lines that are in both, each int64 and ascending."""
+    return torch.isin(first, second).nonzero().flatten(), torch.isin(second, first).nonzero().flatten()
 
 
 def record_texts(

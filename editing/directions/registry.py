@@ -12,11 +12,12 @@ from editing.directions.method import DirectionMethod
 from editing.directions.pca import Pca
 from editing.directions.probe import Probe
 from editing.directions.sae import Sae
+from editing.directions.sae_shift import SaeShift
 from neurons.errors import UsageError
 
 METHODS: dict[str, type[DirectionMethod]] = {
     method.name: method
-    for method in (DiffMean, Pca, Lda, Probe, ByLowRankShift, ByLanguageSubspace, Sae, Bipo, Grains)
+    for method in (DiffMean, Pca, Lda, Probe, ByLowRankShift, ByLanguageSubspace, Sae, SaeShift, Bipo, Grains)
 }
 
 

@@ -1,14 +1,8 @@
 """SAE: the features of a sparse autoencoder that are specific to the target language (LangFIR, arXiv 2604.03532).
 
-An autoencoder of the residual stream writes x ~ f W_dec + b_dec with features f [F]:
-
-    z = (x - b_dec) W_enc + b_enc        b_dec is subtracted only if the config says so
-    f = max(z, 0)                        standard
-    f = z where z > max(threshold, 0)    jumprelu, else 0
-    f = max(z, 0) of the k largest z     topk, else 0
-
-A feature fires on a text if it is above 0 on some counted token.  With p_f the fraction of the target's texts
-and q_f the fraction of random-token sequences of the same lengths on which f fires,
+A feature f of an autoencoder (``editing.directions.autoencoder``) fires on a text if it is above 0 on some counted
+token.  With p_f the fraction of the target's texts and q_f the fraction of random-token sequences of the same
+lengths on which f fires,
 
     S = {f: p_f > target_rate} minus {f: q_f > random_rate}
     v = sum_{f in S} a_f W_dec[f]        a_f: mean over the target's texts of the mean over their tokens
@@ -23,100 +17,22 @@ the direction of the nearest autoencoder gives the line: v = (u . delta) u with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from editing.directions.autoencoder import Autoencoder, Firing, LanguageFeatures
 from editing.directions.method import DirectionMethod
+from editing.directions.sae_recording import firing, random_batches
+from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError, UsageError
+from neurons.models.source import LoadedModel
+from neurons.recording.text_pass import Progress
 from neurons.setting import setting
+from neurons.text.batches import TokenBatch
 
 TARGET_RATE = RANDOM_RATE = 0.5
-
-
-@dataclass(frozen=True)
-class Autoencoder:
-    """A sparse autoencoder and its site.
-
-    Attributes:
-        encoder: float32 [d, F], W_enc.
-        encoder_bias: float32 [F], b_enc.
-        decoder: float32 [F, d], W_dec.
-        decoder_bias: float32 [d], b_dec.
-        layer: index of the layer.
-        site: "attn_out", "mlp_out" or "block_out".
-        threshold: float32 [F], for jumprelu, else None.
-        largest: k, for topk, else None.
-        centred: whether b_dec is subtracted from the input.
-        name: in files and errors.
-    """
-
-    encoder: torch.Tensor
-    encoder_bias: torch.Tensor
-    decoder: torch.Tensor
-    decoder_bias: torch.Tensor
-    layer: int
-    site: str = "block_out"
-    threshold: torch.Tensor | None = None
-    largest: int | None = None
-    centred: bool = False
-    name: str = "the autoencoder"
-
-    @property
-    def features(self) -> int:
-        return self.encoder.shape[1]
-
-    def to(self, device: torch.device) -> Autoencoder:
-        return replace(
-            self,
-            encoder=self.encoder.to(device),
-            encoder_bias=self.encoder_bias.to(device),
-            decoder=self.decoder.to(device),
-            decoder_bias=self.decoder_bias.to(device),
-            threshold=None if self.threshold is None else self.threshold.to(device),
-        )
-
-    def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Features, float32 [..., F], of activations [..., d]."""
-        inputs = values.float()
-        if self.centred:
-            inputs = inputs - self.decoder_bias
-        before = inputs @ self.encoder + self.encoder_bias
-        active = before.clamp(min=0)
-        if self.threshold is not None:
-            active = torch.where(before > self.threshold, active, 0.0)
-        if self.largest is not None:
-            best = active.topk(self.largest, dim=-1)
-            active = torch.zeros_like(active).scatter_(-1, best.indices, best.values)
-        return active
-
-
-@dataclass(frozen=True)
-class Firing:
-    """Activity of an autoencoder's features on texts.
-
-    Attributes:
-        texts: number of texts.
-        fired: int64 [F], number of texts on which the feature fires.
-        activation: float64 [F], mean over texts of the mean over their counted tokens.
-    """
-
-    texts: int
-    fired: torch.Tensor
-    activation: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LanguageFeatures:
-    """The features of a language and their vector.
-
-    Attributes:
-        features: int64 [S], ascending.
-        vector: float64 [d].
-    """
-
-    features: torch.Tensor
-    vector: torch.Tensor
 
 
 def language_features(
@@ -158,15 +74,36 @@ def language_features(
 
 @dataclass(frozen=True)
 class Sae(DirectionMethod):
-    """The registered method; ``editing.directions.estimation`` makes its estimators from the autoencoders."""
+    """The registered method."""
 
     name = "sae"
     line = "features of a sparse autoencoder that fire on the target's texts and not on random tokens"
     source = "arXiv 2604.03532"
     needs = "text, autoencoder"
+    autoencoders = True
 
     target_rate: float = setting(
         TARGET_RATE, "minimum fraction of the target's texts on which a feature fires"
     )
     random_rate: float = setting(RANDOM_RATE, "fraction of random rows above which a feature is excluded")
     seed: int = setting(0, "random seed")
+
+    def read(
+        self,
+        loaded: LoadedModel,
+        batches: Mapping[str, Sequence[TokenBatch]],
+        source: str,
+        target: str,
+        autoencoders: Sequence[Autoencoder],
+        progress: Progress | None = None,
+    ) -> list[LanguageFeatures]:
+        of_target = firing(loaded, batches[target], autoencoders, progress)
+        at_random = random_batches(loaded, batches[target], self.seed)
+        of_random = firing(loaded, at_random, autoencoders, progress)
+        return [
+            language_features(of_texts, random, sae.decoder, self.target_rate, self.random_rate)
+            for sae, of_texts, random in zip(autoencoders, of_target, of_random, strict=True)
+        ]
+
+    def estimate_at(self, features: LanguageFeatures, texts: Texts) -> Estimate:
+        return Estimate(features.vector)

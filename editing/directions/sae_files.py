@@ -1,7 +1,8 @@
-"""Sparse autoencoders on disk: SAE-Lens directories and Gemma-Scope archives, never unpickled.
+"""Sparse autoencoders on disk: SAE-Lens directories, read and written, and Gemma-Scope archives; never unpickled.
 
 SAE-Lens      directory of cfg.json and sae_weights.safetensors: W_enc [d, F], b_enc [F], W_dec [F, d],
-              b_dec [d], with jumprelu also threshold [F]; the path of the weights file works too
+              b_dec [d], with jumprelu also threshold [F]; the path of the weights file works too.
+              Inputs of length 1 are its constant_norm_rescale, whose inputs have length sqrt(d)
 Gemma-Scope   params.npz (arXiv 2408.05147) of the same names, always jumprelu, b_dec not subtracted
               from the input; no file has its layer, which must be given
 """
@@ -12,21 +13,25 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
-from editing.directions.sae import Autoencoder
+from editing.directions.autoencoder import Autoencoder
 from neurons.errors import BrocaError, UsageError, first_line
+from neurons.files.artifact import json_bytes, write_atomically
 
 CONFIG, WEIGHTS, ARCHIVE = "cfg.json", "sae_weights.safetensors", "params.npz"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 # TransformerLens hook -> site.
 HOOKS = {"hook_resid_post": "block_out", "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out"}
+UNIT = "constant_norm_rescale"
+FORMAT = "6.0.0"  # version of the configuration; without it SAE-Lens reads an older one
 
 
 def read_autoencoder(path: Path, layer: int | None = None) -> Autoencoder:
@@ -50,6 +55,48 @@ def read_autoencoder(path: Path, layer: int | None = None) -> Autoencoder:
     if path.suffix == ".npz":
         return _gemma_scope(path, layer)
     return _sae_lens(path, layer)
+
+
+def write_autoencoder(directory: Path, autoencoder: Autoencoder, metadata: Mapping[str, Any]) -> None:
+    """Write an autoencoder without threshold and k as a SAE-Lens directory.
+
+    Args:
+        directory: for the files, which are replaced.
+        autoencoder: the autoencoder.
+        metadata: JSON values about it.
+    """
+    assert autoencoder.threshold is None and autoencoder.largest is None
+    hook = next(hook for hook, site in HOOKS.items() if site == autoencoder.site)
+    scaled = _rescaled(autoencoder, len(autoencoder.encoder) ** -0.5) if autoencoder.unit else autoencoder
+    parts = (scaled.encoder, scaled.encoder_bias, scaled.decoder, scaled.decoder_bias)
+    config = {
+        "architecture": "standard",
+        "d_in": len(autoencoder.encoder),
+        "d_sae": autoencoder.features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": autoencoder.centred,
+        "normalize_activations": UNIT if autoencoder.unit else "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": FORMAT,
+            "hook_name": f"blocks.{autoencoder.layer}.{hook}",
+            "fingerprint": autoencoder.fingerprint,
+            **metadata,
+        },
+    }
+    write_atomically(directory / WEIGHTS, save(dict(zip(NAMES, parts, strict=True))))
+    write_atomically(directory / CONFIG, json_bytes(config))
+
+
+def _rescaled(autoencoder: Autoencoder, scale: float) -> Autoencoder:
+    """The same autoencoder for inputs that are divided by a scale."""
+    return replace(
+        autoencoder,
+        encoder=autoencoder.encoder * scale,
+        decoder=autoencoder.decoder / scale,
+        decoder_bias=autoencoder.decoder_bias / scale,
+    )
 
 
 def _gemma_scope(path: Path, layer: int | None) -> Autoencoder:
@@ -81,7 +128,7 @@ def _sae_lens(path: Path, layer: int | None) -> Autoencoder:
     if architecture != "topk" and activation != "relu":
         raise BrocaError(f"{path}: activation {activation!r}: Broca supports relu, jumprelu and topk")
     for name, plain in (
-        ("normalize_activations", (None, "none")),
+        ("normalize_activations", (None, "none", UNIT)),
         ("rescale_acts_by_decoder_norm", (None, False)),
         ("finetuning_scaling_factor", (None, False)),
         ("reshape_activations", (None, "none")),
@@ -109,7 +156,11 @@ def _sae_lens(path: Path, layer: int | None) -> Autoencoder:
     chosen_layer = stated if layer is None else layer
     assert chosen_layer is not None
     centred = bool(config.get("apply_b_dec_to_input", True))
-    return _autoencoder(path, tensors, chosen_layer, site, threshold, largest, centred)
+    read = _autoencoder(path, tensors, chosen_layer, site, threshold, largest, centred)
+    read = replace(read, fingerprint=(config.get("metadata") or {}).get("fingerprint"))
+    if config.get("normalize_activations") != UNIT:
+        return read
+    return replace(_rescaled(read, len(read.encoder) ** 0.5), unit=True)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -180,5 +231,5 @@ def _autoencoder(
         threshold,
         largest,
         centred,
-        path.parent.name,
+        name=path.parent.name,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from editing.directions.method import DirectionMethod, PreferenceMethod
+from editing.directions.sae_training import BATCH as SAE_BATCH
 from editing.evaluation.evaluation import KEPT_FRACTION
 from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
 from editing.evaluation.questions import Questions, questions_of_part
@@ -70,6 +71,23 @@ def preference_needs(
     if not issubclass(method, PreferenceMethod):
         return [recorded]
     return [pass_need(planned, "preferences", method.rows_together * max(rows), True), recorded]
+
+
+def sae_need(planned: LoadedModel, text: Text, layers: int, states: int, features: int) -> Need:
+    """Need of ``editing.directions.sae_training``: the states of all layers, and the training of one.
+
+    Args:
+        planned: the model.
+        text: what is read.
+        layers: number of autoencoders.
+        states: number of states.
+        features: number of features.
+    """
+    residual = sizes_of(planned).residual
+    # Weights, gradients, Adam's two moments and a product; a batch's codes; the states of a layer twice.
+    training = 5 * features * residual + 4 * features * SAE_BATCH + 2 * states * residual
+    more = {"states": 4 * layers * states * residual, "training": 4 * training}
+    return pass_need(planned, "sae", text.row, False, text.batch, **more)
 
 
 def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)) -> Need:

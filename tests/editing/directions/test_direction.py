@@ -25,7 +25,7 @@ from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus, read_corpus
 
 SITES = ("attn_out", "mlp_out", "block_out")
-BY_TEXT = [name for name, method in METHODS.items() if "text" in method.needs and name != "sae"]
+BY_TEXT = [name for name, method in METHODS.items() if "text" in method.needs and not method.autoencoders]
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import models
 import numpy
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from editing.directions.autoencoder import Autoencoder, Firing
 from editing.directions.estimation import _by_given, direction_of
 from editing.directions.method import Given
-from editing.directions.sae import Autoencoder, Firing, language_features
-from editing.directions.sae_files import read_autoencoder
+from editing.directions.sae import language_features
+from editing.directions.sae_files import read_autoencoder, write_autoencoder
 from editing.directions.sae_recording import firing, random_batches
 from editing.directions.texts import Texts
 from neurons.errors import BrocaError, UsageError
@@ -39,6 +40,8 @@ def autoencoder(seed=0, layer=1, site="block_out", **kind):
 def naive_encode(one, values):
     """Features of one token, number by number."""
     found = []
+    length = sum(x * x for x in values) ** 0.5 if one.unit else 1.0
+    values = [x / length for x in values]
     for f in range(one.features):
         z = float(one.encoder_bias[f])
         for i, x in enumerate(values):
@@ -48,10 +51,12 @@ def naive_encode(one, values):
     if one.largest is not None:
         kept = sorted(range(len(found)), key=lambda f: -found[f])[: one.largest]
         found = [x if f in kept else 0.0 for f, x in enumerate(found)]
-    return found
+    return [x * length for x in found]
 
 
-KINDS = {"standard": {}, "centred": {"centred": True}, "jumprelu": {"jump": True}, "topk": {"largest": 3}}
+KINDS = {
+    "standard": {}, "centred": {"centred": True}, "jumprelu": {"jump": True}, "topk": {"largest": 3},
+    "unit": {"unit": True, "jump": True, "centred": True}}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -68,8 +73,9 @@ def test_encoding_equals_the_formula(kind):
 
 def test_features_are_those_of_the_target_less_those_of_random_tokens():
     decoder = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 1.0], [5.0, 5.0]])
-    target = Firing(10, torch.tensor([9, 6, 5, 10]), torch.tensor([2.0, 3.0, 7.0, 1.0]).double())
-    random = Firing(4, torch.tensor([0, 2, 0, 3]), torch.zeros(4).double())
+    none = torch.zeros(4).double()
+    target = Firing(10, torch.tensor([9, 6, 5, 10]), torch.tensor([2.0, 3.0, 7.0, 1.0]).double(), none)
+    random = Firing(4, torch.tensor([0, 2, 0, 3]), none, none)
     found = language_features(target, random, decoder)
     # 2 fires on half of the texts, which is not most; 3 on most random sequences too.
     assert found.features.tolist() == [0, 1]
@@ -145,6 +151,29 @@ def test_refuses_what_it_does_not_compute(tmp_path, config, changed, layer, erro
         read_autoencoder(directory, layer)
 
 
+@pytest.mark.parametrize("unit", [True, False])
+def test_reads_what_it_writes(tmp_path, unit):
+    one = autoencoder(4, layer=2, unit=unit, centred=unit, fingerprint="abc")
+    write_autoencoder(tmp_path / "mine", one, {"model_name": "m"})
+    found = read_autoencoder(tmp_path / "mine")
+    parts = ("encoder", "encoder_bias", "decoder", "decoder_bias")
+    for part in parts:
+        torch.testing.assert_close(getattr(found, part), getattr(one, part), rtol=1e-6, atol=0)
+    names = ("layer", "site", "unit", "centred", "threshold", "largest", "fingerprint")
+    assert [getattr(found, name) for name in names] == [2, "block_out", unit, unit, None, None, "abc"]
+    assert found.name == "mine"
+    # As SAE-Lens computes with these files: inputs of length sqrt(d), outputs scaled back.
+    tensors = load_file(tmp_path / "mine" / "sae_weights.safetensors")
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(3)) * 7
+    scale = D**0.5 / x.norm(dim=1, keepdim=True) if unit else 1
+    z = torch.relu((x * scale - unit * tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"])
+    rebuilt = (z @ tensors["W_dec"] + tensors["b_dec"]) / scale
+    lengths = x.norm(dim=1, keepdim=True) if unit else 1
+    torch.testing.assert_close(
+        found.encode(x) @ found.decoder + lengths * found.decoder_bias, rebuilt, rtol=1e-4, atol=1e-3
+    )
+
+
 def test_reads_gemma_scope(tmp_path):
     made = {name: tensor.numpy() for name, tensor in weights().items()}
     numpy.savez(tmp_path / "params.npz", **made)
@@ -177,8 +206,8 @@ def uneven():
 
 
 def naive_firing(llama, texts, one):
-    """(texts a feature fires on, mean activation), by loops over tokens of a model written out by hand."""
-    fired, sums, count = [0] * one.features, [0.0] * one.features, 0
+    """(texts, texts a feature fires on, mean and mean square of activations), by loops over tokens of a model written out by hand."""
+    fired, sums, squares, count = [0] * one.features, [0.0] * one.features, [0.0] * one.features, 0
     for text in texts:
         if not text:
             continue
@@ -188,9 +217,11 @@ def naive_firing(llama, texts, one):
         tokens = [naive_encode(one, values[p].tolist()) for p in range(1, len(ids))]
         for f in range(one.features):
             fired[f] += any(token[f] > 0 for token in tokens)
-            sums[f] += sum(token[f] for token in tokens) / len(tokens)
+            mean = sum(token[f] for token in tokens) / len(tokens)
+            sums[f] += mean
+            squares[f] += mean * mean
         count += 1
-    return count, fired, [x / count for x in sums]
+    return count, fired, [x / count for x in sums], [x / count for x in squares]
 
 
 def test_firing_is_counted_by_text(llama, uneven):
@@ -203,14 +234,13 @@ def test_firing_is_counted_by_text(llama, uneven):
     batches = language_batches(llama, uneven)["qaa"]
     assert any(batch.padded for batch in batches) or len(batches) > 1
     for autoencoder_of, found in zip((one, two), firing(llama, batches, [one, two]), strict=True):
-        count, fired, activation = naive_firing(llama, uneven.texts["qaa"], autoencoder_of)
+        count, fired, *expected = naive_firing(llama, uneven.texts["qaa"], autoencoder_of)
         assert found.texts == count == 5
         assert found.fired.tolist() == fired
         # Features that fire on some of the texts tell a count by text from one by token.
         assert autoencoder_of is two or set(fired) - {0, 5}
-        torch.testing.assert_close(
-            found.activation, torch.tensor(activation, dtype=torch.float64), rtol=1e-3, atol=1e-3
-        )
+        for measured, by_hand in zip((found.activation, found.square), expected, strict=True):
+            torch.testing.assert_close(measured, torch.tensor(by_hand).double(), rtol=1e-3, atol=1e-3)
     with pytest.raises(UsageError, match="same layer"):
         firing(llama, batches, [one, one])
 
@@ -285,3 +315,7 @@ def test_refuses_autoencoders_that_do_not_fit(llama, uneven):
     one = Autoencoder(*(narrow[name] for name in names), 1)
     with pytest.raises(UsageError, match="64"):
         direction_of(llama, uneven, "qaa", "qab", "sae", autoencoders=[one])
+    with pytest.raises(BrocaError, match="another"):
+        direction_of(
+            llama, uneven, "qaa", "qab", "sae", autoencoders=[autoencoder(name="another", fingerprint="0")]
+        )

@@ -1,0 +1,117 @@
+"""``broca sae``: sparse autoencoders of a model's residual stream, for ``broca direction``."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from cli.corpora import noted_corpus, read_table
+from cli.loading import loaded_model
+from cli.options import (
+    FiniteRange,
+    corpus_options,
+    count_option,
+    device_options,
+    dry_run_option,
+    json_option,
+    model_argument,
+    out_option,
+    quantised_options,
+    seed_option,
+    tokens_option,
+)
+from cli.screen import Screen
+
+
+@click.command("sae")
+@model_argument
+@corpus_options
+@click.option(
+    "--layers", required=True, help="Layers after which the residual stream is read, as 1-3 or 1,2,5."
+)
+@count_option("--features", "Features of an autoencoder.", 1024)
+@count_option(
+    "--states", "Tokens to train on, in equal parts of each language; all layers' are kept in memory.", 5000
+)
+@count_option("--epochs", "Passes over these tokens.", 150)
+@click.option(
+    "--l1",
+    type=FiniteRange(min=0),
+    default=5e-3,
+    show_default=True,
+    help="Penalty on active features; larger is sparser.",
+)
+@click.option(
+    "--rate",
+    type=FiniteRange(min=0, min_open=True),
+    default=5e-4,
+    show_default=True,
+    help="Adam's learning rate.",
+)
+@seed_option("Seed of the sample and of the training.")
+@tokens_option
+@device_options
+@dry_run_option
+@quantised_options
+@out_option("Directory for the autoencoders, each in a directory layer_<number> of it.", directory=True)
+@json_option
+def command(**options: Any) -> None:
+    """Train a sparse autoencoder on the residual stream after each of some layers of MODEL (hub id or directory).
+
+    Inputs are divided by their length.  The files are in SAE-Lens's format, which `broca direction` reads.
+
+    \b
+    Example:
+      broca sae artifacts/demo/model --corpus artifacts/demo/corpus --layers 2-4 --out saes
+      broca direction artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr \\
+          --method sae-shift --sae saes/layer_2 --sae saes/layer_3 --sae saes/layer_4 --out direction.safetensors
+    """
+    from dataclasses import asdict
+
+    from editing.directions.sae_files import write_autoencoder
+    from editing.directions.sae_training import SaeTraining, train_autoencoders
+    from neurons.scorers.selection import parse_layers
+    from neurons.text.batches import language_batches
+    from neurons.text.token_budget import DIRECTIONS, text_read
+
+    arguments = SimpleNamespace(**options)
+    screen = Screen(arguments.as_json)
+    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part, 1, arguments.roles)
+    layers = parse_layers(arguments.layers)
+    training = SaeTraining(arguments.features, arguments.l1, arguments.rate, arguments.epochs, arguments.seed)
+    if arguments.dry_run:
+        from cli.dry_run import dry_run_of_text
+        from editing.pipeline.needs import sae_need
+
+        sizes = {"layers": len(layers), "states": arguments.states, "features": arguments.features}
+        dry_run_of_text(screen, arguments, corpus, partial(sae_need, **sizes))
+        return
+    loaded = loaded_model(screen, arguments)
+    parse_layers(arguments.layers, loaded.anatomy.layers)
+    batches = language_batches(loaded, corpus, arguments.tokens, default=DIRECTIONS.tokens)
+    read = text_read(corpus, batches)
+    metadata = {
+        "model_name": loaded.label,
+        "corpus": corpus.provenance,
+        "read": read,
+        "training": asdict(training),
+    }
+    results = {}
+    with screen.progress("Training", len(layers) * training.epochs, "epochs") as advance:
+        for sae, figures in train_autoencoders(
+            loaded, batches, layers, arguments.states, training, progress=advance
+        ):
+            path = arguments.out / f"layer_{sae.layer}"
+            write_autoencoder(path, sae, {**metadata, "figures": asdict(figures)})
+            results[sae.layer] = {"out": path, **asdict(figures)}
+    read_table(screen, read, DIRECTIONS.minimum)
+    names = ("states", "unexplained", "active", "dead")
+    screen.table(
+        f"autoencoders of {training.features} features, on states they were not trained on",
+        ["layer", *names],
+        [[str(layer), *(of_layer[name] for name in names)] for layer, of_layer in results.items()],
+    )
+    screen.result({"out": arguments.out, "layers": results, "read": read}, arguments.out)
