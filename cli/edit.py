@@ -230,13 +230,15 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
     """Print the memory needs; methods that read no text load one tensor at a time."""
     from cli.dry_run import dry_run
     from editing.pipeline.needs import key_need, learning_need, writing_need
-    from neurons.recording.needs import text_of
+    from neurons.recording.needs import pass_need, text_of
 
     def needs(planned: LoadedModel) -> list[Need]:
-        if material.corpus is None or not method.solves_keys:
+        if material.corpus is None:
             return [writing_need(planned, "plan")]
-        learn = [learning_need(planned)] if getattr(method, "learn", False) else []
         text = text_of(planned, material.corpus)
+        if not method.solves_keys:
+            return [pass_need(planned, "plan", text.row, False, text.batch)]
+        learn = [learning_need(planned)] if getattr(method, "learn", False) else []
         return [key_need(planned, text, material.blocks or ("mlp",)), *learn]
 
     dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)

@@ -179,7 +179,7 @@ def corpus_rates(
     _require_pair(corpus.languages, source, target)
     modules = chosen_modules(blocks)
     pair = corpus.only(source, target)
-    responses, lines = _responses(loaded, pair, [f"{module}_in" for module in modules], progress)
+    responses, lines = text_responses(loaded, pair, [f"{module}_in" for module in modules], progress)
     return {module: _rates(responses[f"{module}_in"], lines, source, target) for module in modules}
 
 
@@ -259,10 +259,14 @@ def _rates(
     return momentum_rates(of_target, of_source)
 
 
-def _responses(
+def text_responses(
     loaded: LoadedModel, corpus: Corpus, sites: Sequence[str], progress: Progress | None
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """(site -> language -> float32 [texts, L, width], language -> int64 [texts], its lines)."""
+    """The mean of every text at sites: (site -> language -> float32 [texts, L, width], language -> int64 [texts], lines).
+
+    Raises:
+        UsageError: a language without text, or too many texts to keep their means.
+    """
     anatomy, languages = loaded.anatomy, tuple(corpus.languages)
     batches = language_batches(loaded, corpus, default=MEANS.tokens)
     for language, of_language in batches.items():

@@ -74,14 +74,17 @@ class Material:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(source, target) of a study.
+        """(source, target): of a study, else the first two of ``languages``.
 
         Raises:
             UsageError: they are not given.
         """
-        if self.source is None or self.target is None:
-            raise UsageError("name the source and the target language")
-        return self.source, self.target
+        if self.source is not None and self.target is not None:
+            return self.source, self.target
+        named = (self.languages or ())[:2]
+        if len(set(named)) < 2:
+            raise UsageError("name the source and the target language (--languages SOURCE,TARGET)")
+        return named[0], named[1]
 
     @property
     def text(self) -> Corpus:

@@ -9,11 +9,11 @@ from neurons.architectures.anatomy import BLOCKS
 
 
 def component_changes(edit: ModuleEdit, count: int) -> torch.Tensor:
-    """||dW_i||_F of each component i, float64 [count]; an estimate if columns are scaled.
+    """||dW_i||_F of each component i, float64 [count]; an estimate if rows or columns are scaled.
 
     The added part, U K_i^T, and deltas of a component's columns, or of its rows in a gate or linear branch, are exact.
     Scaling column j changes it by (c_j - 1) w_j, but a plan does not have w_j: it is assumed to have the root mean square norm of W's columns, from the note "weight_norm", or norm 1
-    without that note, and to be orthogonal to the added part.
+    without that note, and to be orthogonal to the added part.  If rows are scaled, its entries are assumed equal.
 
     Args:
         edit: of a module.
@@ -29,6 +29,9 @@ def component_changes(edit: ModuleEdit, count: int) -> torch.Tensor:
         weight = edit.notes.get("weight_norm")
         length = 1.0 if weight is None else float(weight) / len(scale) ** 0.5
         squares += (scale * length).square().view(count, -1).sum(1)
+    if edit.row_scale is not None and edit.right is not None:
+        rows, weight = edit.row_scale.double() - 1, edit.notes.get("weight_norm")
+        squares += float(rows.square().mean()) * (1.0 if weight is None else float(weight) ** 2 / count)
     if edit.columns is not None and edit.column_deltas is not None:
         squares.index_add_(
             0, edit.columns // _width(edit, count), edit.column_deltas.double().square().sum(1)

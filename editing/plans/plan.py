@@ -239,10 +239,10 @@ class ModuleEdit:
             column_deltas=times(self.column_deltas),
             details={name: _scaled_detail(name, values, strength) for name, values in self.details.items()},
             notes={
-                name: abs(strength) * value if name in ("change_norm", "bias_norm") else value
+                name: abs(strength) * value if name in ("change_norm", "bias_norm", "kept") else value
                 for name, value in self.notes.items()
-                # A property of the weights of a difference.
-                if name != "worst_in_spacings"
+                # Properties of the weights of a difference, and of outputs at full strength.
+                if name not in ("worst_in_spacings", "distance")
             },
         )
 
@@ -343,7 +343,7 @@ def language_pair(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
 def _is_nonlinear(metadata: Mapping[str, Any]) -> bool:
     """Whether the method's plan is not proportional to its strength."""
     renormalised = "norm-preserving" in str(metadata["settings"].get("form"))
-    return renormalised or metadata.get("method") == "language-arithmetic"
+    return renormalised or metadata.get("method") in ("language-arithmetic", "selective-steering")
 
 
 def module_order(layer: int, block: str) -> tuple[int, int, str]:

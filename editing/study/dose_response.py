@@ -45,7 +45,7 @@ def weaker(
     """The chosen candidate at fractions of its strength.
 
     The plan of a permanent edit is scaled; the strength of a hook is multiplied.  A plan solved through norms is not
-    linear in the strength, so it is solved again.
+    linear in the strength, nor is one whose strength is a setting of another name, as an angle: these are made again.
 
     Args:
         method: of the candidate.
@@ -60,7 +60,8 @@ def weaker(
         BrocaError: an edit that cannot be scaled (``editing.plans.plan.ModuleEdit.scaled``).
     """
     for fraction in fractions:
-        if chosen.plan is not None and not chosen.plan.through_norm:
+        linear = method.strength_setting == "strength"
+        if chosen.plan is not None and linear and not chosen.plan.through_norm:
             plan = chosen.plan.scaled(fraction)
             steering = partial(applied, material.loaded, plan)
             yield fraction, Candidate(chosen.title, chosen.settings, plan, steering)

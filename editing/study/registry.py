@@ -14,6 +14,7 @@ from editing.hooks.language_arithmetic import (
 from editing.hooks.prompting import PromptSource, PromptTarget
 from editing.hooks.residual import DiffMean
 from editing.hooks.subspace_removal import Removal
+from editing.methods.ara import Ara
 from editing.methods.austeer import AusteerEdit
 from editing.methods.baked_vector import Bake, BakeBias
 from editing.methods.clas import ClasEdit
@@ -24,6 +25,7 @@ from editing.methods.language_arithmetic import ArithmeticEdit
 from editing.methods.leace import Leace
 from editing.methods.method import Method
 from editing.methods.scale import Scale, ScalePair
+from editing.methods.selective_steering import SelectiveSteering
 from editing.methods.steer2edit import Steer2Edit, Steer2EditGradient, Steer2EditLape
 from editing.methods.subspace_ablation import AblateSubspace
 from neurons.errors import UsageError
@@ -48,6 +50,8 @@ METHODS: tuple[type[Method], ...] = (
     Ablate,
     AblateSubspace,
     Leace,
+    SelectiveSteering,
+    Ara,
     Bake,
     BakeBias,
     Scale,

@@ -57,7 +57,7 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
     model are groups that all tokens reach.  If it returns a tensor, of the same shape, that tensor replaces the
     values in the forward pass.  Values have the width of the site in all layers: where a layer has fewer, zeros
     follow.  A hook at a module that the layer does not have is never called, and what a hook at ``mlp_common``
-    returns is not used.
+    returns is not used.  The path of a module in its layer is a site too: the module's output.
 
     Some models write into the values after the hook returns, so it must copy what it keeps.  For a model on
     several devices all hooks get values on one device.  If gradients are enabled, the values are on the path
@@ -67,7 +67,8 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
         BrocaError: an unknown site or layer, or, at the forward pass, a replacement of another shape.
     """
     for site, layer in hooks:
-        if site not in (*SITES, COMMON) or not 0 <= layer < anatomy.layers:
+        in_model = 0 <= layer < anatomy.layers
+        if not in_model or (site not in (*SITES, COMMON) and site not in _paths(anatomy, layer)):
             raise BrocaError(
                 f"there is no site {site} in layer {layer}: sites are {', '.join(SITES)}, layers "
                 f"0-{anatomy.layers - 1}"
@@ -99,6 +100,10 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
             experts = {_experts_of(anatomy, layer): by_site for layer, by_site in routed.items()}
             open_now.enter_context(_experts_hooked(experts))
         yield
+
+
+def _paths(anatomy: Anatomy, layer: int) -> list[str]:
+    return [path for path, _ in anatomy.blocks[layer].named_modules() if path]
 
 
 def _gathered(hook: SiteHook, where: torch.device) -> SiteHook:
@@ -193,6 +198,9 @@ def _placed(
         part = anatomy.common(layer, "mlp")
         if part is not None:
             yield from _showing(part, hook)
+        return
+    if site not in SITES:
+        yield _ModuleHook(hook), anatomy.blocks[layer].get_submodule(site), False
         return
     if site not in EXPERT_SITES and site != "attn_in":
         module = output_module(anatomy, site, layer)

@@ -28,7 +28,7 @@ ALL = registry.compared()
 NEEDED = {
     "prompt-source", "prompt-target", "diffmean", "arithmetic-additive", "arithmetic-replacement",
     "arithmetic-difference", "clas", "austeer", "subspace-removal", "keyed", "keyed-learned", "steer2edit", "steer2edit-lape",
-    "steer2edit-gradient", "ablate", "bake", "scale",
+    "steer2edit-gradient", "ablate", "selective-steering", "ara", "bake", "scale",
 }  # fmt: skip
 
 
