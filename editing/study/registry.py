@@ -23,6 +23,7 @@ from editing.methods.keyed_search import KeyedSearch
 from editing.methods.language_arithmetic import ArithmeticEdit
 from editing.methods.leace import Leace
 from editing.methods.method import Method
+from editing.methods.router_steering import RouterSteering
 from editing.methods.scale import Scale, ScalePair
 from editing.methods.steer2edit import Steer2Edit, Steer2EditGradient, Steer2EditLape
 from editing.methods.subspace_ablation import AblateSubspace
@@ -55,6 +56,7 @@ METHODS: tuple[type[Method], ...] = (
     ClasEdit,
     AusteerEdit,
     ArithmeticEdit,
+    RouterSteering,
 )
 
 
