@@ -217,6 +217,7 @@ class RouterSteering(Method):
     strength: float = setting(1.0, "lambda")
 
     def prepare(self, material: Material) -> Plan:
+        require_strength(self.strength)
         loaded, statistics = material.loaded, material.statistics
         layers = middle_layers(loaded) if material.layers is None else material.layers
         if statistics is None:

@@ -34,7 +34,9 @@ def chosen_and_read(loaded):
 
         hooks["mlp_in", layer] = at_experts
         for site in (ROUTER_IN, ROUTER_OUT):
-            hooks[site, layer] = lambda values, _, place=(site, layer): read.__setitem__(place, values.clone())
+            hooks[site, layer] = lambda values, _, place=(site, layer): read.__setitem__(
+                place, values.clone()
+            )
     with torch.no_grad(), site_hooks(anatomy, hooks):
         loaded.model(input_ids=IDS, use_cache=False)
     return routed, read
@@ -66,7 +68,9 @@ def test_scores_choose_the_experts(tmp_path, model_type):
         if model_type == "ernie4_5_moe":
             # Its bias is a row [1, E], which no plan changes.
             expected = expected.softmax(-1) + part.module.moe_statics.e_score_correction_bias.squeeze()
-        ranked = (expected + bias if model_type in CHOOSING else expected).flatten(0, 1).argsort(descending=True)
+        ranked = (
+            (expected + bias if model_type in CHOOSING else expected).flatten(0, 1).argsort(descending=True)
+        )
         for token, order in enumerate(ranked.tolist()):
             own = {expert for expert in routed[layer, token] if expert < experts}
             assert own == set(order[: len(own)])
