@@ -90,7 +90,13 @@ def _statistics(screen: Screen, file: Path) -> None:
             for name, moment in moments.items()
         ],
     )
-    value = {"tokens": tokens, "texts": texts, "responses": responses, "moments": moments, "prompts": prompts}
+    value: dict[str, Any] = {
+        "tokens": tokens,
+        "texts": texts,
+        "responses": responses,
+        "moments": moments,
+        "prompts": prompts,
+    }
     if statistics.routed is not None:
         value["routing"] = _routing(screen, statistics)
         screen.say(f"{statistics.experts} experts per layer; `broca plot --what routing` shows the routing")

@@ -506,8 +506,9 @@ class Anatomy:
             )
         names = self.layout.router
         if block in BLOCKS:
-            module, name = self.outputs[block][layer], "bias"
-            return (module, name) if isinstance(getattr(module, name, None), nn.Parameter) else None
+            module = self.outputs[block][layer]
+            has_bias = module is not None and isinstance(getattr(module, "bias", None), nn.Parameter)
+            return (module, "bias") if module is not None and has_bias else None
         if names is None or block != names.path or layer == OUTSIDE or not self.mixed_in(layer):
             raise BrocaError(f"{self.model_type}: {block} gets no bias: only output modules and routers do")
         path, _, name = (names.bias or "").rpartition(".")

@@ -43,10 +43,13 @@ class Routed:
     Attributes:
         expert: index of the expert.
         tokens: int64 [n], indices into the flattened rows * length.
+        weights: [n], the router's weights of the expert's outputs; None for neurons that every token reaches, and for
+            experts that get weighted inputs.
     """
 
     expert: int
     tokens: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 SiteHook = Callable[[torch.Tensor, Routed | None], torch.Tensor | None]
@@ -449,7 +452,7 @@ def _experts_forward(
         if expert >= self.num_experts:
             continue
         tokens, place = torch.where(chosen == expert)
-        routed = Routed(expert, tokens)
+        routed = Routed(expert, tokens, weights[tokens, place])
         if self.has_gate:
             gate_up = _experts_linear(self, "gate_up_proj", hidden[tokens], expert)
             gated = self._apply_gate(_hook_halves(gate_up, self.is_concatenated, hooks, routed))
