@@ -19,6 +19,7 @@ from editing.methods.baked_vector import Bake, BakeBias
 from editing.methods.clas import ClasEdit
 from editing.methods.directional_ablation import Ablate
 from editing.methods.keyed_edit import Keyed, KeyedLearned
+from editing.methods.keyed_experts import KeyedExperts
 from editing.methods.keyed_search import KeyedSearch
 from editing.methods.language_arithmetic import ArithmeticEdit
 from editing.methods.leace import Leace
@@ -43,6 +44,7 @@ METHODS: tuple[type[Method], ...] = (
     Keyed,
     KeyedLearned,
     KeyedSearch,
+    KeyedExperts,
     Steer2Edit,
     Steer2EditLape,
     Steer2EditGradient,

@@ -140,6 +140,7 @@ def expert_moments(
     site: str,
     units: Mapping[Expert, torch.Tensor],
     progress: Progress | None = None,
+    weighted: bool = False,
 ) -> Iterator[tuple[Expert, Moments]]:
     """Moments of a mixture's experts over the tokens that are routed to each, in order of layers.
 
@@ -150,6 +151,7 @@ def expert_moments(
         units: (layer, expert) -> int64 [S], indices in the expert; shared experts and the neurons of dense layers are
             groups that every token reaches (``neurons.architectures.anatomy``).
         progress: as in ``each_moments``.
+        weighted: multiply each token's values by the router's weight of the expert's output.
 
     Raises:
         BrocaError: moments that are not finite.
@@ -157,7 +159,7 @@ def expert_moments(
     places: dict[_Place, torch.Tensor] = {
         (site, layer, expert): index for (layer, expert), index in units.items()
     }
-    for (_, layer, expert), moments in _each(loaded, batches, places, progress, None):
+    for (_, layer, expert), moments in _each(loaded, batches, places, progress, None, weighted):
         assert expert is not None
         yield (layer, expert), moments
         del moments
@@ -169,6 +171,7 @@ def _each(
     units: Mapping[_Place, torch.Tensor],
     progress: Progress | None,
     groups: Sequence[str] | None,
+    weighted: bool = False,
 ) -> Iterator[tuple[_Place, Moments]]:
     """The moments of all places, as many layers at a time as fit into memory."""
     flat = numbered(batches)
@@ -184,7 +187,7 @@ def _each(
             in_step = open_now.enter_context(TextInStep(loaded, flat, layers=layers, solving=solving))
         for part in parts:
             stop = 1 + max(layer for _, layer, _ in part)
-            sums = _Sums(loaded, batches, part, groups)
+            sums = _Sums(loaded, batches, part, groups, weighted)
             if in_step is not None:
                 in_step.read(sums.readers(), progress, stop)
             else:
@@ -210,9 +213,10 @@ class _Sums:
         batches: Mapping[str, Sequence[TokenBatch]],
         units: Mapping[_Place, torch.Tensor],
         groups: Sequence[str] | None,
+        weighted: bool,
     ) -> None:
         languages = tuple(batches) if groups is None else tuple(groups)
-        self.loaded, self.languages, self.units = loaded, languages, units
+        self.loaded, self.languages, self.units, self.weighted = loaded, languages, units, weighted
         device = loaded.device
 
         def zeros(*size: int) -> torch.Tensor:
@@ -254,13 +258,15 @@ class _Sums:
             mask = mask.flatten().to(values.device)
             return mask if routed is None else mask[routed.tokens]
 
+        factors = None if routed is None else routed.weights
+        if self.weighted and factors is not None:
+            values = values * factors.to(values.dtype)[:, None]
         counted = of_place(at.counted)
         rows = values[counted][:, columns]
         gram.add(rows.to(gram.centre.device))
         for number, mask in _by_group(at.batch, at.language):
             of_group = rows if at.batch.groups is None else rows[of_place(mask)[counted]]
             self.tokens[place][number] += len(of_group)
-            factors = None if routed is None else routed.weights
             total = (
                 len(of_group) if factors is None else factors[of_place(mask)].sum(dtype=torch.float64).cpu()
             )
