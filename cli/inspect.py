@@ -107,7 +107,7 @@ def _routing(screen: Screen, statistics: Statistics) -> dict[str, Any] | None:
     """The experts that each language shares least with others, by layer; None without the routers' scores."""
     from neurons.statistics.routing import (
         ROUTING,
-        TOP,
+        default_top,
         routed_fraction,
         routing_divergence,
         routing_shares,
@@ -119,7 +119,7 @@ def _routing(screen: Screen, statistics: Statistics) -> dict[str, Any] | None:
     shares, divergence = routing_shares(fraction), routing_divergence(fraction)
     largest = shares.max(dim=1)
     screen.table(
-        f"routing: each language's expert with the largest share of the routed tokens, and that share (top {TOP})",
+        f"routing: each language's expert with the largest share, and that share (of its {default_top(fraction)} experts)",
         ["layer", "divergence", *statistics.languages],
         [
             [str(layer), float(divergence[layer]), *(f"{expert} ({share:.2f})" for expert, share in own)]

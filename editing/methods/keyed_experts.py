@@ -36,7 +36,7 @@ from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import Expert, Moments, expert_moments
 from neurons.recording.text_pass import Progress
-from neurons.setting import setting
+from neurons.setting import Range, setting
 from neurons.text.batches import counted_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS, text_read
@@ -265,11 +265,17 @@ class KeyedExperts(Method):
     takes = ("neurons", "layers", "strength", "device", "dtype", "part", "languages")
     solves_keys = True
 
-    strength: float = STRENGTH
+    strength: float = setting(STRENGTH, search=Range(0.5, 8.0, log=True))
     eps: float = setting(EPS, "ridge, as a fraction of the mean variance")
     sources: tuple[str, ...] | None = setting(None, "languages on which it acts; the direction's source")
 
     def prepare(self, material: Material) -> Plan:
+        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
+        method = replace(self, strength=1.0) if material.studied else self
+        plan: Plan = material.once(method, lambda: method._solved(material))
+        return plan
+
+    def _solved(self, material: Material) -> Plan:
         return keyed_experts_plan(
             material.loaded,
             material.text,

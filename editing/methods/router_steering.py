@@ -21,7 +21,7 @@ token, whatever its language.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,8 +38,8 @@ from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.covariance import each_moments
 from neurons.recording.text_pass import Progress
 from neurons.scorers.method import TEXTS
-from neurons.setting import COUNT, setting
-from neurons.statistics.routing import ROUTING, TOP, routed_fraction, routing_shares
+from neurons.setting import COUNT, Range, setting
+from neurons.statistics.routing import ROUTING, routed_fraction, routing_shares
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import counted_tokens, language_batches
 from neurons.text.corpus import Corpus
@@ -68,14 +68,14 @@ def middle_layers(source: ModelSource) -> tuple[int, ...]:
 
 
 def expert_scores(
-    statistics: Statistics, targets: Sequence[str], top: int = TOP, threshold: float = THRESHOLD
+    statistics: Statistics, targets: Sequence[str], top: int | None = None, threshold: float = THRESHOLD
 ) -> torch.Tensor:
     """s, float64 [L, E].
 
     Args:
         statistics: with the routing of two or more languages.
         targets: languages whose experts are raised.
-        top: experts kept in each layer of each language.
+        top: experts kept in each layer of each language; None: ``neurons.statistics.routing.default_top``.
         threshold: of the share; below it s is 0.
 
     Raises:
@@ -211,13 +211,21 @@ class RouterSteering(Method):
     solves_keys = True
 
     targets: tuple[str, ...] = setting((), "languages whose experts are raised")
-    top: int = setting(TOP, "experts of each layer that count as a language's", kind=COUNT)
+    top: int | None = setting(
+        None, "experts of each layer that count as a language's; 15/8 of a token's", kind=COUNT
+    )
     threshold: float = setting(THRESHOLD, "smallest share of an expert that is raised")
     eps: float = setting(EPS, "ridge of the key, as a fraction of the mean variance")
-    strength: float = setting(1.0, "lambda")
+    strength: float = setting(1.0, "lambda", search=Range(0.1, 10.0, log=True))
 
     def prepare(self, material: Material) -> Plan:
+        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
         require_strength(self.strength)
+        method = replace(self, strength=1.0) if material.studied else self
+        plan: Plan = material.once(method, lambda: method._solved(material))
+        return plan
+
+    def _solved(self, material: Material) -> Plan:
         loaded, statistics = material.loaded, material.statistics
         layers = middle_layers(loaded) if material.layers is None else material.layers
         if statistics is None:

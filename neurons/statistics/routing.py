@@ -2,10 +2,11 @@
 
 With f[l, e, k] the fraction of the tokens of language k that layer l routes to expert e,
 
-    share[l, e, k] = f'[l, e, k] / sum_j f'[l, e, j]     f' = f of the language's ``top`` experts in the layer, else 0
+    share[l, e, k] = f'[l, e, k] / sum_j f'[l, e, j]     f' = f of the ``top`` experts of k in the layer, else 0
     divergence[l]  = (H(mean_k p_k) - mean_k H(p_k)) / ln K     p_k = f[l, :, k] / sum_e f[l, e, k], H the entropy
 
-share is each language's part of an expert (0/0 is 0), as in the released code.  divergence is the Jensen-Shannon
+share is each language's part of an expert (0/0 is 0), as in the released code; without the limit to ``top`` experts, one
+that hardly any token reaches could be a language's own.  divergence is the Jensen-Shannon
 divergence of the K languages: 0 if all are routed alike, 1 if no two share an expert.
 """
 
@@ -21,7 +22,8 @@ from neurons.statistics.statistics import Statistics
 
 # The sum of the absolute scores that a router gives to each of its experts.
 ROUTING = f"{ROUTER_OUT}:absolute"
-TOP = 15  # of 128 experts, in the released code
+# Experts of a language for each expert of a token: 15 for 8, in the released code.
+TOP_RATIO = 15 / 8
 
 
 def routed_fraction(statistics: Statistics) -> torch.Tensor:
@@ -37,16 +39,22 @@ def routed_fraction(statistics: Statistics) -> torch.Tensor:
     return fraction[:, : scores.shape[1]] * has_router[:, None, None]
 
 
-def routing_shares(fraction: torch.Tensor, top: int = TOP) -> torch.Tensor:
+def default_top(fraction: torch.Tensor) -> int:
+    """``TOP_RATIO`` times the number of experts of a token, which f adds up to over the experts."""
+    return max(1, round(TOP_RATIO * float(fraction.sum(1).max())))
+
+
+def routing_shares(fraction: torch.Tensor, top: int | None = None) -> torch.Tensor:
     """share, float64 [L, E, K].
 
     Args:
         fraction: [L, E, K], f.
-        top: experts kept in each layer of each language; of equal ones the first.
+        top: experts kept in each layer of each language; of equal ones the first.  None: ``default_top``.
 
     Raises:
         UsageError: a top below 1.
     """
+    top = default_top(fraction) if top is None else top
     if top < 1:
         raise UsageError(f"top {top}: keep at least one expert of each layer")
     ranked = fraction.argsort(dim=1, descending=True, stable=True)[:, :top]

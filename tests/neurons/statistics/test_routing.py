@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from neurons.errors import UsageError
-from neurons.statistics.routing import ROUTING, routed_fraction, routing_divergence, routing_shares
+from neurons.statistics.routing import (
+    ROUTING,
+    default_top,
+    routed_fraction,
+    routing_divergence,
+    routing_shares,
+)
 from neurons.statistics.statistics import Statistics, merge, subtract
 
 LANGUAGES = ("qaa", "qab", "qac")
@@ -62,7 +68,15 @@ def test_languages_with_experts_of_their_own():
     assert torch.equal(routing_shares(apart), apart)
     alike = torch.full((1, 3, 3), 1 / 3, dtype=torch.float64)
     assert routing_divergence(alike).tolist() == pytest.approx([0.0], abs=1e-15)
-    assert routing_shares(alike).flatten().tolist() == pytest.approx([1 / 3] * 9)
+    assert routing_shares(alike, 3).flatten().tolist() == pytest.approx([1 / 3] * 9)
+
+
+def test_an_expert_that_no_language_uses_is_no_languages_own():
+    """15 experts of a language for 8 a token: 2 for 1, 4 for 2."""
+    fraction = torch.tensor([[0.7, 0.6], [0.2, 0.38], [0.1, 0.01], [0.0, 0.01]], dtype=torch.float64)[None]
+    assert default_top(fraction) == 2 and default_top(2 * fraction) == 4 and default_top(8 * fraction) == 15
+    assert routing_shares(fraction)[0, 2:].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert routing_shares(fraction, 4)[0, 3].tolist() == [0.0, 1.0]
 
 
 def test_what_is_refused():
