@@ -54,7 +54,9 @@ SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     type=IN_FILE,
     help="Neuron set, from `broca identify`; restricts the edit, or is what the method edits.",
 )
-@click.option("--statistics", type=IN_FILE, help="clas, austeer: statistics, from `broca record`.")
+@click.option(
+    "--statistics", type=IN_FILE, help="clas, austeer, steer-router: statistics, from `broca record`."
+)
 @click.option(
     "--corpus",
     type=IN_PATH,

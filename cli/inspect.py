@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from editing.plans.plan import ModuleEdit
     from neurons.architectures.anatomy import Anatomy
     from neurons.neuron_sets.neuron_set import NeuronSet
+    from neurons.statistics.statistics import Statistics
 
 MAX_COMPONENTS = 10
 MAX_NEURONS = 3  # per language
@@ -89,10 +90,49 @@ def _statistics(screen: Screen, file: Path) -> None:
             for name, moment in moments.items()
         ],
     )
+    value: dict[str, Any] = {
+        "tokens": tokens,
+        "texts": texts,
+        "responses": responses,
+        "moments": moments,
+        "prompts": prompts,
+    }
     if statistics.routed is not None:
+        value["routing"] = _routing(screen, statistics)
         screen.say(f"{statistics.experts} experts per layer; `broca plot --what routing` shows the routing")
-    value = {"tokens": tokens, "texts": texts, "responses": responses, "moments": moments, "prompts": prompts}
     screen.result({**metadata, **value, "experts": statistics.experts})
+
+
+def _routing(screen: Screen, statistics: Statistics) -> dict[str, Any] | None:
+    """The experts that each language shares least with others, by layer; None without the routers' scores."""
+    from neurons.statistics.routing import (
+        ROUTING,
+        default_top,
+        routed_fraction,
+        routing_divergence,
+        routing_shares,
+    )
+
+    if ROUTING not in statistics.moments:
+        return None
+    fraction = routed_fraction(statistics)
+    shares, divergence = routing_shares(fraction), routing_divergence(fraction)
+    largest = shares.max(dim=1)
+    screen.table(
+        f"routing: each language's expert with the largest share, and that share (of its {default_top(fraction)} experts)",
+        ["layer", "divergence", *statistics.languages],
+        [
+            [str(layer), float(divergence[layer]), *(f"{expert} ({share:.2f})" for expert, share in own)]
+            for layer in fraction.flatten(1).any(1).nonzero()[:, 0].tolist()
+            for own in [zip(largest.indices[layer].tolist(), largest.values[layer].tolist(), strict=True)]
+        ],
+    )
+    return {
+        "fraction": fraction.tolist(),
+        "share": shares.tolist(),
+        "divergence": divergence.tolist(),
+        "mean_score": (statistics.moment(ROUTING) / statistics.tokens).tolist(),
+    }
 
 
 def _neurons(screen: Screen, file: Path) -> None:

@@ -11,13 +11,16 @@ As sums of outer products, with I the rows and J the columns that are scaled and
 where D is such a sum over its rows and columns, so that B and A are the concatenation of these columns and rows, of rank
 rank(U) + |J| + |I| + the rows and columns of D.  If that exceeds min(d, n), the factors are the identity and W' - W.
 
+The experts of a mixture are one parameter [E, d, I], of which PEFT adapts each expert with factors of its own and one
+rank (``target_parameters``, PEFT 0.17 or newer); an expert with fewer factors has zeros.  vLLM does not read these.
+
 This module writes the two files itself: all versions of PEFT and vLLM read its dozen settings, while PEFT's own
 writer adds settings of its latest version, which older readers reject.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +97,8 @@ def export_adapter(
 
     Raises:
         BrocaError: the plan was made for another model, does not fit its shapes, adds a bias, which a LoRA
-            cannot hold, edits fused experts, or needs a rank that vLLM cannot serve; or the directory exists
-            or cannot be written.
+            cannot hold, edits experts that PEFT cannot adapt, or needs a rank that vLLM cannot serve; or the directory
+            exists or cannot be written.
         UsageError: a dtype other than float32, bfloat16 or float16.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -110,8 +113,14 @@ def export_adapter(
         name = _module_name(source.anatomy, edit)
         if name not in modules:
             continue
-        B, A = factors(edit, weights.read(edit.layer, edit.block))
-        A = A[:, _adapted(source.anatomy, edit).columns]
+        part = _adapted(source.anatomy, edit)
+        weight = weights.read(edit.layer, edit.block)
+        if part.experts is None:
+            B, A = factors(edit, weight)
+            A = A[:, part.columns]
+        else:
+            B, A = expert_factors(edit, weight[:, part.columns], part.experts, modules[name])
+            name = name.rpartition(".")[0]
         # PEFT's names: the module inside PeftModel and its LoraModel.
         for end, factor in (("lora_A", A), ("lora_B", B)):
             stored = round_once(factor, dtype).contiguous()
@@ -171,14 +180,60 @@ def factors(edit: ModuleEdit, weight: torch.Tensor) -> tuple[torch.Tensor, torch
     return torch.cat(left, dim=1), torch.cat(right, dim=1).T
 
 
+def expert_factors(
+    edit: ModuleEdit, weight: torch.Tensor, experts: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of the change of all experts of a mixture, in PEFT's order.
+
+    Args:
+        edit: of the MLP.
+        weight: float64 [d, E * I], the unedited W of the experts.
+        experts: E.
+        rank: at least the rank of each expert's change.
+
+    Returns:
+        B [d, rank * E], the experts of each rank together, and A [E * rank, I], the ranks of each expert together.
+    """
+    width = weight.shape[1] // experts
+    B = torch.zeros(len(weight), rank, experts, dtype=torch.float64)
+    A = torch.zeros(experts, rank, width, dtype=torch.float64)
+    for expert in range(experts):
+        columns = slice(expert * width, (expert + 1) * width)
+        left, right = factors(_within(edit, columns), weight[:, columns])
+        B[:, : left.shape[1], expert], A[expert, : len(right)] = left, right
+    return B.flatten(1), A.flatten(0, 1)
+
+
+def _within(edit: ModuleEdit, columns: slice) -> ModuleEdit:
+    """The edit of some columns of W, with the ranks that change them."""
+    left, right, places, deltas = edit.left, edit.right, edit.columns, edit.column_deltas
+    if left is not None and right is not None:
+        used = right[columns].any(0)
+        left, right = (left[:, used], right[columns][:, used]) if bool(used.any()) else (None, None)
+    if places is not None and deltas is not None:
+        inside = (places >= columns.start) & (places < columns.stop)
+        places, deltas = places[inside] - columns.start, deltas[inside]
+    return replace(
+        edit,
+        left=left,
+        right=right,
+        column_scale=None if edit.column_scale is None else edit.column_scale[columns],
+        row_deltas=None if edit.row_deltas is None else edit.row_deltas[:, columns],
+        columns=places,
+        column_deltas=deltas,
+    )
+
+
 def rank_of(edit: ModuleEdit, d: int, n: int) -> int:
     """The rank of ``factors`` for a weight [d, n]; 0 if W does not change."""
     return min(len(_scaled(edit.row_scale)) + len(_scaled(edit.column_scale)) + edit.rank + edit.dense, d, n)
 
 
 def adapter_config(source: ModelSource, modules: dict[str, int]) -> dict[str, Any]:
-    """``adapter_config.json`` for modules (full name -> rank) of the source model."""
-    rank = max(modules.values())
+    """``adapter_config.json`` for modules and parameters of experts (full name -> rank) of the source model."""
+    of_experts = [name for name in modules if is_parameter(source.anatomy, name)]
+    parameters = {"target_parameters": of_experts} if of_experts else {}
+    rank = max(modules[name] for name in of_experts or modules)
     others = {name: of_module for name, of_module in modules.items() if of_module != rank}
     return {
         "peft_type": "LORA",
@@ -189,11 +244,17 @@ def adapter_config(source: ModelSource, modules: dict[str, int]) -> dict[str, An
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": list(modules),
+        "target_modules": [name for name in modules if name not in of_experts],
+        **parameters,
         "fan_in_fan_out": "attn" in source.anatomy.layout.transposed,
         "lora_dropout": 0.0,
         "bias": "none",
     }
+
+
+def is_parameter(anatomy: Anatomy, name: str) -> bool:
+    """Whether the full name is that of the parameter of a mixture's experts, and not of a module."""
+    return anatomy.mixed and name.endswith(f".{anatomy.layout.outputs['mlp']}")
 
 
 def _scaled(scale: torch.Tensor | None) -> torch.Tensor:
@@ -206,21 +267,29 @@ def _module_name(anatomy: Anatomy, edit: ModuleEdit) -> str:
 
 
 def _adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
-    """The part of W that an edit changes, the last in a mixture of experts.
+    """The part of W that an edit changes.
 
     Raises:
-        BrocaError: the edit changes experts or a module that is not linear, or PEFT would load its adapter for experts.
+        BrocaError: the edit changes a module that is not linear, or experts and a shared expert, or PEFT would take its
+            adapter for another.
     """
     if edit.layer == OUTSIDE:
         raise BrocaError(f"{edit.where}: an adapter for it is not read by vLLM: export a checkpoint")
     if anatomy.model_type in _RENAMED_IN_PEFT:
         raise BrocaError(f"PEFT does not load adapters for {anatomy.model_type}: export a checkpoint")
-    *experts, part = anatomy.parts(edit.layer, edit.block)
-    if part.experts is not None or any(edit.changes(of_experts.columns) for of_experts in experts):
+    parts = anatomy.parts(edit.layer, edit.block)
+    changed = [part for part in parts if edit.changes(part.columns)] or list(parts[-1:])
+    part = changed[0]
+    where = f"layer {edit.layer}, {edit.block}: the experts of {anatomy.model_type}"
+    if len(changed) > 1:
         raise BrocaError(
-            f"layer {edit.layer}, {edit.block}: the experts of {anatomy.model_type} are one parameter, which a LoRA "
-            "adapter does not support: export a checkpoint"
+            f"{where} and its shared expert change, which PEFT does not support in one adapter: export a checkpoint"
         )
+    if part.experts is not None:
+        # By this attribute PEFT knows the order of the parameter's dimensions.
+        if getattr(part.module, "is_transposed", False) != part.transposed:
+            raise BrocaError(f"{where} are a parameter that PEFT reads transposed: export a checkpoint")
+        return part
     if anatomy.mixed and edit.block not in BLOCKS and not isinstance(part.module, nn.Linear):
         raise BrocaError(f"{edit.where}: no linear module, so it takes no LoRA adapter: export a checkpoint")
     if anatomy.mixed and part.path.rpartition(".")[2] in _EXPERTS_IN_PEFT:
@@ -251,10 +320,18 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
             )
         if edit.block in BLOCKS:
             anatomy.require(edit.block, [edit.layer])
-        _adapted(anatomy, edit)
+        part = _adapted(anatomy, edit)
         pieces, rows = weights.pieces(edit.layer, edit.block), anatomy.rows(edit.layer, edit.block)
         check_shape(edit, pieces, rows)
-        rank = rank_of(edit, rows, pieces[-1][0].columns.stop)
+        width = part.width // (part.experts or 1)
+        rank = (
+            max(
+                rank_of(_within(edit, slice(first, first + width)), rows, width)
+                for first in range(part.first, part.columns.stop, width)
+            )
+            if part.experts is not None
+            else rank_of(edit, rows, pieces[-1][0].columns.stop)
+        )
         if rank > SERVED_RANKS[-1]:
             raise BrocaError(
                 f"{where}: the change needs rank {rank} (one for each changed row or column), but vLLM serves "
@@ -262,6 +339,9 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
             )
         if rank:
             ranks[_module_name(anatomy, edit)] = rank
+    # PEFT warns of the rank of a single parameter, so all experts have that of the largest.
+    of_experts = [name for name in ranks if is_parameter(anatomy, name)]
+    ranks |= dict.fromkeys(of_experts, max((ranks[name] for name in of_experts), default=0))
     if not ranks:
         raise NothingToChangeError("the plan changes no weight, so there is no adapter to write")
     return ranks
@@ -293,6 +373,12 @@ def _card(source: ModelSource, plan: Plan, exported: ExportedAdapter) -> str:
         for edit in plan.edits
         if (name := _module_name(source.anatomy, edit)) in exported.modules
     )
+    serving = (
+        f"    vllm serve BASE --enable-lora --max-lora-rank {exported.served_rank} --lora-modules "
+        "steered=path/of/this/directory"
+        if not any(is_parameter(source.anatomy, name) for name in exported.modules)
+        else "PEFT 0.17 or newer reads adapters of experts; vLLM does not: export a checkpoint for it."
+    )
     return f"""---
 {base}library_name: peft
 tags:
@@ -315,7 +401,7 @@ Settings: {settings}.
     from peft import PeftModel
     model = PeftModel.from_pretrained(base_model, "path/of/this/directory")
 
-    vllm serve BASE --enable-lora --max-lora-rank {exported.served_rank} --lora-modules steered=path/of/this/directory
+{serving}
 
 The scale is `lora_alpha / r` = 1 in every module; another one makes the edit weaker or stronger.
 """

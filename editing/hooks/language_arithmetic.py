@@ -20,11 +20,12 @@ from functools import partial
 
 import torch
 
+from editing.methods.affine_neurons import Arithmetic
 from editing.methods.language_arithmetic import activation_means, arithmetic
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Hook, Steering
-from neurons.architectures.sites import Routed, SiteHook, site_hooks
-from neurons.errors import BrocaError
+from neurons.architectures.anatomy import Anatomy
+from neurons.architectures.sites import Routed, SiteHook, expert_units, site_hooks
 from neurons.models.source import LoadedModel
 from neurons.setting import setting
 from neurons.text.batches import language_batches
@@ -36,7 +37,7 @@ class LanguageArithmetic:
     """Language arithmetic on all layers.
 
     Attributes:
-        loaded: the model, not a mixture of experts.
+        loaded: the model.
         target_means: float64 [L, I], mean of s on the target's text.
         other_means: float64 [L, I], of the other language; for "difference".
         activated: bool [L, I], neurons to raise.
@@ -61,13 +62,8 @@ class LanguageArithmetic:
 
         Raises:
             UsageError: an unknown mode.
-            BrocaError: a mixture of experts.
         """
         anatomy = self.loaded.anatomy
-        if anatomy.mixed:
-            raise BrocaError(
-                f"{anatomy.model_type}: language arithmetic does not support mixtures of experts"
-            )
         hooks: dict[tuple[str, int], SiteHook] = {}
         for layer in (self.activated | self.deactivated).any(1).nonzero()[:, 0].tolist():
             change = arithmetic(
@@ -79,27 +75,30 @@ class LanguageArithmetic:
                 self.strength,
                 self.fill,
             )
-            linear: dict[str, torch.Tensor] = {}
+            # Expert (None: all neurons) -> u of its tokens.
+            linear: dict[int | None, torch.Tensor] = {}
             if anatomy.gated:
                 hooks["mlp_up", layer] = _keep(linear)
-            hooks["mlp_in", layer] = _replace(change.scale, change.offset, linear)
+            hooks["mlp_in", layer] = _replace(anatomy, change, linear)
         with site_hooks(anatomy, hooks):
             yield
 
 
-def _keep(linear: dict[str, torch.Tensor]) -> SiteHook:
-    def hook(values: torch.Tensor, _: Routed | None) -> None:
-        linear["u"] = values.clone()
+def _keep(linear: dict[int | None, torch.Tensor]) -> SiteHook:
+    def hook(values: torch.Tensor, routed: Routed | None) -> None:
+        linear[None if routed is None else routed.expert] = values.clone()
 
     return hook
 
 
-def _replace(scale: torch.Tensor, offset: torch.Tensor, linear: dict[str, torch.Tensor]) -> SiteHook:
-    def hook(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
-        added = offset.to(values.device, values.dtype)
-        if "u" in linear:
-            added = added * linear.pop("u")
-        return values * scale.to(values.device, values.dtype) + added
+def _replace(anatomy: Anatomy, change: Arithmetic, linear: dict[int | None, torch.Tensor]) -> SiteHook:
+    def hook(values: torch.Tensor, routed: Routed | None) -> torch.Tensor:
+        units = slice(None) if routed is None else expert_units(anatomy, routed)
+        scale, added = (
+            factor[units].to(values.device, values.dtype) for factor in (change.scale, change.offset)
+        )
+        u = linear.pop(None if routed is None else routed.expert, None)
+        return values * scale + (added if u is None else added * u)
 
     return hook
 
@@ -117,10 +116,8 @@ class _Arithmetic(Hook):
     def prepare(self, material: Material) -> Callable[..., Steering]:
         """
         Raises:
-            BrocaError: a mixture of experts, or a language without neurons.
+            BrocaError: a language without neurons.
         """
-        if material.loaded.anatomy.mixed:
-            raise BrocaError("language arithmetic does not support mixtures of experts")
         off, on = (material.mask(self.neurons, language) for language in material.pair)
         of_target, of_source = material.once("activation means", lambda: _means(material))
         mode = self.name.removeprefix("arithmetic-")

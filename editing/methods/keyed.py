@@ -352,8 +352,8 @@ def _refuse(anatomy: Anatomy, block: str, layers: Sequence[int]) -> None:
     where = "" if len(layers) == anatomy.layers else f"layers {', '.join(map(str, layers))}: "
     raise UsageError(
         f"{anatomy.model_type}: {where}the neurons of different experts see different tokens, and there is no shared "
-        "expert, so they have no common key: use `broca edit --blocks attn`, or a --method that edits experts (steer2edit, ablate, scale, clas, "
-        "austeer)"
+        "expert, so they have no common key: use `broca edit --blocks attn`, --method keyed-experts, or another --method that "
+        "edits experts (steer2edit, ablate, scale, clas, austeer)"
     )
 
 

@@ -21,7 +21,8 @@ over the corpus,
 The constant fraction (note "constant_share") is the part of the published intervention that the edit can represent;
 it is 1 without gates.  The edit also adds v on the start token, where a hook would use its u.  Scale and constant
 form one plan, W' = W diag(c) + v k^T with k of ``editing.methods.bake``, or W' = W diag(c) and b' = b + v.  The edit
-changes the output of down_proj before a norm, so models with a norm after it are supported.
+changes the output of down_proj before a norm, so models with a norm after it are supported.  In a mixture each expert
+has a constant and a key of its own (``editing.methods.expert_arithmetic``), and means are over the tokens that reach it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from typing import Any
 
 import torch
 
+from editing.methods.affine_neurons import Arithmetic, mean_shift
 from editing.methods.bake import EPS, baked_edit, constant_keys, total_moments
+from editing.methods.expert_arithmetic import expert_edits
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method, Settings
 from editing.methods.scope import require_neurons
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
-from neurons.architectures.sites import Routed
+from neurons.architectures.sites import Routed, expert_units
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
@@ -48,22 +51,9 @@ from neurons.recording.text_pass import Position, PositionReader, Progress, numb
 from neurons.setting import Range, setting
 from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
-from neurons.text.token_budget import MEANS
+from neurons.text.token_budget import KEYS, MEANS
 
 MODES = ("additive", "replacement", "difference")
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """s <- scale * s + offset for every neuron of a layer.
-
-    Attributes:
-        scale: float64 [I], c, 0 or 1.
-        offset: float64 [I], a.
-    """
-
-    scale: torch.Tensor
-    offset: torch.Tensor
 
 
 def arithmetic(
@@ -99,28 +89,10 @@ def arithmetic(
     return Arithmetic(scale, torch.where(activated, offset + added, offset))
 
 
-def mean_shift(
-    values: torch.Tensor, offset: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """(v [d], constant fraction) of the neurons with an offset.
-
-    Args:
-        values: [d, S], their columns of W.
-        offset: [S], a.
-        mean: [S], mean of u.
-        covariance: [S, S], covariance of u.
-    """
-    scaled = values.double() * offset
-    shift = scaled @ mean
-    constant = float(shift.square().sum())
-    variance = float(((scaled @ covariance) * scaled).sum())
-    return shift, constant / (constant + variance) if constant > 0 else 0.0
-
-
 def activation_means(
     loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], layers: Sequence[int]
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Mean of s over the tokens of each language: layer -> language -> float64 [I].
+    """Mean of s over the tokens of each language that reach the neuron: layer -> language -> float64 [I].
 
     Raises:
         BrocaError: a gated MLP without a known activation.
@@ -141,17 +113,24 @@ def activation_means(
         layer: {k: torch.zeros(loaded.anatomy.neurons, dtype=torch.float64) for k in batches}
         for layer in layers
     }
+    tokens = {layer: {k: torch.zeros_like(total) for k, total in of.items()} for layer, of in sums.items()}
     languages = tuple(batches)
 
     def reader_of(layer: int) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            sums[layer][languages[at.language]] += activation(at.rows(values)).double().sum(0).cpu()
+        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+            units = slice(None) if routed is None else expert_units(loaded.anatomy, routed)
+            rows = values.detach().flatten(0, -2)[at.positions(routed, values.device)]
+            language = languages[at.language]
+            sums[layer][language][units] += activation(rows).double().sum(0).cpu()
+            tokens[layer][language][units] += len(rows)
 
         return read
 
     read_text(loaded, numbered(batches), {(site, layer): reader_of(layer) for layer in layers})
-    tokens = {k: counted_tokens(of_language) for k, of_language in batches.items()}
-    return {layer: {k: total / tokens[k] for k, total in of.items()} for layer, of in sums.items()}
+    return {
+        layer: {k: total / tokens[layer][k].clamp(min=1) for k, total in of.items()}
+        for layer, of in sums.items()
+    }
 
 
 # A hashable name and what computes the value -> the value.
@@ -184,7 +163,7 @@ def language_arithmetic_plan(
     """A plan of column scales and one constant for each layer.
 
     Args:
-        loaded: the model, not a mixture of experts.
+        loaded: the model.
         corpus: text; the target's (and the other's) gives the means of s, all languages the mean of u and the key.
         neurons: a neuron set of this model.
         target: language whose neurons are raised; None: only deactivate.
@@ -205,7 +184,7 @@ def language_arithmetic_plan(
     Raises:
         UsageError: neither target nor languages to deactivate, an unknown mode or language, "difference" without
             another language, a strength of 0, or a fill above 0.
-        BrocaError: a mixture of experts, a language without neurons, or ``as_bias`` without support for a bias.
+        BrocaError: a language without neurons, or ``as_bias`` without support for a bias.
     """
     _check(loaded, corpus, neurons, target, deactivate, mode, strength, fill, as_bias)
     if mode == "difference":
@@ -235,39 +214,17 @@ def language_arithmetic_plan(
         )
         for layer in layers
     }
-    shifts, fractions = _shifts(loaded, corpus, maps, progress, once)
-    shifted = sorted(shifts)
-    keys = {}
-    if shifts and not as_bias:
-        keys = once(("constant keys", eps, *shifted), lambda: constant_keys(loaded, corpus, shifted, eps))
-    weights = Weights(loaded)
-    edits = []
-    for layer, affine in maps.items():
-        scaled = None if bool((affine.scale == 1).all()) else affine.scale
-        chosen = (on[layer] | off[layer]).nonzero()[:, 0]
-        if layer in keys:
-            edit = baked_edit(loaded, layer, "mlp", shifts[layer], keys[layer], corpus.languages, scaled)
-        elif scaled is None and layer not in shifts:
-            continue
-        else:
-            weight = weights.read(layer, "mlp")
-            edit = ModuleEdit(
-                layer=layer,
-                block="mlp",
-                components=(),
-                column_scale=None if scaled is None else scaled.float(),
-                bias=shifts[layer].float() if layer in shifts else None,
-                notes={
-                    "change_norm": float((weight * (affine.scale - 1)).norm()),
-                    "weight_norm": float(weight.norm()),
-                },
-            )
-        notes = {**edit.notes, **({"constant_share": fractions[layer]} if layer in fractions else {})}
-        # A key uses all neurons; without one only the chosen ones change.
-        components = edit.components if layer in keys else tuple(chosen.tolist())
-        index = torch.tensor(components)
-        details = {"scale": affine.scale[index], "offset": affine.offset[index]}
-        edits.append(replace(edit, components=components, notes=notes, details=details))
+    if loaded.anatomy.mixed:
+        edits = expert_edits(
+            loaded,
+            maps,
+            language_batches(loaded, corpus, default=MEANS.tokens),
+            language_batches(loaded, corpus, default=KEYS.tokens),
+            eps,
+            progress,
+        )
+    else:
+        edits = _edits(loaded, corpus, maps, on | off, as_bias, eps, progress, once)
     settings = {
         "target": target,
         "deactivate": list(deactivate),
@@ -288,6 +245,53 @@ def language_arithmetic_plan(
         "settings": settings,
     }
     return make_plan(edits, metadata)
+
+
+def _edits(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    maps: Mapping[int, Arithmetic],
+    chosen: torch.Tensor,
+    as_bias: bool,
+    eps: float,
+    progress: Progress | None,
+    once: Once,
+) -> list[ModuleEdit]:
+    """The edits of a dense model; ``chosen`` are the neurons of the maps, bool [L, I]."""
+    shifts, fractions = _shifts(loaded, corpus, maps, progress, once)
+    shifted = sorted(shifts)
+    keys = {}
+    if shifts and not as_bias:
+        keys = once(("constant keys", eps, *shifted), lambda: constant_keys(loaded, corpus, shifted, eps))
+    weights = Weights(loaded)
+    edits = []
+    for layer, affine in maps.items():
+        scaled = None if bool((affine.scale == 1).all()) else affine.scale
+        neurons = chosen[layer].nonzero()[:, 0]
+        if layer in keys:
+            edit = baked_edit(loaded, layer, "mlp", shifts[layer], keys[layer], corpus.languages, scaled)
+        elif scaled is None and layer not in shifts:
+            continue
+        else:
+            weight = weights.read(layer, "mlp")
+            edit = ModuleEdit(
+                layer=layer,
+                block="mlp",
+                components=(),
+                column_scale=None if scaled is None else scaled.float(),
+                bias=shifts[layer].float() if layer in shifts else None,
+                notes={
+                    "change_norm": float((weight * (affine.scale - 1)).norm()),
+                    "weight_norm": float(weight.norm()),
+                },
+            )
+        notes = {**edit.notes, **({"constant_share": fractions[layer]} if layer in fractions else {})}
+        # A key uses all neurons; without one only the chosen ones change.
+        components = edit.components if layer in keys else tuple(neurons.tolist())
+        index = torch.tensor(components)
+        details = {"scale": affine.scale[index], "offset": affine.offset[index]}
+        edits.append(replace(edit, components=components, notes=notes, details=details))
+    return edits
 
 
 def _shifts(
@@ -350,11 +354,6 @@ def _check(
     as_bias: bool,
 ) -> None:
     anatomy = loaded.anatomy
-    if anatomy.mixed:
-        raise BrocaError(
-            f"{anatomy.model_type}: no neuron of a mixture of experts sees every token, so its MLP cannot add a "
-            "constant: use --method scale"
-        )
     require_neurons(loaded, neurons)
     if target is None and not deactivate:
         raise UsageError("name a target language, or languages to deactivate")

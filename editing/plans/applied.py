@@ -88,12 +88,13 @@ def _apply_bias(
     loaded: LoadedModel, weights: Weights, edit: ModuleEdit, bias: torch.Tensor, undo: ExitStack
 ) -> None:
     entry = weights.bias(edit.layer, edit.block)
-    module = loaded.anatomy.parts(edit.layer, edit.block)[0].module
-    if entry is not None:
+    place = loaded.anatomy.bias_place(edit.layer, edit.block)
+    if entry is not None and place is not None:
         stored = read_tensor(entry)
         edited = round_once(stored.double() + bias.double(), stored.dtype)
-        undo.enter_context(replaced(module, "bias", edited))
+        undo.enter_context(replaced(*place, edited))
         return
     weights.switched_biases(edit.block)  # raises if a checkpoint cannot hold the bias
     rounded = round_once(bias.double(), weights.stored_dtype(edit.layer, edit.block))
+    module = loaded.anatomy.parts(edit.layer, edit.block)[0].module
     undo.enter_context(with_bias(module, rounded))

@@ -10,7 +10,8 @@ chosen rows R and columns C (absent: none), and for its bias
 
     b' = b + d
 
-The same holds for any other module with a matrix W [outputs, inputs], or an embedding [tokens, d], without the bias.
+The same holds for any other module with a matrix W [outputs, inputs], or an embedding [tokens, d]; of these only the
+routers of mixtures can get a bias.
 
 Composition, inversion and restriction are in ``editing.plans.algebra``.
 """
@@ -52,7 +53,7 @@ class ModuleEdit:
         column_scale: float32 [n] or None.
         left: U, float32 [d, rank] or None.
         right: K, float32 [n, rank] or None, together with ``left``.
-        bias: float32 [d] or None, added to the module's bias.
+        bias: float32 [d] (of a router [E]) or None, added to the module's bias.
         rows: R, int64 [k], ascending, or None.
         row_deltas: D, float32 [k, n] or None, together with ``rows``.
         columns: C, int64 [m], ascending, or None.
@@ -356,8 +357,8 @@ def make_plan(edits: Sequence[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
 
     Raises:
         NothingToChangeError: no edits.
-        BrocaError: a module named twice, an edit without a factor, a bias of another module than an output module, or
-            values that are not finite.
+        BrocaError: a module named twice, an edit without a factor, a bias outside the layers, or values that are not
+            finite.
     """
     if not edits:
         raise NothingToChangeError(
@@ -370,8 +371,8 @@ def make_plan(edits: Sequence[ModuleEdit], metadata: Mapping[str, Any]) -> Plan:
     for edit in ordered:
         if all(getattr(edit, name) is None for name in FACTORS):
             raise BrocaError(f"{edit.where}: the plan names it without a change")
-        if edit.bias is not None and edit.block not in BLOCKS:
-            raise BrocaError(f"{edit.where}: a plan adds biases only to output modules")
+        if edit.bias is not None and edit.layer == OUTSIDE:
+            raise BrocaError(f"{edit.where}: a plan adds biases only to output modules and routers")
         for name in FACTORS:
             value = getattr(edit, name)
             if value is not None and not bool(torch.isfinite(value).all()):

@@ -140,7 +140,7 @@ def tensor_edits(source: ModelSource, plan: Plan) -> tuple[TensorEdit, ...]:
             edits += [TensorEdit(entry, edit, tuple(of_tensor)) for entry, of_tensor in by_tensor.values()]
         bias = None if edit.bias is None else weights.bias(edit.layer, edit.block)
         if edit.bias is not None and bias is not None:
-            if len(edit.bias) != source.anatomy.residual:
+            if bias.shape != edit.bias.shape:
                 raise BrocaError(
                     f"the plan does not fit tensor {bias.name} of shape {list(bias.shape)}: it has "
                     f"{len(edit.bias)} entries"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neurons.architectures.anatomy import OUTSIDE, StoredPiece
+from neurons.architectures.anatomy import BLOCKS, OUTSIDE, StoredPiece
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
 from neurons.models.checkpoint_files import tied_copies
@@ -53,21 +53,19 @@ class Weights:
         return piece.of(read_tensor(entry, piece.rows))
 
     def bias(self, layer: int, block: str) -> TensorEntry | None:
-        """The location of the output module's bias on disk; None without a bias.
+        """The location of a module's bias on disk; None without a bias.
 
         Raises:
-            BrocaError: experts of a mixture, or a bias of another shape.
+            BrocaError: experts of a mixture, a module that gets no bias, or a bias of another shape.
         """
         anatomy = self._source.anatomy
         if anatomy.output_bias(layer, block) is None:
             return None
-        name = anatomy.stored_bias(layer, block, self._entries.keys())
+        name, rows = anatomy.stored_bias(layer, block, self._entries.keys()), anatomy.rows(layer, block)
         entry = self._entries.get(name)
-        if entry is None or entry.shape != (anatomy.residual,):
+        if entry is None or entry.shape != (rows,):
             fault = "is missing" if entry is None else f"has shape {list(entry.shape)}"
-            raise BrocaError(
-                f"{self._source.name}: tensor {name} {fault} where the model has {anatomy.residual} numbers"
-            )
+            raise BrocaError(f"{self._source.name}: tensor {name} {fault} where the model has {rows} numbers")
         return entry
 
     def switched_biases(self, block: str) -> dict[str, int]:
@@ -77,6 +75,10 @@ class Weights:
             BrocaError: the architecture has no such setting.
         """
         anatomy = self._source.anatomy
+        if block not in BLOCKS:
+            raise BrocaError(
+                f"{anatomy.model_type}: {block} has no bias, and no setting adds one: change its weight"
+            )
         return {
             name: length
             for layer in anatomy.layers_with(block)

@@ -20,10 +20,12 @@ from editing.methods.baked_vector import Bake, BakeBias
 from editing.methods.clas import ClasEdit
 from editing.methods.directional_ablation import Ablate
 from editing.methods.keyed_edit import Keyed, KeyedLearned
+from editing.methods.keyed_experts import KeyedExperts
 from editing.methods.keyed_search import KeyedSearch
 from editing.methods.language_arithmetic import ArithmeticEdit
 from editing.methods.leace import Leace
 from editing.methods.method import Method
+from editing.methods.router_steering import RouterSteering
 from editing.methods.scale import Scale, ScalePair
 from editing.methods.selective_steering import SelectiveSteering
 from editing.methods.steer2edit import Steer2Edit, Steer2EditGradient, Steer2EditLape
@@ -44,6 +46,7 @@ METHODS: tuple[type[Method], ...] = (
     Keyed,
     KeyedLearned,
     KeyedSearch,
+    KeyedExperts,
     Steer2Edit,
     Steer2EditLape,
     Steer2EditGradient,
@@ -59,6 +62,7 @@ METHODS: tuple[type[Method], ...] = (
     ClasEdit,
     AusteerEdit,
     ArithmeticEdit,
+    RouterSteering,
 )
 
 

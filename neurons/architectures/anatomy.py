@@ -20,6 +20,9 @@ Sites at which hooks see activations, with their width:
     mlp_in     the input of down_proj [I]
     mlp_common the input of the down_proj that every token reaches, a dense MLP's or a shared expert's, times the
                factor of its output for each token; only to read
+    router_in  the input of a mixture's router [d]
+    router_out the router's scores of the E routed experts: the logits, or their sigmoids where a bias is added to those
+               to choose experts (``layouts.Router``), without that bias; only to read
     attn_in    the input of o_proj [A*D]
     mlp_out    the output of down_proj, or of the whole mixture [d]
     attn_out   the output of o_proj [d]
@@ -50,6 +53,7 @@ SITES = ("mlp_act", "mlp_up", "mlp_in", "attn_in", "mlp_out", "attn_out", "block
 # Sites that exist once for each expert of a mixture.
 EXPERT_SITES = ("mlp_act", "mlp_up", "mlp_in")
 COMMON = "mlp_common"
+ROUTER_SITES = ROUTER_IN, ROUTER_OUT = ("router_in", "router_out")
 BLOCKS = ("attn", "mlp")
 OUTSIDE = -1  # the "layer" of modules outside the decoder layers
 HEAD = "lm_head"  # the name of the output embeddings, whatever the family calls them
@@ -291,9 +295,12 @@ class Anatomy:
 
         Of a mixture's neurons, all experts together.
         """
+        layers = range(self.layers) if layer is None else (layer,)
         if site == COMMON:
-            layers = range(self.layers) if layer is None else (layer,)
             return max(0 if (part := self.common(at, "mlp")) is None else part.width for at in layers)
+        if site in ROUTER_SITES:
+            routers = [part.weight for at in layers if (part := self.router(at)) is not None]
+            return max((weight.shape[1 if site == ROUTER_IN else 0] for weight in routers), default=0)
         block = "mlp" if site in EXPERT_SITES else "attn"
         if site not in EXPERT_SITES and site != "attn_in":
             return self.residual
@@ -387,6 +394,9 @@ class Anatomy:
                     )
         # Only families whose linear modules are all [n, d] in memory have a transposed attention.
         flipped = layer != OUTSIDE and "attn" in self.layout.transposed
+        router = self.layout.router
+        if router is not None and path == router.path and self.mixed_in(layer):
+            return Part(path, module, "weight", 0, None, False, router.stored)
         names: tuple[str, ...] = HEADS_ON_DISK if (layer, path) == (OUTSIDE, HEAD) else (path,)
         if layer == OUTSIDE:
             names = tuple(name.removeprefix(self.parent) for name in names)
@@ -501,6 +511,33 @@ class Anatomy:
             return parts[1] if len(parts) > 1 and shared is not None and shared.added else None
         return parts[0] if parts else None
 
+    def router(self, layer: int) -> Part | None:
+        """The router of a layer's mixture, with W [E, d]; None if the layer has no mixture."""
+        names = self.layout.router
+        return None if names is None or not self.mixed_in(layer) else self._named(layer, names.path)
+
+    def bias_place(self, layer: int, block: str) -> tuple[nn.Module, str] | None:
+        """The module and the name in it of the bias of an output module, or of a router's bias [E]; None without one.
+
+        Raises:
+            BrocaError: the experts of a mixture, which have no common bias, or another module than these.
+        """
+        if block == "mlp" and self.mixed_in(layer):
+            raise BrocaError(
+                f"{self.model_type}: the experts of a mixture have no common bias: use the attention's"
+            )
+        names = self.layout.router
+        if block in BLOCKS:
+            module = self.outputs[block][layer]
+            has_bias = module is not None and isinstance(getattr(module, "bias", None), nn.Parameter)
+            return (module, "bias") if module is not None and has_bias else None
+        if names is None or block != names.path or layer == OUTSIDE or not self.mixed_in(layer):
+            raise BrocaError(f"{self.model_type}: {block} gets no bias: only output modules and routers do")
+        path, _, name = (names.bias or "").rpartition(".")
+        owner = None if names.bias is None else _found(self.blocks[layer], path)
+        bias = getattr(owner, name, None)
+        return None if owner is None or not isinstance(bias, torch.Tensor) else (owner, name)
+
     def part_of(self, layer: int, block: str, column: int) -> Part:
         """The part that holds a column of W."""
         return next(part for part in self.parts(layer, block) if column < part.columns.stop)
@@ -529,17 +566,16 @@ class Anatomy:
         return torch.cat([part.values.double().norm(dim=-2).flatten() for part in parts])
 
     def output_bias(self, layer: int, block: str) -> torch.Tensor | None:
-        """The bias [d] of an output module as a view of the live parameter; None without a bias.
+        """The bias of a module as a view of the live tensor; None without one.
 
         Raises:
-            BrocaError: the experts of a mixture, which have no common bias.
+            BrocaError: as ``bias_place``.
         """
-        if block == "mlp" and self.mixed_in(layer):
-            raise BrocaError(
-                f"{self.model_type}: the experts of a mixture have no common bias: use the attention's"
-            )
-        bias = getattr(self.outputs[block][layer], "bias", None)
-        return bias.data if isinstance(bias, nn.Parameter) else None
+        place = self.bias_place(layer, block)
+        if place is None:
+            return None
+        bias: torch.Tensor = getattr(*place)
+        return bias.data
 
     def supports_bias(self, block: str) -> bool:
         """Whether a checkpoint of this architecture can have a bias in the output module."""
@@ -549,10 +585,18 @@ class Anatomy:
         return self.output_bias(layers[0], block) is not None or block in self.layout.bias_switches
 
     def stored_bias(self, layer: int, block: str, names: Collection[str]) -> str:
-        """The name of the tensor of an output bias, which need not be in the checkpoint.
+        """The name of the tensor of a bias, which need not be in the checkpoint.
 
-        It is the name of the weight with another ending.
+        Of an output module it is the name of the weight with another ending.
         """
+        router = self.layout.router
+        if block not in BLOCKS and router is not None and router.bias is not None:
+            possible = [
+                stem + name
+                for stem in self._stems(layer, block)
+                for name in router.bias_names or (router.bias,)
+            ]
+            return next((name for name in possible if name in names), possible[0])
         (piece,) = self.stored(layer, block, names)
         return f"{piece.tensor.removesuffix('.weight')}.bias"
 

@@ -62,6 +62,31 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Router:
+    """Names of the module that scores the experts of a mixture.
+
+    Attributes:
+        path: of the module with the weight [E, d] of the scores.
+        names: of that weight on disk, after the layer's prefix; empty if as in memory.
+        bias: path of the parameter or buffer [E] that is added to the scores; None, or no such tensor in the module:
+            there is none.
+        bias_names: of the bias on disk; empty if as in memory.
+        sigmoid: the bias is added to the sigmoids of the scores, and only to choose experts (DeepSeek-V3).
+    """
+
+    path: str
+    names: tuple[str, ...] = ()
+    bias: str | None = None
+    bias_names: tuple[str, ...] = ()
+    sigmoid: bool = False
+
+    @property
+    def stored(self) -> tuple[StoredForm, ...]:
+        """The forms of the weight in checkpoints."""
+        return tuple(StoredForm(name) for name in self.names or (f"{self.path}.weight",))
+
+
+@dataclass(frozen=True)
 class BiasSwitch:
     """A config setting that adds a bias to an output module in both transformers and vLLM.
 
@@ -114,6 +139,7 @@ class Layout:
             which preserves signs.
         transposed: blocks whose weight is [n, d] in memory (of a mixture: [E, I, d]).
         mixture: the module of a mixture of experts, whose output is added to the residual; else None.
+        router: the module that scores the experts of a mixture.
         dense: the MLP of layers without the mixture, in a family of mixtures.
         shared: the MLP that every token reaches, beside the experts of a mixture.
         residual: whether the modules' outputs are added to the residual unchanged (no norm after).
@@ -142,6 +168,7 @@ class Layout:
     activation: str | None = "hidden_act"
     transposed: tuple[str, ...] = ()
     mixture: str | None = None
+    router: Router | None = None
     dense: Mlp | None = None
     shared: Mlp | None = None
     residual: bool = True
@@ -226,9 +253,13 @@ def _mixture(
     attn: str = "self_attn.o_proj",
     layers: str = "model.layers",
     prefixes: tuple[str, ...] = ("model.layers.", "layers."),
+    router: Router | None = None,
     **rest: Any,
 ) -> Layout:
-    """A mixture of experts with all experts in one parameter, under ``mlp.experts`` or another module."""
+    """A mixture of experts with all experts in one parameter, under ``mlp.experts`` or another module.
+
+    Its router is by default the module's ``gate``.
+    """
     experts = f"{module}.experts"
     return Layout(
         layers=layers,
@@ -238,6 +269,7 @@ def _mixture(
         prefixes=prefixes,
         stored={"attn": (StoredForm(f"{attn}.weight"),), "mlp": down or _experts_of(module)},
         mixture=module,
+        router=router or Router(f"{module}.gate"),
         **rest,
     )
 
@@ -247,6 +279,18 @@ def _experts_of(module: str) -> tuple[StoredForm, StoredForm]:
     experts = f"{module}.experts"
     return StoredForm(f"{experts}.{{expert}}.down_proj.weight"), StoredForm(
         f"{experts}.down_proj", fused=True
+    )
+
+
+def _choosing(path: str, *old: str) -> Router:
+    """A router with DeepSeek-V3's bias; ``old`` are paths of the router in files."""
+    bias = "e_score_correction_bias"
+    return Router(
+        path,
+        tuple(f"{name}.weight" for name in old),
+        f"{path}.{bias}",
+        tuple(f"{name}.{bias}" for name in old),
+        sigmoid=True,
     )
 
 
@@ -270,6 +314,8 @@ _GPT2_NAMES = ConfigNames(
 )
 _EACH_EXPERT, _ALL_EXPERTS = _experts_of("mlp")
 _W2 = StoredForm("block_sparse_moe.experts.{expert}.w2.weight")
+# Mixtral's module in files, and its name in memory.
+_SPARSE_MOE = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
 # Gemma 2 and 3 normalise the outputs of attention and MLP before adding them.
 _GEMMA = replace(
     _GATED,
@@ -284,7 +330,7 @@ _DENSE = _gated_mlp("mlp")
 _QWEN_MOE = _mixture(
     dense=_DENSE, shared=replace(_gated_mlp("mlp.shared_expert"), factor="mlp.shared_expert_gate")
 )
-_DEEPSEEK = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_experts"))
+_DEEPSEEK = _mixture(dense=_DENSE, shared=_gated_mlp("mlp.shared_experts"), router=_choosing("mlp.gate"))
 _PLAIN = replace(_GATED, gate="mlp.up_proj", up=None, names=None)
 _GLM4 = replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj", residual=False, names=None)
 # Of most wrappers, beside a tower for images.
@@ -294,6 +340,7 @@ _WITH_OR_WITHOUT_WRAPPER = ("model.layers.", "layers.", *_GATED.inside(_LANGUAGE
 _LLAMA4 = _mixture(
     StoredForm("feed_forward.experts.down_proj", transposed=True, fused=True),
     module="feed_forward",
+    router=Router("feed_forward.router"),
     prefixes=_WITH_OR_WITHOUT_WRAPPER,
     transposed=("mlp",),
     dense=_gated_mlp("feed_forward"),
@@ -302,6 +349,10 @@ _LLAMA4 = _mixture(
 _GRANITE_MOE = _mixture(
     StoredForm("block_sparse_moe.output_linear.weight", fused=True),
     module="block_sparse_moe",
+    router=Router(
+        "block_sparse_moe.router",
+        ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
+    ),
     logit_divisor="logits_scaling",
     residual_scale="residual_multiplier",
 )
@@ -401,12 +452,29 @@ LAYOUTS: dict[str, Layout] = {
         StoredForm("block_sparse_moe.experts.{expert}.w2.weight"),
         StoredForm("mlp.experts.{expert}.w2.weight"),
         _ALL_EXPERTS,
+        router=Router("mlp.gate", _SPARSE_MOE),
     ),
     "qwen3_moe": _mixture(_EACH_EXPERT, _ALL_EXPERTS, dense=_DENSE),
     "olmoe": _mixture(),
-    "phimoe": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
-    "minimax": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
-    "minimax_m2": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
+    "phimoe": _mixture(
+        _W2,
+        _EACH_EXPERT,
+        _ALL_EXPERTS,
+        router=Router("mlp.router", ("block_sparse_moe.gate.weight", "mlp.router.weight")),
+    ),
+    "minimax": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS, router=Router("mlp.gate", _SPARSE_MOE)),
+    "minimax_m2": _mixture(
+        _W2,
+        _EACH_EXPERT,
+        _ALL_EXPERTS,
+        router=Router(
+            "mlp.gate",
+            _SPARSE_MOE,
+            "mlp.e_score_correction_bias",
+            ("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),
+            sigmoid=True,
+        ),
+    ),
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_SHARED,
     "granitemoehybrid": _GRANITE_SHARED,
@@ -427,7 +495,12 @@ LAYOUTS: dict[str, Layout] = {
     "dots1": _DEEPSEEK,
     "ernie4_5_moe": _DEEPSEEK,
     "kimi_linear": replace(
-        _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS),
+        _mixture(
+            _W2,
+            _EACH_EXPERT,
+            _ALL_EXPERTS,
+            router=_choosing("mlp.gate", "block_sparse_moe.gate", "mlp.gate"),
+        ),
         dense=replace(_DENSE, names=("block_sparse_moe.down_proj.weight", "mlp.down_proj.weight")),
         shared=replace(
             _gated_mlp("mlp.shared_experts"),
@@ -437,18 +510,26 @@ LAYOUTS: dict[str, Layout] = {
             ),
         ),
     ),
-    "jamba": _mixture(module="feed_forward", dense=_gated_mlp("feed_forward")),
+    "jamba": _mixture(
+        module="feed_forward", router=Router("feed_forward.router"), dense=_gated_mlp("feed_forward")
+    ),
     "lfm2_moe": _mixture(
         StoredForm("feed_forward.experts.{expert}.w2.weight"),
         StoredForm("feed_forward.experts.down_proj", fused=True),
         module="feed_forward",
+        router=Router("feed_forward.gate", bias="feed_forward.expert_bias", sigmoid=True),
         attn="self_attn.out_proj",
         activation=None,
         dense=Mlp("feed_forward.w2", "feed_forward.w1", "feed_forward.w3"),
     ),
     # Experts without a gate, and layers that have one module each.
     "nemotron_h": replace(
-        _mixture(module="mixer", attn="mixer.o_proj", prefixes=("backbone.layers.", "model.layers.")),
+        _mixture(
+            module="mixer",
+            attn="mixer.o_proj",
+            prefixes=("backbone.layers.", "model.layers."),
+            router=_choosing("mixer.gate"),
+        ),
         up=None,
         activation="mlp_hidden_act",
         dense=Mlp("mixer.down_proj", "mixer.up_proj", None),
@@ -539,12 +620,14 @@ LAYOUTS: dict[str, Layout] = {
         _W2,
         _EACH_EXPERT,
         _ALL_EXPERTS,
+        router=_choosing("mlp.gate"),
         activation=None,
         dense=_fused_mlp("mlp"),
         shared=_fused_mlp("mlp.shared_experts"),
     ),
     "gpt_oss": _mixture(
         StoredForm("mlp.experts.down_proj", transposed=True, fused=True),
+        router=Router("mlp.router", bias="mlp.router.bias"),
         activation=None,
         transposed=("mlp",),
     ),

@@ -17,9 +17,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from neurons.architectures.anatomy import COMMON, EXPERT_SITES, SITES, Anatomy, Part, first, output_module
+from neurons.architectures.anatomy import (
+    COMMON,
+    EXPERT_SITES,
+    ROUTER_IN,
+    ROUTER_SITES,
+    SITES,
+    Anatomy,
+    Part,
+    first,
+    output_module,
+)
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import Layout, row_of
+from neurons.architectures.offload import parameter_value
 from neurons.errors import BrocaError
 
 _EXPERTS_FORWARD = "broca_reading"
@@ -32,10 +43,13 @@ class Routed:
     Attributes:
         expert: index of the expert.
         tokens: int64 [n], indices into the flattened rows * length.
+        weights: [n], the router's weights of the expert's outputs; None for neurons that every token reaches, and for
+            experts that get weighted inputs.
     """
 
     expert: int
     tokens: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 SiteHook = Callable[[torch.Tensor, Routed | None], torch.Tensor | None]
@@ -56,8 +70,8 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
     each expert that has tokens, with values [n, I]; the neurons of a shared expert and of a dense layer in such a
     model are groups that all tokens reach.  If it returns a tensor, of the same shape, that tensor replaces the
     values in the forward pass.  Values have the width of the site in all layers: where a layer has fewer, zeros
-    follow.  A hook at a module that the layer does not have is never called, and what a hook at ``mlp_common``
-    returns is not used.  The path of a module in its layer is a site too: the module's output.
+    follow.  A hook at a module that the layer does not have is never called, and what a hook at ``mlp_common`` or
+    ``router_out`` returns is not used.  The path of a module in its layer is a site too: the module's output.
 
     Some models write into the values after the hook returns, so it must copy what it keeps.  For a model on
     several devices all hooks get values on one device.  If gradients are enabled, the values are on the path
@@ -68,7 +82,8 @@ def site_hooks(anatomy: Anatomy, hooks: Mapping[tuple[str, int], SiteHook]) -> I
     """
     for site, layer in hooks:
         in_model = 0 <= layer < anatomy.layers
-        if not in_model or (site not in (*SITES, COMMON) and site not in _paths(anatomy, layer)):
+        named = (*SITES, COMMON, *ROUTER_SITES)
+        if not in_model or (site not in named and site not in _paths(anatomy, layer)):
             raise BrocaError(
                 f"there is no site {site} in layer {layer}: sites are {', '.join(SITES)}, layers "
                 f"0-{anatomy.layers - 1}"
@@ -199,6 +214,12 @@ def _placed(
         if part is not None:
             yield from _showing(part, hook)
         return
+    if site in ROUTER_SITES:
+        router = anatomy.router(layer)
+        if router is not None:
+            own = hook if site == ROUTER_IN else _scoring(anatomy, layer, router, hook)
+            yield _ModuleHook(own), router.module, True
+        return
     if site not in SITES:
         yield _ModuleHook(hook), anatomy.blocks[layer].get_submodule(site), False
         return
@@ -235,6 +256,23 @@ def _showing(part: Part, hook: SiteHook) -> Iterator[tuple[_ModuleHook, nn.Modul
     if part.factor is not None and part.gate is not None:
         yield _ModuleHook(keep), part.gate, True
     yield _ModuleHook(show), part.module, True
+
+
+def _scoring(anatomy: Anatomy, layer: int, router: Part, hook: SiteHook) -> SiteHook:
+    """The hook with the scores that a router computes from its input: routers differ in what they return."""
+    bias, names = anatomy.bias_place(layer, router.path), anatomy.layout.router
+    sigmoid = bias is not None and names is not None and names.sigmoid
+
+    def show(values: torch.Tensor, _: Routed | None) -> None:
+        weight = router.values.to(values.device, torch.float32)
+        scores = nn.functional.linear(values.float(), weight)
+        if sigmoid:
+            scores = scores.sigmoid()
+        elif bias is not None:
+            scores = scores + parameter_value(*bias).to(scores.device, torch.float32)
+        hook(scores, None)
+
+    return show
 
 
 def _module_of(part: Part, site: str) -> tuple[nn.Module, bool]:
@@ -423,7 +461,7 @@ def _experts_forward(
         if expert >= self.num_experts:
             continue
         tokens, place = torch.where(chosen == expert)
-        routed = Routed(expert, tokens)
+        routed = Routed(expert, tokens, weights[tokens, place])
         if self.has_gate:
             gate_up = _experts_linear(self, "gate_up_proj", hidden[tokens], expert)
             gated = self._apply_gate(_hook_halves(gate_up, self.is_concatenated, hooks, routed))

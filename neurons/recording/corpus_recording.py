@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import find_executable_batch_size
 
-from neurons.architectures.anatomy import Anatomy
+from neurons.architectures.anatomy import ROUTER_OUT, Anatomy
 from neurons.errors import UsageError
 from neurons.files.artifact import package_versions
 from neurons.models.memory import batches_for
@@ -21,6 +21,7 @@ from neurons.recording.record import record
 from neurons.recording.resume import Unfinished
 from neurons.recording.text_pass import Progress
 from neurons.scorers.method import PACKED, TEXTS
+from neurons.statistics.routing import ROUTING
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import (
     TokenBatch,
@@ -48,7 +49,7 @@ def record_corpus(
     progress: Progress | None = None,
     out: Path | None = None,
 ) -> Statistics:
-    """Record moments of a corpus in one pass.
+    """Record moments of a corpus in one pass; of a mixture of experts also ``ROUTING``.
 
     Args:
         loaded: the model.
@@ -83,6 +84,8 @@ def record_corpus(
     backward = any(moment.endswith(":attribution") for moment in moments)
     _require_room(loaded, corpus, moments)
     budget = budget_of(moments, reads)
+    if loaded.anatomy.width(ROUTER_OUT):
+        moments = [*moments, *(moment for moment in [ROUTING] if moment not in moments)]
     planned = batches_for(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
 
     def cut(size: int) -> dict[str, list[TokenBatch]]:

@@ -3,6 +3,8 @@
 A covariance of 14,336 neurons takes 1.6 GB.  Unless those of all layers fit into memory, layers are processed one
 after another.  No layer runs twice: the passes over all batches pause after each (``neurons.recording.in_step``).
 Only a text of too many batches to pause is read again for each group of layers that fits.
+
+The experts of a mixture see different tokens, so each has moments of its own, over the tokens that are routed to it.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from neurons.statistics.sums import column_sums
 from neurons.text.batches import TokenBatch
 
 Place = tuple[str, int]  # site, layer
+Expert = tuple[int, int]  # layer, expert or another group of as many neurons
+_Place = tuple[str, int, int | None]  # with the expert
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Moments:
         covariance: float64 [S, S], over all tokens, about the mean of each token's language.
         start: float64 [S], mean over the beginning-of-sequence tokens, which are excluded from ``mean`` and
             ``covariance``; None if there are none.
+        tokens: float64 [K], tokens of each language; None if not counted.  The mean of a language without tokens is 0.
+        weights: float64 [K], of an expert: the sum over these tokens of the router's weight of its output; else, and for
+            experts with weighted inputs, that of 1.
     """
 
     languages: tuple[str, ...]
@@ -57,6 +64,8 @@ class Moments:
     mean: torch.Tensor
     covariance: torch.Tensor
     start: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     @property
     def all_zero(self) -> bool:
@@ -118,9 +127,56 @@ def each_moments(
     Raises:
         BrocaError: neurons of a mixture of experts, or moments that are not finite; names site and layer.
     """
+    places: dict[_Place, torch.Tensor] = {(*place, None): index for place, index in units.items()}
+    for (site, layer, _), moments in _each(loaded, batches, places, progress, groups):
+        yield (site, layer), moments
+        # So that the caller decides when the covariance is freed.
+        del moments
+
+
+def expert_moments(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    site: str,
+    units: Mapping[Expert, torch.Tensor],
+    progress: Progress | None = None,
+    weighted: bool = False,
+) -> Iterator[tuple[Expert, Moments]]:
+    """Moments of a mixture's experts over the tokens that are routed to each, in order of layers.
+
+    Args:
+        loaded: the model, which must not change during the iteration.
+        batches: language -> its batches.
+        site: a site of ``EXPERT_SITES``.
+        units: (layer, expert) -> int64 [S], indices in the expert; shared experts and the neurons of dense layers are
+            groups that every token reaches (``neurons.architectures.anatomy``).
+        progress: as in ``each_moments``.
+        weighted: multiply each token's values by the router's weight of the expert's output.
+
+    Raises:
+        BrocaError: moments that are not finite.
+    """
+    places: dict[_Place, torch.Tensor] = {
+        (site, layer, expert): index for (layer, expert), index in units.items()
+    }
+    for (_, layer, expert), moments in _each(loaded, batches, places, progress, None, weighted):
+        assert expert is not None
+        yield (layer, expert), moments
+        del moments
+
+
+def _each(
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    units: Mapping[_Place, torch.Tensor],
+    progress: Progress | None,
+    groups: Sequence[str] | None,
+    weighted: bool = False,
+) -> Iterator[tuple[_Place, Moments]]:
+    """The moments of all places, as many layers at a time as fit into memory."""
     flat = numbered(batches)
     parts = _parts(loaded, units)
-    layers = 1 + max(layer for _, layer in units)
+    layers = 1 + max(layer for _, layer, _ in units)
     done = 0
     with ExitStack() as open_now:
         in_step = None
@@ -130,8 +186,8 @@ def each_moments(
             solving += max(solving_bytes(len(index)) for index in units.values())
             in_step = open_now.enter_context(TextInStep(loaded, flat, layers=layers, solving=solving))
         for part in parts:
-            stop = 1 + max(layer for _, layer in part)
-            sums = _Sums(loaded, batches, part, groups)
+            stop = 1 + max(layer for _, layer, _ in part)
+            sums = _Sums(loaded, batches, part, groups, weighted)
             if in_step is not None:
                 in_step.read(sums.readers(), progress, stop)
             else:
@@ -155,52 +211,70 @@ class _Sums:
         self,
         loaded: LoadedModel,
         batches: Mapping[str, Sequence[TokenBatch]],
-        units: Mapping[Place, torch.Tensor],
+        units: Mapping[_Place, torch.Tensor],
         groups: Sequence[str] | None,
+        weighted: bool,
     ) -> None:
         languages = tuple(batches) if groups is None else tuple(groups)
-        self.loaded, self.languages, self.units = loaded, languages, units
+        self.loaded, self.languages, self.units, self.weighted = loaded, languages, units, weighted
         device = loaded.device
-        self.tokens = torch.zeros(len(languages), dtype=torch.float64)
-        flat = numbered(batches)
-        for k, batch in flat:
-            for number, mask in _by_group(batch, k):
-                self.tokens[number] += float(mask.sum())
-        self.start_tokens = sum(int(batch.at_start.sum()) for _, batch in flat)
-        self.sums = {
-            place: torch.zeros(len(index), len(languages), dtype=torch.float64, device=device)
-            for place, index in units.items()
-        }
-        self.starts = {
-            place: torch.zeros(len(index), dtype=torch.float64, device=device)
-            for place, index in units.items()
-        }
+
+        def zeros(*size: int) -> torch.Tensor:
+            return torch.zeros(*size, dtype=torch.float64, device=device)
+
+        self.tokens, self.weights = (
+            {place: torch.zeros(len(languages), dtype=torch.float64) for place in units} for _ in range(2)
+        )
+        self.start_tokens = dict.fromkeys(units, 0)
+        self.sums = {place: zeros(len(index), len(languages)) for place, index in units.items()}
+        self.starts = {place: zeros(len(index)) for place, index in units.items()}
         self._groups: dict[int, list[torch.Tensor]] = {}
         workspace = Workspace()
         self.grams = {place: Gram(len(index), device, workspace) for place, index in units.items()}
 
     def readers(self) -> dict[Place, PositionReader]:
-        return {place: self._reader(place, index) for place, index in self.units.items()}
+        return {
+            (site, layer): self._reader(site, layer)
+            for site, layer in {place[:2]: None for place in self.units}
+        }
 
-    def _reader(self, place: Place, index: torch.Tensor) -> PositionReader:
+    def _reader(self, site: str, layer: int) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            if routed is not None:
-                whole = self._joined(place[1], values, at)
-                if whole is None:
-                    return
-                values = whole
-            columns = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
-            rows = at.rows(values)[:, columns]
-            gram = self.grams[place]
-            gram.add(rows.to(gram.centre.device))
-            for number, mask in _by_group(at.batch, at.language):
-                of_group = rows if at.batch.groups is None else rows[mask[at.counted].to(rows.device)]
-                self.sums[place][:, number] += column_sums(of_group).to(gram.centre.device)
-            starts = at.batch.at_start.to(values.device)
-            at_start = values.detach()[starts][:, columns]
-            self.starts[place] += column_sums(at_start).to(gram.centre.device)
+            if routed is not None and (site, layer, routed.expert) in self.units:
+                self._add((site, layer, routed.expert), values, routed, at)
+            elif (site, layer, None) in self.units:
+                whole = values if routed is None else self._joined(layer, values, at)
+                if whole is not None:
+                    self._add((site, layer, None), whole, None, at)
 
         return read
+
+    def _add(self, place: _Place, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+        """Add the values [rows, length, width] of all tokens, or [n, I] of those routed to an expert."""
+        values, index, gram = values.detach().flatten(0, -2), self.units[place], self.grams[place]
+        columns = slice(None) if len(index) == values.shape[-1] else index.to(values.device)
+
+        def of_place(mask: torch.Tensor) -> torch.Tensor:
+            mask = mask.flatten().to(values.device)
+            return mask if routed is None else mask[routed.tokens]
+
+        factors = None if routed is None else routed.weights
+        if self.weighted and factors is not None:
+            values = values * factors.to(values.dtype)[:, None]
+        counted = of_place(at.counted)
+        rows = values[counted][:, columns]
+        gram.add(rows.to(gram.centre.device))
+        for number, mask in _by_group(at.batch, at.language):
+            of_group = rows if at.batch.groups is None else rows[of_place(mask)[counted]]
+            self.tokens[place][number] += len(of_group)
+            total = (
+                len(of_group) if factors is None else factors[of_place(mask)].sum(dtype=torch.float64).cpu()
+            )
+            self.weights[place][number] += total
+            self.sums[place][:, number] += column_sums(of_group).to(gram.centre.device)
+        starts = values[of_place(at.batch.at_start)][:, columns]
+        self.start_tokens[place] += len(starts)
+        self.starts[place] += column_sums(starts).to(gram.centre.device)
 
     def _joined(self, layer: int, group: torch.Tensor, at: Position) -> torch.Tensor | None:
         """The values [rows, length, I] of a dense layer in a model of mixtures, once all its groups are here.
@@ -221,23 +295,23 @@ class _Sums:
             return None
         return torch.cat(self._groups.pop(layer), dim=-1)[:, :width].view(*at.counted.shape, width)
 
-    def moments(self) -> Iterator[tuple[Place, Moments]]:
+    def moments(self) -> Iterator[tuple[_Place, Moments]]:
         for place, index in self.units.items():
-            gram = self.grams.pop(place)
-            mean = self.sums[place].cpu() / self.tokens
+            gram, tokens = self.grams.pop(place), self.tokens[place]
+            mean = self.sums[place].cpu() / tokens.clamp(min=1)
             covariance = gram.total().cpu()
             centre = gram.centre.double().cpu()
             del gram  # with its workspace
             about = mean - centre[:, None]
-            covariance.addmm_(about * self.tokens, about.T, alpha=-1)
-            covariance /= self.tokens.sum()
-            start = (self.starts[place] / self.start_tokens).cpu() if self.start_tokens else None
+            covariance.addmm_(about * tokens, about.T, alpha=-1)
+            covariance /= tokens.sum().clamp(min=1)
+            starts = self.start_tokens[place]
+            start = (self.starts[place] / starts).cpu() if starts else None
             of_start = torch.zeros(1) if start is None else start
             # A sum is finite only if every term is, and needs no second matrix.
             if not bool(torch.isfinite(covariance.sum()) & torch.isfinite(of_start.sum())):
-                site, layer = place
-                raise not_finite(self.loaded, f"{site} in layer {layer}")
-            yield place, Moments(self.languages, index, mean, covariance, start)
+                raise not_finite(self.loaded, f"{place[0]} in layer {place[1]}")
+            yield place, Moments(self.languages, index, mean, covariance, start, tokens, self.weights[place])
             # So that the caller decides when the covariance is freed.
             del covariance
 
@@ -251,22 +325,22 @@ def _by_group(batch: TokenBatch, language: int) -> Iterator[tuple[int, torch.Ten
         yield number, batch.counted & (batch.groups == number)
 
 
-def _layer_by_layer(units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
-    layers = sorted({layer for _, layer in units})
+def _layer_by_layer(units: Mapping[_Place, torch.Tensor]) -> list[dict[_Place, torch.Tensor]]:
+    layers = sorted({layer for _, layer, _ in units})
     return [{place: index for place, index in units.items() if place[1] == layer} for layer in layers]
 
 
-def _parts(loaded: LoadedModel, units: Mapping[Place, torch.Tensor]) -> list[dict[Place, torch.Tensor]]:
+def _parts(loaded: LoadedModel, units: Mapping[_Place, torch.Tensor]) -> list[dict[_Place, torch.Tensor]]:
     """Places in groups of consecutive layers that fit into memory; a layer is never split.
 
     Raises:
         BrocaError: a single layer needs more than is allowed.
     """
-    parts: list[dict[Place, torch.Tensor]] = []
+    parts: list[dict[_Place, torch.Tensor]] = []
     solving = max(solving_bytes(len(index)) for index in units.values())
     remaining = 0
     for of_layer in _layer_by_layer(units):
-        layer = next(layer for _, layer in of_layer)
+        layer = next(layer for _, layer, _ in of_layer)
         size = sum(covariance_bytes(len(index)) for index in of_layer.values())
         if size + solving > max_room(loaded):
             raise BrocaError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neurons.architectures.anatomy import SITES
+from neurons.architectures.anatomy import ROUTER_OUT, SITES
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import load_artifact, save_artifact
 
@@ -40,8 +40,9 @@ MERGED_BY_MAXIMUM = ("worst_rank",)
 def parse_moment(name: str) -> tuple[str, str]:
     """Split ``site:moment``."""
     site, _, moment = name.partition(":")
-    if site not in SITES or moment not in MOMENTS:
-        raise ValueError(f"{name!r} is not site:moment with a site of {SITES} and one of {tuple(MOMENTS)}")
+    sites = (*SITES, ROUTER_OUT)
+    if site not in sites or moment not in MOMENTS:
+        raise ValueError(f"{name!r} is not site:moment with a site of {sites} and one of {tuple(MOMENTS)}")
     return site, moment
 
 
@@ -246,7 +247,12 @@ def subtract(whole: Statistics, prefix: Statistics) -> Statistics:
         raise UsageError(
             f"the prefix has languages {', '.join(prefix.languages)}, the whole {', '.join(whole.languages)}"
         )
-    others = [name for name in whole.moments if parse_moment(name)[1] != "positive"]
+    # A router's scores are not counts, but a sum of |x| over a prefix is part of that over the whole.
+    others = [
+        name
+        for name in whole.moments
+        if parse_moment(name)[1] != "positive" and name != f"{ROUTER_OUT}:absolute"
+    ]
     if others or whole.responses:
         held = others[0] if others else "responses"
         raise UsageError(f"only counts can be subtracted, and the statistics hold {held}")
