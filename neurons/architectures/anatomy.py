@@ -593,7 +593,7 @@ class Anatomy:
         if block not in BLOCKS and router is not None and router.bias is not None:
             possible = [
                 stem + name
-                for stem in self._stems(layer, block)
+                for stem in self._stems(layer, block, names)
                 for name in router.bias_names or (router.bias,)
             ]
             return next((name for name in possible if name in names), possible[0])
