@@ -239,7 +239,8 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
             return [writing_need(planned, "plan")]
         learn = [learning_need(planned)] if getattr(method, "learn", False) else []
         text = text_of(planned, material.corpus)
-        return [key_need(planned, text, material.blocks or ("mlp",)), *learn]
+        widths = method.key_widths(planned.anatomy, material.blocks or ("mlp",))
+        return [key_need(planned, text, widths), *learn]
 
     dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
 

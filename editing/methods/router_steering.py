@@ -5,7 +5,7 @@ middle layers (arXiv 2510.04694; formula and constants of github.com/conctsai/Mu
 
     r_e <- r_e + lambda s_e |r_e|      s_e = sum over targets k of share[l, e, k], 0 if that is below ``threshold``
 
-Its script for steering calls these with 20 experts for 8 a token, threshold .7 and lambda .022 or .034, and with an option
+The released steering script is run with 20 experts for 8 a token, threshold .7 and lambda .022 or .034, and with an option
 that raises, by the first target's share, the experts of which no target has a share above the threshold; README and
 interventions have 15 and .4, the defaults here.
 
@@ -35,7 +35,7 @@ from editing.methods.method import Method
 from editing.methods.scope import chosen_layers, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import ROUTER_IN
+from neurons.architectures.anatomy import ROUTER_IN, Anatomy
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.recording.corpus_recording import record_corpus
@@ -231,6 +231,9 @@ class RouterSteering(Method):
         method = replace(self, strength=1.0) if material.studied else self
         plan: Plan = material.once(method, lambda: method._solved(material))
         return plan
+
+    def key_widths(self, anatomy: Anatomy, modules: Sequence[str]) -> list[int]:
+        return [anatomy.residual]
 
     def _solved(self, material: Material) -> Plan:
         loaded, statistics = material.loaded, material.statistics
