@@ -241,7 +241,8 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
         if not method.solves_keys:
             return [pass_need(planned, "plan", text.row, False, text.batch)]
         learn = [learning_need(planned)] if getattr(method, "learn", False) else []
-        return [key_need(planned, text, material.blocks or ("mlp",)), *learn]
+        widths = method.key_widths(planned.anatomy, material.blocks or ("mlp",))
+        return [key_need(planned, text, widths), *learn]
 
     dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
 

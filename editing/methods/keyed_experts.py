@@ -31,6 +31,7 @@ from editing.methods.method import Method
 from editing.methods.scope import chosen_layers, require_neurons, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
+from neurons.architectures.anatomy import Anatomy
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
@@ -274,6 +275,9 @@ class KeyedExperts(Method):
         method = replace(self, strength=1.0) if material.studied else self
         plan: Plan = material.once(method, lambda: method._solved(material))
         return plan
+
+    def key_widths(self, anatomy: Anatomy, modules: Sequence[str]) -> list[int]:
+        return [anatomy.expert_width] * anatomy.experts
 
     def _solved(self, material: Material) -> Plan:
         return keyed_experts_plan(

@@ -42,6 +42,7 @@ from editing.methods.method import NEURON_METHODS, Method, Settings
 from editing.methods.scope import require_neurons
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
+from neurons.architectures.anatomy import Anatomy
 from neurons.architectures.sites import Routed, expert_units
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
@@ -398,6 +399,10 @@ class ArithmeticEdit(Method):
     def of(cls, material: Material, settings: Settings) -> ArithmeticEdit:
         source, target = material.pair
         return cls(target=target, deactivate=(source,), **settings)
+
+    def key_widths(self, anatomy: Anatomy, modules: Sequence[str]) -> list[int]:
+        groups = [anatomy.expert_width] * anatomy.experts
+        return groups if anatomy.mixed else super().key_widths(anatomy, modules)
 
     def prepare(self, material: Material) -> Plan:
         """The plan at this strength, which does not scale to others because deactivation does not."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from editing.methods.material import Material
 from editing.plans.plan import Plan
+from neurons.architectures.anatomy import COMMON_SITES, Anatomy
 from neurons.setting import WHOLE, Setting, declared
 
 Settings = Mapping[str, Any]
@@ -151,6 +152,15 @@ class Method:
     def hooks(self, prepared: Any) -> Steering:
         """A context that steers the model, for a method that is not permanent."""
         raise NotImplementedError
+
+    def key_widths(self, anatomy: Anatomy, modules: Sequence[str]) -> list[int]:
+        """Widths of the covariances of one layer that the method keeps at once, for estimates of memory.
+
+        Args:
+            anatomy: of the model.
+            modules: of "attn" and "mlp".
+        """
+        return [anatomy.width(COMMON_SITES[module]) for module in modules]
 
     def plan_for(self, material: Material) -> Plan:
         """``plan`` of ``prepare``."""

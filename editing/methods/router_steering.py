@@ -5,6 +5,10 @@ middle layers (arXiv 2510.04694; formula and constants of github.com/conctsai/Mu
 
     r_e <- r_e + lambda s_e |r_e|      s_e = sum over targets k of share[l, e, k], 0 if that is below ``threshold``
 
+The released steering script is run with 20 experts for 8 a token, threshold .7 and lambda .022 or .034, and with an option
+that raises, by the first target's share, the experts of which no target has a share above the threshold; README and
+interventions have 15 and .4, the defaults here.
+
 |r_e| varies between tokens and is not a linear function of a router's input x.  The edit has its mean over the text,
 
     r_e <- r_e + lambda s_e E|r_e|
@@ -31,7 +35,7 @@ from editing.methods.method import Method
 from editing.methods.scope import chosen_layers, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import ROUTER_IN
+from neurons.architectures.anatomy import ROUTER_IN, Anatomy
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.recording.corpus_recording import record_corpus
@@ -104,6 +108,7 @@ def router_plan(
     strength: float = 1.0,
     eps: float = EPS,
     progress: Progress | None = None,
+    targets: Sequence[str] = (),
     settings: Mapping[str, object] | None = None,
 ) -> Plan:
     """A plan that raises experts in the routers.
@@ -117,7 +122,8 @@ def router_plan(
         strength: lambda; below 0 the experts are chosen less often.
         eps: ridge of the key, as a fraction of the mean variance.
         progress: called with the number of tokens done.
-        settings: further settings for the metadata.
+        targets: languages of the experts, and
+        settings: further settings, both for the metadata.
 
     Returns:
         A plan with a bias or a rank-1 edit for each router, with the note "experts" (expert -> s), and "bias_norm" or
@@ -147,7 +153,8 @@ def router_plan(
         "eps": eps if keys else None,
         "corpus": corpus.provenance,
     }
-    return make_plan(edits, baked_metadata(loaded, "steer-router", {**(settings or {}), **given}, None))
+    named = {"targets": list(targets), **(settings or {}), **given}
+    return make_plan(edits, baked_metadata(loaded, "steer-router", named, {"languages": list(targets)}))
 
 
 def _keys(
@@ -225,6 +232,9 @@ class RouterSteering(Method):
         plan: Plan = material.once(method, lambda: method._solved(material))
         return plan
 
+    def key_widths(self, anatomy: Anatomy, modules: Sequence[str]) -> list[int]:
+        return [anatomy.residual]
+
     def _solved(self, material: Material) -> Plan:
         loaded, statistics = material.loaded, material.statistics
         layers = middle_layers(loaded) if material.layers is None else material.layers
@@ -243,5 +253,6 @@ class RouterSteering(Method):
             self.strength,
             self.eps,
             material.progress,
-            {"targets": list(targets), "top": self.top, "threshold": self.threshold},
+            targets,
+            {"top": self.top, "threshold": self.threshold},
         )

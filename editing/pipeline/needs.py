@@ -90,19 +90,19 @@ def sae_need(planned: LoadedModel, text: Text, layers: int, states: int, feature
     return pass_need(planned, "sae", text.row, False, text.batch, **more)
 
 
-def key_need(planned: LoadedModel, text: Text, modules: Sequence[str] = ("mlp",)) -> Need:
+def key_need(planned: LoadedModel, text: Text, widths: Sequence[int] | None = None) -> Need:
     """Need of ``editing.methods.keyed``: the covariances of all layers if they fit, else of one at a time.
 
     Args:
         planned: the model.
         text: what is read.
-        modules: edited modules, of "attn" and "mlp".
+        widths: of the covariances of a layer (``Method.key_widths``); None: of keys over the MLP.
 
     Raises:
         BrocaError: the weights leave no room.
     """
     sizes = sizes_of(planned)
-    widths = [planned.anatomy.width(COMMON_SITES[module]) for module in modules]
+    widths = [planned.anatomy.width(COMMON_SITES["mlp"])] if widths is None else widths
     per_layer, solving = sum(map(covariance_bytes, widths)), max(map(solving_bytes, widths))
     layers = sizes.layers if sizes.layers * per_layer + solving <= covariance_room(planned) else 1
     paused = paused_bytes(planned, text.tokens) if layers < sizes.layers else 0

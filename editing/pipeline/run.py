@@ -118,7 +118,7 @@ def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
     return [
         recording_need(planned, texts["estimate"], method.moments, method.reads),
         direction_need(planned, texts["estimate"]),
-        key_need(planned, texts["estimate"], _blocks(recipe, planned)),
+        key_need(planned, texts["estimate"], Keyed().key_widths(planned.anatomy, _blocks(recipe, planned))),
         *([learning_need(planned)] if learned else []),
         writing_need(planned, "export"),
         evaluation_need(planned, texts["report"]),

@@ -13,6 +13,7 @@ from editing.methods.keyed_experts import keyed_experts_plan
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
+from neurons.models.memory import covariance_bytes
 from neurons.models.source import load_model
 from neurons.neuron_sets.identify import identify
 from neurons.recording.covariance import expert_moments
@@ -209,3 +210,24 @@ def test_on_the_command_line(broca, loaded, corpus, tmp_path):
     assert shown["strongest"] and shown["components"] == 3 * EXPERTS * WIDTH
     status, _, err = broca("export", loaded.name, "--edit", edit, "--verify", "--out", tmp_path / "out")
     assert status == 0, err
+
+
+def test_the_estimate_of_memory_counts_every_expert(broca, loaded, corpus, tmp_path):
+    text = models.write_corpus(tmp_path / "text", lines=25)
+    direction = tmp_path / "direction.safetensors"
+    diffmean_direction(loaded, corpus, "qaa", "qab").save(direction)
+    words = (
+        "edit",
+        loaded.name,
+        "--corpus",
+        text,
+        "--dry-run",
+        "--json",
+        "--out",
+        tmp_path / "edit.safetensors",
+    )
+    status, out, err = broca(*words, "--method", "keyed-experts", "--direction", direction)
+    assert status == 0, err
+    (need,) = json.loads(out)["stages"].values()
+    # The covariances of four experts in each of three layers.
+    assert need["parts"]["covariances"] == 3 * EXPERTS * covariance_bytes(WIDTH)
