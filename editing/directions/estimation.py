@@ -144,7 +144,10 @@ def direction_of_preferences(
         method: a key of ``editing.directions.registry.METHODS``.
         source: name of the rejected answers, for example their language.
         target: name of the chosen answers.
-        winsorised, project_neutral, unit_length, settings: as in ``direction_of``.
+        winsorised: as in ``direction_of``.
+        project_neutral: as in ``direction_of``.
+        unit_length: as in ``direction_of``.
+        settings: as in ``direction_of``.
         progress: called with the number of preferences, or tokens, that are done.
 
     Raises:

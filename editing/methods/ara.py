@@ -288,7 +288,8 @@ def problems(
     Args:
         loaded: the model.
         corpus: text of source, target and further languages to keep.
-        source, target: languages.
+        source: language to move.
+        target: language whose outputs it gets.
         layers: layers to edit; None takes all.
         blocks: "attn", "mlp" or both.
         texts: T, number of texts of source and of target.

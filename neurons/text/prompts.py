@@ -102,7 +102,8 @@ def row_strings(path: Path, number: int, line: bytes, names: Sequence[str], exam
     """The strings of a JSON object.
 
     Args:
-        path, number: of the line, for errors.
+        path: of the file, for errors.
+        number: of the line in it, for errors.
         line: the object.
         names: keys of the strings.
         example: an object with these keys.
