@@ -73,6 +73,7 @@ def command(**options: Any) -> None:
 
     from editing.directions.sae_files import write_autoencoder
     from editing.directions.sae_training import SaeTraining, train_autoencoders
+    from neurons.models.processes import is_first
     from neurons.scorers.selection import parse_layers
     from neurons.text.batches import language_batches
     from neurons.text.token_budget import DIRECTIONS, text_read
@@ -105,8 +106,11 @@ def command(**options: Any) -> None:
             loaded, batches, layers, arguments.states, training, progress=advance
         ):
             path = arguments.out / f"layer_{sae.layer}"
-            write_autoencoder(path, sae, {**metadata, "figures": asdict(figures)})
+            if is_first():
+                write_autoencoder(path, sae, {**metadata, "figures": asdict(figures)})
             results[sae.layer] = {"out": path, **asdict(figures)}
+    if not is_first():
+        return
     read_table(screen, read, DIRECTIONS.minimum)
     names = ("states", "unexplained", "active", "dead")
     screen.table(

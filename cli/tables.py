@@ -46,9 +46,7 @@ def direction_table(screen: Screen, direction: Direction) -> dict[str, list[floa
         screen.say(f"{site}: strongest and most stable in layers {first}-{last}")
     for autoencoder in direction.metadata.get("autoencoders", []):
         features = autoencoder["features"]
-        screen.say(
-            f"{autoencoder['name']}: {len(features)} features are specific to {direction.target}: {features[:20]}"
-        )
+        screen.say(f"{autoencoder['name']}: {len(features)} features for {direction.target}: {features[:20]}")
     return norms
 
 

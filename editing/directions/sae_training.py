@@ -142,7 +142,6 @@ def train_autoencoders(
     layers: Sequence[int],
     states: int,
     training: SaeTraining,
-    reading: Progress | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Autoencoder, SaeFigures]]:
     """Train an autoencoder of the residual stream after each layer, one after the other.
@@ -153,13 +152,12 @@ def train_autoencoders(
         layers: the layers, each once.
         states: number of states, which are kept for all layers.
         training: the settings.
-        reading: called with the number of tokens of each batch.
         progress: called with 1 after each epoch.
 
     Raises:
         UsageError, BrocaError: as ``sampled_states`` and ``train_autoencoder``.
     """
-    sampled = sampled_states(loaded, batches, layers, states, training.seed, reading)
+    sampled = sampled_states(loaded, batches, layers, states, training.seed)
     for layer, of_layer in zip(layers, sampled, strict=True):
         autoencoder, figures = train_autoencoder(of_layer.to(loaded.device), layer, training, progress)
         yield replace(autoencoder, fingerprint=loaded.fingerprint), figures

@@ -64,6 +64,7 @@ DIRECTORIES = {
     "identify --corpus": "identify {MODEL} --corpus {BAD} --out {OUT}",
     "identify --prompts": "identify {MODEL} --method integrated-gradients --prompts {BAD} --out {OUT}",
     "identify --control": "identify {MODEL} --method culnig --prompts {TEXT} --control {BAD} --out {OUT}",
+    "sae --corpus": "sae {MODEL} --corpus {BAD} --layers 1 --out {OUT}",
     "direction --corpus": "direction {MODEL} --corpus {BAD} --source en --target fr --out {OUT}",
     "edit --corpus": "edit {MODEL} --direction {direction} --corpus {BAD} --out {OUT}",
     "neuron --corpus": "neuron {MODEL} 1 2 --corpus {BAD}",
@@ -75,6 +76,7 @@ DIRECTORIES = {
 MODELS = {
     "record": "record {BAD} --corpus {TEXT} --out {OUT}",
     "identify": "identify {BAD} --corpus {TEXT} --out {OUT}",
+    "sae": "sae {BAD} --corpus {TEXT} --layers 1 --out {OUT}",
     "direction": "direction {BAD} --corpus {TEXT} --source en --target fr --out {OUT}",
     "edit": "edit {BAD} --direction {direction} --corpus {TEXT} --out {OUT}",
     "export": "export {BAD} --edit {edit} --out {OUT}",

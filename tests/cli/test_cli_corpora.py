@@ -55,6 +55,7 @@ COMMANDS = {
     "record": (),
     "identify": (),
     "direction": PAIR,
+    "sae": ("--layers", "0"),
     "tune": PAIR,
     "evaluate": PAIR,
     "neuron": ("0", "0"),
