@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from neurons.models.own_dtype import own_dtype
+
 if "REAL" not in os.environ:  # the main suite has no such model
     collect_ignore_glob = ["test_*.py"]
 
@@ -75,15 +77,21 @@ def run(work):
 
 
 @pytest.fixture(scope="session")
-def estimated(model, text):
-    """What every command that learns from text is called with."""
-    return [model, "--corpus", text, "--part", "estimate", "--dtype", "bfloat16", "--device", "cpu"]
+def dtype(model):
+    """bfloat16, or float32 on a processor that takes ten times as long for it."""
+    return own_dtype(str(model), "cpu")
 
 
 @pytest.fixture(scope="session")
-def reported(model, text):
+def estimated(model, text, dtype):
+    """What every command that learns from text is called with."""
+    return [model, "--corpus", text, "--part", "estimate", "--dtype", dtype, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def reported(model, text, dtype):
     """What every command that measures is called with."""
-    return [model, "--corpus", text, "--part", "report", "--dtype", "bfloat16", "--device", "cpu"]
+    return [model, "--corpus", text, "--part", "report", "--dtype", dtype, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
