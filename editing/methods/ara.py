@@ -366,7 +366,7 @@ class Ara(Method):
     strength: float = setting(1.0, "of the solved change")
     steer: float = setting(
         0.1, "weight of moving the source beside keeping the others", search=Range(1e-3, 10.0, log=True),
-        grid=(0.03, 0.1, 0.3),
+        grid=(0.01, 0.03, 0.1, 0.3),
     )  # fmt: skip
     overcorrect: float = setting(0.0, "push away from the source's outputs, per pull", search=Range(0.0, 1.3))
     neighbors: int = setting(1, "nearest texts that count", kind=COUNT)

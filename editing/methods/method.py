@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from editing.methods.material import Material
 from editing.plans.plan import Plan
 from neurons.architectures.anatomy import COMMON_SITES, Anatomy
-from neurons.setting import WHOLE, Setting, declared
+from neurons.setting import COUNT, WHOLE, Setting, declared
 
 Settings = Mapping[str, Any]
 Steering = Callable[[], AbstractContextManager[None]]
@@ -126,7 +126,9 @@ class Method:
         return {
             name: Knob(words=setting.words)
             if setting.search is None
-            else Knob(setting.search.low, setting.search.high, setting.kind == WHOLE, setting.search.log)
+            else Knob(
+                setting.search.low, setting.search.high, setting.kind in (WHOLE, COUNT), setting.search.log
+            )
             for name, setting in cls.declared().items()
             if setting.search or setting.search_words
         }

@@ -218,7 +218,7 @@ class SelectiveSteering(Method):
         90.0,
         "angle in degrees; 180 exchanges the languages",
         search=Range(10.0, 350.0),
-        grid=(45.0, 90.0, 180.0),
+        grid=(60.0, 75.0, 90.0),
     )
     plane: str = setting(
         GLOBAL,

@@ -198,6 +198,10 @@ def test_equal_runs_give_equal_bytes(llama, text):
     torch.testing.assert_close(half.edits[0].left, 0.5 * plans[0].edits[0].left)
 
 
+def test_a_search_tries_whole_numbers_of_neighbors(llama):
+    assert Ara.knobs(Material(llama))["neighbors"].whole and not Ara.knobs(Material(llama))["steer"].whole
+
+
 def test_texts_are_taken_evenly():
     text = Corpus({"qaa": ("a", "", "b", "c", "d", "e", "f", "g")}, "", "all")
     assert few_texts(text, 3).texts["qaa"] == ("a", "", "b", "", "d", "", "", "")
