@@ -369,7 +369,7 @@ class Ara(Method):
         grid=(0.01, 0.03, 0.1, 0.3),
     )  # fmt: skip
     overcorrect: float = setting(0.0, "push away from the source's outputs, per pull", search=Range(0.0, 1.3))
-    neighbors: int = setting(1, "nearest texts that count", kind=COUNT)
+    neighbors: int = setting(1, "nearest texts that count", kind=COUNT, search=Range(1, 15))
     row_norms: bool = setting(True, "rows of the weights keep their norms")
     texts: int = setting(TEXTS, "texts of source and of target; also the rank of the edit", kind=COUNT)
     eps: float = setting(
