@@ -170,9 +170,9 @@ def mixture(tmp_path_factory, corpus):
 def test_every_permanent_method_can_be_searched(study, mixture, name):
     study = mixture if name in ("keyed-experts", "steer-router") else study
     space = spaces(study, [name])[name]
-    numbers = {k: (knob.low, knob.high) for k, knob in space.knobs.items() if not knob.words}
+    numbers = {k: 0.7 * knob.low + 0.3 * knob.high for k, knob in space.knobs.items() if not knob.words}
     other = {
-        k: v if k not in numbers else 0.7 * numbers[k][0] + 0.3 * numbers[k][1]
+        k: v if k not in numbers else round(numbers[k]) if space.knobs[k].whole else numbers[k]
         for k, v in space.known[0].items()
     }
     for settings in (*space.known, other):
