@@ -7,7 +7,7 @@ over the counted tokens, and means and (population) standard deviations over the
     sel_f = (mean_target c_f - mean_source c_f) / (std_target c_f + std_source c_f + 1e-6)
     S = the candidates of the largest sel with sel_f > 0 and lift_f > 0        (``editing.directions.feature_lift``)
     D [n, S] = c_S(target line) - c_S(source line)        the masked shift of each line that both languages have
-    mu_tgt = unit(mean of D's rows),   mu_en = unit(P unit(mean_source c_S)),   P the ``low_rank_shift`` subspace of D
+    mu_tgt = unit(mean of D's rows),   mu_en = unit(P mean_source c_S),   P the ``low_rank_shift`` subspace of D
 
 Stage III adds lambda mu_tgt W_dec - beta <c_S(h), mu_en> mu_en W_dec to the residual after each layer of a window:
 
@@ -37,7 +37,7 @@ import torch
 
 from editing.directions.autoencoder import Autoencoder, Firing, LanguageFeatures
 from editing.directions.feature_lift import feature_lifts, half_texts, language_signs
-from editing.directions.length import along, unit
+from editing.directions.length import along, into, unit
 from editing.directions.low_rank_shift import BOOTSTRAPS, LowRankShift, low_rank_shift
 from editing.directions.method import DirectionMethod
 from editing.directions.recorded import common_lines
@@ -98,7 +98,7 @@ def masked_shift(
     differences = target[pairs[1]] - source[pairs[0]]
     shift = low_rank_shift(differences, seed, bootstraps)
     mu_target = unit(differences.mean(0))
-    mu_source = unit(shift.basis @ (shift.basis.T @ unit(source.mean(0))))
+    mu_source = unit(into(shift.basis, source.mean(0)))
     return ShiftFeatures(
         torch.arange(len(rows)),
         mu_target @ rows.double(),
