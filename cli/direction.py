@@ -149,7 +149,7 @@ def command(**options: Any) -> None:
         from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import direction_need
 
-        dry_run_of_text(screen, arguments, corpus, direction_need)
+        dry_run_of_text(screen, arguments, corpus, partial(direction_need, autoencoders=autoencoders))
         return
     loaded = loaded_model(screen, arguments)
     with screen.progress("Recording the direction", None, "tokens") as advance:

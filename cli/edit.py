@@ -241,8 +241,10 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
         if not method.solves_keys:
             return [pass_need(planned, "plan", text.row, False, text.batch)]
         learn = [learning_need(planned)] if getattr(method, "learn", False) else []
-        widths = method.key_widths(planned.anatomy, material.blocks or ("mlp",))
-        return [key_need(planned, text, widths), *learn]
+        anatomy, modules = planned.anatomy, material.blocks or method.key_modules
+        layers = anatomy.layers if material.layers is None else len(material.layers)
+        kept = method.kept_bytes(anatomy, layers, modules)
+        return [key_need(planned, text, method.key_widths(anatomy, modules), kept), *learn]
 
     dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
 

@@ -57,6 +57,7 @@ from cli.screen import Screen
 @dry_run_option
 @quantised_options
 @out_option("Directory for the autoencoders, each in a directory layer_<number> of it.", directory=True)
+@click.option("--overwrite", is_flag=True, help="Replace existing autoencoders.")
 @json_option
 def command(**options: Any) -> None:
     """Train a sparse autoencoder on the residual stream after each of some layers of MODEL (hub id or directory).
@@ -69,13 +70,15 @@ def command(**options: Any) -> None:
       broca direction artifacts/demo/model --corpus artifacts/demo/corpus --source en --target fr \\
           --method sae-shift --sae saes/layer_2 --sae saes/layer_3 --sae saes/layer_4 --out direction.safetensors
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from editing.directions.sae_files import write_autoencoder
-    from editing.directions.sae_training import SaeTraining, train_autoencoders
+    from editing.checkpoints.staging import check_target, staging
+    from editing.directions.sae_files import CONFIG, write_autoencoder
+    from editing.directions.sae_recording import sampled_states
+    from editing.directions.sae_training import SaeTraining, train_autoencoder
     from neurons.models.processes import is_first
     from neurons.scorers.selection import parse_layers
-    from neurons.text.batches import language_batches
+    from neurons.text.batches import counted_tokens, language_batches
     from neurons.text.token_budget import DIRECTIONS, text_read
 
     arguments = SimpleNamespace(**options)
@@ -90,6 +93,10 @@ def command(**options: Any) -> None:
         sizes = {"layers": len(layers), "states": arguments.states, "features": arguments.features}
         dry_run_of_text(screen, arguments, corpus, partial(sae_need, **sizes))
         return
+    places = {layer: (arguments.out / f"layer_{layer}").resolve() for layer in layers}
+    if is_first():
+        for place in places.values():
+            check_target(place, arguments.overwrite, CONFIG)
     loaded = loaded_model(screen, arguments)
     parse_layers(arguments.layers, loaded.anatomy.layers)
     batches = language_batches(loaded, corpus, arguments.tokens, default=DIRECTIONS.tokens)
@@ -99,16 +106,20 @@ def command(**options: Any) -> None:
         "corpus": corpus.provenance,
         "read": read,
         "training": asdict(training),
+        **loaded.provenance,
     }
+    tokens = sum(map(counted_tokens, batches.values()))
+    with screen.progress("Reading states", tokens, "tokens") as advance:
+        states = sampled_states(loaded, batches, layers, arguments.states, training.seed, advance)
     results = {}
     with screen.progress("Training", len(layers) * training.epochs, "epochs") as advance:
-        for sae, figures in train_autoencoders(
-            loaded, batches, layers, arguments.states, training, progress=advance
-        ):
-            path = arguments.out / f"layer_{sae.layer}"
+        for (layer, place), of_layer in zip(places.items(), states, strict=True):
+            sae, figures = train_autoencoder(of_layer.to(loaded.device), layer, training, advance)
+            sae = replace(sae, fingerprint=loaded.fingerprint)
             if is_first():
-                write_autoencoder(path, sae, {**metadata, "figures": asdict(figures)})
-            results[sae.layer] = {"out": path, **asdict(figures)}
+                with staging(place, arguments.overwrite) as folder:
+                    write_autoencoder(folder, sae, {**metadata, "figures": asdict(figures)})
+            results[layer] = {"out": arguments.out / place.name, **asdict(figures)}
     if not is_first():
         return
     read_table(screen, read, DIRECTIONS.minimum)

@@ -34,6 +34,7 @@ from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import check_shape
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, OUTSIDE, Anatomy, Part
+from neurons.architectures.layouts import RENAMED_IN_PEFT
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.files.artifact import json_bytes, package_versions
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
@@ -43,8 +44,6 @@ from neurons.models.source import ModelSource
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Modules of these names, in models of mixtures, are read by PEFT as the experts of older files.
 _EXPERTS_IN_PEFT = ("down_proj", "w2")
-# PEFT renames the modules of these types' adapters like tensors of their checkpoints, and then finds none of them.
-_RENAMED_IN_PEFT = ("unlimited_ocr",)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -275,7 +274,7 @@ def _adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
     """
     if edit.layer == OUTSIDE:
         raise BrocaError(f"{edit.where}: an adapter for it is not read by vLLM: export a checkpoint")
-    if anatomy.model_type in _RENAMED_IN_PEFT:
+    if anatomy.model_type in RENAMED_IN_PEFT:
         raise BrocaError(f"PEFT does not load adapters for {anatomy.model_type}: export a checkpoint")
     parts = anatomy.parts(edit.layer, edit.block)
     changed = [part for part in parts if edit.changes(part.columns)] or list(parts[-1:])

@@ -37,15 +37,16 @@ def place_apart(source: Path, target: Path) -> Path:
     return place
 
 
-def check_target(target: Path, overwrite: bool = False) -> None:
-    """Check, before any work, that a checkpoint can be written to the target.
+def check_target(target: Path, overwrite: bool = False, marker: str = "config.json") -> None:
+    """Check, before any work, that a checkpoint or another directory can be written to the target.
 
     Leftovers of killed runs beside the target are removed first, and an old target that they had moved is
     restored.
 
     Args:
         target: directory to create; its parents may be missing.
-        overwrite: whether a checkpoint (a directory with a ``config.json``) there may be replaced.
+        overwrite: whether a directory with the file ``marker`` there may be replaced.
+        marker: a file that every such directory has.
 
     Raises:
         BrocaError: the target exists and must not be replaced, or cannot be written.
@@ -59,10 +60,9 @@ def check_target(target: Path, overwrite: bool = False) -> None:
             raise BrocaError(f"{target} is a file: name a directory to write.")
         if not overwrite:
             raise BrocaError(f"{target} exists already: add --overwrite, or write to another directory.")
-        if not (target / "config.json").is_file():
+        if not (target / marker).is_file():
             raise BrocaError(
-                f"{target} is not a checkpoint (it has no config.json) and is not overwritten: "
-                "write to another directory."
+                f"{target} has no {marker}, so it is not overwritten: write to another directory."
             )
         if target.is_mount():
             raise BrocaError(f"{target} is where a disk is mounted: write to a directory in it.")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 
 from editing.directions.autoencoder import Autoencoder
 from neurons.errors import BrocaError, UsageError, first_line
-from neurons.files.artifact import json_bytes, write_atomically
+from neurons.files.artifact import json_bytes
 
 CONFIG, WEIGHTS, ARCHIVE = "cfg.json", "sae_weights.safetensors", "params.npz"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -61,7 +61,7 @@ def write_autoencoder(directory: Path, autoencoder: Autoencoder, metadata: Mappi
     """Write an autoencoder without threshold and k as a SAE-Lens directory.
 
     Args:
-        directory: for the files, which are replaced.
+        directory: an existing one for the files.
         autoencoder: the autoencoder.
         metadata: JSON values about it.
     """
@@ -85,8 +85,8 @@ def write_autoencoder(directory: Path, autoencoder: Autoencoder, metadata: Mappi
             **metadata,
         },
     }
-    write_atomically(directory / WEIGHTS, save(dict(zip(NAMES, parts, strict=True))))
-    write_atomically(directory / CONFIG, json_bytes(config))
+    (directory / WEIGHTS).write_bytes(save(dict(zip(NAMES, parts, strict=True))))
+    (directory / CONFIG).write_bytes(json_bytes(config))
 
 
 def _rescaled(autoencoder: Autoencoder, scale: float) -> Autoencoder:

@@ -13,17 +13,13 @@ before the first step and after each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from editing.directions.autoencoder import Autoencoder
-from editing.directions.sae_recording import sampled_states
 from neurons.errors import BrocaError
-from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
-from neurons.text.batches import TokenBatch
 
 BATCH = 512  # of the released code
 HELD_OUT = 10  # one state in as many is not trained on
@@ -83,7 +79,8 @@ def train_autoencoder(
         The autoencoder, on the CPU, and its figures on every ``HELD_OUT``-th state.
 
     Raises:
-        BrocaError: fewer states than ``2 * HELD_OUT``, or none that differ from each other.
+        BrocaError: fewer states than ``2 * HELD_OUT``, none that differ from each other, or a training
+            that leaves a larger error than no feature would.
     """
     if len(states) < 2 * HELD_OUT:
         raise BrocaError(f"{len(states)} states are too few to train on: give more text or --states")
@@ -128,36 +125,12 @@ def _figures(
     variance = (tested - tested.mean(0)).square().sum()
     if not variance > 0:
         raise BrocaError("the states do not differ from each other: give more text")
+    error = (tested - codes @ weight.double().T).square().sum()
+    if not error <= tested.square().sum():
+        raise BrocaError("the training diverged, or ended too early: lower --rate or raise --epochs")
     return SaeFigures(
         int((~held_out).sum()),
-        float((tested - codes @ weight.double().T).square().sum() / variance),
+        float(error / variance),
         float((codes > 0).sum() / len(tested)),
         int((~fired).sum()),
     )
-
-
-def train_autoencoders(
-    loaded: LoadedModel,
-    batches: Mapping[str, Sequence[TokenBatch]],
-    layers: Sequence[int],
-    states: int,
-    training: SaeTraining,
-    progress: Progress | None = None,
-) -> Iterator[tuple[Autoencoder, SaeFigures]]:
-    """Train an autoencoder of the residual stream after each layer, one after the other.
-
-    Args:
-        loaded: the model.
-        batches: text of each language, in equal parts of the states.
-        layers: the layers, each once.
-        states: number of states, which are kept for all layers.
-        training: the settings.
-        progress: called with 1 after each epoch.
-
-    Raises:
-        UsageError, BrocaError: as ``sampled_states`` and ``train_autoencoder``.
-    """
-    sampled = sampled_states(loaded, batches, layers, states, training.seed)
-    for layer, of_layer in zip(layers, sampled, strict=True):
-        autoencoder, figures = train_autoencoder(of_layer.to(loaded.device), layer, training, progress)
-        yield replace(autoencoder, fingerprint=loaded.fingerprint), figures

@@ -44,7 +44,7 @@ from editing.methods.method import Method
 from editing.methods.scope import chosen_places
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
-from neurons.architectures.anatomy import BLOCKS, COMMON_SITES
+from neurons.architectures.anatomy import BLOCKS, COMMON_SITES, Anatomy
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.recording.covariance import Moments, each_moments
@@ -362,6 +362,7 @@ class Ara(Method):
     needs = ("languages", "corpus")
     takes = ("part", "layers", "blocks", "strength", "device", "dtype")
     solves_keys = True
+    key_modules = BLOCKS
 
     strength: float = setting(1.0, "of the solved change")
     steer: float = setting(
@@ -375,6 +376,14 @@ class Ara(Method):
     eps: float = setting(
         EPS, "ridge of the kept languages' second moment, as a fraction of the mean variance"
     )
+
+    def kept_bytes(self, anatomy: Anatomy, layers: int, modules: Sequence[str]) -> int:
+        widths = [anatomy.width(COMMON_SITES[module]) for module in modules]
+        texts, residual = self.texts, anatomy.residual
+        # A problem has the edit's rank at most: keys, outputs on both languages, and the images of the keys.
+        problem = 8 * sum(texts * width + 4 * texts * residual + 2 * texts**2 for width in widths)
+        means = 4 * 2 * texts * anatomy.layers * sum(widths)
+        return layers * problem + means
 
     def prepare(self, material: Material) -> tuple[dict[tuple[int, str], Problem], dict[str, Any]]:
         source, target = material.pair

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from editing.methods.bake import EPS, bake_plan
 from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.bake_correction import corrected_plan
 from editing.methods.material import Material
-from editing.methods.method import Knob, Method, Settings
+from editing.methods.method import Knob, Method, Settings, SolvedOnce
 from editing.plans.plan import Plan
 from neurons.errors import UsageError
 from neurons.setting import Range, setting
@@ -69,7 +69,7 @@ class _BakedVector(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bake(_BakedVector):
+class Bake(_BakedVector, SolvedOnce):
     """``editing.methods.bake``."""
 
     name = "bake"
@@ -77,7 +77,6 @@ class Bake(_BakedVector):
     line = "adds a steering vector, of Broca or another library, at every token"
     source = "Broca"
     needs = ("corpus",)
-    solves_keys = True
     takes = ("direction", "vector", "layers", "blocks", "strength", "part", "languages", "device", "dtype")
 
     eps: float = setting(EPS, "ridge, as a fraction of the mean variance")
@@ -89,13 +88,7 @@ class Bake(_BakedVector):
     def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
         return hook_grid(material.loaded.anatomy.layers)
 
-    def prepare(self, material: Material) -> Plan:
-        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
-        method = replace(self, strength=1.0) if material.studied else self
-        plan: Plan = material.once(method, lambda: method._solved(material))
-        return plan
-
-    def _solved(self, material: Material) -> Plan:
+    def solved(self, material: Material) -> Plan:
         vectors, provenance = self.vectors(material)
         loaded, text, progress = material.loaded, material.text, material.progress
         plan = bake_plan(

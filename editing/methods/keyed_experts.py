@@ -27,7 +27,7 @@ from editing.methods.bake import in_layer
 from editing.methods.key import EPS, key, require_key
 from editing.methods.keyed import STRENGTH
 from editing.methods.material import Material
-from editing.methods.method import Method
+from editing.methods.method import SolvedOnce
 from editing.methods.scope import chosen_layers, require_neurons, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
@@ -256,7 +256,7 @@ def _edit(
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyedExperts(Method):
+class KeyedExperts(SolvedOnce):
     """The registered method."""
 
     name = "keyed-experts"
@@ -264,22 +264,15 @@ class KeyedExperts(Method):
     source = "Broca"
     needs = ("direction", "corpus")
     takes = ("neurons", "layers", "strength", "device", "dtype", "part", "languages")
-    solves_keys = True
 
     strength: float = setting(STRENGTH, search=Range(0.5, 8.0, log=True))
     eps: float = setting(EPS, "ridge, as a fraction of the mean variance")
     sources: tuple[str, ...] | None = setting(None, "languages on which it acts; the direction's source")
 
-    def prepare(self, material: Material) -> Plan:
-        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
-        method = replace(self, strength=1.0) if material.studied else self
-        plan: Plan = material.once(method, lambda: method._solved(material))
-        return plan
-
     def key_widths(self, anatomy: Anatomy, modules: Sequence[str]) -> list[int]:
         return [anatomy.expert_width] * anatomy.experts
 
-    def _solved(self, material: Material) -> Plan:
+    def solved(self, material: Material) -> Plan:
         return keyed_experts_plan(
             material.loaded,
             material.text,

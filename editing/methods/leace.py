@@ -29,7 +29,7 @@ import torch
 from editing.methods.bake import baked_metadata, in_layer
 from editing.methods.key import EPS, key_problem, solve_key
 from editing.methods.material import Material
-from editing.methods.method import Method
+from editing.methods.method import SolvedOnce
 from editing.methods.scope import chosen_layers, chosen_modules, chosen_places, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
@@ -186,7 +186,7 @@ def _module_edit(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leace(Method):
+class Leace(SolvedOnce):
     """The registered method."""
 
     name = "leace"
@@ -194,18 +194,12 @@ class Leace(Method):
     source = "arXiv 2306.03819"
     needs = ("corpus",)
     takes = ("layers", "blocks", "strength", "part", "languages", "device", "dtype")
-    solves_keys = True
+    key_modules = BLOCKS
 
     strength: float = setting(1.0, "1 makes the means on all languages equal", search=Range(0.1, 1.5))
     eps: float = setting(EPS, "ridge of the constant's key, as a fraction of the mean variance")
 
-    def prepare(self, material: Material) -> Plan:
-        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
-        method = replace(self, strength=1.0) if material.studied else self
-        plan: Plan = material.once(method, lambda: method._solved(material))
-        return plan
-
-    def _solved(self, material: Material) -> Plan:
+    def solved(self, material: Material) -> Plan:
         return leace_plan(
             material.loaded,
             material.text,

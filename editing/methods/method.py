@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, ClassVar
 
@@ -64,6 +64,7 @@ class Method:
         permanent: whether it changes weights.
         edited: whether ``broca edit`` offers it.
         solves_keys: whether it solves keys on text, for estimates of memory.
+        key_modules: modules whose keys it solves without ``--blocks``.
         min_languages: minimum number of languages of a corpus.
         strength_setting: the setting that a strength fraction multiplies; None: it has no strength.
         strength: factor of the edit.
@@ -78,6 +79,7 @@ class Method:
     permanent: ClassVar[bool] = True
     edited: ClassVar[bool] = True
     solves_keys: ClassVar[bool] = False
+    key_modules: ClassVar[tuple[str, ...]] = ("mlp",)
     min_languages: ClassVar[int] = 2
     strength_setting: ClassVar[str | None] = "strength"
 
@@ -164,9 +166,36 @@ class Method:
         """
         return [anatomy.width(COMMON_SITES[module]) for module in modules]
 
+    def kept_bytes(self, anatomy: Anatomy, layers: int, modules: Sequence[str]) -> int:
+        """Bytes that the method keeps of all layers beside covariances, for estimates of memory.
+
+        Args:
+            anatomy: of the model.
+            layers: number of edited layers.
+            modules: of "attn" and "mlp".
+        """
+        return 0
+
     def plan_for(self, material: Material) -> Plan:
         """``plan`` of ``prepare``."""
         return self.plan(self.prepare(material))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedOnce(Method):
+    """A method whose plan is proportional to its strength: one solution on text serves all strengths of a study."""
+
+    solves_keys = True
+
+    def prepare(self, material: Material) -> Plan:
+        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
+        method = replace(self, strength=1.0) if material.studied else self
+        plan: Plan = material.once(method, lambda: method.solved(material))
+        return plan
+
+    def solved(self, material: Material) -> Plan:
+        """The plan at this strength."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,13 @@ token, whatever its language.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from editing.methods.bake import EPS, ConstantKey, baked_metadata, constant_key, in_layer
 from editing.methods.material import Material
-from editing.methods.method import Method
+from editing.methods.method import SolvedOnce
 from editing.methods.scope import chosen_layers, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
@@ -207,7 +207,7 @@ def mean_scores(statistics: Statistics) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterSteering(Method):
+class RouterSteering(SolvedOnce):
     """The registered method."""
 
     name = "steer-router"
@@ -215,7 +215,6 @@ class RouterSteering(Method):
     source = "arXiv 2510.04694"
     needs = ("corpus",)
     takes = ("statistics", "layers", "strength", "part", "languages", "device", "dtype")
-    solves_keys = True
 
     targets: tuple[str, ...] = setting((), "languages whose experts are raised")
     top: int | None = setting(
@@ -226,16 +225,13 @@ class RouterSteering(Method):
     strength: float = setting(1.0, "lambda", search=Range(0.1, 10.0, log=True))
 
     def prepare(self, material: Material) -> Plan:
-        """The plan at this strength, or in a study at 1, from which ``plan`` scales to all others."""
         require_strength(self.strength)
-        method = replace(self, strength=1.0) if material.studied else self
-        plan: Plan = material.once(method, lambda: method._solved(material))
-        return plan
+        return super().prepare(material)
 
     def key_widths(self, anatomy: Anatomy, modules: Sequence[str]) -> list[int]:
         return [anatomy.residual]
 
-    def _solved(self, material: Material) -> Plan:
+    def solved(self, material: Material) -> Plan:
         loaded, statistics = material.loaded, material.statistics
         layers = middle_layers(loaded) if material.layers is None else material.layers
         if statistics is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from editing.directions.autoencoder import Autoencoder
 from editing.directions.method import DirectionMethod, PreferenceMethod
 from editing.directions.sae_training import BATCH as SAE_BATCH
 from editing.evaluation.evaluation import KEPT_FRACTION
@@ -43,12 +44,18 @@ WRITER = 300 * 2**20  # bytes of Python, torch and safetensors, without transfor
 COPIES = 3  # of an edited tensor, in float64
 
 
-def direction_need(planned: LoadedModel, text: Text) -> Need:
-    """Need of ``editing.directions.recorded.record_texts``: the means of every text at three sites."""
+def direction_need(planned: LoadedModel, text: Text, autoencoders: Sequence[Autoencoder] = ()) -> Need:
+    """Need of ``editing.directions.recorded.record_texts``: the means of every text at three sites, and autoencoders."""
     sizes = sizes_of(planned)
     fraction = 2 / text.languages if text.languages else 0
     kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction)
-    return pass_need(planned, "direction", text.row, False, text.batch, kept=kept)
+    read = {"autoencoders": sum(map(autoencoder_bytes, autoencoders))} if autoencoders else {}
+    return pass_need(planned, "direction", text.row, False, text.batch, kept=kept, **read)
+
+
+def autoencoder_bytes(autoencoder: Autoencoder) -> int:
+    """Bytes of an autoencoder's two matrices."""
+    return autoencoder.encoder.nbytes + autoencoder.decoder.nbytes
 
 
 def preference_needs(
@@ -90,13 +97,14 @@ def sae_need(planned: LoadedModel, text: Text, layers: int, states: int, feature
     return pass_need(planned, "sae", text.row, False, text.batch, **more)
 
 
-def key_need(planned: LoadedModel, text: Text, widths: Sequence[int] | None = None) -> Need:
+def key_need(planned: LoadedModel, text: Text, widths: Sequence[int] | None = None, kept: int = 0) -> Need:
     """Need of ``editing.methods.keyed``: the covariances of all layers if they fit, else of one at a time.
 
     Args:
         planned: the model.
         text: what is read.
         widths: of the covariances of a layer (``Method.key_widths``); None: of keys over the MLP.
+        kept: bytes that the method keeps beside them (``Method.kept_bytes``).
 
     Raises:
         BrocaError: the weights leave no room.
@@ -115,7 +123,7 @@ def key_need(planned: LoadedModel, text: Text, widths: Sequence[int] | None = No
         "weights": sizes.weights,
         "activations": work,
         "covariances": layers * per_layer,
-        "kept": paused if paused <= paused_room(planned, layers * per_layer + solving) else 0,
+        "kept": kept + (paused if paused <= paused_room(planned, layers * per_layer + solving) else 0),
     }
     return Need("key", parts, tokens)
 

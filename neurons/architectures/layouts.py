@@ -650,6 +650,9 @@ WRAPPERS: dict[str, str] = {
     **dict.fromkeys(("idefics3", "smolvlm"), "model.text_model"),
 }
 
+# PEFT renames the modules of these types' adapters like tensors of their checkpoints, and then finds none of them.
+RENAMED_IN_PEFT = ("unlimited_ocr",)
+
 
 def row_of(config: Any) -> Layout | None:
     """The layout of a config's model type, of a wrapper that of its language model's; None if not in the table.

@@ -269,6 +269,18 @@ def test_a_dry_run_foresees_keys_where_they_are_solved(broca, files, method):
     assert not (files / "none").exists()
 
 
+def test_a_dry_run_counts_what_a_method_keeps(broca, files):
+    kept = []
+    for texts in (10, 20):
+        words = [*arguments_of(files, METHODS["ara"])[:-1], f"texts={texts}", "--dry-run", "--json"]
+        status, printed, errors = broca(
+            "edit", files / "model", "--method", "ara", *words, "--out", files / "none"
+        )
+        assert status == 0, errors
+        kept.append(json.loads(printed)["stages"]["key"]["parts"]["kept"])
+    assert 2 * kept[0] < kept[1] < 4 * kept[0]
+
+
 @pytest.fixture
 def two(broca, files, tmp_path):
     plans = []

@@ -46,6 +46,10 @@ def test_trains_what_broca_direction_reads(broca, arguments, tmp_path):
         direction,
     )
     both = ("--sae", out / "layer_0", "--sae", out / "layer_2")
+    status, printed, err = broca(
+        "direction", arguments[0], *pair, *both, "--method", "sae-shift", "--dry-run", "--json"
+    )
+    assert json.loads(printed)["stages"]["direction"]["parts"]["autoencoders"] == 2 * 2 * 4 * 24 * 64, err
     status, _, err = broca(
         "direction", arguments[0], *pair, *both, "--method", "sae-shift", "--set", "alphas=1,5"
     )
@@ -66,6 +70,17 @@ def test_the_memory_is_said_beforehand(broca, arguments, tmp_path):
     assert not (tmp_path / "saes").exists()
 
 
+def test_an_old_autoencoder_is_replaced_only_where_asked(broca, arguments, tmp_path):
+    arguments += ["--layers", "0,1", "--out", tmp_path]
+    (tmp_path / "layer_1").mkdir()
+    for files, named in ([], "--overwrite"), (["--overwrite"], "cfg.json"):
+        status, _, err = broca("sae", *arguments, *files)
+        assert status == 1 and named in err and not (tmp_path / "layer_0").exists(), err
+    (tmp_path / "layer_1" / "cfg.json").write_text("{}")
+    assert broca("sae", *arguments, "--overwrite")[0] == 0
+    assert [read_autoencoder(tmp_path / f"layer_{layer}").layer for layer in (0, 1)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("changed", "status", "named"),
     [
@@ -74,6 +89,7 @@ def test_the_memory_is_said_beforehand(broca, arguments, tmp_path):
         (["--states", "2"], 2, "states"),
         (["--states", "15"], 1, "15 states"),
         (["--rate", "0"], 2, "rate"),
+        (["--rate", "1"], 1, "lower --rate"),
         (["--features", "0"], 2, "features"),
     ],
 )

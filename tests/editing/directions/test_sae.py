@@ -154,6 +154,7 @@ def test_refuses_what_it_does_not_compute(tmp_path, config, changed, layer, erro
 @pytest.mark.parametrize("unit", [True, False])
 def test_reads_what_it_writes(tmp_path, unit):
     one = autoencoder(4, layer=2, unit=unit, centred=unit, fingerprint="abc")
+    (tmp_path / "mine").mkdir()
     write_autoencoder(tmp_path / "mine", one, {"model_name": "m"})
     found = read_autoencoder(tmp_path / "mine")
     parts = ("encoder", "encoder_bias", "decoder", "decoder_bias")
