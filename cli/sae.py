@@ -78,7 +78,7 @@ def command(**options: Any) -> None:
     from editing.directions.sae_training import SaeTraining, train_autoencoder
     from neurons.models.processes import is_first
     from neurons.scorers.selection import parse_layers
-    from neurons.text.batches import counted_tokens, language_batches
+    from neurons.text.batches import language_batches
     from neurons.text.token_budget import DIRECTIONS, text_read
 
     arguments = SimpleNamespace(**options)
@@ -108,8 +108,7 @@ def command(**options: Any) -> None:
         "training": asdict(training),
         **loaded.provenance,
     }
-    tokens = sum(map(counted_tokens, batches.values()))
-    with screen.progress("Reading states", tokens, "tokens") as advance:
+    with screen.progress("Reading states", None, "tokens") as advance:
         states = sampled_states(loaded, batches, layers, arguments.states, training.seed, advance)
     results = {}
     with screen.progress("Training", len(layers) * training.epochs, "epochs") as advance:

@@ -16,6 +16,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -34,6 +35,21 @@ class _Rate(ProgressColumn):
         return Text(
             "" if speed is None else f"{speed:,.0f} {unit}/s" if speed > 2 else f"{speed:.2f} {unit}/s"
         )
+
+
+class _Advance:
+    """Called with the number of units done; ``expect`` adds to their total if that is not known beforehand."""
+
+    def __init__(self, bar: Progress, task: TaskID, grows: bool) -> None:
+        self._bar, self._task, self._grows, self._total = bar, task, grows, 0
+
+    def __call__(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def expect(self, count: int) -> None:
+        if self._grows:
+            self._total += count
+            self._bar.update(self._task, total=self._total)
 
 
 class Screen:
@@ -71,13 +87,16 @@ class Screen:
 
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-        """A progress bar with rate and time left on a terminal; nothing in a pipe and with --json."""
-        columns: list[ProgressColumn] = [_Rate(), TimeElapsedColumn()]
-        if total is not None:
-            columns = [BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
+        """A progress bar with rate and time left on a terminal; nothing in a pipe and with --json.
+
+        Args:
+            title: what is done.
+            total: number of units; None: the work announces it (``neurons.recording.text_pass.expect``).
+            unit: their name.
+        """
+        columns = [BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn()]
         with self._bar(columns) as bar:
-            task = bar.add_task(title, total=total, unit=unit)
-            yield lambda count: bar.advance(task, count)
+            yield _Advance(bar, bar.add_task(title, total=total, unit=unit), total is None)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], words: int = 1

@@ -24,8 +24,8 @@ from neurons.models.next_token import positions_at_once
 from neurons.models.source import LoadedModel
 from neurons.recording.language_lens import token_languages
 from neurons.recording.partial_forward import forward_from, forward_keeping, supports_partial_forward
-from neurons.recording.text_pass import Progress
-from neurons.text.batches import TokenBatch, row_batches
+from neurons.recording.text_pass import Progress, expect
+from neurons.text.batches import TokenBatch, counted_tokens, row_batches
 from neurons.text.sampling import even_order
 
 
@@ -85,7 +85,9 @@ def feature_lifts(
     # The layers below the site are the same in all passes.
     start = autoencoder.layer if supports_partial_forward(model, anatomy) else 0
     changes = torch.zeros(len(features), len(alphas), dtype=torch.float64)
-    for batch in row_batches(prompts, uncounted=0):
+    batches = row_batches(prompts, uncounted=0)
+    expect(progress, counted_tokens(batches) * len(features) * len(alphas))
+    for batch in batches:
         batch = batch.to(loaded.device)
         rows, last = torch.arange(len(batch.ids)), (batch.attention.sum(1) - 1).cpu()
         hidden, kept = forward_keeping(model, anatomy, batch, [start] if start else [])

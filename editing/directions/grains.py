@@ -39,7 +39,7 @@ from neurons.models.memory import batches_for
 from neurons.models.source import LoadedModel
 from neurons.recording.recomputation import recomputing
 from neurons.recording.text_losses import row_losses
-from neurons.recording.text_pass import Progress, forward
+from neurons.recording.text_pass import Progress, expect, forward
 from neurons.setting import COUNT, setting
 from neurons.text.batches import TokenBatch, token_row_batches
 from neurons.text.preferences import CHOSEN, numbered_together
@@ -65,6 +65,7 @@ def token_scores(
     at_once, recomputes = batches_for(loaded, True, max(len(row.ids) for row in rows))
     scores: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    expect(progress, len(rows))
     for batch in token_row_batches(rows, 0, at_once):
         batch = batch.to(loaded.device)
         total = torch.zeros(batch.ids.shape, dtype=torch.float64, device=loaded.device)

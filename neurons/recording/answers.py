@@ -17,7 +17,7 @@ from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
-from neurons.recording.text_pass import Progress, forward
+from neurons.recording.text_pass import Progress, expect, forward
 from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
 from neurons.statistics.statistics import Statistics
@@ -60,6 +60,7 @@ def record_answers(
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
     counts = torch.tensor([len(of_language) for of_language in prompts.of.values()])
     tokens = [prompt_tokens(loaded, prompts, language) for language in languages]
+    expect(progress, int(counts.sum()))
     for k, (rows, whole_answers) in enumerate(tokens):
         answers = torch.tensor([answer[0] for answer in whole_answers])
         # Every step of the integral is a row, and every expert has a place for every token.

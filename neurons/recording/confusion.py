@@ -24,7 +24,7 @@ from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
 from neurons.recording.answers import keep_last, prompt_tokens
 from neurons.recording.partial_forward import ending
-from neurons.recording.text_pass import Progress, forward
+from neurons.recording.text_pass import Progress, expect, forward
 from neurons.scorers.language_confusion import rises
 from neurons.statistics.statistics import Statistics
 from neurons.text.batches import TokenBatch, row_batches
@@ -91,6 +91,7 @@ def record_confusion(
     _require_linear(loaded)
     anatomy, languages = loaded.anatomy, tuple(points)
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
+    expect(progress, sum(map(len, points.values())))
     for k, of_language in enumerate(points.values()):
         at_once = batches_for(loaded, False, max(len(point.ids) for point in of_language))[0]
         for batch in row_batches([point.ids for point in of_language], 0, at_once):

@@ -31,12 +31,13 @@ from neurons.recording.text_pass import (
     PositionReader,
     Progress,
     TextInStep,
+    expect,
     numbered,
     read_text,
 )
 from neurons.statistics.gram import Gram, Workspace
 from neurons.statistics.sums import column_sums
-from neurons.text.batches import TokenBatch
+from neurons.text.batches import TokenBatch, counted_tokens
 
 Place = tuple[str, int]  # site, layer
 Expert = tuple[int, int]  # layer, expert or another group of as many neurons
@@ -178,6 +179,7 @@ def _each(
     parts = _parts(loaded, units)
     layers = 1 + max(layer for _, layer, _ in units)
     done = 0
+    expect(progress, counted_tokens(batch for _, batch in flat))
     with ExitStack() as open_now:
         in_step = None
         if len(parts) > 1 and len(flat) <= MAX_PAUSED:

@@ -31,6 +31,7 @@ from neurons.recording.text_pass import (
     PositionReader,
     Progress,
     batches_of_process,
+    expect,
     forward,
     line_numbers,
     numbered,
@@ -120,7 +121,9 @@ def record(
             responses[language].copy_(state.pop(f"responses {language}"))
         totals.restore(state)
         if progress is not None:
-            progress(counted_tokens(batch for _, batch in of_process[:done]))
+            before = counted_tokens(batch for _, batch in of_process[:done])
+            expect(progress, before)
+            progress(before)
     remaining = of_process[done:]
 
     def after(read: range) -> None:

@@ -17,12 +17,19 @@ from neurons.models.not_finite import explained
 from neurons.models.processes import world
 from neurons.models.source import LoadedModel
 from neurons.recording.in_step import PassesInStep
-from neurons.text.batches import TokenBatch
+from neurons.text.batches import TokenBatch, counted_tokens
 
 Progress = Callable[[int], None]
 Numbered = list[tuple[int, TokenBatch]]  # (language number, batch)
 
 MAX_PAUSED = 512  # batches, of which each has a thread
+
+
+def expect(progress: Progress | None, count: int) -> None:
+    """Announce work that will be reported, if the progress has an ``expect``: a display then tells the time left."""
+    announce = getattr(progress, "expect", None)
+    if announce is not None:
+        announce(count)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ def read_text(
         loaded: the model.
         batches: the batches, in order.
         readers: (site, layer) -> function called with the site's values.
-        progress: called with the number of counted tokens of each batch that is done.
+        progress: told the number of all counted tokens (``expect``), and called with that of each batch that is done.
         lines: ``line_numbers`` of each language, for ``Position.places``.
         run: called with a batch's index and the batch on the device; None: ``forward``.
         gradients: whether gradients are enabled, for a backward pass in ``run``.
@@ -191,6 +198,7 @@ def read_text(
     Raises:
         BrocaError: an activation that is not finite.
     """
+    expect(progress, counted_tokens(batch for _, batch in batches))
     if layers == loaded.anatomy.layers:
         layers = None
     if run is None and not gradients and (layers is not None or offloaded_bytes(loaded.model)):

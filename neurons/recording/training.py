@@ -16,7 +16,7 @@ import torch
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.recording.recomputation import recomputing
-from neurons.recording.text_pass import Progress
+from neurons.recording.text_pass import Progress, expect
 
 Batch = TypeVar("Batch")
 
@@ -83,7 +83,7 @@ def minimise(
         units: a factor of each parameter; None: 1.
         clip: maximum norm of the gradient of all parameters together; None: no limit.
         seed: of the order of the training data.
-        progress: called with the number of tokens of each step.
+        progress: called with the number of tokens of each step, and told that of all passes after the first (``expect``).
 
     Raises:
         BrocaError: a loss that is not finite.
@@ -104,7 +104,7 @@ def minimise(
     trained: list[float] = []
     held_out, best = [loss_held_out()], copied()
     _require_finite(loaded, held_out[0], "the values before training: lower their strength")
-    for _ in range(passes):
+    for number in range(passes):
         total, count = 0.0, 0
         for batches in objective.steps(generator):
             tokens = sum(map(objective.tokens, batches))
@@ -126,6 +126,8 @@ def minimise(
             count += tokens
             if progress is not None:
                 progress(tokens)
+        if number == 0:
+            expect(progress, passes * count)
         trained.append(total / count)
         held_out.append(loss_held_out())
         for mean in (trained[-1], held_out[-1]):
