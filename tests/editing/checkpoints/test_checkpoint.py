@@ -967,7 +967,7 @@ def test_overwrite_spares_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(make(tmp_path / "old"))
     (tmp_path / "nowhere").symlink_to("gone")
-    refused(source, tmp_path / "documents", "not a checkpoint", overwrite=True)
+    refused(source, tmp_path / "documents", "has no config.json", overwrite=True)
     refused(source, tmp_path / "file", "is a file", overwrite=True)
     for name in ("link", "nowhere"):
         for overwrite in (False, True):
