@@ -10,6 +10,7 @@ import click
 
 from cli.encodings import escaping
 from cli.termination import Terminated, terminable
+from neurons.models.compiled_products import keep_few_products
 from neurons.models.freed_memory import keep_freed_memory
 
 COMMANDS = {
@@ -101,6 +102,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
+    keep_few_products()
     try:
         with escaping(), terminable():
             broca.main(args=sys.argv[1:], prog_name="broca", standalone_mode=False, obj=state)
