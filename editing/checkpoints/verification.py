@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from editing.checkpoints.checkpoint import CHUNK_BYTES, chunks
+from editing.checkpoints.checkpoint import chunks
 from editing.checkpoints.fp8_edit import tile_edits
 from editing.plans.plan import Plan
 from editing.plans.tensor_edits import added_biases, tensor_edits
@@ -37,7 +37,6 @@ def verify(
     plan: Plan,
     checkpoint: Path,
     progress: Callable[[int, int], None] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
 ) -> Verified:
     """Read an exported checkpoint back and compare every tensor with source and plan.
 
@@ -46,7 +45,6 @@ def verify(
         plan: the exported plan.
         checkpoint: the exported checkpoint.
         progress: called with (bytes done, bytes in all).
-        chunk_bytes: stored bytes of a chunk.
 
     Raises:
         BrocaError: names a tensor that is missing, unexpected or wrong.
@@ -73,7 +71,7 @@ def verify(
             if wrong := tiles[name].fault(entry, after[tiles[name].scales.name]):
                 raise _wrong(checkpoint, f"tensor {wrong} is not what source and plan give")
         elif name in edits:
-            for first, rows in chunks(entry, chunk_bytes):
+            for first, rows in chunks(entry):
                 base = read_tensor(before[name], rows)
                 expected = edits[name].rounded(base, first).stored
                 if not _same_bits(read_tensor(entry, rows), expected):

@@ -222,11 +222,11 @@ def key_of(moments: Moments, source: str | Sequence[str], vector: torch.Tensor) 
     )
 
 
-def count_carriers(contribution: torch.Tensor, fraction: float = CARRIER_FRACTION) -> int:
-    """The smallest number of entries whose absolute values add up to ``fraction`` of the sum of all."""
+def count_carriers(contribution: torch.Tensor) -> int:
+    """The smallest number of entries whose absolute values add up to ``CARRIER_FRACTION`` of the sum of all."""
     sums = contribution.abs().sort(descending=True).values.cumsum(0)
-    # The tolerance covers rounding of the sums at fraction 1.
-    enough = sums >= fraction * sums[-1] * (1 - 1e-12)
+    # The tolerance covers rounding of the sums.
+    enough = sums >= CARRIER_FRACTION * sums[-1] * (1 - 1e-12)
     return int(enough.int().argmax()) + 1
 
 

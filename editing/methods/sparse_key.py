@@ -73,13 +73,12 @@ def require_fraction(fraction: float) -> None:
         raise UsageError(f"sparse {fraction}: give a fraction of the neurons above 0 and at most 1")
 
 
-def sparse_key(problem: KeyProblem, fraction: float, l2: float = 0.0) -> SparseKey:
+def sparse_key(problem: KeyProblem, fraction: float) -> SparseKey:
     """The key on a fraction of the units, chosen by an elastic net.
 
     Args:
         problem: the problem on S units.
         fraction: in (0, 1]; the key has round(fraction * S) units, or the next smaller number that an l1 gives.
-        l2: added to the ridge of F.
 
     Raises:
         UsageError: a fraction outside (0, 1], or one that leaves fewer units than constraints.
@@ -96,7 +95,7 @@ def sparse_key(problem: KeyProblem, fraction: float, l2: float = 0.0) -> SparseK
     dense = solve_key(problem)
     if count == units:
         return SparseKey(dense, torch.arange(units), 0.0)
-    net = _Net(problem, l2)
+    net = _Net(problem, 0.0)
     # The l1 at which the penalty of the dense key equals its variance.
     l1 = float(dense @ problem.form @ dense) / float(dense.abs().sum())
     low, high = 0.0, math.inf

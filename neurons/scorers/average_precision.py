@@ -90,25 +90,6 @@ def _up_to(ranked: torch.Tensor) -> torch.Tensor:
     return torch.where(last, places, len(places)).flip(-1).cummin(-1).values.flip(-1)
 
 
-def forcing_values(responses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Values that the paper forces neurons to: the median of their responses to texts of the language.
-
-    Args:
-        responses: [n, L, I], the mean response to each text of the language.
-        rows: int64 [m, 2], (layer, neuron).
-
-    Returns:
-        float64 [m]; for an even number of texts the mean of the middle two.
-
-    Raises:
-        UsageError: there are no texts.
-    """
-    if len(responses) == 0:
-        raise UsageError("a forcing value is a median over texts, but there are no texts")
-    ranked = responses[:, rows[:, 0], rows[:, 1]].double().sort(dim=0).values
-    return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
-
-
 def responses_of(statistics: Statistics) -> list[torch.Tensor]:
     """The responses to texts, by language.
 

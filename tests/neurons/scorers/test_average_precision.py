@@ -1,8 +1,6 @@
 """Average precision against its formula in loops, by published values and by planted neurons."""
 
 import math
-import random
-import statistics
 
 import numpy
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers import average_precision as module
-from neurons.scorers.average_precision import average_precision, forcing_values
+from neurons.scorers.average_precision import average_precision
 from neurons.scorers.selection import Selection, select
 
 
@@ -154,19 +152,3 @@ def test_a_response_that_is_not_finite_is_named(wrong):
     responses[1][2, 1, 163] = wrong
     with pytest.raises(BrocaError, match="neuron 163 in layer 1"):
         average_precision(responses)
-
-
-@pytest.mark.parametrize("texts", [1, 2, 5, 8])
-def test_forcing_values_are_medians(texts):
-    chooser = random.Random(texts)
-    drawn = [[[chooser.gauss(0, 1) for _ in range(4)] for _ in range(3)] for _ in range(texts)]
-    rows = [[2, 3], [0, 0], [1, 2], [2, 3]]
-    values = forcing_values(torch.tensor(drawn, dtype=torch.float64), torch.tensor(rows))
-    assert values.dtype == torch.float64
-    assert values.tolist() == [statistics.median(text[i][j] for text in drawn) for i, j in rows]
-
-
-def test_forcing_values_of_nothing():
-    assert forcing_values(torch.ones(3, 2, 4), torch.zeros(0, 2, dtype=torch.int64)).shape == (0,)
-    with pytest.raises(UsageError, match="no texts"):
-        forcing_values(torch.ones(0, 2, 4), torch.tensor([[0, 0]]))
