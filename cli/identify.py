@@ -224,7 +224,7 @@ def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | Non
     loaded = loaded_model(screen, arguments)
     total = settings.permutations * sum(loaded.anatomy.unit_counts("head")) * len(corpus.languages)
     with screen.progress("Removing heads", total, "heads") as advance:
-        statistics = record_shapley(loaded, corpus, settings, arguments.tokens, advance)
+        statistics = record_shapley(loaded, corpus, settings, arguments.tokens, advance, arguments.out)
     return neurons_from(
         statistics, arguments.method, arguments.top_rate, arguments.settings, _selection(arguments)
     )

@@ -68,7 +68,8 @@ def mean_distance(rows: torch.Tensor, to: torch.Tensor, neighbors: int) -> torch
     # By products of matrices distances lose half of their digits, which are enough to find the nearest.
     rough = torch.cdist(rows.detach(), to, compute_mode="use_mm_for_euclid_dist")
     nearest = rough.topk(min(neighbors, len(to)), dim=1, largest=False).indices
-    return (rows[:, None] - to[nearest]).norm(dim=2).mean()
+    distances: torch.Tensor = (rows[:, None] - to[nearest]).norm(dim=2)
+    return distances.mean()
 
 
 @dataclass(frozen=True)

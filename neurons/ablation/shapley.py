@@ -9,6 +9,7 @@ marginal value is the fall of v.  It ends (Ghorbani & Zou, arXiv 1904.02868) whe
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,8 @@ from neurons.ablation.replacement import Replacement, means_of
 from neurons.errors import UsageError
 from neurons.models.memory import batches_for
 from neurons.models.source import LoadedModel
-from neurons.recording.corpus_recording import record_corpus, recording_metadata
+from neurons.recording.corpus_recording import record_corpus, recording_key, recording_metadata
+from neurons.recording.resume import Unfinished
 from neurons.recording.text_pass import Progress
 from neurons.scorers.head_shapley import MOMENTS, HeadShapley
 from neurons.scorers.method import TEXTS
@@ -55,6 +57,7 @@ def record_shapley(
     method: HeadShapley,
     tokens: int | None = None,
     progress: Progress | None = None,
+    out: Path | None = None,
 ) -> Statistics:
     """Sum marginal values of all heads over permutations.
 
@@ -65,6 +68,7 @@ def record_shapley(
         tokens: maximum tokens of a language; None: the corpus's, else ``SHAPLEY.tokens``.  Every step of a permutation
             reads them once.
         progress: called with numbers of heads that add up to those of all permutations and languages.
+        out: output file; the sums of an unfinished recording are kept beside it.
 
     Returns:
         Statistics with ``attn_in:shapley`` and ``attn_in:shapley_square`` [L, A, K], the number of permutations in
@@ -88,7 +92,7 @@ def record_shapley(
     size = batches_for(loaded, False, 1)[0]
     batches = language_batches(loaded, corpus, tokens, size, SHAPLEY.tokens)
     totals = torch.zeros(2, anatomy.layers, anatomy.heads, len(languages), dtype=torch.float64)
-    removed = dict.fromkeys(languages, 0)
+    removed = torch.zeros(len(languages), dtype=torch.int64)
 
     def value_of(language: str) -> Callable[[torch.Tensor], float]:
         def value(without: torch.Tensor) -> float:
@@ -102,16 +106,29 @@ def record_shapley(
     for language, of_language in batches.items():
         if not of_language:
             raise UsageError(f"language {language!r} has no text of two tokens or more")
+    unfinished, done = None, 0
+    if out is not None:
+        unfinished = Unfinished(out, recording_key(loaded, batches, [*MOMENTS, str(method)]))
+        done, state = unfinished.load()
+        if state:
+            totals, removed = state["totals"], state["removed"]
+            if progress is not None:
+                progress(done * len(heads))
     generator = torch.Generator().manual_seed(method.seed)
-    for _ in range(method.permutations):
+    for number in range(method.permutations):
         order = torch.randperm(len(heads), generator=generator)
         for k, language in enumerate(languages):
+            step = number * len(languages) + k
+            if step < done:
+                continue
             marginal, count = marginal_values(value_of(language), order, method.tolerance)
             totals[0, ..., k][places] += marginal
             totals[1, ..., k][places] += marginal.square()
-            removed[language] += count
+            removed[k] += count
             if progress is not None:
                 progress(len(heads))
+            if unfinished is not None and unfinished.is_due():
+                unfinished.save(step + 1, {"totals": totals, "removed": removed})
     counts = torch.full((len(languages),), method.permutations)
     statistics = Statistics(
         languages=languages,
@@ -124,6 +141,6 @@ def record_shapley(
     read = text_read(corpus, batches)
     statistics.metadata.update(
         recording_metadata(loaded, corpus, statistics, TEXTS, None, size, {}, read, False),
-        removed={language: count / method.permutations for language, count in removed.items()},
+        removed=dict(zip(languages, (removed / method.permutations).tolist(), strict=True)),
     )
     return statistics

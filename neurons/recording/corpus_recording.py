@@ -103,7 +103,7 @@ def record_corpus(
         for language, of_language in batches.items():
             if not of_language:
                 raise UsageError(f"language {language!r} has no text of two tokens or more")
-        unfinished = None if out is None else Unfinished(out, _key(loaded, batches, moments))
+        unfinished = None if out is None else Unfinished(out, recording_key(loaded, batches, moments))
         statistics = record(loaded, batches, moments, progress, unfinished, recomputes)
         unknown = {k: unknown_rate(of_language, loaded.tokenizer) for k, of_language in batches.items()}
         read = text_read(corpus, batches)
@@ -156,8 +156,16 @@ def _require_room(loaded: LoadedModel, corpus: Corpus, moments: Sequence[str]) -
         )
 
 
-def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], moments: Sequence[str]) -> str:
-    """The identity of a recording: a state is resumed only by a recording with the same key."""
+def recording_key(
+    loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], moments: Sequence[str]
+) -> str:
+    """The identity of a recording: a state is resumed only by a recording with the same key.
+
+    Args:
+        loaded: the model.
+        batches: the text.
+        moments: what is recorded, with all its settings.
+    """
     named = {
         "fingerprint": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),

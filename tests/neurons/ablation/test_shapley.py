@@ -187,3 +187,26 @@ def test_the_set_says_how_its_values_were_estimated(tiny, text):
     assert heads.metadata["settings"]["permutations"] == 2
     assert len(heads.metadata["notes"]["standard_errors"]) == 2
     assert [len(heads.of(k)) for k in heads.languages] == [3, 3]
+
+
+def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("neurons.recording.resume.Unfinished.is_due", lambda self: True)
+    method, out, done = HeadShapley(permutations=2), tmp_path / "heads.safetensors", []
+
+    def stopped(count):
+        done.append(count)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    whole = record_shapley(tiny, text, method)
+    with pytest.raises(KeyboardInterrupt):
+        record_shapley(tiny, text, method, progress=stopped, out=out)
+    steps, heads = [], LAYERS * HEADS
+    again = record_shapley(tiny, text, method, progress=steps.append, out=out)
+    assert steps == [2 * heads, heads, heads]
+    assert again.metadata["removed"] == whole.metadata["removed"]
+    for moment in whole.moments:
+        assert torch.equal(again.moment(moment), whole.moment(moment))
+    steps.clear()
+    record_shapley(tiny, text, HeadShapley(permutations=2, seed=1), progress=steps.append, out=out)
+    assert steps == [heads] * 4  # another sample
