@@ -85,6 +85,7 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.models.source import load_model
     from neurons.neuron_sets.neuron_set import load_neuron_set
+    from neurons.recording.corpus_recording import remove_unfinished
     from neurons.text.corpus import read_corpus
     from neurons.text.corpus_files import language_label
     from neurons.text.token_budget import GRADIENTS, LOSSES
@@ -120,10 +121,14 @@ def command(**options: Any) -> None:
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     for run in runs:  # raises before any work
         control_neurons(loaded, rows, run, training.seed)
+    # A run whose training has ended resumes at its end, until the command has.
+    states = {run: arguments.out.with_name(f"{arguments.out.name}.{run}") for run in runs}
     plans: dict[str, Plan] = {}
     for run in runs:
         with screen.progress(f"Training: {run}", None, "tokens") as advance:
-            plans[run] = subnetwork_plan(loaded, neurons, languages, text, held_out, training, run, advance)
+            plans[run] = subnetwork_plan(
+                loaded, neurons, languages, text, held_out, training, run, advance, states[run]
+            )
         if run == SET:
             plans[run].save(arguments.out)
     plan = plans[SET]
@@ -140,6 +145,8 @@ def command(**options: Any) -> None:
             for language, of_runs in losses.items()
         ],
     )
+    for state in states.values():
+        remove_unfinished(state)
     screen.result(
         {
             "out": arguments.out,

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
+from neurons.recording.corpus_recording import recording_key
+from neurons.recording.resume import Unfinished
 from neurons.recording.text_pass import Progress, forward
 from neurons.recording.training import minimise
 from neurons.scorers.random_control import random_like
@@ -161,6 +164,7 @@ def subnetwork_plan(
     training: Training = Training(),
     control: str = SET,
     progress: Progress | None = None,
+    out: Path | None = None,
 ) -> Plan:
     """Train the neurons of languages, or those of a control, on text of the languages.
 
@@ -173,6 +177,7 @@ def subnetwork_plan(
         training: settings.
         control: ``SET``, or one of ``CONTROLS``.
         progress: called with the number of tokens of each step.
+        out: output file; the state of the training is kept beside it (``neurons.recording.resume``), also when it has ended.
 
     Returns:
         The plan; ``metadata["learning"]`` holds the losses of ``Minimised``.
@@ -195,6 +200,10 @@ def subnetwork_plan(
         edits = as_lora(loaded, edits, training.seed)
     objective = NextTokens(loaded, text.only(*languages), held_out.only(*languages), training)
     factors = [factor.to(loaded.device) for factor in factors_of(edits)]
+    unfinished = None
+    if out is not None:
+        given = [METHOD, control, str(training), str(rows.tolist()), f"held out: {held_out.digest}"]
+        unfinished = Unfinished(out, recording_key(loaded, {"text": objective.blocks}, given))
     made = minimise(
         loaded,
         objective,
@@ -205,6 +214,8 @@ def subnetwork_plan(
         clip=CLIP,
         seed=training.seed,
         progress=progress,
+        pass_tokens=sum(int(block.counted[:, 1:].sum()) for block in objective.blocks),
+        unfinished=unfinished,
     )
     if made.passes == 0 and control == SET:
         raise BrocaError(
@@ -261,13 +272,13 @@ class NextTokens:
         of_held_out = packed(held_out, tokens=few)
         self.read = text_read(text, of_text)
         self._loaded = loaded
-        self._blocks = [batch for batches in of_text.values() for batch in batches]
+        self.blocks = [batch for batches in of_text.values() for batch in batches]
         self.held_out = self._joined([batch for batches in of_held_out.values() for batch in batches], False)
 
     def steps(self, generator: torch.Generator) -> Iterator[list[_Blocks]]:
-        order = torch.randperm(len(self._blocks), generator=generator).tolist()
+        order = torch.randperm(len(self.blocks), generator=generator).tolist()
         for first in range(0, len(order), BLOCKS_A_STEP):
-            yield self._joined([self._blocks[i] for i in order[first : first + BLOCKS_A_STEP]], True)
+            yield self._joined([self.blocks[i] for i in order[first : first + BLOCKS_A_STEP]], True)
 
     def loss(self, batch: _Blocks) -> torch.Tensor:
         tokens = batch.tokens.to(self._loaded.device)

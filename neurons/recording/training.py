@@ -16,6 +16,7 @@ import torch
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.recording.recomputation import recomputing
+from neurons.recording.resume import Unfinished
 from neurons.recording.text_pass import Progress, expect
 
 Batch = TypeVar("Batch")
@@ -70,6 +71,8 @@ def minimise(
     clip: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    pass_tokens: int | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Minimised:
     """Train parameters.
 
@@ -83,7 +86,10 @@ def minimise(
         units: a factor of each parameter; None: 1.
         clip: maximum norm of the gradient of all parameters together; None: no limit.
         seed: of the order of the training data.
-        progress: called with the number of tokens of each step, and told that of all passes after the first (``expect``).
+        progress: called with the number of tokens of each step, and told that of all passes (``expect``).
+        pass_tokens: number of tokens of a pass; None: it is told after the first.
+        unfinished: keeps the state of the training, from which a stopped one resumes, until it is removed; not with a
+            schedule of the learning rate.
 
     Raises:
         BrocaError: a loss that is not finite.
@@ -101,12 +107,19 @@ def minimise(
             sums = [float(objective.loss(batch)) for batch in objective.held_out]
         return sum(sums) / sum(map(objective.tokens, objective.held_out))
 
-    trained: list[float] = []
-    held_out, best = [loss_held_out()], copied()
-    _require_finite(loaded, held_out[0], "the values before training: lower their strength")
-    for number in range(passes):
-        total, count = 0.0, 0
-        for batches in objective.steps(generator):
+    if pass_tokens is not None:
+        expect(progress, passes * pass_tokens)
+    course = None if unfinished is None else _Course.load(unfinished, parameters, optimizer)
+    if course is None:
+        course = _Course([], [loss_held_out()], copied(), generator.get_state())
+        _require_finite(loaded, course.held_out[0], "the values before training: lower their strength")
+    elif progress is not None:
+        progress(course.seen)
+    generator.set_state(course.order)
+    for number in range(len(course.trained), passes):
+        for at, batches in enumerate(objective.steps(generator)):
+            if at < course.steps:
+                continue
             tokens = sum(map(objective.tokens, batches))
             # Leaves: the backward pass of each recomputed layer ends here.
             leaves = [leaf.requires_grad_(True) for leaf in scaled([p.detach() for p in parameters])]
@@ -116,25 +129,105 @@ def minimise(
                 with torch.enable_grad(), recomputed, edited(leaves):
                     loss = objective.loss(batch)
                     (loss / tokens).backward()
-                total += float(loss.detach())
+                course.total += float(loss.detach())
             gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
             for parameter, gradient in zip(parameters, scaled(gradients), strict=True):
                 parameter.grad = gradient
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
-            count += tokens
+            course.count += tokens
+            course.seen += tokens
+            course.steps += 1
             if progress is not None:
                 progress(tokens)
-        if number == 0:
-            expect(progress, passes * count)
-        trained.append(total / count)
-        held_out.append(loss_held_out())
-        for mean in (trained[-1], held_out[-1]):
+            if unfinished is not None and unfinished.is_due():
+                course.save(unfinished, parameters, optimizer)
+        if number == 0 and pass_tokens is None:
+            expect(progress, passes * course.count)
+        course.end_pass(loss_held_out(), generator)
+        for mean in (course.trained[-1], course.held_out[-1]):
             _require_finite(loaded, mean, "learned values: learn at a lower rate")
-        if held_out[-1] < min(held_out[:-1]):
-            best = copied()
-    return Minimised(tuple(best), tuple(trained), tuple(held_out), held_out.index(min(held_out)))
+        if course.held_out[-1] < min(course.held_out[:-1]):
+            course.best = copied()
+        if unfinished is not None:
+            course.save(unfinished, parameters, optimizer)
+    held_out = course.held_out
+    return Minimised(
+        tuple(course.best), tuple(course.trained), tuple(held_out), held_out.index(min(held_out))
+    )
+
+
+@dataclass
+class _Course:
+    """The state of a training beside its parameters and optimizer.
+
+    Attributes:
+        trained, held_out, best: as of ``Minimised``, so far.
+        order: state of the generator at the beginning of the pass.
+        steps: number of steps done in the pass.
+        total, count: sum of the loss, and tokens, in the pass.
+        seen: tokens in all passes.
+    """
+
+    trained: list[float]
+    held_out: list[float]
+    best: list[torch.Tensor]
+    order: torch.Tensor
+    steps: int = 0
+    total: float = 0.0
+    count: int = 0
+    seen: int = 0
+
+    def end_pass(self, held_out: float, generator: torch.Generator) -> None:
+        self.trained.append(self.total / self.count)
+        self.held_out.append(held_out)
+        self.order, self.steps, self.total, self.count = generator.get_state(), 0, 0.0, 0
+
+    def save(
+        self, unfinished: Unfinished, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        tensors = {
+            "trained": torch.tensor(self.trained, dtype=torch.float64),
+            "held out": torch.tensor(self.held_out, dtype=torch.float64),
+            "order": self.order,
+            "total": torch.tensor(self.total, dtype=torch.float64),
+            "counts": torch.tensor([self.steps, self.count, self.seen]),
+        }
+        for i, (parameter, best) in enumerate(zip(parameters, self.best, strict=True)):
+            tensors |= {f"parameter {i}": parameter.detach().cpu(), f"best {i}": best}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer {i} {name}": value.cpu() for name, value in state.items()}
+        unfinished.save(self.seen, tensors)
+
+    @classmethod
+    def load(
+        cls, unfinished: Unfinished, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> _Course | None:
+        """The state on disk, with parameters and optimizer set to it; None without one."""
+        tensors = unfinished.load()[1]
+        if not tensors:
+            return None
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(" ")
+            if kind == "parameter":
+                parameters[int(rest)].copy_(value)
+            elif kind == "optimizer":
+                number, _, key = rest.partition(" ")
+                states.setdefault(int(number), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        steps, count, seen = tensors["counts"].tolist()
+        return cls(
+            tensors["trained"].tolist(),
+            tensors["held out"].tolist(),
+            [tensors[f"best {i}"] for i in range(len(parameters))],
+            tensors["order"],
+            steps,
+            float(tensors["total"]),
+            count,
+            seen,
+        )
 
 
 def _require_finite(loaded: LoadedModel, loss: float, values: str) -> None:

@@ -44,6 +44,7 @@ def test_the_language_gains_and_the_plan_is_exported(broca, arguments, tmp_path)
     assert broca("plot", out, "--out", tmp_path / "plan.svg")[0] == 0
     status, _, err = broca("export", arguments[1], "--edit", out, "--verify", "--out", tmp_path / "better")
     assert status == 0, err
+    assert not [*tmp_path.glob(".*unfinished*")]
     again = tmp_path / "again.safetensors"
     broca(*arguments, "--out", again)
     assert again.read_bytes() == out.read_bytes()

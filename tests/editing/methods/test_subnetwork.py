@@ -1,6 +1,7 @@
 """Trained neurons: gradients against whole weights, planted truth, equal bytes."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -142,6 +143,39 @@ def test_only_the_chosen_weights_change_and_the_same_seed_gives_the_same_bytes(l
     assert all(
         not parameter.requires_grad and parameter.grad is None for parameter in llama.model.parameters()
     )
+
+
+@pytest.mark.parametrize("stop", [2, 9])
+def test_a_stopped_training_goes_on_and_ends_in_the_same_bytes(llama, corpora, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr("neurons.recording.resume.Unfinished.is_due", lambda self: True)
+    text, held_out, _ = corpora
+    training, out, done = replace(SHORT, passes=2), tmp_path / "plan.safetensors", []
+
+    def train(progress, **given):
+        return subnetwork_plan(
+            llama, neurons_of(llama), ["qaa"], text, held_out, training, progress=progress, **given
+        ).to_bytes()
+
+    def stopped(count):
+        done.append(count)
+        if len(done) == stop:
+            raise KeyboardInterrupt
+
+    steps = []
+    whole = train(steps.append)
+    assert len(steps) == 14  # so one stop is in each pass
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, out=out)
+    again = []
+    assert train(again.append, out=out) == whole
+    # What is reported before a stop may not be on disk.
+    assert again == [sum(steps[: stop - 1]), *steps[stop - 1 :]]
+    again.clear()
+    assert train(again.append, out=out) == whole and again == [sum(steps)]
+    again.clear()
+    training = replace(training, seed=1)
+    train(again.append, out=out)
+    assert len(again) == len(steps)  # another training
 
 
 def test_refusals(llama, corpora, checkpoint_of):
