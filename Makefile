@@ -32,7 +32,7 @@ lint: $(VENV)/installed
 
 test: lint
 	# One process a core: the models are so small that a thread each is fastest.
-	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-real: $(VENV)/installed
 	$(BIN)/python tests/real/make_model.py build/real/model

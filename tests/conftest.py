@@ -17,6 +17,11 @@ from neurons.text.corpus import read_corpus
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    # The file that takes longest first: at the end all other processes would wait for it.
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
+
+
 @pytest.fixture
 def broca(monkeypatch, capsys):
     """Run ``broca ARGUMENTS`` in this process: (exit status, stdout, stderr)."""
