@@ -218,6 +218,8 @@ def subnetwork_plan(
         unfinished=unfinished,
     )
     if made.passes == 0 and control == SET:
+        if unfinished is not None:
+            unfinished.remove()
         raise BrocaError(
             f"no pass lowers the loss on held-out text ({made.held_out[0]:.4f} nats a token before, "
             f"{min(made.held_out[1:]):.4f} after): train at a lower rate, or on more text"

@@ -66,6 +66,13 @@ def test_what_is_refused(broca, arguments, tmp_path, changed, status, named):
     assert not (tmp_path / "plan.safetensors").exists()
 
 
+def test_a_training_that_helps_nothing_leaves_nothing(broca, arguments, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    status, _, err = broca(*arguments, "--rate", "1e-30", "--out", tmp_path / "plan.safetensors")
+    assert status == 1 and "no pass lowers" in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_dry_run_grows_with_the_neurons(broca, arguments, tmp_path):
     out = tmp_path / "plan.safetensors"
     status, printed, err = broca(*arguments, "--control", "all", "--dry-run", "--json", "--out", out)
