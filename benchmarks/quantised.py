@@ -8,8 +8,9 @@ activations are float32:
     int8         a scale for each output, the largest absolute value over 127
     fp8          E4M3, a scale for each output, the largest absolute value over 448
 
-With ``--corpus``, of any edits of one pair of languages, as in ``broca evaluate``: fraction of answers in the target, fluency gap to the unquantised
-base, and rise of the NLL of text over the unquantised base's; "third" is the largest of another language.
+With ``--corpus``, of any edits of one pair of languages, as in ``broca evaluate``: fraction of answers in the target,
+fluency gap to the unquantised base, and rise of the NLL of text over the unquantised base's; "third" is the largest of
+another language.
 
 Without, of an edit of ``broca steer``: answers to the REPORT questions that are in the target (whole text / every line /
 first words); answers in kept languages that are in the language of the question; and the negative log-likelihood of the

@@ -213,4 +213,5 @@ class Bipo(PreferenceMethod):
             passes=self.passes,
             seed=self.seed,
             progress=progress,
+            pass_tokens=len(objective.training),
         )

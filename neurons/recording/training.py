@@ -146,7 +146,10 @@ def minimise(
         if number == 0 and pass_tokens is None:
             expect(progress, passes * course.count)
         course.end_pass(loss_held_out(), generator)
-        for mean in (course.trained[-1], course.held_out[-1]):
+        means = course.trained[-1], course.held_out[-1]
+        if unfinished is not None and not all(mean < float("inf") for mean in means):
+            unfinished.remove()
+        for mean in means:
             _require_finite(loaded, mean, "learned values: learn at a lower rate")
         if course.held_out[-1] < min(course.held_out[:-1]):
             course.best = copied()

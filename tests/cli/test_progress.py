@@ -18,14 +18,9 @@ def bars(monkeypatch):
     class Counted(cli.screen._Advance):
         def __init__(self, bar, task, grows):
             super().__init__(bar, task, grows)
+            self.counts = [0, 0]
             if grows:
                 made.append(self.counts)
-
-        @property
-        def counts(self):
-            if not hasattr(self, "_counts"):
-                self._counts = [0, 0]
-            return self._counts
 
         def __call__(self, count):
             super().__call__(count)
