@@ -41,6 +41,8 @@ COMMANDS = {
     "merge": "Add up the statistics of several recordings.",
     "convert": "Convert masks and counts of other projects.",
 }
+# Their text is shared by the processes of a launcher.
+SHARING = ("record", "identify", "direction", "sae", "train")
 
 
 class Commands(click.Group):
@@ -81,13 +83,20 @@ def _debug() -> click.Option:
 
 @click.command(cls=Commands, params=[_debug()], context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="broca", message="broca %(version)s")
-def broca() -> None:
+@click.pass_context
+def broca(context: click.Context) -> None:
     """Identify the neurons of a language, and steer a checkpoint permanently by editing its weights.
 
     \b
     Example:
       broca demo --source en --target fr --out demo
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and context.invoked_subcommand not in SHARING:
+        raise click.UsageError(
+            f"`broca {context.invoked_subcommand}` runs in one process, and a launcher has started {processes} (WORLD_SIZE): "
+            f"start it without the launcher; {', '.join(SHARING[:-1])} and {SHARING[-1]} share their text"
+        )
 
 
 def main() -> None:

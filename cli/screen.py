@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +81,8 @@ class Screen:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def _bar(self, columns: list[ProgressColumn]) -> Progress:
-        quiet = self.as_json or not self._err.is_terminal
+        first = os.environ.get("RANK", "0") == "0"
+        quiet = self.as_json or not self._err.is_terminal or not first
         return Progress(
             TextColumn("{task.description}"), *columns, console=self._err, transient=True, disable=quiet
         )

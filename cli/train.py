@@ -65,7 +65,8 @@ def command(**options: Any) -> None:
     """Train only the gate and up rows and the down columns of a language's neurons in MODEL (hub id or directory).
 
     Half of the corpus is trained on, a quarter chooses the best pass, and the loss of every language is measured on the
-    last quarter.  `broca export` writes the checkpoint.
+    last quarter.  `broca export` writes the checkpoint.  With `accelerate launch --num-processes N -m cli.main train ...`,
+    N processes share the blocks of text.
 
     \b
     Example:
@@ -83,6 +84,7 @@ def command(**options: Any) -> None:
     )
     from editing.pipeline.needs import subnetwork_need
     from neurons.errors import UsageError
+    from neurons.models.processes import is_first
     from neurons.models.source import load_model
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.recording.corpus_recording import remove_unfinished
@@ -129,8 +131,10 @@ def command(**options: Any) -> None:
             plans[run] = subnetwork_plan(
                 loaded, neurons, languages, text, held_out, training, run, advance, states[run]
             )
-        if run == SET:
+        if run == SET and is_first():
             plans[run].save(arguments.out)
+    if not is_first():
+        return
     plan = plans[SET]
     read_table(screen, plan.metadata["read"], GRADIENTS.minimum, "text trained on")
     plan_table(screen, plan, loaded.anatomy)

@@ -36,6 +36,7 @@ from editing.plans.plan import ModuleEdit, Plan, make_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
+from neurons.models.processes import world
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.corpus_recording import recording_key
@@ -262,7 +263,10 @@ class _Blocks:
 
 
 class NextTokens:
-    """The loss of the next token in blocks of text, as the objective of ``minimise``."""
+    """The loss of the next token in blocks of text, as the objective of ``minimise``.
+
+    Under a launcher the processes share the blocks of each step, and the held-out ones.
+    """
 
     def __init__(self, loaded: LoadedModel, text: Corpus, held_out: Corpus, training: Training) -> None:
         for corpus in (text, held_out):
@@ -295,7 +299,9 @@ class NextTokens:
         return batch.recomputes
 
     def _joined(self, blocks: Sequence[TokenBatch], backward: bool) -> list[_Blocks]:
-        """Blocks in order, as many at a time as fit into memory."""
+        """The blocks of this process in order, as many at a time as fit into memory."""
+        number, processes = world()
+        blocks = blocks[number::processes]
         tokens, recomputes = batches_for(self._loaded, backward, self.length)
         at_once = max(1, tokens // self.length)
         return [

@@ -2,6 +2,9 @@
 
 After every pass over the training data the objective is measured on held-out batches.  The result is the parameters of the
 best pass, or those before training if no pass improves on them.
+
+Under a launcher (``neurons.models.processes``) every process has a copy of the parameters.  Each computes its own batches of a
+step; losses, tokens and gradients are summed over the processes in order of rank, so that all take the same step.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from neurons.errors import BrocaError
+from neurons.models.processes import all_reduce
 from neurons.models.source import LoadedModel
 from neurons.recording.recomputation import recomputing
 from neurons.recording.resume import Unfinished
@@ -23,14 +27,14 @@ Batch = TypeVar("Batch")
 
 
 class Objective(Protocol[Batch]):
-    """A loss whose mean over tokens is minimised, computed in batches."""
+    """A loss whose mean over tokens is minimised, computed in batches: under a launcher, in those of this process."""
 
     @property
     def held_out(self) -> Sequence[Batch]:
         """The batches on which the best pass is chosen."""
 
     def steps(self, generator: torch.Generator) -> Iterator[Sequence[Batch]]:
-        """The batches of each step of a pass over the training data."""
+        """The batches of each step of a pass over the training data; as many steps in every process."""
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss summed over the tokens of a batch, for the model with its current hooks."""
@@ -104,8 +108,8 @@ def minimise(
 
     def loss_held_out() -> float:
         with torch.no_grad(), edited(scaled(parameters)):
-            sums = [float(objective.loss(batch)) for batch in objective.held_out]
-        return sum(sums) / sum(map(objective.tokens, objective.held_out))
+            loss = sum(float(objective.loss(batch)) for batch in objective.held_out)
+        return _of_all(loss) / _of_all(sum(map(objective.tokens, objective.held_out)))
 
     if pass_tokens is not None:
         expect(progress, passes * pass_tokens)
@@ -120,7 +124,7 @@ def minimise(
         for at, batches in enumerate(objective.steps(generator)):
             if at < course.steps:
                 continue
-            tokens = sum(map(objective.tokens, batches))
+            tokens = int(_of_all(sum(map(objective.tokens, batches))))
             # Leaves: the backward pass of each recomputed layer ends here.
             leaves = [leaf.requires_grad_(True) for leaf in scaled([p.detach() for p in parameters])]
             for batch in batches:
@@ -130,7 +134,10 @@ def minimise(
                     loss = objective.loss(batch)
                     (loss / tokens).backward()
                 course.total += float(loss.detach())
-            gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+            gradients = [
+                all_reduce(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, torch.add)
+                for leaf in leaves
+            ]
             for parameter, gradient in zip(parameters, scaled(gradients), strict=True):
                 parameter.grad = gradient
             if clip is not None:
@@ -141,7 +148,7 @@ def minimise(
             course.steps += 1
             if progress is not None:
                 progress(tokens)
-            if unfinished is not None and unfinished.is_due():
+            if unfinished is not None and _any(unfinished.is_due()):
                 course.save(unfinished, parameters, optimizer)
         if number == 0 and pass_tokens is None:
             expect(progress, passes * course.count)
@@ -169,7 +176,8 @@ class _Course:
         trained, held_out, best: as of ``Minimised``, so far.
         order: state of the generator at the beginning of the pass.
         steps: number of steps done in the pass.
-        total, count: sum of the loss, and tokens, in the pass.
+        total: sum of the loss of this process in the pass.
+        count: tokens in the pass.
         seen: tokens in all passes.
     """
 
@@ -183,7 +191,7 @@ class _Course:
     seen: int = 0
 
     def end_pass(self, held_out: float, generator: torch.Generator) -> None:
-        self.trained.append(self.total / self.count)
+        self.trained.append(_of_all(self.total) / self.count)
         self.held_out.append(held_out)
         self.order, self.steps, self.total, self.count = generator.get_state(), 0, 0.0, 0
 
@@ -207,9 +215,12 @@ class _Course:
     def load(
         cls, unfinished: Unfinished, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> _Course | None:
-        """The state on disk, with parameters and optimizer set to it; None without one."""
+        """The state on disk, with parameters and optimizer set to it; None without one, or without the same in all processes."""
         tensors = unfinished.load()[1]
-        if not tensors:
+        reached = torch.tensor([-1, -1])
+        if tensors:
+            reached = torch.stack([torch.tensor(len(tensors["trained"])), tensors["counts"][0]])
+        if not _all_equal(reached) or not tensors:
             return None
         states: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
@@ -231,6 +242,21 @@ class _Course:
             count,
             seen,
         )
+
+
+def _of_all(value: float) -> float:
+    """The sum over the processes."""
+    return float(all_reduce(torch.tensor(value, dtype=torch.float64), torch.add))
+
+
+def _any(condition: bool) -> bool:
+    """Whether it holds in one of the processes."""
+    return bool(all_reduce(torch.tensor(int(condition)), torch.maximum))
+
+
+def _all_equal(values: torch.Tensor) -> bool:
+    """Whether all processes have the same values."""
+    return not _any(not torch.equal(all_reduce(values, torch.maximum), values))
 
 
 def _require_finite(loaded: LoadedModel, loss: float, values: str) -> None:

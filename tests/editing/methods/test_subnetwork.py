@@ -173,6 +173,14 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_bytes(llama, corpora, t
     again.clear()
     assert train(again.append, out=out) == whole and again == [sum(steps)]
     again.clear()
+    with monkeypatch.context() as patched:
+        # Another process has reached a further step, where it was stopped.
+        patched.setattr(
+            "neurons.recording.training.all_reduce",
+            lambda values, combine: values + (combine is torch.maximum and values.numel() == 2),
+        )
+        assert train(again.append, out=out) == whole and again == steps
+    again.clear()
     training = replace(training, seed=1)
     train(again.append, out=out)
     assert len(again) == len(steps)  # another training
