@@ -39,7 +39,10 @@ class _Rate(ProgressColumn):
 
 
 class _Advance:
-    """Called with the number of units done; ``expect`` adds to their total if that is not known beforehand."""
+    """Called with the number of units done.
+
+    ``expect`` adds to their total if that is not known beforehand; ``begin_stage`` starts again with other units.
+    """
 
     def __init__(self, bar: Progress, task: TaskID, grows: bool) -> None:
         self._bar, self._task, self._grows, self._total = bar, task, grows, 0
@@ -51,6 +54,10 @@ class _Advance:
         if self._grows:
             self._total += count
             self._bar.update(self._task, total=self._total)
+
+    def begin_stage(self, title: str, total: int, unit: str) -> None:
+        self._total = total
+        self._bar.reset(self._task, description=title, total=total, unit=unit)
 
 
 class Screen:

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -48,7 +47,7 @@ from neurons.architectures.anatomy import BLOCKS, COMMON_SITES, Anatomy
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.recording.covariance import Moments, each_moments
-from neurons.recording.text_pass import Progress
+from neurons.recording.text_pass import Progress, begin_stage
 from neurons.setting import COUNT, Range, setting
 from neurons.statistics.cholesky import solve_positive_definite
 from neurons.text.batches import counted_tokens, language_batches
@@ -313,7 +312,7 @@ def problems(
         )
     sites = list(dict.fromkeys(COMMON_SITES[module] for _, module in places))
     few = few_texts(corpus.only(source, target), texts)
-    responses, _ = text_responses(loaded, few, sites, None)
+    responses, _ = text_responses(loaded, few, sites, progress)
     kept = corpus.only(*(language for language in corpus.languages if language != source))
     batches = language_batches(loaded, kept, default=KEYS.tokens)
     tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
@@ -387,7 +386,8 @@ class Ara(Method):
         means = 4 * 2 * texts * anatomy.layers * sum(widths)
         return layers * problem + means
 
-    def prepare(self, material: Material) -> tuple[dict[tuple[int, str], Problem], dict[str, Any]]:
+    def prepare(self, material: Material) -> Plan:
+        """The plan at strength 1."""
         source, target = material.pair
         made = material.once(
             (self.name, self.texts, self.eps),
@@ -411,14 +411,13 @@ class Ara(Method):
             "corpus": material.text.provenance,
         }
         languages = {"source": source, "target": target, "languages": list(material.text.languages)}
-        return made, baked_metadata(material.opened, self.name, settings, languages)
-
-    def plan(self, prepared: tuple[dict[tuple[int, str], Problem], dict[str, Any]]) -> Plan:
-        made, metadata = prepared
         objective = Objective(self.steer, self.overcorrect, self.neighbors, self.row_norms)
+        begin_stage(material.progress, "Solving least squares", len(made), "modules")
         edits = []
         for (layer, module), problem in made.items():
             with in_layer(layer, module):
                 solution = solve(problem, objective)
             edits.append(module_edit((layer, module), problem, solution))
-        return make_plan(edits, metadata).scaled(self.strength)
+            if material.progress is not None:
+                material.progress(1)
+        return make_plan(edits, baked_metadata(material.opened, self.name, settings, languages))

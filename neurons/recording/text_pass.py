@@ -32,6 +32,13 @@ def expect(progress: Progress | None, count: int) -> None:
         announce(count)
 
 
+def begin_stage(progress: Progress | None, title: str, total: int, unit: str) -> None:
+    """Announce that what is reported from now on are units of other work, if the progress has a ``begin_stage``."""
+    begin = getattr(progress, "begin_stage", None)
+    if begin is not None:
+        begin(title, total, unit)
+
+
 @dataclass(frozen=True)
 class Position:
     """The position of a pass over text: the batch that the model reads.

@@ -30,6 +30,11 @@ def bars(monkeypatch):
             super().expect(count)
             self.counts[0] += count
 
+        def begin_stage(self, title, total, unit):
+            super().begin_stage(title, total, unit)
+            self.counts = [total, 0]
+            made.append(self.counts)
+
     monkeypatch.setattr(cli.screen, "_Advance", Counted)
     return made
 
@@ -58,10 +63,11 @@ def test_commands_announce_what_they_read(broca, bars, checkpoint_of, tmp_path):
         ),
         ("direction", model, "--corpus", text, *pair),
         ("edit", model, "--direction", direction, "--corpus", text),
+        ("edit", model, "--method", "ara", "--languages", "qaa,qab", "--corpus", text),
         ("sae", model, "--corpus", text, "--layers", "1", "--features", 8, "--epochs", 1, "--states", 200),
     ):
         before = len(bars)
-        out = direction if words[0] == "direction" else tmp_path / f"{words[0]}.safetensors"
+        out = direction if words[0] == "direction" else tmp_path / f"{len(bars)}.safetensors"
         status, _, err = broca(*words, "--out", out)
         assert status == 0, err
         assert len(bars) > before and all(announced == done > 0 for announced, done in bars[before:]), words

@@ -6,7 +6,16 @@ import models
 import pytest
 import torch
 
-from editing.methods.ara import Ara, Objective, few_texts, make_problem, mean_distance, module_edit, solve
+from editing.methods.ara import (
+    Ara,
+    Objective,
+    few_texts,
+    make_problem,
+    mean_distance,
+    module_edit,
+    problems,
+    solve,
+)
 from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
@@ -173,8 +182,8 @@ def test_a_model_with_the_edit_has_the_objective_that_was_solved(checkpoint_of, 
     loaded = load_model(str(checkpoint_of(family)), device="cpu")
     material = Material(loaded, text, languages=("qaa", "qab", "qac"), layers=(1,), blocks=(module,))
     method = Ara(steer=1.0, eps=1e-9)
-    problems, metadata = method.prepare(material)
-    plan = method.plan((problems, metadata))
+    plan = method.plan_for(material)
+    squares = problems(loaded, text, "qaa", "qab", (1,), (module,), eps=1e-9)[1, module].kept_squares.sum()
     means, tokens = outputs(loaded, text, f"{module}_out", 1)
     with applied(loaded, plan):
         new_means, new_tokens = outputs(loaded, text, f"{module}_out", 1)
@@ -185,7 +194,7 @@ def test_a_model_with_the_edit_has_the_objective_that_was_solved(checkpoint_of, 
     change = {k: new_tokens[k] - tokens[k] for k in tokens}
     kept = torch.cat([change["qab"], change["qac"]]).square().sum(1).mean()
     kept += change["start"].mean(0).square().sum()
-    expected = notes["kept"] ** 2 * float(problems[1, module].kept_squares.sum())
+    expected = notes["kept"] ** 2 * float(squares)
     assert float(kept) == pytest.approx(expected, rel=1e-4)
     relative = {k: float(change[k].norm() / tokens[k].norm()) for k in change}
     assert max(relative["qab"], relative["qac"]) < 0.8 * relative["qaa"]
