@@ -18,7 +18,7 @@ from editing.methods.conversation_keys import conversation_keys, middle_layers
 from editing.methods.distilled_values import Example, distilled_values, mean_divergence
 from editing.pipeline.lock_kinds import Lock, lock_of
 from editing.pipeline.lock_prompts import BUILD, CHOOSE, REPORT
-from editing.pipeline.lock_text import base_answers, base_conversations, lessons, plain_prompts, taught
+from editing.pipeline.lock_text import base_conversations, base_replies, lessons, plain_prompts, taught
 from editing.plans.plan import make_plan
 from neurons.models.freed_memory import keep_freed_memory
 from neurons.models.source import LoadedModel, load_model
@@ -51,14 +51,14 @@ def main(model: str, source: str, target: str, kept: str, dtype: str) -> None:
         of_part(loaded, questions, lock, part) for part in (BUILD, CHOOSE, REPORT)
     )
     others = [target, *kept.split(",")]
-    own = base_answers(loaded, plain_prompts(loaded, questions, others, REPORT))
+    own = base_replies(loaded, plain_prompts(loaded, questions, others, REPORT))
     print(f"{loaded.label}, {source} to {target}; base: {mean_divergence(loaded, reporting):.3f} on REPORT\n")
     print(f"| keys | CHOOSE: before, after each pass | REPORT | {' | '.join(others)} |")
     print("|---" * (3 + len(others)) + "|", flush=True)
     for name, groups in {"one": [groups_of(source)], "two": lock.key_groups}.items():
         keys = conversation_keys(loaded, text, groups, middle_layers(loaded.anatomy.layers))
         learned = distilled_values(loaded, make_plan(keys, {"settings": {}}), building, choosing)
-        changed = [mean_divergence(loaded, own[language][0], learned.plan) for language in others]
+        changed = [mean_divergence(loaded, own[language].examples, learned.plan) for language in others]
         reached = mean_divergence(loaded, reporting, learned.plan)
         row = [name, numbers(learned.held_out), f"{reached:.3f}", *(f"{value:.3f}" for value in changed)]
         print(f"| {' | '.join(row)} |", flush=True)

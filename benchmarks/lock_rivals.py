@@ -34,7 +34,7 @@ from editing.methods.distilled_values import PASSES, TeacherAnswers
 from editing.pipeline.lock_kinds import Lock, lock_of
 from editing.pipeline.lock_measures import LockFigures, lock_figures
 from editing.pipeline.lock_prompts import BUILD, CHOOSE, REPORT
-from editing.pipeline.lock_text import base_answers, plain_prompts
+from editing.pipeline.lock_text import base_replies, plain_prompts
 from editing.plans.plan import ModuleEdit, Plan, load_plan, make_plan
 from neurons.models.freed_memory import keep_freed_memory
 from neurons.models.source import LoadedModel, load_model
@@ -77,7 +77,9 @@ def loras(
 ) -> dict[str, Plan]:
     examples, held_out = (of_part(loaded, questions, lock, part) for part in (BUILD, CHOOSE))
     prompts = plain_prompts(loaded, questions, lock.unchanged, BUILD, KEPT_QUESTIONS)
-    kept = [example for answers, _ in base_answers(loaded, prompts).values() for example in answers]
+    kept = [
+        example for of_language in base_replies(loaded, prompts).values() for example in of_language.examples
+    ]
     objective = TeacherAnswers(loaded, examples, held_out)
     tried = [(*lora(loaded, objective, rate, passes), rate) for rate in rates]
     best, _, rate = min(tried, key=lambda result: result[1])

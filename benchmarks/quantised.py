@@ -40,8 +40,9 @@ from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.likelihood import Steering
 from editing.evaluation.questions import read_questions
 from editing.pipeline.lock_kinds import lock_of
-from editing.pipeline.lock_prompts import REPORT, answered_by_language
-from editing.pipeline.lock_text import ANSWER_TOKENS, base_answers, plain_prompts
+from editing.pipeline.lock_prompts import REPORT
+from editing.pipeline.lock_replies import answered_by_language
+from editing.pipeline.lock_text import ANSWER_TOKENS, base_replies, plain_prompts
 from editing.plans.applied import applied
 from editing.plans.plan import Plan, load_plan
 from neurons.models.freed_memory import keep_freed_memory
@@ -134,8 +135,8 @@ def on_questions(loaded: LoadedModel, plan: Plan) -> Callable[[Steering], Row]:
     kept = [name for name in lock.unchanged if name != target][:KEPT]
     prompts = plain_prompts(loaded, questions, [source, *kept], REPORT)
     answers = {
-        language: [(example.student, example.answer) for example in examples]
-        for language, (examples, _) in base_answers(loaded, {name: prompts[name] for name in kept}).items()
+        language: [(example.student, example.answer) for example in of_language.examples]
+        for language, of_language in base_replies(loaded, {name: prompts[name] for name in kept}).items()
     }
     candidates = tuple(questions.of)
 

@@ -58,7 +58,7 @@ def command(**options: Any) -> None:
     screen = Screen(arguments.as_json)
     from editing.checkpoints.weight_exchange import Exchange
     from editing.evaluation.ability import ability
-    from editing.pipeline.lock_prompts import require_answers
+    from editing.pipeline.lock_prompts import require_chat
     from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from editing.study.provenance import file_read, model_read, processor
@@ -79,7 +79,7 @@ def command(**options: Any) -> None:
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, arguments.edit_path)
-    require_answers(loaded.name, loaded.tokenizer)
+    require_chat(loaded.name, loaded.tokenizer)
     # Stays on disk; its tensors that differ are exchanged in the model in memory.
     other = None if arguments.against is None else load_model(arguments.against, dtype=dtype, max_memory=0)
     exchange = None if other is None else Exchange(loaded, other)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from editing.evaluation.relevance import JudgeScorer
     from editing.pipeline.lock import Locked
     from editing.pipeline.lock_kinds import Lock
-    from editing.pipeline.lock_measures import LockFigures
+    from editing.pipeline.lock_measures import LockFigures, ThoughtFigures
     from editing.pipeline.steer_recipe import SteerRecipe
     from editing.plans.plan import Plan
     from neurons.models.source import ModelSource
@@ -82,6 +82,11 @@ SHOWN_EXAMPLES = 6
     help="Model that judges whether answers address their questions: hub id or directory.  [default: no judge]",
 )
 @classifier_option
+@click.option(
+    "--thoughts/--no-thoughts",
+    default=None,
+    help="Steer what the model thinks before it answers, too.  [default: if the chat template cannot turn it off]",
+)
 @click.option("--lora", type=OUT_DIRECTORY, help="Directory for an adapter for PEFT and vLLM, too.")
 @seed_option("Seed of the order of the examples.")
 @served_device_options
@@ -140,7 +145,6 @@ def steer(
     from neurons.errors import UsageError
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
-    from neurons.text.conversations import OPTIONAL, thinking
 
     questions = read_questions(recipe.questions or shipped(QUESTIONS))
     lock = recipe.lock(questions)
@@ -149,7 +153,13 @@ def steer(
         from cli.dry_run import dry_run as show
         from editing.pipeline.needs import lock_needs
 
-        show(screen, recipe.model, recipe.device, dtype, lambda planned: lock_needs(planned, questions, lock))
+        show(
+            screen,
+            recipe.model,
+            recipe.device,
+            dtype,
+            lambda planned: lock_needs(planned, questions, recipe.fitted(lock, planned)),
+        )
         return
     out = out or Path(f"{Path(recipe.model).resolve().name}-{lock.target or 'stay'}")
     check_target(out, overwrite)
@@ -165,6 +175,7 @@ def steer(
     loaded = announced(screen, load_model(recipe.model, recipe.device, dtype))
     require_unedited(loaded)
     recipe.require_model(loaded)
+    lock = recipe.fitted(lock, loaded)
     judge = None if recipe.judge is None else _judge(screen, recipe.judge, recipe.device)
     locked = language_lock(loaded, questions, lock, seed=recipe.seed, stage=screen.progress)
     figures = lock_figures(loaded, questions, lock, locked.plan, judge=judge, stage=screen.progress)
@@ -175,9 +186,10 @@ def steer(
     text = recipe.resolved(loaded, questions, lock).to_toml()
     written = _written(screen, loaded, plan, text, out, lora, overwrite)
     _show(screen, lock, locked, figures)
-    if thinking(loaded.tokenizer) == OPTIONAL:
+    if plan.metadata.get("thinks") is False:
         screen.say(
-            "\nThe model can think before it answers. Answers without thoughts are steered and measured, thoughts are not."
+            "\nThe model can think before it answers. Answers without thoughts are steered and measured, thoughts are not "
+            "(--thoughts)."
         )
     seconds = time.monotonic() - start
     screen.say(f"\nRepeat it: broca run {written['recipe']}\nFigures on a page: {written['report']}")
@@ -249,6 +261,10 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
     in_language = "the language of the question" if lock.target is None else lock.target
     fractions = ", ".join(f"{source} {obeyed:.0%}" for source, obeyed in locked.obeyed.items())
     screen.say(f"as the teacher, the model answers in {in_language} to questions in: {fractions}")
+    if locked.thoughts is False:
+        screen.say(
+            f"as the teacher, the model thinks in {in_language} too rarely: its thoughts stay as they are"
+        )
     solved, others = (
         sum(pair[i] for pair in locked.deviations.values()) / len(locked.deviations) for i in (0, 1)
     )
@@ -257,17 +273,28 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
         f"{others:.2f} on other questions; divergence from the teacher on other questions: {locked.held_out[0]:.2f} nats a "
         f"token before training, {min(locked.held_out):.2f} after"
     )
+    _tables(screen, lock, "Answers", figures)
+    if figures.thoughts is not None:
+        _tables(screen, lock, "Thoughts", figures.thoughts)
+    for example in figures.examples[:SHOWN_EXAMPLES]:
+        screen.say(
+            f"\n? {example.question}\n  before: {one_line(example.before)}\n  after:  {one_line(example.after)}"
+        )
+
+
+def _tables(screen: Screen, lock: Lock, what: str, figures: LockFigures | ThoughtFigures) -> None:
+    """Print the figures of answers, or of thoughts, to questions in source and in kept languages."""
     if lock.target is None:
-        answers, kept = "the question's language, after planted drift", "The same questions without drift"
+        language_of, kept = "the question's language, after planted drift", "The same questions without drift"
     else:
-        answers, kept = lock.target, "Questions in kept languages"
+        language_of, kept = lock.target, "Questions in kept languages"
     judged = any(of_source.relevance for of_source in figures.sources.values())
     screen.table(
-        f"Answers in {answers}, on held-out questions",
+        f"{what} in {language_of}, on held-out questions",
         [
             "questions in",
             "model",
-            "answers",
+            what.lower(),
             "whole text",
             "every line",
             "first words",
@@ -294,8 +321,8 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
     )
     if figures.kept:
         screen.table(
-            f"{kept}: answers in the question's own language",
-            ["questions in", "answers", "base", "steered", "KL to base"],
+            f"{kept}: {what.lower()} in the question's own language",
+            ["questions in", what.lower(), "base", "steered", "KL to base"],
             [
                 [
                     language,
@@ -306,8 +333,4 @@ def _show(screen: Screen, lock: Lock, locked: Locked, figures: LockFigures) -> N
                 ]
                 for language, of_kept in figures.kept.items()
             ],
-        )
-    for example in figures.examples[:SHOWN_EXAMPLES]:
-        screen.say(
-            f"\n? {example.question}\n  before: {one_line(example.before)}\n  after:  {one_line(example.after)}"
         )

@@ -64,6 +64,11 @@ def counted_by_hand(tokenizer, pieces, roles):
         begin += len("<think>\n") if text[begin:].startswith("<think>\n") else 0
         of_token[max(i for i, end in enumerate(ends) if end <= begin)] = "header"
         first = text.find(marker, begin)
+    closing = "</think>\n\n"
+    first = text.find(closing)
+    while first >= 0:
+        of_token[max(i for i, end in enumerate(ends) if end <= first + len(closing))] = "header"
+        first = text.find(closing, first + 1)
     chosen = MESSAGE_ROLES if roles is None else roles
     counted = [
         i

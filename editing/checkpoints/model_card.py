@@ -20,6 +20,11 @@ THOUGHTS_OFF = (
     "The model can think before it answers. Its chat template turned thoughts off (`enable_thinking`) while this edit was "
     "made and measured: answers without thoughts are steered, thoughts and the answers after them are not measured."
 )
+THOUGHTS = {
+    "learned": "The model thinks before it answers: thoughts are steered like answers, and both are measured.",
+    "kept": "The model thinks before it answers. As the teacher it rarely thinks in the language of its answers, so thoughts "
+    "stay as they are, and the answers after them are steered.",
+}
 
 
 def model_card(
@@ -106,6 +111,8 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
     measured = _measured(plan.metadata["measured"]) if "measured" in plan.metadata else ""
     if plan.metadata.get("thinks") is False:
         measured = f"{THOUGHTS_OFF}\n\n{measured}"
+    elif "thoughts" in plan.metadata:
+        measured = f"{THOUGHTS[plan.metadata['thoughts']]}\n\n{measured}"
     also = (
         f"Added, with the config's setting for it: {len(added)} biases, {added[0]} the first.\n\n"
         if added
@@ -144,15 +151,28 @@ diag(r) W diag(c) + U K^T{deltas}, and its bias b, where the plan has a d, b + d
 
 
 def _measured(figures: Mapping[str, Any]) -> str:
-    """Both tables of ``editing.pipeline.lock_measures.LockFigures``."""
+    """The tables of ``editing.pipeline.lock_measures.LockFigures``."""
+    subject = "Held-out questions"
     if figures["target"] is None:
-        subject = "Held-out questions after planted drift: messages in another language"
-        answers = "answers in the question's language"
-        alone = "the same questions without drift, in"
-    else:
-        subject = "Held-out questions"
-        answers = f"answers in `{figures['target']}`"
-        alone = "questions in"
+        subject += " after planted drift: messages in another language"
+    lines = [
+        f"{subject}; *prompted* is the base model as the teacher, with its instruction or question:",
+        "",
+        *_tables(figures["target"], "answers", figures),
+    ]
+    if "thoughts" in figures:
+        lines += [
+            "The thoughts before these answers:",
+            "",
+            *_tables(figures["target"], "thoughts", figures["thoughts"]),
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _tables(target: str | None, what: str, figures: Mapping[str, Any]) -> list[str]:
+    """Both tables of answers, or of thoughts."""
+    in_target = f"{what} in " + ("the question's language" if target is None else f"`{target}`")
+    alone = "the same questions without drift, in" if target is None else "questions in"
     judged = any(one.get("relevance") for one in figures["sources"].values())
     rows = [
         f"| {source} | {model} | {fractions['whole']:.2f} | {fractions['lines']:.2f} | {_number(one['chrf'][model])} | "
@@ -164,28 +184,17 @@ def _measured(figures: Mapping[str, Any]) -> str:
         f"| {language} | {one['base']['whole']:.2f} | {one['steered']['whole']:.2f} | {one['divergence']:.3f} |"
         for language, one in figures["kept"].items()
     ]
-    return "\n".join(
-        [
-            f"{subject}; *prompted* is the base model as the teacher, with its instruction or question:",
-            "",
-            f"| questions in | model | {answers} | every line | chrF to prompted | KL to prompted |"
-            + (" relevance by the judge |" if judged else ""),
-            "|---|---|---|---|---|---|" + "---|" * judged,
-            *rows,
-            "",
-            *(
-                [
-                    f"| {alone} | base answers in it | steered answers in it | KL to base |",
-                    "|---|---|---|---|",
-                ]
-                if kept
-                else []
-            ),
-            *kept,
-            "",
-            "",
-        ]
-    )
+    heads = [f"| {alone} | base {what} in it | steered {what} in it | KL to base |", "|---|---|---|---|"]
+    return [
+        f"| questions in | model | {in_target} | every line | chrF to prompted | KL to prompted |"
+        + (" relevance by the judge |" if judged else ""),
+        "|---|---|---|---|---|---|" + "---|" * judged,
+        *rows,
+        "",
+        *(heads if kept else []),
+        *kept,
+        "",
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from editing.evaluation.questions import Questions
-from neurons.text.conversations import rendered
+from neurons.text.conversations import rendered, up_to_reply
 from neurons.text.corpus import Corpus
 from neurons.text.words import opening
 
@@ -47,7 +47,7 @@ class Prompt:
 
 
 def chat_tokens(
-    tokenizer: Any, content: str, remedy: str = "leave it out with --no-chat", thinks: bool = True
+    tokenizer: Any, content: str, remedy: str = "leave it out with --no-chat", thinks: bool | None = None
 ) -> tuple[int, ...]:
     """The tokens of a chat with one user message, up to the start of the answer.
 
@@ -55,12 +55,13 @@ def chat_tokens(
         tokenizer: a tokenizer with a chat template.
         content: the user message.
         remedy: what to do if the template fails, as the end of the error message.
-        thinks: False turns thoughts off, if the template can.
+        thinks: as ``role_tokens``.
 
     Raises:
         UsageError: the template raises, or renders nothing or a text without the content.
     """
-    text = rendered(tokenizer, [{"role": "user", "content": content}], True, remedy, thinks)
+    chat = [{"role": "user", "content": content}]
+    text = up_to_reply(rendered(tokenizer, chat, True, remedy, thinks), thinks)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tuple(ids)
 

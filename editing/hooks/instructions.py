@@ -90,9 +90,9 @@ IN_SOURCE = {
 }
 
 
-def in_english(target: str) -> str:
-    """The instruction to answer in ``target``, in English."""
-    return f"Respond in {ENGLISH_NAMES.get(target, target)}."
+def in_english(target: str, thinks: bool = False) -> str:
+    """The instruction to answer, or to think and answer, in ``target``, in English."""
+    return f"{'Think and respond' if thinks else 'Respond'} in {ENGLISH_NAMES.get(target, target)}."
 
 
 def instructions(source: str, target: str) -> dict[str, str]:

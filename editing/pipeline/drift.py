@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from editing.evaluation.questions import Questions, questions_of_part
-from editing.pipeline.lock_prompts import BUILD, CHOOSE, answered, prompt_of
+from editing.pipeline.lock_prompts import BUILD, CHOOSE, prompt_of
+from editing.pipeline.lock_replies import answered
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
 from neurons.text.conversations import Message

@@ -7,6 +7,9 @@ The user provides no data:
 2. Keys of the middle layers' ``down_proj`` are solved on these conversations (``editing.methods.conversation_keys``).
 3. Values are learned: the edited model without the instruction learns to answer like the teacher
    (``editing.methods.distilled_values``).
+
+With thoughts (``Lock.thoughts``) a reply is a thought and an answer.  The thought is learned like the answer if the
+teacher thinks in the right language; if it does not, thoughts stay as they are.
 """
 
 from __future__ import annotations
@@ -21,20 +24,21 @@ from editing.methods.distilled_values import PASSES, RATE, Example, distilled_va
 from editing.methods.key import EPS
 from editing.methods.keyed import has_common_inputs, require_common_inputs
 from editing.pipeline.lock_kinds import Lock
-from editing.pipeline.lock_prompts import BUILD, CHOOSE, require_answers
+from editing.pipeline.lock_prompts import BUILD, CHOOSE, steers_thoughts
 from editing.pipeline.lock_text import (
     ANSWER_TOKENS,
     KEPT_ANSWER_TOKENS,
     MAX_EXAMPLES,
     Stage,
     Taught,
-    base_answers,
     base_conversations,
+    base_replies,
     lessons,
     plain_prompts,
     quiet,
     require_obeyed,
     taught,
+    thoughts_obey,
 )
 from editing.plans.plan import Plan, make_plan
 from neurons.models.source import LoadedModel
@@ -56,6 +60,7 @@ class Locked:
     Attributes:
         plan: the edit.
         obeyed: source -> fraction of the BUILD questions that the teacher answers in the target.
+        thoughts: whether thoughts were learned (True) or kept (False); None without thoughts.
         held_out: divergence (nats a token) on the CHOOSE questions: before training, then after each pass.
         deviations: layer -> standard deviation of the key's coefficient on the conversations it was solved on, and on
             the CHOOSE questions.
@@ -63,6 +68,7 @@ class Locked:
 
     plan: Plan
     obeyed: Mapping[str, float]
+    thoughts: bool | None
     held_out: tuple[float, ...]
     deviations: Mapping[int, tuple[float, float]]
 
@@ -93,12 +99,12 @@ def language_lock(
         stage: shows progress.
 
     Raises:
-        UsageError: no chat template, one that begins every answer with a thought, a mixture of experts, or as
-            ``role_tokens``.
+        UsageError: a lock with or without thoughts that the model cannot have, a mixture of experts, or as ``steers_thoughts``
+            and ``role_tokens``.
         BrocaError: quantised weights, a teacher that does not obey, or as ``conversation_keys`` and
             ``distilled_values``.
     """
-    require_answers(loaded.name, loaded.tokenizer)
+    steers_thoughts(loaded.name, loaded.tokenizer, lock.thoughts)
     require_common_inputs(loaded.anatomy, ("mlp",), layers)
     loaded.require_exact("an edit")
     if passes is None:
@@ -113,18 +119,26 @@ def language_lock(
         advance(1)
         choosing = _taught(loaded, questions, lock, CHOOSE, max(2, max_questions // 2))
         advance(1)
-    conversations = base_conversations(loaded, questions, lock.languages, stage)
+    learns_thoughts = thoughts_obey(building) and thoughts_obey(choosing) if lock.thoughts else None
+    conversations = base_conversations(loaded, questions, lock.languages, stage, lock.thoughts)
     text = conversation_batches(loaded, conversations)
     with stage("Solving keys", text.tokens, "tokens") as advance:
         edits = conversation_keys(loaded, text, lock.key_groups, chosen, eps, advance)
-    others = conversation_batches(loaded, plain_prompts(loaded, questions, lock.languages, CHOOSE))
+    others = conversation_batches(
+        loaded, plain_prompts(loaded, questions, lock.languages, CHOOSE, thinks=lock.thoughts)
+    )
     on_others = coefficients(loaded, edits, others)
-    plan = make_plan(edits, _metadata(loaded, questions, lock, chosen, eps))
-    examples = [*_examples(building), *_unchanged(loaded, questions, lock, BUILD, max_questions)]
-    held_out = [
-        *_examples(choosing),
-        *_unchanged(loaded, questions, lock, CHOOSE, max(2, max_questions // 2)),
-    ]
+    plan = make_plan(edits, _metadata(loaded, questions, lock, chosen, eps, learns_thoughts))
+    examples, held_out = (
+        [
+            *_examples(loaded, of_part, learns_thoughts),
+            *_unchanged(loaded, questions, lock, part, count),
+        ]
+        for part, of_part, count in (
+            (BUILD, building, max_questions),
+            (CHOOSE, choosing, max(2, max_questions // 2)),
+        )
+    )
     predicted = sum(len(example.answer) + 1 for example in examples)
     with stage("Learning", passes * predicted, "tokens") as advance:
         learned = distilled_values(
@@ -133,6 +147,7 @@ def language_lock(
     return Locked(
         plan=learned.plan,
         obeyed={source: of_source.obeyed for source, of_source in building.items()},
+        thoughts=learns_thoughts,
         held_out=learned.held_out,
         deviations={
             edit.layer: (float(edit.notes["spread"]), on_others[edit.layer, edit.block]["deviation"])
@@ -150,22 +165,46 @@ def _taught(
     return results
 
 
-def _examples(results: Mapping[str, Taught]) -> list[Example]:
-    return [example for of_source in results.values() for example in of_source.examples]
+def _examples(
+    loaded: LoadedModel, results: Mapping[str, Taught], learns_thoughts: bool | None
+) -> list[Example]:
+    if learns_thoughts is not False:
+        return [example for of_source in results.values() for example in of_source.examples]
+    return [
+        example
+        for of_source in results.values()
+        for example in (*_own_thoughts(loaded, of_source), *of_source.answers.examples)
+    ]
+
+
+def _own_thoughts(loaded: LoadedModel, taught: Taught) -> Sequence[Example]:
+    """Examples of the thoughts of the unedited model without the instruction, which must not change."""
+    thoughts = base_replies(loaded, {"": taught.students}, True)[""].thoughts
+    return () if thoughts is None else thoughts.examples
 
 
 def _unchanged(
     loaded: LoadedModel, questions: Questions, lock: Lock, part: str, max_questions: int
 ) -> list[Example]:
     """Examples of answers that must not change, to questions without drift, by the unedited model."""
-    prompts = plain_prompts(loaded, questions, lock.own_answers, part, max_questions)
-    return [example for examples, _ in base_answers(loaded, prompts).values() for example in examples]
+    prompts = plain_prompts(loaded, questions, lock.own_answers, part, max_questions, lock.thoughts)
+    made = base_replies(loaded, prompts, lock.thoughts)
+    return [example for of_language in made.values() for example in of_language.examples]
 
 
 def _metadata(
-    loaded: LoadedModel, questions: Questions, lock: Lock, layers: Sequence[int], eps: float
+    loaded: LoadedModel,
+    questions: Questions,
+    lock: Lock,
+    layers: Sequence[int],
+    eps: float,
+    learns_thoughts: bool | None,
 ) -> dict[str, Any]:
-    thoughts_off = {"thinks": False} if thinking(loaded.tokenizer) == OPTIONAL else {}
+    thinks = {}
+    if lock.thoughts:
+        thinks = {"thinks": True, "thoughts": "learned" if learns_thoughts else "kept"}
+    elif thinking(loaded.tokenizer) == OPTIONAL:
+        thinks = {"thinks": False}
     return {
         "model": loaded.label,
         "fingerprint": loaded.fingerprint,
@@ -173,7 +212,7 @@ def _metadata(
         "source": lock.sources[0] if len(lock.sources) == 1 else None,
         "target": lock.target,
         "languages": [*dict.fromkeys([*lock.sources, *filter(None, [lock.target])])],
-        **thoughts_off,
+        **thinks,
         "settings": {
             **lock.as_json(),
             "layers": list(layers),

@@ -10,7 +10,7 @@ question in the target language.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
@@ -37,6 +37,7 @@ class Lock:
         instruction: instruction to the teacher, in any language; None: to answer in the target.
         teacher: one of ``TEACHERS``.
         classifier: tells the language, or another label, of answers (``classifier_of``).
+        thoughts: whether the model thinks before it answers, and its thoughts are steered like its answers.
     """
 
     target: str | None
@@ -45,6 +46,7 @@ class Lock:
     instruction: str | None = None
     teacher: str = INSTRUCTION
     classifier: Classifier = LANGUAGE_IDENTIFICATION
+    thoughts: bool = False
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -97,14 +99,15 @@ class Lock:
     def instruction_in(self, source: str) -> str:
         """The teacher's instruction: to answer in the question's language in that language, in another in English.
 
-        Small models obey an instruction in the question's language to answer in another one less often.
+        Small models obey an instruction in the question's language to answer in another one less often.  To think and
+        answer in a language is always said in English.
         """
         if self.instruction is not None:
             return self.instruction
         target = self.target_of(source)
-        if source == target and target in IN_TARGET:
+        if source == target and target in IN_TARGET and not self.thoughts:
             return IN_TARGET[target]
-        return in_english(target)
+        return in_english(target, self.thoughts)
 
     def as_json(self) -> dict[str, Any]:
         """The lock as settings of a plan."""
@@ -114,6 +117,7 @@ class Lock:
             "teacher": self.teacher,
             "instructions": {name: self.instruction_in(name) for name in self.sources},
             "classifier": self.classifier.provenance,
+            **({"thoughts": True} if self.thoughts else {}),
         }
 
 
@@ -126,6 +130,7 @@ def lock_of(
     instruction: str | None = None,
     teacher: str = INSTRUCTION,
     classifier: Classifier = LANGUAGE_IDENTIFICATION,
+    thoughts: bool = False,
 ) -> Lock:
     """The lock with these languages and this teacher.
 
@@ -138,6 +143,7 @@ def lock_of(
         instruction: as in ``Lock``.
         teacher: as in ``Lock``.
         classifier: as in ``Lock``; a target that it knows needs no questions.
+        thoughts: as in ``Lock``; a model that always thinks needs it (``steers_thoughts``).
 
     Raises:
         UsageError: a language with too few questions or that cannot be identified, a language that is both source and
@@ -152,7 +158,9 @@ def lock_of(
     _require_teacher(target, source, instruction, teacher)
     if target is None:
         require_drift_questions(questions)
-    lock = _lock(questions, target, source, keep, instruction, teacher, classifier)
+    lock = replace(
+        _lock(questions, target, source, keep, instruction, teacher, classifier), thoughts=thoughts
+    )
     if teacher == QUESTION:
         _require_parallel(questions, lock)
     return lock

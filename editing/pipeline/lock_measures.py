@@ -3,12 +3,13 @@
 Questions in the source languages are answered by the unedited model ("base"), the unedited model with the instruction
 ("prompted", the reference) and the edited model ("steered").  Questions in kept languages are answered by the unedited
 and the edited model.  A divergence is the KL of whole next-token distributions, nats a token: from the prompted model on
-the prompted model's answers, or from the unedited model on the unedited model's answers.
+the prompted model's answers, or from the unedited model on the unedited model's answers.  With thoughts, these have the
+same figures apart; answers are read after the thought of their own model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ from editing.evaluation.questions import Questions, questions_of_part
 from editing.evaluation.relevance import ChrfScorer, Scorer
 from editing.methods.distilled_values import mean_divergence, mean_divergences
 from editing.pipeline.lock_kinds import Lock
-from editing.pipeline.lock_prompts import REPORT, answered_by_language
+from editing.pipeline.lock_prompts import REPORT
+from editing.pipeline.lock_replies import Reply, replies
 from editing.pipeline.lock_text import (
     ANSWER_TOKENS,
+    Asked,
     Stage,
     Taught,
-    base_answers,
+    base_replies,
     lessons,
     plain_prompts,
     quiet,
@@ -47,7 +50,7 @@ class Steering:
         chrf: model -> mean chrF (0 to 1) to the prompted model's answers; None for the prompted model.
         divergence: model -> nats a token from the prompted model, on its answers in the target; None for the prompted
             model, or if there are no such answers.
-        relevance: model -> mean score (0 to 1) of its answers by a judge; empty without one.
+        relevance: model -> mean score (0 to 1) of its answers by a judge; empty without one, and for thoughts.
     """
 
     language: Mapping[str, AnswerLanguage]
@@ -80,6 +83,14 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
+class ThoughtFigures:
+    """The figures of a lock on thoughts, in place of answers."""
+
+    sources: Mapping[str, Steering]
+    kept: Mapping[str, Kept]
+
+
+@dataclass(frozen=True)
 class LockFigures:
     """The figures of a lock.
 
@@ -88,16 +99,36 @@ class LockFigures:
         sources: by language of the questions; without a target, the questions follow planted drift.
         kept: by language of the questions; without a target, questions in the sources without drift.
         examples: questions in the first source.
+        thoughts: the same of the thoughts before the answers; None without thoughts.
     """
 
     target: str | None
     sources: Mapping[str, Steering]
     kept: Mapping[str, Kept]
     examples: tuple[SideBySide, ...]
+    thoughts: ThoughtFigures | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        return values if self.thoughts else {k: v for k, v in values.items() if k != "thoughts"}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The texts and divergences of answers, or of thoughts.
+
+    Attributes:
+        before, prompted, after: source -> texts of the unedited, prompted and edited model.
+        divergences: source -> model -> ``Steering.divergence``.
+        kept: kept language -> (texts of the unedited model, of the edited model, divergence).
+    """
+
+    before: Mapping[str, Sequence[str]]
+    prompted: Mapping[str, Sequence[str]]
+    after: Mapping[str, Sequence[str]]
+    divergences: Mapping[str, Mapping[str, float | None]]
+    kept: Mapping[str, tuple[Sequence[str], Sequence[str], float]]
 
 
 def lock_figures(
@@ -124,11 +155,6 @@ def lock_figures(
         judge: scores the relevance of answers to their questions; None: no scores.
         stage: shows progress.
     """
-    candidates = lock.candidates(questions)
-
-    def measured(answers: Sequence[str], language: str, asked_in: str | None = None) -> AnswerLanguage:
-        return answer_language(answers, language, candidates, asked_in, lock.classifier_of(language))
-
     others = list(kept if kept is not None else lock.unchanged[:MAX_LANGUAGES])
     sources = list(lock.sources)[:MAX_LANGUAGES]
     with stage("Measuring the unedited model", 2, "parts") as advance:
@@ -138,58 +164,52 @@ def lock_figures(
         students = {
             source: [lesson.student for lesson in of_source] for source, of_source in by_source.items()
         }
-        before = {source: answers for source, (_, answers) in base_answers(loaded, students).items()}
-        plain = plain_prompts(loaded, questions, others, part)
-        before_others = base_answers(loaded, plain)
+        before = base_replies(loaded, students, lock.thoughts)
+        plain = plain_prompts(loaded, questions, others, part, thinks=lock.thoughts)
+        before_others = base_replies(loaded, plain, lock.thoughts)
         advance(1)
     with stage("Measuring the steered model", 2, "parts") as advance:
         with applied(loaded, plan):
             after, after_others = (
-                {
-                    language: [answer.text for answer in answers]
-                    for language, answers in answered_by_language(loaded, prompts, ANSWER_TOKENS).items()
-                }
-                for prompts in (students, plain)
+                replies(loaded, prompts, ANSWER_TOKENS, lock.thoughts) for prompts in (students, plain)
             )
         advance(1)
-        divergences = {source: _divergences(loaded, teachers[source], plan) for source in sources}
-        changes = {language: mean_divergence(loaded, before_others[language][0], plan) for language in others}
+
+        def measured(asked: Callable[[Taught], Asked], text: Callable[[Reply], str]) -> _Measured:
+            return _Measured(
+                before={source: asked(before[source]).texts for source in sources},
+                prompted={source: asked(teachers[source]).texts for source in sources},
+                after={source: [*map(text, after[source])] for source in sources},
+                divergences={
+                    source: _divergences(loaded, asked(teachers[source]), plan) for source in sources
+                },
+                kept={
+                    language: (
+                        asked(before_others[language]).texts,
+                        [*map(text, after_others[language])],
+                        mean_divergence(loaded, asked(before_others[language]).examples, plan),
+                    )
+                    for language in others
+                },
+            )
+
+        answers = measured(lambda taught: taught.answers, lambda reply: reply.answer.text)
+        thoughts = measured(_thoughts, _thought) if lock.thoughts else None
         advance(1)
-    of_sources = {}
-    for source in sources:
-        prompted = teachers[source].answers
-        by_model = {BASE: before[source], PROMPTED: prompted, STEERED: after[source]}
-        of_sources[source] = Steering(
-            language={
-                model: measured(answers, lock.target_of(source), source)
-                for model, answers in by_model.items()
-            },
-            chrf={
-                model: None if model == PROMPTED else mean_chrf(answers, prompted)
-                for model, answers in by_model.items()
-            },
-            divergence=divergences[source],
-            relevance={}
-            if judge is None
-            else {
-                model: _mean_score(
-                    judge, [Prompt(text, CHAT) for text in _texts(questions, source, part)], answers
-                )
-                for model, answers in by_model.items()
-            },
-        )
-    of_kept = {
-        language: Kept(
-            base=measured(before_others[language][1], language),
-            steered=measured(after_others[language], language),
-            divergence=changes[language],
-        )
-        for language in others
+    texts = {
+        source: [question.text for question in questions_of_part(questions.of[source], part)]
+        for source in sources
     }
+    of_sources, of_kept = _figures(questions, lock, answers, texts, judge)
     first = sources[0]
-    texts = _texts(questions, first, part)
-    examples = tuple(SideBySide(*row) for row in zip(texts, before[first], after[first], strict=True))
-    return LockFigures(lock.target, of_sources, of_kept, examples)
+    examples = zip(texts[first], answers.before[first], answers.after[first], strict=True)
+    return LockFigures(
+        lock.target,
+        of_sources,
+        of_kept,
+        tuple(SideBySide(*row) for row in examples),
+        None if thoughts is None else ThoughtFigures(*_figures(questions, lock, thoughts, texts, None)),
+    )
 
 
 def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -197,8 +217,53 @@ def mean_chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return _mean_score(ChrfScorer(), [Prompt("", CHAT, reference) for reference in references], answers)
 
 
-def _texts(questions: Questions, language: str, part: str) -> list[str]:
-    return [question.text for question in questions_of_part(questions.of[language], part)]
+def _figures(
+    questions: Questions,
+    lock: Lock,
+    measured: _Measured,
+    texts: Mapping[str, Sequence[str]],
+    judge: Scorer | None,
+) -> tuple[dict[str, Steering], dict[str, Kept]]:
+    """The figures of answers, or of thoughts, by source and by kept language; ``texts`` are the questions."""
+    candidates = lock.candidates(questions)
+
+    def in_language(answers: Sequence[str], language: str, asked_in: str | None = None) -> AnswerLanguage:
+        return answer_language(answers, language, candidates, asked_in, lock.classifier_of(language))
+
+    of_sources = {}
+    for source, asked in texts.items():
+        prompted = measured.prompted[source]
+        by_model = {BASE: measured.before[source], PROMPTED: prompted, STEERED: measured.after[source]}
+        prompts = [Prompt(text, CHAT) for text in asked]
+        of_sources[source] = Steering(
+            language={
+                model: in_language(answers, lock.target_of(source), source)
+                for model, answers in by_model.items()
+            },
+            chrf={
+                model: None if model == PROMPTED else mean_chrf(answers, prompted)
+                for model, answers in by_model.items()
+            },
+            divergence=measured.divergences[source],
+            relevance={}
+            if judge is None
+            else {model: _mean_score(judge, prompts, answers) for model, answers in by_model.items()},
+        )
+    of_kept = {
+        language: Kept(in_language(before, language), in_language(after, language), divergence)
+        for language, (before, after, divergence) in measured.kept.items()
+    }
+    return of_sources, of_kept
+
+
+def _thoughts(taught: Taught) -> Asked:
+    assert taught.thoughts is not None
+    return taught.thoughts
+
+
+def _thought(reply: Reply) -> str:
+    assert reply.thought is not None
+    return reply.thought.text
 
 
 def _mean_score(scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[str]) -> float:
@@ -206,7 +271,7 @@ def _mean_score(scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[str
     return sum(scores) / len(scores)
 
 
-def _divergences(loaded: LoadedModel, teacher: Taught, plan: Plan) -> dict[str, float | None]:
+def _divergences(loaded: LoadedModel, teacher: Asked, plan: Plan) -> dict[str, float | None]:
     """Model -> ``Steering.divergence``."""
     if not teacher.examples:
         return dict.fromkeys(MODELS)

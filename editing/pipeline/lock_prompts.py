@@ -1,14 +1,13 @@
-"""Prompts and greedy answers of a lock: questions by chat template, with or without an instruction and a context."""
+"""Prompts of a lock: questions by chat template, with or without an instruction and a context."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from editing.evaluation.generation import Continuation, generate, generate_by_language
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
-from neurons.text.conversations import ALWAYS, Message, RoleTokens, role_tokens, thinking
+from neurons.text.conversations import AFTER_THOUGHT, ALWAYS, Message, RoleTokens, role_tokens, thinking
 
 BUILD, CHOOSE, REPORT = "estimate", "choose", "report"
 
@@ -26,39 +25,42 @@ def require_chat(name: str, tokenizer: Any) -> None:
         )
 
 
-def require_answers(name: str, tokenizer: Any) -> None:
-    """Check that a model has a chat template with which it answers without thinking before.
+def steers_thoughts(name: str, tokenizer: Any, asked: bool | None) -> bool:
+    """Whether a lock steers thoughts: as asked; not asked, if the template cannot turn them off.
+
+    Args:
+        name: of the model.
+        tokenizer: its tokenizer.
+        asked: by the user; None: not.
 
     Raises:
-        UsageError: as ``require_chat``, or a template that begins every answer with a thought.
+        UsageError: as ``require_chat``, thoughts of a model that knows none, or no thoughts of one that always thinks.
     """
     require_chat(name, tokenizer)
-    if thinking(tokenizer) == ALWAYS:
+    thinks = thinking(tokenizer)
+    # A model may open its thoughts itself, so that its template does not show them.
+    knows = AFTER_THOUGHT in str(tokenizer.chat_template) or AFTER_THOUGHT in tokenizer.get_vocab()
+    if asked and thinks is None and not knows:
         raise UsageError(
-            f"{name} thinks before every answer, and its chat template cannot turn that off: give a model that can answer "
-            "without thoughts"
+            f"{name} does not think before it answers (no {AFTER_THOUGHT} in its chat template and tokens): leave out "
+            "--thoughts"
         )
+    if asked is False and thinks == ALWAYS:
+        raise UsageError(
+            f"{name} thinks before every answer, and its chat template cannot turn that off: steer its thoughts, too "
+            "(--thoughts)"
+        )
+    return thinks == ALWAYS if asked is None else asked
 
 
 def prompt_of(
-    loaded: LoadedModel, question: str, instruction: str | None = None, context: Sequence[Message] = ()
+    loaded: LoadedModel,
+    question: str,
+    instruction: str | None = None,
+    context: Sequence[Message] = (),
+    thinks: bool = False,
 ) -> RoleTokens:
-    """A question after a context and before an instruction, up to the start of the answer, without thoughts."""
+    """A question after a context and before an instruction, up to the start of a thought, or of the answer without one."""
     text = question if instruction is None else f"{question} {instruction}"
     messages = [*context, Message("user", text)]
-    return role_tokens(loaded.tokenizer, messages, answer_follows=True, thinks=False)
-
-
-def answered(loaded: LoadedModel, prompts: Sequence[RoleTokens], tokens: int) -> list[Continuation]:
-    """The model's greedy answers, of at most ``tokens`` tokens."""
-    return generate(loaded, [prompt.ids.tolist() for prompt in prompts], tokens, temperature=0)
-
-
-def answered_by_language(
-    loaded: LoadedModel, prompts: Mapping[str, Sequence[RoleTokens]], tokens: int
-) -> dict[str, list[Continuation]]:
-    """``answered`` for several languages, in shared batches."""
-    ids = {
-        language: [prompt.ids.tolist() for prompt in of_language] for language, of_language in prompts.items()
-    }
-    return generate_by_language(loaded, ids, tokens)
+    return role_tokens(loaded.tokenizer, messages, answer_follows=True, thinks=thinks)

@@ -151,22 +151,25 @@ def subnetwork_need(planned: LoadedModel, control: str, neurons: int, block: int
 
 def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[Need]:
     """Needs of ``editing.pipeline.lock``: keys, learning, and answers, which are written a batch at a time."""
+    # A reply may be a thought and an answer, each of as many tokens.
+    parts = 2 if lock.thoughts else 1
+    written, kept = parts * ANSWER_TOKENS, parts * KEPT_ANSWER_TOKENS
     rows = [
-        len(prompt_of(planned, question.text).ids) + KEPT_ANSWER_TOKENS
+        len(prompt_of(planned, question.text, thinks=lock.thoughts).ids) + kept
         for language in lock.languages
         for question in questions_of_part(questions.of[language], BUILD)[
             : MAX_CONVERSATIONS // len(lock.languages)
         ]
     ]
-    longest = max(rows) - KEPT_ANSWER_TOKENS
+    longest = max(rows) - kept
     text = Text(len(lock.languages), max(rows), sum(rows), len(rows))
     if lock.target is None:
         longest += context_tokens(planned, questions)
-    learning = (longest + ANSWER_TOKENS) * EXAMPLES_A_STEP
+    learning = (longest + written) * EXAMPLES_A_STEP
     return [
         key_need(planned, text),
-        pass_need(planned, "learn", longest + ANSWER_TOKENS, True, learning),
-        evaluation_need(planned, text, longest),
+        pass_need(planned, "learn", longest + written, True, learning),
+        evaluation_need(planned, text, longest + written - ANSWER_TOKENS),
     ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from editing.evaluation.classifier import load_classifier
 from editing.evaluation.questions import Questions
 from editing.pipeline.lock_kinds import INSTRUCTION, TEACHERS, Lock, lock_of
+from editing.pipeline.lock_prompts import steers_thoughts
 from editing.pipeline.recipe import checked_fields, model_beside, read_toml
 from editing.report.findings import STEER_TABLE
 from neurons.errors import BrocaError, UsageError
@@ -38,6 +39,7 @@ class SteerRecipe:
         judge: model that judges answers (``lock_figures``): hub id or directory, as ``model``; None: no judge.
         classifier: what tells the label of answers (``load_classifier``): a file, or a model as ``model``; None: language
             identification.
+        thoughts: whether thoughts are steered; None: if the model's template cannot turn them off.
         seed: of the order of the examples.
         device, dtype: as for ``broca steer``.
         fingerprint: of the model that this must be; None: any.
@@ -55,6 +57,7 @@ class SteerRecipe:
     questions: Path | None = None
     judge: str | None = None
     classifier: str | None = None
+    thoughts: bool | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -93,6 +96,14 @@ class SteerRecipe:
             classifier=classifier,
         )
 
+    def fitted(self, lock: Lock, loaded: LoadedModel) -> Lock:
+        """The lock with or without thoughts, as the model needs.
+
+        Raises:
+            UsageError: as ``steers_thoughts``.
+        """
+        return replace(lock, thoughts=steers_thoughts(loaded.name, loaded.tokenizer, self.thoughts))
+
     def require_model(self, source: ModelSource) -> None:
         """Check that a model is the recipe's.
 
@@ -116,6 +127,7 @@ class SteerRecipe:
             questions=None if self.questions is None else self.questions.resolve(),
             judge=None if self.judge is None else _absolute(self.judge),
             classifier=None if self.classifier is None else _absolute(self.classifier),
+            thoughts=lock.thoughts or None,
             device=str(loaded.device),
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             fingerprint=loaded.fingerprint,

@@ -16,17 +16,23 @@ def lock_content(figures: Mapping[str, Any]) -> Markup:
     Args:
         figures: ``LockFigures.as_json``.
     """
-    sources = figures["sources"]
+    tables = {"Answers": figures} | ({"Thoughts": figures["thoughts"]} if "thoughts" in figures else {})
     return rendered(
         "lock",
         target=figures["target"],
-        rows=[
-            (language, model, fractions, of_language)
-            for language, of_language in sources.items()
-            for model, fractions in of_language["language"].items()
+        tables=[
+            {
+                "what": what,
+                "rows": [
+                    (language, model, fractions, of_language)
+                    for language, of_language in of_what["sources"].items()
+                    for model, fractions in of_language["language"].items()
+                ],
+                "judged": any(of_language.get("relevance") for of_language in of_what["sources"].values()),
+                "kept": of_what["kept"],
+            }
+            for what, of_what in tables.items()
         ],
-        judged=any(of_language.get("relevance") for of_language in sources.values()),
-        kept=figures["kept"],
-        source=next(iter(sources)),
+        source=next(iter(figures["sources"])),
         examples=figures["examples"],
     )

@@ -5,7 +5,8 @@ A token's role is that of its last character:
     template   text of the template itself: markers, names of roles, a default system message
     system     a system message
     user       a user's message
-    header     the last token before an answer, which predicts the answer's first word and so its language
+    header     the last token before an answer, or before the thought that precedes it, which predicts the first word and so
+               the language
     answer     an assistant's message
     thought    the text between <think> and </think> in an assistant's message
 
@@ -38,9 +39,10 @@ KEPT_CONVERSATIONS = "give conversations that it renders unchanged"
 _SPOKEN = {"system": SYSTEM, "user": USER, ASSISTANT: ANSWER}
 SPEAKERS = tuple(_SPOKEN)
 OPTIONAL, ALWAYS = "optional", "always"
-_BEFORE_THOUGHT, _AFTER_THOUGHT = "<think>", "</think>"
-# Variables by which templates turn thoughts off, in Qwen 3, GLM and SmolLM3, and in DeepSeek-V3.1; others ignore them.
-_WITHOUT_THOUGHTS = {"enable_thinking": False, "thinking": False}
+_BEFORE_THOUGHT, AFTER_THOUGHT = "<think>", "</think>"
+END_OF_THOUGHT = f"\n{AFTER_THOUGHT}\n\n"
+# Variables by which templates turn thoughts on or off, in Qwen 3, GLM and SmolLM3, and in DeepSeek-V3.1; others ignore them.
+_SWITCHES = ("enable_thinking", "thinking")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Message:
         """The message as input of a chat template, with the texts ``parts`` in place of its own."""
         content = parts[-1]
         if self.thought is not None:
-            content = f"{_BEFORE_THOUGHT}\n{parts[0]}\n{_AFTER_THOUGHT}\n\n{content}"
+            content = f"{_BEFORE_THOUGHT}\n{parts[0]}\n{AFTER_THOUGHT}\n\n{content}"
         return {"role": self.role, "content": content}
 
 
@@ -96,13 +98,21 @@ class RoleTokens:
         roles = torch.full_like(answer, ROLES.index(ANSWER))
         return RoleTokens(torch.cat([self.ids, answer]), torch.cat([self.roles, roles]))
 
+    def thought(self, ids: Sequence[int], end: Sequence[int]) -> RoleTokens:
+        """The conversation followed by the tokens of a thought and of its end, up to the start of the answer."""
+        added = torch.tensor([*ids, *end], dtype=torch.int64)
+        roles = torch.full_like(added, ROLES.index(TEMPLATE))
+        roles[: len(ids)] = ROLES.index(THOUGHT)
+        roles[-1] = ROLES.index(HEADER)
+        return RoleTokens(torch.cat([self.ids, added]), torch.cat([self.roles, roles]))
+
 
 def rendered(
     tokenizer: Any,
     chat: Sequence[dict[str, str]],
     answer_follows: bool = False,
     remedy: str = ANOTHER_MODEL,
-    thinks: bool = True,
+    thinks: bool | None = None,
 ) -> str:
     """The text of a chat, rendered by the tokenizer's template.
 
@@ -114,12 +124,12 @@ def rendered(
         chat: messages, as input of the template.
         answer_follows: whether the text ends where an answer begins.
         remedy: alternative to correcting an unusable template, as the end of a sentence.
-        thinks: False turns thoughts off, if the template can.
+        thinks: True or False turns thoughts on or off, if the template can; None leaves that to the template.
 
     Raises:
         UsageError: the template fails, renders no text, or drops a message.
     """
-    variables = {} if thinks else _WITHOUT_THOUGHTS
+    variables = {} if thinks is None else dict.fromkeys(_SWITCHES, thinks)
 
     def render(given: Sequence[Mapping[str, Any]]) -> str:
         try:
@@ -161,7 +171,18 @@ def thinking(tokenizer: Any) -> str | None:
     without = rendered(tokenizer, chat, True, thinks=False)
     if without.rstrip().endswith(_BEFORE_THOUGHT):
         return ALWAYS
-    return OPTIONAL if without != rendered(tokenizer, chat, True) else None
+    return OPTIONAL if without != rendered(tokenizer, chat, True, thinks=True) else None
+
+
+def up_to_reply(text: str, thinks: bool | None) -> str:
+    """A rendered text that ends where the model replies, up to the start of a thought or of an answer without one.
+
+    A template that begins every answer with a thought gets an empty one in place of none (arXiv 2504.09858).
+    """
+    begun = text.rstrip().endswith(_BEFORE_THOUGHT)
+    if thinks is False and begun:
+        return text.rstrip() + "\n" + END_OF_THOUGHT
+    return f"{text}{_BEFORE_THOUGHT}\n" if thinks and not begun else text
 
 
 def role_tokens(
@@ -169,7 +190,7 @@ def role_tokens(
     messages: Sequence[Message],
     answer_follows: bool = False,
     remedy: str = ANOTHER_MODEL,
-    thinks: bool = True,
+    thinks: bool | None = None,
 ) -> RoleTokens:
     """Render a conversation and assign roles to its tokens.
 
@@ -178,7 +199,7 @@ def role_tokens(
         messages: the conversation's messages, in order.
         answer_follows: whether the conversation ends where an answer begins; its last token is then a header.
         remedy: as ``rendered``.
-        thinks: as ``rendered``.
+        thinks: as ``rendered``; with ``answer_follows`` the conversation ends as ``up_to_reply`` says.
 
     Raises:
         UsageError: a message without text, a tokenizer without character offsets, or a template that fails, drops
@@ -195,13 +216,15 @@ def role_tokens(
     chat = [message.written([text for _, text in message.parts]) for message in messages]
     whole = rendered(tokenizer, chat, answer_follows, remedy, thinks)
     spans = _spans(tokenizer, messages, whole, answer_follows, thinks)
+    if answer_follows:
+        whole = up_to_reply(whole, thinks)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ends = torch.tensor([last for _, last in encoded["offset_mapping"]])
     roles = torch.full((len(ends),), ROLES.index(TEMPLATE))
-    begins: list[int] = []  # first characters of answers, or of the thoughts before them
-    for at, (role, first, last) in enumerate(spans):
+    begins: list[int] = []  # first characters of thoughts and answers
+    for role, first, last in spans:
         roles[(ends > first) & (ends <= last)] = ROLES.index(role)
-        if role == THOUGHT or (role == ANSWER and not (at and spans[at - 1][0] == THOUGHT)):
+        if role in (THOUGHT, ANSWER):
             begins.append(first)
     begins += [len(whole)] if answer_follows else []
     for begin in begins:
@@ -212,7 +235,7 @@ def role_tokens(
 
 
 def _spans(
-    tokenizer: Any, messages: Sequence[Message], whole: str, answer_follows: bool, thinks: bool
+    tokenizer: Any, messages: Sequence[Message], whole: str, answer_follows: bool, thinks: bool | None
 ) -> list[tuple[str, int, int]]:
     """(role, first character, one past the last) of every message in the rendered text."""
     parts = [part for message in messages for part in message.parts]

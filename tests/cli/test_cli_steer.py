@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from editing.evaluation import language_id
 from editing.evaluation.questions import read_questions
-from editing.pipeline import lock_prompts, lock_text
+from editing.pipeline import lock_replies, lock_text
 from editing.pipeline.steer_recipe import SteerRecipe, read_steer_recipe
 
 
@@ -24,7 +24,8 @@ def untouched(monkeypatch):
     def work(*_, **__):
         raise AssertionError("the model was asked")
 
-    monkeypatch.setattr(lock_prompts, "generate", work)
+    for name in ("generate", "generate_by_language"):
+        monkeypatch.setattr(lock_replies, name, work)
 
 
 def test_a_checkpoint_an_adapter_and_figures(steer, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from conversations import CHATML, MAY_THINK
+from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
 
 from editing.evaluation import choice_accuracy
 from editing.evaluation.choice_accuracy import choice_log_probabilities, right
@@ -60,11 +60,12 @@ def test_scores_equal_a_loop_over_tokens(checkpoint_of, tmp_path, family, monkey
     assert sum(done) == 4 and len(done) > 1
 
 
-def test_a_model_that_can_think_is_scored_without_thoughts(chatting, monkeypatch):
+@pytest.mark.parametrize("template", [MAY_THINK, OPENS_THOUGHT])
+def test_a_model_that_thinks_is_scored_without_thoughts(chatting, monkeypatch, template):
     closed = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n\n</think>\n\n{% endif")
     monkeypatch.setattr(chatting.tokenizer, "chat_template", closed)
     expected = [naive(chatting, QUESTIONS[0], choice) for choice in CHOICES[0]]
-    monkeypatch.setattr(chatting.tokenizer, "chat_template", MAY_THINK)
+    monkeypatch.setattr(chatting.tokenizer, "chat_template", template)
     scores = choice_log_probabilities(chatting, QUESTIONS[:1], CHOICES[:1])
     assert scores[0].tolist() == pytest.approx(expected, rel=1e-4)
 

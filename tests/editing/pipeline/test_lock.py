@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
+from conversations import CHATML, MAY_THINK
 
 from editing.checkpoints.model_card import model_card
 from editing.evaluation import language_id
@@ -16,7 +16,8 @@ from editing.pipeline.drift import SYSTEM_MESSAGES, drift_contexts
 from editing.pipeline.lock import language_lock
 from editing.pipeline.lock_kinds import Lock, lock_of
 from editing.pipeline.lock_measures import BASE, PROMPTED, STEERED, lock_figures, mean_chrf
-from editing.pipeline.lock_prompts import BUILD, CHOOSE, REPORT, answered, prompt_of
+from editing.pipeline.lock_prompts import BUILD, CHOOSE, REPORT, prompt_of
+from editing.pipeline.lock_replies import answered
 from editing.pipeline.lock_text import ANSWER_TOKENS, base_conversations, lessons, taught
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
@@ -56,7 +57,7 @@ def taught_in_english(loaded, questions, part):
 
 def test_examples_are_the_teachers_own_answers_without_its_instruction(loaded, questions, obedient):
     result = taught_in_english(loaded, questions, REPORT)
-    assert len(result.answers) == 4 and result.obeyed == 1
+    assert len(result.answers.texts) == 4 and result.obeyed == 1
     for index, example in zip((3, 7, 11, 15), result.examples, strict=True):
         text = questions.of["en"][index].text
         assert example.student == tuple(prompt_of(loaded, text).ids.tolist())
@@ -72,7 +73,7 @@ def test_an_answer_in_another_language_is_no_example(loaded, questions, monkeypa
     labels = iter(["fr", "en", "fr", "other"])
     monkeypatch.setattr(language_id, "identify_language", lambda text, languages: next(labels))
     result = taught_in_english(loaded, questions, CHOOSE)
-    assert result.obeyed == 0.5 and len(result.answers) == 4
+    assert result.obeyed == 0.5 and len(result.answers.texts) == 4
     students = [example.student for example in result.examples]
     assert students == [tuple(prompt_of(loaded, questions.of["en"][i].text).ids.tolist()) for i in (2, 10)]
 
@@ -106,12 +107,6 @@ def test_a_lock_without_examples_to_choose_on_is_refused_before_keys(loaded, que
     labels = iter(["fr"] * 8 + ["en"] * 4)
     monkeypatch.setattr(language_id, "identify_language", lambda text, languages: next(labels))
     with pytest.raises(BrocaError, match="0 of 4"):
-        language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
-
-
-def test_a_model_that_thinks_before_every_answer_is_refused_before_the_work(loaded, questions, monkeypatch):
-    monkeypatch.setattr(loaded.tokenizer, "chat_template", OPENS_THOUGHT)
-    with pytest.raises(UsageError, match="thinks before every answer"):
         language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")))
 
 
@@ -164,7 +159,7 @@ def test_a_lock_learns_is_measured_and_leaves_the_model(loaded, questions, obedi
         question.text for question in questions.of["en"]
     ]
     assert every.kept["de"].base.answers == len(questions.of["de"]) == 4 * figures.kept["de"].base.answers
-    assert english.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers))
+    assert english.chrf[STEERED] == pytest.approx(mean_chrf(after, report.answers.texts))
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 

@@ -8,6 +8,7 @@ from conversations import CHATML, MAY_THINK, OF_PARTS, OPENS_THOUGHT
 from neurons.errors import UsageError
 from neurons.text.conversations import (
     ALWAYS,
+    END_OF_THOUGHT,
     HEADER,
     OPTIONAL,
     ROLES,
@@ -47,7 +48,7 @@ def naive(tokenizer, pieces, answer_follows):
         result.append(letters[end - 1] if end else "template")
     spoken = [i for i in range(len(result)) if result[i] in ("answer", "thought")]
     for i in spoken:
-        if i - 1 not in spoken and not (result[i] == "answer" and "thought" in result[max(0, i - 12) : i]):
+        if i - 1 not in spoken:
             result[i - 1] = "header"
     if answer_follows:
         result[-1] = "header"
@@ -149,3 +150,33 @@ def test_without_thoughts_the_header_follows_the_closed_thought(tokenizer, monke
     assert "</think>" in added and "</think>" not in tokenizer.decode(thoughtful.ids)
     assert without.of(HEADER).nonzero().flatten().tolist() == [len(without.ids) - 1]
     assert int(without.of(USER).sum()) == int(thoughtful.of(USER).sum())
+
+
+@pytest.mark.parametrize("template", [MAY_THINK, OPENS_THOUGHT])
+def test_a_thought_and_its_answer_follow_a_prompt_as_the_template_renders_them(
+    tokenizer, monkeypatch, template
+):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    question = Message("user", "cab bad?")
+    prompt = role_tokens(tokenizer, [question], True, thinks=True)
+    assert tokenizer.decode(prompt.ids).endswith("<think>\n")
+    assert prompt.of(HEADER).nonzero().flatten().tolist() == [len(prompt.ids) - 1]
+    thought, end, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("be good", END_OF_THOUGHT, "a cab")
+    )
+    found = prompt.thought(thought, end).answered(answer)
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    whole = role_tokens(tokenizer, [question, Message("assistant", "a cab", thought="be good")])
+    both = whole.ids[: len(found.ids)]
+    assert found.ids.tolist() == both.tolist()
+    assert found.roles.tolist() == whole.roles[: len(found.ids)].tolist()
+
+
+def test_a_template_that_always_thinks_gets_an_empty_thought(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", OPENS_THOUGHT)
+    without = role_tokens(tokenizer, [Message("user", "cab bad?")], True, thinks=False)
+    monkeypatch.setattr(tokenizer, "chat_template", MAY_THINK)
+    turned_off = role_tokens(tokenizer, [Message("user", "cab bad?")], True, thinks=False)
+    assert without.ids.tolist() == turned_off.ids.tolist()
+    assert without.roles.tolist() == turned_off.roles.tolist()
