@@ -42,7 +42,7 @@ COMMANDS = {
     "convert": "Convert masks and counts of other projects.",
 }
 # Their text is shared by the processes of a launcher.
-SHARING = ("record", "identify", "direction", "sae", "train")
+SHARING = ("record", "identify", "direction", "train")
 
 
 class Commands(click.Group):

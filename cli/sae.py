@@ -76,7 +76,6 @@ def command(**options: Any) -> None:
     from editing.directions.sae_files import CONFIG, write_autoencoder
     from editing.directions.sae_recording import sampled_states
     from editing.directions.sae_training import SaeTraining, train_autoencoder
-    from neurons.models.processes import is_first
     from neurons.scorers.selection import parse_layers
     from neurons.text.batches import language_batches
     from neurons.text.token_budget import DIRECTIONS, text_read
@@ -94,9 +93,8 @@ def command(**options: Any) -> None:
         dry_run_of_text(screen, arguments, corpus, partial(sae_need, **sizes))
         return
     places = {layer: (arguments.out / f"layer_{layer}").resolve() for layer in layers}
-    if is_first():
-        for place in places.values():
-            check_target(place, arguments.overwrite, CONFIG)
+    for place in places.values():
+        check_target(place, arguments.overwrite, CONFIG)
     loaded = loaded_model(screen, arguments)
     parse_layers(arguments.layers, loaded.anatomy.layers)
     batches = language_batches(loaded, corpus, arguments.tokens, default=DIRECTIONS.tokens)
@@ -115,12 +113,9 @@ def command(**options: Any) -> None:
         for (layer, place), of_layer in zip(places.items(), states, strict=True):
             sae, figures = train_autoencoder(of_layer.to(loaded.device), layer, training, advance)
             sae = replace(sae, fingerprint=loaded.fingerprint)
-            if is_first():
-                with staging(place, arguments.overwrite) as folder:
-                    write_autoencoder(folder, sae, {**metadata, "figures": asdict(figures)})
+            with staging(place, arguments.overwrite) as folder:
+                write_autoencoder(folder, sae, {**metadata, "figures": asdict(figures)})
             results[layer] = {"out": arguments.out / place.name, **asdict(figures)}
-    if not is_first():
-        return
     read_table(screen, read, DIRECTIONS.minimum)
     names = ("states", "unexplained", "active", "dead")
     screen.table(

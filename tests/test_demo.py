@@ -118,11 +118,9 @@ def test_the_same_job_again_gives_the_same_bytes(demo, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """`broca ablate` of gradient-contrast's neurons, on text that they were not found on."""
-    neurons = tmp_path_factory.mktemp("study") / "neurons.safetensors"
-    corpus = [DEMO / "model", "--corpus", DEMO / "corpus"]
-    broca("identify", *corpus, "--part", "estimate", "--out", neurons)
+def study(demo):
+    """`broca ablate` of the demo's neurons (gradient-contrast), on text that they were not found on."""
+    corpus, neurons = [DEMO / "model", "--corpus", DEMO / "corpus"], demo[1] / "neurons.safetensors"
     return broca(
         "ablate", *corpus, "--part", "report", "--neurons", neurons, "--controls", "random", "--draws", "2"
     )
