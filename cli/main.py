@@ -91,7 +91,7 @@ def broca(context: click.Context) -> None:
     Example:
       broca demo --source en --target fr --out demo
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
+    processes = os.environ.get("WORLD_SIZE") or "1"
     if processes != "1" and context.invoked_subcommand not in SHARING:
         raise click.UsageError(
             f"`broca {context.invoked_subcommand}` runs in one process, and a launcher has started {processes} (WORLD_SIZE): "

@@ -69,7 +69,7 @@ class Message:
         """The message as input of a chat template, with the texts ``parts`` in place of its own."""
         content = parts[-1]
         if self.thought is not None:
-            content = f"{_BEFORE_THOUGHT}\n{parts[0]}\n{AFTER_THOUGHT}\n\n{content}"
+            content = f"{_BEFORE_THOUGHT}\n{parts[0]}{END_OF_THOUGHT}{content}"
         return {"role": self.role, "content": content}
 
 

@@ -82,3 +82,13 @@ def test_a_terminal_shows_the_time_left(total):
         advance(4)
         advance(2)
     assert "6/8" in shown.getvalue() and "0:00:0" in shown.getvalue()
+
+
+@pytest.mark.parametrize(("rank", "shows"), [("0", True), ("1", False)])
+def test_one_process_of_a_launcher_shows_bars(monkeypatch, rank, shows):
+    monkeypatch.setenv("RANK", rank)
+    screen, shown = Screen(), io.StringIO()
+    screen._err = Console(file=shown, force_terminal=True, width=120)
+    with screen.progress("Reading", 8, "tokens") as advance:
+        advance(8)
+    assert ("8/8" in shown.getvalue()) == shows

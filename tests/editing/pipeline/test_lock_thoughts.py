@@ -1,5 +1,7 @@
 """A lock of a model that thinks before it answers, on a tiny model that is patched to obey."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conversations import CHATML, MAY_THINK, OPENS_THOUGHT
@@ -17,6 +19,7 @@ from editing.pipeline.lock_measures import lock_figures
 from editing.pipeline.lock_prompts import REPORT, prompt_of
 from editing.pipeline.lock_replies import ended_thought, replies
 from editing.pipeline.lock_text import lessons, taught
+from editing.pipeline.needs import lock_needs
 from editing.report.lock_section import lock_content
 from neurons.errors import UsageError
 from neurons.text.conversations import END_OF_THOUGHT, HEADER, ROLES, THOUGHT
@@ -157,6 +160,16 @@ def test_thoughts_of_a_teacher_that_thinks_in_another_language_are_kept(loaded, 
     thoughts = [reply.thought.ids for reply in replies(loaded, {"en": prompts}, TOKENS, True)["en"]]
     assert [example.answer for example in own] == thoughts
     assert len(seen["examples"]) == 2 * len(own)
+
+
+def test_thoughts_need_memory(loaded, questions):
+    without, with_thoughts = (
+        lock_needs(loaded, questions, replace(LOCK, thoughts=thoughts)) for thoughts in (False, True)
+    )
+    assert [need.stage for need in without] == [need.stage for need in with_thoughts]
+    # The keys' batches are as large as before, of longer conversations.
+    for less, more in zip(without[1:], with_thoughts[1:], strict=True):
+        assert more.total > less.total, more.stage
 
 
 def test_a_model_that_always_thinks_is_steered_with_its_thoughts(
