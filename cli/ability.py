@@ -90,6 +90,12 @@ def command(**options: Any) -> None:
     instructions, answers_in = _meant(plan_metadata, languages)
     if arguments.instruction is not None:
         instructions = dict.fromkeys(languages, arguments.instruction)
+    for language, to in answers_in.items():
+        if to in tasks.questions and to not in tasks.choices:
+            raise UsageError(
+                f"the edit answers questions in {language!r} in {to!r}, in which there are no choices: name languages that "
+                "it keeps (--languages)"
+            )
     answers_in = {language: to for language, to in answers_in.items() if to in tasks.choices}
     steering = exchange if plan is None else partial(applied, loaded, plan)
     count = tasks.items(languages) * (1 if steering is None else 2) + tasks.items(instructions)
