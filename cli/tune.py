@@ -247,7 +247,8 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corp
         text = {part: text_of(planned, corpora[part]) for part in ("estimate", "report")}
         solving = any(method.solves_keys for method in searched_named(arguments.methods).values())
         keys = [key_need(planned, text["estimate"])] if solving else []
-        return [direction_need(planned, text["estimate"]), *keys, evaluation_need(planned, text["report"])]
+        evaluation = evaluation_need(planned, text["report"], new_tokens=arguments.new_tokens)
+        return [direction_need(planned, text["estimate"]), *keys, evaluation]
 
     dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
 
@@ -270,6 +271,7 @@ def _identity(
     return {
         "model": loaded.fingerprint,
         "corpus": {part: corpus.digest for part, corpus in corpora.items()},
+        "tokens": arguments.tokens,
         "source": arguments.source,
         "target": arguments.target,
         "methods": list(arguments.methods),
