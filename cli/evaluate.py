@@ -189,7 +189,8 @@ def command(**options: Any) -> None:
         from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import evaluation_need
 
-        dry_run_of_text(screen, arguments, reported, evaluation_need)
+        need = partial(evaluation_need, new_tokens=arguments.new_tokens)
+        dry_run_of_text(screen, arguments, reported, need)
         return
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     if plan is not None:

@@ -244,6 +244,16 @@ def token_row_batches(
     ]
 
 
+def fitting_batches(loaded: LoadedModel, rows: Sequence[Sequence[int]], uncounted: int) -> list[TokenBatch]:
+    """``row_batches`` of at most ``TOKENS_A_BATCH`` tokens that memory allows for a pass without gradients.
+
+    Raises:
+        BrocaError: a row does not fit.
+    """
+    longest = max(map(len, rows), default=1)
+    return row_batches(rows, uncounted, min(TOKENS_A_BATCH, batches_for(loaded, False, longest)[0]))
+
+
 def language_batches(
     loaded: LoadedModel,
     corpus: Corpus,
