@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from editing.directions.autoencoder import Autoencoder
     from editing.directions.direction import Direction
     from editing.directions.method import DirectionMethod
-    from neurons.models.memory import Need
-    from neurons.models.source import LoadedModel
 
 
 @click.command("direction")
@@ -179,10 +177,7 @@ def _of_preferences(
         from cli.dry_run import dry_run
         from editing.pipeline.needs import preference_needs
 
-        def needs(planned: LoadedModel) -> list[Need]:
-            return preference_needs(planned, preferences, method)
-
-        dry_run(screen, arguments, needs)
+        dry_run(screen, arguments, lambda planned: preference_needs(planned, preferences, method))
         return None
     loaded = loaded_model(screen, arguments)
     with screen.progress("Reading preferences", None, "rows") as advance:

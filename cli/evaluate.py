@@ -397,10 +397,8 @@ def _outcomes(
     if steering is not None:
         name, details = "against", {}
         if plan is not None:
-            name, details = (
-                "edited",
-                {"components": plan.components, "relative_change": plan.relative_change()},
-            )
+            name = "edited"
+            details = {"components": plan.components, "relative_change": plan.relative_change()}
         nested = _nested(steering, steered_writing)
         outcomes.append(evaluation.measure(name, nested, details, kl=True, others=others))
         advance(1)

@@ -32,7 +32,6 @@ from cli.screen import Screen
 from cli.tables import list_methods
 
 if TYPE_CHECKING:
-    from neurons.models.memory import Need
     from neurons.models.source import LoadedModel
     from neurons.neuron_sets.neuron_set import NeuronSet
     from neurons.scorers.method import Scorer
@@ -170,14 +169,11 @@ def _by_text(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | None:
     require_parallel(arguments.method, corpus)
     method = method_of(arguments.method)
     if arguments.dry_run:
-        from cli.dry_run import dry_run
-        from neurons.recording.needs import recording_need, text_of
+        from cli.dry_run import dry_run_of_text
+        from neurons.recording.needs import recording_need
 
-        def needs(planned: LoadedModel) -> list[Need]:
-            text = text_of(planned, corpus, arguments.tokens)
-            return [recording_need(planned, text, method.moments, method.reads, arguments.block)]
-
-        dry_run(screen, arguments, needs)
+        need = partial(recording_need, moments=method.moments, reads=method.reads, block=arguments.block)
+        dry_run_of_text(screen, arguments, corpus, need)
         return None
     loaded = loaded_model(screen, arguments)
     with screen.progress("Recording activations", None, "tokens") as advance:
