@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.loading import announced
+from cli.loading import announced, require_models
 from cli.options import (
     IN_FILE,
     OUT_FILE,
@@ -75,6 +75,7 @@ def command(**options: Any) -> None:
         raise UsageError("the instruction is empty: leave --instruction out")
     tasks, languages = _tasks(arguments.languages)
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
+    require_models(arguments.against)
     dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     if plan is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.loading import announced
+from cli.loading import announced, require_models
 from cli.options import (
     IN_PATH,
     LANGUAGE,
@@ -155,9 +155,7 @@ def steer(
 
         show(
             screen,
-            recipe.model,
-            recipe.device,
-            dtype,
+            replace(recipe, dtype=dtype),
             lambda planned: lock_needs(planned, questions, recipe.fitted(lock, planned)),
         )
         return
@@ -172,6 +170,7 @@ def steer(
     if Path(recipe.model).is_dir():
         for directory in directories:
             place_apart(Path(recipe.model), directory)
+    require_models(recipe.judge)
     loaded = announced(screen, load_model(recipe.model, recipe.device, dtype))
     require_unedited(loaded)
     recipe.require_model(loaded)

@@ -124,6 +124,8 @@ def command(**options: Any) -> None:
         arguments.samples = 1 if arguments.temperature == 0 else SAMPLES
     check_samples(arguments.samples, arguments.temperature)
     searched_named(arguments.methods)
+    if arguments.layers is not None:
+        parse_layers(arguments.layers)
     _require_search_directory(arguments.out, STUDY)
     corpora = {
         part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
@@ -250,7 +252,7 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corp
         evaluation = evaluation_need(planned, text["report"], new_tokens=arguments.new_tokens)
         return [direction_need(planned, text["estimate"]), *keys, evaluation]
 
-    dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
+    dry_run(screen, arguments, needs)
 
 
 def _require_search_directory(out: Path, study: str) -> None:

@@ -90,6 +90,12 @@ def test_prompts_from_files(llama, tmp_path):
     assert [row["prompt"] for row in alone] == [long]
 
 
+def test_prompts_that_are_not_utf8_are_named(llama, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"beef\ncaf\xe9\n")
+    with pytest.raises(UsageError, match=r"latin\.txt: line 2 is not UTF-8"):
+        run(llama.name, "--prompts", tmp_path / "latin.txt")
+
+
 def test_sampling_has_a_seed(llama):
     few = ["--prompts", *TEXTS, "--new-tokens", 8, "--temperature", 1.0, "--json"]
     assert run(llama.name, *few, "--seed", 1) == run(llama.name, *few, "--seed", 1)
