@@ -141,7 +141,7 @@ def _by_transformers(
 def _by_vllm(
     arguments: SimpleNamespace, texts: list[str], settings: dict[str, Any]
 ) -> dict[str, list[Continuation]]:
-    from editing.evaluation.vllm_generation import generate_by_vllm, require_vllm
+    from editing.evaluation.vllm_generation import VllmWriter, require_vllm
     from neurons.models.source import locate
     from neurons.models.tokenizer import load_tokenizer
 
@@ -154,7 +154,8 @@ def _by_vllm(
     for name, checkpoint in checkpoints.items():
         tokenizer = load_tokenizer(locate(checkpoint))
         inputs = _inputs(tokenizer, texts, arguments.chat)
-        columns[name] = generate_by_vllm(checkpoint, tokenizer, inputs, dtype=arguments.dtype, **settings)
+        with VllmWriter(checkpoint, tokenizer, arguments.dtype) as write:
+            columns[name] = write(inputs, **settings)
     return columns
 
 
