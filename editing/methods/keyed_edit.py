@@ -87,7 +87,7 @@ class Keyed(Method):
         plan = replace(self, learn=False).plan_for(material)
         return learned_values(
             material.loaded, plan, openings, text.lines(direction.target), progress=material.progress
-        ).plan
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

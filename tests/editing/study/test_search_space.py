@@ -6,8 +6,6 @@ from dataclasses import replace
 import models
 import pytest
 import torch
-from models import save_checkpoint
-from tiny_models import tiny_config, tiny_model
 
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction
@@ -84,8 +82,7 @@ def test_heads_get_their_fraction_of_the_strength(study):
 
 
 def study_of(model_type, directory, corpus):
-    save_checkpoint(tiny_model(tiny_config(model_type, sizes={"vocab_size": 300})), directory)
-    model = load_model(str(directory), device="cpu")
+    model = load_model(str(models.build_wrapper(directory, model_type)), device="cpu")
     vectors = torch.randn(model.anatomy.layers, 64, generator=torch.Generator().manual_seed(2)).double()
     direction = Direction("qaa", "qab", {"block_out": vectors}, {}, {"method": "diffmean"})
     return Material(model, corpus, "qaa", "qab", directions=(direction,))
