@@ -208,11 +208,12 @@ def test_refusals(llama, corpora, checkpoint_of):
     [
         # A dense layer, then mixtures of four experts of 32 with a shared one.
         ("deepseek_v3", [[0, 3], [0, 90], [2, 130]], {0: range(96), 1: range(128, 160), 2: range(128, 160)}),
-        ("gemma3n_text", [[2, neuron] for neuron in range(20)], {0: range(96), 2: range(48), 3: range(48)}),
+        ("gemma4_text", [[0, neuron] for neuron in range(20)], {0: range(96), 2: range(192), 3: range(192)}),
     ],
 )
 def test_controls_have_only_neurons_that_every_token_reaches(tmp_path, model_type, rows, allowed):
-    loaded = load_model(str(models.build_wrapper(tmp_path, model_type)), device="cpu")
+    wide = {"use_double_wide_mlp": True} if model_type == "gemma4_text" else {}
+    loaded = load_model(str(models.build_wrapper(tmp_path, model_type, **wide)), device="cpu")
     rows = torch.tensor(rows)
     for seed in range(5):
         drawn = control_neurons(loaded, rows, RANDOM, seed)
