@@ -33,8 +33,7 @@ from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.likelihood import Steering, mean_kl
-from editing.hooks.residual import DiffMean
-from editing.hooks.steering import residual_steering
+from editing.hooks.residual import DiffMean, residual_steering
 from editing.methods.bake import EPS, bake_plan
 from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.bake_correction import corrected_plan

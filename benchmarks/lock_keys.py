@@ -58,9 +58,14 @@ def main(model: str, source: str, target: str, kept: str, dtype: str) -> None:
     for name, groups in {"one": [groups_of(source)], "two": lock.key_groups}.items():
         keys = conversation_keys(loaded, text, groups, middle_layers(loaded.anatomy.layers))
         learned = distilled_values(loaded, make_plan(keys, {"settings": {}}), building, choosing)
-        changed = [mean_divergence(loaded, own[language].examples, learned.plan) for language in others]
-        reached = mean_divergence(loaded, reporting, learned.plan)
-        row = [name, numbers(learned.held_out), f"{reached:.3f}", *(f"{value:.3f}" for value in changed)]
+        changed = [mean_divergence(loaded, own[language].examples, learned) for language in others]
+        reached = mean_divergence(loaded, reporting, learned)
+        row = [
+            name,
+            numbers(learned.metadata["learning"]["held_out"]),
+            f"{reached:.3f}",
+            *(f"{value:.3f}" for value in changed),
+        ]
         print(f"| {' | '.join(row)} |", flush=True)
 
 

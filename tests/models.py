@@ -187,12 +187,13 @@ def build_checkpoint(directory, model_type="llama", tied=False, dtype="float32",
     return save_checkpoint(tiny_model(model_type, tied, dtype, seed, **config), directory)
 
 
-def build_wrapper(directory, model_type):
-    """A random checkpoint of a language model beside a tower for images, with its tokenizer."""
+def build_wrapper(directory, model_type, **overrides):
+    """A random checkpoint of a type that is not among ``FAMILIES``, as of one with a tower for images, with its
+    tokenizer."""
     from tiny_models import tiny_config
     from tiny_models import tiny_model as tiny_model_of
 
-    config, tokenizer = tiny_config(model_type), tiny_tokenizer()
+    config, tokenizer = tiny_config(model_type, overrides=overrides), tiny_tokenizer()
     text = config.get_text_config()
     text.vocab_size, text.max_position_embeddings = len(tokenizer), 512
     text.eos_token_id = text.pad_token_id = tokenizer.eos_token_id

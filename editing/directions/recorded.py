@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES
+from neurons.architectures.anatomy import COMMON
 from neurons.architectures.sites import Routed
 from neurons.errors import UsageError
 from neurons.models.not_finite import explained
@@ -42,7 +44,7 @@ class Recorded:
         languages: the K languages.
         tokens: int64 [K], counted tokens.
         lines: language -> int64 [n], the line of each text in its file, ascending.
-        outputs: language -> site -> float32 [n, L, d], each text's mean.
+        outputs: language -> site -> float32 [n, L, width], each text's mean.
         means: site (outputs and inputs) -> float64 [L, width, K], the mean over texts of their means.
     """
 
@@ -80,7 +82,12 @@ def common_lines(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tenso
 
 
 def record_texts(
-    loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], progress: Progress | None = None
+    loaded: LoadedModel,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    progress: Progress | None = None,
+    kept: Sequence[str] = OUTPUT_SITES,
+    summed: Sequence[str] = OUTPUT_SITES + INPUT_SITES,
+    layers: Sequence[int] | None = None,
 ) -> Recorded:
     """One pass over the text of each language.
 
@@ -90,6 +97,9 @@ def record_texts(
         loaded: the model.
         batches: language -> its batches, one text a row.
         progress: called with the number of tokens of each batch.
+        kept: sites of ``Recorded.outputs``; where a layer is narrower than others, zeros follow.
+        summed: sites of ``Recorded.means``.
+        layers: layers to read, the others are 0; None: all.
 
     Raises:
         UsageError: a language without a text of more than one token.
@@ -101,25 +111,23 @@ def record_texts(
             raise UsageError(f"language {language!r} has no text of more than one token: give more text")
     lines = line_numbers(batches)
     outputs = {
-        language: {
-            site: torch.zeros(len(numbers), anatomy.layers, anatomy.width(site)) for site in OUTPUT_SITES
-        }
+        language: {site: torch.zeros(len(numbers), anatomy.layers, anatomy.width(site)) for site in kept}
         for language, numbers in lines.items()
     }
-    sites = OUTPUT_SITES + INPUT_SITES
+    sites = tuple(dict.fromkeys((*summed, *kept)))
     totals = Totals(
         len(languages),
         anatomy.layers,
-        {f"{site}:{_MEAN}": anatomy.width(site) for site in sites},
-        dict.fromkeys((f"{site}:{_MEAN}" for site in sites), torch.float64),
+        {f"{site}:{_MEAN}": anatomy.width(site) for site in summed},
+        dict.fromkeys((f"{site}:{_MEAN}" for site in summed), torch.float64),
     )
     collectors = {
         site: TextSums(
             site,
-            (_MEAN,),
+            (_MEAN,) if site in summed else (),
             anatomy,
             totals,
-            [outputs[language][site] for language in languages] if site in OUTPUT_SITES else (),
+            [outputs[language][site] for language in languages] if site in kept else (),
         )
         for site in sites
     }
@@ -130,15 +138,21 @@ def record_texts(
 
     def reader_of(site: str, layer: int) -> PositionReader:
         def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            collectors[site].add(layer, values, routed, at)
-            if site == "block_out" and anatomy.mixed:
+            if site == COMMON:
+                values = pad(values, (0, anatomy.width(site) - values.shape[-1]))
+            if site in collectors:
+                collectors[site].add(layer, values, routed, at)
+            if site == "block_out" and by_expert:
                 # All experts have passed their neurons by now.
                 collectors["mlp_in"].finish(layer, at)
 
         return read
 
-    readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
-    read_text(loaded, of_process, readers, progress, lines=list(lines.values()))
+    by_expert = anatomy.mixed and "mlp_in" in sites
+    read = dict.fromkeys((*sites, "block_out") if by_expert else sites)
+    chosen = range(anatomy.layers) if layers is None else layers
+    readers = {(site, layer): reader_of(site, layer) for site in read for layer in chosen}
+    read_text(loaded, of_process, readers, progress, lines=list(lines.values()), layers=1 + max(chosen))
     with explained(loaded):
         totals.require_finite()
     texts = torch.tensor([sum(len(batch.ids) for batch in of_language) for of_language in batches.values()])
@@ -150,5 +164,5 @@ def record_texts(
             language: {site: all_reduce(values, torch.add) for site, values in sites.items()}
             for language, sites in outputs.items()
         },
-        means={site: all_reduce(totals.stacked(f"{site}:{_MEAN}"), torch.add) / texts for site in sites},
+        means={site: all_reduce(totals.stacked(f"{site}:{_MEAN}"), torch.add) / texts for site in summed},
     )

@@ -6,10 +6,8 @@ gamma_i = +alpha r+ or -alpha r-, whichever rate is larger (details in ``editing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from editing.hooks.scaled_inputs import scaled_inputs
 from editing.methods.austeer import ALPHA, CHANNELS, austeer, rates_of
@@ -18,30 +16,6 @@ from editing.methods.method import Hook, Steering
 from neurons.models.source import LoadedModel
 from neurons.scorers.momentum import MomentumRates
 from neurons.setting import setting
-
-
-@dataclass(frozen=True)
-class Austeer:
-    """AUSteer with given rates.
-
-    Attributes:
-        loaded: the model.
-        rates: block -> its rates, of target against source.
-        channels: number of channels, over all layers and blocks.
-        alpha: below 0 steers from target to source.
-    """
-
-    loaded: LoadedModel
-    rates: Mapping[str, MomentumRates]
-    channels: int = CHANNELS
-    alpha: float = ALPHA
-
-    def __call__(self) -> AbstractContextManager[None]:
-        factors = {}
-        for block, chosen in austeer(self.rates, self.channels, self.alpha).items():
-            factors[block] = torch.ones(self.rates[block].rate_up.shape, dtype=torch.float64)
-            factors[block][chosen.places[:, 0], chosen.places[:, 1]] = 1 + chosen.gamma
-        return scaled_inputs(self.loaded, factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +39,5 @@ class AusteerHook(Hook):
         Raises:
             BrocaError: fewer channels differ between the languages.
         """
-        steering = Austeer(*prepared, self.channels, self.alpha)
-        with steering():  # raises its errors here, before any measurement
-            pass
-        return steering
+        loaded, rates = prepared
+        return partial(scaled_inputs, loaded, austeer(rates, self.channels, self.alpha))

@@ -8,54 +8,18 @@ In the last layers, with h the input of ``down_proj``, a the strength, b the gai
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from editing.hooks.scaled_inputs import scaled_inputs
-from editing.methods.clas import (
-    SHARED_GAIN,
-    SPECIFIC_LOSS,
-    STRENGTH,
-    ClasEdit,
-    clas_factors,
-    last_layers,
-    text_means,
-)
+from editing.methods.clas import STRENGTH, ClasEdit, clas_factors, last_layers, text_means
 from editing.methods.material import Material
 from editing.methods.method import Hook, Steering
 from neurons.models.source import LoadedModel
 from neurons.scorers.clas import clas_classes
 from neurons.setting import setting
-
-
-@dataclass(frozen=True)
-class Clas:
-    """CLAS with given classes of neurons.
-
-    Attributes:
-        loaded: the model.
-        classes: int64 [L, I], indices into ``neurons.scorers.clas.CLASSES``.
-        strength: a; below 0 shared neurons are scaled down and specific ones up.
-        layers: to scale; None takes the last quarter.
-        shared_gain: b.
-        specific_loss: g.
-    """
-
-    loaded: LoadedModel
-    classes: torch.Tensor
-    strength: float = STRENGTH
-    layers: tuple[int, ...] | None = None
-    shared_gain: float = SHARED_GAIN
-    specific_loss: float = SPECIFIC_LOSS
-
-    def __call__(self) -> AbstractContextManager[None]:
-        chosen = last_layers(self.loaded.anatomy.layers) if self.layers is None else self.layers
-        factors = clas_factors(self.classes, self.strength, self.shared_gain, self.specific_loss)
-        kept = torch.ones_like(factors)
-        kept[list(chosen)] = factors[list(chosen)]
-        return scaled_inputs(self.loaded, {"mlp": kept})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,4 +37,7 @@ class ClasHook(Hook):
         return material.loaded, clas_classes(text_means(material).text_mean("mlp_in"))
 
     def hooks(self, prepared: tuple[LoadedModel, torch.Tensor]) -> Steering:
-        return Clas(*prepared, self.strength)
+        loaded, classes = prepared
+        factors = clas_factors(classes, self.strength)
+        factors[: last_layers(len(factors))[0]] = 1
+        return partial(scaled_inputs, loaded, {"mlp": factors})

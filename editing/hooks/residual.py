@@ -9,35 +9,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from editing.hooks.steering import residual_steering
 from editing.methods.baked_vector import hook_grid
 from editing.methods.material import Material
 from editing.methods.method import Hook, Steering
+from neurons.architectures.sites import SiteHook, site_hooks
 from neurons.models.source import LoadedModel
 
 
-@dataclass(frozen=True)
-class ResidualDiffMean:
-    """Adds a vector to the residual stream.
+def residual_steering(
+    loaded: LoadedModel, vector: torch.Tensor, layer: int, strength: float = 1.0
+) -> AbstractContextManager[None]:
+    """Context in which the residual stream is steered.
 
-    Attributes:
+    Args:
         loaded: the model.
         vector: [d], v, not normalised.
         layer: the layer after which v is added.
         strength: multiplies v.
     """
-
-    loaded: LoadedModel
-    vector: torch.Tensor
-    layer: int
-    strength: float = 1.0
-
-    def __call__(self) -> AbstractContextManager[None]:
-        return residual_steering(self.loaded, self.vector, self.layer, self.strength)
+    added = (vector * strength).to(loaded.device, loaded.model.dtype)
+    hooks: dict[tuple[str, int], SiteHook] = {
+        ("block_out", layer): lambda values, _: values + added.to(values.device)
+    }
+    return site_hooks(loaded.anatomy, hooks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,4 +58,4 @@ class DiffMean(Hook):
         return material.loaded, material.direction.vectors["block_out"][self.layer]
 
     def hooks(self, prepared: tuple[LoadedModel, torch.Tensor]) -> Steering:
-        return ResidualDiffMean(*prepared, self.layer, self.strength)
+        return partial(residual_steering, *prepared, self.layer, self.strength)

@@ -6,9 +6,10 @@ M [d, r] is the layer's language subspace.  Language information is removed in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -30,33 +31,24 @@ def top_layers(layers: int) -> tuple[int, ...]:
     return tuple(range(max((3 * layers) // 4, 1), layers))
 
 
-@dataclass(frozen=True)
-class SubspaceRemoval:
-    """Removes a subspace from the residual stream.
+def subspace_removal(
+    loaded: LoadedModel, direction: Direction, strengths: Mapping[int, float]
+) -> AbstractContextManager[None]:
+    """Context in which a subspace is removed from the residual stream.
 
-    Attributes:
+    Args:
         loaded: the model.
         direction: with a subspace at ``block_out``.
         strengths: layer -> lambda; 1 removes it, below 0 amplifies it.
+
+    Raises:
+        BrocaError: the direction has no subspace at ``block_out``.
     """
-
-    loaded: LoadedModel
-    direction: Direction
-    strengths: Mapping[int, float]
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Context in which the model is steered.
-
-        Raises:
-            BrocaError: the direction has no subspace at ``block_out``.
-        """
-        hooks = {
-            ("block_out", layer): _remove(self.direction.subspace("block_out", layer), strength)
-            for layer, strength in self.strengths.items()
-        }
-        with site_hooks(self.loaded.anatomy, hooks):
-            yield
+    hooks = {
+        ("block_out", layer): _remove(direction.subspace("block_out", layer), strength)
+        for layer, strength in strengths.items()
+    }
+    return site_hooks(loaded.anatomy, hooks)
 
 
 def _remove(basis: torch.Tensor, strength: float) -> SiteHook:
@@ -85,4 +77,4 @@ class Removal(Hook):
         depth, strength = prepared[0].anatomy.layers, float(self.strength)
         middle = dict.fromkeys(middle_layers(depth), strength)
         # A layer that is both, as in a small model, removes it.
-        return SubspaceRemoval(*prepared, {**dict.fromkeys(top_layers(depth), -strength), **middle})
+        return partial(subspace_removal, *prepared, {**dict.fromkeys(top_layers(depth), -strength), **middle})

@@ -312,7 +312,7 @@ def problems(
         )
     sites = list(dict.fromkeys(COMMON_SITES[module] for _, module in places))
     few = few_texts(corpus.only(source, target), texts)
-    responses, _ = text_responses(loaded, few, sites, progress)
+    responses, _ = text_responses(loaded, few, sites, progress, sorted({layer for layer, _ in places}))
     kept = corpus.only(*(language for language in corpus.languages if language != source))
     batches = language_batches(loaded, kept, default=KEYS.tokens)
     tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
@@ -321,7 +321,7 @@ def problems(
     weights, made = Weights(loaded), {}
     for (site, layer), moments in each_moments(loaded, batches, units, progress):
         module, width = module_of[site, layer], len(moments.units)
-        at_source, at_target = (responses[site][k][:, layer, :width] for k in (source, target))
+        at_source, at_target = (responses[k][site][:, layer, :width] for k in (source, target))
         with in_layer(layer, module):
             second = second_moment(moments, tokens, eps)
             size = anatomy.component_width(module, layer)

@@ -23,22 +23,20 @@ from functools import partial
 
 import torch
 
+from editing.directions.recorded import record_texts
 from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.methods.scale import column_scaling
 from editing.methods.scope import chosen_layers, chosen_modules, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from neurons.architectures.anatomy import BLOCKS
-from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, ModelSource
-from neurons.recording.collectors import TextSums
 from neurons.recording.corpus_recording import MAX_RESPONSE_BYTES
-from neurons.recording.text_pass import Position, PositionReader, Progress, line_numbers, numbered, read_text
+from neurons.recording.text_pass import Progress, numbered
 from neurons.scorers.momentum import MomentumRates, momentum_rates
 from neurons.setting import Range, setting
 from neurons.statistics.statistics import Statistics
-from neurons.statistics.totals import Totals
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import MEANS
@@ -49,28 +47,13 @@ from neurons.text.token_budget import MEANS
 CHANNELS, ALPHA = 100, 1.0
 
 
-@dataclass(frozen=True)
-class Steered:
-    """The scaled channels of one module.
-
-    Attributes:
-        places: int64 [n, 2], rows (layer, channel), sorted.
-        gamma: float64 [n].
-        score: float64 [n], max(r+, r-).
-    """
-
-    places: torch.Tensor
-    gamma: torch.Tensor
-    score: torch.Tensor
-
-
 def austeer(
     rates: Mapping[str, MomentumRates],
     channels: int = CHANNELS,
     alpha: float = ALPHA,
     layers: Sequence[int] | None = None,
-) -> dict[str, Steered]:
-    """The channels with the largest momentum, and their scales.
+) -> dict[str, torch.Tensor]:
+    """The scales of the channels with the largest momentum.
 
     Args:
         rates: module -> [L, channels of its input], of target against source.
@@ -79,7 +62,8 @@ def austeer(
         layers: layers of the channels; None takes all.
 
     Returns:
-        module -> its channels; modules without channels are left out.
+        module -> float64 [L, channels], 1 + gamma of the chosen channels and 1 of all others; modules without chosen
+        channels are left out.
 
     Raises:
         UsageError: N below 1, alpha 0 or not finite, or no module.
@@ -114,12 +98,13 @@ def austeer(
     for column in (1, 0):
         ranked = ranked[torch.argsort(order[ranked, column], descending=True, stable=True)]
     kept = ranked[:channels].sort().values
-    steered = {}
+    scales = {}
     for index, module in enumerate(modules):
         of_module = kept[places[kept, 1] == index]
         if len(of_module):
-            steered[module] = Steered(places[of_module][:, [0, 2]], order[of_module, 2], order[of_module, 0])
-    return steered
+            scales[module] = torch.ones_like(rates[module].rate_up, dtype=torch.float64)
+            scales[module][places[of_module, 0], places[of_module, 2]] = 1 + order[of_module, 2]
+    return scales
 
 
 def neuron_rates(model: ModelSource, statistics: Statistics, source: str, target: str) -> MomentumRates:
@@ -180,7 +165,12 @@ def corpus_rates(
     modules = chosen_modules(blocks)
     pair = corpus.only(source, target)
     responses, lines = text_responses(loaded, pair, [f"{module}_in" for module in modules], progress)
-    return {module: _rates(responses[f"{module}_in"], lines, source, target) for module in modules}
+    return {
+        module: _rates(
+            {k: of_site[f"{module}_in"] for k, of_site in responses.items()}, lines, source, target
+        )
+        for module in modules
+    }
 
 
 def austeer_plan(
@@ -216,11 +206,9 @@ def austeer_plan(
             )
     edits: list[ModuleEdit] = []
     counts = {}
-    for module, steered in austeer(rates, channels, alpha, chosen).items():
-        scale = torch.ones(anatomy.layers, anatomy.width(f"{module}_in"), dtype=torch.float64)
-        scale[steered.places[:, 0], steered.places[:, 1]] = 1 + steered.gamma
+    for module, scale in austeer(rates, channels, alpha, chosen).items():
         edits += column_scaling(source, module, scale)
-        counts[module] = len(steered.places)
+        counts[module] = int((scale != 1).sum())
     metadata = {
         "model": source.label,
         "fingerprint": source.fingerprint,
@@ -260,52 +248,28 @@ def _rates(
 
 
 def text_responses(
-    loaded: LoadedModel, corpus: Corpus, sites: Sequence[str], progress: Progress | None
+    loaded: LoadedModel,
+    corpus: Corpus,
+    sites: Sequence[str],
+    progress: Progress | None,
+    layers: Sequence[int] | None = None,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """The mean of every text at sites: (site -> language -> float32 [texts, L, width], language -> int64 [texts], lines).
+    """The mean of every text at sites: (language -> site -> float32 [texts, L, width], language -> int64 [texts], lines).
 
     Raises:
         UsageError: a language without text, or too many texts to keep their means.
     """
-    anatomy, languages = loaded.anatomy, tuple(corpus.languages)
+    anatomy = loaded.anatomy
     batches = language_batches(loaded, corpus, default=MEANS.tokens)
-    for language, of_language in batches.items():
-        if not of_language:
-            raise UsageError(f"language {language!r} has no text of more than one token: give more text")
     texts = sum(len(batch.ids) for _, batch in numbered(batches))
     text_bytes = 4 * anatomy.layers * sum(anatomy.width(site) for site in sites)
     if texts * text_bytes > MAX_RESPONSE_BYTES:
         raise UsageError(
             f"the means of {texts:,} texts would take {texts * text_bytes / 1e9:.1f} GB: give at most "
-            f"{MAX_RESPONSE_BYTES // text_bytes // len(languages):,} lines in each language, or one of --blocks"
+            f"{MAX_RESPONSE_BYTES // text_bytes // len(batches):,} lines in each language, or one of --blocks"
         )
-    lines = line_numbers(batches)
-    kept = {
-        site: {
-            language: torch.zeros(len(of_language), anatomy.layers, anatomy.width(site))
-            for language, of_language in lines.items()
-        }
-        for site in sites
-    }
-    totals = Totals(len(languages), anatomy.layers, {}, {})
-    collectors = {
-        site: TextSums(site, (), anatomy, totals, list(of_site.values())) for site, of_site in kept.items()
-    }
-
-    def reader_of(site: str, layer: int) -> PositionReader:
-        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            if site in collectors:
-                collectors[site].add(layer, values, routed, at)
-            else:
-                # At block_out all experts of the layer have run.
-                collectors["mlp_in"].finish(layer, at)
-
-        return read
-
-    ends = ["block_out"] if anatomy.mixed and "mlp_in" in collectors else []
-    readers = {(s, layer): reader_of(s, layer) for s in [*sites, *ends] for layer in range(anatomy.layers)}
-    read_text(loaded, numbered(batches), readers, progress, lines=list(lines.values()))
-    return kept, lines
+    recorded = record_texts(loaded, batches, progress, sites, (), layers)
+    return recorded.outputs, recorded.lines
 
 
 def rates_of(material: Material) -> dict[str, MomentumRates]:

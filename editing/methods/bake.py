@@ -37,6 +37,7 @@ from editing.methods.key import KeyProblem, solve_key
 from editing.methods.scope import chosen_layers, chosen_modules, require_strength
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
+from neurons.architectures.anatomy import COMMON_SITES
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import covariance_bytes, room, solving_bytes
@@ -61,7 +62,8 @@ class ConstantKey:
     Attributes:
         vector: float64 [n], k.
         deviation: standard deviation of k^T h about its mean 1, on the text of the moments.
-        min_deviation: minimum standard deviation of any key with the same constraints, that of eps 0.
+        min_deviation: minimum standard deviation of any key with the same constraints, that of eps 0; ``deviation`` if
+            that key cannot be solved.
         means: float64 [K], mean of k^T h on each language.
         start: mean of k^T h on the start token; None if the moments have none.
         eps: ridge, as a fraction of the mean variance.
@@ -110,7 +112,9 @@ def constant_key(
     if moments.start is not None and constrain_start:
         constraints = torch.stack([mean, moments.start], 1)
     vector = _first_solved(covariance, constraints, [eps] if eps else _MIN_EPS)
-    unridged = _first_solved(covariance, constraints, _MIN_EPS)
+    unridged = vector
+    with suppress(BrocaError):
+        unridged = _first_solved(covariance, constraints, _MIN_EPS)
     return ConstantKey(
         vector=vector,
         deviation=_deviation(covariance, vector),
@@ -179,7 +183,7 @@ def fourth_moments(
 
     def reader_of(layer: int, mean: torch.Tensor) -> PositionReader:
         def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            deviations = at.rows(values).double() - mean
+            deviations = at.rows(values)[:, : len(mean)].double() - mean
             sums[layer] += float(deviations.square().sum(1).square().sum())
 
         return read
@@ -239,7 +243,7 @@ def constant_keys(
             totals = {layer: total_moments(of_layer, tokens) for layer, of_layer in moments.items()}
             flat = [batch for _, batch in numbered(batches)]
             means = {layer: mean for layer, (mean, _) in totals.items()}
-            for layer, fourth in fourth_moments(loaded, flat, site, means).items():
+            for layer, fourth in fourth_moments(loaded, flat, COMMON_SITES[block], means).items():
                 with in_layer(layer, block):
                     ridges[layer] = ledoit_wolf_eps(totals[layer][1], fourth, int(tokens.sum()))
         for layer, of_layer in moments.items():

@@ -22,6 +22,7 @@ from editing.methods.bake import EPS
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
+from neurons.architectures.anatomy import COMMON
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
@@ -106,7 +107,7 @@ def corrected_plan(
         loaded: the model.
         corpus: neutral text, that of ``bake_plan``.
         plan: result of ``bake_plan`` with one vector at an MLP.
-        layers: number of correcting layers; fewer if the model has no more.
+        layers: number of correcting layers, the next ones with an MLP that is no mixture; fewer if the model has no more.
         eps: ridge, as a fraction of the mean square of the inputs.
         progress: called with the number of tokens done, over all layers.
 
@@ -120,17 +121,19 @@ def corrected_plan(
     if plan.metadata["method"] != "bake" or len(plan.edits) != 1 or plan.edits[0].block != "mlp":
         raise UsageError("only a single vector baked into the MLP of one layer can be corrected")
     first = plan.edits[0]
-    if layers < 1 or first.layer + 1 >= loaded.anatomy.layers:
+    anatomy = loaded.anatomy
+    able = [at for at in anatomy.layers_with("mlp") if at > first.layer and not anatomy.mixed_in(at)]
+    if layers < 1 or not able:
         raise UsageError(
-            f"{layers} correcting layers after layer {first.layer} of {loaded.anatomy.layers}: give at least one, or "
-            "a vector for an earlier layer"
+            f"{layers} correcting layers of the {len(able)} after layer {first.layer} of {anatomy.layers} that have a "
+            "dense MLP: give at least one, or a vector for an earlier layer"
         )
     if first.right is None or first.left is None:
         raise BrocaError("the baked plan has no rank-1 factors: compute it again")
     batches = [batch for _, batch in numbered(language_batches(loaded, corpus, default=KEYS.tokens))]
     weights = Weights(loaded)
     edits = [first]
-    for layer in range(first.layer + 1, min(first.layer + 1 + layers, loaded.anatomy.layers)):
+    for layer in able[:layers]:
         with applied(loaded, make_plan(edits, plan.metadata)):
             moments = remainder_moments(loaded, batches, edits, layer, progress)
         key, error = correction_key(moments, eps)
@@ -138,6 +141,7 @@ def corrected_plan(
             replace(
                 first,
                 layer=layer,
+                components=tuple(range(len(key))),
                 right=key[:, None].float(),
                 notes={
                     "change_norm": float(first.left.double().norm() * key.norm()),
@@ -159,7 +163,7 @@ def remainder_moments(
     progress: Progress | None = None,
 ) -> RemainderMoments:
     """Moments of down_proj's input in ``layer`` and of 1 minus the coefficients of the edits before it."""
-    width = loaded.anatomy.neurons
+    width = loaded.anatomy.width(COMMON, layer)
     moments = RemainderMoments(
         torch.zeros(width, width, dtype=torch.float64, device=loaded.device),
         torch.zeros(width, dtype=torch.float64, device=loaded.device),
@@ -182,9 +186,9 @@ def remainder_moments(
         moments.add(values.detach(), remainder.pop(at.index), at.batch)
 
     readers: dict[tuple[str, int], PositionReader] = {
-        ("mlp_in", edit.layer): coefficient(edit) for edit in edits
+        (COMMON, edit.layer): coefficient(edit) for edit in edits
     }
-    readers["mlp_in", layer] = last
+    readers[COMMON, layer] = last
     read_text(loaded, [(0, batch) for batch in batches], readers, progress)
     for name in ("square", "product", "start"):
         setattr(moments, name, getattr(moments, name).cpu())

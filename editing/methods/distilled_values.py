@@ -56,23 +56,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """A plan with learned values.
-
-    Attributes:
-        plan: the plan with the learned values.
-        learned_on: mean divergence (nats a token) on the training examples, during each pass.
-        held_out: mean divergence on the held-out examples: before training, then after each pass.
-        passes: the number of passes after which the values were best.
-    """
-
-    plan: Plan
-    learned_on: tuple[float, ...]
-    held_out: tuple[float, ...]
-    passes: int
-
-
-@dataclass(frozen=True)
 class _Lesson:
     """Student prompts with answers, and the teacher's last hidden states at the n counted positions."""
 
@@ -91,7 +74,7 @@ def distilled_values(
     rate: float = RATE,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Distilled:
+) -> Plan:
     """Learn a plan's values from a teacher's answers.
 
     Args:
@@ -104,6 +87,11 @@ def distilled_values(
         seed: of the order of the examples.
         progress: called with the number of predicted tokens of each step.
 
+    Returns:
+        The plan with the learned values.  ``metadata["learning"]`` holds mean divergences (nats a token): ``learned_on``,
+        on the training examples during each pass, ``held_out``, on the held-out examples before training and after each
+        pass; and ``passes``, the number of passes after which the values were best.
+
     Raises:
         UsageError: no training examples, no held-out examples, no passes, a rate that is not positive, or a plan with
             other edits.
@@ -114,7 +102,7 @@ def distilled_values(
             f"{len(examples)} training examples, {len(held_out)} held-out examples, {passes} passes and a rate of {rate}: "
             "give one or more of each, and a positive rate"
         )
-    learned = learn_values(
+    edits, made = learn_values(
         loaded,
         plan,
         TeacherAnswers(loaded, examples, held_out),
@@ -124,14 +112,9 @@ def distilled_values(
         seed=seed,
         progress=progress,
     )
-    learning = {
-        "learned_on": list(learned.trained),
-        "held_out": list(learned.held_out),
-        "passes": learned.passes,
-    }
+    learning = {"learned_on": list(made.trained), "held_out": list(made.held_out), "passes": made.passes}
     settings = {**plan.metadata["settings"], "distilled": {"passes": passes, "rate": rate, "seed": seed}}
-    metadata = {**plan.metadata, "settings": settings, "learning": learning}
-    return Distilled(make_plan(learned.edits, metadata), learned.trained, learned.held_out, learned.passes)
+    return make_plan(edits, {**plan.metadata, "settings": settings, "learning": learning})
 
 
 def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan | None = None) -> float:

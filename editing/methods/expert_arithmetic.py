@@ -108,6 +108,7 @@ def _shifts(
 ) -> dict[Expert, Shift]:
     """What each expert with an offset adds to its tokens; without those that no token reaches."""
     shifts: dict[Expert, Shift] = {}
+    read: dict[int, torch.Tensor] = {}  # the weight of one layer
     # Without gates u is 1, but the number of tokens is needed.
     for (layer, expert), moments in (
         expert_moments(loaded, batches, "mlp_up", units, progress) if units else ()
@@ -120,7 +121,10 @@ def _shifts(
         if not loaded.anatomy.gated:
             mean, covariance = torch.ones_like(mean), torch.zeros_like(covariance)
         index = moments.units + expert * loaded.anatomy.expert_width
-        values, offset = weights.read(layer, "mlp")[:, index], maps[layer].offset[index]
+        if layer not in read:
+            read.clear()
+            read[layer] = weights.read(layer, "mlp")
+        values, offset = read[layer][:, index], maps[layer].offset[index]
         vector, share = mean_shift(values, offset, mean, covariance)
         if bool(vector.any()):
             constant = float(vector.square().sum())

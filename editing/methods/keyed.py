@@ -295,10 +295,10 @@ def _key(place: Place, moments: Moments, request: _Request) -> tuple[Key, dict[s
     try:
         if request.sparse is None:
             return key_of(moments, request.sources, solve_key(problem, overwrite=True)), {}
-        sparse = sparse_key(problem, request.sparse)
+        vector, l1 = sparse_key(problem, request.sparse)
     except BrocaError as error:
         raise type(error)(f"layer {layer}, {module}: {error}") from error
-    return key_of(moments, request.sources, sparse.vector), {"l1": sparse.l1}
+    return key_of(moments, request.sources, vector), {"l1": l1}
 
 
 def _through_norm(

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from editing.methods.key import EPS, SOFT_WEIGHT
-from editing.methods.keyed import STRENGTH, keyed_plan
+from editing.methods.keyed import STRENGTH, keyed_blocks, keyed_plan
 from editing.methods.learned_values import LEARNED_AT, learned_values
 from editing.methods.material import Material
 from editing.methods.method import Method, Settings
@@ -46,7 +46,8 @@ class Keyed(Method):
     def grid(cls, material: Material) -> Sequence[dict[str, Any]]:
         # Keys over heads and neurons need less strength than keys over neurons alone.
         candidates = ((3.5, ("mlp",)), (2.0, BLOCKS), (2.5, BLOCKS))
-        return [{"strength": strength, "blocks": list(blocks)} for strength, blocks in candidates]
+        anatomy = material.loaded.anatomy
+        return [{"strength": s, "blocks": list(keyed_blocks(anatomy, blocks))} for s, blocks in candidates]
 
     def prepare(self, material: Material) -> Plan:
         """The plan at this strength, or in a study at a strength from which ``plan`` scales to all others."""
@@ -86,7 +87,7 @@ class Keyed(Method):
         plan = replace(self, learn=False).plan_for(material)
         return learned_values(
             material.loaded, plan, openings, text.lines(direction.target), progress=material.progress
-        ).plan
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,4 +105,5 @@ class KeyedLearned(Keyed):
 
     @classmethod
     def of(cls, material: Material, settings: Settings) -> Keyed:
-        return Keyed(learn=True, blocks=BLOCKS, **settings)
+        blocks = keyed_blocks(material.loaded.anatomy, BLOCKS)
+        return Keyed(learn=True, blocks=blocks, **settings)

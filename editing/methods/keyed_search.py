@@ -7,12 +7,13 @@ made no difference or were worse (docs/keyed.md).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from editing.methods.keyed import LEARNED, MEANS, VALUES, layers_with_common_inputs
+from editing.methods.keyed import LEARNED, MEANS, VALUES, keyed_blocks, layers_with_common_inputs
 from editing.methods.keyed_edit import Keyed
 from editing.methods.learned_values import enough_text
 from editing.methods.material import Material
@@ -24,6 +25,7 @@ from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
 from neurons.setting import Range, setting
 from neurons.text.batches import language_batches
+from neurons.text.token_budget import KEYS
 
 # Edited layers, as fractions of the depth.
 LAYERS = {"all": (0.0, 1.0), "lower half": (0.0, 0.5), "lower 3/4": (0.0, 0.75), "upper 3/4": (0.25, 1.0)}
@@ -52,7 +54,7 @@ class Solved:
     def at_strength(self, edit: ModuleEdit, strength: float) -> ModuleEdit:
         """The module's edit at a strength of the module."""
         if self.scales:
-            return edit.scaled(strength * len(self.whole.edits))
+            return edit.scaled(strength / edit.notes["value_share"])
         assert edit.right is not None
         key = edit.right[:, 0].double()
         normed: _Normed = self.material.once(
@@ -71,8 +73,11 @@ class Solved:
         return replace(edit, left=solved.vector[:, None].float(), notes=notes)
 
     def _normed(self, layer: int, module: str, key: torch.Tensor) -> _Normed:
-        loaded = self.material.loaded
-        batches = language_batches(loaded, self.material.text)[self.material.direction.source]
+        loaded, source = self.material.loaded, self.material.direction.source
+        text = self.material.text.only(source)
+        batches = self.material.once(
+            ("text of keys", source), lambda: language_batches(loaded, text, default=KEYS.tokens)[source]
+        )
         tokens = source_tokens(loaded, layer, module, batches)
         return _Normed(output_norm(loaded, layer, module, batches[0]), tokens.outputs, tokens.inputs @ key)
 
@@ -84,7 +89,7 @@ class KeyedSearch(Method):
     Attributes:
         values: "means" (the direction) or "learned", once for all settings (``editing.methods.learned_values``).
         heads: fraction of the strength in ``o_proj``, in [0, 1]; the rest is in ``down_proj``.  ``keyed_plan``
-            supports 0, 1/2 and 1.
+            supports 0, 1/2 and 1.  A layer with keys in only one of them has its whole strength there.
         layers: edited layers, with equal strengths.
         strength: total strength.
     """
@@ -146,21 +151,24 @@ class KeyedSearch(Method):
             raise UsageError(
                 "with a norm after the module values are learned at one strength: use --method keyed --set learn=yes"
             )
-        return Solved(material, Keyed(strength=1.0, blocks=BLOCKS, learn=learn).plan_for(material))
+        blocks = keyed_blocks(material.loaded.anatomy, BLOCKS)
+        return Solved(material, Keyed(strength=1.0, blocks=blocks, learn=learn).plan_for(material))
 
     def plan(self, prepared: Solved) -> Plan:
         """The plan of ``keyed_plan`` for the same layers, up to the last bits of float32."""
         whole, of_module = prepared.whole, {"attn": self.heads, "mlp": 1 - self.heads}
+        chosen = [edit for edit in whole.edits if edit.layer in self.layers]
+        modules = Counter(edit.layer for edit in chosen)
         edits = []
-        for edit in whole.edits:
-            fraction = of_module[edit.block] / len(self.layers)
-            if edit.layer in self.layers and fraction:
+        for edit in chosen:
+            fraction = (of_module[edit.block] if modules[edit.layer] > 1 else 1) / len(self.layers)
+            if fraction:
                 scaled = prepared.at_strength(edit, fraction * self.strength)
                 edits.append(replace(scaled, notes={**scaled.notes, "value_share": fraction}))
         settings = {
             **whole.metadata["settings"],
             "layers": list(self.layers),
-            "blocks": [module for module in BLOCKS if of_module[module]],
+            "blocks": [module for module in BLOCKS if any(edit.block == module for edit in edits)],
             "heads": self.heads,
             "strength": self.strength,
         }

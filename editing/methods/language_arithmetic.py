@@ -369,7 +369,7 @@ def _check(
     if as_bias and not anatomy.supports_bias("mlp"):
         raise BrocaError(
             f"{anatomy.model_type}: its MLP has no bias, and its config has no setting for a bias that serving "
-            "engines support: leave --as-bias out"
+            "engines support: leave --set as_bias=yes out"
         )
 
 

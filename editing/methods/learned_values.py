@@ -50,22 +50,6 @@ HELD_OUT = 5
 HELD_OUT_TURNS = 4  # rests for each held-out opening
 
 
-@dataclass(frozen=True)
-class LearnedValues:
-    """A plan with learned values.
-
-    Attributes:
-        plan: the plan with the learned values.
-        held_out: mean negative log-likelihood (nats a token) on the held-out crossings: before training, then after
-            each pass.
-        passes: the number of passes after which the values were best.
-    """
-
-    plan: Plan
-    held_out: tuple[float, ...]
-    passes: int
-
-
 def enough_text(sources: Sequence[str], targets: Sequence[str]) -> bool:
     """Whether there are enough texts to learn from some and hold others out."""
     return _enough(*_read(sources, targets))
@@ -81,7 +65,7 @@ def learned_values(
     rate: float = RATE,
     seed: int = 0,
     progress: Progress | None = None,
-) -> LearnedValues:
+) -> Plan:
     """Learn a plan's values from text.
 
     Args:
@@ -96,7 +80,8 @@ def learned_values(
 
     Returns:
         The plan at the strength of the given one; it can be scaled like the given one.  ``metadata["learning"]`` holds
-        ``held_out`` and ``passes``.
+        ``held_out``, the mean negative log-likelihood (nats a token) on the held-out crossings before training and after
+        each pass, and ``passes``, the number of passes after which the values were best.
 
     Raises:
         UsageError: too few texts to learn from some and hold others out, openings that fill the model's context, no
@@ -114,7 +99,7 @@ def learned_values(
             f"{passes} passes at a rate of {rate} learn nothing: give one pass or more, and a positive rate"
         )
     unit = values_of(plan).square().mean((1, 2)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    learned = learn_values(
+    edits, made = learn_values(
         loaded,
         plan,
         _Crossings(loaded, openings, rests),
@@ -125,9 +110,8 @@ def learned_values(
         progress=progress,
     )
     settings = {**plan.metadata["settings"], "learned": {"passes": passes, "rate": rate, "seed": seed}}
-    learning = {"held_out": list(learned.held_out), "passes": learned.passes}
-    result = make_plan(learned.edits, {**plan.metadata, "settings": settings, "learning": learning})
-    return LearnedValues(result, learned.held_out, learned.passes)
+    learning = {"held_out": list(made.held_out), "passes": made.passes}
+    return make_plan(edits, {**plan.metadata, "settings": settings, "learning": learning})
 
 
 class _Crossings:

@@ -7,7 +7,6 @@ is its output for a vector of ones, and the formula is checked on text.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Position, PositionReader, forward, read_text
 from neurons.text.batches import TokenBatch
+from neurons.text.sampling import even_order
 
 MAX_TOKENS = 2048
 TOLERANCE = 2e-2
@@ -122,8 +122,8 @@ def output_norm(loaded: LoadedModel, layer: int, module: str, batch: TokenBatch)
 def source_tokens(
     loaded: LoadedModel, layer: int, module: str, batches: Sequence[TokenBatch], max_tokens: int = MAX_TOKENS
 ) -> SourceTokens:
-    """Inputs and outputs of a module on the first ``max_tokens`` counted tokens; of a mixture, the shared expert's
-    inputs."""
+    """Inputs and outputs of a module on ``max_tokens`` counted tokens, of rows evenly from all; of a mixture, the
+    shared expert's inputs."""
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
 
@@ -133,12 +133,18 @@ def source_tokens(
 
         return read
 
-    before = itertools.accumulate((int(batch.counted.sum()) for batch in batches), initial=0)
-    first_batches = [
-        (0, batch) for tokens, batch in zip(before, batches, strict=False) if tokens < max_tokens
+    counts = torch.cat([batch.counted.sum(1) for batch in batches])
+    # Batches are in the order of their rows' lengths.
+    order = torch.tensor(even_order(len(counts)))
+    chosen = torch.zeros(len(counts), dtype=torch.bool)
+    chosen[order[counts[order].cumsum(0) - counts[order] < max_tokens]] = True
+    few = [
+        (0, TokenBatch(batch.ids[rows], batch.attention[rows], batch.counted[rows], starts=batch.starts))
+        for batch, rows in zip(batches, chosen.split([len(batch.ids) for batch in batches]), strict=True)
+        if rows.any()
     ]
     site = COMMON_SITES[module]
     readers = {(site, layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
-    read_text(loaded, first_batches, readers, layers=layer + 1)
+    read_text(loaded, few, readers, layers=layer + 1)
     width = loaded.anatomy.width(site, layer)
     return SourceTokens(torch.cat(inputs)[:max_tokens, :width], torch.cat(outputs)[:max_tokens])

@@ -1,16 +1,16 @@
 """A sparse key: an elastic net chooses the neurons of the key.
 
-    k = argmin k^T F k + l1 |k|_1 + l2 |k|^2    subject to    M^T k = e        (F, M, e: ``editing.methods.key``)
+    k = argmin k^T F k + l1 |k|_1    subject to    M^T k = e        (F, M, e: ``editing.methods.key``)
 
-ADMM (Boyd et al. 2011, section 6.4) finds support and signs: x in {M^T x = e}, z = x, with B the eigenvectors
-and lambda the eigenvalues of 2 (F + l2 I) inside the null space of M^T and x_0 the feasible point of least norm,
+The ridge in F is the net's l2 term.  ADMM (Boyd et al. 2011, section 6.4) finds support and signs: x in {M^T x = e}, z = x, with B the eigenvectors
+and lambda the eigenvalues of 2 F inside the null space of M^T and x_0 the feasible point of least norm,
 
-    x = x_0 + B diag(1 / (lambda + rho)) B^T (rho (z - u) - 2 (F + l2 I) x_0)
+    x = x_0 + B diag(1 / (lambda + rho)) B^T (rho (z - u) - 2 F x_0)
     z = soft(x + u, l1 / rho)        u = u + x - z
 
 Every ``BETWEEN_SOLVES`` iterations the minimum is solved exactly for the support A and the signs s of z,
 
-    2 (F + l2 I)_AA k_A + l1 s + M_A nu = 0        M_A^T k_A = e
+    2 F_AA k_A + l1 s + M_A nu = 0        M_A^T k_A = e
 
 and returned if it is the optimum: sign(k_A) = s, and |2 F k + M nu| <= l1 outside the support.  Otherwise the units
 that violate this enter or leave A (a primal-dual active set), and ADMM continues.  The result is thus an exact
@@ -23,7 +23,6 @@ these units without the penalty (relaxed lasso, Meinshausen 2007), so the constr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -38,31 +37,6 @@ OPTIMAL = 1e-8
 BISECTIONS = 40
 
 
-@dataclass(frozen=True)
-class SparseKey:
-    """A sparse key.
-
-    Attributes:
-        vector: float64 [S], 0 outside the support.
-        support: int64, indices of the units of the key, ascending.
-        l1: the penalty that selects them.
-    """
-
-    vector: torch.Tensor
-    support: torch.Tensor
-    l1: float
-
-
-def elastic_net(problem: KeyProblem, l1: float, l2: float = 0.0) -> torch.Tensor:
-    """The exact minimum, float64 [S].
-
-    Raises:
-        UsageError: a negative l1 or l2.
-        BrocaError: linearly dependent constraints, or no convergence.
-    """
-    return _Net(problem, l2).minimum(l1)
-
-
 def require_fraction(fraction: float) -> None:
     """Check the fraction of the neurons in a sparse key.
 
@@ -73,8 +47,8 @@ def require_fraction(fraction: float) -> None:
         raise UsageError(f"sparse {fraction}: give a fraction of the neurons above 0 and at most 1")
 
 
-def sparse_key(problem: KeyProblem, fraction: float) -> SparseKey:
-    """The key on a fraction of the units, chosen by an elastic net.
+def sparse_key(problem: KeyProblem, fraction: float) -> tuple[torch.Tensor, float]:
+    """The key on a fraction of the units, float64 [S] with zeros elsewhere, and the l1 that selects them.
 
     Args:
         problem: the problem on S units.
@@ -82,7 +56,7 @@ def sparse_key(problem: KeyProblem, fraction: float) -> SparseKey:
 
     Raises:
         UsageError: a fraction outside (0, 1], or one that leaves fewer units than constraints.
-        BrocaError: as ``elastic_net``.
+        BrocaError: linearly dependent constraints, or no convergence.
     """
     units, constraints = problem.constraints.shape
     require_fraction(fraction)
@@ -94,8 +68,8 @@ def sparse_key(problem: KeyProblem, fraction: float) -> SparseKey:
         )
     dense = solve_key(problem)
     if count == units:
-        return SparseKey(dense, torch.arange(units), 0.0)
-    net = _Net(problem, 0.0)
+        return dense, 0.0
+    net = _Net(problem)
     # The l1 at which the penalty of the dense key equals its variance.
     l1 = float(dense @ problem.form @ dense) / float(dense.abs().sum())
     low, high = 0.0, math.inf
@@ -115,19 +89,15 @@ def sparse_key(problem: KeyProblem, fraction: float) -> SparseKey:
         raise BrocaError(f"no penalty leaves {count} of {units} neurons: choose a larger fraction")
     vector = torch.zeros(units, dtype=torch.float64)
     vector[best[0]] = solve_key(problem.on(best[0]))
-    return SparseKey(vector, best[0], best[1])
+    return vector, best[1]
 
 
 class _Net:
     """A problem, decomposed once, with its minimum for any l1; each minimum starts from the last one."""
 
-    def __init__(self, problem: KeyProblem, l2: float) -> None:
-        if not l2 >= 0:
-            raise UsageError(f"l2 {l2} must not be negative")
+    def __init__(self, problem: KeyProblem) -> None:
         self._constraints, self._targets = problem.constraints, problem.targets
-        self._languages = problem.languages
         self._form = 2 * problem.form
-        self._form.diagonal().add_(2 * l2)
         solve_key(problem)  # raises if the constraints are dependent
         count = self._constraints.shape[1]
         basis, triangle = torch.linalg.qr(self._constraints, mode="complete")
@@ -143,10 +113,7 @@ class _Net:
         self._dual = torch.zeros_like(self._point)  # rho u
 
     def minimum(self, l1: float) -> torch.Tensor:
-        if not l1 >= 0:
-            raise UsageError(f"l1 {l1} must not be negative")
-        if l1 == 0:
-            return solve_key(KeyProblem(self._form, self._constraints, self._targets, self._languages))
+        """The exact minimum, float64 [S], for an l1 above 0."""
         for iteration in range(MAX_ITERATIONS):
             rho, split = self._rho, self._split
             coordinates = self._basis.T @ (rho * split - self._dual - self._pull)

@@ -93,32 +93,6 @@ class ComponentEdits:
     right: torch.Tensor
 
 
-def steer2edit(
-    weight: torch.Tensor,
-    direction: torch.Tensor,
-    input_mean: torch.Tensor,
-    component_width: int,
-    rho: float,
-    alpha: float,
-    weigh: str = "sign",
-) -> ComponentEdits:
-    """Steer2Edit of one output weight.
-
-    Args:
-        weight: [d, n].
-        direction: [d], v.
-        input_mean: [n], mu.
-        component_width: D for heads, 1 for neurons.
-        rho: > 0, strength of the penalty: a larger one edits less.
-        alpha: in [0, 1), the L1 fraction of the penalty.
-        weigh: "sign" or "activity".
-
-    Raises:
-        UsageError, BrocaError: as ``components_of`` and ``elastic_net``.
-    """
-    return elastic_net(components_of(weight, direction, input_mean, component_width, weigh), rho, alpha)
-
-
 def components_of(
     weight: torch.Tensor,
     direction: torch.Tensor,
@@ -240,8 +214,10 @@ def steer2edit_plan(
     require_strength(strength)
     if heads_rho is None and neurons_rho is None:
         raise UsageError("heads and neurons are both off: give --heads-rho or --neurons-rho")
-    if languages is not None and (neurons is None or neurons_rho is None):
-        raise UsageError("languages select neurons of a set: give --neurons and --neurons-rho")
+    if languages is not None and neurons is None:
+        raise UsageError("languages select neurons of a set: give --neurons")
+    if neurons is not None and neurons_rho is None:
+        raise UsageError("neurons are off, so --neurons has no effect: leave it out, or give --neurons-rho")
     if weigh != "sign" and neurons_rho is None:
         raise UsageError(f"neurons are off, so they cannot be weighted by {weigh}: give --neurons-rho")
     direction.require_model(source)

@@ -15,7 +15,7 @@ Differences from the paper: weight decay is towards the unedited weights, not to
 Controls, which change the same modules:
 
     random    as many other neurons in each layer, drawn at random
-    all       all neurons of every layer
+    all       all neurons of every layer, without those of routed experts
     lora      U K^T (arXiv 2106.09685) of the rank for which the layer has about as many numbers as D; U = 0 and K uniform
               at first, as in PEFT, and scale 1
 """
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from editing.methods.scope import require_neurons
 from editing.methods.trained_factors import computing_with, factors_of, with_factors
 from editing.plans.algebra import with_norms
 from editing.plans.plan import ModuleEdit, Plan, make_plan
@@ -93,19 +94,17 @@ def control_neurons(source: ModelSource, rows: torch.Tensor, control: str, seed:
 
     Raises:
         UsageError: as ``random_like``.
+        BrocaError: neurons of routed experts.
     """
     anatomy = source.anatomy
+    places = torch.zeros(anatomy.layers, anatomy.neurons, dtype=torch.bool)
+    for layer in range(anatomy.layers):
+        for part in anatomy.parts(layer, "mlp"):
+            places[layer, part.columns] = part.experts is None
+        anatomy.input_rows(layer, rows[rows[:, 0] == layer, 1].tolist())
     if control == RANDOM:
-        return random_like(rows, anatomy.layers, anatomy.neurons, seed)
-    if control != ALL:
-        return rows
-    return torch.tensor(
-        [
-            (layer, neuron)
-            for layer in range(anatomy.layers)
-            for neuron in range(anatomy.width("mlp_in", layer))
-        ]
-    )
+        return random_like(rows, anatomy.layers, anatomy.neurons, seed, places)
+    return places.nonzero() if control == ALL else rows
 
 
 def untrained(source: ModelSource, rows: torch.Tensor) -> list[ModuleEdit]:
@@ -184,8 +183,8 @@ def subnetwork_plan(
         The plan; ``metadata["learning"]`` holds the losses of ``Minimised``.
 
     Raises:
-        UsageError: no passes or a rate that is not positive, less than a block of text, conversations, or as
-            ``chosen_neurons`` and ``control_neurons``.
+        UsageError: no passes or a rate that is not positive, less than a block of text, conversations, a set of heads,
+            or as ``chosen_neurons`` and ``control_neurons``.
         BrocaError: quantised weights, neurons of another model or of routed experts, a loss that is not finite, or, of the set, one
             that no pass lowers on the held-out text.
     """
@@ -194,7 +193,7 @@ def subnetwork_plan(
             f"{training.passes} passes at a rate of {training.rate} train nothing: give one pass or more, and a positive rate"
         )
     loaded.require_exact("an edit")
-    neurons.require_model(loaded)
+    require_neurons(loaded, neurons)
     rows = chosen_neurons(neurons, languages)
     edits = untrained(loaded, control_neurons(loaded, rows, control, training.seed))
     if control == LORA:

@@ -18,7 +18,7 @@ import torch
 
 from editing.directions.direction import Direction
 from editing.methods.material import Material
-from editing.methods.method import Method
+from editing.methods.method import Method, Settings
 from editing.methods.scope import (
     FROM_LINE,
     OWN,
@@ -238,6 +238,10 @@ class AblateSubspace(Method):
     site: str = setting("block_out", SITE_LINE, words=("block_out", OWN))
     from_layer: int | None = setting(None, FROM_LINE)
     rank: int | None = setting(None, "number of leading dimensions of the subspace; all")
+
+    @classmethod
+    def of(cls, material: Material, settings: Settings) -> AblateSubspace:
+        return cls(site="block_out" if material.opened.anatomy.residual_output else OWN, **settings)
 
     def prepare(self, material: Material) -> Plan:
         return subspace_ablation_plan(

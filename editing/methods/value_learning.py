@@ -8,30 +8,13 @@ measured on held-out batches.  The result is the Z of the best pass, or the plan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from editing.methods.added_values import adding, values_of, with_value
 from editing.plans.plan import ModuleEdit, Plan
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
-from neurons.recording.training import Batch, Objective, minimise
-
-
-@dataclass(frozen=True)
-class Learned:
-    """The learned values.
-
-    Attributes:
-        edits: the plan's edits with the learned values.
-        trained, held_out, passes: as in ``Minimised``.
-    """
-
-    edits: tuple[ModuleEdit, ...]
-    trained: tuple[float, ...]
-    held_out: tuple[float, ...]
-    passes: int
+from neurons.recording.training import Batch, Minimised, Objective, minimise
 
 
 def learn_values(
@@ -44,8 +27,8 @@ def learn_values(
     rate: float,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Learned:
-    """Learn a plan's values.
+) -> tuple[list[ModuleEdit], Minimised]:
+    """The plan's edits with learned values, and the training of their Z.
 
     Args:
         loaded: the unedited model; its weights do not change.
@@ -76,4 +59,4 @@ def learn_values(
     )
     values = made.best[0].double() * units
     edits = [with_value(edit, value) for edit, value in zip(plan.edits, values, strict=True)]
-    return Learned(tuple(edits), made.trained, made.held_out, made.passes)
+    return edits, made

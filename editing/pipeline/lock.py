@@ -145,10 +145,10 @@ def language_lock(
             loaded, plan, examples, held_out, passes=passes, rate=rate, seed=seed, progress=advance
         )
     return Locked(
-        plan=learned.plan,
+        plan=learned,
         obeyed={source: of_source.obeyed for source, of_source in building.items()},
         thoughts=learns_thoughts,
-        held_out=learned.held_out,
+        held_out=tuple(learned.metadata["learning"]["held_out"]),
         deviations={
             edit.layer: (float(edit.notes["spread"]), on_others[edit.layer, edit.block]["deviation"])
             for edit in edits

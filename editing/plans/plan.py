@@ -343,8 +343,14 @@ def language_pair(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _is_nonlinear(metadata: Mapping[str, Any]) -> bool:
     """Whether the method's plan is not proportional to its strength."""
-    renormalised = "norm-preserving" in str(metadata["settings"].get("form"))
-    return renormalised or metadata.get("method") in ("language-arithmetic", "selective-steering")
+    settings = metadata["settings"]
+    # Solved or renormalised on the model that is edited at one strength.
+    fixed = (
+        settings.get("jointly")
+        or settings.get("corrections")
+        or "norm-preserving" in str(settings.get("form"))
+    )
+    return bool(fixed) or metadata.get("method") in ("language-arithmetic", "selective-steering")
 
 
 def module_order(layer: int, block: str) -> tuple[int, int, str]:

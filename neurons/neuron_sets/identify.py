@@ -228,11 +228,12 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
         UsageError: a layer without enough other neurons, or statistics of another model.
     """
     members = {}
+    places = torch.arange(like.neurons) < torch.tensor(like.counts)[:, None]
     for k, language in enumerate(like.languages):
         rows = like.of(language)
         if statistics is None:
             members[language] = random_like(
-                rows, like.layers, like.neurons, seed * len(like.languages) + k, like.counts
+                rows, like.layers, like.neurons, seed * len(like.languages) + k, places
             )
         else:
             activity = _head_activity(statistics) if like.unit == "head" else _activity(statistics)

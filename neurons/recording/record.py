@@ -105,13 +105,13 @@ def record(
                 once = not recomputes or site == "block_out"
                 if once or isinstance(collector, Attribution) == torch.is_grad_enabled():
                     collector.add(layer, values, routed, at)
-            if site == "block_out" and anatomy.experts > 1:
+            if site == "block_out" and anatomy.mixed:
                 for collector in (c for of_site in collectors.values() for c in of_site):
                     collector.finish(layer, at)
 
         return read
 
-    sites = [*collectors, *(["block_out"] if anatomy.experts > 1 and "block_out" not in collectors else [])]
+    sites = [*collectors, *(["block_out"] if anatomy.mixed and "block_out" not in collectors else [])]
     readers = {(site, layer): reader_of(site, layer) for site in sites for layer in range(anatomy.layers)}
     of_process = batches_of_process(numbered(batches))
     done, state = (0, {}) if unfinished is None else unfinished.load()

@@ -9,7 +9,6 @@ more, or less, than the average.  ``random_scores`` is an uninformative scorer.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +20,7 @@ NEAREST = 10  # our choice
 
 
 def random_like(
-    rows: torch.Tensor, layers: int, width: int, seed: int, counts: Sequence[int] | None = None
+    rows: torch.Tensor, layers: int, width: int, seed: int, places: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As many random neurons in each layer as ``rows`` has there, none of them among ``rows``.
 
@@ -30,7 +29,7 @@ def random_like(
         layers: L of the model.
         width: I of the model.
         seed: equal seeds give equal neurons.
-        counts: number of neurons of each layer; None: I.
+        places: bool [L, I], neurons that may be drawn; None: all.
 
     Returns:
         int64 [n, 2], in (layer, neuron) order.
@@ -42,10 +41,11 @@ def random_like(
     excluded = _mask(rows, layers, width)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for layer, count in enumerate(counts or [width] * layers):
-        candidates = (~excluded[layer, :count]).nonzero()[:, 0]
-        wanted = count - len(candidates)
-        _require_room(layer, wanted, count)
+    places = torch.ones_like(excluded) if places is None else places
+    for layer in range(layers):
+        candidates = (places[layer] & ~excluded[layer]).nonzero()[:, 0]
+        wanted = int(excluded[layer].sum())
+        _require_room(layer, wanted, int(places[layer].sum()))
         picked = candidates[torch.randperm(len(candidates), generator=generator)[:wanted]].sort().values
         drawn.append(torch.stack([torch.full_like(picked, layer), picked], dim=1))
     return torch.cat(drawn)

@@ -5,7 +5,6 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
-from types import SimpleNamespace
 
 import models
 import pytest
@@ -243,7 +242,7 @@ def test_learning_takes_openings_of_every_source_in_turn(broca, files, tmp_path,
 
     def recorded(loaded, plan, sources, target, **_):
         seen.append((sources, target))
-        return SimpleNamespace(plan=plan)
+        return plan
 
     monkeypatch.setattr("editing.methods.keyed_edit.learned_values", recorded)
     words = ["--direction", str(files / "direction.safetensors"), "--corpus", str(folder), "--strength", "2"]

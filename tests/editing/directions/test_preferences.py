@@ -13,7 +13,7 @@ import torch
 from editing.directions.bipo import HELD_OUT, Bipo, _Objective, bipo_loss
 from editing.directions.estimation import direction_of, direction_of_preferences
 from editing.directions.grains import effect, replaced, token_scores
-from editing.hooks.residual import ResidualDiffMean
+from editing.hooks.residual import residual_steering
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import artifact_bytes
 from neurons.models.source import load_model
@@ -200,7 +200,7 @@ def test_bipo_finds_the_planted_vector(planted):
     rows = preference_rows(loaded, fresh)
     objective = _Objective(loaded, rows, 1, Bipo())
     before = objective.unsteered
-    with ResidualDiffMean(loaded, vector, 1)():
+    with residual_steering(loaded, vector, 1):
         after = _Objective(loaded, rows, 1, Bipo()).unsteered
     assert ((after - before)[:, 0] > (after - before)[:, 1]).all()
 

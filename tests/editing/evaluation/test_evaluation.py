@@ -19,7 +19,7 @@ from editing.evaluation.language_id import identify_language, second_opinion
 from editing.evaluation.questions import Question, Questions
 from editing.evaluation.relevance import ChrfScorer, LikelihoodScorer
 from editing.evaluation.repetition import distinct_ngrams, longest_repeat, loops
-from editing.hooks.steering import residual_steering
+from editing.hooks.residual import residual_steering
 from editing.study.comparison import choose, largest_rise
 from neurons.errors import UsageError
 from neurons.text.corpus import Corpus

@@ -16,6 +16,7 @@ from editing.methods.ara import (
     problems,
     solve,
 )
+from editing.methods.austeer import text_responses
 from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
@@ -198,6 +199,25 @@ def test_a_model_with_the_edit_has_the_objective_that_was_solved(checkpoint_of, 
     assert float(kept) == pytest.approx(expected, rel=1e-4)
     relative = {k: float(change[k].norm() / tokens[k].norm()) for k in change}
     assert max(relative["qab"], relative["qac"]) < 0.8 * relative["qaa"]
+
+
+def test_inputs_of_other_widths_in_other_layers(tmp_path, text):
+    loaded = load_model(str(models.build_wrapper(tmp_path, "deepseek_v3")), device="cpu")
+    assert loaded.anatomy.width("mlp_common", 0) != loaded.anatomy.width("mlp_common", 1)
+    given = Material(loaded, text, languages=("qaa", "qab", "qac"), layers=(0,), blocks=("mlp",))
+    (edit,) = Ara().plan_for(given).edits
+    assert len(edit.right) == 96 and edit.notes["distance"] < 1
+    means, _ = outputs(loaded, text, "mlp_common", 0)
+    sites = ["mlp_common", "mlp_in"]
+    found, _ = text_responses(loaded, text, sites, None)
+    mean = found["qaa"]["mlp_common"][:, 0].double().mean(0)
+    torch.testing.assert_close(mean, means["qaa"].mean(0), rtol=1e-4, atol=1e-5)
+    assert found["qaa"]["mlp_common"].shape[2] == 96 and not found["qaa"]["mlp_common"][:, 1:, 32:].any()
+    # A shared expert is the last group of the neurons.
+    torch.testing.assert_close(found["qaa"]["mlp_common"][:, 1:, :32], found["qaa"]["mlp_in"][:, 1:, 128:])
+    few, _ = text_responses(loaded, text, sites, None, [1])
+    assert torch.equal(few["qaa"]["mlp_in"][:, 1], found["qaa"]["mlp_in"][:, 1])
+    assert not few["qaa"]["mlp_in"][:, [0, 2, 3]].any()
 
 
 def test_equal_runs_give_equal_bytes(llama, text):

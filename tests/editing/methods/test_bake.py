@@ -8,8 +8,15 @@ import models
 import pytest
 import torch
 
-from editing.hooks.steering import residual_steering
-from editing.methods.bake import bake_plan, constant_key, fourth_moments, ledoit_wolf_eps, total_moments
+from editing.hooks.residual import residual_steering
+from editing.methods.bake import (
+    bake_plan,
+    constant_key,
+    constant_keys,
+    fourth_moments,
+    ledoit_wolf_eps,
+    total_moments,
+)
 from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.errors import BrocaError, UsageError
@@ -124,6 +131,19 @@ def test_the_key_allows_dead_neurons():
     assert math.isfinite(result.min_deviation)
 
 
+def test_a_key_that_only_its_ridge_makes_solvable():
+    # Sums in float32 can leave a covariance with an eigenvalue below 0.
+    moments = random_moments(start=False)
+    covariance = torch.eye(9, dtype=torch.float64)
+    covariance[0, 0] = -1e-3
+    moments = replace(moments, mean=moments.mean[:, :1], languages=("qaa",), covariance=covariance)
+    key = constant_key(moments, torch.tensor([5]), 1e-2)
+    assert key.min_deviation == key.deviation
+    assert float(moments.mean[:, 0] @ key.vector) == pytest.approx(1)
+    with pytest.raises(BrocaError, match="no coefficient"):
+        constant_key(moments, torch.tensor([5]), 0.0)
+
+
 def test_refuses_inputs_without_a_constant_key():
     moments = random_moments()
     all_zero = replace(moments, mean=torch.zeros(9, 3).double(), start=None)
@@ -213,6 +233,27 @@ def test_fourth_moments_equal_a_loop(llama):
     apart = rows - rows.mean(0)
     expected = sum(sum(x * x for x in row) ** 2 for row in apart.tolist()) / len(rows)
     assert result == {1: pytest.approx(expected, rel=1e-3)}
+
+
+def test_shrinkage_in_the_dense_layer_of_a_mixture(tmp_path):
+    loaded, corpus = (
+        load_model(str(models.build_wrapper(tmp_path, "deepseek_v3")), device="cpu"),
+        small_corpus(60),
+    )
+    (key,) = constant_keys(loaded, corpus, [0], shrinkage=True).values()
+    rows = []
+    down = loaded.model.model.layers[0].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][0, 1:].double()))
+    for language in corpus.languages:
+        for text in corpus.texts[language]:
+            with torch.no_grad():
+                loaded.model(torch.tensor([loaded.tokenizer(text)["input_ids"]]))
+    handle.remove()
+    rows = torch.cat(rows)
+    deviations = rows - rows.mean(0)
+    fourth = float(deviations.square().sum(1).square().mean())
+    covariance = deviations.T @ deviations / len(rows)
+    assert key.eps == pytest.approx(ledoit_wolf_eps(covariance, fourth, len(rows)), rel=1e-3)
 
 
 def test_shrinkage_chooses_the_ridge(llama):

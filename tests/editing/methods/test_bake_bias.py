@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from editing.hooks.steering import residual_steering
+from editing.hooks.residual import residual_steering
 from editing.methods.bake_bias import bake_bias_plan
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError

@@ -8,6 +8,7 @@ from editing.methods.bake import bake_plan
 from editing.methods.bake_correction import RemainderMoments, corrected_plan, correction_key
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
+from neurons.models.source import load_model
 from neurons.text.corpus import Corpus
 
 LANGUAGES = ("qaa", "qab", "qac")
@@ -96,6 +97,17 @@ def test_corrections_end_with_the_last_layer(llama):
     corpus = small_corpus(3)
     plan = bake_plan(llama, corpus, {1: VECTOR})
     assert [edit.layer for edit in corrected_plan(llama, corpus, plan, 9).edits] == [1, 2]
+
+
+def test_layers_without_a_dense_mlp_are_skipped(tmp_path):
+    kinds = ["mlp", "moe", "mamba", "mlp"]
+    made = models.build_wrapper(tmp_path, "nemotron_h", layers_block_type=kinds, mlp_hidden_act="silu")
+    loaded, corpus = load_model(str(made), device="cpu"), small_corpus(60)
+    plan = corrected_plan(loaded, corpus, bake_plan(loaded, corpus, {0: VECTOR}), 2)
+    assert [(edit.layer, len(edit.components)) for edit in plan.edits] == [(0, 96), (3, 96)]
+    assert plan.edits[1].notes["spread"] < plan.edits[0].notes["spread"]
+    with pytest.raises(UsageError, match="earlier layer"):
+        corrected_plan(loaded, corpus, bake_plan(loaded, corpus, {3: VECTOR}))
 
 
 def test_refuses_what_cannot_be_corrected(llama):

@@ -89,8 +89,8 @@ def test_a_first_step_is_adams_on_the_gradient_of_the_edited_weights(loaded, key
         sizes.append(float(rows.double().square().mean().sqrt()))
     values = [torch.zeros(loaded.anatomy.residual, requires_grad=True) for _ in keys.edits]
     naive_divergence(loaded, keys, examples, values).backward()
-    assert learned.passes == 1
-    for edit, value, size in zip(learned.plan.edits, values, sizes, strict=True):
+    assert learned.metadata["learning"]["passes"] == 1
+    for edit, value, size in zip(learned.edits, values, sizes, strict=True):
         # Adam's first step is the rate against the gradient's sign.
         expected = -rate * size * value.grad.sign()
         clear = value.grad.abs() > 1e-3 * value.grad.abs().max()
@@ -101,14 +101,15 @@ def test_learning_brings_the_student_to_the_teacher_and_leaves_the_weights(loade
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     counts = []
     learned = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05, progress=counts.append)
-    assert learned.held_out[-1] < 0.7 * learned.held_out[0]
-    assert learned.held_out[learned.passes] == min(learned.held_out)
-    assert mean_divergence(loaded, EXAMPLES, learned.plan) == pytest.approx(min(learned.held_out), rel=1e-4)
+    learning = learned.metadata["learning"]
+    assert learning["held_out"][-1] < 0.7 * learning["held_out"][0]
+    assert learning["held_out"][learning["passes"]] == min(learning["held_out"])
+    assert mean_divergence(loaded, EXAMPLES, learned) == pytest.approx(min(learning["held_out"]), rel=1e-4)
     assert sum(counts) == 12 * sum(len(example.answer) + 1 for example in EXAMPLES)
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     again = distilled_values(loaded, keys, EXAMPLES, EXAMPLES, passes=12, rate=0.05)
-    assert again.plan.to_bytes() == learned.plan.to_bytes()
+    assert again.to_bytes() == learned.to_bytes()
 
 
 def test_recomputed_activations_give_the_same_values(loaded, keys, monkeypatch):
@@ -120,7 +121,7 @@ def test_recomputed_activations_give_the_same_values(loaded, keys, monkeypatch):
     first = loaded.model.model.layers[0].mlp.register_forward_hook(lambda *_: forwards.append(1))
     again = distilled_values(loaded, keys, EXAMPLES, OTHERS, passes=2, rate=0.02)
     first.remove()
-    for edit, other in zip(plain.plan.edits, again.plan.edits, strict=True):
+    for edit, other in zip(plain.edits, again.edits, strict=True):
         assert edit.left.any()
         torch.testing.assert_close(edit.left, other.left, rtol=1e-4, atol=1e-7)
     # Teachers, output sizes, held-out examples three times, and every training pass twice.
@@ -131,8 +132,9 @@ def test_the_pass_is_chosen_on_held_out_examples(loaded, keys):
     """On held-out examples that must not change, the values before the first pass are the best."""
     unchanged = [Example(example.student, example.student, example.answer) for example in EXAMPLES]
     learned = distilled_values(loaded, keys, EXAMPLES, unchanged, passes=2, rate=0.05)
-    assert learned.passes == 0 and learned.held_out[0] == pytest.approx(0, abs=1e-6)
-    assert not any(edit.left.any() for edit in learned.plan.edits)
+    learning = learned.metadata["learning"]
+    assert learning["passes"] == 0 and learning["held_out"][0] == pytest.approx(0, abs=1e-6)
+    assert not any(edit.left.any() for edit in learned.edits)
 
 
 @pytest.mark.parametrize("wrong", [{"passes": 0}, {"rate": 0.0}, {"examples": []}, {"held_out": []}])

@@ -27,7 +27,7 @@ def test_values_are_learned_once_or_with_a_norm_at_each_strength(
     for plan, strength in zip(result, (1.0, 3.0), strict=True):
         at = LEARNED_AT if model_type == "llama" else strength
         plain = keyed_plan(loaded, corpus, direction, None, at, blocks=("attn", "mlp"))
-        expected = quick(loaded, plain, sources, targets).plan.scaled(strength / at)
+        expected = quick(loaded, plain, sources, targets).scaled(strength / at)
         for edit, other in zip(plan.edits, expected.edits, strict=True):
             assert torch.equal(edit.left, other.left) and torch.equal(edit.right, other.right)
         assert plan.metadata["settings"]["strength"] == strength

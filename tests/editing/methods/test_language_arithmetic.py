@@ -270,7 +270,7 @@ def test_refuses_a_language_without_neurons(llama):
 
 def test_refuses_an_unsupported_bias(checkpoint_of):
     qwen = load_model(str(checkpoint_of("qwen2")), device="cpu")
-    with pytest.raises(BrocaError, match="no bias"):
+    with pytest.raises(BrocaError, match=r"no bias.*--set as_bias=yes"):
         language_arithmetic_plan(qwen, small_corpus(2), some_neurons(qwen), "qab", as_bias=True)
 
 

@@ -12,7 +12,7 @@ from editing.methods.added_values import adding, values_of
 from editing.methods.crossings import crossing_batch, crossings, openings_and_rests
 from editing.methods.keyed import keyed_plan
 from editing.methods.keyed_search import KeyedSearch
-from editing.methods.learned_values import HELD_OUT, LEARNED_AT, LearnedValues, _loss, learned_values
+from editing.methods.learned_values import HELD_OUT, LEARNED_AT, _loss, learned_values
 from editing.methods.material import Material
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
@@ -139,25 +139,26 @@ def test_the_gradient_is_that_of_finite_differences(llama, plan, texts):
 def test_training_improves_held_out_text(llama, plan, texts):
     before = [parameter.clone() for parameter in llama.model.parameters()]
     learned = learned_values(llama, plan, *texts, passes=4)
-    assert isinstance(learned, LearnedValues)
+    learning = learned.metadata["learning"]
     assert all(torch.equal(a, b) for a, b in zip(before, llama.model.parameters(), strict=True))
-    assert len(learned.held_out) == 5 and learned.held_out[learned.passes] == min(learned.held_out)
+    held_out_losses, passes = learning["held_out"], learning["passes"]
+    assert len(held_out_losses) == 5 and held_out_losses[passes] == min(held_out_losses)
     # The reported losses are those of the edited weights on the held-out lines.
     openings, rests = openings_and_rests(texts[0])[0], openings_and_rests(texts[1])[1]
     held_out = [lines[HELD_OUT - 1 :: HELD_OUT] for lines in (openings, rests)]
     rows = [row for turn in range(4) for row in crossings(llama.tokenizer, *held_out, turn)]
-    for edit_plan, expected in ((plan, learned.held_out[0]), (learned.plan, min(learned.held_out))):
+    for edit_plan, expected in ((plan, held_out_losses[0]), (learned, min(held_out_losses))):
         with applied(llama, edit_plan):
             total, count = naive_loss(llama.model, rows)
         assert total / count == pytest.approx(expected, rel=1e-4)
-    assert min(learned.held_out) < learned.held_out[0] - 0.05
+    assert min(held_out_losses) < held_out_losses[0] - 0.05
 
 
 def test_a_planted_continuation_is_learned(llama, plan, texts):
     """If the same word follows every opening, the edited model predicts it after held-out openings."""
     sources, word = texts[0], " milk"
     expected = llama.tokenizer(word, add_special_tokens=False)["input_ids"][0]
-    learned = learned_values(llama, plan, sources, ["a b c d e f" + word * 3] * 20, passes=15, rate=0.1).plan
+    learned = learned_values(llama, plan, sources, ["a b c d e f" + word * 3] * 20, passes=15, rate=0.1)
     held_out = [
         [llama.tokenizer.bos_token_id, *row.ids[1 : row.crosses]] for row in joined_rows(llama, texts)
     ][HELD_OUT - 1 :: HELD_OUT]
@@ -173,7 +174,7 @@ def test_a_planted_continuation_is_learned(llama, plan, texts):
 
 
 def test_keys_and_everything_else_stay(llama, plan, texts):
-    learned = learned_values(llama, plan, *texts, passes=1).plan
+    learned = learned_values(llama, plan, *texts, passes=1)
     assert learned.metadata["settings"]["learned"]["passes"] == 1
     for edit, other in zip(learned.edits, plan.edits, strict=True):
         assert torch.equal(edit.right, other.right)
@@ -185,11 +186,11 @@ def test_keys_and_everything_else_stay(llama, plan, texts):
 
 
 def test_the_same_input_gives_the_same_bytes(llama, plan, texts):
-    first, second = (learned_values(llama, plan, *texts, passes=2).plan for _ in range(2))
+    first, second = (learned_values(llama, plan, *texts, passes=2) for _ in range(2))
     for edit, other in zip(first.edits, second.edits, strict=True):
         assert torch.equal(edit.left, other.left)
     assert first.metadata == second.metadata
-    other = learned_values(llama, plan, *texts, passes=2, seed=1).plan
+    other = learned_values(llama, plan, *texts, passes=2, seed=1)
     assert not torch.equal(first.edits[0].left, other.edits[0].left)
 
 
@@ -204,7 +205,7 @@ def test_the_work_does_not_grow_with_the_text(llama, plan, texts, monkeypatch):
     long_counts = []
     long = learned_values(llama, plan, texts[0] * 50, texts[1] * 50, passes=1, progress=long_counts.append)
     assert len(long_counts) == len(short_counts) == 1
-    assert len(long.held_out) == len(short.held_out)
+    assert len(long.metadata["learning"]["held_out"]) == len(short.metadata["learning"]["held_out"])
     monkeypatch.setattr("editing.methods.learned_values.MAX_ROW_TOKENS", 26)
     truncated_counts = []
     learned_values(llama, plan, *texts, passes=1, progress=truncated_counts.append)
@@ -218,14 +219,18 @@ def test_memory_for_a_row_at_a_time_changes_little(llama, plan, texts, monkeypat
     whole = learned_values(llama, plan, *texts, passes=1)
     monkeypatch.setattr("editing.methods.learned_values.batches_for", lambda *_: (1, False))
     parts = learned_values(llama, plan, *texts, passes=1)
-    assert parts.held_out == pytest.approx(whole.held_out, rel=1e-4)
+    assert parts.metadata["learning"]["held_out"] == pytest.approx(
+        whole.metadata["learning"]["held_out"], rel=1e-4
+    )
 
 
 def test_values_that_no_pass_improves_are_kept(llama, plan, texts, monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", partial(torch.optim.Adam, maximize=True))
     learned = learned_values(llama, plan, *texts, passes=2)
-    assert learned.passes == 0 and learned.held_out[0] < learned.held_out[1] < learned.held_out[2]
-    for edit, other in zip(learned.plan.edits, plan.edits, strict=True):
+    learning = learned.metadata["learning"]
+    assert learning["passes"] == 0 and learning["held_out"] == sorted(learning["held_out"])
+    assert len({*learning["held_out"]}) == 3
+    for edit, other in zip(learned.edits, plan.edits, strict=True):
         torch.testing.assert_close(edit.left, other.left, rtol=1e-6, atol=0)
 
 
@@ -238,7 +243,7 @@ def test_the_search_learns_once_and_scales(llama, corpus, plan, texts, monkeypat
 
     monkeypatch.setattr("editing.methods.keyed_edit.learned_values", counted)
     material = Material(llama, corpus, "qaa", "qab")
-    expected = learned_values(llama, plan, *texts, passes=2).plan
+    expected = learned_values(llama, plan, *texts, passes=2)
     space = spaces(material, ["keyed"])["keyed"]
     assert space.knobs["values"].words == ("means", "learned")
     plans = [

@@ -182,6 +182,9 @@ def test_source_tokens_are_the_counted_ones(normed, corpus):
     torch.testing.assert_close(result.outputs, result.inputs @ weight.T, rtol=1e-4, atol=1e-4)
     everything = source_tokens(normed, 1, "mlp", batches)
     assert len(everything.inputs) == sum(int(batch.counted.sum()) for batch in batches)
+    # Not only of the shortest rows, which come first.
+    places = torch.cdist(result.outputs, everything.outputs).argmin(1)
+    assert int(places.min()) < len(everything.outputs) / 4 and int(places.max()) > len(everything.outputs) / 2
 
 
 @pytest.mark.parametrize("block", ["mlp", "attn"])

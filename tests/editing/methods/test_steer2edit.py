@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from editing.directions.diffmean import diffmean_direction
 from editing.directions.direction import Direction, load_direction
-from editing.methods.steer2edit import relative_activity, steer2edit, steer2edit_plan
+from editing.methods.steer2edit import components_of, elastic_net, relative_activity, steer2edit_plan
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -48,6 +48,10 @@ def naive(weight, direction, mean, width, rho, alpha, activity=False):
         result["c"].append(magnitude / length(key.values()) if magnitude else 0.0)
     numbers = {name: torch.tensor(values, dtype=torch.float64) for name, values in result.items()}
     return numbers, torch.tensor(edited, dtype=torch.float64)
+
+
+def steer2edit(weight, direction, mean, width, rho, alpha, *weigh):
+    return elastic_net(components_of(weight, direction, mean, width, *weigh), rho, alpha)
 
 
 def random_case(seed=0, rows=7, columns=12):
@@ -305,6 +309,9 @@ def test_the_plan_weights_neurons_and_not_heads(qwen, direction):
     }  # fmt: skip
     with pytest.raises(UsageError, match="neurons are off"):
         steer2edit_plan(qwen, direction, [1], 0.05, None, weigh="activity")
+    heads_only = neuron_set({}, {}, 3, 48, {})
+    with pytest.raises(UsageError, match="--neurons has no effect"):
+        steer2edit_plan(qwen, direction, [1], 0.05, None, neurons=heads_only)
     with pytest.raises(UsageError, match="weighting 'size'"):
         steer2edit_plan(qwen, direction, [1], weigh="size")
 

@@ -33,9 +33,7 @@ DERIVED = {
     "composed": lambda loaded, plan, texts: compose([plan, plan], loaded),
     "inverted": lambda loaded, plan, texts: inverted(loaded, plan),
     "restricted": lambda loaded, plan, texts: restricted(loaded, plan, components={"mlp": range(5)}),
-    "learned": lambda loaded, plan, texts: (
-        learned_values(loaded, plan, texts["en"], texts["fr"], passes=1).plan
-    ),
+    "learned": lambda loaded, plan, texts: learned_values(loaded, plan, texts["en"], texts["fr"], passes=1),
 }
 
 

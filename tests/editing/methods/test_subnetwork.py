@@ -195,6 +195,32 @@ def test_refusals(llama, corpora, checkpoint_of):
     ):
         with pytest.raises(error, match=named):
             subnetwork_plan(llama, neurons_of(llama), languages, text, held_out, training)
+    heads = replace(neurons_of(llama), metadata={"unit": "head", "fingerprint": llama.fingerprint})
+    with pytest.raises(UsageError, match="set is of heads"):
+        subnetwork_plan(llama, heads, ["qaa"], text, held_out, SHORT)
     mixture = load_model(str(checkpoint_of("mixtral")), device="cpu")
     with pytest.raises(BrocaError, match="neuron 3 of layer 0 belongs to a routed expert"):
         subnetwork_plan(mixture, neurons_of(mixture), ["qaa"], text, held_out, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rows", "allowed"),
+    [
+        # A dense layer, then mixtures of four experts of 32 with a shared one.
+        ("deepseek_v3", [[0, 3], [0, 90], [2, 130]], {0: range(96), 1: range(128, 160), 2: range(128, 160)}),
+        ("gemma4_text", [[0, neuron] for neuron in range(20)], {0: range(96), 2: range(192), 3: range(192)}),
+    ],
+)
+def test_controls_have_only_neurons_that_every_token_reaches(tmp_path, model_type, rows, allowed):
+    wide = {"use_double_wide_mlp": True} if model_type == "gemma4_text" else {}
+    loaded = load_model(str(models.build_wrapper(tmp_path, model_type, **wide)), device="cpu")
+    rows = torch.tensor(rows)
+    for seed in range(5):
+        drawn = control_neurons(loaded, rows, RANDOM, seed)
+        assert drawn[:, 0].tolist() == rows[:, 0].tolist()
+        assert all(neuron in allowed[layer] for layer, neuron in drawn.tolist())
+        assert not {*map(tuple, drawn.tolist())} & {*map(tuple, rows.tolist())}
+        assert untrained(loaded, drawn)
+    whole = control_neurons(loaded, rows, ALL, 0)
+    for layer, neurons in allowed.items():
+        assert whole[whole[:, 0] == layer, 1].tolist() == list(neurons)

@@ -8,7 +8,13 @@ import torch
 
 from editing.directions.direction import Direction
 from editing.methods.directional_ablation import directional_ablation_plan
-from editing.methods.subspace_ablation import orthonormal, subspace_ablation, subspace_ablation_plan
+from editing.methods.material import Material
+from editing.methods.subspace_ablation import (
+    AblateSubspace,
+    orthonormal,
+    subspace_ablation,
+    subspace_ablation_plan,
+)
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -270,3 +276,9 @@ def test_refuses_bad_input(loaded_of, tmp_path):
     axes = torch.eye(64, dtype=torch.float64)[:, 7:9].repeat(3, 1, 1)
     with pytest.raises(BrocaError, match="layer 1, mlp"):
         subspace_ablation_plan(silent, Direction("qaa", "qab", {}, {}, {}, {"block_out": axes}))
+
+
+def test_a_study_of_a_model_with_norms_takes_the_outputs_own_subspaces(checkpoint_of, corpus):
+    study = Material(load_model(str(checkpoint_of("gemma2")), device="cpu"), corpus, "qaa", "qab")
+    plan = AblateSubspace.of(study, {"strength": 0.7}).plan_for(study)
+    assert plan.metadata["settings"]["site"] == "own" and len(plan.edits) == 6

@@ -110,6 +110,8 @@ def test_scaled_plan_says_so():
     [
         ("language-arithmetic", {"strength": 2.0, "fill": 0.0}),
         ("ablate", {"strength": 2.0, "form": "norm-preserving-biprojected"}),
+        ("keyed", {"strength": 2.0, "jointly": True}),
+        ("bake", {"strength": 2.0, "corrections": 1}),
     ],
 )
 def test_a_strength_of_a_part_of_the_edit_stays_and_the_multiple_stands_beside_it(method, settings):

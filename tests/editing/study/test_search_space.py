@@ -12,6 +12,7 @@ from editing.directions.direction import Direction
 from editing.methods.bake import bake_plan
 from editing.methods.baked_vector import Bake
 from editing.methods.keyed import keyed_plan
+from editing.methods.keyed_edit import Keyed, KeyedLearned
 from editing.methods.keyed_search import KeyedSearch
 from editing.methods.material import Material
 from editing.methods.method import Knob
@@ -20,6 +21,8 @@ from editing.study.registry import METHODS, searched
 from editing.study.search_space import spaces
 from neurons.errors import NothingToChangeError, UsageError
 from neurons.models.source import load_model
+from neurons.text.batches import language_batches
+from neurons.text.token_budget import KEYS
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,43 @@ def test_heads_get_their_fraction_of_the_strength(study):
         torch.testing.assert_close(change(edit), change(whole) * 3 * fraction, rtol=1e-5, atol=1e-9)
         assert edit.notes["value_share"] == pytest.approx(fraction)
     assert sum(edit.notes["value_share"] for edit in plan.edits) == pytest.approx(1)
+
+
+def study_of(model_type, directory, corpus):
+    model = load_model(str(models.build_wrapper(directory, model_type)), device="cpu")
+    vectors = torch.randn(model.anatomy.layers, 64, generator=torch.Generator().manual_seed(2)).double()
+    direction = Direction("qaa", "qab", {"block_out": vectors}, {}, {"method": "diffmean"})
+    return Material(model, corpus, "qaa", "qab", directions=(direction,))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "blocks"), [("qwen3_5_text", ("attn", "mlp")), ("mixtral", ("attn",))]
+)
+def test_a_layer_with_one_module_has_its_whole_strength(tmp_path, corpus, model_type, blocks):
+    study = study_of(model_type, tmp_path / "m", corpus)
+    plan = keyed(study, (0, 1, 2, 3), 0.5, 2.3)
+    expected = keyed_plan(study.loaded, corpus, study.direction, strength=2.3, blocks=blocks)
+    assert_same(plan, expected, ("change_norm", "value_share"))
+    assert plan.metadata["settings"]["blocks"] == expected.metadata["settings"]["blocks"]
+    for edit in plan.edits:
+        value = study.direction.vectors["block_out"][edit.layer] * 2.3 * edit.notes["value_share"]
+        torch.testing.assert_close(edit.left[:, 0].double(), value, rtol=1e-5, atol=1e-6)
+    for method in (Keyed, KeyedLearned):
+        assert all({*method.of(study, s).blocks} <= {*blocks} for s in method.grid(study))
+
+
+def test_through_a_norm_the_text_has_the_budget_of_the_keys(checkpoint_of, corpus, monkeypatch):
+    read = []
+
+    def batches(loaded, text, **options):
+        read.append((text.languages, options["default"]))
+        return language_batches(loaded, text, **options)
+
+    monkeypatch.setattr("editing.methods.keyed_search.language_batches", batches)
+    model = load_model(str(checkpoint_of("gemma2")), device="cpu")
+    vectors = Direction("qaa", "qab", {"block_out": torch.ones(3, 64).double()}, {}, {"method": "diffmean"})
+    keyed(Material(model, corpus, "qaa", "qab", directions=(vectors,)), (0, 1, 2), 0.5, 0.7)
+    assert read == [(("qaa",), KEYS.tokens)]
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "olmo2"])

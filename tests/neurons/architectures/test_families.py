@@ -297,6 +297,23 @@ def test_every_token_reaches_a_shared_expert_and_a_dense_layer(tmp_path):
     torch.testing.assert_close(means, values.mean(1).sum(0))
 
 
+def test_means_of_neurons_in_a_family_of_mixtures_without_a_mixture(tmp_path):
+    kinds = ["mamba", "attention", "mlp", "mlp"]
+    made = models.build_wrapper(tmp_path, "nemotron_h", layers_block_type=kinds)
+    loaded = load_model(str(made), device="cpu")
+    assert loaded.anatomy.mixed and loaded.anatomy.experts == 1
+    read = record(loaded, batches(), ["mlp_in:text_mean", "mlp_in:sum"])
+    kept = []
+    handle = loaded.anatomy.outputs["mlp"][2].register_forward_pre_hook(
+        lambda _, inputs: kept.append(inputs[0])
+    )
+    loaded.model(input_ids=IDS, use_cache=False)
+    handle.remove()
+    values = kept[0].view(2, 9, 96)[:, 1:].double()
+    torch.testing.assert_close(read.moments["mlp_in:sum"][2, :, 0], values.sum((0, 1)))
+    torch.testing.assert_close(read.moments["mlp_in:text_mean"][2, :, 0], values.mean(1).sum(0))
+
+
 def test_heads_of_a_hybrid_are_those_of_its_softmax_attention(tmp_path):
     loaded = load_model(saved("qwen3_5_text", tmp_path / "model"), device="cpu")
     anatomy = loaded.anatomy

@@ -110,7 +110,7 @@ def test_directions_plans_and_evaluations_are_the_same(both, parts):
         direction = diffmean_direction(loaded, parts["estimate"], "en", "fr")
         plan = keyed_plan(loaded, parts["estimate"], direction, jointly=True)
         texts = parts["estimate"].texts
-        learned = learned_values(loaded, plan, texts["en"], texts["fr"], passes=1).plan
+        learned = learned_values(loaded, plan, texts["en"], texts["fr"], passes=1)
         evaluation = Evaluation(loaded, parts["report"], "en", "fr", samples=1, new_tokens=6)
         outcomes = [
             evaluation.base,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from editing.hooks.steering import residual_steering
+from editing.hooks.residual import residual_steering
 
 IDS = torch.tensor([[0, 5, 80, 33], [0, 90, 91, 17]])
 
