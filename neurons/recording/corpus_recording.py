@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import find_executable_batch_size
 
-from neurons.architectures.anatomy import ROUTER_OUT, Anatomy
+from neurons.architectures.anatomy import ROUTER_OUT
 from neurons.errors import UsageError
 from neurons.files.artifact import package_versions
 from neurons.models.memory import batches_for
@@ -126,13 +126,27 @@ def record_corpus(
     return statistics
 
 
-def head_metadata(anatomy: Anatomy) -> dict[str, Any]:
-    """``heads`` and ``head_widths`` of each layer, and ``without_heads``: kind of attention -> its layers."""
+def model_metadata(loaded: LoadedModel) -> dict[str, Any]:
+    """The name and the sizes of the model.
+
+    ``neuron_counts``, ``heads`` and ``head_widths`` are of each layer; ``without_heads``: kind of attention -> its layers.
+    """
+    anatomy = loaded.anatomy
     counts = anatomy.unit_counts("head")
     without: dict[str, list[int]] = {}
     for layer in (layer for layer, count in enumerate(counts) if not count):
         without.setdefault(anatomy.attention[layer], []).append(layer)
-    return {"heads": list(counts), "head_widths": list(anatomy.head_dims), "without_heads": without}
+    return {
+        "model": loaded.label,
+        "layers": anatomy.layers,
+        "neurons": anatomy.neurons,
+        "experts": anatomy.experts,
+        "neuron_counts": list(anatomy.unit_counts("neuron")),
+        "heads": list(counts),
+        "head_widths": list(anatomy.head_dims),
+        "without_heads": without,
+        **loaded.provenance,
+    }
 
 
 def remove_unfinished(out: Path) -> None:
@@ -205,12 +219,7 @@ def recording_metadata(
         backward: whether gradients were computed.
     """
     return {
-        "model": loaded.label,
-        "layers": loaded.anatomy.layers,
-        "neurons": loaded.anatomy.neurons,
-        "experts": loaded.anatomy.experts,
-        **head_metadata(loaded.anatomy),
-        **loaded.provenance,
+        **model_metadata(loaded),
         "corpora": [
             {
                 **corpus.provenance,
