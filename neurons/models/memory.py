@@ -325,7 +325,11 @@ def batches_for(loaded: LoadedModel, backward: bool, row: int) -> tuple[int, boo
                 f"{max_room(loaded) / 1e9:.1f} GB are left: rows of {fitting} tokens fit, or allow "
                 f"{(needed + LIBRARIES + sizes.weights) / 1e9:.1f} GB (--max-memory)"
             )
-        tokens = max(tokens, row)
+        if tokens < row:
+            tokens = row
+            recomputes = (
+                backward and backward_bytes(sizes, row) + logit_bytes(sizes, row, True) > max_room(loaded)
+            )
     return tokens, recomputes
 
 

@@ -105,6 +105,17 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
         batches_for(llama, False, 1)
 
 
+def test_a_long_row_is_recomputed_where_keeping_it_does_not_fit(llama):
+    """No power of two between the batch and the row: 4,096 tokens fit, 8,000 only if they are recomputed."""
+    sizes, row = sizes_of(llama), 8000
+    needed = backward_bytes(sizes, row) + memory.logit_bytes(sizes, row, True)
+    least = memory.LIBRARIES + sizes.weights
+    limit_memory(least + needed - 1)
+    assert batches_for(llama, True, row) == (row, True)
+    limit_memory(least + needed)
+    assert batches_for(llama, True, row) == (row, False)
+
+
 def test_a_model_larger_than_the_limit_is_planned_on_disk(checkpoint_of):
     """A dry run plans what loading with the same limit does."""
     limit_memory(memory.LIBRARIES + memory.MIN_WORK)
