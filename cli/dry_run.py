@@ -57,9 +57,13 @@ def dry_run(
 
 
 def dry_run_of_text(
-    screen: Screen, arguments: SimpleNamespace, corpus: Corpus, need: Callable[[LoadedModel, Text], Need]
+    screen: Screen,
+    arguments: SimpleNamespace,
+    corpus: Corpus,
+    need: Callable[[LoadedModel, Text], Need],
+    default: int | None = None,
 ) -> None:
-    """``dry_run`` for a command with one stage, which reads a corpus."""
+    """``dry_run`` for a command with one stage, which reads a corpus, without --tokens ``default`` tokens of a language."""
     from neurons.recording.needs import text_of
 
     dry_run(
@@ -67,5 +71,5 @@ def dry_run_of_text(
         arguments.model,
         arguments.device,
         arguments.dtype,
-        lambda planned: [need(planned, text_of(planned, corpus, arguments.tokens))],
+        lambda planned: [need(planned, text_of(planned, corpus, arguments.tokens, default))],
     )

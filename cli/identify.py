@@ -170,9 +170,11 @@ def _by_text(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | None:
     if arguments.dry_run:
         from cli.dry_run import dry_run
         from neurons.recording.needs import recording_need, text_of
+        from neurons.text.token_budget import budget_of
 
         def needs(planned: LoadedModel) -> list[Need]:
-            text = text_of(planned, corpus, arguments.tokens)
+            default = budget_of(method.moments, method.reads).tokens
+            text = text_of(planned, corpus, arguments.tokens, default)
             return [recording_need(planned, text, method.moments, method.reads, arguments.block)]
 
         dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)

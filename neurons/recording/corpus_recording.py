@@ -19,7 +19,7 @@ from neurons.models.processes import is_first, world
 from neurons.models.source import LoadedModel
 from neurons.recording.record import record
 from neurons.recording.resume import Unfinished
-from neurons.recording.text_pass import Progress
+from neurons.recording.text_pass import Progress, line_numbers
 from neurons.scorers.method import PACKED, TEXTS
 from neurons.statistics.routing import ROUTING
 from neurons.statistics.statistics import Statistics
@@ -82,7 +82,6 @@ def record_corpus(
         )
         raise UsageError(f"--block is not supported by {what}: leave it out")
     backward = any(moment.endswith(":attribution") for moment in moments)
-    _require_room(loaded, corpus, moments)
     budget = budget_of(moments, reads)
     if loaded.anatomy.width(ROUTER_OUT):
         moments = [*moments, *(moment for moment in [ROUTING] if moment not in moments)]
@@ -103,6 +102,7 @@ def record_corpus(
         for language, of_language in batches.items():
             if not of_language:
                 raise UsageError(f"language {language!r} has no text of two tokens or more")
+        _require_room(loaded, batches, moments)
         unfinished = None if out is None else Unfinished(out, recording_key(loaded, batches, moments))
         statistics = record(loaded, batches, moments, progress, unfinished, recomputes)
         unknown = {k: unknown_rate(of_language, loaded.tokenizer) for k, of_language in batches.items()}
@@ -157,16 +157,17 @@ def remove_unfinished(out: Path) -> None:
             state.unlink(missing_ok=True)
 
 
-def _require_room(loaded: LoadedModel, corpus: Corpus, moments: Sequence[str]) -> None:
+def _require_room(
+    loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], moments: Sequence[str]
+) -> None:
     if not any(moment.endswith(":responses") for moment in moments):
         return
-    texts = sum(len(corpus.non_empty(language)) for language in corpus.languages)
+    texts = sum(map(len, line_numbers(batches).values()))
     text_bytes = 4 * loaded.anatomy.layers * loaded.anatomy.neurons
     if texts * text_bytes > MAX_RESPONSE_BYTES:
-        max_lines = MAX_RESPONSE_BYTES // text_bytes // len(corpus.languages)
         raise UsageError(
-            f"the responses to {texts:,} texts would take {texts * text_bytes / 1e9:.1f} GB: give at most "
-            f"{max_lines:,} lines in each language"
+            f"the responses to {texts:,} texts would take {texts * text_bytes / 1e9:.1f} GB: read fewer tokens (--tokens), "
+            f"at most {MAX_RESPONSE_BYTES // text_bytes // len(batches):,} texts of each language"
         )
 
 
