@@ -187,7 +187,7 @@ def neurons_from(
         )
     languages = statistics.languages
     metadata = {
-        **{key: value for key, value in statistics.metadata.items() if key not in ("settings", "unknown")},
+        **{key: value for key, value in statistics.metadata.items() if key != "settings"},
         "fingerprint": statistics.fingerprint,
         "unit": scorer.unit,
         "method": method,

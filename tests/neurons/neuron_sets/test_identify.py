@@ -31,3 +31,9 @@ def test_a_rate_that_keeps_no_neuron_is_refused(method):
 def test_a_rate_that_keeps_one_is_not():
     found = neurons_from(recorded(), "gradient-contrast", 0.04)
     assert [len(found.of(language)) for language in found.languages] == [1, 1]
+
+
+def test_languages_of_unknown_tokens_stay_known():
+    statistics = recorded()
+    statistics.metadata["unknown"] = {"qab": 0.4}
+    assert neurons_from(statistics, "gradient-contrast", 0.04).metadata["unknown"] == {"qab": 0.4}
