@@ -14,7 +14,7 @@ from accelerate.utils import find_executable_batch_size
 from neurons.architectures.anatomy import ROUTER_OUT
 from neurons.errors import UsageError
 from neurons.files.artifact import package_versions
-from neurons.models.memory import batches_for
+from neurons.models.memory import common_batches
 from neurons.models.processes import is_first, world
 from neurons.models.source import LoadedModel
 from neurons.recording.record import record
@@ -85,7 +85,7 @@ def record_corpus(
     budget = budget_of(moments, reads)
     if loaded.anatomy.width(ROUTER_OUT):
         moments = [*moments, *(moment for moment in [ROUTING] if moment not in moments)]
-    planned = batches_for(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
+    planned = common_batches(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
 
     def cut(size: int) -> dict[str, list[TokenBatch]]:
         if not packs:
@@ -95,7 +95,7 @@ def record_corpus(
 
     def attempt(size: int) -> Statistics:
         batches = cut(size)
-        fitting, recomputes = batches_for(loaded, backward, longest_row(batches))
+        fitting, recomputes = common_batches(loaded, backward, longest_row(batches))
         if batch_tokens is None and size == planned and fitting != size:
             # A row is longer than planned: activations are recomputed, in other batches.
             size, batches = fitting, cut(fitting)

@@ -11,7 +11,7 @@ import torch
 
 from neurons.errors import UsageError
 from neurons.models.embedded import require_embedded
-from neurons.models.memory import MAX_TOKENS, batches_for
+from neurons.models.memory import MAX_TOKENS, common_batches
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.text.conversations import MESSAGE_ROLES
@@ -269,7 +269,7 @@ def language_batches(
     length, max_tokens = block_length(loaded.model), _max_tokens(corpus, tokens, default)
     context = context_length(loaded.model) or length
     at_once = (
-        min(TOKENS_A_BATCH, batches_for(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
+        min(TOKENS_A_BATCH, common_batches(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
     )
     batches = {
         language: text_batches(

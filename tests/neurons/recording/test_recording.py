@@ -8,6 +8,7 @@ from neurons.architectures.anatomy import SITES
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.recording import corpus_recording
+from neurons.recording import record as recording
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.needs import text_of
 from neurons.recording.record import record
@@ -202,3 +203,9 @@ def test_only_responses_that_are_kept_need_room(llama, corpus, monkeypatch):
     kept = sum(map(len, few.responses.values()))
     assert 3 <= kept <= 30
     assert text_of(llama, corpus, default=30).texts == kept
+
+
+def test_a_batch_that_no_process_reads_is_noticed(llama, monkeypatch):
+    monkeypatch.setattr(recording, "batches_of_process", lambda batches: batches[1:])
+    with pytest.raises(BrocaError, match="batches differ"):
+        record(llama, make_batches("texts", llama.tokenizer), ["mlp_in:sum"])
