@@ -386,6 +386,7 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         "like": control,
         "seed": control,
         **dict.fromkeys(("scope", "ends", "threshold", "min_exclusivity", "layers", "kinds"), not control),
+        **dict.fromkeys(("scope", "ends"), not control and not method.rate_in_score),
         "top_rate": not control or arguments.like is None,
     }
     for name, is_accepted in accepted.items():

@@ -175,15 +175,19 @@ def neurons_from(
         raise UsageError(
             f"method {method!r} scores heads, but the layers of the model have {kinds}: identify neurons"
         )
+    for name in ("scope", "ends"):
+        if scorer.rate_in_score and (selection or {}).get(name) is not None:
+            raise UsageError(f"method {method!r} applies the rate before ranking: leave out {name}")
     rate = scorer.selection.top_rate if top_rate is None else top_rate
     rule = scorer.selection.changed(top_rate=rate, **(selection or {}))
     scores = scorer.of(settings or {}).scores(statistics, rule.top_rate)
     selected = select(scores, rule.changed(top_rate=1.0) if scorer.rate_in_score else rule)
     layers, width, _ = scores.values.shape
-    if round(rule.top_rate * layers * width) == 0:
+    chosen = layers if rule.layers is None or scorer.rate_in_score else len(set(rule.layers))
+    if round(rule.top_rate * chosen * width) == 0:
         raise UsageError(
-            f"the top rate {rule.top_rate} keeps none of {layers * width:,} {scorer.unit}s: use at least "
-            f"{1 / (layers * width):.1g}"
+            f"the top rate {rule.top_rate} keeps none of {chosen * width:,} {scorer.unit}s: use at least "
+            f"{1 / (chosen * width):.1g}"
         )
     languages = statistics.languages
     metadata = {
