@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command_line import command_line, loaded_as
-from cli.loading import announced
+from cli.loading import announced, require_models
 from cli.options import (
     IN_FILE,
     OUT_FILE,
@@ -75,6 +75,7 @@ def command(**options: Any) -> None:
         raise UsageError("the instruction is empty: leave --instruction out")
     tasks, languages = _tasks(arguments.languages)
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
+    require_models(arguments.against)
     dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     if plan is not None:
@@ -90,6 +91,12 @@ def command(**options: Any) -> None:
     instructions, answers_in = _meant(plan_metadata, languages)
     if arguments.instruction is not None:
         instructions = dict.fromkeys(languages, arguments.instruction)
+    for language, to in answers_in.items():
+        if to in tasks.questions and to not in tasks.choices:
+            raise UsageError(
+                f"the edit answers questions in {language!r} in {to!r}, in which there are no choices: name languages that "
+                "it keeps (--languages)"
+            )
     answers_in = {language: to for language, to in answers_in.items() if to in tasks.choices}
     steering = exchange if plan is None else partial(applied, loaded, plan)
     count = tasks.items(languages) * (1 if steering is None else 2) + tasks.items(instructions)

@@ -21,12 +21,16 @@ from cli.options import (
     OUT_FILE,
     CommaSeparated,
     Fractions,
+    batch_tokens_option,
+    choice_option,
     corpus_options,
+    count_option,
     device_options,
     dry_run_option,
     json_option,
     model_argument,
     quantised_options,
+    seed_option,
     tokens_option,
 )
 from cli.screen import Screen
@@ -52,12 +56,10 @@ if TYPE_CHECKING:
     help="Prompts with answers, to measure accuracy on too: a .jsonl with prompt, answer and label, or a directory of "
     "<language>.jsonl.",
 )
-@click.option(
+@choice_option(
     "--way",
-    type=click.Choice(["zero", "mean", "resample"]),
-    default="zero",
-    show_default=True,
-    help="What replaces the values: 0, their mean, or the values at a random other token.",
+    ("zero", "mean", "resample"),
+    "What replaces the values: 0, their mean, or the values at a random other token.",
 )
 @click.option("--mean-of", help="--way mean: the mean over this language.  [default: over all text]")
 @click.option(
@@ -66,43 +68,25 @@ if TYPE_CHECKING:
     default=("random", "matched"),
     help="random (the same number in each layer), matched (also of similar activity).  [default: random,matched]",
 )
-@click.option(
-    "--draws",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    help="Draws of each control; 0 for none.",
-)
+@count_option("--draws", "Draws of each control; 0 for none.", 3, minimum=0)
 @click.option(
     "--doses",
     type=Fractions(),
     help="Also ablate these fractions of each set, best neurons first, as 1%,2%,5%,10%.",
 )
-@click.option(
+@choice_option(
     "--dose-of",
-    type=click.Choice(["set", "model"]),
-    default="set",
-    show_default=True,
-    help="Base of the fractions in --doses: the set, or all neurons of the model (a top rate).",
+    ("set", "model"),
+    "Base of the fractions in --doses: the set, or all neurons of the model (a top rate).",
 )
 @click.option(
     "--statistics", type=IN_FILE, help="Statistics for matched controls and means.  [default: record them]"
 )
 @tokens_option
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    help="Tokens per forward pass.  [default: what memory allows]",
-)
-@click.option(
-    "--resamples",
-    type=click.IntRange(min=1),
-    default=2000,
-    show_default=True,
-    help="Bootstrap samples of the texts.",
-)
+@batch_tokens_option
+@count_option("--resamples", "Bootstrap samples of the texts.", 2000)
 @click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Level of the intervals.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all draws.")
+@seed_option("Seed of all draws.")
 @device_options
 @dry_run_option
 @quantised_options
@@ -162,6 +146,8 @@ def command(**options: Any) -> None:
             pictures.picture_format(picture)
     if arguments.dose_picture is not None and not settings.doses:
         raise UsageError("--dose-picture needs --doses, for example 1%,2%,5%,10%")
+    if settings.dose_of_model and not settings.doses:
+        raise UsageError("--dose-of model needs --doses, for example 1%,2%,5%,10%")
     sets = _sets(paths)
     if arguments.statistics is not None and not settings.moments(sets.values()):
         raise UsageError("--statistics is not used by this study: leave it out")
@@ -169,9 +155,7 @@ def command(**options: Any) -> None:
     inputs = [file_read("--neurons", path) for path in paths]
     if arguments.statistics is not None:
         inputs.append(file_read("--statistics", arguments.statistics))
-    corpus = noted_corpus(
-        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
-    )
+    corpus = noted_corpus(screen, arguments)
     prompts = None
     if arguments.prompts is not None:
         prompts = read_prompts(arguments.prompts, corpus.languages)

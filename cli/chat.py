@@ -44,7 +44,7 @@ def command(
       broca chat steered --beside Qwen/Qwen2.5-0.5B-Instruct
       broca chat steered --beside Qwen/Qwen2.5-0.5B-Instruct --web
     """
-    from cli.loading import announced
+    from cli.loading import announced, require_models
     from editing.evaluation.talk import ContextFullError, Talk
     from editing.pipeline.lock_prompts import require_chat
     from neurons.models.own_dtype import own_dtype
@@ -55,6 +55,7 @@ def command(
         from cli.chat_page import require_gradio, serve
 
         require_gradio()
+    require_models(model, beside)
     talk_of: dict[str, Callable[[str | None], Talk]] = {}
     for name in dict.fromkeys([model, *([] if beside is None else [beside])]):
         chosen = own_dtype(name, device) if dtype == "auto" else dtype

@@ -71,7 +71,7 @@ def command(
         raise UsageError(
             f"{len(files)} files: give one mask file, one neuron set, or count files as LANGUAGE=FILE"
         )
-    file = _input_file(Path(files[0]))
+    file = IN_FILE.convert(files[0], None, None)
     if is_torch_file(file):
         if languages is None or width is None:
             raise UsageError(
@@ -103,17 +103,8 @@ def _by_language(files: Sequence[str]) -> dict[str, Path]:
             raise UsageError(f"{file!r} is not LANGUAGE=FILE")
         if language in paths:
             raise UsageError(f"language {language!r} is given twice: {paths[language]} and {path}")
-        paths[language] = _input_file(Path(path))
+        paths[language] = IN_FILE.convert(path, None, None)
     return paths
-
-
-def _input_file(path: Path) -> Path:
-    """The path, checked as an input file."""
-    from neurons.errors import UsageError
-
-    if fault := IN_FILE.fault(path):
-        raise UsageError(fault)
-    return path
 
 
 def _counts(screen: Screen, files: dict[str, Path], prefixes: dict[str, Path], out: Path) -> None:

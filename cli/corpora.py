@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from cli.screen import Screen
@@ -17,18 +18,12 @@ MAX_NOTED = 10  # all 204 files of FLORES would fill the screen
 _PRIVATE = re.compile("q[a-t][a-z]")
 
 
-def noted_corpus(
-    screen: Screen,
-    directory: Path,
-    languages: Sequence[str] | None,
-    part: str = "all",
-    min_languages: int = 2,
-    roles: Sequence[str] | None = None,
-) -> Corpus:
-    """``neurons.text.corpus.read_corpus`` followed by ``note_files``."""
+def noted_corpus(screen: Screen, arguments: SimpleNamespace, min_languages: int = 2) -> Corpus:
+    """``neurons.text.corpus.read_corpus`` with the values of ``corpus_options``, followed by ``note_files``."""
     from neurons.text.corpus import read_corpus
 
-    corpus = read_corpus(directory, languages, part, min_languages, roles)
+    directory, languages, part = arguments.corpus, arguments.languages, arguments.part or "all"
+    corpus = read_corpus(directory, languages, part, min_languages, arguments.roles)
     note_files(screen, directory, languages)
     return corpus
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +16,24 @@ from cli.options import (
     IN_FILE,
     IN_PATH,
     LANGUAGE,
+    LIST,
     OUT_FILE,
-    PARTS,
     corpus_options,
     device_options,
     dry_run_option,
     json_option,
+    method_options,
     quantised_options,
+    refuse_options,
     tokens_option,
 )
 from cli.screen import Screen
-from cli.tables import direction_table
+from cli.tables import direction_table, list_methods
 
 if TYPE_CHECKING:
     from editing.directions.autoencoder import Autoencoder
     from editing.directions.direction import Direction
     from editing.directions.method import DirectionMethod
-    from neurons.models.memory import Need
-    from neurons.models.source import LoadedModel
-
-LIST = "list"
 
 
 @click.command("direction")
@@ -49,9 +48,7 @@ LIST = "list"
     "--source", type=LANGUAGE, help="Language to steer from.  [default with --preferences: rejected]"
 )
 @click.option("--target", type=LANGUAGE, help="Language to steer to.  [default with --preferences: chosen]")
-@click.option(
-    "--method", default="diffmean", show_default=True, help="One of `broca direction --method list`."
-)
+@method_options("direction", "diffmean")
 @click.option(
     "--winsorise",
     type=FINITE,
@@ -79,13 +76,6 @@ LIST = "list"
     type=click.IntRange(min=0),
     multiple=True,
     help="sae: layer of each --sae, in order.  [default: from its configuration]",
-)
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A setting of the method; may be repeated.",
 )
 @click.option(
     "--convert",
@@ -119,12 +109,14 @@ def command(**options: Any) -> None:
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
     if arguments.method == LIST:
-        _list(screen)
+        from editing.directions.registry import METHODS
+
+        list_methods(screen, METHODS, {"needs": attrgetter("needs")})
         return
     if arguments.convert is not None:
         _convert(screen, arguments)
         return
-    from editing.directions.estimation import direction_of
+    from editing.directions.estimation import checked_method, direction_of
     from editing.directions.registry import method_of
     from neurons.setting import assigned, read_settings
 
@@ -141,10 +133,10 @@ def command(**options: Any) -> None:
         if direction is not None:
             _write(screen, direction, arguments)
         return
-    corpus = noted_corpus(
-        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
-    )
+    corpus = noted_corpus(screen, arguments)
     autoencoders = _autoencoders(arguments)
+    pair = arguments.source, arguments.target
+    checked_method(arguments.method, corpus, pair, arguments.winsorise, settings, autoencoders)
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import direction_need
@@ -156,8 +148,7 @@ def command(**options: Any) -> None:
         direction = direction_of(
             loaded,
             corpus,
-            arguments.source,
-            arguments.target,
+            *pair,
             arguments.method,
             tokens=arguments.tokens,
             settings=settings,
@@ -176,18 +167,17 @@ def _of_preferences(
     length: dict[str, Any],
 ) -> Direction | None:
     """The direction; None with --dry-run."""
-    from editing.directions.estimation import direction_of_preferences
+    from editing.directions.estimation import checked_method, direction_of_preferences
     from neurons.text.preferences import CHOSEN, REJECTED, read_preferences
 
     preferences = read_preferences(arguments.preferences)
+    pair = arguments.source or REJECTED, arguments.target or CHOSEN
+    checked_method(arguments.method, None, pair, arguments.winsorise, settings)
     if arguments.dry_run:
         from cli.dry_run import dry_run
         from editing.pipeline.needs import preference_needs
 
-        def needs(planned: LoadedModel) -> list[Need]:
-            return preference_needs(planned, preferences, method)
-
-        dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
+        dry_run(screen, arguments, lambda planned: preference_needs(planned, preferences, method))
         return None
     loaded = loaded_model(screen, arguments)
     with screen.progress("Reading preferences", None, "rows") as advance:
@@ -195,8 +185,7 @@ def _of_preferences(
             loaded,
             preferences,
             arguments.method,
-            arguments.source or REJECTED,
-            arguments.target or CHOSEN,
+            *pair,
             settings=settings,
             progress=advance,
             **length,
@@ -222,8 +211,7 @@ def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
 
     if arguments.out is None:
         raise UsageError("--out is missing: give the file for the vectors (.gguf or .pt)")
-    if arguments.model is not None or arguments.corpus is not None:
-        raise UsageError("--convert reads only a direction: leave MODEL and --corpus out")
+    refuse_options(arguments, vars(arguments).keys() - {"convert", "layer", "out", "as_json"}, "--convert")
     if (arguments.out.suffix == ".pt") != (arguments.layer is not None):
         raise UsageError(
             "--layer is the layer of a vector for vLLM-Hook: give both --layer and an --out of .pt"
@@ -247,21 +235,17 @@ def _require(arguments: SimpleNamespace) -> None:
         ("out", "the file for the direction"),
     ]
     if arguments.preferences is not None:
-        for name in ("corpus", "languages", "roles", "tokens", "saes"):
-            if getattr(arguments, name):
-                option = "sae" if name == "saes" else name
-                raise UsageError(f"--preferences and --{option} exclude each other: leave one out")
-        if arguments.part != PARTS[0]:
-            raise UsageError("--preferences has no parts: leave --part out")
+        of_text = {"corpus", "languages", "part", "roles", "tokens", "saes", "sae_layers"}
+        refuse_options(arguments, of_text, "--preferences")
         needed = needed[3:]
     for name, description in needed:
         if getattr(arguments, name) is None:
             raise UsageError(f"--{name} is missing: give {description}")
     if arguments.model is None:
         raise UsageError("MODEL is missing: give a hub id or a directory")
-    if arguments.out.suffix == ".gguf":
+    if arguments.out.suffix in (".gguf", ".pt"):
         raise UsageError(
-            f"{arguments.out}: a direction is a .safetensors, which --convert turns into control vectors (.gguf)"
+            f"{arguments.out}: a direction is a .safetensors, which --convert turns into vectors (.gguf or .pt)"
         )
     if arguments.layer is not None:
         raise UsageError("--layer is only for --convert: leave it out")
@@ -278,41 +262,6 @@ def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:
         )
     layers = arguments.sae_layers or [None] * len(arguments.saes)
     return [read_autoencoder(path, layer) for path, layer in zip(arguments.saes, layers, strict=True)]
-
-
-def _list(screen: Screen) -> None:
-    from editing.directions.registry import METHODS
-    from neurons.setting import defaults
-
-    screen.table(
-        "methods",
-        ["method", "description", "source", "needs", "settings"],
-        [
-            [
-                name,
-                method.line,
-                method.source,
-                method.needs,
-                ", ".join(
-                    f"{key}={'-' if setting.default is None else setting.default}"
-                    for key, setting in method.settings().items()
-                ),
-            ]
-            for name, method in METHODS.items()
-        ],
-        words=5,
-    )
-    screen.result(
-        {
-            name: {
-                "line": method.line,
-                "source": method.source,
-                "needs": method.needs,
-                "settings": defaults(method.settings()),
-            }
-            for name, method in METHODS.items()
-        }
-    )
 
 
 def _show(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cli.options import option_name
 
 if TYPE_CHECKING:
     from cli.screen import Screen
@@ -14,14 +16,25 @@ if TYPE_CHECKING:
     from neurons.text.corpus import Corpus
 
 
-def dry_run(
-    screen: Screen, model: str, device: str, dtype: str, needs: Callable[[LoadedModel], Sequence[Need]]
-) -> None:
-    """Print the memory needs in GB, in bytes with --json, without loading the model."""
+def dry_run(screen: Screen, arguments: Any, needs: Callable[[LoadedModel], Sequence[Need]]) -> None:
+    """Print the memory needs in GB, in bytes with --json, without loading the model.
+
+    Args:
+        screen: the output.
+        arguments: with ``model``, ``device`` and ``dtype``.
+        needs: of the planned model.
+
+    Raises:
+        UsageError: quantised weights, whose size is not estimated.
+    """
+    from neurons.errors import UsageError
     from neurons.models.memory import memory_limit
     from neurons.models.source import plan_model
 
-    planned = plan_model(model, device, dtype)
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(arguments, name, False):
+            raise UsageError(f"{option_name(name)} is not supported by --dry-run: leave one out")
+    planned = plan_model(arguments.model, arguments.device, arguments.dtype)
     limit, stages = memory_limit(), needs(planned)
     parts = list(dict.fromkeys(part for need in stages for part in need.parts))
     screen.table(
@@ -66,10 +79,7 @@ def dry_run_of_text(
     """``dry_run`` for a command with one stage, which reads a corpus, without --tokens ``default`` tokens of a language."""
     from neurons.recording.needs import text_of
 
-    dry_run(
-        screen,
-        arguments.model,
-        arguments.device,
-        arguments.dtype,
-        lambda planned: [need(planned, text_of(planned, corpus, arguments.tokens, default))],
-    )
+    def needs(planned: LoadedModel) -> list[Need]:
+        return [need(planned, text_of(planned, corpus, arguments.tokens, default))]
+
+    dry_run(screen, arguments, needs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter, methodcaller
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,23 @@ from cli.options import (
     FINITE,
     IN_FILE,
     IN_PATH,
+    LIST,
     OUT_FILE,
     PARTS,
     CommaSeparated,
     MultiValueCommand,
     device_options,
     dry_run_option,
+    is_given,
     json_option,
+    method_options,
+    option_name,
+    refuse_options,
     roles_option,
     tokens_option,
 )
 from cli.screen import Screen
-from cli.tables import plan_table
+from cli.tables import list_methods, plan_table
 
 if TYPE_CHECKING:
     from editing.methods.material import Material
@@ -33,14 +39,13 @@ if TYPE_CHECKING:
     from neurons.models.memory import Need
     from neurons.models.source import LoadedModel, ModelSource
 
-LIST = "list"
 # Settings of a method that have their own option.
 SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 
 
 @click.command("edit", cls=MultiValueCommand)
 @click.argument("model", required=False)
-@click.option("--method", default="keyed", show_default=True, help="One of `broca edit --method list`.")
+@method_options("edit", "keyed")
 @click.option(
     "--direction", "directions", type=IN_FILE, multiple=True, help="Direction, from `broca direction`."
 )
@@ -78,29 +83,24 @@ SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 @click.option(
     "--strength",
     type=FINITE,
-    help="keyed: the total shift over all layers, in multiples of the direction; otherwise a factor of the edit.  "
-    "[default: 3.5 for keyed, otherwise 1]",
+    help="keyed, keyed-experts: the total shift over all layers, in multiples of the direction; otherwise a factor of "
+    "the edit.  [default: 3.5 for these two, otherwise 1]",
 )
 @click.option(
-    "--heads-rho", metavar="NUMBER", help="steer2edit: penalty on heads; off if only --neurons-rho is given."
+    "--heads-rho",
+    metavar="NUMBER",
+    help="steer2edit: penalty on heads; off if only --neurons-rho is given.  [default: 0.3]",
 )
 @click.option(
     "--neurons-rho",
     metavar="NUMBER",
-    help="steer2edit: penalty on neurons; off if only --heads-rho is given.",
+    help="steer2edit: penalty on neurons; off if only --heads-rho is given.  [default: 0.9]",
 )
 @click.option("--alpha", metavar="NUMBER", help="steer2edit: sparsity in [0, 1).  [default: 0.2]")
 @click.option(
     "--eps", metavar="NUMBER", help="keyed, bake: ridge, as a fraction of the mean variance.  [default: 0.01]"
 )
 @click.option("--factor", metavar="NUMBER", help="scale: 0 ablates, 2 doubles.")
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A setting of the method; may be repeated. --method list shows all.",
-)
 @click.option("--compose", type=IN_FILE, multiple=True, metavar="EDIT...", help="Plans to apply in sequence.")
 @click.option("--invert", type=IN_FILE, metavar="EDIT", help="A plan to invert; needs MODEL.")
 @click.option(
@@ -143,13 +143,15 @@ def command(**options: Any) -> None:
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
     if arguments.method == LIST:
-        _list(screen)
+        from editing.study.registry import edits
+
+        lists = {"needs": attrgetter("needs"), "takes": attrgetter("takes")}
+        list_methods(screen, edits(), {"needs": methodcaller("inputs")}, lists)
         return
     from neurons.errors import UsageError
 
     if arguments.out is None:
         raise UsageError("--out is missing: give the file for the plan")
-    _require_other_file(arguments)
     operations = [name for name in ("compose", "invert", "restrict", "convert") if getattr(arguments, name)]
     if len(operations) > 1:
         raise UsageError(f"--{' and --'.join(operations)} exclude each other: use one at a time")
@@ -177,7 +179,7 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
         raise UsageError("MODEL is missing: give a hub id or a directory")
     _check_options(arguments, method)
     options = {name: value for name in SETTING_OPTIONS if (value := getattr(arguments, name)) is not None}
-    option_texts = {name: f"{_option_name(name)} {value}" for name, value in options.items()}
+    option_texts = {name: f"{option_name(name)} {value}" for name, value in options.items()}
     assignments = {**options, **assigned(arguments.assignments, tuple(options))}
     settings = read_settings(method.settings(), assignments, option_texts)
     if arguments.strength is not None:
@@ -194,17 +196,7 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
         statistics=None if arguments.statistics is None else load_statistics(arguments.statistics),
         corpus=None
         if arguments.corpus is None
-        else replace(
-            noted_corpus(
-                screen,
-                arguments.corpus,
-                arguments.languages,
-                arguments.part or "all",
-                method.min_languages,
-                arguments.roles,
-            ),
-            tokens=arguments.tokens,
-        ),
+        else replace(noted_corpus(screen, arguments, method.min_languages), tokens=arguments.tokens),
         languages=labels,
         blocks=arguments.blocks,
     )
@@ -246,7 +238,7 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
         kept = method.kept_bytes(anatomy, layers, modules)
         return [key_need(planned, text, method.key_widths(anatomy, modules), kept), *learn]
 
-    dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
+    dry_run(screen, arguments, needs)
 
 
 def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, ModelSource | None]:
@@ -263,9 +255,7 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
 
     accepted = {"model", "strength", operation, "out", "as_json"}
     accepted |= {"layers", "heads", "neurons", "languages"} if operation == "restrict" else set()
-    for name, value in vars(arguments).items():
-        if name not in accepted and _is_given(name, value):
-            raise UsageError(f"{_option_name(name)} is not supported by --{operation}: leave it out")
+    refuse_options(arguments, vars(arguments).keys() - accepted, f"--{operation}")
     if operation == "restrict":
         if all(getattr(arguments, name) is None for name in ("layers", "heads", "neurons")):
             raise UsageError("--restrict needs --layers, --heads or --neurons")
@@ -310,112 +300,29 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
     return plan if arguments.strength is None else plan.scaled(arguments.strength), source
 
 
-def _require_other_file(arguments: SimpleNamespace) -> None:
-    """Reject an --out that would replace an input file."""
-    from neurons.errors import UsageError
-
-    for name in ("directions", "vector", "neurons", "statistics", "compose", "invert", "restrict", "convert"):
-        value = getattr(arguments, name)
-        for path in value if isinstance(value, tuple) else (value,):
-            if path is not None and arguments.out.exists() and path.samefile(arguments.out):
-                raise UsageError(
-                    f"--out {arguments.out} is the input of {_option_name(name)}: give another file"
-                )
-
-
 def _check_options(arguments: SimpleNamespace, method: type[Method]) -> None:
     """Reject options that the method does not use, and require those that it needs."""
     from neurons.errors import UsageError
 
-    fields = {"direction": "directions"}
-    accepted = {fields.get(name, name) for name in (*method.needs, *method.takes)}
-    for name in _SHARED:
-        if name not in accepted and _is_given(name, getattr(arguments, name)):
-            raise UsageError(
-                f"{_option_name(name)} is not supported by --method {arguments.method}: leave it out"
-            )
-    if arguments.heads is not None:
-        raise UsageError("--heads is only for --restrict: leave it out")
-    for name in SETTING_OPTIONS:
-        if getattr(arguments, name) is not None and name not in method.settings():
-            raise UsageError(
-                f"{_option_name(name)} is not supported by --method {arguments.method}: leave it out"
-            )
+    accepted = {"model", "method", "assignments", "dry_run", "out", "as_json"}
+    accepted |= {"directions" if name == "direction" else name for name in (*method.needs, *method.takes)}
+    accepted |= {"roles", "tokens"} if "corpus" in accepted else set()
+    others = vars(arguments).keys() - accepted - method.settings().keys()
+    refuse_options(arguments, others, f"--method {arguments.method}")
     for need in method.needs:
-        if not _is_given(fields.get(need, need), getattr(arguments, fields.get(need, need))):
-            raise UsageError(f"--method {arguments.method} needs {_option_name(need)} ({_WHERE_FROM[need]})")
-    for name, selected in (("part", "lines"), ("roles", "tokens")):
+        if not is_given(arguments, "directions" if need == "direction" else need):
+            raise UsageError(f"--method {arguments.method} needs --{need} ({_WHERE_FROM[need]})")
+    for name, selected in (("part", "lines"), ("roles", "tokens"), ("tokens", "tokens")):
         if getattr(arguments, name) is not None and arguments.corpus is None:
             raise UsageError(f"--{name} selects {selected} of --corpus, which is not given: leave it out")
 
 
-_SHARED = (
-    "directions",
-    "vector",
-    "neurons",
-    "statistics",
-    "corpus",
-    "languages",
-    "part",
-    "layers",
-    "blocks",
-    "strength",
-    "device",
-    "dtype",
-)
 _WHERE_FROM = {
     "direction": "from `broca direction`",
     "corpus": "a directory of <language>.txt with all languages of the edit",
     "neurons": "from `broca identify`",
     "languages": "as en,fr",
 }
-
-
-def _option_name(name: str) -> str:
-    """The name of a parameter on the command line."""
-    names = {"model": "MODEL", "directions": "--direction", "assignments": "--set", "as_json": "--json"}
-    return names.get(name, "--" + name.replace("_", "-"))
-
-
-def _is_given(name: str, value: Any) -> bool:
-    """Whether the user gave an option, even with its default value."""
-    from click.core import ParameterSource
-
-    source = click.get_current_context().get_parameter_source(name)
-    return value not in (None, ()) and source is ParameterSource.COMMANDLINE
-
-
-def _list(screen: Screen) -> None:
-    from editing.study.registry import edits
-
-    screen.table(
-        "methods",
-        ["method", "description", "source", "needs"],
-        [[name, method.line, method.source, method.inputs()] for name, method in edits().items()],
-        words=4,
-    )
-    screen.table(
-        "settings (--set name=value)",
-        ["method", "setting", "description", "default"],
-        [
-            [name, key, setting.line, "-" if setting.default in (None, ()) else str(setting.default)]
-            for name, method in edits().items()
-            for key, setting in method.settings().items()
-        ],
-        words=4,
-    )
-    screen.result(
-        {
-            name: {
-                "line": method.line,
-                "source": method.source,
-                "needs": list(method.needs),
-                "takes": list(method.takes),
-                "settings": {key: setting.default for key, setting in method.settings().items()},
-            }
-            for name, method in edits().items()
-        }
-    )
 
 
 def _show(screen: Screen, plan: Plan, source: ModelSource | None, arguments: SimpleNamespace) -> None:

@@ -15,7 +15,7 @@ import click
 
 from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
-from cli.loading import announced
+from cli.loading import announced, require_models
 from cli.options import (
     ENGINES,
     IN_FILE,
@@ -137,6 +137,7 @@ def command(**options: Any) -> None:
     from editing.evaluation.evaluation import Evaluation
     from editing.evaluation.generation import TEMPERATURE, check_samples
     from editing.evaluation.questions import read_questions
+    from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from editing.study.provenance import (
         file_read,
@@ -189,8 +190,10 @@ def command(**options: Any) -> None:
         from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import evaluation_need
 
-        dry_run_of_text(screen, arguments, reported, evaluation_need)
+        need = partial(evaluation_need, new_tokens=arguments.new_tokens)
+        dry_run_of_text(screen, arguments, reported, need)
         return
+    require_models(arguments.against, arguments.judge)
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, arguments.edit_path)
@@ -211,6 +214,7 @@ def command(**options: Any) -> None:
         else load_model(arguments.against, dtype=arguments.dtype, max_memory=0)
     )
     exchange = None if other is None else Exchange(loaded, other)
+    steering = exchange if plan is None else partial(applied, loaded, plan)
     inputs += [
         model_read(option, model)
         for option, model in (("--against", other), ("--judge", judge))
@@ -287,15 +291,13 @@ def command(**options: Any) -> None:
     lens = None
     with (
         _writer(screen, arguments.engine, loaded, plan, other) as (writer, steered_writing),
-        screen.progress("Measuring", 1 if plan is None and other is None else 2, "models") as advance,
+        screen.progress("Measuring", 1 if steering is None else 2, "models") as advance,
     ):
         measuring = evaluation(reported, questions, writer)
-        outcomes = _outcomes(arguments, loaded, measuring, plan, exchange, steered_writing, advance)
+        outcomes = _outcomes(arguments, measuring, plan, steering, steered_writing, advance)
         if arguments.lens:
             from editing.evaluation.lens import language_lens
-            from editing.plans.applied import applied
 
-            steering = exchange if plan is None else partial(applied, loaded, plan)
             models = {"base": nullcontext, **({} if steering is None else {outcomes[-1].name: steering})}
             whole = read_corpus(arguments.corpus, arguments.languages, roles=arguments.roles)
             lens = language_lens(loaded, whole, measuring.source_rows, models)
@@ -383,27 +385,23 @@ def _compare_methods(
 
 def _outcomes(
     arguments: SimpleNamespace,
-    loaded: LoadedModel,
     evaluation: Evaluation,
     plan: Plan | None,
-    exchange: Steering | None,
+    steering: Steering | None,
     steered_writing: Steering,
     advance: Callable[[int], None],
 ) -> list[Outcome]:
-    """The unedited model, and the model with the plan or the other checkpoint."""
-    from editing.plans.applied import applied
-
+    """The unedited model, and the steered model, if any."""
     others = arguments.others
     outcomes = [evaluation.measure("base", nullcontext, others=True) if others else evaluation.base]
     advance(1)
-    if plan is not None:
-        details = {"components": plan.components, "relative_change": plan.relative_change()}
-        steering = _nested(partial(applied, loaded, plan), steered_writing)
-        outcomes.append(evaluation.measure("edited", steering, details, kl=True, others=others))
-        advance(1)
-    elif exchange is not None:
-        steering = _nested(exchange, steered_writing)
-        outcomes.append(evaluation.measure("against", steering, kl=True, others=others))
+    if steering is not None:
+        name, details = "against", {}
+        if plan is not None:
+            name = "edited"
+            details = {"components": plan.components, "relative_change": plan.relative_change()}
+        nested = _nested(steering, steered_writing)
+        outcomes.append(evaluation.measure(name, nested, details, kl=True, others=others))
         advance(1)
     return outcomes
 
@@ -497,24 +495,29 @@ def _scorer(
     """The scorer of relevance."""
     from editing.evaluation.asking import openings
     from editing.evaluation.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
+    from neurons.errors import UsageError
 
     relevance, source, target = arguments.relevance, arguments.source, arguments.target
     if relevance == "none":
         return None
     if judge is not None:
         return JudgeScorer(judge)
+    if relevance == "likelihood":
+        return LikelihoodScorer(loaded)
+    if questions is None:
+        prompts = [one for corpus in measured for one in openings(corpus, source, target, arguments.prompts)]
+        references = [prompt.reference for prompt in prompts]
+    else:
+        halves = [questions] if len(measured) == 1 else [questions.half("choose"), questions.half("report")]
+        references = [one.reference for half in halves for one in half.of[source][: arguments.prompts]]
+    if None not in references:
+        return ChrfScorer()
     if relevance == "auto":
-        referenced = (
-            all(
-                opening.reference
-                for corpus in measured
-                for opening in openings(corpus, source, target, arguments.prompts)
-            )
-            if questions is None
-            else all(question.reference is not None for question in questions.of[source])
-        )
-        relevance = "chrf" if referenced else "likelihood"
-    return ChrfScorer() if relevance == "chrf" else LikelihoodScorer(loaded)
+        return LikelihoodScorer(loaded)
+    raise UsageError(
+        f"--relevance chrf: {references.count(None)} of {len(references)} prompts have no reference: give parallel text, "
+        "or questions with a column reference"
+    )
 
 
 def _scorer_metadata(name: str, judge: LoadedModel | None) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def command(**options: Any) -> None:
       broca export artifacts/demo/model --edit edit.safetensors --undoable --out steered
       broca export steered --undo --out base
     """
+    from editing.checkpoints.adapter import CONFIG
     from editing.checkpoints.staging import check_target, place_apart
 
     arguments = SimpleNamespace(**options)
@@ -64,8 +65,7 @@ def command(**options: Any) -> None:
         from editing.checkpoints.undo import reject_adapter
 
         reject_adapter(Path(model))
-    if arguments.form == "checkpoint" or not out.exists():
-        check_target(out, arguments.overwrite)
+    check_target(out, arguments.overwrite, CONFIG if arguments.form == "lora" else "config.json")
     if Path(model).is_dir():
         place_apart(Path(model), out)
     if arguments.edit_path is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.loading import announced
+from cli.loading import announced, require_models
 from cli.options import (
     IN_FILE,
     OUT_FILE,
@@ -70,6 +70,7 @@ def command(**options: Any) -> None:
     if arguments.compare and arguments.edit_path is None and against is None:
         raise UsageError("--compare needs --edit PLAN or --against CHECKPOINT")
     texts = _read_prompts(arguments.prompts)
+    require_models(against)
     settings = {name: options[name] for name in ("new_tokens", "temperature", "seed")}
     if arguments.engine == "vllm":
         if arguments.edit_path is not None:
@@ -140,7 +141,7 @@ def _by_transformers(
 def _by_vllm(
     arguments: SimpleNamespace, texts: list[str], settings: dict[str, Any]
 ) -> dict[str, list[Continuation]]:
-    from editing.evaluation.vllm_generation import generate_by_vllm, require_vllm
+    from editing.evaluation.vllm_generation import VllmWriter, require_vllm
     from neurons.models.source import locate
     from neurons.models.tokenizer import load_tokenizer
 
@@ -153,7 +154,8 @@ def _by_vllm(
     for name, checkpoint in checkpoints.items():
         tokenizer = load_tokenizer(locate(checkpoint))
         inputs = _inputs(tokenizer, texts, arguments.chat)
-        columns[name] = generate_by_vllm(checkpoint, tokenizer, inputs, dtype=arguments.dtype, **settings)
+        with VllmWriter(checkpoint, tokenizer, arguments.dtype) as write:
+            columns[name] = write(inputs, **settings)
     return columns
 
 
@@ -177,10 +179,11 @@ def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
     """The prompts from texts and files.
 
     Raises:
-        UsageError: there is no prompt, or a file does not exist.
+        UsageError: there is no prompt, or a file does not exist or is not UTF-8.
     """
     from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
+    from neurons.text.corpus_rows import read_lines
 
     texts: list[str] = []
     for argument in arguments:
@@ -192,8 +195,7 @@ def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
         elif not is_file:
             raise UsageError(f"{argument}: there is no such file of prompts")
         elif path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            texts += [line.strip() for line in lines if line.strip()]
+            texts += [line.strip() for line in read_lines(path) if line.strip()]
         else:
             by_language = read_questions(path).of
             texts += [question.text for questions in by_language.values() for question in questions]

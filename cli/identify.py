@@ -4,35 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter, methodcaller
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.corpora import noted_corpus, read_table
-from cli.loading import announced, loaded_model
+from cli.loading import announced, loaded_model, require_models
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
     IN_FILE,
+    LIST,
     OUT_FILE,
     CommaSeparated,
     corpus_options,
     device_options,
     dry_run_option,
     json_option,
+    method_options,
     quantised_options,
+    refuse_options,
     tokens_option,
 )
 from cli.screen import Screen
+from cli.tables import list_methods
 
 if TYPE_CHECKING:
-    from neurons.models.memory import Need
     from neurons.models.source import LoadedModel
     from neurons.neuron_sets.neuron_set import NeuronSet
     from neurons.scorers.method import Scorer
 
-LIST = "list"
 MAX_LAYER_COLUMNS = 12
 
 
@@ -57,9 +60,7 @@ MAX_LAYER_COLUMNS = 12
     help="language-confusion: MODEL tuned on many languages, whose score is subtracted: hub id or directory.",
 )
 @click.option("--like", type=IN_FILE, help="random, random-matched: the neuron set to match.")
-@click.option(
-    "--method", default="gradient-contrast", show_default=True, help="One of `broca identify --method list`."
-)
+@method_options("identify", "gradient-contrast")
 @click.option(
     "--top-rate", type=FINITE, help="Fraction of all neurons to select.  [default: as the method sets]"
 )
@@ -81,13 +82,6 @@ MAX_LAYER_COLUMNS = 12
 )
 @click.option("--layers", help="Layers to select from, as 1-3 or 1,2,5.  [default: all]")
 @click.option("--kinds", type=CommaSeparated(), help="Kinds to select, of specific,related,general.")
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A setting of the method; may be repeated.",
-)
 @click.option("--seed", type=int, help="random, random-matched: seed of the draw.  [default: 0]")
 @tokens_option
 @click.option(
@@ -116,7 +110,14 @@ def command(**options: Any) -> None:
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
     if arguments.method == LIST:
-        _list(screen)
+        from neurons.scorers.registry import METHODS
+
+        list_methods(
+            screen,
+            METHODS,
+            {"reads": attrgetter("reads"), "needs": methodcaller("needs")},
+            {"moments": attrgetter("moments"), "selection": lambda method: method.selection.as_json()},
+        )
         return
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
@@ -128,12 +129,14 @@ def command(**options: Any) -> None:
     method = method_of(arguments.method)
     if arguments.out is None and not arguments.dry_run:
         raise UsageError("--out is missing: give the file for the neuron set")
-    reads_text = method.records() or method.reads == ABLATIONS
+    reads_text = (method.records() and not method.control) or method.reads == ABLATIONS
     if arguments.dry_run and (not reads_text or arguments.statistics is not None):
         raise UsageError("--dry-run needs a method that reads text with MODEL: leave it out")
     _check_options(arguments, method)
     neurons: NeuronSet | None
     arguments.settings = read_settings(method.settings(), assigned(arguments.assignments))
+    arguments.selection = _selection(arguments)
+    method.selection.changed(top_rate=arguments.top_rate, **arguments.selection)  # refuses wrong values
     if method.control:
         neurons = _control(screen, arguments, method)
     elif arguments.statistics is not None:
@@ -162,22 +165,16 @@ def _by_text(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | None:
 
     if arguments.corpus is None:
         raise UsageError("--corpus is missing: give a directory of <language>.txt, or --statistics")
-    corpus = noted_corpus(
-        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
-    )
+    corpus = noted_corpus(screen, arguments)
     require_parallel(arguments.method, corpus)
     method = method_of(arguments.method)
     if arguments.dry_run:
-        from cli.dry_run import dry_run
-        from neurons.recording.needs import recording_need, text_of
+        from cli.dry_run import dry_run_of_text
+        from neurons.recording.needs import recording_need
         from neurons.text.token_budget import budget_of
 
-        def needs(planned: LoadedModel) -> list[Need]:
-            default = budget_of(method.moments, method.reads).tokens
-            text = text_of(planned, corpus, arguments.tokens, default)
-            return [recording_need(planned, text, method.moments, method.reads, arguments.block)]
-
-        dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
+        need = partial(recording_need, moments=method.moments, reads=method.reads, block=arguments.block)
+        dry_run_of_text(screen, arguments, corpus, need, budget_of(method.moments, method.reads).tokens)
         return None
     loaded = loaded_model(screen, arguments)
     with screen.progress("Recording activations", None, "tokens") as advance:
@@ -190,7 +187,7 @@ def _by_text(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | None:
             arguments.block,
             advance,
             arguments.settings,
-            _selection(arguments),
+            arguments.selection,
             arguments.out,
         )
 
@@ -201,7 +198,7 @@ def _from_statistics(arguments: SimpleNamespace) -> NeuronSet:
 
     statistics = load_statistics(arguments.statistics)
     return neurons_from(
-        statistics, arguments.method, arguments.top_rate, arguments.settings, _selection(arguments)
+        statistics, arguments.method, arguments.top_rate, arguments.settings, arguments.selection
     )
 
 
@@ -213,9 +210,7 @@ def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | Non
 
     if arguments.corpus is None:
         raise UsageError("--corpus is missing: give a directory of <language>.txt")
-    corpus = noted_corpus(
-        screen, arguments.corpus, arguments.languages, arguments.part, 1, roles=arguments.roles
-    )
+    corpus = noted_corpus(screen, arguments, 1)
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import ablation_need
@@ -228,7 +223,7 @@ def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | Non
     with screen.progress("Removing heads", total, "heads") as advance:
         statistics = record_shapley(loaded, corpus, settings, arguments.tokens, advance, arguments.out)
     return neurons_from(
-        statistics, arguments.method, arguments.top_rate, arguments.settings, _selection(arguments)
+        statistics, arguments.method, arguments.top_rate, arguments.settings, arguments.selection
     )
 
 
@@ -251,7 +246,7 @@ def _by_prompts(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
             recognition,
             arguments.top_rate,
             arguments.settings,
-            _selection(arguments),
+            arguments.selection,
             advance,
         )
 
@@ -285,6 +280,7 @@ def _by_confusions(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
         points, digest = partial(points_of_answers, changed=changed), changed.digest
     sibling = None
     if arguments.sibling is not None:
+        require_models(arguments.model)
         other = announced(screen, load_model(arguments.sibling, arguments.device, arguments.dtype))
         top, moment = LanguageConfusion(**arguments.settings).top, SIBLING.partition(":")[2]
         with screen.progress("Reading the sibling", None, "points") as advance:
@@ -299,7 +295,7 @@ def _by_confusions(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
             sibling,
             arguments.top_rate,
             arguments.settings,
-            _selection(arguments),
+            arguments.selection,
             advance,
         )
 
@@ -340,9 +336,7 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
         raise UsageError(
             f"--method {arguments.method} needs the activity of neurons: give MODEL and --corpus, or --statistics"
         )
-    corpus = noted_corpus(
-        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
-    )
+    corpus = noted_corpus(screen, arguments)
     loaded = loaded_model(screen, arguments)
     like.require_model(loaded)
     with screen.progress("Recording activations", None, "tokens") as advance:
@@ -362,7 +356,6 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
 
 def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
     """Reject options that the method does not use."""
-    from neurons.errors import UsageError
     from neurons.scorers.method import ABLATIONS, CONFUSIONS, PROMPTS
 
     from_statistics = arguments.statistics is not None
@@ -372,6 +365,7 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
     control = method.control
     accepted = {
         "corpus": reads_text,
+        "part": reads_text,
         "tokens": reads_text,
         "block": reads_text and method.records(),
         "roles": reads_text,
@@ -389,50 +383,26 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         **dict.fromkeys(("scope", "ends"), not control and not method.rate_in_score),
         "top_rate": not control or arguments.like is None,
     }
-    for name, is_accepted in accepted.items():
-        if getattr(arguments, name) is not None and not is_accepted:
-            option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
-            method_text = f"--method {arguments.method}" + (" with --statistics" if from_statistics else "")
-            raise UsageError(f"{option} is not supported by {method_text}: leave it out")
+    method_text = f"--method {arguments.method}" + (" with --statistics" if from_statistics else "")
+    refuse_options(arguments, {name for name in accepted if not accepted[name]}, method_text)
 
 
 def _selection(arguments: SimpleNamespace) -> dict[str, Any]:
+    """What the user chose to select by.
+
+    Raises:
+        UsageError: layers that cannot be read, or that MODEL does not have.
+    """
+    from neurons.models.source import open_model
     from neurons.scorers.selection import parse_layers
 
     chosen = {
         name: getattr(arguments, name) for name in ("scope", "ends", "threshold", "min_exclusivity", "kinds")
     }
-    chosen["layers"] = None if arguments.layers is None else parse_layers(arguments.layers)
+    if arguments.layers is not None:
+        count = None if arguments.model is None else open_model(arguments.model).anatomy.layers
+        chosen["layers"] = parse_layers(arguments.layers, count)
     return {name: value for name, value in chosen.items() if value is not None}
-
-
-def _list(screen: Screen) -> None:
-    from neurons.scorers.registry import METHODS
-    from neurons.setting import defaults
-
-    screen.table(
-        "methods",
-        ["method", "score", "source", "reads", "needs"],
-        [
-            [name, method.line, method.source, method.reads, method.needs()]
-            for name, method in METHODS.items()
-        ],
-        words=5,
-    )
-    screen.result(
-        {
-            name: {
-                "line": method.line,
-                "source": method.source,
-                "reads": method.reads,
-                "needs": method.needs(),
-                "moments": list(method.moments),
-                "settings": defaults(method.settings()),
-                "selection": method.selection.as_json(),
-            }
-            for name, method in METHODS.items()
-        }
-    )
 
 
 def _show(screen: Screen, neurons: NeuronSet, arguments: SimpleNamespace) -> None:

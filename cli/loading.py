@@ -12,6 +12,19 @@ if TYPE_CHECKING:
     from neurons.models.source import LoadedModel
 
 
+def require_models(*models: str | None) -> None:
+    """Find, or download, further models before the first one is loaded.
+
+    Raises:
+        UsageError: as ``neurons.models.source.locate``.
+    """
+    from neurons.models.source import locate
+
+    for model in models:
+        if model is not None:
+            locate(model)
+
+
 def announced(screen: Screen, loaded: LoadedModel) -> LoadedModel:
     """Warn if the model is offloaded, and return it."""
     if loaded.offload_note is not None:

@@ -9,6 +9,7 @@ from importlib import import_module
 import click
 
 from cli.encodings import escaping
+from cli.options import keeping_inputs
 from cli.termination import Terminated, terminable
 from neurons.models.compiled_products import keep_few_products
 from neurons.models.freed_memory import keep_freed_memory
@@ -57,6 +58,8 @@ class Commands(click.Group):
         command: click.Command = import_module(f"cli.{name}").command
         if not any(parameter.name == "debug" for parameter in command.params):
             command.params.append(_debug())
+            assert command.callback is not None
+            command.callback = keeping_inputs(command.callback)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

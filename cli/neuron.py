@@ -49,7 +49,7 @@ def command(**options: Any) -> None:
 
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part, 1, arguments.roles)
+    corpus = noted_corpus(screen, arguments, 1)
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     with screen.progress("Reading", None, "tokens") as advance:
         report = neuron_report(

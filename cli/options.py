@@ -10,12 +10,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+LIST = "list"  # the value of --method that prints all methods
 PARTS = ("all", "estimate", "choose", "report")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -137,11 +141,16 @@ class OutPath(click.ParamType[Path]):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         path = Path(value)
-        if path.is_dir() and not self.directory:
+        try:
+            is_directory, is_file = path.is_dir(), path.is_file()
+            parent = next(parent for parent in path.absolute().parents if parent.exists())
+        except OSError as error:
+            # For example a name that is too long.
+            self.fail(f"{path} cannot be written ({error.strerror}): name another path", param, ctx)
+        if is_directory and not self.directory:
             self.fail(f"{path} is a directory: name a file", param, ctx)
-        if path.is_file() and self.directory:
+        if is_file and self.directory:
             self.fail(f"{path} is a file: name a directory", param, ctx)
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
         if not parent.is_dir():
             self.fail(f"{parent} is a file, so {path} cannot be created: choose another path", param, ctx)
         if not os.access(parent, os.W_OK | os.X_OK):
@@ -151,6 +160,50 @@ class OutPath(click.ParamType[Path]):
 
 IN_FILE, IN_DIRECTORY, IN_PATH = InPath(directory=False), InPath(file=False), InPath()
 OUT_FILE, OUT_DIRECTORY = OutPath(), OutPath(directory=True)
+
+
+def keeping_inputs(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a command, after a check that no file is both its input and its output."""
+
+    def files(kind: type) -> list[tuple[str, Path]]:
+        context = click.get_current_context()
+        names = [item.name or "" for item in context.command.params if isinstance(item.type, kind)]
+        values = {name: context.params[name] for name in names}
+        paths = [(k, path) for k, v in values.items() for path in (v if isinstance(v, tuple) else (v,))]
+        return [(option_name(name), path) for name, path in paths if path is not None and path.is_file()]
+
+    @wraps(callback)
+    def checked(**values: Any) -> Any:
+        for (name, path), (other, read) in product(files(OutPath), files(InPath)):
+            if path.samefile(read):
+                raise click.UsageError(f"{name} {path} is the input of {other}: give another file")
+        return callback(**values)
+
+    return checked
+
+
+def option_name(name: str) -> str:
+    """A parameter of the running command as users write it: MODEL, or --direction for ``directions``."""
+    item = next(item for item in click.get_current_context().command.params if item.name == name)
+    return item.opts[0] if isinstance(item, click.Option) else item.human_readable_name
+
+
+def is_given(arguments: Any, name: str) -> bool:
+    """Whether the user gave an option of the running command, even with its default value."""
+    source = click.get_current_context().get_parameter_source(name)
+    return getattr(arguments, name) not in (None, ()) and source is ParameterSource.COMMANDLINE
+
+
+def refuse_options(arguments: Any, names: Set[str], by: str) -> None:
+    """
+    Raises:
+        UsageError: the user gave one of the options, which ``by`` does not support.
+    """
+    from neurons.errors import UsageError
+
+    for name in vars(arguments):
+        if name in names and is_given(arguments, name):
+            raise UsageError(f"{option_name(name)} is not supported by {by}: leave it out")
 
 
 class MultiValueCommand(click.Command):
@@ -206,6 +259,23 @@ def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
         option = click.option(f"--{name}", type=LANGUAGE, required=True, help=f"Language of the {text}.")
         command = option(command)
     return command
+
+
+def method_options(name: str, default: str) -> Decorator:
+    """``method`` and ``assignments`` of ``broca NAME``, which lists its methods."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="A setting of the method; may be repeated.  --method list shows all.",
+        )(command)
+        text = f"One of `broca {name} --method list`."
+        return click.option("--method", default=default, show_default=True, help=text)(command)
+
+    return add
 
 
 model_argument = click.argument("model")

@@ -76,9 +76,7 @@ def command(**options: Any) -> None:
     readable = [name for name, method in METHODS.items() if method.records()]
     names = (*readable, "random-matched") if arguments.methods == ("all",) else arguments.methods
     moments, reads = moments_of(tuple(names))
-    corpus = noted_corpus(
-        screen, arguments.corpus, arguments.languages, arguments.part, roles=arguments.roles
-    )
+    corpus = noted_corpus(screen, arguments)
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import recording_need

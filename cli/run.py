@@ -49,7 +49,7 @@ def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -
         from cli.dry_run import dry_run as show
         from editing.pipeline.run import needs
 
-        show(Screen(as_json), recipe.model, recipe.device, recipe.dtype, partial(needs, recipe))
+        show(Screen(as_json), recipe, partial(needs, recipe))
         return
     provenance = {
         "command": command_line(out=recipe.out),

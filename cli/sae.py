@@ -82,7 +82,7 @@ def command(**options: Any) -> None:
 
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
-    corpus = noted_corpus(screen, arguments.corpus, arguments.languages, arguments.part, 1, arguments.roles)
+    corpus = noted_corpus(screen, arguments, 1)
     layers = parse_layers(arguments.layers)
     training = SaeTraining(arguments.features, arguments.l1, arguments.rate, arguments.epochs, arguments.seed)
     if arguments.dry_run:

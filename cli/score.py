@@ -59,7 +59,9 @@ def command(**options: Any) -> None:
     from neurons.errors import UsageError
     from neurons.files.artifact import json_bytes, write_atomically
     from neurons.files.json_file import document
+    from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
+    from neurons.text.corpus_rows import read_lines
 
     if arguments.judge_instruction is not None and arguments.judge is None:
         raise UsageError("--judge-instruction needs --judge")
@@ -82,11 +84,13 @@ def command(**options: Any) -> None:
     inputs = [file_read("ANSWERS", arguments.answers), file_read("--identifier", identify.path)]
     rated: dict[str, list[int | None]] = {}
     if arguments.judge is not None:
-        judge = announced(screen, load_model(arguments.judge, arguments.device, arguments.dtype))
-        inputs.append(model_read("--judge", judge))
         instruction = INSTRUCTION
         if arguments.judge_instruction is not None:
-            instruction = arguments.judge_instruction.read_text("utf-8")
+            instruction = "\n".join(line.rstrip() for line in read_lines(arguments.judge_instruction))
+        dtype = own_dtype(arguments.judge, arguments.device) if arguments.dtype == "auto" else arguments.dtype
+        judge = announced(screen, load_model(arguments.judge, arguments.device, dtype))
+        inputs.append(model_read("--judge", judge))
+        if arguments.judge_instruction is not None:
             inputs.append(file_read("--judge-instruction", arguments.judge_instruction))
         with screen.progress("Rating", len(rows), "answers") as advance:
             for language in answers:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.loading import announced
+from cli.loading import announced, require_models
 from cli.options import (
     IN_PATH,
     LANGUAGE,
@@ -136,7 +136,7 @@ def steer(
 ) -> None:
     """Steer as a recipe says, write everything and print the figures, or the memory needs with ``dry_run``."""
     start = time.monotonic()
-    from editing.checkpoints.adapter import check_adapter_place
+    from editing.checkpoints.adapter import CONFIG
     from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
     from editing.evaluation.questions import read_questions
@@ -155,9 +155,7 @@ def steer(
 
         show(
             screen,
-            recipe.model,
-            recipe.device,
-            dtype,
+            replace(recipe, dtype=dtype),
             lambda planned: lock_needs(planned, questions, recipe.fitted(lock, planned)),
         )
         return
@@ -165,13 +163,14 @@ def steer(
     check_target(out, overwrite)
     directories = [out]
     if lora is not None:
-        if lora.resolve() == out.resolve():
-            raise UsageError(f"{out} is both --out and --lora: name another directory for the adapter")
-        check_adapter_place(lora, overwrite)
+        if lora.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(lora.resolve()):
+            raise UsageError(f"--lora {lora} and --out {out} overlap: name another directory for the adapter")
+        check_target(lora, overwrite, CONFIG)
         directories.append(lora)
     if Path(recipe.model).is_dir():
         for directory in directories:
             place_apart(Path(recipe.model), directory)
+    require_models(recipe.judge)
     loaded = announced(screen, load_model(recipe.model, recipe.device, dtype))
     require_unedited(loaded)
     recipe.require_model(loaded)

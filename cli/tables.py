@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from cli.screen import Screen
 
@@ -94,6 +95,53 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
         ],
         rows,
         words=2,
+    )
+
+
+def list_methods(
+    screen: Screen,
+    methods: Mapping[str, Any],
+    columns: Mapping[str, Callable[[Any], Any]],
+    more: Mapping[str, Callable[[Any], Any]] | None = None,
+) -> None:
+    """Print methods and their settings.
+
+    Args:
+        methods: name -> class of the method.
+        columns: title of a further column -> its text for a class.
+        more: key of a value that only --json prints, in place of a column of this name -> the value for a class.
+    """
+    from neurons.setting import defaults
+
+    screen.table(
+        "methods",
+        ["method", "description", "source", *columns],
+        [
+            [name, method.line, method.source, *(text(method) for text in columns.values())]
+            for name, method in methods.items()
+        ],
+        words=3 + len(columns),
+    )
+    screen.table(
+        "settings (--set name=value)",
+        ["method", "setting", "description", "default"],
+        [
+            [name, key, setting.line, "-" if setting.default in (None, ()) else str(setting.default)]
+            for name, method in methods.items()
+            for key, setting in method.settings().items()
+        ],
+        words=4,
+    )
+    screen.result(
+        {
+            name: {
+                "line": method.line,
+                "source": method.source,
+                "settings": defaults(method.settings()),
+                **{key: value(method) for key, value in {**columns, **(more or {})}.items()},
+            }
+            for name, method in methods.items()
+        }
     )
 
 

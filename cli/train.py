@@ -11,7 +11,6 @@ import click
 from cli.corpora import note_files, read_table
 from cli.loading import announced
 from cli.options import (
-    CORPUS_HELP,
     IN_FILE,
     IN_PATH,
     CommaSeparated,
@@ -41,7 +40,12 @@ if TYPE_CHECKING:
     required=True,
     help="Languages whose neurons are trained, on their text; all others of the corpus are only measured.",
 )
-@click.option("--corpus", type=IN_PATH, required=True, help=CORPUS_HELP)
+@click.option(
+    "--corpus",
+    type=IN_PATH,
+    required=True,
+    help="Directory of <language>.txt, .jsonl or .parquet; of the trained languages only plain text, no conversations.",
+)
 @click.option(
     "--control",
     "controls",
@@ -52,7 +56,11 @@ if TYPE_CHECKING:
 )
 @count_option("--passes", "Passes over the training text.", 1)
 @click.option(
-    "--rate", type=FiniteRange(min=0), default=1e-4, show_default=True, help="AdamW's learning rate."
+    "--rate",
+    type=FiniteRange(min=0, min_open=True),
+    default=1e-4,
+    show_default=True,
+    help="AdamW's learning rate.",
 )
 @count_option("--block", "Tokens in a block.  [default: the context, up to 512]", minimum=2)
 @seed_option("Seed of all draws.")
@@ -103,6 +111,8 @@ def command(**options: Any) -> None:
     )
     note_files(screen, arguments.corpus, None)
     text.require(*languages)
+    for trained in (text, held_out):
+        trained.require_plain(*languages, remedy="train on plain text")
     training = Training(arguments.passes, arguments.rate, arguments.block, arguments.tokens, arguments.seed)
     runs = [SET, *dict.fromkeys(arguments.controls)]
     rows = chosen_neurons(neurons, languages)
@@ -111,9 +121,7 @@ def command(**options: Any) -> None:
 
         dry_run(
             screen,
-            arguments.model,
-            arguments.device,
-            arguments.dtype,
+            arguments,
             lambda planned: [
                 subnetwork_need(planned, run, len(control_neurons(planned, rows, run, 0)), arguments.block)
                 for run in runs

@@ -124,6 +124,8 @@ def command(**options: Any) -> None:
         arguments.samples = 1 if arguments.temperature == 0 else SAMPLES
     check_samples(arguments.samples, arguments.temperature)
     searched_named(arguments.methods)
+    if arguments.layers is not None:
+        parse_layers(arguments.layers)
     _require_search_directory(arguments.out, STUDY)
     corpora = {
         part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
@@ -247,9 +249,10 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corp
         text = {part: text_of(planned, corpora[part]) for part in ("estimate", "report")}
         solving = any(method.solves_keys for method in searched_named(arguments.methods).values())
         keys = [key_need(planned, text["estimate"])] if solving else []
-        return [direction_need(planned, text["estimate"]), *keys, evaluation_need(planned, text["report"])]
+        evaluation = evaluation_need(planned, text["report"], new_tokens=arguments.new_tokens)
+        return [direction_need(planned, text["estimate"]), *keys, evaluation]
 
-    dry_run(screen, arguments.model, arguments.device, arguments.dtype, needs)
+    dry_run(screen, arguments, needs)
 
 
 def _require_search_directory(out: Path, study: str) -> None:
@@ -270,6 +273,7 @@ def _identity(
     return {
         "model": loaded.fingerprint,
         "corpus": {part: corpus.digest for part, corpus in corpora.items()},
+        "tokens": arguments.tokens,
         "source": arguments.source,
         "target": arguments.target,
         "methods": list(arguments.methods),

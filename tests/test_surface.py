@@ -1,5 +1,8 @@
 """``import neurons, editing``: the names that a researcher needs, and nothing is loaded for the others."""
 
+import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,23 @@ def test_every_public_name_is_there_and_documented(package):
         assert getattr(package, name).__doc__, name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_the_docs_have_the_signature_of_every_public_function():
+    described = re.findall(
+        r"^\| `(\w+)(\(.*?\))` \|", (README.parent / "docs" / "python.md").read_text(), re.M
+    )
+    assert len(described) > 20
+    for name, parameters in described:
+        # Defaults that stand for a value of the project are named in the docstring.
+        function = ast.parse(f"def {name}{parameters.replace('=...', '=None')}: ...").body[0].args
+        public = getattr(neurons, name, None) or getattr(editing, name)
+        signature = inspect.signature(public).parameters.values()
+        keyword_only = [one.name for one in signature if one.kind is one.KEYWORD_ONLY]
+        assert [one.arg for one in [*function.args, *function.kwonlyargs]] == [
+            one.name for one in signature
+        ], name
+        assert [one.arg for one in function.kwonlyargs] == keyword_only, name
 
 
 def test_importing_the_packages_loads_nothing():

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from editing.checkpoints.model_card import shown_change
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
 from editing.plans.plan import ModuleEdit, Plan
 from editing.plans.rounding import round_once
@@ -105,7 +106,7 @@ def export_adapter(
     source.require_fingerprint(plan.metadata, "the plan")
     target = place_apart(source.checkpoint, out)
     modules = _ranks(source, plan)
-    check_adapter_place(target, overwrite)
+    check_target(target, overwrite, CONFIG)
     tensors = {}
     weights = Weights(source)
     for edit in plan.edits:
@@ -346,21 +347,6 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
     return ranks
 
 
-def check_adapter_place(target: Path, overwrite: bool) -> None:
-    """Check that the target can be written; only an adapter may be replaced.
-
-    Raises:
-        BrocaError: the target exists and is not an adapter, or cannot be written.
-    """
-    if not (overwrite and target.exists()):
-        check_target(target)
-    elif not (target / CONFIG).is_file():
-        raise BrocaError(
-            f"{target} is not an adapter (it has no {CONFIG}) and is not overwritten: write to another "
-            "directory."
-        )
-
-
 def _card(source: ModelSource, plan: Plan, exported: ExportedAdapter) -> str:
     """README.md of the adapter."""
     on_hub = not Path(source.name).expanduser().exists()
@@ -368,7 +354,7 @@ def _card(source: ModelSource, plan: Plan, exported: ExportedAdapter) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in plan.metadata["settings"].items())
     rows = "\n".join(
         f"| `{name}` | {len(edit.components)} {source.anatomy.component_name(edit.block)}s | "
-        f"{exported.modules[name]} | {Plan((edit,), {}).relative_change():.3g} |"
+        f"{exported.modules[name]} | {shown_change(edit)} |"
         for edit in plan.edits
         if (name := _module_name(source.anatomy, edit)) in exported.modules
     )

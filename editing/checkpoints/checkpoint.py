@@ -97,7 +97,7 @@ def write_checkpoint(
     _check_source(source, entries, replacements, quantised)
     extra_shard = additions(source, added or {})
     placed = {Path(old): Path(new) for old, new in {**extra_shard.renamed, **(renamed or {})}.items()}
-    directories, sizes = _tree(source, target)
+    directories, sizes = checkpoint_tree(source, target)
     extras = _checked_extras(source, extra_files)
     extras |= {Path(name): content for name, content in extra_shard.files.items()}
     check_target(target, overwrite)
@@ -281,8 +281,12 @@ def _still_needed(directories: list[Path], before: Collection[Path], after: Coll
     return [folder for folder in directories if filled(folder, after) or not filled(folder, before)]
 
 
-def _tree(source: Path, target: Path) -> tuple[list[Path], dict[Path, int]]:
-    """Directories (each after its parent) and sizes of the files in bytes; paths relative to the source."""
+def checkpoint_tree(source: Path, target: Path) -> tuple[list[Path], dict[Path, int]]:
+    """Directories (each after its parent) and sizes of the files in bytes; paths relative to the source.
+
+    Raises:
+        BrocaError: a broken link, one to a parent directory or into the target, or a file that is not regular.
+    """
     directories: list[Path] = []
     sizes: dict[Path, int] = {}
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from editing.checkpoints.checkpoint import checkpoint_tree
 from editing.checkpoints.fp8_tiles import Fp8Tiles
 from editing.checkpoints.mxfp4 import Mxfp4
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
@@ -27,12 +28,11 @@ from neurons.architectures.quantisation import (
     quantised_remedy,
 )
 from neurons.errors import BrocaError
-from neurons.files.tensor_files import TensorEntry, tensor_entries, weight_files
+from neurons.files.tensor_files import TensorEntry, header_bytes, tensor_entries, weight_files
 from neurons.models.fingerprint import digest_of, stored_samples
 from neurons.models.source import ModelSource, locate, open_model
 
 _COPIED_BYTES = 16 * 2**20
-_NOT_COPIED = {".git", ".cache"}
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ def dequantise(
             )
         raise BrocaError(f"{source} is not quantised: there is nothing to dequantise.")
     shards = _shards(source, form)
-    files = _other_files(source, target)
+    sizes = checkpoint_tree(source, target)[1]
     check_target(target, overwrite)
     contents = {Path("config.json"): _unquantised(settings)} | _indexes(source, shards)
     total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
-    others = [path for path in files if path not in contents]
-    check_room(target, total + sum((source / path).stat().st_size for path in others))
+    weights = set(weight_files(source))
+    others = [path for path in sizes if source / path not in weights and path not in contents]
+    check_room(target, total + sum(sizes[path] for path in others))
     done = 0
 
     def advance(count: int) -> None:
@@ -123,7 +124,8 @@ def dequantise(
             (staged / path).write_bytes(content)
         for name, tensors in shards.items():
             with (staged / name).open("xb") as stream:
-                stream.write(_header(tensors))
+                rows = ((tensor.name, tensor.dtype, tensor.shape, tensor.size) for tensor in tensors)
+                stream.write(header_bytes(rows, {"format": "pt"}))
                 for tensor in tensors:
                     for part in _contents(tensor, form):
                         stream.write(part)
@@ -226,19 +228,6 @@ def _shards(source: Path, form: Fp8Tiles | Mxfp4) -> dict[str, list[_NewTensor]]
     return shards
 
 
-def _other_files(source: Path, target: Path) -> list[Path]:
-    weights = set(weight_files(source))
-    files = []
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        if path in weights or not path.is_file() or _NOT_COPIED & set(inside.parts):
-            continue
-        if path.resolve().is_relative_to(target):
-            raise BrocaError(f"{path} is a link into {target}: write to another directory.")
-        files.append(inside)
-    return files
-
-
 def _indexes(source: Path, shards: Mapping[str, list[_NewTensor]]) -> dict[Path, bytes]:
     """The indexes of the source, without the scales and with the new size."""
     kept = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
@@ -250,21 +239,6 @@ def _indexes(source: Path, shards: Mapping[str, list[_NewTensor]]) -> dict[Path,
         content["metadata"] = {**(content.get("metadata") or {}), "total_size": size}
         indexes[path.relative_to(source)] = (json.dumps(content, indent=2) + "\n").encode()
     return indexes
-
-
-def _header(tensors: list[_NewTensor]) -> bytes:
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for tensor in tensors:
-        described[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [place, place + tensor.size],
-        }
-        place += tensor.size
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _contents(tensor: _NewTensor, form: Fp8Tiles | Mxfp4) -> Iterator[memoryview | bytes]:

@@ -105,7 +105,7 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
     names = tensor_entries(source.checkpoint).keys()
     rows = "\n".join(
         f"| `{source.anatomy.tensor_name(edit.layer, edit.block, names)}` | {len(edit.components)} "
-        f"{source.anatomy.component_name(edit.block)}s | {edit.rank + edit.dense} | {_relative_change(edit)} |"
+        f"{source.anatomy.component_name(edit.block)}s | {edit.rank + edit.dense} | {shown_change(edit)} |"
         for edit in plan.edits
     )
     measured = _measured(plan.metadata["measured"]) if "measured" in plan.metadata else ""
@@ -209,5 +209,6 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _relative_change(edit: ModuleEdit) -> str:
+def shown_change(edit: ModuleEdit) -> str:
+    """||dW|| / ||W|| in a card."""
     return "-" if edit.relative_change is None else f"{edit.relative_change:.3g}"

@@ -25,7 +25,14 @@ from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import TensorEdit, tensor_edits
 from neurons.errors import BrocaError
 from neurons.files.artifact import FORMAT_VERSION, load_artifact, package_versions
-from neurons.files.tensor_files import TensorEntry, read_tensor, tensor_entries
+from neurons.files.tensor_files import (
+    TensorEntry,
+    file_entries,
+    header_bytes,
+    read_bytes,
+    read_tensor,
+    tensor_entries,
+)
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT, fingerprint
 from neurons.models.source import ModelSource
 
@@ -132,7 +139,8 @@ def write_remainder(
         "renamed": changes.renamed,
     }
     with place.open("xb") as whole, parts.open("rb") as reader:
-        whole.write(_header(sizes, about))
+        described = ((name, "U8", [size], size) for name, size in sizes.items())
+        whole.write(header_bytes(described, {"broca": json.dumps(about, sort_keys=True)}))
         shutil.copyfileobj(reader, whole, 1 << 20)
     parts.unlink()
     return place.stat().st_size
@@ -220,19 +228,19 @@ class _Remainder:
                 f"{edited.name}: was exported without --undoable, so it lacks the remainder: use its "
                 f"base model, {_base(edited)}"
             )
-        with self._opened() as stream:
-            text = (stream.metadata() or {}).get("broca", "null")
+        try:
+            with safe_open(str(self._path), framework="pt") as stream:
+                text = (stream.metadata() or {}).get("broca", "null")
+        except (SafetensorError, OSError) as error:
+            raise BrocaError(f"{self._path}: cannot be read ({error}): use the base model") from error
         self.about: dict[str, Any] = json.loads(text) or {}
         if self.about.get("kind") != KIND or self.about.get("format_version", 0) > FORMAT_VERSION:
             raise BrocaError(f"{self._path}: not a remainder that this Broca can read: update broca")
+        self._entries = file_entries(self._path)
 
     def files(self) -> dict[str, bytes]:
         """The source's content of the files that the export replaced, by path."""
-        with self._opened() as stream:
-            return {
-                name: stream.get_tensor(f"file.{number}").numpy().tobytes()
-                for number, name in enumerate(self.about["replaced"])
-            }
+        return {name: self._part(f"file.{number}") for number, name in enumerate(self.about["replaced"])}
 
     def restorer(self, number: int, edit: TensorEdit) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """A function from the edited values of a chunk to its exact base values."""
@@ -249,32 +257,14 @@ class _Remainder:
         return restore
 
     def _part(self, name: str) -> bytes:
-        with self._opened() as stream:
-            content: bytes = stream.get_tensor(name).numpy().tobytes()
+        content: bytes = read_bytes(self._entries[name]).numpy().tobytes()
         return content
-
-    def _opened(self) -> Any:
-        try:
-            return safe_open(str(self._path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise BrocaError(f"{self._path}: cannot be read ({error}): use the base model") from error
 
 
 def _base(edited: ModelSource) -> str:
     """The name of the base model in the plan of an edited checkpoint."""
     about = load_artifact(edited.checkpoint / PLAN_IN_CHECKPOINT, "edit").metadata
     return f"{about.get('model', 'unnamed')} (fingerprint {about.get('fingerprint', 'unknown')})"
-
-
-def _header(sizes: dict[str, int], about: dict[str, Any]) -> bytes:
-    described: dict[str, Any] = {"__metadata__": {"broca": json.dumps(about, sort_keys=True)}}
-    place = 0
-    for name, size in sizes.items():
-        described[name] = {"dtype": "U8", "shape": [size], "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -75,23 +75,7 @@ def direction_of(
             it, or missing, unfit or unused autoencoders.
         BrocaError: languages that do not differ, or a method without a result.
     """
-    estimator = method_of(method).of(settings or {})
-    if isinstance(estimator, PreferenceMethod):
-        raise UsageError(
-            f"method {method!r} reads preferences: give them (--preferences) instead of a corpus"
-        )
-    corpus.require(source, target)
-    _require_two(source, target)
-    if estimator.parallel:
-        _require_parallel(method, corpus, source, target)
-    if winsorised is not None:
-        require_quantile(winsorised)
-    if estimator.autoencoders != bool(autoencoders):
-        raise UsageError(
-            f"method {method!r} needs an autoencoder: give --sae PATH (SAE-Lens, Gemma-Scope or `broca sae`)"
-            if estimator.autoencoders
-            else f"method {method!r} does not use an autoencoder: leave --sae out, or use --method sae"
-        )
+    estimator = checked_method(method, corpus, (source, target), winsorised, settings, autoencoders)
     for sae in autoencoders:
         require_fit(loaded, sae)
     plain = winsorised is None and not project_neutral and not unit_length and tokens is None
@@ -154,12 +138,7 @@ def direction_of_preferences(
         UsageError: as ``direction_of`` and ``preference_rows``, or a method that needs an autoencoder.
         BrocaError: as ``direction_of``, or nothing was learned.
     """
-    estimator = method_of(method).of(settings or {})
-    _require_two(source, target)
-    if estimator.autoencoders:
-        raise UsageError(f"method {method!r} reads text: give --corpus instead of --preferences")
-    if winsorised is not None:
-        require_quantile(winsorised)
+    estimator = checked_method(method, None, (source, target), winsorised, settings)
     rows = preference_rows(loaded, preferences)
     given: list[Given] = []
     notes: dict[str, Any] = {}
@@ -178,6 +157,51 @@ def direction_of_preferences(
     metadata = {"preferences": preferences.digest, "read": read, **notes}
     length = _Length(winsorised, project_neutral, unit_length)
     return _estimated(loaded, batches, (source, target), estimator, given, length, metadata, progress)
+
+
+def checked_method(
+    method: str,
+    corpus: Corpus | None,
+    pair: tuple[str, str],
+    winsorised: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    autoencoders: Sequence[Autoencoder] = (),
+) -> DirectionMethod:
+    """The method, after all checks that need no model.
+
+    Args:
+        method: as in ``direction_of``.
+        corpus: text; None: preferences.
+        pair: source and target.
+        winsorised: as in ``direction_of``.
+        settings: as in ``direction_of``.
+        autoencoders: as in ``direction_of``.
+
+    Raises:
+        UsageError: as ``direction_of`` and ``direction_of_preferences``, except for autoencoders that do not fit the model.
+    """
+    estimator = method_of(method).of(settings or {})
+    if corpus is None and estimator.autoencoders:
+        raise UsageError(f"method {method!r} reads text: give --corpus instead of --preferences")
+    if corpus is not None and isinstance(estimator, PreferenceMethod):
+        raise UsageError(
+            f"method {method!r} reads preferences: give them (--preferences) instead of a corpus"
+        )
+    if corpus is not None:
+        corpus.require(*pair)
+    if pair[0] == pair[1]:
+        raise UsageError(f"source and target are both {pair[0]!r}")
+    if corpus is not None and estimator.parallel:
+        _require_parallel(method, corpus, *pair)
+    if winsorised is not None:
+        require_quantile(winsorised)
+    if estimator.autoencoders != bool(autoencoders):
+        raise UsageError(
+            f"method {method!r} needs an autoencoder: give --sae PATH (SAE-Lens, Gemma-Scope or `broca sae`)"
+            if estimator.autoencoders
+            else f"method {method!r} does not use an autoencoder: leave --sae out, or use --method sae"
+        )
+    return estimator
 
 
 @dataclass(frozen=True)
@@ -327,11 +351,6 @@ def _by_given(given: Sequence[Given], layers: int) -> dict[tuple[str, int], Esti
 def _given(given: Given, is_place: bool, texts: Texts) -> Estimate:
     estimate = given.at_place(texts) if is_place else Estimate(along(unit(given.vector), texts.diffmean))
     return replace(estimate, measures={**estimate.measures, "read": float(is_place)})
-
-
-def _require_two(source: str, target: str) -> None:
-    if source == target:
-        raise UsageError(f"source and target are both {source!r}")
 
 
 def _require_parallel(method: str, corpus: Corpus, source: str, target: str) -> None:

@@ -27,6 +27,7 @@ from editing.evaluation.generation import generate_by_language
 from editing.evaluation.likelihood import Steering, read_again, read_unedited
 from editing.evaluation.own_answers import answer_batches
 from editing.evaluation.questions import Question
+from neurons.errors import UsageError
 from neurons.files.json_file import Figure, checked, read_json
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
@@ -169,7 +170,7 @@ def ability(
     )
 
 
-def load_ability(path: Path) -> Ability:
+def load_ability(path: Path | str) -> Ability:
     """The result in a file of ``broca ability``.
 
     Raises:
@@ -190,10 +191,10 @@ def _hits(
     right_items = {}
     for language in languages:
         items = tasks.choices[language]
-        offered = tasks.choices[answers_in.get(language, language)]
+        offered = _same_items(tasks, items, answers_in.get(language, language))
         asked = _instructed([item.text for item in items], instructions.get(language))
         scores = choice_log_probabilities(loaded, asked, [item.choices for item in offered], advance)
-        right_items[language] = right(scores, [item.answer for item in items])
+        right_items[language] = right(scores, [item.answer for item in offered])
     requests = {
         language: _prompts(
             loaded,
@@ -207,6 +208,16 @@ def _hits(
         results[language] = right_items[language], has_block(texts), has_python(texts)
         advance(len(texts))
     return results
+
+
+def _same_items(tasks: Tasks, items: Sequence[Choice], language: str) -> list[Choice]:
+    """The items in a language, in the order of ``items``."""
+    by_id = {item.question_id: item for item in tasks.choices[language]}
+    if missing := [item.question_id for item in items if item.question_id not in by_id]:
+        raise UsageError(
+            f"item {missing[0]!r} is missing in {language!r}: give the same items in each language"
+        )
+    return [by_id[item.question_id] for item in items]
 
 
 def _instructed(texts: Sequence[str], instruction: str | None) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from neurons.errors import NotFiniteError, UsageError
 from neurons.models.embedded import require_embedded
+from neurons.models.memory import Sizes, forward_bytes, max_room, sizes_of
 from neurons.models.not_finite import explained
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
@@ -124,8 +125,9 @@ def generate(
     # The caller's random number generator keeps its state.
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for first in range(0, len(rows), PROMPTS_A_BATCH):
-            batch = rows[first : first + PROMPTS_A_BATCH]
+        at_once = prompts_at_once(loaded, max(map(len, rows), default=1), new_tokens)
+        for first in range(0, len(rows), at_once):
+            batch = rows[first : first + at_once]
             longest = max(map(len, batch))
             ids = torch.full((len(batch), longest), padding or 0, dtype=torch.int64)
             mask = torch.zeros_like(ids)
@@ -146,6 +148,27 @@ def generate(
                 text = tokenizer.decode(kept, skip_special_tokens=True)
                 continuations.append(Continuation(tuple(kept), text))
     return continuations
+
+
+def writing_bytes(sizes: Sizes, prompts: int, prompt: int, new_tokens: int) -> int:
+    """Bytes for a batch of continuations: the pass over the prompts, keys and values of all tokens, and logits.
+
+    Args:
+        sizes: of the model.
+        prompts: in the batch.
+        prompt: tokens of the longest prompt.
+        new_tokens: maximum tokens of a continuation.
+    """
+    cache = 2 * sizes.keys * sizes.value * sizes.layers * prompts * (prompt + new_tokens)
+    return forward_bytes(sizes, prompts * prompt) + cache + 3 * 4 * sizes.vocabulary * prompts
+
+
+def prompts_at_once(loaded: LoadedModel, prompt: int, new_tokens: int) -> int:
+    """Prompts of a batch: ``PROMPTS_A_BATCH``, or halves of it until ``writing_bytes`` fit; 1 always."""
+    sizes, fitting = sizes_of(loaded), PROMPTS_A_BATCH
+    while fitting > 1 and writing_bytes(sizes, fitting, prompt, new_tokens) > max_room(loaded):
+        fitting //= 2
+    return fitting
 
 
 def _require_numbers(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from neurons.models.next_token import Head, token_divergences, token_losses
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.recording.text_pass import Progress, forward
-from neurons.text.batches import TokenBatch, language_batches, row_batches
+from neurons.text.batches import TokenBatch, fitting_batches, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import LOSSES
 
@@ -148,4 +148,4 @@ def continuation_nll(loaded: LoadedModel, continuations: Sequence[Continuation])
     """
     start = start_tokens(loaded.tokenizer)
     rows = [[*start, *item.ids] for item in continuations if item.ids]
-    return mean_nll(loaded, row_batches(rows, uncounted=max(1, len(start))))
+    return mean_nll(loaded, fitting_batches(loaded, rows, max(1, len(start))))

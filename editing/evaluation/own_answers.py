@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from editing.evaluation.generation import Continuation
-from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
-from neurons.text.batches import TokenBatch, row_batches
+from neurons.text.batches import TokenBatch, fitting_batches
 
 
 def answer_batches(
@@ -22,9 +21,8 @@ def answer_batches(
         answers: one to each prompt.
     """
     rows = [[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(map(len, rows), default=1)
     batches = []
-    for batch in row_batches(rows, 0, tokens_a_batch=min(MAX_TOKENS, batches_for(loaded, False, longest)[0])):
+    for batch in fitting_batches(loaded, rows, 0):
         counted = batch.counted.clone()
         for row, line in enumerate(batch.line_numbers.tolist()):
             counted[row, : len(prompts[line])] = False

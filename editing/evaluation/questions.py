@@ -78,7 +78,7 @@ def questions_of_part(questions: Sequence[Question], part: str) -> list[Question
     return [question for i, question in enumerate(questions) if i % 4 in CORPUS_PARTS[part]]
 
 
-def read_questions(path: Path, source: str | None = None) -> Questions:
+def read_questions(path: Path | str, source: str | None = None) -> Questions:
     """Read questions.
 
     Args:
@@ -91,6 +91,7 @@ def read_questions(path: Path, source: str | None = None) -> Questions:
         UsageError: no such file, another suffix, a row without ``question_id`` or ``text``, an id twice in
             a language, or no question in the source language.
     """
+    path = Path(path)
     if path.is_dir():
         files = sorted(
             file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith(".")

@@ -26,7 +26,7 @@ from neurons.errors import UsageError
 from neurons.models.next_token import positions_at_once, token_losses
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import forward
-from neurons.text.batches import row_batches
+from neurons.text.batches import fitting_batches
 
 JUDGE, CHRF, LIKELIHOOD = "judge", "chrf", "likelihood"
 SCORERS = (JUDGE, CHRF, LIKELIHOOD)
@@ -74,7 +74,7 @@ class JudgeScorer:
                 rows.append(self._row(prompt.text, answer.text.strip()))
                 indices.append(index)
         scores = [0.0] * len(prompts)
-        for batch in row_batches(rows, uncounted=0):
+        for batch in fitting_batches(self.judge, rows, 0):
             on_device = batch.to(self.judge.device)
             last = on_device.attention.sum(1) - 1
             with torch.no_grad():
@@ -96,7 +96,11 @@ class JudgeScorer:
         text = JUDGE_PROMPT.format(question=question, answer=answer)
         tokenizer = self.judge.tokenizer
         chat = question_style(tokenizer) == CHAT
-        prompt = chat_tokens(tokenizer, text, "choose another judge") if chat else text + JUDGE_COMPLETION
+        prompt = (
+            chat_tokens(tokenizer, text, "choose another judge", thinks=False)
+            if chat
+            else text + JUDGE_COMPLETION
+        )
         return prompt_rows(self.judge.name, tokenizer, [prompt], self.judge.embedding_rows)[0]
 
 
@@ -146,7 +150,7 @@ class LikelihoodScorer:
             prompt_lengths.append(len(ids))
             indices.append(index)
         scores = [0.0] * len(prompts)
-        for batch in row_batches(rows, uncounted=0):
+        for batch in fitting_batches(self.loaded, rows, 0):
             on_device = batch.to(self.loaded.device)
             with torch.no_grad():
                 hidden = forward(self.loaded.model, on_device)

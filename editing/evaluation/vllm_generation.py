@@ -50,25 +50,6 @@ def require_vllm() -> Any:
         raise BrocaError(_import_failed(error)) from error
 
 
-def generate_by_vllm(
-    model: str,
-    tokenizer: Any,
-    prompts: Sequence[str | Sequence[int]],
-    new_tokens: int = NEW_TOKENS,
-    temperature: float = TEMPERATURE,
-    seed: int = 0,
-    dtype: str = "auto",
-) -> list[Continuation]:
-    """One continuation a prompt, by a new engine; arguments and results as those of ``VllmWriter``.
-
-    Raises:
-        UsageError: vLLM is not installed, or there is no such model.
-        BrocaError: vLLM cannot load the checkpoint with the necessary context length.
-    """
-    with VllmWriter(model, tokenizer, dtype) as write:
-        return write(prompts, new_tokens, temperature, seed)
-
-
 @dataclass(frozen=True)
 class _Running:
     """A running engine.

@@ -21,13 +21,12 @@ some languages.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
-from editing.methods.added_values import adding, values_of
 from editing.methods.value_learning import learn_values
+from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from neurons.errors import UsageError
 from neurons.models.memory import batches_for
@@ -149,13 +148,12 @@ def mean_divergences(
     Args:
         loaded: the unedited model.
         examples: prompts and answers.
-        plans: the students' edits, as ``distilled_values`` returns them; None: the unedited model.
+        plans: the students' edits, with weights as in an exported checkpoint; None: the unedited model.
     """
     lessons = _lessons(loaded, examples, _teachers_states(loaded, examples), range(len(examples)), False)
     means = []
     for plan in plans:
-        edited = nullcontext() if plan is None else adding(loaded, plan, values_of(plan).to(loaded.device))
-        with torch.no_grad(), edited:
+        with torch.no_grad(), applied(loaded, plan):
             means.append(float(torch.cat([_divergences(loaded, lesson) for lesson in lessons]).mean()))
     return means
 

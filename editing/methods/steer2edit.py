@@ -358,10 +358,8 @@ class Steer2Edit(Method):
     needs = ("direction",)
     takes = ("neurons", "languages", "layers", "strength")
 
-    heads_rho: float | None = setting(None, "penalty of heads; heads are off if only neurons_rho is given")
-    neurons_rho: float | None = setting(
-        None, "penalty of neurons; neurons are off if only heads_rho is given"
-    )
+    heads_rho: float | None = setting(None, "penalty of heads: 0.3, or off if only neurons_rho is given")
+    neurons_rho: float | None = setting(None, "penalty of neurons: 0.9, or off if only heads_rho is given")
     alpha: float = setting(ALPHA, "sparsity in [0, 1)", search=Range(0.0, 0.9))
     weigh: str = setting(
         "sign", "weight of a neuron: the sign of its mean, or its activity", words=WEIGHTINGS

@@ -9,7 +9,7 @@ from editing.directions.autoencoder import Autoencoder
 from editing.directions.method import DirectionMethod, PreferenceMethod
 from editing.directions.sae_training import BATCH as SAE_BATCH
 from editing.evaluation.evaluation import KEPT_FRACTION
-from editing.evaluation.generation import NEW_TOKENS, PROMPTS_A_BATCH
+from editing.evaluation.generation import NEW_TOKENS, prompts_at_once, writing_bytes
 from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import EXAMPLES_A_STEP
 from editing.methods.learned_values import MAX_ROW_TOKENS
@@ -169,23 +169,21 @@ def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[N
     return [
         key_need(planned, text),
         pass_need(planned, "learn", longest + written, True, learning),
-        evaluation_need(planned, text, longest + written - ANSWER_TOKENS),
+        evaluation_need(planned, text, longest, written),
     ]
 
 
-def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64) -> Need:
+def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64, new_tokens: int = NEW_TOKENS) -> Need:
     """Need of ``editing.evaluation.evaluation``: the larger of writing answers and reading text for KL.
 
     Args:
         planned: the model.
         text: what is read.
         prompt: tokens of the longest prompt.
+        new_tokens: maximum tokens of an answer.
     """
     sizes = sizes_of(planned)
-    cache = 2 * sizes.keys * sizes.value * sizes.layers * PROMPTS_A_BATCH * (prompt + NEW_TOKENS)
-    writing = (
-        forward_bytes(sizes, PROMPTS_A_BATCH * prompt) + cache + 3 * 4 * sizes.vocabulary * PROMPTS_A_BATCH
-    )
+    writing = writing_bytes(sizes, prompts_at_once(planned, prompt, new_tokens), prompt, new_tokens)
     tokens = min(batches_for(planned, False, text.row)[0], text.batch)
     # The unedited model's hidden states are kept for all third languages if they fit, else for one at a time.
     hidden = sizes.value * sizes.residual * text.tokens // max(1, text.languages)

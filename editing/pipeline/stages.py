@@ -78,6 +78,9 @@ class Stages:
                 "overwritten: move it away, or choose another --out"
             )
         self._report(name, RUNS)
+        if self._record.pop(name, None) is not None:
+            # If it is killed after it wrote an output, that would differ from the record as if changed by hand.
+            write_atomically(self.out / RECORD, json_bytes(self._record))
         action()
         self._record[name] = {
             "inputs": inputs_digest,

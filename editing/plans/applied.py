@@ -71,16 +71,17 @@ def _apply_part(
     pieces = [(piece, entry) for piece, entry in pieces if edit.changes(piece.columns)]
     if not pieces:
         return
-    offloaded = has_offloaded(part.module)
-    live = part.values.clone() if offloaded else part.values
+    # Unedited embeddings and LM head remain for those who keep them, as ``evaluation.likelihood`` does.
+    exchanged = edit.layer == OUTSIDE or has_offloaded(part.module)
+    live = part.values.clone() if exchanged else part.values
     for piece, entry in pieces:
         stored = weights.read_piece(piece, entry)
         edited = edit.rounded(stored, 0, piece.columns.start).stored
         target = part.cut(live, piece.columns)
-        if not offloaded:
+        if not exchanged:
             undo.callback(target.copy_, target.clone())
         target.copy_(edited)
-    if offloaded:
+    if exchanged:
         undo.enter_context(replaced(part.module, part.parameter, part.oriented(live)))
 
 

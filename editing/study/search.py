@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.samplers import TPESampler
@@ -35,7 +35,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from editing.plans.plan import Plan
-from editing.study.search_scoring import Harm, Written
+from editing.study.search_scoring import Scoring
 from editing.study.search_space import Settings, Space, Value
 from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, REFUSED, Goals, Trial
 from neurons.errors import BrocaError, NothingToChangeError
@@ -45,20 +45,6 @@ FEW_PROMPTS = 16
 UNLIKELY = 0.01
 HOPELESS_RISE = 5.0
 RANDOM_TRIALS = 8  # before the sampler fits its model
-
-
-class Scorer(Protocol):
-    """The part of ``editing.study.search_scoring.Scoring`` that a search uses."""
-
-    ceiling: float
-
-    def few(self, prompts: int) -> tuple[int, int]: ...
-
-    def harm(self) -> Harm: ...
-
-    def written(self, seed: int | None = None) -> Written: ...
-
-    def fluency_gap(self, written: Written) -> float: ...
 
 
 class Search:
@@ -80,7 +66,7 @@ class Search:
 
     def __init__(
         self,
-        scorer: Scorer,
+        scorer: Scoring,
         spaces: Mapping[str, Space],
         applied: Callable[[Plan], AbstractContextManager[None]],
         path: Path | None = None,
@@ -136,6 +122,8 @@ class Search:
 
     def remeasured(self, trial: Trial, seeds: Sequence[int]) -> Trial:
         """A measured trial with the continuations of further seeds added; its gap is the mean over the seeds."""
+        if not seeds:
+            return trial
         plan = self.plan(trial)
         hits, continuations, gaps = trial.found, trial.continuations, [trial.gap()]
         for seed in seeds:

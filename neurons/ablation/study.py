@@ -66,7 +66,7 @@ class Settings:
         if self.way not in REPLACEMENTS:
             raise UsageError(f"neurons are not ablated by {self.way!r}: choose {', '.join(REPLACEMENTS)}")
         if self.mean_of is not None and self.way != "mean":
-            raise UsageError(f"a language's mean means nothing to the way {self.way!r}: it is for 'mean'")
+            raise UsageError(f"a language's mean is not supported by the way {self.way!r}: take 'mean'")
         unknown = [control for control in self.controls if control not in CONTROLS]
         if unknown:
             raise UsageError(f"control {unknown[0]!r} is unknown: choose from {', '.join(CONTROLS)}")

@@ -21,14 +21,14 @@ Kind = TypeVar("Kind")
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path | str) -> Any:
     """The values of a JSON document.
 
     Raises:
         UsageError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not readable as JSON ({error})") from error
 

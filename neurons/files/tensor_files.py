@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -75,12 +76,12 @@ def tensor_entries(checkpoint: Path) -> dict[str, TensorEntry]:
             if there is one.
     """
     files, weight_map = _layout(checkpoint)
-    headers = {file.name: _header(file) for file in files}
+    headers = {file.name: file_entries(file) for file in files}
     if weight_map is None:
         entries = headers[files[0].name]
         others = [file for file in sorted(checkpoint.glob("*.safetensors")) if file not in files]
         # transformers reads only this file; vLLM reads all files if there is no index.
-        _each_once([*files, *others], headers | {file.name: _header(_present(file)) for file in others})
+        _each_once([*files, *others], headers | {file.name: file_entries(_present(file)) for file in others})
     else:
         _each_once(files, headers)
         entries = {}
@@ -92,6 +93,56 @@ def tensor_entries(checkpoint: Path) -> dict[str, TensorEntry]:
                 )
             entries[name] = headers[shard][name]
     return dict(sorted(entries.items()))
+
+
+def file_entries(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file, in the order of its header, without reading a value.
+
+    Raises:
+        BrocaError: a truncated, damaged or unreadable file.
+    """
+    with _opened(file) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise BrocaError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull.")
+            if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
+                raise BrocaError(
+                    f"{file} ({size} bytes) is truncated or not a safetensors file: download it again."
+                )
+            content = stream.read(length)
+        except OSError as error:
+            _unreadable(file, error)
+    try:
+        described = _parsed(content)
+    except ValueError as error:
+        raise BrocaError(f"{file} has a damaged header ({error}): download it again.") from error
+    if not isinstance(described, dict) or not _is_metadata(described.pop("__metadata__", None)):
+        raise BrocaError(f"{file} has a header that names no tensors: download it again.")
+    entries = {name: _entry(file, name, value, 8 + length, size) for name, value in described.items()}
+    _check_places(file, list(entries.values()), 8 + length, size)
+    return entries
+
+
+def header_bytes(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """The header of a safetensors file, which the bytes of its tensors follow.
+
+    Args:
+        tensors: (name, dtype, shape, number of bytes) of each, in order.
+        metadata: strings of the whole file.
+    """
+    described: dict[str, Any] = {"__metadata__": metadata}
+    place = 0
+    for name, dtype, shape, size in tensors:
+        described[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -331,32 +382,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 "beside it: put all shards into the checkpoint directory."
             )
     return weight_map
-
-
-def _header(file: Path) -> dict[str, TensorEntry]:
-    with _opened(file) as stream:
-        try:
-            size = os.fstat(stream.fileno()).st_size
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            if start == b"version ":
-                raise BrocaError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull.")
-            if len(start) < 8 or length > size - 8 or length > _MAX_HEADER:
-                raise BrocaError(
-                    f"{file} ({size} bytes) is truncated or not a safetensors file: download it again."
-                )
-            content = stream.read(length)
-        except OSError as error:
-            _unreadable(file, error)
-    try:
-        described = _parsed(content)
-    except ValueError as error:
-        raise BrocaError(f"{file} has a damaged header ({error}): download it again.") from error
-    if not isinstance(described, dict) or not _is_metadata(described.pop("__metadata__", None)):
-        raise BrocaError(f"{file} has a header that names no tensors: download it again.")
-    entries = {name: _entry(file, name, value, 8 + length, size) for name, value in described.items()}
-    _check_places(file, list(entries.values()), 8 + length, size)
-    return entries
 
 
 def _check_places(file: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from neurons.errors import UsageError
 from neurons.models.embedded import require_embedded
-from neurons.models.memory import MAX_TOKENS, common_batches
+from neurons.models.memory import MAX_TOKENS, batches_for, common_batches
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.text.conversations import MESSAGE_ROLES
@@ -242,6 +242,16 @@ def token_row_batches(
         padded_batch(group, min(length, longest), starts, of_line if split else None)
         for group, length in _groups(kept, max_positions)
     ]
+
+
+def fitting_batches(loaded: LoadedModel, rows: Sequence[Sequence[int]], uncounted: int) -> list[TokenBatch]:
+    """``row_batches`` of at most ``TOKENS_A_BATCH`` tokens that memory allows for a pass without gradients.
+
+    Raises:
+        BrocaError: a row does not fit.
+    """
+    longest = max(map(len, rows), default=1)
+    return row_batches(rows, uncounted, min(TOKENS_A_BATCH, batches_for(loaded, False, longest)[0]))
 
 
 def language_batches(

@@ -125,6 +125,41 @@ UNKNOWN = {
     "tune": "tune {MODEL} --corpus {TEXT} --languages en,xx --source en --target fr --out {OUT}",
 }
 
+# command -> what its error names, although no model may be loaded
+TEXT = "{MODEL} --corpus {TEXT}"
+PAIR = f"{TEXT} --source en --target fr"
+EARLY = {
+    "identify {MODEL} --method random-matched --like {neurons} --corpus {TEXT} --dry-run": "--dry-run",
+    f"identify {TEXT} --top-rate 5 --out {{OUT}}": "top rate",
+    f"identify {TEXT} --kinds foo --dry-run": "'foo'",
+    f"identify {TEXT} --min-exclusivity 2 --out {{OUT}}": "exclusivity",
+    f"identify {TEXT} --layers 99 --out {{OUT}}": "layers 0-2",
+    f"identify {TEXT} --method head-shapley --layers x --out {{OUT}}": "layers 'x'",
+    "identify --statistics {statistics} --method lape --part all --out {OUT}": "--part",
+    f"identify {TEXT} --load-in-8bit --dry-run": "--load-in-8bit",
+    f"record {TEXT} --load-in-4bit --dry-run --out {{OUT}}": "--load-in-4bit",
+    f"direction {PAIR} --load-in-4bit --dry-run --out {{OUT}}": "--load-in-4bit",
+    f"direction {PAIR} --source xx --dry-run --out {{OUT}}": "'xx'",
+    f"direction {PAIR} --winsorise 2 --dry-run --out {{OUT}}": "quantile is 2",
+    f"direction {PAIR} --method sae --dry-run --out {{OUT}}": "--sae",
+    f"direction {PAIR} --method bipo --dry-run --out {{OUT}}": "--preferences",
+    f"direction {PAIR} --out {{OUT}}.pt": "--convert",
+    "direction --convert {direction} --dry-run --out {OUT}.gguf": "--dry-run",
+    "direction --convert {direction} --method pca --out {OUT}.gguf": "--method",
+    "edit {MODEL} --method scale --neurons {neurons} --languages en --factor 0 --tokens 5 --out {OUT}": "--tokens",
+    "edit {MODEL} --method ablate --direction {direction} --tokens 5 --out {OUT}": "--tokens",
+    "ablate {MODEL} {neurons} --corpus {TEXT} --dose-of model --out {OUT}": "--doses",
+    "generate {MODEL} --against {BAD} --compare --prompts abe --out {OUT}": "{BAD}",
+    f"evaluate {PAIR} --against {{BAD}} --out {{OUT}}": "{BAD}",
+    f"evaluate {PAIR} --judge {{BAD}} --out {{OUT}}": "{BAD}",
+    "ability {MODEL} --against {BAD} --out {OUT}": "{BAD}",
+    "chat {MODEL} --beside {BAD}": "{BAD}",
+    "steer {MODEL} --to fr --judge {BAD} --out {OUT}": "{BAD}",
+    f"tune {PAIR} --layers abc --dry-run --out {{OUT}}": "layers 'abc'",
+    f"train {TEXT} --neurons {{neurons}} --languages en --rate 0 --out {{OUT}}": "'--rate'",
+    f"train {TEXT} --neurons {{neurons}} --languages en --out {{neurons}}": "--neurons",
+}
+
 
 @pytest.fixture(scope="module")
 def model(checkpoint_of):
@@ -269,6 +304,15 @@ def test_a_place_that_cannot_be_written_to(refused, bad, tmp_path, monkeypatch, 
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK and allowed(path, mode))
     refused(command, tmp_path / "new" / "out.png", 2)
+
+
+@pytest.mark.parametrize("command", EARLY)
+def test_what_is_refused_before_a_model_is_loaded(refused, bad, monkeypatch, command):
+    def load(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("neurons.models.source.load_model", load)
+    refused(command, bad / "none", 2, EARLY[command].format(BAD=bad / "none"))
 
 
 @pytest.mark.parametrize("option", UNKNOWN)

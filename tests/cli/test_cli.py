@@ -90,6 +90,7 @@ def test_the_list_says_what_each_needs(broca):
     assert methods["culnig"]["needs"] == "MODEL --prompts --control [--recognition]"
     out = broca("identify", "--method", "list")[1]
     assert all(method["needs"] in out for method in methods.values())
+    assert "filter_rate" in out and {"line", "source", "reads", "moments", "selection"} < {*methods["lape"]}
 
 
 def test_statistics_of_another_model_match_nothing(broca, model, known_text, files, checkpoint_of):

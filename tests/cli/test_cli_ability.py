@@ -100,12 +100,17 @@ def test_another_plan_has_no_instruction_unless_one_is_given(broca, chat_model, 
         (["--edit", "{plan}", "--against", "{model}"], 2, "--against"),
         (["--instruction", " "], 2, "--instruction"),
         (["--edit", "{other}"], 1, "0123456789abcdef"),
+        (["--edit", "{no_choices}"], 2, "'de', in which"),
     ],
 )
 def test_bad_input_is_refused_by_name(broca, chat_model, tmp_path, options, status, named):
     plan_of(chat_model).save(tmp_path / "edit.safetensors")
     plan_of(chat_model, fingerprint="0123456789abcdef").save(tmp_path / "other.safetensors")
+    settings = {"sources": ["en"], "instructions": {"en": "Respond in German."}}
+    no_choices = plan_of(chat_model, method="steer", source="en", target="de", settings=settings)
+    no_choices.save(tmp_path / "no_choices.safetensors")
     names = {
+        "no_choices": tmp_path / "no_choices.safetensors",
         "plan": tmp_path / "edit.safetensors",
         "other": tmp_path / "other.safetensors",
         "model": chat_model,

@@ -109,6 +109,16 @@ def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_p
     assert evaluate("--prompts", 2, "--relevance", "none")[1]["relevance"] is None
 
 
+def test_chrf_without_references_is_refused_before_any_answer(evaluate, questions, monkeypatch):
+    monkeypatch.setattr("editing.evaluation.evaluation.generate", None)
+    with pytest.raises(UsageError, match="2 of 2 prompts have no reference"):
+        evaluate("--questions", questions, "--relevance", "chrf", "--prompts", 2)
+    with pytest.raises(UsageError, match="have no reference"):
+        evaluate("--questions", questions, "--relevance", "chrf", "--methods", "prompt-source")
+    with pytest.raises(UsageError, match="have no reference"):
+        evaluate("--relevance", "chrf")
+
+
 @pytest.mark.parametrize(("part", "scorer"), [(1, "chrf"), (2, "likelihood"), (3, "likelihood")])
 def test_one_scorer_for_the_text_that_is_chosen_on_and_for_that_which_is_reported(
     evaluate, tmp_path, part, scorer

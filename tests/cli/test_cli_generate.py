@@ -15,7 +15,7 @@ import torch
 from cli.generate import command
 from editing.directions.diffmean import diffmean_direction
 from editing.evaluation.generation import generate
-from editing.evaluation.vllm_generation import VllmWriter, generate_by_vllm
+from editing.evaluation.vllm_generation import VllmWriter
 from editing.methods.directional_ablation import directional_ablation_plan
 from editing.plans.applied import applied
 from neurons.errors import UsageError
@@ -39,6 +39,11 @@ def texts_of(output):
 
 def written(loaded, seed=0, **settings):
     return [item.text for item in generate(loaded, TEXTS, 6, 0.0, seed)]
+
+
+def written_by_vllm(loaded, prompts):
+    with VllmWriter(loaded.name, loaded.tokenizer) as write:
+        return write(prompts)
 
 
 def test_the_model_alone(llama):
@@ -88,6 +93,12 @@ def test_prompts_from_files(llama, tmp_path):
     long = " ".join(["beef"] * 200) + ".txt"
     alone = texts_of(run(llama.name, "--prompts", long, "--new-tokens", 1, "--json"))
     assert [row["prompt"] for row in alone] == [long]
+
+
+def test_prompts_that_are_not_utf8_are_named(llama, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"beef\ncaf\xe9\n")
+    with pytest.raises(UsageError, match=r"latin\.txt: line 2 is not UTF-8"):
+        run(llama.name, "--prompts", tmp_path / "latin.txt")
 
 
 def test_sampling_has_a_seed(llama):
@@ -167,7 +178,7 @@ def test_vllm_is_asked_for_the_same_tokens(llama, steered, vllm):
     for settings in vllm.settings:
         del settings["seed"]
         assert settings == {"temperature": 0.0, "max_tokens": 6, "stop_token_ids": [1]}
-    assert generate_by_vllm(llama.name, llama.tokenizer, []) == []
+    assert written_by_vllm(llama, []) == []
     assert len(vllm.started) == 2
 
 
@@ -224,12 +235,12 @@ def test_a_prompt_asked_twice_has_two_seeds_and_another_seed_has_others(llama, v
 def test_vllm_takes_of_the_memory_what_the_model_in_it_leaves(llama, vllm, monkeypatch):
     free = SimpleNamespace(available=6, total=24)
     monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(virtual_memory=lambda: free))
-    generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+    written_by_vllm(llama, ["beef"])
     monkeypatch.setattr("editing.evaluation.vllm_generation.pick_device", lambda: torch.device("cuda"))
-    generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+    written_by_vllm(llama, ["beef"])
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (30, 80))
-    generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+    written_by_vllm(llama, ["beef"])
     fractions = [settings.get("gpu_memory_utilization") for settings in vllm.started]
     assert fractions == [pytest.approx(0.2), None, pytest.approx(0.3)]
 
@@ -251,7 +262,7 @@ def test_an_interrupt_while_an_engine_starts_is_not_lost(llama, vllm, interrupts
 
     vllm.LLM = swallowing
     with pytest.raises(KeyboardInterrupt):
-        generate_by_vllm(llama.name, llama.tokenizer, ["beef"])
+        written_by_vllm(llama, ["beef"])
     assert signal.getsignal(signal.SIGINT) is interrupts
 
 

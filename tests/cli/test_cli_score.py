@@ -5,6 +5,7 @@ import json
 import pytest
 
 from editing.evaluation.answer_scores import load_answer_scores
+from neurons.errors import UsageError
 
 
 @pytest.fixture
@@ -47,6 +48,16 @@ def test_a_judge_that_gives_no_rating_is_named(broca, answers, chat_model):
     assert unrated and f"{unrated} replies of the judge have no rating" in err
 
 
+def test_the_judge_computes_in_the_dtype_of_serving(broca, answers, chat_model, monkeypatch):
+    def load(model, device, dtype):
+        raise UsageError(f"loaded in {dtype}")
+
+    monkeypatch.setattr("neurons.models.own_dtype.own_dtype", lambda *_: "the dtype of serving")
+    monkeypatch.setattr("neurons.models.source.load_model", load)
+    for words, dtype in ([], "the dtype of serving"), (["--dtype", "float16"], "float16"):
+        assert f"loaded in {dtype}" in broca("score", answers, "--judge", chat_model, *words)[2]
+
+
 @pytest.mark.parametrize(
     "words, reason",
     [
@@ -54,10 +65,13 @@ def test_a_judge_that_gives_no_rating_is_named(broca, answers, chat_model):
         (["--judge", "{model}"], "has no chat template, so it cannot judge"),
         (["--judge-instruction", "answers.jsonl"], "needs --judge"),
         (["--identifier", "answers.jsonl"], "not a fastText model"),
+        (["--judge", "{model}", "--judge-instruction", "latin.txt"], "latin.txt: line 1 is not UTF-8"),
+        (["--out", "answers.jsonl"], "is the input of ANSWERS"),
     ],
 )
 def test_refusals(broca, answers, checkpoint_of, monkeypatch, words, reason):
     monkeypatch.chdir(answers.parent)
+    (answers.parent / "latin.txt").write_bytes(b"R\xe9ponds")
     words = [word.format(model=checkpoint_of()) for word in words]
     status, _, err = broca("score", answers, "--target", "fr", *words)
     assert status in (1, 2) and reason in err and len(err.splitlines()) == 1

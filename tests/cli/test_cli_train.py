@@ -5,6 +5,7 @@ import json
 import models
 import pytest
 import torch
+from conversations import said, written
 
 from editing.plans.plan import load_plan
 from neurons.models.source import open_model
@@ -64,6 +65,13 @@ def test_what_is_refused(broca, arguments, tmp_path, changed, status, named):
     found, _, err = broca(*arguments, *changed, "--out", tmp_path / "plan.safetensors")
     assert found == status and named in err and err.count("\n") == 1
     assert not (tmp_path / "plan.safetensors").exists()
+
+
+def test_conversations_are_refused_before_the_model_is_loaded(broca, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("neurons.models.source.load_model", None)
+    chats = written(tmp_path / "chats", {"qaa": [said(("user", f"bad cab {i}")) for i in range(8)]})
+    found, _, err = broca(*arguments, "--corpus", chats, "--out", tmp_path / "plan.safetensors")
+    assert found == 2 and "train on plain text" in err
 
 
 @pytest.mark.parametrize(("rate", "named"), [("1e-30", "no pass lowers"), ("1e30", "the loss is nan")])

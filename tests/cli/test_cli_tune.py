@@ -120,11 +120,12 @@ def test_what_a_method_refuses_is_said(text, tmp_path, monkeypatch):
     assert {trial["method"] for trial in trials if trial["state"] == "refused"} == {"keyed"}
 
 
-def test_refuses_another_search_in_the_same_directory(tuned, text):
+@pytest.mark.parametrize("option", ["seed", "tokens"])
+def test_refuses_another_search_in_the_same_directory(tuned, text, option):
     out, _ = tuned
-    error = tune(text, out, "--seed", "7").exception
+    error = tune(text, out, f"--{option}", "700").exception
     assert isinstance(error, BrocaError)
-    assert "seed" in str(error)
+    assert option in str(error)
 
 
 def test_ctrl_c_keeps_the_front_and_says_that_it_was_stopped(text, tmp_path, monkeypatch):

@@ -48,6 +48,8 @@ def test_a_directory_to_write_may_be_there(tmp_path):
     (tmp_path / "file").write_text("")
     assert OUT_DIRECTORY.convert(tmp_path, None, None) == tmp_path
     assert OUT_DIRECTORY.convert(tmp_path / "new", None, None) == tmp_path / "new"
+    with pytest.raises(click.BadParameter, match="cannot be written"):
+        OUT_FILE.convert(tmp_path / ("n" * 5000), None, None)
     with pytest.raises(click.BadParameter, match="file"):
         OUT_DIRECTORY.convert(tmp_path / "file", None, None)
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct through ``broca``: every command once, in a process of its own; see ``make test-real``."""
+"""SmolLM2-135M-Instruct through ``broca``: the main commands, each in a process of its own; see ``make test-real``."""
 
 import json
 import os

@@ -380,7 +380,7 @@ def test_where_it_is_written(source, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("dear")
-    with pytest.raises(BrocaError, match="not an adapter"):
+    with pytest.raises(BrocaError, match="has no adapter_config"):
         export_adapter(source, plan, mine, overwrite=True)
     assert (mine / "letter.txt").read_text() == "dear"
     with pytest.raises(BrocaError, match="of its own"):

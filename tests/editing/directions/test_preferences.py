@@ -333,7 +333,7 @@ def test_the_command(broca, llama, tmp_path):
     status, printed, _ = broca(*arguments, "--dry-run")
     assert status == 0 and {*json.loads(printed)["stages"]} == {"preferences", "direction"}
     for words, reason in (
-        (["--corpus", tmp_path], "exclude each other"),
+        (["--corpus", tmp_path], "--corpus is not supported by --preferences"),
         (["--tokens", "5"], "--tokens"),
         (["--sae", rows], "--sae"),
         (["--method", "sae"], "--corpus"),

@@ -93,6 +93,19 @@ def test_each_model_is_measured_alone(loaded, tasks):
     assert result.accuracy["en"][BASE].change is None and result.accuracy["en"][BASE].items == 24
 
 
+def test_choices_are_those_of_the_same_item(loaded, tasks):
+    def measured(choices):
+        given = replace(tasks, choices=tasks.choices | {"fr": choices})
+        return ability(
+            loaded, given, ("en",), instructions={"en": "Be brief."}, answers_in={"en": "fr"}
+        ).accuracy
+
+    french = tasks.choices["fr"]
+    assert measured(french[::-1]) == measured(french)
+    with pytest.raises(UsageError, match="item '23' is missing in 'fr'"):
+        measured(french[:-1])
+
+
 def naive_losses(loaded, prompt, answer):
     """Log-probabilities [tokens, vocabulary] that predict the answer, from one row."""
     ids = torch.tensor([[*prompt, *answer]])

@@ -64,7 +64,7 @@ def test_points_are_tokens_after_the_question_and_the_answer_so_far(chatting, tm
         read_changed_answers(path, ["en"], by_letters)
 
 
-def test_the_command(broca, chat_model, tmp_path):
+def test_the_command(broca, chat_model, tmp_path, monkeypatch):
     # Real sentences: the command identifies languages by fastText.
     french = "Le chat dort tous les jours sur la table de la cuisine."
     english = "However, the weather was very nice on that day in the city."
@@ -90,3 +90,7 @@ def test_the_command(broca, chat_model, tmp_path):
     ):
         status, _, err = broca(*arguments, *words)
         assert status == 2 and reason in err
+    monkeypatch.setattr("neurons.models.source.load_model", None)
+    arguments[1] = tmp_path / "none"
+    status, _, err = broca(*arguments, "--answers", answers, "--sibling", chat_model)
+    assert status == 2 and "none: there is no such model" in err  # before the sibling is read

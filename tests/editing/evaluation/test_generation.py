@@ -6,7 +6,8 @@ import models
 import pytest
 import torch
 
-from editing.evaluation.generation import generate
+from editing.evaluation.generation import generate, prompts_at_once, writing_bytes
+from neurons.models.memory import sizes_of
 from neurons.models.source import load_model
 
 PROMPTS = ["beef", "stop milk hill pop trust bead", "a", "cafe decaf face, fade? "]
@@ -41,6 +42,25 @@ def test_greedy_equals_one_token_at_a_time(llama, monkeypatch):
     assert [item.ids for item in continuations] == expected
     assert len(set(expected)) == 4 and all(len(ids) == 12 for ids in expected)
     assert [item.text for item in continuations] == [models.tiny_tokenizer().decode(ids) for ids in expected]
+
+
+def test_a_batch_has_as_many_prompts_as_memory_allows(llama, monkeypatch):
+    longest = max(len(prompt_ids(prompt)) for prompt in PROMPTS)
+    room = writing_bytes(sizes_of(llama), 3, longest, 12)
+    monkeypatch.setattr("editing.evaluation.generation.max_room", lambda loaded: room)
+    assert [prompts_at_once(llama, longest, tokens) for tokens in (12, 12_000)] == [2, 1]
+    batches, write = [], llama.model.generate
+
+    def counted(**arguments):
+        batches.append(len(arguments["input_ids"]))
+        return write(**arguments)
+
+    monkeypatch.setattr(llama.model, "generate", counted)
+    continuations = generate(llama, PROMPTS, 12, temperature=0)
+    assert batches == [2, 2]
+    assert [item.ids for item in continuations] == [
+        naive_greedy(llama.model, one, 12, {1}) for one in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize(

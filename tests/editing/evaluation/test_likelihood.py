@@ -11,6 +11,10 @@ from conversations import counted_by_hand
 
 from editing.evaluation.generation import Continuation
 from editing.evaluation.likelihood import continuation_nll, mean_kl, mean_nll, read_again, read_unedited
+from editing.plans.applied import applied
+from editing.plans.plan import ModuleEdit, make_plan
+from neurons.architectures.anatomy import OUTSIDE
+from neurons.models.source import load_model
 from neurons.text.batches import packed_batches, text_batches
 from neurons.text.conversations import Message
 from neurons.text.corpus_rows import Conversation
@@ -140,6 +144,20 @@ def test_mean_kl(llama, monkeypatch, change):
     divergence = mean_kl(llama, batches, lambda: change(llama.model))
     assert divergence == pytest.approx(expected, rel=1e-3)
     assert divergence > 0.001
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mean_kl_of_a_plan_that_edits_embeddings_or_head(tmp_path, monkeypatch, tied):
+    loaded = load_model(str(models.build_checkpoint(tmp_path, tied=tied)))
+    batches = padded_batches(loaded, monkeypatch)
+    deltas = 2 * torch.randn(40, loaded.anatomy.residual, generator=torch.Generator().manual_seed(0))
+    edit = ModuleEdit(
+        OUTSIDE, "model.embed_tokens" if tied else "lm_head", (), rows=torch.arange(40), row_deltas=deltas
+    )
+    plan = make_plan([edit], {"fingerprint": loaded.fingerprint, "method": "m", "settings": {}})
+    expected = naive_kl(loaded, lambda: applied(loaded, plan))
+    assert expected > 0.001
+    assert mean_kl(loaded, batches, lambda: applied(loaded, plan)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_mean_kl_of_a_model_to_itself(llama, monkeypatch):

@@ -53,7 +53,7 @@ def test_a_language_column_and_a_directory(tmp_path):
     write(tmp_path / "by" / "en.jsonl", rows[:1])
     write(tmp_path / "by" / "fr.csv", [{"question_id": "1", "text": "Comment ?"}])
     assert [q.text for q in read_questions(tmp_path / "by", "fr").of["fr"]] == ["Comment ?"]
-    assert set(read_questions(tmp_path / "by").of) == {"en", "fr"}
+    assert set(read_questions(str(tmp_path / "by")).of) == {"en", "fr"}
 
 
 def test_halves_share_no_question(tmp_path):

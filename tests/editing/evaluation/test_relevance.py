@@ -48,11 +48,18 @@ def test_likelihood_is_the_geometric_mean_of_the_answers_tokens(llama):
     assert len(set(scores)) == 3
 
 
-@pytest.mark.parametrize("chat", [False, True])
+CHATS = {
+    "text": None,
+    "chat": "{{ bos_token }}({{ messages[0]['content'] }})",
+    "a judge that thinks": "{{ bos_token }}({{ messages[0]['content'] }}"
+    "{{ ')' if enable_thinking is defined and not enable_thinking else ' think' }}",
+}
+
+
+@pytest.mark.parametrize("chat", CHATS)
 def test_the_judge_says_yes_with_a_probability(llama, monkeypatch, chat):
     tokenizer = models.tiny_tokenizer.__wrapped__()
-    if chat:
-        tokenizer.chat_template = "{{ bos_token }}({{ messages[0]['content'] }})"
+    tokenizer.chat_template = CHATS[chat]
     judge = replace(llama, tokenizer=tokenizer)
     monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 600)
     monkeypatch.setattr("editing.evaluation.relevance.JUDGE_PROMPT", "{question} / {answer}?")
@@ -69,7 +76,7 @@ def test_the_judge_says_yes_with_a_probability(llama, monkeypatch, chat):
             assert score == 0
             continue
         shown = f"{prompt.text} / {text}?"
-        shown = f"({shown})" if chat else shown + JUDGE_COMPLETION
+        shown = f"({shown})" if CHATS[chat] else shown + JUDGE_COMPLETION
         ids = [0, *tokenizer(shown, add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
             p = llama.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)

@@ -28,7 +28,7 @@ def loaded(chatting):
 def keys(loaded):
     text = conversation_batches(loaded, chats_of(loaded.tokenizer, ("aa", "bb"), count=12))
     edits = conversation_keys(loaded, text, [groups_of("aa")], range(loaded.anatomy.layers))
-    return make_plan(edits, {"settings": {}})
+    return make_plan(edits, {"fingerprint": loaded.fingerprint, "settings": {}})
 
 
 def distributions(model, prompt, answer):

@@ -14,7 +14,7 @@ from editing.methods.keyed import STRENGTH
 from editing.methods.learned_values import LEARNED_AT
 from editing.pipeline.recipe import Recipe, read_recipe
 from editing.pipeline.run import _Run, run
-from editing.pipeline.stages import KEPT, RUNS
+from editing.pipeline.stages import KEPT, RUNS, Stages
 from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.errors import BrocaError, UsageError
@@ -157,6 +157,24 @@ def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
     with pytest.raises(BrocaError, match="changed by hand"):
         run(edited.with_options(strengths=(0.9,)), Quiet())
     assert contents(edited.out) == files
+
+
+def test_a_stage_that_was_killed_after_it_wrote_runs_again(tmp_path):
+    out, file = tmp_path / "out", tmp_path / "out" / "file"
+    out.mkdir()
+
+    def stage(number, action):
+        Stages(out, lambda name, state: None).run("stage", {"number": number}, ["file"], action)
+
+    def killed():
+        file.write_text("two")
+        raise KeyboardInterrupt
+
+    stage(1, lambda: file.write_text("one"))
+    with pytest.raises(KeyboardInterrupt):
+        stage(2, killed)
+    stage(2, lambda: file.write_text("again"))
+    assert file.read_text() == "again"
 
 
 def test_the_model_may_lie_elsewhere(finished, recipe, tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -302,7 +303,8 @@ def test_a_stage_fits_where_its_peak_is_within_the_limit(checkpoint_of, capsys):
         Need("all of it", {"weights": 3 * 10**9}, tokens=8),
         Need("a byte more", {"weights": 2 * 10**9, "kept": 10**9 + 1}, tokens=8),
     ]
-    dry_run(Screen(as_json=True), str(checkpoint_of()), "cpu", "auto", lambda planned: needs)
+    planned_as = SimpleNamespace(model=str(checkpoint_of()), device="cpu", dtype="auto")
+    dry_run(Screen(as_json=True), planned_as, lambda planned: needs)
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert {name: stage["fits"] for name, stage in stages.items()} == {
         "all of it": True,
