@@ -279,7 +279,7 @@ def language_batches(
     length, max_tokens = block_length(loaded.model), _max_tokens(corpus, tokens, default)
     context = context_length(loaded.model) or length
     at_once = (
-        min(TOKENS_A_BATCH, common_batches(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
+        min(TOKENS_A_BATCH, batches_for(loaded, False, 1)[0]) if tokens_a_batch is None else tokens_a_batch
     )
     batches = {
         language: text_batches(
@@ -294,6 +294,11 @@ def language_batches(
             )
     require_embedded_tokens(loaded, batches)
     return batches
+
+
+def common_tokens(loaded: LoadedModel) -> int:
+    """The ``tokens_a_batch`` of ``language_batches`` by default, the same in all processes, which must all call it."""
+    return min(TOKENS_A_BATCH, common_batches(loaded, False, 1)[0])
 
 
 def longest_row(batches: Mapping[str, Sequence[TokenBatch]]) -> int:

@@ -30,7 +30,7 @@ from neurons.models.source import load_model, open_model, plan_model
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.needs import text_of
 from neurons.recording.record import record
-from neurons.text.batches import language_batches, text_batches
+from neurons.text.batches import common_tokens, language_batches, text_batches
 from neurons.text.corpus import read_corpus
 
 
@@ -144,7 +144,9 @@ def test_processes_cut_batches_by_the_least_memory(llama, corpus, monkeypatch):
     other = {torch.minimum: 64, torch.maximum: 1}
     monkeypatch.setattr(memory, "all_reduce", lambda own, combine: combine(own, torch.tensor(other[combine])))
     assert memory.common_batches(llama, True, 1) == (64, True)
-    assert all(batch.ids.numel() <= 64 for batch in language_batches(llama, corpus, 200)["qaa"])
+    assert all(
+        batch.ids.numel() <= 64 for batch in language_batches(llama, corpus, 200, common_tokens(llama))["qaa"]
+    )
     read = record_corpus(llama, corpus, ["mlp_in:sum"], block=16, tokens=100)
     assert read.metadata["settings"]["tokens_a_batch"] == 64
 
