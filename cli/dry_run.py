@@ -70,9 +70,16 @@ def dry_run(screen: Screen, arguments: Any, needs: Callable[[LoadedModel], Seque
 
 
 def dry_run_of_text(
-    screen: Screen, arguments: SimpleNamespace, corpus: Corpus, need: Callable[[LoadedModel, Text], Need]
+    screen: Screen,
+    arguments: SimpleNamespace,
+    corpus: Corpus,
+    need: Callable[[LoadedModel, Text], Need],
+    default: int | None = None,
 ) -> None:
-    """``dry_run`` for a command with one stage, which reads a corpus."""
+    """``dry_run`` for a command with one stage, which reads a corpus, without --tokens ``default`` tokens of a language."""
     from neurons.recording.needs import text_of
 
-    dry_run(screen, arguments, lambda planned: [need(planned, text_of(planned, corpus, arguments.tokens))])
+    def needs(planned: LoadedModel) -> list[Need]:
+        return [need(planned, text_of(planned, corpus, arguments.tokens, default))]
+
+    dry_run(screen, arguments, needs)

@@ -171,9 +171,10 @@ def _by_text(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | None:
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import recording_need
+        from neurons.text.token_budget import budget_of
 
         need = partial(recording_need, moments=method.moments, reads=method.reads, block=arguments.block)
-        dry_run_of_text(screen, arguments, corpus, need)
+        dry_run_of_text(screen, arguments, corpus, need, budget_of(method.moments, method.reads).tokens)
         return None
     loaded = loaded_model(screen, arguments)
     with screen.progress("Recording activations", None, "tokens") as advance:
@@ -379,6 +380,7 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         "like": control,
         "seed": control,
         **dict.fromkeys(("scope", "ends", "threshold", "min_exclusivity", "layers", "kinds"), not control),
+        **dict.fromkeys(("scope", "ends"), not control and not method.rate_in_score),
         "top_rate": not control or arguments.like is None,
     }
     method_text = f"--method {arguments.method}" + (" with --statistics" if from_statistics else "")

@@ -86,6 +86,7 @@ def command(**options: Any) -> None:
             arguments,
             corpus,
             partial(recording_need, moments=moments, reads=reads, block=arguments.block),
+            budget_of(moments, reads).tokens,
         )
         return
     loaded = loaded_model(screen, arguments)

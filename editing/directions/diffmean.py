@@ -21,7 +21,7 @@ from neurons.models.source import LoadedModel
 from neurons.recording.record import record
 from neurons.recording.text_pass import Progress
 from neurons.statistics.statistics import Statistics
-from neurons.text.batches import language_batches
+from neurons.text.batches import common_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import DIRECTIONS, text_read
 
@@ -66,7 +66,7 @@ def diffmean_direction(
     corpus.require(source, target)
     pair = corpus.only(source, target)
     sites = OUTPUT_SITES + INPUT_SITES
-    batches = language_batches(loaded, pair, default=DIRECTIONS.tokens)
+    batches = language_batches(loaded, pair, None, common_tokens(loaded), DIRECTIONS.tokens)
     statistics = record(loaded, batches, [f"{site}:text_mean" for site in sites], progress)
     direction = diffmean(statistics, source, target)
     metadata = {

@@ -24,7 +24,13 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import batches_for
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
-from neurons.text.batches import TokenBatch, counted_tokens, language_batches, token_row_batches
+from neurons.text.batches import (
+    TokenBatch,
+    common_tokens,
+    counted_tokens,
+    language_batches,
+    token_row_batches,
+)
 from neurons.text.corpus import Corpus
 from neurons.text.preferences import CHOSEN, REJECTED, Preferences, preference_rows
 from neurons.text.token_budget import DIRECTIONS, text_read
@@ -83,7 +89,7 @@ def direction_of(
         return diffmean_direction(loaded, corpus, source, target, progress)
     languages = corpus.languages if estimator.all_languages else (source, target)
     read = corpus.only(*languages)
-    batches = language_batches(loaded, read, tokens, default=DIRECTIONS.tokens)
+    batches = language_batches(loaded, read, tokens, common_tokens(loaded), DIRECTIONS.tokens)
     given: list[Given] = []
     notes: dict[str, Any] = {}
     if estimator.autoencoders:

@@ -46,7 +46,7 @@ from neurons.architectures.anatomy import BLOCKS, COMMON_SITES, Anatomy
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.recording.covariance import Moments, each_moments, site_moments
+from neurons.recording.covariance import Moments, each_moments
 from neurons.recording.text_pass import Progress
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus
@@ -199,7 +199,7 @@ def _jointly(
         for place in sorted(units, key=lambda place: (place[0], BLOCKS.index(place[1]))):
             layer, module = place
             site = COMMON_SITES[module], layer
-            moments = site_moments(loaded, batches, {site: units[place]}, progress)
+            moments = dict(each_moments(loaded, batches, {site: units[place]}, progress))
             edit = _edit(loaded, batches, place, moments[site], request)
             edited.enter_context(applied(loaded, make_plan([edit], metadata)))
             yield edit

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from neurons.ablation.conditions import Condition, Ledger, TextLosses, condition_losses
+from neurons.ablation.conditions import Condition, InMemory, TextLosses, condition_losses
 from neurons.models.next_token import token_hits, token_losses
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
@@ -77,7 +77,7 @@ class PromptBatches:
         self,
         loaded: LoadedModel,
         conditions: Sequence[Condition],
-        ledger: Ledger | None = None,
+        ledger: InMemory | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Mapping[str, TextLosses]:
         """Measure -> the values of each prompt under each condition; arguments as in ``condition_losses``."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -61,16 +61,8 @@ class Condition:
 UNTOUCHED = Condition(torch.zeros(0, 2, dtype=torch.int64))
 
 
-class Ledger(Protocol):
-    """A store of finished losses by (language, index of the batch, digest of the condition)."""
-
-    def get(self, language: str, turn: int, digest: str) -> torch.Tensor | None: ...
-
-    def put(self, language: str, turn: int, digest: str, losses: torch.Tensor) -> None: ...
-
-
 class InMemory:
-    """A ledger in memory."""
+    """A store of finished losses by (language, index of the batch, digest of the condition)."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, int, str], torch.Tensor] = {}
@@ -99,7 +91,7 @@ def condition_losses(
     loaded: LoadedModel,
     batches: Mapping[str, Sequence[TokenBatch]],
     conditions: Sequence[Condition],
-    ledger: Ledger | None = None,
+    ledger: InMemory | None = None,
     progress: Callable[[int], None] | None = None,
     whole: bool = False,
     read: Reading = text_losses,
@@ -127,7 +119,7 @@ def condition_losses(
     for condition in conditions:
         _require_inside(condition.rows, anatomy.layers, anatomy.width(condition.site))
     distinct = {condition.digest: condition for condition in conditions}
-    book: Ledger = InMemory() if ledger is None else ledger
+    book = InMemory() if ledger is None else ledger
     from_below = not whole and supports_partial_forward(loaded.model, anatomy)
     tokens, sums = {}, {}
     for language, of_language in batches.items():
@@ -219,7 +211,7 @@ def _kept_on(loaded: LoadedModel, batch: TokenBatch, layers: int) -> torch.devic
     return torch.device("cpu") if needed > _KEPT_FRACTION * total else None
 
 
-def _held(book: Ledger, language: str, turn: int, digest: str) -> torch.Tensor:
+def _held(book: InMemory, language: str, turn: int, digest: str) -> torch.Tensor:
     losses = book.get(language, turn, digest)
     assert losses is not None
     return losses

@@ -10,8 +10,10 @@ from types import TracebackType
 
 import torch
 
+from neurons.ablation.conditions import InMemory
 
-class LedgerFile:
+
+class LedgerFile(InMemory):
     """``.NAME.unfinished`` beside a study's output: its finished losses, from which a stopped study resumes.
 
     The first line holds the key; a file with another key is overwritten.  A truncated line is dropped.
@@ -23,9 +25,9 @@ class LedgerFile:
     """
 
     def __init__(self, out: Path, key: str) -> None:
+        super().__init__()
         self.path = out.with_name(f".{out.name}.unfinished")
         self.key = key
-        self._held: dict[tuple[str, int, str], torch.Tensor] = {}
         self._stream: BufferedWriter | None = None
 
     def __enter__(self) -> LedgerFile:
@@ -45,16 +47,8 @@ class LedgerFile:
         if self._stream is not None:
             self._stream.close()
 
-    @property
-    def done(self) -> int:
-        """Number of finished pairs of condition and batch."""
-        return len(self._held)
-
-    def get(self, language: str, turn: int, digest: str) -> torch.Tensor | None:
-        return self._held.get((language, turn, digest))
-
     def put(self, language: str, turn: int, digest: str, losses: torch.Tensor) -> None:
-        self._held[language, turn, digest] = losses
+        super().put(language, turn, digest, losses)
         self._write({"at": [language, turn, digest], "losses": losses.tolist()})
 
     def remove(self) -> None:

@@ -67,19 +67,6 @@ class Specificity:
     other: Figure
 
 
-@dataclass(frozen=True)
-class Bootstrapped:
-    """Changes of all conditions, and the replicates of some.
-
-    Attributes:
-        changes: of all.
-        drawn: condition -> replicates of its changes, float64 [draws, K].
-    """
-
-    changes: Changes
-    drawn: dict[int, torch.Tensor]
-
-
 def bootstrapped(
     losses: TextLosses,
     untouched: int,
@@ -87,7 +74,7 @@ def bootstrapped(
     draws: int = DRAWS,
     seed: int = 0,
     confidence: float = CONFIDENCE,
-) -> Bootstrapped:
+) -> tuple[Changes, dict[int, torch.Tensor]]:
     """Changes of loss with BCa intervals over texts.
 
     Texts are drawn apart in each language; a text is drawn with its losses under all conditions, so
@@ -100,6 +87,9 @@ def bootstrapped(
         draws: bootstrap samples.
         seed: of the draws.
         confidence: of the intervals.
+
+    Returns:
+        The changes of all conditions, and condition of ``kept`` -> replicates of its changes, float64 [draws, K].
     """
     columns, drawn = [], []
     for place, (language, sums) in enumerate(losses.sums.items()):
@@ -112,7 +102,7 @@ def bootstrapped(
         drawn.append(some[:, list(kept)])
     changes = Changes(*torch.stack(columns, dim=-1))
     by_condition = torch.stack(drawn, dim=-1)
-    return Bootstrapped(changes, {c: by_condition[:, i] for i, c in enumerate(kept)})
+    return changes, {c: by_condition[:, i] for i, c in enumerate(kept)}
 
 
 def specificity(matrix: torch.Tensor, drawn: torch.Tensor, confidence: float = CONFIDENCE) -> Specificity:

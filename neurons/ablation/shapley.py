@@ -98,7 +98,9 @@ def record_shapley(
         def value(without: torch.Tensor) -> float:
             columns = anatomy.unit_columns("head", heads[without.sort().values])
             conditions = [Condition(columns, replacement, "attn_in")]
-            losses = condition_losses(loaded, {language: batches[language]}, conditions, ledger, whole=True)
+            # Only the losses with all heads and with none are needed again.
+            kept = ledger if len(without) in (0, len(heads)) else None
+            losses = condition_losses(loaded, {language: batches[language]}, conditions, kept, whole=True)
             return -float(losses.sums[language].sum()) / int(losses.tokens[language].sum())
 
         return value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,7 +23,7 @@ from neurons.models.memory import batches_for
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.identify import random_set
 from neurons.neuron_sets.neuron_set import NeuronSet
-from neurons.recording.corpus_recording import record_corpus
+from neurons.recording.corpus_recording import record_corpus, recording_key
 from neurons.scorers.method import TEXTS
 from neurons.statistics.bootstrap import CONFIDENCE, DRAWS
 from neurons.statistics.statistics import Statistics
@@ -279,7 +277,8 @@ def ablation_study(
         if progress is not None:
             progress(count, total)
 
-    key = _key(loaded, {**batches, **(asked.of if asked else {})}, "" if prompts is None else prompts.digest)
+    of_study = ["ablation", "" if prompts is None else prompts.digest]
+    key = recording_key(loaded, {**batches, **(asked.of if asked else {})}, of_study)
     with nullcontext(InMemory()) if out is None else LedgerFile(out, key) as ledger:
         losses = condition_losses(loaded, batches, plan.conditions, ledger, advance)
         answers = (
@@ -288,20 +287,20 @@ def ablation_study(
             else {}
         )
     of_answers = {
-        measure: bootstrapped(values, 0, (), how.resamples, how.seed, how.confidence).changes
+        measure: bootstrapped(values, 0, (), how.resamples, how.seed, how.confidence)[0]
         for measure, values in answers.items()
     }
     place = {number: i for i, number in enumerate(on_prompts)}
     kept = [condition for one in plans.values() for condition in one.own]
-    found = bootstrapped(losses, 0, kept, how.resamples, how.seed, how.confidence)
+    changes_of_text, drawn = bootstrapped(losses, 0, kept, how.resamples, how.seed, how.confidence)
     return Study(
         languages=languages,
         texts=tuple(len(losses.tokens[language]) for language in languages),
         tokens=tuple(int(losses.tokens[language].sum()) for language in languages),
-        baseline=found.changes.nll[0],
+        baseline=changes_of_text.nll[0],
         sets=tuple(
             replace(
-                _outcome(name, sets[name], one, found.changes, found.drawn, languages, how),
+                _outcome(name, sets[name], one, changes_of_text, drawn, languages, how),
                 answers={measure: _effects(one, changes, place) for measure, changes in of_answers.items()},
             )
             for name, one in plans.items()
@@ -429,31 +428,6 @@ def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: 
     else:
         order = scores.argsort(descending=True, stable=True)
     return rows[order[:count].sort().values]
-
-
-def _key(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], prompts: str) -> str:
-    """Names what losses depend on beside the condition."""
-    digest = hashlib.sha256(prompts.encode())
-    for piece in _key_pieces(loaded, batches):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _key_pieces(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]]) -> Iterator[bytes]:
-    model = [
-        loaded.fingerprint,
-        str(loaded.model.dtype),
-        loaded.device.type,
-        package_versions(),
-        *loaded.provenance.values(),
-    ]
-    yield json.dumps(model, sort_keys=True).encode()
-    for language, some in batches.items():
-        yield language.encode()
-        for batch in some:
-            yield json.dumps(list(batch.ids.shape)).encode()
-            yield batch.ids.numpy().tobytes()
-            yield batch.counted.numpy().tobytes()
 
 
 def _outcome(

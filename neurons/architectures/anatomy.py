@@ -542,12 +542,6 @@ class Anatomy:
         """The part that holds a column of W."""
         return next(part for part in self.parts(layer, block) if column < part.columns.stop)
 
-    def output_parameter(self, layer: int, block: str) -> nn.Parameter:
-        """The parameter that holds W, in the model's shape; of a mixture, that of the experts."""
-        part = self.parts(layer, block)[0]
-        parameter: nn.Parameter = getattr(part.module, part.parameter)
-        return parameter
-
     def output_weight(self, layer: int, block: str) -> torch.Tensor:
         """W as a view of the live parameter: writing into it edits the model.
 

@@ -222,7 +222,8 @@ def _linear_shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
     for path, module in block.named_modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
-            shapes[path] = (weight.shape[0], weight.shape[1])
+            # The weight of a module in 4 bits is packed.
+            shapes[path] = (module.out_features, module.in_features)
         elif type(module).__name__ == "Conv1D":
             shapes[path] = (weight.shape[1], weight.shape[0])
     return shapes

@@ -34,10 +34,12 @@ from neurons.architectures.offload import offloaded_bytes
 from neurons.errors import BrocaError
 from neurons.files.tensor_files import READABLE_DTYPES, tensor_entries
 from neurons.models.next_token import LOGIT_BYTES_AT_ONCE
+from neurons.models.processes import all_reduce
 
 if TYPE_CHECKING:
     from neurons.models.source import LoadedModel, ModelSource
 
+CGROUPS = Path("/sys/fs/cgroup")
 LIBRARIES = 500 * 2**20
 MARGIN = 0.1  # fraction of the free memory that stays free
 WORK = 3 * 2**29  # on a CPU: larger batches are not faster
@@ -75,18 +77,29 @@ def _free() -> int:
 
     process = psutil.Process().memory_info()
     used_here = process.rss - getattr(process, "shared", 0)
-    free = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such limit, or the word "max"
-            continue
+    free = within_container(psutil.virtual_memory().available)
     # Processes of one launch share the machine.
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return int((1 - MARGIN) * (max(free, 0) + used_here) / processes)
+    return int((1 - MARGIN) * (free + used_here) / processes)
+
+
+def within_container(free: int) -> int:
+    """``free`` bytes of the machine; within a container no more than its limit leaves.
+
+    Pages of files, such as mapped weights, are counted as free: the kernel drops them when memory is needed.
+    """
+    for folder, limit, used, prefix in (
+        (CGROUPS, "memory.max", "memory.current", ""),
+        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        try:
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such limit, or the word "max"
+            continue
+        left += sum(int(pages.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+        free = min(free, max(left, 0))
+    return free
 
 
 @dataclass(frozen=True)
@@ -325,8 +338,21 @@ def batches_for(loaded: LoadedModel, backward: bool, row: int) -> tuple[int, boo
                 f"{max_room(loaded) / 1e9:.1f} GB are left: rows of {fitting} tokens fit, or allow "
                 f"{(needed + LIBRARIES + sizes.weights) / 1e9:.1f} GB (--max-memory)"
             )
-        tokens = max(tokens, row)
+        if tokens < row:
+            tokens = row
+            recomputes = backward and backward_bytes(sizes, row) + logit_bytes(sizes, row, True) > max_room(
+                loaded
+            )
     return tokens, recomputes
+
+
+def common_batches(loaded: LoadedModel, backward: bool, row: int) -> tuple[int, bool]:
+    """``batches_for`` of the process with the least memory: all processes of a launch must cut text alike."""
+    tokens, recomputes = batches_for(loaded, backward, row)
+    return (
+        int(all_reduce(torch.tensor(tokens), torch.minimum)),
+        bool(all_reduce(torch.tensor(int(recomputes)), torch.maximum)),
+    )
 
 
 def row_bytes(sizes: Sizes, backward: bool, row: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neurons.models.source import locate, pick_device
+from neurons.models.source import locate, pick_device, read_config
 
 
 def own_dtype(model: str, device: str = "auto") -> str:
@@ -19,13 +19,12 @@ def own_dtype(model: str, device: str = "auto") -> str:
 
     Raises:
         UsageError: no such model or device.
+        BrocaError: a config that cannot be read.
     """
-    import transformers
-
     checkpoint = locate(model)
     if pick_device(device).type != "cpu":
         return "auto"
-    config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    config = read_config(model, checkpoint, quantised=True)
     stored = config.get_text_config().dtype or config.dtype
     return "bfloat16" if stored == torch.bfloat16 and _cpu_has_bfloat16() else "auto"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from neurons.files.tensor_files import READABLE_DTYPES, tensor_entries
+from neurons.models.memory import within_container
 from neurons.models.processes import local_processes
 
 # Fraction of the free memory for weights; the rest is for activations.
@@ -34,6 +35,7 @@ def max_memory_per_device(
 
     _, processes = local_processes()
     free = get_max_memory()
+    free["cpu"] = within_container(free["cpu"])
     if processes > 1:
         # The other GPUs belong to other processes.
         gpus = (where.index or 0,) if where.type == "cuda" else ()
@@ -56,7 +58,7 @@ def _free(where: torch.device) -> int:
     from accelerate.utils import get_max_memory
 
     _, processes = local_processes()
-    return int(get_max_memory()["cpu"]) // processes
+    return within_container(int(get_max_memory()["cpu"])) // processes
 
 
 def _allowed(free: int, max_memory: int | None) -> int:

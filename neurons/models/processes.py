@@ -9,6 +9,8 @@ import torch
 
 from neurons.errors import UsageError
 
+SLICE = 2**23  # values of each process that are gathered at once
+
 
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without a launcher."""
@@ -16,7 +18,9 @@ def world() -> tuple[int, int]:
         return 0, 1
     import accelerate
 
-    state = accelerate.PartialState(cpu=not torch.cuda.is_available())
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # With more processes than GPUs they compute on CPUs: NCCL refuses two on one GPU.
+    state = accelerate.PartialState(cpu=local_processes()[1] > gpus)
     return int(state.process_index), int(state.num_processes)
 
 
@@ -55,14 +59,19 @@ def is_first() -> bool:
 def all_reduce(
     values: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """The values of all processes combined in order of rank, so that all get the same bits."""
+    """The values of all processes combined one by one in order of rank, so that all get the same bits."""
     if world()[1] == 1:
         return values
     import accelerate
 
     device = accelerate.PartialState().device
-    gathered = accelerate.utils.gather(values[None].contiguous().to(device)).to(values.device)
-    total: torch.Tensor = gathered[0]
-    for other in gathered[1:]:
-        total = combine(total, other)
-    return total
+    flat = values.flatten()
+    total = torch.empty_like(flat)
+    # In slices: the values of all processes together may not fit.
+    for own, into in zip(flat.split(SLICE), total.split(SLICE), strict=True):
+        gathered = accelerate.utils.gather(own[None].contiguous().to(device)).to(values.device)
+        combined: torch.Tensor = gathered[0]
+        for other in gathered[1:]:
+            combined = combine(combined, other)
+        into.copy_(combined)
+    return total.view(values.shape)

@@ -206,7 +206,7 @@ def open_model(model: str | Path, quantised: bool = False) -> ModelSource:
     checkpoint = locate(model)
     anatomy = _from_files(checkpoint)
     if anatomy is None:
-        config = _config(model, checkpoint, quantised)
+        config = read_config(model, checkpoint, quantised)
         anatomy = anatomy_of(_empty(config))
         if anatomy.layout.examined:
             anatomy = replace(anatomy, layout=checked_on_small_model(config, anatomy.layout))
@@ -253,7 +253,7 @@ def load_model(
         target = getattr(torch, dtype)
     else:
         raise UsageError(f"dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
-    config = _config(model, checkpoint)
+    config = read_config(model, checkpoint)
     if layout_of(config) is None:
         # Raises before any weight is read.
         anatomy_of(_empty(config))
@@ -338,7 +338,7 @@ def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedM
         BrocaError: quantised, or an architecture that is not supported.
     """
     checkpoint = locate(model)
-    config = _config(model, checkpoint)
+    config = read_config(model, checkpoint)
     where = pick_device(device)
     stored = getattr(config, "dtype", None) or torch.float32
     of_model = (
@@ -437,7 +437,17 @@ def quietly() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _config(model: str, checkpoint: Path, quantised: bool = False) -> Any:
+def read_config(model: str, checkpoint: Path, quantised: bool = False) -> Any:
+    """The config of a checkpoint that Broca supports.
+
+    Args:
+        model: its name, for messages.
+        checkpoint: a local directory.
+        quantised: whether quantised weights are accepted.
+
+    Raises:
+        BrocaError: a config that cannot be read, or of weights that are quantised.
+    """
     import transformers
 
     try:

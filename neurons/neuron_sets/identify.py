@@ -14,7 +14,7 @@ from neurons.models.source import LoadedModel, ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet, neuron_set
 from neurons.recording.answers import merge_moments, record_answers
 from neurons.recording.confusion import ConfusionPoint, record_confusion
-from neurons.recording.corpus_recording import record_corpus
+from neurons.recording.corpus_recording import model_metadata, record_corpus
 from neurons.recording.text_pass import Progress
 from neurons.scorers.language_confusion import LanguageConfusion
 from neurons.scorers.method import CONFUSIONS, PROMPTS, Scorer
@@ -106,7 +106,7 @@ def identify_by_prompts(
     ]
     statistics = merge_moments(recorded)
     statistics.metadata.update(
-        _of_model(loaded),
+        model_metadata(loaded),
         prompts={moment: of_moment.digest for moment, of_moment in given.items() if of_moment is not None},
     )
     return neurons_from(statistics, method, top_rate, settings, selection)
@@ -137,20 +137,10 @@ def identify_by_confusion(
     top = LanguageConfusion.of(settings or {}).top
     recorded = [record_confusion(loaded, points, top, progress=progress)]
     statistics = merge_moments(recorded if sibling is None else [*recorded, sibling])
-    statistics.metadata.update(_of_model(loaded), prompts={"confusion": source})
+    statistics.metadata.update(model_metadata(loaded), prompts={"confusion": source})
     if sibling is not None:
         statistics.metadata["sibling"] = sibling.fingerprint
     return neurons_from(statistics, LanguageConfusion.name, top_rate, settings, selection)
-
-
-def _of_model(loaded: LoadedModel) -> dict[str, Any]:
-    return {
-        "model": loaded.label,
-        "layers": loaded.anatomy.layers,
-        "neurons": loaded.anatomy.neurons,
-        "experts": loaded.anatomy.experts,
-        **loaded.provenance,
-    }
 
 
 def neurons_from(
@@ -185,19 +175,23 @@ def neurons_from(
         raise UsageError(
             f"method {method!r} scores heads, but the layers of the model have {kinds}: identify neurons"
         )
+    for name in ("scope", "ends"):
+        if scorer.rate_in_score and (selection or {}).get(name) is not None:
+            raise UsageError(f"method {method!r} applies the rate before ranking: leave out {name}")
     rate = scorer.selection.top_rate if top_rate is None else top_rate
     rule = scorer.selection.changed(top_rate=rate, **(selection or {}))
     scores = scorer.of(settings or {}).scores(statistics, rule.top_rate)
     selected = select(scores, rule.changed(top_rate=1.0) if scorer.rate_in_score else rule)
     layers, width, _ = scores.values.shape
-    if round(rule.top_rate * layers * width) == 0:
+    chosen = layers if rule.layers is None or scorer.rate_in_score else len(set(rule.layers))
+    if round(rule.top_rate * chosen * width) == 0:
         raise UsageError(
-            f"the top rate {rule.top_rate} keeps none of {layers * width:,} {scorer.unit}s: use at least "
-            f"{1 / (layers * width):.1g}"
+            f"the top rate {rule.top_rate} keeps none of {chosen * width:,} {scorer.unit}s: use at least "
+            f"{1 / (chosen * width):.1g}"
         )
     languages = statistics.languages
     metadata = {
-        **{key: value for key, value in statistics.metadata.items() if key not in ("settings", "unknown")},
+        **{key: value for key, value in statistics.metadata.items() if key != "settings"},
         "fingerprint": statistics.fingerprint,
         "unit": scorer.unit,
         "method": method,
@@ -242,7 +236,7 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
         **{
             k: v
             for k, v in like.metadata.items()
-            if k in ("model", "fingerprint", "unit", "layers", "neurons", "experts", "heads")
+            if k in ("model", "fingerprint", "unit", "layers", "neurons", "experts", "neuron_counts", "heads")
         },
         "method": "random" if statistics is None else "random-matched",
         "settings": {
@@ -258,9 +252,11 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
 def _activity(statistics: Statistics) -> torch.Tensor:
     """Mean absolute value of each neuron over all languages together, so that language specificity is not matched.
 
-    An expert without tokens has activity 0.
+    An expert without tokens has activity 0, a place without a neuron -inf.
     """
-    return statistics.moment("mlp_in:absolute").sum(-1) / statistics.seen().sum(-1).clamp(min=1)
+    activity = statistics.moment("mlp_in:absolute").sum(-1) / statistics.seen().sum(-1).clamp(min=1)
+    counts = statistics.metadata.get("neuron_counts", [activity.shape[1]])
+    return activity.masked_fill(torch.arange(activity.shape[1]) >= torch.tensor(counts)[:, None], -torch.inf)
 
 
 def _head_activity(statistics: Statistics) -> torch.Tensor:
@@ -278,12 +274,14 @@ def random_neurons(
 ) -> NeuronSet:
     """Random neurons for languages of a model, not matched to another set."""
     anatomy = source.anatomy
-    scores = random_scores(anatomy.layers, anatomy.neurons, len(languages), seed)
+    counts = anatomy.unit_counts("neuron")
+    scores = random_scores(anatomy.layers, anatomy.neurons, len(languages), seed, counts)
     selected = select(scores, Selection(top_rate=top_rate))
     metadata = {
         "model": source.label,
         "fingerprint": source.fingerprint,
         "experts": anatomy.experts,
+        "neuron_counts": list(counts),
         "method": "random",
         "settings": {"seed": seed, "top_rate": top_rate},
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,14 +89,6 @@ class NeuronReport:
     activity: dict[str, Activity]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Values of the neuron on one batch: [rows, length], NaN where not counted or not routed to it."""
-
-    inside: torch.Tensor
-    before_activation: torch.Tensor
-
-
 def neuron_report(
     loaded: LoadedModel,
     corpus: Corpus,
@@ -134,8 +126,8 @@ def neuron_report(
     best: list[Snippet] = []
     for language, batches in language_batches(loaded, corpus, max_tokens, default=MEANS.tokens).items():
         seen = _read(loaded, batches, layer, neuron, progress)
-        for batch, values in zip(batches, seen, strict=True):
-            best = _best(best + _strongest(loaded, batch, values.inside, language, snippets), snippets)
+        for batch, values in zip(batches, seen["mlp_in"], strict=True):
+            best = _best(best + _strongest(loaded, batch, values, language, snippets), snippets)
         activity[language] = _activity(seen)
         read = sum(int(batch.counted.sum()) for batch in batches)
         if math.isinf(activity[language].absolute) or (
@@ -146,15 +138,14 @@ def neuron_report(
     part = anatomy.part_of(layer, "mlp", neuron)
     value = part.cut(part.values, column)[:, 0].to(loaded.device)
     promoted, suppressed = _tokens(loaded, value, tokens)
-    return NeuronReport(
-        layer, neuron, float(value.float().norm()), tuple(best), promoted, suppressed, activity
-    )
+    found = tuple(replace(snippet, line=corpus.file_line(snippet.line)) for snippet in best)
+    return NeuronReport(layer, neuron, float(value.float().norm()), found, promoted, suppressed, activity)
 
 
 def _read(
     loaded: LoadedModel, batches: Sequence[TokenBatch], layer: int, neuron: int, progress: Progress | None
-) -> list[_Seen]:
-    """A neuron's values on each batch."""
+) -> dict[str, list[torch.Tensor]]:
+    """Site -> a neuron's values on each batch, [rows, length], NaN where not counted or not routed to it."""
     anatomy = loaded.anatomy
     expert, column = divmod(neuron, anatomy.expert_width)
     recorded = {
@@ -173,18 +164,19 @@ def _read(
 
     readers = {(site, layer): keeper(site) for site in recorded}
     read_text(loaded, [(0, batch) for batch in batches], readers, progress)
-    kept = {
+    return {
         site: [
             values.masked_fill(~batch.counted, torch.nan) for values, batch in zip(of, batches, strict=True)
         ]
         for site, of in recorded.items()
     }
-    return [_Seen(*pair) for pair in zip(kept["mlp_in"], kept["mlp_act"], strict=True)]
 
 
-def _activity(seen: Sequence[_Seen]) -> Activity:
-    inside = torch.cat([values.inside.flatten() for values in seen]) if seen else torch.zeros(0)
-    gate = torch.cat([values.before_activation.flatten() for values in seen]) if seen else torch.zeros(0)
+def _activity(seen: Mapping[str, Sequence[torch.Tensor]]) -> Activity:
+    inside, gate = (
+        torch.cat([torch.zeros(0), *(values.flatten() for values in seen[site])])
+        for site in ("mlp_in", "mlp_act")
+    )
     present = ~torch.isnan(inside)
     values = inside[present].double()
     if not len(values):

@@ -15,6 +15,9 @@ from neurons.files.artifact import Artifact, load_artifact, save_artifact
 from neurons.models.source import ModelSource
 from neurons.scorers.selection import KINDS, kind_of
 
+# Unit -> the metadata with the number of them in each layer.
+_COUNTS = {"neuron": "neuron_counts", "head": "heads"}
+
 
 @dataclass(frozen=True)
 class NeuronSet:
@@ -26,7 +29,8 @@ class NeuronSet:
         kinds: language -> int64 [n], each row's index into ``neurons.scorers.selection.KINDS``.
         layers: L of the model.
         neurons: I of the model, those of all experts of a layer together; of heads, A.
-        metadata: unit, method, settings, tokens, fingerprint, model, corpus digest, experts.
+        metadata: unit, method, settings, tokens, fingerprint, model, corpus digest, experts; ``neuron_counts`` and ``heads``,
+            the numbers of neurons and of heads of each layer.
     """
 
     members: dict[str, torch.Tensor]
@@ -53,8 +57,9 @@ class NeuronSet:
 
     @property
     def counts(self) -> list[int]:
-        """Places of each layer; of heads, the number of heads, 0 where Broca understands none."""
-        return list(self.metadata.get("heads", [])) if self.unit == "head" else [self.neurons] * self.layers
+        """Number of neurons or heads of each layer, 0 where Broca understands none."""
+        # Older files hold no numbers of neurons.
+        return list(self.metadata.get(_COUNTS[self.unit], [self.neurons] * self.layers))
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -214,11 +219,11 @@ def _fault(artifact: Artifact) -> str | None:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             return f"it has {size!r} {name}"
-    heads = metadata.get("heads")
-    if unit == "head" and not (
-        isinstance(heads, list) and len(heads) == sizes["layers"] and all(type(n) is int for n in heads)
+    counts = metadata.get(_COUNTS[unit])
+    if (unit == "head" or counts is not None) and not (
+        isinstance(counts, list) and len(counts) == sizes["layers"] and all(type(n) is int for n in counts)
     ):
-        return f"its numbers of heads are {heads!r}"
+        return f"its numbers of {unit}s are {counts!r}"
     for i, language in enumerate(languages):
         rows, scores, kinds = (tensors.get(f"{name}.{i}") for name in ("members", "scores", "kinds"))
         if rows is None or rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype != torch.int64:

@@ -177,11 +177,13 @@ class Attribution:
         heads = self.anatomy.width("attn_in", layer) // width if self.site == "attn_in" else None
 
         # Detached: a hook that refers to the values refers to their graph, which refers to the hook, a cycle.
+        # In float32: products of small values and gradients are 0 in float16.
+        exact = torch.promote_types(values.dtype, torch.float32)
         detached = values.detach()
 
         def on_gradient(gradient: torch.Tensor) -> None:
             if heads is None:
-                add_tokens(detached * gradient, positions, {"absolute": total})
+                add_tokens(detached.to(exact) * gradient.to(exact), positions, {"absolute": total})
             else:
                 effects = head_effects(detached, gradient, heads, width)
                 add_tokens(effects, positions, {"absolute": total[:heads]})

@@ -11,15 +11,15 @@ from typing import Any
 
 from accelerate.utils import find_executable_batch_size
 
-from neurons.architectures.anatomy import ROUTER_OUT, Anatomy
+from neurons.architectures.anatomy import ROUTER_OUT
 from neurons.errors import UsageError
 from neurons.files.artifact import package_versions
-from neurons.models.memory import batches_for
+from neurons.models.memory import common_batches
 from neurons.models.processes import is_first, world
 from neurons.models.source import LoadedModel
 from neurons.recording.record import record
 from neurons.recording.resume import Unfinished
-from neurons.recording.text_pass import Progress
+from neurons.recording.text_pass import Progress, line_numbers
 from neurons.scorers.method import PACKED, TEXTS
 from neurons.statistics.routing import ROUTING
 from neurons.statistics.statistics import Statistics
@@ -82,11 +82,10 @@ def record_corpus(
         )
         raise UsageError(f"--block is not supported by {what}: leave it out")
     backward = any(moment.endswith(":attribution") for moment in moments)
-    _require_room(loaded, corpus, moments)
     budget = budget_of(moments, reads)
     if loaded.anatomy.width(ROUTER_OUT):
         moments = [*moments, *(moment for moment in [ROUTING] if moment not in moments)]
-    planned = batches_for(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
+    planned = common_batches(loaded, backward, 1)[0] if batch_tokens is None else batch_tokens
 
     def cut(size: int) -> dict[str, list[TokenBatch]]:
         if not packs:
@@ -96,13 +95,14 @@ def record_corpus(
 
     def attempt(size: int) -> Statistics:
         batches = cut(size)
-        fitting, recomputes = batches_for(loaded, backward, longest_row(batches))
+        fitting, recomputes = common_batches(loaded, backward, longest_row(batches))
         if batch_tokens is None and size == planned and fitting != size:
             # A row is longer than planned: activations are recomputed, in other batches.
             size, batches = fitting, cut(fitting)
         for language, of_language in batches.items():
             if not of_language:
                 raise UsageError(f"language {language!r} has no text of two tokens or more")
+        _require_room(loaded, batches, moments)
         unfinished = None if out is None else Unfinished(out, recording_key(loaded, batches, moments))
         statistics = record(loaded, batches, moments, progress, unfinished, recomputes)
         unknown = {k: unknown_rate(of_language, loaded.tokenizer) for k, of_language in batches.items()}
@@ -126,13 +126,27 @@ def record_corpus(
     return statistics
 
 
-def head_metadata(anatomy: Anatomy) -> dict[str, Any]:
-    """``heads`` and ``head_widths`` of each layer, and ``without_heads``: kind of attention -> its layers."""
+def model_metadata(loaded: LoadedModel) -> dict[str, Any]:
+    """The name and the sizes of the model.
+
+    ``neuron_counts``, ``heads`` and ``head_widths`` are of each layer; ``without_heads``: kind of attention -> its layers.
+    """
+    anatomy = loaded.anatomy
     counts = anatomy.unit_counts("head")
     without: dict[str, list[int]] = {}
     for layer in (layer for layer, count in enumerate(counts) if not count):
         without.setdefault(anatomy.attention[layer], []).append(layer)
-    return {"heads": list(counts), "head_widths": list(anatomy.head_dims), "without_heads": without}
+    return {
+        "model": loaded.label,
+        "layers": anatomy.layers,
+        "neurons": anatomy.neurons,
+        "experts": anatomy.experts,
+        "neuron_counts": list(anatomy.unit_counts("neuron")),
+        "heads": list(counts),
+        "head_widths": list(anatomy.head_dims),
+        "without_heads": without,
+        **loaded.provenance,
+    }
 
 
 def remove_unfinished(out: Path) -> None:
@@ -143,16 +157,17 @@ def remove_unfinished(out: Path) -> None:
             state.unlink(missing_ok=True)
 
 
-def _require_room(loaded: LoadedModel, corpus: Corpus, moments: Sequence[str]) -> None:
+def _require_room(
+    loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], moments: Sequence[str]
+) -> None:
     if not any(moment.endswith(":responses") for moment in moments):
         return
-    texts = sum(len(corpus.non_empty(language)) for language in corpus.languages)
+    texts = sum(map(len, line_numbers(batches).values()))
     text_bytes = 4 * loaded.anatomy.layers * loaded.anatomy.neurons
     if texts * text_bytes > MAX_RESPONSE_BYTES:
-        max_lines = MAX_RESPONSE_BYTES // text_bytes // len(corpus.languages)
         raise UsageError(
-            f"the responses to {texts:,} texts would take {texts * text_bytes / 1e9:.1f} GB: give at most "
-            f"{max_lines:,} lines in each language"
+            f"the responses to {texts:,} texts would take {texts * text_bytes / 1e9:.1f} GB: read fewer tokens (--tokens), "
+            f"at most {MAX_RESPONSE_BYTES // text_bytes // len(batches):,} texts of each language"
         )
 
 
@@ -205,12 +220,7 @@ def recording_metadata(
         backward: whether gradients were computed.
     """
     return {
-        "model": loaded.label,
-        "layers": loaded.anatomy.layers,
-        "neurons": loaded.anatomy.neurons,
-        "experts": loaded.anatomy.experts,
-        **head_metadata(loaded.anatomy),
-        **loaded.provenance,
+        **model_metadata(loaded),
         "corpora": [
             {
                 **corpus.provenance,

@@ -97,16 +97,6 @@ def language_moments(
     return {layer: moments for (_, layer), moments in each_moments(loaded, batches, by_place, progress)}
 
 
-def site_moments(
-    loaded: LoadedModel,
-    batches: Mapping[str, Sequence[TokenBatch]],
-    units: Mapping[Place, torch.Tensor],
-    progress: Progress | None = None,
-) -> dict[Place, Moments]:
-    """``each_moments`` as a dictionary, which takes 8 S^2 bytes for each place."""
-    return dict(each_moments(loaded, batches, units, progress))
-
-
 def each_moments(
     loaded: LoadedModel,
     batches: Mapping[str, Sequence[TokenBatch]],

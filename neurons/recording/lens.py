@@ -13,7 +13,7 @@ import torch
 
 from neurons.architectures.anatomy import Anatomy
 from neurons.architectures.sites import logits
-from neurons.recording.partial_forward import end_of_model
+from neurons.recording.partial_forward import ending
 
 
 @torch.no_grad()
@@ -29,5 +29,5 @@ def lens_logits(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.Te
         float32 [n, vocabulary], on the CPU.
     """
     with_zero = torch.cat([torch.zeros_like(vectors[:1]), vectors])
-    scores = logits(model, end_of_model(model, anatomy, with_zero)).float().cpu()
+    scores = logits(model, ending(model, anatomy, len(with_zero))(with_zero)).float().cpu()
     return scores[1:] - scores[:1]

@@ -43,13 +43,22 @@ class Text:
     packs: bool = True
 
 
-def text_of(planned: LoadedModel, corpus: Corpus, tokens: int | None = None) -> Text:
-    """The size of a corpus in tokens of this model; full rows if the model has no tokenizer."""
+def text_of(
+    planned: LoadedModel, corpus: Corpus, tokens: int | None = None, default: int | None = None
+) -> Text:
+    """The size of a corpus in tokens of this model; full rows if the model has no tokenizer.
+
+    Args:
+        planned: the model.
+        corpus: text by language.
+        tokens: as in ``neurons.text.batches.language_batches``.
+        default: as there.
+    """
     length = block_length(planned.model)
     if planned.tokenizer is None:
         count = MAX_TOKENS if tokens is None else tokens
         return Text(len(corpus.languages), length, count * len(corpus.languages), count // length + 1)
-    batches = language_batches(planned, corpus, tokens, MAX_TOKENS)
+    batches = language_batches(planned, corpus, tokens, MAX_TOKENS, default)
     flat = [batch for of_language in batches.values() for batch in of_language]
     return Text(
         len(corpus.languages),

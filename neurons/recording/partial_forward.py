@@ -105,23 +105,12 @@ def forward_from(
         return forward(model, batch)
 
 
-def end_of_model(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.Tensor:
-    """The final norm applied to vectors in the residual stream after the last layer.
-
-    Args:
-        model: causal language model.
-        anatomy: its anatomy.
-        vectors: [n, d].
-
-    Returns:
-        [n, d], input of ``neurons.architectures.sites.logits``.
-    """
-    return ending(model, anatomy, len(vectors))(vectors)
-
-
 @torch.no_grad()
 def ending(model: Any, anatomy: Anatomy, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``end_of_model`` as a function of at most ``rows`` vectors; one whole pass of the model serves all calls."""
+    """The final norm as a function of vectors [n, d] in the residual stream after the last layer, n at most ``rows``.
+
+    Its result [n, d] is the input of ``neurons.architectures.sites.logits``; one whole pass of the model serves all calls.
+    """
     device = execution_device(model.get_input_embeddings())
     ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     seen = torch.ones_like(ids, dtype=torch.bool)

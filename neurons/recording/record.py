@@ -10,6 +10,7 @@ import torch
 
 from neurons.architectures.anatomy import Anatomy
 from neurons.architectures.sites import Routed
+from neurons.errors import BrocaError
 from neurons.models.next_token import token_losses
 from neurons.models.not_finite import explained
 from neurons.models.processes import all_reduce
@@ -78,7 +79,7 @@ def record(
         Statistics with every moment [layers, width, languages].
 
     Raises:
-        BrocaError: an activation that is not finite; names layer and site.
+        BrocaError: an activation that is not finite; names layer and site; or processes with different batches.
     """
     anatomy, model, languages = loaded.anatomy, loaded.model, tuple(batches)
     keeps_responses = f"mlp_in:{RESPONSES}" in moments
@@ -149,6 +150,10 @@ def record(
     with explained(loaded):
         totals.require_finite()
     tokens, texts = all_reduce(counts, torch.add)
+    if tokens.tolist() != [counted_tokens(of_language) for of_language in batches.values()]:
+        raise BrocaError(
+            "the processes did not read each batch once: their batches differ; give all the same --batch-tokens"
+        )
     return Statistics(
         languages=languages,
         tokens=tokens,

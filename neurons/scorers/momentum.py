@@ -162,4 +162,8 @@ def _parallel_responses(statistics: Statistics) -> list[torch.Tensor]:
         raise UsageError(
             "no line has a text in every language: parallel text is needed, with line i the same text in each"
         )
-    return [values[torch.isin(numbers, common)] for values, numbers in zip(responses, lines, strict=True)]
+    return [
+        # A choice of rows is a copy, and responses are large.
+        values if len(common) == len(numbers) else values[torch.isin(numbers, common)]
+        for values, numbers in zip(responses, lines, strict=True)
+    ]

@@ -85,7 +85,7 @@ def random_matched(
     matched = rows.to(torch.int64).clone()
     for layer in rows[:, 0].unique().tolist():
         at = (rows[:, 0] == layer).nonzero()[:, 0]
-        _require_room(layer, len(at), width)
+        _require_room(layer, len(at), int((activity[layer] > -torch.inf).sum()))
         order = torch.argsort(activity[layer], stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(width)
@@ -97,7 +97,9 @@ def random_matched(
     return matched
 
 
-def random_scores(layers: int, width: int, languages: int, seed: int) -> Scores:
+def random_scores(
+    layers: int, width: int, languages: int, seed: int, counts: Sequence[int] | None = None
+) -> Scores:
     """Scores uniform in [0, 1), independent for each neuron and language.
 
     Args:
@@ -105,10 +107,12 @@ def random_scores(layers: int, width: int, languages: int, seed: int) -> Scores:
         width: I of the model.
         languages: K.
         seed: equal seeds give equal scores.
+        counts: number of neurons of each layer; None: I.
     """
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(layers, width, languages, generator=generator, dtype=torch.float64)
-    return Scores(values=values, member=torch.ones_like(values, dtype=torch.bool), notes={"seed": seed})
+    exists = torch.arange(width) < torch.tensor(counts or [width] * layers)[:, None]
+    return Scores(values=values, member=exists[..., None].expand(values.shape), notes={"seed": seed})
 
 
 def _take_nearest(wanted: list[int], free: list[int], chances: list[float], nearest: int) -> list[int]:
@@ -137,8 +141,8 @@ def _mask(rows: torch.Tensor, layers: int, width: int) -> torch.Tensor:
     return mask
 
 
-def _require_room(layer: int, wanted: int, width: int) -> None:
-    if 2 * wanted > width:
+def _require_room(layer: int, wanted: int, count: int) -> None:
+    if 2 * wanted > count:
         raise UsageError(f"the neurons are more than half of layer {layer}: too few are left for a control")
 
 

@@ -184,7 +184,7 @@ def _group(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
-    """The sum of two recordings, for the languages of either.
+    """The sum of two recordings, for the languages of either; of two rates of unknown tokens the larger.
 
     Raises:
         UsageError: recordings of different models or of different moments, or with text in common.
@@ -208,6 +208,8 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
             columns.append(held[0] if len(held) == 1 else combine(*held))
         return torch.stack(columns, dim=-1)
 
+    rates, others = (which.metadata.get("unknown", {}) for which in (first, second))
+    unknown = {k: max(rates.get(k, 0.0), others.get(k, 0.0)) for k in languages if k in {**rates, **others}}
     return Statistics(
         languages=languages,
         tokens=joined(first.tokens, second.tokens, torch.add),
@@ -225,7 +227,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         prompts={
             name: joined(counts, second.prompts[name], torch.add) for name, counts in first.prompts.items()
         },
-        metadata={**first.metadata, "corpora": _corpora(first) + _corpora(second)},
+        metadata={**first.metadata, "corpora": _corpora(first) + _corpora(second), "unknown": unknown},
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from neurons.errors import UsageError
 from neurons.models.embedded import require_embedded
-from neurons.models.memory import MAX_TOKENS, batches_for
+from neurons.models.memory import MAX_TOKENS, batches_for, common_batches
 from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.text.conversations import MESSAGE_ROLES
@@ -294,6 +294,11 @@ def language_batches(
             )
     require_embedded_tokens(loaded, batches)
     return batches
+
+
+def common_tokens(loaded: LoadedModel) -> int:
+    """The ``tokens_a_batch`` of ``language_batches`` by default, the same in all processes, which must all call it."""
+    return min(TOKENS_A_BATCH, common_batches(loaded, False, 1)[0])
 
 
 def longest_row(batches: Mapping[str, Sequence[TokenBatch]]) -> int:

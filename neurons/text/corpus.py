@@ -65,6 +65,11 @@ class Corpus:
         roles = {"roles": list(self.roles)} if self.has_conversations else {}
         return {"digest": self.digest, "part": self.part, **roles}
 
+    def file_line(self, line: int) -> int:
+        """The line of the file, from 0, of a line of the part."""
+        kept = PARTS[self.part]
+        return line // len(kept) * 4 + kept[line % len(kept)]
+
     def require(self, *languages: str) -> None:
         """Check that the corpus has the languages.
 

@@ -123,12 +123,6 @@ def row_strings(path: Path, number: int, line: bytes, names: Sequence[str], exam
     return strings
 
 
-def answer_token(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
-    """The prompt's tokens and the first token of its answer, as ``answer_tokens``."""
-    ids, answer = answer_tokens(tokenizer, prompt)
-    return ids, answer[0]
-
-
 def answer_tokens(tokenizer: Any, prompt: Prompt) -> tuple[list[int], list[int]]:
     """The prompt's tokens and its answer's.
 

@@ -12,7 +12,7 @@ from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_set import neuron_set
-from neurons.recording.covariance import language_moments, site_moments
+from neurons.recording.covariance import each_moments, language_moments
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 
@@ -150,8 +150,8 @@ def test_a_sparse_key_uses_the_fraction(llama, corpus, direction, block):
     (edit,) = plan.edits
     k = edit.right[:, 0]
     assert int((k != 0).sum()) == round(0.25 * len(k))
-    moments = site_moments(
-        llama, language_batches(llama, corpus), {(f"{block}_in", 1): torch.arange(len(k))}
+    moments = dict(
+        each_moments(llama, language_batches(llama, corpus), {(f"{block}_in", 1): torch.arange(len(k))})
     )[f"{block}_in", 1]
     expected, l1 = sparse_key(key_problem(moments, "qaa"), 0.25)
     torch.testing.assert_close(k.double(), expected, rtol=1e-5, atol=1e-6)
@@ -265,7 +265,7 @@ def test_invalid_settings_are_refused_before_text_is_read(llama, corpus, directi
 def test_moments_of_several_sites_are_those_of_each(llama, corpus):
     batches = language_batches(llama, corpus)
     units = {("attn_in", 0): torch.tensor([3, 60]), ("mlp_in", 2): torch.arange(48)}
-    together = site_moments(llama, batches, units)
+    together = dict(each_moments(llama, batches, units))
     for (site, layer), index in units.items():
         alone = language_moments(llama, batches, site, {layer: index})[layer]
         for name in ("units", "mean", "covariance", "start"):

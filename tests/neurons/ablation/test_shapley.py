@@ -8,6 +8,8 @@ import models
 import pytest
 import torch
 
+from neurons.ablation import shapley
+from neurons.ablation.conditions import InMemory
 from neurons.ablation.shapley import marginal_values, record_shapley
 from neurons.architectures.anatomy import anatomy_of
 from neurons.models.source import load_model
@@ -210,3 +212,10 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(tiny, text, tmp
     steps.clear()
     record_shapley(tiny, text, HeadShapley(permutations=2, seed=1), progress=steps.append, out=out)
     assert steps == [heads] * 4  # another sample
+
+
+def test_only_the_losses_with_all_heads_and_with_none_are_kept(tiny, text, monkeypatch):
+    kept = InMemory()
+    monkeypatch.setattr(shapley, "InMemory", lambda: kept)
+    record_shapley(tiny, text, HeadShapley(permutations=2, tolerance=0.0))
+    assert len({digest for _, _, digest in kept._held}) == 2

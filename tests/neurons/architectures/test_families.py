@@ -28,8 +28,9 @@ from neurons.architectures.self_check import adds_shared, checked, self_check, w
 from neurons.architectures.sites import logits, site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
-from neurons.neuron_sets.identify import neurons_from, random_set
-from neurons.recording.corpus_recording import head_metadata
+from neurons.neuron_sets.identify import neurons_from, random_neurons, random_set
+from neurons.neuron_sets.neuron_set import load_neuron_set, neuron_set
+from neurons.recording.corpus_recording import model_metadata
 from neurons.recording.record import record
 from neurons.recording.text_pass import numbered, read_text
 from neurons.text.batches import TokenBatch, language_batches
@@ -318,7 +319,7 @@ def test_heads_of_a_hybrid_are_those_of_its_softmax_attention(tmp_path):
     loaded = load_model(saved("qwen3_5_text", tmp_path / "model"), device="cpu")
     anatomy = loaded.anatomy
     read = record(loaded, batches(), ["attn_in:attribution", "attn_in:absolute"])
-    read.metadata.update(head_metadata(anatomy))
+    read.metadata.update(model_metadata(loaded))
     lacking = [layer for layer in range(4) if not anatomy.has(layer, "attn")]
     assert read.metadata["without_heads"] == {"linear attention": lacking}
     heads = neurons_from(read, "head-gradient", 1.0)
@@ -328,6 +329,23 @@ def test_heads_of_a_hybrid_are_those_of_its_softmax_attention(tmp_path):
         one = neurons_from(read, "head-gradient", 1 / (4 * anatomy.heads))
         (drawn,) = random_set(one, 0, statistics).of("xx").tolist()
         assert drawn[0] == int(one.of("xx")[0, 0]) and drawn != one.of("xx")[0].tolist()
+
+
+def test_a_control_has_only_neurons_that_exist(tmp_path):
+    """The dense layer has 96 neurons, the layers of experts 160."""
+    loaded = load_model(saved("deepseek_v3", tmp_path / "model"), device="cpu")
+    read = record(loaded, batches(), ["mlp_in:absolute"])
+    read.metadata.update(model_metadata(loaded))
+    members = {"xx": torch.stack([torch.zeros(40, dtype=torch.int64), torch.arange(40)], dim=1)}
+    metadata = {"neuron_counts": read.metadata["neuron_counts"]}
+    neuron_set(members, {"xx": torch.zeros(40)}, 4, 160, metadata).save(tmp_path / "set.safetensors")
+    like = load_neuron_set(tmp_path / "set.safetensors")
+    assert like.counts == [96, 160, 160, 160]
+    for drawn in (random_set(like), random_set(like, 0, read)):
+        assert len(drawn.of("xx")) == 40 and drawn.of("xx")[:, 1].max() < 96
+        assert drawn.counts == like.counts
+    free = random_neurons(loaded, ("xx",), 0.9)
+    assert (free.of("xx")[:, 1] < torch.tensor(free.counts)[free.of("xx")[:, 0]]).all()
 
 
 def test_layers_without_heads_are_named_and_the_others_edited(tmp_path):

@@ -12,7 +12,7 @@ from test_anatomy import IDS, logits_of, silencing_plan
 
 from editing.checkpoints.export import export
 from editing.plans.applied import applied
-from neurons.architectures import sites
+from neurons.architectures import examination, sites
 from neurons.architectures.anatomy import anatomy_of
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS
@@ -301,3 +301,9 @@ def test_a_model_that_cannot_run_is_refused(tmp_path):
     model.model.layers[0].self_attn.forward = fail
     with pytest.raises(BrocaError, match=r"could not run \(RuntimeError: no such kernel\)"):
         checked(model, anatomy)
+
+
+def test_a_packed_weight_does_not_hide_the_shape_of_its_module():
+    linear = torch.nn.Linear(4, 6)
+    linear.weight = torch.nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)
+    assert examination._linear_shapes(torch.nn.Sequential(linear)) == {"0": (6, 4)}

@@ -82,7 +82,9 @@ def assert_the_same(found, expected, names):
     for block in BLOCKS:
         assert found.supports_bias(block) == expected.supports_bias(block)
         for layer in range(expected.layers):
-            assert found.output_parameter(layer, block).shape == expected.output_parameter(layer, block).shape
+            parts = [anatomy.parts(layer, block)[0] for anatomy in (found, expected)]
+            shapes = [getattr(part.module, part.parameter).shape for part in parts]
+            assert shapes[0] == shapes[1]
             assert found.output_weight(layer, block).shape == expected.output_weight(layer, block).shape
             biases = [anatomy.output_bias(layer, block) for anatomy in (found, expected)]
             assert len({None if bias is None else bias.shape for bias in biases}) == 1

@@ -15,7 +15,7 @@ from cli.dry_run import dry_run
 from cli.screen import Screen
 from editing.pipeline.needs import key_need
 from neurons.errors import BrocaError
-from neurons.models import memory
+from neurons.models import memory, placement
 from neurons.models.memory import (
     Need,
     backward_bytes,
@@ -27,9 +27,10 @@ from neurons.models.memory import (
     sizes_of,
 )
 from neurons.models.source import load_model, open_model, plan_model
+from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.needs import text_of
 from neurons.recording.record import record
-from neurons.text.batches import text_batches
+from neurons.text.batches import common_tokens, language_batches, text_batches
 from neurons.text.corpus import read_corpus
 
 
@@ -104,6 +105,50 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
     limit_memory(least)
     with pytest.raises(BrocaError, match="weights"):
         batches_for(llama, False, 1)
+
+
+def test_a_long_row_is_recomputed_where_keeping_it_does_not_fit(llama):
+    """No power of two between the batch and the row: 4,096 tokens fit, 8,000 only if they are recomputed."""
+    sizes, row = sizes_of(llama), 8000
+    needed = backward_bytes(sizes, row) + memory.logit_bytes(sizes, row, True)
+    least = memory.LIBRARIES + sizes.weights
+    limit_memory(least + needed - 1)
+    assert batches_for(llama, True, row) == (row, True)
+    limit_memory(least + needed)
+    assert batches_for(llama, True, row) == (row, False)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_pages_of_files_are_free_within_a_container(tmp_path, monkeypatch, old):
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert memory.within_container(10**6) == 10**6
+    folder, prefix = (tmp_path / "memory", "total_") if old else (tmp_path, "")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+    folder.mkdir(exist_ok=True)
+    (folder / names[0]).write_text("1000\n")
+    (folder / names[1]).write_text("900\n")
+    (folder / "memory.stat").write_text(
+        f"{prefix}anon 100\n{prefix}active_file 300\n{prefix}inactive_file 400\n"
+    )
+    assert memory.within_container(10**6) == 800
+    assert memory.within_container(700) == 700
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 10**6})
+    monkeypatch.setattr(placement, "_size", lambda *_: 721)
+    assert placement.max_memory_per_device(tmp_path, torch.device("cpu"), 4) == {"cpu": 720}
+    (folder / names[0]).write_text("max\n")
+    assert memory.within_container(10**6) == 10**6
+
+
+def test_processes_cut_batches_by_the_least_memory(llama, corpus, monkeypatch):
+    """Another process has room for 64 tokens, and recomputes."""
+    other = {torch.minimum: 64, torch.maximum: 1}
+    monkeypatch.setattr(memory, "all_reduce", lambda own, combine: combine(own, torch.tensor(other[combine])))
+    assert memory.common_batches(llama, True, 1) == (64, True)
+    assert all(
+        batch.ids.numel() <= 64 for batch in language_batches(llama, corpus, 200, common_tokens(llama))["qaa"]
+    )
+    read = record_corpus(llama, corpus, ["mlp_in:sum"], block=16, tokens=100)
+    assert read.metadata["settings"]["tokens_a_batch"] == 64
 
 
 def test_a_model_larger_than_the_limit_is_planned_on_disk(checkpoint_of):

@@ -1,9 +1,12 @@
 """Under a launcher each process of a machine takes its own GPU, before and after the ranks have met."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from neurons.errors import UsageError
+from neurons.models import processes
 from neurons.models.placement import max_memory_per_device
 from neurons.models.source import pick_device
 
@@ -76,3 +79,30 @@ def test_without_a_launcher_all_gpus_are_there(gpus, checkpoint_of, monkeypatch)
     )
     found = max_memory_per_device(checkpoint_of(), pick_device(), 4, max_memory=80_000)
     assert found == {0: 80_000, 1: 80_000, "cpu": 80_000}
+
+
+@pytest.mark.parametrize(("count", "on_cpu"), [(0, True), (1, True), (2, False)])
+def test_more_processes_than_gpus_meet_on_cpus(gpus, monkeypatch, count, on_cpu):
+    gpus(count=count, processes=2)
+    asked = []
+    state = SimpleNamespace(process_index=0, num_processes=2)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: asked.append(cpu) or state)
+    assert processes.world() == (0, 2)
+    assert asked == [on_cpu]
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (0, 4)])
+def test_sums_of_processes_are_made_in_slices(monkeypatch, shape):
+    sizes = []
+
+    def gather(own):
+        sizes.append(own.numel())
+        return torch.cat([own, 10 * own])
+
+    monkeypatch.setattr(processes, "SLICE", 4)
+    monkeypatch.setattr(processes, "world", lambda: (0, 2))
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr("accelerate.utils.gather", gather)
+    values = torch.randn(shape)
+    assert torch.equal(processes.all_reduce(values, torch.add), values + 10 * values)
+    assert max(sizes) <= 4

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from neurons.errors import BrocaError, UsageError
+from neurons.models.own_dtype import own_dtype
 from neurons.models.source import load_model, locate, open_model
 
 
@@ -117,3 +118,10 @@ def test_a_hub_id_goes_to_the_hub(monkeypatch, copy):
     assert asked["model"] == "someone/model"
     assert "*.bin" in asked["ignore_patterns"] and "allow_patterns" not in asked
     assert (found.checkpoint, found.label) == (copy, "someone/model")
+
+
+@pytest.mark.parametrize("broken", ['{"model_type": "nothing"}', '{"vocab_size": 3}', "{"])
+def test_the_dtype_of_a_config_that_cannot_be_read_is_refused_in_one_line(tmp_path, broken):
+    (tmp_path / "config.json").write_text(broken)
+    with pytest.raises(BrocaError, match=r"config\.json cannot be read"):
+        own_dtype(str(tmp_path), "cpu")

@@ -8,7 +8,7 @@ from editing.evaluation.generation import encoded
 from editing.methods.crossings import crossings
 from neurons.errors import BrocaError
 from neurons.models.start_tokens import start_tokens
-from neurons.text.prompts import Prompt, answer_token
+from neurons.text.prompts import Prompt, answer_tokens
 
 SPECIAL = [("<s>", 0), ("</s>", 1)]
 
@@ -31,7 +31,7 @@ def test_only_what_stands_before_the_text_counts(template, expected):
     assert start_tokens(tokenizer) == expected
     text = tokenizer("beef cab", add_special_tokens=False)["input_ids"]
     assert encoded(tokenizer, ["beef cab"]) == [[*expected, *text]]
-    assert answer_token(tokenizer, Prompt("beef cab", " add"))[0] == [*expected, *text]
+    assert answer_tokens(tokenizer, Prompt("beef cab", " add"))[0] == [*expected, *text]
     (row,) = crossings(tokenizer, ["beef cab"], [" add"], 0)
     assert (row.ids[: row.crosses], row.crosses) == ((*expected, *text), len(expected) + len(text))
 

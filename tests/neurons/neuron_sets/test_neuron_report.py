@@ -11,7 +11,7 @@ from cli.neuron import command
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_report import neuron_report
-from neurons.text.corpus import read_corpus
+from neurons.text.corpus import PARTS, read_corpus
 
 LAYER, NEURON = 1, 17
 
@@ -133,3 +133,12 @@ def test_the_command(llama, report, corpus_directory):
     assert document["snippets"][0]["value"] == report.snippets[0].value
     assert document["activity"]["qab"]["tokens"] == report.activity["qab"].tokens
     assert document["corpus"]["digest"] == read_corpus(corpus_directory).digest
+
+
+def test_lines_are_those_of_the_file(llama, corpus, corpus_directory):
+    for name in PARTS:
+        part = read_corpus(corpus_directory, part=name)
+        for language, texts in part.texts.items():
+            assert texts == tuple(corpus.texts[language][part.file_line(i)] for i in range(len(texts)))
+    found = neuron_report(llama, read_corpus(corpus_directory, part="report"), 1, 5, snippets=3).snippets
+    assert [snippet.line % 4 for snippet in found] == [3, 3, 3]

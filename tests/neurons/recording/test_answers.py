@@ -11,7 +11,7 @@ from neurons.errors import UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.identify import require_prompts
 from neurons.recording.answers import merge_moments, record_answers
-from neurons.text.prompts import EXAMPLE, Prompt, Prompts, answer_token, read_prompts
+from neurons.text.prompts import EXAMPLE, Prompt, Prompts, answer_tokens, read_prompts
 
 ORDER = ("qac", "qaa")
 LAYERS, WIDTH = 3, 48
@@ -24,6 +24,12 @@ OF = {
     ),
     "qaa": (Prompt("bead cafe ebb", " add"), Prompt("face", " feed")),
 }
+
+
+def answer_token(tokenizer, prompt):
+    """The prompt's tokens and the first token of its answer."""
+    ids, answer = answer_tokens(tokenizer, prompt)
+    return ids, answer[0]
 
 
 def prompts_of(of):

@@ -7,7 +7,10 @@ import torch
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
 from neurons.models.source import load_model
+from neurons.recording.collectors import Attribution
 from neurons.recording.record import record
+from neurons.recording.text_pass import Position
+from neurons.statistics.totals import Totals
 from neurons.text.batches import text_batches
 
 ORDER = ("qac", "qaa")
@@ -230,3 +233,16 @@ def test_an_expert_that_is_not_a_number_is_named_by_its_layer(checkpoint_of, mom
         loaded.model.model.layers[1].mlp.experts.gate_up_proj[:, 7] = float("nan")
     with pytest.raises(BrocaError, match="layer 1"):
         record(loaded, make_batches(loaded.tokenizer), [f"mlp_act:{moment}"])
+
+
+def test_attributions_of_half_precision_are_multiplied_in_float32(llama):
+    """In float16 a value of .01 times a gradient of 2e-6 is 0."""
+    (batch,) = text_batches(["abe cab dab"], llama.tokenizer, 100)
+    totals = Totals(1, LAYERS, {"mlp_in:attribution": WIDTH}, {"mlp_in:attribution": torch.float64})
+    values = torch.full((*batch.ids.shape, WIDTH), 0.01, dtype=torch.float16)
+    gradient = torch.full_like(values, 2e-6)
+    Attribution("mlp_in", llama.anatomy, totals).add(1, values, None, Position(0, 0, batch))
+    values.backward(gradient)
+    expected = float(values.detach()[0, 0, 0]) * float(gradient[0, 0, 0]) * int(batch.counted.sum())
+    found = totals.stacked("mlp_in:attribution")[1, :, 0]
+    torch.testing.assert_close(found, torch.full((WIDTH,), expected, dtype=torch.float64), rtol=1e-6, atol=0)

@@ -8,7 +8,7 @@ from conversations import said, written
 from neurons.errors import BrocaError
 from neurons.models import memory
 from neurons.models.source import load_model
-from neurons.recording.covariance import each_moments, site_moments
+from neurons.recording.covariance import each_moments
 from neurons.text.batches import language_batches
 from neurons.text.corpus import read_corpus
 
@@ -39,7 +39,7 @@ def one_layer_at_a_time(monkeypatch):
 
 def test_groups_of_layers_are_all_layers_at_once(loaded, corpus, monkeypatch):
     batches = language_batches(loaded, corpus)
-    whole = site_moments(loaded, batches, units_of(loaded))
+    whole = dict(each_moments(loaded, batches, units_of(loaded)))
     runs = [0] * loaded.anatomy.layers
     handles = [
         block.mlp.register_forward_hook(lambda *_, layer=layer: runs.__setitem__(layer, runs[layer] + 1))
@@ -65,7 +65,7 @@ def test_groups_of_layers_are_all_layers_at_once(loaded, corpus, monkeypatch):
 def test_moments_are_those_of_loops(llama, corpus):
     """Mean and pooled covariance of one layer from the definition, a token at a time, in float64."""
     batches = language_batches(llama, corpus)
-    moments = site_moments(llama, batches, {("mlp_in", 1): torch.arange(48)})["mlp_in", 1]
+    moments = dict(each_moments(llama, batches, {("mlp_in", 1): torch.arange(48)}))["mlp_in", 1]
     rows = {}
     for k, language in enumerate(corpus.languages):
         rows[k] = []
@@ -87,7 +87,7 @@ def test_the_first_tokens_of_conversations_are_apart_from_their_template(chattin
     rows = {"qaa": [said(("user", "bad cab"), ("assistant", "abe")), said(("user", "fed"))]}
     corpus = read_corpus(written(tmp_path / "text", rows), min_languages=1, roles=["user"])
     batches = language_batches(chatting, corpus)
-    moments = site_moments(chatting, batches, {("mlp_in", 1): torch.arange(48)})["mlp_in", 1]
+    moments = dict(each_moments(chatting, batches, {("mlp_in", 1): torch.arange(48)}))["mlp_in", 1]
     first = []
     for batch in batches["qaa"]:
         for ids in batch.ids.tolist():
@@ -98,6 +98,8 @@ def test_the_first_tokens_of_conversations_are_apart_from_their_template(chattin
 def test_a_layer_that_cannot_fit_is_refused_beforehand(llama, corpus, monkeypatch):
     monkeypatch.setattr(memory, "_limit", memory.LIBRARIES + memory.sizes_of(llama).weights + 8 * 48**2)
     with pytest.raises(BrocaError, match="layer 0"):
-        site_moments(
-            llama, language_batches(llama, corpus, tokens_a_batch=100), {("mlp_in", 0): torch.arange(48)}
+        dict(
+            each_moments(
+                llama, language_batches(llama, corpus, tokens_a_batch=100), {("mlp_in", 0): torch.arange(48)}
+            )
         )

@@ -14,7 +14,7 @@ from editing.plans.plan import ModuleEdit
 from neurons.architectures.anatomy import anatomy_of
 from neurons.models.source import load_model
 from neurons.recording import waiting_states
-from neurons.recording.covariance import each_moments, site_moments
+from neurons.recording.covariance import each_moments
 from neurons.recording.in_step import PassesInStep
 from neurons.recording.partial_forward import supports_partial_forward
 from neurons.recording.record import record
@@ -173,12 +173,12 @@ def test_covariances_read_each_weight_once_and_no_later_layer(checkpoint_of, cor
     )
     batches = language_batches(whole, corpus, tokens_a_batch=64)
     units = {("mlp_in", layer): torch.arange(48) for layer in (0, 1)}
-    expected = site_moments(whole, batches, units)
+    expected = dict(each_moments(whole, batches, units))
     monkeypatch.setattr("neurons.recording.covariance.covariance_room", lambda loaded: 0)  # a layer at a time
     monkeypatch.setattr("neurons.recording.text_pass.paused_room", lambda loaded, solving: 0)
     monkeypatch.setattr(waiting_states, "MIN_BYTES", 1)
     reads.clear()
-    result = site_moments(other, batches, units)
+    result = dict(each_moments(other, batches, units))
     assert all(torch.equal(result[place].covariance, of.covariance) for place, of in expected.items())
     assert set(Counter(reads).values()) == {1}
     assert not any("layers.2" in name for name in reads)

@@ -5,9 +5,14 @@ import pytest
 import torch
 
 from neurons.architectures.anatomy import SITES
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
+from neurons.recording import corpus_recording
+from neurons.recording import record as recording
+from neurons.recording.corpus_recording import record_corpus
+from neurons.recording.needs import text_of
 from neurons.recording.record import record
+from neurons.scorers.method import TEXTS
 from neurons.statistics.statistics import parse_moment
 from neurons.text.batches import TokenBatch, packed_batches, text_batches
 
@@ -186,3 +191,21 @@ def test_an_attribution_that_is_not_finite_is_named(checkpoint_of):
 def test_unknown_moments_are_refused(name):
     with pytest.raises(ValueError, match="is not site:moment"):
         parse_moment(name)
+
+
+def test_only_responses_that_are_kept_need_room(llama, corpus, monkeypatch):
+    """The limit holds for the texts that are read, not for those of the files."""
+    monkeypatch.setattr(corpus_recording, "MAX_RESPONSE_BYTES", 4 * 3 * 48 * 30)
+    moments = ["mlp_in:responses"]
+    with pytest.raises(UsageError, match=r"--tokens\), at most 10 texts of each language"):
+        record_corpus(llama, corpus, moments, TEXTS)
+    few = record_corpus(llama, corpus, moments, TEXTS, tokens=30)
+    kept = sum(map(len, few.responses.values()))
+    assert 3 <= kept <= 30
+    assert text_of(llama, corpus, default=30).texts == kept
+
+
+def test_a_batch_that_no_process_reads_is_noticed(llama, monkeypatch):
+    monkeypatch.setattr(recording, "batches_of_process", lambda batches: batches[1:])
+    with pytest.raises(BrocaError, match="batches differ"):
+        record(llama, make_batches("texts", llama.tokenizer), ["mlp_in:sum"])

@@ -7,8 +7,10 @@ import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers import momentum as module
+from neurons.scorers import momentum as momentum_module
 from neurons.scorers.momentum import momentum, momentum_rates
 from neurons.scorers.selection import Selection, select
+from neurons.statistics.statistics import Statistics
 
 
 def naive_rates(pairs):
@@ -135,3 +137,11 @@ def test_a_response_that_is_not_finite_is_named(wrong):
         momentum(responses)
     with pytest.raises(BrocaError, match="neuron 3 in layer 1"):
         momentum_rates(responses[0], responses[2])
+
+
+def test_responses_to_the_same_lines_are_not_copied():
+    responses = {k: torch.zeros(3, 1, 2) for k in ("qaa", "qab")}
+    lines = {"qaa": torch.tensor([0, 1, 4]), "qab": torch.tensor([0, 1, 4])}
+    counts = torch.ones(2, dtype=torch.int64)
+    held = Statistics(("qaa", "qab"), counts, counts, {}, "", responses=responses, lines=lines)
+    assert momentum_module._parallel_responses(held)[0] is responses["qaa"]

@@ -169,6 +169,13 @@ def test_parts_sum_to_the_whole_in_any_order():
     assert [c["digest"] for c in forward.metadata["corpora"]] == [f"digest {seed}" for seed in range(6)]
 
 
+def test_a_merge_keeps_the_rates_of_unknown_tokens_of_both():
+    first, second = (drawn_statistics(seed, responses=False) for seed in (1, 2))
+    first.metadata["unknown"] = {"ko": 0.3, "fa": 0.5}
+    second.metadata["unknown"] = {"uk": 0.9, "fa": 0.7}
+    assert merge(first, second).metadata["unknown"] == {"uk": 0.9, "ko": 0.3, "fa": 0.7}
+
+
 def test_a_merge_changes_neither_part():
     first, second = drawn_statistics(0, experts=EXPERTS), drawn_statistics(1, experts=EXPERTS)
     merge(first, second)
