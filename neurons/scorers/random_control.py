@@ -9,6 +9,7 @@ more, or less, than the average.  ``random_scores`` is an uninformative scorer.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import torch
 
