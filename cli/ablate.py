@@ -164,7 +164,7 @@ def command(**options: Any) -> None:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import ablation_need
 
-        dry_run_of_text(screen, arguments, corpus, ablation_need)
+        dry_run_of_text(screen, arguments, corpus, ablation_need, LOSSES.tokens)
         return
     loaded = loaded_model(screen, arguments)
     with _progress(screen) as progress:

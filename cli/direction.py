@@ -140,8 +140,10 @@ def command(**options: Any) -> None:
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import direction_need
+        from neurons.text.token_budget import DIRECTIONS
 
-        dry_run_of_text(screen, arguments, corpus, partial(direction_need, autoencoders=autoencoders))
+        need = partial(direction_need, autoencoders=autoencoders)
+        dry_run_of_text(screen, arguments, corpus, need, DIRECTIONS.tokens)
         return
     loaded = loaded_model(screen, arguments)
     with screen.progress("Recording the direction", None, "tokens") as advance:

@@ -74,7 +74,7 @@ def dry_run_of_text(
     arguments: SimpleNamespace,
     corpus: Corpus,
     need: Callable[[LoadedModel, Text], Need],
-    default: int | None = None,
+    default: int,
 ) -> None:
     """``dry_run`` for a command with one stage, which reads a corpus, without --tokens ``default`` tokens of a language."""
     from neurons.recording.needs import text_of

@@ -225,11 +225,12 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
     from cli.dry_run import dry_run
     from editing.pipeline.needs import key_need, learning_need, writing_need
     from neurons.recording.needs import pass_need, text_of
+    from neurons.text.token_budget import KEYS
 
     def needs(planned: LoadedModel) -> list[Need]:
         if material.corpus is None:
             return [writing_need(planned, "plan")]
-        text = text_of(planned, material.corpus)
+        text = text_of(planned, material.corpus, default=KEYS.tokens)
         if not method.solves_keys:
             return [pass_need(planned, "plan", text.row, False, text.batch)]
         learn = [learning_need(planned)] if getattr(method, "learn", False) else []

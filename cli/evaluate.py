@@ -189,9 +189,10 @@ def command(**options: Any) -> None:
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from editing.pipeline.needs import evaluation_need
+        from neurons.text.token_budget import LOSSES
 
         need = partial(evaluation_need, new_tokens=arguments.new_tokens)
-        dry_run_of_text(screen, arguments, reported, need)
+        dry_run_of_text(screen, arguments, reported, need, LOSSES.tokens)
         return
     require_models(arguments.against, arguments.judge)
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))

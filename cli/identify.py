@@ -214,8 +214,9 @@ def _by_ablations(screen: Screen, arguments: SimpleNamespace) -> NeuronSet | Non
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
         from neurons.recording.needs import ablation_need
+        from neurons.text.token_budget import SHAPLEY
 
-        dry_run_of_text(screen, arguments, corpus, ablation_need)
+        dry_run_of_text(screen, arguments, corpus, ablation_need, SHAPLEY.tokens)
         return None
     settings = HeadShapley(**arguments.settings)
     loaded = loaded_model(screen, arguments)

@@ -90,7 +90,7 @@ def command(**options: Any) -> None:
         from editing.pipeline.needs import sae_need
 
         sizes = {"layers": len(layers), "states": arguments.states, "features": arguments.features}
-        dry_run_of_text(screen, arguments, corpus, partial(sae_need, **sizes))
+        dry_run_of_text(screen, arguments, corpus, partial(sae_need, **sizes), DIRECTIONS.tokens)
         return
     places = {layer: (arguments.out / f"layer_{layer}").resolve() for layer in layers}
     for place in places.values():

@@ -244,9 +244,13 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corp
     from editing.pipeline.needs import direction_need, evaluation_need, key_need
     from editing.study.registry import searched_named
     from neurons.recording.needs import text_of
+    from neurons.text.token_budget import KEYS, LOSSES
 
     def needs(planned: LoadedModel) -> list[Need]:
-        text = {part: text_of(planned, corpora[part]) for part in ("estimate", "report")}
+        text = {
+            part: text_of(planned, corpora[part], default=budget.tokens)
+            for part, budget in (("estimate", KEYS), ("report", LOSSES))
+        }
         solving = any(method.solves_keys for method in searched_named(arguments.methods).values())
         keys = [key_need(planned, text["estimate"])] if solving else []
         evaluation = evaluation_need(planned, text["report"], new_tokens=arguments.new_tokens)

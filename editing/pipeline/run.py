@@ -45,10 +45,11 @@ from neurons.models.source import LoadedModel, ModelSource, load_model, open_mod
 from neurons.neuron_sets.identify import identify
 from neurons.neuron_sets.neuron_set import load_neuron_set
 from neurons.neuron_sets.pictures import FORMATS, save_figure
-from neurons.recording.needs import recording_need, text_of
+from neurons.recording.needs import Text, recording_need, text_of
 from neurons.scorers.registry import METHODS, method_of
 from neurons.scorers.selection import parse_layers
 from neurons.text.corpus import Corpus, read_corpus
+from neurons.text.token_budget import KEYS, LOSSES, Budget, budget_of
 
 # Settings are chosen on less than is reported: one sample of each prompt, and few tokens of each language.
 CHOOSING_PROMPTS, CHOOSING_TOKENS = 64, 2_000
@@ -107,21 +108,22 @@ def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
     Raises:
         BrocaError: the weights, or a row of text, do not fit.
     """
-    texts = {
-        part: text_of(
-            planned, replace(read_corpus(recipe.corpus, recipe.languages, part), tokens=recipe.tokens)
-        )
-        for part in ("estimate", "report")
-    }
+
+    def text(part: str, budget: Budget) -> Text:
+        corpus = read_corpus(recipe.corpus, recipe.languages, part)
+        return text_of(planned, corpus, recipe.tokens, budget.tokens)
+
     method = method_of(recipe.method)
     learned = recipe.values == LEARNED
+    recorded = text("estimate", budget_of(method.moments, method.reads))
+    keys = text("estimate", KEYS)
     return [
-        recording_need(planned, texts["estimate"], method.moments, method.reads),
-        direction_need(planned, texts["estimate"]),
-        key_need(planned, texts["estimate"], Keyed().key_widths(planned.anatomy, _blocks(recipe, planned))),
+        recording_need(planned, recorded, method.moments, method.reads),
+        direction_need(planned, keys),
+        key_need(planned, keys, Keyed().key_widths(planned.anatomy, _blocks(recipe, planned))),
         *([learning_need(planned)] if learned else []),
         writing_need(planned, "export"),
-        evaluation_need(planned, texts["report"]),
+        evaluation_need(planned, text("report", LOSSES)),
     ]
 
 

@@ -32,6 +32,7 @@ from neurons.recording.needs import text_of
 from neurons.recording.record import record
 from neurons.text.batches import common_tokens, language_batches, text_batches
 from neurons.text.corpus import read_corpus
+from neurons.text.token_budget import Budget
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +189,32 @@ def test_dry_run_says_what_each_stage_needs_and_does_nothing(
         assert stage["peak"] == sum(stage["parts"].values()) > stage["parts"]["weights"] > 0
         assert stage["fits"] and stage["tokens_at_once"] > 0
         assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "command"),
+    [
+        ("DIRECTIONS", ("direction", "--source", "qaa", "--target", "qab")),
+        ("KEYS", ("edit", "--method", "leace", "--languages", "qaa,qab")),
+    ],
+)
+def test_a_dry_run_reads_as_much_as_the_command_reads_by_default(
+    broca, checkpoint_of, corpus_directory, tmp_path, monkeypatch, budget, command
+):
+    name, *words = command
+    peaks = []
+
+    def plan(*tokens):
+        given = [name, checkpoint_of(), *words, "--corpus", corpus_directory, *tokens, "--dry-run", "--json"]
+        status, printed, errors = broca(*given, "--out", tmp_path / "out")
+        assert status == 0, errors
+        peaks.append([stage["peak"] for stage in json.loads(printed)["stages"].values()])
+
+    plan()
+    plan("--tokens", 20)
+    monkeypatch.setattr(f"neurons.text.token_budget.{budget}", Budget(20, 1))
+    plan()
+    assert peaks[2] == peaks[1] < peaks[0]
 
 
 def test_dry_run_needs_no_weights(broca, tmp_path, corpus_directory):
