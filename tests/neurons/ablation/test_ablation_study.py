@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused(llama, small):
         ablation_study(llama, corpus, sets, Settings(), other)
     for wrong, message in (
         ({"way": "median"}, "choose zero"),
-        ({"mean_of": "qaa"}, "it is for 'mean'"),
+        ({"mean_of": "qaa"}, "take 'mean'"),
         ({"controls": ("best",)}, "'best' is unknown"),
         ({"doses": (0.0,)}, "a dose"),
         ({"draws": -1}, "0 times or more"),
