@@ -57,7 +57,9 @@ def main(model: str, source: str, target: str, kept: str, dtype: str) -> None:
     print("|---" * (3 + len(others)) + "|", flush=True)
     for name, groups in {"one": [groups_of(source)], "two": lock.key_groups}.items():
         keys = conversation_keys(loaded, text, groups, middle_layers(loaded.anatomy.layers))
-        learned = distilled_values(loaded, make_plan(keys, {"settings": {}}), building, choosing)
+        learned = distilled_values(
+            loaded, make_plan(keys, {"fingerprint": loaded.fingerprint, "settings": {}}), building, choosing
+        )
         changed = [mean_divergence(loaded, own[language].examples, learned) for language in others]
         reached = mean_divergence(loaded, reporting, learned)
         row = [

@@ -91,13 +91,16 @@ def command(**options: Any) -> None:
     instructions, answers_in = _meant(plan_metadata, languages)
     if arguments.instruction is not None:
         instructions = dict.fromkeys(languages, arguments.instruction)
+    # Choices in the language of the question are right for labels such as registers.
+    answers_in = {
+        language: to for language, to in answers_in.items() if to in tasks.choices or to in tasks.questions
+    }
     for language, to in answers_in.items():
-        if to in tasks.questions and to not in tasks.choices:
-            raise UsageError(
-                f"the edit answers questions in {language!r} in {to!r}, in which there are no choices: name languages that "
-                "it keeps (--languages)"
+        if to not in tasks.choices:
+            screen.warn(
+                f"questions in {language!r} are to be answered in {to!r}, in which there are no choices: their multiple "
+                "choice is that of the unedited model alone"
             )
-    answers_in = {language: to for language, to in answers_in.items() if to in tasks.choices}
     steering = exchange if plan is None else partial(applied, loaded, plan)
     count = tasks.items(languages) * (1 if steering is None else 2) + tasks.items(instructions)
     with screen.progress("Measuring", count, "items") as advance:

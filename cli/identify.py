@@ -401,7 +401,9 @@ def _selection(arguments: SimpleNamespace) -> dict[str, Any]:
         name: getattr(arguments, name) for name in ("scope", "ends", "threshold", "min_exclusivity", "kinds")
     }
     if arguments.layers is not None:
-        count = None if arguments.model is None else open_model(arguments.model).anatomy.layers
+        # A dry run needs no weights, which opening a model does.
+        opens = arguments.model is not None and not arguments.dry_run
+        count = open_model(arguments.model).anatomy.layers if opens else None
         chosen["layers"] = parse_layers(arguments.layers, count)
     return {name: value for name, value in chosen.items() if value is not None}
 

@@ -59,7 +59,8 @@ class Commands(click.Group):
         if not any(parameter.name == "debug" for parameter in command.params):
             command.params.append(_debug())
             assert command.callback is not None
-            command.callback = keeping_inputs(command.callback)
+            if name != "merge":  # which may add to a file
+                command.callback = keeping_inputs(command.callback)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

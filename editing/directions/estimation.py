@@ -21,7 +21,7 @@ from editing.directions.sae_recording import require_fit
 from editing.directions.texts import Estimate, Texts
 from editing.directions.winsorise import require_quantile, winsorise
 from neurons.errors import BrocaError, UsageError
-from neurons.models.memory import batches_for
+from neurons.models.memory import common_batches
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
 from neurons.text.batches import (
@@ -150,7 +150,8 @@ def direction_of_preferences(
     notes: dict[str, Any] = {}
     if isinstance(estimator, PreferenceMethod):
         given, notes = estimator.given(loaded, rows, progress)
-    at_once = batches_for(loaded, False, max(len(row.ids) for of_kind in rows.values() for row in of_kind))[0]
+    longest = max(len(row.ids) for of_kind in rows.values() for row in of_kind)
+    at_once = common_batches(loaded, False, longest)[0]
     batches = {
         name: token_row_batches(rows[kind], 0, at_once)
         for name, kind in ((source, REJECTED), (target, CHOSEN))

@@ -35,7 +35,7 @@ from editing.directions.method import Given, PreferenceMethod
 from editing.directions.pca import pca
 from editing.directions.recorded import record_texts
 from neurons.errors import UsageError
-from neurons.models.memory import batches_for
+from neurons.models.memory import batches_for, common_batches
 from neurons.models.source import LoadedModel
 from neurons.recording.recomputation import recomputing
 from neurons.recording.text_losses import row_losses
@@ -158,7 +158,7 @@ class Grains(PreferenceMethod):
             ]
             for name, sign in signed.items()
         }
-        at_once = batches_for(loaded, False, max(len(row.ids) for row in together))[0]
+        at_once = common_batches(loaded, False, max(len(row.ids) for row in together))[0]
         recorded = record_texts(
             loaded, {name: token_row_batches(of_name, 0, at_once) for name, of_name in read.items()}
         )

@@ -121,8 +121,8 @@ def ability(
         steering: a context in which the model is the edited one; None: base (and prompted) alone.
         instructions: language -> the instruction of "prompted", which follows each question; languages without one have no
             such figures.
-        answers_in: language -> the language in which "prompted" and "edited" are to answer questions in it, if another; there
-            are ``tasks.choices`` in both.
+        answers_in: language -> the language in which "prompted" and "edited" are to answer questions in it, if another; without
+            ``tasks.choices`` in it, they have no multiple choice.
         progress: called with numbers of items.
 
     Raises:
@@ -153,7 +153,7 @@ def ability(
             language: {
                 model: _rate(of_model[language][kind], None if model == BASE else hits[BASE][language][kind])
                 for model, of_model in hits.items()
-                if language in of_model
+                if language in of_model and of_model[language][kind]
             }
             for language in languages
         }
@@ -188,10 +188,15 @@ def _hits(
     advance: Progress,
 ) -> dict[str, tuple[list[bool], list[bool], list[bool]]]:
     """Language -> for each item whether it is right, for each request whether it has a block, and whether it is Python."""
-    right_items = {}
+    right_items: dict[str, list[bool]] = {}
     for language in languages:
         items = tasks.choices[language]
-        offered = _same_items(tasks, items, answers_in.get(language, language))
+        answered_in = answers_in.get(language, language)
+        if answered_in not in tasks.choices:
+            right_items[language] = []
+            advance(len(items))
+            continue
+        offered = _same_items(tasks, items, answered_in)
         asked = _instructed([item.text for item in items], instructions.get(language))
         scores = choice_log_probabilities(loaded, asked, [item.choices for item in offered], advance)
         right_items[language] = right(scores, [item.answer for item in offered])

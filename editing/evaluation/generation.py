@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from neurons.errors import NotFiniteError, UsageError
+from neurons.errors import BrocaError, NotFiniteError, UsageError
 from neurons.models.embedded import require_embedded
 from neurons.models.memory import Sizes, forward_bytes, max_room, sizes_of
 from neurons.models.not_finite import explained
@@ -111,7 +111,8 @@ def generate(
             read unchanged (a chat template adds start tokens itself).
         new_tokens: maximum tokens of a continuation.
         temperature: 0 always takes the most likely token.
-        seed: of the sampling; the same seed, prompts and weights give the same text.
+        seed: of the sampling; the same seed, prompts and weights give the same text, unless memory allows fewer than
+            ``PROMPTS_A_BATCH`` prompts at once.
 
     Raises:
         UsageError: as ``prompt_rows``.
@@ -166,7 +167,11 @@ def writing_bytes(sizes: Sizes, prompts: int, prompt: int, new_tokens: int) -> i
 def prompts_at_once(loaded: LoadedModel, prompt: int, new_tokens: int) -> int:
     """Prompts of a batch: ``PROMPTS_A_BATCH``, or halves of it until ``writing_bytes`` fit; 1 always."""
     sizes, fitting = sizes_of(loaded), PROMPTS_A_BATCH
-    while fitting > 1 and writing_bytes(sizes, fitting, prompt, new_tokens) > max_room(loaded):
+    try:
+        room = max_room(loaded)
+    except BrocaError:  # a model that is loaded may still write a line at a time
+        return 1
+    while fitting > 1 and writing_bytes(sizes, fitting, prompt, new_tokens) > room:
         fitting //= 2
     return fitting
 

@@ -1,1 +1,1 @@
-"""Inference-time baselines: frozen dataclasses that, when called, return a context in which the model is steered."""
+"""Inference-time baselines: functions that return a context in which the model is steered."""

@@ -118,26 +118,33 @@ def distilled_values(
 
 
 def mean_divergence(loaded: LoadedModel, examples: Sequence[Example], plan: Plan | None = None) -> float:
-    """``mean_divergences`` of one student."""
-    (divergence,) = mean_divergences(loaded, examples, [plan])
+    """``mean_divergences`` of one student on one set of examples."""
+    ((divergence,),) = mean_divergences(loaded, [examples], [plan])
     return divergence
 
 
 def mean_divergences(
-    loaded: LoadedModel, examples: Sequence[Example], plans: Sequence[Plan | None]
-) -> list[float]:
+    loaded: LoadedModel, sets: Sequence[Sequence[Example]], plans: Sequence[Plan | None]
+) -> list[list[float]]:
     """Mean KL (nats a token) from the teacher, which reads the examples once, to each student.
 
     Args:
         loaded: the unedited model.
-        examples: prompts and answers.
+        sets: sets of prompts and answers, none empty.
         plans: the students' edits, with weights as in an exported checkpoint; None: the unedited model.
+
+    Returns:
+        For each plan, the mean over the tokens of each set.
     """
-    lessons = _lessons(loaded, examples, _teachers_states(loaded, examples), range(len(examples)), False)
+    lessons = [
+        _lessons(loaded, examples, _teachers_states(loaded, examples), range(len(examples)), False)
+        for examples in sets
+    ]
     means = []
     for plan in plans:
         with torch.no_grad(), applied(loaded, plan):
-            means.append(float(torch.cat([_divergences(loaded, lesson) for lesson in lessons]).mean()))
+            of_sets = [torch.cat([_divergences(loaded, one) for one in of_set]) for of_set in lessons]
+        means.append([float(divergences.mean()) for divergences in of_sets])
     return means
 
 

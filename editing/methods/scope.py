@@ -102,7 +102,7 @@ def require_neurons(source: ModelSource, neurons: NeuronSet) -> None:
     """
     if neurons.unit != "neuron":
         raise UsageError(
-            f"the neuron set is of {neurons.unit}s, which only --method scale edits: identify neurons with another method"
+            f"the neuron set is of {neurons.unit}s, which only `broca edit --method scale` edits: identify neurons with another method"
         )
     neurons.require_places(source)
 

@@ -18,7 +18,7 @@ from editing.evaluation.asking import CHAT, Prompt
 from editing.evaluation.generation import Continuation
 from editing.evaluation.questions import Questions, questions_of_part
 from editing.evaluation.relevance import ChrfScorer, Scorer
-from editing.methods.distilled_values import mean_divergence, mean_divergences
+from editing.methods.distilled_values import mean_divergences
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import REPORT
 from editing.pipeline.lock_replies import Reply, replies
@@ -176,18 +176,18 @@ def lock_figures(
         advance(1)
 
         def measured(asked: Callable[[Taught], Asked], text: Callable[[Reply], str]) -> _Measured:
+            own = [asked(before_others[language]).examples for language in others]
+            of_kept = dict(zip(others, mean_divergences(loaded, own, [plan])[0], strict=True))
             return _Measured(
                 before={source: asked(before[source]).texts for source in sources},
                 prompted={source: asked(teachers[source]).texts for source in sources},
                 after={source: [*map(text, after[source])] for source in sources},
-                divergences={
-                    source: _divergences(loaded, asked(teachers[source]), plan) for source in sources
-                },
+                divergences=_divergences(loaded, {k: asked(teachers[k]) for k in sources}, plan),
                 kept={
                     language: (
                         asked(before_others[language]).texts,
                         [*map(text, after_others[language])],
-                        mean_divergence(loaded, asked(before_others[language]).examples, plan),
+                        of_kept[language],
                     )
                     for language in others
                 },
@@ -271,9 +271,13 @@ def _mean_score(scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[str
     return sum(scores) / len(scores)
 
 
-def _divergences(loaded: LoadedModel, teacher: Asked, plan: Plan) -> dict[str, float | None]:
-    """Model -> ``Steering.divergence``."""
-    if not teacher.examples:
-        return dict.fromkeys(MODELS)
-    base, steered = mean_divergences(loaded, teacher.examples, (None, plan))
-    return {BASE: base, PROMPTED: None, STEERED: steered}
+def _divergences(
+    loaded: LoadedModel, teachers: Mapping[str, Asked], plan: Plan
+) -> dict[str, dict[str, float | None]]:
+    """Source -> model -> ``Steering.divergence``."""
+    answered = [source for source, teacher in teachers.items() if teacher.examples]
+    found = mean_divergences(loaded, [teachers[source].examples for source in answered], [None, plan])
+    result: dict[str, dict[str, float | None]] = {source: dict.fromkeys(MODELS) for source in teachers}
+    for source, base, steered in zip(answered, *found, strict=True):
+        result[source] |= {BASE: base, STEERED: steered}
+    return result

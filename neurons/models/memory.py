@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -94,9 +95,11 @@ def within_container(free: int) -> int:
     ):
         try:
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such limit, or the word "max"
             continue
+        pages = {}
+        with suppress(OSError, ValueError):  # not every runtime of containers tells
+            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         left += sum(int(pages.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
         free = min(free, max(left, 0))
     return free

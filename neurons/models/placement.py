@@ -35,7 +35,8 @@ def max_memory_per_device(
 
     _, processes = local_processes()
     free = get_max_memory()
-    free["cpu"] = within_container(free["cpu"])
+    if "cpu" in free:  # not where main memory is the GPU's
+        free["cpu"] = within_container(free["cpu"])
     if processes > 1:
         # The other GPUs belong to other processes.
         gpus = (where.index or 0,) if where.type == "cuda" else ()

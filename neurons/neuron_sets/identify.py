@@ -180,6 +180,8 @@ def neurons_from(
             raise UsageError(f"method {method!r} applies the rate before ranking: leave out {name}")
     rate = scorer.selection.top_rate if top_rate is None else top_rate
     rule = scorer.selection.changed(top_rate=rate, **(selection or {}))
+    if rule.layers is not None and not rule.layers:
+        raise UsageError("no layers to select in: leave layers out, or name some")
     scores = scorer.of(settings or {}).scores(statistics, rule.top_rate)
     selected = select(scores, rule.changed(top_rate=1.0) if scorer.rate_in_score else rule)
     layers, width, _ = scores.values.shape

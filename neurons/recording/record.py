@@ -152,7 +152,7 @@ def record(
     tokens, texts = all_reduce(counts, torch.add)
     if tokens.tolist() != [counted_tokens(of_language) for of_language in batches.values()]:
         raise BrocaError(
-            "the processes did not read each batch once: their batches differ; give all the same --batch-tokens"
+            "the processes did not read each batch once: their batches differ; start all with the same text and options"
         )
     return Statistics(
         languages=languages,

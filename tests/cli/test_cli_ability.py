@@ -82,6 +82,20 @@ def test_a_lock_is_measured_with_its_own_instruction_and_language(broca, chat_mo
     )
 
 
+def test_a_lock_into_a_language_without_choices(broca, chat_model, tmp_path):
+    settings = {"sources": ["en"], "instructions": {"en": "Respond in German."}}
+    plan = plan_of(chat_model, method="steer", source="en", target="de", settings=settings)
+    plan.save(tmp_path / "edit.safetensors")
+    status, printed, errors = broca("ability", chat_model, "--edit", tmp_path / "edit.safetensors", "--json")
+    assert status == 0 and "'en' are to be answered in 'de', in which there are no choices" in errors
+    result = json.loads(printed)
+    assert {language: set(rates) for language, rates in result["accuracy"].items()} == {
+        "en": {"base"},
+        "fr": {"base", "edited"},
+    }
+    assert set(result["blocks"]["en"]) == {"base", "prompted", "edited"}
+
+
 def test_another_plan_has_no_instruction_unless_one_is_given(broca, chat_model, tmp_path):
     plan_of(chat_model).save(tmp_path / "edit.safetensors")
     edit = ["--edit", tmp_path / "edit.safetensors"]
@@ -100,17 +114,12 @@ def test_another_plan_has_no_instruction_unless_one_is_given(broca, chat_model, 
         (["--edit", "{plan}", "--against", "{model}"], 2, "--against"),
         (["--instruction", " "], 2, "--instruction"),
         (["--edit", "{other}"], 1, "0123456789abcdef"),
-        (["--edit", "{no_choices}"], 2, "'de', in which"),
     ],
 )
 def test_bad_input_is_refused_by_name(broca, chat_model, tmp_path, options, status, named):
     plan_of(chat_model).save(tmp_path / "edit.safetensors")
     plan_of(chat_model, fingerprint="0123456789abcdef").save(tmp_path / "other.safetensors")
-    settings = {"sources": ["en"], "instructions": {"en": "Respond in German."}}
-    no_choices = plan_of(chat_model, method="steer", source="en", target="de", settings=settings)
-    no_choices.save(tmp_path / "no_choices.safetensors")
     names = {
-        "no_choices": tmp_path / "no_choices.safetensors",
         "plan": tmp_path / "edit.safetensors",
         "other": tmp_path / "other.safetensors",
         "model": chat_model,

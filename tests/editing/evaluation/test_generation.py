@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from editing.evaluation.generation import generate, prompts_at_once, writing_bytes
-from neurons.models.memory import sizes_of
+from neurons.models.memory import limit_memory, sizes_of
 from neurons.models.source import load_model
 
 PROMPTS = ["beef", "stop milk hill pop trust bead", "a", "cafe decaf face, fade? "]
@@ -61,6 +61,14 @@ def test_a_batch_has_as_many_prompts_as_memory_allows(llama, monkeypatch):
     assert [item.ids for item in continuations] == [
         naive_greedy(llama.model, one, 12, {1}) for one in PROMPTS
     ]
+
+
+def test_one_prompt_is_written_also_where_no_memory_is_left(llama):
+    limit_memory(1)
+    try:
+        assert prompts_at_once(llama, 10, 12) == 1
+    finally:
+        limit_memory(None)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_pages_of_files_are_free_within_a_container(tmp_path, monkeypatch, old):
     folder.mkdir(exist_ok=True)
     (folder / names[0]).write_text("1000\n")
     (folder / names[1]).write_text("900\n")
+    assert memory.within_container(10**6) == 100  # not every runtime has memory.stat
     (folder / "memory.stat").write_text(
         f"{prefix}anon 100\n{prefix}active_file 300\n{prefix}inactive_file 400\n"
     )

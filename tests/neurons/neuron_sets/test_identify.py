@@ -43,6 +43,8 @@ def test_a_rate_that_keeps_no_neuron_of_the_chosen_layers_is_refused():
     assert neurons_from(recorded(), "gradient-contrast", 0.04)
     with pytest.raises(UsageError, match=r"keeps none of 10 neurons"):
         neurons_from(recorded(), "gradient-contrast", 0.04, selection={"layers": (2,)})
+    with pytest.raises(UsageError, match="no layers"):
+        neurons_from(recorded(), "gradient-contrast", 0.04, selection={"layers": ()})
 
 
 @pytest.mark.parametrize("given", [{"ends": "bottom"}, {"scope": "global"}])
