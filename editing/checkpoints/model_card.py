@@ -15,6 +15,7 @@ from neurons.files.tensor_files import tensor_entries
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 RECIPE_IN_CHECKPOINT = Path("broca") / "recipe.toml"
 THOUGHTS_OFF = (
     "The model can think before it answers. Its chat template turned thoughts off (`enable_thinking`) while this edit was "
@@ -205,8 +206,9 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, dict):
-        return " ".join(f"{key}={str(item)[:12]}" for key, item in value.items())
-    return "none" if value is None else str(value)
+        return " ".join(f"{key}={_short(item)}" for key, item in value.items())
+    text = "none" if value is None else str(value)
+    return text[:12] if _DIGEST.fullmatch(text) else text
 
 
 def shown_change(edit: ModuleEdit) -> str:

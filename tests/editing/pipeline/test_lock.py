@@ -123,7 +123,10 @@ def test_the_plan_and_its_card_say_that_thoughts_were_off(
     monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
     made = language_lock(loaded, questions, Lock("fr", ("en",), ("fr", "de")), passes=1)
     assert made.plan.metadata.get("thinks") is thinks
-    assert ("thoughts" in model_card(loaded, made.plan)) == (thinks is False)
+    card = model_card(loaded, made.plan)
+    assert ("thoughts" in card) == (thinks is False)
+    digest = made.plan.metadata["settings"]["questions"]
+    assert "instructions en=Respond in French." in card and f"questions {digest[:12]}," in card
 
 
 def test_a_mixture_of_experts_is_refused_before_the_work(checkpoint_of, questions):
