@@ -76,7 +76,7 @@ def command(**options: Any) -> None:
     tasks, languages = _tasks(arguments.languages)
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
     require_models(arguments.against)
-    dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
+    dtype = own_dtype(arguments.model, arguments.device, arguments.dtype)
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     if plan is not None:
         loaded.require_fingerprint(plan.metadata, arguments.edit_path)

@@ -83,7 +83,7 @@ def command(**options: Any) -> None:
     chosen = {language: questions[language] for language in languages}
     # Refuses another file before a model is loaded.
     read_answers(arguments.out)
-    dtype = own_dtype(arguments.model, arguments.device) if arguments.dtype == "auto" else arguments.dtype
+    dtype = own_dtype(arguments.model, arguments.device, arguments.dtype)
     settings = {name: options[name] for name in ("new_tokens", "temperature", "seed")}
     count = sum(map(len, chosen.values()))
     with _engine(screen, arguments, dtype) as (tokenizer, fingerprint, write):

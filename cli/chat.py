@@ -58,7 +58,7 @@ def command(
     require_models(model, beside)
     talk_of: dict[str, Callable[[str | None], Talk]] = {}
     for name in dict.fromkeys([model, *([] if beside is None else [beside])]):
-        chosen = own_dtype(name, device) if dtype == "auto" else dtype
+        chosen = own_dtype(name, device, dtype)
         loaded = announced(screen, load_model(name, device, chosen))
         require_chat(loaded.name, loaded.tokenizer)
         talk_of[name] = partial(Talk, loaded, new_tokens=new_tokens, temperature=temperature)

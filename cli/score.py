@@ -61,7 +61,7 @@ def command(**options: Any) -> None:
     from neurons.files.json_file import document
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
-    from neurons.text.corpus_rows import read_lines
+    from neurons.text.corpus_rows import read_utf8
 
     if arguments.judge_instruction is not None and arguments.judge is None:
         raise UsageError("--judge-instruction needs --judge")
@@ -86,8 +86,8 @@ def command(**options: Any) -> None:
     if arguments.judge is not None:
         instruction = INSTRUCTION
         if arguments.judge_instruction is not None:
-            instruction = "\n".join(line.rstrip() for line in read_lines(arguments.judge_instruction))
-        dtype = own_dtype(arguments.judge, arguments.device) if arguments.dtype == "auto" else arguments.dtype
+            instruction = read_utf8(arguments.judge_instruction)
+        dtype = own_dtype(arguments.judge, arguments.device, arguments.dtype)
         judge = announced(screen, load_model(arguments.judge, arguments.device, dtype))
         inputs.append(model_read("--judge", judge))
         if arguments.judge_instruction is not None:

@@ -148,7 +148,7 @@ def steer(
 
     questions = read_questions(recipe.questions or shipped(QUESTIONS))
     lock = recipe.lock(questions)
-    dtype = own_dtype(recipe.model, recipe.device) if recipe.dtype == "auto" else recipe.dtype
+    dtype = own_dtype(recipe.model, recipe.device, recipe.dtype)
     if dry_run:
         from cli.dry_run import dry_run as show
         from editing.pipeline.needs import lock_needs

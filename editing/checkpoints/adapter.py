@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from editing.checkpoints.model_card import shown_change
+from editing.checkpoints.model_card import shown_change, shown_settings
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
 from editing.plans.plan import ModuleEdit, Plan
 from editing.plans.rounding import round_once
@@ -351,7 +351,6 @@ def _card(source: ModelSource, plan: Plan, exported: ExportedAdapter) -> str:
     """README.md of the adapter."""
     on_hub = not Path(source.name).expanduser().exists()
     base = f"base_model: {source.name}\n" if on_hub else ""
-    settings = ", ".join(f"{key} {value}" for key, value in plan.metadata["settings"].items())
     rows = "\n".join(
         f"| `{name}` | {len(edit.components)} {source.anatomy.component_name(edit.block)}s | "
         f"{exported.modules[name]} | {shown_change(edit)} |"
@@ -377,7 +376,7 @@ Made by Broca {package_versions()["broca"]} (method `{plan.metadata["method"]}`)
 fingerprint `{source.fingerprint}`. B A is the change of the weights that the plan in \
 `{PLAN_IN_CHECKPOINT.as_posix()}` asks for (`broca inspect` prints it).
 
-Settings: {settings}.
+Settings: {shown_settings(plan)}.
 
 | module | components | rank | \\|\\|dW\\|\\| / \\|\\|W\\|\\| |
 |---|---|---|---|

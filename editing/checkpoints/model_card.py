@@ -102,7 +102,7 @@ def _section(source: ModelSource, plan: Plan, added: Sequence[str], undoable: bo
         what = "which names no language"
     else:
         what = f"the neurons of {', '.join(f'`{k}`' for k in plan.metadata.get('languages', []))}"
-    settings = ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())
+    settings = shown_settings(plan)
     names = tensor_entries(source.checkpoint).keys()
     rows = "\n".join(
         f"| `{source.anatomy.tensor_name(edit.layer, edit.block, names)}` | {len(edit.components)} "
@@ -209,6 +209,11 @@ def _short(value: Any) -> str:
         return " ".join(f"{key}={_short(item)}" for key, item in value.items())
     text = "none" if value is None else str(value)
     return text[:12] if _DIGEST.fullmatch(text) else text
+
+
+def shown_settings(plan: Plan) -> str:
+    """The settings of a plan in a card."""
+    return ", ".join(f"{key} {_short(value)}" for key, value in plan.metadata["settings"].items())
 
 
 def shown_change(edit: ModuleEdit) -> str:

@@ -101,6 +101,7 @@ def control_neurons(source: ModelSource, rows: torch.Tensor, control: str, seed:
     for layer in range(anatomy.layers):
         for part in anatomy.parts(layer, "mlp"):
             places[layer, part.columns] = part.experts is None
+        # Refuses the neurons of routed experts.
         anatomy.input_rows(layer, rows[rows[:, 0] == layer, 1].tolist())
     if control == RANDOM:
         return random_like(rows, anatomy.layers, anatomy.neurons, seed, places)

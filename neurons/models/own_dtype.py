@@ -7,23 +7,24 @@ import torch
 from neurons.models.source import locate, pick_device, read_config
 
 
-def own_dtype(model: str, device: str = "auto") -> str:
+def own_dtype(model: str, device: str = "auto", dtype: str = "auto") -> str:
     """The argument ``dtype`` of ``load_model`` for the checkpoint's dtype; float32 on a CPU without instructions for it.
 
     Args:
         model: hub id or local directory.
         device: as in ``load_model``.
+        dtype: what the user chose, which is returned; auto: the checkpoint's.
 
     Returns:
-        "bfloat16" or "auto", which is float32 on a CPU.
+        For auto "bfloat16", or "auto", which is float32 on a CPU.
 
     Raises:
         UsageError: no such model or device.
         BrocaError: a config that cannot be read.
     """
     checkpoint = locate(model)
-    if pick_device(device).type != "cpu":
-        return "auto"
+    if dtype != "auto" or pick_device(device).type != "cpu":
+        return dtype
     config = read_config(model, checkpoint, quantised=True)
     stored = config.get_text_config().dtype or config.dtype
     return "bfloat16" if stored == torch.bfloat16 and _cpu_has_bfloat16() else "auto"

@@ -136,20 +136,28 @@ def parsed(place: str, line: str) -> Any:
         raise UsageError(f"{place} is not a JSON object with 'text' or 'messages'") from error
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a file of text.
+def read_utf8(path: Path) -> str:
+    """The content of a file of text.
 
     Raises:
         UsageError: not UTF-8; names the line.
     """
     raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        content = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}: line {line} is not UTF-8: convert the file") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file of text.
+
+    Raises:
+        UsageError: as ``read_utf8``.
+    """
     # Not splitlines(): U+2028 and other separators occur within texts and would shift parallel lines.
-    lines = content.split("\n")
+    lines = read_utf8(path).split("\n")
     if lines and not lines[-1]:
         lines.pop()
     return lines

@@ -52,10 +52,28 @@ def test_the_judge_computes_in_the_dtype_of_serving(broca, answers, chat_model, 
     def load(model, device, dtype):
         raise UsageError(f"loaded in {dtype}")
 
-    monkeypatch.setattr("neurons.models.own_dtype.own_dtype", lambda *_: "the dtype of serving")
+    def own_dtype(model, device, dtype):
+        return "the dtype of serving" if dtype == "auto" else dtype
+
+    monkeypatch.setattr("neurons.models.own_dtype.own_dtype", own_dtype)
     monkeypatch.setattr("neurons.models.source.load_model", load)
     for words, dtype in ([], "the dtype of serving"), (["--dtype", "float16"], "float16"):
         assert f"loaded in {dtype}" in broca("score", answers, "--judge", chat_model, *words)[2]
+
+
+def test_the_judge_reads_the_instruction_as_it_stands_in_the_file(
+    broca, answers, chat_model, tmp_path, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(
+        "editing.evaluation.language_forcing.ratings", lambda *args: given.append(args) or [1] * len(args[1])
+    )
+    text = "Rate from 0 to 2.  \n\nIn {target}:\n"
+    (tmp_path / "instruction.txt").write_text(text, encoding="utf-8")
+    words = ["--judge", chat_model, "--judge-instruction", tmp_path / "instruction.txt", "--json"]
+    status, _, errors = broca("score", answers, *words)
+    assert status == 0, errors
+    assert given and all(text in args for args in given)
 
 
 @pytest.mark.parametrize(

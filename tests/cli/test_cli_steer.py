@@ -47,6 +47,13 @@ def test_a_checkpoint_an_adapter_and_figures(steer, tmp_path, monkeypatch):
     assert status == 1 and "--overwrite" in errors
 
 
+@pytest.mark.parametrize("lora", ["steered", "steered/adapter", "."])
+def test_an_adapter_inside_the_checkpoint_or_around_it_is_refused(steer, untouched, tmp_path, lora):
+    arguments = ["--to", "fr", "--out", tmp_path / "steered", "--lora", tmp_path / lora, "--overwrite"]
+    status, _, errors = steer(*arguments)
+    assert status == 2 and "overlap" in errors
+
+
 def test_the_recipe_repeats_the_edit_to_the_byte(broca, chat_model, few_questions, tmp_path, monkeypatch):
     monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out, again = tmp_path / "steered", tmp_path / "again"

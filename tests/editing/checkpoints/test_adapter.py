@@ -248,6 +248,17 @@ def test_the_plan_travels_along(source, tmp_path):
     assert about["method"] == "steer2edit" and about["settings"] == {"rho": 0.25}
 
 
+def test_a_plan_without_norms_and_settings_of_several_values(source, tmp_path):
+    """As of ``compose`` without the model, and of a lock."""
+    plan = rank_one_plan(source, 48)
+    settings = {"instructions": {"en": "Respond in French."}, "questions": "0a" * 32}
+    bare = make_plan([replace(edit, notes={}) for edit in plan.edits], plan.metadata | {"settings": settings})
+    export_adapter(source, bare, tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "Settings: instructions en=Respond in French., questions 0a0a0a0a0a0a." in text
+    assert text.count("| 1 | - |") == len(plan.edits)
+
+
 def test_the_card(source, tmp_path):
     export_adapter(source, many_ranks_plan(source, 48), tmp_path / "adapter")
     text = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")

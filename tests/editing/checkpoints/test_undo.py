@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 
+from editing.checkpoints import undo as undo_module
 from editing.checkpoints.checkpoint import write_checkpoint
 from editing.checkpoints.export import export
 from editing.checkpoints.undo import undo
@@ -228,6 +229,14 @@ def test_a_remainder_of_another_export(edited, tmp_path):
     remainder = "broca/remainder.safetensors"
     shutil.copyfile(tmp_path / "other" / remainder, edited / remainder)
     refused(edited, "different exports")
+
+
+def test_the_remainders_header_is_read_once(edited, tmp_path, monkeypatch):
+    """It has an entry for each chunk, so reading it for each would take the square of their number."""
+    opened, safe_open = [], undo_module.safe_open
+    monkeypatch.setattr(undo_module, "safe_open", lambda *a, **k: opened.append(a) or safe_open(*a, **k))
+    undo(open_model(str(edited)), tmp_path / "back")
+    assert len(opened) == 1
 
 
 def test_a_damaged_remainder(edited):

@@ -125,3 +125,4 @@ def test_the_dtype_of_a_config_that_cannot_be_read_is_refused_in_one_line(tmp_pa
     (tmp_path / "config.json").write_text(broken)
     with pytest.raises(BrocaError, match=r"config\.json cannot be read"):
         own_dtype(str(tmp_path), "cpu")
+    assert own_dtype(str(tmp_path), "cpu", "float16") == "float16"  # the config is not needed
