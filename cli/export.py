@@ -140,8 +140,8 @@ def _exported(screen: Screen, plan: Plan, arguments: SimpleNamespace) -> dict[st
         )
     if exported.remainder_bytes is not None:
         screen.say(f"undoable: {exported.remainder_bytes:,} bytes of rounding errors are stored")
-    for name in exported.unedited_copies:
-        screen.warn(f"{out / name} still contains the unedited weights: remove it")
+    for warning in exported.warnings:
+        screen.warn(warning)
     verified = exported.verified
     return {
         "tensors": list(exported.tensors),
@@ -153,6 +153,7 @@ def _exported(screen: Screen, plan: Plan, arguments: SimpleNamespace) -> dict[st
         },
         "added": list(exported.added),
         "unedited_copies": list(exported.unedited_copies),
+        "left_out": list(exported.left_out),
         "verified": None
         if verified is None
         else {"edited": len(verified.edited), "unchanged": verified.unchanged},

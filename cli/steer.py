@@ -240,6 +240,8 @@ def _written(
 
     with screen.copying("Writing") as progress:
         exported = export(source, plan, out, overwrite, progress, recipe=recipe)
+    for warning in exported.warnings:
+        screen.warn(warning)
     recipe_path = out / RECIPE_IN_CHECKPOINT
     report = recipe_path.with_name("report.html")
     write_atomically(report, study_page(read_findings(recipe_path.parent)))

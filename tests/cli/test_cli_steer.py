@@ -28,12 +28,13 @@ def untouched(monkeypatch):
         monkeypatch.setattr(lock_replies, name, work)
 
 
-def test_a_checkpoint_an_adapter_and_figures(steer, tmp_path, monkeypatch):
+def test_a_checkpoint_an_adapter_and_figures(steer, chat_model, tmp_path, monkeypatch):
+    (chat_model / "pytorch_model.bin").write_bytes(b"old")
     monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out, lora = tmp_path / "steered", tmp_path / "adapter"
     arguments = ["--to", "fr", "--out", out, "--lora", lora, "--json"]
     status, printed, errors = steer(*arguments)
-    assert status == 0, errors
+    assert status == 0 and f"{out / 'pytorch_model.bin'} still contains the unedited weights" in errors
     result = json.loads(printed)
     assert result["lock"] == {"sources": ["en"], "target": "fr", "keep": ["fr", "de"]}
     assert result["measured"]["sources"]["en"]["language"]["steered"]["answers"] == 2
