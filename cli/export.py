@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 @click.option("--strength", type=FINITE, help="Factor of the edit.  [default: 1]")
 @click.option("--verify", is_flag=True, help="Read every tensor back and compare it with MODEL and the plan.")
 @click.option("--undoable", is_flag=True, help="Store the rounding errors, for --undo.")
-@click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result to this hub repository.")
+@click.option(
+    "--push-to-hub",
+    "repo",
+    metavar="REPO",
+    help="Upload the result to this hub repository, in place of its weights.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @out_option("Directory for the checkpoint.", directory=True)
 @json_option
