@@ -12,6 +12,7 @@ from editing.evaluation.generation import generate
 from neurons.errors import BrocaError, UsageError
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.source import load_model, locate, open_model
+from neurons.models.tokenizer import load_tokenizer
 
 LOOKS = pytest.mark.parametrize("look", [open_model, load_model], ids=["open", "load"])
 WEIGHTS = "model.safetensors"
@@ -189,6 +190,21 @@ def test_the_template_file_comes_before_the_config(copy):
     (copy / "chat_template.jinja").write_text("of the file {{ messages[0].content }}")
     tokenizer = load_model(str(copy), "cpu").tokenizer
     assert tokenizer.decode(chat_tokens(tokenizer, "beef")) == "of the file beef"
+
+
+@pytest.mark.parametrize(
+    ("files", "used"),
+    [
+        ([], "chat_template.jinja"),
+        (["preprocessor_config.json"], "chat_template.json"),
+        (["preprocessor_config.json", "processor_config.json"], "processor_config.json"),
+    ],
+)
+def test_the_template_of_a_processor_comes_before_the_tokenizers(copy, files, used):
+    (copy / "chat_template.jinja").write_text("chat_template.jinja")
+    for name in ("chat_template.json", *files):
+        change(copy / name, chat_template=name)
+    assert load_tokenizer(copy).chat_template == used
 
 
 def test_a_tokenizers_own_code_is_not_run(copy, monkeypatch):
