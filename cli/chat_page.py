@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from editing.evaluation.talk import ContextFullError, Talk
-from neurons.errors import UsageError
+from editing.evaluation.talk import Talk
+from neurons.errors import BrocaError, UsageError
 
 # Gradio reports its use to its makers by default.
 SILENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -97,7 +97,7 @@ def chat_page(gradio: Any, talk_of: dict[str, Callable[[str | None], Talk]], sys
                         answer["content"] += piece
                         # The next message may be being written meanwhile.
                         yield gradio.skip(), said, *said
-                except ContextFullError as error:
+                except BrocaError as error:
                     del history[-2:]
                     yield message, said, *said
                     raise gradio.Error(str(error), print_exception=False) from error

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 @click.option("--strength", type=FINITE, help="Factor of the edit.  [default: 1]")
 @click.option("--verify", is_flag=True, help="Read every tensor back and compare it with MODEL and the plan.")
 @click.option("--undoable", is_flag=True, help="Store the rounding errors, for --undo.")
-@click.option("--push-to-hub", "repo", metavar="REPO", help="Upload the result to this hub repository.")
+@click.option(
+    "--push-to-hub",
+    "repo",
+    metavar="REPO",
+    help="Upload the result to this hub repository, in place of its weights.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @out_option("Directory for the checkpoint.", directory=True)
 @json_option
@@ -140,8 +145,8 @@ def _exported(screen: Screen, plan: Plan, arguments: SimpleNamespace) -> dict[st
         )
     if exported.remainder_bytes is not None:
         screen.say(f"undoable: {exported.remainder_bytes:,} bytes of rounding errors are stored")
-    for name in exported.unedited_copies:
-        screen.warn(f"{out / name} still contains the unedited weights: remove it")
+    for warning in exported.warnings:
+        screen.warn(warning)
     verified = exported.verified
     return {
         "tensors": list(exported.tensors),
@@ -153,6 +158,7 @@ def _exported(screen: Screen, plan: Plan, arguments: SimpleNamespace) -> dict[st
         },
         "added": list(exported.added),
         "unedited_copies": list(exported.unedited_copies),
+        "left_out": list(exported.left_out),
         "verified": None
         if verified is None
         else {"edited": len(verified.edited), "unchanged": verified.unchanged},

@@ -136,12 +136,13 @@ def steer(
 ) -> None:
     """Steer as a recipe says, write everything and print the figures, or the memory needs with ``dry_run``."""
     start = time.monotonic()
-    from editing.checkpoints.adapter import CONFIG
+    from editing.checkpoints.adapter import CONFIG, adapted
     from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
     from editing.evaluation.questions import read_questions
-    from editing.pipeline.lock import language_lock
+    from editing.pipeline.lock import language_lock, locked_layers
     from editing.pipeline.lock_measures import lock_figures
+    from editing.plans.plan import ModuleEdit
     from neurons.errors import UsageError
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
@@ -175,6 +176,9 @@ def steer(
     require_unedited(loaded)
     recipe.require_model(loaded)
     lock = recipe.fitted(lock, loaded)
+    if lora is not None:
+        for layer in locked_layers(loaded.anatomy):
+            adapted(loaded.anatomy, ModuleEdit(layer, "mlp", ()))
     judge = None if recipe.judge is None else _judge(screen, recipe.judge, recipe.device)
     locked = language_lock(loaded, questions, lock, seed=recipe.seed, stage=screen.progress)
     figures = lock_figures(loaded, questions, lock, locked.plan, judge=judge, stage=screen.progress)
@@ -240,6 +244,8 @@ def _written(
 
     with screen.copying("Writing") as progress:
         exported = export(source, plan, out, overwrite, progress, recipe=recipe)
+    for warning in exported.warnings:
+        screen.warn(warning)
     recipe_path = out / RECIPE_IN_CHECKPOINT
     report = recipe_path.with_name("report.html")
     write_atomically(report, study_page(read_findings(recipe_path.parent)))

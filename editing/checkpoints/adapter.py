@@ -35,7 +35,7 @@ from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import check_shape
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, OUTSIDE, Anatomy, Part
-from neurons.architectures.layouts import RENAMED_IN_PEFT
+from neurons.architectures.layouts import NOT_ADAPTED_IN_VLLM, RENAMED_IN_PEFT
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.files.artifact import json_bytes, package_versions
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
@@ -113,7 +113,7 @@ def export_adapter(
         name = _module_name(source.anatomy, edit)
         if name not in modules:
             continue
-        part = _adapted(source.anatomy, edit)
+        part = adapted(source.anatomy, edit)
         weight = weights.read(edit.layer, edit.block)
         if part.experts is None:
             B, A = factors(edit, weight)
@@ -263,11 +263,11 @@ def _scaled(scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def _module_name(anatomy: Anatomy, edit: ModuleEdit) -> str:
-    return f"{anatomy.layout.layers}.{edit.layer}.{_adapted(anatomy, edit).path}"
+    return f"{anatomy.layout.layers}.{edit.layer}.{adapted(anatomy, edit).path}"
 
 
-def _adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
-    """The part of W that an edit changes.
+def adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
+    """The part of W that an edit changes; of one that changes nothing, the last.
 
     Raises:
         BrocaError: the edit changes a module that is not linear, or experts and a shared expert, or PEFT would take its
@@ -290,7 +290,7 @@ def _adapted(anatomy: Anatomy, edit: ModuleEdit) -> Part:
         if getattr(part.module, "is_transposed", False) != part.transposed:
             raise BrocaError(f"{where} are a parameter that PEFT reads transposed: export a checkpoint")
         return part
-    if anatomy.mixed and edit.block not in BLOCKS and not isinstance(part.module, nn.Linear):
+    if anatomy.mixed and edit.block not in BLOCKS and type(part.module) is not nn.Linear:
         raise BrocaError(f"{edit.where}: no linear module, so it takes no LoRA adapter: export a checkpoint")
     if anatomy.mixed and part.path.rpartition(".")[2] in _EXPERTS_IN_PEFT:
         raise BrocaError(
@@ -320,7 +320,7 @@ def _ranks(source: ModelSource, plan: Plan) -> dict[str, int]:
             )
         if edit.block in BLOCKS:
             anatomy.require(edit.block, [edit.layer])
-        part = _adapted(anatomy, edit)
+        part = adapted(anatomy, edit)
         pieces, rows = weights.pieces(edit.layer, edit.block), anatomy.rows(edit.layer, edit.block)
         check_shape(edit, pieces, rows)
         width = part.width // (part.experts or 1)
@@ -357,8 +357,11 @@ def _card(source: ModelSource, plan: Plan, exported: ExportedAdapter) -> str:
         for edit in plan.edits
         if (name := _module_name(source.anatomy, edit)) in exported.modules
     )
+    model_type = source.anatomy.model_type
     serving = (
-        f"    vllm serve BASE --enable-lora --max-lora-rank {exported.served_rank} --lora-modules "
+        f"vLLM takes no adapters of {model_type}: export a checkpoint for it."
+        if model_type in NOT_ADAPTED_IN_VLLM
+        else f"    vllm serve BASE --enable-lora --max-lora-rank {exported.served_rank} --lora-modules "
         "steered=path/of/this/directory"
         if not any(is_parameter(source.anatomy, name) for name in exported.modules)
         else "PEFT 0.17 or newer reads adapters of experts; vLLM does not: export a checkpoint for it."

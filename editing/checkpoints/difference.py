@@ -36,7 +36,7 @@ from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, OUTSIDE, StoredPiece
 from neurons.errors import BrocaError, NothingToChangeError
 from neurons.files.tensor_files import READABLE_DTYPES, TensorEntry, read_tensor, tensor_entries
-from neurons.models.source import ModelSource
+from neurons.models.source import ModelSource, read_config
 
 NOT_COVERED = "not covered"
 _MARGIN, _TAIL = 1.1, 1.0
@@ -133,8 +133,10 @@ def compare(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        BrocaError: an output weight is missing in the edited checkpoint or has another shape.
+        BrocaError: an output weight is missing in the edited checkpoint or has another shape, or as ``read_config`` for
+            the edited checkpoint.
     """
+    read_config(str(edited), edited)
     other = replace(base, checkpoint=edited, name=str(edited))
     before, after = tensor_entries(base.checkpoint), tensor_entries(edited)
     old, new = Weights(base), Weights(other)

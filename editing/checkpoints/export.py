@@ -22,6 +22,16 @@ from neurons.files.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
 
+# The state of a training, without weights of the model.
+_OF_TRAINING = (
+    "training_args.bin",
+    "optimizer.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+)
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -36,6 +46,7 @@ class Exported:
             can vanish in the rounding to the stored dtype.
         unedited_copies: files of the output with other copies of the source's weights; a loader that prefers
             them would run the unedited model.
+        left_out: files of the source that are not in the output: weights that vLLM prefers.
         added: names of added tensors: biases.
         verified: result of the verification, if requested.
         remainder_bytes: size of the file for undo, if requested.
@@ -47,9 +58,21 @@ class Exported:
     relative_change: float | None
     survived: dict[str, tuple[float, float]]
     unedited_copies: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     verified: Verified | None = None
     remainder_bytes: int | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about unedited weights."""
+        return (
+            *(f"{name} is left out: vLLM would serve these unedited weights" for name in self.left_out),
+            *(
+                f"{self.path / name} still contains the unedited weights: remove it"
+                for name in self.unedited_copies
+            ),
+        )
 
 
 def require_unedited(source: ModelSource) -> None:
@@ -76,7 +99,8 @@ def export(
 
     All files of the source are copied and only the edited tensors differ; ``broca/edit.safetensors`` holds the
     plan, and the model card describes the edit.  Biases that the source does not have are in a new shard, and
-    the config enables them.
+    the config enables them.  Weights in Mistral's own format (``consolidated*.safetensors``), which vLLM would serve
+    in place of the edited ones, are left out.
 
     Of a checkpoint of FP8 tiles, opened by ``editing.checkpoints.dequantise.open_for_export``, only the tiles that
     the plan changes are requantised (``editing.checkpoints.fp8_edit``).
@@ -117,6 +141,7 @@ def export(
         files[RECIPE_IN_CHECKPOINT.as_posix()] = recipe.encode()
     if biases.settings:
         files["config.json"] = _config_with(source, biases)
+    left_out = _preferred_by_vllm(source.checkpoint)
     checks: list[Verified] = []
     sizes: list[int] = []
 
@@ -137,6 +162,7 @@ def export(
         },
         files,
         added=biases.tensors,
+        left_out=left_out,
         quantised=in_tiles,
         complete=complete,
         overwrite=overwrite,
@@ -149,6 +175,7 @@ def export(
         relative_change=plan.relative_change(),
         survived={name: _survival(of_tensor) for name, of_tensor in sums.items()},
         unedited_copies=_other_weights(out),
+        left_out=left_out,
         added=tuple(biases.tensors),
         verified=checks[0] if checks else None,
         remainder_bytes=sizes[0] if sizes else None,
@@ -196,13 +223,25 @@ def _changes(source: ModelSource, files: dict[str, bytes], biases: AddedBiases) 
     )
 
 
+def _preferred_by_vllm(checkpoint: Path) -> tuple[str, ...]:
+    """Weights in Mistral's format, with their index, relative to the checkpoint; vLLM searches all its folders."""
+    own = weight_files(checkpoint)
+    return tuple(
+        path.relative_to(checkpoint).as_posix()
+        for path in sorted(checkpoint.rglob("consolidated*.safetensors*"))
+        if path.suffix in (".safetensors", ".json") and path not in own
+    )
+
+
 def _other_weights(checkpoint: Path) -> tuple[str, ...]:
     """Files with unedited weights, relative to the checkpoint."""
     known = {*weight_files(checkpoint), checkpoint / PLAN_IN_CHECKPOINT, checkpoint / REMAINDER_IN_CHECKPOINT}
     return tuple(
         path.relative_to(checkpoint).as_posix()
         for path in sorted(checkpoint.rglob("*"))
-        if path.suffix in (".safetensors", *OTHER_WEIGHT_SUFFIXES) and path not in known
+        if path.suffix in (".safetensors", *OTHER_WEIGHT_SUFFIXES)
+        and path not in known
+        and not any(path.match(pattern) for pattern in _OF_TRAINING)
     )
 
 

@@ -8,6 +8,8 @@ from neurons.errors import BrocaError, UsageError, first_line
 
 # A model directory has one of these.
 CONFIGS = ("config.json", "adapter_config.json")
+# Files of an earlier push that engines would load instead of, or with, those of this one.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", *CONFIGS, "broca/*")
 _BAD_NAME = "{}: not a valid repository name: write it as owner/name"
 _OFFLINE = "{}: HF_HUB_OFFLINE is set: unset it to push"
 _NO_TOKEN = "{}: there is no token: run `hf auth login` or set HF_TOKEN"
@@ -37,7 +39,8 @@ def require_pushable(repo: str) -> None:
 def push(path: Path, repo: str, private: bool = False) -> str:
     """Upload a directory to a model repository, which is created if needed.
 
-    Other files of the repository are kept.  The token is that of ``hf auth login`` or ``HF_TOKEN``.
+    Weights, configs and Broca's files of an earlier push are removed; other files of the repository are kept.
+    The token is that of ``hf auth login`` or ``HF_TOKEN``.
 
     Args:
         path: directory with a ``config.json`` or an ``adapter_config.json``.
@@ -66,7 +69,11 @@ def push(path: Path, repo: str, private: bool = False) -> str:
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id, folder_path=path, commit_message="Steered by Broca", repo_type="model"
+            repo_id=made.repo_id,
+            folder_path=path,
+            commit_message="Steered by Broca",
+            repo_type="model",
+            delete_patterns=list(REPLACED),
         )
     except HFValidationError as error:
         raise UsageError(_BAD_NAME.format(repo)) from error

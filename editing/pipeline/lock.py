@@ -41,6 +41,7 @@ from editing.pipeline.lock_text import (
     thoughts_obey,
 )
 from editing.plans.plan import Plan, make_plan
+from neurons.architectures.anatomy import Anatomy
 from neurons.models.source import LoadedModel
 from neurons.text.conversation_batches import conversation_batches
 from neurons.text.conversations import OPTIONAL, thinking
@@ -91,7 +92,7 @@ def language_lock(
         loaded: the unedited model, with a chat template; its weights do not change.
         questions: in every language of the lock.
         lock: sources, target and teacher.
-        layers: layers whose ``down_proj`` is edited; None: ``middle_layers``.
+        layers: layers whose ``down_proj`` is edited; None: ``locked_layers``.
         eps: ridge of the keys.
         passes: of the training over all examples; None: ``PASSES``, or ``STAY_PASSES`` without a target.
         rate: Adam's learning rate (``distilled_values``); None: ``RATE``, or ``STAY_RATE`` without a target.
@@ -111,8 +112,7 @@ def language_lock(
         passes = STAY_PASSES if lock.target is None else PASSES
     if rate is None:
         rate = STAY_RATE if lock.target is None else RATE
-    able = [at for at in middle_layers(loaded.anatomy.layers) if has_common_inputs(loaded.anatomy, at, "mlp")]
-    chosen = tuple(able if layers is None else layers)
+    chosen = locked_layers(loaded.anatomy) if layers is None else tuple(layers)
     max_questions = max(MIN_EXAMPLES, MAX_EXAMPLES // len(lock.sources))
     with stage("Asking the teacher", 2, "parts") as advance:
         building = _taught(loaded, questions, lock, BUILD, max_questions)
@@ -154,6 +154,11 @@ def language_lock(
             for edit in edits
         },
     )
+
+
+def locked_layers(anatomy: Anatomy) -> tuple[int, ...]:
+    """The middle layers with neurons that every token reaches."""
+    return tuple(at for at in middle_layers(anatomy.layers) if has_common_inputs(anatomy, at, "mlp"))
 
 
 def _taught(

@@ -67,6 +67,9 @@ class Screen(Protocol):
     def copying(self, title: str) -> Any:
         """A context with a function to call with (bytes done, total bytes)."""
 
+    def warn(self, text: str) -> None:
+        """A warning about the result."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -367,7 +370,11 @@ class _Run:
     def export(self, target: str) -> None:
         plan = load_plan(self.out / f"edit-{target}.safetensors")
         with self.screen.copying(f"Writing checkpoint-{target}") as progress:
-            export(self.source, plan, self.out / f"checkpoint-{target}", overwrite=True, progress=progress)
+            exported = export(
+                self.source, plan, self.out / f"checkpoint-{target}", overwrite=True, progress=progress
+            )
+        for warning in exported.warnings:
+            self.screen.warn(warning)
 
     def measure(self, target: str) -> None:
         material = self.material(target)

@@ -652,6 +652,24 @@ WRAPPERS: dict[str, str] = {
 
 # PEFT renames the modules of these types' adapters like tensors of their checkpoints, and then finds none of them.
 RENAMED_IN_PEFT = ("unlimited_ocr",)
+# The classes of these types in vLLM 0.32 do not support LoRA adapters.
+NOT_ADAPTED_IN_VLLM = (
+    "aria",
+    "bloom",
+    "cohere2_moe",
+    "cohere2_vision",
+    "dbrx",
+    "falcon",
+    "gemma3n_text",
+    "gpt-sw3",
+    "gpt2",
+    "gptj",
+    "kimi_linear",
+    "llava_onevision",
+    "mimo_v2_flash",
+    "moss_transcribe_diarize",
+    "stablelm",
+)
 
 
 def row_of(config: Any) -> Layout | None:

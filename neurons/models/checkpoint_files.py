@@ -66,7 +66,22 @@ def check_directory(model: str, checkpoint: Path) -> None:
                     f"{model}: with its {what} vLLM treats the weights as quantised, transformers does not: remove it, "
                     "or start from the unquantised checkpoint"
                 )
+    _check_names(model, checkpoint)
     _check_ends(model, checkpoint)
+
+
+def _check_names(model: str, checkpoint: Path) -> None:
+    found = {
+        ending: {path.name for path in checkpoint.glob(f"*{ending}")}
+        for ending in (".safetensors", INDEX_ENDING)
+    }
+    names = found[INDEX_ENDING] or found[".safetensors"]
+    if len(names) == 1 and not {"model.safetensors", f"model{INDEX_ENDING}"} & set().union(*found.values()):
+        (name,) = names
+        raise BrocaError(
+            f"{model}: its weights are in {name}, but transformers reads only model.safetensors and "
+            f"model{INDEX_ENDING}: rename it, or download the checkpoint completely"
+        )
 
 
 def _check_ends(model: str, checkpoint: Path) -> None:
@@ -90,7 +105,7 @@ def check_tied(model: str, checkpoint: Path, tied: bool | None = None) -> None:
     Args:
         model: as the user wrote it.
         checkpoint: the directory.
-        tied: ``tie_word_embeddings``; None reads it from config.json, False if absent.
+        tied: ``tie_word_embeddings``; None reads it from config.json, or takes the default of its model type.
 
     Raises:
         BrocaError: names both tensors; or as ``tensor_entries``.
@@ -112,14 +127,26 @@ def tied_copies(checkpoint: Path, tied: bool | None = None) -> tuple[str, ...]:
         checkpoint: the directory.
         tied: as for ``check_tied``.
     """
-    if tied is None:
-        tied = bool(_settings(checkpoint / "config.json").get("tie_word_embeddings"))
-    if not tied:
+    settings = _settings(checkpoint / "config.json")
+    if tied is None and "tie_word_embeddings" in settings:
+        tied = bool(settings["tie_word_embeddings"])
+    if tied is False:
         return ()
     found = [
         [name for name in tensor_entries(checkpoint) if name.endswith(ends)] for ends in (_HEADS, _EMBEDDINGS)
     ]
-    return (found[0][0], found[1][0]) if [len(names) for names in found] == [1, 1] else ()
+    if [len(names) for names in found] != [1, 1] or not (tied or _ties_by_default(settings)):
+        return ()
+    return found[0][0], found[1][0]
+
+
+def _ties_by_default(settings: Mapping[str, Any]) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    model_type = settings.get("model_type")
+    return model_type in CONFIG_MAPPING and bool(
+        getattr(CONFIG_MAPPING[model_type](), "tie_word_embeddings", False)
+    )
 
 
 def check_architecture(model: str, config: Any) -> None:

@@ -469,8 +469,9 @@ def read_config(model: str, checkpoint: Path, quantised: bool = False) -> Any:
     layout_of(config)
     if quantised:
         # The modules of the unquantised model.
-        vars(config).pop("quantization_config", None)
-    elif getattr(config, "quantization_config", None):
+        for part in (config, text):
+            vars(part).pop("quantization_config", None)
+    elif any(getattr(part, "quantization_config", None) for part in (config, text)):
         settings = json.loads((checkpoint / "config.json").read_bytes())
         raise BrocaError(quantised_message(model, checkpoint, quantised_remedy(settings)))
     return config

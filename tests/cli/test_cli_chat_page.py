@@ -4,11 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
 import pytest
 from test_cli_chat import stock_answers, with_context
+
+from cli.chat_page import chat_page
+from editing.evaluation.talk import Talk
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = [
@@ -22,6 +27,25 @@ def test_without_gradio_the_extra_is_named(broca, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     status, _, errors = broca("chat", "model", "--web")
     assert status == 2 and "broca[web]" in errors and len(errors.splitlines()) == 1
+
+
+def test_an_error_takes_back_the_message(chatting, monkeypatch):
+    class PageError(Exception):
+        def __init__(self, text, print_exception):
+            super().__init__(text)
+
+    template = (
+        "{{ raise_exception('no system message') if messages[0].role == 'system' }}{{ messages[-1].content }}"
+    )
+    monkeypatch.setattr(chatting.tokenizer, "chat_template", template)
+    gradio = MagicMock(Error=PageError)
+    chat_page(gradio, {"model": partial(Talk, chatting)}, None)
+    respond = gradio.Textbox.return_value.submit.call_args.args[0]
+    before = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    shown = []
+    with pytest.raises(PageError, match="no system message"):
+        shown.extend(respond("a cab", "be bad", before))
+    assert shown[-1:] == [("a cab", before, *before)]
 
 
 @pytest.fixture

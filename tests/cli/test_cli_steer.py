@@ -2,7 +2,9 @@
 
 import json
 
+import models
 import pytest
+from conversations import CHATML
 from safetensors import safe_open
 
 from editing.evaluation import language_id
@@ -28,12 +30,13 @@ def untouched(monkeypatch):
         monkeypatch.setattr(lock_replies, name, work)
 
 
-def test_a_checkpoint_an_adapter_and_figures(steer, tmp_path, monkeypatch):
+def test_a_checkpoint_an_adapter_and_figures(steer, chat_model, tmp_path, monkeypatch):
+    (chat_model / "pytorch_model.bin").write_bytes(b"old")
     monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "fr")
     out, lora = tmp_path / "steered", tmp_path / "adapter"
     arguments = ["--to", "fr", "--out", out, "--lora", lora, "--json"]
     status, printed, errors = steer(*arguments)
-    assert status == 0, errors
+    assert status == 0 and f"{out / 'pytorch_model.bin'} still contains the unedited weights" in errors
     result = json.loads(printed)
     assert result["lock"] == {"sources": ["en"], "target": "fr", "keep": ["fr", "de"]}
     assert result["measured"]["sources"]["en"]["language"]["steered"]["answers"] == 2
@@ -52,6 +55,18 @@ def test_an_adapter_inside_the_checkpoint_or_around_it_is_refused(steer, untouch
     arguments = ["--to", "fr", "--out", tmp_path / "steered", "--lora", tmp_path / lora, "--overwrite"]
     status, _, errors = steer(*arguments)
     assert status == 2 and "overlap" in errors
+
+
+def test_an_adapter_that_peft_cannot_load_is_refused_before_the_work(
+    broca, few_questions, untouched, tmp_path
+):
+    mixture = models.build_wrapper(tmp_path / "mixture", "qwen2_moe")
+    (mixture / "chat_template.jinja").write_text(CHATML)
+    out, lora = tmp_path / "steered", tmp_path / "adapter"
+    arguments = ["--to", "fr", "--questions", few_questions, "--out", out, "--lora", lora]
+    status, _, errors = broca("steer", mixture, *arguments)
+    assert status == 1 and "shared_expert.down_proj" in errors.splitlines()[-1]
+    assert not out.exists() and not lora.exists()
 
 
 def test_the_recipe_repeats_the_edit_to_the_byte(broca, chat_model, few_questions, tmp_path, monkeypatch):

@@ -156,6 +156,9 @@ def test_peft_computes_what_the_checkpoint_does(checkpoint_of, tmp_path, family,
     export(model, plan, tmp_path / "checkpoint")
     found = export_adapter(model, plan, tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "adapter")).eval()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    served = family not in ("gpt2", "bloom")
+    assert ("vllm serve" in card) == served and ("vLLM takes no adapters" in card) == (not served)
     expected, plain = logits(load(tmp_path / "checkpoint")), logits(load(base))
     size = expected.abs().max()
     torch.testing.assert_close(logits(adapted) / size, expected / size, rtol=1e-5, atol=1e-5)
@@ -339,6 +342,11 @@ def test_experts_that_peft_reads_otherwise(tmp_path):
     both = replace(edit, right=torch.ones_like(right))
     with pytest.raises(BrocaError, match="shared expert"):
         export_adapter(source, plan_for(source, both), tmp_path / "adapter")
+    # A router that is a linear module and returns two tensors.
+    path = source.anatomy.layout.router.path
+    router = ModuleEdit(0, path, (), rows=torch.tensor([0]), row_deltas=draw(1, 64))
+    with pytest.raises(BrocaError, match=f"{path}.* takes no LoRA adapter"):
+        export_adapter(source, plan_for(source, router), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 

@@ -10,8 +10,10 @@ import torch
 import transformers
 import yaml
 from safetensors import safe_open
+from safetensors.torch import save
 
 from editing.checkpoints.export import export, read_exported_plan
+from editing.checkpoints.undo import undo
 from editing.methods.scale import scale_plan
 from editing.plans.plan import ModuleEdit, load_plan, make_plan
 from neurons.errors import BrocaError
@@ -351,13 +353,46 @@ def test_names_copies_of_the_weights_that_it_did_not_edit(tmp_path):
     (directory / "pytorch_model.bin").write_bytes(b"old")
     (directory / "original").mkdir()
     (directory / "original" / "consolidated.00.pth").write_bytes(b"old")
+    for name in (
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "original/scaler.pt",
+    ):
+        (directory / name).write_bytes(b"of training")
     source = open_model(str(directory))
     found = export(source, mixed_plan(source), tmp_path / "out")
     assert found.unedited_copies == ("original/consolidated.00.pth", "pytorch_model.bin")
 
 
+def test_leaves_out_weights_that_vllm_would_serve_instead(tmp_path):
+    directory = build_base(tmp_path / "base", "bfloat16", sharded=True)
+    kept = {"params.json", "tekken.json", "original/params.json"}
+    unedited = {
+        "consolidated.safetensors",
+        "consolidated.safetensors.index.json",
+        "original/consolidated.00.safetensors",
+        "own/consolidated.safetensors",
+    }
+    for name in kept | unedited:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(save({"tok_embeddings.weight": torch.ones(2, 2)}))
+    source = open_model(str(directory))
+    found = export(source, mixed_plan(source), tmp_path / "out", verified=True, undoable=True)
+    assert set(found.left_out) == unedited and found.unedited_copies == ()
+    assert len(found.warnings) == 4 and all("vLLM" in warning for warning in found.warnings)
+    left = files_of(found.path)
+    assert kept <= left.keys() and not [name for name in left if "consolidated" in name]
+    assert not (found.path / "own").exists()
+    undone = undo(open_model(str(found.path)), tmp_path / "undone")
+    assert undone.fingerprint == source.fingerprint
+    before = files_of(directory)
+    assert files_of(undone.path) == {name: before[name] for name in before.keys() - unedited}
+
+
 def test_without_copies_it_names_none(exported):
-    assert exported.unedited_copies == ()
+    assert exported.unedited_copies == exported.left_out == exported.warnings == ()
 
 
 def bias_edit(layer, block, seed=5):

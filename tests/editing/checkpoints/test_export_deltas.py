@@ -1,5 +1,7 @@
 """Plans of dense deltas, of any module: exports, live models, undo, differences and adapters, against base + delta."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -248,6 +250,20 @@ def test_tied_embeddings(checkpoint_of, tmp_path):
     stored = open_model(str(twice))
     with pytest.raises(BrocaError, match="tied and both stored"):
         export(stored, of("model.embed_tokens", stored), tmp_path / "no")
+
+
+def test_two_copies_of_a_family_that_ties_by_default(checkpoint_of, tmp_path):
+    twice = tmp_path / "twice"
+    shutil.copytree(checkpoint_of("gemma", True), twice)
+    settings = json.loads((twice / "config.json").read_text())
+    settings.pop("tie_word_embeddings")
+    (twice / "config.json").write_text(json.dumps(settings))
+    assert Weights(open_model(str(twice))).pieces(OUTSIDE, "model.embed_tokens")
+    tensors = load_file(twice / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BrocaError, match="tied and both stored"):
+        Weights(open_model(str(twice))).pieces(OUTSIDE, "model.embed_tokens")
 
 
 def test_a_damaged_file_is_refused(llama, tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_dequantise import quantise
 
 from editing.checkpoints.dequantise import dequantise, open_for_export
+from editing.checkpoints.difference import compare
 from editing.checkpoints.export import export
 from editing.checkpoints.fp8_edit import TileEdit
 from editing.checkpoints.verification import verify
@@ -247,3 +248,8 @@ def test_what_is_refused(quantised, tmp_path, broca):
         "export", tmp_path / "out", "--edit", tmp_path / "edit.safetensors", "--out", tmp_path / "again"
     )
     assert status == 1 and "fingerprint" in err
+
+
+def test_no_plan_is_recovered_from_stored_numbers_that_are_no_weights(quantised):
+    with pytest.raises(BrocaError, match="--dequantise"):
+        compare(open_model(str(quantised[1])), quantised[0])

@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from editing.checkpoints.hub import push, require_pushable
 from neurons.errors import BrocaError, UsageError
@@ -67,6 +68,21 @@ def test_makes_the_repository_and_uploads_all(hub, directory):
     assert (name, repo, made) == ("create_repo", "someone/steered", {"private": False, "exist_ok": True})
     assert (then, where) == ("upload_folder", "someone/steered")
     assert sent["folder_path"] == directory and sent["repo_type"] == "model"
+    # What loaders would take from an earlier push: shards or one file, a model or an adapter.
+    earlier = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "config.json",
+    ]
+    earlier += [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "broca/edit.safetensors",
+        "broca/recipe.toml",
+    ]
+    kept = ["README.md", "tokenizer.json", "chat_template.jinja", "notes/broca.txt"]
+    assert [*filter_repo_objects([*earlier, *kept], allow_patterns=sent["delete_patterns"])] == earlier
 
 
 def test_a_private_one_under_ones_own_name(hub, directory):

@@ -28,7 +28,7 @@ class Quiet:
     """A screen that records which stages ran."""
 
     def __init__(self):
-        self.ran, self.skipped, self.states = [], [], {}
+        self.ran, self.skipped, self.states, self.warned = [], [], {}, []
 
     def stage(self, name, state):
         (self.ran if state == RUNS else self.skipped).append(name)
@@ -40,6 +40,9 @@ class Quiet:
     def copying(self, title):
         return nullcontext(lambda done, total: None)
 
+    def warn(self, text):
+        self.warned.append(text)
+
 
 def ran(recipe):
     """Run a recipe: its screen."""
@@ -50,8 +53,11 @@ def ran(recipe):
 
 @pytest.fixture(scope="module")
 def recipe(checkpoint_of, known_text, tmp_path_factory):
+    model = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(checkpoint_of("llama", True, "bfloat16"), model)
+    (model / "pytorch_model.bin").write_bytes(b"old")
     return Recipe(
-        model=str(checkpoint_of("llama", True, "bfloat16")),
+        model=str(model),
         corpus=known_text,
         source="en",
         targets=("fr", "de"),
@@ -84,6 +90,7 @@ def finished(recipe):
 def test_runs_every_stage_and_leaves_every_file(finished, recipe):
     screen, files = finished
     assert screen.ran == STAGES
+    assert [Path(text.split()[0]).name for text in screen.warned] == 2 * ["pytorch_model.bin"]
     for name in ("neurons.safetensors", "report.json", "report.md", "report.png", "report.svg"):
         assert name in files
     for target in ("fr", "de"):

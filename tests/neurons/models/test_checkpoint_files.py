@@ -12,6 +12,7 @@ from editing.evaluation.generation import generate
 from neurons.errors import BrocaError, UsageError
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.source import load_model, locate, open_model
+from neurons.models.tokenizer import load_tokenizer
 
 LOOKS = pytest.mark.parametrize("look", [open_model, load_model], ids=["open", "load"])
 WEIGHTS = "model.safetensors"
@@ -86,6 +87,20 @@ def test_an_index_that_was_left_behind_and_one_of_the_one_file(copy):
 
 
 @LOOKS
+@pytest.mark.parametrize("index", [False, True])
+def test_weights_of_a_name_that_transformers_does_not_read(copy, look, index):
+    (copy / "pytorch_model.bin").write_bytes(b"other weights")
+    (copy / WEIGHTS).rename(copy / "weights.safetensors")
+    name = "weights.safetensors"
+    if index:
+        write_index(copy, **dict.fromkeys(tensor_entries(copy), name))
+        name = "consolidated.safetensors.index.json"
+        (copy / "model.safetensors.index.json").rename(copy / name)
+    with pytest.raises(BrocaError, match=rf"weights are in {name}, .*rename"):
+        look(str(copy))
+
+
+@LOOKS
 def test_the_same_tensors_in_a_second_file(copy, look):
     shutil.copy(copy / WEIGHTS, copy / "old.safetensors")
     with pytest.raises(BrocaError, match=r"old\.safetensors"):
@@ -108,14 +123,15 @@ def test_a_head_that_is_said_to_be_the_embedding(tied, look):
     assert look(str(tied)).anatomy.layers == 3
 
 
-def test_a_family_that_ties_unless_it_is_told_otherwise(checkpoint_of, tmp_path):
+@LOOKS
+def test_a_family_that_ties_unless_it_is_told_otherwise(checkpoint_of, tmp_path, look):
     tied = shutil.copytree(checkpoint_of("gemma2", True), tmp_path / "tied")
     settings = json.loads((tied / "config.json").read_text())
     settings.pop("tie_word_embeddings", None)
     (tied / "config.json").write_text(json.dumps(settings))
     add_tensor(tied, "lm_head.weight", load_file(tied / WEIGHTS)["model.embed_tokens.weight"] + 1)
     with pytest.raises(BrocaError, match=r"lm_head\.weight.* model\.embed_tokens\.weight"):
-        load_model(str(tied), "cpu")
+        look(str(tied))
 
 
 def test_architectures_of_another_model_type(copy):
@@ -127,11 +143,25 @@ def test_architectures_of_another_model_type(copy):
         assert load_model(str(copy), "cpu").anatomy.layers == 3
 
 
+QUANTISATION = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+
+
 @LOOKS
 def test_a_quantisation_that_the_weights_do_not_have(copy, look):
-    change(copy / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    change(copy / "config.json", **QUANTISATION)
     with pytest.raises(BrocaError, match="stored unquantised"):
         look(str(copy))
+
+
+@LOOKS
+def test_a_quantisation_of_the_language_model_of_a_wrapper(checkpoint_of, tmp_path, look):
+    wrapper = shutil.copytree(checkpoint_of("gemma3"), tmp_path / "wrapper")
+    text = json.loads((wrapper / "config.json").read_text())["text_config"]
+    change(wrapper / "config.json", text_config={**text, **QUANTISATION})
+    with pytest.raises(BrocaError, match="stored unquantised"):
+        look(str(wrapper))
+    modules = open_model(str(wrapper), quantised=True).anatomy.outputs["mlp"]
+    assert {type(module) for module in modules} == {models.torch.nn.Linear}
 
 
 @LOOKS
@@ -189,6 +219,21 @@ def test_the_template_file_comes_before_the_config(copy):
     (copy / "chat_template.jinja").write_text("of the file {{ messages[0].content }}")
     tokenizer = load_model(str(copy), "cpu").tokenizer
     assert tokenizer.decode(chat_tokens(tokenizer, "beef")) == "of the file beef"
+
+
+@pytest.mark.parametrize(
+    ("files", "used"),
+    [
+        ([], "chat_template.jinja"),
+        (["preprocessor_config.json"], "chat_template.json"),
+        (["preprocessor_config.json", "processor_config.json"], "processor_config.json"),
+    ],
+)
+def test_the_template_of_a_processor_comes_before_the_tokenizers(copy, files, used):
+    (copy / "chat_template.jinja").write_text("chat_template.jinja")
+    for name in ("chat_template.json", *files):
+        change(copy / name, chat_template=name)
+    assert load_tokenizer(copy).chat_template == used
 
 
 def test_a_tokenizers_own_code_is_not_run(copy, monkeypatch):
