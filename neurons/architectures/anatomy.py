@@ -483,18 +483,14 @@ class Anatomy:
                     "gates are in one parameter with those of the others, which is not supported"
                 )
             own = torch.tensor(chosen)
-            paths = {id(module): path for path, module in self.blocks[layer].named_modules()}
-            for module in (part.gate, part.up):
-                if module is not None:
-                    rows[paths[id(module)]] = torch.cat([own, own + part.width]) if part.halves else own
+            for path in self._paths_into(layer, part):
+                rows[path] = torch.cat([own, own + part.width]) if part.halves else own
         return rows
 
     def computes_neurons(self, layer: int, path: str) -> bool:
         """Whether a module's rows are gates or linear branches of neurons."""
         return layer != OUTSIDE and any(
-            module is not None and module is _found(self.blocks[layer], path)
-            for part in self.parts(layer, "mlp")
-            for module in (part.gate, part.up)
+            path in self._paths_into(layer, part) for part in self.parts(layer, "mlp")
         )
 
     def _dense(
@@ -509,6 +505,13 @@ class Anatomy:
         if block == "mlp" and self.mixed_in(layer):
             shared = self.layout.shared
             return parts[1] if len(parts) > 1 and shared is not None and shared.added else None
+    def _paths_into(self, layer: int, part: Part) -> list[str]:
+        """The paths of the linear modules whose rows are gates or linear branches of neurons."""
+        paths = {id(module): path for path, module in self.blocks[layer].named_modules()}
+        into = [paths[id(module)] for module in (part.gate, part.up) if module is not None]
+        rows = self.layout.gate_rows
+        return [rows if rows is not None and path == self.layout.gate else path for path in into]
+
         return parts[0] if parts else None
 
     def router(self, layer: int) -> Part | None:

@@ -133,6 +133,7 @@ class Layout:
         gate: the module whose output is the pre-activation; of a mixture, the experts.
         up: the module of the linear branch; None if the MLP is not gated; the same as ``gate`` if one
             module computes both, the gate first.
+        gate_rows: the linear module that computes the gate's input, where the gate is an activation; None: the gate.
         prefixes: of the layer's number in names on disk, the current one first, then those of older files.
         stored: block -> forms of its weight in checkpoints, the usual one first.
         activation: the config's attribute that names the activation; None if the family has a fixed one,
@@ -165,6 +166,7 @@ class Layout:
     up: str | None
     prefixes: tuple[str, ...]
     stored: Mapping[str, tuple[StoredForm, ...]]
+    gate_rows: str | None = None
     activation: str | None = "hidden_act"
     transposed: tuple[str, ...] = ()
     mixture: str | None = None
@@ -566,7 +568,7 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("glm4v", "glm46v"), _GLM4.inside(_LANGUAGE_MODEL)),
     **dict.fromkeys(("arcee", "nemotron"), _PLAIN),
     # Its activation is learned and changes signs, so its output is counted.
-    "apertus": replace(_PLAIN, gate="mlp.act_fn", activation=None),
+    "apertus": replace(_PLAIN, gate="mlp.act_fn", gate_rows="mlp.up_proj", activation=None),
     "starcoder2": _dense("model.layers", "self_attn.o_proj", "mlp.c_proj", "mlp.c_fc", names=None),
     # Multipliers act on the gate's input to its activation and on the outputs.
     "falcon_h1": _dense(
@@ -594,7 +596,9 @@ LAYOUTS: dict[str, Layout] = {
         ("gemma4", "gemma4_unified"), replace(_GEMMA.inside(_LANGUAGE_MODEL), softcap=_GEMMA.softcap)
     ),
     # Its first layers keep the largest activations only, so their sign is that of the activation's output.
-    "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
+    "gemma3n_text": replace(
+        _GEMMA, gate="mlp.act_fn", gate_rows="mlp.gate_proj", activation=None, names=None
+    ),
     # Types without a model class of their own.
     **dict.fromkeys(("internlm3", "iquestcoder"), replace(_GATED, names=None)),
     "git": _dense(
