@@ -907,7 +907,7 @@ def _measured(anatomy: Anatomy, heads: Callable[[int, int], tuple[int, int]]) ->
             raise BrocaError(
                 f"{anatomy.model_type}: its layers have experts of {sorted(sizes)} neurons, which is not supported"
             )
-        experts = -(-max(widths) // width)
+        experts = -(-max(widths) // width) if width else 1
     return replace(
         anatomy,
         neurons=experts * width,

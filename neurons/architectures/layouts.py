@@ -362,6 +362,9 @@ _GRANITE_SHARED = replace(
     _GRANITE_MOE, shared=Mlp("shared_mlp.output_linear", "shared_mlp.input_linear", "shared_mlp.input_linear")
 )
 
+_SHARED_MLP = Mlp("shared_mlp.output_linear", "shared_mlp.input_linear", "shared_mlp.input_linear")
+# Without experts it is the whole MLP.
+_GRANITE_SHARED = replace(_GRANITE_MOE, dense=_SHARED_MLP, shared=_SHARED_MLP)
 # model_type of the config -> layout
 LAYOUTS: dict[str, Layout] = {
     # The only gated family whose biases vLLM reads wherever the config sets them.

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from tiny_models import VOCABULARY, tiny_config, tiny_model
+from tiny_models import OVERRIDES, VOCABULARY, tiny_config, tiny_model
 
 from cli.inspect import command as inspect
 from editing.checkpoints.adapter import export_adapter
@@ -115,14 +115,25 @@ def test_silencing_at_the_site_and_in_the_weight_is_the_same(model_of, model_typ
     assert_same_at_site_and_in_weight(model_of(model_type))
 
 
-def test_a_type_of_mixtures_may_have_only_dense_layers():
-    config = tiny_config("deepseek_v3")
-    config.first_k_dense_replace = config.num_hidden_layers
-    config.mlp_layer_types = ["dense"] * config.num_hidden_layers
+@pytest.mark.parametrize(
+    ("model_type", "settings", "neurons"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 4, "mlp_layer_types": ["dense"] * 4}, "intermediate_size"),
+        ("granitemoehybrid", {"num_local_experts": 0}, "shared_intermediate_size"),
+    ],
+)
+def test_a_type_of_mixtures_may_have_only_dense_layers(model_type, settings, neurons):
+    config = tiny_config(model_type, overrides={**OVERRIDES.get(model_type, {}), **settings})
     model = tiny_model(config)
     anatomy = anatomy_of(model)
-    assert (anatomy.neurons, anatomy.experts) == (config.intermediate_size, 1)
+    assert (anatomy.neurons, anatomy.experts) == (getattr(config, neurons), 1)
     assert_same_at_site_and_in_weight(model)
+
+
+def test_a_type_of_mixtures_may_have_layers_without_neurons_only():
+    model = tiny_model(tiny_config("nemotron_h", overrides={"layers_block_type": ["mamba", "attention"] * 2}))
+    anatomy = anatomy_of(model)
+    assert (anatomy.neurons, anatomy.experts, anatomy.layers_with("attn")) == (0, 1, (1, 3))
 
 
 @pytest.mark.parametrize("model_type", TYPES)
