@@ -24,7 +24,7 @@ Sites at which hooks see activations, with their width:
     router_out the router's scores of the E routed experts: the logits, or their sigmoids where a bias is added to those
                to choose experts (``layouts.Router``), without that bias; only to read
     attn_in    the input of o_proj [A*D]
-    mlp_out    the output of down_proj, or of the whole mixture [d]
+    mlp_out    the output of down_proj, or of the whole mixture with its shared expert [d]
     attn_out   the output of o_proj [d]
     block_out  the residual stream after the layer [d]
 
@@ -44,7 +44,7 @@ import torch
 from torch import nn
 
 from neurons.architectures.attention import NO_HEADS, SOFTMAX, head_shape, is_understood, kind_of_attention
-from neurons.architectures.examination import examine
+from neurons.architectures.examination import examine, fused_experts
 from neurons.architectures.layouts import SIGN_PRESERVING, Layout, Mlp, StoredForm, row_of
 from neurons.architectures.offload import parameter_value
 from neurons.errors import BrocaError, UsageError
@@ -273,6 +273,14 @@ class Anatomy:
         """Check that layers have a block.
 
         Raises:
+    def unread_experts(self) -> tuple[int, ...]:
+        """The layers with routed experts beside the MLP that is read and edited, as in Gemma 4."""
+        return tuple(
+            layer
+            for layer, block in enumerate(self.blocks)
+            if not self.mixed_in(layer) and fused_experts(block)
+        )
+
             UsageError: names the layers without it and what they have instead, or a layer that the model does not have.
         """
         if absent := [layer for layer in layers if not 0 <= layer < self.layers]:

@@ -192,6 +192,46 @@ def test_a_multiplier_after_the_modules_is_no_unchanged_output(model_type):
     self_check(model, anatomy_of(model), IDS)
 
 
+def test_mlp_out_is_all_that_the_experts_and_the_shared_one_add():
+    config = tiny_config("granitemoeshared")
+    config.residual_multiplier = 0.25
+    model = tiny_model(config)
+    anatomy, kept, layer = anatomy_of(model), {}, 2
+
+    def keep(name):
+        return lambda values, routed: kept.__setitem__(name, values.clone())
+
+    def silence(values, routed):
+        return torch.zeros_like(values)
+
+    logits_of(model, anatomy, {("mlp_out", layer): keep("added"), ("block_out", layer): keep("with")})
+    logits_of(model, anatomy, {("mlp_in", layer): silence, ("block_out", layer): keep("without")})
+    torch.testing.assert_close(kept["added"], (kept["with"] - kept["without"]) / 0.25, rtol=1e-4, atol=1e-5)
+    # What replaces the sum is what the layer adds, and a gradient is that of the sum.
+    logits_of(model, anatomy, {("mlp_out", layer): silence, ("block_out", layer): keep("silenced")})
+    torch.testing.assert_close(kept["silenced"], kept["without"], rtol=1e-4, atol=1e-5)
+    summed = {}
+    with site_hooks(
+        anatomy, {("mlp_out", layer): lambda values, routed: summed.__setitem__("values", values)}
+    ):
+        out = model(input_ids=IDS, use_cache=False).logits.sum()
+    (gradient,) = torch.autograd.grad(out, summed["values"])
+    with site_hooks(
+        anatomy, {("block_out", layer): lambda values, routed: summed.__setitem__("end", values)}
+    ):
+        out = model(input_ids=IDS, use_cache=False).logits.sum()
+    (at_end,) = torch.autograd.grad(out, summed["end"])
+    torch.testing.assert_close(gradient, 0.25 * at_end, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_beside_the_mlp_are_named(tmp_path):
+    """Gemma 4's mixtures: the row has the MLP beside them only."""
+    moe = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    models.build_wrapper(tmp_path, "gemma4_text", **OVERRIDES["gemma4_text"], **moe)
+    shown = CliRunner().invoke(inspect, [str(tmp_path), "--json"])
+    assert json.loads(shown.output)["layers_with_experts_that_are_not_edited"] == "0, 1, 2, 3"
+
+
 def saved(model_type, directory, **settings):
     config = tiny_config(model_type)
     for name, value in settings.items():
