@@ -254,8 +254,12 @@ class Anatomy:
 
     @property
     def residual_output(self) -> bool:
-        """Whether the outputs of o_proj and down_proj are added to the residual stream unchanged."""
+        """Whether the outputs of o_proj and down_proj are added to the residual stream, times ``multiplier``."""
         return self.layout.residual
+
+    def multiplier(self, block: str) -> float:
+        """The number of the config that multiplies a module's output on its way to the residual stream."""
+        return self.layout.multipliers.get(block, 1.0)
 
     def mixed_in(self, layer: int) -> bool:
         """Whether the MLP of a layer is a mixture of experts."""
@@ -269,10 +273,6 @@ class Anatomy:
         """The layers that have a block."""
         return tuple(layer for layer in range(self.layers) if self.has(layer, block))
 
-    def require(self, block: str, layers: Collection[int]) -> None:
-        """Check that layers have a block.
-
-        Raises:
     def unread_experts(self) -> tuple[int, ...]:
         """The layers with routed experts beside the MLP that is read and edited, as in Gemma 4."""
         return tuple(
@@ -281,6 +281,10 @@ class Anatomy:
             if not self.mixed_in(layer) and fused_experts(block)
         )
 
+    def require(self, block: str, layers: Collection[int]) -> None:
+        """Check that layers have a block.
+
+        Raises:
             UsageError: names the layers without it and what they have instead, or a layer that the model does not have.
         """
         if absent := [layer for layer in layers if not 0 <= layer < self.layers]:
@@ -501,6 +505,13 @@ class Anatomy:
             path in self._paths_into(layer, part) for part in self.parts(layer, "mlp")
         )
 
+    def _paths_into(self, layer: int, part: Part) -> list[str]:
+        """The paths of the linear modules whose rows are gates or linear branches of neurons."""
+        paths = {id(module): path for path, module in self.blocks[layer].named_modules()}
+        into = [paths[id(module)] for module in (part.gate, part.up) if module is not None]
+        rows = self.layout.gate_rows
+        return [rows if rows is not None and path == self.layout.gate else path for path in into]
+
     def _dense(
         self, names: Mlp, first: int, gate: nn.Module | None, up: nn.Module | None, output: nn.Module
     ) -> Part:
@@ -513,13 +524,6 @@ class Anatomy:
         if block == "mlp" and self.mixed_in(layer):
             shared = self.layout.shared
             return parts[1] if len(parts) > 1 and shared is not None and shared.added else None
-    def _paths_into(self, layer: int, part: Part) -> list[str]:
-        """The paths of the linear modules whose rows are gates or linear branches of neurons."""
-        paths = {id(module): path for path, module in self.blocks[layer].named_modules()}
-        into = [paths[id(module)] for module in (part.gate, part.up) if module is not None]
-        rows = self.layout.gate_rows
-        return [rows if rows is not None and path == self.layout.gate else path for path in into]
-
         return parts[0] if parts else None
 
     def router(self, layer: int) -> Part | None:
