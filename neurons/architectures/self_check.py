@@ -203,6 +203,49 @@ def adds_shared(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
     return bool((error <= _ARRIVES * added.abs().mean()).item())
 
 
+@torch.no_grad()
+def mixture_factor(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> float | None:
+    """The number by which a mixture multiplies the sum of its routed experts' outputs, each times the router's weight.
+
+    Args:
+        model: causal language model.
+        anatomy: of the model.
+        layer: a layer with a mixture.
+        ids: int64 [rows, length], tokens without padding, on the model's device.
+
+    Returns:
+        The number, to four digits; None if silencing the experts changes ``mlp_out`` in another way.
+    """
+    part, width = anatomy.parts(layer, "mlp")[0], anatomy.expert_width
+    weight = part.values
+    kept: dict[str, torch.Tensor] = {}
+    total = torch.zeros(ids.numel(), anatomy.residual, device=ids.device)
+
+    def keep(name: str) -> SiteHook:
+        return lambda values, _: kept.__setitem__(name, values.float().flatten(0, -2).clone())
+
+    def add_up(values: torch.Tensor, routed: Routed | None) -> None:
+        assert routed is not None
+        first = routed.expert * width
+        if first < part.width:
+            added = values.float() @ part.cut(weight, slice(first, first + width)).to(values.device).float().T
+            added = added if routed.weights is None else added * routed.weights.float()[:, None]
+            total.index_add_(0, routed.tokens.to(total.device), added.to(total.device))
+
+    def silence(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        assert routed is not None
+        return values * 0 if routed.expert * width < part.width else None
+
+    with site_hooks(anatomy, {("mlp_in", layer): add_up, ("mlp_out", layer): keep("with")}):
+        body(model)(input_ids=ids, use_cache=False)
+    with site_hooks(anatomy, {("mlp_in", layer): silence, ("mlp_out", layer): keep("without")}):
+        body(model)(input_ids=ids, use_cache=False)
+    change = (kept["with"] - kept["without"]).to(total.device)
+    factor = (change * total).sum() / total.square().sum()
+    error = (change - factor * total).abs().mean()
+    return _rounded(factor) if error < _ARRIVES * (factor * total).abs().mean() else None
+
+
 def checked(model: Any, anatomy: Anatomy) -> Anatomy:
     """Self-check an examined anatomy on its model.
 
