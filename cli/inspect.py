@@ -299,7 +299,7 @@ def _checkpoint(screen: Screen, directory: Path) -> None:
 
 
 def _lacking(anatomy: Anatomy) -> list[list[Any]]:
-    """Rows for layers without heads or neurons to edit."""
+    """Rows for layers without heads or neurons to edit, or with others that are not."""
     rows: list[list[Any]] = []
     for block in ("attn", "mlp"):
         layers = [layer for layer in range(anatomy.layers) if not anatomy.has(layer, block)]
@@ -307,4 +307,6 @@ def _lacking(anatomy: Anatomy) -> list[list[Any]]:
         if layers:
             name = f"layers without {anatomy.component_name(block)}s"
             rows.append([name, f"{', '.join(map(str, layers))} ({', '.join(kinds)})"])
+    if unread := anatomy.unread_experts():
+        rows.append(["layers with experts that are not edited", ", ".join(map(str, unread))])
     return rows

@@ -74,7 +74,7 @@ def command(**options: Any) -> None:
     )
     if not loaded.anatomy.residual_output:
         screen.warn(
-            "a norm follows the MLP of this model: the promoted and suppressed tokens are approximate"
+            "a norm or a factor follows the MLP of this model: the promoted and suppressed tokens are approximate"
         )
 
 

@@ -276,7 +276,7 @@ def require_vectors(
     Raises:
         UsageError: no vector, a vector of another length, of length 0 or not finite, an unknown layer or module, or
             a strength of 0 or not finite.
-        BrocaError: the model has a norm between the module's output and the residual stream.
+        BrocaError: the model has a norm or a factor between the module's output and the residual stream.
     """
     require_strength(strength)
     chosen_modules([module])
@@ -291,8 +291,8 @@ def require_vectors(
             raise UsageError(f"the vector for layer {layer} is zero or not finite: compute it again")
     if not source.anatomy.residual_output:
         raise BrocaError(
-            f"{source.anatomy.model_type}: a norm between output modules and residual stream changes a constant that "
-            "the modules add: use --method keyed, which solves for a value through the norm"
+            f"{source.anatomy.model_type}: a norm or a factor between output modules and residual stream changes a "
+            "constant that the modules add: use --method keyed, which solves for a value through a norm"
         )
 
 
@@ -327,7 +327,7 @@ def bake_plan(
     Args:
         loaded: the model.
         corpus: neutral text.
-        vectors: layer -> [d], added after that layer ("mlp"), or after its attention ("attn").
+        vectors: layer -> [d], added to the residual stream after that layer ("mlp"), or after its attention ("attn").
         strength: multiplies every vector.
         eps: ridge, as a fraction of the mean variance.
         shrinkage: choose eps by Ledoit and Wolf instead.
@@ -345,9 +345,10 @@ def bake_plan(
     """
     require_vectors(loaded, vectors, strength, block)
     layers = sorted(vectors)
+    factor = strength / loaded.anatomy.multiplier(block)
     keys = constant_keys(loaded, corpus, layers, eps, shrinkage, block, progress, constrain_start)
     edits = [
-        baked_edit(loaded, layer, block, vectors[layer].double() * strength, keys[layer], corpus.languages)
+        baked_edit(loaded, layer, block, vectors[layer].double() * factor, keys[layer], corpus.languages)
         for layer in layers
     ]
     settings = {

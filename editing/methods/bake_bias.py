@@ -37,7 +37,8 @@ def bake_bias_plan(
         provenance: fields for the plan's metadata: source, target, languages, direction.
 
     Returns:
-        A plan of edits of rank 0 without components: ||dW|| is 0; the note "bias_norm" is ||strength v||.
+        A plan of edits of rank 0 without components: ||dW|| is 0; the note "bias_norm" is the length of what is added to
+        the bias, strength v.
 
     Raises:
         UsageError: as ``require_vectors``.
@@ -49,10 +50,10 @@ def bake_bias_plan(
             f"{source.anatomy.model_type}: {source.anatomy.layout.outputs[block]} has no bias, and its config has no "
             "setting for a bias that serving engines support: use --method bake, which needs no bias"
         )
-    weights = Weights(source)
+    weights, factor = Weights(source), strength / source.anatomy.multiplier(block)
     edits = []
     for layer in sorted(vectors):
-        bias = vectors[layer].double().cpu() * strength
+        bias = vectors[layer].double().cpu() * factor
         edits.append(
             ModuleEdit(
                 layer=layer,

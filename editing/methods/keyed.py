@@ -215,7 +215,9 @@ def _edit(
     """One module's edit from the moments of its input."""
     key, notes = _key(place, moments, request)
     value = request.values[place]
-    if not loaded.anatomy.residual_output:
+    if loaded.anatomy.residual_output:
+        value = value / loaded.anatomy.multiplier(place[1])
+    else:
         right = _dense(loaded, place, moments.units, key.vector)[common_columns(loaded.anatomy, *place)]
         value, through = _through_norm(loaded, batches, place, right, value, request.sources)
         notes |= through

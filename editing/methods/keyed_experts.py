@@ -10,6 +10,7 @@ with the values s_l v_l of ``editing.methods.keyed`` and a key k_e of minimum va
 weighted inputs g_e h_e: over the tokens that reach e, k_e^T g_e h_e has mean q_e on the sources and 0 on all other
 languages.  Over all tokens, the mixture thus adds s_l v_l on the sources and 0 on other languages, on average and
 whatever experts they are routed to.  All keys of a layer share the value, so the edit of its experts is of rank 1.
+Some models multiply the sum by a number of their config; it is measured, and the value is divided by it.
 
 A language with fewer than ``MIN_TOKENS`` tokens in an expert does not constrain its key, and experts with as few of the
 sources are not edited.  For a shared expert, which every token reaches, use ``editing.methods.keyed``.
@@ -32,6 +33,7 @@ from editing.methods.scope import chosen_layers, require_neurons, require_streng
 from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import Anatomy
+from neurons.architectures.self_check import example_ids, mixture_factor
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
@@ -133,8 +135,8 @@ def keyed_experts_plan(
 
     Raises:
         UsageError: a language that the corpus lacks, a layer without a mixture, or a strength of 0.
-        BrocaError: a norm after the MLP, an expert whose inputs do not separate the languages, or a layer without an
-            expert that the sources reach.
+        BrocaError: a norm after the MLP or the sum of the experts, an expert whose inputs do not separate the languages, or
+            a layer without an expert that the sources reach.
     """
     direction.require_model(loaded)
     require_strength(strength)
@@ -153,9 +155,18 @@ def keyed_experts_plan(
         raise UsageError(f"{anatomy.model_type}: {where} no mixture of experts: use --method keyed")
     if not anatomy.residual_output:
         raise BrocaError(
-            f"{anatomy.model_type}: a norm between MLP and residual stream changes the value: use --method keyed with "
-            "--blocks attn, which solves for it"
+            f"{anatomy.model_type}: a norm or a factor between MLP and residual stream changes the value: use --method "
+            "keyed with --blocks attn, which solves for a value through a norm"
         )
+    # Settings of the config, which are the same in all layers.
+    ids = example_ids(loaded.model.config.get_text_config().vocab_size, loaded.device)
+    factor = mixture_factor(loaded.model, anatomy, chosen[0], ids)
+    if factor is None:
+        raise BrocaError(
+            f"{anatomy.model_type}: the mixture of experts changes the sum of its experts' outputs, so a value that they "
+            "add would be another one: use another method that edits experts, such as steer2edit"
+        )
+    strengths = strength / (factor * anatomy.multiplier("mlp")) / len(chosen)
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
     tokens = {name: counted_tokens(of_language) for name, of_language in batches.items()}
     units = _units(loaded, chosen, neurons, sources, len(tokens))
@@ -167,7 +178,7 @@ def keyed_experts_plan(
         del moments
     values = direction.vectors["block_out"]
     edits = [
-        _edit(loaded, layer, of_layer, values[layer].double() * strength / len(chosen), tokens, sources)
+        _edit(loaded, layer, of_layer, values[layer].double() * strengths, tokens, sources)
         for layer, of_layer in keys.items()
     ]
     settings = {
@@ -219,7 +230,7 @@ def _edit(
     """The edit of all experts of a layer.
 
     Args:
-        value: float64 [d], what a token of the sources gets on average.
+        value: float64 [d], what the sum of the experts gets on average on a token of the sources.
         tokens: language -> its number of tokens.
     """
     if not keys:

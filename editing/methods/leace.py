@@ -118,8 +118,8 @@ def leace_plan(
         )
     if not anatomy.residual_output:
         raise BrocaError(
-            f"{anatomy.model_type}: after a norm between modules and residual stream the means on the languages differ "
-            "again: use --method ablate or ablate-subspace with --set site=own"
+            f"{anatomy.model_type}: after a norm or a factor between modules and residual stream the means on the languages "
+            "differ again: use --method ablate or ablate-subspace with --set site=own"
         )
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
     if len(batches) < 2:

@@ -2,7 +2,8 @@
 
 The norm is the child of the decoder layer whose input is bit-identical to the output of the module, so no names of
 modules are needed.  Only an RMSNorm, g * y / sqrt(|y|^2 / d + eps), is supported (Gemma 2 and 3, OLMo 2).  Its gain
-is its output for a vector of ones, and the formula is checked on text.
+is its output for a vector of ones, and the formula is checked on text.  What it adds must reach the residual stream,
+at most times one number (Gemma 4's scalar of a layer), which counts as a part of the gain.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from editing.methods.norm_value import rms_norm
 from neurons.architectures.anatomy import COMMON_SITES, first, output_module
+from neurons.architectures.self_check import example_ids, residual_factor
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
@@ -32,7 +34,7 @@ class OutputNorm:
     """The RMSNorm after an output module.
 
     Attributes:
-        gain: g, float64 [d].
+        gain: g, float64 [d], times the number by which the layer multiplies the norm's output.
         eps: eps of the norm.
     """
 
@@ -63,7 +65,8 @@ def output_norm(loaded: LoadedModel, layer: int, module: str, batch: TokenBatch)
         batch: text for the search.
 
     Raises:
-        BrocaError: no module of the layer has the output as its input, or it is not an RMSNorm.
+        BrocaError: no module of the layer has the output as its input, or it is not an RMSNorm, or its output is changed
+            before it reaches the residual stream.
     """
     where = f"{loaded.name}: layer {layer}, {module}"
     loaded.anatomy.require(module, [layer])
@@ -96,8 +99,8 @@ def output_norm(loaded: LoadedModel, layer: int, module: str, batch: TokenBatch)
     ]
     if len(candidates) != 1:
         raise BrocaError(
-            f"{where}: the norm between module and residual stream cannot be identified among {len(candidates)} "
-            "candidates, so a value through it cannot be solved: use another method"
+            f"{where}: its output is changed on its way to the residual stream, and no one norm that does it can be "
+            f"identified ({len(candidates)} candidates), so a value cannot be solved: use another method"
         )
     norm, inputs, normed = candidates[0]
     eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
@@ -116,7 +119,15 @@ def output_norm(loaded: LoadedModel, layer: int, module: str, batch: TokenBatch)
             f"{where}: {type(norm).__name__} is not an RMSNorm, so a value through it cannot be solved: use another "
             "method"
         )
-    return OutputNorm(gain, eps)
+    path = next(path for path, child in loaded.anatomy.blocks[layer].named_children() if child is norm)
+    ids = example_ids(loaded.model.config.get_text_config().vocab_size, loaded.device)
+    factor = residual_factor(loaded.model, loaded.anatomy, path, layer, ids)
+    if factor is None:
+        raise BrocaError(
+            f"{where}: the output of {path} does not reach the residual stream as it is, so a value through it cannot be "
+            "solved: use another method"
+        )
+    return OutputNorm(gain * factor, eps)
 
 
 def source_tokens(

@@ -82,14 +82,14 @@ def require_site(source: ModelSource, site: str) -> None:
 
     Raises:
         UsageError: neither "block_out" nor "own".
-        BrocaError: "block_out" in a model with a norm between modules and residual stream.
+        BrocaError: "block_out" in a model with a norm or a factor of the weights between modules and residual stream.
     """
     if site not in ("block_out", OWN):
         raise UsageError(f"site {site!r} is unknown: choose from block_out, {OWN}")
     if site == "block_out" and not source.anatomy.residual_output:
         raise BrocaError(
-            f"{source.anatomy.model_type}: a norm between output modules and residual stream changes directions, so "
-            f"the outputs do not share the direction at block_out: use the site {OWN!r}"
+            f"{source.anatomy.model_type}: a norm or a factor between output modules and residual stream changes "
+            f"directions, so the outputs do not share the direction at block_out: use the site {OWN!r}"
         )
 
 

@@ -24,7 +24,7 @@ Sites at which hooks see activations, with their width:
     router_out the router's scores of the E routed experts: the logits, or their sigmoids where a bias is added to those
                to choose experts (``layouts.Router``), without that bias; only to read
     attn_in    the input of o_proj [A*D]
-    mlp_out    the output of down_proj, or of the whole mixture [d]
+    mlp_out    the output of down_proj, or of the whole mixture with its shared expert [d]
     attn_out   the output of o_proj [d]
     block_out  the residual stream after the layer [d]
 
@@ -44,7 +44,7 @@ import torch
 from torch import nn
 
 from neurons.architectures.attention import NO_HEADS, SOFTMAX, head_shape, is_understood, kind_of_attention
-from neurons.architectures.examination import examine
+from neurons.architectures.examination import examine, fused_experts
 from neurons.architectures.layouts import SIGN_PRESERVING, Layout, Mlp, StoredForm, row_of
 from neurons.architectures.offload import parameter_value
 from neurons.errors import BrocaError, UsageError
@@ -254,8 +254,12 @@ class Anatomy:
 
     @property
     def residual_output(self) -> bool:
-        """Whether the outputs of o_proj and down_proj are added to the residual stream unchanged."""
+        """Whether the outputs of o_proj and down_proj are added to the residual stream, times ``multiplier``."""
         return self.layout.residual
+
+    def multiplier(self, block: str) -> float:
+        """The number of the config that multiplies a module's output on its way to the residual stream."""
+        return self.layout.multipliers.get(block, 1.0)
 
     def mixed_in(self, layer: int) -> bool:
         """Whether the MLP of a layer is a mixture of experts."""
@@ -268,6 +272,14 @@ class Anatomy:
     def layers_with(self, block: str) -> tuple[int, ...]:
         """The layers that have a block."""
         return tuple(layer for layer in range(self.layers) if self.has(layer, block))
+
+    def unread_experts(self) -> tuple[int, ...]:
+        """The layers with routed experts beside the MLP that is read and edited, as in Gemma 4."""
+        return tuple(
+            layer
+            for layer, block in enumerate(self.blocks)
+            if not self.mixed_in(layer) and fused_experts(block)
+        )
 
     def require(self, block: str, layers: Collection[int]) -> None:
         """Check that layers have a block.
@@ -483,19 +495,22 @@ class Anatomy:
                     "gates are in one parameter with those of the others, which is not supported"
                 )
             own = torch.tensor(chosen)
-            paths = {id(module): path for path, module in self.blocks[layer].named_modules()}
-            for module in (part.gate, part.up):
-                if module is not None:
-                    rows[paths[id(module)]] = torch.cat([own, own + part.width]) if part.halves else own
+            for path in self._paths_into(layer, part):
+                rows[path] = torch.cat([own, own + part.width]) if part.halves else own
         return rows
 
     def computes_neurons(self, layer: int, path: str) -> bool:
         """Whether a module's rows are gates or linear branches of neurons."""
         return layer != OUTSIDE and any(
-            module is not None and module is _found(self.blocks[layer], path)
-            for part in self.parts(layer, "mlp")
-            for module in (part.gate, part.up)
+            path in self._paths_into(layer, part) for part in self.parts(layer, "mlp")
         )
+
+    def _paths_into(self, layer: int, part: Part) -> list[str]:
+        """The paths of the linear modules whose rows are gates or linear branches of neurons."""
+        paths = {id(module): path for path, module in self.blocks[layer].named_modules()}
+        into = [paths[id(module)] for module in (part.gate, part.up) if module is not None]
+        rows = self.layout.gate_rows
+        return [rows if rows is not None and path == self.layout.gate else path for path in into]
 
     def _dense(
         self, names: Mlp, first: int, gate: nn.Module | None, up: nn.Module | None, output: nn.Module
@@ -904,7 +919,7 @@ def _measured(anatomy: Anatomy, heads: Callable[[int, int], tuple[int, int]]) ->
             raise BrocaError(
                 f"{anatomy.model_type}: its layers have experts of {sorted(sizes)} neurons, which is not supported"
             )
-        experts = -(-max(widths) // width)
+        experts = -(-max(widths) // width) if width else 1
     return replace(
         anatomy,
         neurons=experts * width,

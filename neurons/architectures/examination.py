@@ -140,17 +140,22 @@ def _layer(block: nn.Module, d: int) -> _Layer:
     attention = softmax_attention(block)
     attn = [p for p, (to, _) in shapes.items() if attention and _inside(p, attention) and to == d]
     others = [name for name, module in block.named_children() if name == attention or is_other_mixer(module)]
-    experts = [
-        p
-        for p, module in block.named_modules()
-        if hasattr(module, "has_post_expert_norm")
-        and getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
-    ]
+    experts = fused_experts(block)
     rest = {p: shape for p, shape in shapes.items() if not any(_inside(p, other) for other in others)}
     attn = [path for path in attn if path.rpartition(".")[2] in _OUTPUT_NAMES] or attn
     depth = min((path.count(".") for path in attn), default=0)
     attn = [path for path in attn if path.count(".") == depth]
     return _Layer(attn[-1] if attn else None, _mlp(rest, d), experts[0] if len(experts) == 1 else None)
+
+
+def fused_experts(block: nn.Module) -> list[str]:
+    """The paths of modules that hold all experts of a mixture in one parameter."""
+    return [
+        path
+        for path, module in block.named_modules()
+        if hasattr(module, "has_post_expert_norm")
+        and getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
+    ]
 
 
 def _mlp(shapes: dict[str, tuple[int, int]], d: int) -> Mlp | None:

@@ -6,7 +6,7 @@ An architecture that is not in the table is examined by its structure (``neurons
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,6 +133,7 @@ class Layout:
         gate: the module whose output is the pre-activation; of a mixture, the experts.
         up: the module of the linear branch; None if the MLP is not gated; the same as ``gate`` if one
             module computes both, the gate first.
+        gate_rows: the linear module that computes the gate's input, where the gate is an activation; None: the gate.
         prefixes: of the layer's number in names on disk, the current one first, then those of older files.
         stored: block -> forms of its weight in checkpoints, the usual one first.
         activation: the config's attribute that names the activation; None if the family has a fixed one,
@@ -142,9 +143,9 @@ class Layout:
         router: the module that scores the experts of a mixture.
         dense: the MLP of layers without the mixture, in a family of mixtures.
         shared: the MLP that every token reaches, beside the experts of a mixture.
-        residual: whether the modules' outputs are added to the residual unchanged (no norm after).
-        residual_scale: the config's attribute that multiplies the outputs of attention and MLP; at 1 they are
-            unchanged.
+        residual: whether the modules' outputs are added to the residual unchanged (no norm after), but for a multiplier.
+        residual_scale: block -> the config's attribute that multiplies its output, of a list the last number.
+        multipliers: block -> the number that multiplies its output; 1 if absent (resolved by ``for_config``).
         residual_unless: (attribute of the config, its value that puts a norm after the outputs).
         head_transform: the module between the last hidden states and the output embeddings, from the causal language model;
             None without one.
@@ -165,6 +166,7 @@ class Layout:
     up: str | None
     prefixes: tuple[str, ...]
     stored: Mapping[str, tuple[StoredForm, ...]]
+    gate_rows: str | None = None
     activation: str | None = "hidden_act"
     transposed: tuple[str, ...] = ()
     mixture: str | None = None
@@ -172,7 +174,8 @@ class Layout:
     dense: Mlp | None = None
     shared: Mlp | None = None
     residual: bool = True
-    residual_scale: str | None = None
+    residual_scale: Mapping[str, str] = field(default_factory=dict)
+    multipliers: Mapping[str, float] = field(default_factory=dict)
     residual_unless: tuple[str, bool] | None = None
     head_transform: str | None = None
     softcap: str | None = None
@@ -187,12 +190,14 @@ class Layout:
     def for_config(self, text: Any) -> Layout:
         """The layout of one model, with what depends on its (text) config resolved."""
         unchanged = self.residual
-        if self.residual_scale is not None:
-            unchanged &= getattr(text, self.residual_scale, 1) == 1
         if self.residual_unless is not None:
             attribute, value = self.residual_unless
             unchanged &= getattr(text, attribute) != value
-        return self if unchanged == self.residual else replace(self, residual=unchanged)
+        scales = {block: getattr(text, name, 1.0) for block, name in self.residual_scale.items()}
+        multipliers = {
+            block: scale[-1] if isinstance(scale, Sequence) else scale for block, scale in scales.items()
+        }
+        return replace(self, residual=unchanged, multipliers=multipliers)
 
     def inside(self, path: str) -> Layout:
         """The layout of a wrapper whose language model is one of this family.
@@ -346,6 +351,7 @@ _LLAMA4 = _mixture(
     dense=_gated_mlp("feed_forward"),
     shared=_gated_mlp("feed_forward.shared_expert"),
 )
+_GRANITE_SCALE = dict.fromkeys(("attn", "mlp"), "residual_multiplier")
 _GRANITE_MOE = _mixture(
     StoredForm("block_sparse_moe.output_linear.weight", fused=True),
     module="block_sparse_moe",
@@ -354,11 +360,11 @@ _GRANITE_MOE = _mixture(
         ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
     ),
     logit_divisor="logits_scaling",
-    residual_scale="residual_multiplier",
+    residual_scale=_GRANITE_SCALE,
 )
-_GRANITE_SHARED = replace(
-    _GRANITE_MOE, shared=Mlp("shared_mlp.output_linear", "shared_mlp.input_linear", "shared_mlp.input_linear")
-)
+_SHARED_MLP = Mlp("shared_mlp.output_linear", "shared_mlp.input_linear", "shared_mlp.input_linear")
+# Without experts it is the whole MLP.
+_GRANITE_SHARED = replace(_GRANITE_MOE, dense=_SHARED_MLP, shared=_SHARED_MLP)
 
 # model_type of the config -> layout
 LAYOUTS: dict[str, Layout] = {
@@ -462,7 +468,10 @@ LAYOUTS: dict[str, Layout] = {
         _ALL_EXPERTS,
         router=Router("mlp.router", ("block_sparse_moe.gate.weight", "mlp.router.weight")),
     ),
-    "minimax": _mixture(_W2, _EACH_EXPERT, _ALL_EXPERTS, router=Router("mlp.gate", _SPARSE_MOE)),
+    # A norm follows the sum of the residual and the attention's output.
+    "minimax": _mixture(
+        _W2, _EACH_EXPERT, _ALL_EXPERTS, router=Router("mlp.gate", _SPARSE_MOE), residual=False
+    ),
     "minimax_m2": _mixture(
         _W2,
         _EACH_EXPERT,
@@ -558,15 +567,13 @@ LAYOUTS: dict[str, Layout] = {
     ),
     **dict.fromkeys(("olmo3", "exaone4"), replace(_GATED, residual=False, names=None)),
     "cohere2": replace(_GATED, logit_scale="logit_scale", names=None),
-    "granite": replace(
-        _GATED, logit_divisor="logits_scaling", residual_scale="residual_multiplier", names=None
-    ),
+    "granite": replace(_GATED, logit_divisor="logits_scaling", residual_scale=_GRANITE_SCALE, names=None),
     "glm": replace(_GATED, gate="mlp.gate_up_proj", up="mlp.gate_up_proj", names=None),
     "glm4": _GLM4,
     **dict.fromkeys(("glm4v", "glm46v"), _GLM4.inside(_LANGUAGE_MODEL)),
     **dict.fromkeys(("arcee", "nemotron"), _PLAIN),
     # Its activation is learned and changes signs, so its output is counted.
-    "apertus": replace(_PLAIN, gate="mlp.act_fn", activation=None),
+    "apertus": replace(_PLAIN, gate="mlp.act_fn", gate_rows="mlp.up_proj", activation=None),
     "starcoder2": _dense("model.layers", "self_attn.o_proj", "mlp.c_proj", "mlp.c_fc", names=None),
     # Multipliers act on the gate's input to its activation and on the outputs.
     "falcon_h1": _dense(
@@ -576,7 +583,7 @@ LAYOUTS: dict[str, Layout] = {
         "feed_forward.gate_proj",
         "feed_forward.up_proj",
         activation=None,
-        residual=False,
+        residual_scale={"attn": "attention_out_multiplier", "mlp": "mlp_multipliers"},
         logit_scale="lm_head_multiplier",
         names=None,
     ),
@@ -594,7 +601,9 @@ LAYOUTS: dict[str, Layout] = {
         ("gemma4", "gemma4_unified"), replace(_GEMMA.inside(_LANGUAGE_MODEL), softcap=_GEMMA.softcap)
     ),
     # Its first layers keep the largest activations only, so their sign is that of the activation's output.
-    "gemma3n_text": replace(_GEMMA, gate="mlp.act_fn", activation=None, names=None),
+    "gemma3n_text": replace(
+        _GEMMA, gate="mlp.act_fn", gate_rows="mlp.gate_proj", activation=None, names=None
+    ),
     # Types without a model class of their own.
     **dict.fromkeys(("internlm3", "iquestcoder"), replace(_GATED, names=None)),
     "git": _dense(

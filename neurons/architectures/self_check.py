@@ -4,7 +4,8 @@ Zeroing one input of a linear module and zeroing the column of its weight that r
 same computation.  If the logits agree, and differ from those of the unedited model, then the site, the
 module and the columns belong together.  Four more checks: act(mlp_act) * mlp_up is mlp_in; no linear module
 runs after the output module in its parent; a vector added to the output of a module that writes to the
-residual stream unchanged arrives there; and ``logits`` of the last hidden states are the model's.
+residual stream unchanged arrives there, times the layout's multiplier; and ``logits`` of the last hidden states are
+the model's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from neurons.errors import BrocaError, first_line
 
 # Tolerance for rounding between hook and weight, as a fraction of the change of the logits.
 _TOLERANCE = 1e-2
+# Tolerance for bfloat16, as a fraction of what is added; a norm or a factor in between gives a much larger error.
+_ARRIVES = 0.02
 _ROWS, _LENGTH = 2, 8
 _MAX_DEPTH = 8  # of a random model
 # Maximum parameters of a random model: more take too long to initialise.
@@ -68,8 +71,9 @@ def _check_modules(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
         for block in BLOCKS:
             for part in anatomy.parts(layer, block):
                 check_silence(model, anatomy, layer, block, part, ids)
-    if anatomy.residual_output and not writes_to_residual(model, anatomy, ids):
-        block, layer = _last_writer(anatomy)
+    changed = _changed_on_its_way(model, anatomy, ids) if anatomy.residual_output else None
+    if changed is not None:
+        block, layer = changed
         raise _wrong(anatomy, layer, block, "its output does not reach the residual stream unchanged")
     plain = model(input_ids=ids, use_cache=False).logits
     made = logits(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)
@@ -113,34 +117,64 @@ def checked_layers(anatomy: Anatomy) -> tuple[int, ...]:
     return tuple(sorted({0, last // 2, last, *of_kind.values()}))
 
 
-def _last_writer(anatomy: Anatomy) -> tuple[str, int]:
-    """The last layer with an MLP, else with heads."""
-    block = "mlp" if anatomy.layers_with("mlp") else "attn"
-    return block, anatomy.layers_with(block)[-1]
+def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
+    """Whether vectors added to the outputs of MLP and attention arrive in the residual stream, times the layout's
+    multipliers (the last layer with each)."""
+    return _changed_on_its_way(model, anatomy, ids) is None
+
+
+def _changed_on_its_way(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> tuple[str, int] | None:
+    """A block, and the last layer with it, for which ``writes_to_residual`` does not hold."""
+    for block in ("mlp", "attn"):
+        for layer in anatomy.layers_with(block)[-1:]:
+            factor = residual_factor(model, anatomy, f"{block}_out", layer, ids)
+            if factor is None or abs(factor / anatomy.multiplier(block) - 1) > _ARRIVES:
+                return block, layer
+    return None
 
 
 @torch.no_grad()
-def writes_to_residual(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
-    """Whether a vector added to the MLP's output arrives in the residual stream unchanged (last layer with one)."""
-    block, layer = _last_writer(anatomy)
-    arrived: list[torch.Tensor] = []
+def residual_factor(model: Any, anatomy: Anatomy, site: str, layer: int, ids: torch.Tensor) -> float | None:
+    """The number by which a layer multiplies a vector on its way from a site to ``block_out``.
 
-    def keep(values: torch.Tensor, _: Routed | None) -> None:
-        arrived.append(values.float().clone())
+    ``mlp_out`` has the same values with the vector as without, so what the MLP makes of the attention's does not count.
 
-    with site_hooks(anatomy, {("block_out", layer): keep}):
+    Args:
+        model: causal language model.
+        anatomy: of the model.
+        site: "attn_out", "mlp_out", or the path of a module after one of them in the layer, as a norm.
+        layer: index of the layer.
+        ids: int64 [rows, length], tokens without padding, on the model's device.
+
+    Returns:
+        The number, to four digits; None if the vector arrives changed in another way.
+    """
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> SiteHook:
+        return lambda values, _: kept.__setitem__(name, values.float().clone())
+
+    with site_hooks(anatomy, {("block_out", layer): keep("before"), ("mlp_out", layer): keep("mlp_out")}):
         body(model)(input_ids=ids, use_cache=False)
-    size = arrived[0].abs().mean()
-    added = size * torch.where(torch.arange(anatomy.residual, device=ids.device) % 3 == 0, 4.0, -2.0)
-
-    def add(values: torch.Tensor, _: Routed | None) -> torch.Tensor:
-        return values + added.to(values.dtype)
-
-    with site_hooks(anatomy, {("block_out", layer): keep, (f"{block}_out", layer): add}):
+    # A power of 2, so that no dtype rounds what is added.
+    size = kept["before"].abs().mean().log2().round().exp2()
+    added = size * torch.where(torch.arange(anatomy.residual, device=size.device) % 3 == 0, 4.0, -2.0)
+    hooks: dict[tuple[str, int], SiteHook] = {
+        ("block_out", layer): keep("after"),
+        ("mlp_out", layer): lambda values, _: kept["mlp_out"],
+        (site, layer): lambda values, _: values + added.to(values.device, values.dtype),
+    }
+    with site_hooks(anatomy, hooks):
         body(model)(input_ids=ids, use_cache=False)
-    before, after = arrived
-    # Tolerance for bfloat16; a norm or a factor in between gives a much larger error.
-    return bool(((after - before - added).abs().mean() <= 0.02 * added.abs().mean()).item())
+    change = kept["after"] - kept["before"]
+    factor = change.mean((0, 1)) @ added / (added @ added)
+    error = (change - factor * added).abs().mean()
+    return _rounded(factor) if error < _ARRIVES * (factor * added).abs().mean() else None
+
+
+def _rounded(factor: torch.Tensor) -> float:
+    """Without the noise of the measurement, which differs between devices."""
+    return float(f"{float(factor):.4g}")
 
 
 @torch.no_grad()
@@ -165,9 +199,51 @@ def adds_shared(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> bool:
     with site_hooks(anatomy, {("block_out", layer): keep("without"), ("mlp_in", layer): silence}):
         body(model)(input_ids=ids, use_cache=False)
     added = kept[COMMON] @ part.values.float().T
-    # Tolerance as in ``writes_to_residual``.
     error = (kept["with"] - kept["without"] - added).abs().mean()
-    return bool((error <= 0.02 * added.abs().mean()).item())
+    return bool((error <= _ARRIVES * added.abs().mean()).item())
+
+
+@torch.no_grad()
+def mixture_factor(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) -> float | None:
+    """The number by which a mixture multiplies the sum of its routed experts' outputs, each times the router's weight.
+
+    Args:
+        model: causal language model.
+        anatomy: of the model.
+        layer: a layer with a mixture.
+        ids: int64 [rows, length], tokens without padding, on the model's device.
+
+    Returns:
+        The number, to four digits; None if silencing the experts changes ``mlp_out`` in another way.
+    """
+    part, width = anatomy.parts(layer, "mlp")[0], anatomy.expert_width
+    weight = part.values
+    kept: dict[str, torch.Tensor] = {}
+    total = torch.zeros(ids.numel(), anatomy.residual, device=ids.device)
+
+    def keep(name: str) -> SiteHook:
+        return lambda values, _: kept.__setitem__(name, values.float().flatten(0, -2).clone())
+
+    def add_up(values: torch.Tensor, routed: Routed | None) -> None:
+        assert routed is not None
+        first = routed.expert * width
+        if first < part.width:
+            added = values.float() @ part.cut(weight, slice(first, first + width)).to(values.device).float().T
+            added = added if routed.weights is None else added * routed.weights.float()[:, None]
+            total.index_add_(0, routed.tokens.to(total.device), added.to(total.device))
+
+    def silence(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        assert routed is not None
+        return values * 0 if routed.expert * width < part.width else None
+
+    with site_hooks(anatomy, {("mlp_in", layer): add_up, ("mlp_out", layer): keep("with")}):
+        body(model)(input_ids=ids, use_cache=False)
+    with site_hooks(anatomy, {("mlp_in", layer): silence, ("mlp_out", layer): keep("without")}):
+        body(model)(input_ids=ids, use_cache=False)
+    change = (kept["with"] - kept["without"]).to(total.device)
+    factor = (change * total).sum() / total.square().sum()
+    error = (change - factor * total).abs().mean()
+    return _rounded(factor) if error < _ARRIVES * (factor * total).abs().mean() else None
 
 
 def checked(model: Any, anatomy: Anatomy) -> Anatomy:
@@ -301,9 +377,12 @@ def _small_model(config: Any, narrow: bool) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                # Factors that begin at 1 are learned: they must not look as if they changed nothing.
+                parameter.mul_(1 + 0.3 * noise)
     return model.requires_grad_(False)
 
 

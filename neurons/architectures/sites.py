@@ -225,8 +225,12 @@ def _placed(
         return
     if site not in EXPERT_SITES and site != "attn_in":
         module = output_module(anatomy, site, layer)
-        if module is not None:
-            yield _ModuleHook(hook), module, False
+        beside = _beside_mixture(anatomy, layer) if site == "mlp_out" else None
+        if beside is not None:
+            hook = _of_sum(hook)
+        for one in (module, beside):
+            if one is not None:
+                yield _ModuleHook(hook), one, False
         return
     whole = anatomy.width(site)
     for part in anatomy.parts(layer, "attn" if site == "attn_in" else "mlp"):
@@ -241,6 +245,33 @@ def _placed(
         half = None if not part.halves else {"mlp_act": 0, "mlp_up": 1}.get(site)
         module, is_input = _module_of(part, site)
         yield _ModuleHook(own, half=half), module, is_input
+
+
+def _beside_mixture(anatomy: Anatomy, layer: int) -> nn.Module | None:
+    """The output module of a shared expert that the layer adds to the mixture's output; None without one."""
+    names, mixture = anatomy.layout.shared, anatomy.layout.mixture
+    shared = anatomy.shared[layer] if anatomy.shared else None
+    inside = names is None or not names.added or names.output.startswith(f"{mixture}.")
+    return None if shared is None or inside else shared[2]
+
+
+def _of_sum(hook: SiteHook) -> SiteHook:
+    """The hook of two modules with the sum of their outputs, called when both have run."""
+    earlier: list[torch.Tensor] = []
+
+    def on_sum(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+        if not earlier:
+            earlier.append(values)
+            return None
+        before = earlier.pop()
+        total = before + values
+        offered = hook(total, routed)
+        if offered is None and torch.is_grad_enabled():
+            # The values that the hook saw must be on the path to the loss.
+            offered = total
+        return None if offered is None else offered - before
+
+    return on_sum
 
 
 def _showing(part: Part, hook: SiteHook) -> Iterator[tuple[_ModuleHook, nn.Module, bool]]:

@@ -120,12 +120,13 @@ def record_confusion(
 def _require_linear(loaded: LoadedModel) -> None:
     anatomy, config = loaded.anatomy, loaded.model.config.get_text_config()
     capped = anatomy.layout.softcap is not None and getattr(config, anatomy.layout.softcap, None) is not None
-    if anatomy.mixed or not anatomy.residual_output or capped or anatomy.layout.head_transform is not None:
+    direct = anatomy.residual_output and anatomy.multiplier("mlp") == 1
+    if anatomy.mixed or not direct or capped or anatomy.layout.head_transform is not None:
         what = (
             "a mixture of experts, which weighs its neurons"
             if anatomy.mixed
             else "a norm or a factor between its MLPs and the residual stream"
-            if not anatomy.residual_output
+            if not direct
             else "logits that are not linear after the final norm"
         )
         raise BrocaError(

@@ -28,7 +28,8 @@ class Kept:
     """Kept values from which a forward pass of one batch can start.
 
     Attributes:
-        entering: layer -> copy of its input hidden states [rows, length, d]; layer L is the output of the last.
+        entering: layer -> copy of its input hidden states [rows, length, d], or [streams, rows, length, d]; layer L is
+            the output of the last.
         other_outputs: layer -> its outputs besides hidden states; None: it returns only hidden states.
     """
 
@@ -120,7 +121,9 @@ def ending(model: Any, anatomy: Anatomy, rows: int) -> Callable[[torch.Tensor], 
 
     def end(vectors: torch.Tensor) -> torch.Tensor:
         hidden = torch.zeros_like(kept.entering[last])
-        hidden[: len(vectors), 0] = vectors.to(hidden)
+        # Of several streams, the layers' modules read and write the first.
+        stream = hidden[0] if hidden.ndim == 4 else hidden
+        stream[: len(vectors), 0] = vectors.to(hidden)
         entering = replace(kept, entering={last: hidden})
         return forward_from(model, anatomy, batch, last, entering)[: len(vectors), 0]
 

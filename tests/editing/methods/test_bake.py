@@ -311,6 +311,15 @@ def test_with_a_constant_neuron_the_edit_is_exact(steady):
     torch.testing.assert_close(result, expected, rtol=0, atol=5e-3)
 
 
+@pytest.mark.parametrize("block", ["mlp", "attn"])
+def test_a_multiplier_after_the_module_is_divided_out(tmp_path, block):
+    multipliers = {"attention_out_multiplier": 0.5, "mlp_multipliers": [0.7, 0.25]}
+    loaded = load_model(str(models.build_wrapper(tmp_path, "falcon_h1", **multipliers)), device="cpu")
+    vector = torch.linspace(-1, 1, 64).double()
+    (edit,) = bake_plan(loaded, small_corpus(), {1: vector}, 0.7, block=block).edits
+    torch.testing.assert_close(edit.left[:, 0].double(), 0.7 * vector / (0.5 if block == "attn" else 0.25))
+
+
 def test_the_mean_shift_and_the_start_token_are_the_hooks(llama):
     corpus = small_corpus()
     vector = torch.linspace(-1, 1, 64).double()

@@ -1,5 +1,6 @@
 """A vector as a bias equals the hook, in families with a bias and in those whose config offers one."""
 
+import models
 import pytest
 import torch
 
@@ -17,9 +18,13 @@ def logits(loaded, ids=(0, 40, 90, 17, 200)):
         return loaded.model(torch.tensor([ids])).logits[0].double()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
-def test_equals_the_hook(checkpoint_of, family):
-    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama", "granite"])
+def test_equals_the_hook(checkpoint_of, tmp_path, family):
+    multiplier = {"mlp_bias": True, "residual_multiplier": 0.25}
+    made = (
+        models.build_wrapper(tmp_path, family, **multiplier) if family == "granite" else checkpoint_of(family)
+    )
+    loaded = load_model(str(made), device="cpu")
     plan = bake_bias_plan(loaded, {1: VECTOR}, -0.5)
     with residual_steering(loaded, VECTOR, 1, -0.5):
         expected = logits(loaded)

@@ -361,11 +361,13 @@ def test_refuses_languages_with_equal_text(llama, direction):
         keyed_plan(llama, Corpus(texts, "digest", "all"), direction, [1])
 
 
-def test_refuses_a_norm_between_down_proj_and_the_residual(llama, direction):
-    anatomy = llama.anatomy
-    odd = replace(llama, anatomy=replace(anatomy, layout=replace(anatomy.layout, residual=False)))
+def test_refuses_a_norm_after_the_sum_with_the_residual(tmp_path):
+    loaded = load_model(str(models.build_wrapper(tmp_path, "minimax")), device="cpu")
+    direction = Direction(
+        "qaa", "qab", {"block_out": torch.randn(4, 64).double()}, {}, {"method": "diffmean"}
+    )
     with pytest.raises(BrocaError, match="norm"):
-        keyed_plan(odd, small_corpus(), direction, [1])
+        keyed_plan(loaded, small_corpus(), direction, [1], blocks=("attn",))
 
 
 def test_the_strength_is_divided_between_all_layers_by_default(llama, direction):

@@ -99,7 +99,20 @@ def test_keys_are_those_of_a_general_solver(loaded, corpus):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
-def test_a_mixture_adds_the_value_on_the_source_only(loaded, corpus):
+# A setting that multiplies the sum of the experts, the mean with a shared expert, and Granite's of all modules.
+AFTERWARDS = {
+    "qwen3_moe": None,
+    "minimax_m3_vl_text": {"routed_scaling_factor": 2.5},
+    "cohere2_moe": {"num_shared_experts": 1},
+    "granitemoe": {"residual_multiplier": 0.25},
+}
+
+
+@pytest.mark.parametrize("model_type", AFTERWARDS)
+def test_a_mixture_adds_the_value_on_the_source_only(loaded, corpus, tmp_path, model_type):
+    settings = AFTERWARDS[model_type]
+    if settings is not None:
+        loaded = load_model(str(models.build_wrapper(tmp_path, model_type, **settings)), device="cpu")
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
     plan = keyed_experts_plan(loaded, corpus, direction, [LAYER], 2.0)
     value = 2.0 * direction.vectors["block_out"][LAYER].double()
@@ -114,7 +127,7 @@ def test_a_mixture_adds_the_value_on_the_source_only(loaded, corpus):
                     torch.no_grad(),
                     site_hooks(
                         loaded.anatomy,
-                        {("mlp_out", LAYER): lambda values, _, kept=kept: kept.append(values.clone())},
+                        {("block_out", LAYER): lambda values, _, kept=kept: kept.append(values.clone())},
                     ),
                 ):
                     loaded.model(input_ids=batch.ids, attention_mask=batch.attention.long())

@@ -13,8 +13,10 @@ from editing.methods.keyed import keyed_plan
 from editing.methods.norm_value import rms_norm, value_through_norm
 from editing.methods.output_norm import output_norm, source_tokens
 from editing.plans.applied import applied
+from editing.plans.plan import make_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
+from neurons.recording.text_pass import numbered, read_text
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
 
@@ -216,6 +218,43 @@ def test_the_norms_output_changes_by_the_value_on_the_source(normed, corpus, blo
     plain = replace(plan, edits=(replace(edit, left=value[:, None].float()),))
     change = norm_changes(normed, batches["qaa"], layer, block, plain).mean(0)
     assert not 0.8 < float(change @ value / (value @ value)) < 1.2
+
+
+def of_gemma4(directory, **settings):
+    """(model, direction of short vectors) of a model with scalars of its layers."""
+    sizes = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 300, **settings}
+    loaded = load_model(str(models.build_wrapper(directory, "gemma4_text", **sizes)), device="cpu")
+    for layer in loaded.model.model.layers:
+        layer.layer_scalar.fill_(0.25)
+    vectors = 0.1 * torch.randn(4, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return loaded, Direction("qaa", "qab", {"block_out": vectors}, {}, {"method": "diffmean"})
+
+
+def test_a_scalar_of_the_layer_after_the_norm_is_divided_out(tmp_path, corpus):
+    loaded, direction = of_gemma4(tmp_path, hidden_size_per_layer_input=0)
+    layer = 1
+    (edit,) = keyed_plan(loaded, corpus, direction, [layer], 1.0).edits
+    kept = []
+    readers = {("block_out", layer): lambda values, _, at: kept.append(at.rows(values).double().mean(0))}
+    (batch,) = language_batches(loaded, corpus)["qaa"]
+    for plan in (None, make_plan([edit], {"fingerprint": loaded.fingerprint})):
+        with applied(loaded, plan):
+            read_text(loaded, numbered({"qaa": [batch]}), readers)
+    value = direction.vectors["block_out"][layer]
+    along = float((kept[1] - kept[0]) @ value / (value @ value))
+    assert along == pytest.approx(edit.notes["value_through_norm"], abs=0.01)
+    assert along == pytest.approx(1, abs=0.1)
+
+
+MIXTURE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden_size_per_layer_input": 0, **MIXTURE}])
+def test_refuses_a_norm_whose_output_is_changed_afterwards(tmp_path, corpus, settings):
+    """Gemma 4's inputs of each layer, and its norm of the sum of MLP and experts."""
+    loaded, direction = of_gemma4(tmp_path, **settings)
+    with pytest.raises(BrocaError, match=r"layer 1, mlp: .*post_feedforward_layernorm.* as it is"):
+        keyed_plan(loaded, corpus, direction, [1], 1.0)
 
 
 def test_refuses_other_norms_and_a_norm_that_cannot_be_identified(normed, llama, corpus):

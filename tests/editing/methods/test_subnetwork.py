@@ -204,6 +204,20 @@ def test_refusals(llama, corpora, checkpoint_of):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "into"),
+    [("apertus", ["mlp.up_proj"]), ("gemma3n_text", ["mlp.gate_proj", "mlp.up_proj"])],
+)
+def test_neurons_behind_an_activation_are_computed_by_the_linear_modules_before_it(
+    tmp_path, model_type, into
+):
+    loaded = load_model(str(models.build_wrapper(tmp_path, model_type)), device="cpu")
+    edits = untrained(loaded, torch.tensor([[0, 3]]))
+    assert [edit.block for edit in edits] == ["mlp", *into]
+    assert all(edit.rows.tolist() == [3] for edit in edits[1:])
+    assert all(loaded.anatomy.computes_neurons(0, path) for path in into)
+
+
+@pytest.mark.parametrize(
     ("model_type", "rows", "allowed"),
     [
         # A dense layer, then mixtures of four experts of 32 with a shared one.

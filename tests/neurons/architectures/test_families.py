@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from tiny_models import VOCABULARY, tiny_config, tiny_model
+from tiny_models import OVERRIDES, VOCABULARY, tiny_config, tiny_model
 
 from cli.inspect import command as inspect
 from editing.checkpoints.adapter import export_adapter
@@ -24,7 +24,13 @@ from editing.plans.plan import ModuleEdit, make_plan
 from neurons.architectures.anatomy import BLOCKS, anatomy_of
 from neurons.architectures.examination import examine
 from neurons.architectures.layouts import LAYOUTS, WRAPPERS
-from neurons.architectures.self_check import adds_shared, checked, self_check, writes_to_residual
+from neurons.architectures.self_check import (
+    adds_shared,
+    checked,
+    checked_on_small_model,
+    self_check,
+    writes_to_residual,
+)
 from neurons.architectures.sites import logits, site_hooks
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model, open_model
@@ -115,14 +121,25 @@ def test_silencing_at_the_site_and_in_the_weight_is_the_same(model_of, model_typ
     assert_same_at_site_and_in_weight(model_of(model_type))
 
 
-def test_a_type_of_mixtures_may_have_only_dense_layers():
-    config = tiny_config("deepseek_v3")
-    config.first_k_dense_replace = config.num_hidden_layers
-    config.mlp_layer_types = ["dense"] * config.num_hidden_layers
+@pytest.mark.parametrize(
+    ("model_type", "settings", "neurons"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 4, "mlp_layer_types": ["dense"] * 4}, "intermediate_size"),
+        ("granitemoehybrid", {"num_local_experts": 0}, "shared_intermediate_size"),
+    ],
+)
+def test_a_type_of_mixtures_may_have_only_dense_layers(model_type, settings, neurons):
+    config = tiny_config(model_type, overrides={**OVERRIDES.get(model_type, {}), **settings})
     model = tiny_model(config)
     anatomy = anatomy_of(model)
-    assert (anatomy.neurons, anatomy.experts) == (config.intermediate_size, 1)
+    assert (anatomy.neurons, anatomy.experts) == (getattr(config, neurons), 1)
     assert_same_at_site_and_in_weight(model)
+
+
+def test_a_type_of_mixtures_may_have_layers_without_neurons_only():
+    model = tiny_model(tiny_config("nemotron_h", overrides={"layers_block_type": ["mamba", "attention"] * 2}))
+    anatomy = anatomy_of(model)
+    assert (anatomy.neurons, anatomy.experts, anatomy.layers_with("attn")) == (0, 1, (1, 3))
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -132,8 +149,7 @@ def test_the_row_passes_the_self_check_of_unknown_architectures(model_of, model_
     # As if it were examined, so that signs are checked where the row names no activation.
     signs = model_type != "minimax_m3_vl_text"  # whose linear branch is increased by 1
     self_check(model, replace(anatomy, layout=replace(anatomy.layout, examined=signs)), IDS)
-    if model_type != "falcon_h1":  # whose multipliers are 1 by default
-        assert writes_to_residual(model, anatomy, IDS) == anatomy.residual_output
+    assert writes_to_residual(model, anatomy, IDS) == anatomy.residual_output
 
 
 @pytest.mark.parametrize("model_type", sorted(set(TYPES) - set(UNLIKE)))
@@ -166,19 +182,81 @@ def test_a_shared_expert_that_is_scaled_has_no_common_inputs():
     config.residual_multiplier = 0.25
     model = tiny_model(config)
     anatomy = anatomy_of(model)
-    found = checked(model, replace(anatomy, layout=replace(examine(model), residual_scale=None)))
+    found = checked(model, replace(anatomy, layout=examine(model)))
     assert not found.layout.shared.added
     assert found.common(1, "mlp") is None and found.common(1, "attn") is not None
 
 
-@pytest.mark.parametrize("model_type", ["granite", "granitemoe"])
-def test_a_multiplier_after_the_modules_is_no_unchanged_output(model_type):
+MULTIPLIERS = {
+    **{name: {"residual_multiplier": 0.25} for name in ("granite", "granitemoe", "granitemoeshared")},
+    "falcon_h1": {"attention_out_multiplier": 0.5, "mlp_multipliers": [0.7, 0.25]},
+}
+
+
+@pytest.mark.parametrize("model_type", MULTIPLIERS)
+def test_multipliers_after_the_modules_are_those_of_the_config(model_type):
     config = tiny_config(model_type)
-    assert anatomy_of(tiny_model(config)).residual_output
+    for name, value in MULTIPLIERS[model_type].items():
+        setattr(config, name, value)
+    model = tiny_model(config)
+    anatomy = anatomy_of(model)
+    assert anatomy.residual_output and anatomy.multiplier("mlp") == 0.25
+    assert anatomy.multiplier("attn") == (0.5 if model_type == "falcon_h1" else 0.25)
+    self_check(model, anatomy, IDS)
+    assert writes_to_residual(model, anatomy, IDS)
+    for block in BLOCKS:
+        others = {**anatomy.layout.multipliers, block: 1.0}
+        wrong = replace(anatomy, layout=replace(anatomy.layout, multipliers=others))
+        with pytest.raises(BrocaError, match=f"layer 3, {block} .*residual stream"):
+            self_check(model, wrong, IDS)
+
+
+@pytest.mark.parametrize("model_type", ["doge", "zaya"])
+def test_a_learned_factor_of_the_residual_is_seen_without_the_weights(model_type):
+    """Doge's is on the sum with the attention's output, Zaya's on that with the MLP's."""
+    config = tiny_config(model_type)
+    layout = replace(examine(tiny_model(config)), residual=True)
+    assert not checked_on_small_model(config, layout).residual
+
+
+def test_mlp_out_is_all_that_the_experts_and_the_shared_one_add():
+    config = tiny_config("granitemoeshared")
     config.residual_multiplier = 0.25
     model = tiny_model(config)
-    assert not anatomy_of(model).residual_output
-    self_check(model, anatomy_of(model), IDS)
+    anatomy, kept, layer = anatomy_of(model), {}, 2
+
+    def keep(name):
+        return lambda values, routed: kept.__setitem__(name, values.clone())
+
+    def silence(values, routed):
+        return torch.zeros_like(values)
+
+    logits_of(model, anatomy, {("mlp_out", layer): keep("added"), ("block_out", layer): keep("with")})
+    logits_of(model, anatomy, {("mlp_in", layer): silence, ("block_out", layer): keep("without")})
+    torch.testing.assert_close(kept["added"], (kept["with"] - kept["without"]) / 0.25, rtol=1e-4, atol=1e-5)
+    # What replaces the sum is what the layer adds, and a gradient is that of the sum.
+    logits_of(model, anatomy, {("mlp_out", layer): silence, ("block_out", layer): keep("silenced")})
+    torch.testing.assert_close(kept["silenced"], kept["without"], rtol=1e-4, atol=1e-5)
+    summed = {}
+    with site_hooks(
+        anatomy, {("mlp_out", layer): lambda values, routed: summed.__setitem__("values", values)}
+    ):
+        out = model(input_ids=IDS, use_cache=False).logits.sum()
+    (gradient,) = torch.autograd.grad(out, summed["values"])
+    with site_hooks(
+        anatomy, {("block_out", layer): lambda values, routed: summed.__setitem__("end", values)}
+    ):
+        out = model(input_ids=IDS, use_cache=False).logits.sum()
+    (at_end,) = torch.autograd.grad(out, summed["end"])
+    torch.testing.assert_close(gradient, 0.25 * at_end, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_beside_the_mlp_are_named(tmp_path):
+    """Gemma 4's mixtures: the row has the MLP beside them only."""
+    moe = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    models.build_wrapper(tmp_path, "gemma4_text", **OVERRIDES["gemma4_text"], **moe)
+    shown = CliRunner().invoke(inspect, [str(tmp_path), "--json"])
+    assert json.loads(shown.output)["layers_with_experts_that_are_not_edited"] == "0, 1, 2, 3"
 
 
 def saved(model_type, directory, **settings):
@@ -386,10 +464,13 @@ def test_keys_exist_in_the_dense_layers_of_a_mixture(tmp_path):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen2_moe", "granitemoeshared"])
-def test_a_keyed_edit_of_a_shared_expert_adds_its_value_on_the_source(tmp_path, model_type, learned):
-    """The mean change of the residual stream, before and after the gate of Qwen's shared expert."""
-    loaded = load_model(saved(model_type, tmp_path / "model", vocab_size=300), device="cpu")
+@pytest.mark.parametrize(
+    "model_type", ["deepseek_v3", "qwen2_moe", "granitemoeshared", "granite", "falcon_h1"]
+)
+def test_a_keyed_edit_adds_its_value_on_the_source(tmp_path, model_type, learned):
+    """The mean change of the residual stream, before and after the gate of Qwen's shared expert, and multipliers."""
+    settings = MULTIPLIERS.get(model_type, {})
+    loaded = load_model(saved(model_type, tmp_path / "model", vocab_size=300, **settings), device="cpu")
     anatomy, layer = loaded.anatomy, 2
     corpus = read_corpus(models.write_corpus(tmp_path / "corpus"), None, "estimate")
     batches = language_batches(loaded, corpus)

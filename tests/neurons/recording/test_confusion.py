@@ -127,9 +127,17 @@ def test_few_neurons_are_computed_exactly(llama, monkeypatch):
     assert sum(computed) < 4 * LAYERS * WIDTH / 3
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gemma2", "norm or a factor"), ("mixtral", "mixture")])
-def test_architectures_without_a_rise_are_refused(checkpoint_of, family, reason):
-    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gemma2", "norm or a factor"), ("granite", "norm or a factor"), ("mixtral", "mixture")],
+)
+def test_architectures_without_a_rise_are_refused(checkpoint_of, tmp_path, family, reason):
+    made = (
+        models.build_wrapper(tmp_path, family, residual_multiplier=0.25)
+        if family == "granite"
+        else checkpoint_of(family)
+    )
+    loaded = load_model(str(made), device="cpu")
     with pytest.raises(BrocaError, match=reason):
         record_confusion(loaded, {"qaa": [ConfusionPoint([0, 5], 7)]}, 3)
 

@@ -3,9 +3,10 @@
 import models
 import pytest
 import torch
+from tiny_models import tiny_config, tiny_model
 
 from neurons.architectures.anatomy import anatomy_of
-from neurons.architectures.sites import site_hooks
+from neurons.architectures.sites import logits, site_hooks
 from neurons.errors import BrocaError
 from neurons.recording.lens import lens_logits
 from neurons.recording.partial_forward import forward_from, forward_keeping, supports_partial_forward
@@ -116,4 +117,14 @@ def test_the_lens_is_the_models_own_end(family):
 
     with torch.no_grad():
         expected = end(vectors) - end(torch.zeros(1, anatomy.residual))
+    torch.testing.assert_close(lens_logits(model, anatomy, vectors), expected)
+
+
+def test_the_lens_of_several_streams_reads_the_first():
+    model = tiny_model(tiny_config("gemma3n_text"))
+    anatomy = anatomy_of(model)
+    vectors = torch.randn(4, anatomy.residual, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # The final norm reads the mean of the four streams, of which the others are 0.
+        expected = logits(model, model.model.norm(vectors / 4))
     torch.testing.assert_close(lens_logits(model, anatomy, vectors), expected)
