@@ -508,11 +508,18 @@ def test_hostile_words_among_doses_stay_words(tmp_path):
     assert [word for word in words if word.endswith("…")] and "_" in words
 
 
-def test_the_same_ways_with_doses_are_another_measurement(tmp_path):
+def test_the_same_ways_with_more_measured_are_another_measurement(tmp_path):
     value = studies.dosed()
-    for name, document in (("a", {**value, "curves": {}}), ("b", value), ("c", value)):
+    base, *ways = value["outcomes"]
+    judged = [base, *({**way, "relevance": {"scorer": "judge", "mean": 0.5}} for way in ways)]
+    for name, document in (
+        ("a", {**value, "curves": {}}),
+        ("b", value),
+        ("c", {**value, "notes": ["Said again."]}),
+        ("d", {**value, "curves": {}, "outcomes": judged}),
+    ):
         (tmp_path / f"{name}.json").write_bytes(json_bytes(document))
-    assert [named.file for named in read_findings(tmp_path).steering] == ["a.json", "b.json"]
+    assert [named.file for named in read_findings(tmp_path).steering] == ["a.json", "b.json", "d.json"]
     _, page = page_of(tmp_path)
     assert page.faults == [] and len(page.all("svg")) == 1
 
