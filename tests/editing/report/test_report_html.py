@@ -14,6 +14,8 @@ from editing.plans.plan import ModuleEdit, make_plan
 from editing.report.findings import read_findings
 from editing.report.provenance_section import files_content, provenance_content
 from editing.report.study import study_page
+from neurons.ablation.report import as_markdown
+from neurons.ablation.study_file import study_of
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import json_bytes
 from neurons.neuron_sets.neuron_set import neuron_set
@@ -194,6 +196,18 @@ def test_ablation_figures_are_those_of_the_file(shown, directory):
     assert first[0] == "50 %" and first[2] == f"{change['ar']['ar']:+.3f} ({others:+.3f})"
     assert second[0] == "100 %"
     assert "20.00 [15.00, 25.00]" in page.texts("Neuron sets side by side")[1]
+
+
+def test_an_infinite_specificity_and_a_language_without_neurons(tmp_path):
+    value = studies.ablation()
+    (one,) = value["sets"]
+    one["change"]["ar"] = dict.fromkeys(studies.LANGUAGES, 0.0)
+    one["specificity"]["interval"] = [137.3, None]
+    (tmp_path / "ablation.json").write_bytes(json_bytes(value))
+    _, page = page_of(tmp_path)
+    assert page.texts("Neuron sets side by side")[1][5:] == ["20.00 [137.30, ∞]", "2 of 3"]
+    row = "+1.0500 | +0.0500 | 20.00 [137.30, inf] | 2 of 3 |"
+    assert row in as_markdown(study_of(value, "ablation.json"))
 
 
 def test_search_figures_are_those_of_the_file(shown):
