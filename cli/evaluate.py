@@ -373,7 +373,7 @@ def _compare_methods(
     for note in report.notes or ():
         screen.say(note)
     screen.say(f"table in Markdown: {table}")
-    if report.curves:
+    if report.curves and report.third_languages:
         from editing.report.dose_response import dose_figure
         from neurons.neuron_sets.pictures import save_figure
 

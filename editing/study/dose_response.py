@@ -9,6 +9,7 @@ does less harm.  Two methods compare at the same rate r of answers in the target
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,8 +75,8 @@ def weaker(
 
 
 def harm(outcome: Outcome, source: str, target: str) -> float:
-    """The largest NLL rise of a language that is neither source nor target, nats a token; 0 without one."""
-    return max((rise for k, rise in outcome.nll_rise.items() if k not in (source, target)), default=0.0)
+    """The largest NLL rise of a language that is neither source nor target, nats a token; NaN without one."""
+    return max((rise for k, rise in outcome.nll_rise.items() if k not in (source, target)), default=math.nan)
 
 
 def costs(

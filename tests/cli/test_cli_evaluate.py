@@ -150,6 +150,9 @@ def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_pat
     assert [outcome["details"]["dose"] for outcome in dosed["curves"]["keyed edit"]] == [0.5, 1.0]
     assert "| keyed edit | 0.5 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG") and "report.png" in output
+    # Two languages have no third that could be harmed.
+    output, _ = evaluate("--methods", "prompt-source", "--doses", "50%", "--languages", "en,fr")
+    assert "plot" not in output
     _, half = evaluate("--methods", "prompt-source", "--questions", questions)
     assert half["continuations"] == 2  # the other half is for choosing
     assert {sample["prompt"] for sample in half["outcomes"][0]["samples"]} == {"beef cab 1?", "beef cab 3?"}
