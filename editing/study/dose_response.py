@@ -65,7 +65,10 @@ def weaker(
         if chosen.plan is not None and linear and not chosen.plan.through_norm:
             plan = chosen.plan.scaled(fraction)
             steering = partial(applied, material.loaded, plan)
-            yield fraction, Candidate(chosen.title, chosen.settings, plan, steering)
+            settings = dict(chosen.settings)
+            if "strength" in settings:
+                settings["strength"] *= fraction
+            yield fraction, Candidate(chosen.title, settings, plan, steering)
         elif method.strength_setting is not None:
             strength = fraction * chosen.settings[method.strength_setting]
             yield (
