@@ -264,7 +264,7 @@ def test_neuron_maps(shown):
     assert page.texts("What languages share")[1] == ["ar", "2", "0.50", "0.00"]
     warnings = [element["text"] for element in page.all("p", **{"class": "warning"})]
     assert "No neuron was found for zh." in warnings
-    assert page.texts("Modules that change")[1] == ["1", "MLP output", "1", "0", "1.5", "0.500"]
+    assert page.texts("Modules that change")[1] == ["1", "MLP output", "1", "0", "1.5", "0.5"]
 
 
 def test_settings_fingerprints_and_commands(shown):
