@@ -167,9 +167,12 @@ def _meant(metadata: Mapping[str, Any], languages: tuple[str, ...]) -> tuple[dic
     """What a plan of `broca steer` was taught: language of the questions -> instruction, and language of the answers."""
     if metadata.get("method") != "steer":
         return {}, {}
-    taught, target = metadata["settings"]["instructions"], metadata["target"]
-    instructions = {language: taught[language] for language in languages if language in taught}
-    return instructions, {} if target is None else dict.fromkeys(instructions, target)
+    settings, target = metadata["settings"], metadata["target"]
+    sources = [language for language in languages if language in settings["sources"]]
+    # A lock whose teacher was asked in the target has no instructions.
+    taught = settings["instructions"]
+    instructions = {language: taught[language] for language in sources if language in taught}
+    return instructions, {} if target is None else dict.fromkeys(sources, target)
 
 
 def _show(screen: Screen, result: Ability) -> None:

@@ -223,7 +223,7 @@ def command(**options: Any) -> None:
     ]
     # One scorer for the choosing and the reporting text.
     measured = [reported] if methods is None else [corpora["choose"], reported]
-    scorer = _scorer(arguments, loaded, judge, measured, questions)
+    scorer = _scorer(screen, arguments, loaded, judge, measured, questions)
     command_text = command_line(
         methods=None if methods is None else tuple(methods),
         languages=arguments.languages or reported.languages,
@@ -373,7 +373,7 @@ def _compare_methods(
     for note in report.notes or ():
         screen.say(note)
     screen.say(f"table in Markdown: {table}")
-    if report.curves:
+    if report.curves and report.third_languages:
         from editing.report.dose_response import dose_figure
         from neurons.neuron_sets.pictures import save_figure
 
@@ -487,6 +487,7 @@ def _stage(screen: Screen) -> Callable[[str], None]:
 
 
 def _scorer(
+    screen: Screen,
     arguments: SimpleNamespace,
     loaded: LoadedModel,
     judge: LoadedModel | None,
@@ -512,6 +513,11 @@ def _scorer(
         halves = [questions] if len(measured) == 1 else [questions.half("choose"), questions.half("report")]
         references = [one.reference for half in halves for one in half.of[source][: arguments.prompts]]
     if None not in references:
+        if questions is None and relevance == "auto":
+            screen.note(
+                f"{source} and {target} have equally many lines: line i counts as a translation for chrF; give another "
+                "--relevance if the lines are not parallel"
+            )
         return ChrfScorer()
     if relevance == "auto":
         return LikelihoodScorer(loaded)

@@ -206,7 +206,7 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, dict):
-        return " ".join(f"{key}={_short(item)}" for key, item in value.items())
+        return " ".join(f"{key}={_short(item)}" for key, item in value.items()) or "none"
     text = "none" if value is None else str(value)
     return text[:12] if _DIGEST.fullmatch(text) else text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ def parses(code: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as an invalid escape sequence
         try:
-            return bool(ast.parse(code).body)
+            # A block in a list is indented.
+            return bool(ast.parse(textwrap.dedent(code)).body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
 

@@ -223,7 +223,12 @@ class Evaluation:
                 for prompt, item, label in zip(prompts[:SAMPLES_SHOWN], answers.items, labels, strict=False)
             ),
             details=details or {},
-            failures={EMPTY: labels.count(EMPTY), LOOPING: sum(answers.looping)},
+            failures={
+                EMPTY: labels.count(EMPTY),
+                LOOPING: sum(
+                    loop and label != EMPTY for loop, label in zip(answers.looping, labels, strict=True)
+                ),
+            },
             agreement=agreed,
             sentence_share=sum(self.classifier.sentence_share(text, self.target, languages) for text in texts)
             / len(texts),

@@ -5,7 +5,8 @@
           that are not written in Latin script
     LCPR  harmonic mean of LPR and WPR
 
-A line counts if it has five words or more; an answer without such a line is left out.  Words are separated by spaces,
+An answer ends before a line that begins with "Q:".  A line counts if it has five words or more; an answer without such
+a line is left out.  Words are as written, so that a capitalised name is no English word.  They are separated by spaces,
 in Chinese and Japanese by Broca (``neurons.text.words``) where the benchmark uses jieba and MeCab.  The benchmark's
 identifier is fastText's lid.176.bin above a probability of 0.3.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import langcodes
 
 from editing.evaluation.relevance import harmonic_mean
-from neurons.text.words import words
+from neurons.text.words import pieces
 
 MIN_WORDS = 5
 MIN_PROBABILITY = 0.3
@@ -67,7 +68,9 @@ def pass_rates(
     """
     counted = wrong_lines = wrong_words = 0
     for answer in answers:
-        lines = [(line, _words(line, language)) for line in answer.strip().translate(_WITHOUT).split("\n")]
+        # A base model may go on with a question of its own.
+        own = answer.split("\nQ:")[0].strip().translate(_WITHOUT)
+        lines = [(line, _words(line, language)) for line in own.split("\n")]
         lines = [(line, of_line) for line, of_line in lines if len(of_line) >= MIN_WORDS]
         if not lines:
             continue
@@ -97,7 +100,7 @@ def in_latin_script(language: str) -> bool:
 
 
 def _words(line: str, language: str) -> list[str]:
-    return words(line) if language in _UNSPACED else line.split()
+    return pieces(line) if language in _UNSPACED else line.split()
 
 
 def _is(line: str, language: str, identify: Callable[[str], tuple[str, float]]) -> bool:

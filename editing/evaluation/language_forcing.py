@@ -1,7 +1,7 @@
 """Language forcing by CLaS-Bench's protocol (arXiv 2601.08331): language, relevance and their harmonic mean.
 
-    forcing     fraction of the answers whose most probable language is the target; the benchmark's identifier is NLLB's
-                lid218e.bin
+    forcing     fraction of the answers whose most probable language is the target; Cantonese counts as Chinese and
+                Nynorsk as Norwegian; the benchmark's identifier is NLLB's lid218e.bin
     relevance   mean of a judge's ratings 0, 1 or 2, divided by 2; the judge is told to ignore the language
     steering    harmonic mean of the two averages
 
@@ -19,6 +19,7 @@ import regex
 
 from editing.evaluation.asking import CHAT, question_style
 from editing.evaluation.generation import PROMPTS_A_BATCH, generate
+from editing.evaluation.language_id import MACROLANGUAGES
 from editing.evaluation.relevance import harmonic_mean
 from neurons.errors import UsageError
 from neurons.models.source import LoadedModel
@@ -36,7 +37,10 @@ not change your rating: rate only what it says.
 Give your reasons in two sentences. Then end with the rating in exactly this form: "Rating: [[0]]", with your number."""
 _QUESTION = "Question ({source}):\n{question}\n\nAnswer ({target}):\n{answer}"
 _EXACT = (regex.compile(r"Rating: \[\[([012])\]\]"), regex.compile(r"\[\[([012])\]\]"))
-_AT_END = regex.compile(r"\b([012])\b\W*$")
+# No digit of a decimal number, a fraction or a range: "2.0", "1/2", "0-1".
+_AT_END = regex.compile(r"(?<![\w./\-])([012])[\s.*]*$")
+# Those of MACROLANGUAGES that the benchmark counts as their macrolanguage: Cantonese and Nynorsk.
+_VARIETIES = ("yue", "nn")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ def forcing(
         identify: a text -> its language and the probability of it.
         ratings: of the answers, None where the judge gave none; empty without a judge.
     """
-    share = sum(identify(answer)[0] == target for answer in answers) / len(answers)
+    labels = [identify(answer)[0] for answer in answers]
+    labels = [MACROLANGUAGES[label] if label in _VARIETIES and label != target else label for label in labels]
+    share = labels.count(target) / len(answers)
     known = [rating for rating in ratings if rating is not None]
     relevance = sum(known) / len(known) / 2 if known else None
     steering = None if relevance is None else harmonic_mean(share, relevance)

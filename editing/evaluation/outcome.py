@@ -58,7 +58,7 @@ class Outcome:
         languages_found: label -> number of answers, failures included.
         samples: the first few prompts and answers.
         details: settings, components edited, ||dW||/||W||.
-        failures: "empty" and "looping" -> number of answers.
+        failures: "empty" and "looping" -> number of answers; those without a letter are "empty" alone.
         agreement: fraction of answers that the second detector labels the same.
         sentence_share: mean fraction of an answer's sentences that are in the target.
         distinct_pairs: mean distinct-2.

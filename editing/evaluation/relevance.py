@@ -7,7 +7,8 @@
   unedited model: the geometric mean of the probabilities of its tokens, in [0, 1].  An answer in another language
   than the question is less likely for that reason alone.
 
-An empty answer scores 0.  CLaS-Bench (arXiv 2601.08331) uses a judge; chrF and likelihood need none.
+An answer without a character but white space scores 0.  CLaS-Bench (arXiv 2601.08331) uses a judge; chrF and likelihood
+need none.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class LikelihoodScorer:
         tokenizer = self.loaded.tokenizer
         rows, prompt_lengths, indices = [], [], []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            if not answer.ids:
+            if not answer.ids or not answer.text.strip():
                 continue
             ids = encoded(tokenizer, [prompt.model_input(tokenizer)])[0]
             rows.append([*ids, *answer.ids])

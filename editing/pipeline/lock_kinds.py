@@ -110,12 +110,14 @@ class Lock:
         return in_english(target, self.thoughts)
 
     def as_json(self) -> dict[str, Any]:
-        """The lock as settings of a plan."""
+        """The lock as settings of a plan; a teacher by question has no instructions."""
         return {
             "sources": list(self.sources),
             "kept_languages": [name for name in self.keep if name != self.target],
             "teacher": self.teacher,
-            "instructions": {name: self.instruction_in(name) for name in self.sources},
+            "instructions": (
+                {} if self.teacher == QUESTION else {name: self.instruction_in(name) for name in self.sources}
+            ),
             "classifier": self.classifier.provenance,
             **({"thoughts": True} if self.thoughts else {}),
         }

@@ -231,7 +231,9 @@ class _Run:
         }
         if recipe.key_neurons == "identified":
             steering["neurons"] = digest(self.out / "neurons.safetensors")
+        of_all = self.changed_by_hand
         for target in recipe.targets:
+            self.changed_by_hand = [*of_all]
             direction, edit, choice = (
                 f"direction-{target}.safetensors",
                 f"edit-{target}.safetensors",

@@ -16,7 +16,7 @@ from editing.report.inline_svg import Drawing
 from editing.report.provenance import provenance
 from editing.report.templating import rendered
 from neurons.ablation.accuracy import ACCURACY
-from neurons.ablation.matrix import perplexity
+from neurons.ablation.matrix import largest_is_own, perplexity
 from neurons.ablation.report import MEASURED
 from neurons.ablation.study import Effects, SetOutcome, Study, set_title, units_of
 
@@ -57,8 +57,7 @@ def _largest_change(outcome: SetOutcome) -> float:
 
 
 def _row(outcome: SetOutcome) -> list[str]:
-    specificity, diagonal = outcome.specificity, outcome.own.change.diagonal()
-    largest = int(((diagonal >= outcome.own.change.amax(1)) & (diagonal > 0)).sum())
+    specificity, largest = outcome.specificity, largest_is_own(outcome.own)
     low, high = (number(end, ".2f") for end in specificity.interval)
     return [
         outcome.name,
@@ -67,7 +66,7 @@ def _row(outcome: SetOutcome) -> list[str]:
         number(specificity.own, "+.4f"),
         number(specificity.other, "+.4f"),
         f"{number(specificity.value, '.2f')} [{low}, {high}]",
-        f"{largest} of {len(diagonal)}",
+        f"{sum(largest)} of {len(largest)}",
     ]
 
 

@@ -30,9 +30,9 @@ _KEYED_MARK = "o"
 
 
 def is_measured(outcome: Outcome, source: str, target: str) -> bool:
-    """Whether the rate and the rises that define the harm are finite."""
+    """Whether the rate and the rises that define the harm are there and finite."""
     rises = [rise for k, rise in outcome.nll_rise.items() if k not in (source, target)]
-    return all(map(math.isfinite, [outcome.target_share, *rises]))
+    return bool(rises) and all(map(math.isfinite, [outcome.target_share, *rises]))
 
 
 def dose_figure(

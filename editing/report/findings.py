@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -232,17 +232,9 @@ def _add_steering(findings: Findings, name: str, report: Report) -> None:
         findings.steering.append(Named(name, report))
 
 
-def _measurement(report: Report) -> tuple[Any, ...]:
-    """The values by which two reports are the same measurement; as text, since NaN does not equal itself."""
-    outcomes = [
-        repr((outcome.name, outcome.target_share, outcome.fluency_gap, outcome.nll_rise))
-        for outcome in report.outcomes
-    ]
-    doses = [
-        (title, *(outcome.details["dose"] for outcome in curve))
-        for title, curve in (report.curves or {}).items()
-    ]
-    return report.source, report.target, report.continuations, outcomes, doses
+def _measurement(report: Report) -> str:
+    """All that was measured; as text, since NaN does not equal itself."""
+    return repr(replace(report, notes=None, about={}))
 
 
 def _has(value: Any, *keys: str) -> bool:

@@ -38,7 +38,7 @@ def outcomes_table(report: Report) -> Table:
             *(_number(outcome.nll_rise.get(language), "+.2f") for language in languages),
             _number(max(outcome.kl.values(), default=None), ".3f"),
             str(outcome.details.get("components") or "-"),
-            _number(outcome.details.get("relative_change") or None, ".2f"),
+            _number(outcome.details.get("relative_change") or None, ".3g"),
         ]
         for outcome in report.outcomes
     ]
@@ -73,7 +73,7 @@ def methods_table(report: Report) -> Table:
             _number(outcome.effectiveness, ".2f"),
             _number(outcome.entanglement, ".3f"),
             str(sum(outcome.failures.values())),
-            _number(outcome.details.get("relative_change") or None, ".2f"),
+            _number(outcome.details.get("relative_change") or None, ".3g"),
             ", ".join(f"{name} {_word(value)}" for name, value in outcome.details.get("settings", {}).items())
             or "-",
         ]
@@ -97,7 +97,7 @@ def dose_response_table(report: Report) -> Table:
             f"{outcome.details['dose']:g}",
             _number(outcome.target_share, ".2f"),
             _number(outcome.fluency_gap, "+.2f"),
-            f"{harm(outcome, source, target):+.3f}",
+            _number(harm(outcome, source, target), "+.3f"),
             *[_number(keyed_harm.get((title, outcome.details["dose"])), "+.3f")] * keyed,
         ]
         for title, outcomes in curves.items()

@@ -9,6 +9,7 @@ does less harm.  Two methods compare at the same rate r of answers in the target
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +65,10 @@ def weaker(
         if chosen.plan is not None and linear and not chosen.plan.through_norm:
             plan = chosen.plan.scaled(fraction)
             steering = partial(applied, material.loaded, plan)
-            yield fraction, Candidate(chosen.title, chosen.settings, plan, steering)
+            settings = dict(chosen.settings)
+            if "strength" in settings:
+                settings["strength"] *= fraction
+            yield fraction, Candidate(chosen.title, settings, plan, steering)
         elif method.strength_setting is not None:
             strength = fraction * chosen.settings[method.strength_setting]
             yield (
@@ -74,8 +78,8 @@ def weaker(
 
 
 def harm(outcome: Outcome, source: str, target: str) -> float:
-    """The largest NLL rise of a language that is neither source nor target, nats a token; 0 without one."""
-    return max((rise for k, rise in outcome.nll_rise.items() if k not in (source, target)), default=0.0)
+    """The largest NLL rise of a language that is neither source nor target, nats a token; NaN without one."""
+    return max((rise for k, rise in outcome.nll_rise.items() if k not in (source, target)), default=math.nan)
 
 
 def costs(

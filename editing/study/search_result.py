@@ -80,12 +80,17 @@ class SearchResult:
 
 
 def search_document(search: SearchResult) -> dict[str, Any]:
-    """The JSON values of tune.json; trials also have the values derived from their fields.
+    """The JSON values of tune.json; trials also have the values derived from their fields, None if not measured.
 
     ``neurons.files.json_file.checked`` reads them back.
     """
     trials = [
-        {**asdict(trial), "share": trial.share, "rise": trial.rise, "harm": trial.harm}
+        {
+            **asdict(trial),
+            "share": trial.share if trial.continuations else None,
+            "rise": trial.rise if trial.nll_rise else None,
+            "harm": trial.harm if trial.kl else None,
+        }
         for trial in search.trials
     ]
     return {**document(search), "trials": trials, "report": search.report}

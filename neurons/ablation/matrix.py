@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from neurons.ablation.conditions import TextLosses
-from neurons.files.json_file import Figure
+from neurons.files.json_file import Figure, Quotient
 from neurons.statistics.bootstrap import (
     CONFIDENCE,
     DRAWS,
@@ -61,8 +61,8 @@ class Specificity:
         other: mean of the rest, nats a token.
     """
 
-    value: Figure
-    interval: tuple[Figure, Figure]
+    value: Quotient
+    interval: tuple[Quotient, Quotient]
     own: Figure
     other: Figure
 
@@ -128,8 +128,9 @@ def clear_of(own: Changes, controls: Sequence[Changes]) -> list[bool]:
 
 
 def largest_is_own(own: Changes) -> list[bool]:
-    """For each language, whether ablating its neurons hurts it more than any other."""
-    return (own.change.argmax(1) == torch.arange(len(own.change))).tolist()
+    """For each language, whether ablating its neurons hurts it, and no other language more."""
+    diagonal = own.change.diagonal()
+    return ((diagonal > 0) & (diagonal >= own.change.amax(1))).tolist()
 
 
 def by_language(values: torch.Tensor, languages: Sequence[str]) -> dict[str, Mapping[str, Any]]:

@@ -19,6 +19,8 @@ from neurons.errors import UsageError
 Kind = TypeVar("Kind")
 # JSON has null where a figure was not measured, or is not finite.
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+# A figure that is always measured, and may be infinite.
+Quotient = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
 def read_json(path: Path | str) -> Any:

@@ -17,7 +17,12 @@ CHARACTERS_A_WORD = 1.5  # in Chinese text
 
 def words(text: str) -> list[str]:
     """Lower-cased words; single characters in scripts without spaces."""
-    matches: list[str] = _WORD.findall(text.lower())
+    return pieces(text.lower())
+
+
+def pieces(text: str) -> list[str]:
+    """Words as they are written; single characters in scripts without spaces."""
+    matches: list[str] = _WORD.findall(text)
     return matches
 
 

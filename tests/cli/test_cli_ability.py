@@ -82,6 +82,18 @@ def test_a_lock_is_measured_with_its_own_instruction_and_language(broca, chat_mo
     )
 
 
+def test_a_lock_that_was_taught_by_questions_has_no_prompted_model(broca, chat_model, tmp_path):
+    settings = {"sources": ["en"], "teacher": "question", "instructions": {}}
+    plan = plan_of(chat_model, method="steer", source="en", target="fr", settings=settings)
+    assert command._meant(plan.metadata, ("en", "fr")) == ({}, {"en": "fr"})
+    plan.save(tmp_path / "edit.safetensors")
+    status, printed, errors = broca("ability", chat_model, "--edit", tmp_path / "edit.safetensors", "--json")
+    assert status == 0, errors
+    result = json.loads(printed)
+    assert set(result["accuracy"]["en"]) == {"base", "edited"}
+    assert result["settings"]["answers_in"] == {"en": "fr"}
+
+
 def test_a_lock_into_a_language_without_choices(broca, chat_model, tmp_path):
     settings = {"sources": ["en"], "instructions": {"en": "Respond in German."}}
     plan = plan_of(chat_model, method="steer", source="en", target="de", settings=settings)

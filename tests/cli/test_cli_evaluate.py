@@ -104,8 +104,11 @@ def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_p
     (tmp_path / "long").mkdir()
     for language, texts in lines.items():
         (tmp_path / "long" / f"{language}.txt").write_text("\n".join(texts), encoding="utf-8")
-    assert evaluate("--corpus", tmp_path / "long", "--prompts", 2)[1]["relevance"]["scorer"] == "chrf"
-    assert evaluate("--prompts", 30)[1]["relevance"]["scorer"] == "likelihood"
+    noted = "note: en and fr have equally many lines"
+    output, results = evaluate("--corpus", tmp_path / "long", "--prompts", 2)
+    assert results["relevance"]["scorer"] == "chrf" and noted in output
+    output, results = evaluate("--prompts", 30)
+    assert results["relevance"]["scorer"] == "likelihood" and noted not in output
     assert evaluate("--prompts", 2, "--relevance", "none")[1]["relevance"] is None
 
 
@@ -150,6 +153,9 @@ def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_pat
     assert [outcome["details"]["dose"] for outcome in dosed["curves"]["keyed edit"]] == [0.5, 1.0]
     assert "| keyed edit | 0.5 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG") and "report.png" in output
+    # Two languages have no third that could be harmed.
+    output, _ = evaluate("--methods", "prompt-source", "--doses", "50%", "--languages", "en,fr")
+    assert "plot" not in output
     _, half = evaluate("--methods", "prompt-source", "--questions", questions)
     assert half["continuations"] == 2  # the other half is for choosing
     assert {sample["prompt"] for sample in half["outcomes"][0]["samples"]} == {"beef cab 1?", "beef cab 3?"}

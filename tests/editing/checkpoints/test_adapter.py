@@ -254,11 +254,11 @@ def test_the_plan_travels_along(source, tmp_path):
 def test_a_plan_without_norms_and_settings_of_several_values(source, tmp_path):
     """As of ``compose`` without the model, and of a lock."""
     plan = rank_one_plan(source, 48)
-    settings = {"instructions": {"en": "Respond in French."}, "questions": "0a" * 32}
+    settings = {"instructions": {"en": "Respond in French."}, "questions": "0a" * 32, "others": {}}
     bare = make_plan([replace(edit, notes={}) for edit in plan.edits], plan.metadata | {"settings": settings})
     export_adapter(source, bare, tmp_path / "adapter")
     text = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "Settings: instructions en=Respond in French., questions 0a0a0a0a0a0a." in text
+    assert "Settings: instructions en=Respond in French., questions 0a0a0a0a0a0a, others none." in text
     assert text.count("| 1 | - |") == len(plan.edits)
 
 

@@ -37,6 +37,8 @@ def test_pass_rates_by_hand():
         3 / 4, 2 / 3, 2 * (3 / 4) * (2 / 3) / (3 / 4 + 2 / 3), 4
     )
     assert pass_rates(["f un"], "fr", by_first_letter) == PassRates(None, None, None, 0)
+    # A question that the model goes on with does not count.
+    assert pass_rates([f"{ANSWERS[0]}\nQ: one two three four five"], "fr", by_first_letter).lines == 1
     # An em dash separates words, and a probability of 0.3 is not enough.
     assert pass_rates(["f a—b—c—d"], "fr", by_first_letter).answers == 1
     assert pass_rates(["f a b c d ?"], "fr", lambda line: ("fr", 0.3)).lines == 0
@@ -44,6 +46,9 @@ def test_pass_rates_by_hand():
 
 def test_words_of_chinese_are_counted_without_spaces():
     assert pass_rates(["z今天天气很好"], "zh", by_first_letter).answers == 1
+    # A capitalised name is no English word.
+    for name, rate in (("Python", 1), ("python", 0)):
+        assert pass_rates([f"z我今天用 {name} 写程序"], "zh", by_first_letter, {"python"}).words == rate
     assert [in_latin_script(k) for k in ("fr", "ru", "zh", "ar", "tr")] == [True, False, False, False, True]
 
 
@@ -56,12 +61,26 @@ def test_the_steering_score_is_the_harmonic_mean_of_the_averages():
 
 
 @pytest.mark.parametrize(
+    ("label", "target", "share"),
+    [("yue", "zh", 1), ("yue", "yue", 1), ("nn", "no", 1), ("arz", "ar", 0), ("yue", "no", 0)],
+)
+def test_varieties_count_as_clas_bench_counts_them(label, target, share):
+    assert forcing(["a"], target, lambda answer: (label, 0.9)).forcing == share
+    if label != target:
+        assert pass_rates(["a b c d e f"], target, lambda line: (label, 0.9)).lines == 0
+
+
+@pytest.mark.parametrize(
     "reply, rating",
     [
         ("It is on the subject. Rating: [[2]]", 2),
         ("[[0]] is too low, so Rating: [[1]]", 1),
         ("I say [[1]].", 1),
         ("The rating is 2.", 2),
+        ("**2**", 2),
+        ("Rating: [[2.0]]", None),
+        ("[[0-1]]", None),
+        ("I rate it 1/2.", None),
         ("Rating: [[3]]", None),
         ("1 of these 5 is right", None),
         ("", None),

@@ -13,6 +13,7 @@ PYTHON = "def add(a, b):\n    return a + b\n"
         (f"Sure:\n\n```python\n{PYTHON}```\nIt adds.", True, True),
         (f"```\n{PYTHON}```", True, True),
         (f"1. Like this:\n   ```py\n{PYTHON}   ```", True, True),
+        ("1. So:\n   ```python\n   if True:\n       print(1)\n   ```", True, True),
         (f"```python\n{PYTHON}", True, True),  # cut off behind a whole statement
         ("```python\ndef add(a, b):\n    return a + (b", True, False),  # cut off inside one
         ("```python\nfonction ajouter(a, b):\n    retourne a + b\n```", True, False),

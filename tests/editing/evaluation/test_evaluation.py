@@ -230,7 +230,7 @@ def rate_of(texts, language):
     return mean([identify_language(text, LANGUAGES) == language and not loops(text) for text in texts])
 
 
-def test_failures_count_to_no_share(llama, evaluation):
+def test_failures_count_to_no_share(llama, evaluation, corpus):
     token, _ = spaced_word()
     outcome = evaluation.measure("forced", partial(always, llama, token))
     assert outcome.failures == {"empty": 0, "looping": 6}
@@ -245,6 +245,10 @@ def test_failures_count_to_no_share(llama, evaluation):
     assert (silent.target_share, silent.source_share, silent.distinct) == (0, 0, 0)
     assert math.isnan(silent.fluency_gap)
     assert silent.answer_words == silent.longest_repeat == silent.sentence_share == 0
+    # Empty, since there is no letter, and a loop: one failure.
+    digits = Continuation((5,), "1 1 1 1 1 1 1 1 1")
+    counting = Evaluation(llama, corpus, "en", "fr", write=lambda asked, *_: [digits] * len(asked))
+    assert counting.base.failures == {"empty": 3, "looping": 0}
 
 
 def test_what_else_is_told_of_the_answers(llama, evaluation):

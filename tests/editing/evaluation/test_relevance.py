@@ -46,6 +46,7 @@ def test_likelihood_is_the_geometric_mean_of_the_answers_tokens(llama):
             product *= float(p[ids[i]])
         assert score == pytest.approx(product ** (1 / len(answer.ids)), rel=1e-4)
     assert len(set(scores)) == 3
+    assert LikelihoodScorer(llama)(PROMPTS[:1], [Continuation(answers[0].ids, "\n")]) == [0]
 
 
 CHATS = {

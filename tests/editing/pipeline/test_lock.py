@@ -238,6 +238,7 @@ def test_the_teacher_gets_the_users_instruction(loaded, questions, obedient):
 
 def test_a_teacher_by_question_is_asked_in_the_target(loaded, questions):
     lock = lock_of(questions, "fr", "en", teacher="question")
+    assert lock.as_json()["instructions"] == {}
     for index, lesson in zip(
         (2, 6, 10, 14), lessons(loaded, questions, lock, ("en",), CHOOSE)["en"], strict=True
     ):

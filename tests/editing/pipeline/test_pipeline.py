@@ -151,8 +151,9 @@ def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
     shutil.copytree(recipe.out, edited.out)
     plan = load_plan(edited.out / "edit-fr.safetensors").scaled(0.5)
     plan.save(edited.out / "edit-fr.safetensors")
+    (edited.out / "measured-de.json").unlink()
     screen = ran(edited)
-    assert screen.ran == ["export to fr", "measure fr", "report"]
+    assert screen.ran == ["export to fr", "measure fr", "measure de", "report"]
     assert screen.states["edit to fr"] == KEPT.format("edit-fr.safetensors")
     notes = [json.loads((edited.out / f"measured-{k}.json").read_text())["notes"] for k in ("fr", "de")]
     noted = [any("edit-fr.safetensors" in note for note in of_target) for of_target in notes]

@@ -107,6 +107,7 @@ def test_what_was_not_measured_is_left_out():
         ({"nll_rise": {"zh": math.nan, "de": 0.1}}, False),
         ({"nll_rise": {"de": 0.1, "zh": math.inf}}, False),
         # Neither is harm.
+        ({"nll_rise": {"en": 0.2, "ar": 0.1}}, False),
         ({"nll_rise": {"en": math.nan, "ar": math.nan, "zh": 0.1}}, True),
         ({"fluency_gap": math.nan}, True),
     ],

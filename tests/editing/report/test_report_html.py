@@ -14,6 +14,8 @@ from editing.plans.plan import ModuleEdit, make_plan
 from editing.report.findings import read_findings
 from editing.report.provenance_section import files_content, provenance_content
 from editing.report.study import study_page
+from neurons.ablation.report import as_markdown
+from neurons.ablation.study_file import study_of
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import json_bytes
 from neurons.neuron_sets.neuron_set import neuron_set
@@ -92,7 +94,7 @@ def test_steering_figures_are_those_of_the_file(shown):
     assert by_name["share ar"] == "0.97" and by_name["fluency gap"] == "+0.25"
     assert by_name["NLL rise ar"] == "+0.012" and by_name["largest third NLL rise"] == "−0.034"
     assert by_name["largest KL"] == "0.021"
-    assert by_name["components"] == "12" and by_name["‖ΔW‖/‖W‖"] == "0.31"
+    assert by_name["components"] == "12" and by_name["‖ΔW‖/‖W‖"] == "0.004"
     assert dict(zip(head, rows[0], strict=True))["fluency gap"] == "–"
     head, _, keyed, _ = page.texts("NLL rise on each language's text")
     assert head == ["way", "ar", "zh", "en"]
@@ -196,6 +198,18 @@ def test_ablation_figures_are_those_of_the_file(shown, directory):
     assert "20.00 [15.00, 25.00]" in page.texts("Neuron sets side by side")[1]
 
 
+def test_an_infinite_specificity_and_a_language_without_neurons(tmp_path):
+    value = studies.ablation()
+    (one,) = value["sets"]
+    one["change"]["ar"] = dict.fromkeys(studies.LANGUAGES, 0.0)
+    one["specificity"]["interval"] = [137.3, None]
+    (tmp_path / "ablation.json").write_bytes(json_bytes(value))
+    _, page = page_of(tmp_path)
+    assert page.texts("Neuron sets side by side")[1][5:] == ["20.00 [137.30, ∞]", "2 of 3"]
+    row = "+1.0500 | +0.0500 | 20.00 [137.30, inf] | 2 of 3 |"
+    assert row in as_markdown(study_of(value, "ablation.json"))
+
+
 def test_search_figures_are_those_of_the_file(shown):
     _, page = shown
     _, *rows = page.texts("All trials")
@@ -250,7 +264,7 @@ def test_neuron_maps(shown):
     assert page.texts("What languages share")[1] == ["ar", "2", "0.50", "0.00"]
     warnings = [element["text"] for element in page.all("p", **{"class": "warning"})]
     assert "No neuron was found for zh." in warnings
-    assert page.texts("Modules that change")[1] == ["1", "MLP output", "1", "0", "1.5", "0.500"]
+    assert page.texts("Modules that change")[1] == ["1", "MLP output", "1", "0", "1.5", "0.5"]
 
 
 def test_settings_fingerprints_and_commands(shown):
@@ -508,11 +522,18 @@ def test_hostile_words_among_doses_stay_words(tmp_path):
     assert [word for word in words if word.endswith("…")] and "_" in words
 
 
-def test_the_same_ways_with_doses_are_another_measurement(tmp_path):
+def test_the_same_ways_with_more_measured_are_another_measurement(tmp_path):
     value = studies.dosed()
-    for name, document in (("a", {**value, "curves": {}}), ("b", value), ("c", value)):
+    base, *ways = value["outcomes"]
+    judged = [base, *({**way, "relevance": {"scorer": "judge", "mean": 0.5}} for way in ways)]
+    for name, document in (
+        ("a", {**value, "curves": {}}),
+        ("b", value),
+        ("c", {**value, "notes": ["Said again."]}),
+        ("d", {**value, "curves": {}, "outcomes": judged}),
+    ):
         (tmp_path / f"{name}.json").write_bytes(json_bytes(document))
-    assert [named.file for named in read_findings(tmp_path).steering] == ["a.json", "b.json"]
+    assert [named.file for named in read_findings(tmp_path).steering] == ["a.json", "b.json", "d.json"]
     _, page = page_of(tmp_path)
     assert page.faults == [] and len(page.all("svg")) == 1
 

@@ -1,6 +1,7 @@
 """Steering at fractions of a strength, and the harm of methods at the same target-language rate."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_permanent_edit_is_scaled(llama, material):
     base = logits(llama)
     moved = []
     for fraction, weak in weaker(ALL["keyed"], material, chosen, (0.25, 0.5)):
-        assert weak.settings == chosen.settings
+        assert weak.settings == {**chosen.settings, "strength": fraction * chosen.settings["strength"]}
         for scaled, whole in zip(weak.plan.edits, chosen.plan.edits, strict=True):
             torch.testing.assert_close(scaled.left @ scaled.right.T, fraction * whole.left @ whole.right.T)
         with weak.steering():
@@ -114,6 +115,11 @@ def test_the_table_sets_the_keyed_edit_beside_each_fraction():
     assert head[-1] == "keyed edit's at that share"
     assert [row[-1] for row in rows] == ["-", "-", "-", "+0.010", "-"]
     assert rows[3] == ["other", "0.5", "0.40", "+0.00", "+0.300", "+0.010"]
+    # Without a third language there is no harm.
+    (pair,) = curves["other"][1:2]
+    pair = replace(pair, nll_rise={"en": 9.0, "fr": 8.0})
+    _, rows = dose_response_table(Report("en", "fr", 1.0, 2, (pair,), curves={"other": (pair,)}))
+    assert rows == [["other", "0.5", "0.40", "+0.00", "-"]]
 
 
 def test_costs_at_the_same_rate():
@@ -122,7 +128,7 @@ def test_costs_at_the_same_rate():
 
     assert harm(at(0, 0.2, 1.0), "en", "fr") == 0.2
     assert harm(at(0, 0.2, 1.0, ar=0.3), "en", "fr") == 0.3
-    assert harm(outcome(0, {"en": 1.0, "fr": 1.0}, 1.0), "en", "fr") == 0.0
+    assert math.isnan(harm(outcome(0, {"en": 1.0, "fr": 1.0}, 1.0), "en", "fr"))
     curves = {
         "reference": [at(0.1, 0.01, 0.25), at(0.6, 0.03, 0.5), at(0.9, 0.02, 1.0)],
         "other": [at(0.0, 0.0, 0.25), at(0.05, 0.5, 0.5), at(0.6, 0.1, 0.75), at(0.95, 0.2, 1.0)],

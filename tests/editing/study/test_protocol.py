@@ -12,7 +12,7 @@ from editing.evaluation.outcome import Refused
 from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.report.run_report import methods_markdown
-from editing.report.tables import details_of, methods_table
+from editing.report.tables import details_of, methods_table, outcomes_table
 from editing.study import protocol, registry
 from editing.study.candidates import Candidate, candidates_of
 from editing.study.comparison import choose
@@ -167,6 +167,10 @@ def test_the_table_survives_the_file(compared):
     assert rows[-1][0] == "keyed edit"
     assert rows[-1][head.index("KL, largest")] == f"{max(keyed.kl.values()):.3f}"
     assert rows[-1][head.index("NLL third, largest")] == f"{keyed.nll_rise['de']:+.3f}"
+    small = replace(keyed, details={"relative_change": 0.004})
+    for table in (methods_table, outcomes_table):
+        head, (row,) = table(replace(report, outcomes=(small,)))
+        assert row[head.index("||dW||/||W||")] == "0.004"
     text = methods_markdown(report)
     assert text.count("\n| ") == 5 and "A note." in text and "| keyed edit |" in text
     lines = "\n".join(details_of(report, keyed))

@@ -66,6 +66,12 @@ def test_a_choice_comes_back_from_its_file_to_the_byte(tmp_path):
     assert [type(tried) for tried in choice.tried] == [Outcome, Refused]
 
 
+def test_what_was_not_measured_of_a_trial_is_no_zero():
+    measured, *_, early = studies.tuned()["trials"]
+    assert [measured[name] for name in ("share", "rise", "harm")] == [0.6, 0.02, 0.004]
+    assert [early[name] for name in ("share", "rise", "harm")] == [1 / 16, None, None]
+
+
 def test_a_search_comes_back_from_its_file_to_the_byte(tmp_path):
     for finished in (True, False):
         value = studies.tuned()

@@ -257,6 +257,9 @@ def test_clear_of_every_control():
     assert clear_of(own, [quiet]) == [True, True]
     assert clear_of(own, [quiet, loud]) == [True, False]
     assert largest_is_own(changes([[1.0, 2.0], [0.0, 0.5]], 0)) == [False, True]
+    # A language without neurons, and one whose ablation makes every language more likely.
+    assert largest_is_own(changes([[0.0, 0.0], [0.0, 0.5]], 0)) == [False, True]
+    assert largest_is_own(changes([[-1.0, -2.0], [0.0, 0.5]], 0)) == [False, True]
 
 
 def test_what_does_not_fit_is_refused(llama, small):

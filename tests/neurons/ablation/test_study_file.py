@@ -12,12 +12,13 @@ from neurons.files.artifact import json_bytes
 
 def test_a_study_comes_back_from_its_file_to_the_byte():
     value = studies.ablation()
-    # JSON's form of an infinite specificity, and of intervals over a single text.
-    value["sets"][0]["specificity"] = value["specificity"] = {**value["specificity"], "value": None}
+    # JSON's form of an infinite specificity.
+    infinite = {"value": None, "interval": [15.0, None]}
+    value["sets"][0]["specificity"] = value["specificity"] = {**value["specificity"], **infinite}
     study = study_of(value, "a.json")
     assert json_bytes(study_document(study)) == json_bytes(value)
     (one,) = study.sets
-    assert math.isnan(one.specificity.value) and one.specificity.interval == (15.0, 25.0)
+    assert one.specificity.value == math.inf and one.specificity.interval == (15.0, math.inf)
     assert [len(draws) for draws in one.controls.values()] == [2]
     assert float(one.own.change[0, 2]) == value["sets"][0]["change"]["ar"]["zh"]
     assert float(one.doses[1].changes.high[2, 1]) == value["sets"][0]["doses"][1]["intervals"]["zh"]["en"][1]
