@@ -30,7 +30,7 @@ from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
 from editing.report.run_report import markdown, report_figure
 from editing.study.candidates import Candidate, candidate, candidates_of
-from editing.study.comparison import best_of, measure_candidates
+from editing.study.comparison import best_of, measure_candidate
 from editing.study.provenance import measured_by, processor, text_measured, texts_read
 from editing.study.results import Choice, Report, load_choice, load_reports
 from editing.study.search_scoring import MIN_CEILING
@@ -390,8 +390,8 @@ class _Run:
             evaluation = self.evaluation(target, "report")
             outcomes = [evaluation.base]
             advance(1)
-            for _, outcome in measure_candidates(evaluation, candidates, kl=True):
-                outcomes.append(outcome)
+            for one in candidates:
+                outcomes.append(measure_candidate(evaluation, one, kl=True))
                 advance(1)
         if evaluation.ceiling < MIN_CEILING:
             notes.append(

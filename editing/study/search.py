@@ -175,7 +175,13 @@ class Search:
         except BrocaError as error:
             state = NOTHING if isinstance(error, NothingToChangeError) else REFUSED
             return replace(trial, state=state, why=str(error))
-        measured = [other for other in finished if other.state == MEASURED]
+        try:
+            return self._scored(trial, plan, [other for other in finished if other.state == MEASURED])
+        except BrocaError as error:
+            # The activations of this edit are not finite: a repeated command would fail at the same trial.
+            return replace(trial, state=HOPELESS, why=str(error))
+
+    def _scored(self, trial: Trial, plan: Plan, measured: Sequence[Trial]) -> Trial | None:
         with self._applied(plan):
             hits, prompts = self._scorer.few(FEW_PROMPTS)
             trial = replace(trial, found=hits, continuations=prompts, prompts=prompts)
@@ -186,6 +192,8 @@ class Search:
             if self._stopping:
                 return None
             harm = self._scorer.harm()
+            if endless := [k for k in harm.kl if not math.isfinite(harm.kl[k] + harm.nll_rise[k])]:
+                return replace(trial, state=HOPELESS, why=f"the likelihood of {endless[0]} is not finite")
             trial = replace(trial, nll_rise=dict(harm.nll_rise), kl=dict(harm.kl))
             if measured and harm.rise > HOPELESS_RISE * self.goals.rise:
                 why = f"a third language's NLL rises by {harm.rise:.2f}"
