@@ -62,6 +62,7 @@ def command(**options: Any) -> None:
     from editing.evaluation.asking import chat_tokens
     from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
+    from neurons.files.locked import locked
     from neurons.models.own_dtype import own_dtype
     from neurons.text.conversations import ANOTHER_MODEL
     from neurons.text.corpus_files import language_label
@@ -86,7 +87,12 @@ def command(**options: Any) -> None:
     dtype = own_dtype(arguments.model, arguments.device, arguments.dtype)
     settings = {name: options[name] for name in ("new_tokens", "temperature", "seed")}
     count = sum(map(len, chosen.values()))
-    with _engine(screen, arguments, dtype) as (tokenizer, fingerprint, write):
+    # The file itself is replaced after every batch.
+    lock = arguments.out.with_name(f".{arguments.out.name}.lock")
+    with (
+        locked(lock, f"{arguments.out}: another `broca ask` is writing this file"),
+        _engine(screen, arguments, dtype) as (tokenizer, fingerprint, write),
+    ):
         of = settings_digest(fingerprint, {**settings, "engine": arguments.engine, "dtype": dtype})
         prompt = partial(chat_tokens, tokenizer, remedy=ANOTHER_MODEL)
         with screen.progress("Asking", count, "questions") as advance:

@@ -39,6 +39,7 @@ from neurons.errors import UsageError
 from neurons.files.artifact import json_bytes, write_atomically
 from neurons.files.digest import digest
 from neurons.files.json_file import document
+from neurons.files.locked import locked
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.memory import Need
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model, pick_device
@@ -99,7 +100,10 @@ def run(recipe: Recipe, screen: Screen, about: Mapping[str, Any] | None = None) 
         UsageError: a recipe that names missing languages or files, or an invalid setting.
         BrocaError: a stage cannot be run.
     """
-    return _Run(recipe, screen, about or {}).all()
+    job = _Run(recipe, screen, about or {})
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    with locked(recipe.out, f"{recipe.out}: another run is writing this directory"):
+        return job.all()
 
 
 def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:

@@ -64,6 +64,23 @@ def test_answers_of_other_settings_are_not_mixed(broca, chat_model, few_question
     assert out.read_bytes() == content
 
 
+def test_a_second_run_that_writes_the_same_file_is_refused(
+    broca, chat_model, few_questions, tmp_path, monkeypatch
+):
+    out, ask = tmp_path / "answers.jsonl", asking.ask
+    arguments = ["ask", chat_model, "--questions", few_questions, "--languages", "FR", "--new-tokens", 2]
+    second = []
+
+    def crowded(*given):
+        second.append(broca(*arguments, "--out", out))
+        return ask(*given)
+
+    monkeypatch.setattr(asking, "ask", crowded)
+    assert broca(*arguments, "--out", out)[0] == 0
+    assert second[0][0] == 1 and f"{out}: another `broca ask`" in second[0][2]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_stopped_run_keeps_whole_batches_and_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "AT_ONCE", 2)
     questions = {"en": [Question(str(i), f"q{i}") for i in range(5)]}

@@ -159,7 +159,8 @@ def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
     assert contents(edited.out) == files
 
 
-def test_a_stage_that_was_killed_after_it_wrote_runs_again(tmp_path):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_stage_that_was_killed_after_it_wrote_runs_again(tmp_path, finished):
     out, file = tmp_path / "out", tmp_path / "out" / "file"
     out.mkdir()
 
@@ -170,11 +171,25 @@ def test_a_stage_that_was_killed_after_it_wrote_runs_again(tmp_path):
         file.write_text("two")
         raise KeyboardInterrupt
 
-    stage(1, lambda: file.write_text("one"))
+    if finished:
+        stage(1, lambda: file.write_text("one"))
     with pytest.raises(KeyboardInterrupt):
         stage(2, killed)
     stage(2, lambda: file.write_text("again"))
     assert file.read_text() == "again"
+
+
+def test_a_second_run_in_a_directory_is_refused(recipe, tmp_path):
+    again = recipe.with_options(out=tmp_path / "out")
+
+    class Crowded(Quiet):
+        def stage(self, name, state):
+            with pytest.raises(BrocaError, match="out: another run is writing this directory"):
+                run(again, Quiet())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(again, Crowded())
 
 
 def test_the_model_may_lie_elsewhere(finished, recipe, tmp_path):

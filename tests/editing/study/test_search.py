@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -320,6 +322,22 @@ def test_a_search_is_alone_in_its_file(tmp_path):
     search.run(3)
     idle.run(5)
     assert idle.trials == searched(Planted(), path, seed=3).trials == whole.trials
+
+
+def test_optunas_lock_of_a_killed_search_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, symlink = Path("tuned", "study.jsonl"), os.symlink
+    searched(Planted(), path)
+    symlink(path, f"{path}.lock")  # as Optuna makes it, of a path relative to the working directory
+
+    def at_once(*link):
+        try:
+            symlink(*link)
+        except FileExistsError as error:
+            raise AssertionError("waits for the lock") from error
+
+    monkeypatch.setattr(os, "symlink", at_once)
+    assert searched(Planted(), path).run(1)
 
 
 def test_refuses_another_searchs_file(tmp_path):
