@@ -1,7 +1,10 @@
 """Invalid direction and neuron-set files are rejected in one sentence."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from neurons.files.artifact import save_artifact
 
@@ -48,6 +51,17 @@ def saved(path, content, tensors, metadata):
 @pytest.mark.parametrize("content", [DIRECTION, NEURONS], ids=["direction", "neurons"])
 def test_the_valid_content_is_accepted(broca, tmp_path, content):
     assert broca("inspect", saved(tmp_path / "file.safetensors", content, {}, {}))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [("unfinished", "repeat the command"), ("remainder", "name the directory"), ("tomorrow", "update broca")],
+)
+def test_kinds_that_are_not_shown(broca, tmp_path, kind, advice):
+    path = tmp_path / "file.safetensors"
+    save_file({"x": torch.ones(1)}, path, {"broca": json.dumps({"kind": kind, "format_version": 1})})
+    status, _, err = broca("inspect", path)
+    assert status == 1 and repr(kind) in err and advice in err
 
 
 @pytest.mark.parametrize("name", FAULTS)
