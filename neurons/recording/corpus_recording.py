@@ -121,9 +121,10 @@ def record_corpus(
         return attempt(planned)
     first = planned
     kept = None if out is None else Unfinished(out, "").kept_size()
-    if kept not in (None, planned) and Unfinished(out, recording_key(loaded, cut(kept), moments)).load()[0]:
-        first = kept  # the unfinished recording had run out of memory with larger batches
-    halves = iter([first // 2**i for i in range(1, 32)])
+    if out is not None and kept is not None and kept != planned:
+        # The unfinished recording had run out of memory with larger batches.
+        first = kept if Unfinished(out, recording_key(loaded, cut(kept), moments)).load()[0] else planned
+    halves = iter([first >> i for i in range(1, 32)])
 
     def halved() -> int:
         begin_stage(progress, "Recording activations in smaller batches", 0, "tokens")
@@ -241,6 +242,7 @@ def recording_metadata(
                 **corpus.provenance,
                 "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
                 "lines": {language: len(texts) for language, texts in corpus.texts.items()},
+                "digests": {k: digest for k, digest in corpus.digests.items() if k in statistics.languages},
                 "read": read,
             }
         ],

@@ -45,9 +45,10 @@ class Unfinished:
     def kept_size(self) -> int | None:
         """``size`` of the state that is kept, of any recording; None if there is none."""
         try:
-            return load_artifact(self.file, "unfinished").metadata.get("size")
+            size = load_artifact(self.file, "unfinished").metadata.get("size")
         except BrocaError:
             return None
+        return size if isinstance(size, int) else None
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Batches done and the state after them; (0, {}) if there is none of this recording."""
