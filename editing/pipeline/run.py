@@ -205,7 +205,8 @@ class _Run:
         recipe = self.recipe
         common = {
             "fingerprint": self.source.fingerprint,
-            "device": recipe.device,
+            "files": self.source.files_digest,
+            "device": pick_device(recipe.device).type,
             "dtype": recipe.dtype,
         }
         text = {
@@ -229,6 +230,7 @@ class _Run:
             "samples": recipe.samples,
             "seed": recipe.seed,
             "classifier": self.classifier.provenance,
+            "packages": measured_by(),
         }
         if recipe.key_neurons == "identified":
             steering["neurons"] = digest(self.out / "neurons.safetensors")

@@ -64,6 +64,16 @@ def test_answers_of_other_settings_are_not_mixed(broca, chat_model, few_question
     assert out.read_bytes() == content
 
 
+def test_answers_with_another_chat_template_are_not_mixed(broca, chat_model, few_questions, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    arguments = ["ask", chat_model, "--questions", few_questions, "--out", out, "--new-tokens", 2]
+    assert broca(*arguments, "--languages", "FR")[0] == 0
+    template = chat_model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    status, _, errors = broca(*arguments)
+    assert status == 2 and "of another model or with other settings" in errors
+
+
 def test_a_second_run_that_writes_the_same_file_is_refused(
     broca, chat_model, few_questions, tmp_path, monkeypatch
 ):

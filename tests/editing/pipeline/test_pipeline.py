@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from editing.evaluation.evaluation import Evaluation
 from editing.methods.keyed import STRENGTH
@@ -225,6 +226,33 @@ def test_another_setting_runs_what_depends_on_it(finished, recipe, tmp_path):
     screen = ran(other)
     assert "identify" in screen.skipped and "direction to fr" in screen.skipped
     assert "edit to fr" in screen.ran and "export to fr" in screen.ran
+
+
+@pytest.mark.parametrize(
+    ("changed", "first"), [("files", "identify"), ("device", "identify"), ("packages", "edit to fr")]
+)
+def test_what_decides_the_results_runs_again(finished, recipe, tmp_path, monkeypatch, changed, first):
+    model = tmp_path / Path(recipe.model).name
+    shutil.copytree(recipe.model, model)
+    again = recipe.with_options(model=str(model), out=tmp_path / "out")
+    shutil.copytree(recipe.out, again.out)
+    if changed == "files":
+        (model / "chat_template.jinja").write_text("{{ messages }}")
+    elif changed == "device":
+        monkeypatch.setattr("editing.pipeline.run.pick_device", lambda name: torch.device("cuda"))
+    else:
+        monkeypatch.setattr("editing.pipeline.run.measured_by", lambda: {"py3langid": "another"})
+
+    class Stopping(Quiet):
+        def stage(self, name, state):
+            super().stage(name, state)
+            if state == RUNS:
+                raise KeyboardInterrupt
+
+    screen = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        run(again, screen)
+    assert screen.ran == [first]
 
 
 def test_a_directory_of_the_users_is_refused(recipe, tmp_path):
