@@ -27,6 +27,7 @@ from cli.shipped import QUESTIONS, shipped
 
 if TYPE_CHECKING:
     from editing.evaluation.ask import Write
+    from neurons.models.source import ModelSource
 
 MAX_SHOWN = 60  # characters of an answer
 
@@ -62,6 +63,7 @@ def command(**options: Any) -> None:
     from editing.evaluation.asking import chat_tokens
     from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
+    from neurons.files.locked import locked
     from neurons.models.own_dtype import own_dtype
     from neurons.text.conversations import ANOTHER_MODEL
     from neurons.text.corpus_files import language_label
@@ -86,8 +88,14 @@ def command(**options: Any) -> None:
     dtype = own_dtype(arguments.model, arguments.device, arguments.dtype)
     settings = {name: options[name] for name in ("new_tokens", "temperature", "seed")}
     count = sum(map(len, chosen.values()))
-    with _engine(screen, arguments, dtype) as (tokenizer, fingerprint, write):
-        of = settings_digest(fingerprint, {**settings, "engine": arguments.engine, "dtype": dtype})
+    # The file itself is replaced after every batch.
+    lock = arguments.out.with_name(f".{arguments.out.name}.lock")
+    with (
+        locked(lock, f"{arguments.out}: another `broca ask` is writing this file"),
+        _engine(screen, arguments, dtype) as (tokenizer, source, write),
+    ):
+        how = {**settings, "engine": arguments.engine, "dtype": dtype, "files": source.files_digest}
+        of = settings_digest(source.fingerprint, how)
         prompt = partial(chat_tokens, tokenizer, remedy=ANOTHER_MODEL)
         with screen.progress("Asking", count, "questions") as advance:
             rows = ask(partial(write, **settings), prompt, chosen, arguments.out, of, advance)
@@ -106,8 +114,10 @@ def command(**options: Any) -> None:
 
 
 @contextmanager
-def _engine(screen: Screen, arguments: SimpleNamespace, dtype: str) -> Iterator[tuple[Any, str, Write]]:
-    """Context with the tokenizer, the fingerprint and the writer, which is started once for all questions."""
+def _engine(
+    screen: Screen, arguments: SimpleNamespace, dtype: str
+) -> Iterator[tuple[Any, ModelSource, Write]]:
+    """Context with the tokenizer, the model and the writer, which is started once for all questions."""
     from editing.pipeline.lock_prompts import require_chat
 
     if arguments.engine == "vllm":
@@ -120,14 +130,14 @@ def _engine(screen: Screen, arguments: SimpleNamespace, dtype: str) -> Iterator[
         tokenizer = load_tokenizer(locate(arguments.model))
         require_chat(arguments.model, tokenizer)
         with VllmWriter(arguments.model, tokenizer, dtype) as write:
-            yield tokenizer, source.fingerprint, write
+            yield tokenizer, source, write
         return
     from editing.evaluation.generation import generate
     from neurons.models.source import load_model
 
     loaded = announced(screen, load_model(arguments.model, arguments.device, dtype))
     require_chat(loaded.name, loaded.tokenizer)
-    yield loaded.tokenizer, loaded.fingerprint, partial(generate, loaded)
+    yield loaded.tokenizer, loaded, partial(generate, loaded)
 
 
 def _short(text: str) -> str:

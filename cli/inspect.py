@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 MAX_COMPONENTS = 10
 MAX_NEURONS = 3  # per language
+NOT_SHOWN = {
+    "unfinished": "the state of a command that was stopped: repeat the command to finish it",
+    "remainder": "from which `broca export --undo` restores the base: name the directory of the checkpoint",
+}
 
 
 @click.command("inspect")
@@ -44,7 +48,8 @@ def command(file: Path, as_json: bool) -> None:
     artifact = load_artifact(file)
     show = {"statistics": _statistics, "neurons": _neurons, "direction": _direction, "edit": _edit}
     if artifact.kind not in show:
-        raise BrocaError(f"{file}: contains {artifact.kind!r}, which this version cannot show: update broca")
+        advice = NOT_SHOWN.get(artifact.kind, "which this version cannot show: update broca")
+        raise BrocaError(f"{file}: contains {artifact.kind!r}, {advice}")
     show[artifact.kind](screen, file)
 
 

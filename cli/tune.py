@@ -274,8 +274,12 @@ def _identity(
     classifier: Classifier,
 ) -> dict[str, Any]:
     """Everything that determines the figures of a trial; error messages name the keys."""
+    from editing.study.provenance import measured_by
+
     return {
         "model": loaded.fingerprint,
+        "model files": loaded.files_digest,
+        "packages": measured_by("optuna"),
         "corpus": {part: corpus.digest for part, corpus in corpora.items()},
         "tokens": arguments.tokens,
         "source": arguments.source,

@@ -88,15 +88,15 @@ def write_checkpoint(
 
     Raises:
         BrocaError: before any write, if the target may not be replaced or is inside the source (or the
-            reverse), the source is quantised or damaged, a name is unknown or, for an added tensor, already
-            present, or space or permissions are missing; later, if a new chunk is not finite, has another
+            reverse), the source is quantised or damaged, a path leaves the target, a name is unknown or, for an
+            added tensor, already present, or space or permissions are missing; later, if a new chunk is not finite, has another
             shape or less than float32 precision, or the disk fails.
     """
     target = place_apart(source, target)
     entries = tensor_entries(source)
     _check_source(source, entries, replacements, quantised)
     extra_shard = additions(source, added or {})
-    placed = {Path(old): Path(new) for old, new in {**extra_shard.renamed, **(renamed or {})}.items()}
+    placed = {Path(old): _inside(new) for old, new in {**extra_shard.renamed, **(renamed or {})}.items()}
     directories, sizes = checkpoint_tree(source, target)
     extras = _checked_extras(source, extra_files)
     extras |= {Path(name): content for name, content in extra_shard.files.items()}
@@ -317,15 +317,18 @@ def _checked_extras(source: Path, extra_files: Mapping[str, bytes]) -> dict[Path
     weights = set(weight_files(source))
     extras = {}
     for name, content in extra_files.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or not path.parts or ".." in path.parts:
-            raise BrocaError(
-                f"the extra file {name!r} is not a path inside the checkpoint: make it relative."
-            )
+        path = _inside(name)
         if source / path in weights:
             raise BrocaError(f"the extra file {name} would replace weights: give it another name.")
-        extras[Path(path)] = content
+        extras[path] = content
     return extras
+
+
+def _inside(name: str) -> Path:
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise BrocaError(f"the file {name!r} is not a path inside the checkpoint: make it relative.")
+    return Path(path)
 
 
 def _patch(

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,7 @@ from editing.plans.rounding import round_once
 from editing.plans.tensor_edits import TensorEdit, tensor_edits
 from neurons.errors import BrocaError
 from neurons.files.artifact import FORMAT_VERSION, load_artifact, package_versions
+from neurons.files.json_file import checked
 from neurons.files.tensor_files import (
     TensorEntry,
     file_entries,
@@ -53,6 +53,25 @@ class FileChanges:
     replaced: tuple[str, ...]
     made: tuple[str, ...]
     renamed: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Digests:
+    """sha256 of a tensor before and after the edit."""
+
+    name: str
+    base: str
+    edited: str
+
+
+@dataclass(frozen=True)
+class _About(FileChanges):
+    """The metadata of a remainder."""
+
+    model: str
+    fingerprint: str
+    block_bytes: int
+    tensors: tuple[_Digests, ...]
 
 
 def reject_adapter(directory: Path) -> None:
@@ -166,18 +185,18 @@ def undo(
     """
     remainder = _Remainder(edited)
     plan = load_plan(edited.checkpoint / PLAN_IN_CHECKPOINT)
-    if plan.metadata.get("fingerprint") != remainder.about["fingerprint"]:
+    if plan.metadata.get("fingerprint") != remainder.about.fingerprint:
         raise BrocaError(
             f"{edited.name}: its plan and its remainder are from different exports: use the base model"
         )
     edits = {edit.entry.name: edit for edit in tensor_edits(edited, plan)}
-    digests = {tensor["name"]: tensor for tensor in remainder.about["tensors"]}
+    digests = {tensor.name: tensor for tensor in remainder.about.tensors}
     names = list(digests)
     missing = [name for name in names if name not in edits]
     if missing:
         raise BrocaError(f"{edited.name}: its plan does not edit {missing[0]}: use the base model")
     for name in names:
-        if _digest(edits[name].entry) != digests[name]["edited"]:
+        if _digest(edits[name].entry) != digests[name].edited:
             raise BrocaError(
                 f"{edited.name}: tensor {name} was changed after the export, so the edit cannot be undone "
                 "exactly: use the base model"
@@ -187,14 +206,14 @@ def undo(
     def check(staged: Path) -> None:
         entries = tensor_entries(staged)
         for name in names:
-            if _digest(entries[name]) != digests[name]["base"]:
+            if _digest(entries[name]) != digests[name].base:
                 raise BrocaError(
                     f"{edited.name}: tensor {name} is not restored to that of the base: use the base model"
                 )
-        if fingerprint(staged) != remainder.about["fingerprint"]:
+        if fingerprint(staged) != remainder.about.fingerprint:
             raise BrocaError(
-                f"{edited.name}: without the edit it is not the base {remainder.about['model']} (fingerprint "
-                f"{remainder.about['fingerprint']}): other tensors or the config were changed after the "
+                f"{edited.name}: without the edit it is not the base {remainder.about.model} (fingerprint "
+                f"{remainder.about.fingerprint}): other tensors or the config were changed after the "
                 "export; use the base model"
             )
 
@@ -203,14 +222,14 @@ def undo(
         out,
         replacements,
         remainder.files(),
-        left_out=remainder.about["made"],
-        renamed={new: old for old, new in remainder.about["renamed"].items()},
+        left_out=remainder.about.made,
+        renamed={new: old for old, new in remainder.about.renamed.items()},
         complete=check,
         overwrite=overwrite,
-        chunk_bytes=remainder.about["block_bytes"],
+        chunk_bytes=remainder.about.block_bytes,
         progress=progress,
     )
-    return Undone(out, tuple(names), remainder.about["fingerprint"])
+    return Undone(out, tuple(names), remainder.about.fingerprint)
 
 
 class _Remainder:
@@ -230,21 +249,22 @@ class _Remainder:
             )
         try:
             with safe_open(str(self._path), framework="pt") as stream:
-                text = (stream.metadata() or {}).get("broca", "null")
-        except (SafetensorError, OSError) as error:
+                about = json.loads((stream.metadata() or {}).get("broca", "null"))
+        except (SafetensorError, OSError, ValueError) as error:
             raise BrocaError(f"{self._path}: cannot be read ({error}): use the base model") from error
-        self.about: dict[str, Any] = json.loads(text) or {}
-        if self.about.get("kind") != KIND or self.about.get("format_version", 0) > FORMAT_VERSION:
+        head = about if isinstance(about, dict) else {}
+        if head.get("kind") != KIND or head.get("format_version") not in range(FORMAT_VERSION + 1):
             raise BrocaError(f"{self._path}: not a remainder that this Broca can read: update broca")
+        self.about = checked(_About, about, self._path)
         self._entries = file_entries(self._path)
 
     def files(self) -> dict[str, bytes]:
         """The source's content of the files that the export replaced, by path."""
-        return {name: self._part(f"file.{number}") for number, name in enumerate(self.about["replaced"])}
+        return {name: self._part(f"file.{number}") for number, name in enumerate(self.about.replaced)}
 
     def restorer(self, number: int, edit: TensorEdit) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """A function from the edited values of a chunk to its exact base values."""
-        counts = {first: i for i, (first, _) in enumerate(chunks(edit.entry, self.about["block_bytes"]))}
+        counts = {first: i for i, (first, _) in enumerate(chunks(edit.entry, self.about.block_bytes))}
 
         def restore(chunk: torch.Tensor, first: int) -> torch.Tensor:
             small, raw = (
@@ -257,6 +277,8 @@ class _Remainder:
         return restore
 
     def _part(self, name: str) -> bytes:
+        if name not in self._entries:
+            raise BrocaError(f"{self._path}: damaged, it lacks {name}: use the base model")
         content: bytes = read_bytes(self._entries[name]).numpy().tobytes()
         return content
 

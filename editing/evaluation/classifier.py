@@ -26,9 +26,9 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from editing.evaluation import language_id
 from editing.evaluation.language_id import EMPTY, IDENTIFIED, OTHER
 from neurons.errors import BrocaError, UsageError
-from neurons.files.digest import digest, digest_of
+from neurons.files.digest import digest, digest_of, digests_of
 from neurons.files.json_file import read_json
-from neurons.models.source import locate, pick_device, quietly
+from neurons.models.source import BESIDE_WEIGHTS, locate, pick_device, quietly
 from neurons.text.batches import context_length
 
 Labelling = Callable[[list[str]], list[str]]
@@ -236,13 +236,7 @@ def _of_model(model: str, device: str) -> Classifier:
     # One text at a time: padding would change its scores in the last digits.
     return Classifier(
         model,
-        digest_of(_model_files(checkpoint)),
+        digest_of(digests_of(checkpoint, (*BESIDE_WEIGHTS, ".safetensors"))),
         labels,
         lambda texts: [one["label"] for one in made(texts, truncation=True, batch_size=1)],
     )
-
-
-def _model_files(checkpoint: Path) -> dict[str, str | None]:
-    """What decides a model's labels: configuration, tokenizer and weights."""
-    kinds = (".json", ".safetensors", ".txt", ".model")
-    return {path.name: digest(path) for path in sorted(checkpoint.iterdir()) if path.suffix in kinds}

@@ -30,7 +30,7 @@ from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
 from editing.report.run_report import markdown, report_figure
 from editing.study.candidates import Candidate, candidate, candidates_of
-from editing.study.comparison import best_of, measure_candidates
+from editing.study.comparison import best_of, measure_candidate
 from editing.study.provenance import measured_by, processor, text_measured, texts_read
 from editing.study.results import Choice, Report, load_choice, load_reports
 from editing.study.search_scoring import MIN_CEILING
@@ -39,6 +39,7 @@ from neurons.errors import UsageError
 from neurons.files.artifact import json_bytes, write_atomically
 from neurons.files.digest import digest
 from neurons.files.json_file import document
+from neurons.files.locked import locked
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.memory import Need
 from neurons.models.source import LoadedModel, ModelSource, load_model, open_model, pick_device
@@ -102,7 +103,10 @@ def run(recipe: Recipe, screen: Screen, about: Mapping[str, Any] | None = None) 
         UsageError: a recipe that names missing languages or files, or an invalid setting.
         BrocaError: a stage cannot be run.
     """
-    return _Run(recipe, screen, about or {}).all()
+    job = _Run(recipe, screen, about or {})
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    with locked(recipe.out, f"{recipe.out}: another run is writing this directory"):
+        return job.all()
 
 
 def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
@@ -204,7 +208,8 @@ class _Run:
         recipe = self.recipe
         common = {
             "fingerprint": self.source.fingerprint,
-            "device": recipe.device,
+            "files": self.source.files_digest,
+            "device": pick_device(recipe.device).type,
             "dtype": recipe.dtype,
         }
         text = {
@@ -228,6 +233,7 @@ class _Run:
             "samples": recipe.samples,
             "seed": recipe.seed,
             "classifier": self.classifier.provenance,
+            "packages": measured_by(),
         }
         if recipe.key_neurons == "identified":
             steering["neurons"] = digest(self.out / "neurons.safetensors")
@@ -399,8 +405,8 @@ class _Run:
             evaluation = self.evaluation(target, "report")
             outcomes = [evaluation.base]
             advance(1)
-            for _, outcome in measure_candidates(evaluation, candidates, kl=True):
-                outcomes.append(outcome)
+            for one in candidates:
+                outcomes.append(measure_candidate(evaluation, one, kl=True))
                 advance(1)
         if evaluation.ceiling < MIN_CEILING:
             notes.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,19 @@ class Stages:
     def __init__(self, out: Path, report: Callable[[str, str], None]) -> None:
         self.out = out
         self._report = report
-        self._record: dict[str, dict[str, Any]] = {}
-        record = out / RECORD
-        if record.is_file():
-            try:
-                self._record = json.loads(record.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                self._record = {}  # all stages run again
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / RECORD).is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BrocaError(
                 f"{out}: exists and is not the directory of an earlier run: choose another --out"
             )
+
+    @cached_property
+    def _record(self) -> dict[str, dict[str, Any]]:
+        """Read when the first stage runs, as another run may have ended until then."""
+        try:
+            record: dict[str, dict[str, Any]] = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}  # all stages run
+        return record
 
     def run(
         self,
@@ -78,8 +81,9 @@ class Stages:
                 "overwritten: move it away, or choose another --out"
             )
         self._report(name, RUNS)
-        if self._record.pop(name, None) is not None:
-            # If it is killed after it wrote an output, that would differ from the record as if changed by hand.
+        if self._record.pop(name, None) is not None or not (self.out / RECORD).is_file():
+            # If it is killed after it wrote an output, that would differ from the record as if changed by hand, and
+            # without a record the directory would be taken for the user's.
             write_atomically(self.out / RECORD, json_bytes(self._record))
         action()
         self._record[name] = {

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.outcome import Outcome, Refused
 from editing.study.candidates import Candidate
+from neurons.errors import BrocaError
 
 MIN_CEILING_FRACTION = 0.9
 MAX_FLUENCY_GAP = 0.5
 MIN_ON_FEW_PROMPTS = 0.45  # of the ceiling: half of the fraction above, as a rate on sixteen prompts is noisy
 
 Measured = tuple[Candidate, Outcome]
+Figures = TypeVar("Figures")
 
 
-def measure_candidates(
-    evaluation: Evaluation, candidates: Sequence[Candidate], kl: bool = False, harm: bool = True
-) -> Iterator[Measured]:
-    """Measure each candidate, one at a time; ``kl`` and ``harm`` as in ``Evaluation.measure``."""
+def measure_candidate(evaluation: Evaluation, one: Candidate, kl: bool = False, harm: bool = True) -> Outcome:
+    """The outcome of a candidate; ``kl`` and ``harm`` as in ``Evaluation.measure``."""
+    return evaluation.measure(
+        one.title, one.steering, one.details(), kl, instruction=one.instruction, harm=harm
+    )
+
+
+def measurable(
+    candidates: Sequence[Candidate], measure: Callable[[Candidate], Figures]
+) -> tuple[list[tuple[Candidate, Figures]], list[Refused]]:
+    """The figures of each candidate; and the candidates without, whose activations are not finite, refused."""
+    measured, refused = [], []
     for one in candidates:
-        outcome = evaluation.measure(
-            one.title, one.steering, one.details(), kl, instruction=one.instruction, harm=harm
-        )
-        yield one, outcome
+        try:
+            measured.append((one, measure(one)))
+        except BrocaError as error:
+            refused.append(Refused(one.title, one.settings, str(error)))
+    return measured, refused
 
 
 def promising(
@@ -37,13 +50,16 @@ def promising(
     """
     if len(candidates) < 2:
         return list(candidates), []
-    rates = [
-        evaluation.rate_on_few_prompts(candidate.steering, candidate.instruction) for candidate in candidates
-    ]
+    rated, refused = measurable(
+        candidates, lambda one: evaluation.rate_on_few_prompts(one.steering, one.instruction)
+    )
+    if len(rated) < 2:
+        return [one for one, _ in rated], refused
+    rates = [rate for _, rate in rated]
     minimum = min(MIN_ON_FEW_PROMPTS * evaluation.ceiling, max(rates))
     best = rates.index(max(rates))
-    kept, refused = [], []
-    for index, (candidate, rate) in enumerate(zip(candidates, rates, strict=True)):
+    kept = []
+    for index, (candidate, rate) in enumerate(rated):
         if (rate >= minimum and rate > 0) or index == best:
             kept.append(candidate)
         else:
@@ -64,13 +80,23 @@ def best_of(
 
     Returns:
         The best candidate, None without candidates; and for each candidate its outcome or the reason of its refusal.
+
+    Raises:
+        BrocaError: no candidate has activations that are all finite.
     """
     kept, refused = promising(evaluation, candidates)
     progress(len(refused))
-    measured = []
-    for pair in measure_candidates(evaluation, kept, harm=False):
-        measured.append(pair)
+
+    def measure(one: Candidate) -> Outcome:
+        outcome = measure_candidate(evaluation, one, harm=False)
         progress(1)
+        return outcome
+
+    measured, failed = measurable(kept, measure)
+    progress(len(failed))
+    refused += failed
+    if refused and not measured:
+        raise BrocaError(refused[-1].refused)
     well = _steering_well(measured, evaluation.ceiling)
     if len(well) > 1:
         measured = [
@@ -101,7 +127,8 @@ def choose(measured: Sequence[Measured], ceiling: float, source: str) -> Measure
 
 def largest_rise(outcome: Outcome, source: str) -> float:
     """The largest NLL rise of a language other than the source."""
-    return max(rise for language, rise in outcome.nll_rise.items() if language != source)
+    rises = [rise for language, rise in outcome.nll_rise.items() if language != source]
+    return max(rises) if all(map(math.isfinite, rises)) else math.inf
 
 
 def _steering(measured: Sequence[Measured], ceiling: float) -> list[Measured]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.outcome import Outcome, Refused
 from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.study.candidates import Candidate, candidates_of
-from editing.study.comparison import choose, measure_candidates
+from editing.study.comparison import choose, measurable, measure_candidate
 from editing.study.dose_response import weaker
 from editing.study.results import Report
 from neurons.errors import BrocaError
@@ -64,14 +65,14 @@ def compare_methods(
         if on_method is not None:
             on_method(method.title)
         candidates, refused = candidates_of(method, material)
-        tried += refused
-        if not candidates:
+        measured, failed = measurable(candidates, partial(measure_candidate, choosing))
+        refused += failed
+        tried += [*refused, *(outcome for _, outcome in measured)]
+        if not measured:
             reason = refused[0].refused if refused else "it has no setting for these languages"
             notes.append(f"{method.title}: not tried: {reason}")
             yield report()
             continue
-        measured = list(measure_candidates(choosing, candidates))
-        tried += [outcome for _, outcome in measured]
         best, _ = choose(measured, choosing.ceiling, choosing.source)
         details = {**best.details(), "permanent": method.permanent, "tried": len(measured)}
         outcomes.append(

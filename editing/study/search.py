@@ -15,7 +15,6 @@ A trial is measured in three steps, the cheapest first, and pruned at the first 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from editing.study.search_scoring import Scoring
 from editing.study.search_space import Settings, Space, Value
 from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, REFUSED, Goals, Trial
 from neurons.errors import BrocaError, NothingToChangeError
+from neurons.files.locked import locked
 
 STUDY = "study.jsonl"
 FEW_PROMPTS = 16
@@ -78,8 +79,8 @@ class Search:
         self.goals = goals or Goals()
         self._seed, self._stopping = seed, False
         self.identity = dict(identity or {})
-        self._path = path
-        with _locked(path):
+        self._lock = partial(locked, path, f"{path}: a search is running in this file")
+        with self._lock():
             self._study = _open_study(path, self.identity)
         self._known = _known_settings(spaces)
 
@@ -109,7 +110,7 @@ class Search:
         Raises:
             BrocaError: another search is running in the same file.
         """
-        with _locked(self._path), _quiet(), self._interruptible():
+        with self._lock(), _quiet(), self._interruptible():
             while len(finished := self.trials) < trials and not self._stopping:
                 trial = self._next(finished)
                 if trial is not None and on_trial is not None:
@@ -175,7 +176,13 @@ class Search:
         except BrocaError as error:
             state = NOTHING if isinstance(error, NothingToChangeError) else REFUSED
             return replace(trial, state=state, why=str(error))
-        measured = [other for other in finished if other.state == MEASURED]
+        try:
+            return self._scored(trial, plan, [other for other in finished if other.state == MEASURED])
+        except BrocaError as error:
+            # The activations of this edit are not finite: a repeated command would fail at the same trial.
+            return replace(trial, state=HOPELESS, why=str(error))
+
+    def _scored(self, trial: Trial, plan: Plan, measured: Sequence[Trial]) -> Trial | None:
         with self._applied(plan):
             hits, prompts = self._scorer.few(FEW_PROMPTS)
             trial = replace(trial, found=hits, continuations=prompts, prompts=prompts)
@@ -186,6 +193,8 @@ class Search:
             if self._stopping:
                 return None
             harm = self._scorer.harm()
+            if endless := [k for k in harm.kl if not math.isfinite(harm.kl[k] + harm.nll_rise[k])]:
+                return replace(trial, state=HOPELESS, why=f"the likelihood of {endless[0]} is not finite")
             trial = replace(trial, nll_rise=dict(harm.nll_rise), kl=dict(harm.kl))
             if measured and harm.rise > HOPELESS_RISE * self.goals.rise:
                 why = f"a third language's NLL rises by {harm.rise:.2f}"
@@ -261,7 +270,9 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
     with _quiet():
         if path is not None:
             _drop_partial_line(path)
-            storage = JournalStorage(JournalFileBackend(str(path)))
+            # A killed search leaves Optuna's lock: a link, which waits for ever if it points to no file.
+            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+            storage = JournalStorage(JournalFileBackend(str(path.absolute())))
         study = optuna.create_study(
             storage=storage,
             study_name="broca",
@@ -282,31 +293,6 @@ def _open_study(path: Path | None, identity: dict[str, Any]) -> optuna.Study:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     return study
-
-
-@contextmanager
-def _locked(path: Path | None) -> Iterator[None]:
-    """Lock the file: another search would mark this one's running trial as failed.
-
-    The system releases the lock when the process ends, also after a crash.
-
-    Raises:
-        BrocaError: another search is running in the file.
-    """
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as owner:
-        try:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BrocaError(
-                f"{path}: a search is running in this file: wait for its end, or choose another --out"
-            ) from error
-        except OSError:
-            pass  # a network file system without locks
-        yield
 
 
 def _drop_partial_line(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def digest(path: Path) -> str | None:
     if not path.is_file():
         return None
     return DIGESTS.get(path, [path], lambda: _digest_of_file(path))
+
+
+def digests_of(directory: Path, suffixes: Collection[str]) -> dict[str, str | None]:
+    """File name -> sha256 of the files of a directory with one of the suffixes."""
+    return {path.name: digest(path) for path in sorted(directory.iterdir()) if path.suffix in suffixes}
 
 
 def digest_of(value: Any) -> str:

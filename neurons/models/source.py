@@ -24,6 +24,7 @@ from neurons.architectures.quantisation import quantised_remedy
 from neurons.architectures.self_check import checked, checked_layers, checked_on_small_model
 from neurons.architectures.stored_anatomy import stored_anatomy
 from neurons.errors import BrocaError, UsageError, first_line
+from neurons.files.digest import digest_of, digests_of
 from neurons.files.tensor_files import read_tensor, tensor_entries
 from neurons.models.checkpoint_files import (
     check_architecture,
@@ -43,6 +44,8 @@ OTHER_FORMATS = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
     "consolidated*", "original/*", "onnx/*",
 )  # fmt: skip
+
+BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class ModelSource:
     def label(self) -> str:
         """The name of the model in files: a hub id, or the name of the directory without its path."""
         return self.checkpoint.resolve().name if Path(self.name).expanduser().is_dir() else self.name
+
+    @property
+    def files_digest(self) -> str:
+        """sha256 of the files beside the weights: the fingerprint does not cover tokenizer, template and generation config."""
+        return digest_of(digests_of(self.checkpoint, BESIDE_WEIGHTS))
 
     def require_fingerprint(self, metadata: Mapping[str, Any], path: object) -> None:
         """Reject a file made with another model.

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from neurons.models.processes import is_first, world
 from neurons.models.source import LoadedModel
 from neurons.recording.record import record
 from neurons.recording.resume import Unfinished
-from neurons.recording.text_pass import Progress, line_numbers
+from neurons.recording.text_pass import Progress, begin_stage, line_numbers
 from neurons.scorers.method import PACKED, TEXTS
 from neurons.statistics.routing import ROUTING
 from neurons.statistics.statistics import Statistics
@@ -103,7 +104,8 @@ def record_corpus(
             if not of_language:
                 raise UsageError(f"language {language!r} has no text of two tokens or more")
         _require_room(loaded, batches, moments)
-        unfinished = None if out is None else Unfinished(out, recording_key(loaded, batches, moments))
+        key = recording_key(loaded, batches, moments)
+        unfinished = None if out is None else Unfinished(out, key, size)
         statistics = record(loaded, batches, moments, progress, unfinished, recomputes)
         unknown = {k: unknown_rate(of_language, loaded.tokenizer) for k, of_language in batches.items()}
         read = text_read(corpus, batches)
@@ -117,11 +119,21 @@ def record_corpus(
     if batch_tokens is not None or world()[1] > 1:
         # No retry in several processes: with batches of different sizes they would count text twice.
         return attempt(planned)
-    halves = iter([planned // 2**i for i in range(1, 32)])
+    first = planned
+    kept = None if out is None else Unfinished(out, "").kept_size()
+    if out is not None and kept is not None and kept != planned:
+        # The unfinished recording had run out of memory with larger batches.
+        first = kept if Unfinished(out, recording_key(loaded, cut(kept), moments)).load()[0] else planned
+    halves = iter([first >> i for i in range(1, 32)])
+
+    def halved() -> int:
+        begin_stage(progress, "Recording activations in smaller batches", 0, "tokens")
+        return next(halves)
+
     statistics: Statistics = find_executable_batch_size(
         lambda batch_size: attempt(batch_size),
-        starting_batch_size=planned,
-        reduce_batch_size_fn=lambda: next(halves),
+        starting_batch_size=first,
+        reduce_batch_size_fn=halved,
     )()
     return statistics
 
@@ -153,8 +165,10 @@ def remove_unfinished(out: Path) -> None:
     """Remove the states of unfinished recordings beside an output that is written."""
     Unfinished(out, "").remove()
     if is_first():
-        for state in out.parent.glob(f".{out.name}.unfinished*"):
-            state.unlink(missing_ok=True)
+        # With two dots: a state that was killed while it was written.
+        for dots in (".", ".."):
+            for state in out.parent.glob(f"{dots}{escape(out.name)}.unfinished*"):
+                state.unlink(missing_ok=True)
 
 
 def _require_room(
@@ -194,7 +208,9 @@ def recording_key(
         digest.update(language.encode())
         for batch in of_language:
             digest.update(str(tuple(batch.ids.shape)).encode() + batch.ids.contiguous().numpy().tobytes())
-            digest.update(batch.counted.contiguous().numpy().tobytes())
+            for tensor in (batch.counted, batch.lines, batch.fractions):
+                if tensor is not None:
+                    digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -226,6 +242,7 @@ def recording_metadata(
                 **corpus.provenance,
                 "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
                 "lines": {language: len(texts) for language, texts in corpus.texts.items()},
+                "digests": {k: digest for k, digest in corpus.digests.items() if k in statistics.languages},
                 "read": read,
             }
         ],

@@ -25,11 +25,13 @@ class Unfinished:
     Attributes:
         path: the output; the state is ``.NAME.unfinished`` beside it, one for each process.
         key: identity of the recording: model, text, moments, batches.  Only a state with the same key is used.
+        size: tokens in a batch, if a recording may choose them; kept with the state (``kept_size``).
         every: seconds between two writes, increased to keep writing below ``MAX_WRITING`` of the time.
     """
 
     path: Path
     key: str
+    size: int | None = None
     every: float = EVERY
     _written: float = field(default_factory=time.monotonic)
     _took: float = 0.0
@@ -39,6 +41,14 @@ class Unfinished:
         number, count = world()
         ending = "" if count == 1 else f".{number}-of-{count}"
         return self.path.with_name(f".{self.path.name}.unfinished{ending}")
+
+    def kept_size(self) -> int | None:
+        """``size`` of the state that is kept, of any recording; None if there is none."""
+        try:
+            size = load_artifact(self.file, "unfinished").metadata.get("size")
+        except BrocaError:
+            return None
+        return size if isinstance(size, int) else None
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Batches done and the state after them; (0, {}) if there is none of this recording."""
@@ -56,7 +66,9 @@ class Unfinished:
 
     def save(self, batches: int, tensors: Mapping[str, torch.Tensor]) -> None:
         begun = time.monotonic()
-        save_artifact(self.file, "unfinished", tensors, {"key": self.key, "batches": batches})
+        save_artifact(
+            self.file, "unfinished", tensors, {"key": self.key, "batches": batches, "size": self.size}
+        )
         self._written = time.monotonic()
         self._took = self._written - begun
 

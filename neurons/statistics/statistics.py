@@ -11,7 +11,7 @@ import torch
 
 from neurons.architectures.anatomy import ROUTER_OUT, SITES
 from neurons.errors import BrocaError, UsageError
-from neurons.files.artifact import load_artifact, save_artifact
+from neurons.files.artifact import Artifact, load_artifact, save_artifact
 
 # The moments of a site's values x [tokens, units], with dtypes.  A text's mean is over its counted tokens; a
 # neuron of an expert is 0 at tokens that are not routed to it.
@@ -153,8 +153,15 @@ class Statistics:
 
 
 def load_statistics(path: Path | str) -> Statistics:
-    """Read a file of ``Statistics.save``."""
+    """Read a file of ``Statistics.save``.
+
+    Raises:
+        UsageError, BrocaError: as ``load_artifact``, or the file does not hold statistics.
+    """
     artifact = load_artifact(path, "statistics")
+    fault = _fault(artifact)
+    if fault is not None:
+        raise BrocaError(f"{path}: not readable statistics ({fault}): record again")
     languages = tuple(artifact.metadata["languages"])
     tensors = artifact.tensors
 
@@ -179,6 +186,42 @@ def load_statistics(path: Path | str) -> Statistics:
     )
 
 
+def _fault(artifact: Artifact) -> str | None:
+    """The first fault in the metadata or tensors of statistics; None without any."""
+    metadata, tensors = artifact.metadata, artifact.tensors
+    languages, corpora = metadata.get("languages"), metadata.get("corpora", [])
+    if not isinstance(languages, list) or not all(isinstance(language, str) for language in languages):
+        return f"its languages are {languages!r}"
+    if not isinstance(metadata.get("fingerprint"), str):
+        return f"its fingerprint is {metadata.get('fingerprint')!r}"
+    if not isinstance(metadata.get("settings", {}), dict):
+        return f"its settings are {metadata['settings']!r}"
+    if not isinstance(corpora, list) or not all(isinstance(one, dict) and "digest" in one for one in corpora):
+        return f"its corpora are {corpora!r}"
+    depths = set()
+    for name in ("tokens", "texts", *tensors):
+        group, _, moment = name.partition(".")
+        if group in ("responses", "lines"):
+            continue
+        try:
+            dtype = moment_dtype(parse_moment(moment)[1]) if group == "moments" else torch.int64
+        except ValueError as error:
+            return str(error)
+        tensor, dims = tensors.get(name), 3 if group in ("moments", "routed") else 1
+        if tensor is None:
+            return f"it has no {name}"
+        if tensor.ndim != dims or tensor.shape[-1] != len(languages) or tensor.dtype != dtype:
+            return f"its {name} are {tensor.dtype} of shape {list(tensor.shape)}"
+        depths |= {len(tensor)} if dims == 3 else set()
+    if len(depths) > 1:
+        return f"its numbers of layers differ: {', '.join(map(str, sorted(depths)))}"
+    for i, language in enumerate(languages):
+        responses, lines = (tensors.get(f"{group}.{i}", torch.empty(0)) for group in ("responses", "lines"))
+        if responses.ndim not in (1, 3) or lines.shape != responses.shape[:1]:
+            return f"its responses in {language!r} do not match their lines"
+    return None
+
+
 def _group(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -191,7 +234,11 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     """
     _require_alike(first, second)
     common = {c["digest"] for c in _corpora(first)} & {c["digest"] for c in _corpora(second)}
-    if common and set(first.languages) & set(second.languages):
+    # A corpus's digest is of all its languages together.
+    of_one, of_other = (
+        {k for c in _corpora(s) for k in c.get("digests", {}).items()} for s in (first, second)
+    )
+    if (common and set(first.languages) & set(second.languages)) or of_one & of_other:
         raise UsageError("both statistics were recorded on the same text, which would be counted twice")
     languages = tuple(dict.fromkeys(first.languages + second.languages))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Corpus:
         tokens: maximum tokens of each language to read, evenly from the whole text; None: what the method needs
             (``neurons.text.token_budget``).
         roles: roles of the counted tokens of conversations (``neurons.text.conversations.SELECTABLE``).
+        digests: language -> sha256 of its texts, hexadecimal; empty if unknown.
     """
 
     texts: dict[str, tuple[Text, ...]]
@@ -50,6 +51,7 @@ class Corpus:
     part: str
     tokens: int | None = None
     roles: tuple[str, ...] = MESSAGE_ROLES
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -157,7 +159,7 @@ def read_corpus(
             "neurons are specific to a language only in comparison with others"
         )
     digest = hashlib.sha256()
-    texts = {}
+    texts, digests = {}, {}
     of_content: dict[bytes, str] = {}
     for language, (path, lines) in read.items():
         if not any(lines):
@@ -183,9 +185,11 @@ def read_corpus(
             )
         texts[language] = kept
         hashed = [text.as_json() if isinstance(text, Conversation) else text for text in kept]
-        digest.update(json.dumps([language, hashed], ensure_ascii=False).encode())
+        encoded = json.dumps([language, hashed], ensure_ascii=False).encode()
+        digest.update(encoded)
+        digests[language] = hashlib.sha256(encoded).hexdigest()
     selected = MESSAGE_ROLES if roles is None else tuple(role for role in SELECTABLE if role in roles)
-    return Corpus(texts=texts, digest=digest.hexdigest(), part=part, roles=selected)
+    return Corpus(texts, digest.hexdigest(), part, roles=selected, digests=digests)
 
 
 def _as_text(text: Text) -> str:

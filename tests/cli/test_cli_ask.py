@@ -113,6 +113,33 @@ def test_an_answer_to_a_different_question_with_the_same_id_is_refused(tmp_path)
         asking.ask(write, lambda text: [1], {"en": [Question("7", "after")]}, out, "one")
 
 
+def test_answers_with_another_chat_template_are_not_mixed(broca, chat_model, few_questions, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    arguments = ["ask", chat_model, "--questions", few_questions, "--out", out, "--new-tokens", 2]
+    assert broca(*arguments, "--languages", "FR")[0] == 0
+    template = chat_model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    status, _, errors = broca(*arguments)
+    assert status == 2 and "of another model or with other settings" in errors
+
+
+def test_a_second_run_that_writes_the_same_file_is_refused(
+    broca, chat_model, few_questions, tmp_path, monkeypatch
+):
+    out, ask = tmp_path / "answers.jsonl", asking.ask
+    arguments = ["ask", chat_model, "--questions", few_questions, "--languages", "FR", "--new-tokens", 2]
+    second = []
+
+    def crowded(*given):
+        second.append(broca(*arguments, "--out", out))
+        return ask(*given)
+
+    monkeypatch.setattr(asking, "ask", crowded)
+    assert broca(*arguments, "--out", out)[0] == 0
+    assert second[0][0] == 1 and f"{out}: another `broca ask`" in second[0][2]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_an_engine_starts_once_for_all_batches(broca, chat_model, few_questions, tmp_path, monkeypatch):
     """A replacement for vLLM's writer, because the test environment has no vLLM."""
     from editing.evaluation import vllm_generation

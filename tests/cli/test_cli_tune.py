@@ -128,6 +128,16 @@ def test_refuses_another_search_in_the_same_directory(tuned, text, option):
     assert option in str(error)
 
 
+@pytest.mark.parametrize("changed", ["packages", "model files"])
+def test_refuses_to_go_on_after_an_update(tuned, text, monkeypatch, changed):
+    if changed == "packages":
+        monkeypatch.setattr("editing.study.provenance.MEASURING", ())
+    else:
+        monkeypatch.setattr("neurons.models.source.ModelSource.files_digest", "another")
+    with pytest.raises(BrocaError, match=f"an earlier search with another {changed}:"):
+        raise tune(text, tuned[0]).exception
+
+
 def test_ctrl_c_keeps_the_front_and_says_that_it_was_stopped(text, tmp_path, monkeypatch):
     harm = Scoring.harm
     calls = []

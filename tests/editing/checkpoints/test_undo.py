@@ -6,6 +6,8 @@ import shutil
 import models
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from editing.checkpoints import undo as undo_module
 from editing.checkpoints.checkpoint import write_checkpoint
@@ -249,6 +251,31 @@ def test_a_damaged_remainder(edited):
     refused(edited, "cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"renamed": {"../x": "tokenizer.json"}}, "'../x' is not a path inside the checkpoint"),
+        ({"replaced": ["../x"]}, "'../x' is not a path inside the checkpoint"),
+        ({"replaced": [f"{i}.txt" for i in range(9)]}, "it lacks file"),
+        ({"fingerprint": None}, "fingerprint"),
+        ({"tensors": [{"name": "x"}]}, "tensors.0.base is missing"),
+        ({"block_bytes": "many"}, "block_bytes"),
+        ({"format_version": "1"}, "update broca"),
+        ([], "update broca"),
+    ],
+)
+def test_a_remainder_that_was_changed(edited, change, message):
+    path = edited / "broca" / "remainder.safetensors"
+    with safe_open(str(path), framework="pt") as stream:
+        about = json.loads(stream.metadata()["broca"])
+    tensors = load_file(path)
+    (edited / "tokenizer.json").write_text("{}")
+    save_file(tensors, path, {"broca": json.dumps({**about, **change} if change else change)})
+    before = set(edited.parent.iterdir())
+    refused(edited, message)
+    assert set(edited.parent.iterdir()) == before
+
+
 def test_a_target_that_is_there_is_kept_unless_told(edited, tmp_path):
     write_checkpoint(tmp_path / "base", tmp_path / "back", {}, {})
     with pytest.raises(BrocaError, match="add --overwrite"):
@@ -262,8 +289,6 @@ def test_a_remainder_is_small_where_the_edit_is(tmp_path):
     edit = ModuleEdit(1, "mlp", (0,), left=0.002 * random(64, 1), right=random(48, 1, seed=2), notes=NOTES)
     done = export(source, plan_for(source, [edit]), tmp_path / "edited", undoable=True)
     entry = tensor_entries(source.checkpoint)["model.layers.1.mlp.down_proj.weight"]
-    from safetensors import safe_open
-
     with safe_open(str(done.path / "broca" / "remainder.safetensors"), framework="pt") as stream:
         kept = len(stream.get_tensor("0.0.small")) + len(stream.get_tensor("0.0.own"))
     assert kept < 0.4 * (entry.end - entry.begin)

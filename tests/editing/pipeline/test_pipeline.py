@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from editing.evaluation.evaluation import Evaluation
 from editing.methods.keyed import STRENGTH
@@ -167,7 +168,8 @@ def test_a_file_that_was_replaced_is_kept_and_used(finished, recipe, tmp_path):
     assert contents(edited.out) == files
 
 
-def test_a_stage_that_was_killed_after_it_wrote_runs_again(tmp_path):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_stage_that_was_killed_after_it_wrote_runs_again(tmp_path, finished):
     out, file = tmp_path / "out", tmp_path / "out" / "file"
     out.mkdir()
 
@@ -178,11 +180,25 @@ def test_a_stage_that_was_killed_after_it_wrote_runs_again(tmp_path):
         file.write_text("two")
         raise KeyboardInterrupt
 
-    stage(1, lambda: file.write_text("one"))
+    if finished:
+        stage(1, lambda: file.write_text("one"))
     with pytest.raises(KeyboardInterrupt):
         stage(2, killed)
     stage(2, lambda: file.write_text("again"))
     assert file.read_text() == "again"
+
+
+def test_a_second_run_in_a_directory_is_refused(recipe, tmp_path):
+    again = recipe.with_options(out=tmp_path / "out")
+
+    class Crowded(Quiet):
+        def stage(self, name, state):
+            with pytest.raises(BrocaError, match="out: another run is writing this directory"):
+                run(again, Quiet())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(again, Crowded())
 
 
 def test_the_model_may_lie_elsewhere(finished, recipe, tmp_path):
@@ -218,6 +234,33 @@ def test_another_setting_runs_what_depends_on_it(finished, recipe, tmp_path):
     screen = ran(other)
     assert "identify" in screen.skipped and "direction to fr" in screen.skipped
     assert "edit to fr" in screen.ran and "export to fr" in screen.ran
+
+
+@pytest.mark.parametrize(
+    ("changed", "first"), [("files", "identify"), ("device", "identify"), ("packages", "edit to fr")]
+)
+def test_what_decides_the_results_runs_again(finished, recipe, tmp_path, monkeypatch, changed, first):
+    model = tmp_path / Path(recipe.model).name
+    shutil.copytree(recipe.model, model)
+    again = recipe.with_options(model=str(model), out=tmp_path / "out")
+    shutil.copytree(recipe.out, again.out)
+    if changed == "files":
+        (model / "chat_template.jinja").write_text("{{ messages }}")
+    elif changed == "device":
+        monkeypatch.setattr("editing.pipeline.run.pick_device", lambda name: torch.device("cuda"))
+    else:
+        monkeypatch.setattr("editing.pipeline.run.measured_by", lambda: {"py3langid": "another"})
+
+    class Stopping(Quiet):
+        def stage(self, name, state):
+            super().stage(name, state)
+            if state == RUNS:
+                raise KeyboardInterrupt
+
+    screen = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        run(again, screen)
+    assert screen.ran == [first]
 
 
 def test_a_directory_of_the_users_is_refused(recipe, tmp_path):

@@ -1,5 +1,6 @@
 """The choice of a setting: candidates that hardly steer are not measured, and harm only if it decides."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,9 @@ import studies
 
 from editing.study.candidates import Candidate
 from editing.study.comparison import best_of, promising
+from neurons.errors import BrocaError
+
+OVERFLOWS = -1.0
 
 
 def evaluation_of(rates, ceiling=0.8):
@@ -50,11 +54,16 @@ class Planned:
         self.figures, self.harmed, self.measured = figures, [], []
 
     def rate_on_few_prompts(self, steering, instruction):
-        return self.figures[steering.args[0]][0]
+        rate = self.figures[steering.args[0]][0]
+        if rate == OVERFLOWS:
+            raise BrocaError("not finite")
+        return rate
 
     def measure(self, name, steering, details, kl, *, instruction, harm):
         assert not kl and not harm
         at = steering.args[0]
+        if self.figures[at][1] == OVERFLOWS:
+            raise BrocaError("not finite")
         self.measured.append(at)
         rate, gap, _ = self.figures[at]
         return studies.outcome("method", rate, fluency_gap=gap, nll_rise={}, details=details)
@@ -72,6 +81,12 @@ class Planned:
         ([(0.95, 0.1, 0.3), (0.92, 0.7, 0.1)], 0, [0, 1], []),  # one steers well: harm decides nothing
         ([(0.95, 0.8, 0.3), (0.92, 0.7, 0.1)], 1, [0, 1], []),  # none does: the more fluent
         ([(0.5, 0.1, 0.3), (0.6, 0.7, 0.1)], 1, [0, 1], []),  # none steers: the one that steers most
+        (
+            [(OVERFLOWS, 0, 0), (0.9, OVERFLOWS, 0), (0.95, 0.1, math.nan), (0.95, 0.1, 0.3)],
+            3,
+            [2, 3],
+            [2, 3],
+        ),
     ],
 )
 def test_harm_is_read_where_it_decides(figures, best, measured, harmed):
@@ -87,3 +102,10 @@ def test_harm_is_read_where_it_decides(figures, best, measured, harmed):
 
 def test_of_no_candidates_none_is_best():
     assert best_of(Planned([]), [], lambda count: None) == (None, [])
+
+
+@pytest.mark.parametrize("figures", [[(OVERFLOWS, 0, 0)] * 2, [(0.9, OVERFLOWS, 0)]])
+def test_candidates_that_all_overflow_are_an_error(figures):
+    offered = [Candidate("method", {}, None, partial(nullcontext, i)) for i in range(len(figures))]
+    with pytest.raises(BrocaError, match="not finite"):
+        best_of(Planned(figures), offered, lambda count: None)

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +166,34 @@ def test_hopeless_trials_are_given_up_at_their_first_bad_step():
     assert not any(trial.meets(search.goals, CEILING) for trial in search.trials[1:])
 
 
+@pytest.mark.parametrize("where", ["few", "harm", "written"])
+def test_figures_that_are_not_finite_do_not_stop_the_search(tmp_path, where):
+    class Overflowing(Planted):
+        def harm(self):
+            harm = super().harm()
+            return replace(harm, kl={**harm.kl, "es": math.nan}) if where == "harm" else harm
+
+        def few(self, prompts):
+            assert self.entered <= 3, "a trial is tried again"
+            self.require_numbers("few")
+            return super().few(prompts)
+
+        def written(self, seed=None):
+            self.require_numbers("written")
+            return super().written(seed)
+
+        def require_numbers(self, at):
+            if where == at:
+                raise BrocaError("the likelihood of the next token is not finite")
+
+    search = searched(Overflowing(), tmp_path / "study.jsonl", spaces=space_of(GOOD, GOOD, GOOD))
+    assert search.run(3)
+    for trial in search.trials:
+        assert (trial.state, trial.nll_rise, trial.kl) == (HOPELESS, {}, {})
+        assert "not finite" in trial.why
+    assert len(search.trials) == 3
+
+
 def test_a_method_that_refuses_the_model_does_not_stop_the_search():
     def make(settings):
         if settings == GOOD:
@@ -292,6 +322,22 @@ def test_a_search_is_alone_in_its_file(tmp_path):
     search.run(3)
     idle.run(5)
     assert idle.trials == searched(Planted(), path, seed=3).trials == whole.trials
+
+
+def test_optunas_lock_of_a_killed_search_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, symlink = Path("tuned", "study.jsonl"), os.symlink
+    searched(Planted(), path)
+    symlink(path, f"{path}.lock")  # as Optuna makes it, of a path relative to the working directory
+
+    def at_once(*link):
+        try:
+            symlink(*link)
+        except FileExistsError as error:
+            raise AssertionError("waits for the lock") from error
+
+    monkeypatch.setattr(os, "symlink", at_once)
+    assert searched(Planted(), path).run(1)
 
 
 def test_refuses_another_searchs_file(tmp_path):

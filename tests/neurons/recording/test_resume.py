@@ -1,12 +1,16 @@
 """A stopped recording resumes from its state and gives the same bytes."""
 
+from dataclasses import replace
+
 import models
 import pytest
+import torch
 
 from neurons.models.source import load_model
-from neurons.recording.corpus_recording import record_corpus, remove_unfinished
+from neurons.recording.corpus_recording import record_corpus, recording_key, remove_unfinished
 from neurons.recording.record import record
 from neurons.recording.resume import Unfinished
+from neurons.scorers.method import TEXTS
 from neurons.text.batches import text_batches
 from neurons.text.corpus import read_corpus
 
@@ -172,15 +176,79 @@ def test_writing_takes_a_small_fraction_of_the_time(tmp_path, monkeypatch):
 
 def test_the_state_and_nothing_else_is_removed(llama, tmp_path):
     batches = make_batches(llama.tokenizer)
-    out, other = tmp_path / "out.safetensors", tmp_path / "other.safetensors"
+    out, other = tmp_path / "out [1].safetensors", tmp_path / "other.safetensors"
     for path in (out, other):
         stop(llama, batches, path)
     out.write_bytes(b"the output")
+    for name in (
+        ".out [1].safetensors.unfinished.2-of-2",
+        "..out [1].safetensors.unfinished.2-of-2.x7_dk2qq",
+    ):
+        (tmp_path / name).write_bytes(b"of another process")
     assert Unfinished(out, "one").file.exists()
     remove_unfinished(out)
     assert not Unfinished(out, "one").file.exists()
     assert {path.name for path in tmp_path.iterdir()} == {out.name, Unfinished(other, "one").file.name}
     remove_unfinished(out)
+
+
+def test_smaller_batches_after_running_out_of_memory_are_resumed(llama, tmp_path, forwards, monkeypatch):
+    """Rows are sorted by length, so memory runs out late."""
+    from neurons.recording import corpus_recording
+
+    monkeypatch.setattr(Unfinished, "is_due", lambda self: True)
+    monkeypatch.setattr(corpus_recording, "common_batches", lambda *_: (256, False))
+    corpus = read_corpus(models.write_corpus(tmp_path / "corpus", lines=12))
+    out, moments, sizes = tmp_path / "out.safetensors", ("mlp_in:text_mean",), []
+
+    def limited(loaded, batches, *arguments):
+        sizes.append(arguments[2].size)
+        if sizes[-1] > 100:
+            record(loaded, batches, *arguments)
+            raise RuntimeError("CUDA out of memory. ")
+        return record(loaded, batches, *arguments)
+
+    class Bar:
+        def __init__(self, stops):
+            self.stops = stops
+            self.begin_stage()
+
+        def __call__(self, tokens):
+            self.done.append(tokens)
+            if self.stops and sizes[-1] == 64 and len(self.done) > DONE:
+                raise KeyboardInterrupt
+
+        def expect(self, tokens):
+            self.total += tokens
+
+        def begin_stage(self, *stage):
+            self.done, self.total = [], 0
+
+    plain = record_corpus(llama, corpus, moments, TEXTS, batch_tokens=64)
+    everything = len(forwards)
+    monkeypatch.setattr(corpus_recording, "record", limited)
+    with pytest.raises(KeyboardInterrupt):
+        record_corpus(llama, corpus, moments, TEXTS, progress=Bar(stops=True), out=out)
+    assert sizes == [256, 128, 64]
+    forwards.clear()
+    bar = Bar(stops=False)
+    result = record_corpus(llama, corpus, moments, TEXTS, progress=bar, out=out)
+    assert sizes == [256, 128, 64, 64] and len(forwards) == everything - DONE
+    assert sum(bar.done) == bar.total == int(plain.tokens.sum())
+    assert saved(result, out) == saved(plain, tmp_path / "plain.safetensors")
+
+
+@pytest.mark.parametrize("changed", ["lines", "fractions"])
+def test_the_key_knows_which_line_a_row_is_of(llama, changed):
+    """Rows are sorted by length, so two lines in another order can give the same rows."""
+    batches = make_batches(llama.tokenizer)
+    of_one = batches["qac"][0]
+    tensor = torch.arange(len(of_one.ids)) if changed == "lines" else torch.ones(len(of_one.ids)).double()
+    keys = {
+        recording_key(llama, {"qac": [replace(of_one, **{changed: values})]}, DENSE)
+        for values in (None, tensor, tensor * 2)
+    }
+    assert len(keys) == 3
 
 
 def test_a_corpus_is_resumed_only_if_all_is_the_same(llama, tmp_path, forwards, monkeypatch):

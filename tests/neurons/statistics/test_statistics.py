@@ -17,6 +17,7 @@ from neurons.statistics.statistics import (
     parse_moment,
     subtract,
 )
+from neurons.text.corpus import read_corpus
 
 LAYERS, WIDTH, EXPERTS = 2, 6, 3
 NAMES = ("mlp_act:positive", "mlp_in:sum", "mlp_in:text_absolute", "mlp_in:worst_rank", "block_out:text_mean")
@@ -205,6 +206,25 @@ def test_the_same_text_is_refused_only_where_it_would_count_twice():
     # Text that came in by an earlier merge counts twice as well.
     with pytest.raises(UsageError, match="twice"):
         merge(merge(drawn_statistics(1), drawn_statistics(2)), drawn_statistics(2))
+
+
+@pytest.mark.parametrize("language", ["en", "fr"])
+def test_text_of_one_language_in_two_corpora_is_refused(tmp_path, language):
+    """The digest of a corpus covers its languages together, so that it tells nothing of one of them."""
+    for code in ("de", "en", "fr"):
+        (tmp_path / f"{code}.txt").write_text(f"text in {code}\n" * 4)
+    one, other = (read_corpus(tmp_path, codes) for codes in (("en", "fr"), (language, "de")))
+    first, second = (
+        drawn_statistics(
+            seed,
+            corpus.languages,
+            metadata={"corpora": [{**corpus.provenance, "digests": corpus.digests}]},
+        )
+        for seed, corpus in enumerate((one, other))
+    )
+    with pytest.raises(UsageError, match="twice"):
+        merge(first, second)
+    merge(first, replace(second, metadata={"corpora": [other.provenance]}))  # as files had them before
 
 
 def test_statistics_that_name_no_corpus_merge():
