@@ -1,7 +1,8 @@
 """PLND, parallel language-specific neuron detection (Zhao et al., NeurIPS 2024, arXiv 2402.18815).
 
 The importance of a neuron for a document is the change of the MLP's output without it, the sum over
-tokens t of |h_tj| * ||column j of down_proj||.  With rank 0 the most important neuron of its layer
+tokens t of |h_tj| * ||column j of down_proj||, in a mixture times the factor of the expert's output (of the router, or of
+a shared expert).  With rank 0 the most important neuron of its layer
 and k = round(top_rate * I), I the number of neurons of that layer:
 
     worst_rank[l, j, c] = max over the documents of language c of the rank of neuron (l, j)
