@@ -333,8 +333,10 @@ def _texts(
     values = {language: outputs[site][:, layer].double() for language, outputs in recorded.outputs.items()}
     means = recorded.means[site][layer].T
     if winsorised is not None:
-        values = {language: winsorise(of_texts, winsorised) for language, of_texts in values.items()}
-        means = torch.stack([values[language].mean(0) for language in recorded.languages])
+        clipped = {language: winsorise(of_texts, winsorised) for language, of_texts in values.items()}
+        # Not the means of the clipped texts: of a text in several rows, each row counts as a text.
+        means = means + torch.stack([clipped[k].mean(0) - values[k].mean(0) for k in recorded.languages])
+        values = clipped
     s, t = recorded.languages.index(source), recorded.languages.index(target)
     differences = None
     if parallel:

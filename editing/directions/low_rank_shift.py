@@ -28,7 +28,7 @@ import torch
 from editing.directions.length import into
 from editing.directions.method import DirectionMethod
 from editing.directions.texts import Estimate, Texts
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 from neurons.setting import setting
 
 MAX_RANK = 12
@@ -153,6 +153,10 @@ class ByLowRankShift(DirectionMethod):
 
     seed: int = setting(0, "random seed")
     bootstraps: int = setting(BOOTSTRAPS, "bootstraps for the stability")
+
+    def __post_init__(self) -> None:
+        if self.bootstraps < 2:
+            raise UsageError(f"{self.name} needs 2 bootstraps or more, not {self.bootstraps}")
 
     def estimate(self, texts: Texts) -> Estimate:
         assert texts.differences is not None

@@ -20,7 +20,7 @@ import torch
 from editing.directions.length import along
 from editing.directions.method import DirectionMethod
 from editing.directions.texts import Estimate, Texts
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 from neurons.setting import setting
 
 PENALTY = 1.0  # C of scikit-learn, its default
@@ -78,6 +78,10 @@ class Probe(DirectionMethod):
     source = "arXiv 2601.08331"
 
     penalty: float = setting(PENALTY, "C of the classifier: larger values regularise less")
+
+    def __post_init__(self) -> None:
+        if not self.penalty > 0:
+            raise UsageError(f"probe needs a penalty above 0, not {self.penalty}")
 
     def estimate(self, texts: Texts) -> Estimate:
         classifier = probe(texts.source, texts.target, self.penalty)

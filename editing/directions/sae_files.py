@@ -4,7 +4,7 @@ SAE-Lens      directory of cfg.json and sae_weights.safetensors: W_enc [d, F], b
               b_dec [d], with jumprelu also threshold [F]; the path of the weights file works too.
               Inputs of length 1 are its constant_norm_rescale, whose inputs have length sqrt(d)
 Gemma-Scope   params.npz (arXiv 2408.05147) of the same names, always jumprelu, b_dec not subtracted
-              from the input; no file has its layer, which must be given
+              from the input; no file has its layer, which must be given, nor its site: of the residual stream (-res)
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def read_autoencoder(path: Path, layer: int | None = None) -> Autoencoder:
         layer: of its site; None takes the configuration's.
 
     Raises:
-        UsageError: no autoencoder, a missing layer, or another layer than the configuration's.
+        UsageError: no autoencoder, a missing layer, another layer than the configuration's, or Gemma-Scope's of attention
+            or MLP.
         BrocaError: an unreadable file, or an unknown kind of autoencoder.
     """
     if path.is_dir():
@@ -102,6 +103,10 @@ def _rescaled(autoencoder: Autoencoder, scale: float) -> Autoencoder:
 def _gemma_scope(path: Path, layer: int | None) -> Autoencoder:
     if layer is None:
         raise UsageError(f"{path}: the file does not name its layer: give --sae-layer")
+    if re.search(r"gemma-scope-[^/]*-(att|mlp)\b", str(path.absolute())):
+        raise UsageError(
+            f"{path}: reads attention or MLP at a place that Broca does not read: give one of -res"
+        )
     try:
         with numpy.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

@@ -27,7 +27,7 @@ CHUNK = 2**26  # features of tokens held at once
 def require_fit(loaded: LoadedModel, autoencoder: Autoencoder) -> None:
     """
     Raises:
-        UsageError: a layer or a width that the model does not have.
+        UsageError: a layer or a width that the model does not have, or a module's output that a norm follows.
         BrocaError: it was trained on another model, by its fingerprint.
     """
     anatomy = loaded.anatomy
@@ -39,6 +39,12 @@ def require_fit(loaded: LoadedModel, autoencoder: Autoencoder) -> None:
         raise UsageError(
             f"{autoencoder.name} reads {len(autoencoder.encoder)} numbers, but the residual of {loaded.name} has "
             f"{anatomy.residual}: it was trained on another model"
+        )
+    # TransformerLens's hooks, which SAE-Lens names, are after that norm; Broca's sites before it.
+    if autoencoder.site != "block_out" and not anatomy.residual_output:
+        raise UsageError(
+            f"{autoencoder.name} was trained after the norm that follows the module in {loaded.name}: give one of the "
+            "residual stream"
         )
     if autoencoder.fingerprint is not None:
         loaded.require_fingerprint({"fingerprint": autoencoder.fingerprint}, autoencoder.name)

@@ -43,7 +43,7 @@ from editing.directions.method import DirectionMethod
 from editing.directions.recorded import common_lines
 from editing.directions.sae_recording import firing, text_codes
 from editing.directions.texts import Estimate, Texts
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
 from neurons.setting import COUNT, setting
@@ -136,6 +136,10 @@ class SaeShift(DirectionMethod):
     features: str = setting(CHOSEN, "the chosen features, or as many random ones", words=(CHOSEN, RANDOM))
     seed: int = setting(0, "random seed")
     bootstraps: int = setting(BOOTSTRAPS, "bootstraps for the stability")
+
+    def __post_init__(self) -> None:
+        if self.bootstraps < 2:
+            raise UsageError(f"{self.name} needs 2 bootstraps or more, not {self.bootstraps}")
 
     def read(
         self,

@@ -90,6 +90,20 @@ def arithmetic(
     return Arithmetic(scale, torch.where(activated, offset + added, offset))
 
 
+def _gate_activation(anatomy: Anatomy) -> str | None:
+    """The config's attribute that names the gate's activation; None without gates.
+
+    Raises:
+        BrocaError: a gated MLP without one: the input of down_proj may be another function of gate and branch than s u.
+    """
+    if anatomy.gated and anatomy.layout.activation is None:
+        raise BrocaError(
+            f"{anatomy.model_type}: its config does not name the gate's activation, so s cannot be computed: use --method "
+            "scale"
+        )
+    return anatomy.layout.activation if anatomy.gated else None
+
+
 def activation_means(
     loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], layers: Sequence[int]
 ) -> dict[int, dict[str, torch.Tensor]]:
@@ -99,15 +113,9 @@ def activation_means(
         BrocaError: a gated MLP without a known activation.
     """
     site, activation = "mlp_in", _identity
-    if loaded.anatomy.gated:
+    if (name := _gate_activation(loaded.anatomy)) is not None:
         from transformers.activations import ACT2FN
 
-        name = loaded.anatomy.layout.activation
-        if name is None:
-            raise BrocaError(
-                f"{loaded.anatomy.model_type}: its config does not name the gate's activation, so s cannot be "
-                "computed: use --method scale"
-            )
         config = loaded.model.config.get_text_config()
         site, activation = "mlp_act", ACT2FN[getattr(config, name)]
     sums = {
@@ -185,7 +193,8 @@ def language_arithmetic_plan(
     Raises:
         UsageError: neither target nor languages to deactivate, an unknown mode or language, "difference" without
             another language, a strength of 0, or a fill above 0.
-        BrocaError: a language without neurons, or ``as_bias`` without support for a bias.
+        BrocaError: a language without neurons, ``as_bias`` without support for a bias, or a constant (of a target or a
+            fill below 0) in gated MLPs without a known activation.
     """
     _check(loaded, corpus, neurons, target, deactivate, mode, strength, fill, as_bias)
     if mode == "difference":
@@ -366,6 +375,8 @@ def _check(
         raise UsageError(f"strength {strength}: give a finite number other than 0")
     if not -math.inf < fill <= 0:
         raise UsageError(f"fill is {fill}: it must be finite and not above 0")
+    if target is not None or fill:
+        _gate_activation(anatomy)
     if as_bias and not anatomy.supports_bias("mlp"):
         raise BrocaError(
             f"{anatomy.model_type}: its MLP has no bias, and its config has no setting for a bias that serving "

@@ -44,7 +44,7 @@ class Settings:
         mean_of: "mean": the language whose mean it is; None: of all text together.
         controls: of ``CONTROLS``: as many random neurons in each layer, and random ones about as active.
         draws: of each control.
-        doses: shares of each language's neurons, the best first; with ``dose_of_model`` of all neurons of
+        doses: shares of each language's neurons, in the order of ``dosed``; with ``dose_of_model`` of all neurons of
             the model.
         dose_of_model: as said.
         seed: of all draws.
@@ -383,7 +383,7 @@ def _planned(
     for control in how.controls:
         known = statistics if control == "matched" else None
         controls[control] = [
-            add(_control(neurons, how.seed + draw, known).members) for draw in range(how.draws)
+            add(_control(neurons, how.seed * how.draws + draw, known).members) for draw in range(how.draws)
         ]
     doses = []
     for share in how.doses:
@@ -404,8 +404,9 @@ def _control(neurons: NeuronSet, seed: int, statistics: Statistics | None) -> Ne
 def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: bool = False) -> torch.Tensor:
     """A language's best neurons, at least one, int64 [n, 2] in (layer, neuron) order.
 
-    Equal scores are in (layer, neuron) order, but where all are equal, as in a random set, a random order
-    takes the place of the scores.
+    The best are those with the largest scores; in a set that was selected with the ends "bottom" the smallest, with
+    "both" largest and smallest in turn.  Equal scores are in (layer, neuron) order (the smallest of "both" in the
+    reverse), but where all are equal, as in a random set, a random order takes the place of the scores.
 
     Args:
         share: of the language's neurons, or of the model's.
@@ -416,7 +417,7 @@ def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: 
     rows, scores = neurons.of(language), neurons.scores[language]
     if not len(rows):
         return rows
-    whole = neurons.layers * neurons.neurons if of_model else len(rows)
+    whole = sum(neurons.counts) if of_model else len(rows)
     count = max(1, round(share * whole))
     if count > len(rows):
         raise UsageError(
@@ -426,7 +427,10 @@ def dosed(neurons: NeuronSet, language: str, share: float, seed: int, of_model: 
     if bool((scores == scores[0]).all()):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     else:
-        order = scores.argsort(descending=True, stable=True)
+        ends = neurons.metadata.get("settings", {}).get("ends", "top")
+        order = scores.argsort(descending=ends != "bottom", stable=True)
+        if ends == "both":
+            order = torch.stack([order, order.flip(0)], dim=1).flatten()[: len(rows)]
     return rows[order[:count].sort().values]
 
 

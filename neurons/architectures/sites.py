@@ -43,8 +43,8 @@ class Routed:
     Attributes:
         expert: index of the expert.
         tokens: int64 [n], indices into the flattened rows * length.
-        weights: [n], the router's weights of the expert's outputs; None for neurons that every token reaches, and for
-            experts that get weighted inputs.
+        weights: [n], the factors of the expert's outputs: the router's weights, of a shared expert the sigmoids that
+            multiply it; None without a factor, and for experts that get weighted inputs.
     """
 
     expert: int
@@ -128,9 +128,10 @@ def _gathered(hook: SiteHook, where: torch.device) -> SiteHook:
         moved = _moved(values, where)
         if moved is values:
             return hook(values, routed)
-        offered = hook(
-            moved, None if routed is None else replace(routed, tokens=_moved(routed.tokens, where))
-        )
+        if routed is not None:
+            weights = None if routed.weights is None else _moved(routed.weights, where)
+            routed = replace(routed, tokens=_moved(routed.tokens, where), weights=weights)
+        offered = hook(moved, routed)
         if offered is None and torch.is_grad_enabled():
             # The values that the hook saw must be on the path to the loss.
             offered = moved
@@ -239,7 +240,9 @@ def _placed(
             continue
         own = hook
         if site in EXPERT_SITES and anatomy.mixed:
-            own = _in_groups(hook, part.first // anatomy.expert_width, anatomy.expert_width)
+            kept, factor = _factor_of(part)
+            yield from kept
+            own = _in_groups(hook, part.first // anatomy.expert_width, anatomy.expert_width, factor)
         elif part.width < whole:
             own = _padded(hook, whole)
         half = None if not part.halves else {"mlp_act": 0, "mlp_up": 1}.get(site)
@@ -276,17 +279,28 @@ def _of_sum(hook: SiteHook) -> SiteHook:
 
 def _showing(part: Part, hook: SiteHook) -> Iterator[tuple[_ModuleHook, nn.Module, bool]]:
     """The hooks that show the inputs of an MLP's output module, times the factor of its output."""
-    read: list[torch.Tensor] = []
+    kept, factor = _factor_of(part)
+
+    def show(values: torch.Tensor, _: Routed | None) -> None:
+        times = factor()
+        hook(values if times is None else values * times, None)
+
+    yield from kept
+    yield _ModuleHook(show), part.module, True
+
+
+def _factor_of(
+    part: Part,
+) -> tuple[list[tuple[_ModuleHook, nn.Module, bool]], Callable[[], torch.Tensor | None]]:
+    """The hook that a part's factor needs, and what computes the factor [rows, length, 1]; none, and None, without one."""
+    if part.factor is None or part.gate is None:
+        return [], lambda: None
+    factor, read = part.factor, list[torch.Tensor]()
 
     def keep(values: torch.Tensor, _: Routed | None) -> None:
         read[:] = [values]
 
-    def show(values: torch.Tensor, _: Routed | None) -> None:
-        hook(values if part.factor is None else values * part.factor(read.pop()).sigmoid(), None)
-
-    if part.factor is not None and part.gate is not None:
-        yield _ModuleHook(keep), part.gate, True
-    yield _ModuleHook(show), part.module, True
+    return [(_ModuleHook(keep), part.gate, True)], lambda: factor(read.pop()).sigmoid()
 
 
 def _scoring(anatomy: Anatomy, layer: int, router: Part, hook: SiteHook) -> SiteHook:
@@ -331,17 +345,21 @@ def _padded(hook: SiteHook, width: int) -> SiteHook:
     return on_all
 
 
-def _in_groups(hook: SiteHook, first_group: int, width: int) -> SiteHook:
+def _in_groups(
+    hook: SiteHook, first_group: int, width: int, factor: Callable[[], torch.Tensor | None]
+) -> SiteHook:
     """The hook with the neurons of an MLP that all tokens reach as groups of ``width``, like experts."""
 
     def on_groups(values: torch.Tensor, _: Routed | None) -> torch.Tensor | None:
+        times = factor()
+        weights = None if times is None else times.flatten()
         flat = values.flatten(0, -2)
         tokens = torch.arange(len(flat), device=flat.device)
         groups = list(flat.split(width, dim=-1))
         changed = False
         for at, group in enumerate(groups):
             # A copy, because hooks may write into the values.
-            offered = _padded(hook, width)(group.clone(), Routed(first_group + at, tokens))
+            offered = _padded(hook, width)(group.clone(), Routed(first_group + at, tokens, weights))
             if offered is not None:
                 groups[at], changed = offered.to(values.dtype), True
         return torch.cat(groups, dim=-1).view(values.shape) if changed else None

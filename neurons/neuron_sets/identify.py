@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +183,14 @@ def neurons_from(
     if rule.layers is not None and not rule.layers:
         raise UsageError("no layers to select in: leave layers out, or name some")
     scores = scorer.of(settings or {}).scores(statistics, rule.top_rate)
+    scores = replace(scores, places=statistics.places(scorer.unit, scores.values))
     selected = select(scores, rule.changed(top_rate=1.0) if scorer.rate_in_score else rule)
     layers, width, _ = scores.values.shape
-    chosen = layers if rule.layers is None or scorer.rate_in_score else len(set(rule.layers))
-    if round(rule.top_rate * chosen * width) == 0:
+    count = scores.neurons_in(None if scorer.rate_in_score else rule.layers)
+    if round(rule.top_rate * count) == 0:
         raise UsageError(
-            f"the top rate {rule.top_rate} keeps none of {chosen * width:,} {scorer.unit}s: use at least "
-            f"{1 / (chosen * width):.1g}"
+            f"the top rate {rule.top_rate} keeps none of {count:,} {scorer.unit}s: "
+            + (f"use at least {1 / count:.1g}" if count else "choose layers that have some")
         )
     languages = statistics.languages
     metadata = {
@@ -257,8 +258,7 @@ def _activity(statistics: Statistics) -> torch.Tensor:
     An expert without tokens has activity 0, a place without a neuron -inf.
     """
     activity = statistics.moment("mlp_in:absolute").sum(-1) / statistics.seen().sum(-1).clamp(min=1)
-    counts = statistics.metadata.get("neuron_counts", [activity.shape[1]])
-    return activity.masked_fill(torch.arange(activity.shape[1]) >= torch.tensor(counts)[:, None], -torch.inf)
+    return activity.masked_fill(~statistics.places("neuron", activity), -torch.inf)
 
 
 def _head_activity(statistics: Statistics) -> torch.Tensor:

@@ -157,9 +157,9 @@ def entropies(statistics: Statistics) -> torch.Tensor:
 def entropy_figure(statistics: Statistics) -> Figure:
     """Histogram of the entropy of all neurons that fire, without LAPE's filter."""
     values = entropies(statistics)
-    layers, width, languages = statistics.moment("mlp_act:positive").shape
+    languages = len(statistics.languages)
     maximum = math.log(languages)
-    inactive = layers * width - len(values)
+    inactive = int(statistics.places("neuron", statistics.moment("mlp_act:positive")).sum()) - len(values)
     what = f"entropy of {len(values):,} neurons over {languages} languages"
     what += f"; {inactive:,} never fire" if inactive else ""
     title = title_of(what, _about(statistics), statistics.languages, 6.5)

@@ -21,7 +21,7 @@ from neurons.recording.text_pass import Progress, expect, forward
 from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
 from neurons.statistics.statistics import Statistics
-from neurons.text.batches import TokenBatch, block_length, row_batches
+from neurons.text.batches import TokenBatch, context_length, row_batches
 from neurons.text.prompts import Prompts, answer_tokens
 
 STEPS = 20  # arXiv 2104.08696
@@ -100,12 +100,12 @@ def prompt_tokens(
         UsageError: a prompt longer than the model's context, or a token without an embedding.
     """
     rows, answers = [], []
-    longest = block_length(loaded.model)
+    longest = context_length(loaded.model)
     for prompt in prompts.of[language]:
         row, answer = answer_tokens(loaded.tokenizer, prompt)
         answer = answer if whole else answer[:1]
         # The last token of the answer is only predicted.
-        if (length := len(row) + len(answer) - 1) > longest:
+        if longest is not None and (length := len(row) + len(answer) - 1) > longest:
             raise UsageError(
                 f"language {language!r}: a prompt has {length} tokens, but the model reads {longest}: shorten it"
             )

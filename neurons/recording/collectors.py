@@ -19,7 +19,8 @@ from neurons.statistics.totals import Totals
 WORST_RANK = "worst_rank"  # of a neuron in any text (``neurons.scorers.plnd``)
 ATTRIBUTION = "attribution"
 RESPONSES = "responses"
-# Only activations at the input of down_proj are weighted by the norms of the neurons' output weights.
+# Only activations at the input of down_proj are weighted: by the norms of the neurons' output weights, and by the factors
+# of experts' outputs.
 WEIGHTED_SITE = "mlp_in"
 
 
@@ -102,6 +103,8 @@ class TextSums:
             self._gathered[absolute] = torch.zeros(rows, width, dtype=torch.float64, device=values.device)
         is_counted = counted.flatten()[routed.tokens]
         exact = values[is_counted].double()
+        if absolute and self.site == WEIGHTED_SITE and routed.weights is not None:
+            exact = exact * routed.weights.detach()[is_counted, None].double()
         self._gathered[absolute][:, expert_units(self.anatomy, routed)].index_add_(
             0, routed.tokens[is_counted] // length, exact.abs() if absolute else exact
         )

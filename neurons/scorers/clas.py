@@ -2,7 +2,7 @@
 
 With h the input of ``down_proj`` (its channels are the neurons), over parallel texts:
 
-    m[l, j, k] = mean of h_j over the tokens of language k          active in k: m > 0
+    m[l, j, k] = mean over the texts of language k of the text's mean of h_j          active in k: m > 0
 
     all-shared: active in all K languages     partial-shared: in 2 to K-1
     specific: in one                          dead: in none
@@ -18,7 +18,7 @@ import torch
 from neurons.scorers.means import require_finite, require_several
 from neurons.scorers.method import TEXTS, Scorer
 from neurons.scorers.scores import Scores, fractions
-from neurons.scorers.selection import Selection
+from neurons.scorers.selection import Selection, kind_of
 from neurons.statistics.statistics import Statistics
 
 CLASSES = ("dead", "specific", "partial-shared", "all-shared")
@@ -31,16 +31,20 @@ def clas(mean: torch.Tensor) -> Scores:
         mean: float64 [L, I, K], m, over parallel texts.
 
     Returns:
-        values m; member m > 0, so that the kinds of ``neurons.scorers.selection`` are the classes (specific,
-        related = partial-shared, general = all-shared; a dead neuron belongs to no language); exclusivity
-        of the positive part of m.
+        values m; member m > 0; kinds, the classes (specific, related = partial-shared, general = all-shared; a
+        dead neuron belongs to no language), whatever is selected; exclusivity of the positive part of m.
 
     Raises:
         UsageError: fewer than two languages.
         BrocaError: a mean that is not finite.
     """
     member = _active(mean)
-    return Scores(values=mean.double(), member=member, exclusivity=fractions(mean.clamp(min=0)))
+    return Scores(
+        values=mean.double(),
+        member=member,
+        exclusivity=fractions(mean.clamp(min=0)),
+        kinds=kind_of(member.sum(-1), member.shape[-1]),
+    )
 
 
 def clas_classes(mean: torch.Tensor) -> torch.Tensor:

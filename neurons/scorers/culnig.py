@@ -22,7 +22,7 @@ import torch
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers.means import means, rate_count, require_several
 from neurons.scorers.method import PROMPTS, Scorer, answers
-from neurons.scorers.scores import Scores
+from neurons.scorers.scores import Scores, every_place
 from neurons.scorers.selection import Selection
 from neurons.setting import setting
 from neurons.statistics.statistics import Statistics
@@ -42,6 +42,7 @@ def culnig(
     top_rate: float = TOP_RATE,
     recognition_rate: float = RECOGNITION_RATE,
     min_z: float = MIN_Z,
+    places: torch.Tensor | None = None,
 ) -> Scores:
     """Score every neuron for every language.
 
@@ -55,6 +56,7 @@ def culnig(
         top_rate: fraction of all neurons that may belong to a language.
         recognition_rate: fraction of all neurons that step 2 excludes from a language.
         min_z: minimum z-score over languages; a neuron with equal scores for all has 0.
+        places: bool [L, I], where a layer has a neuron; None: everywhere.
 
     Returns:
         values score; member as in 1 to 3 (select with a top rate of ``top_rate`` or more); no exclusivity;
@@ -65,18 +67,19 @@ def culnig(
             scores without their count, or a rate outside (0, 1] or too small to keep a neuron.
         BrocaError: a sum that is not finite, or a negative control.
     """
-    layers, width, languages = target.shape
-    require_several(languages, "CULNIG")
-    kept = rate_count("top rate", top_rate, layers * width)
+    require_several(target.shape[-1], "CULNIG")
+    places = every_place(target) if places is None else places
+    kept = rate_count("top rate", top_rate, int(places.sum()))
     if (recognition is None) != (recognition_prompts is None):
         raise UsageError("recognition scores need the number of their prompts: give both or neither")
     if bool((control < 0).any()):
         raise BrocaError("a control score is negative, but negative scores of control prompts count as 0")
     values = means(target, prompts, "prompts") - means(control, control_prompts, "control prompts")
-    member = _largest(values, kept) & (_deviations(values) >= min_z)
+    member = _largest(values, kept, places) & (_deviations(values) >= min_z)
     if recognition is not None and recognition_prompts is not None:
-        excluded = rate_count("recognition rate", recognition_rate, layers * width)
-        member &= ~_largest(means(recognition, recognition_prompts, "recognition prompts"), excluded)
+        excluded = rate_count("recognition rate", recognition_rate, int(places.sum()))
+        recognised = means(recognition, recognition_prompts, "recognition prompts")
+        member &= ~_largest(recognised, excluded, places)
     return Scores(values=values, member=member, notes={"recognition": recognition is not None})
 
 
@@ -103,9 +106,9 @@ def answer_scores(
     return probability.double()[:, None] * largest.double()
 
 
-def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """bool [L, I, K]: each language's ``count`` largest values, ties by (layer, neuron)."""
-    flat = values.flatten(0, 1)
+def _largest(values: torch.Tensor, count: int, places: torch.Tensor) -> torch.Tensor:
+    """bool [L, I, K]: each language's ``count`` largest values at ``places``, ties by (layer, neuron)."""
+    flat = values.masked_fill(~places[..., None], -torch.inf).flatten(0, 1)
     order = torch.argsort(flat, dim=0, descending=True, stable=True)[:count]
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, order, True).view_as(values)
 
@@ -149,4 +152,5 @@ class Culnig(Scorer):
             top_rate,
             self.recognition_rate,
             self.least_z,
+            statistics.places(self.unit, target),
         )

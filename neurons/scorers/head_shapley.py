@@ -23,7 +23,7 @@ import torch
 from neurons.errors import UsageError
 from neurons.scorers.gradient import HEADS
 from neurons.scorers.means import means
-from neurons.scorers.method import ABLATIONS, Scorer, answers, member_heads
+from neurons.scorers.method import ABLATIONS, Scorer, answers
 from neurons.scorers.scores import Scores
 from neurons.setting import setting
 from neurons.statistics.statistics import Statistics
@@ -83,4 +83,5 @@ class HeadShapley(Scorer):
             # By language, layer and head.
             "standard_errors": errors.permute(2, 0, 1).tolist() if known else None,
         }
-        return Scores(values=values, member=member_heads(statistics, values), notes=notes)
+        there = statistics.places("head", values)[..., None].expand(values.shape)
+        return Scores(values=values, member=there, notes=notes)

@@ -1,12 +1,14 @@
 """Integrated gradients of the answer: knowledge neurons by language (Dai et al., ACL 2022, arXiv 2104.08696).
 
-With P(y | a) the probability of a prompt's answer when the neuron's activation is set to a, the integral
-from 0 to the prompt's own activation, as a right Riemann sum of m steps (the paper has m = 20):
+With P(y | a) the probability of a prompt's answer when the activations of one layer's neurons at the prompt's last token
+are set to a, the integral from 0 to the prompt's own activations along their line, as a right Riemann sum of m steps (the
+paper has m = 20):
 
-    (a_j / m) * sum_{i=1..m} dP(y | (i/m) * a_j) / da_j
+    (a_j / m) * sum_{i=1..m} dP(y | (i/m) * a) / da_j
 
-Each language has the neurons of largest mean over its prompts.  As m goes to infinity the sum converges to
-P(y | a_j) - P(y | 0) with only this neuron changed.
+All neurons of the layer change together, as in the released code (Hunter-DDM/knowledge-neurons); the paper's formula changes
+neuron j alone.  Each language has the neurons of largest mean over its prompts.  As m goes to infinity the sum over the
+neurons of a layer converges to P(y | a) - P(y | 0), of which each neuron has its part.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def lape(
     seen: torch.Tensor,
     filter_rate: float = FILTER_RATE,
     activation_rate: float = ACTIVATION_RATE,
+    places: torch.Tensor | None = None,
 ) -> Scores:
     """Score every neuron.
 
@@ -41,6 +42,7 @@ def lape(
         seen: int64 [K], tokens; or [L, I, K], tokens routed to each neuron's expert.
         filter_rate: fraction of all P at or below tau.
         activation_rate: fraction of all P at or below bar.
+        places: bool [L, I], where a layer has a neuron; None: everywhere.
 
     Returns:
         values -H, the same for all languages, -inf for a neuron that the filter removed; member P > bar;
@@ -51,10 +53,12 @@ def lape(
         BrocaError: a count that is not finite.
     """
     require_several(positive.shape[-1], "LAPE")
-    return entropy_scores(means(positive, seen), filter_rate, activation_rate)
+    return entropy_scores(means(positive, seen), filter_rate, activation_rate, places)
 
 
-def entropy_scores(probability: torch.Tensor, filter_rate: float, activation_rate: float) -> Scores:
+def entropy_scores(
+    probability: torch.Tensor, filter_rate: float, activation_rate: float, places: torch.Tensor | None
+) -> Scores:
     """Steps 1 to 3 without the selection, for any non-negative P [L, I, K].
 
     Raises:
@@ -62,8 +66,9 @@ def entropy_scores(probability: torch.Tensor, filter_rate: float, activation_rat
     """
     require_rate("filter rate", filter_rate)
     require_rate("activation rate", activation_rate)
-    tau = smallest(probability, filter_rate)
-    bar = smallest(probability, activation_rate)
+    existing = probability if places is None else probability[places]
+    tau = smallest(existing, filter_rate)
+    bar = smallest(existing, activation_rate)
     values = torch.where((probability > tau).any(-1), -entropy(probability), -torch.inf)
     return Scores(
         values=values[..., None].expand_as(probability),
@@ -104,4 +109,5 @@ class Lape(Scorer):
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
         fires = statistics.moment("mlp_act:positive")
-        return lape(fires, statistics.seen(), self.filter_rate, self.activation_rate)
+        places = statistics.places(self.unit, fires)
+        return lape(fires, statistics.seen(), self.filter_rate, self.activation_rate, places)

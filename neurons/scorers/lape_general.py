@@ -26,7 +26,7 @@ from neurons.errors import UsageError
 from neurons.scorers.lape import ACTIVATION_RATE, entropy, smallest
 from neurons.scorers.means import means, rate_count, require_rate, require_several
 from neurons.scorers.method import Scorer
-from neurons.scorers.scores import Scores, fractions
+from neurons.scorers.scores import Scores, every_place, fractions
 from neurons.scorers.selection import Selection
 from neurons.setting import setting
 from neurons.statistics.statistics import Statistics
@@ -42,6 +42,7 @@ def lape_general(
     top_rate: float = TOP_RATE,
     activation_rate: float = ACTIVATION_RATE,
     max_penalty: float = MAX_PENALTY,
+    places: torch.Tensor | None = None,
 ) -> Scores:
     """Score every neuron.
 
@@ -54,6 +55,7 @@ def lape_general(
         top_rate: fraction of all neurons for which lambda is searched; select the same fraction, globally.
         activation_rate: fraction of all P at or below bar.
         max_penalty: maximum lambda.
+        places: bool [L, I], where a layer has a neuron; None: everywhere.
 
     Returns:
         values -score, the same for all languages; member P > bar; exclusivity Q; notes "lambda" and "bar".
@@ -63,9 +65,10 @@ def lape_general(
             small to keep a neuron, or a penalty that is negative or not finite.
         BrocaError: a count that is not finite.
     """
-    layers, width, languages = positive.shape
+    languages = positive.shape[-1]
     require_several(languages, "LAPE")
-    kept = rate_count("top rate", top_rate, layers * width)
+    places = every_place(positive) if places is None else places
+    kept = rate_count("top rate", top_rate, int(places.sum()))
     require_rate("activation rate", activation_rate)
     if not 0 <= max_penalty < math.inf:
         raise UsageError(f"the maximum penalty is {max_penalty}, but it must be finite and at least 0")
@@ -73,12 +76,12 @@ def lape_general(
     peak = probability.amax(-1)
     evenness = torch.where(peak > 0, entropy(probability) / math.log(languages), 1.0)
     relative_peak = peak / (sum(1 / j for j in range(1, languages + 1)) / languages)
-    bar = smallest(probability, activation_rate)
+    bar = smallest(probability[places], activation_rate)
     member = probability > bar
-    general = member.all(-1).flatten()
+    general = member.all(-1)[places]
 
     def keeps_no_general(penalty: float) -> bool:
-        score = (evenness - penalty * relative_peak).flatten()
+        score = (evenness - penalty * relative_peak)[places]
         return not bool(general[torch.argsort(score, stable=True)[:kept]].any())
 
     penalty = largest(keeps_no_general, max_penalty)
@@ -124,4 +127,11 @@ class LapeGeneral(Scorer):
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
         fires = statistics.moment("mlp_act:positive")
-        return lape_general(fires, statistics.seen(), top_rate, self.activation_rate, self.most_penalty)
+        return lape_general(
+            fires,
+            statistics.seen(),
+            top_rate,
+            self.activation_rate,
+            self.most_penalty,
+            statistics.places(self.unit, fires),
+        )

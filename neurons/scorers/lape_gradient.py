@@ -26,6 +26,7 @@ def lape_gradient(
     seen: torch.Tensor,
     filter_rate: float = FILTER_RATE,
     activation_rate: float = ACTIVATION_RATE,
+    places: torch.Tensor | None = None,
 ) -> Scores:
     """Score every neuron.
 
@@ -34,6 +35,7 @@ def lape_gradient(
         seen: int64 [K], tokens; or [L, I, K], tokens routed to each neuron's expert.
         filter_rate: fraction of all R at or below tau.
         activation_rate: fraction of all R at or below bar.
+        places: bool [L, I], where a layer has a neuron; None: everywhere.
 
     Returns:
         values -H, the same for all languages, -inf for a neuron that the filter removed; member R > bar;
@@ -44,7 +46,7 @@ def lape_gradient(
         BrocaError: an attribution that is not finite or is negative.
     """
     require_several(attribution.shape[-1], "LAPE of gradients")
-    return entropy_scores(mean_attribution(attribution, seen), filter_rate, activation_rate)
+    return entropy_scores(mean_attribution(attribution, seen), filter_rate, activation_rate, places)
 
 
 class LapeGradient(Lape):
@@ -57,4 +59,5 @@ class LapeGradient(Lape):
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
         attribution = statistics.moment("mlp_in:attribution")
-        return lape_gradient(attribution, statistics.seen(), self.filter_rate, self.activation_rate)
+        places = statistics.places(self.unit, attribution)
+        return lape_gradient(attribution, statistics.seen(), self.filter_rate, self.activation_rate, places)

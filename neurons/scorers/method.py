@@ -78,12 +78,6 @@ class Scorer(Configured):
         raise NotImplementedError
 
 
-def member_heads(statistics: Statistics, values: torch.Tensor) -> torch.Tensor:
-    """bool [L, A, K]: the places of values [L, A, K] that hold a head, in layers with fewer than A or none."""
-    counts = torch.tensor(statistics.heads())
-    return (torch.arange(values.shape[1]) < counts[:, None])[..., None].expand(values.shape)
-
-
 def answers(statistics: Statistics, moment: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A moment summed over answers, and its number of prompts in each language."""
     return statistics.moment(moment), statistics.prompts[moment.partition(":")[2]]

@@ -1,8 +1,9 @@
 """PLND, parallel language-specific neuron detection (Zhao et al., NeurIPS 2024, arXiv 2402.18815).
 
 The importance of a neuron for a document is the change of the MLP's output without it, the sum over
-tokens t of |h_tj| * ||column j of down_proj||.  With rank 0 the most important neuron of its layer
-and k = round(top_rate * I):
+tokens t of |h_tj| * ||column j of down_proj||, in a mixture times the factor of the expert's output (of the router, or of
+a shared expert).  With rank 0 the most important neuron of its layer
+and k = round(top_rate * I), I the number of neurons of that layer:
 
     worst_rank[l, j, c] = max over the documents of language c of the rank of neuron (l, j)
     set of c            = {(l, j): worst_rank < k}, the neurons among the k most important in EVERY document
@@ -18,37 +19,44 @@ import torch
 from neurons.errors import UsageError
 from neurons.scorers.means import rate_count, require_finite
 from neurons.scorers.method import TEXTS, Scorer
-from neurons.scorers.scores import Scores
+from neurons.scorers.scores import Scores, every_place
 from neurons.scorers.selection import Selection
 from neurons.statistics.statistics import Statistics
 
 TOP_RATE = 0.01  # of a layer; our choice, as in LAPE: the paper sets k by hand
 
 
-def plnd(worst_rank: torch.Tensor, top_rate: float = TOP_RATE) -> Scores:
+def plnd(worst_rank: torch.Tensor, top_rate: float = TOP_RATE, places: torch.Tensor | None = None) -> Scores:
     """Score every neuron for every language, one language or more.
 
     Args:
         worst_rank: int64 [L, I, K], the largest 0-based rank of the neuron within its layer over all
             documents of the language.
         top_rate: fraction of a layer's neurons that count as most important in a document.
+        places: bool [L, I], where a layer has a neuron; None: everywhere.
 
     Returns:
-        values 1 - worst_rank / I; member worst_rank < round(top_rate * I); no exclusivity.
+        values 1 - worst_rank / n and member worst_rank < round(top_rate * n), with n the number of neurons of the
+        layer; no exclusivity.
 
     Raises:
-        UsageError: a rate outside (0, 1] or too small to keep a neuron of a layer, a language without
+        UsageError: a rate outside (0, 1] or too small to keep a neuron of the widest layer, a language without
             documents, or values that are not ranks.
     """
     width = worst_rank.shape[1]
-    kept = rate_count("top rate", top_rate, width)
+    rate_count("top rate", top_rate, width)
     if bool(((worst_rank < 0) | (worst_rank >= width)).any()):
         raise UsageError(f"a rank lies outside 0 to {width - 1}: PLND takes ranks within a layer")
-    # One document gives every rank once, and more documents only raise them.
-    empty = (worst_rank.sum(1) < width * (width - 1) // 2).any(0)
+    counts = (every_place(worst_rank) if places is None else places).sum(1)
+    # One document gives every rank of a layer with neurons once, and more documents only raise them.
+    empty = (worst_rank[counts > 0].sum(1) < width * (width - 1) // 2).any(0)
     if bool(empty.any()):
         raise UsageError(f"language number {int(empty.nonzero()[0]) + 1} has no documents: give it some")
-    return Scores(values=1 - worst_rank.double() / width, member=worst_rank < kept)
+    of_layer = counts.double()[:, None, None]
+    return Scores(
+        values=1 - worst_rank.double() / of_layer.clamp(min=1),
+        member=worst_rank < (top_rate * of_layer).round(),
+    )
 
 
 def document_importance_ranks(importance: torch.Tensor) -> torch.Tensor:
@@ -78,7 +86,8 @@ class Plnd(Scorer):
     rate_in_score = True
 
     def scores(self, statistics: Statistics, top_rate: float) -> Scores:
-        return plnd(statistics.moment(self.moments[0]), top_rate)
+        ranks = statistics.moment(self.moments[0])
+        return plnd(ranks, top_rate, statistics.places(self.unit, ranks))
 
 
 class PlndReleased(Plnd):

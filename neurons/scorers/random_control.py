@@ -112,8 +112,12 @@ def random_scores(
     """
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(layers, width, languages, generator=generator, dtype=torch.float64)
-    exists = torch.arange(width) < torch.tensor(counts or [width] * layers)[:, None]
-    return Scores(values=values, member=exists[..., None].expand(values.shape), notes={"seed": seed})
+    return Scores(
+        values=values,
+        member=torch.ones_like(values, dtype=torch.bool),
+        places=torch.arange(width) < torch.tensor(counts or [width] * layers)[:, None],
+        notes={"seed": seed},
+    )
 
 
 def _take_nearest(wanted: list[int], free: list[int], chances: list[float], nearest: int) -> list[int]:

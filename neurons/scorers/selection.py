@@ -1,13 +1,15 @@
 """Selection of neurons from scores, by rate, threshold, exclusivity, layers and kind.
 
-A neuron's *kind* follows from the number of its languages: ``specific`` (1), ``related`` (2 to K-1),
-``general`` (all K), named as in the LAPE extension NJUNLP/Language-Neurons-Alignment.
+A neuron's *kind* follows from the number of languages that select it, or of those that its method counts (CLAS):
+``specific`` (1), ``related`` (2 to K-1), ``general`` (all K), named as in the LAPE extension
+NJUNLP/Language-Neurons-Alignment.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -89,6 +91,10 @@ def eligible(scores: Scores, selection: Selection) -> torch.Tensor:
     """
     layers = scores.values.shape[0]
     allowed = torch.isfinite(scores.values)
+    if scores.places is not None:
+        allowed = allowed & scores.places[..., None]
+    if scores.kinds is not None and selection.kinds is not None:
+        allowed = allowed & _of_kinds(scores.kinds, selection.kinds)[..., None]
     if selection.threshold is not None:
         allowed = allowed & (scores.values >= selection.threshold)
     if selection.min_exclusivity is not None:
@@ -113,6 +119,10 @@ def kind_of(languages: torch.Tensor, count: int) -> torch.Tensor:
     return torch.where(languages <= 1, 0, torch.where(languages < count, 1, 2))
 
 
+def _of_kinds(kinds: torch.Tensor, wanted: Sequence[str]) -> torch.Tensor:
+    return torch.isin(kinds, torch.tensor([KINDS.index(kind) for kind in wanted]))
+
+
 def select(scores: Scores, selection: Selection) -> list[Selected]:
     """The neurons of each language.
 
@@ -121,8 +131,7 @@ def select(scores: Scores, selection: Selection) -> list[Selected]:
     """
     layers, width, languages = scores.values.shape
     allowed = eligible(scores, selection)
-    chosen_layers = layers if selection.layers is None else len(set(selection.layers))
-    kept_count = round(selection.top_rate * chosen_layers * width)
+    kept_count = round(selection.top_rate * scores.neurons_in(selection.layers))
     member = (allowed & scores.member).flatten(0, 1)
     if selection.scope == "global":
         # As in LAPE: a kept neuron that is a member of no language belongs to none.
@@ -135,12 +144,11 @@ def select(scores: Scores, selection: Selection) -> list[Selected]:
             tie = None if scores.tie is None else scores.tie[..., k].flatten()
             places.append(_ends((values, tie), (values, tie), member[:, k], kept_count, selection.ends))
     owners = torch.bincount(torch.cat(places), minlength=layers * width)
-    kinds = kind_of(owners, languages)
+    kinds = kind_of(owners, languages) if scores.kinds is None else scores.kinds.flatten()
     selected = []
     for k, at in enumerate(places):
         if selection.kinds is not None:
-            wanted = torch.tensor([KINDS.index(kind) for kind in selection.kinds])
-            at = at[torch.isin(kinds[at], wanted)]
+            at = at[_of_kinds(kinds[at], selection.kinds)]
         selected.append(
             Selected(
                 rows=torch.stack([at // width, at % width], dim=1),

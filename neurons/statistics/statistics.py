@@ -105,6 +105,18 @@ class Statistics:
             raise UsageError("the statistics do not hold the numbers of heads: record again")
         return list(self.metadata["heads"])
 
+    def places(self, unit: str, values: torch.Tensor) -> torch.Tensor:
+        """bool [L, width]: where a layer has a "neuron" or a "head", for values [L, width, ...] with zeros elsewhere.
+
+        True everywhere if the numbers of neurons are unknown, as of files that were not recorded.
+
+        Raises:
+            UsageError: as ``heads``.
+        """
+        layers, width = values.shape[:2]
+        counts = self.heads() if unit == "head" else self.metadata.get("neuron_counts", [width] * layers)
+        return torch.arange(width) < torch.tensor(counts)[:, None]
+
     def seen(self) -> torch.Tensor:
         """Tokens that reached each neuron, int64, [K] or (for experts) [L, I, K].
 

@@ -19,7 +19,7 @@ from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
 from neurons.text.batches import (
     TokenBatch,
-    block_length,
+    context_length,
     counted_tokens,
     require_embedded_tokens,
     row_batches,
@@ -71,11 +71,11 @@ def conversation_batches(
             token without an embedding.
     """
     groups = (*(name for language in conversations for name in groups_of(language)), TEMPLATE_GROUP)
-    context = block_length(loaded.model)
+    context = context_length(loaded.model)
     batches: dict[str, list[TokenBatch]] = {}
     for place, (language, of_language) in enumerate(conversations.items()):
         longest = max((len(conversation.ids) for conversation in of_language), default=0)
-        if longest > context:
+        if context is not None and longest > context:
             raise UsageError(
                 f"a conversation in {language!r} has {longest} tokens, but the model reads {context}: shorten it"
             )

@@ -1,6 +1,7 @@
 """Taking directions: recorded texts, length, neutral mean, winsorising, files and the command, against loops."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import models
@@ -110,7 +111,11 @@ def test_every_method_serves_every_edit(llama, taken, method):
     assert found.metadata["method"] == method
 
 
-def test_diffmean_stays_as_it_is(llama, parallel, tmp_path):
+@pytest.mark.parametrize("in_rows", [False, True])
+def test_diffmean_stays_as_it_is(llama, parallel, tmp_path, in_rows):
+    if in_rows:  # of a text in several rows, each row counts as a text
+        long = " ".join(models.sentences("qaa", 70, 4, (8, 9)))
+        parallel = replace(parallel, texts={**parallel.texts, "qaa": (long, *parallel.texts["qaa"][1:])})
     found, plain = (
         direction_of(llama, parallel, "qaa", "qab"),
         diffmean_direction(llama, parallel, "qaa", "qab"),

@@ -184,6 +184,15 @@ def test_reads_gemma_scope(tmp_path):
         assert numpy.array_equal(tensor.numpy(), made[name])
     with pytest.raises(UsageError, match="--sae-layer"):
         read_autoencoder(tmp_path / "params.npz")
+    for released in ("mlp", "att", "res"):
+        own = tmp_path / f"gemma-scope-2b-pt-{released}" / "layer_2"
+        own.mkdir(parents=True)
+        numpy.savez(own / "params.npz", **made)
+        if released == "res":
+            assert read_autoencoder(own, 2).site == "block_out"
+        else:
+            with pytest.raises(UsageError, match="give one of -res"):
+                read_autoencoder(own, 2)
 
 
 def test_unpickles_nothing(tmp_path):
@@ -305,12 +314,18 @@ def test_the_nearest_autoencoder_speaks_for_other_layers():
 
 
 def test_refuses_autoencoders_that_do_not_fit(llama, uneven):
+    batches = language_batches(llama, uneven)["qaa"]
     with pytest.raises(UsageError, match="needs an autoencoder"):
         direction_of(llama, uneven, "qaa", "qab", "sae")
     with pytest.raises(UsageError, match="--sae"):
         direction_of(llama, uneven, "qaa", "qab", "lda", autoencoders=[autoencoder()])
     with pytest.raises(UsageError, match="layers 0-2"):
         direction_of(llama, uneven, "qaa", "qab", "sae", autoencoders=[autoencoder(layer=3)])
+    normed = replace(llama.anatomy, layout=replace(llama.anatomy.layout, residual=False))  # as Gemma 2
+    for site in ("mlp_out", "attn_out"):
+        with pytest.raises(UsageError, match=r"after the norm .*residual stream"):
+            firing(replace(llama, anatomy=normed), batches, [autoencoder(site=site)])
+    assert firing(replace(llama, anatomy=normed), batches, [autoencoder()])
     narrow = weights(d=8)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     one = Autoencoder(*(narrow[name] for name in names), 1)

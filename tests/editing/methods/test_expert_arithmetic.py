@@ -10,6 +10,7 @@ from editing.hooks.language_arithmetic import LanguageArithmetic
 from editing.methods.language_arithmetic import activation_means, language_arithmetic_plan
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
+from neurons.errors import BrocaError
 from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_set import neuron_set
 from neurons.text.batches import TokenBatch, language_batches
@@ -125,6 +126,20 @@ def test_deactivation_in_the_weights_is_the_hook(loaded, corpus, neurons):
     for (_, one), (_, other) in zip(by_plan["qaa"], by_hook["qaa"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert plan.edits[0].components == SILENCED and plan.edits[0].rank == 0
+
+
+def test_experts_with_another_product_of_gate_and_branch_are_only_silenced(tmp_path, corpus):
+    """gpt-oss has h = (clamp(u) + 1) s, of which u times a constant is no part."""
+    loaded = load_model(str(models.build_checkpoint(tmp_path, "gpt_oss")))
+    rows = {"qaa": torch.tensor([[LAYER, 3], [LAYER, 9]]), "qab": torch.tensor([[LAYER, 5]])}
+    scores = {k: torch.zeros(len(v)) for k, v in rows.items()}
+    places = 3, loaded.anatomy.neurons, {"method": "lape", "fingerprint": loaded.fingerprint}
+    found = neuron_set(rows, scores, *places)
+    for target, fill in ((None, -0.2), ("qab", 0.0)):
+        with pytest.raises(BrocaError, match="does not name the gate's activation"):
+            language_arithmetic_plan(loaded, corpus, found, target, ["qaa"], fill=fill)
+    (edit,) = language_arithmetic_plan(loaded, corpus, found, None, ["qaa"]).edits
+    assert edit.components == (3, 9) and edit.rank == 0
 
 
 def test_an_expert_adds_the_mean_of_the_intervention(loaded, corpus, neurons):

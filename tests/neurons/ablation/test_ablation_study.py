@@ -158,6 +158,18 @@ def test_doses_of_the_model_and_of_sets_without_scores():
     assert len(dosed(one, "qaa", 0.1, 0, of_model=True)) == round(0.1 * 144)
     with pytest.raises(UsageError, match=r"--top-rate 0\.2"):
         dosed(one, "qaa", 0.2, 0, of_model=True)
+    uneven = set_of(members, scores=one.scores, neuron_counts=[20, 0, 30])
+    assert len(dosed(uneven, "qaa", 0.1, 0, of_model=True)) == round(0.1 * 50)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [("top", [1, 4, 5]), ("bottom", [0, 2, 3]), ("both", [1, 3, 4])]
+)
+def test_doses_begin_at_the_ends_that_were_selected(ends, expected):
+    scores = {"qaa": torch.tensor([2.0, 6.0, 3.0, 1.0, 5.0, 4.0], dtype=torch.float64)}
+    one = set_of({"qaa": [(0, j) for j in range(6)]}, scores=scores, settings={"ends": ends})
+    assert dosed(one, "qaa", 0.5, 0).tolist() == [[0, j] for j in expected]
+    assert dosed(one, "qaa", 1.0, 0).tolist() == [[0, j] for j in range(6)]
 
 
 def test_controls_are_as_many_in_each_layer_and_none_of_the_set(llama, small):
@@ -168,6 +180,10 @@ def test_controls_are_as_many_in_each_layer_and_none_of_the_set(llama, small):
         assert torch.equal(one.controls["matched"][1].nll, other.controls["matched"][1].nll)
         assert not torch.equal(one.controls["matched"][0].nll, one.controls["random"][0].nll)
         assert not torch.equal(one.controls["random"][0].nll, one.controls["random"][1].nll)
+    (again, _) = ablation_study(llama, corpus, sets, replace(settings, seed=1, doses=()), statistics).sets
+    for control in ("random", "matched"):
+        for drawn in again.controls[control]:
+            assert not any(torch.equal(drawn.nll, of.nll) for of in study.sets[0].controls[control])
 
 
 def test_a_language_without_neurons_changes_nothing(small):

@@ -381,7 +381,7 @@ def test_means_of_neurons_in_a_family_of_mixtures_without_a_mixture(tmp_path):
     made = models.build_wrapper(tmp_path, "nemotron_h", layers_block_type=kinds)
     loaded = load_model(str(made), device="cpu")
     assert loaded.anatomy.mixed and loaded.anatomy.experts == 1
-    read = record(loaded, batches(), ["mlp_in:text_mean", "mlp_in:sum"])
+    read = record(loaded, batches(), ["mlp_in:text_mean", "mlp_in:sum", "mlp_in:worst_rank"])
     kept = []
     handle = loaded.anatomy.outputs["mlp"][2].register_forward_pre_hook(
         lambda _, inputs: kept.append(inputs[0])
@@ -391,6 +391,8 @@ def test_means_of_neurons_in_a_family_of_mixtures_without_a_mixture(tmp_path):
     values = kept[0].view(2, 9, 96)[:, 1:].double()
     torch.testing.assert_close(read.moments["mlp_in:sum"][2, :, 0], values.sum((0, 1)))
     torch.testing.assert_close(read.moments["mlp_in:text_mean"][2, :, 0], values.mean(1).sum(0))
+    read.metadata.update(model_metadata(loaded))
+    assert {*neurons_from(read, "plnd", 0.5).of("xx")[:, 0].tolist()} == {2, 3}
 
 
 def test_heads_of_a_hybrid_are_those_of_its_softmax_attention(tmp_path):
@@ -404,7 +406,7 @@ def test_heads_of_a_hybrid_are_those_of_its_softmax_attention(tmp_path):
     assert {*heads.of("xx")[:, 0].tolist()} == {*range(4)} - {*lacking}
     assert len(heads.of("xx")) == sum(heads.counts)
     for statistics in (None, read):
-        one = neurons_from(read, "head-gradient", 1 / (4 * anatomy.heads))
+        one = neurons_from(read, "head-gradient", 1 / sum(heads.counts))
         (drawn,) = random_set(one, 0, statistics).of("xx").tolist()
         assert drawn[0] == int(one.of("xx")[0, 0]) and drawn != one.of("xx")[0].tolist()
 

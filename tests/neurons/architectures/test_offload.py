@@ -212,12 +212,18 @@ def test_values_that_are_moved_to_one_device_count_the_same(checkpoint_of, corpu
     assert torch.equal(logits_of(spread, readers), logits_of(whole, readers))
 
 
-def test_values_are_handed_over_on_the_device_that_they_are_gathered_on(llama, corpus):
-    anatomy = replace(llama.anatomy, gathered_on=torch.device("meta"))
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_values_are_handed_over_on_the_device_that_they_are_gathered_on(checkpoint_of, family):
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    anatomy = replace(loaded.anatomy, gathered_on=torch.device("meta"))
     seen = []
-    with site_hooks(anatomy, {("mlp_in", 2): lambda values, _: seen.append(values.device)}):
-        logits_of(llama)
-    assert seen == [torch.device("meta")]
+
+    def see(values, routed):
+        seen.extend([values.device, *([routed.tokens.device, routed.weights.device] if routed else [])])
+
+    with site_hooks(anatomy, {("mlp_in", 2): see}):
+        logits_of(loaded)
+    assert {*seen} == {torch.device("meta")}
 
 
 def test_a_person_is_told_what_waits_on_disk(broca, checkpoint_of, corpus_directory, tmp_path, monkeypatch):

@@ -110,6 +110,9 @@ def test_the_histogram_holds_every_neuron():
     axis = figure.axes[0]
     assert sum(bar.get_height() for bar in axis.patches) == 3 * WIDTH - 1
     assert "35 neurons over 5 languages; 1 never fire" in axis.get_title()
+    found.moments["mlp_act:positive"][2] = 0
+    found.metadata["neuron_counts"] = [WIDTH, WIDTH, 0]
+    assert "23 neurons over 5 languages; 1 never fire" in pictures.entropy_figure(found).axes[0].get_title()
     with pytest.raises(UsageError, match="at least two"):
         pictures.entropies(statistics(languages=1))
     other = Statistics(("en", "fr"), torch.ones(2), torch.ones(2), {}, "")

@@ -273,6 +273,12 @@ def test_what_cannot_be_traced_is_refused(llama):
         record_answers(llama, prompts_of({"qac": (long,)}), "answer")
 
 
+def test_prompts_may_be_as_long_as_the_context(llama, monkeypatch):
+    monkeypatch.setattr(llama.model.config, "max_position_embeddings", 2500)
+    long = Prompt("nut " * 2400, " pop")
+    assert record_answers(llama, prompts_of({"qac": (long,)}), "answer").moments["mlp_act:answer"].any()
+
+
 def write(directory, **files):
     directory.mkdir(exist_ok=True)
     for language, content in files.items():

@@ -4,6 +4,7 @@ import models
 import pytest
 import torch
 
+from neurons.architectures.anatomy import first
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
 from neurons.models.source import load_model
@@ -196,23 +197,30 @@ def test_tokens_that_are_not_routed_to_an_expert_count_0_in_texts(checkpoint_of,
             torch.testing.assert_close(result.responses[language][place].double(), mean, rtol=1e-5, atol=1e-6)
 
 
-def test_worst_rank_weights_an_experts_neurons_by_its_output_weights(checkpoint_of):
-    loaded = load_model(str(checkpoint_of("mixtral")), device="cpu")
-    batches = make_batches(loaded.tokenizer)
-    result = record(loaded, batches, ["mlp_in:worst_rank"]).moments["mlp_in:worst_rank"]
-    values = hooked(loaded, batches, ("mlp_in",))["mlp_in"]
-    for k, language in enumerate(ORDER):
-        lengths = [int(n) for batch in batches[language] for n in batch.counted.sum(1)]
-        for layer in range(LAYERS):
-            weight = loaded.model.model.layers[layer].mlp.experts.down_proj.detach().double()
-            norms = [float(weight[e, :, j].norm()) for e in range(3) for j in range(WIDTH)]
-            worst = [0] * (3 * WIDTH)
-            for text in values[language][layer].split(lengths):
-                effects = [size * norm for size, norm in zip(text.abs().sum(0).tolist(), norms, strict=True)]
-                order = sorted(range(3 * WIDTH), key=lambda j, effects=effects: (-effects[j], j))
-                for rank, j in enumerate(order):
-                    worst[j] = max(worst[j], rank)
-            assert result[layer, :, k].tolist() == worst
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_worst_rank_is_by_the_change_of_a_mixtures_output_without_the_neuron(tmp_path, family):
+    """Of routed experts, and of a shared one whose output has a factor of its own."""
+    loaded = load_model(str(models.build_wrapper(tmp_path, family)), device="cpu")
+    loaded.model.double()  # so that differences of outputs have the digits to rank by
+    loaded.model.set_experts_implementation("eager")  # the grouped one has no float64
+    anatomy, layer, inputs, effects = loaded.anatomy, 1, [], []
+    (batch,) = text_batches(make_texts("qac"), loaded.tokenizer, 100)
+    mixture = anatomy.mixtures[layer]
+    handle = mixture.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    result = record(loaded, {"qac": [batch]}, ["mlp_in:worst_rank"]).moments["mlp_in:worst_rank"]
+    handle.remove()
+    with torch.no_grad():
+        whole = first(mixture(*inputs))
+        for neuron in range(anatomy.width("mlp_in", layer)):
+            value = anatomy.value(layer, neuron)
+            before = value.clone()
+            value.zero_()
+            change = (whole - first(mixture(*inputs))).norm(dim=-1)
+            value.copy_(before)
+            effects.append((change.view(batch.ids.shape) * batch.counted).sum(1))
+    ranks = torch.stack(effects, dim=1).sort(dim=1, descending=True, stable=True).indices.argsort(1)
+    assert len(ranks) > 3
+    assert result[layer, :, 0].tolist() == ranks.amax(0).tolist()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from neurons.errors import BrocaError, UsageError
 from neurons.scorers.clas import CLASSES, clas, clas_classes
-from neurons.scorers.selection import KINDS, Selection, select
+from neurons.scorers.selection import KINDS, SCOPES, Selection, select
 
 
 @pytest.mark.parametrize("languages", [2, 3, 6])
@@ -55,6 +55,15 @@ def test_the_kinds_of_a_selection_are_the_classes():
         expected = {tuple(row) for row in (classes == CLASSES.index(name)).nonzero().tolist()}
         assert expected
         assert found == expected
+        for scope in SCOPES:
+            for narrower in ({"top_rate": 0.1}, {"top_rate": 1.0, "threshold": 0.8, "min_exclusivity": 0.3}):
+                some = select(clas(mean), Selection(scope, kinds=(kind,), **narrower))
+                assert any(len(of.rows) for of in some)
+                assert {tuple(row) for of in some for row in of.rows.tolist()} <= expected
+                assert {KINDS[at] for of in some for at in of.kinds.tolist()} == {kind}
+    # The rate is of all neurons, and is filled by those of the kind.
+    specific = select(clas(mean), Selection(top_rate=0.02, kinds=("specific",)))
+    assert [len(of.rows) for of in specific] == [round(0.02 * 180)] * 4
 
 
 def test_a_language_has_its_largest_means_first():

@@ -51,7 +51,13 @@ def test_a_language_without_a_header_is_refused_by_name(loaded):
         conversation_batches(loaded, {"aa": [user]})
 
 
-def test_a_conversation_that_is_longer_than_the_context_is_refused(loaded):
+def test_a_conversation_that_is_longer_than_the_context_is_refused(loaded, monkeypatch):
     ids = torch.full((loaded.model.config.max_position_embeddings + 1,), 5)
     with pytest.raises(UsageError, match=str(len(ids))):
         conversation_batches(loaded, {"aa": [RoleTokens(ids, torch.zeros_like(ids))]})
+    monkeypatch.setattr(loaded.model.config, "max_position_embeddings", 4096)
+    ids = torch.full((3000,), 5)
+    roles = torch.full_like(ids, ROLES.index("user"))
+    roles[-1] = ROLES.index("header")
+    (batch,) = conversation_batches(loaded, {"aa": [RoleTokens(ids, roles)]}).batches["aa"]
+    assert batch.ids.shape == (1, 3000)
