@@ -73,22 +73,25 @@ def memory_limit() -> int:
 
 @cache
 def _free() -> int:
-    """Free memory at the first call, with that of this process, less the margin; within a container its limit."""
+    """Free memory at the first call, with that of this process, less the margin."""
     import psutil
 
     process = psutil.Process().memory_info()
     used_here = process.rss - getattr(process, "shared", 0)
-    free = within_container(psutil.virtual_memory().available)
+    free = free_memory()
     # Processes of one launch share the machine.
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return int((1 - MARGIN) * (free + used_here) / processes)
 
 
-def within_container(free: int) -> int:
-    """``free`` bytes of the machine; within a container no more than its limit leaves.
+def free_memory() -> int:
+    """Free bytes of the machine's main memory; within a container no more than its limit leaves.
 
     Pages of files, such as mapped weights, are counted as free: the kernel drops them when memory is needed.
     """
+    import psutil
+
+    free: int = psutil.virtual_memory().available
     for folder, limit, used, prefix in (
         (CGROUPS, "memory.max", "memory.current", ""),
         (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),

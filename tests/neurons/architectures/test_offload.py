@@ -185,7 +185,7 @@ def test_a_device_that_was_named_is_not_left_for_the_disk(checkpoint_of):
 
 def test_little_free_memory_is_no_death(checkpoint_of, monkeypatch):
     free = 250_000
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": free})
+    monkeypatch.setattr("neurons.models.placement.free_memory", lambda: free)
     loaded = load_model(str(checkpoint_of()))
     assert set(loaded.model.hf_device_map.values()) == {"cpu", "disk"}
     live = sum(p.nbytes for p in loaded.model.parameters() if p.device.type == "cpu")
@@ -224,7 +224,7 @@ def test_a_person_is_told_what_waits_on_disk(broca, checkpoint_of, corpus_direct
     asked = ["record", checkpoint_of(), "--corpus", corpus_directory, "--out", tmp_path / "s.safetensors"]
     status, _, said = broca(*asked)
     assert status == 0 and "disk" not in said
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 250_000})
+    monkeypatch.setattr("neurons.models.placement.free_memory", lambda: 250_000)
     status, _, said = broca(*asked)
     assert status == 0 and "disk" in said and str(checkpoint_of().name) in said.replace("\n", "")
 

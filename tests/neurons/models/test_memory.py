@@ -15,7 +15,7 @@ from cli.dry_run import dry_run
 from cli.screen import Screen
 from editing.pipeline.needs import key_need
 from neurons.errors import BrocaError
-from neurons.models import memory, placement
+from neurons.models import memory
 from neurons.models.memory import (
     Need,
     backward_bytes,
@@ -26,6 +26,7 @@ from neurons.models.memory import (
     read_weights,
     sizes_of,
 )
+from neurons.models.placement import max_memory_per_device
 from neurons.models.source import load_model, open_model, plan_model
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.needs import text_of
@@ -122,23 +123,25 @@ def test_a_long_row_is_recomputed_where_keeping_it_does_not_fit(llama):
 @pytest.mark.parametrize("old", [False, True])
 def test_pages_of_files_are_free_within_a_container(tmp_path, monkeypatch, old):
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    assert memory.within_container(10**6) == 10**6
+    machine = SimpleNamespace(available=10**6)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: machine)
+    assert memory.free_memory() == 10**6
     folder, prefix = (tmp_path / "memory", "total_") if old else (tmp_path, "")
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
     folder.mkdir(exist_ok=True)
     (folder / names[0]).write_text("1000\n")
     (folder / names[1]).write_text("900\n")
-    assert memory.within_container(10**6) == 100  # not every runtime has memory.stat
+    assert memory.free_memory() == 100  # not every runtime has memory.stat
     (folder / "memory.stat").write_text(
         f"{prefix}anon 100\n{prefix}active_file 300\n{prefix}inactive_file 400\n"
     )
-    assert memory.within_container(10**6) == 800
-    assert memory.within_container(700) == 700
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 10**6})
-    monkeypatch.setattr(placement, "_size", lambda *_: 721)
-    assert placement.max_memory_per_device(tmp_path, torch.device("cpu"), 4) == {"cpu": 720}
+    assert memory.free_memory() == 800
+    assert max_memory_per_device(721, torch.device("cpu")) == {"cpu": 720}
+    machine.available = 700
+    assert memory.free_memory() == 700
+    machine.available = 10**6
     (folder / names[0]).write_text("max\n")
-    assert memory.within_container(10**6) == 10**6
+    assert memory.free_memory() == 10**6
 
 
 def test_processes_cut_batches_by_the_least_memory(llama, corpus, monkeypatch):
