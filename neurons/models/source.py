@@ -314,17 +314,15 @@ def load_model(
     loaded.eval().requires_grad_(False)
     if folder is not None:
         weakref.finalize(loaded, folder.cleanup)
-    offloaded = offloaded_bytes(loaded) > 0
-    if offloaded:
-        reload_for_gradients(loaded)
+    reload_for_gradients(loaded)
     if bits is not None:
         keep_layout(loaded)
     anatomy = anatomy_of(loaded) if bits is None else with_modules_of(anatomy_of(_empty(config)), loaded)
     if anatomy.layout.examined:
-        # The check zeroes weights, which only plain modules in memory have: for others it uses a small model.
+        # The check zeroes weights and compares layers, of plain modules on one device: for others it uses a small model.
         anatomy = (
             replace(anatomy, layout=checked_on_small_model(config, anatomy.layout))
-            if offloaded or bits is not None
+            if "max_memory" in place or bits is not None
             else checked(loaded, anatomy)
         )
         if bits is None:

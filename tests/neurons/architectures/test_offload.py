@@ -18,6 +18,7 @@ from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.keyed import keyed_plan
 from editing.methods.learned_values import learned_values
 from editing.plans.applied import applied
+from neurons.architectures.layouts import LAYOUTS
 from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
 from neurons.models.memory import LIBRARIES, MIN_WORK, WORK, room, sizes_of
@@ -132,10 +133,16 @@ def test_a_neuron_is_told_the_same(both, corpus):
     assert neuron_report(other, corpus, 1, 3) == neuron_report(whole, corpus, 1, 3)
 
 
-def test_an_unknown_architecture_is_checked_too(tmp_path):
+def test_an_unknown_architecture_is_checked_too(tmp_path, monkeypatch):
+    """On a small model, also if all weights are in memory, but on several devices, whose values cannot be compared."""
+    monkeypatch.delitem(LAYOUTS, "stablelm", raising=False)
     save_new(tmp_path, *NEW["stablelm"][:2])
-    whole, other = load_model(str(tmp_path), device="cpu"), load_model(str(tmp_path), max_memory=0)
-    assert other.anatomy.layout == whole.anatomy.layout
+    layout = load_model(str(tmp_path), device="cpu").anatomy.layout
+    assert layout.examined
+    monkeypatch.setattr("neurons.models.source.checked", None)
+    assert load_model(str(tmp_path), max_memory=0).anatomy.layout == layout
+    monkeypatch.setattr("neurons.models.source.max_memory_per_device", lambda *_: {"cpu": 10**9})
+    assert load_model(str(tmp_path)).anatomy.layout == layout
 
 
 def test_a_backward_pass_does_not_hold_the_weights_since_the_forward(checkpoint_of, corpus, monkeypatch):
