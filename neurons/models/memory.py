@@ -38,6 +38,7 @@ from neurons.models.next_token import LOGIT_BYTES_AT_ONCE
 from neurons.models.processes import all_reduce
 
 if TYPE_CHECKING:
+    from neurons.architectures.anatomy import Anatomy
     from neurons.models.source import LoadedModel, ModelSource
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -45,7 +46,7 @@ LIBRARIES = 500 * 2**20
 MARGIN = 0.1  # fraction of the free memory that stays free
 WORK = 3 * 2**29  # on a CPU: larger batches are not faster
 MIN_WORK = 2**29  # with less, offload weights instead
-GPU_FRACTION = 0.4  # of a GPU's memory, whatever else is on it
+GPU_FRACTION = 0.4  # of a GPU's memory, if the weights on it leave as much
 FRAGMENTATION = 1.4
 # Copies of a chunk's logits: the model's, float32, their softmax, and with a gradient those of two of them.
 LOGIT_COPIES, LOGIT_COPIES_BACKWARD = 3, 5
@@ -115,7 +116,8 @@ class Sizes:
     Attributes:
         layers: L.
         residual: d.
-        inner: I, MLP neurons of a layer that are active for a token.
+        inner: I, MLP neurons of a layer that are active for a token, those of shared experts included: the maximum
+            over the layers.
         neurons: all MLP neurons of a layer.
         attention: A D.
         keys: width of a layer's keys, and of its values.
@@ -240,11 +242,11 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
         stored, count = _stored(source.checkpoint)
         value = stored if value is None else value
         weights = count * value
-    reached = anatomy.expert_width * max(1, getattr(config, "num_experts_per_tok", 1) or 1)
+    reached = max(1, getattr(config, "num_experts_per_tok", 1) or 1)
     sizes = Sizes(
         layers=anatomy.layers,
         residual=anatomy.residual,
-        inner=min(anatomy.neurons, reached),
+        inner=max(_active_neurons(anatomy, layer, reached) for layer in range(anatomy.layers)),
         neurons=anatomy.neurons,
         attention=anatomy.width("attn_in"),
         keys=anatomy.head_dim * (getattr(config, "num_key_value_heads", None) or anatomy.heads),
@@ -257,6 +259,14 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
         layer = max(sum(weight.nbytes for weight in block.parameters()) for block in anatomy.blocks)
         return replace(sizes, weights=max(layer, memory_beside_work(sizes)))
     return sizes
+
+
+def _active_neurons(anatomy: Anatomy, layer: int, reached: int) -> int:
+    """MLP neurons of a layer that are active for a token, which reaches so many routed experts."""
+    return sum(
+        part.width if part.experts is None else part.width // part.experts * min(reached, part.experts)
+        for part in anatomy.parts(layer, "mlp")
+    )
 
 
 def read_weights(planned: LoadedModel, logits: bool) -> int:
@@ -280,13 +290,16 @@ def read_weights(planned: LoadedModel, logits: bool) -> int:
 
 
 def room(loaded: LoadedModel) -> int:
-    """Bytes for work on a loaded model: the limit less libraries and weights, at most ``WORK``.
+    """Bytes for work on a loaded model: the limit, or a GPU's memory, less libraries and weights, at most ``WORK``, or
+    ``GPU_FRACTION`` of a GPU.
 
     Raises:
         BrocaError: the weights leave none.
     """
     if loaded.device.type == "cuda":
-        return int(GPU_FRACTION * torch.cuda.get_device_properties(loaded.device).total_memory)
+        total = int(torch.cuda.get_device_properties(loaded.device).total_memory)
+        weights = sum(weight.nbytes for weight in loaded.model.parameters() if weight.device == loaded.device)
+        return max(0, min(int(GPU_FRACTION * total), total - LIBRARIES - weights))
     return min(WORK, max_room(loaded))
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import models
 import pytest
 import torch
+import transformers
 
 from cli.dry_run import dry_run
 from cli.screen import Screen
@@ -31,7 +32,7 @@ from neurons.models.source import load_model, open_model, plan_model
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.needs import text_of
 from neurons.recording.record import record
-from neurons.text.batches import common_tokens, language_batches, text_batches
+from neurons.text.batches import common_tokens, language_batches, longest_row, text_batches
 from neurons.text.corpus import read_corpus
 from neurons.text.token_budget import Budget
 
@@ -107,6 +108,43 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
     limit_memory(least)
     with pytest.raises(BrocaError, match="weights"):
         batches_for(llama, False, 1)
+
+
+@pytest.mark.parametrize("tokens_a_batch", [None, 16])
+def test_a_row_of_text_that_cannot_fit_is_refused(llama, corpus, tokens_a_batch):
+    longest = longest_row(language_batches(llama, corpus))
+    sizes = sizes_of(llama)
+    least = memory.LIBRARIES + sizes.weights + memory.forward_bytes(sizes, longest)
+    limit_memory(least)
+    language_batches(llama, corpus, tokens_a_batch=tokens_a_batch)
+    limit_memory(least - 1)
+    with pytest.raises(BrocaError, match=f"a row of {longest} tokens"):
+        language_batches(llama, corpus, tokens_a_batch=tokens_a_batch)
+
+
+@pytest.mark.parametrize("weights", [10**9, 6 * 10**9, 9 * 10**9, 10**10])
+def test_work_on_a_gpu_fits_beside_its_weights(monkeypatch, weights):
+    """Of two GPUs of 10 GB: the weights on the other do not count."""
+    total = 10**10
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    own, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    parameters = [
+        SimpleNamespace(nbytes=size, device=at) for size, at in ((weights, own), (8 * 10**9, other))
+    ]
+    loaded = SimpleNamespace(device=own, model=SimpleNamespace(parameters=lambda: parameters))
+    left = total - memory.LIBRARIES - weights
+    assert memory.room(loaded) == max(0, min(4 * 10**9, left))
+
+
+@pytest.mark.parametrize(("dense", "expected"), [(50, 2 * 16 + 80), (200, 200)])
+def test_active_neurons_are_those_of_the_widest_layer(tmp_path, dense, expected):
+    """Two of four routed experts and the shared expert, or a layer without experts."""
+    transformers.Qwen2MoeConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=dense,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=80,
+        mlp_only_layers=[1],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert sizes_of(plan_model(str(tmp_path), "cpu")).inner == expected
 
 
 def test_a_long_row_is_recomputed_where_keeping_it_does_not_fit(llama):
