@@ -231,12 +231,16 @@ def test_dry_run_says_what_each_stage_needs_and_does_nothing(
         assert stage["peak"] == sum(stage["parts"].values()) > stage["parts"]["weights"] > 0
         assert stage["fits"] and stage["tokens_at_once"] > 0
         assert not out.exists()
+    assert stage["parts"]["kept"] == 0  # DiffMean needs sums alone
+    _, printed, _ = broca(*command, "--winsorise", "0.9", "--dry-run", "--json", "--out", out)
+    (stage,) = json.loads(printed)["stages"].values()
+    assert stage["parts"]["kept"] > 0
 
 
 @pytest.mark.parametrize(
     ("budget", "command"),
     [
-        ("DIRECTIONS", ("direction", "--source", "qaa", "--target", "qab")),
+        ("DIRECTIONS", ("direction", "--source", "qaa", "--target", "qab", "--unit-length")),
         ("KEYS", ("edit", "--method", "leace", "--languages", "qaa,qab")),
     ],
 )
