@@ -206,7 +206,7 @@ def edited_bytes(planned: LoadedModel, edits: Sequence[ModuleEdit] | None = None
             columns = (slice(at, at + width) for at in range(part.first, part.columns.stop, width))
             copied += part.weight.nbytes // count * sum(map(edit.changes, columns))
     # Of an offloaded weight the edited one is in a file.
-    in_all = sum(weight.nbytes for weight in planned.model.parameters())
+    in_all = int(sum(weight.nbytes for weight in planned.model.parameters()))
     return copied * sizes_of(planned).weights // in_all
 
 

@@ -298,8 +298,8 @@ def room(loaded: LoadedModel) -> int:
     """
     if loaded.device.type == "cuda":
         total = int(torch.cuda.get_device_properties(loaded.device).total_memory)
-        weights = sum(weight.nbytes for weight in loaded.model.parameters() if weight.device == loaded.device)
-        return max(0, min(int(GPU_FRACTION * total), total - LIBRARIES - weights))
+        on_it = (weight.nbytes for weight in loaded.model.parameters() if weight.device == loaded.device)
+        return max(0, min(int(GPU_FRACTION * total), total - LIBRARIES - int(sum(on_it))))
     return min(WORK, max_room(loaded))
 
 

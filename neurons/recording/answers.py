@@ -132,17 +132,17 @@ def _scores(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) -> to
     scores = torch.zeros(anatomy.layers, len(batch.ids), anatomy.neurons, dtype=torch.float64)
 
     def score(layer: int, activations: torch.Tensor, routed: Routed | None, gradients: torch.Tensor) -> None:
-        own = slice(None) if routed is None else expert_units(anatomy, routed)
-        pair = [
-            values
-            if routed is None
-            else values.new_zeros(batch.ids.numel(), values.shape[1])
-            .index_copy(0, routed.tokens, values)
-            .view(*batch.ids.shape, -1)
-            for values in (activations, gradients)
-        ]
+        own = slice(None)
+        if routed is not None:
+            own = expert_units(anatomy, routed)
+            activations, gradients = (
+                values.new_zeros(batch.ids.numel(), values.shape[1])
+                .index_copy(0, routed.tokens, values)
+                .view(*batch.ids.shape, -1)
+                for values in (activations, gradients)
+            )
         p = probability.detach().to(activations.device)
-        scores[layer, :, own] = answer_scores(*pair, p, batch.attention).cpu()
+        scores[layer, :, own] = answer_scores(activations, gradients, p, batch.attention).cpu()
 
     def hook_of(layer: int) -> SiteHook:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
