@@ -28,6 +28,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -65,6 +66,21 @@ def limit_memory(size: int | None) -> None:
     """Set the maximum bytes of this process, with weights; None is the free memory less a margin."""
     global _limit
     _limit = size
+
+
+# Bytes in main memory of the weights of the models that are loaded.
+_of_models: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def count_model(loaded: LoadedModel) -> None:
+    """Count a model's weights against the limit while the model is loaded."""
+    if loaded.device.type != "cuda":
+        _of_models[loaded.model] = sizes_of(loaded).weights
+
+
+def _other_models(model: Any = None) -> int:
+    """Bytes of the weights of the models that are loaded beside ``model``."""
+    return sum(size for other, size in _of_models.items() if other is not model)
 
 
 def memory_limit() -> int:
@@ -309,15 +325,15 @@ def covariance_room(loaded: LoadedModel) -> int:
 
 
 def memory_for_weights() -> int | None:
-    """Maximum bytes of weights in main memory if a limit was set: the limit less libraries and work."""
-    return None if _limit is None else max(0, _limit - LIBRARIES - MIN_WORK)
+    """Maximum bytes of weights in main memory if a limit was set: the limit less libraries, work and other models."""
+    return None if _limit is None else max(0, _limit - LIBRARIES - MIN_WORK - _other_models())
 
 
 def memory_beside_work(sizes: Sizes) -> int:
     """Maximum bytes of weights in main memory if some stay on disk: what the largest work on a layer leaves."""
     width = max(sizes.inner, sizes.attention)
     solving = covariance_bytes(width) + solving_bytes(width)
-    return max(0, memory_limit() - LIBRARIES - WORK - solving)
+    return max(0, memory_limit() - LIBRARIES - WORK - solving - _other_models())
 
 
 def max_room(loaded: LoadedModel) -> int:
@@ -328,11 +344,11 @@ def max_room(loaded: LoadedModel) -> int:
     """
     if loaded.device.type == "cuda":
         return room(loaded)
-    weights = sizes_of(loaded).weights
+    weights = sizes_of(loaded).weights + _other_models(loaded.model)
     left = memory_limit() - LIBRARIES - weights
     if left <= 0:
         raise BrocaError(
-            f"{loaded.name}: its weights need {weights / 1e9:.1f} GB and libraries {LIBRARIES / 1e9:.1f} GB, but the limit "
+            f"{loaded.name}: the weights of all loaded models need {weights / 1e9:.1f} GB and libraries {LIBRARIES / 1e9:.1f} GB, but the limit "
             f"is {memory_limit() / 1e9:.1f} GB: raise it (--max-memory), or use --dtype bfloat16"
         )
     return left

@@ -38,7 +38,7 @@ from neurons.models.checkpoint_files import (
 )
 from neurons.models.complete_weights import require_complete
 from neurons.models.fingerprint import fingerprint
-from neurons.models.memory import memory_beside_work, memory_for_weights, sizes_of
+from neurons.models.memory import count_model, memory_beside_work, memory_for_weights, sizes_of
 from neurons.models.placement import max_memory_per_device, weight_bytes
 from neurons.models.processes import own_gpu
 from neurons.models.tokenizer import load_tokenizer
@@ -329,7 +329,9 @@ def load_model(
             _compare_with_disk(model, checkpoint, anatomy)
     if "max_memory" in place:
         anatomy = replace(anatomy, gathered_on=execution_device(loaded.get_input_embeddings()))
-    return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
+    made = LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
+    count_model(made)
+    return made
 
 
 def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:

@@ -266,6 +266,7 @@ def test_the_weights_of_a_model_on_disk_leave_the_memory_to_the_work(checkpoint_
     layer = sum(parameter.nbytes for parameter in whole.anatomy.blocks[0].parameters())
     assert sizes_of(other).weights == layer < sizes_of(whole).weights == size_of(whole)
     monkeypatch.setattr("neurons.models.memory._limit", LIBRARIES + WORK + layer)
+    monkeypatch.setattr("neurons.models.memory._of_models", {})  # each alone
     assert room(other) == WORK > room(whole)
 
 

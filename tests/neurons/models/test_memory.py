@@ -1,5 +1,6 @@
 """What stages need of the memory: computed beforehand, kept to, and refused by name where it is not there."""
 
+import gc
 import json
 import os
 import subprocess
@@ -192,6 +193,21 @@ def test_processes_cut_batches_by_the_least_memory(llama, corpus, monkeypatch):
     )
     read = record_corpus(llama, corpus, ["mlp_in:sum"], block=16, tokens=100)
     assert read.metadata["settings"]["tokens_a_batch"] == 64
+
+
+def test_the_limit_is_for_all_loaded_models(checkpoint_of):
+    path = str(checkpoint_of())
+    weights = sizes_of(load_model(path, "cpu")).weights
+    gc.collect()
+    limit_memory(memory.LIBRARIES + memory.MIN_WORK + weights)
+    first = load_model(path)
+    assert first.offload_note is None and memory.max_room(first) == memory.MIN_WORK
+    second = load_model(path)
+    assert second.offload_note is not None
+    assert memory.max_room(first) == memory.MIN_WORK - sizes_of(second).weights == memory.max_room(second)
+    del first, second
+    gc.collect()
+    assert load_model(path).offload_note is None
 
 
 def test_a_model_larger_than_the_limit_is_planned_on_disk(checkpoint_of):
