@@ -139,10 +139,12 @@ def command(**options: Any) -> None:
     checked_method(arguments.method, corpus, pair, arguments.winsorise, settings, autoencoders)
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
+        from editing.directions.diffmean import DiffMean
         from editing.pipeline.needs import direction_need
         from neurons.text.token_budget import DIRECTIONS
 
-        need = partial(direction_need, autoencoders=autoencoders)
+        keeps = method is not DiffMean or any(length.values()) or arguments.tokens is not None
+        need = partial(direction_need, autoencoders=autoencoders, keeps=keeps)
         dry_run_of_text(screen, arguments, corpus, need, DIRECTIONS.tokens)
         return
     loaded = loaded_model(screen, arguments)

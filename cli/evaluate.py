@@ -191,7 +191,8 @@ def command(**options: Any) -> None:
         from editing.pipeline.needs import evaluation_need
         from neurons.text.token_budget import LOSSES
 
-        need = partial(evaluation_need, new_tokens=arguments.new_tokens)
+        edits = plan.edits if plan is not None else None if methods is not None else ()
+        need = partial(evaluation_need, new_tokens=arguments.new_tokens, edits=edits)
         dry_run_of_text(screen, arguments, reported, need, LOSSES.tokens)
         return
     require_models(arguments.against, arguments.judge)

@@ -29,6 +29,8 @@ from cli.tables import plan_table
 
 if TYPE_CHECKING:
     from editing.plans.plan import Plan
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel
 
 
 @click.command("train")
@@ -90,7 +92,7 @@ def command(**options: Any) -> None:
         control_neurons,
         subnetwork_plan,
     )
-    from editing.pipeline.needs import subnetwork_need
+    from editing.pipeline.needs import measuring_need, subnetwork_need
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
     from neurons.models.source import load_model
@@ -119,14 +121,14 @@ def command(**options: Any) -> None:
     if arguments.dry_run:
         from cli.dry_run import dry_run
 
-        dry_run(
-            screen,
-            arguments,
-            lambda planned: [
-                subnetwork_need(planned, run, len(control_neurons(planned, rows, run, 0)), arguments.block)
-                for run in runs
-            ],
-        )
+        def needs(planned: LoadedModel) -> list[Need]:
+            trained = {run: control_neurons(planned, rows, run, 0) for run in runs}
+            training = [
+                subnetwork_need(planned, run, len(of_run), arguments.block) for run, of_run in trained.items()
+            ]
+            return [*training, measuring_need(planned, trained.values())]
+
+        dry_run(screen, arguments, needs)
         return
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
     for run in runs:  # raises before any work

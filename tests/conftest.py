@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from weakref import WeakKeyDictionary
 
 import models
 import pytest
@@ -20,6 +21,12 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     # The file that takes longest first: at the end all other processes would wait for it.
     items.sort(key=lambda item: item.path.name != "test_demo.py")
+
+
+@pytest.fixture(autouse=True)
+def no_other_models(monkeypatch):
+    """Models of other tests leave their memory to this one's."""
+    monkeypatch.setattr("neurons.models.memory._of_models", WeakKeyDictionary())
 
 
 @pytest.fixture

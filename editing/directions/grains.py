@@ -35,7 +35,7 @@ from editing.directions.method import Given, PreferenceMethod
 from editing.directions.pca import pca
 from editing.directions.recorded import record_texts
 from neurons.errors import UsageError
-from neurons.models.memory import batches_for, common_batches
+from neurons.models.memory import common_batches
 from neurons.models.source import LoadedModel
 from neurons.recording.recomputation import recomputing
 from neurons.recording.text_losses import row_losses
@@ -62,7 +62,7 @@ def token_scores(
     Returns:
         float64 [n] of each row.
     """
-    at_once, recomputes = batches_for(loaded, True, max(len(row.ids) for row in rows))
+    at_once, recomputes = common_batches(loaded, True, max(len(row.ids) for row in rows))
     scores: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     expect(progress, len(rows))

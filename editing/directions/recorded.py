@@ -17,6 +17,7 @@ from editing.directions.diffmean import INPUT_SITES, OUTPUT_SITES
 from neurons.architectures.anatomy import COMMON
 from neurons.architectures.sites import Routed
 from neurons.errors import UsageError
+from neurons.models.memory import LIBRARIES, forward_bytes, max_room, memory_limit, sizes_of
 from neurons.models.not_finite import explained
 from neurons.models.processes import all_reduce
 from neurons.models.source import LoadedModel
@@ -102,7 +103,7 @@ def record_texts(
         layers: layers to read, the others are 0; None: all.
 
     Raises:
-        UsageError: a language without a text of more than one token.
+        UsageError: a language without a text of more than one token, or more texts than memory allows.
         BrocaError: an activation that is not finite, by layer and site.
     """
     anatomy, languages = loaded.anatomy, tuple(batches)
@@ -110,6 +111,7 @@ def record_texts(
         if not of_language:
             raise UsageError(f"language {language!r} has no text of more than one token: give more text")
     lines = line_numbers(batches)
+    _require_room(loaded, batches, 4 * anatomy.layers * sum(map(anatomy.width, kept)))
     outputs = {
         language: {site: torch.zeros(len(numbers), anatomy.layers, anatomy.width(site)) for site in kept}
         for language, numbers in lines.items()
@@ -166,3 +168,19 @@ def record_texts(
         },
         means={site: all_reduce(totals.stacked(f"{site}:{_MEAN}"), torch.add) / texts for site in summed},
     )
+
+
+def _require_room(loaded: LoadedModel, batches: Mapping[str, Sequence[TokenBatch]], text_bytes: int) -> None:
+    """Check that the main memory holds ``text_bytes`` of each text, beside a batch if it is read there."""
+    if loaded.device.type == "cuda":
+        left = max(0, memory_limit() - LIBRARIES)
+    else:
+        largest = max(batch.ids.numel() for of_language in batches.values() for batch in of_language)
+        left = max(0, max_room(loaded) - forward_bytes(sizes_of(loaded), largest))
+    texts = sum(map(len, line_numbers(batches).values()))
+    if texts * text_bytes > left:
+        raise UsageError(
+            f"the means of {texts:,} texts would take {texts * text_bytes / 1e9:.1f} GB, and {left / 1e9:.1f} GB are "
+            f"left: read fewer tokens (--tokens), at most {left // text_bytes // len(batches):,} texts of each "
+            "language, or allow more (--max-memory)"
+        )

@@ -24,7 +24,7 @@ from editing.evaluation.choice_accuracy import choice_log_probabilities, right
 from editing.evaluation.choices import Choice
 from editing.evaluation.code_answers import has_block, has_python
 from editing.evaluation.generation import generate_by_language
-from editing.evaluation.likelihood import Steering, read_again, read_unedited
+from editing.evaluation.likelihood import Steering, read_again, read_unedited, unedited_head
 from editing.evaluation.own_answers import answer_batches
 from editing.evaluation.questions import Question
 from neurons.errors import UsageError
@@ -134,10 +134,9 @@ def ability(
         for language in languages
     }
     answers = generate_by_language(loaded, prompts, ANSWER_TOKENS)
+    head = None if steering is None else unedited_head(loaded)
     own = {
-        language: read_unedited(
-            loaded, answer_batches(loaded, prompts[language], answers[language]), steering is not None
-        )
+        language: read_unedited(loaded, answer_batches(loaded, prompts[language], answers[language]), head)
         for language in languages
     }
     hits = {BASE: _hits(loaded, tasks, languages, {}, {}, advance)}

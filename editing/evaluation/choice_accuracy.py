@@ -20,10 +20,10 @@ import torch
 
 from editing.evaluation.asking import chat_tokens
 from editing.evaluation.choices import LETTERS
-from editing.evaluation.generation import prompt_rows
+from editing.evaluation.generation import prompt_rows, writing_bytes
 from neurons.architectures.sites import body
 from neurons.errors import UsageError
-from neurons.models.memory import MAX_TOKENS, batches_for
+from neurons.models.memory import MAX_TOKENS, batches_for, max_room, sizes_of
 from neurons.models.next_token import token_losses
 from neurons.models.source import LoadedModel
 from neurons.recording.text_pass import Progress
@@ -60,8 +60,11 @@ def choice_log_probabilities(
     longest, context = max(map(len, rows)) + max(map(len, continuations)), context_length(loaded.model)
     if context is not None and longest > context:
         raise UsageError(f"an item has {longest} tokens, but the model reads {context}: shorten it")
+    at_once, sizes = min(MAX_TOKENS, batches_for(loaded, False, longest)[0]), sizes_of(loaded)
+    while at_once > longest and writing_bytes(sizes, at_once // longest, longest, 0) > max_room(loaded):
+        at_once //= 2
     # A prompt's keys and values are there once for each choice.
-    at_once = min(MAX_TOKENS, batches_for(loaded, False, longest)[0]) // len(LETTERS)
+    at_once //= len(LETTERS)
     result = torch.empty(len(rows), len(LETTERS), dtype=torch.float64)
     for batch in row_batches(rows, 0, tokens_a_batch=at_once):
         lines = batch.line_numbers.tolist()

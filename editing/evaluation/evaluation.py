@@ -46,7 +46,14 @@ from editing.evaluation.generation import (
     prompt_rows,
 )
 from editing.evaluation.language_id import EMPTY, agreement, second_opinion
-from editing.evaluation.likelihood import Steering, UneditedText, continuation_nll, read_again, read_unedited
+from editing.evaluation.likelihood import (
+    Steering,
+    UneditedText,
+    continuation_nll,
+    read_again,
+    read_unedited,
+    unedited_head,
+)
 from editing.evaluation.outcome import OtherLanguage, Outcome, Sample
 from editing.evaluation.questions import Questions
 from editing.evaluation.relevance import Scorer, relevance
@@ -264,7 +271,7 @@ class Evaluation:
         for language in third:
             # The hidden states of all languages did not fit into memory: keep those of one at a time.
             if unedited[language].hidden is None and steering is not nullcontext:
-                text = read_unedited(self._loaded, self._batches[language])
+                text = read_unedited(self._loaded, self._batches[language], unedited_head(self._loaded))
                 with steering():
                     divergences[language] = read_again(self._loaded, text, nll=False)[1]
         nll = {language: value for language, (value, _) in read.items()}
@@ -316,8 +323,9 @@ class Evaluation:
         third = [k for k in self._corpus.languages if k not in (self.source, self.target)]
         tokens = sum(batch.ids.numel() for k in third for batch in self._batches[k])
         keep = kept_bytes(self._loaded, tokens) <= room(self._loaded) * KEPT_FRACTION
+        head = unedited_head(self._loaded) if keep else None
         return {
-            language: read_unedited(self._loaded, batches, keep and language in third)
+            language: read_unedited(self._loaded, batches, head if language in third else None)
             for language, batches in self._batches.items()
         }
 

@@ -34,7 +34,7 @@ def _hidden(loaded: LoadedModel, batch: TokenBatch) -> torch.Tensor:
 
 def mean_nll(loaded: LoadedModel, batches: Sequence[TokenBatch]) -> float:
     """Mean negative log-likelihood of the counted tokens, nats a token; the first token of a row is not predicted."""
-    return read_unedited(loaded, batches, keep=False).nll
+    return read_unedited(loaded, batches).nll
 
 
 def _loss_sum(loaded: LoadedModel, batch: TokenBatch, hidden: torch.Tensor) -> float:
@@ -72,29 +72,35 @@ class UneditedText:
         batches: the text.
         nll: nats a token; NaN without tokens.
         hidden: for each batch [n, d], the final hidden states that predict its counted tokens; None if not kept.
-        head: the unedited model's output embeddings, which steering may replace.
+        head: the unedited model's output embeddings, which steering may replace; None if ``hidden`` is.
     """
 
     batches: Sequence[TokenBatch]
     nll: float
     hidden: tuple[torch.Tensor, ...] | None
-    head: Head
+    head: Head | None
 
 
-def read_unedited(loaded: LoadedModel, batches: Sequence[TokenBatch], keep: bool = True) -> UneditedText:
-    """Read text with the unedited model; ``keep`` its hidden states, which KL needs."""
+def unedited_head(loaded: LoadedModel) -> Head:
+    """The output embeddings as they are now: a copy if they are offloaded or on another GPU, so one for all texts."""
     output = loaded.model.get_output_embeddings()
-    head = partial(torch.nn.functional.linear, **_parameters_on(loaded.device, output))
+    return partial(torch.nn.functional.linear, **_parameters_on(loaded.device, output))
+
+
+def read_unedited(
+    loaded: LoadedModel, batches: Sequence[TokenBatch], head: Head | None = None
+) -> UneditedText:
+    """Read text with the unedited model; with its ``head``, hidden states are kept, which KL needs."""
     total, tokens = 0.0, 0
     kept: list[torch.Tensor] = []
     for batch in batches:
         hidden = _hidden(loaded, batch)
         total += _loss_sum(loaded, batch, hidden)
         tokens += len(hidden)
-        if keep:
+        if head is not None:
             kept.append(hidden)
     nll = total / tokens if tokens else float("nan")
-    return UneditedText(batches, nll, tuple(kept) if keep else None, head)
+    return UneditedText(batches, nll, None if head is None else tuple(kept), head)
 
 
 def read_again(
@@ -129,7 +135,7 @@ def read_again(
 
 def mean_kl(loaded: LoadedModel, batches: Sequence[TokenBatch], steering: Steering) -> float:
     """Mean KL on text, as in ``read_again``, between the model now and while ``steering()`` is entered."""
-    before = read_unedited(loaded, batches)
+    before = read_unedited(loaded, batches, unedited_head(loaded))
     with steering():
         return read_again(loaded, before, nll=False)[1]
 

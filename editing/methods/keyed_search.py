@@ -33,7 +33,8 @@ LAYERS = {"all": (0.0, 1.0), "lower half": (0.0, 0.5), "lower 3/4": (0.0, 0.75),
 
 @dataclass(frozen=True)
 class _Normed:
-    """A module before a norm, on tokens of the source: outputs [T, d] and the key's coefficients [T]."""
+    """A module before a norm, on tokens of the source: outputs [T, d] in the model's dtype, which they were computed in,
+    and the key's coefficients [T]."""
 
     norm: OutputNorm
     outputs: torch.Tensor
@@ -62,7 +63,7 @@ class Solved:
         )
         value = self.material.direction.vectors["block_out"][edit.layer] * strength
         solved = value_through_norm(
-            normed.outputs, normed.norm.gain, normed.norm.eps, value, normed.coefficients
+            normed.outputs.double(), normed.norm.gain, normed.norm.eps, value, normed.coefficients
         )
         notes = {
             **edit.notes,
@@ -79,7 +80,8 @@ class Solved:
             ("text of keys", source), lambda: language_batches(loaded, text, default=KEYS.tokens)[source]
         )
         tokens = source_tokens(loaded, layer, module, batches)
-        return _Normed(output_norm(loaded, layer, module, batches[0]), tokens.outputs, tokens.inputs @ key)
+        norm = output_norm(loaded, layer, module, batches[0])
+        return _Normed(norm, tokens.outputs.to(loaded.model.dtype), tokens.inputs @ key)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ def _add(edit: ModuleEdit, within: slice, _: nn.Module, inputs: Any, output: tor
     if edit.columns is not None and edit.column_deltas is not None:
         inside = (edit.columns >= within.start) & (edit.columns < within.stop)
         chosen = (edit.columns[inside] - within.start).to(device)
-        output = output + hidden[..., chosen] @ edit.column_deltas[inside.to(device)].to(device, dtype)
+        output = output + hidden[..., chosen] @ edit.column_deltas[inside].to(device, dtype)
     if edit.left is not None and edit.right is not None:
         output = output + (hidden @ edit.right[within].to(device, dtype)) @ edit.left.to(device, dtype).T
     return output

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
+
+import torch
 
 from editing.directions.autoencoder import Autoencoder
 from editing.directions.method import DirectionMethod, PreferenceMethod
@@ -12,12 +14,14 @@ from editing.evaluation.evaluation import KEPT_FRACTION
 from editing.evaluation.generation import NEW_TOKENS, prompts_at_once, writing_bytes
 from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import EXAMPLES_A_STEP
+from editing.methods.keyed import keyed_blocks
 from editing.methods.learned_values import MAX_ROW_TOKENS
 from editing.methods.subnetwork import BLOCK, BLOCKS_A_STEP
 from editing.pipeline.drift import context_tokens
 from editing.pipeline.lock_kinds import Lock
 from editing.pipeline.lock_prompts import BUILD, prompt_of
 from editing.pipeline.lock_text import ANSWER_TOKENS, KEPT_ANSWER_TOKENS, MAX_CONVERSATIONS
+from editing.plans.plan import ModuleEdit
 from neurons.architectures.anatomy import COMMON_SITES
 from neurons.files.tensor_files import tensor_entries
 from neurons.models.memory import (
@@ -44,11 +48,21 @@ WRITER = 300 * 2**20  # bytes of Python, torch and safetensors, without transfor
 COPIES = 3  # of an edited tensor, in float64
 
 
-def direction_need(planned: LoadedModel, text: Text, autoencoders: Sequence[Autoencoder] = ()) -> Need:
-    """Need of ``editing.directions.recorded.record_texts``: the means of every text at three sites, and autoencoders."""
+def direction_need(
+    planned: LoadedModel, text: Text, autoencoders: Sequence[Autoencoder] = (), keeps: bool = False
+) -> Need:
+    """Need of a direction.
+
+    Args:
+        planned: the model.
+        text: what is read.
+        autoencoders: that are read too.
+        keeps: the means of every text at three sites (``editing.directions.recorded.record_texts``), not only sums, as
+            plain DiffMean.
+    """
     sizes = sizes_of(planned)
     fraction = 2 / text.languages if text.languages else 0
-    kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction)
+    kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction) if keeps else 0
     read = {"autoencoders": sum(map(autoencoder_bytes, autoencoders))} if autoencoders else {}
     return pass_need(planned, "direction", text.row, False, text.batch, kept=kept, **read)
 
@@ -74,7 +88,7 @@ def preference_needs(
         else [len(row.ids) for of_kind in preference_rows(planned, preferences).values() for row in of_kind]
     )
     # Half of the rows are of each of two languages.
-    recorded = direction_need(planned, Text(2, max(rows), sum(rows), len(rows)))
+    recorded = direction_need(planned, Text(2, max(rows), sum(rows), len(rows)), keeps=True)
     if not issubclass(method, PreferenceMethod):
         return [recorded]
     return [pass_need(planned, "preferences", method.rows_together * max(rows), True), recorded]
@@ -173,7 +187,54 @@ def lock_needs(planned: LoadedModel, questions: Questions, lock: Lock) -> list[N
     ]
 
 
-def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64, new_tokens: int = NEW_TOKENS) -> Need:
+def edited_bytes(planned: LoadedModel, edits: Sequence[ModuleEdit] | None = None) -> int:
+    """Bytes of the weights that ``editing.plans.applied`` keeps to take an edit back; of experts, of those that change.
+
+    Args:
+        planned: the model.
+        edits: of a plan; None: of keyed edits of the MLPs of all layers.
+    """
+    anatomy, copied = planned.anatomy, 0
+    if edits is None:
+        blocks = keyed_blocks(anatomy, ("mlp",))
+        parts = (anatomy.common(layer, block) for layer in range(anatomy.layers) for block in blocks)
+        copied = sum(part.weight.nbytes for part in parts if part is not None)
+    for edit in edits or ():
+        for part in anatomy.parts(edit.layer, edit.block):
+            count = part.experts or 1
+            width = part.width // count
+            columns = (slice(at, at + width) for at in range(part.first, part.columns.stop, width))
+            copied += part.weight.nbytes // count * sum(map(edit.changes, columns))
+    # Of an offloaded weight the edited one is in a file.
+    in_all = int(sum(weight.nbytes for weight in planned.model.parameters()))
+    return copied * sizes_of(planned).weights // in_all
+
+
+def measuring_need(planned: LoadedModel, trained: Iterable[torch.Tensor]) -> Need:
+    """Need of ``editing.evaluation.likelihood.language_losses`` with one plan of trained neurons after the other.
+
+    Args:
+        planned: the model.
+        trained: of each plan int64 [n, 2], (layer, neuron).
+    """
+    sizes, row = sizes_of(planned), block_length(planned.model)
+    neurons = max(
+        sum(planned.anatomy.width("mlp_in", layer) for layer in rows[:, 0].unique().tolist())
+        for rows in trained
+    )
+    matrices = 3 if planned.anatomy.gated else 2
+    edited = sizes.value * matrices * sizes.residual * neurons
+    logits = logit_bytes(sizes, batches_for(planned, False, row)[0], False)
+    return pass_need(planned, "measure", row, False, logits=logits, edited=edited)
+
+
+def evaluation_need(
+    planned: LoadedModel,
+    text: Text,
+    prompt: int = 64,
+    new_tokens: int = NEW_TOKENS,
+    edits: Sequence[ModuleEdit] | None = None,
+) -> Need:
     """Need of ``editing.evaluation.evaluation``: the larger of writing answers and reading text for KL.
 
     Args:
@@ -181,6 +242,7 @@ def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64, new_toke
         text: what is read.
         prompt: tokens of the longest prompt.
         new_tokens: maximum tokens of an answer.
+        edits: as in ``edited_bytes``.
     """
     sizes = sizes_of(planned)
     writing = writing_bytes(sizes, prompts_at_once(planned, prompt, new_tokens), prompt, new_tokens)
@@ -190,7 +252,12 @@ def evaluation_need(planned: LoadedModel, text: Text, prompt: int = 64, new_toke
     third = hidden * max(0, text.languages - 2)
     kept = third if third <= room(planned) * KEPT_FRACTION else hidden
     reading = forward_bytes(sizes, tokens) + logit_bytes(sizes, tokens, False) * 2 + kept
-    parts = {"libraries": LIBRARIES, "weights": sizes.weights, "activations": max(writing, reading)}
+    parts = {
+        "libraries": LIBRARIES,
+        "weights": sizes.weights,
+        "activations": max(writing, reading),
+        "edited": edited_bytes(planned, edits),
+    }
     return Need("evaluate", parts, tokens)
 
 

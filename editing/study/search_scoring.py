@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from editing.evaluation.answers import identify_answers
 from editing.evaluation.classifier import LANGUAGE_IDENTIFICATION, Classifier
 from editing.evaluation.generation import NEW_TOKENS, TEMPERATURE, Continuation, check_samples, generate
-from editing.evaluation.likelihood import continuation_nll, read_again, read_unedited
+from editing.evaluation.likelihood import continuation_nll, read_again, read_unedited, unedited_head
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.text.batches import language_batches
@@ -124,8 +124,10 @@ class Scoring:
             )
         self._unedited_nll = continuation_nll(loaded, unedited)
         read = replace(corpus, texts={k: tuple(corpus.non_empty(k)[:lines]) for k in self.third})
+        head = unedited_head(loaded)
         self._texts = {
-            name: read_unedited(loaded, batches) for name, batches in language_batches(loaded, read).items()
+            name: read_unedited(loaded, batches, head)
+            for name, batches in language_batches(loaded, read).items()
         }
 
     def few(self, prompts: int) -> tuple[int, int]:

@@ -53,6 +53,26 @@ def quantisation_config(bits: int, dtype: Any) -> Any:
     )
 
 
+def quantised_bytes(model: Any, bits: int, each: int) -> int:
+    """Bytes of a model's weights when quantised: of linear modules without the LM head; fused experts stay as they are.
+
+    Args:
+        model: the unquantised model, which may be empty.
+        bits: 4 or 8.
+        each: bytes of another weight.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linear = {
+        id(part.weight) for part in model.modules() if type(part) in (nn.Linear, Conv1D) and part is not head
+    }
+    return sum(
+        weight.numel() * bits // 8 if id(weight) in linear else weight.numel() * each
+        for weight in model.parameters()
+    )
+
+
 def keep_layout(model: nn.Module) -> None:
     """Keep bitsandbytes' layout of the weights from loading.
 

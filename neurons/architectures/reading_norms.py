@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from neurons.architectures.anatomy import Anatomy, first
+from neurons.architectures.offload import execution_device
 from neurons.architectures.self_check import example_ids
 from neurons.architectures.sites import SiteHook, body, site_hooks
 from neurons.errors import BrocaError
@@ -60,7 +61,7 @@ def reading_norms(model: Any, anatomy: Anatomy, layers: Collection[int]) -> tupl
                 f"{anatomy.model_type}: layer {layer} is a mixture of experts, which read the norm's output with one "
                 "parameter that plans cannot change: choose layers without experts"
             )
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     ids = example_ids(model.config.get_text_config().vocab_size, device)
     norms = tuple(_followed(model, anatomy, sorted(layers), ids))
     for norm in norms:

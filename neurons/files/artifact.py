@@ -10,7 +10,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from neurons.errors import BrocaError, UsageError
 
@@ -37,13 +38,19 @@ class Artifact:
 
 def write_atomically(path: Path | str, content: bytes) -> None:
     """Write a file so that a crash leaves either the old or the new content."""
-    path = Path(path)
+    with _replacing(Path(path)) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which replaces it at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
+        yield Path(name)
+        with Path(name).open("rb+") as stream:
             os.fsync(stream.fileno())
         # mkstemp creates files that only the owner can read; results get the usual permissions.
         umask = os.umask(0)
@@ -95,6 +102,14 @@ def artifact_bytes(kind: str, tensors: Mapping[str, torch.Tensor], metadata: Map
         tensors: name -> tensor; stored contiguous, on the CPU, in the dtype given.
         metadata: JSON-serialisable fields.
     """
+    content: bytes = save(*_content(kind, tensors, metadata))
+    return content
+
+
+def _content(
+    kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the header's metadata as they are stored."""
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is not a kind of Broca file: {', '.join(KINDS)}")
     document = {
@@ -105,15 +120,16 @@ def artifact_bytes(kind: str, tensors: Mapping[str, torch.Tensor], metadata: Map
     }
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(document, sort_keys=True, ensure_ascii=False)
-    content: bytes = save(stored, metadata={"broca": text})
-    return content
+    return stored, {"broca": text}
 
 
 def save_artifact(
     path: Path | str, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write ``artifact_bytes`` to ``path``, atomically."""
-    write_atomically(path, artifact_bytes(kind, tensors, metadata))
+    """Write ``artifact_bytes`` to ``path``, atomically and without a copy of the tensors."""
+    stored, header = _content(kind, tensors, metadata)
+    with _replacing(Path(path)) as temporary:
+        save_file(stored, temporary, header)
 
 
 def load_artifact(path: Path | str, kind: str | None = None) -> Artifact:

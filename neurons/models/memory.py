@@ -28,6 +28,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -38,6 +39,7 @@ from neurons.models.next_token import LOGIT_BYTES_AT_ONCE
 from neurons.models.processes import all_reduce
 
 if TYPE_CHECKING:
+    from neurons.architectures.anatomy import Anatomy
     from neurons.models.source import LoadedModel, ModelSource
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -45,7 +47,7 @@ LIBRARIES = 500 * 2**20
 MARGIN = 0.1  # fraction of the free memory that stays free
 WORK = 3 * 2**29  # on a CPU: larger batches are not faster
 MIN_WORK = 2**29  # with less, offload weights instead
-GPU_FRACTION = 0.4  # of a GPU's memory, whatever else is on it
+GPU_FRACTION = 0.4  # of a GPU's memory, if the weights on it leave as much
 FRAGMENTATION = 1.4
 # Copies of a chunk's logits: the model's, float32, their softmax, and with a gradient those of two of them.
 LOGIT_COPIES, LOGIT_COPIES_BACKWARD = 3, 5
@@ -66,6 +68,21 @@ def limit_memory(size: int | None) -> None:
     _limit = size
 
 
+# Bytes in main memory of the weights of the models that are loaded.
+_of_models: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def count_model(loaded: LoadedModel) -> None:
+    """Count a model's weights against the limit while the model is loaded."""
+    if loaded.device.type != "cuda":
+        _of_models[loaded.model] = sizes_of(loaded).weights
+
+
+def _other_models(model: Any = None) -> int:
+    """Bytes of the weights of the models that are loaded beside ``model``."""
+    return sum(size for other, size in _of_models.items() if other is not model)
+
+
 def memory_limit() -> int:
     """The maximum bytes of this process."""
     return _free() if _limit is None else _limit
@@ -73,22 +90,25 @@ def memory_limit() -> int:
 
 @cache
 def _free() -> int:
-    """Free memory at the first call, with that of this process, less the margin; within a container its limit."""
+    """Free memory at the first call, with that of this process, less the margin."""
     import psutil
 
     process = psutil.Process().memory_info()
     used_here = process.rss - getattr(process, "shared", 0)
-    free = within_container(psutil.virtual_memory().available)
+    free = free_memory()
     # Processes of one launch share the machine.
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return int((1 - MARGIN) * (free + used_here) / processes)
 
 
-def within_container(free: int) -> int:
-    """``free`` bytes of the machine; within a container no more than its limit leaves.
+def free_memory() -> int:
+    """Free bytes of the machine's main memory; within a container no more than its limit leaves.
 
     Pages of files, such as mapped weights, are counted as free: the kernel drops them when memory is needed.
     """
+    import psutil
+
+    free: int = psutil.virtual_memory().available
     for folder, limit, used, prefix in (
         (CGROUPS, "memory.max", "memory.current", ""),
         (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -112,7 +132,8 @@ class Sizes:
     Attributes:
         layers: L.
         residual: d.
-        inner: I, MLP neurons of a layer that are active for a token.
+        inner: I, MLP neurons of a layer that are active for a token, those of shared experts included: the maximum
+            over the layers.
         neurons: all MLP neurons of a layer.
         attention: A D.
         keys: width of a layer's keys, and of its values.
@@ -237,11 +258,11 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
         stored, count = _stored(source.checkpoint)
         value = stored if value is None else value
         weights = count * value
-    reached = anatomy.expert_width * max(1, getattr(config, "num_experts_per_tok", 1) or 1)
+    reached = max(1, getattr(config, "num_experts_per_tok", 1) or 1)
     sizes = Sizes(
         layers=anatomy.layers,
         residual=anatomy.residual,
-        inner=min(anatomy.neurons, reached),
+        inner=max(_active_neurons(anatomy, layer, reached) for layer in range(anatomy.layers)),
         neurons=anatomy.neurons,
         attention=anatomy.width("attn_in"),
         keys=anatomy.head_dim * (getattr(config, "num_key_value_heads", None) or anatomy.heads),
@@ -254,6 +275,14 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
         layer = max(sum(weight.nbytes for weight in block.parameters()) for block in anatomy.blocks)
         return replace(sizes, weights=max(layer, memory_beside_work(sizes)))
     return sizes
+
+
+def _active_neurons(anatomy: Anatomy, layer: int, reached: int) -> int:
+    """MLP neurons of a layer that are active for a token, which reaches so many routed experts."""
+    return sum(
+        part.width if part.experts is None else part.width // part.experts * min(reached, part.experts)
+        for part in anatomy.parts(layer, "mlp")
+    )
 
 
 def read_weights(planned: LoadedModel, logits: bool) -> int:
@@ -277,13 +306,16 @@ def read_weights(planned: LoadedModel, logits: bool) -> int:
 
 
 def room(loaded: LoadedModel) -> int:
-    """Bytes for work on a loaded model: the limit less libraries and weights, at most ``WORK``.
+    """Bytes for work on a loaded model: the limit, or a GPU's memory, less libraries and weights, at most ``WORK``, or
+    ``GPU_FRACTION`` of a GPU.
 
     Raises:
         BrocaError: the weights leave none.
     """
     if loaded.device.type == "cuda":
-        return int(GPU_FRACTION * torch.cuda.get_device_properties(loaded.device).total_memory)
+        total = int(torch.cuda.get_device_properties(loaded.device).total_memory)
+        on_it = (weight.nbytes for weight in loaded.model.parameters() if weight.device == loaded.device)
+        return max(0, min(int(GPU_FRACTION * total), total - LIBRARIES - int(sum(on_it))))
     return min(WORK, max_room(loaded))
 
 
@@ -293,15 +325,15 @@ def covariance_room(loaded: LoadedModel) -> int:
 
 
 def memory_for_weights() -> int | None:
-    """Maximum bytes of weights in main memory if a limit was set: the limit less libraries and work."""
-    return None if _limit is None else max(0, _limit - LIBRARIES - MIN_WORK)
+    """Maximum bytes of weights in main memory if a limit was set: the limit less libraries, work and other models."""
+    return None if _limit is None else max(0, _limit - LIBRARIES - MIN_WORK - _other_models())
 
 
 def memory_beside_work(sizes: Sizes) -> int:
     """Maximum bytes of weights in main memory if some stay on disk: what the largest work on a layer leaves."""
     width = max(sizes.inner, sizes.attention)
     solving = covariance_bytes(width) + solving_bytes(width)
-    return max(0, memory_limit() - LIBRARIES - WORK - solving)
+    return max(0, memory_limit() - LIBRARIES - WORK - solving - _other_models())
 
 
 def max_room(loaded: LoadedModel) -> int:
@@ -312,11 +344,11 @@ def max_room(loaded: LoadedModel) -> int:
     """
     if loaded.device.type == "cuda":
         return room(loaded)
-    weights = sizes_of(loaded).weights
+    weights = sizes_of(loaded).weights + _other_models(loaded.model)
     left = memory_limit() - LIBRARIES - weights
     if left <= 0:
         raise BrocaError(
-            f"{loaded.name}: its weights need {weights / 1e9:.1f} GB and libraries {LIBRARIES / 1e9:.1f} GB, but the limit "
+            f"{loaded.name}: the weights of all loaded models need {weights / 1e9:.1f} GB and libraries {LIBRARIES / 1e9:.1f} GB, but the limit "
             f"is {memory_limit() / 1e9:.1f} GB: raise it (--max-memory), or use --dtype bfloat16"
         )
     return left

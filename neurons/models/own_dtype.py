@@ -31,4 +31,5 @@ def own_dtype(model: str, device: str = "auto", dtype: str = "auto") -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # A torch without oneDNN, as for macOS, lacks the function.
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

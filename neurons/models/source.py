@@ -18,7 +18,12 @@ from safetensors import SafetensorError
 
 from neurons.architectures.anatomy import BLOCKS, Anatomy, anatomy_of, layout_of, with_modules_of
 from neurons.architectures.auto_class import auto_class
-from neurons.architectures.low_bits import keep_layout, quantisation_config, quantised_settings
+from neurons.architectures.low_bits import (
+    keep_layout,
+    quantisation_config,
+    quantised_bytes,
+    quantised_settings,
+)
 from neurons.architectures.offload import execution_device, offloaded_bytes, reload_for_gradients
 from neurons.architectures.quantisation import quantised_remedy
 from neurons.architectures.self_check import checked, checked_layers, checked_on_small_model
@@ -34,8 +39,8 @@ from neurons.models.checkpoint_files import (
 )
 from neurons.models.complete_weights import require_complete
 from neurons.models.fingerprint import fingerprint
-from neurons.models.memory import memory_beside_work, memory_for_weights, sizes_of
-from neurons.models.placement import max_memory_per_device
+from neurons.models.memory import count_model, memory_beside_work, memory_for_weights, sizes_of
+from neurons.models.placement import max_memory_per_device, weight_bytes
 from neurons.models.processes import own_gpu
 from neurons.models.tokenizer import load_tokenizer
 
@@ -270,11 +275,17 @@ def load_model(
     digest = fingerprint(checkpoint)
     each = None if target == "auto" else target.itemsize
     allowed = memory_for_weights() if max_memory is None else max_memory
-    per_device = max_memory_per_device(checkpoint, where, each if bits is None else bits / 8, allowed)
+    computed = config.dtype if target == "auto" else target
+    size = (
+        weight_bytes(checkpoint, each)
+        if bits is None
+        else quantised_bytes(_empty(config), bits, (computed or torch.float32).itemsize)
+    )
+    per_device = max_memory_per_device(size, where, allowed)
     place: dict[str, Any] = {"device_map": {"": where}}
     folder: TemporaryDirectory[str] | None = None
     if bits is not None:
-        place["quantization_config"] = quantisation_config(bits, config.dtype if target == "auto" else target)
+        place["quantization_config"] = quantisation_config(bits, computed)
         if per_device is not None:
             raise UsageError(
                 f"{model}: in {bits} bits its weights do not fit on {where}, and quantised weights cannot be "
@@ -283,7 +294,7 @@ def load_model(
     elif device == "auto" and per_device is not None:
         # For offloaded weights whose form on disk differs from the model's: fused experts.
         folder = TemporaryDirectory(prefix="broca-")
-        if max_memory is None:
+        if max_memory is None and "cpu" in per_device:
             # Weights in memory save little if the others are read anyway: they leave room for full batches.
             planned = ModelSource(model, checkpoint, digest, anatomy_of(_empty(config)))
             per_device["cpu"] = min(per_device["cpu"], memory_beside_work(sizes_of(planned, each)))
@@ -311,24 +322,24 @@ def load_model(
     loaded.eval().requires_grad_(False)
     if folder is not None:
         weakref.finalize(loaded, folder.cleanup)
-    offloaded = offloaded_bytes(loaded) > 0
-    if offloaded:
-        reload_for_gradients(loaded)
+    reload_for_gradients(loaded)
     if bits is not None:
         keep_layout(loaded)
     anatomy = anatomy_of(loaded) if bits is None else with_modules_of(anatomy_of(_empty(config)), loaded)
     if anatomy.layout.examined:
-        # The check zeroes weights, which only plain modules in memory have: for others it uses a small model.
+        # The check zeroes weights and compares layers, of plain modules on one device: for others it uses a small model.
         anatomy = (
             replace(anatomy, layout=checked_on_small_model(config, anatomy.layout))
-            if offloaded or bits is not None
+            if "max_memory" in place or bits is not None
             else checked(loaded, anatomy)
         )
         if bits is None:
             _compare_with_disk(model, checkpoint, anatomy)
     if "max_memory" in place:
         anatomy = replace(anatomy, gathered_on=execution_device(loaded.get_input_embeddings()))
-    return LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
+    made = LoadedModel(model, checkpoint, digest, anatomy, loaded, tokenizer, quantised)
+    count_model(made)
+    return made
 
 
 def plan_model(model: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:

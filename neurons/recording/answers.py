@@ -6,6 +6,8 @@ A neuron of an expert is 0 at tokens that are not routed to its expert, and so i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -17,6 +19,7 @@ from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
 from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
+from neurons.recording.recomputation import recomputing
 from neurons.recording.text_pass import Progress, expect, forward
 from neurons.scorers.culnig import answer_scores
 from neurons.scorers.integrated_gradients import integrate
@@ -64,15 +67,16 @@ def record_answers(
     for k, (rows, whole_answers) in enumerate(tokens):
         answers = torch.tensor([answer[0] for answer in whole_answers])
         # Every step of the integral is a row, and every expert has a place for every token.
-        fitting, _ = batches_for(loaded, True, max(map(len, rows)))
+        fitting, recomputes = batches_for(loaded, True, max(map(len, rows)))
         at_once = fitting // (steps if moment == "integrated" else 1) // anatomy.experts
         for batch in row_batches(rows, uncounted=0, tokens_a_batch=at_once):
             on_device = batch.to(loaded.device)
             targets = answers[batch.line_numbers].to(loaded.device)
-            if moment == "integrated":
-                values = _integrated(loaded, on_device, targets, steps)
-            else:
-                values = _scores(loaded, on_device, targets)
+            with recomputing(anatomy) if recomputes else nullcontext():
+                if moment == "integrated":
+                    values = _integrated(loaded, on_device, targets, steps)
+                else:
+                    values = _scores(loaded, on_device, targets)
             if moment == "answer_control":
                 values = values.clamp(min=0)
             total[..., k] += values.sum(1)
@@ -124,50 +128,39 @@ def _probability(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) 
 
 def _scores(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor) -> torch.Tensor:
     """CULNIG's s, float64 [L, rows, I] on the CPU."""
-    activations: dict[int, torch.Tensor] = {}
-    gradients: dict[int, torch.Tensor] = {}
+    anatomy = loaded.anatomy
+    scores = torch.zeros(anatomy.layers, len(batch.ids), anatomy.neurons, dtype=torch.float64)
 
-    def keep(into: dict[int, torch.Tensor], layer: int, values: torch.Tensor, routed: Routed | None) -> None:
-        if routed is None:
-            into[layer] = values.clone()
-            return
-        if layer not in into:
-            into[layer] = values.new_zeros(*batch.ids.shape, loaded.anatomy.neurons)
-        into[layer].view(-1, loaded.anatomy.neurons)[routed.tokens, expert_units(loaded.anatomy, routed)] = (
-            values
-        )
+    def score(layer: int, activations: torch.Tensor, routed: Routed | None, gradients: torch.Tensor) -> None:
+        own = slice(None)
+        if routed is not None:
+            own = expert_units(anatomy, routed)
+            activations, gradients = (
+                values.new_zeros(batch.ids.numel(), values.shape[1])
+                .index_copy(0, routed.tokens, values)
+                .view(*batch.ids.shape, -1)
+                for values in (activations, gradients)
+            )
+        p = probability.detach().to(activations.device)
+        scores[layer, :, own] = answer_scores(activations, gradients, p, batch.attention).cpu()
 
     def hook_of(layer: int) -> SiteHook:
         def read(values: torch.Tensor, routed: Routed | None) -> None:
+            if not torch.is_grad_enabled():
+                return  # the first of two passes through a layer that is recomputed
             if not values.requires_grad:
                 values.requires_grad_(True)
-            keep(activations, layer, values.detach(), routed)
-            values.register_hook(lambda gradient: keep(gradients, layer, gradient, routed))
+            # Each is used as its gradient arrives: recomputed, the layers are never all in memory.
+            values.register_hook(partial(score, layer, values.detach().clone(), routed))
 
         return read
 
-    layers = range(loaded.anatomy.layers)
-    with (
-        site_hooks(loaded.anatomy, {(CULNIG_SITE, layer): hook_of(layer) for layer in layers}),
-        torch.enable_grad(),
-    ):
+    hooks = {(CULNIG_SITE, layer): hook_of(layer) for layer in range(anatomy.layers)}
+    with site_hooks(anatomy, hooks), torch.enable_grad():
         probability = _probability(loaded, batch, answers)
+        # Rows are independent, so the gradient of the sum holds each row's gradient.
         probability.sum().backward()
-    # Rows are independent, so the gradient of the sum holds each row's gradient.
-    without = torch.zeros(len(batch.ids), loaded.anatomy.neurons, dtype=torch.float64)
-    return torch.stack(
-        [
-            answer_scores(
-                activations[layer],
-                gradients[layer],
-                probability.detach().to(activations[layer].device),
-                batch.attention,
-            ).cpu()
-            if layer in activations
-            else without
-            for layer in layers
-        ]
-    )
+    return scores
 
 
 def _integrated(loaded: LoadedModel, batch: TokenBatch, answers: torch.Tensor, steps: int) -> torch.Tensor:

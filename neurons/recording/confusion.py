@@ -264,13 +264,14 @@ class _Read:
         found = torch.empty(len(neurons), dtype=torch.float64)
         for layer in neurons[:, 0].unique().tolist():
             own = (neurons[:, 0] == layer).nonzero()[:, 0]
-            columns = neurons[own, 1].to(self.activations.device)
+            columns = neurons[own, 1]
             if layer not in log_probabilities:
                 log_probabilities[layer] = (
                     logits(model, self.before[layer, row, None])[0].float().log_softmax(-1)
                 )
             values = anatomy.weight_values(layer, "mlp")[:, columns].T.to(self.activations)
-            written = self.norm.linear(self.activations[layer, row, columns, None] * values)
+            activations = self.activations[layer, row, columns.to(self.activations.device), None]
+            written = self.norm.linear(activations * values)
             changes = logits(model, (written * self.norm.scale[row]).to(model.dtype)).float() - self.zero
             found[own] = rises(changes, log_probabilities[layer], int(self.wrong[row])).cpu()
         return found

@@ -21,7 +21,7 @@ from neurons.architectures.sites import replace_forward
 def recomputing(anatomy: Anatomy) -> Iterator[None]:
     """A context in which a pass with gradients keeps only the input of each layer.
 
-    Gradients flow to the inputs of the layers, not to tensors that a hook adds from outside.
+    Gradients flow to the inputs of the layers and to leaves, not to other tensors that a hook adds from outside.
     """
     with ExitStack() as undo:
         for layer in anatomy.blocks:

@@ -275,6 +275,7 @@ def language_batches(
     Raises:
         UsageError: the model has no embedding for a token; a conversation is longer than the model's context, or its
             chat template does not render it; or a language has conversations without a token of the roles.
+        BrocaError: a row does not fit.
     """
     length, max_tokens = block_length(loaded.model), _max_tokens(corpus, tokens, default)
     context = context_length(loaded.model) or length
@@ -292,6 +293,7 @@ def language_batches(
             raise UsageError(
                 f"the conversations in {language!r} have no token of the roles {', '.join(corpus.roles)}: choose others"
             )
+    batches_for(loaded, False, longest_row(batches))
     require_embedded_tokens(loaded, batches)
     return batches
 

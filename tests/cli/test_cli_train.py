@@ -89,4 +89,6 @@ def test_a_dry_run_grows_with_the_neurons(broca, arguments, tmp_path):
     assert status == 0, err
     stages = json.loads(printed)["stages"]
     assert stages["all"]["parts"]["deltas"] == stages["set"]["parts"]["deltas"] * 3 * 48 // 4
+    # All losses are measured with copies of the edited weights: of three matrices in three layers.
+    assert stages["measure"]["parts"]["edited"] == 4 * 3 * 3 * 48 * 64
     assert not out.exists()

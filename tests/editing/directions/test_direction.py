@@ -21,6 +21,7 @@ from editing.directions.winsorise import winsorise
 from editing.methods.steer2edit import steer2edit_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.files.artifact import artifact_bytes
+from neurons.models.memory import LIBRARIES, forward_bytes, sizes_of
 from neurons.models.source import load_model
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus, read_corpus
@@ -80,6 +81,18 @@ def test_recorded_texts_are_the_means_of_their_tokens(llama, parallel, naive):
     assert [recorded.lines["qaa"][places[0]].tolist(), recorded.lines["qab"][places[1]].tolist()] == [
         [0, 1, 2, 3, 5, 6, 7, 8]
     ] * 2
+
+
+def test_more_texts_than_memory_holds_are_refused(llama, parallel, monkeypatch):
+    batches, sizes = language_batches(llama, parallel), sizes_of(llama)
+    kept = 4 * 3 * 3 * 64 * 26  # float32, three layers and sites, of 8 + 9 + 9 texts
+    largest = max(batch.ids.numel() for of_language in batches.values() for batch in of_language)
+    limit = LIBRARIES + sizes.weights + forward_bytes(sizes, largest) + kept
+    monkeypatch.setattr("neurons.models.memory._limit", limit)
+    record_texts(llama, batches)
+    monkeypatch.setattr("neurons.models.memory._limit", limit - 1)
+    with pytest.raises(UsageError, match=r"26 texts .* at most 8 texts of each"):
+        record_texts(llama, batches)
 
 
 def test_a_mixture_is_recorded_too(checkpoint_of, parallel):

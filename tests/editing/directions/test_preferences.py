@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+from editing.directions import grains
 from editing.directions.bipo import HELD_OUT, Bipo, _Objective, bipo_loss
 from editing.directions.estimation import direction_of, direction_of_preferences
 from editing.directions.grains import effect, replaced, token_scores
@@ -254,6 +255,15 @@ def test_scores_equal_integrals_of_one_row_at_a_time(llama, in_float64):
         expected = naive_scores(in_float64, ids, prompt, nodes)
         torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         assert scores[-1] == 0  # nothing follows the last token
+
+
+def test_processes_cut_rows_by_the_least_memory(llama, monkeypatch):
+    """Another process has room for 64 tokens."""
+    monkeypatch.setattr("neurons.models.memory.all_reduce", lambda own, _: own.clamp(max=64))
+    cut = []
+    monkeypatch.setattr(grains, "token_row_batches", lambda *given: cut.append(given[2]) or [])
+    token_scores(llama, numbered_together(preference_rows(llama, preferences(3))))
+    assert cut == [64]
 
 
 def test_the_highest_scores_above_zero_are_replaced():

@@ -1,5 +1,7 @@
 """Scores of choices against a loop over single tokens, and a model that knows the answers."""
 
+from dataclasses import replace
+
 import models
 import pytest
 import torch
@@ -9,6 +11,7 @@ from editing.evaluation import choice_accuracy
 from editing.evaluation.choice_accuracy import choice_log_probabilities, right
 from editing.evaluation.choices import Choice, read_choices
 from neurons.errors import UsageError
+from neurons.models.memory import sizes_of
 from neurons.models.source import load_model
 
 QUESTIONS = ["abe?", "Where does the cab stop, in the face of it all?", "bad", "the milk hill pop trust bead"]
@@ -58,6 +61,20 @@ def test_scores_equal_a_loop_over_tokens(checkpoint_of, tmp_path, family, monkey
     assert scores.dtype == torch.float64
     assert torch.allclose(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
     assert sum(done) == 4 and len(done) > 1
+
+
+def test_batches_are_small_where_keys_and_values_are_large(chatting, monkeypatch):
+    sizes, batches = sizes_of(chatting), []
+    monkeypatch.setattr(
+        choice_accuracy, "row_batches", lambda *_, tokens_a_batch: batches.append(tokens_a_batch) or []
+    )
+    for keys in (sizes.keys, 2**20):
+        monkeypatch.setattr(choice_accuracy, "sizes_of", lambda _, keys=keys: replace(sizes, keys=keys))
+        monkeypatch.setattr(choice_accuracy, "max_room", lambda _: 2**32)
+        choice_log_probabilities(chatting, QUESTIONS, CHOICES)
+    assert batches[0] == choice_accuracy.MAX_TOKENS // 4
+    # 24 bytes of keys and values in three layers, of 2**20 numbers each
+    assert 0 < 4 * batches[1] * 24 * 2**20 <= 2**32
 
 
 @pytest.mark.parametrize("template", [MAY_THINK, OPENS_THOUGHT])

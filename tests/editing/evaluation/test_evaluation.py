@@ -22,6 +22,7 @@ from editing.evaluation.repetition import distinct_ngrams, longest_repeat, loops
 from editing.hooks.residual import residual_steering
 from editing.study.comparison import choose, largest_rise
 from neurons.errors import UsageError
+from neurons.models.source import load_model
 from neurons.text.corpus import Corpus
 from neurons.text.words import distinct_rate, opening, words
 
@@ -189,6 +190,13 @@ def test_kl_is_over_the_text_of_third_languages(llama, evaluation, monkeypatch, 
             positions += len(p)
         assert value == pytest.approx(total / positions, rel=1e-3)
         assert value > 0.001
+
+
+def test_languages_share_the_head_of_a_model_on_disk(checkpoint_of, corpus):
+    loaded = load_model(str(checkpoint_of(dtype="bfloat16")), max_memory=0)
+    texts = Evaluation(loaded, corpus, "en", "fr", max_prompts=1, new_tokens=1)._unedited
+    addresses = {texts[third].head.keywords["weight"].data_ptr() for third in ("de", "es")}
+    assert len(addresses) == 1 and texts["en"].head is texts["fr"].head is None
 
 
 def test_steering_is_gone_after_a_measurement(llama, evaluation):

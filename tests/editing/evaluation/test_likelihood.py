@@ -10,7 +10,14 @@ import torch
 from conversations import counted_by_hand
 
 from editing.evaluation.generation import Continuation
-from editing.evaluation.likelihood import continuation_nll, mean_kl, mean_nll, read_again, read_unedited
+from editing.evaluation.likelihood import (
+    continuation_nll,
+    mean_kl,
+    mean_nll,
+    read_again,
+    read_unedited,
+    unedited_head,
+)
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.architectures.anatomy import OUTSIDE
@@ -89,12 +96,12 @@ def test_nll_of_packed_rows(llama):
 
 def test_likelihood_and_divergence_of_one_pass_are_those_of_two(llama, monkeypatch):
     batches = padded_batches(llama, monkeypatch)
-    before = read_unedited(llama, batches)
+    before = read_unedited(llama, batches, unedited_head(llama))
     assert before.nll == mean_nll(llama, batches)
     divergence = mean_kl(llama, batches, lambda: blurred(llama.model))
     with blurred(llama.model):
         assert read_again(llama, before) == (mean_nll(llama, batches), divergence)
-        likelihood, none = read_again(llama, read_unedited(llama, batches, keep=False), kl=False)
+        likelihood, none = read_again(llama, read_unedited(llama, batches), kl=False)
         assert likelihood == mean_nll(llama, batches) and math.isnan(none)
 
 

@@ -20,7 +20,7 @@ from editing.methods.subnetwork import (
     subnetwork_plan,
     untrained,
 )
-from editing.methods.trained_factors import computing_with, factors_of, with_factors
+from editing.methods.trained_factors import _add, computing_with, factors_of, with_factors
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.identify import identify
@@ -98,6 +98,15 @@ def test_gradients_are_those_of_the_whole_weights(checkpoint_of, corpora, family
             torch.testing.assert_close(
                 gradient.double(), part, rtol=1e-3, atol=1e-4 * float(part.abs().max())
             )
+
+
+def test_deltas_may_be_on_another_device_than_their_module(llama):
+    """As of a model on several GPUs."""
+    edit = next(edit for edit in untrained(llama, ROWS) if edit.column_deltas is not None)
+    width = llama.anatomy.neurons
+    hidden, output = (torch.zeros(2, size, device="meta") for size in (width, llama.anatomy.residual))
+    added = _add(edit, slice(0, width), torch.nn.Identity(), (hidden,), output)
+    assert added.device.type == "meta" and added.shape == output.shape
 
 
 def test_neurons_of_a_language_help_it_more_than_random_ones():

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from editing.checkpoints.export import export
+from editing.pipeline.needs import edited_bytes
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, make_plan
 from neurons.errors import BrocaError
-from neurons.models.source import load_model
+from neurons.models.source import load_model, plan_model
 
 IDS = torch.tensor([[0, 5, 80, 33, 200, 7], [0, 90, 91, 17, 4, 260]])
 
@@ -45,6 +46,23 @@ def random_plan(loaded, layers=(0, 2), fingerprint=None):
 def logits(loaded):
     with torch.no_grad():
         return loaded.model(IDS).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_copies_are_foreseen(checkpoint_of, monkeypatch, family):
+    """Of the experts, the one that changes."""
+    path = str(checkpoint_of(family))
+    loaded, planned = load_model(path, "cpu"), plan_model(path, "cpu")
+    plan = random_plan(loaded)
+    if family == "mixtral":
+        columns, deltas = torch.tensor([49, 60]), torch.ones(2, loaded.anatomy.residual)
+        plan = replace(plan, edits=(ModuleEdit(1, "mlp", (49, 60), columns=columns, column_deltas=deltas),))
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copied.append(tensor.nbytes) or clone(tensor))
+    with applied(loaded, plan):
+        assert edited_bytes(planned, plan.edits) == sum(copied) > 0
+    every = [edit for edit in random_plan(loaded, range(3)).edits if edit.block == "mlp"]
+    assert family == "mixtral" or edited_bytes(planned) == edited_bytes(planned, every)
 
 
 def state(loaded):

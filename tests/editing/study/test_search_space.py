@@ -16,6 +16,7 @@ from editing.methods.keyed_edit import Keyed, KeyedLearned
 from editing.methods.keyed_search import KeyedSearch
 from editing.methods.material import Material
 from editing.methods.method import Knob
+from editing.methods.output_norm import source_tokens
 from editing.methods.steer2edit import Steer2Edit, steer2edit_plan
 from editing.study.registry import METHODS, searched
 from editing.study.search_space import spaces
@@ -112,10 +113,14 @@ def test_through_a_norm_the_text_has_the_budget_of_the_keys(checkpoint_of, corpu
         return language_batches(loaded, text, **options)
 
     monkeypatch.setattr("editing.methods.keyed_search.language_batches", batches)
-    model = load_model(str(checkpoint_of("gemma2")), device="cpu")
+    model = load_model(str(checkpoint_of("gemma2")), device="cpu", dtype="bfloat16")
     vectors = Direction("qaa", "qab", {"block_out": torch.ones(3, 64).double()}, {}, {"method": "diffmean"})
-    keyed(Material(model, corpus, "qaa", "qab", directions=(vectors,)), (0, 1, 2), 0.5, 0.7)
+    study = Material(model, corpus, "qaa", "qab", directions=(vectors,))
+    keyed(study, (0, 1, 2), 0.5, 0.7)
     assert read == [(("qaa",), KEYS.tokens)]
+    kept = study._kept["through", 1, "mlp"].outputs
+    tokens = source_tokens(model, 1, "mlp", study._kept["text of keys", "qaa"])
+    assert kept.dtype == torch.bfloat16 and torch.equal(kept.double(), tokens.outputs)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "olmo2"])

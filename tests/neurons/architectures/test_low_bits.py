@@ -144,6 +144,20 @@ def test_what_does_not_fit_is_refused(checkpoint_of, bits):
         load_model(str(checkpoint_of()), max_memory=1000, bits=bits)
 
 
+def test_fused_experts_and_embeddings_count_in_full(checkpoint_of, monkeypatch):
+    """Only the linear modules in the layers are quantised."""
+    monkeypatch.setattr("neurons.models.source.quantised_settings", lambda bits: {"bits": bits})
+    monkeypatch.setattr("neurons.models.source.quantisation_config", lambda *_: None)
+    path = str(checkpoint_of("mixtral"))
+    size = sum(
+        parameter.nbytes // (8 if "self_attn" in name else 1)
+        for name, parameter in load_model(path, "cpu").model.named_parameters()
+    )
+    load_model(path, "cpu", max_memory=size, bits=4)
+    with pytest.raises(UsageError, match="in 4 bits"):
+        load_model(path, "cpu", max_memory=size - 1, bits=4)
+
+
 @pytest.mark.parametrize("command", ["record", "identify", "direction", "ablate"])
 def test_without_bitsandbytes_one_sentence_says_how_to_get_it(
     broca, monkeypatch, checkpoint_of, corpus_directory, steered_like, llama, tmp_path, command

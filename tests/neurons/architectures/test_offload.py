@@ -18,6 +18,7 @@ from editing.methods.bake_bias import bake_bias_plan
 from editing.methods.keyed import keyed_plan
 from editing.methods.learned_values import learned_values
 from editing.plans.applied import applied
+from neurons.architectures.layouts import LAYOUTS
 from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
 from neurons.models.memory import LIBRARIES, MIN_WORK, WORK, room, sizes_of
@@ -132,10 +133,16 @@ def test_a_neuron_is_told_the_same(both, corpus):
     assert neuron_report(other, corpus, 1, 3) == neuron_report(whole, corpus, 1, 3)
 
 
-def test_an_unknown_architecture_is_checked_too(tmp_path):
+def test_an_unknown_architecture_is_checked_too(tmp_path, monkeypatch):
+    """On a small model, also if all weights are in memory, but on several devices, whose values cannot be compared."""
+    monkeypatch.delitem(LAYOUTS, "stablelm", raising=False)
     save_new(tmp_path, *NEW["stablelm"][:2])
-    whole, other = load_model(str(tmp_path), device="cpu"), load_model(str(tmp_path), max_memory=0)
-    assert other.anatomy.layout == whole.anatomy.layout
+    layout = load_model(str(tmp_path), device="cpu").anatomy.layout
+    assert layout.examined
+    monkeypatch.setattr("neurons.models.source.checked", None)
+    assert load_model(str(tmp_path), max_memory=0).anatomy.layout == layout
+    monkeypatch.setattr("neurons.models.source.max_memory_per_device", lambda *_: {"cpu": 10**9})
+    assert load_model(str(tmp_path)).anatomy.layout == layout
 
 
 def test_a_backward_pass_does_not_hold_the_weights_since_the_forward(checkpoint_of, corpus, monkeypatch):
@@ -185,7 +192,7 @@ def test_a_device_that_was_named_is_not_left_for_the_disk(checkpoint_of):
 
 def test_little_free_memory_is_no_death(checkpoint_of, monkeypatch):
     free = 250_000
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": free})
+    monkeypatch.setattr("neurons.models.placement.free_memory", lambda: free)
     loaded = load_model(str(checkpoint_of()))
     assert set(loaded.model.hf_device_map.values()) == {"cpu", "disk"}
     live = sum(p.nbytes for p in loaded.model.parameters() if p.device.type == "cpu")
@@ -230,7 +237,7 @@ def test_a_person_is_told_what_waits_on_disk(broca, checkpoint_of, corpus_direct
     asked = ["record", checkpoint_of(), "--corpus", corpus_directory, "--out", tmp_path / "s.safetensors"]
     status, _, said = broca(*asked)
     assert status == 0 and "disk" not in said
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 250_000})
+    monkeypatch.setattr("neurons.models.placement.free_memory", lambda: 250_000)
     status, _, said = broca(*asked)
     assert status == 0 and "disk" in said and str(checkpoint_of().name) in said.replace("\n", "")
 
@@ -265,6 +272,7 @@ def test_the_weights_of_a_model_on_disk_leave_the_memory_to_the_work(checkpoint_
     layer = sum(parameter.nbytes for parameter in whole.anatomy.blocks[0].parameters())
     assert sizes_of(other).weights == layer < sizes_of(whole).weights == size_of(whole)
     monkeypatch.setattr("neurons.models.memory._limit", LIBRARIES + WORK + layer)
+    monkeypatch.setattr("neurons.models.memory._of_models", {})  # each alone
     assert room(other) == WORK > room(whole)
 
 

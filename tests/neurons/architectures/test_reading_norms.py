@@ -9,6 +9,7 @@ from neurons.architectures.anatomy import anatomy_of
 from neurons.architectures.reading_norms import ReadingNorm, reading_norms
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
+from neurons.models.source import load_model
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -67,6 +68,13 @@ def test_a_reader_that_is_no_module_is_noticed():
     assert len(reading_norms(model, anatomy, [0, 2])) == 4
     with pytest.raises(BrocaError, match="layer 1 "):
         reading_norms(model, anatomy, range(3))
+
+
+def test_a_model_on_disk_has_the_same(checkpoint_of):
+    path = str(checkpoint_of())
+    whole, other = load_model(path, "cpu"), load_model(path, max_memory=0)
+    found = reading_norms(other.model, other.anatomy, range(3))
+    assert found == reading_norms(whole.model, whole.anatomy, range(3))
 
 
 def test_the_path_of_a_module_is_a_site():

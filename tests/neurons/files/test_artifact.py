@@ -57,6 +57,13 @@ def test_equal_content_gives_equal_bytes():
     assert artifact_bytes("edit", TENSORS | {"a": TENSORS["a"] + 1}, METADATA) != one
 
 
+def test_a_file_is_written_without_its_bytes_in_memory(tmp_path, monkeypatch):
+    expected = artifact_bytes("edit", TENSORS, METADATA)
+    monkeypatch.setattr("neurons.files.artifact.save", None)
+    save_artifact(tmp_path / "file", "edit", TENSORS, METADATA)
+    assert (tmp_path / "file").read_bytes() == expected
+
+
 def test_another_kind_is_refused_by_name(saved):
     with pytest.raises(BrocaError, match="holds 'direction', but 'neurons' is needed"):
         load_artifact(saved, "neurons")

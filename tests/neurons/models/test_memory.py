@@ -1,5 +1,6 @@
 """What stages need of the memory: computed beforehand, kept to, and refused by name where it is not there."""
 
+import gc
 import json
 import os
 import subprocess
@@ -10,12 +11,13 @@ from types import SimpleNamespace
 import models
 import pytest
 import torch
+import transformers
 
 from cli.dry_run import dry_run
 from cli.screen import Screen
 from editing.pipeline.needs import key_need
 from neurons.errors import BrocaError
-from neurons.models import memory, placement
+from neurons.models import memory
 from neurons.models.memory import (
     Need,
     backward_bytes,
@@ -26,11 +28,12 @@ from neurons.models.memory import (
     read_weights,
     sizes_of,
 )
+from neurons.models.placement import max_memory_per_device
 from neurons.models.source import load_model, open_model, plan_model
 from neurons.recording.corpus_recording import record_corpus
 from neurons.recording.needs import text_of
 from neurons.recording.record import record
-from neurons.text.batches import common_tokens, language_batches, text_batches
+from neurons.text.batches import common_tokens, language_batches, longest_row, text_batches
 from neurons.text.corpus import read_corpus
 from neurons.text.token_budget import Budget
 
@@ -108,6 +111,43 @@ def test_a_row_that_cannot_fit_is_refused_with_what_would(llama):
         batches_for(llama, False, 1)
 
 
+@pytest.mark.parametrize("tokens_a_batch", [None, 16])
+def test_a_row_of_text_that_cannot_fit_is_refused(llama, corpus, tokens_a_batch):
+    longest = longest_row(language_batches(llama, corpus))
+    sizes = sizes_of(llama)
+    least = memory.LIBRARIES + sizes.weights + memory.forward_bytes(sizes, longest)
+    limit_memory(least)
+    language_batches(llama, corpus, tokens_a_batch=tokens_a_batch)
+    limit_memory(least - 1)
+    with pytest.raises(BrocaError, match=f"a row of {longest} tokens"):
+        language_batches(llama, corpus, tokens_a_batch=tokens_a_batch)
+
+
+@pytest.mark.parametrize("weights", [10**9, 6 * 10**9, 9 * 10**9, 10**10])
+def test_work_on_a_gpu_fits_beside_its_weights(monkeypatch, weights):
+    """Of two GPUs of 10 GB: the weights on the other do not count."""
+    total = 10**10
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    own, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    parameters = [
+        SimpleNamespace(nbytes=size, device=at) for size, at in ((weights, own), (8 * 10**9, other))
+    ]
+    loaded = SimpleNamespace(device=own, model=SimpleNamespace(parameters=lambda: parameters))
+    left = total - memory.LIBRARIES - weights
+    assert memory.room(loaded) == max(0, min(4 * 10**9, left))
+
+
+@pytest.mark.parametrize(("dense", "expected"), [(50, 2 * 16 + 80), (200, 200)])
+def test_active_neurons_are_those_of_the_widest_layer(tmp_path, dense, expected):
+    """Two of four routed experts and the shared expert, or a layer without experts."""
+    transformers.Qwen2MoeConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=dense,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=80,
+        mlp_only_layers=[1],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert sizes_of(plan_model(str(tmp_path), "cpu")).inner == expected
+
+
 def test_a_long_row_is_recomputed_where_keeping_it_does_not_fit(llama):
     """No power of two between the batch and the row: 4,096 tokens fit, 8,000 only if they are recomputed."""
     sizes, row = sizes_of(llama), 8000
@@ -122,23 +162,25 @@ def test_a_long_row_is_recomputed_where_keeping_it_does_not_fit(llama):
 @pytest.mark.parametrize("old", [False, True])
 def test_pages_of_files_are_free_within_a_container(tmp_path, monkeypatch, old):
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    assert memory.within_container(10**6) == 10**6
+    machine = SimpleNamespace(available=10**6)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: machine)
+    assert memory.free_memory() == 10**6
     folder, prefix = (tmp_path / "memory", "total_") if old else (tmp_path, "")
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
     folder.mkdir(exist_ok=True)
     (folder / names[0]).write_text("1000\n")
     (folder / names[1]).write_text("900\n")
-    assert memory.within_container(10**6) == 100  # not every runtime has memory.stat
+    assert memory.free_memory() == 100  # not every runtime has memory.stat
     (folder / "memory.stat").write_text(
         f"{prefix}anon 100\n{prefix}active_file 300\n{prefix}inactive_file 400\n"
     )
-    assert memory.within_container(10**6) == 800
-    assert memory.within_container(700) == 700
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 10**6})
-    monkeypatch.setattr(placement, "_size", lambda *_: 721)
-    assert placement.max_memory_per_device(tmp_path, torch.device("cpu"), 4) == {"cpu": 720}
+    assert memory.free_memory() == 800
+    assert max_memory_per_device(721, torch.device("cpu")) == {"cpu": 720}
+    machine.available = 700
+    assert memory.free_memory() == 700
+    machine.available = 10**6
     (folder / names[0]).write_text("max\n")
-    assert memory.within_container(10**6) == 10**6
+    assert memory.free_memory() == 10**6
 
 
 def test_processes_cut_batches_by_the_least_memory(llama, corpus, monkeypatch):
@@ -151,6 +193,21 @@ def test_processes_cut_batches_by_the_least_memory(llama, corpus, monkeypatch):
     )
     read = record_corpus(llama, corpus, ["mlp_in:sum"], block=16, tokens=100)
     assert read.metadata["settings"]["tokens_a_batch"] == 64
+
+
+def test_the_limit_is_for_all_loaded_models(checkpoint_of):
+    path = str(checkpoint_of())
+    weights = sizes_of(load_model(path, "cpu")).weights
+    gc.collect()
+    limit_memory(memory.LIBRARIES + memory.MIN_WORK + weights)
+    first = load_model(path)
+    assert first.offload_note is None and memory.max_room(first) == memory.MIN_WORK
+    second = load_model(path)
+    assert second.offload_note is not None
+    assert memory.max_room(first) == memory.MIN_WORK - sizes_of(second).weights == memory.max_room(second)
+    del first, second
+    gc.collect()
+    assert load_model(path).offload_note is None
 
 
 def test_a_model_larger_than_the_limit_is_planned_on_disk(checkpoint_of):
@@ -190,12 +247,16 @@ def test_dry_run_says_what_each_stage_needs_and_does_nothing(
         assert stage["peak"] == sum(stage["parts"].values()) > stage["parts"]["weights"] > 0
         assert stage["fits"] and stage["tokens_at_once"] > 0
         assert not out.exists()
+    assert stage["parts"]["kept"] == 0  # DiffMean needs sums alone
+    _, printed, _ = broca(*command, "--winsorise", "0.9", "--dry-run", "--json", "--out", out)
+    (stage,) = json.loads(printed)["stages"].values()
+    assert stage["parts"]["kept"] > 0
 
 
 @pytest.mark.parametrize(
     ("budget", "command"),
     [
-        ("DIRECTIONS", ("direction", "--source", "qaa", "--target", "qab")),
+        ("DIRECTIONS", ("direction", "--source", "qaa", "--target", "qab", "--unit-length")),
         ("KEYS", ("edit", "--method", "leace", "--languages", "qaa,qab")),
     ],
 )

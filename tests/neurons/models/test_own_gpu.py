@@ -53,31 +53,36 @@ def test_a_launcher_that_says_little_is_still_caught(gpus, monkeypatch):
         pick_device()
 
 
-def test_on_a_cpu_the_processes_share_what_is_free(gpus, checkpoint_of, monkeypatch):
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"cpu": 500_000})
+@pytest.fixture
+def free(monkeypatch):
+    """Device -> bytes that are free, of two GPUs and main memory."""
+    found = {0: 100_000, 1: 100_000, "cpu": 1_000_000}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000, 100_000))
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: dict(found))
+    monkeypatch.setattr("neurons.models.placement.free_memory", lambda: 1_000_000)
+    return found
+
+
+def test_on_a_cpu_the_processes_share_what_is_free(gpus, free):
     cpu = torch.device("cpu")
-    assert max_memory_per_device(checkpoint_of(), cpu, 4) is None
+    assert max_memory_per_device(900_000, cpu) is None
     gpus(count=0, processes=2)
-    assert max_memory_per_device(checkpoint_of(), cpu, 4) == {"cpu": 225_000}
+    assert max_memory_per_device(900_000, cpu) == {"cpu": 450_000}
 
 
-def test_a_process_leaves_the_gpus_of_the_others_alone(gpus, checkpoint_of, monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_process_leaves_the_gpus_of_the_others_alone(gpus, free, shared):
+    """Where a GPU's memory is the main memory, there is no other."""
     gpus(count=2, processes=2, number=1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000, 100_000))
-    monkeypatch.setattr(
-        "accelerate.utils.get_max_memory", lambda *_: {0: 100_000, 1: 100_000, "cpu": 1_000_000}
-    )
-    found = max_memory_per_device(checkpoint_of(), pick_device(), 4)
-    assert found == {1: 90_000, "cpu": 450_000}
+    main = {} if shared else {"cpu": 450_000}
+    if shared:
+        del free["cpu"]
+    assert max_memory_per_device(900_000, pick_device()) == {1: 90_000} | main
 
 
-def test_without_a_launcher_all_gpus_are_there(gpus, checkpoint_of, monkeypatch):
+def test_without_a_launcher_all_gpus_are_there(gpus, free):
     gpus(count=2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000, 100_000))
-    monkeypatch.setattr(
-        "accelerate.utils.get_max_memory", lambda *_: {0: 100_000, 1: 100_000, "cpu": 1_000_000}
-    )
-    found = max_memory_per_device(checkpoint_of(), pick_device(), 4, max_memory=80_000)
+    found = max_memory_per_device(900_000, pick_device(), max_memory=80_000)
     assert found == {0: 80_000, 1: 80_000, "cpu": 80_000}
 
 

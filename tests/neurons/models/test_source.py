@@ -31,6 +31,18 @@ def test_loads_what_is_there(copy):
         assert (parameter == stored[name]).all()
 
 
+@pytest.mark.parametrize("limited", [{"device": "cpu"}, {"max_memory": 0}])
+def test_a_mac_computes_on_its_cpu(copy, monkeypatch, limited):
+    """accelerate knows no main memory beside the memory of Apple's GPU, and torch has no oneDNN there."""
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *_: {"mps": 10**9})
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    monkeypatch.setattr("neurons.models.own_dtype.torch.ops.mkldnn", None)
+    change_config(copy, dtype="bfloat16")
+    dtype = own_dtype(str(copy))
+    assert dtype == "auto"
+    assert load_model(str(copy), dtype=dtype, **limited).device.type == "cpu"
+
+
 def test_a_missing_weight_is_named_and_not_made_up(copy):
     stored = load_file(copy / "model.safetensors")
     del stored["model.layers.1.mlp.up_proj.weight"]

@@ -10,7 +10,9 @@ from neurons.architectures.sites import site_hooks
 from neurons.errors import UsageError
 from neurons.models.source import load_model
 from neurons.neuron_sets.identify import require_prompts
+from neurons.recording import answers
 from neurons.recording.answers import merge_moments, record_answers
+from neurons.recording.recomputation import recomputing
 from neurons.text.prompts import EXAMPLE, Prompt, Prompts, answer_tokens, read_prompts
 
 ORDER = ("qac", "qaa")
@@ -265,6 +267,25 @@ def test_experts_in_a_batch_are_those_of_each_prompt_alone(checkpoint_of):
             for prompt in OF["qac"]
         ]
         torch.testing.assert_close(batched, sum(alone), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("moment", ["answer", "integrated"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_activations_are_recomputed_where_they_do_not_fit(checkpoint_of, monkeypatch, family, moment):
+    loaded = load_model(str(checkpoint_of(family)), device="cpu")
+    found, recomputed = [], []
+
+    def entered(anatomy):
+        recomputed.append(moment)
+        return recomputing(anatomy)
+
+    monkeypatch.setattr(answers, "recomputing", entered)
+    for recomputes in (False, True):
+        monkeypatch.setattr(answers, "batches_for", lambda *_, again=recomputes: (512, again))
+        found += record_answers(loaded, prompts_of(OF), moment, STEPS).moments.values()
+    assert recomputed
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+    assert found[0].any()
 
 
 def test_what_cannot_be_traced_is_refused(llama):

@@ -11,6 +11,7 @@ from neurons.models.source import load_model
 from neurons.neuron_sets.identify import identify_by_confusion
 from neurons.recording import confusion
 from neurons.recording.confusion import ConfusionPoint, points_of_prompts, record_confusion
+from neurons.text.batches import row_batches
 from neurons.text.prompts import Prompt, Prompts
 
 LAYERS, WIDTH = 3, 48
@@ -80,6 +81,21 @@ def test_equals_a_loop_over_all_neurons(llama, top):
         assert values.dtype == torch.float64
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=2e-5)
         assert torch.equal(values != 0, expected != 0) or top == 300
+
+
+def test_weights_may_be_on_another_device_than_activations(llama, monkeypatch):
+    (point,) = points_of_prompts(llama, Prompts({"qaa": PROMPTS["qaa"]}, "digest"))["qaa"]
+    (batch,) = row_batches([point.ids], 0)
+    read = confusion._Read(llama, batch, torch.tensor([point.wrong]))
+    read.activations = read.activations.to("meta")
+
+    class Weight:
+        def __getitem__(self, index):
+            raise LookupError(index[1].device)
+
+    monkeypatch.setattr(type(llama.anatomy), "weight_values", lambda *_: Weight())
+    with pytest.raises(LookupError, match="cpu"):
+        read._rises(0, torch.tensor([[1, 2]]), {})
 
 
 def test_a_norm_that_centres_and_has_a_bias(checkpoint_of):
