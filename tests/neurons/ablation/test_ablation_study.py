@@ -177,7 +177,7 @@ def test_a_language_without_neurons_changes_nothing(small):
 
 def test_means_are_those_of_all_text_or_of_one_language(llama, small):
     corpus, sets = small[0], {"first": small[1]["first"]}
-    how = {"controls": (), "resamples": 10}
+    how = {"controls": (), "resamples": 10, "seed": -1}
     statistics = record_corpus(llama, corpus, ("mlp_in:sum",), "texts")
     every = ablation_study(llama, corpus, sets, Settings("mean", **how))
     one = ablation_study(llama, corpus, sets, Settings("mean", "qab", **how), statistics)
