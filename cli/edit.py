@@ -223,7 +223,7 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
 def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, method: Method) -> None:
     """Print the memory needs; methods that read no text load one tensor at a time."""
     from cli.dry_run import dry_run
-    from editing.pipeline.needs import key_need, learning_need, writing_need
+    from editing.pipeline.needs import solving_needs, writing_need
     from neurons.recording.needs import pass_need, text_of
     from neurons.text.token_budget import KEYS
 
@@ -233,11 +233,8 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, met
         text = text_of(planned, material.corpus, default=KEYS.tokens)
         if not method.solves_keys:
             return [pass_need(planned, "plan", text.row, False, text.batch)]
-        learn = [learning_need(planned)] if getattr(method, "learn", False) else []
-        anatomy, modules = planned.anatomy, material.blocks or method.key_modules
-        layers = anatomy.layers if material.layers is None else len(material.layers)
-        kept = method.kept_bytes(anatomy, layers, modules)
-        return [key_need(planned, text, method.key_widths(anatomy, modules), kept), *learn]
+        layers = None if material.layers is None else len(material.layers)
+        return solving_needs(planned, text, method, material.blocks, layers)
 
     dry_run(screen, arguments, needs)
 

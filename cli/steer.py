@@ -152,11 +152,16 @@ def steer(
     if dry_run:
         from cli.dry_run import dry_run as show
         from editing.pipeline.needs import lock_needs
+        from neurons.models.source import plan_model
 
+        judge_model = None
+        if recipe.judge is not None:
+            judge_model = plan_model(recipe.judge, recipe.device, own_dtype(recipe.judge, recipe.device))
         show(
             screen,
             replace(recipe, dtype=dtype),
             lambda planned: lock_needs(planned, questions, recipe.fitted(lock, planned)),
+            judge_model,
         )
         return
     out = out or Path(f"{Path(recipe.model).resolve().name}-{lock.target or 'stay'}")

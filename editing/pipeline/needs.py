@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
+from operator import attrgetter
 
 from editing.directions.autoencoder import Autoencoder
 from editing.directions.method import DirectionMethod, PreferenceMethod
@@ -13,6 +14,7 @@ from editing.evaluation.generation import NEW_TOKENS, prompts_at_once, writing_b
 from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import EXAMPLES_A_STEP
 from editing.methods.learned_values import MAX_ROW_TOKENS
+from editing.methods.method import Method
 from editing.methods.subnetwork import BLOCK, BLOCKS_A_STEP
 from editing.pipeline.drift import context_tokens
 from editing.pipeline.lock_kinds import Lock
@@ -131,6 +133,40 @@ def key_need(planned: LoadedModel, text: Text, widths: Sequence[int] | None = No
 def learning_need(planned: LoadedModel) -> Need:
     """Need of ``editing.methods.learned_values``."""
     return pass_need(planned, "learn", MAX_ROW_TOKENS, True)
+
+
+def solving_needs(
+    planned: LoadedModel,
+    text: Text,
+    method: Method,
+    modules: Sequence[str] | None = None,
+    layers: int | None = None,
+) -> list[Need]:
+    """Needs of a method that solves keys on text: of the keys, and of learning if it learns values.
+
+    Args:
+        planned: the model.
+        text: what is read.
+        method: the method.
+        modules: of "attn" and "mlp"; None: those of the method.
+        layers: number of edited layers; None: all.
+    """
+    modules = modules or getattr(method, "blocks", None) or method.key_modules
+    kept = method.kept_bytes(planned.anatomy, layers or planned.anatomy.layers, modules)
+    keys = key_need(planned, text, method.key_widths(planned.anatomy, modules), kept)
+    return [keys, learning_need(planned)] if getattr(method, "learn", False) else [keys]
+
+
+def study_needs(planned: LoadedModel, text: Text, methods: Iterable[type[Method]]) -> list[Need]:
+    """Needs of the methods of a study that solve keys on text, of each stage the largest."""
+    needs = [
+        need
+        for method in methods
+        if method.solves_keys
+        for need in solving_needs(planned, text, method.largest(planned.anatomy))
+    ]
+    largest = {need.stage: need for need in sorted(needs, key=attrgetter("total"))}
+    return [largest[stage] for stage in dict.fromkeys(need.stage for need in needs)]
 
 
 def subnetwork_need(planned: LoadedModel, control: str, neurons: int, block: int | None = None) -> Need:

@@ -24,7 +24,7 @@ from editing.methods.keyed import LEARNED, keyed_blocks, require_common_inputs
 from editing.methods.keyed_edit import Keyed
 from editing.methods.material import Material
 from editing.methods.steer2edit import Steer2Edit
-from editing.pipeline.needs import direction_need, evaluation_need, key_need, learning_need, writing_need
+from editing.pipeline.needs import direction_need, evaluation_need, solving_needs, writing_need
 from editing.pipeline.recipe import Recipe
 from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
@@ -114,14 +114,13 @@ def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
         return text_of(planned, corpus, recipe.tokens, budget.tokens)
 
     method = method_of(recipe.method)
-    learned = recipe.values == LEARNED
+    keyed = Keyed(blocks=_blocks(recipe, planned), learn=recipe.values == LEARNED)
     recorded = text("estimate", budget_of(method.moments, method.reads))
     keys = text("estimate", KEYS)
     return [
         recording_need(planned, recorded, method.moments, method.reads),
         direction_need(planned, keys),
-        key_need(planned, keys, Keyed().key_widths(planned.anatomy, _blocks(recipe, planned))),
-        *([learning_need(planned)] if learned else []),
+        *solving_needs(planned, keys, keyed),
         writing_need(planned, "export"),
         evaluation_need(planned, text("report", LOSSES)),
     ]

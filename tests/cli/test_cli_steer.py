@@ -140,7 +140,7 @@ def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, chat_model,
     assert status == 2 and "seed" in errors
 
 
-def test_a_model_that_stays(steer, few_questions, tmp_path, monkeypatch):
+def test_a_model_that_stays(steer, chat_model, few_questions, tmp_path, monkeypatch):
     monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "en")
     monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
     for language, letters in (("en", "abc"), ("zh", "jkl"), ("de", "ghi")):
@@ -153,6 +153,10 @@ def test_a_model_that_stays(steer, few_questions, tmp_path, monkeypatch):
         assert status == 0, errors
         peaks.append(json.loads(printed)["stages"]["learn"]["peak"])
     assert peaks[0] > peaks[1]
+    status, printed, errors = steer("--stay", "--judge", chat_model, "--dry-run", "--json")
+    assert status == 0, errors
+    learning = json.loads(printed)["stages"]["learn"]
+    assert learning["peak"] == peaks[0] + learning["parts"]["judge"] > peaks[0]
     out = tmp_path / "stays"
     status, printed, errors = steer("--stay", "--out", out)
     assert status == 0, errors
