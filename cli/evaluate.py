@@ -379,7 +379,7 @@ def _compare_methods(
     from editing.report.run_report import methods_markdown
     from editing.report.tables import methods_table
     from editing.study.protocol import compare_methods
-    from neurons.files.artifact import json_bytes, write_atomically
+    from neurons.files.artifact import json_bytes, text_bytes, write_atomically
     from neurons.files.json_file import document
 
     source, target, out = arguments.source, arguments.target, arguments.out
@@ -390,7 +390,7 @@ def _compare_methods(
         for compared in compare_methods(methods, material, choosing, reporting, _stage(screen), doses):
             report = replace(compared, about=provenance(reporting))
             write_atomically(out, json_bytes(document(report)))
-            write_atomically(table, methods_markdown(report).encode())
+            write_atomically(table, text_bytes(methods_markdown(report)))
             advance(1)
     screen.table(report.title, *methods_table(report))
     for note in report.notes or ():

@@ -36,7 +36,7 @@ from editing.study.results import Choice, Report, load_choice, load_reports
 from editing.study.search_scoring import MIN_CEILING
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
-from neurons.files.artifact import json_bytes, write_atomically
+from neurons.files.artifact import json_bytes, text_bytes, write_atomically
 from neurons.files.digest import digest
 from neurons.files.json_file import document
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
@@ -425,7 +425,7 @@ class _Run:
     def report(self) -> None:
         reports = self.reports()
         write_atomically(self.out / "report.json", json_bytes(list(map(document, reports))))
-        write_atomically(self.out / "report.md", markdown(reports).encode())
+        write_atomically(self.out / "report.md", text_bytes(markdown(reports)))
         figure = report_figure(reports)
         for kind in FORMATS:
             save_figure(figure, self.out / f"report.{kind}")

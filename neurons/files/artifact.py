@@ -55,13 +55,18 @@ def write_atomically(path: Path | str, content: bytes) -> None:
         raise
 
 
+def text_bytes(text: str) -> bytes:
+    r"""UTF-8; bytes of paths that are not UTF-8 as \udcXX, which JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def json_bytes(value: Any) -> bytes:
     """A valid JSON document: NaN and infinities become null.
 
     Dataclasses are objects of their fields (``neurons.files.json_file`` reads them back).
     """
     text = json.dumps(_plain(value), indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    return (text + "\n").encode()
+    return text_bytes(text + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -105,7 +110,7 @@ def artifact_bytes(kind: str, tensors: Mapping[str, torch.Tensor], metadata: Map
     }
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(document, sort_keys=True, ensure_ascii=False)
-    content: bytes = save(stored, metadata={"broca": text})
+    content: bytes = save(stored, metadata={"broca": text_bytes(text).decode()})
     return content
 
 
