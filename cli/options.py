@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence, Set
 from functools import wraps
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -163,23 +163,44 @@ OUT_FILE, OUT_DIRECTORY = OutPath(), OutPath(directory=True)
 
 
 def keeping_inputs(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a command, after a check that no file is both its input and its output."""
+    """The function of a command, after a check that no file that it writes is an input, in a model or written twice."""
 
-    def files(kind: type) -> list[tuple[str, Path]]:
+    def given(*kinds: type) -> list[tuple[str, Any]]:
         context = click.get_current_context()
-        names = [item.name or "" for item in context.command.params if isinstance(item.type, kind)]
+        names = [item.name or "" for item in context.command.params if isinstance(item.type, kinds)]
         values = {name: context.params[name] for name in names}
-        paths = [(k, path) for k, v in values.items() for path in (v if isinstance(v, tuple) else (v,))]
-        return [(option_name(name), path) for name, path in paths if path is not None and path.is_file()]
+        every = [(k, value) for k, v in values.items() for value in (v if isinstance(v, tuple) else (v,))]
+        return [(option_name(name), value) for name, value in every if value is not None]
 
     @wraps(callback)
     def checked(**values: Any) -> Any:
-        for (name, path), (other, read) in product(files(OutPath), files(InPath)):
-            if path.samefile(read):
+        outputs = [(name, path) for name, path in given(OutPath) if not path.is_dir()]
+        # A string may be a path, or LANGUAGE=FILE.
+        inputs = [
+            (name, Path(text))
+            for name, value in given(InPath, click.types.StringParamType)
+            for text in (str(value), str(value).partition("=")[2])
+            if text
+        ]
+        for (name, path), (other, read) in product(outputs, inputs):
+            if is_file(path) and is_file(read) and path.samefile(read):
                 raise click.UsageError(f"{name} {path} is the input of {other}: give another file")
+            if is_file(read / "config.json") and path.resolve().parent == read.resolve():
+                raise click.UsageError(f"{name} {path} is in the model of {other}: give another place")
+        for (name, path), (other, second) in combinations(outputs, 2):
+            if path.resolve() == second.resolve():
+                raise click.UsageError(f"{name} and {other} are both {path}: give two files")
         return callback(**values)
 
     return checked
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file; a text that is longer than a path can be is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def option_name(name: str) -> str:

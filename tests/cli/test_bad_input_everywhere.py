@@ -158,6 +158,14 @@ EARLY = {
     f"tune {PAIR} --layers abc --dry-run --out {{OUT}}": "layers 'abc'",
     f"train {TEXT} --neurons {{neurons}} --languages en --rate 0 --out {{OUT}}": "'--rate'",
     f"train {TEXT} --neurons {{neurons}} --languages en --out {{neurons}}": "--neurons",
+    "convert {neurons} --out {neurons}": "FILE",
+    "convert en={edit} --out {edit}": "FILE",
+    "convert en={neurons} --subtract en={edit} --out {edit}": "--subtract",
+    "generate {MODEL} --prompts {neurons} --out {neurons}": "--prompts",
+    f"evaluate {PAIR} --classifier {{neurons}} --out {{neurons}}": "--classifier",
+    f"identify {TEXT} --out {{MODEL}}/model.safetensors": "MODEL",
+    f"identify {TEXT} --out {{MODEL}}/new.safetensors": "MODEL",
+    "ablate {MODEL} {neurons} --corpus {TEXT} --doses 50% --picture {OUT}.png --dose-picture {OUT}.png": "--picture",
 }
 
 
@@ -225,7 +233,7 @@ def refused(broca, model, good, known_text, tmp_path):
         names = {"MODEL": model, "TEXT": known_text, "BAD": bad, "OUT": tmp_path / "results" / "out"}
         names |= {kind: good / f"{kind}.safetensors" for kind in KINDS}
         words = [word.format(**names) for word in command.split()]
-        before = everything(tmp_path)
+        before = everything(tmp_path, good, model)
         status, out, err = broca(*words)
         lines = err.splitlines()
         assert "Traceback" not in err and "unexpected" not in err, err
@@ -233,14 +241,15 @@ def refused(broca, model, good, known_text, tmp_path):
         assert status == expected_status, err
         assert str(bad if value is None else value) in err
         assert out == ""
-        assert everything(tmp_path) == before
+        assert everything(tmp_path, good, model) == before
         return err
 
     return run
 
 
-def everything(directory):
-    return {path: path.stat().st_size for path in directory.rglob("*")}
+def everything(*directories):
+    paths = [path for directory in directories for path in directory.rglob("*")]
+    return {path: path.is_file() and path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("fault", ["missing", "a directory"])
