@@ -19,6 +19,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from neurons.setting import DTYPES
+
 LIST = "list"  # the value of --method that prints all methods
 PARTS = ("all", "estimate", "choose", "report")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -335,8 +337,7 @@ def device_options(
     command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's dtype"
 ) -> Callable[..., Any]:
     command = max_memory_option(command)
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    command = choice_option("--dtype", dtypes, f"Dtype of the activations; auto: {auto}.")(command)
+    command = choice_option("--dtype", DTYPES, f"Dtype of the activations; auto: {auto}.")(command)
     return click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
     )(command)

@@ -91,7 +91,11 @@ class Screen:
         first = os.environ.get("RANK", "0") == "0"
         quiet = self.as_json or not self._err.is_terminal or not first
         return Progress(
-            TextColumn("{task.description}", markup=False), *columns, console=self._err, transient=True, disable=quiet
+            TextColumn("{task.description}", markup=False),
+            *columns,
+            console=self._err,
+            transient=True,
+            disable=quiet,
         )
 
     @contextmanager

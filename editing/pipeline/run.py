@@ -25,7 +25,7 @@ from editing.methods.keyed_edit import Keyed
 from editing.methods.material import Material
 from editing.methods.steer2edit import Steer2Edit
 from editing.pipeline.needs import direction_need, evaluation_need, solving_needs, writing_need
-from editing.pipeline.recipe import Recipe
+from editing.pipeline.recipe import Recipe, check_recipe
 from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
 from editing.report.run_report import markdown, report_figure
@@ -46,7 +46,7 @@ from neurons.neuron_sets.identify import identify
 from neurons.neuron_sets.neuron_set import load_neuron_set
 from neurons.neuron_sets.pictures import FORMATS, save_figure
 from neurons.recording.needs import Text, recording_need, text_of
-from neurons.scorers.registry import METHODS, method_of
+from neurons.scorers.registry import method_of
 from neurons.scorers.selection import parse_layers
 from neurons.text.corpus import Corpus, read_corpus
 from neurons.text.token_budget import KEYS, LOSSES, Budget, budget_of
@@ -155,8 +155,7 @@ class _Run:
         self.classifier = load_classifier(recipe.classifier, device=recipe.device)
         self.classifier.require(self.corpora["report"].languages)
         self.blocks = _blocks(recipe, self.source)
-        if recipe.method not in METHODS:
-            raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
+        check_recipe(recipe)
         if not 0 < recipe.top_rate <= 1:
             raise UsageError(f"top_rate is {recipe.top_rate}: give a rate above 0 and at most 1")
         pick_device(recipe.device)

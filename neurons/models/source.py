@@ -37,6 +37,7 @@ from neurons.models.memory import memory_beside_work, memory_for_weights, sizes_
 from neurons.models.placement import max_memory_per_device
 from neurons.models.processes import own_gpu
 from neurons.models.tokenizer import load_tokenizer
+from neurons.setting import DTYPES
 
 # Copies of the weights in other formats.
 OTHER_FORMATS = (
@@ -249,10 +250,10 @@ def load_model(
     where = pick_device(device)
     if dtype == "auto":
         target: Any = torch.float32 if where.type == "cpu" else "auto"
-    elif dtype in ("float32", "bfloat16", "float16"):
+    elif dtype in DTYPES:
         target = getattr(torch, dtype)
     else:
-        raise UsageError(f"dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
+        raise UsageError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     config = read_config(model, checkpoint)
     if layout_of(config) is None:
         # Raises before any weight is read.

@@ -135,9 +135,13 @@ def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, chat_model,
     status, printed, errors = broca("run", recipe, "--dry-run", "--json")
     assert status == 0, errors
     assert set(json.loads(printed)["stages"]) == {"key", "learn", "evaluate"}
-    recipe.write_text("seed = 1\n" + recipe.read_text())
-    status, _, errors = broca("run", recipe, "--dry-run")
-    assert status == 2 and "seed" in errors
+    for faulty, named in (
+        ("seed = 1\n" + recipe.read_text(), "seed"),
+        (recipe.read_text() + "dtype = 'bf16'\n", "'bf16'"),
+    ):
+        recipe.write_text(faulty)
+        status, _, errors = broca("run", recipe, "--dry-run")
+        assert status == 2 and named in errors
 
 
 def test_a_model_that_stays(steer, chat_model, few_questions, tmp_path, monkeypatch):
