@@ -148,6 +148,9 @@ EARLY = {
     "direction --convert {direction} --method pca --out {OUT}.gguf": "--method",
     "edit {MODEL} --method scale --neurons {neurons} --languages en --factor 0 --tokens 5 --out {OUT}": "--tokens",
     "edit {MODEL} --method ablate --direction {direction} --tokens 5 --out {OUT}": "--tokens",
+    f"edit {TEXT} --direction {{direction}} --blocks mpl --out {{OUT}}": "mpl",
+    f"edit {TEXT} --direction {{direction}} --blocks mpl --dry-run --out {{OUT}}": "mpl",
+    f"edit {TEXT} --direction {{direction}} --layers 99 --dry-run --out {{OUT}}": "layers 0-2",
     "ablate {MODEL} {neurons} --corpus {TEXT} --dose-of model --out {OUT}": "--doses",
     "generate {MODEL} --against {BAD} --compare --prompts abe --out {OUT}": "{BAD}",
     f"evaluate {PAIR} --against {{BAD}} --out {{OUT}}": "{BAD}",
@@ -320,7 +323,8 @@ def test_what_is_refused_before_a_model_is_loaded(refused, bad, monkeypatch, com
     def load(*_, **__):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("neurons.models.source.load_model", load)
+    for place in ("neurons.models.source", "editing.methods.material"):
+        monkeypatch.setattr(f"{place}.load_model", load)
     refused(command, bad / "none", 2, EARLY[command].format(BAD=bad / "none"))
 
 
