@@ -196,7 +196,9 @@ def steer(
             "(--thoughts)."
         )
     seconds = time.monotonic() - start
-    screen.say(f"\nRepeat it: broca run {written['recipe']}\nFigures on a page: {written['report']}")
+    screen.say(
+        f"\nRepeat it: broca run {written['recipe']} --out DIR\nFigures on a page: {written['report']}"
+    )
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(
         {

@@ -62,7 +62,8 @@ def test_the_recipe_repeats_the_edit_to_the_byte(broca, chat_model, few_question
     status, printed, errors = broca("steer", "model", "--to", "fr", "--seed", 3, *text, "--out", out)
     assert status == 0, errors
     recipe = out / "broca" / "recipe.toml"
-    assert f"broca run {recipe}" in printed
+    assert f"broca run {recipe} --out DIR" in printed
+    assert "broca run recipe.toml --out DIR" in (out / "broca" / "report.html").read_text()
     assert "broca run broca/recipe.toml" in (out / "README.md").read_text()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
