@@ -18,6 +18,7 @@ from cli.options import (
     FINITE,
     IN_FILE,
     IN_PATH,
+    LANGUAGE,
     OUT_FILE,
     CommaSeparated,
     Fractions,
@@ -61,7 +62,9 @@ if TYPE_CHECKING:
     ("zero", "mean", "resample"),
     "What replaces the values: 0, their mean, or the values at a random other token.",
 )
-@click.option("--mean-of", help="--way mean: the mean over this language.  [default: over all text]")
+@click.option(
+    "--mean-of", type=LANGUAGE, help="--way mean: the mean over this language.  [default: over all text]"
+)
 @click.option(
     "--controls",
     type=CommaSeparated(),
@@ -156,6 +159,9 @@ def command(**options: Any) -> None:
     if arguments.statistics is not None:
         inputs.append(file_read("--statistics", arguments.statistics))
     corpus = noted_corpus(screen, arguments)
+    known = corpus.languages if statistics is None else statistics.languages
+    if arguments.mean_of not in (None, *known):
+        raise UsageError(f"--mean-of {arguments.mean_of!r} was not read: choose from {', '.join(known)}")
     prompts = None
     if arguments.prompts is not None:
         prompts = read_prompts(arguments.prompts, corpus.languages)

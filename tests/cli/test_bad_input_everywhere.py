@@ -152,6 +152,8 @@ EARLY = {
     f"edit {TEXT} --direction {{direction}} --blocks mpl --dry-run --out {{OUT}}": "mpl",
     f"edit {TEXT} --direction {{direction}} --layers 99 --dry-run --out {{OUT}}": "layers 0-2",
     "ablate {MODEL} {neurons} --corpus {TEXT} --dose-of model --out {OUT}": "--doses",
+    "ablate {MODEL} {neurons} --corpus {TEXT} --way mean --mean-of xx --out {OUT}": "'xx'",
+    "ablate {MODEL} {neurons} --corpus {TEXT} --statistics {statistics} --way mean --mean-of xx --out {OUT}": "'xx'",
     "generate {MODEL} --against {BAD} --compare --prompts abe --out {OUT}": "{BAD}",
     f"evaluate {PAIR} --against {{BAD}} --out {{OUT}}": "{BAD}",
     f"evaluate {PAIR} --judge {{BAD}} --out {{OUT}}": "{BAD}",

@@ -400,6 +400,11 @@ def test_the_command_refuses(arguments, extra, message):
         run([*arguments, *extra])
 
 
+def test_the_language_of_the_mean_is_read_as_every_language(arguments):
+    done = run([*arguments, "--way", "mean", "--mean-of", "QAB", "--draws", "0"])
+    assert done.exit_code == 0 and "mean of qab" in done.output
+
+
 @pytest.mark.parametrize("doses", ["many", "5%x", "1%,,2%", "nan"])
 def test_doses_are_shares(arguments, doses):
     refused = run([*arguments, "--doses", doses])
