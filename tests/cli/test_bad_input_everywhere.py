@@ -151,6 +151,8 @@ EARLY = {
     f"edit {TEXT} --direction {{direction}} --blocks mpl --out {{OUT}}": "mpl",
     f"edit {TEXT} --direction {{direction}} --blocks mpl --dry-run --out {{OUT}}": "mpl",
     f"edit {TEXT} --direction {{direction}} --layers 99 --dry-run --out {{OUT}}": "layers 0-2",
+    "edit {MODEL} --method clas --statistics {statistics} --neurons {neurons} --out {OUT}": "--statistics and --neurons",
+    f"edit {TEXT} --method austeer --languages en,fr --statistics {{statistics}} --out {{OUT}}": "--corpus and --statistics",
     "ablate {MODEL} {neurons} --corpus {TEXT} --dose-of model --out {OUT}": "--doses",
     "ablate {MODEL} {neurons} --corpus {TEXT} --way mean --mean-of xx --out {OUT}": "'xx'",
     "ablate {MODEL} {neurons} --corpus {TEXT} --statistics {statistics} --way mean --mean-of xx --out {OUT}": "'xx'",
