@@ -364,6 +364,7 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
     reads_prompts = not from_statistics and method.reads in (PROMPTS, CONFUSIONS)
     confusions = not from_statistics and method.reads == CONFUSIONS
     control = method.control
+    from_set = arguments.like is not None and control and not method.moments
     accepted = {
         "corpus": reads_text,
         "part": reads_text,
@@ -375,8 +376,9 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         "recognition": reads_prompts and "mlp_act:answer_control" in method.moments,
         "answers": confusions,
         "sibling": confusions,
-        "languages": not from_statistics,
-        "model": not from_statistics,
+        "languages": not from_statistics and not from_set,
+        "model": not from_statistics and not from_set,
+        **dict.fromkeys(("device", "dtype", "load_in_4bit", "load_in_8bit"), reads_text or reads_prompts),
         "statistics": bool(method.moments),
         "like": control,
         "seed": control,
@@ -384,7 +386,8 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         **dict.fromkeys(("scope", "ends"), not control and not method.rate_in_score),
         "top_rate": not control or arguments.like is None,
     }
-    method_text = f"--method {arguments.method}" + (" with --statistics" if from_statistics else "")
+    given = " with --statistics" if from_statistics else " with --like" if from_set else ""
+    method_text = f"--method {arguments.method}{given}"
     refuse_options(arguments, {name for name in accepted if not accepted[name]}, method_text)
 
 
