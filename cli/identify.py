@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.corpora import noted_corpus, read_table
-from cli.loading import announced, loaded_model, require_models
+from cli.loading import loaded_model, require_models
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
@@ -256,7 +256,6 @@ def _by_confusions(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
     from editing.evaluation.confusion_points import points_of_answers, read_changed_answers
     from editing.evaluation.fasttext_identifier import FastTextIdentifier, included_model
     from neurons.errors import UsageError
-    from neurons.models.source import load_model
     from neurons.neuron_sets.identify import identify_by_confusion
     from neurons.recording.confusion import ConfusionPoint, points_of_prompts, record_confusion
     from neurons.scorers.language_confusion import SIBLING, LanguageConfusion
@@ -282,7 +281,7 @@ def _by_confusions(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
     sibling = None
     if arguments.sibling is not None:
         require_models(arguments.model)
-        other = announced(screen, load_model(arguments.sibling, arguments.device, arguments.dtype))
+        other = loaded_model(screen, arguments, arguments.sibling)
         top, moment = LanguageConfusion(**arguments.settings).top, SIBLING.partition(":")[2]
         with screen.progress("Reading the sibling", None, "points") as advance:
             sibling = record_confusion(other, points(other), top, moment, advance)
