@@ -139,14 +139,14 @@ def steer(
     from editing.checkpoints.adapter import CONFIG
     from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
-    from editing.evaluation.questions import read_questions
+    from editing.evaluation.questions import questions_by_language
     from editing.pipeline.lock import language_lock
     from editing.pipeline.lock_measures import lock_figures
     from neurons.errors import UsageError
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
 
-    questions = read_questions(recipe.questions or shipped(QUESTIONS))
+    questions = questions_by_language(recipe.questions or shipped(QUESTIONS))
     lock = recipe.lock(questions)
     dtype = own_dtype(recipe.model, recipe.device, recipe.dtype)
     if dry_run:
