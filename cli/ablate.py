@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,11 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel
     from neurons.neuron_sets.neuron_set import NeuronSet
+    from neurons.text.corpus import Corpus
+    from neurons.text.prompts import Prompts
 
 
 @click.command("ablate")
@@ -167,10 +173,8 @@ def command(**options: Any) -> None:
         prompts = read_prompts(arguments.prompts, corpus.languages)
         inputs.append(file_read("--prompts", arguments.prompts))
     if arguments.dry_run:
-        from cli.dry_run import dry_run_of_text
-        from neurons.recording.needs import ablation_need
-
-        dry_run_of_text(screen, arguments, corpus, ablation_need, LOSSES.tokens)
+        moments = settings.moments(sets.values()) if statistics is None else ()
+        _dry_run(screen, arguments, corpus, moments, prompts)
         return
     loaded = loaded_model(screen, arguments)
     with _progress(screen) as progress:
@@ -211,6 +215,37 @@ def command(**options: Any) -> None:
             )
     screen.say(as_markdown(study))
     screen.result({**document, "out": arguments.out}, arguments.out)
+
+
+def _dry_run(
+    screen: Screen,
+    arguments: SimpleNamespace,
+    corpus: Corpus,
+    moments: Sequence[str],
+    prompts: Prompts | None,
+) -> None:
+    """Print the memory needs of recording the moments, and of ablating neurons on text and prompts."""
+    from cli.dry_run import dry_run
+    from neurons.ablation.accuracy import PromptBatches
+    from neurons.models.memory import MAX_TOKENS
+    from neurons.recording.needs import ablation_need, recording_need, text_of, text_of_batches
+    from neurons.scorers.method import TEXTS
+    from neurons.text.token_budget import LOSSES, budget_of
+
+    size = arguments.batch_tokens
+
+    def needs(planned: LoadedModel) -> list[Need]:
+        read = partial(text_of, planned, corpus, arguments.tokens, batch_tokens=size)
+        texts = [read(default=LOSSES.tokens)]
+        if prompts is not None and planned.tokenizer is not None:
+            texts.append(text_of_batches(PromptBatches(planned, prompts, size or MAX_TOKENS).of))
+        stages = [max((ablation_need(planned, text, size) for text in texts), key=attrgetter("total"))]
+        if moments:
+            text = read(default=budget_of(moments, TEXTS).tokens)
+            stages.insert(0, recording_need(planned, text, moments, TEXTS, batch_tokens=size))
+        return stages
+
+    dry_run(screen, arguments, needs)
 
 
 @contextmanager

@@ -88,7 +88,9 @@ def dry_run_of_text(
     """``dry_run`` for a command with one stage, which reads a corpus, without --tokens ``default`` tokens of a language."""
     from neurons.recording.needs import text_of
 
+    batch_tokens = getattr(arguments, "batch_tokens", None)
+
     def needs(planned: LoadedModel) -> list[Need]:
-        return [need(planned, text_of(planned, corpus, arguments.tokens, default))]
+        return [need(planned, text_of(planned, corpus, arguments.tokens, default, batch_tokens))]
 
     dry_run(screen, arguments, needs)
