@@ -142,7 +142,7 @@ def command(**options: Any) -> None:
         from editing.pipeline.needs import direction_need
         from neurons.text.token_budget import DIRECTIONS
 
-        need = partial(direction_need, autoencoders=autoencoders)
+        need = partial(direction_need, autoencoders=autoencoders, all_languages=method.all_languages)
         dry_run_of_text(screen, arguments, corpus, need, DIRECTIONS.tokens)
         return
     loaded = loaded_model(screen, arguments)

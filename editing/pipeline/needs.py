@@ -46,10 +46,19 @@ WRITER = 300 * 2**20  # bytes of Python, torch and safetensors, without transfor
 COPIES = 3  # of an edited tensor, in float64
 
 
-def direction_need(planned: LoadedModel, text: Text, autoencoders: Sequence[Autoencoder] = ()) -> Need:
-    """Need of ``editing.directions.recorded.record_texts``: the means of every text at three sites, and autoencoders."""
+def direction_need(
+    planned: LoadedModel, text: Text, autoencoders: Sequence[Autoencoder] = (), all_languages: bool = False
+) -> Need:
+    """Need of ``editing.directions.recorded.record_texts``: the means of every text at three sites, and autoencoders.
+
+    Args:
+        planned: the model.
+        text: what is read.
+        autoencoders: in memory too.
+        all_languages: whether the means of all languages are kept, or those of two.
+    """
     sizes = sizes_of(planned)
-    fraction = 2 / text.languages if text.languages else 0
+    fraction = 1 if all_languages else 2 / text.languages if text.languages else 0
     kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction)
     read = {"autoencoders": sum(map(autoencoder_bytes, autoencoders))} if autoencoders else {}
     return pass_need(planned, "direction", text.row, False, text.batch, kept=kept, **read)

@@ -244,6 +244,26 @@ def test_a_dry_run_reads_as_much_at_once_as_the_command(broca, checkpoint_of, co
     assert asked["peak"] > stages(ablate, "--batch-tokens", 1)["ablate"]["peak"]
 
 
+def test_a_direction_of_all_languages_keeps_all_means(broca, checkpoint_of, corpus_directory, tmp_path):
+    common = [
+        "direction",
+        checkpoint_of(),
+        "--corpus",
+        corpus_directory,
+        "--source",
+        "qaa",
+        "--target",
+        "qab",
+    ]
+    kept = []
+    for method in ("diffmean", "language-subspace"):
+        words = [*common, "--method", method, "--dry-run", "--json", "--out", tmp_path / "out"]
+        status, printed, errors = broca(*words)
+        assert status == 0, errors
+        kept.append(json.loads(printed)["stages"]["direction"]["parts"]["kept"])
+    assert 2 * kept[1] == 3 * kept[0] > 0
+
+
 def test_dry_run_needs_no_weights(broca, tmp_path, corpus_directory):
     """A config alone, of a model that no machine here could hold."""
     config = models.tiny_model().config
