@@ -167,20 +167,20 @@ OUT_FILE, OUT_DIRECTORY = OutPath(), OutPath(directory=True)
 def keeping_inputs(callback: Callable[..., Any]) -> Callable[..., Any]:
     """The function of a command, after a check that no file that it writes is an input, in a model or written twice."""
 
-    def given(*kinds: type) -> list[tuple[str, Any]]:
+    def given(wanted: Callable[[Any], bool]) -> list[tuple[str, Any]]:
         context = click.get_current_context()
-        names = [item.name or "" for item in context.command.params if isinstance(item.type, kinds)]
+        names = [item.name or "" for item in context.command.params if wanted(item.type)]
         values = {name: context.params[name] for name in names}
         every = [(k, value) for k, v in values.items() for value in (v if isinstance(v, tuple) else (v,))]
         return [(option_name(name), value) for name, value in every if value is not None]
 
     @wraps(callback)
     def checked(**values: Any) -> Any:
-        outputs = [(name, path) for name, path in given(OutPath) if not path.is_dir()]
+        outputs = given(lambda kind: isinstance(kind, OutPath) and not kind.directory)
         # A string may be a path, or LANGUAGE=FILE.
         inputs = [
             (name, Path(text))
-            for name, value in given(InPath, click.types.StringParamType)
+            for name, value in given(lambda kind: isinstance(kind, InPath | click.types.StringParamType))
             for text in (str(value), str(value).partition("=")[2])
             if text
         ]
