@@ -30,7 +30,7 @@ from cli.options import (
     tokens_option,
 )
 from cli.screen import Screen
-from cli.tables import list_methods, plan_table
+from cli.tables import list_methods, modules_as_json, plan_table
 
 if TYPE_CHECKING:
     from editing.methods.material import Material
@@ -344,11 +344,9 @@ def _show(screen: Screen, plan: Plan, source: ModelSource | None, arguments: Sim
             "method": plan.metadata["method"],
             "components": plan.components,
             "relative_change": plan.relative_change(),
+            "read": plan.metadata.get("read"),
             "warnings": warnings,
-            "modules": [
-                {"layer": edit.layer, "block": edit.block, "rank": edit.rank, **edit.notes}
-                for edit in plan.edits
-            ],
+            "modules": modules_as_json(plan),
         },
         arguments.out,
     )

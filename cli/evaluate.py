@@ -256,6 +256,7 @@ def command(**options: Any) -> None:
             "against": arguments.against,
             "corpus": text_measured(reported),
             "corpora": texts_read(corpora.values()),
+            "read": evaluation.read,
             "inputs": inputs,
             "classifier": classifier.provenance,
             "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},

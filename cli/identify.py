@@ -453,6 +453,7 @@ def _show(screen: Screen, neurons: NeuronSet, arguments: SimpleNamespace) -> Non
             "unit": neurons.unit,
             "fingerprint": neurons.metadata.get("fingerprint"),
             "tokens": neurons.metadata.get("tokens"),
+            "read": reads[-1] if reads else None,
             "neurons": {language: sum(layers) for language, layers in counts.items()},
             "by_layer": counts,
             "kinds": kinds,

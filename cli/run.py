@@ -113,6 +113,7 @@ def run_recipe(recipe: Recipe, screen: Screen, provenance: Mapping[str, Any]) ->
                     "ceiling": report.ceiling,
                     "continuations": report.continuations,
                     "outcomes": report.outcomes,
+                    "notes": report.notes,
                 }
                 for report in result.reports
             ],

@@ -220,6 +220,7 @@ def command(**options: Any) -> None:
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
             "corpora": texts_read(corpora.values()),
+            "read": direction.metadata["read"],
             "packages": measured_by("optuna"),
             "processor": processor(loaded.device),
             "command": command_line(

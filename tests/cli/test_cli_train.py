@@ -36,6 +36,7 @@ def test_the_language_gains_and_the_plan_is_exported(broca, arguments, tmp_path)
         assert set(losses) == {"base", "set", "random", "lora"}
     assert result["nll"]["qaa"]["set"] < result["nll"]["qaa"]["base"]
     assert result["components"] == {"set": 4, "random": 4, "lora": 0}
+    assert set(result["read"]) == {"qaa"}
     plan = load_plan(out)
     assert {(edit.layer, edit.block) for edit in plan.edits} == {
         (layer, block) for layer in (0, 2) for block in ("mlp", "mlp.gate_proj", "mlp.up_proj")

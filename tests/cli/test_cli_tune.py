@@ -50,6 +50,7 @@ def test_what_it_leaves(tuned):
     assert json.loads(result.stdout) == {"out": str(out), **value}
     assert len(value["trials"]) == 3
     assert value["finished"] is True
+    assert value["read"]["en"]["tokens"] > 0
     assert value["identity"]["corpus"].keys() == {"estimate", "choose", "report"}
     assert len(set(value["identity"]["corpus"].values())) == 3
     assert {"optuna", "torch", "broca"} <= set(value["packages"])
