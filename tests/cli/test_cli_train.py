@@ -75,6 +75,14 @@ def test_conversations_are_refused_before_the_model_is_loaded(broca, arguments, 
     assert found == 2 and "train on plain text" in err
 
 
+def test_two_files_of_a_language_need_no_option_that_names_something_else(broca, arguments, tmp_path):
+    corpus = models.write_corpus(tmp_path / "text", lines=8)
+    for name in ("zho_Hans", "zho_Hant"):
+        (corpus / f"{name}.txt").write_text("text\n" * 4)
+    found, _, err = broca(*arguments, "--corpus", corpus, "--out", tmp_path / "plan.safetensors")
+    assert found == 2 and "keep one" in err and "--languages" not in err
+
+
 @pytest.mark.parametrize(("rate", "named"), [("1e-30", "no pass lowers"), ("1e30", "the loss is nan")])
 def test_a_training_that_helps_nothing_leaves_nothing(broca, arguments, tmp_path, monkeypatch, rate, named):
     monkeypatch.setattr("neurons.recording.resume.Unfinished.is_due", lambda self: True)
