@@ -180,7 +180,8 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} is not available here: choose cpu, cuda or auto") from error
+        known = "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
+        raise UsageError(f"device {device!r} is not available here: choose {known}") from error
     return chosen
 
 
