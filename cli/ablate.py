@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from cli.options import (
     FINITE,
     IN_FILE,
     IN_PATH,
+    LANGUAGE,
     OUT_FILE,
     CommaSeparated,
     Fractions,
@@ -36,7 +39,11 @@ from cli.options import (
 from cli.screen import Screen
 
 if TYPE_CHECKING:
+    from neurons.models.memory import Need
+    from neurons.models.source import LoadedModel
     from neurons.neuron_sets.neuron_set import NeuronSet
+    from neurons.text.corpus import Corpus
+    from neurons.text.prompts import Prompts
 
 
 @click.command("ablate")
@@ -61,7 +68,9 @@ if TYPE_CHECKING:
     ("zero", "mean", "resample"),
     "What replaces the values: 0, their mean, or the values at a random other token.",
 )
-@click.option("--mean-of", help="--way mean: the mean over this language.  [default: over all text]")
+@click.option(
+    "--mean-of", type=LANGUAGE, help="--way mean: the mean over this language.  [default: over all text]"
+)
 @click.option(
     "--controls",
     type=CommaSeparated(),
@@ -156,15 +165,16 @@ def command(**options: Any) -> None:
     if arguments.statistics is not None:
         inputs.append(file_read("--statistics", arguments.statistics))
     corpus = noted_corpus(screen, arguments)
+    known = corpus.languages if statistics is None else statistics.languages
+    if arguments.mean_of not in (None, *known):
+        raise UsageError(f"--mean-of {arguments.mean_of!r} was not read: choose from {', '.join(known)}")
     prompts = None
     if arguments.prompts is not None:
         prompts = read_prompts(arguments.prompts, corpus.languages)
         inputs.append(file_read("--prompts", arguments.prompts))
     if arguments.dry_run:
-        from cli.dry_run import dry_run_of_text
-        from neurons.recording.needs import ablation_need
-
-        dry_run_of_text(screen, arguments, corpus, ablation_need, LOSSES.tokens)
+        moments = settings.moments(sets.values()) if statistics is None else ()
+        _dry_run(screen, arguments, corpus, moments, prompts)
         return
     loaded = loaded_model(screen, arguments)
     with _progress(screen) as progress:
@@ -205,6 +215,37 @@ def command(**options: Any) -> None:
             )
     screen.say(as_markdown(study))
     screen.result({**document, "out": arguments.out}, arguments.out)
+
+
+def _dry_run(
+    screen: Screen,
+    arguments: SimpleNamespace,
+    corpus: Corpus,
+    moments: Sequence[str],
+    prompts: Prompts | None,
+) -> None:
+    """Print the memory needs of recording the moments, and of ablating neurons on text and prompts."""
+    from cli.dry_run import dry_run
+    from neurons.ablation.accuracy import PromptBatches
+    from neurons.models.memory import MAX_TOKENS
+    from neurons.recording.needs import ablation_need, recording_need, text_of, text_of_batches
+    from neurons.scorers.method import TEXTS
+    from neurons.text.token_budget import LOSSES, budget_of
+
+    size = arguments.batch_tokens
+
+    def needs(planned: LoadedModel) -> list[Need]:
+        read = partial(text_of, planned, corpus, arguments.tokens, batch_tokens=size)
+        texts = [read(default=LOSSES.tokens)]
+        if prompts is not None and planned.tokenizer is not None:
+            texts.append(text_of_batches(PromptBatches(planned, prompts, size or MAX_TOKENS).of))
+        stages = [max((ablation_need(planned, text, size) for text in texts), key=attrgetter("total"))]
+        if moments:
+            text = read(default=budget_of(moments, TEXTS).tokens)
+            stages.insert(0, recording_need(planned, text, moments, TEXTS, batch_tokens=size))
+        return stages
+
+    dry_run(screen, arguments, needs)
 
 
 @contextmanager

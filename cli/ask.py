@@ -61,7 +61,7 @@ def command(**options: Any) -> None:
     screen = Screen(arguments.as_json)
     from editing.evaluation.ask import ask, read_answers, settings_digest
     from editing.evaluation.asking import chat_tokens
-    from editing.evaluation.questions import read_questions
+    from editing.evaluation.questions import questions_by_language
     from neurons.errors import UsageError
     from neurons.files.locked import locked
     from neurons.models.own_dtype import own_dtype
@@ -74,7 +74,7 @@ def command(**options: Any) -> None:
         )
     if arguments.engine == "vllm" and arguments.device != "auto":
         raise UsageError("vLLM runs on the device that it was built for: leave --device out")
-    questions = read_questions(arguments.questions or shipped(QUESTIONS)).of
+    questions = questions_by_language(arguments.questions or shipped(QUESTIONS)).of
     languages = (
         tuple(questions) if arguments.languages is None else tuple(map(language_label, arguments.languages))
     )

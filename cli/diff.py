@@ -8,6 +8,7 @@ import click
 
 from cli.options import json_option, out_option
 from cli.screen import Screen
+from cli.tables import modules_as_json
 
 
 @click.command("diff")
@@ -62,10 +63,7 @@ def command(base: str, edited: str, allow_others: bool, out: Path, as_json: bool
                 for tensor in difference.tensors
             ],
             "not_covered": list(difference.not_covered),
-            "modules": [
-                {"layer": edit.layer, "block": edit.block, "rank": edit.rank, **edit.notes}
-                for edit in plan.edits
-            ],
+            "modules": modules_as_json(plan),
         },
         out,
     )

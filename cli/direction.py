@@ -144,7 +144,9 @@ def command(**options: Any) -> None:
         from neurons.text.token_budget import DIRECTIONS
 
         keeps = method is not DiffMean or any(length.values()) or arguments.tokens is not None
-        need = partial(direction_need, autoencoders=autoencoders, keeps=keeps)
+        need = partial(
+            direction_need, autoencoders=autoencoders, keeps=keeps, all_languages=method.all_languages
+        )
         dry_run_of_text(screen, arguments, corpus, need, DIRECTIONS.tokens)
         return
     loaded = loaded_model(screen, arguments)

@@ -30,7 +30,7 @@ from cli.options import (
     tokens_option,
 )
 from cli.screen import Screen
-from cli.tables import list_methods, plan_table
+from cli.tables import list_methods, modules_as_json, plan_table
 
 if TYPE_CHECKING:
     from editing.methods.material import Material
@@ -166,6 +166,7 @@ def command(**options: Any) -> None:
 def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelSource] | None:
     from editing.directions.direction import load_direction
     from editing.methods.material import Material
+    from editing.methods.scope import chosen_modules
     from editing.study.registry import edit_named
     from neurons.errors import UsageError
     from neurons.neuron_sets.neuron_set import load_neuron_set
@@ -178,6 +179,8 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
     if arguments.model is None:
         raise UsageError("MODEL is missing: give a hub id or a directory")
     _check_options(arguments, method)
+    if arguments.blocks is not None:
+        chosen_modules(arguments.blocks)
     options = {name: value for name in SETTING_OPTIONS if (value := getattr(arguments, name)) is not None}
     option_texts = {name: f"{option_name(name)} {value}" for name, value in options.items()}
     assignments = {**options, **assigned(arguments.assignments, tuple(options))}
@@ -200,6 +203,9 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
         languages=labels,
         blocks=arguments.blocks,
     )
+    if arguments.dry_run:
+        _dry_run(screen, arguments, material, edit_method)
+        return None
     source = material.opened
     for path, direction in zip(arguments.directions, material.directions, strict=True):
         source.require_fingerprint(direction.metadata, path)
@@ -207,9 +213,6 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
         material.neurons.require_model(source)
     if arguments.layers is not None:
         material.layers = parse_layers(arguments.layers, source.anatomy.layers)
-    if arguments.dry_run:
-        _dry_run(screen, arguments, material, edit_method)
-        return None
     with screen.progress("Recording activations", None, "tokens") as advance:
         material.progress = advance
         plan = edit_method.plan_for(material)
@@ -223,21 +226,21 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
 def _dry_run(screen: Screen, arguments: SimpleNamespace, material: Material, method: Method) -> None:
     """Print the memory needs; methods that read no text load one tensor at a time."""
     from cli.dry_run import dry_run
-    from editing.pipeline.needs import key_need, learning_need, writing_need
+    from editing.pipeline.needs import solving_needs, writing_need
     from neurons.recording.needs import pass_need, text_of
+    from neurons.scorers.selection import parse_layers
     from neurons.text.token_budget import KEYS
 
     def needs(planned: LoadedModel) -> list[Need]:
+        layers = None
+        if arguments.layers is not None:
+            layers = len(parse_layers(arguments.layers, planned.anatomy.layers))
         if material.corpus is None:
             return [writing_need(planned, "plan")]
         text = text_of(planned, material.corpus, default=KEYS.tokens)
         if not method.solves_keys:
             return [pass_need(planned, "plan", text.row, False, text.batch)]
-        learn = [learning_need(planned)] if getattr(method, "learn", False) else []
-        anatomy, modules = planned.anatomy, material.blocks or method.key_modules
-        layers = anatomy.layers if material.layers is None else len(material.layers)
-        kept = method.kept_bytes(anatomy, layers, modules)
-        return [key_need(planned, text, method.key_widths(anatomy, modules), kept), *learn]
+        return solving_needs(planned, text, method, material.blocks, layers)
 
     dry_run(screen, arguments, needs)
 
@@ -341,11 +344,9 @@ def _show(screen: Screen, plan: Plan, source: ModelSource | None, arguments: Sim
             "method": plan.metadata["method"],
             "components": plan.components,
             "relative_change": plan.relative_change(),
+            "read": plan.metadata.get("read"),
             "warnings": warnings,
-            "modules": [
-                {"layer": edit.layer, "block": edit.block, "rank": edit.rank, **edit.notes}
-                for edit in plan.edits
-            ],
+            "modules": modules_as_json(plan),
         },
         arguments.out,
     )

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from editing.methods.material import Material
     from editing.methods.method import Method
     from editing.plans.plan import Plan
+    from neurons.models.memory import Need
     from neurons.models.source import LoadedModel
     from neurons.text.corpus import Corpus
 
@@ -187,13 +188,7 @@ def command(**options: Any) -> None:
             reported.require_plain(language, remedy=f"ask questions in {language!r} with --questions")
     plan = None if arguments.edit_path is None else load_plan(arguments.edit_path)
     if arguments.dry_run:
-        from cli.dry_run import dry_run_of_text
-        from editing.pipeline.needs import evaluation_need
-        from neurons.text.token_budget import LOSSES
-
-        edits = plan.edits if plan is not None else None if methods is not None else ()
-        need = partial(evaluation_need, new_tokens=arguments.new_tokens, edits=edits)
-        dry_run_of_text(screen, arguments, reported, need, LOSSES.tokens)
+        _dry_run(screen, arguments, methods, corpora, reported, plan)
         return
     require_models(arguments.against, arguments.judge)
     loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
@@ -261,6 +256,7 @@ def command(**options: Any) -> None:
             "against": arguments.against,
             "corpus": text_measured(reported),
             "corpora": texts_read(corpora.values()),
+            "read": evaluation.read,
             "inputs": inputs,
             "classifier": classifier.provenance,
             "packages": {**measured_by(), **({} if writer is None else {"vllm": writer.version})},
@@ -304,6 +300,35 @@ def command(**options: Any) -> None:
             whole = read_corpus(arguments.corpus, arguments.languages, roles=arguments.roles)
             lens = language_lens(loaded, whole, measuring.source_rows, models)
     _save_report(screen, arguments, measuring, outcomes, lens, provenance(measuring, writer))
+
+
+def _dry_run(
+    screen: Screen,
+    arguments: SimpleNamespace,
+    methods: Mapping[str, type[Method]] | None,
+    corpora: Mapping[str, Corpus],
+    reported: Corpus,
+    plan: Plan | None,
+) -> None:
+    from cli.dry_run import dry_run
+    from editing.pipeline.needs import evaluation_need, study_needs
+    from neurons.models.source import plan_model
+    from neurons.recording.needs import text_of
+    from neurons.text.token_budget import KEYS, LOSSES
+
+    def needs(planned: LoadedModel) -> list[Need]:
+        solving: list[Need] = []
+        if methods is not None:
+            text = text_of(planned, corpora["estimate"], default=KEYS.tokens)
+            solving = study_needs(planned, text, methods.values())
+        text = text_of(planned, reported, default=LOSSES.tokens)
+        edits = plan.edits if plan is not None else None if methods is not None else ()
+        return [*solving, evaluation_need(planned, text, new_tokens=arguments.new_tokens, edits=edits)]
+
+    judge = None
+    if arguments.judge is not None:
+        judge = plan_model(arguments.judge, arguments.device, arguments.dtype)
+    dry_run(screen, arguments, needs, judge)
 
 
 def _check_options(arguments: SimpleNamespace) -> None:
@@ -357,7 +382,7 @@ def _compare_methods(
     from editing.report.run_report import methods_markdown
     from editing.report.tables import methods_table
     from editing.study.protocol import compare_methods
-    from neurons.files.artifact import json_bytes, write_atomically
+    from neurons.files.artifact import json_bytes, text_bytes, write_atomically
     from neurons.files.json_file import document
 
     source, target, out = arguments.source, arguments.target, arguments.out
@@ -368,7 +393,7 @@ def _compare_methods(
         for compared in compare_methods(methods, material, choosing, reporting, _stage(screen), doses):
             report = replace(compared, about=provenance(reporting))
             write_atomically(out, json_bytes(document(report)))
-            write_atomically(table, methods_markdown(report).encode())
+            write_atomically(table, text_bytes(methods_markdown(report)))
             advance(1)
     screen.table(report.title, *methods_table(report))
     for note in report.notes or ():

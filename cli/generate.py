@@ -16,6 +16,7 @@ from cli.options import (
     MultiValueCommand,
     device_options,
     engine_option,
+    is_file,
     json_option,
     model_argument,
     seed_option,
@@ -188,11 +189,11 @@ def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
     texts: list[str] = []
     for argument in arguments:
         path = Path(argument)
-        is_file = path.suffix in SUFFIXES and _is_file(path)
+        exists = path.suffix in SUFFIXES and is_file(path)
         # A text may end with a file name.
-        if path.suffix not in SUFFIXES or (" " in argument and not is_file):
+        if path.suffix not in SUFFIXES or (" " in argument and not exists):
             texts.append(argument)
-        elif not is_file:
+        elif not exists:
             raise UsageError(f"{argument}: there is no such file of prompts")
         elif path.suffix == ".txt":
             texts += [line.strip() for line in read_lines(path) if line.strip()]
@@ -202,10 +203,3 @@ def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
     if not any(text.strip() for text in texts):
         raise UsageError("there is no prompt: give texts, or a file with one prompt per line")
     return texts
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a text may be longer than a path can be
-        return False

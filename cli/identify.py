@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.corpora import noted_corpus, read_table
-from cli.loading import announced, loaded_model, require_models
+from cli.loading import loaded_model, require_models
 from cli.options import (
     FINITE,
     IN_DIRECTORY,
@@ -256,7 +256,6 @@ def _by_confusions(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
     from editing.evaluation.confusion_points import points_of_answers, read_changed_answers
     from editing.evaluation.fasttext_identifier import FastTextIdentifier, included_model
     from neurons.errors import UsageError
-    from neurons.models.source import load_model
     from neurons.neuron_sets.identify import identify_by_confusion
     from neurons.recording.confusion import ConfusionPoint, points_of_prompts, record_confusion
     from neurons.scorers.language_confusion import SIBLING, LanguageConfusion
@@ -282,7 +281,7 @@ def _by_confusions(screen: Screen, arguments: SimpleNamespace) -> NeuronSet:
     sibling = None
     if arguments.sibling is not None:
         require_models(arguments.model)
-        other = announced(screen, load_model(arguments.sibling, arguments.device, arguments.dtype))
+        other = loaded_model(screen, arguments, arguments.sibling)
         top, moment = LanguageConfusion(**arguments.settings).top, SIBLING.partition(":")[2]
         with screen.progress("Reading the sibling", None, "points") as advance:
             sibling = record_confusion(other, points(other), top, moment, advance)
@@ -364,6 +363,7 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
     reads_prompts = not from_statistics and method.reads in (PROMPTS, CONFUSIONS)
     confusions = not from_statistics and method.reads == CONFUSIONS
     control = method.control
+    from_set = arguments.like is not None and control and not method.moments
     accepted = {
         "corpus": reads_text,
         "part": reads_text,
@@ -375,8 +375,9 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         "recognition": reads_prompts and "mlp_act:answer_control" in method.moments,
         "answers": confusions,
         "sibling": confusions,
-        "languages": not from_statistics,
-        "model": not from_statistics,
+        "languages": not from_statistics and not from_set,
+        "model": not from_statistics and not from_set,
+        **dict.fromkeys(("device", "dtype", "load_in_4bit", "load_in_8bit"), reads_text or reads_prompts),
         "statistics": bool(method.moments),
         "like": control,
         "seed": control,
@@ -384,7 +385,8 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
         **dict.fromkeys(("scope", "ends"), not control and not method.rate_in_score),
         "top_rate": not control or arguments.like is None,
     }
-    method_text = f"--method {arguments.method}" + (" with --statistics" if from_statistics else "")
+    given = " with --statistics" if from_statistics else " with --like" if from_set else ""
+    method_text = f"--method {arguments.method}{given}"
     refuse_options(arguments, {name for name in accepted if not accepted[name]}, method_text)
 
 
@@ -451,6 +453,7 @@ def _show(screen: Screen, neurons: NeuronSet, arguments: SimpleNamespace) -> Non
             "unit": neurons.unit,
             "fingerprint": neurons.metadata.get("fingerprint"),
             "tokens": neurons.metadata.get("tokens"),
+            "read": reads[-1] if reads else None,
             "neurons": {language: sum(layers) for language, layers in counts.items()},
             "by_layer": counts,
             "kinds": kinds,

@@ -173,6 +173,10 @@ def _neurons(screen: Screen, file: Path) -> None:
         "by_layer": {k: [len(rows) for rows in neuron_set.by_layer(k)] for k in neuron_set.languages},
         "kinds": {k: neuron_set.kind_counts(k) for k in neuron_set.languages},
         "members": {k: neuron_set.of(k).tolist() for k in neuron_set.languages},
+        "scores": {k: neuron_set.scores[k].tolist() for k in neuron_set.languages},
+        "member_kinds": {
+            k: [KINDS[kind] for kind in neuron_set.kinds[k].tolist()] for k in neuron_set.languages
+        },
     }
     if neuron_set.experts > 1:
         width = neuron_set.neurons // neuron_set.experts

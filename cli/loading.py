@@ -32,9 +32,11 @@ def announced(screen: Screen, loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def loaded_model(screen: Screen, arguments: SimpleNamespace) -> LoadedModel:
-    """The model of a command with ``device_options`` and ``quantised_options``."""
+def loaded_model(screen: Screen, arguments: SimpleNamespace, model: str | None = None) -> LoadedModel:
+    """The model of a command with ``device_options`` and ``quantised_options``, or another one as it is loaded."""
     from neurons.models.source import load_model
 
     bits = quantised_bits(arguments)
-    return announced(screen, load_model(arguments.model, arguments.device, arguments.dtype, bits=bits))
+    return announced(
+        screen, load_model(model or arguments.model, arguments.device, arguments.dtype, bits=bits)
+    )

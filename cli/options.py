@@ -12,12 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence, Set
 from functools import wraps
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
+
+from neurons.setting import DTYPES
 
 LIST = "list"  # the value of --method that prints all methods
 PARTS = ("all", "estimate", "choose", "report")
@@ -163,23 +165,44 @@ OUT_FILE, OUT_DIRECTORY = OutPath(), OutPath(directory=True)
 
 
 def keeping_inputs(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a command, after a check that no file is both its input and its output."""
+    """The function of a command, after a check that no file that it writes is an input, in a model or written twice."""
 
-    def files(kind: type) -> list[tuple[str, Path]]:
+    def given(wanted: Callable[[Any], bool]) -> list[tuple[str, Any]]:
         context = click.get_current_context()
-        names = [item.name or "" for item in context.command.params if isinstance(item.type, kind)]
+        names = [item.name or "" for item in context.command.params if wanted(item.type)]
         values = {name: context.params[name] for name in names}
-        paths = [(k, path) for k, v in values.items() for path in (v if isinstance(v, tuple) else (v,))]
-        return [(option_name(name), path) for name, path in paths if path is not None and path.is_file()]
+        every = [(k, value) for k, v in values.items() for value in (v if isinstance(v, tuple) else (v,))]
+        return [(option_name(name), value) for name, value in every if value is not None]
 
     @wraps(callback)
     def checked(**values: Any) -> Any:
-        for (name, path), (other, read) in product(files(OutPath), files(InPath)):
-            if path.samefile(read):
+        outputs = given(lambda kind: isinstance(kind, OutPath) and not kind.directory)
+        # A string may be a path, or LANGUAGE=FILE.
+        inputs = [
+            (name, Path(text))
+            for name, value in given(lambda kind: isinstance(kind, InPath | click.types.StringParamType))
+            for text in (str(value), str(value).partition("=")[2])
+            if text
+        ]
+        for (name, path), (other, read) in product(outputs, inputs):
+            if is_file(path) and is_file(read) and path.samefile(read):
                 raise click.UsageError(f"{name} {path} is the input of {other}: give another file")
+            if is_file(read / "config.json") and path.resolve().parent == read.resolve():
+                raise click.UsageError(f"{name} {path} is in the model of {other}: give another place")
+        for (name, path), (other, second) in combinations(outputs, 2):
+            if path.resolve() == second.resolve():
+                raise click.UsageError(f"{name} and {other} are both {path}: give two files")
         return callback(**values)
 
     return checked
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file; a text that is longer than a path can be is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def option_name(name: str) -> str:
@@ -314,8 +337,7 @@ def device_options(
     command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's dtype"
 ) -> Callable[..., Any]:
     command = max_memory_option(command)
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    command = choice_option("--dtype", dtypes, f"Dtype of the activations; auto: {auto}.")(command)
+    command = choice_option("--dtype", DTYPES, f"Dtype of the activations; auto: {auto}.")(command)
     return click.option(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
     )(command)

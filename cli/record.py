@@ -85,7 +85,13 @@ def command(**options: Any) -> None:
             screen,
             arguments,
             corpus,
-            partial(recording_need, moments=moments, reads=reads, block=arguments.block),
+            partial(
+                recording_need,
+                moments=moments,
+                reads=reads,
+                block=arguments.block,
+                batch_tokens=arguments.batch_tokens,
+            ),
             budget_of(moments, reads).tokens,
         )
         return

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 @click.command("run")
 @click.argument("recipe_path", metavar="RECIPE.toml", type=IN_FILE)
-@click.option("--out", type=OUT_DIRECTORY, help="Directory of the results.  [default: as in the recipe]")
+@click.option(
+    "--out",
+    type=OUT_DIRECTORY,
+    help="Directory of the results.  [default: as in the recipe; of a recipe of `broca steer`: <MODEL>-<TO>]",
+)
 @max_memory_option
 @dry_run_option
 @json_option
@@ -109,6 +113,7 @@ def run_recipe(recipe: Recipe, screen: Screen, provenance: Mapping[str, Any]) ->
                     "ceiling": report.ceiling,
                     "continuations": report.continuations,
                     "outcomes": report.outcomes,
+                    "notes": report.notes,
                 }
                 for report in result.reports
             ],

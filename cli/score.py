@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cli.command_line import command_line
+from cli.command_line import command_line, loaded_as
 from cli.loading import announced
 from cli.options import IN_FILE, LANGUAGE, OUT_FILE, json_option, served_device_options
 from cli.screen import Screen
@@ -83,6 +83,7 @@ def command(**options: Any) -> None:
     )
     inputs = [file_read("ANSWERS", arguments.answers), file_read("--identifier", identify.path)]
     rated: dict[str, list[int | None]] = {}
+    resolved: dict[str, str] = {}
     if arguments.judge is not None:
         instruction = INSTRUCTION
         if arguments.judge_instruction is not None:
@@ -90,6 +91,7 @@ def command(**options: Any) -> None:
         dtype = own_dtype(arguments.judge, arguments.device, arguments.dtype)
         judge = announced(screen, load_model(arguments.judge, arguments.device, dtype))
         inputs.append(model_read("--judge", judge))
+        resolved = loaded_as(judge)
         if arguments.judge_instruction is not None:
             inputs.append(file_read("--judge-instruction", arguments.judge_instruction))
         with screen.progress("Rating", len(rows), "answers") as advance:
@@ -113,7 +115,7 @@ def command(**options: Any) -> None:
             "answers_of": sorted({row["of"] for row in rows}),
             "inputs": inputs,
             "packages": measured_by(),
-            "command": command_line(),
+            "command": command_line(**resolved),
         },
     )
     screen.table(

@@ -69,11 +69,11 @@ class Screen:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self._out = Console(highlight=False, soft_wrap=False, width=None)
+        self._out = Console(highlight=False, emoji=False, soft_wrap=False, width=None)
         if not self._out.is_terminal:
             # A pipe has no width, and folded tables are hard to read in a log.
-            self._out = Console(highlight=False, width=250)
-        self._err = Console(stderr=True, highlight=False)
+            self._out = Console(highlight=False, emoji=False, width=250)
+        self._err = Console(stderr=True, highlight=False, emoji=False)
 
     def stage(self, name: str, state: str) -> None:
         """Print that a stage begins or is skipped."""
@@ -91,7 +91,11 @@ class Screen:
         first = os.environ.get("RANK", "0") == "0"
         quiet = self.as_json or not self._err.is_terminal or not first
         return Progress(
-            TextColumn("{task.description}"), *columns, console=self._err, transient=True, disable=quiet
+            TextColumn("{task.description}", markup=False),
+            *columns,
+            console=self._err,
+            transient=True,
+            disable=quiet,
         )
 
     @contextmanager

@@ -139,7 +139,7 @@ def steer(
     from editing.checkpoints.adapter import CONFIG, adapted
     from editing.checkpoints.export import require_unedited
     from editing.checkpoints.staging import check_target, place_apart
-    from editing.evaluation.questions import read_questions
+    from editing.evaluation.questions import questions_by_language
     from editing.pipeline.lock import language_lock, locked_layers
     from editing.pipeline.lock_measures import lock_figures
     from editing.plans.plan import ModuleEdit
@@ -147,17 +147,22 @@ def steer(
     from neurons.models.own_dtype import own_dtype
     from neurons.models.source import load_model
 
-    questions = read_questions(recipe.questions or shipped(QUESTIONS))
+    questions = questions_by_language(recipe.questions or shipped(QUESTIONS))
     lock = recipe.lock(questions)
     dtype = own_dtype(recipe.model, recipe.device, recipe.dtype)
     if dry_run:
         from cli.dry_run import dry_run as show
         from editing.pipeline.needs import lock_needs
+        from neurons.models.source import plan_model
 
+        judge_model = None
+        if recipe.judge is not None:
+            judge_model = plan_model(recipe.judge, recipe.device, own_dtype(recipe.judge, recipe.device))
         show(
             screen,
             replace(recipe, dtype=dtype),
             lambda planned: lock_needs(planned, questions, recipe.fitted(lock, planned)),
+            judge_model,
         )
         return
     out = out or Path(f"{Path(recipe.model).resolve().name}-{lock.target or 'stay'}")
@@ -195,7 +200,9 @@ def steer(
             "(--thoughts)."
         )
     seconds = time.monotonic() - start
-    screen.say(f"\nRepeat it: broca run {written['recipe']}\nFigures on a page: {written['report']}")
+    screen.say(
+        f"\nRepeat it: broca run {written['recipe']} --out DIR\nFigures on a page: {written['report']}"
+    )
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(
         {

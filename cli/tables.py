@@ -98,6 +98,20 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
     )
 
 
+def modules_as_json(plan: Plan) -> list[dict[str, Any]]:
+    """The rows of ``plan_table`` for --json."""
+    return [
+        {
+            "layer": edit.layer,
+            "block": edit.block,
+            "components": len(edit.components),
+            "rank": edit.rank,
+            **edit.notes,
+        }
+        for edit in plan.edits
+    ]
+
+
 def list_methods(
     screen: Screen,
     methods: Mapping[str, Any],

@@ -165,6 +165,7 @@ def command(**options: Any) -> None:
         {
             "out": arguments.out,
             "languages": languages,
+            "read": plan.metadata["read"],
             "nll": losses,
             "learning": {run: of_run.metadata["learning"] for run, of_run in plans.items()},
             "relative_change": {run: of_run.relative_change() for run, of_run in plans.items()},

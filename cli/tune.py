@@ -220,6 +220,7 @@ def command(**options: Any) -> None:
             "model": loaded.label,
             "fingerprint": loaded.fingerprint,
             "corpora": texts_read(corpora.values()),
+            "read": direction.metadata["read"],
             "packages": measured_by("optuna"),
             "processor": processor(loaded.device),
             "command": command_line(
@@ -241,7 +242,7 @@ def command(**options: Any) -> None:
 
 def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corpus]) -> None:
     from cli.dry_run import dry_run
-    from editing.pipeline.needs import direction_need, evaluation_need, key_need
+    from editing.pipeline.needs import direction_need, evaluation_need, study_needs
     from editing.study.registry import searched_named
     from neurons.recording.needs import text_of
     from neurons.text.token_budget import KEYS, LOSSES
@@ -251,10 +252,9 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corp
             part: text_of(planned, corpora[part], default=budget.tokens)
             for part, budget in (("estimate", KEYS), ("report", LOSSES))
         }
-        solving = any(method.solves_keys for method in searched_named(arguments.methods).values())
-        keys = [key_need(planned, text["estimate"])] if solving else []
+        solving = study_needs(planned, text["estimate"], searched_named(arguments.methods).values())
         evaluation = evaluation_need(planned, text["report"], new_tokens=arguments.new_tokens)
-        return [direction_need(planned, text["estimate"]), *keys, evaluation]
+        return [direction_need(planned, text["estimate"]), *solving, evaluation]
 
     dry_run(screen, arguments, needs)
 

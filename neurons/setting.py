@@ -24,6 +24,7 @@ NUMBER, WHOLE, COUNT, NUMBERS, YES_NO, WORD, WORDS = (
     "a string",
     "words as a,b",
 )
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of ``load_model``
 _IN_TOML = {WORDS: "a list of strings", YES_NO: "true or false"}
 _YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 

@@ -40,7 +40,7 @@ def outcomes(report):
 
 def test_two_targets_at_least(demo):
     assert len(demo[0]["reports"]) >= 2
-    assert all(report["source"] == "en" for report in demo[0]["reports"])
+    assert all(report["source"] == "en" and "notes" in report for report in demo[0]["reports"])
 
 
 def test_the_base_model_does_not_answer_in_the_target(demo):

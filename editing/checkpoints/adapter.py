@@ -37,7 +37,7 @@ from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, OUTSIDE, Anatomy, Part
 from neurons.architectures.layouts import NOT_ADAPTED_IN_VLLM, RENAMED_IN_PEFT
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
-from neurons.files.artifact import json_bytes, package_versions
+from neurons.files.artifact import json_bytes, package_versions, text_bytes
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
 
@@ -132,7 +132,7 @@ def export_adapter(
     files = {
         CONFIG: json_bytes(adapter_config(source, modules)),
         WEIGHTS: save(tensors, metadata={"format": "pt", "broca": about}),
-        "README.md": _card(source, plan, exported).encode(),
+        "README.md": text_bytes(_card(source, plan, exported)),
         PLAN_IN_CHECKPOINT.as_posix(): plan.to_bytes(),
     }
     check_room(target, sum(map(len, files.values())))

@@ -18,6 +18,7 @@ from editing.plans.plan import Plan
 from editing.plans.rounding import EditedChunk
 from editing.plans.tensor_edits import AddedBiases, TensorEdit, added_biases, tensor_edits
 from neurons.errors import BrocaError, UsageError
+from neurons.files.artifact import text_bytes
 from neurons.files.tensor_files import OTHER_WEIGHT_SUFFIXES, weight_files
 from neurons.models.fingerprint import PLAN_IN_CHECKPOINT
 from neurons.models.source import ModelSource
@@ -134,11 +135,13 @@ def export(
     biases = added_biases(source, plan)
     sums = {edit.entry.name: torch.zeros(3, dtype=torch.float64) for edit in edits}
     files = {
-        "README.md": model_card(source, plan, tuple(biases.tensors), undoable, recipe is not None).encode(),
+        "README.md": text_bytes(
+            model_card(source, plan, tuple(biases.tensors), undoable, recipe is not None)
+        ),
         PLAN_IN_CHECKPOINT.as_posix(): plan.to_bytes(),
     }
     if recipe is not None:
-        files[RECIPE_IN_CHECKPOINT.as_posix()] = recipe.encode()
+        files[RECIPE_IN_CHECKPOINT.as_posix()] = text_bytes(recipe)
     if biases.settings:
         files["config.json"] = _config_with(source, biases)
     left_out = _preferred_by_vllm(source.checkpoint)

@@ -68,6 +68,23 @@ class Questions:
         return Questions(kept, self.digest, part)
 
 
+def questions_by_language(path: Path | str) -> Questions:
+    """Questions that are asked in their languages.
+
+    Args:
+        path: as for ``read_questions``.
+
+    Raises:
+        UsageError: as ``read_questions``, or a row without a language.
+    """
+    questions = read_questions(path)
+    if "" in questions.of:
+        raise UsageError(
+            f"{path}: rows name no language: add `language` to each, or give a directory of <language>.jsonl"
+        )
+    return questions
+
+
 def questions_of_part(questions: Sequence[Question], part: str) -> list[Question]:
     """The questions of a part, split like a corpus: a half to estimate from, a quarter to choose on, one to report.
 

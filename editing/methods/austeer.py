@@ -282,6 +282,8 @@ def rates_of(material: Material) -> dict[str, MomentumRates]:
     if pair is None or len(pair) != 2:
         raise UsageError("--method austeer needs --languages SOURCE,TARGET")
     if material.statistics is not None:
+        if material.corpus is not None:
+            raise UsageError("--corpus and --statistics exclude each other: give one")
         if material.blocks not in (None, ("mlp",)):
             raise UsageError(
                 "--statistics hold only neurons: leave --blocks out, or give --corpus instead of --statistics"

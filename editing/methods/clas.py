@@ -211,6 +211,8 @@ class ClasEdit(Method):
     specific_loss: float = setting(SPECIFIC_LOSS, "g, for specific neurons")
 
     def prepare(self, material: Material) -> Plan:
+        if material.statistics is not None and material.neurons is not None:
+            raise UsageError("--statistics and --neurons exclude each other: give one")
         classified = material.statistics or material.neurons
         if classified is None and material.studied:
             classified = text_means(material)

@@ -13,7 +13,7 @@ from editing.methods.learned_values import LEARNED_AT, learned_values
 from editing.methods.material import Material
 from editing.methods.method import Method, Settings
 from editing.plans.plan import Plan
-from neurons.architectures.anatomy import BLOCKS
+from neurons.architectures.anatomy import BLOCKS, Anatomy
 from neurons.setting import setting
 
 KEYED = "keyed edit"
@@ -48,6 +48,10 @@ class Keyed(Method):
         candidates = ((3.5, ("mlp",)), (2.0, BLOCKS), (2.5, BLOCKS))
         anatomy = material.loaded.anatomy
         return [{"strength": s, "blocks": list(keyed_blocks(anatomy, blocks))} for s, blocks in candidates]
+
+    @classmethod
+    def largest(cls, anatomy: Anatomy) -> Keyed:
+        return cls(blocks=keyed_blocks(anatomy, BLOCKS))
 
     def prepare(self, material: Material) -> Plan:
         """The plan at this strength, or in a study at a strength from which ``plan`` scales to all others."""
@@ -107,3 +111,7 @@ class KeyedLearned(Keyed):
     def of(cls, material: Material, settings: Settings) -> Keyed:
         blocks = keyed_blocks(material.loaded.anatomy, BLOCKS)
         return Keyed(learn=True, blocks=blocks, **settings)
+
+    @classmethod
+    def largest(cls, anatomy: Anatomy) -> Keyed:
+        return replace(super().largest(anatomy), learn=True)

@@ -21,7 +21,7 @@ from editing.methods.method import Knob, Method, Settings
 from editing.methods.norm_value import value_through_norm
 from editing.methods.output_norm import OutputNorm, output_norm, source_tokens
 from editing.plans.plan import ModuleEdit, Plan, make_plan
-from neurons.architectures.anatomy import BLOCKS
+from neurons.architectures.anatomy import BLOCKS, Anatomy
 from neurons.errors import UsageError
 from neurons.setting import Range, setting
 from neurons.text.batches import language_batches
@@ -141,6 +141,10 @@ class KeyedSearch(Method):
             for values, heads, layers, strength in candidates
             if layers in names and (learns or values == MEANS)
         ]
+
+    @classmethod
+    def largest(cls, anatomy: Anatomy) -> Keyed:
+        return replace(Keyed.largest(anatomy), learn=anatomy.residual_output)
 
     def prepare(self, material: Material) -> Solved:
         """The plan of all modules at strength 1.

@@ -118,6 +118,11 @@ class Method:
         return [dict(zip(grids, values, strict=True)) for values in product(*grids.values())]
 
     @classmethod
+    def largest(cls, anatomy: Anatomy) -> Method:
+        """The method with the settings of a study that need the most memory, for estimates of memory."""
+        return cls()
+
+    @classmethod
     def searched(cls) -> bool:
         """Whether ``broca tune`` can search it."""
         return cls.permanent and any(s.search or s.search_words for s in cls.declared().values())

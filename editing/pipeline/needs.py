@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from operator import attrgetter
 
 import torch
 
@@ -16,6 +17,7 @@ from editing.evaluation.questions import Questions, questions_of_part
 from editing.methods.distilled_values import EXAMPLES_A_STEP
 from editing.methods.keyed import keyed_blocks
 from editing.methods.learned_values import MAX_ROW_TOKENS
+from editing.methods.method import Method
 from editing.methods.subnetwork import BLOCK, BLOCKS_A_STEP
 from editing.pipeline.drift import context_tokens
 from editing.pipeline.lock_kinds import Lock
@@ -49,7 +51,11 @@ COPIES = 3  # of an edited tensor, in float64
 
 
 def direction_need(
-    planned: LoadedModel, text: Text, autoencoders: Sequence[Autoencoder] = (), keeps: bool = False
+    planned: LoadedModel,
+    text: Text,
+    autoencoders: Sequence[Autoencoder] = (),
+    keeps: bool = False,
+    all_languages: bool = False,
 ) -> Need:
     """Need of a direction.
 
@@ -59,9 +65,10 @@ def direction_need(
         autoencoders: that are read too.
         keeps: the means of every text at three sites (``editing.directions.recorded.record_texts``), not only sums, as
             plain DiffMean.
+        all_languages: whether the means of all languages are kept, or those of two.
     """
     sizes = sizes_of(planned)
-    fraction = 2 / text.languages if text.languages else 0
+    fraction = 1 if all_languages else 2 / text.languages if text.languages else 0
     kept = int(3 * 4 * sizes.layers * sizes.residual * text.texts * fraction) if keeps else 0
     read = {"autoencoders": sum(map(autoencoder_bytes, autoencoders))} if autoencoders else {}
     return pass_need(planned, "direction", text.row, False, text.batch, kept=kept, **read)
@@ -145,6 +152,40 @@ def key_need(planned: LoadedModel, text: Text, widths: Sequence[int] | None = No
 def learning_need(planned: LoadedModel) -> Need:
     """Need of ``editing.methods.learned_values``."""
     return pass_need(planned, "learn", MAX_ROW_TOKENS, True)
+
+
+def solving_needs(
+    planned: LoadedModel,
+    text: Text,
+    method: Method,
+    modules: Sequence[str] | None = None,
+    layers: int | None = None,
+) -> list[Need]:
+    """Needs of a method that solves keys on text: of the keys, and of learning if it learns values.
+
+    Args:
+        planned: the model.
+        text: what is read.
+        method: the method.
+        modules: of "attn" and "mlp"; None: those of the method.
+        layers: number of edited layers; None: all.
+    """
+    modules = modules or getattr(method, "blocks", None) or method.key_modules
+    kept = method.kept_bytes(planned.anatomy, layers or planned.anatomy.layers, modules)
+    keys = key_need(planned, text, method.key_widths(planned.anatomy, modules), kept)
+    return [keys, learning_need(planned)] if getattr(method, "learn", False) else [keys]
+
+
+def study_needs(planned: LoadedModel, text: Text, methods: Iterable[type[Method]]) -> list[Need]:
+    """Needs of the methods of a study that solve keys on text, of each stage the largest."""
+    needs = [
+        need
+        for method in methods
+        if method.solves_keys
+        for need in solving_needs(planned, text, method.largest(planned.anatomy))
+    ]
+    largest = {need.stage: need for need in sorted(needs, key=attrgetter("total"))}
+    return [largest[stage] for stage in dict.fromkeys(need.stage for need in needs)]
 
 
 def subnetwork_need(planned: LoadedModel, control: str, neurons: int, block: int | None = None) -> Need:

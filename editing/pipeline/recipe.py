@@ -10,7 +10,8 @@ from typing import Any
 
 from editing.methods.keyed import MEANS, STRENGTHS, VALUES
 from neurons.errors import UsageError
-from neurons.setting import COUNT, declared, setting
+from neurons.scorers.registry import METHODS, method_of
+from neurons.setting import COUNT, DTYPES, declared, setting
 from neurons.text.corpus_files import language_label
 
 
@@ -59,7 +60,7 @@ class Recipe:
     tokens: int | None = setting(None, kind=COUNT)
     classifier: str | None = None
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = setting(DTYPES[0], words=DTYPES)
 
     @property
     def keyed_strengths(self) -> tuple[float, ...]:
@@ -137,11 +138,18 @@ def model_beside(path: Path, model: str) -> str:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check targets and strengths.
+    """Check method, targets and strengths.
 
     Raises:
-        UsageError: no target, the source among the targets, or a target or strength that is named twice.
+        UsageError: a method that reads no text, no target, the source among the targets, or a target or strength that
+            is named twice.
     """
+    method = method_of(recipe.method)
+    if not method.records() or method.control:
+        able = ", ".join(name for name, one in METHODS.items() if one.records() and not one.control)
+        raise UsageError(
+            f"method {recipe.method!r} does not find neurons from text alone: choose from {able}"
+        )
     strengths = recipe.keyed_strengths
     if len(set(strengths)) != len(strengths):
         raise UsageError("strengths: name each once")

@@ -24,8 +24,8 @@ from editing.methods.keyed import LEARNED, keyed_blocks, require_common_inputs
 from editing.methods.keyed_edit import Keyed
 from editing.methods.material import Material
 from editing.methods.steer2edit import Steer2Edit
-from editing.pipeline.needs import direction_need, evaluation_need, key_need, learning_need, writing_need
-from editing.pipeline.recipe import Recipe
+from editing.pipeline.needs import direction_need, evaluation_need, solving_needs, writing_need
+from editing.pipeline.recipe import Recipe, check_recipe
 from editing.pipeline.stages import RUNS, UNCHANGED, Stages
 from editing.plans.plan import load_plan
 from editing.report.run_report import markdown, report_figure
@@ -36,7 +36,7 @@ from editing.study.results import Choice, Report, load_choice, load_reports
 from editing.study.search_scoring import MIN_CEILING
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import UsageError
-from neurons.files.artifact import json_bytes, write_atomically
+from neurons.files.artifact import json_bytes, text_bytes, write_atomically
 from neurons.files.digest import digest
 from neurons.files.json_file import document
 from neurons.files.locked import locked
@@ -47,7 +47,7 @@ from neurons.neuron_sets.identify import identify
 from neurons.neuron_sets.neuron_set import load_neuron_set
 from neurons.neuron_sets.pictures import FORMATS, save_figure
 from neurons.recording.needs import Text, recording_need, text_of
-from neurons.scorers.registry import METHODS, method_of
+from neurons.scorers.registry import method_of
 from neurons.scorers.selection import parse_layers
 from neurons.text.corpus import Corpus, read_corpus
 from neurons.text.token_budget import KEYS, LOSSES, Budget, budget_of
@@ -121,14 +121,13 @@ def needs(recipe: Recipe, planned: LoadedModel) -> list[Need]:
         return text_of(planned, corpus, recipe.tokens, budget.tokens)
 
     method = method_of(recipe.method)
-    learned = recipe.values == LEARNED
+    keyed = Keyed(blocks=_blocks(recipe, planned), learn=recipe.values == LEARNED)
     recorded = text("estimate", budget_of(method.moments, method.reads))
     keys = text("estimate", KEYS)
     return [
         recording_need(planned, recorded, method.moments, method.reads),
         direction_need(planned, keys),
-        key_need(planned, keys, Keyed().key_widths(planned.anatomy, _blocks(recipe, planned))),
-        *([learning_need(planned)] if learned else []),
+        *solving_needs(planned, keys, keyed),
         writing_need(planned, "export"),
         evaluation_need(planned, text("report", LOSSES)),
     ]
@@ -163,8 +162,7 @@ class _Run:
         self.classifier = load_classifier(recipe.classifier, device=recipe.device)
         self.classifier.require(self.corpora["report"].languages)
         self.blocks = _blocks(recipe, self.source)
-        if recipe.method not in METHODS:
-            raise UsageError(f"method {recipe.method!r} is unknown: choose from {', '.join(METHODS)}")
+        check_recipe(recipe)
         if not 0 < recipe.top_rate <= 1:
             raise UsageError(f"top_rate is {recipe.top_rate}: give a rate above 0 and at most 1")
         pick_device(recipe.device)
@@ -441,7 +439,7 @@ class _Run:
     def report(self) -> None:
         reports = self.reports()
         write_atomically(self.out / "report.json", json_bytes(list(map(document, reports))))
-        write_atomically(self.out / "report.md", markdown(reports).encode())
+        write_atomically(self.out / "report.md", text_bytes(markdown(reports)))
         figure = report_figure(reports)
         for kind in FORMATS:
             save_figure(figure, self.out / f"report.{kind}")

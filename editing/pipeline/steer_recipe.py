@@ -18,7 +18,7 @@ from editing.pipeline.recipe import checked_fields, model_beside, read_toml
 from editing.report.findings import STEER_TABLE
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, ModelSource
-from neurons.setting import setting
+from neurons.setting import DTYPES, setting
 from neurons.text.corpus_files import language_label
 
 ALL, DEFAULT_SOURCE = "all", "en"
@@ -60,7 +60,7 @@ class SteerRecipe:
     thoughts: bool | None = None
     seed: int = 0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = setting(DTYPES[0], words=DTYPES)
     fingerprint: str | None = None
     questions_digest: str | None = None
     classifier_digest: str | None = None

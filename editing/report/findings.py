@@ -166,7 +166,10 @@ def _recipe(path: Path, name: str) -> File:
     if not steers:
         return File(name, "recipe, not read")
     return File(
-        name, STEER_RECIPE, digest(path) or "", Provenance(command=f"broca run {path.name}", recipe=text)
+        name,
+        STEER_RECIPE,
+        digest(path) or "",
+        Provenance(command=f"broca run {path.name} --out DIR", recipe=text),
     )
 
 

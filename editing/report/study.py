@@ -19,6 +19,7 @@ from editing.report.search_section import search_content
 from editing.report.steering_section import steering_content
 from editing.report.templating import rendered
 from neurons.errors import BrocaError, first_line
+from neurons.files.artifact import text_bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def study_page(findings: Findings) -> bytes:
     ]
     title = f"Study: {findings.name}"
     page = rendered("page", title=title, subtitle=_subtitle(findings), sections=sections, generator=GENERATOR)
-    return f"{page}\n".encode()
+    return text_bytes(f"{page}\n")
 
 
 def _each(

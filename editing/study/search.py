@@ -139,7 +139,7 @@ class Search:
         """One more trial; None if it was interrupted."""
         number = len(finished)
         self._study.sampler = TPESampler(
-            seed=self._seed * 1_000_003 + number,
+            seed=(self._seed * 1_000_003 + number) % 2**32,
             n_startup_trials=RANDOM_TRIALS,
             multivariate=True,
             group=True,

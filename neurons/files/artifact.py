@@ -62,13 +62,18 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def text_bytes(text: str) -> bytes:
+    r"""UTF-8; bytes of paths that are not UTF-8 as \udcXX, which JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def json_bytes(value: Any) -> bytes:
     """A valid JSON document: NaN and infinities become null.
 
     Dataclasses are objects of their fields (``neurons.files.json_file`` reads them back).
     """
     text = json.dumps(_plain(value), indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    return (text + "\n").encode()
+    return text_bytes(text + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -120,7 +125,7 @@ def _content(
     }
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(document, sort_keys=True, ensure_ascii=False)
-    return stored, {"broca": text}
+    return stored, {"broca": text_bytes(text).decode()}
 
 
 def save_artifact(

@@ -43,6 +43,7 @@ from neurons.models.memory import count_model, memory_beside_work, memory_for_we
 from neurons.models.placement import max_memory_per_device, weight_bytes
 from neurons.models.processes import own_gpu
 from neurons.models.tokenizer import load_tokenizer
+from neurons.setting import DTYPES
 
 # Copies of the weights in other formats.
 OTHER_FORMATS = (
@@ -192,7 +193,8 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} is not available here: choose cpu, cuda or auto") from error
+        known = "cpu, cuda or auto" if torch.cuda.is_available() else "cpu or auto"
+        raise UsageError(f"device {device!r} is not available here: choose {known}") from error
     return chosen
 
 
@@ -262,10 +264,10 @@ def load_model(
     where = pick_device(device)
     if dtype == "auto":
         target: Any = torch.float32 if where.type == "cpu" else "auto"
-    elif dtype in ("float32", "bfloat16", "float16"):
+    elif dtype in DTYPES:
         target = getattr(torch, dtype)
     else:
-        raise UsageError(f"dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
+        raise UsageError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     config = read_config(model, checkpoint)
     if layout_of(config) is None:
         # Raises before any weight is read.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from neurons.models.memory import (
@@ -18,7 +18,7 @@ from neurons.models.memory import (
 )
 from neurons.models.source import LoadedModel
 from neurons.scorers.method import PACKED
-from neurons.text.batches import block_length, counted_tokens, language_batches, longest_row
+from neurons.text.batches import TokenBatch, block_length, counted_tokens, language_batches, longest_row
 from neurons.text.corpus import Corpus
 
 
@@ -44,7 +44,11 @@ class Text:
 
 
 def text_of(
-    planned: LoadedModel, corpus: Corpus, tokens: int | None = None, default: int | None = None
+    planned: LoadedModel,
+    corpus: Corpus,
+    tokens: int | None = None,
+    default: int | None = None,
+    batch_tokens: int | None = None,
 ) -> Text:
     """The size of a corpus in tokens of this model; full rows if the model has no tokenizer.
 
@@ -53,27 +57,48 @@ def text_of(
         corpus: text by language.
         tokens: as in ``neurons.text.batches.language_batches``.
         default: as there.
+        batch_tokens: tokens in a batch; None: as many as are fast.
     """
-    length = block_length(planned.model)
+    length, size = block_length(planned.model), MAX_TOKENS if batch_tokens is None else batch_tokens
     if planned.tokenizer is None:
         count = MAX_TOKENS if tokens is None else tokens
-        return Text(len(corpus.languages), length, count * len(corpus.languages), count // length + 1)
-    batches = language_batches(planned, corpus, tokens, MAX_TOKENS, default)
+        return Text(len(corpus.languages), length, count * len(corpus.languages), count // length + 1, size)
+    batches = language_batches(planned, corpus, tokens, size, default)
+    return text_of_batches(batches, not corpus.has_conversations)
+
+
+def text_of_batches(batches: Mapping[str, Sequence[TokenBatch]], packs: bool = False) -> Text:
+    """The size of text that is cut into batches."""
     flat = [batch for of_language in batches.values() for batch in of_language]
     return Text(
-        len(corpus.languages),
+        len(batches),
         longest_row(batches),
         counted_tokens(flat),
         sum(len(batch.ids) for batch in flat),
         max((batch.ids.numel() for batch in flat), default=1),
-        not corpus.has_conversations,
+        packs,
     )
 
 
+def _read_at_once(
+    planned: LoadedModel, backward: bool, row: int, batch: int | None, batch_tokens: int | None
+) -> tuple[int, bool]:
+    """Tokens of the largest batch, and whether activations are recomputed; arguments as in ``pass_need``."""
+    tokens, recomputes = batches_for(planned, backward, row)
+    tokens = tokens if batch_tokens is None else max(row, batch_tokens)
+    return tokens if batch is None else min(tokens, batch), recomputes
+
+
 def pass_need(
-    planned: LoadedModel, stage: str, row: int, backward: bool, batch: int | None = None, **more: int
+    planned: LoadedModel,
+    stage: str,
+    row: int,
+    backward: bool,
+    batch: int | None = None,
+    batch_tokens: int | None = None,
+    **more: int,
 ) -> Need:
-    """The need of a pass over text in batches that fit.
+    """The need of a pass over text in batches that fit, or of a given size.
 
     Args:
         planned: the model.
@@ -81,14 +106,14 @@ def pass_need(
         row: tokens of the longest row.
         backward: whether gradients are computed.
         batch: positions of the largest batch; None: batches are full.
+        batch_tokens: tokens in a batch; None: as many as fit.
         more: further parts -> bytes.
 
     Raises:
         BrocaError: the weights, or a single row, do not fit.
     """
     sizes = sizes_of(planned)
-    tokens, recomputes = batches_for(planned, backward, row)
-    tokens = tokens if batch is None else min(tokens, batch)
+    tokens, recomputes = _read_at_once(planned, backward, row, batch, batch_tokens)
     activations = backward_bytes(sizes, tokens, recomputes) if backward else forward_bytes(sizes, tokens)
     logits = {"logits": logit_bytes(sizes, tokens, True)} if backward else {}
     weights = read_weights(planned, backward or "logits" in more)
@@ -97,7 +122,12 @@ def pass_need(
 
 
 def recording_need(
-    planned: LoadedModel, text: Text, moments: Sequence[str], reads: str, block: int | None = None
+    planned: LoadedModel,
+    text: Text,
+    moments: Sequence[str],
+    reads: str,
+    block: int | None = None,
+    batch_tokens: int | None = None,
 ) -> Need:
     """The need of ``neurons.recording.corpus_recording.record_corpus`` with the same arguments."""
     sizes = sizes_of(planned)
@@ -109,13 +139,13 @@ def recording_need(
         row, batch = block_length(planned.model, block, backward), None
     else:
         row, batch = text.row, text.batch
-    return pass_need(planned, "record", row, backward, batch, sums=sums + responses)
+    return pass_need(planned, "record", row, backward, batch, batch_tokens, sums=sums + responses)
 
 
-def ablation_need(planned: LoadedModel, text: Text) -> Need:
+def ablation_need(planned: LoadedModel, text: Text, batch_tokens: int | None = None) -> Need:
     """The need of ``neurons.ablation.conditions.condition_losses``, which keeps every layer's input of a batch."""
     sizes = sizes_of(planned)
-    tokens = min(batches_for(planned, False, text.row)[0], text.batch)
+    tokens, _ = _read_at_once(planned, False, text.row, text.batch, batch_tokens)
     kept = sizes.value * sizes.residual * sizes.layers * tokens
     logits = logit_bytes(sizes, tokens, False)
-    return pass_need(planned, "ablate", text.row, False, text.batch, kept=kept, logits=logits)
+    return pass_need(planned, "ablate", text.row, False, text.batch, batch_tokens, kept=kept, logits=logits)

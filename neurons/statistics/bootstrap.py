@@ -43,7 +43,7 @@ def replicates(sums: torch.Tensor, tokens: torch.Tensor, draws: int, seed: int) 
     texts = len(tokens)
     if draws < 1 or texts < 1:
         raise UsageError(f"{draws} bootstrap samples of {texts} texts: at least one of each is needed")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed % 2**64)
     weights = tokens.double()
     estimates = []
     step = max(1, _DRAWN_AT_ONCE // texts)

@@ -117,7 +117,12 @@ def corpus_files(
             raise UsageError(f"language {language} is named twice")
         if len(files) > 1:
             stem = files[0].stem
-            choice = "" if all(path.stem == stem for path in files) else f", or --languages {stem},..."
+            # Without an option: recipes and Python have others, and train has none.
+            choice = (
+                ""
+                if all(path.stem == stem for path in files)
+                else f", or list {stem} among the languages to read"
+            )
             raise UsageError(
                 f"{directory}: language {language!r} has {len(files)} files, "
                 f"{' and '.join(path.name for path in files)}: keep one{choice}; name dialects by words, as "

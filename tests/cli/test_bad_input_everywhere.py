@@ -136,6 +136,12 @@ EARLY = {
     f"identify {TEXT} --layers 99 --out {{OUT}}": "layers 0-2",
     f"identify {TEXT} --method head-shapley --layers x --out {{OUT}}": "layers 'x'",
     "identify --statistics {statistics} --method lape --part all --out {OUT}": "--part",
+    "identify --statistics {statistics} --method lape --device cpu --out {OUT}": "--device",
+    "identify --statistics {statistics} --method lape --dtype float16 --out {OUT}": "--dtype",
+    "identify --statistics {statistics} --method lape --load-in-8bit --out {OUT}": "--load-in-8bit",
+    "identify {MODEL} --method random --languages en --load-in-4bit --out {OUT}": "--load-in-4bit",
+    "identify {BAD} --method random --like {neurons} --out {OUT}": "MODEL",
+    "identify --method random --like {neurons} --languages fr --out {OUT}": "--languages",
     f"identify {TEXT} --load-in-8bit --dry-run": "--load-in-8bit",
     f"record {TEXT} --load-in-4bit --dry-run --out {{OUT}}": "--load-in-4bit",
     f"direction {PAIR} --load-in-4bit --dry-run --out {{OUT}}": "--load-in-4bit",
@@ -151,7 +157,14 @@ EARLY = {
     "direction --convert {direction} --method pca --out {OUT}.gguf": "--method",
     "edit {MODEL} --method scale --neurons {neurons} --languages en --factor 0 --tokens 5 --out {OUT}": "--tokens",
     "edit {MODEL} --method ablate --direction {direction} --tokens 5 --out {OUT}": "--tokens",
+    f"edit {TEXT} --direction {{direction}} --blocks mpl --out {{OUT}}": "mpl",
+    f"edit {TEXT} --direction {{direction}} --blocks mpl --dry-run --out {{OUT}}": "mpl",
+    f"edit {TEXT} --direction {{direction}} --layers 99 --dry-run --out {{OUT}}": "layers 0-2",
+    "edit {MODEL} --method clas --statistics {statistics} --neurons {neurons} --out {OUT}": "--statistics and --neurons",
+    f"edit {TEXT} --method austeer --languages en,fr --statistics {{statistics}} --out {{OUT}}": "--corpus and --statistics",
     "ablate {MODEL} {neurons} --corpus {TEXT} --dose-of model --out {OUT}": "--doses",
+    "ablate {MODEL} {neurons} --corpus {TEXT} --way mean --mean-of xx --out {OUT}": "'xx'",
+    "ablate {MODEL} {neurons} --corpus {TEXT} --statistics {statistics} --way mean --mean-of xx --out {OUT}": "'xx'",
     "generate {MODEL} --against {BAD} --compare --prompts abe --out {OUT}": "{BAD}",
     f"evaluate {PAIR} --against {{BAD}} --out {{OUT}}": "{BAD}",
     f"evaluate {PAIR} --judge {{BAD}} --out {{OUT}}": "{BAD}",
@@ -161,6 +174,14 @@ EARLY = {
     f"tune {PAIR} --layers abc --dry-run --out {{OUT}}": "layers 'abc'",
     f"train {TEXT} --neurons {{neurons}} --languages en --rate 0 --out {{OUT}}": "'--rate'",
     f"train {TEXT} --neurons {{neurons}} --languages en --out {{neurons}}": "--neurons",
+    "convert {neurons} --out {neurons}": "FILE",
+    "convert en={edit} --out {edit}": "FILE",
+    "convert en={neurons} --subtract en={edit} --out {edit}": "--subtract",
+    "generate {MODEL} --prompts {neurons} --out {neurons}": "--prompts",
+    f"evaluate {PAIR} --classifier {{neurons}} --out {{neurons}}": "--classifier",
+    f"identify {TEXT} --out {{MODEL}}/model.safetensors": "MODEL",
+    f"identify {TEXT} --out {{MODEL}}/new.safetensors": "MODEL",
+    "ablate {MODEL} {neurons} --corpus {TEXT} --doses 50% --picture {OUT}.png --dose-picture {OUT}.png": "--picture",
 }
 
 
@@ -228,7 +249,7 @@ def refused(broca, model, good, known_text, tmp_path):
         names = {"MODEL": model, "TEXT": known_text, "BAD": bad, "OUT": tmp_path / "results" / "out"}
         names |= {kind: good / f"{kind}.safetensors" for kind in KINDS}
         words = [word.format(**names) for word in command.split()]
-        before = everything(tmp_path)
+        before = everything(tmp_path, good, model)
         status, out, err = broca(*words)
         lines = err.splitlines()
         assert "Traceback" not in err and "unexpected" not in err, err
@@ -236,14 +257,15 @@ def refused(broca, model, good, known_text, tmp_path):
         assert status == expected_status, err
         assert str(bad if value is None else value) in err
         assert out == ""
-        assert everything(tmp_path) == before
+        assert everything(tmp_path, good, model) == before
         return err
 
     return run
 
 
-def everything(directory):
-    return {path: path.stat().st_size for path in directory.rglob("*")}
+def everything(*directories):
+    paths = [path for directory in directories for path in directory.rglob("*")]
+    return {path: path.is_file() and path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("fault", ["missing", "a directory"])
@@ -314,7 +336,8 @@ def test_what_is_refused_before_a_model_is_loaded(refused, bad, monkeypatch, com
     def load(*_, **__):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("neurons.models.source.load_model", load)
+    for place in ("neurons.models.source", "editing.methods.material"):
+        monkeypatch.setattr(f"{place}.load_model", load)
     refused(command, bad / "none", 2, EARLY[command].format(BAD=bad / "none"))
 
 

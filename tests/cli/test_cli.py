@@ -120,7 +120,10 @@ def test_json_is_one_object_and_nothing_else(broca, model, known_text, files):
     ):
         status, out, err = broca(*arguments, "--json")
         assert status == 0, err
-        assert isinstance(json.loads(out), dict)
+        printed = json.loads(out)
+        assert isinstance(printed, dict) and ("read" in printed or arguments[0] == "export")
+        if arguments[0] == "edit":
+            assert sum(module["components"] for module in printed["modules"]) == printed["components"] > 0
         assert not [line for line in err.splitlines() if not line.startswith("broca: warning")]
 
 

@@ -64,6 +64,17 @@ def test_answers_of_other_settings_are_not_mixed(broca, chat_model, few_question
     assert out.read_bytes() == content
 
 
+@pytest.mark.parametrize("command", ["ask", "steer"])
+def test_questions_without_a_language_are_refused(broca, chat_model, few_questions, tmp_path, command):
+    out = tmp_path / "out.jsonl"
+    words = ["--languages", "fr"] if command == "ask" else ["--to", "fr"]
+    status, _, errors = broca(
+        command, chat_model, "--questions", few_questions / "en.jsonl", *words, "--out", out
+    )
+    assert status == 2 and "no language" in errors and "<language>.jsonl" in errors
+    assert not out.exists()
+
+
 def test_a_stopped_run_keeps_whole_batches_and_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "AT_ONCE", 2)
     questions = {"en": [Question(str(i), f"q{i}") for i in range(5)]}

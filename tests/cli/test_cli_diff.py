@@ -51,6 +51,7 @@ def test_json(pair, tmp_path):
     (tensor,) = printed["tensors"]
     assert tensor["name"] == DOWN and tensor["covered"] and 0 < tensor["relative"] < 1
     assert printed["not_covered"] == [] and printed["modules"][0]["layer"] == 1
+    assert printed["modules"][0]["components"] == 1
 
 
 def test_others_are_refused_and_allowed(pair, tmp_path):

@@ -99,6 +99,26 @@ def test_a_judge_is_named(evaluate, questions, llama):
     assert 0 < results["outcomes"][0]["relevance"]["mean"] < 1
 
 
+def test_a_dry_run_foresees_keys_and_the_judge(llama, known_text, tmp_path):
+    stages = {}
+    for name, more in {"plain": [], "judge": ["--judge", llama.name]}.items():
+        for methods in ("keyed", "keyed-learned", "diffmean"):
+            words = ["--corpus", known_text, "--source", "en", "--target", "fr", "--methods", methods, *more]
+            result = commands.run(
+                command, llama.name, *words, "--dry-run", "--json", "--out", tmp_path / "r.json"
+            )
+            stages[name, methods] = json.loads(result.output)["stages"]
+    assert set(stages["plain", "diffmean"]) == {"evaluate"}
+    assert set(stages["plain", "keyed"]) == {"key", "evaluate"}
+    assert set(stages["plain", "keyed-learned"]) == {"key", "learn", "evaluate"}
+    for methods in ("keyed", "keyed-learned", "diffmean"):
+        for stage, of_stage in stages["plain", methods].items():
+            judged = stages["judge", methods][stage]
+            weights = judged["parts"].pop("judge")
+            assert judged["parts"] == of_stage["parts"] and judged["peak"] == of_stage["peak"] + weights
+            assert weights == sum(parameter.nbytes for parameter in llama.model.parameters())
+
+
 def test_parallel_lines_are_references_where_all_are_long_enough(evaluate, tmp_path):
     lines = {k: [f"{k} one two three four five six seven {i}" for i in range(8)] for k in ("en", "fr", "de")}
     (tmp_path / "long").mkdir()

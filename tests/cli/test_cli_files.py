@@ -224,6 +224,8 @@ def test_inspect_counts_kinds_and_names_experts(broca, files):
     shown = json.loads(broca("inspect", files / "experts", "--json")[1])
     assert shown["kinds"]["en"] == {"specific": 2, "related": 1, "general": 0}
     assert shown["members"]["en"] == [[0, 1], [0, 2], [1, 5]]
+    assert shown["scores"]["en"] == [0.0, 1.0, 2.0]
+    assert shown["member_kinds"]["en"].count("specific") == 2
     assert shown["expert_members"]["en"] == [[0, 0, 1], [0, 0, 2], [1, 1, 1]]
     dense = json.loads(broca("inspect", files / "first", "--json")[1])
     assert "expert_members" not in dense

@@ -44,6 +44,10 @@ def test_scores_of_a_file(broca, answers, tmp_path):
 def test_a_judge_that_gives_no_rating_is_named(broca, answers, chat_model):
     status, printed, err = broca("score", answers, "--target", "fr", "--judge", chat_model, "--json")
     assert status == 0, err
+    assert (
+        "--device cpu" in json.loads(printed)["command"]
+        and "--dtype float32" in json.loads(printed)["command"]
+    )
     unrated = 3 - json.loads(printed)["questions"]["all"]["forcing"]["rated"]
     assert unrated and f"{unrated} replies of the judge have no rating" in err
 

@@ -77,7 +77,8 @@ def test_the_recipe_repeats_the_edit_to_the_byte(broca, chat_model, few_question
     status, printed, errors = broca("steer", "model", "--to", "fr", "--seed", 3, *text, "--out", out)
     assert status == 0, errors
     recipe = out / "broca" / "recipe.toml"
-    assert f"broca run {recipe}" in printed
+    assert f"broca run {recipe} --out DIR" in printed
+    assert "broca run recipe.toml --out DIR" in (out / "broca" / "report.html").read_text()
     assert "broca run broca/recipe.toml" in (out / "README.md").read_text()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -150,12 +151,16 @@ def test_a_recipe_may_stand_beside_its_model_and_is_estimated(broca, chat_model,
     status, printed, errors = broca("run", recipe, "--dry-run", "--json")
     assert status == 0, errors
     assert set(json.loads(printed)["stages"]) == {"key", "learn", "evaluate"}
-    recipe.write_text("seed = 1\n" + recipe.read_text())
-    status, _, errors = broca("run", recipe, "--dry-run")
-    assert status == 2 and "seed" in errors
+    for faulty, named in (
+        ("seed = 1\n" + recipe.read_text(), "seed"),
+        (recipe.read_text() + "dtype = 'bf16'\n", "'bf16'"),
+    ):
+        recipe.write_text(faulty)
+        status, _, errors = broca("run", recipe, "--dry-run")
+        assert status == 2 and named in errors
 
 
-def test_a_model_that_stays(steer, few_questions, tmp_path, monkeypatch):
+def test_a_model_that_stays(steer, chat_model, few_questions, tmp_path, monkeypatch):
     monkeypatch.setattr(language_id, "identify_language", lambda text, languages: "en")
     monkeypatch.setattr(lock_text, "MIN_OBEYED", 0.0)
     for language, letters in (("en", "abc"), ("zh", "jkl"), ("de", "ghi")):
@@ -168,6 +173,10 @@ def test_a_model_that_stays(steer, few_questions, tmp_path, monkeypatch):
         assert status == 0, errors
         peaks.append(json.loads(printed)["stages"]["learn"]["peak"])
     assert peaks[0] > peaks[1]
+    status, printed, errors = steer("--stay", "--judge", chat_model, "--dry-run", "--json")
+    assert status == 0, errors
+    learning = json.loads(printed)["stages"]["learn"]
+    assert learning["peak"] == peaks[0] + learning["parts"]["judge"] > peaks[0]
     out = tmp_path / "stays"
     status, printed, errors = steer("--stay", "--out", out)
     assert status == 0, errors

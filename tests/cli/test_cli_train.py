@@ -36,6 +36,7 @@ def test_the_language_gains_and_the_plan_is_exported(broca, arguments, tmp_path)
         assert set(losses) == {"base", "set", "random", "lora"}
     assert result["nll"]["qaa"]["set"] < result["nll"]["qaa"]["base"]
     assert result["components"] == {"set": 4, "random": 4, "lora": 0}
+    assert set(result["read"]) == {"qaa"}
     plan = load_plan(out)
     assert {(edit.layer, edit.block) for edit in plan.edits} == {
         (layer, block) for layer in (0, 2) for block in ("mlp", "mlp.gate_proj", "mlp.up_proj")
@@ -72,6 +73,14 @@ def test_conversations_are_refused_before_the_model_is_loaded(broca, arguments, 
     chats = written(tmp_path / "chats", {"qaa": [said(("user", f"bad cab {i}")) for i in range(8)]})
     found, _, err = broca(*arguments, "--corpus", chats, "--out", tmp_path / "plan.safetensors")
     assert found == 2 and "train on plain text" in err
+
+
+def test_two_files_of_a_language_need_no_option_that_names_something_else(broca, arguments, tmp_path):
+    corpus = models.write_corpus(tmp_path / "text", lines=8)
+    for name in ("zho_Hans", "zho_Hant"):
+        (corpus / f"{name}.txt").write_text("text\n" * 4)
+    found, _, err = broca(*arguments, "--corpus", corpus, "--out", tmp_path / "plan.safetensors")
+    assert found == 2 and "keep one" in err and "--languages" not in err
 
 
 @pytest.mark.parametrize(("rate", "named"), [("1e-30", "no pass lowers"), ("1e30", "the loss is nan")])

@@ -50,6 +50,7 @@ def test_what_it_leaves(tuned):
     assert json.loads(result.stdout) == {"out": str(out), **value}
     assert len(value["trials"]) == 3
     assert value["finished"] is True
+    assert value["read"]["en"]["tokens"] > 0
     assert value["identity"]["corpus"].keys() == {"estimate", "choose", "report"}
     assert len(set(value["identity"]["corpus"].values())) == 3
     assert {"optuna", "torch", "broca"} <= set(value["packages"])
@@ -99,12 +100,17 @@ def test_a_dry_run_foresees_its_stages_and_does_nothing(text, tmp_path):
     for methods in ("keyed,steer2edit", "steer2edit", "language-arithmetic"):
         result = tune(text, tmp_path / "none", "--methods", methods, "--dry-run", "--json")
         assert result.exception is None, result.output
-        stages[methods] = set(json.loads(result.stdout)["stages"])
-    assert stages == {
-        "keyed,steer2edit": {"direction", "key", "evaluate"},
+        stages[methods] = json.loads(result.stdout)["stages"]
+    assert {methods: set(of_methods) for methods, of_methods in stages.items()} == {
+        "keyed,steer2edit": {"direction", "key", "learn", "evaluate"},
         "steer2edit": {"direction", "evaluate"},
         "language-arithmetic": {"direction", "key", "evaluate"},
     }  # fmt: skip
+    # Keys over heads too, beside those over neurons.
+    both, neurons = (
+        stages[methods]["key"]["parts"] for methods in ("keyed,steer2edit", "language-arithmetic")
+    )
+    assert both["covariances"] > neurons["covariances"]
     assert not (tmp_path / "none").exists()
 
 

@@ -77,11 +77,21 @@ def test_commands_announce_what_they_read(broca, bars, checkpoint_of, tmp_path):
 def test_a_terminal_shows_the_time_left(total):
     screen, shown = Screen(), io.StringIO()
     screen._err = Console(file=shown, force_terminal=True, width=120)
-    with screen.progress("Reading", total, "tokens") as advance:
+    with screen.progress("Reading [1:x:2]", total, "tokens") as advance:
         advance.expect(8)
         advance(4)
         advance(2)
-    assert "6/8" in shown.getvalue() and "0:00:0" in shown.getvalue()
+    assert "6/8" in shown.getvalue() and "0:00:0" in shown.getvalue() and "[1:x:2]" in shown.getvalue()
+
+
+def test_text_is_printed_as_it_is(capsys):
+    screen = Screen()
+    screen.say("s[1:x:2]")
+    screen.stage("a:v:2", "runs")
+    screen.result({}, "runs/a:v:2/n.safetensors")
+    printed, errors = capsys.readouterr()
+    assert printed.splitlines() == ["s[1:x:2]", "runs/a:v:2/n.safetensors"]
+    assert errors == "a:v:2: runs\n"
 
 
 @pytest.mark.parametrize(("rank", "shows"), [("0", True), ("1", False)])

@@ -497,6 +497,13 @@ def test_card_names_the_base_model_on_the_hub(float_base, tmp_path):
     assert body.lstrip().startswith("# small, steered by Broca")
 
 
+def test_a_path_that_is_not_utf8_is_escaped(float_base, tmp_path):
+    source = replace(float_base, name="small\udce9")
+    out = export(source, mixed_plan(source), tmp_path / "out", recipe="model = 'small\udce9'").path
+    assert r"small\udce9" in (out / "README.md").read_text(encoding="utf-8")
+    assert (out / "broca" / "recipe.toml").read_text(encoding="utf-8") == r"model = 'small\udce9'"
+
+
 def test_a_base_without_a_card_gets_one(tmp_path):
     front, body = card_of(export_with_card(tmp_path, None))
     assert yaml.safe_load(front)["tags"] == ["broca"]

@@ -7,6 +7,7 @@ import pytest
 
 from editing.evaluation.confusion_points import change_of_language, points_of_answers, read_changed_answers
 from neurons.errors import UsageError
+from neurons.models.source import load_model
 from neurons.neuron_sets.neuron_set import load_neuron_set
 
 FRENCH = "le chat dort sur la table"
@@ -90,6 +91,16 @@ def test_the_command(broca, chat_model, tmp_path, monkeypatch):
     ):
         status, _, err = broca(*arguments, *words)
         assert status == 2 and reason in err
+    bits = []
+
+    def load(*words, **more):
+        bits.append(more.pop("bits"))
+        return load_model(*words, **more)
+
+    monkeypatch.setattr("neurons.models.source.load_model", load)
+    more = ["--sibling", chat_model, "--load-in-4bit"]
+    status, _, err = broca(*arguments, "--answers", answers, *more)
+    assert status == 0 and bits == [4, 4], err
     monkeypatch.setattr("neurons.models.source.load_model", None)
     arguments[1] = tmp_path / "none"
     status, _, err = broca(*arguments, "--answers", answers, "--sibling", chat_model)

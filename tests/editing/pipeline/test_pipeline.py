@@ -309,6 +309,9 @@ def test_a_hub_id_stays_a_hub_id(tmp_path):
         ("targets = 'fr'", "targets"),
         ("key_neurons = 'some'", "key_neurons"),
         ("values = 'guessed'", "guessed"),
+        ("method = 'culnig'", "'culnig'"),
+        ("method = 'random-matched'", "'random-matched'"),
+        ("dtype = 'bf16'", "'bf16'"),
         ("targets = ['en']", "'en'"),
         ("targets = []", "targets"),
         ("strengths = [2, 2.0]", "strengths"),
@@ -345,7 +348,9 @@ def test_a_recipe_without_a_source_is_refused(tmp_path):
         read_recipe(written(tmp_path, 'model = "m"\ncorpus = "c"\ntargets = ["fr"]\n'))
 
 
-@pytest.mark.parametrize("option", [{"method": "lapes"}, {"top_rate": 5.0}, {"device": "nonsense"}])
+@pytest.mark.parametrize(
+    "option", [{"method": "lapes"}, {"method": "head-shapley"}, {"top_rate": 5.0}, {"device": "nonsense"}]
+)
 def test_what_a_late_stage_would_refuse_is_refused_before_the_first(recipe, tmp_path, option):
     screen = Quiet()
     with pytest.raises(UsageError, match=next(iter(option))):

@@ -125,8 +125,9 @@ def test_known_settings_come_first_the_methods_in_turn():
             assert ("width" in trial.settings) == (trial.settings["kind"] == "wide")
 
 
-def test_what_a_trial_holds():
-    search = searched(Planted())
+@pytest.mark.parametrize("seed", [0, 12345, -1])
+def test_what_a_trial_holds(seed):
+    search = searched(Planted(), seed=seed)
     search.run(1)
     [trial] = search.trials
     assert trial == Trial(

@@ -193,7 +193,7 @@ def test_a_language_without_neurons_changes_nothing(small):
 
 def test_means_are_those_of_all_text_or_of_one_language(llama, small):
     corpus, sets = small[0], {"first": small[1]["first"]}
-    how = {"controls": (), "resamples": 10}
+    how = {"controls": (), "resamples": 10, "seed": -1}
     statistics = record_corpus(llama, corpus, ("mlp_in:sum",), "texts")
     every = ablation_study(llama, corpus, sets, Settings("mean", **how))
     one = ablation_study(llama, corpus, sets, Settings("mean", "qab", **how), statistics)
@@ -417,6 +417,11 @@ def test_the_command_streams_resumes_and_repeats(arguments, small, tmp_path, mon
 def test_the_command_refuses(arguments, extra, message):
     with pytest.raises(UsageError, match=message):
         run([*arguments, *extra])
+
+
+def test_the_language_of_the_mean_is_read_as_every_language(arguments):
+    done = run([*arguments, "--way", "mean", "--mean-of", "QAB", "--draws", "0"])
+    assert done.exit_code == 0 and "mean of qab" in done.output
 
 
 @pytest.mark.parametrize("doses", ["many", "5%x", "1%,,2%", "nan"])

@@ -27,7 +27,11 @@ TENSORS = {
     "empty": torch.zeros(0, 2, dtype=torch.int64),
     "half": torch.tensor([1.5], dtype=torch.bfloat16),
 }
-METADATA = {"languages": ["uk", "fa", "ünï"], "settings": {"rate": 0.1, "of": None}, "fingerprint": "f" * 16}
+METADATA = {
+    "languages": ["uk", "fa", "ünï", "a path \udce9"],
+    "settings": {"rate": 0.1, "of": None},
+    "fingerprint": "f" * 16,
+}
 
 
 @pytest.fixture

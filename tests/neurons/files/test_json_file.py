@@ -33,14 +33,14 @@ class Outer:
 
 def test_what_is_written_is_read(tmp_path):
     one = Outer(
-        (Inner({"fr": math.inf, "de": 0.5}, ("a",)),), math.nan, 3, about={"model": "m", "corpora": [1]}
+        (Inner({"fr": math.inf, "de": 0.5}, ("a",)),), math.nan, 3, about={"model": "m\udce9", "corpora": [1]}
     )
     path = tmp_path / "a.json"
     path.write_bytes(json_bytes(document(one)))
     value = read_json(path)
     assert value == {
         "inner": [{"rises": {"fr": None, "de": 0.5}, "words": ["a"]}],
-        "figure": None, "count": 3, "model": "m", "corpora": [1],
+        "figure": None, "count": 3, "model": "m\udce9", "corpora": [1],
     }  # fmt: skip
     found = checked(Outer, value, path)
     assert json_bytes(document(found)) == path.read_bytes()

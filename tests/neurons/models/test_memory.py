@@ -279,6 +279,52 @@ def test_a_dry_run_reads_as_much_as_the_command_reads_by_default(
     assert peaks[2] == peaks[1] < peaks[0]
 
 
+def test_a_dry_run_reads_as_much_at_once_as_the_command(broca, checkpoint_of, corpus_directory, tmp_path):
+    """The stages of ablate are those of its moments too, and of the prompts, which are longer than the text."""
+    neurons, answer = tmp_path / "neurons.safetensors", models.WORDS["qaa"][0]
+    common = [checkpoint_of(), "--corpus", corpus_directory]
+    assert broca("identify", *common, "--top-rate", "0.1", "--out", neurons)[0] == 0
+    (tmp_path / "prompts").mkdir()
+    row = json.dumps({"prompt": " ".join(models.WORDS["qaa"]) * 2, "answer": answer})
+    for language in models.LANGUAGES:
+        (tmp_path / "prompts" / f"{language}.jsonl").write_text(row)
+
+    def stages(command, *more):
+        status, printed, errors = broca(*command, *more, "--dry-run", "--json", "--out", tmp_path / "out")
+        assert status == 0, errors
+        return json.loads(printed)["stages"]
+
+    record, ablate = ["record", *common, "--for", "lape"], ["ablate", *common, "--neurons", neurons]
+    for command, stage in ((record, "record"), (ablate, "record"), (ablate, "ablate")):
+        few, many = (stages(command, "--batch-tokens", size)[stage] for size in (64, 4096))
+        assert few["parts"]["activations"] < many["parts"]["activations"]
+        assert few["tokens_at_once"] < many["tokens_at_once"]
+    assert set(stages(ablate)) == {"record", "ablate"}
+    assert set(stages(ablate, "--controls", "random")) == {"ablate"}
+    asked = stages(ablate, "--batch-tokens", 1, "--prompts", tmp_path / "prompts")["ablate"]
+    assert asked["peak"] > stages(ablate, "--batch-tokens", 1)["ablate"]["peak"]
+
+
+def test_a_direction_of_all_languages_keeps_all_means(broca, checkpoint_of, corpus_directory, tmp_path):
+    common = [
+        "direction",
+        checkpoint_of(),
+        "--corpus",
+        corpus_directory,
+        "--source",
+        "qaa",
+        "--target",
+        "qab",
+    ]
+    kept = []
+    for method in ("diffmean", "language-subspace"):
+        words = [*common, "--method", method, "--dry-run", "--json", "--out", tmp_path / "out"]
+        status, printed, errors = broca(*words)
+        assert status == 0, errors
+        kept.append(json.loads(printed)["stages"]["direction"]["parts"]["kept"])
+    assert 2 * kept[1] == 3 * kept[0] > 0
+
+
 def test_dry_run_needs_no_weights(broca, tmp_path, corpus_directory):
     """A config alone, of a model that no machine here could hold."""
     config = models.tiny_model().config

@@ -37,6 +37,13 @@ def test_one_process_takes_the_current_one(gpus):
     assert pick_device() == torch.device("cuda")
 
 
+@pytest.mark.parametrize(("count", "offered"), [(0, "cpu or auto"), (1, "cpu, cuda or auto")])
+def test_an_unknown_device_is_refused_with_those_that_are_there(gpus, count, offered):
+    gpus(count=count)
+    with pytest.raises(UsageError, match=f"choose {offered}$"):
+        pick_device("nonsense")
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_more_processes_than_gpus_are_refused_in_each(gpus, number):
     """Those that would find a GPU too, or they would wait for the others for ever."""
