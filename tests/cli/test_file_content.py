@@ -1,6 +1,9 @@
 """Invalid direction and neuron-set files are rejected in one sentence."""
 
+import json
+
 import pytest
+import studies
 import torch
 
 from neurons.files.artifact import save_artifact
@@ -43,6 +46,18 @@ def saved(path, content, tensors, metadata):
     ]
     save_artifact(path, kind, *kept)
     return path
+
+
+def test_a_json_that_is_no_report_is_rejected(broca, tmp_path):
+    studies.write_run(tmp_path)
+    report, study = tmp_path / "report.json", tmp_path / "ablation.json"
+    assert broca("inspect", report)[0] == 0
+    report.write_bytes(report.read_bytes()[:-20])
+    study.write_text(json.dumps(studies.ablation()))
+    for path, reason in ((report, "JSON"), (study, "(source is missing)")):
+        status, out, err = broca("inspect", path)
+        assert (status, out) == (1, "") and err.count("\n") == 1
+        assert str(path) in err and reason in err and "`broca report`" in err
 
 
 @pytest.mark.parametrize("content", [DIRECTION, NEURONS], ids=["direction", "neurons"])
