@@ -29,6 +29,7 @@ from cli.options import (
     count_option,
     device_options,
     dry_run_option,
+    is_given,
     json_option,
     model_argument,
     new_tokens_option,
@@ -223,6 +224,7 @@ def command(**options: Any) -> None:
     command_text = command_line(
         methods=None if methods is None else tuple(methods),
         languages=arguments.languages or reported.languages,
+        others=everywhere,
         relevance="none" if scorer is None else scorer.name,
         temperature=arguments.temperature,
         **loaded_as(loaded, judge, other),
@@ -336,6 +338,10 @@ def _check_options(arguments: SimpleNamespace) -> None:
     from neurons.errors import UsageError
 
     methods, doses, out = arguments.methods, arguments.doses, arguments.out
+    if arguments.source == arguments.target:
+        raise UsageError(f"source and target are both {arguments.source!r}")
+    if methods is not None and not arguments.others and is_given(arguments, "others"):
+        raise UsageError("--no-others is not supported by --methods, which measures them: leave it out")
     if arguments.edit_path is not None and arguments.against is not None:
         raise UsageError("--edit and --against exclude each other: give one")
     if methods is not None and (arguments.edit_path is not None or arguments.against is not None):

@@ -263,9 +263,19 @@ def _changes(edit: ModuleEdit) -> list[tuple[int, float]]:
 def _reports(screen: Screen, file: Path) -> None:
     from cli.tables import report_table
     from editing.study.results import load_reports
+    from neurons.errors import BrocaError, UsageError
     from neurons.files.json_file import document
 
-    reports = load_reports(file)
+    try:
+        reports = load_reports(file)
+    except UsageError as error:
+        reason = (
+            str(error).removeprefix(f"{file}: ").removeprefix("not a result of Broca's, or a damaged one: ")
+        )
+        raise BrocaError(
+            f"{file} is no report of evaluate or run, or a damaged one ({reason}); `broca report` shows ablations and "
+            "searches"
+        ) from error
     for report in reports:
         report_table(screen, report)
     screen.result({"reports": list(map(document, reports))})

@@ -144,7 +144,7 @@ class OutPath(click.ParamType[Path]):
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         path = Path(value)
         try:
-            is_directory, is_file = path.is_dir(), path.is_file()
+            exists, is_directory, is_file = path.exists(), path.is_dir(), path.is_file()
             parent = next(parent for parent in path.absolute().parents if parent.exists())
         except OSError as error:
             # For example a name that is too long.
@@ -153,6 +153,8 @@ class OutPath(click.ParamType[Path]):
             self.fail(f"{path} is a directory: name a file", param, ctx)
         if is_file and self.directory:
             self.fail(f"{path} is a file: name a directory", param, ctx)
+        if exists and not (is_directory or is_file):
+            self.fail(f"{path} is a device or a pipe: name another path", param, ctx)
         if not parent.is_dir():
             self.fail(f"{parent} is a file, so {path} cannot be created: choose another path", param, ctx)
         if not os.access(parent, os.W_OK | os.X_OK):

@@ -171,6 +171,8 @@ EARLY = {
     "ability {MODEL} --against {BAD} --out {OUT}": "{BAD}",
     "chat {MODEL} --beside {BAD}": "{BAD}",
     "steer {MODEL} --to fr --judge {BAD} --out {OUT}": "{BAD}",
+    f"evaluate {PAIR} --methods keyed --no-others --out {{OUT}}": "--no-others",
+    f"evaluate {TEXT} --source en --target EN --dry-run --out {{OUT}}": "both 'en'",
     f"tune {PAIR} --layers abc --dry-run --out {{OUT}}": "layers 'abc'",
     f"train {TEXT} --neurons {{neurons}} --languages en --rate 0 --out {{OUT}}": "'--rate'",
     f"train {TEXT} --neurons {{neurons}} --languages en --out {{neurons}}": "--neurons",

@@ -165,6 +165,7 @@ def test_methods_are_chosen_and_reported_in_a_table(evaluate, questions, tmp_pat
     assert [outcome["name"] for outcome in results["outcomes"]] == names
     assert results["corpus"]["part"] == "report"
     assert results["methods"] == ["prompt-source", "keyed"] and len(results["tried"]) == 4
+    assert " --others " in results["command"]  # which are measured; --no-others would be refused
     assert all(outcome["kl"] for outcome in results["outcomes"][1:])
     assert "keyed edit" in output
     table = (tmp_path / "report.md").read_text(encoding="utf-8")

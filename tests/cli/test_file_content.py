@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import studies
 import torch
 from safetensors.torch import save_file
 
@@ -72,6 +73,18 @@ def saved(path, content, tensors, metadata):
     ]
     save_artifact(path, kind, *kept)
     return path
+
+
+def test_a_json_that_is_no_report_is_rejected(broca, tmp_path):
+    studies.write_run(tmp_path)
+    report, study = tmp_path / "report.json", tmp_path / "ablation.json"
+    assert broca("inspect", report)[0] == 0
+    report.write_bytes(report.read_bytes()[:-20])
+    study.write_text(json.dumps(studies.ablation()))
+    for path, reason in ((report, "JSON"), (study, "(source is missing)")):
+        status, out, err = broca("inspect", path)
+        assert (status, out) == (1, "") and err.count("\n") == 1
+        assert str(path) in err and reason in err and "`broca report`" in err
 
 
 @pytest.mark.parametrize("content", [DIRECTION, NEURONS, STATISTICS], ids=lambda content: content[0])

@@ -1,5 +1,7 @@
 """Shared options: input and output paths, and options with several values."""
 
+import os
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -52,6 +54,10 @@ def test_a_directory_to_write_may_be_there(tmp_path):
         OUT_FILE.convert(tmp_path / ("n" * 5000), None, None)
     with pytest.raises(click.BadParameter, match="file"):
         OUT_DIRECTORY.convert(tmp_path / "file", None, None)
+    os.mkfifo(tmp_path / "pipe")
+    for kind in (OUT_FILE, OUT_DIRECTORY):
+        with pytest.raises(click.BadParameter, match="device or a pipe"):
+            kind.convert(tmp_path / "pipe", None, None)
 
 
 def test_fractions_are_in_ascending_order_and_each_once():
