@@ -96,10 +96,7 @@ def test_the_first_tokens_of_conversations_are_apart_from_their_template(chattin
 
 
 def test_a_layer_that_cannot_fit_is_refused_beforehand(llama, corpus, monkeypatch):
+    batches = language_batches(llama, corpus, tokens_a_batch=100)
     monkeypatch.setattr(memory, "_limit", memory.LIBRARIES + memory.sizes_of(llama).weights + 8 * 48**2)
     with pytest.raises(BrocaError, match="layer 0"):
-        dict(
-            each_moments(
-                llama, language_batches(llama, corpus, tokens_a_batch=100), {("mlp_in", 0): torch.arange(48)}
-            )
-        )
+        dict(each_moments(llama, batches, {("mlp_in", 0): torch.arange(48)}))
