@@ -124,7 +124,9 @@ def test_json_is_one_object_and_nothing_else(broca, model, known_text, files):
         assert isinstance(printed, dict) and ("read" in printed or arguments[0] == "export")
         if arguments[0] == "edit":
             assert sum(module["components"] for module in printed["modules"]) == printed["components"] > 0
-        assert not [line for line in err.splitlines() if not line.startswith(("broca: warning", "broca: note"))]
+        assert not [
+            line for line in err.splitlines() if not line.startswith(("broca: warning", "broca: note"))
+        ]
 
 
 def test_the_same_command_twice_gives_the_same_bytes(broca, model, known_text, files):
