@@ -139,11 +139,11 @@ def command(**options: Any) -> None:
     checked_method(arguments.method, corpus, pair, arguments.winsorise, settings, autoencoders)
     if arguments.dry_run:
         from cli.dry_run import dry_run_of_text
-        from editing.directions.diffmean import DiffMean
+        from editing.directions.estimation import keeps_texts
         from editing.pipeline.needs import direction_need
         from neurons.text.token_budget import DIRECTIONS
 
-        keeps = method is not DiffMean or any(length.values()) or arguments.tokens is not None
+        keeps = keeps_texts(method, arguments.tokens, **length)
         need = partial(
             direction_need, autoencoders=autoencoders, keeps=keeps, all_languages=method.all_languages
         )

@@ -269,13 +269,7 @@ def _reports(screen: Screen, file: Path) -> None:
     try:
         reports = load_reports(file)
     except UsageError as error:
-        reason = (
-            str(error).removeprefix(f"{file}: ").removeprefix("not a result of Broca's, or a damaged one: ")
-        )
-        raise BrocaError(
-            f"{file} is no report of evaluate or run, or a damaged one ({reason}); `broca report` shows ablations and "
-            "searches"
-        ) from error
+        raise BrocaError(f"{error}; of JSON files, only reports are shown: see `broca report`") from error
     for report in reports:
         report_table(screen, report)
     screen.result({"reports": list(map(document, reports))})

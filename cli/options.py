@@ -144,16 +144,16 @@ class OutPath(click.ParamType[Path]):
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         path = Path(value)
         try:
-            exists, is_directory, is_file = path.exists(), path.is_dir(), path.is_file()
+            exists, is_directory, is_a_file = path.exists(), path.is_dir(), path.is_file()
             parent = next(parent for parent in path.absolute().parents if parent.exists())
         except OSError as error:
             # For example a name that is too long.
             self.fail(f"{path} cannot be written ({error.strerror}): name another path", param, ctx)
         if is_directory and not self.directory:
             self.fail(f"{path} is a directory: name a file", param, ctx)
-        if is_file and self.directory:
+        if is_a_file and self.directory:
             self.fail(f"{path} is a file: name a directory", param, ctx)
-        if exists and not (is_directory or is_file):
+        if exists and not (is_directory or is_a_file):
             self.fail(f"{path} is a device or a pipe: name another path", param, ctx)
         if not parent.is_dir():
             self.fail(f"{parent} is a file, so {path} cannot be created: choose another path", param, ctx)

@@ -13,6 +13,10 @@ class NotFiniteError(BrocaError):
     """A computed value, named in the message, is NaN or infinite (``neurons.models.not_finite`` says why)."""
 
 
+class ExplainedNotFiniteError(NotFiniteError):
+    """The same, with the cause and the remedy in the message."""
+
+
 class NothingToChangeError(BrocaError):
     """A method's thresholds leave no component to edit."""
 

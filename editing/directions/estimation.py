@@ -84,8 +84,7 @@ def direction_of(
     estimator = checked_method(method, corpus, (source, target), winsorised, settings, autoencoders)
     for sae in autoencoders:
         require_fit(loaded, sae)
-    plain = winsorised is None and not project_neutral and not unit_length and tokens is None
-    if isinstance(estimator, DiffMean) and plain:
+    if not keeps_texts(type(estimator), tokens, winsorised, project_neutral, unit_length):
         return diffmean_direction(loaded, corpus, source, target, progress)
     languages = corpus.languages if estimator.all_languages else (source, target)
     read = corpus.only(*languages)
@@ -108,6 +107,18 @@ def direction_of(
     return _estimated(
         loaded, batches, (source, target), estimator, given, length, metadata, progress, most_tokens=tokens
     )
+
+
+def keeps_texts(
+    method: type[DirectionMethod],
+    tokens: int | None = None,
+    winsorised: float | None = None,
+    project_neutral: bool = False,
+    unit_length: bool = False,
+) -> bool:
+    """Whether ``direction_of`` keeps the means of every text: plain DiffMean needs only their sums."""
+    changed = winsorised is not None or project_neutral or unit_length
+    return method is not DiffMean or changed or tokens is not None
 
 
 def direction_of_preferences(

@@ -9,7 +9,7 @@ from typing import TypeVar
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.outcome import Outcome, Refused
 from editing.study.candidates import Candidate
-from neurons.errors import BrocaError
+from neurons.errors import NotFiniteError
 
 MIN_CEILING_FRACTION = 0.9
 MAX_FLUENCY_GAP = 0.5
@@ -34,7 +34,7 @@ def measurable(
     for one in candidates:
         try:
             measured.append((one, measure(one)))
-        except BrocaError as error:
+        except NotFiniteError as error:
             refused.append(Refused(one.title, one.settings, str(error)))
     return measured, refused
 
@@ -82,7 +82,7 @@ def best_of(
         The best candidate, None without candidates; and for each candidate its outcome or the reason of its refusal.
 
     Raises:
-        BrocaError: no candidate has activations that are all finite.
+        NotFiniteError: no candidate has activations that are all finite.
     """
     kept, refused = promising(evaluation, candidates)
     progress(len(refused))
@@ -96,7 +96,7 @@ def best_of(
     progress(len(failed))
     refused += failed
     if refused and not measured:
-        raise BrocaError(refused[-1].refused)
+        raise NotFiniteError(refused[-1].refused)
     well = _steering_well(measured, evaluation.ceiling)
     if len(well) > 1:
         measured = [

@@ -38,7 +38,7 @@ from editing.plans.plan import Plan
 from editing.study.search_scoring import Scoring
 from editing.study.search_space import Settings, Space, Value
 from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, REFUSED, Goals, Trial
-from neurons.errors import BrocaError, NothingToChangeError
+from neurons.errors import BrocaError, NotFiniteError, NothingToChangeError
 from neurons.files.locked import locked
 
 STUDY = "study.jsonl"
@@ -178,8 +178,8 @@ class Search:
             return replace(trial, state=state, why=str(error))
         try:
             return self._scored(trial, plan, [other for other in finished if other.state == MEASURED])
-        except BrocaError as error:
-            # The activations of this edit are not finite: a repeated command would fail at the same trial.
+        except NotFiniteError as error:
+            # A repeated command would fail at the same trial.
             return replace(trial, state=HOPELESS, why=str(error))
 
     def _scored(self, trial: Trial, plan: Plan, measured: Sequence[Trial]) -> Trial | None:

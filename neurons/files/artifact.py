@@ -138,7 +138,18 @@ def save_artifact(
 
 
 def load_artifact(path: Path | str, kind: str | None = None) -> Artifact:
-    """Read a Broca file.
+    """Read a Broca file; arguments and errors as of ``load_metadata``."""
+    metadata = load_metadata(path, kind)
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BrocaError(f"{path}: not a file that Broca wrote, or a damaged one") from error
+    return Artifact(kind=str(metadata["kind"]), metadata=metadata, tensors=tensors)
+
+
+def load_metadata(path: Path | str, kind: str | None = None) -> dict[str, Any]:
+    """Read the metadata of a Broca file, without its tensors.
 
     Args:
         path: the file.
@@ -159,12 +170,11 @@ def load_artifact(path: Path | str, kind: str | None = None) -> Artifact:
             if text is None:
                 raise BrocaError(f"{path}: a safetensors file, but not one that Broca wrote")
             metadata = json.loads(text)
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise BrocaError(f"{path}: not a file that Broca wrote, or a damaged one") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("format_version"), int):
         raise BrocaError(f"{path}: not a readable Broca file (its metadata is damaged)")
-    of_file = str(metadata.get("kind"))
+    of_file = metadata["kind"] = str(metadata.get("kind"))
     if metadata["format_version"] > FORMAT_VERSION:
         raise BrocaError(
             f"{path}: written by a newer Broca (format {metadata['format_version']}, this one reads "
@@ -172,4 +182,4 @@ def load_artifact(path: Path | str, kind: str | None = None) -> Artifact:
         )
     if kind is not None and of_file != kind:
         raise BrocaError(f"{path}: holds {of_file!r}, but {kind!r} is needed here")
-    return Artifact(kind=of_file, metadata=metadata, tensors=tensors)
+    return metadata

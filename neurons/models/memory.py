@@ -348,8 +348,8 @@ def max_room(loaded: LoadedModel) -> int:
     left = memory_limit() - LIBRARIES - weights
     if left <= 0:
         raise BrocaError(
-            f"{loaded.name}: the weights of all loaded models need {weights / 1e9:.1f} GB and libraries {LIBRARIES / 1e9:.1f} GB, but the limit "
-            f"is {memory_limit() / 1e9:.1f} GB: raise it (--max-memory), or use --dtype bfloat16"
+            f"{loaded.name}: the weights of all loaded models need {weights / 1e9:.1f} GB and libraries "
+            f"{LIBRARIES / 1e9:.1f} GB, but the limit is {memory_limit() / 1e9:.1f} GB: raise it (--max-memory), or use --dtype bfloat16"
         )
     return left
 

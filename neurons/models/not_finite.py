@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 import torch
 
-from neurons.errors import BrocaError, NotFiniteError
+from neurons.errors import ExplainedNotFiniteError, NotFiniteError
 from neurons.files.tensor_files import READABLE_DTYPES, read_tensor, tensor_entries
 from neurons.models.source import LoadedModel
 
 AT_ONCE = 2**22  # values of a chunk, to keep masks small
 
 
-def not_finite(loaded: LoadedModel, what: str) -> BrocaError:
+def not_finite(loaded: LoadedModel, what: str) -> ExplainedNotFiniteError:
     """The error to raise if ``what`` of a loaded model is NaN or infinite.
 
     Reads all weights from disk to check whether they are finite.
     """
-    return BrocaError(f"{loaded.name}: {what} is not finite: {_remedy(loaded)}")
+    return ExplainedNotFiniteError(f"{loaded.name}: {what} is not finite: {_remedy(loaded)}")
 
 
 @contextmanager
@@ -27,6 +27,8 @@ def explained(loaded: LoadedModel) -> Iterator[None]:
     """Context that turns a NotFiniteError into the error of ``not_finite``."""
     try:
         yield
+    except ExplainedNotFiniteError:
+        raise
     except NotFiniteError as error:
         raise not_finite(loaded, str(error)) from error
 

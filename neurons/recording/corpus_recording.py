@@ -120,10 +120,11 @@ def record_corpus(
         # No retry in several processes: with batches of different sizes they would count text twice.
         return attempt(planned)
     first = planned
-    kept = None if out is None else Unfinished(out, "").kept_size()
-    if out is not None and kept is not None and kept != planned:
+    kept = {} if out is None else Unfinished(out, "").kept()
+    size = kept.get("size")
+    if isinstance(size, int) and size != planned and kept["key"] == recording_key(loaded, cut(size), moments):
         # The unfinished recording had run out of memory with larger batches.
-        first = kept if Unfinished(out, recording_key(loaded, cut(kept), moments)).load()[0] else planned
+        first = size
     halves = iter([first >> i for i in range(1, 32)])
 
     def halved() -> int:

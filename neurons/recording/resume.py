@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from neurons.errors import BrocaError
-from neurons.files.artifact import load_artifact, save_artifact
+from neurons.files.artifact import load_artifact, load_metadata, save_artifact
 from neurons.models.processes import world
 
 EVERY = 30.0  # seconds
@@ -25,7 +26,7 @@ class Unfinished:
     Attributes:
         path: the output; the state is ``.NAME.unfinished`` beside it, one for each process.
         key: identity of the recording: model, text, moments, batches.  Only a state with the same key is used.
-        size: tokens in a batch, if a recording may choose them; kept with the state (``kept_size``).
+        size: tokens in a batch, if a recording may choose them; kept with the state (``kept``).
         every: seconds between two writes, increased to keep writing below ``MAX_WRITING`` of the time.
     """
 
@@ -42,21 +43,20 @@ class Unfinished:
         ending = "" if count == 1 else f".{number}-of-{count}"
         return self.path.with_name(f".{self.path.name}.unfinished{ending}")
 
-    def kept_size(self) -> int | None:
-        """``size`` of the state that is kept, of any recording; None if there is none."""
+    def kept(self) -> dict[str, Any]:
+        """The metadata of the state that is kept, of any recording: key, batches and size; {} without one."""
         try:
-            size = load_artifact(self.file, "unfinished").metadata.get("size")
+            return load_metadata(self.file, "unfinished")
         except BrocaError:
-            return None
-        return size if isinstance(size, int) else None
+            return {}
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
         """Batches done and the state after them; (0, {}) if there is none of this recording."""
+        if self.kept().get("key") != self.key:
+            return 0, {}
         try:
             artifact = load_artifact(self.file, "unfinished")
         except BrocaError:
-            return 0, {}
-        if artifact.metadata.get("key") != self.key:
             return 0, {}
         return int(artifact.metadata["batches"]), artifact.tensors
 

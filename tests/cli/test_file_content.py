@@ -81,7 +81,7 @@ def test_a_json_that_is_no_report_is_rejected(broca, tmp_path):
     assert broca("inspect", report)[0] == 0
     report.write_bytes(report.read_bytes()[:-20])
     study.write_text(json.dumps(studies.ablation()))
-    for path, reason in ((report, "JSON"), (study, "(source is missing)")):
+    for path, reason in ((report, "JSON"), (study, "source is missing")):
         status, out, err = broca("inspect", path)
         assert (status, out) == (1, "") and err.count("\n") == 1
         assert str(path) in err and reason in err and "`broca report`" in err

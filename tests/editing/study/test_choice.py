@@ -11,7 +11,7 @@ import studies
 
 from editing.study.candidates import Candidate
 from editing.study.comparison import best_of, promising
-from neurons.errors import BrocaError
+from neurons.errors import BrocaError, NotFiniteError
 
 OVERFLOWS = -1.0
 
@@ -56,14 +56,14 @@ class Planned:
     def rate_on_few_prompts(self, steering, instruction):
         rate = self.figures[steering.args[0]][0]
         if rate == OVERFLOWS:
-            raise BrocaError("not finite")
+            raise NotFiniteError("not finite")
         return rate
 
     def measure(self, name, steering, details, kl, *, instruction, harm):
         assert not kl and not harm
         at = steering.args[0]
         if self.figures[at][1] == OVERFLOWS:
-            raise BrocaError("not finite")
+            raise NotFiniteError("not finite")
         self.measured.append(at)
         rate, gap, _ = self.figures[at]
         return studies.outcome("method", rate, fluency_gap=gap, nll_rise={}, details=details)
@@ -109,3 +109,13 @@ def test_candidates_that_all_overflow_are_an_error(figures):
     offered = [Candidate("method", {}, None, partial(nullcontext, i)) for i in range(len(figures))]
     with pytest.raises(BrocaError, match="not finite"):
         best_of(Planned(figures), offered, lambda count: None)
+
+
+def test_other_errors_are_not_taken_for_a_candidates_fault():
+    class Full(Planned):
+        def measure(self, *_, **__):
+            raise BrocaError("a row does not fit")
+
+    offered = [Candidate("method", {}, None, partial(nullcontext, i)) for i in range(2)]
+    with pytest.raises(BrocaError, match="a row does not fit"):
+        best_of(Full([(0.9, 0, 0)] * 2), offered, lambda count: None)

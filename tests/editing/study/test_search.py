@@ -17,7 +17,7 @@ from editing.study.search_report import choose
 from editing.study.search_scoring import Harm, Written
 from editing.study.search_space import Knob, Space
 from editing.study.trial import HOPELESS, MEASURED, NOTHING, NOTHING_WRITTEN, REFUSED, Goals, Trial
-from neurons.errors import BrocaError, NothingToChangeError, UsageError
+from neurons.errors import BrocaError, NotFiniteError, NothingToChangeError, UsageError
 
 CEILING = 0.9
 
@@ -185,7 +185,7 @@ def test_figures_that_are_not_finite_do_not_stop_the_search(tmp_path, where):
 
         def require_numbers(self, at):
             if where == at:
-                raise BrocaError("the likelihood of the next token is not finite")
+                raise NotFiniteError("the likelihood of the next token is not finite")
 
     search = searched(Overflowing(), tmp_path / "study.jsonl", spaces=space_of(GOOD, GOOD, GOOD))
     assert search.run(3)
@@ -193,6 +193,15 @@ def test_figures_that_are_not_finite_do_not_stop_the_search(tmp_path, where):
         assert (trial.state, trial.nll_rise, trial.kl) == (HOPELESS, {}, {})
         assert "not finite" in trial.why
     assert len(search.trials) == 3
+
+
+def test_a_fault_that_is_not_of_the_edit_ends_the_search():
+    class Full(Planted):
+        def harm(self):
+            raise BrocaError("a row does not fit")
+
+    with pytest.raises(BrocaError, match="a row does not fit"):
+        searched(Full(), spaces=space_of(GOOD)).run(1)
 
 
 def test_a_method_that_refuses_the_model_does_not_stop_the_search():
