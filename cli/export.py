@@ -84,14 +84,14 @@ def command(**options: Any) -> None:
             plan = plan.scaled(arguments.strength)
         result = (_adapter if arguments.form == "lora" else _exported)(screen, plan, arguments)
     if repo is not None:
-        from editing.checkpoints.hub import push
+        from editing.checkpoints.hub import push, upload_command
         from neurons.errors import BrocaError
 
         try:
             result["pushed"] = push(out, repo)
         except BrocaError as error:
             raise BrocaError(
-                f"{out} is written, but the upload failed: {error}; then run `hf upload {repo} {out}`"
+                f"{out} is written, but the upload failed: {error}; then run `{upload_command(out, repo)}`"
             ) from error
         screen.say(result["pushed"])
     screen.result({"out": out, **result}, out)

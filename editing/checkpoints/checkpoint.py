@@ -313,6 +313,16 @@ def checkpoint_tree(source: Path, target: Path) -> tuple[list[Path], dict[Path, 
     return directories, sizes
 
 
+def preferred_by_vllm(checkpoint: Path) -> tuple[str, ...]:
+    """Weights in Mistral's format, with their index, relative to the checkpoint; vLLM searches all its folders."""
+    own = weight_files(checkpoint)
+    return tuple(
+        path.relative_to(checkpoint).as_posix()
+        for path in sorted(checkpoint.rglob("consolidated*.safetensors*"))
+        if path.suffix in (".safetensors", ".json") and path not in own
+    )
+
+
 def _checked_extras(source: Path, extra_files: Mapping[str, bytes]) -> dict[Path, bytes]:
     weights = set(weight_files(source))
     extras = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from editing.checkpoints.checkpoint import checkpoint_tree
+from editing.checkpoints.checkpoint import checkpoint_tree, preferred_by_vllm
 from editing.checkpoints.fp8_tiles import Fp8Tiles
 from editing.checkpoints.mxfp4 import Mxfp4
 from editing.checkpoints.staging import check_room, check_target, place_apart, staging
@@ -77,7 +77,8 @@ def dequantise(
     """Write a quantised checkpoint as an ordinary bf16 one.
 
     Each number is the exact product of its stored number and scale, rounded once.  Files keep their names; only
-    a few rows, or one expert, of a tensor are in memory.  The new directory is renamed into place at the end.
+    a few rows, or one expert, of a tensor are in memory.  Weights in Mistral's own format, which vLLM would serve
+    instead, are left out.  The new directory is renamed into place at the end.
 
     Args:
         source: checkpoint directory; only read.
@@ -105,8 +106,8 @@ def dequantise(
     check_target(target, overwrite)
     contents = {Path("config.json"): _unquantised(settings)} | _indexes(source, shards)
     total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
-    weights = set(weight_files(source))
-    others = [path for path in sizes if source / path not in weights and path not in contents]
+    left_out = {*weight_files(source), *(source / name for name in preferred_by_vllm(source))}
+    others = [path for path in sizes if source / path not in left_out and path not in contents]
     check_room(target, total + sum(sizes[path] for path in others))
     done = 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from editing.checkpoints.checkpoint import additions, write_checkpoint
+from editing.checkpoints.checkpoint import additions, preferred_by_vllm, write_checkpoint
 from editing.checkpoints.fp8_edit import tile_edits, tile_size, write_tiles
 from editing.checkpoints.model_card import RECIPE_IN_CHECKPOINT, model_card
 from editing.checkpoints.undo import REMAINDER_IN_CHECKPOINT, FileChanges, write_remainder
@@ -144,7 +144,7 @@ def export(
         files[RECIPE_IN_CHECKPOINT.as_posix()] = text_bytes(recipe)
     if biases.settings:
         files["config.json"] = _config_with(source, biases)
-    left_out = _preferred_by_vllm(source.checkpoint)
+    left_out = preferred_by_vllm(source.checkpoint)
     checks: list[Verified] = []
     sizes: list[int] = []
 
@@ -223,16 +223,6 @@ def _changes(source: ModelSource, files: dict[str, bytes], biases: AddedBiases) 
         replaced=tuple(name for name in written if (source.checkpoint / name).is_file()),
         made=tuple(name for name in written if not (source.checkpoint / name).is_file()),
         renamed=extra_shard.renamed,
-    )
-
-
-def _preferred_by_vllm(checkpoint: Path) -> tuple[str, ...]:
-    """Weights in Mistral's format, with their index, relative to the checkpoint; vLLM searches all its folders."""
-    own = weight_files(checkpoint)
-    return tuple(
-        path.relative_to(checkpoint).as_posix()
-        for path in sorted(checkpoint.rglob("consolidated*.safetensors*"))
-        if path.suffix in (".safetensors", ".json") and path not in own
     )
 
 

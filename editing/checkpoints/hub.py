@@ -36,6 +36,12 @@ def require_pushable(repo: str) -> None:
         raise BrocaError(_NO_TOKEN.format(repo))
 
 
+def upload_command(path: Path, repo: str) -> str:
+    """What pushes again by the hub's own command line, with the same files removed."""
+    removed = " ".join(f"--delete '{pattern}'" for pattern in REPLACED)
+    return f"hf upload {repo} {path} . {removed}"
+
+
 def push(path: Path, repo: str, private: bool = False) -> str:
     """Upload a directory to a model repository, which is created if needed.
 

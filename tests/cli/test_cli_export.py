@@ -1,12 +1,14 @@
 """``broca export``: verification, undo, adapters, uploads and invalid combinations."""
 
 import json
+import shlex
 
 import huggingface_hub
 import pytest
 import torch
 
 from editing.plans.plan import ModuleEdit, make_plan
+from neurons.errors import BrocaError
 from neurons.files.tensor_files import read_tensor, tensor_entries
 from neurons.models.fingerprint import fingerprint
 from neurons.models.source import open_model
@@ -89,6 +91,23 @@ def test_what_is_pushed(broca, model, edit, tmp_path, monkeypatch):
     status, printed, err = broca("export", model, "--edit", edit, "--push-to-hub", "me/x", "--out", out)
     assert status == 0, err
     assert calls == [(out, "me/x")] and "https://hub/x" in printed
+
+
+def test_what_failed_to_upload_is_kept_and_the_command_told_that_replaces_as_a_push(
+    broca, model, edit, tmp_path, monkeypatch
+):
+    from editing.checkpoints import hub
+
+    def fail(path, repo):
+        raise BrocaError(f"{repo}: try again")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr(hub, "push", fail)
+    out = tmp_path / "out"
+    status, _, err = broca("export", model, "--edit", edit, "--push-to-hub", "me/x", "--out", out)
+    assert status == 1 and (out / "config.json").exists() and err.count("\n") == 1
+    removed = [word for pattern in hub.REPLACED for word in ("--delete", pattern)]
+    assert shlex.split(err.split("`")[1]) == ["hf", "upload", "me/x", str(out), ".", *removed]
 
 
 def test_what_could_not_be_pushed_is_refused_before_any_work(broca, model, edit, tmp_path, monkeypatch):

@@ -71,6 +71,7 @@ def quantise(directory, block=(32, 16), shards=1, scale_dtype=torch.float32):
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "extra").mkdir()
     (directory / "extra" / "notes").write_bytes(b"kept")
+    (directory / "extra" / "consolidated.safetensors").write_bytes(b"served by vLLM instead")
     return tensors
 
 
@@ -109,6 +110,7 @@ def test_a_whole_checkpoint(tmp_path, shards, scale_dtype, monkeypatch):
             assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and config["hidden_size"] == 72
+    assert [path.name for path in (tmp_path / "out" / "extra").iterdir()] == ["notes"]
     assert (tmp_path / "out" / "extra" / "notes").read_bytes() == b"kept"
     size = sum(e.end - e.begin for e in tensor_entries(tmp_path / "out").values())
     assert found.bytes == size and told[-1] == (size, size)
