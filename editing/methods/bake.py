@@ -35,7 +35,7 @@ import torch
 
 from editing.methods.key import KeyProblem, solve_key
 from editing.methods.scope import chosen_layers, chosen_modules, require_strength
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import COMMON_SITES
 from neurons.architectures.sites import Routed
@@ -296,20 +296,6 @@ def require_vectors(
         )
 
 
-def baked_metadata(
-    source: ModelSource, method: str, settings: dict[str, Any], provenance: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The metadata of a plan from vectors; ``provenance`` adds source, target, languages and direction."""
-    return {
-        "model": source.label,
-        "fingerprint": source.fingerprint,
-        "method": method,
-        "languages": [],
-        "settings": settings,
-        **(provenance or {}),
-    }
-
-
 def bake_plan(
     loaded: LoadedModel,
     corpus: Corpus,
@@ -360,7 +346,7 @@ def bake_plan(
         "constrain_start": constrain_start,
         "corpus": corpus.provenance,
     }
-    return make_plan(edits, baked_metadata(loaded, "bake", settings, provenance))
+    return make_plan(edits, plan_metadata(loaded, "bake", settings, provenance))
 
 
 def baked_edit(

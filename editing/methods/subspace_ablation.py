@@ -93,72 +93,6 @@ def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float
     return SubspaceAblation(exact, -strength * (weight.double().T @ exact))
 
 
-def subspace_ablation_plan(
-    source: ModelSource,
-    directions: Direction | Sequence[Direction],
-    layers: Sequence[int] | None = None,
-    blocks: Sequence[str] = BLOCKS,
-    site: str = "block_out",
-    strength: float = 1.0,
-    from_layer: int | None = None,
-    rank: int | None = None,
-) -> Plan:
-    """A plan that removes a subspace; no forward pass.
-
-    Args:
-        source: the model.
-        directions: one direction, whose subspace at ``site`` is removed, or several, whose span is removed.
-        layers: layers to edit; None takes all.
-        blocks: "attn", "mlp" or both.
-        site: "block_out" (residual stream), or "own" (output of the edited module).
-        strength: lambda, 1 removes the subspace.
-        from_layer: layer whose subspace is used in all layers; None takes each layer's own.
-        rank: number of leading dimensions of one direction's subspace; None takes all.
-
-    Raises:
-        UsageError: no direction, an unknown site, module or layer, no vectors at the site, an invalid rank, or a
-            strength of 0.
-        BrocaError: a direction of another model, no subspace at the site, linearly dependent directions (by name),
-            a norm between module and residual stream, a module without output in the subspace, or experts with
-            biases.
-    """
-    directions = [directions] if isinstance(directions, Direction) else list(directions)
-    if not directions:
-        raise UsageError("name at least one direction whose subspace should be removed")
-    if rank is not None and len(directions) > 1:
-        raise UsageError("a rank applies to the subspace of a single direction: leave it out with several")
-    require_strength(strength)
-    require_site(source, site)
-    for direction in directions:
-        direction.require_model(source)
-    if from_layer is not None:
-        chosen_layers(source, [from_layer])
-    weights = Weights(source)
-    edits = []
-    ranks: dict[str, int] = {}
-    for layer, module in chosen_places(source, layers, blocks):
-        at, subspace_layer = site_of(site, module), layer if from_layer is None else from_layer
-        basis = _basis(directions, at, subspace_layer, rank)
-        ranks[f"{at} {subspace_layer}"] = basis.shape[1]
-        edits.append(_module_edit(source, weights, basis, strength, layer, module))
-    settings = {
-        "layers": list(chosen_layers(source, layers)),
-        "blocks": list(chosen_modules(blocks)),
-        "site": site,
-        "strength": strength,
-        "from_layer": from_layer,
-        "rank": rank,
-        "ranks": ranks,
-        "directions": [_name(direction) for direction in directions],
-    }
-    metadata = plan_metadata(source, "ablate-subspace", directions[0], settings)
-    languages = [k for direction in directions for k in (direction.source, direction.target)]
-    for end in ("source", "target"):
-        if len({getattr(direction, end) for direction in directions}) > 1:
-            del metadata[end]
-    return make_plan(edits, {**metadata, "languages": list(dict.fromkeys(languages))})
-
-
 def _name(direction: Direction) -> str:
     method = direction.metadata.get("method")
     return f"{direction.source} to {direction.target}" + (f" ({method})" if method else "")
@@ -244,13 +178,53 @@ class AblateSubspace(Method):
         return cls(site="block_out" if material.opened.anatomy.residual_output else OWN, **settings)
 
     def prepare(self, material: Material) -> Plan:
-        return subspace_ablation_plan(
-            material.opened,
-            material.subspace if material.studied else material.directions,
-            material.layers,
-            material.blocks or BLOCKS,
-            self.site,
-            self.strength,
-            self.from_layer,
-            self.rank,
-        )
+        """The plan at this strength, without a forward pass: of one direction the subspace at ``site``, of several the span.
+
+        Raises:
+            UsageError: no direction, an unknown site, module or layer, no vectors at the site, an invalid rank, or a
+                strength of 0.
+            BrocaError: a direction of another model, no subspace at the site, linearly dependent directions (by name),
+                a norm between module and residual stream, a module without output in the subspace, or experts with
+                biases.
+        """
+        source, blocks = material.opened, material.blocks or BLOCKS
+        directions = (material.subspace,) if material.studied else material.directions
+        if not directions:
+            raise UsageError("name at least one direction whose subspace should be removed")
+        if self.rank is not None and len(directions) > 1:
+            raise UsageError(
+                "a rank applies to the subspace of a single direction: leave it out with several"
+            )
+        require_strength(self.strength)
+        require_site(source, self.site)
+        for direction in directions:
+            direction.require_model(source)
+        if self.from_layer is not None:
+            chosen_layers(source, [self.from_layer])
+        weights = Weights(source)
+        edits = []
+        ranks: dict[str, int] = {}
+        for layer, module in chosen_places(source, material.layers, blocks):
+            at, subspace_layer = (
+                site_of(self.site, module),
+                layer if self.from_layer is None else self.from_layer,
+            )
+            basis = _basis(directions, at, subspace_layer, self.rank)
+            ranks[f"{at} {subspace_layer}"] = basis.shape[1]
+            edits.append(_module_edit(source, weights, basis, self.strength, layer, module))
+        settings = {
+            "layers": list(chosen_layers(source, material.layers)),
+            "blocks": list(chosen_modules(blocks)),
+            "site": self.site,
+            "strength": self.strength,
+            "from_layer": self.from_layer,
+            "rank": self.rank,
+            "ranks": ranks,
+            "directions": [_name(direction) for direction in directions],
+        }
+        metadata = plan_metadata(source, self.name, settings, directions[0].provenance)
+        languages = [k for direction in directions for k in (direction.source, direction.target)]
+        for end in ("source", "target"):
+            if len({getattr(direction, end) for direction in directions}) > 1:
+                del metadata[end]
+        return make_plan(edits, {**metadata, "languages": list(dict.fromkeys(languages))})
