@@ -43,21 +43,8 @@ from neurons.text.token_budget import KEYS
 MIN_VARIANCE = 1e-6
 
 
-@dataclass(frozen=True)
-class Eraser:
-    """y - left right^T (y - mu).
-
-    Attributes:
-        left: float64 [d, r], A.
-        right: float64 [d, r], B.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-
-
-def eraser(deviations: torch.Tensor, covariance: torch.Tensor) -> Eraser:
-    """The LEACE projection.
+def eraser(deviations: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B, float64 [d, r], of the LEACE projection y - A B^T (y - mu).
 
     Args:
         deviations: [d, K], each language's mean of y minus the mean of all.
@@ -76,7 +63,7 @@ def eraser(deviations: torch.Tensor, covariance: torch.Tensor) -> Eraser:
         raise BrocaError(
             "its output has the same mean on every language, so there is nothing to erase: leave it out (--layers)"
         )
-    return Eraser(axes @ (scales[:, None] * basis), axes @ (basis / scales[:, None]))
+    return axes @ (scales[:, None] * basis), axes @ (basis / scales[:, None])
 
 
 def _module_edit(
@@ -93,14 +80,14 @@ def _module_edit(
     mean = moments.mean @ fractions
     deviations = weight @ (moments.mean - mean[:, None])
     covariance = weight @ moments.covariance @ weight.T + (deviations * fractions) @ deviations.T
-    projection = eraser(deviations, covariance)
-    reads = weight.T @ projection.right
+    written, read = eraser(deviations, covariance)
+    reads = weight.T @ read
     problem = key_problem(moments, moments.languages, eps)
     targets = (reads.T @ mean).expand(len(moments.languages), -1)
     if moments.start is not None:
         targets = torch.cat([targets, (reads.T @ moments.start)[None]])
     right = reads - solve_key(replace(problem, targets=targets), overwrite=True)
-    squares = ((right @ (projection.left.T @ projection.left)) * right).sum(1).clamp(min=0)
+    squares = ((right @ (written.T @ written)) * right).sum(1).clamp(min=0)
     changes = squares.view(-1, size).sum(1).sqrt()
     chosen = changes.nonzero()[:, 0]
     share = changes / weight.norm(dim=0).view(-1, size).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
@@ -108,7 +95,7 @@ def _module_edit(
         layer=place[0],
         block=place[1],
         components=tuple(chosen.tolist()),
-        left=(-strength * projection.left).float(),
+        left=(-strength * written).float(),
         right=right.float(),
         details={"share": share[chosen]},
         notes={"change_norm": abs(strength) * float(changes.norm()), "weight_norm": float(weight.norm())},

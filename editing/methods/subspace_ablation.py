@@ -43,19 +43,6 @@ from neurons.setting import Range, setting
 MIN_REMAINDER = 1e-6
 
 
-@dataclass(frozen=True)
-class SubspaceAblation:
-    """W' = W + left right^T.
-
-    Attributes:
-        left: float64 [d, r], M.
-        right: float64 [n, r], -lambda W^T M.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-
-
 def orthonormal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """An orthonormal basis of the columns' span, by QR.
 
@@ -73,8 +60,10 @@ def orthonormal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return basis, ~(remainder > MIN_REMAINDER)
 
 
-def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float = 1.0) -> SubspaceAblation:
-    """Subspace ablation of one output weight.
+def subspace_ablation(
+    weight: torch.Tensor, basis: torch.Tensor, strength: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """M, float64 [d, r], and -lambda W^T M, float64 [n, r], of W' = W - lambda M (W^T M)^T of one output weight.
 
     Args:
         weight: [d, n].
@@ -90,7 +79,7 @@ def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float
     error = exact.T @ exact - torch.eye(exact.shape[1], dtype=torch.float64)
     if not float(error.abs().max()) < 1e-9:
         raise BrocaError("the basis of the subspace is not orthonormal")
-    return SubspaceAblation(exact, -strength * (weight.double().T @ exact))
+    return exact, -strength * (weight.double().T @ exact)
 
 
 def _name(direction: Direction) -> str:
@@ -128,9 +117,9 @@ def _module_edit(
 ) -> ModuleEdit:
     weight = weights.read(layer, module)
     bias = output_bias(source, weights, layer, module)
-    ablation = subspace_ablation(weight, basis, strength)
+    left, right = subspace_ablation(weight, basis, strength)
     width = source.anatomy.component_width(module, layer)
-    changes = ablation.right.reshape(-1, width * basis.shape[1]).norm(dim=1)
+    changes = right.reshape(-1, width * basis.shape[1]).norm(dim=1)
     sizes = weight.norm(dim=0).view(-1, width).norm(dim=1)
     chosen = changes.nonzero()[:, 0]
     if not len(chosen):
@@ -143,17 +132,17 @@ def _module_edit(
         layer=layer,
         block=module,
         components=tuple(chosen.tolist()),
-        left=ablation.left.float(),
-        right=ablation.right.float(),
+        left=left.float(),
+        right=right.float(),
         bias=None if shift is None or not bool(shift.any()) else shift.float(),
         details={
             "c": torch.full((len(chosen),), -strength, dtype=torch.float64),
             "share": changes[chosen] / sizes[chosen] / abs(strength),
         },
         notes={
-            "change_norm": float(ablation.right.norm()),
+            "change_norm": float(right.norm()),
             "weight_norm": float(weight.norm()),
-            "share": float(ablation.right.norm() / weight.norm()) / abs(strength),
+            "share": float(right.norm() / weight.norm()) / abs(strength),
         },
     )
 

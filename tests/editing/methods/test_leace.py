@@ -43,9 +43,9 @@ def test_the_projection_is_the_papers(groups):
     seen = whitening @ sigma_xz
     expected = torch.linalg.inv(whitening) @ (seen @ torch.linalg.pinv(seen, rtol=1e-8)) @ whitening
     deviations = torch.stack([x[group == k].mean(0) - mean for k in range(groups)], 1)
-    found = eraser(deviations, sigma)
-    assert found.left.shape == found.right.shape == (6, groups - 1)
-    torch.testing.assert_close(found.left @ found.right.T, expected, rtol=1e-9, atol=1e-9)
+    written, read = eraser(deviations, sigma)
+    assert written.shape == read.shape == (6, groups - 1)
+    torch.testing.assert_close(written @ read.T, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_another_oblique_projection_changes_more():
@@ -53,13 +53,13 @@ def test_another_oblique_projection_changes_more():
     mean = x.mean(0)
     difference = x[group == 1].mean(0) - x[group == 0].mean(0)
     deviations = torch.stack([x[group == k].mean(0) - mean for k in range(2)], 1)
-    found = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
+    written, read = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
 
     def change(left, right):
         return float(((x - mean) @ right @ left.T).square().sum(1).mean())
 
     orthogonal = difference[:, None] / difference.norm()
-    assert change(found.left, found.right) < change(orthogonal, orthogonal)
+    assert change(written, read) < change(orthogonal, orthogonal)
 
 
 def test_a_direction_without_variance_is_no_dimension():
@@ -67,8 +67,8 @@ def test_a_direction_without_variance_is_no_dimension():
     x[:, 2] = 7.0
     mean = x.mean(0)
     deviations = torch.stack([x[group == k].mean(0) - mean for k in range(2)], 1)
-    found = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
-    assert bool(torch.isfinite(found.left).all() & torch.isfinite(found.right).all())
+    written, read = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
+    assert bool(torch.isfinite(written).all() & torch.isfinite(read).all())
     with pytest.raises(BrocaError, match="nothing to erase"):
         eraser(torch.zeros(4, 2).double(), torch.eye(4).double())
 

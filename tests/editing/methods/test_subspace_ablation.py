@@ -52,19 +52,19 @@ def naive(weight, basis, strength):
 @pytest.mark.parametrize("strength", [1.0, 0.3, -0.7])
 def test_equals_the_formula(strength, rank):
     weight, basis = random_numbers(7, 12), gram_schmidt(random_numbers(7, rank, seed=1))
-    result = subspace_ablation(weight, basis, strength)
-    assert result.left.shape == (7, rank) and result.right.shape == (12, rank)
-    edited = weight + result.left @ result.right.T
+    left, right = subspace_ablation(weight, basis, strength)
+    assert left.shape == (7, rank) and right.shape == (12, rank)
+    edited = weight + left @ right.T
     torch.testing.assert_close(edited, naive(weight, basis, strength), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(basis.T @ edited, (1 - strength) * basis.T @ weight, rtol=1e-10, atol=1e-12)
 
 
 def test_by_hand():
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    result = subspace_ablation(weight, torch.eye(3)[:, [2, 0]], 1.0)
-    assert (weight + result.left @ result.right.T).tolist() == [[0, 0], [3, 4], [0, 0]]
-    louder = subspace_ablation(weight, torch.eye(3)[:, [1]], -1.0)
-    assert (weight + louder.left @ louder.right.T).tolist() == [[1, 2], [6, 8], [5, 6]]
+    left, right = subspace_ablation(weight, torch.eye(3)[:, [2, 0]], 1.0)
+    assert (weight + left @ right.T).tolist() == [[0, 0], [3, 4], [0, 0]]
+    left, right = subspace_ablation(weight, torch.eye(3)[:, [1]], -1.0)
+    assert (weight + left @ right.T).tolist() == [[1, 2], [6, 8], [5, 6]]
 
 
 def test_orthonormal_has_the_same_span_and_marks_dependent_columns():
