@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import covariance_bytes, room, solving_bytes
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.recording.covariance import Moments, language_moments
-from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
+from neurons.recording.text_pass import Position, Progress, numbered, read_text
 from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS
@@ -181,14 +182,11 @@ def fourth_moments(
     """Mean over the tokens of ||x - mu||^4 at a site of each layer of ``means`` (layer -> mu [n])."""
     sums = dict.fromkeys(means, 0.0)
 
-    def reader_of(layer: int, mean: torch.Tensor) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            deviations = at.rows(values)[:, : len(mean)].double() - mean
-            sums[layer] += float(deviations.square().sum(1).square().sum())
+    def read(layer: int, mean: torch.Tensor, values: torch.Tensor, _: Routed | None, at: Position) -> None:
+        deviations = at.rows(values)[:, : len(mean)].double() - mean
+        sums[layer] += float(deviations.square().sum(1).square().sum())
 
-        return read
-
-    readers = {(site, layer): reader_of(layer, mean.to(loaded.device)) for layer, mean in means.items()}
+    readers = {(site, layer): partial(read, layer, mean.to(loaded.device)) for layer, mean in means.items()}
     read_text(loaded, [(0, batch) for batch in batches], readers)
     tokens = counted_tokens(batches)
     return {layer: total / tokens for layer, total in sums.items()}

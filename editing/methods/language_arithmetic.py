@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -47,7 +48,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import language_moments
-from neurons.recording.text_pass import Position, PositionReader, numbered, read_text
+from neurons.recording.text_pass import Position, numbered, read_text
 from neurons.setting import Range, setting
 from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
@@ -124,17 +125,14 @@ def activation_means(
     tokens = {layer: {k: torch.zeros_like(total) for k, total in of.items()} for layer, of in sums.items()}
     languages = tuple(batches)
 
-    def reader_of(layer: int) -> PositionReader:
-        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            units = slice(None) if routed is None else expert_units(loaded.anatomy, routed)
-            rows = values.detach().flatten(0, -2)[at.positions(routed, values.device)]
-            language = languages[at.language]
-            sums[layer][language][units] += activation(rows).double().sum(0).cpu()
-            tokens[layer][language][units] += len(rows)
+    def read(layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+        units = slice(None) if routed is None else expert_units(loaded.anatomy, routed)
+        rows = values.detach().flatten(0, -2)[at.positions(routed, values.device)]
+        language = languages[at.language]
+        sums[layer][language][units] += activation(rows).double().sum(0).cpu()
+        tokens[layer][language][units] += len(rows)
 
-        return read
-
-    read_text(loaded, numbered(batches), {(site, layer): reader_of(layer) for layer in layers})
+    read_text(loaded, numbered(batches), {(site, layer): partial(read, layer) for layer in layers})
     return {
         layer: {k: total / tokens[layer][k].clamp(min=1) for k, total in of.items()}
         for layer, of in sums.items()

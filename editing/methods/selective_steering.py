@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from neurons.architectures.reading_norms import ReadingNorm, reading_norms
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.models.source import LoadedModel
-from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
+from neurons.recording.text_pass import Position, Progress, numbered, read_text
 from neurons.setting import Range, setting
 from neurons.statistics.sums import text_sums
 from neurons.text.batches import TokenBatch, language_batches
@@ -115,15 +116,12 @@ def norm_means(
     """float64 [N, d, K], the mean of each norm's output: over texts, of the mean over a text's tokens."""
     sums = torch.zeros(len(norms), len(batches), loaded.anatomy.residual, dtype=torch.float64)
 
-    def reader_of(index: int) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            counted = at.counted.to(values.device)
-            means = text_sums(values.detach(), counted) / counted.sum(1)[:, None]
-            sums[index, at.language] += means.sum(0).cpu()
+    def read(index: int, values: torch.Tensor, _: Routed | None, at: Position) -> None:
+        counted = at.counted.to(values.device)
+        means = text_sums(values.detach(), counted) / counted.sum(1)[:, None]
+        sums[index, at.language] += means.sum(0).cpu()
 
-        return read
-
-    readers = {(norm.path, norm.layer): reader_of(index) for index, norm in enumerate(norms)}
+    readers = {(norm.path, norm.layer): partial(read, index) for index, norm in enumerate(norms)}
     read_text(loaded, numbered(batches), readers, progress)
     texts = torch.tensor([sum(len(batch.ids) for batch in of_language) for of_language in batches.values()])
     return (sums / texts[:, None]).transpose(1, 2)
