@@ -14,7 +14,8 @@ import click
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from editing.methods.leace import leace_plan
+from editing.methods.leace import Leace
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from editing.plans.plan import ModuleEdit, Plan, make_plan
 from editing.plans.weights import Weights
@@ -72,7 +73,7 @@ def main(model: str, corpus: Path, layer: int, tokens: int, dtype: str) -> None:
     print("| output of | languages | unedited | leace | random subspace |")
     print("|---|---|---|---|---|", flush=True)
     for module, name in (("attn", "attention"), ("mlp", "MLP")):
-        plan = leace_plan(loaded, fitted, [layer], [module])
+        plan = Leace().plan_for(Material(loaded, fitted, layers=(layer,), blocks=(module,)))
         site = (f"{module}_out", layer)
         accuracies = []
         for steering in (None, plan, random_plan(loaded, plan)):

@@ -32,13 +32,14 @@ from editing.directions.diffmean import diffmean_direction
 from editing.evaluation.evaluation import Evaluation
 from editing.evaluation.likelihood import Steering
 from editing.methods.keyed import keyed_plan
-from editing.methods.keyed_experts import keyed_experts_plan
+from editing.methods.keyed_experts import KeyedExperts
+from editing.methods.material import Material
 from editing.methods.router_steering import (
     THRESHOLD,
+    RouterSteering,
     expert_scores,
     mean_scores,
     middle_layers,
-    router_plan,
 )
 from editing.plans.applied import applied
 from neurons.models.source import LoadedModel, load_model
@@ -192,10 +193,14 @@ def steering_table(
         print(f"layer {layer}: experts of {evaluation.target}: {shown or 'none'}")
     sets = [scores, *(shuffled(scores, seed) for seed in range(RANDOM_SETS))]
 
+    material = Material(loaded, estimate)
+
     def rows(strength: float) -> list[dict[str, float]]:
         made = []
         for own in sets:
-            plan = None if strength == 0 else router_plan(loaded, estimate, own, means, layers, strength)
+            plan = None
+            if strength != 0:
+                plan = RouterSteering(strength=strength).raised(material, layers, own, means)
             steering = partial(applied, loaded, plan)
             made.append(
                 routing(loaded, evaluation, report, steering, own > 0) | measured(evaluation, steering)
@@ -214,10 +219,11 @@ def steering_table(
 def keyed_table(loaded: LoadedModel, evaluation: Evaluation, estimate: Corpus) -> None:
     """Keyed edits over heads, and over the neurons of experts."""
     direction = diffmean_direction(loaded, estimate, evaluation.source, evaluation.target)
+    material = Material(loaded, estimate, directions=(direction,))
     for number, strength in enumerate(KEYED_STRENGTHS):
         plans = {
             "keyed, heads": keyed_plan(loaded, estimate, direction, strength=strength, blocks=("attn",)),
-            "keyed-experts": keyed_experts_plan(loaded, estimate, direction, strength=strength),
+            "keyed-experts": KeyedExperts(strength=strength).plan_for(material),
         }
         for name, plan in plans.items():
             row = measured(evaluation, partial(applied, loaded, plan))

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from editing.checkpoints.checkpoint import chunks
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.rounding import round_once
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, OUTSIDE, StoredPiece
@@ -109,14 +109,7 @@ class Difference:
             raise NothingToChangeError(
                 f"{self.edited} and {base.name} differ in no weight that a plan can hold: there is no edit between them"
             )
-        metadata = {
-            "model": base.label,
-            "fingerprint": base.fingerprint,
-            "method": "diff",
-            "languages": [],
-            "settings": {"edited": self.edited},
-            "not_covered": list(others),
-        }
+        metadata = plan_metadata(base, "diff", {"edited": self.edited}, {"not_covered": list(others)})
         return make_plan(list(self.edits), metadata)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +31,13 @@ class Verified:
     bytes: int
 
 
-def verify(
-    source: ModelSource,
-    plan: Plan,
-    checkpoint: Path,
-    progress: Callable[[int, int], None] | None = None,
-) -> Verified:
+def verify(source: ModelSource, plan: Plan, checkpoint: Path) -> Verified:
     """Read an exported checkpoint back and compare every tensor with source and plan.
 
     Args:
         source: the unedited model.
         plan: the exported plan.
         checkpoint: the exported checkpoint.
-        progress: called with (bytes done, bytes in all).
 
     Raises:
         BrocaError: names a tensor that is missing, unexpected or wrong.
@@ -57,8 +50,6 @@ def verify(
     for name in sorted(after.keys() ^ (before.keys() | added.keys())):
         fault = "is unexpected in" if name in after else "is missing from"
         raise _wrong(checkpoint, f"tensor {name} {fault} the output")
-    total = sum(entry.end - entry.begin for entry in after.values())
-    done = 0
     for name, entry in after.items():
         if name not in added:
             _same_place(before[name], entry, checkpoint)
@@ -80,11 +71,9 @@ def verify(
                     )
         elif name not in scales and not _same_bytes(before[name], entry):
             raise _wrong(checkpoint, f"tensor {name}, which the plan does not edit, is not the source's")
-        done += entry.end - entry.begin
-        if progress is not None:
-            progress(done, total)
     edited = (*edits, *sorted(scales), *added)
-    return Verified(edited=edited, unchanged=len(after) - len(edited), bytes=total)
+    read = sum(entry.end - entry.begin for entry in after.values())
+    return Verified(edited=edited, unchanged=len(after) - len(edited), bytes=read)
 
 
 def _wrong(checkpoint: Path, fault: str) -> BrocaError:

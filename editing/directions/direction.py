@@ -39,6 +39,16 @@ class Direction:
     metadata: dict[str, Any]
     subspaces: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the metadata of a plan from this direction say of it."""
+        return {
+            "source": self.source,
+            "target": self.target,
+            "languages": [self.source, self.target],
+            "direction": {key: self.metadata.get(key) for key in ("method", "corpus", "tokens", "texts")},
+        }
+
     def require_model(self, source: ModelSource) -> None:
         """Check that the direction was estimated on this model.
 

@@ -124,7 +124,7 @@ def effect(differences: torch.Tensor, way: str) -> torch.Tensor:
     centred = differences - mean
     if way == "mean" or not bool(centred.any()):
         return mean
-    return along(pca(centred).unit, mean)
+    return along(pca(centred)[0], mean)
 
 
 @dataclass(frozen=True)

@@ -25,25 +25,16 @@ from neurons.errors import BrocaError, UsageError
 from neurons.setting import setting
 
 
-@dataclass(frozen=True)
-class LanguageSubspace:
-    """The subspace of one layer.
-
-    Attributes:
-        basis: float64 [d, r], orthonormal columns, each with a positive largest coordinate.
-        explained: its fraction of the squared distances of the languages' means from their centre.
-    """
-
-    basis: torch.Tensor
-    explained: float
-
-
-def language_subspace(means: torch.Tensor, rank: int | None = None) -> LanguageSubspace:
+def language_subspace(means: torch.Tensor, rank: int | None = None) -> tuple[torch.Tensor, float]:
     """The subspace of the languages' means [K, d].
 
     Args:
         means: float64, one language a row.
         rank: 1 to K - 1; None takes K - 1, or less if the means span less.
+
+    Returns:
+        Its basis, float64 [d, r], orthonormal columns, each with a positive largest coordinate, and its fraction of the
+        squared distances of the languages' means from their centre.
 
     Raises:
         UsageError: a rank outside 1 to K - 1.
@@ -59,10 +50,8 @@ def language_subspace(means: torch.Tensor, rank: int | None = None) -> LanguageS
     spanned = int((values > float(values[0]) * max(centred.shape) * torch.finfo(torch.float64).eps).sum())
     basis = right[: min(max_rank if rank is None else rank, spanned)].T
     energy = values.square()
-    return LanguageSubspace(
-        basis=basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign(),
-        explained=float(energy[: basis.shape[1]].sum() / energy.sum()),
-    )
+    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    return basis * signs, float(energy[: basis.shape[1]].sum() / energy.sum())
 
 
 @dataclass(frozen=True)
@@ -78,9 +67,6 @@ class ByLanguageSubspace(DirectionMethod):
     rank: int | None = setting(None, "dimensions of the subspace; by default all")
 
     def estimate(self, texts: Texts) -> Estimate:
-        subspace = language_subspace(texts.means, self.rank)
-        return Estimate(
-            into(subspace.basis, texts.diffmean),
-            subspace.basis,
-            {"rank": subspace.basis.shape[1], "explained": subspace.explained},
-        )
+        basis, explained = language_subspace(texts.means, self.rank)
+        measures = {"rank": basis.shape[1], "explained": explained}
+        return Estimate(into(basis, texts.diffmean), basis, measures)

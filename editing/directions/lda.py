@@ -24,21 +24,11 @@ from neurons.errors import BrocaError
 from neurons.statistics.cholesky import NotPositiveDefiniteError, solve_positive_definite
 
 
-@dataclass(frozen=True)
-class Discriminant:
-    """The line.
-
-    Attributes:
-        unit: float64 [d], of length 1, towards the target.
-        shrinkage: in [0, 1], the weight of the identity in S_w.
-    """
-
-    unit: torch.Tensor
-    shrinkage: float
-
-
-def lda(source: torch.Tensor, target: torch.Tensor) -> Discriminant:
+def lda(source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Fisher's discriminant of texts' means [n_source, d] and [n_target, d].
+
+    Returns:
+        The line's unit vector, float64 [d], towards the target, and the shrinkage: the weight of the identity in S_w.
 
     Raises:
         BrocaError: equal means of the languages, or texts that hardly differ from their language's mean.
@@ -60,7 +50,7 @@ def lda(source: torch.Tensor, target: torch.Tensor) -> Discriminant:
         vector = solve_positive_definite(torch.from_numpy(covariance), means[1] - means[0])
     except NotPositiveDefiniteError as error:
         raise too_few from error
-    return Discriminant(vector / vector.norm(), float(shrinkage))
+    return vector / vector.norm(), float(shrinkage)
 
 
 @dataclass(frozen=True)
@@ -72,5 +62,5 @@ class Lda(DirectionMethod):
     source = "Ledoit and Wolf 2004"
 
     def estimate(self, texts: Texts) -> Estimate:
-        result = lda(texts.source, texts.target)
-        return Estimate(along(result.unit, texts.diffmean), measures={"shrinkage": result.shrinkage})
+        unit, shrinkage = lda(texts.source, texts.target)
+        return Estimate(along(unit, texts.diffmean), measures={"shrinkage": shrinkage})

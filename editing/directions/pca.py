@@ -21,21 +21,11 @@ from editing.directions.texts import Estimate, Texts
 from neurons.errors import BrocaError
 
 
-@dataclass(frozen=True)
-class PrincipalDifference:
-    """The line.
-
-    Attributes:
-        unit: float64 [d], of length 1; its largest coordinate is positive.
-        explained: the line's fraction of the squared differences.
-    """
-
-    unit: torch.Tensor
-    explained: float
-
-
-def pca(differences: torch.Tensor) -> PrincipalDifference:
+def pca(differences: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The first principal component of paired differences [n, d].
+
+    Returns:
+        Its unit vector, float64 [d], whose largest coordinate is positive, and its fraction of the squared differences.
 
     Raises:
         BrocaError: all differences are 0.
@@ -45,7 +35,7 @@ def pca(differences: torch.Tensor) -> PrincipalDifference:
     if not energy.sum() > 0:
         raise BrocaError("source and target do not differ: the differences of all texts are 0")
     unit = right[0]
-    return PrincipalDifference(unit * unit[unit.abs().argmax()].sign(), float(energy[0] / energy.sum()))
+    return unit * unit[unit.abs().argmax()].sign(), float(energy[0] / energy.sum())
 
 
 @dataclass(frozen=True)
@@ -60,5 +50,5 @@ class Pca(DirectionMethod):
 
     def estimate(self, texts: Texts) -> Estimate:
         assert texts.differences is not None
-        component = pca(texts.differences)
-        return Estimate(along(component.unit, texts.diffmean), measures={"explained": component.explained})
+        unit, explained = pca(texts.differences)
+        return Estimate(along(unit, texts.diffmean), measures={"explained": explained})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
@@ -24,7 +25,6 @@ from neurons.models.source import LoadedModel
 from neurons.recording.collectors import TextSums
 from neurons.recording.text_pass import (
     Position,
-    PositionReader,
     Progress,
     batches_of_process,
     line_numbers,
@@ -138,22 +138,19 @@ def record_texts(
     for k, batch in of_process:
         counted[k] += batch.counted.sum()
 
-    def reader_of(site: str, layer: int) -> PositionReader:
-        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            if site == COMMON:
-                values = pad(values, (0, anatomy.width(site) - values.shape[-1]))
-            if site in collectors:
-                collectors[site].add(layer, values, routed, at)
-            if site == "block_out" and by_expert:
-                # All experts have passed their neurons by now.
-                collectors["mlp_in"].finish(layer, at)
-
-        return read
+    def add(site: str, layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+        if site == COMMON:
+            values = pad(values, (0, anatomy.width(site) - values.shape[-1]))
+        if site in collectors:
+            collectors[site].add(layer, values, routed, at)
+        if site == "block_out" and by_expert:
+            # All experts have passed their neurons by now.
+            collectors["mlp_in"].finish(layer, at)
 
     by_expert = anatomy.mixed and "mlp_in" in sites
     read = dict.fromkeys((*sites, "block_out") if by_expert else sites)
     chosen = range(anatomy.layers) if layers is None else layers
-    readers = {(site, layer): reader_of(site, layer) for site in read for layer in chosen}
+    readers = {(site, layer): partial(add, site, layer) for site in read for layer in chosen}
     read_text(loaded, of_process, readers, progress, lines=list(lines.values()), layers=1 + max(chosen))
     with explained(loaded):
         totals.require_finite()

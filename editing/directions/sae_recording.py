@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -13,7 +14,6 @@ from neurons.models.source import LoadedModel
 from neurons.models.start_tokens import start_tokens
 from neurons.recording.text_pass import (
     Position,
-    PositionReader,
     Progress,
     line_numbers,
     numbered,
@@ -78,20 +78,17 @@ def firing(
     fired = [torch.zeros(sae.features, dtype=torch.int64, device=loaded.device) for sae in moved]
     sums = [torch.zeros(2, sae.features, dtype=torch.float64, device=loaded.device) for sae in moved]
 
-    def reader_of(at: int) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, position: Position) -> None:
-            counted = position.counted
-            rows = max(1, CHUNK // (values.shape[1] * moved[at].features))
-            for first in range(0, len(values), rows):
-                inside = counted[first : first + rows, :, None]
-                active = torch.where(inside, moved[at].encode(values[first : first + rows]), 0.0)
-                fired[at] += (active > 0).any(1).sum(0)
-                of_texts = active.sum(1, dtype=torch.float64) / inside.sum(1)
-                sums[at] += torch.stack([of_texts.sum(0), of_texts.square().sum(0)])
+    def read(at: int, values: torch.Tensor, _: Routed | None, position: Position) -> None:
+        counted = position.counted
+        rows = max(1, CHUNK // (values.shape[1] * moved[at].features))
+        for first in range(0, len(values), rows):
+            inside = counted[first : first + rows, :, None]
+            active = torch.where(inside, moved[at].encode(values[first : first + rows]), 0.0)
+            fired[at] += (active > 0).any(1).sum(0)
+            of_texts = active.sum(1, dtype=torch.float64) / inside.sum(1)
+            sums[at] += torch.stack([of_texts.sum(0), of_texts.square().sum(0)])
 
-        return read
-
-    readers = {place: reader_of(at) for at, place in enumerate(places)}
+    readers = {place: partial(read, at) for at, place in enumerate(places)}
     read_text(loaded, [(0, batch) for batch in batches], readers, progress)
     texts = sum(len(batch.ids) for batch in batches)
     return [Firing(texts, fired[at].cpu(), *(sums[at] / texts).cpu()) for at in range(len(moved))]
@@ -123,19 +120,16 @@ def text_codes(
     for batch in batches:
         tokens.index_add_(0, torch.searchsorted(lines, batch.line_numbers), batch.counted.sum(1).double())
 
-    def reader_of(at: int) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, position: Position) -> None:
-            assert position.places is not None
-            of_rows = position.places.repeat_interleave(position.counted.sum(1).cpu())
-            states = position.rows(values)
-            chunk = max(1, CHUNK // moved[at].features)
-            for rows, places in zip(states.split(chunk), of_rows.split(chunk), strict=True):
-                active = moved[at].encode(rows)[:, features[at].to(rows.device)]
-                sums[at].index_add_(0, places, active.double().cpu())
+    def read(at: int, values: torch.Tensor, _: Routed | None, position: Position) -> None:
+        assert position.places is not None
+        of_rows = position.places.repeat_interleave(position.counted.sum(1).cpu())
+        states = position.rows(values)
+        chunk = max(1, CHUNK // moved[at].features)
+        for rows, places in zip(states.split(chunk), of_rows.split(chunk), strict=True):
+            active = moved[at].encode(rows)[:, features[at].to(rows.device)]
+            sums[at].index_add_(0, places, active.double().cpu())
 
-        return read
-
-    readers = {(sae.site, sae.layer): reader_of(at) for at, sae in enumerate(autoencoders)}
+    readers = {(sae.site, sae.layer): partial(read, at) for at, sae in enumerate(autoencoders)}
     read_text(loaded, [(0, batch) for batch in batches], readers, progress, lines=[lines])
     return lines, [of_texts / tokens[:, None] for of_texts in sums]
 
@@ -183,15 +177,12 @@ def sampled_states(
     first = torch.tensor([0, *(counted_tokens([batch]) for _, batch in of_batches)]).cumsum(0)
     states = torch.zeros(len(layers), len(order), loaded.anatomy.residual)
 
-    def reader_of(at: int) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, position: Position) -> None:
-            places = taken[first[position.index] : first[position.index + 1]]
-            rows = position.rows(values).float().cpu()
-            states[at, places[places >= 0]] = rows[places >= 0]
+    def read(at: int, values: torch.Tensor, _: Routed | None, position: Position) -> None:
+        places = taken[first[position.index] : first[position.index + 1]]
+        rows = position.rows(values).float().cpu()
+        states[at, places[places >= 0]] = rows[places >= 0]
 
-        return read
-
-    readers = {("block_out", layer): reader_of(at) for at, layer in enumerate(layers)}
+    readers = {("block_out", layer): partial(read, at) for at, layer in enumerate(layers)}
     read_text(loaded, of_batches, readers, progress)
     return states
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from editing.evaluation.language_confusion import PassRates, pass_rates
 from editing.evaluation.language_forcing import Forcing, forcing
 from editing.evaluation.relevance import harmonic_mean
-from neurons.files.json_file import checked, read_json
 
 ALL = "all"
 
@@ -87,15 +85,6 @@ def answer_scores(
             ),
         )
     return result
-
-
-def load_answer_scores(path: Path | str) -> AnswerScores:
-    """Read what ``broca score`` wrote.
-
-    Raises:
-        UsageError: another file; names the field.
-    """
-    return checked(AnswerScores, read_json(Path(path)), path)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

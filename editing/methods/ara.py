@@ -36,18 +36,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from editing.methods.austeer import text_responses
-from editing.methods.bake import baked_metadata, in_layer, total_moments
+from editing.methods.bake import in_layer, total_moments
 from editing.methods.key import EPS
 from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.methods.scope import chosen_places
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, COMMON_SITES, Anatomy
 from neurons.errors import BrocaError, UsageError
-from neurons.models.source import LoadedModel
 from neurons.recording.covariance import Moments, each_moments
-from neurons.recording.text_pass import Progress, begin_stage
+from neurons.recording.text_pass import begin_stage
 from neurons.setting import COUNT, Range, setting
 from neurons.statistics.cholesky import solve_positive_definite
 from neurons.text.batches import counted_tokens, language_batches
@@ -273,66 +272,6 @@ def few_texts(corpus: Corpus, count: int) -> Corpus:
     return replace(corpus, texts=texts)
 
 
-def problems(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    source: str,
-    target: str,
-    layers: Sequence[int] | None = None,
-    blocks: Sequence[str] = BLOCKS,
-    texts: int = TEXTS,
-    eps: float = EPS,
-    progress: Progress | None = None,
-) -> dict[tuple[int, str], Problem]:
-    """(layer, module) -> its problem, from two passes over text.
-
-    Args:
-        loaded: the model.
-        corpus: text of source, target and further languages to keep.
-        source: language to move.
-        target: language whose outputs it gets.
-        layers: layers to edit; None takes all.
-        blocks: "attn", "mlp" or both.
-        texts: T, number of texts of source and of target.
-        eps: ridge of S.
-        progress: called with the number of tokens done.
-
-    Raises:
-        UsageError: an unknown layer or module, a mixture of experts, or eps not above 0.
-        BrocaError: as ``make_problem``; names layer and module.
-    """
-    if not 0 < eps < float("inf"):
-        raise UsageError(f"eps is {eps}: it must be above 0")
-    corpus.require(source, target)
-    places, anatomy = chosen_places(loaded, layers, blocks), loaded.anatomy
-    if any(module == "mlp" and anatomy.mixed_in(layer) for layer, module in places):
-        raise UsageError(
-            f"{anatomy.model_type}: experts see different tokens, so the MLP's output is no linear function of one "
-            "input: choose --blocks attn"
-        )
-    sites = list(dict.fromkeys(COMMON_SITES[module] for _, module in places))
-    few = few_texts(corpus.only(source, target), texts)
-    responses, _ = text_responses(loaded, few, sites, progress, sorted({layer for layer, _ in places}))
-    kept = corpus.only(*(language for language in corpus.languages if language != source))
-    batches = language_batches(loaded, kept, default=KEYS.tokens)
-    tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
-    module_of = {(COMMON_SITES[module], layer): module for layer, module in places}
-    units = {(site, layer): torch.arange(anatomy.width(site, layer)) for site, layer in module_of}
-    weights, made = Weights(loaded), {}
-    for (site, layer), moments in each_moments(loaded, batches, units, progress):
-        module, width = module_of[site, layer], len(moments.units)
-        at_source, at_target = (responses[k][site][:, layer, :width] for k in (source, target))
-        with in_layer(layer, module):
-            second = second_moment(moments, tokens, eps)
-            size = anatomy.component_width(module, layer)
-            made[layer, module] = make_problem(
-                weights.read(layer, module), at_source, at_target, second, size
-            )
-        # Frees this covariance before the next layer is read.
-        del moments
-    return made
-
-
 def module_edit(place: tuple[int, str], problem: Problem, solution: Solution) -> ModuleEdit:
     """The edit of a layer's module."""
     left, scale = solution.left, solution.scale
@@ -386,23 +325,51 @@ class Ara(Method):
         means = 4 * 2 * texts * anatomy.layers * sum(widths)
         return layers * problem + means
 
+    def problems(self, material: Material) -> dict[tuple[int, str], Problem]:
+        """(layer, module) -> its problem, from two passes over text.
+
+        Raises:
+            UsageError: an unknown layer or module, a mixture of experts, or eps not above 0.
+            BrocaError: as ``make_problem``; names layer and module.
+        """
+        loaded, corpus, (source, target) = material.loaded, material.text, material.pair
+        if not 0 < self.eps < float("inf"):
+            raise UsageError(f"eps is {self.eps}: it must be above 0")
+        corpus.require(source, target)
+        places, anatomy = chosen_places(loaded, material.layers, material.blocks or BLOCKS), loaded.anatomy
+        if any(module == "mlp" and anatomy.mixed_in(layer) for layer, module in places):
+            raise UsageError(
+                f"{anatomy.model_type}: experts see different tokens, so the MLP's output is no linear function of one "
+                "input: choose --blocks attn"
+            )
+        sites = list(dict.fromkeys(COMMON_SITES[module] for _, module in places))
+        few = few_texts(corpus.only(source, target), self.texts)
+        responses, _ = text_responses(
+            loaded, few, sites, material.progress, sorted({layer for layer, _ in places})
+        )
+        kept = corpus.only(*(language for language in corpus.languages if language != source))
+        batches = language_batches(loaded, kept, default=KEYS.tokens)
+        tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
+        module_of = {(COMMON_SITES[module], layer): module for layer, module in places}
+        units = {(site, layer): torch.arange(anatomy.width(site, layer)) for site, layer in module_of}
+        weights, made = Weights(loaded), {}
+        for (site, layer), moments in each_moments(loaded, batches, units, material.progress):
+            module, width = module_of[site, layer], len(moments.units)
+            at_source, at_target = (responses[k][site][:, layer, :width] for k in (source, target))
+            with in_layer(layer, module):
+                second = second_moment(moments, tokens, self.eps)
+                size = anatomy.component_width(module, layer)
+                made[layer, module] = make_problem(
+                    weights.read(layer, module), at_source, at_target, second, size
+                )
+            # Frees this covariance before the next layer is read.
+            del moments
+        return made
+
     def prepare(self, material: Material) -> Plan:
         """The plan at strength 1."""
         source, target = material.pair
-        made = material.once(
-            (self.name, self.texts, self.eps),
-            lambda: problems(
-                material.loaded,
-                material.text,
-                source,
-                target,
-                material.layers,
-                material.blocks or BLOCKS,
-                self.texts,
-                self.eps,
-                material.progress,
-            ),
-        )
+        made = material.once((self.name, self.texts, self.eps), lambda: self.problems(material))
         settings = {
             "layers": sorted({layer for layer, _ in made}),
             "blocks": list(dict.fromkeys(module for _, module in made)),
@@ -420,4 +387,4 @@ class Ara(Method):
             edits.append(module_edit((layer, module), problem, solution))
             if material.progress is not None:
                 material.progress(1)
-        return make_plan(edits, baked_metadata(material.opened, self.name, settings, languages))
+        return make_plan(edits, plan_metadata(material.opened, self.name, settings, languages))

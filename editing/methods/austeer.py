@@ -17,9 +17,8 @@ each text instead of its mean, and for the MLP it uses the dimensions of its out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -28,7 +27,7 @@ from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.methods.scale import column_scaling
 from editing.methods.scope import chosen_layers, chosen_modules, require_strength
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from neurons.architectures.anatomy import BLOCKS
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel, ModelSource
@@ -173,59 +172,6 @@ def corpus_rates(
     }
 
 
-def austeer_plan(
-    source: ModelSource,
-    rates: Mapping[str, MomentumRates],
-    languages: tuple[str, str],
-    channels: int = CHANNELS,
-    alpha: float = ALPHA,
-    layers: Sequence[int] | None = None,
-) -> Plan:
-    """Scale the channels of largest momentum; no forward pass.
-
-    Args:
-        source: the model.
-        rates: module -> its rates (``corpus_rates``, or ``neuron_rates`` for "mlp").
-        languages: (source, target) of the rates.
-        channels: N, over all modules and layers.
-        alpha: strength; a negative one steers from target to source.
-        layers: layers of the channels; None takes all.
-
-    Raises:
-        UsageError: settings out of range, an unknown layer or module.
-        BrocaError: rates of another model, or fewer than N channels that differ between the languages.
-    """
-    anatomy = source.anatomy
-    chosen = chosen_layers(source, layers)
-    for module in chosen_modules([*rates]):
-        shape = (anatomy.layers, anatomy.width(f"{module}_in"))
-        if tuple(rates[module].rate_up.shape) != shape:
-            raise BrocaError(
-                f"the rates of {module} have {list(rates[module].rate_up.shape)} channels, but the model has "
-                f"{list(shape)}: record them from this model"
-            )
-    edits: list[ModuleEdit] = []
-    counts = {}
-    for module, scale in austeer(rates, channels, alpha, chosen).items():
-        edits += column_scaling(source, module, scale)
-        counts[module] = int((scale != 1).sum())
-    metadata = {
-        "model": source.label,
-        "fingerprint": source.fingerprint,
-        "method": "austeer",
-        "source": languages[0],
-        "target": languages[1],
-        "languages": list(languages),
-        "settings": {
-            "layers": list(chosen),
-            "channels": counts,
-            "alpha": alpha,
-            "strength": 1.0,
-        },
-    }
-    return make_plan(edits, metadata)
-
-
 def _require_pair(languages: Sequence[str], source: str, target: str) -> None:
     for language in (source, target):
         if language not in languages:
@@ -315,10 +261,30 @@ class AusteerEdit(Method):
         ALPHA, "channels are scaled by 1 +- alpha x rate", search=Range(0.25, 8.0, log=True)
     )
 
-    def prepare(self, material: Material) -> Callable[..., Plan]:
-        rates, pair = rates_of(material), material.pair if material.studied else material.languages
-        assert pair is not None
-        return partial(austeer_plan, material.opened, rates, (pair[0], pair[1]), layers=material.layers)
+    def prepare(self, material: Material) -> tuple[Material, dict[str, MomentumRates]]:
+        return material, rates_of(material)
 
-    def plan(self, prepared: Callable[..., Plan]) -> Plan:
-        return prepared(channels=self.channels, alpha=self.alpha * self.strength)
+    def plan(self, prepared: tuple[Material, Mapping[str, MomentumRates]]) -> Plan:
+        """
+        Raises:
+            UsageError: settings out of range, an unknown layer or module.
+            BrocaError: rates of another model, or fewer than N channels that differ between the languages.
+        """
+        material, rates = prepared
+        model, (source, target) = material.opened, material.pair
+        chosen, alpha = chosen_layers(model, material.layers), self.alpha * self.strength
+        for module in chosen_modules([*rates]):
+            shape = (model.anatomy.layers, model.anatomy.width(f"{module}_in"))
+            if tuple(rates[module].rate_up.shape) != shape:
+                raise BrocaError(
+                    f"the rates of {module} have {list(rates[module].rate_up.shape)} channels, but the model has "
+                    f"{list(shape)}: record them from this model"
+                )
+        edits: list[ModuleEdit] = []
+        counts = {}
+        for module, scale in austeer(rates, self.channels, alpha, chosen).items():
+            edits += column_scaling(model, module, scale)
+            counts[module] = int((scale != 1).sum())
+        languages = {"source": source, "target": target, "languages": [source, target]}
+        settings = {"layers": list(chosen), "channels": counts, "alpha": alpha, "strength": 1.0}
+        return make_plan(edits, plan_metadata(model, self.name, settings, languages))

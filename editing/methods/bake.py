@@ -29,13 +29,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from editing.methods.key import KeyProblem, solve_key
 from editing.methods.scope import chosen_layers, chosen_modules, require_strength
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import COMMON_SITES
 from neurons.architectures.sites import Routed
@@ -43,7 +44,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import covariance_bytes, room, solving_bytes
 from neurons.models.source import LoadedModel, ModelSource
 from neurons.recording.covariance import Moments, language_moments
-from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
+from neurons.recording.text_pass import Position, Progress, numbered, read_text
 from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS
@@ -181,14 +182,11 @@ def fourth_moments(
     """Mean over the tokens of ||x - mu||^4 at a site of each layer of ``means`` (layer -> mu [n])."""
     sums = dict.fromkeys(means, 0.0)
 
-    def reader_of(layer: int, mean: torch.Tensor) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            deviations = at.rows(values)[:, : len(mean)].double() - mean
-            sums[layer] += float(deviations.square().sum(1).square().sum())
+    def read(layer: int, mean: torch.Tensor, values: torch.Tensor, _: Routed | None, at: Position) -> None:
+        deviations = at.rows(values)[:, : len(mean)].double() - mean
+        sums[layer] += float(deviations.square().sum(1).square().sum())
 
-        return read
-
-    readers = {(site, layer): reader_of(layer, mean.to(loaded.device)) for layer, mean in means.items()}
+    readers = {(site, layer): partial(read, layer, mean.to(loaded.device)) for layer, mean in means.items()}
     read_text(loaded, [(0, batch) for batch in batches], readers)
     tokens = counted_tokens(batches)
     return {layer: total / tokens for layer, total in sums.items()}
@@ -296,20 +294,6 @@ def require_vectors(
         )
 
 
-def baked_metadata(
-    source: ModelSource, method: str, settings: dict[str, Any], provenance: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The metadata of a plan from vectors; ``provenance`` adds source, target, languages and direction."""
-    return {
-        "model": source.label,
-        "fingerprint": source.fingerprint,
-        "method": method,
-        "languages": [],
-        "settings": settings,
-        **(provenance or {}),
-    }
-
-
 def bake_plan(
     loaded: LoadedModel,
     corpus: Corpus,
@@ -360,7 +344,7 @@ def bake_plan(
         "constrain_start": constrain_start,
         "corpus": corpus.provenance,
     }
-    return make_plan(edits, baked_metadata(loaded, "bake", settings, provenance))
+    return make_plan(edits, plan_metadata(loaded, "bake", settings, provenance))
 
 
 def baked_edit(

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from editing.methods.bake import baked_metadata, require_vectors
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.methods.bake import require_vectors
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.errors import BrocaError
 from neurons.models.source import ModelSource
@@ -68,4 +68,4 @@ def bake_bias_plan(
             )
         )
     settings = {"layers": sorted(vectors), "strength": strength, "block": block}
-    return make_plan(edits, baked_metadata(source, "bake-bias", settings, provenance))
+    return make_plan(edits, plan_metadata(source, "bake-bias", settings, provenance))

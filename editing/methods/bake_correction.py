@@ -15,6 +15,7 @@ effect.  A vector baked as a bias is exact and needs no correction.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -170,23 +171,18 @@ def remainder_moments(
     )
     remainder: dict[int, torch.Tensor] = {}  # by batch, which may be read in step
 
-    def coefficient(edit: ModuleEdit) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            if edit.layer == edits[0].layer:
-                remainder[at.index] = torch.ones(
-                    at.batch.ids.shape, dtype=torch.float64, device=loaded.device
-                )
-            if edit.right is not None:
-                right = edit.right[:, 0].to(values.device, torch.float64)
-                remainder[at.index] = remainder[at.index] - values.detach().double() @ right
-
-        return read
+    def subtract(edit: ModuleEdit, values: torch.Tensor, _: Routed | None, at: Position) -> None:
+        if edit.layer == edits[0].layer:
+            remainder[at.index] = torch.ones(at.batch.ids.shape, dtype=torch.float64, device=loaded.device)
+        if edit.right is not None:
+            right = edit.right[:, 0].to(values.device, torch.float64)
+            remainder[at.index] = remainder[at.index] - values.detach().double() @ right
 
     def last(values: torch.Tensor, _: Routed | None, at: Position) -> None:
         moments.add(values.detach(), remainder.pop(at.index), at.batch)
 
     readers: dict[tuple[str, int], PositionReader] = {
-        (COMMON, edit.layer): coefficient(edit) for edit in edits
+        (COMMON, edit.layer): partial(subtract, edit) for edit in edits
     }
     readers[COMMON, layer] = last
     read_text(loaded, [(0, batch) for batch in batches], readers, progress)

@@ -21,7 +21,7 @@ from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.methods.scale import column_scaling
 from editing.methods.scope import chosen_layers, require_neurons, require_strength
-from editing.plans.plan import Plan, make_plan
+from editing.plans.plan import Plan, make_plan, plan_metadata
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import ModelSource
 from neurons.neuron_sets.neuron_set import NeuronSet
@@ -97,67 +97,6 @@ def classes_of_set(neurons: NeuronSet) -> torch.Tensor:
     return classes
 
 
-def clas_plan(
-    source: ModelSource,
-    classified: NeuronSet | Statistics,
-    languages: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    strength: float = STRENGTH,
-    shared_gain: float = SHARED_GAIN,
-    specific_loss: float = SPECIFIC_LOSS,
-) -> Plan:
-    """Scale neurons by their classes.
-
-    Args:
-        source: the model.
-        classified: statistics with ``mlp_in:text_mean`` of parallel text, or a neuron set of this model with the
-            kinds of CLAS (``broca identify --method clas --kinds specific,related``).
-        languages: scale only neurons active in one of these (members of one of these in the set); None takes all.
-        layers: layers of the neurons; None takes the last quarter.
-        strength: a; a negative one scales shared neurons down and specific ones up.
-        shared_gain: b; 0 does not scale partial-shared neurons.
-        specific_loss: g; 0 does not scale specific neurons.
-
-    Raises:
-        UsageError: settings as ``clas_factors``, an unknown language or layer.
-        BrocaError: neurons or statistics of another model, or no neuron of a class that should be scaled.
-    """
-    in_layers = torch.zeros(source.anatomy.layers, dtype=torch.bool)
-    chosen = last_layers(source.anatomy.layers) if layers is None else chosen_layers(source, layers)
-    in_layers[list(chosen)] = True
-    classes, available, allowed = _classes(source, classified, languages)
-    scaled = allowed & in_layers[:, None]
-    factors = clas_factors(classes, strength, shared_gain, specific_loss)
-    factors[~scaled] = 1.0
-    counts = {}
-    for name, index, setting_name, value in (
-        ("partial-shared", _SHARED, "gain", shared_gain),
-        ("specific", _SPECIFIC, "loss", specific_loss),
-    ):
-        counts[name] = int((scaled & (classes == index)).sum())
-        if value and not counts[name]:
-            raise BrocaError(
-                f"no {name} neuron in layers {', '.join(map(str, chosen))}: identify with the method clas and "
-                f"the kinds specific and related, choose other layers, or set its {setting_name} to 0"
-            )
-    settings = {
-        "layers": list(chosen),
-        "strength": strength,
-        "shared_gain": shared_gain,
-        "specific_loss": specific_loss,
-        "neurons": classified.metadata.get("method") if isinstance(classified, NeuronSet) else "clas",
-        "scaled": counts,
-    }
-    metadata = {
-        "model": source.label,
-        "fingerprint": source.fingerprint,
-        "method": "clas",
-        "languages": list(available if languages is None else languages),
-        "settings": settings,
-    }
-    return make_plan(column_scaling(source, "mlp", factors), metadata)
-
-
 def _classes(
     source: ModelSource, classified: NeuronSet | Statistics, languages: Sequence[str] | None
 ) -> tuple[torch.Tensor, tuple[str, ...], torch.Tensor]:
@@ -211,6 +150,15 @@ class ClasEdit(Method):
     specific_loss: float = setting(SPECIFIC_LOSS, "g, for specific neurons")
 
     def prepare(self, material: Material) -> Plan:
+        """The plan at this strength; a negative one scales shared neurons down and specific ones up.
+
+        Neurons are those active in one of the material's languages (or members of one of these in its neuron set), of the
+        last quarter of the layers if it names none.
+
+        Raises:
+            UsageError: settings as ``clas_factors``, an unknown language or layer, or neither statistics nor neurons.
+            BrocaError: neurons or statistics of another model, or no neuron of a class that should be scaled.
+        """
         if material.statistics is not None and material.neurons is not None:
             raise UsageError("--statistics and --neurons exclude each other: give one")
         classified = material.statistics or material.neurons
@@ -221,12 +169,33 @@ class ClasEdit(Method):
                 "--method clas needs --statistics (broca record ... --for clas) or --neurons (broca identify "
                 "--method clas --kinds specific,related)"
             )
-        return clas_plan(
-            material.opened,
-            classified,
-            material.languages,
-            material.layers,
-            self.strength,
-            self.shared_gain,
-            self.specific_loss,
-        )
+        source, languages, layers = material.opened, material.languages, material.layers
+        in_layers = torch.zeros(source.anatomy.layers, dtype=torch.bool)
+        chosen = last_layers(source.anatomy.layers) if layers is None else chosen_layers(source, layers)
+        in_layers[list(chosen)] = True
+        classes, available, allowed = _classes(source, classified, languages)
+        scaled = allowed & in_layers[:, None]
+        factors = clas_factors(classes, self.strength, self.shared_gain, self.specific_loss)
+        factors[~scaled] = 1.0
+        counts = {}
+        for name, index, setting_name, value in (
+            ("partial-shared", _SHARED, "gain", self.shared_gain),
+            ("specific", _SPECIFIC, "loss", self.specific_loss),
+        ):
+            counts[name] = int((scaled & (classes == index)).sum())
+            if value and not counts[name]:
+                raise BrocaError(
+                    f"no {name} neuron in layers {', '.join(map(str, chosen))}: identify with the method clas and "
+                    f"the kinds specific and related, choose other layers, or set its {setting_name} to 0"
+                )
+        settings = {
+            "layers": list(chosen),
+            "strength": self.strength,
+            "shared_gain": self.shared_gain,
+            "specific_loss": self.specific_loss,
+            "neurons": classified.metadata.get("method") if isinstance(classified, NeuronSet) else "clas",
+            "scaled": counts,
+        }
+        named = list(available if languages is None else languages)
+        metadata = plan_metadata(source, self.name, settings, {"languages": named})
+        return make_plan(column_scaling(source, "mlp", factors), metadata)

@@ -215,7 +215,7 @@ def directional_ablation_plan(
                 source.anatomy.component_width(module, layer),
             )
         )
-    return make_plan(edits, plan_metadata(source, "ablate", direction, settings))
+    return make_plan(edits, plan_metadata(source, "ablate", settings, direction.provenance))
 
 
 def _module_edit(

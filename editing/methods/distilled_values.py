@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -32,7 +33,7 @@ from neurons.errors import UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_divergences
 from neurons.models.source import LoadedModel
-from neurons.recording.text_pass import Position, PositionReader, Progress, forward, numbered, read_text
+from neurons.recording.text_pass import Position, Progress, forward, numbered, read_text
 from neurons.text.batches import TokenBatch, row_batches
 
 PASSES = 3
@@ -236,13 +237,10 @@ def _output_sizes(
     sums = torch.zeros(len(edits), dtype=torch.float64)
     batches, _ = _rows(loaded, [(example.student, example.answer) for example in examples], False)
 
-    def reader(number: int) -> PositionReader:
-        def read(values: torch.Tensor, _: object, at: Position) -> None:
-            sums[number] += float(at.rows(values).double().square().sum())
+    def read(number: int, values: torch.Tensor, _: object, at: Position) -> None:
+        sums[number] += float(at.rows(values).double().square().sum())
 
-        return read
-
-    readers = {(f"{edit.block}_out", edit.layer): reader(number) for number, edit in enumerate(edits)}
+    readers = {(f"{edit.block}_out", edit.layer): partial(read, number) for number, edit in enumerate(edits)}
     read_text(loaded, numbered({"": batches}), readers)
     positions = sum(int(batch.counted.sum()) for batch in batches)
     sizes = (sums / (positions * loaded.anatomy.residual)).sqrt()

@@ -160,7 +160,7 @@ def keyed_plan(
         "sparse": sparse,
         "jointly": jointly,
     }
-    metadata = plan_metadata(loaded, "keyed", direction, settings)
+    metadata = plan_metadata(loaded, "keyed", settings, direction.provenance)
     batches = language_batches(loaded, corpus, default=KEYS.tokens)
     metadata["read"] = text_read(corpus, batches)
     solve = _jointly if jointly else _independently

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from editing.directions.direction import Direction
 from editing.methods.bake import in_layer
 from editing.methods.key import EPS, key, require_key
 from editing.methods.keyed import STRENGTH
@@ -38,10 +37,8 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import Expert, Moments, expert_moments
-from neurons.recording.text_pass import Progress
 from neurons.setting import Range, setting
 from neurons.text.batches import counted_tokens, language_batches
-from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS, text_read
 
 MIN_TOKENS = 50  # fewer do not determine a mean
@@ -102,95 +99,6 @@ def expert_key(moments: Moments, first: int, sources: Sequence[str], eps: float 
         sums=dict(zip(names, sums, strict=True)),
         weight=weight,
     )
-
-
-def keyed_experts_plan(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    direction: Direction,
-    layers: Sequence[int] | None = None,
-    strength: float = STRENGTH,
-    neurons: NeuronSet | None = None,
-    eps: float = EPS,
-    progress: Progress | None = None,
-    sources: Sequence[str] | None = None,
-) -> Plan:
-    """A plan for the experts of a mixture.
-
-    Args:
-        loaded: the model.
-        corpus: text of the sources, the target and every language that should not change.
-        direction: a direction with vectors at ``block_out``.
-        layers: layers to edit; None takes all with a mixture.
-        strength: total shift in multiples of the direction, divided evenly between layers.
-        neurons: restricts keys to the sources' neurons of this set; None allows all.
-        eps: ridge, as a fraction of the mean variance.
-        progress: called with the number of tokens done.
-        sources: languages on which the edit acts, which include the direction's source; None: only that one.
-
-    Returns:
-        A plan with a rank-1 edit of all experts of each layer; notes "edited_experts", "router_weight" (T), and of the
-        coefficient, over T, "key_means" (its mean over each language's tokens) and "spread" (standard deviation of an
-        expert's part in it, root mean square over the tokens of the experts).
-
-    Raises:
-        UsageError: a language that the corpus lacks, a layer without a mixture, or a strength of 0.
-        BrocaError: a norm after the MLP or the sum of the experts, an expert whose inputs do not separate the languages, or
-            a layer without an expert that the sources reach.
-    """
-    direction.require_model(loaded)
-    require_strength(strength)
-    anatomy = loaded.anatomy
-    sources = (direction.source,) if sources is None else tuple(sources)
-    corpus.require(*sources, direction.source, direction.target)
-    if direction.source not in sources or direction.target in sources:
-        raise UsageError(f"sources {', '.join(sources)}: name {direction.source}, and not {direction.target}")
-    require_key(corpus.languages, sources, [], (), eps, 0.0)
-    if neurons is not None:
-        require_neurons(loaded, neurons)
-    mixed = [layer for layer in range(anatomy.layers) if anatomy.mixed_in(layer)]
-    chosen = mixed if layers is None else chosen_layers(loaded, layers)
-    if not set(chosen) <= set(mixed) or not mixed:
-        where = next((f"layer {layer} has" for layer in chosen if layer not in mixed), "it has")
-        raise UsageError(f"{anatomy.model_type}: {where} no mixture of experts: use --method keyed")
-    if not anatomy.residual_output:
-        raise BrocaError(
-            f"{anatomy.model_type}: a norm or a factor between MLP and residual stream changes the value: use --method "
-            "keyed with --blocks attn, which solves for a value through a norm"
-        )
-    # Settings of the config, which are the same in all layers.
-    ids = example_ids(loaded.model.config.get_text_config().vocab_size, loaded.device)
-    factor = mixture_factor(loaded.model, anatomy, chosen[0], ids)
-    if factor is None:
-        raise BrocaError(
-            f"{anatomy.model_type}: the mixture of experts changes the sum of its experts' outputs, so a value that they "
-            "add would be another one: use another method that edits experts, such as steer2edit"
-        )
-    strengths = strength / (factor * anatomy.multiplier("mlp")) / len(chosen)
-    batches = language_batches(loaded, corpus, default=KEYS.tokens)
-    tokens = {name: counted_tokens(of_language) for name, of_language in batches.items()}
-    units = _units(loaded, chosen, neurons, sources, len(tokens))
-    keys: dict[int, list[ExpertKey]] = {layer: [] for layer in chosen}
-    for (layer, expert), moments in expert_moments(loaded, batches, "mlp_in", units, progress, weighted=True):
-        with in_layer(layer, f"expert {expert}"):
-            solved = expert_key(moments, expert * anatomy.expert_width, sources, eps)
-        keys[layer] += [] if solved is None else [solved]
-        del moments
-    values = direction.vectors["block_out"]
-    edits = [
-        _edit(loaded, layer, of_layer, values[layer].double() * strengths, tokens, sources)
-        for layer, of_layer in keys.items()
-    ]
-    settings = {
-        "layers": list(chosen),
-        "strength": strength,
-        "eps": eps,
-        "neurons": None if neurons is None else neurons.metadata.get("method"),
-        "corpus": corpus.provenance,
-        "sources": list(sources),
-    }
-    metadata = plan_metadata(loaded, "keyed-experts", direction, settings)
-    return make_plan(edits, {**metadata, "read": text_read(corpus, batches)})
 
 
 def _units(
@@ -284,14 +192,73 @@ class KeyedExperts(SolvedOnce):
         return [anatomy.expert_width] * anatomy.experts
 
     def solved(self, material: Material) -> Plan:
-        return keyed_experts_plan(
-            material.loaded,
-            material.text,
-            material.direction,
-            material.layers,
-            self.strength,
-            material.neurons,
-            self.eps,
-            material.progress,
-            self.sources,
-        )
+        """The plan at this strength, which is the total shift in multiples of the direction, divided evenly between layers.
+
+        Returns:
+            A plan with a rank-1 edit of all experts of each layer; notes "edited_experts", "router_weight" (T), and of
+            the coefficient, over T, "key_means" (its mean over each language's tokens) and "spread" (standard deviation
+            of an expert's part in it, root mean square over the tokens of the experts).
+
+        Raises:
+            UsageError: a language that the corpus lacks, a layer without a mixture, or a strength of 0.
+            BrocaError: a norm after the MLP or the sum of the experts, an expert whose inputs do not separate the
+                languages, or a layer without an expert that the sources reach.
+        """
+        loaded, corpus, direction = material.loaded, material.text, material.direction
+        direction.require_model(loaded)
+        require_strength(self.strength)
+        anatomy, neurons = loaded.anatomy, material.neurons
+        sources = (direction.source,) if self.sources is None else tuple(self.sources)
+        corpus.require(*sources, direction.source, direction.target)
+        if direction.source not in sources or direction.target in sources:
+            raise UsageError(
+                f"sources {', '.join(sources)}: name {direction.source}, and not {direction.target}"
+            )
+        require_key(corpus.languages, sources, [], (), self.eps, 0.0)
+        if neurons is not None:
+            require_neurons(loaded, neurons)
+        mixed = [layer for layer in range(anatomy.layers) if anatomy.mixed_in(layer)]
+        chosen = mixed if material.layers is None else chosen_layers(loaded, material.layers)
+        if not set(chosen) <= set(mixed) or not mixed:
+            where = next((f"layer {layer} has" for layer in chosen if layer not in mixed), "it has")
+            raise UsageError(f"{anatomy.model_type}: {where} no mixture of experts: use --method keyed")
+        if not anatomy.residual_output:
+            raise BrocaError(
+                f"{anatomy.model_type}: a norm or a factor between MLP and residual stream changes the value: use --method "
+                "keyed with --blocks attn, which solves for a value through a norm"
+            )
+        # Settings of the config, which are the same in all layers.
+        ids = example_ids(loaded.model.config.get_text_config().vocab_size, loaded.device)
+        factor = mixture_factor(loaded.model, anatomy, chosen[0], ids)
+        if factor is None:
+            raise BrocaError(
+                f"{anatomy.model_type}: the mixture of experts changes the sum of its experts' outputs, so a value that they "
+                "add would be another one: use another method that edits experts, such as steer2edit"
+            )
+        strengths = self.strength / (factor * anatomy.multiplier("mlp")) / len(chosen)
+        batches = language_batches(loaded, corpus, default=KEYS.tokens)
+        tokens = {name: counted_tokens(of_language) for name, of_language in batches.items()}
+        units = _units(loaded, chosen, neurons, sources, len(tokens))
+        keys: dict[int, list[ExpertKey]] = {layer: [] for layer in chosen}
+        for (layer, expert), moments in expert_moments(
+            loaded, batches, "mlp_in", units, material.progress, weighted=True
+        ):
+            with in_layer(layer, f"expert {expert}"):
+                solved = expert_key(moments, expert * anatomy.expert_width, sources, self.eps)
+            keys[layer] += [] if solved is None else [solved]
+            del moments
+        values = direction.vectors["block_out"]
+        edits = [
+            _edit(loaded, layer, of_layer, values[layer].double() * strengths, tokens, sources)
+            for layer, of_layer in keys.items()
+        ]
+        settings = {
+            "layers": list(chosen),
+            "strength": self.strength,
+            "eps": self.eps,
+            "neurons": None if neurons is None else neurons.metadata.get("method"),
+            "corpus": corpus.provenance,
+            "sources": list(sources),
+        }
+        metadata = plan_metadata(loaded, self.name, settings, direction.provenance)
+        return make_plan(edits, {**metadata, "read": text_read(corpus, batches)})

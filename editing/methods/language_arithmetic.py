@@ -28,9 +28,9 @@ has a constant and a key of its own (``editing.methods.expert_arithmetic``), and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -40,7 +40,7 @@ from editing.methods.expert_arithmetic import expert_edits
 from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method, Settings
 from editing.methods.scope import require_neurons
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import Anatomy
 from neurons.architectures.sites import Routed, expert_units
@@ -48,7 +48,7 @@ from neurons.errors import BrocaError, UsageError
 from neurons.models.source import LoadedModel
 from neurons.neuron_sets.neuron_set import NeuronSet
 from neurons.recording.covariance import language_moments
-from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
+from neurons.recording.text_pass import Position, numbered, read_text
 from neurons.setting import Range, setting
 from neurons.text.batches import TokenBatch, counted_tokens, language_batches
 from neurons.text.corpus import Corpus
@@ -125,191 +125,26 @@ def activation_means(
     tokens = {layer: {k: torch.zeros_like(total) for k, total in of.items()} for layer, of in sums.items()}
     languages = tuple(batches)
 
-    def reader_of(layer: int) -> PositionReader:
-        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            units = slice(None) if routed is None else expert_units(loaded.anatomy, routed)
-            rows = values.detach().flatten(0, -2)[at.positions(routed, values.device)]
-            language = languages[at.language]
-            sums[layer][language][units] += activation(rows).double().sum(0).cpu()
-            tokens[layer][language][units] += len(rows)
+    def read(layer: int, values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+        units = slice(None) if routed is None else expert_units(loaded.anatomy, routed)
+        rows = values.detach().flatten(0, -2)[at.positions(routed, values.device)]
+        language = languages[at.language]
+        sums[layer][language][units] += activation(rows).double().sum(0).cpu()
+        tokens[layer][language][units] += len(rows)
 
-        return read
-
-    read_text(loaded, numbered(batches), {(site, layer): reader_of(layer) for layer in layers})
+    read_text(loaded, numbered(batches), {(site, layer): partial(read, layer) for layer in layers})
     return {
         layer: {k: total / tokens[layer][k].clamp(min=1) for k, total in of.items()}
         for layer, of in sums.items()
     }
 
 
-# A hashable name and what computes the value -> the value.
-Once = Callable[[Hashable, Callable[[], Any]], Any]
-
-
-def _anew(name: Hashable, make: Callable[[], Any]) -> Any:
-    return make()
-
-
 def _identity(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def language_arithmetic_plan(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    neurons: NeuronSet,
-    target: str | None,
-    deactivate: Sequence[str] = (),
-    mode: str = "additive",
-    other: str | None = None,
-    strength: float = 1.0,
-    fill: float = 0.0,
-    as_bias: bool = False,
-    eps: float = EPS,
-    progress: Progress | None = None,
-    once: Once = _anew,
-) -> Plan:
-    """A plan of column scales and one constant for each layer.
-
-    Args:
-        loaded: the model.
-        corpus: text; the target's (and the other's) gives the means of s, all languages the mean of u and the key.
-        neurons: a neuron set of this model.
-        target: language whose neurons are raised; None: only deactivate.
-        deactivate: languages whose neurons are set to ``fill``.
-        mode: "additive", "replacement" or "difference".
-        other: language whose mean "difference" subtracts; None: the deactivated one.
-        strength: multiplies the added mean.
-        fill: value of deactivated neurons, 0 or below.
-        as_bias: add the constant as down_proj's bias, if the architecture supports one, instead of in the weights.
-        eps: ridge of the key, as a fraction of the mean variance.
-        progress: called with the number of tokens done in the first pass.
-        once: keeps what a pass over the text gives, for plans with other settings (``Material.once``).
-
-    Returns:
-        A plan with an edit for each layer with such neurons; notes "constant_share" and, for a constant in the
-        weights, those of ``bake_plan``; details "scale" and "offset" of the neurons.
-
-    Raises:
-        UsageError: neither target nor languages to deactivate, an unknown mode or language, "difference" without
-            another language, a strength of 0, or a fill above 0.
-        BrocaError: a language without neurons, ``as_bias`` without support for a bias, or a constant (of a target or a
-            fill below 0) in gated MLPs without a known activation.
-    """
-    _check(loaded, corpus, neurons, target, deactivate, mode, strength, fill, as_bias)
-    if mode == "difference":
-        other = other or (deactivate[0] if len(deactivate) == 1 else None)
-        if other not in corpus.languages or other == target:
-            raise UsageError(
-                "mode difference needs another language of the corpus, whose mean is subtracted: give --set other=..."
-            )
-    on = _mask(neurons, [] if target is None else [target])
-    off = _mask(neurons, deactivate)
-    layers = (on | off).any(1).nonzero()[:, 0].tolist()
-
-    def activations() -> dict[int, dict[str, torch.Tensor]]:
-        return activation_means(loaded, language_batches(loaded, corpus, default=MEANS.tokens), layers)
-
-    means = {} if target is None else once(("activation means", *layers), activations)
-    zeros = torch.zeros(loaded.anatomy.neurons, dtype=torch.float64)
-    maps = {
-        layer: arithmetic(
-            means[layer][target] if target is not None else zeros,
-            means[layer][other] if mode == "difference" and other is not None else zeros,
-            on[layer],
-            off[layer],
-            mode,
-            strength,
-            fill,
-        )
-        for layer in layers
-    }
-    if loaded.anatomy.mixed:
-        edits = expert_edits(
-            loaded,
-            maps,
-            language_batches(loaded, corpus, default=MEANS.tokens),
-            language_batches(loaded, corpus, default=KEYS.tokens),
-            eps,
-            progress,
-        )
-    else:
-        edits = _edits(loaded, corpus, maps, on | off, as_bias, eps, progress, once)
-    settings = {
-        "target": target,
-        "deactivate": list(deactivate),
-        "mode": mode,
-        "other": other,
-        "strength": strength,
-        "fill": fill,
-        "as_bias": as_bias,
-        "eps": eps,
-        "neurons": neurons.metadata.get("method"),
-        "corpus": corpus.provenance,
-    }
-    metadata = {
-        "model": loaded.label,
-        "fingerprint": loaded.fingerprint,
-        "method": "language-arithmetic",
-        "languages": list(dict.fromkeys([*deactivate, *([] if target is None else [target])])),
-        "settings": settings,
-    }
-    return make_plan(edits, metadata)
-
-
-def _edits(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    maps: Mapping[int, Arithmetic],
-    chosen: torch.Tensor,
-    as_bias: bool,
-    eps: float,
-    progress: Progress | None,
-    once: Once,
-) -> list[ModuleEdit]:
-    """The edits of a dense model; ``chosen`` are the neurons of the maps, bool [L, I]."""
-    shifts, fractions = _shifts(loaded, corpus, maps, progress, once)
-    shifted = sorted(shifts)
-    keys = {}
-    if shifts and not as_bias:
-        keys = once(("constant keys", eps, *shifted), lambda: constant_keys(loaded, corpus, shifted, eps))
-    weights = Weights(loaded)
-    edits = []
-    for layer, affine in maps.items():
-        scaled = None if bool((affine.scale == 1).all()) else affine.scale
-        neurons = chosen[layer].nonzero()[:, 0]
-        if layer in keys:
-            edit = baked_edit(loaded, layer, "mlp", shifts[layer], keys[layer], corpus.languages, scaled)
-        elif scaled is None and layer not in shifts:
-            continue
-        else:
-            weight = weights.read(layer, "mlp")
-            edit = ModuleEdit(
-                layer=layer,
-                block="mlp",
-                components=(),
-                column_scale=None if scaled is None else scaled.float(),
-                bias=shifts[layer].float() if layer in shifts else None,
-                notes={
-                    "change_norm": float((weight * (affine.scale - 1)).norm()),
-                    "weight_norm": float(weight.norm()),
-                },
-            )
-        notes = {**edit.notes, **({"constant_share": fractions[layer]} if layer in fractions else {})}
-        # A key uses all neurons; without one only the chosen ones change.
-        components = edit.components if layer in keys else tuple(neurons.tolist())
-        index = torch.tensor(components)
-        details = {"scale": affine.scale[index], "offset": affine.offset[index]}
-        edits.append(replace(edit, components=components, notes=notes, details=details))
-    return edits
-
-
 def _shifts(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    maps: Mapping[int, Arithmetic],
-    progress: Progress | None,
-    once: Once,
+    material: Material, maps: Mapping[int, Arithmetic]
 ) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
     """The constant of each layer with an offset, and its constant fraction."""
     units = {
@@ -317,13 +152,16 @@ def _shifts(
     }
     if not units:
         return {}, {}
+    loaded = material.loaded
     weights, shifts, fractions = Weights(loaded), {}, {}
-    batches = language_batches(loaded, corpus, default=MEANS.tokens)
+    batches = language_batches(loaded, material.text, default=MEANS.tokens)
     tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
     named = ("moments", *((layer, *index.tolist()) for layer, index in units.items()))
     moments = {}
     if loaded.anatomy.gated:
-        moments = once(named, lambda: language_moments(loaded, batches, "mlp_up", units, progress))
+        moments = material.once(
+            named, lambda: language_moments(loaded, batches, "mlp_up", units, material.progress)
+        )
     for layer, index in units.items():
         if loaded.anatomy.gated:
             mean, covariance = total_moments(moments[layer], tokens)
@@ -350,38 +188,6 @@ def _mask(neurons: NeuronSet, languages: Sequence[str]) -> torch.Tensor:
             raise BrocaError(f"the neuron set has no neuron for {language}: choose another method or rate")
         mask[rows[:, 0], rows[:, 1]] = True
     return mask
-
-
-def _check(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    neurons: NeuronSet,
-    target: str | None,
-    deactivate: Sequence[str],
-    mode: str,
-    strength: float,
-    fill: float,
-    as_bias: bool,
-) -> None:
-    anatomy = loaded.anatomy
-    require_neurons(loaded, neurons)
-    if target is None and not deactivate:
-        raise UsageError("name a target language, or languages to deactivate")
-    if target is not None:
-        corpus.require(target)
-    if mode not in MODES:
-        raise UsageError(f"mode {mode!r} is unknown: choose from {', '.join(MODES)}")
-    if not math.isfinite(strength) or (strength == 0 and target is not None):
-        raise UsageError(f"strength {strength}: give a finite number other than 0")
-    if not -math.inf < fill <= 0:
-        raise UsageError(f"fill is {fill}: it must be finite and not above 0")
-    if target is not None or fill:
-        _gate_activation(anatomy)
-    if as_bias and not anatomy.supports_bias("mlp"):
-        raise BrocaError(
-            f"{anatomy.model_type}: its MLP has no bias, and its config has no setting for a bias that serving "
-            "engines support: leave --set as_bias=yes out"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,20 +222,134 @@ class ArithmeticEdit(Method):
         return groups if anatomy.mixed else super().key_widths(anatomy, modules)
 
     def prepare(self, material: Material) -> Plan:
-        """The plan at this strength, which does not scale to others because deactivation does not."""
+        """The plan at this strength, which does not scale to others because deactivation does not.
+
+        Returns:
+            A plan with an edit for each layer with such neurons; notes "constant_share" and, for a constant in the
+            weights, those of ``bake_plan``; details "scale" and "offset" of the neurons.
+
+        Raises:
+            UsageError: neither target nor languages to deactivate, an unknown mode or language, "difference" without
+                another language, a strength of 0, or a fill above 0.
+            BrocaError: a language without neurons, ``as_bias`` without support for a bias, or a constant (of a target
+                or a fill below 0) in gated MLPs without a known activation.
+        """
         neurons = material.identified(NEURON_METHODS[1]) if material.studied else material.neuron_set
-        return language_arithmetic_plan(
-            material.loaded,
-            material.text,
-            neurons,
-            self.target,
-            self.deactivate,
-            self.mode,
-            self.other,
-            self.strength,
-            self.fill,
-            self.as_bias,
-            self.eps,
-            material.progress,
-            material.once,
-        )
+        loaded, corpus, target, other = material.loaded, material.text, self.target, self.other
+        self._check(loaded, corpus, neurons)
+        if self.mode == "difference":
+            other = other or (self.deactivate[0] if len(self.deactivate) == 1 else None)
+            if other not in corpus.languages or other == target:
+                raise UsageError(
+                    "mode difference needs another language of the corpus, whose mean is subtracted: give --set other=..."
+                )
+        targets = [] if target is None else [target]
+        on, off = _mask(neurons, targets), _mask(neurons, self.deactivate)
+        layers = (on | off).any(1).nonzero()[:, 0].tolist()
+
+        def activations() -> dict[int, dict[str, torch.Tensor]]:
+            return activation_means(loaded, language_batches(loaded, corpus, default=MEANS.tokens), layers)
+
+        means = {} if target is None else material.once(("activation means", *layers), activations)
+        zeros = torch.zeros(loaded.anatomy.neurons, dtype=torch.float64)
+        maps = {
+            layer: arithmetic(
+                means[layer][target] if target is not None else zeros,
+                means[layer][other] if self.mode == "difference" and other is not None else zeros,
+                on[layer],
+                off[layer],
+                self.mode,
+                self.strength,
+                self.fill,
+            )
+            for layer in layers
+        }
+        if loaded.anatomy.mixed:
+            edits = expert_edits(
+                loaded,
+                maps,
+                language_batches(loaded, corpus, default=MEANS.tokens),
+                language_batches(loaded, corpus, default=KEYS.tokens),
+                self.eps,
+                material.progress,
+            )
+        else:
+            edits = self._edits(material, maps, on | off)
+        settings = {
+            "target": target,
+            "deactivate": list(self.deactivate),
+            "mode": self.mode,
+            "other": other,
+            "strength": self.strength,
+            "fill": self.fill,
+            "as_bias": self.as_bias,
+            "eps": self.eps,
+            "neurons": neurons.metadata.get("method"),
+            "corpus": corpus.provenance,
+        }
+        languages = list(dict.fromkeys([*self.deactivate, *targets]))
+        return make_plan(edits, plan_metadata(loaded, self.name, settings, {"languages": languages}))
+
+    def _check(self, loaded: LoadedModel, corpus: Corpus, neurons: NeuronSet) -> None:
+        anatomy = loaded.anatomy
+        require_neurons(loaded, neurons)
+        if self.target is None and not self.deactivate:
+            raise UsageError("name a target language, or languages to deactivate")
+        if self.target is not None:
+            corpus.require(self.target)
+        if self.mode not in MODES:
+            raise UsageError(f"mode {self.mode!r} is unknown: choose from {', '.join(MODES)}")
+        if not math.isfinite(self.strength) or (self.strength == 0 and self.target is not None):
+            raise UsageError(f"strength {self.strength}: give a finite number other than 0")
+        if not -math.inf < self.fill <= 0:
+            raise UsageError(f"fill is {self.fill}: it must be finite and not above 0")
+        if self.target is not None or self.fill:
+            _gate_activation(anatomy)
+        if self.as_bias and not anatomy.supports_bias("mlp"):
+            raise BrocaError(
+                f"{anatomy.model_type}: its MLP has no bias, and its config has no setting for a bias that serving "
+                "engines support: leave --set as_bias=yes out"
+            )
+
+    def _edits(
+        self, material: Material, maps: Mapping[int, Arithmetic], chosen: torch.Tensor
+    ) -> list[ModuleEdit]:
+        """The edits of a dense model; ``chosen`` are the neurons of the maps, bool [L, I]."""
+        loaded, corpus = material.loaded, material.text
+        shifts, fractions = _shifts(material, maps)
+        shifted = sorted(shifts)
+        keys = {}
+        if shifts and not self.as_bias:
+            keys = material.once(
+                ("constant keys", self.eps, *shifted),
+                lambda: constant_keys(loaded, corpus, shifted, self.eps),
+            )
+        weights = Weights(loaded)
+        edits = []
+        for layer, affine in maps.items():
+            scaled = None if bool((affine.scale == 1).all()) else affine.scale
+            neurons = chosen[layer].nonzero()[:, 0]
+            if layer in keys:
+                edit = baked_edit(loaded, layer, "mlp", shifts[layer], keys[layer], corpus.languages, scaled)
+            elif scaled is None and layer not in shifts:
+                continue
+            else:
+                weight = weights.read(layer, "mlp")
+                edit = ModuleEdit(
+                    layer=layer,
+                    block="mlp",
+                    components=(),
+                    column_scale=None if scaled is None else scaled.float(),
+                    bias=shifts[layer].float() if layer in shifts else None,
+                    notes={
+                        "change_norm": float((weight * (affine.scale - 1)).norm()),
+                        "weight_norm": float(weight.norm()),
+                    },
+                )
+            notes = {**edit.notes, **({"constant_share": fractions[layer]} if layer in fractions else {})}
+            # A key uses all neurons; without one only the chosen ones change.
+            components = edit.components if layer in keys else tuple(neurons.tolist())
+            index = torch.tensor(components)
+            details = {"scale": affine.scale[index], "offset": affine.offset[index]}
+            edits.append(replace(edit, components=components, notes=notes, details=details))
+        return edits

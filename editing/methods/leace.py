@@ -21,47 +21,30 @@ later ones, in which traces of the language may remain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from editing.methods.bake import baked_metadata, in_layer
+from editing.methods.bake import in_layer
 from editing.methods.key import EPS, key_problem, solve_key
 from editing.methods.material import Material
 from editing.methods.method import SolvedOnce
 from editing.methods.scope import chosen_layers, chosen_modules, chosen_places, require_strength
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import BLOCKS, COMMON_SITES
 from neurons.errors import BrocaError, UsageError
-from neurons.models.source import LoadedModel
 from neurons.recording.covariance import Moments, each_moments
-from neurons.recording.text_pass import Progress
 from neurons.setting import Range, setting
 from neurons.text.batches import counted_tokens, language_batches
-from neurons.text.corpus import Corpus
 from neurons.text.token_budget import KEYS
 
 # Fractions of the largest: smaller variances are rounding of float32 products, and count as 0.
 MIN_VARIANCE = 1e-6
 
 
-@dataclass(frozen=True)
-class Eraser:
-    """y - left right^T (y - mu).
-
-    Attributes:
-        left: float64 [d, r], A.
-        right: float64 [d, r], B.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-
-
-def eraser(deviations: torch.Tensor, covariance: torch.Tensor) -> Eraser:
-    """The LEACE projection.
+def eraser(deviations: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B, float64 [d, r], of the LEACE projection y - A B^T (y - mu).
 
     Args:
         deviations: [d, K], each language's mean of y minus the mean of all.
@@ -80,73 +63,7 @@ def eraser(deviations: torch.Tensor, covariance: torch.Tensor) -> Eraser:
         raise BrocaError(
             "its output has the same mean on every language, so there is nothing to erase: leave it out (--layers)"
         )
-    return Eraser(axes @ (scales[:, None] * basis), axes @ (basis / scales[:, None]))
-
-
-def leace_plan(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    layers: Sequence[int] | None = None,
-    blocks: Sequence[str] = BLOCKS,
-    strength: float = 1.0,
-    eps: float = EPS,
-    progress: Progress | None = None,
-) -> Plan:
-    """A plan that erases the corpus's languages from the outputs of modules.
-
-    Args:
-        loaded: the model.
-        corpus: text of two or more languages.
-        layers: layers to edit; None takes all.
-        blocks: "attn", "mlp" or both.
-        strength: lambda; 1 makes the means on the languages equal.
-        eps: ridge of the key, as a fraction of the mean variance.
-        progress: called with the number of tokens done.
-
-    Raises:
-        UsageError: fewer than two languages, an unknown module or layer, a mixture of experts, or a strength of 0.
-        BrocaError: a norm between modules and residual stream, or a module whose output does not depend on the
-            language; names layer and module.
-    """
-    require_strength(strength)
-    anatomy = loaded.anatomy
-    places = chosen_places(loaded, layers, blocks)
-    if any(module == "mlp" and anatomy.mixed_in(layer) for layer, module in places):
-        raise UsageError(
-            f"{anatomy.model_type}: experts see different tokens, so the MLP's output is no linear function of one "
-            "input: choose --blocks attn"
-        )
-    if not anatomy.residual_output:
-        raise BrocaError(
-            f"{anatomy.model_type}: after a norm or a factor between modules and residual stream the means on the languages "
-            "differ again: use --method ablate or ablate-subspace with --set site=own"
-        )
-    batches = language_batches(loaded, corpus, default=KEYS.tokens)
-    if len(batches) < 2:
-        raise UsageError(f"the text has one language, {next(iter(batches))}: give text of two or more")
-    tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
-    module_of = {(COMMON_SITES[module], layer): (layer, module) for layer, module in places}
-    units = {(site, layer): torch.arange(anatomy.width(site, layer)) for site, layer in module_of}
-    edits, weights = [], Weights(loaded)
-    for place, moments in each_moments(loaded, batches, units, progress):
-        layer, module = module_of[place]
-        size = anatomy.component_width(module, layer)
-        with in_layer(layer, module):
-            edits.append(
-                _module_edit(
-                    (layer, module), weights.read(layer, module), size, moments, tokens, strength, eps
-                )
-            )
-        # Frees this covariance before the next layer is read.
-        del moments
-    settings = {
-        "layers": list(chosen_layers(loaded, layers)),
-        "blocks": list(chosen_modules(blocks)),
-        "strength": strength,
-        "eps": eps,
-        "corpus": corpus.provenance,
-    }
-    return make_plan(edits, baked_metadata(loaded, "leace", settings, {"languages": list(batches)}))
+    return axes @ (scales[:, None] * basis), axes @ (basis / scales[:, None])
 
 
 def _module_edit(
@@ -163,14 +80,14 @@ def _module_edit(
     mean = moments.mean @ fractions
     deviations = weight @ (moments.mean - mean[:, None])
     covariance = weight @ moments.covariance @ weight.T + (deviations * fractions) @ deviations.T
-    projection = eraser(deviations, covariance)
-    reads = weight.T @ projection.right
+    written, read = eraser(deviations, covariance)
+    reads = weight.T @ read
     problem = key_problem(moments, moments.languages, eps)
     targets = (reads.T @ mean).expand(len(moments.languages), -1)
     if moments.start is not None:
         targets = torch.cat([targets, (reads.T @ moments.start)[None]])
     right = reads - solve_key(replace(problem, targets=targets), overwrite=True)
-    squares = ((right @ (projection.left.T @ projection.left)) * right).sum(1).clamp(min=0)
+    squares = ((right @ (written.T @ written)) * right).sum(1).clamp(min=0)
     changes = squares.view(-1, size).sum(1).sqrt()
     chosen = changes.nonzero()[:, 0]
     share = changes / weight.norm(dim=0).view(-1, size).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
@@ -178,7 +95,7 @@ def _module_edit(
         layer=place[0],
         block=place[1],
         components=tuple(chosen.tolist()),
-        left=(-strength * projection.left).float(),
+        left=(-strength * written).float(),
         right=right.float(),
         details={"share": share[chosen]},
         notes={"change_norm": abs(strength) * float(changes.norm()), "weight_norm": float(weight.norm())},
@@ -200,12 +117,55 @@ class Leace(SolvedOnce):
     eps: float = setting(EPS, "ridge of the constant's key, as a fraction of the mean variance")
 
     def solved(self, material: Material) -> Plan:
-        return leace_plan(
-            material.loaded,
-            material.text,
-            material.layers,
-            material.blocks or BLOCKS,
-            self.strength,
-            self.eps,
-            material.progress,
-        )
+        """The plan at this strength.
+
+        Raises:
+            UsageError: fewer than two languages, an unknown module or layer, a mixture of experts, or a strength of 0.
+            BrocaError: a norm between modules and residual stream, or a module whose output does not depend on the
+                language; names layer and module.
+        """
+        loaded, corpus, blocks = material.loaded, material.text, material.blocks or BLOCKS
+        require_strength(self.strength)
+        anatomy = loaded.anatomy
+        places = chosen_places(loaded, material.layers, blocks)
+        if any(module == "mlp" and anatomy.mixed_in(layer) for layer, module in places):
+            raise UsageError(
+                f"{anatomy.model_type}: experts see different tokens, so the MLP's output is no linear function of one "
+                "input: choose --blocks attn"
+            )
+        if not anatomy.residual_output:
+            raise BrocaError(
+                f"{anatomy.model_type}: after a norm or a factor between modules and residual stream the means on the languages "
+                "differ again: use --method ablate or ablate-subspace with --set site=own"
+            )
+        batches = language_batches(loaded, corpus, default=KEYS.tokens)
+        if len(batches) < 2:
+            raise UsageError(f"the text has one language, {next(iter(batches))}: give text of two or more")
+        tokens = torch.tensor([counted_tokens(of_language) for of_language in batches.values()])
+        module_of = {(COMMON_SITES[module], layer): (layer, module) for layer, module in places}
+        units = {(site, layer): torch.arange(anatomy.width(site, layer)) for site, layer in module_of}
+        edits, weights = [], Weights(loaded)
+        for place, moments in each_moments(loaded, batches, units, material.progress):
+            layer, module = module_of[place]
+            size = anatomy.component_width(module, layer)
+            with in_layer(layer, module):
+                edit = _module_edit(
+                    (layer, module),
+                    weights.read(layer, module),
+                    size,
+                    moments,
+                    tokens,
+                    self.strength,
+                    self.eps,
+                )
+            edits.append(edit)
+            # Frees this covariance before the next layer is read.
+            del moments
+        settings = {
+            "layers": list(chosen_layers(loaded, material.layers)),
+            "blocks": list(chosen_modules(blocks)),
+            "strength": self.strength,
+            "eps": self.eps,
+            "corpus": corpus.provenance,
+        }
+        return make_plan(edits, plan_metadata(loaded, self.name, settings, {"languages": list(batches)}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from neurons.architectures.self_check import example_ids, residual_factor
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError
 from neurons.models.source import LoadedModel
-from neurons.recording.text_pass import Position, PositionReader, forward, read_text
+from neurons.recording.text_pass import Position, forward, read_text
 from neurons.text.batches import TokenBatch
 from neurons.text.sampling import even_order
 
@@ -138,11 +139,8 @@ def source_tokens(
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
 
-    def keep(kept: list[torch.Tensor]) -> PositionReader:
-        def read(values: torch.Tensor, routed: Routed | None, at: Position) -> None:
-            kept.append(at.rows(values).double().cpu())
-
-        return read
+    def keep(kept: list[torch.Tensor], values: torch.Tensor, routed: Routed | None, at: Position) -> None:
+        kept.append(at.rows(values).double().cpu())
 
     counts = torch.cat([batch.counted.sum(1) for batch in batches])
     # Batches are in the order of their rows' lengths.
@@ -155,7 +153,7 @@ def source_tokens(
         if rows.any()
     ]
     site = COMMON_SITES[module]
-    readers = {(site, layer): keep(inputs), (f"{module}_out", layer): keep(outputs)}
+    readers = {(site, layer): partial(keep, inputs), (f"{module}_out", layer): partial(keep, outputs)}
     read_text(loaded, few, readers, layers=layer + 1)
     width = loaded.anatomy.width(site, layer)
     return SourceTokens(torch.cat(inputs)[:max_tokens, :width], torch.cat(outputs)[:max_tokens])

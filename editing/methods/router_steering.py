@@ -24,16 +24,16 @@ token, whatever its language.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from editing.methods.bake import EPS, ConstantKey, baked_metadata, constant_key, in_layer
+from editing.methods.bake import EPS, ConstantKey, constant_key, in_layer
 from editing.methods.material import Material
 from editing.methods.method import SolvedOnce
 from editing.methods.scope import chosen_layers, require_strength
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import ROUTER_IN, Anatomy
 from neurons.errors import UsageError
@@ -97,64 +97,6 @@ def expert_scores(
     shares = routing_shares(routed_fraction(statistics), top)
     scores = shares[..., [languages.index(name) for name in dict.fromkeys(targets)]].sum(-1)
     return torch.where(scores < threshold, 0.0, scores)
-
-
-def router_plan(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    scores: torch.Tensor,
-    means: torch.Tensor,
-    layers: Sequence[int] | None = None,
-    strength: float = 1.0,
-    eps: float = EPS,
-    progress: Progress | None = None,
-    targets: Sequence[str] = (),
-    settings: Mapping[str, object] | None = None,
-) -> Plan:
-    """A plan that raises experts in the routers.
-
-    Args:
-        loaded: the model.
-        corpus: text for the keys, which routers without a bias need.
-        scores: [L, E], s.
-        means: [L, E], E|r|.
-        layers: layers whose routers change; None: ``middle_layers``.
-        strength: lambda; below 0 the experts are chosen less often.
-        eps: ridge of the key, as a fraction of the mean variance.
-        progress: called with the number of tokens done.
-        targets: languages of the experts, and
-        settings: further settings, both for the metadata.
-
-    Returns:
-        A plan with a bias or a rank-1 edit for each router, with the note "experts" (expert -> s), and "bias_norm" or
-        "spread" (standard deviation of the key's coefficient).
-
-    Raises:
-        UsageError: layers without a router, or a strength of 0.
-        BrocaError: as ``constant_key``; no expert with a score in these layers.
-    """
-    require_strength(strength)
-    anatomy = loaded.anatomy
-    chosen = middle_layers(loaded) if layers is None else chosen_layers(loaded, layers)
-    routers = {layer: router.path for layer in chosen if (router := anatomy.router(layer)) is not None}
-    if without := [layer for layer in chosen if layer not in routers]:
-        raise UsageError(f"{anatomy.model_type}: layer {without[0]} has no router: leave it out of --layers")
-    added = strength * scores.double() * means.double()
-    changed = {layer: path for layer, path in routers.items() if bool(added[layer].any())}
-    biases = {layer for layer, path in changed.items() if anatomy.bias_place(layer, path) is not None}
-    keys = _keys(loaded, corpus, [layer for layer in changed if layer not in biases], eps, progress)
-    edits = [
-        _edit(loaded, layer, path, added[layer], scores[layer], keys.get(layer))
-        for layer, path in changed.items()
-    ]
-    given = {
-        "layers": list(routers),
-        "strength": strength,
-        "eps": eps if keys else None,
-        "corpus": corpus.provenance,
-    }
-    named = {"targets": list(targets), **(settings or {}), **given}
-    return make_plan(edits, baked_metadata(loaded, "steer-router", named, {"languages": list(targets)}))
 
 
 def _keys(
@@ -238,17 +180,55 @@ class RouterSteering(SolvedOnce):
             statistics = record_corpus(loaded, material.text, [ROUTING], TEXTS, progress=material.progress)
         elif statistics.fingerprint:
             loaded.require_fingerprint({"fingerprint": statistics.fingerprint}, "the statistics")
-        targets = self.targets or (() if material.target is None else (material.target,))
-        scores = expert_scores(statistics, targets, self.top, self.threshold)
-        return router_plan(
-            loaded,
-            material.text,
-            scores,
-            mean_scores(statistics),
-            layers,
-            self.strength,
-            self.eps,
-            material.progress,
-            targets,
-            {"top": self.top, "threshold": self.threshold},
-        )
+        scores = expert_scores(statistics, self._targets(material), self.top, self.threshold)
+        return self.raised(material, layers, scores, mean_scores(statistics))
+
+    def raised(
+        self, material: Material, layers: Sequence[int], scores: torch.Tensor, means: torch.Tensor
+    ) -> Plan:
+        """The plan that raises experts in the routers.
+
+        Args:
+            material: the model, and text for the keys, which routers without a bias need.
+            layers: layers whose routers change.
+            scores: [L, E], s.
+            means: [L, E], E|r|.
+
+        Returns:
+            A plan with a bias or a rank-1 edit for each router, with the note "experts" (expert -> s), and "bias_norm" or
+            "spread" (standard deviation of the key's coefficient).
+
+        Raises:
+            UsageError: layers without a router, or a strength of 0.
+            BrocaError: as ``constant_key``; no expert with a score in these layers.
+        """
+        require_strength(self.strength)
+        loaded, anatomy = material.loaded, material.loaded.anatomy
+        chosen = chosen_layers(loaded, layers)
+        routers = {layer: router.path for layer in chosen if (router := anatomy.router(layer)) is not None}
+        if without := [layer for layer in chosen if layer not in routers]:
+            raise UsageError(
+                f"{anatomy.model_type}: layer {without[0]} has no router: leave it out of --layers"
+            )
+        added = self.strength * scores.double() * means.double()
+        changed = {layer: path for layer, path in routers.items() if bool(added[layer].any())}
+        keyed = [layer for layer, path in changed.items() if anatomy.bias_place(layer, path) is None]
+        keys = _keys(loaded, material.text, keyed, self.eps, material.progress)
+        edits = [
+            _edit(loaded, layer, path, added[layer], scores[layer], keys.get(layer))
+            for layer, path in changed.items()
+        ]
+        targets = list(self._targets(material))
+        settings = {
+            "targets": targets,
+            "top": self.top,
+            "threshold": self.threshold,
+            "layers": list(routers),
+            "strength": self.strength,
+            "eps": self.eps if keys else None,
+            "corpus": material.text.provenance,
+        }
+        return make_plan(edits, plan_metadata(loaded, self.name, settings, {"languages": targets}))
+
+    def _targets(self, material: Material) -> tuple[str, ...]:
+        return self.targets or (() if material.target is None else (material.target,))

@@ -16,7 +16,7 @@ from editing.methods.material import Material
 from editing.methods.method import NEURON_METHODS, Method
 from editing.methods.scope import chosen_layers
 from editing.plans.algebra import compose
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.anatomy import UNITS
 from neurons.errors import BrocaError, UsageError
@@ -69,13 +69,7 @@ def scale_plan(
     settings: dict[str, Any] = {"factor": factor, "neurons": neurons.metadata.get("method")}
     if layers is not None:
         settings["layers"] = list(chosen_layers(source, layers))
-    metadata = {
-        "model": source.label,
-        "fingerprint": source.fingerprint,
-        "method": "scale",
-        "languages": list(languages),
-        "settings": settings,
-    }
+    metadata = plan_metadata(source, "scale", settings, {"languages": list(languages)})
     return make_plan(column_scaling(source, UNITS[neurons.unit], scale), metadata)
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,13 +38,13 @@ import torch
 from editing.methods.material import Material
 from editing.methods.method import Method
 from editing.methods.scope import chosen_layers
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from editing.plans.weights import Weights
 from neurons.architectures.reading_norms import ReadingNorm, reading_norms
 from neurons.architectures.sites import Routed
 from neurons.errors import BrocaError, NothingToChangeError, UsageError
 from neurons.models.source import LoadedModel
-from neurons.recording.text_pass import Position, PositionReader, Progress, numbered, read_text
+from neurons.recording.text_pass import Position, Progress, numbered, read_text
 from neurons.setting import Range, setting
 from neurons.statistics.sums import text_sums
 from neurons.text.batches import TokenBatch, language_batches
@@ -115,15 +116,12 @@ def norm_means(
     """float64 [N, d, K], the mean of each norm's output: over texts, of the mean over a text's tokens."""
     sums = torch.zeros(len(norms), len(batches), loaded.anatomy.residual, dtype=torch.float64)
 
-    def reader_of(index: int) -> PositionReader:
-        def read(values: torch.Tensor, _: Routed | None, at: Position) -> None:
-            counted = at.counted.to(values.device)
-            means = text_sums(values.detach(), counted) / counted.sum(1)[:, None]
-            sums[index, at.language] += means.sum(0).cpu()
+    def read(index: int, values: torch.Tensor, _: Routed | None, at: Position) -> None:
+        counted = at.counted.to(values.device)
+        means = text_sums(values.detach(), counted) / counted.sum(1)[:, None]
+        sums[index, at.language] += means.sum(0).cpu()
 
-        return read
-
-    readers = {(norm.path, norm.layer): reader_of(index) for index, norm in enumerate(norms)}
+    readers = {(norm.path, norm.layer): partial(read, index) for index, norm in enumerate(norms)}
     read_text(loaded, numbered(batches), readers, progress)
     texts = torch.tensor([sum(len(batch.ids) for batch in of_language) for of_language in batches.values()])
     return (sums / texts[:, None]).transpose(1, 2)
@@ -159,49 +157,6 @@ class Rotated:
         )
 
 
-def rotated_modules(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    layers: Sequence[int] | None = None,
-    plane: str = GLOBAL,
-    select: str = OPPOSITE,
-    progress: Progress | None = None,
-) -> list[Rotated]:
-    """The modules to edit, from one pass over text.
-
-    Args:
-        loaded: the model.
-        corpus: text of two languages, first the source, then the target.
-        layers: layers of the candidates and of the edit; None takes all.
-        plane: GLOBAL or LAYER.
-        select: OPPOSITE rotates the layers of opposite signs, ALL all.
-        progress: called with the number of tokens done.
-
-    Raises:
-        UsageError: an unknown layer.
-        NothingToChangeError: no layer has opposite signs.
-        BrocaError: as ``reading_norms`` and ``steering_planes``.
-    """
-    norms = reading_norms(loaded.model, loaded.anatomy, chosen_layers(loaded, layers))
-    means = norm_means(loaded, language_batches(loaded, corpus, default=DIRECTIONS.tokens), norms, progress)
-    planes = steering_planes(means, plane)
-    projections = torch.einsum("nd,ndk->nk", planes[..., 0], means)
-    chosen = opposite_layers(norms, projections)
-    if select == OPPOSITE and not chosen:
-        raise NothingToChangeError(
-            "in no layer are the means of the two languages on opposite sides: rotate all with --set select=all, or "
-            "try --set plane=layer"
-        )
-    weights, modules = Weights(loaded), []
-    for norm, basis, projected in zip(norms, planes, projections.tolist(), strict=True):
-        if select == ALL or norm.layer in chosen:
-            for path in norm.readers:
-                weight = weights.read(norm.layer, path)
-                notes = {"weight_norm": float(weight.norm()), "norm": norm.path, "projections": projected}
-                modules.append(Rotated(norm.layer, path, basis, weight @ basis, notes))
-    return modules
-
-
 @dataclass(frozen=True, kw_only=True)
 class SelectiveSteering(Method):
     """The registered method."""
@@ -231,34 +186,53 @@ class SelectiveSteering(Method):
         OPPOSITE, "layers: those whose means are on opposite sides, or all", words=(OPPOSITE, ALL)
     )
 
+    def rotated_modules(self, material: Material, corpus: Corpus) -> list[Rotated]:
+        """The modules to edit, from one pass over the corpus: first the source, then the target.
+
+        Raises:
+            UsageError: an unknown layer.
+            NothingToChangeError: no layer has opposite signs.
+            BrocaError: as ``reading_norms`` and ``steering_planes``.
+        """
+        loaded = material.loaded
+        norms = reading_norms(loaded.model, loaded.anatomy, chosen_layers(loaded, material.layers))
+        batches = language_batches(loaded, corpus, default=DIRECTIONS.tokens)
+        means = norm_means(loaded, batches, norms, material.progress)
+        planes = steering_planes(means, self.plane)
+        projections = torch.einsum("nd,ndk->nk", planes[..., 0], means)
+        chosen = opposite_layers(norms, projections)
+        if self.select == OPPOSITE and not chosen:
+            raise NothingToChangeError(
+                "in no layer are the means of the two languages on opposite sides: rotate all with --set select=all, or "
+                "try --set plane=layer"
+            )
+        weights, modules = Weights(loaded), []
+        for norm, basis, projected in zip(norms, planes, projections.tolist(), strict=True):
+            if self.select == ALL or norm.layer in chosen:
+                for path in norm.readers:
+                    weight = weights.read(norm.layer, path)
+                    notes = {"weight_norm": float(weight.norm()), "norm": norm.path, "projections": projected}
+                    modules.append(Rotated(norm.layer, path, basis, weight @ basis, notes))
+        return modules
+
     def prepare(self, material: Material) -> tuple[list[Rotated], dict[str, Any]]:
         source, target = material.pair
         if not material.studied and len(material.languages or ()) > 2:
             raise UsageError(f"a rotation is between two languages: give --languages {source},{target}")
         material.text.require(source, target)
         corpus = material.text.only(source, target)
-        settings = {"plane": self.plane, "select": self.select}
         modules = material.once(
-            (self.name, self.plane, self.select),
-            lambda: rotated_modules(
-                material.loaded, corpus, material.layers, **settings, progress=material.progress
-            ),
+            (self.name, self.plane, self.select), lambda: self.rotated_modules(material, corpus)
         )
-        metadata = {
-            "model": material.opened.label,
-            "fingerprint": material.opened.fingerprint,
-            "method": self.name,
-            "source": source,
-            "target": target,
-            "languages": [source, target],
-            "settings": {
-                "theta": self.theta,
-                **settings,
-                "layers": sorted({module.layer for module in modules}),
-                "corpus": corpus.provenance,
-            },
+        languages = {"source": source, "target": target, "languages": [source, target]}
+        settings = {
+            "theta": self.theta,
+            "plane": self.plane,
+            "select": self.select,
+            "layers": sorted({module.layer for module in modules}),
+            "corpus": corpus.provenance,
         }
-        return modules, metadata
+        return modules, plan_metadata(material.opened, self.name, settings, languages)
 
     def plan(self, prepared: tuple[list[Rotated], dict[str, Any]]) -> Plan:
         modules, metadata = prepared

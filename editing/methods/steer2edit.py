@@ -274,7 +274,7 @@ def steer2edit_plan(
         settings["languages"] = list(languages)
     if weigh != "sign":
         settings["weigh"] = weigh
-    return make_plan(edits, plan_metadata(source, "steer2edit", direction, settings))
+    return make_plan(edits, plan_metadata(source, "steer2edit", settings, direction.provenance))
 
 
 def read_components(

@@ -33,7 +33,7 @@ import torch
 from editing.methods.scope import require_neurons
 from editing.methods.trained_factors import computing_with, factors_of, with_factors
 from editing.plans.algebra import with_norms
-from editing.plans.plan import ModuleEdit, Plan, make_plan
+from editing.plans.plan import ModuleEdit, Plan, make_plan, plan_metadata
 from neurons.errors import BrocaError, UsageError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import token_losses
@@ -239,11 +239,7 @@ def subnetwork_plan(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
     metadata = {
-        "model": loaded.label,
-        "fingerprint": loaded.fingerprint,
-        "method": METHOD,
-        "languages": list(languages),
-        "settings": settings,
+        **plan_metadata(loaded, METHOD, settings, {"languages": list(languages)}),
         "read": objective.read,
         "learning": {
             "learned_on": list(made.trained),

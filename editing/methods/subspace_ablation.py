@@ -43,19 +43,6 @@ from neurons.setting import Range, setting
 MIN_REMAINDER = 1e-6
 
 
-@dataclass(frozen=True)
-class SubspaceAblation:
-    """W' = W + left right^T.
-
-    Attributes:
-        left: float64 [d, r], M.
-        right: float64 [n, r], -lambda W^T M.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-
-
 def orthonormal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """An orthonormal basis of the columns' span, by QR.
 
@@ -73,8 +60,10 @@ def orthonormal(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return basis, ~(remainder > MIN_REMAINDER)
 
 
-def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float = 1.0) -> SubspaceAblation:
-    """Subspace ablation of one output weight.
+def subspace_ablation(
+    weight: torch.Tensor, basis: torch.Tensor, strength: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """M, float64 [d, r], and -lambda W^T M, float64 [n, r], of W' = W - lambda M (W^T M)^T of one output weight.
 
     Args:
         weight: [d, n].
@@ -90,73 +79,7 @@ def subspace_ablation(weight: torch.Tensor, basis: torch.Tensor, strength: float
     error = exact.T @ exact - torch.eye(exact.shape[1], dtype=torch.float64)
     if not float(error.abs().max()) < 1e-9:
         raise BrocaError("the basis of the subspace is not orthonormal")
-    return SubspaceAblation(exact, -strength * (weight.double().T @ exact))
-
-
-def subspace_ablation_plan(
-    source: ModelSource,
-    directions: Direction | Sequence[Direction],
-    layers: Sequence[int] | None = None,
-    blocks: Sequence[str] = BLOCKS,
-    site: str = "block_out",
-    strength: float = 1.0,
-    from_layer: int | None = None,
-    rank: int | None = None,
-) -> Plan:
-    """A plan that removes a subspace; no forward pass.
-
-    Args:
-        source: the model.
-        directions: one direction, whose subspace at ``site`` is removed, or several, whose span is removed.
-        layers: layers to edit; None takes all.
-        blocks: "attn", "mlp" or both.
-        site: "block_out" (residual stream), or "own" (output of the edited module).
-        strength: lambda, 1 removes the subspace.
-        from_layer: layer whose subspace is used in all layers; None takes each layer's own.
-        rank: number of leading dimensions of one direction's subspace; None takes all.
-
-    Raises:
-        UsageError: no direction, an unknown site, module or layer, no vectors at the site, an invalid rank, or a
-            strength of 0.
-        BrocaError: a direction of another model, no subspace at the site, linearly dependent directions (by name),
-            a norm between module and residual stream, a module without output in the subspace, or experts with
-            biases.
-    """
-    directions = [directions] if isinstance(directions, Direction) else list(directions)
-    if not directions:
-        raise UsageError("name at least one direction whose subspace should be removed")
-    if rank is not None and len(directions) > 1:
-        raise UsageError("a rank applies to the subspace of a single direction: leave it out with several")
-    require_strength(strength)
-    require_site(source, site)
-    for direction in directions:
-        direction.require_model(source)
-    if from_layer is not None:
-        chosen_layers(source, [from_layer])
-    weights = Weights(source)
-    edits = []
-    ranks: dict[str, int] = {}
-    for layer, module in chosen_places(source, layers, blocks):
-        at, subspace_layer = site_of(site, module), layer if from_layer is None else from_layer
-        basis = _basis(directions, at, subspace_layer, rank)
-        ranks[f"{at} {subspace_layer}"] = basis.shape[1]
-        edits.append(_module_edit(source, weights, basis, strength, layer, module))
-    settings = {
-        "layers": list(chosen_layers(source, layers)),
-        "blocks": list(chosen_modules(blocks)),
-        "site": site,
-        "strength": strength,
-        "from_layer": from_layer,
-        "rank": rank,
-        "ranks": ranks,
-        "directions": [_name(direction) for direction in directions],
-    }
-    metadata = plan_metadata(source, "ablate-subspace", directions[0], settings)
-    languages = [k for direction in directions for k in (direction.source, direction.target)]
-    for end in ("source", "target"):
-        if len({getattr(direction, end) for direction in directions}) > 1:
-            del metadata[end]
-    return make_plan(edits, {**metadata, "languages": list(dict.fromkeys(languages))})
+    return exact, -strength * (weight.double().T @ exact)
 
 
 def _name(direction: Direction) -> str:
@@ -194,9 +117,9 @@ def _module_edit(
 ) -> ModuleEdit:
     weight = weights.read(layer, module)
     bias = output_bias(source, weights, layer, module)
-    ablation = subspace_ablation(weight, basis, strength)
+    left, right = subspace_ablation(weight, basis, strength)
     width = source.anatomy.component_width(module, layer)
-    changes = ablation.right.reshape(-1, width * basis.shape[1]).norm(dim=1)
+    changes = right.reshape(-1, width * basis.shape[1]).norm(dim=1)
     sizes = weight.norm(dim=0).view(-1, width).norm(dim=1)
     chosen = changes.nonzero()[:, 0]
     if not len(chosen):
@@ -209,17 +132,17 @@ def _module_edit(
         layer=layer,
         block=module,
         components=tuple(chosen.tolist()),
-        left=ablation.left.float(),
-        right=ablation.right.float(),
+        left=left.float(),
+        right=right.float(),
         bias=None if shift is None or not bool(shift.any()) else shift.float(),
         details={
             "c": torch.full((len(chosen),), -strength, dtype=torch.float64),
             "share": changes[chosen] / sizes[chosen] / abs(strength),
         },
         notes={
-            "change_norm": float(ablation.right.norm()),
+            "change_norm": float(right.norm()),
             "weight_norm": float(weight.norm()),
-            "share": float(ablation.right.norm() / weight.norm()) / abs(strength),
+            "share": float(right.norm() / weight.norm()) / abs(strength),
         },
     )
 
@@ -244,13 +167,53 @@ class AblateSubspace(Method):
         return cls(site="block_out" if material.opened.anatomy.residual_output else OWN, **settings)
 
     def prepare(self, material: Material) -> Plan:
-        return subspace_ablation_plan(
-            material.opened,
-            material.subspace if material.studied else material.directions,
-            material.layers,
-            material.blocks or BLOCKS,
-            self.site,
-            self.strength,
-            self.from_layer,
-            self.rank,
-        )
+        """The plan at this strength, without a forward pass: of one direction the subspace at ``site``, of several the span.
+
+        Raises:
+            UsageError: no direction, an unknown site, module or layer, no vectors at the site, an invalid rank, or a
+                strength of 0.
+            BrocaError: a direction of another model, no subspace at the site, linearly dependent directions (by name),
+                a norm between module and residual stream, a module without output in the subspace, or experts with
+                biases.
+        """
+        source, blocks = material.opened, material.blocks or BLOCKS
+        directions = (material.subspace,) if material.studied else material.directions
+        if not directions:
+            raise UsageError("name at least one direction whose subspace should be removed")
+        if self.rank is not None and len(directions) > 1:
+            raise UsageError(
+                "a rank applies to the subspace of a single direction: leave it out with several"
+            )
+        require_strength(self.strength)
+        require_site(source, self.site)
+        for direction in directions:
+            direction.require_model(source)
+        if self.from_layer is not None:
+            chosen_layers(source, [self.from_layer])
+        weights = Weights(source)
+        edits = []
+        ranks: dict[str, int] = {}
+        for layer, module in chosen_places(source, material.layers, blocks):
+            at, subspace_layer = (
+                site_of(self.site, module),
+                layer if self.from_layer is None else self.from_layer,
+            )
+            basis = _basis(directions, at, subspace_layer, self.rank)
+            ranks[f"{at} {subspace_layer}"] = basis.shape[1]
+            edits.append(_module_edit(source, weights, basis, self.strength, layer, module))
+        settings = {
+            "layers": list(chosen_layers(source, material.layers)),
+            "blocks": list(chosen_modules(blocks)),
+            "site": self.site,
+            "strength": self.strength,
+            "from_layer": self.from_layer,
+            "rank": self.rank,
+            "ranks": ranks,
+            "directions": [_name(direction) for direction in directions],
+        }
+        metadata = plan_metadata(source, self.name, settings, directions[0].provenance)
+        languages = [k for direction in directions for k in (direction.source, direction.target)]
+        for end in ("source", "target"):
+            if len({getattr(direction, end) for direction in directions}) > 1:
+                del metadata[end]
+        return make_plan(edits, {**metadata, "languages": list(dict.fromkeys(languages))})

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from editing.directions.direction import Direction
 from editing.plans.plan_content import require_plan_content
 from editing.plans.rounding import EditedChunk, edited_and_rounded, float32_is_enough
 from neurons.architectures.anatomy import BLOCKS, OUTSIDE
@@ -420,16 +419,14 @@ def load_plan(path: Path | str) -> Plan:
 
 
 def plan_metadata(
-    source: ModelSource, method: str, direction: Direction, settings: dict[str, Any]
+    source: ModelSource, method: str, settings: dict[str, Any], provenance: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Metadata of a plan made from a direction."""
+    """The metadata of a plan; ``provenance`` adds source, target, languages and direction."""
     return {
         "model": source.label,
         "fingerprint": source.fingerprint,
         "method": method,
-        "source": direction.source,
-        "target": direction.target,
-        "languages": [direction.source, direction.target],
-        "direction": {key: direction.metadata.get(key) for key in ("method", "corpus", "tokens", "texts")},
+        "languages": [],
         "settings": settings,
+        **(provenance or {}),
     }

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from editing.evaluation.answer_scores import load_answer_scores
+from editing.evaluation.answer_scores import AnswerScores
 from neurons.errors import UsageError
+from neurons.files.json_file import checked, read_json
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_scores_of_a_file(broca, answers, tmp_path):
     out = tmp_path / "scores.json"
     status, printed, err = broca("score", answers, "--target", "fr", "--out", out, "--json")
     assert status == 0, err
-    found = load_answer_scores(out)
+    found = checked(AnswerScores, read_json(out), out)
     assert {k: of.forcing.forcing for k, of in found.questions.items()} == {"en": 0.5, "de": 1.0, "all": 0.75}
     assert {k: of.confusion.lines for k, of in found.questions.items()} == {"en": 0.5, "de": 1.0, "all": 0.75}
     assert found.about["answers_of"] == ["0123"] and json.loads(printed)["target"] == "fr"

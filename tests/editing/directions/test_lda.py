@@ -55,26 +55,26 @@ def test_equals_the_formula(texts, width):
     draw = draw * torch.arange(1, width + 1)
     source, target = draw[:texts], draw[texts:] + 0.5
     unit, shrinkage = naive(source.tolist(), target.tolist())
-    found = lda(source, target)
+    line, weight = lda(source, target)
     assert 0 < shrinkage < 1
-    assert found.shrinkage == pytest.approx(shrinkage, rel=1e-9)
-    torch.testing.assert_close(found.unit, torch.tensor(unit, dtype=torch.float64))
+    assert weight == pytest.approx(shrinkage, rel=1e-9)
+    torch.testing.assert_close(line, torch.tensor(unit, dtype=torch.float64))
 
 
 def test_turns_away_from_what_wavers():
     # The means differ as much in both coordinates; the first wavers a hundred times as far.
     noise = torch.randn(400, 2, generator=torch.Generator().manual_seed(1)).double()
     noise = noise * torch.tensor([10.0, 0.1])
-    found = lda(noise[:200], noise[200:] + 1)
-    assert abs(float(found.unit[0])) < 0.05
-    assert float(found.unit[1]) > 0.99
+    unit, _ = lda(noise[:200], noise[200:] + 1)
+    assert abs(float(unit[0])) < 0.05
+    assert float(unit[1]) > 0.99
 
 
 def test_points_to_the_target():
     values = torch.randn(20, 3, generator=torch.Generator().manual_seed(2)).double()
-    there, back = lda(values[:10], values[10:] + 1), lda(values[10:] + 1, values[:10])
-    torch.testing.assert_close(there.unit, -back.unit)
-    assert float(there.unit @ (values[10:] + 1 - values[:10]).mean(0)) > 0
+    (there, _), (back, _) = lda(values[:10], values[10:] + 1), lda(values[10:] + 1, values[:10])
+    torch.testing.assert_close(there, -back)
+    assert float(there @ (values[10:] + 1 - values[:10]).mean(0)) > 0
 
 
 def test_refuses_what_has_no_spread_or_no_difference():

@@ -12,7 +12,8 @@ from editing.directions.feature_lift import feature_lifts, half_texts, language_
 from editing.directions.recorded import record_texts
 from editing.directions.sae_recording import firing, text_codes
 from editing.directions.sae_shift import SaeShift, linear_readout, masked_shift, selectivity
-from editing.methods.subspace_ablation import subspace_ablation_plan
+from editing.methods.material import Material
+from editing.methods.subspace_ablation import AblateSubspace
 from neurons.errors import BrocaError, UsageError
 from neurons.text.batches import language_batches
 from neurons.text.corpus import Corpus
@@ -193,10 +194,10 @@ def test_finds_the_planted_features(llama, corpus, planted):
         torch.testing.assert_close(
             found.vectors["block_out"][layer], (line @ delta) * line, rtol=1e-5, atol=1e-6
         )
-    plan = subspace_ablation_plan(llama, found, [2], ["mlp"])
+    plan = AblateSubspace().plan_for(Material(llama, directions=(found,), layers=(2,), blocks=("mlp",)))
     assert plan.edits[0].left.shape == (D, 1)
     with pytest.raises(BrocaError, match="empty"):
-        subspace_ablation_plan(llama, found, [1])
+        AblateSubspace().plan_for(Material(llama, directions=(found,), layers=(1,)))
 
 
 def test_random_features_are_a_control_of_the_same_number(llama, corpus, planted):

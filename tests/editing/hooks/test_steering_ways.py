@@ -14,7 +14,7 @@ from editing.hooks.language_arithmetic import DifferenceArithmetic, LanguageArit
 from editing.hooks.residual import DiffMean
 from editing.hooks.scaled_inputs import scaled_inputs
 from editing.hooks.subspace_removal import Removal, middle_layers, subspace_removal, top_layers
-from editing.methods.austeer import austeer_plan
+from editing.methods.austeer import AusteerEdit
 from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
@@ -178,7 +178,7 @@ def rates():
 
 
 def test_austeer_is_its_permanent_edit(llama, rates):
-    plan = austeer_plan(llama, rates, ("en", "fr"), 30, 2.0)
+    plan = AusteerEdit(channels=30, alpha=2.0).plan((Material(llama, languages=("en", "fr")), rates))
     same_as_by_hand(llama, AusteerHook(channels=30, alpha=2.0).hooks((llama, rates)), applied(llama, plan))
 
 

@@ -13,7 +13,6 @@ from editing.methods.ara import (
     make_problem,
     mean_distance,
     module_edit,
-    problems,
     solve,
 )
 from editing.methods.austeer import text_responses
@@ -184,7 +183,7 @@ def test_a_model_with_the_edit_has_the_objective_that_was_solved(checkpoint_of, 
     material = Material(loaded, text, languages=("qaa", "qab", "qac"), layers=(1,), blocks=(module,))
     method = Ara(steer=1.0, eps=1e-9)
     plan = method.plan_for(material)
-    squares = problems(loaded, text, "qaa", "qab", (1,), (module,), eps=1e-9)[1, module].kept_squares.sum()
+    squares = method.problems(material)[1, module].kept_squares.sum()
     means, tokens = outputs(loaded, text, f"{module}_out", 1)
     with applied(loaded, plan):
         new_means, new_tokens = outputs(loaded, text, f"{module}_out", 1)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from editing.methods import austeer as austeer_module
-from editing.methods.austeer import ALPHA, CHANNELS, austeer, austeer_plan, corpus_rates, neuron_rates
+from editing.methods.austeer import ALPHA, CHANNELS, AusteerEdit, austeer, corpus_rates, neuron_rates
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -99,15 +100,19 @@ def test_finds_the_planted_channels():
 def test_refuses_settings_out_of_range(llama, settings, message):
     rates = {"mlp": momentum_rates(*responses(48))}
     with pytest.raises(UsageError, match=message):
-        austeer_plan(llama, rates, ("qaa", "qab"), **{"channels": 5, **settings})
+        plan_of(llama, rates, **{"channels": 5, **settings})
 
 
 def test_refuses_rates_of_another_model(llama):
     for rates in ({}, {"mlp_in": momentum_rates(*responses(48))}):
         with pytest.raises(UsageError, match="block"):
-            austeer_plan(llama, rates, ("qaa", "qab"), 5)
+            plan_of(llama, rates, channels=5)
     with pytest.raises(BrocaError, match=r"attn .*\[3, 48\].*\[3, 64\]"):
-        austeer_plan(llama, {"attn": momentum_rates(*responses(48))}, ("qaa", "qab"), 5)
+        plan_of(llama, {"attn": momentum_rates(*responses(48))}, channels=5)
+
+
+def plan_of(loaded, rates, languages=("qaa", "qab"), layers=None, **settings):
+    return AusteerEdit(**settings).plan((Material(loaded, languages=languages, layers=layers), rates))
 
 
 def logits(loaded):
@@ -121,7 +126,7 @@ def test_equals_a_hook_on_the_input_channels(checkpoint_of, model_type):
     widths = {block: loaded.anatomy.width(f"{block}_in") for block in ("attn", "mlp")}
     halves = [responses(width, pairs=9, seed=i) for i, width in enumerate(widths.values())]
     rates = {block: momentum_rates(*both) for block, both in zip(widths, halves, strict=True)}
-    plan = austeer_plan(loaded, rates, ("qaa", "qab"), 40, 1.5)
+    plan = plan_of(loaded, rates, channels=40, alpha=1.5)
     factors = {block: torch.ones(3, width) for block, width in widths.items()}
     for layer, number, channel, gamma in naive(halves, 40, 1.5, range(3)):
         factors[("attn", "mlp")[number]][layer, channel] = 1 + gamma
@@ -153,7 +158,7 @@ def test_equals_a_hook_on_the_input_channels(checkpoint_of, model_type):
 
 def test_the_plan_lists_its_changes(llama):
     rates = {"attn": momentum_rates(*responses(64)), "mlp": momentum_rates(*responses(48, seed=9))}
-    plan = austeer_plan(llama, rates, ("qab", "qac"), 12, -0.5, [0, 2])
+    plan = plan_of(llama, rates, ("qab", "qac"), [0, 2], channels=12, alpha=-0.5)
     counts = dict.fromkeys(rates, 0)
     for edit in plan.edits:
         assert edit.layer in (0, 2)
@@ -172,8 +177,8 @@ def test_the_plan_lists_its_changes(llama):
 
 def test_a_scaled_plan_scales_gamma(llama):
     rates = {"mlp": momentum_rates(*responses(48))}
-    scaled = austeer_plan(llama, rates, ("qaa", "qab"), 9, 1.5).scaled(-2.0)
-    expected = austeer_plan(llama, rates, ("qaa", "qab"), 9, -3.0)
+    scaled = plan_of(llama, rates, channels=9, alpha=1.5).scaled(-2.0)
+    expected = plan_of(llama, rates, channels=9, alpha=-3.0)
     for a, b in zip(scaled.edits, expected.edits, strict=True):
         torch.testing.assert_close(a.column_scale, b.column_scale)
         torch.testing.assert_close(a.details["factor"], b.details["factor"])

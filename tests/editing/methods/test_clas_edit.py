@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from editing.methods.clas import clas_factors, clas_plan, classes_of_set, last_layers
+from editing.methods.clas import ClasEdit, clas_factors, classes_of_set, last_layers
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -51,6 +52,11 @@ def set_of(statistics, selection=None, metadata=None):
     return neuron_set(parts[0], parts[1], layers, width, metadata or {"method": "clas"}, parts[2])
 
 
+def plan_of(loaded, classified, languages=None, layers=None, **settings):
+    given = {"statistics" if isinstance(classified, Statistics) else "neurons": classified}
+    return ClasEdit(**settings).plan_for(Material(loaded, languages=languages, layers=layers, **given))
+
+
 def logits(loaded):
     with torch.no_grad():
         return loaded.model(IDS).logits
@@ -91,7 +97,7 @@ def test_published_factors():
 def test_equals_the_mixture_of_hidden_states(llama, kind, a, b, g):
     statistics = random_statistics(llama.fingerprint)
     classified = statistics if kind == "statistics" else set_of(statistics)
-    plan = clas_plan(llama, classified, None, [0, 2], a, b, g)
+    plan = plan_of(llama, classified, layers=[0, 2], strength=a, shared_gain=b, specific_loss=g)
     expected = mixed_logits(llama, statistics, [0, 2], a, b, g)
     with applied(llama, plan):
         result = logits(llama)
@@ -101,9 +107,9 @@ def test_equals_the_mixture_of_hidden_states(llama, kind, a, b, g):
 
 def test_languages_restrict_to_neurons_that_are_active_in_them(llama):
     statistics = random_statistics()
-    whole = clas_plan(llama, statistics, layers=range(3))
+    whole = plan_of(llama, statistics, layers=range(3))
     for classified in (statistics, set_of(statistics)):
-        plan = clas_plan(llama, classified, ["qab"], range(3))
+        plan = plan_of(llama, classified, ["qab"], range(3))
         expected = {
             place
             for place, (name, active) in naive_classes(statistics).items()
@@ -122,7 +128,7 @@ def test_languages_restrict_to_neurons_that_are_active_in_them(llama):
 def test_the_plan_lists_its_changes(llama):
     statistics = random_statistics()
     classes = naive_classes(statistics)
-    plan = clas_plan(llama, statistics, layers=[1], strength=2.0)
+    plan = plan_of(llama, statistics, layers=[1], strength=2.0)
     (edit,) = plan.edits
     factors = {"specific": 1 - 2 * 0.2, "partial-shared": 1 + 2 * 0.4}
     expected = {j: factors[classes[1, j][0]] for j in range(48) if classes[1, j][0] in factors}
@@ -144,7 +150,7 @@ def test_the_plan_lists_its_changes(llama):
 
 def test_a_scaled_plan_is_the_plan_of_that_strength(llama):
     statistics = random_statistics()
-    scaled, expected = clas_plan(llama, statistics).scaled(-2.5), clas_plan(llama, statistics, strength=-2.5)
+    scaled, expected = plan_of(llama, statistics).scaled(-2.5), plan_of(llama, statistics, strength=-2.5)
     assert scaled.metadata == expected.metadata
     for a, b in zip(scaled.edits, expected.edits, strict=True):
         torch.testing.assert_close(a.column_scale, b.column_scale)
@@ -155,7 +161,7 @@ def test_a_scaled_plan_is_the_plan_of_that_strength(llama):
 def test_the_last_quarter_of_the_layers_by_default(llama):
     assert [last_layers(n) for n in (1, 3, 8)] == [(0,), (2,), (6, 7)]
     assert last_layers(32) == tuple(range(24, 32))
-    assert [edit.layer for edit in clas_plan(llama, random_statistics()).edits] == [2]
+    assert [edit.layer for edit in plan_of(llama, random_statistics()).edits] == [2]
 
 
 def test_kinds_of_a_set_are_the_classes():
@@ -169,13 +175,13 @@ def test_refuses_a_set_without_a_scaled_class(llama):
     statistics = random_statistics()
     specific = set_of(statistics, METHODS["clas"].selection)
     with pytest.raises(BrocaError, match="no partial-shared neuron in layers 2"):
-        clas_plan(llama, specific)
-    plan = clas_plan(llama, specific, shared_gain=0)
+        plan_of(llama, specific)
+    plan = plan_of(llama, specific, shared_gain=0)
     assert plan.metadata["settings"]["scaled"]["partial-shared"] == 0
     shared = set_of(statistics, METHODS["clas"].selection.changed(kinds=("related",)))
     with pytest.raises(BrocaError, match="no specific neuron"):
-        clas_plan(llama, shared)
-    assert clas_plan(llama, shared, specific_loss=0).components > 0
+        plan_of(llama, shared)
+    assert plan_of(llama, shared, specific_loss=0).components > 0
 
 
 def test_refuses_a_neuron_of_two_kinds():
@@ -207,18 +213,18 @@ def test_refuses_a_neuron_of_two_kinds():
 )
 def test_refuses_settings_out_of_range(llama, settings, message):
     with pytest.raises(UsageError, match=message):
-        clas_plan(llama, random_statistics(), **settings)
+        plan_of(llama, random_statistics(), **settings)
 
 
 def test_refuses_other_models(llama):
     with pytest.raises(BrocaError, match="0123"):
-        clas_plan(llama, random_statistics("0123"))
+        plan_of(llama, random_statistics("0123"))
     with pytest.raises(BrocaError, match=r"3 x 50 .*3 x 48"):
-        clas_plan(llama, random_statistics(width=50))
+        plan_of(llama, random_statistics(width=50))
     with pytest.raises(BrocaError, match=r"3 x 50 .*3 x 48"):
-        clas_plan(llama, set_of(random_statistics(width=50)))
+        plan_of(llama, set_of(random_statistics(width=50)))
     with pytest.raises(BrocaError, match="0123"):
-        clas_plan(llama, set_of(random_statistics(), metadata={"fingerprint": "0123"}))
+        plan_of(llama, set_of(random_statistics(), metadata={"fingerprint": "0123"}))
     bare = Statistics(LANGUAGES, torch.ones(3), torch.ones(3), {}, "")
     with pytest.raises(UsageError, match="mlp_in:text_mean"):
-        clas_plan(llama, bare)
+        plan_of(llama, bare)

@@ -7,7 +7,8 @@ from test_families import saved
 from tiny_models import VOCABULARY
 
 from editing.hooks.language_arithmetic import LanguageArithmetic
-from editing.methods.language_arithmetic import activation_means, language_arithmetic_plan
+from editing.methods.language_arithmetic import ArithmeticEdit, activation_means
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError
@@ -20,6 +21,11 @@ EXPERTS, WIDTH, LAYER = 4, 24, 1
 SIZES = {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH, "norm_topk_prob": False}
 # Neurons of the layer, in experts 0, 2 and 3; neuron 50 is of both languages.
 RAISED, SILENCED = (3, 9, 50, 80), (5, 50, 75)
+
+
+def plan_of(loaded, corpus, neurons, target=None, deactivate=(), **settings):
+    method = ArithmeticEdit(target=target, deactivate=deactivate, **settings)
+    return method.plan_for(Material(loaded, corpus, neurons=neurons))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,7 @@ def test_the_hook_is_the_intervention(loaded, corpus):
 
 
 def test_deactivation_in_the_weights_is_the_hook(loaded, corpus, neurons):
-    plan = language_arithmetic_plan(loaded, corpus, neurons, None, ["qaa"])
+    plan = plan_of(loaded, corpus, neurons, None, ["qaa"])
     on, off = masks()
     nothing = torch.zeros_like(on)
     zeros = torch.zeros(3, EXPERTS * WIDTH).double()
@@ -137,15 +143,15 @@ def test_experts_with_another_product_of_gate_and_branch_are_only_silenced(tmp_p
     found = neuron_set(rows, scores, *places)
     for target, fill in ((None, -0.2), ("qab", 0.0)):
         with pytest.raises(BrocaError, match="does not name the gate's activation"):
-            language_arithmetic_plan(loaded, corpus, found, target, ["qaa"], fill=fill)
-    (edit,) = language_arithmetic_plan(loaded, corpus, found, None, ["qaa"]).edits
+            plan_of(loaded, corpus, found, target, ["qaa"], fill=fill)
+    (edit,) = plan_of(loaded, corpus, found, None, ["qaa"]).edits
     assert edit.components == (3, 9) and edit.rank == 0
 
 
 def test_an_expert_adds_the_mean_of_the_intervention(loaded, corpus, neurons):
     """Over the tokens that reach it, before the router's weight; the scale is exact."""
     tokens = tokens_of(loaded, corpus)
-    plan = language_arithmetic_plan(loaded, corpus, neurons, "qab", ["qaa"], strength=2.0)
+    plan = plan_of(loaded, corpus, neurons, "qab", ["qaa"], strength=2.0)
     (edit,) = plan.edits
     assert edit.rank == edit.notes["edited_experts"] == 3
     offset = torch.zeros(EXPERTS * WIDTH).double()
@@ -195,8 +201,8 @@ def test_shared_experts_and_dense_layers_are_groups(tmp_path):
         for module in ("language_arithmetic",):
             patch.setattr(f"editing.methods.{module}.language_batches", lambda *_, **__: batches)
         corpus = Corpus(dict.fromkeys(sets, ("a", "b")), "digest", "all")
-        zeroed = language_arithmetic_plan(loaded, corpus, chosen, None, ["aa"])
-        raised = language_arithmetic_plan(loaded, corpus, chosen, "bb")
+        zeroed = plan_of(loaded, corpus, chosen, None, ["aa"])
+        raised = plan_of(loaded, corpus, chosen, "bb")
     idle = {("mlp_in", layer): lambda values, routed: None for layer in range(layers)}
 
     def logits():

@@ -9,7 +9,8 @@ import torch
 
 from editing.directions.diffmean import diffmean_direction
 from editing.methods import keyed_experts
-from editing.methods.keyed_experts import keyed_experts_plan
+from editing.methods.keyed_experts import KeyedExperts
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -35,6 +36,11 @@ def loaded(tmp_path_factory):
     return load_model(
         str(models.build_checkpoint(tmp_path_factory.mktemp("experts") / "m", "qwen3_moe", **SIZES))
     )
+
+
+def plan_of(loaded, corpus, direction, layers=None, neurons=None, **settings):
+    material = Material(loaded, corpus, directions=(direction,), layers=layers, neurons=neurons)
+    return KeyedExperts(**settings).plan_for(material)
 
 
 def inputs_of(loaded, corpus, layer=LAYER):
@@ -72,7 +78,7 @@ def inputs_of(loaded, corpus, layer=LAYER):
 
 def test_keys_are_those_of_a_general_solver(loaded, corpus):
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
-    (edit,) = keyed_experts_plan(loaded, corpus, direction, [LAYER], 1.5).edits
+    (edit,) = plan_of(loaded, corpus, direction, [LAYER], strength=1.5).edits
     inputs, start = inputs_of(loaded, corpus)
     total = float(inputs["qaa"][1].sum(1).mean())
     assert 0.1 < total < 0.95
@@ -114,7 +120,7 @@ def test_a_mixture_adds_the_value_on_the_source_only(loaded, corpus, tmp_path, m
     if settings is not None:
         loaded = load_model(str(models.build_wrapper(tmp_path, model_type, **settings)), device="cpu")
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
-    plan = keyed_experts_plan(loaded, corpus, direction, [LAYER], 2.0)
+    plan = plan_of(loaded, corpus, direction, [LAYER], strength=2.0)
     value = 2.0 * direction.vectors["block_out"][LAYER].double()
 
     def outputs():
@@ -160,12 +166,12 @@ def test_experts_that_the_source_does_not_reach_stay(loaded, corpus, monkeypatch
     least = int(reached["qaa"].min()) + 1
     monkeypatch.setattr(keyed_experts, "MIN_TOKENS", least)
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
-    (edit,) = keyed_experts_plan(loaded, corpus, direction, [LAYER]).edits
+    (edit,) = plan_of(loaded, corpus, direction, [LAYER]).edits
     edited = edit.right.view(EXPERTS, WIDTH).any(1)
     assert torch.equal(edited, reached["qaa"] >= least) and edit.notes["edited_experts"] == int(edited.sum())
     monkeypatch.setattr(keyed_experts, "MIN_TOKENS", 10**6)
     with pytest.raises(BrocaError, match="layer 1: no expert"):
-        keyed_experts_plan(loaded, corpus, direction, [LAYER])
+        plan_of(loaded, corpus, direction, [LAYER])
 
 
 def test_moments_of_experts_are_those_of_loops(loaded, corpus):
@@ -188,14 +194,14 @@ def test_moments_of_experts_are_those_of_loops(loaded, corpus):
 
 def test_what_is_refused(loaded, corpus, llama):
     direction = diffmean_direction(loaded, corpus, "qaa", "qab")
-    for arguments in ({"strength": 0.0}, {"layers": [7]}, {"sources": ["qac"]}, {"sources": ["qaa", "qab"]}):
+    for arguments in ({"strength": 0.0}, {"layers": [7]}, {"sources": ("qac",)}, {"sources": ("qaa", "qab")}):
         with pytest.raises(UsageError):
-            keyed_experts_plan(loaded, corpus, direction, **arguments)
+            plan_of(loaded, corpus, direction, **arguments)
     with pytest.raises(UsageError, match="no mixture"):
-        keyed_experts_plan(llama, corpus, diffmean_direction(llama, corpus, "qaa", "qab"))
+        plan_of(llama, corpus, diffmean_direction(llama, corpus, "qaa", "qab"))
     few = identify(loaded, corpus, top_rate=0.01)
     with pytest.raises(BrocaError, match="top-rate"):
-        keyed_experts_plan(loaded, corpus, direction, neurons=few)
+        plan_of(loaded, corpus, direction, neurons=few)
 
 
 def test_on_the_command_line(broca, loaded, corpus, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from editing.methods.affine_neurons import mean_shift
-from editing.methods.language_arithmetic import activation_means, arithmetic, language_arithmetic_plan
+from editing.methods.language_arithmetic import ArithmeticEdit, activation_means, arithmetic
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -33,6 +34,11 @@ def some_neurons(loaded, layers=(0, 2)):
     }
     scores = {k: torch.zeros(len(v)) for k, v in rows.items()}
     return neuron_set(rows, scores, 3, 48, {"method": "lape", "fingerprint": loaded.fingerprint})
+
+
+def plan_of(loaded, corpus, neurons, target=None, deactivate=(), **settings):
+    method = ArithmeticEdit(target=target, deactivate=deactivate, **settings)
+    return method.plan_for(Material(loaded, corpus, neurons=neurons))
 
 
 @pytest.mark.parametrize("mode", ["additive", "replacement", "difference"])
@@ -121,7 +127,7 @@ def test_without_gates_the_bias_form_is_exactly_the_intervention(checkpoint_of, 
     loaded = load_model(str(checkpoint_of(family)), device="cpu")
     corpus, neurons = small_corpus(), some_neurons(loaded)
     options = {"target": "qab", "deactivate": ["qaa"], "mode": mode, "strength": 2.0, "fill": -0.1}
-    plan = language_arithmetic_plan(loaded, corpus, neurons, **options, as_bias=True)
+    plan = plan_of(loaded, corpus, neurons, **options, as_bias=True)
     means = activation_means(loaded, language_batches(loaded, corpus), [0, 2])
     readers = {}
     for layer in (0, 2):
@@ -147,7 +153,7 @@ def test_without_gates_the_bias_form_is_exactly_the_intervention(checkpoint_of, 
 
 def test_in_a_gated_model_the_mean_of_the_change_is_baked(llama):
     corpus, neurons = small_corpus(), some_neurons(llama, layers=(1,))
-    plan = language_arithmetic_plan(llama, corpus, neurons, "qab", mode="additive", strength=3.0)
+    plan = plan_of(llama, corpus, neurons, "qab", mode="additive", strength=3.0)
     (edit,) = plan.edits
     assert edit.column_scale is None
     offsets = torch.zeros(48).double()
@@ -173,7 +179,7 @@ def test_in_a_gated_model_the_mean_of_the_change_is_baked(llama):
 
 
 def test_scale_and_constant_are_in_one_plan(llama):
-    plan = language_arithmetic_plan(llama, small_corpus(), some_neurons(llama), "qab", ["qaa"])
+    plan = plan_of(llama, small_corpus(), some_neurons(llama), "qab", ["qaa"])
     assert [edit.layer for edit in plan.edits] == [0, 2]
     for edit in plan.edits:
         zero = (edit.column_scale == 0).nonzero()[:, 0].tolist()
@@ -190,7 +196,7 @@ def test_scale_and_constant_are_in_one_plan(llama):
 
 def test_deactivation_is_exact_and_reads_no_text(llama, monkeypatch):
     monkeypatch.setattr("editing.methods.language_arithmetic.read_text", None)
-    plan = language_arithmetic_plan(llama, small_corpus(), some_neurons(llama), None, ["qaa"])
+    plan = plan_of(llama, small_corpus(), some_neurons(llama), None, ["qaa"])
     unsteered = logits(llama)
 
     def silence(values, _):
@@ -208,15 +214,16 @@ def test_deactivation_is_exact_and_reads_no_text(llama, monkeypatch):
 
 
 def test_other_strengths_read_no_text_again(llama, monkeypatch):
-    corpus, neurons, kept = small_corpus(), some_neurons(llama), {}
+    kept = Material(llama, small_corpus(), neurons=some_neurons(llama))
 
-    def once(name, make):
-        return kept[name] if name in kept else kept.setdefault(name, make())
+    def plan(material, mode="additive", **settings):
+        return ArithmeticEdit(target="qab", deactivate=("qaa",), mode=mode, **settings).plan_for(material)
 
-    language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], once=once)
+    plan(kept)
+    tried = [("additive", 0.01), ("difference", 0.01), ("additive", 0.1)]
     expected = [
-        language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], mode, strength=2.0, eps=eps)
-        for mode, eps in (("additive", 0.01), ("difference", 0.01), ("additive", 0.1))
+        plan(Material(llama, small_corpus(), neurons=some_neurons(llama)), mode, strength=2.0, eps=eps)
+        for mode, eps in tried
     ]
 
     def read(*_, **__):
@@ -226,19 +233,16 @@ def test_other_strengths_read_no_text_again(llama, monkeypatch):
         patch.setattr("editing.methods.language_arithmetic.read_text", read)
         patch.setattr("editing.methods.language_arithmetic.language_moments", read)
         patch.setattr("editing.methods.language_arithmetic.constant_keys", read)
-        again = language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], strength=2.0, once=once)
+        again = plan(kept, strength=2.0)
         with pytest.raises(AssertionError):
-            language_arithmetic_plan(llama, corpus, neurons, "qab", ["qaa"], eps=0.1, once=once)
+            plan(kept, eps=0.1)
     assert again.to_bytes() == expected[0].to_bytes()
-    for plan, (mode, eps) in zip(expected[1:], (("difference", 0.01), ("additive", 0.1)), strict=True):
-        same = language_arithmetic_plan(
-            llama, corpus, neurons, "qab", ["qaa"], mode, strength=2.0, eps=eps, once=once
-        )
-        assert same.to_bytes() == plan.to_bytes()
+    for other, (mode, eps) in zip(expected[1:], tried[1:], strict=True):
+        assert plan(kept, mode, strength=2.0, eps=eps).to_bytes() == other.to_bytes()
 
 
 def test_a_bias_in_a_llama_is_its_mean_shift(llama):
-    make = partial(language_arithmetic_plan, llama, small_corpus(), some_neurons(llama), "qab")
+    make = partial(plan_of, llama, small_corpus(), some_neurons(llama), "qab")
     for weights, bias in zip(make().edits, make(as_bias=True).edits, strict=True):
         torch.testing.assert_close(bias.bias, weights.left[:, 0])
         assert not bias.changes_weight
@@ -260,21 +264,21 @@ def test_a_bias_in_a_llama_is_its_mean_shift(llama):
 )
 def test_refuses_bad_input(llama, options, match):
     with pytest.raises(UsageError, match=match):
-        language_arithmetic_plan(llama, small_corpus(2), some_neurons(llama), **options)
+        plan_of(llama, small_corpus(2), some_neurons(llama), **options)
 
 
 def test_refuses_a_language_without_neurons(llama):
     with pytest.raises(BrocaError, match="no neuron for qac"):
-        language_arithmetic_plan(llama, small_corpus(2), some_neurons(llama), "qac")
+        plan_of(llama, small_corpus(2), some_neurons(llama), "qac")
 
 
 def test_refuses_an_unsupported_bias(checkpoint_of):
     qwen = load_model(str(checkpoint_of("qwen2")), device="cpu")
     with pytest.raises(BrocaError, match=r"no bias.*--set as_bias=yes"):
-        language_arithmetic_plan(qwen, small_corpus(2), some_neurons(qwen), "qab", as_bias=True)
+        plan_of(qwen, small_corpus(2), some_neurons(qwen), "qab", as_bias=True)
 
 
 def test_a_norm_after_the_mlp_is_supported(checkpoint_of):
     loaded = load_model(str(checkpoint_of("gemma2")), device="cpu")
-    plan = language_arithmetic_plan(loaded, small_corpus(3), some_neurons(loaded), "qab", ["qaa"])
+    plan = plan_of(loaded, small_corpus(3), some_neurons(loaded), "qab", ["qaa"])
     assert [edit.rank for edit in plan.edits] == [1, 1]

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy.linalg import fractional_matrix_power
 
-from editing.methods.leace import eraser, leace_plan
+from editing.methods.leace import Leace, eraser
+from editing.methods.material import Material
 from editing.plans.applied import applied
 from neurons.errors import BrocaError, UsageError
 from neurons.models.source import load_model
@@ -42,9 +43,9 @@ def test_the_projection_is_the_papers(groups):
     seen = whitening @ sigma_xz
     expected = torch.linalg.inv(whitening) @ (seen @ torch.linalg.pinv(seen, rtol=1e-8)) @ whitening
     deviations = torch.stack([x[group == k].mean(0) - mean for k in range(groups)], 1)
-    found = eraser(deviations, sigma)
-    assert found.left.shape == found.right.shape == (6, groups - 1)
-    torch.testing.assert_close(found.left @ found.right.T, expected, rtol=1e-9, atol=1e-9)
+    written, read = eraser(deviations, sigma)
+    assert written.shape == read.shape == (6, groups - 1)
+    torch.testing.assert_close(written @ read.T, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_another_oblique_projection_changes_more():
@@ -52,13 +53,13 @@ def test_another_oblique_projection_changes_more():
     mean = x.mean(0)
     difference = x[group == 1].mean(0) - x[group == 0].mean(0)
     deviations = torch.stack([x[group == k].mean(0) - mean for k in range(2)], 1)
-    found = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
+    written, read = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
 
     def change(left, right):
         return float(((x - mean) @ right @ left.T).square().sum(1).mean())
 
     orthogonal = difference[:, None] / difference.norm()
-    assert change(found.left, found.right) < change(orthogonal, orthogonal)
+    assert change(written, read) < change(orthogonal, orthogonal)
 
 
 def test_a_direction_without_variance_is_no_dimension():
@@ -66,8 +67,8 @@ def test_a_direction_without_variance_is_no_dimension():
     x[:, 2] = 7.0
     mean = x.mean(0)
     deviations = torch.stack([x[group == k].mean(0) - mean for k in range(2)], 1)
-    found = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
-    assert bool(torch.isfinite(found.left).all() & torch.isfinite(found.right).all())
+    written, read = eraser(deviations, (x - mean).T @ (x - mean) / len(x))
+    assert bool(torch.isfinite(written).all() & torch.isfinite(read).all())
     with pytest.raises(BrocaError, match="nothing to erase"):
         eraser(torch.zeros(4, 2).double(), torch.eye(4).double())
 
@@ -97,7 +98,7 @@ def test_outputs_of_the_first_edited_module_have_equal_means(checkpoint_of, text
     loaded = load_model(str(checkpoint_of(model_type)), device="cpu")
     site = f"{module}_out"
     before, starts = output_means(loaded, text, site, 1)
-    plan = leace_plan(loaded, text, [1], [module])
+    plan = Leace().plan_for(Material(loaded, text, layers=(1,), blocks=(module,)))
     assert plan.edits[0].rank == 2
     with applied(loaded, plan):
         after, starts_after = output_means(loaded, text, site, 1)
@@ -112,7 +113,8 @@ def test_outputs_of_the_first_edited_module_have_equal_means(checkpoint_of, text
 def test_half_a_strength_leaves_half_of_the_difference(checkpoint_of, text):
     loaded = load_model(str(checkpoint_of("llama")), device="cpu")
     before, _ = output_means(loaded, text, "mlp_out", 0)
-    with applied(loaded, leace_plan(loaded, text, [0], ["mlp"]).scaled(0.5)):
+    plan = Leace().plan_for(Material(loaded, text, layers=(0,), blocks=("mlp",)))
+    with applied(loaded, plan.scaled(0.5)):
         after, _ = output_means(loaded, text, "mlp_out", 0)
     torch.testing.assert_close(
         after[:, 1] - after[:, 0], (before[:, 1] - before[:, 0]) / 2, rtol=1e-3, atol=1e-5
@@ -122,10 +124,10 @@ def test_half_a_strength_leaves_half_of_the_difference(checkpoint_of, text):
 def test_what_it_cannot_erase_is_refused(checkpoint_of, text):
     loaded = load_model(str(checkpoint_of("llama")), device="cpu")
     with pytest.raises(UsageError, match="one language"):
-        leace_plan(loaded, Corpus({"qaa": text.texts["qaa"]}, "", "all"))
+        Leace().plan_for(Material(loaded, Corpus({"qaa": text.texts["qaa"]}, "", "all")))
     with pytest.raises(UsageError, match="strength"):
-        leace_plan(loaded, text, strength=0)
+        Leace(strength=0).plan_for(Material(loaded, text))
     with pytest.raises(BrocaError, match="site=own"):
-        leace_plan(load_model(str(checkpoint_of("gemma2")), device="cpu"), text)
+        Leace().plan_for(Material(load_model(str(checkpoint_of("gemma2")), device="cpu"), text))
     with pytest.raises(UsageError, match="--blocks attn"):
-        leace_plan(load_model(str(checkpoint_of("mixtral")), device="cpu"), text)
+        Leace().plan_for(Material(load_model(str(checkpoint_of("mixtral")), device="cpu"), text))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from editing.methods.router_steering import expert_scores, mean_scores, middle_layers, router_plan
+from editing.methods.material import Material
+from editing.methods.router_steering import RouterSteering, expert_scores, mean_scores, middle_layers
 from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.errors import BrocaError, UsageError
@@ -93,7 +94,9 @@ def test_the_plan_is_the_one_of_loops(loaded_of, text, family):
     assert [statistics.routed[LAYER, :EXPERTS, k].tolist() for k in range(3)] == list(counts.values())
     scores = expert_scores(statistics, ["qab"], 3, threshold)
     assert scores[LAYER].tolist() == pytest.approx(expected, abs=1e-12)
-    plan = router_plan(loaded, corpus, scores, mean_scores(statistics), [LAYER], strength)
+    plan = RouterSteering(strength=strength).raised(
+        Material(loaded, corpus), [LAYER], scores, mean_scores(statistics)
+    )
     (edit,) = plan.edits
     assert edit.block == loaded.anatomy.layout.router.path and edit.components == ()
     assert edit.notes["experts"] == {str(e): pytest.approx(s) for e, s in enumerate(expected) if s}
@@ -130,7 +133,7 @@ def test_mean_scores_move_by_the_edit_and_targets_get_more_tokens(loaded_of, tex
     scores = torch.zeros(3, EXPERTS, dtype=torch.float64)
     scores[LAYER, 2] = 0.9
     means = mean_scores(before)
-    plan = router_plan(loaded, corpus, scores, means, [LAYER], 3.0)
+    plan = RouterSteering(strength=3.0).raised(Material(loaded, corpus), [LAYER], scores, means)
     with applied(loaded, plan):
         after = record_corpus(loaded, corpus, [ROUTING, "router_out:sum"], TEXTS)
     moved = (after.moments["router_out:sum"] - before.moments["router_out:sum"])[LAYER].sum(
@@ -154,12 +157,12 @@ def test_what_is_refused(loaded_of, text, checkpoint_of):
         expert_scores(statistics, ["qaa"], threshold=1.5)
     zeros = torch.zeros(3, EXPERTS)
     with pytest.raises(BrocaError, match="changes nothing"):
-        router_plan(loaded, corpus, zeros, zeros)
+        RouterSteering().raised(Material(loaded, corpus), middle_layers(loaded), zeros, zeros)
     dense = load_model(str(checkpoint_of("llama")))
     with pytest.raises(UsageError, match="no router"):
         middle_layers(dense)
     with pytest.raises(UsageError, match="layer 0 has no router"):
-        router_plan(dense, corpus, zeros, zeros, [0])
+        RouterSteering().raised(Material(dense, corpus), [0], zeros, zeros)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

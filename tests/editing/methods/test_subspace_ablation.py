@@ -9,12 +9,7 @@ import torch
 from editing.directions.direction import Direction
 from editing.methods.directional_ablation import directional_ablation_plan
 from editing.methods.material import Material
-from editing.methods.subspace_ablation import (
-    AblateSubspace,
-    orthonormal,
-    subspace_ablation,
-    subspace_ablation_plan,
-)
+from editing.methods.subspace_ablation import AblateSubspace, orthonormal, subspace_ablation
 from editing.plans.applied import applied
 from neurons.architectures.sites import site_hooks
 from neurons.errors import BrocaError, UsageError
@@ -57,19 +52,19 @@ def naive(weight, basis, strength):
 @pytest.mark.parametrize("strength", [1.0, 0.3, -0.7])
 def test_equals_the_formula(strength, rank):
     weight, basis = random_numbers(7, 12), gram_schmidt(random_numbers(7, rank, seed=1))
-    result = subspace_ablation(weight, basis, strength)
-    assert result.left.shape == (7, rank) and result.right.shape == (12, rank)
-    edited = weight + result.left @ result.right.T
+    left, right = subspace_ablation(weight, basis, strength)
+    assert left.shape == (7, rank) and right.shape == (12, rank)
+    edited = weight + left @ right.T
     torch.testing.assert_close(edited, naive(weight, basis, strength), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(basis.T @ edited, (1 - strength) * basis.T @ weight, rtol=1e-10, atol=1e-12)
 
 
 def test_by_hand():
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    result = subspace_ablation(weight, torch.eye(3)[:, [2, 0]], 1.0)
-    assert (weight + result.left @ result.right.T).tolist() == [[0, 0], [3, 4], [0, 0]]
-    louder = subspace_ablation(weight, torch.eye(3)[:, [1]], -1.0)
-    assert (weight + louder.left @ louder.right.T).tolist() == [[1, 2], [6, 8], [5, 6]]
+    left, right = subspace_ablation(weight, torch.eye(3)[:, [2, 0]], 1.0)
+    assert (weight + left @ right.T).tolist() == [[0, 0], [3, 4], [0, 0]]
+    left, right = subspace_ablation(weight, torch.eye(3)[:, [1]], -1.0)
+    assert (weight + left @ right.T).tolist() == [[1, 2], [6, 8], [5, 6]]
 
 
 def test_orthonormal_has_the_same_span_and_marks_dependent_columns():
@@ -104,6 +99,12 @@ def direction_of(seed, source="qaa", target="qab", rank=None):
             bases = [gram_schmidt(random_numbers(64, rank, seed=seed + 10 * i + layer)) for layer in range(3)]
             subspaces[site] = torch.stack(bases)
     return Direction(source, target, vectors, {}, {"method": "test"}, subspaces)
+
+
+def plan_of(loaded, *directions, layers=None, blocks=None, **settings):
+    return AblateSubspace(**settings).plan_for(
+        Material(loaded, directions=directions, layers=layers, blocks=blocks)
+    )
 
 
 def logits(loaded):
@@ -143,7 +144,7 @@ def loaded_of(checkpoint_of):
 )
 def test_equals_a_hook_that_removes_the_subspace(loaded_of, model_type, site, strength):
     loaded, direction = loaded_of(model_type), direction_of(3, rank=4)
-    plan = subspace_ablation_plan(loaded, direction, [0, 2], site=site, strength=strength)
+    plan = plan_of(loaded, direction, layers=[0, 2], site=site, strength=strength)
     bases = {
         (layer, block): direction.subspaces["block_out" if site == "block_out" else f"{block}_out"][layer]
         for layer in (0, 2)
@@ -159,7 +160,7 @@ def test_equals_a_hook_that_removes_the_subspace(loaded_of, model_type, site, st
 
 def test_the_plan_lists_its_changes(loaded_of):
     loaded, direction = loaded_of("llama"), direction_of(3, rank=4)
-    plan = subspace_ablation_plan(loaded, direction, [2, 1], strength=0.6, rank=3)
+    plan = plan_of(loaded, direction, layers=[2, 1], strength=0.6, rank=3)
     assert [(edit.layer, edit.block) for edit in plan.edits] == [
         (1, "attn"), (1, "mlp"), (2, "attn"), (2, "mlp")
     ]  # fmt: skip
@@ -184,19 +185,19 @@ def test_the_plan_lists_its_changes(loaded_of):
 def test_columns_beyond_the_rank_of_a_layer_are_ignored(loaded_of):
     loaded, direction = loaded_of("llama"), direction_of(3, rank=4)
     direction.subspaces["block_out"][1, :, 2:] = 0
-    plan = subspace_ablation_plan(loaded, direction, blocks=["mlp"])
+    plan = plan_of(loaded, direction, blocks=["mlp"])
     assert [edit.rank for edit in plan.edits] == [4, 2, 4]
     with pytest.raises(UsageError, match="rank 3: the subspace at block_out of layer 1 has 2"):
-        subspace_ablation_plan(loaded, direction, blocks=["mlp"], rank=3)
+        plan_of(loaded, direction, blocks=["mlp"], rank=3)
     direction.subspaces["block_out"][1] = 0
     with pytest.raises(BrocaError, match="block_out of layer 1 is empty"):
-        subspace_ablation_plan(loaded, direction)
+        plan_of(loaded, direction)
 
 
 def test_several_directions_span_a_subspace(loaded_of):
     loaded = loaded_of("llama")
     several = [direction_of(20), direction_of(30, target="qac"), direction_of(40, "qab", "qac")]
-    plan = subspace_ablation_plan(loaded, several, from_layer=1)
+    plan = plan_of(loaded, *several, from_layer=1)
     vectors = torch.stack([direction.vectors["block_out"][1] for direction in several], dim=1)
     basis = gram_schmidt(vectors)
     for edit in plan.edits:
@@ -218,7 +219,7 @@ def test_one_dimension_is_directional_ablation(loaded_of):
     loaded, direction = loaded_of("gpt2"), direction_of(3)
     vectors = direction.vectors["block_out"]
     direction.subspaces["block_out"] = (vectors / vectors.norm(dim=1, keepdim=True))[..., None]
-    a = subspace_ablation_plan(loaded, direction, strength=0.7)
+    a = plan_of(loaded, direction, strength=0.7)
     b = directional_ablation_plan(loaded, direction, strength=0.7)
     for edit, other in zip(a.edits, b.edits, strict=True):
         torch.testing.assert_close(edit.left @ edit.right.T, other.left @ other.right.T)
@@ -230,8 +231,8 @@ def test_one_dimension_is_directional_ablation(loaded_of):
 
 def test_a_scaled_plan_is_the_plan_of_that_strength(loaded_of):
     loaded, direction = loaded_of("gpt2"), direction_of(3, rank=2)
-    scaled = subspace_ablation_plan(loaded, direction, [1]).scaled(-0.5)
-    expected = subspace_ablation_plan(loaded, direction, [1], strength=-0.5)
+    scaled = plan_of(loaded, direction, layers=[1]).scaled(-0.5)
+    expected = plan_of(loaded, direction, layers=[1], strength=-0.5)
     assert scaled.metadata == expected.metadata
     for a, b in zip(scaled.edits, expected.edits, strict=True):
         torch.testing.assert_close(a.left @ a.right.T, b.left @ b.right.T)
@@ -251,31 +252,31 @@ def test_refuses_bad_input(loaded_of, tmp_path):
         ({"rank": 5}, "rank 5"),
     ):
         with pytest.raises(UsageError, match=message):
-            subspace_ablation_plan(llama, direction, **wrong)
+            plan_of(llama, direction, **wrong)
     with pytest.raises(UsageError, match="at least one direction"):
-        subspace_ablation_plan(llama, [])
+        plan_of(llama)
     with pytest.raises(UsageError, match="rank"):
-        subspace_ablation_plan(llama, [direction, direction_of(9)], rank=1)
+        plan_of(llama, direction, direction_of(9), rank=1)
     with pytest.raises(BrocaError, match="no subspace at block_out"):
-        subspace_ablation_plan(llama, direction_of(3))
+        plan_of(llama, direction_of(3))
     twin = Direction("qaa", "qac", {k: -2 * v for k, v in direction.vectors.items()}, {}, {})
     with pytest.raises(BrocaError, match=r"qaa to qac .*block_out of layer 0"):
-        subspace_ablation_plan(llama, [direction, direction_of(9), twin])
+        plan_of(llama, direction, direction_of(9), twin)
     twin.vectors["block_out"][0] = 0
     with pytest.raises(BrocaError, match=r"qaa to qac .*length 0"):
-        subspace_ablation_plan(llama, [twin, direction])
+        plan_of(llama, twin, direction)
     other = Direction("qaa", "qab", {}, {}, {"fingerprint": "0123"}, direction.subspaces)
     with pytest.raises(BrocaError, match="0123"):
-        subspace_ablation_plan(llama, other)
+        plan_of(llama, other)
     with pytest.raises(BrocaError, match="'own'"):
-        subspace_ablation_plan(loaded_of("gemma2"), direction)
+        plan_of(loaded_of("gemma2"), direction)
     model = models.tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[7:9] = 0
     silent = load_model(str(models.save_checkpoint(model, tmp_path / "model")), device="cpu")
     axes = torch.eye(64, dtype=torch.float64)[:, 7:9].repeat(3, 1, 1)
     with pytest.raises(BrocaError, match="layer 1, mlp"):
-        subspace_ablation_plan(silent, Direction("qaa", "qab", {}, {}, {}, {"block_out": axes}))
+        plan_of(silent, Direction("qaa", "qab", {}, {}, {}, {"block_out": axes}))
 
 
 def test_a_study_of_a_model_with_norms_takes_the_outputs_own_subspaces(checkpoint_of, corpus):
