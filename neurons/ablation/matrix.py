@@ -81,12 +81,9 @@ def bootstrapped(
     differences between conditions are those on the same text.
 
     Args:
-        losses: of texts by conditions.
         untouched: which condition is the model as it is.
         kept: conditions whose replicates are wanted, for ``specificity``.
         draws: bootstrap samples.
-        seed: of the draws.
-        confidence: of the intervals.
 
     Returns:
         The changes of all conditions, and condition of ``kept`` -> replicates of its changes, float64 [draws, K].
@@ -111,7 +108,6 @@ def specificity(matrix: torch.Tensor, drawn: torch.Tensor, confidence: float = C
     Args:
         matrix: D, float64 [K, K], K at least 2.
         drawn: its replicates, float64 [draws, K, K].
-        confidence: of the interval.
     """
     own, other = _parts(matrix[None])
     low, high = percentile_interval(_quotient(*_parts(drawn)), confidence).tolist()

@@ -46,10 +46,7 @@ class Settings:
         draws: of each control.
         doses: shares of each language's neurons, in the order of ``dosed``; with ``dose_of_model`` of all neurons of
             the model.
-        dose_of_model: as said.
-        seed: of all draws.
         resamples: bootstrap samples.
-        confidence: of the intervals.
     """
 
     way: str = "zero"
@@ -123,8 +120,6 @@ class SetOutcome:
     """What ablating one neuron set does.
 
     Attributes:
-        name: of the set.
-        method: that found it.
         sizes: neurons of each language.
         own: [K, K], row i without language i's neurons.
         controls: control -> [K, K] of each draw.
@@ -151,11 +146,8 @@ class Study:
 
     Attributes:
         languages: the K names.
-        texts: of each language.
         tokens: predicted tokens of each language.
         baseline: float64 [K], mean negative log-likelihood of the untouched model, nats a token.
-        sets: a neuron set each.
-        settings: what was done.
         metadata: JSON values: model, fingerprint, corpus, packages, sets.
         prompts: of each language; empty without prompts.
         answers: measure of ``neurons.ablation.accuracy`` -> float64 [K] of the untouched model.

@@ -201,7 +201,6 @@ class Anatomy:
     """The parts of a loaded model.
 
     Attributes:
-        model_type: from the config.
         layers: number of layers L.
         residual: width d of the residual stream.
         neurons: places for MLP neurons in a layer, of all experts together: the maximum over the layers.
@@ -780,7 +779,6 @@ def assembled(
 
     Args:
         layout: of the family, resolved for this model.
-        model_type: from the config.
         blocks: the decoder layers, each with at least the modules that the layout names.
         residual: width d of the residual stream.
         heads: (layer, input width of o_proj) -> query heads A and width D of a head.

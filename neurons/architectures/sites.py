@@ -41,7 +41,6 @@ class Routed:
     """The tokens of an expert's values.
 
     Attributes:
-        expert: index of the expert.
         tokens: int64 [n], indices into the flattened rows * length.
         weights: [n], the factors of the expert's outputs: the router's weights, of a shared expert the sigmoids that
             multiply it; None without a factor, and for experts that get weighted inputs.

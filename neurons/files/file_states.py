@@ -28,7 +28,6 @@ class OncePerState:
         Args:
             place: the path that the text describes.
             files: all files that it depends on, which must exist.
-            compute: reads the files.
         """
         place, state = place.absolute(), _state(files)
         kept = self._kept.get(place)

@@ -160,7 +160,6 @@ def read_tensor(
     """The values of a tensor in its stored dtype, on the CPU; reads only its bytes.
 
     Args:
-        entry: the location of the tensor.
         rows: a slice of the first dimension without a step; None reads all.
         into: a contiguous uint8 buffer of at least the bytes to read, which the result then shares.  Default:
             new memory, whose first use costs more than the reading.
@@ -182,7 +181,6 @@ def read_bytes(entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
     """The stored bytes of a tensor of any dtype, flat uint8, on the CPU.
 
     Args:
-        entry: the location of the tensor.
         rows: as in ``read_tensor``.
 
     Raises:

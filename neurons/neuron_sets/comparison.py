@@ -68,7 +68,6 @@ class Comparison:
     """Comparison of S neuron sets over the K languages that all of them have.
 
     Attributes:
-        names: of the sets.
         languages: the common languages, in the first set's order.
         left_out: languages of each set that another set does not have.
         sizes: int64 [S, K], number of neurons.
@@ -95,7 +94,6 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
 
     Args:
         sets: the sets; a set without a fingerprint (from a foreign file) is compatible with every other.
-        names: a name for each.
 
     Raises:
         UsageError: fewer than two sets.

@@ -217,8 +217,6 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
     """A random control of a neuron set: as many random neurons in each layer, none of the language's own.
 
     Args:
-        like: the set.
-        seed: random seed.
         statistics: with ``mlp_in:absolute`` (of heads ``attn_in:absolute``), to match the control in activity too.
 
     Raises:

@@ -42,7 +42,6 @@ def record_answers(
     """Sum a moment over the prompts of each language.
 
     Args:
-        loaded: the model.
         prompts: prompts with answers; only the first token of an answer is used.
         moment: ``answer`` or ``answer_recognition`` (CULNIG's s at the output of the gate),
             ``answer_control`` (the same, negative scores as 0) or ``integrated`` (the integrated gradient

@@ -153,7 +153,6 @@ def head_effects(values: torch.Tensor, gradient: torch.Tensor, heads: int, width
     Args:
         values: [..., n], the channels of head i from i * ``width`` on; others follow.
         gradient: of the loss, of the shape of ``values``.
-        heads: number of heads.
         width: channels of a head.
     """
     exact = torch.promote_types(values.dtype, torch.float32)

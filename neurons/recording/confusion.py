@@ -75,7 +75,6 @@ def record_confusion(
     """Sum the ``top`` largest rises of each point over the points of each language.
 
     Args:
-        loaded: the model.
         points: language that the answers should be in -> points.
         top: number of rises that a point counts.
         moment: "confusion" or "confusion_sibling".
@@ -162,7 +161,6 @@ class _FixedNorm:
     It is read from its outputs: N(x) = gain * (x - mean(x) if it centres) * scale + bias.
 
     Args:
-        loaded: the model.
         ends: [rows, d], outputs of the last layer.
 
     Raises:
@@ -207,7 +205,6 @@ class _Read:
     """A batch of points that the model has read.
 
     Args:
-        loaded: the model.
         batch: the points, on the model's device.
         wrong: int64 [rows], the token that follows each.
     """

@@ -35,7 +35,6 @@ class ConversationBatches:
 
     Attributes:
         batches: language -> its batches, whose ``groups`` are indices into ``groups``.
-        groups: names of the groups.
     """
 
     batches: Mapping[str, Sequence[TokenBatch]]
@@ -62,7 +61,6 @@ def conversation_batches(
     """Batches of conversations with the group of every token.
 
     Args:
-        loaded: the model.
         conversations: language -> its conversations.
         tokens_a_batch: None: as many as fit into memory in a pass without gradients.
 
