@@ -69,7 +69,6 @@ class Specificity:
 
 def bootstrapped(
     losses: TextLosses,
-    untouched: int,
     kept: Sequence[int] = (),
     draws: int = DRAWS,
     seed: int = 0,
@@ -81,7 +80,7 @@ def bootstrapped(
     differences between conditions are those on the same text.
 
     Args:
-        untouched: which condition is the model as it is.
+        losses: condition 0 is the model as it is.
         kept: conditions whose replicates are wanted, for ``specificity``.
         draws: bootstrap samples.
 
@@ -91,7 +90,7 @@ def bootstrapped(
     columns, drawn = [], []
     for place, (language, sums) in enumerate(losses.sums.items()):
         tokens = losses.tokens[language]
-        rises = sums - sums[:, [untouched]]
+        rises = sums - sums[:, [0]]
         estimate = ratio(rises, tokens)
         some = replicates(rises, tokens, draws, seed * len(losses.sums) + place)
         ends = bca_interval(some, estimate, without_each(rises, tokens), confidence)

@@ -279,12 +279,12 @@ def ablation_study(
             else {}
         )
     of_answers = {
-        measure: bootstrapped(values, 0, (), how.resamples, how.seed, how.confidence)[0]
+        measure: bootstrapped(values, (), how.resamples, how.seed, how.confidence)[0]
         for measure, values in answers.items()
     }
     place = {number: i for i, number in enumerate(on_prompts)}
     kept = [condition for one in plans.values() for condition in one.own]
-    changes_of_text, drawn = bootstrapped(losses, 0, kept, how.resamples, how.seed, how.confidence)
+    changes_of_text, drawn = bootstrapped(losses, kept, how.resamples, how.seed, how.confidence)
     return Study(
         languages=languages,
         texts=tuple(len(losses.tokens[language]) for language in languages),

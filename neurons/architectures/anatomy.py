@@ -556,16 +556,8 @@ class Anatomy:
         """The part that holds a column of W."""
         return next(part for part in self.parts(layer, block) if column < part.columns.stop)
 
-    def output_weight(self, layer: int, block: str) -> torch.Tensor:
-        """W as a view of the live parameter: writing into it edits the model.
-
-        Returns:
-            [d, n]; for the MLP of a mixture [E, d, I], without a shared expert.
-        """
-        return self.parts(layer, block)[0].weight
-
     def weight_values(self, layer: int, block: str) -> torch.Tensor:
-        """W as in ``output_weight``, read-only; also of an offloaded or (dequantised) a quantised module."""
+        """W [d, n], for the MLP of a mixture [E, d, I] without a shared expert: ``Part.values``."""
         return self.parts(layer, block)[0].values
 
     def output_norms(self, layer: int, block: str) -> torch.Tensor:

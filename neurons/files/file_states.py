@@ -40,9 +40,6 @@ class OncePerState:
             self._kept[place] = state, text
         return text
 
-    def forget(self) -> None:
-        self._kept.clear()
-
 
 def _state(files: Sequence[Path]) -> _State:
     states = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -434,14 +435,9 @@ def _is_metadata(value: object) -> bool:
 
 def _product(shape: list[int]) -> int | None:
     """Number of values of a tensor, or None for a shape beyond the limits."""
-    if len(shape) > _MAX_DIMENSIONS:
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _MAX_SIZE:
         return None
-    numbers, strides = 1, 1
-    for size in shape:
-        numbers, strides = numbers * size, strides * max(size, 1)
-        if strides > _MAX_SIZE:
-            return None
-    return numbers
+    return math.prod(shape)
 
 
 def _counts(value: object) -> TypeGuard[list[int]]:
