@@ -70,7 +70,6 @@ class Setting:
 
         Args:
             typed: the option as the user wrote it, for the error message.
-            text: the text of the value.
 
         Raises:
             UsageError: the text is not of this kind.
@@ -179,7 +178,6 @@ def assigned(assignments: Sequence[str], already: Sequence[str] = ()) -> dict[st
     """Split each ``--set name=value`` into name and text.
 
     Args:
-        assignments: as the user wrote them.
         already: names that were set by other options.
 
     Raises:
@@ -203,7 +201,6 @@ def read_settings(
     """Parse and check the given settings.
 
     Args:
-        declared: all settings of the method.
         given: name -> text or value.
         typed: name -> how the user wrote it; by default as ``--set name=value``.
 

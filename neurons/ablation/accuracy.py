@@ -28,7 +28,6 @@ class PromptBatches:
     """Prompts with their answers as batches; ``read`` measures the answers.
 
     Args:
-        loaded: the model.
         prompts: by label.
         tokens_a_batch: positions read at once.
 

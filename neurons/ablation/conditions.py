@@ -31,7 +31,6 @@ class Condition:
 
     Attributes:
         rows: int64 [n, 2], (layer, column of the site), sorted; empty for the unchanged model.
-        replacement: what replaces their values.
         site: "mlp_in", where columns are neurons, or "attn_in", where they are channels of heads.
     """
 
@@ -102,7 +101,6 @@ def condition_losses(
     condition runs from there.  Equal conditions run once.
 
     Args:
-        loaded: the model.
         batches: language -> its batches, one text a row.
         conditions: in the order of the result's columns.
         ledger: the store of finished losses; None keeps them in memory.

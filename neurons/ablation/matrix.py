@@ -69,7 +69,6 @@ class Specificity:
 
 def bootstrapped(
     losses: TextLosses,
-    untouched: int,
     kept: Sequence[int] = (),
     draws: int = DRAWS,
     seed: int = 0,
@@ -81,12 +80,9 @@ def bootstrapped(
     differences between conditions are those on the same text.
 
     Args:
-        losses: of texts by conditions.
-        untouched: which condition is the model as it is.
+        losses: condition 0 is the model as it is.
         kept: conditions whose replicates are wanted, for ``specificity``.
         draws: bootstrap samples.
-        seed: of the draws.
-        confidence: of the intervals.
 
     Returns:
         The changes of all conditions, and condition of ``kept`` -> replicates of its changes, float64 [draws, K].
@@ -94,7 +90,7 @@ def bootstrapped(
     columns, drawn = [], []
     for place, (language, sums) in enumerate(losses.sums.items()):
         tokens = losses.tokens[language]
-        rises = sums - sums[:, [untouched]]
+        rises = sums - sums[:, [0]]
         estimate = ratio(rises, tokens)
         some = replicates(rises, tokens, draws, seed * len(losses.sums) + place)
         ends = bca_interval(some, estimate, without_each(rises, tokens), confidence)
@@ -111,7 +107,6 @@ def specificity(matrix: torch.Tensor, drawn: torch.Tensor, confidence: float = C
     Args:
         matrix: D, float64 [K, K], K at least 2.
         drawn: its replicates, float64 [draws, K, K].
-        confidence: of the interval.
     """
     own, other = _parts(matrix[None])
     low, high = percentile_interval(_quotient(*_parts(drawn)), confidence).tolist()

@@ -83,9 +83,7 @@ def ablation_hooks(
     They write into the values in place, so gradients must be off.
 
     Args:
-        anatomy: of the model.
         rows: int64 [n, 2], (layer, column of the site).
-        replacement: what replaces their values.
         counted: bool [rows, length] of the batch, on the model's device.
         turn: name of the batch; the draws of "resample" depend on it and the seed.
         site: "mlp_in" or "attn_in".

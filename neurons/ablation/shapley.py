@@ -63,8 +63,6 @@ def record_shapley(
 
     Args:
         loaded: the model, unchanged afterwards.
-        corpus: text.
-        method: its settings.
         tokens: maximum tokens of a language; None: the corpus's, else ``SHAPLEY.tokens``.  Every step of a permutation
             reads them once.
         progress: called with numbers of heads that add up to those of all permutations and languages.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,7 @@ class Settings:
         draws: of each control.
         doses: shares of each language's neurons, in the order of ``dosed``; with ``dose_of_model`` of all neurons of
             the model.
-        dose_of_model: as said.
-        seed: of all draws.
         resamples: bootstrap samples.
-        confidence: of the intervals.
     """
 
     way: str = "zero"
@@ -123,8 +119,6 @@ class SetOutcome:
     """What ablating one neuron set does.
 
     Attributes:
-        name: of the set.
-        method: that found it.
         sizes: neurons of each language.
         own: [K, K], row i without language i's neurons.
         controls: control -> [K, K] of each draw.
@@ -151,11 +145,8 @@ class Study:
 
     Attributes:
         languages: the K names.
-        texts: of each language.
         tokens: predicted tokens of each language.
         baseline: float64 [K], mean negative log-likelihood of the untouched model, nats a token.
-        sets: a neuron set each.
-        settings: what was done.
         metadata: JSON values: model, fingerprint, corpus, packages, sets.
         prompts: of each language; empty without prompts.
         answers: measure of ``neurons.ablation.accuracy`` -> float64 [K] of the untouched model.
@@ -175,28 +166,6 @@ class Study:
 def units_of(study: Study) -> str:
     """What the sets of a study hold: "neurons", "heads" or "neurons or heads"."""
     return " or ".join(f"{unit}s" for unit in UNITS if any(one.unit == unit for one in study.sets))
-
-
-@dataclass
-class _Plan:
-    """Conditions, and what each of them is for."""
-
-    conditions: list[Condition] = field(default_factory=lambda: [UNTOUCHED])
-
-    def add(
-        self,
-        members: Mapping[str, torch.Tensor],
-        languages: Sequence[str],
-        how: Replacement,
-        unit: str,
-        anatomy: Anatomy,
-    ) -> list[int]:
-        """A condition for each language; their numbers."""
-        first, site = len(self.conditions), f"{UNITS[unit]}_in"
-        self.conditions += [
-            Condition(anatomy.unit_columns(unit, members[language]), how, site) for language in languages
-        ]
-        return list(range(first, len(self.conditions)))
 
 
 @dataclass(frozen=True)
@@ -257,9 +226,10 @@ def ablation_study(
         statistics = record_corpus(loaded, corpus, moments, TEXTS, tokens, None, batch_tokens)
     if statistics is not None and moments:
         loaded.require_fingerprint({"fingerprint": statistics.fingerprint}, "the statistics")
-    plan = _Plan()
+    conditions = [UNTOUCHED]
     plans = {
-        name: _planned(plan, one, languages, loaded.anatomy, how, statistics) for name, one in sets.items()
+        name: _planned(conditions, one, languages, loaded.anatomy, how, statistics)
+        for name, one in sets.items()
     }
 
     size = batches_for(loaded, False, 1)[0] if batch_tokens is None else batch_tokens
@@ -269,8 +239,8 @@ def ablation_study(
             raise UsageError(f"language {language!r} has no text of two tokens or more")
     asked = None if prompts is None else PromptBatches(loaded, prompts, size)
     on_prompts = [0, *(number for one in plans.values() for number in one.on_prompts)]
-    distinct = {condition.digest for condition in plan.conditions}
-    of_prompts = {plan.conditions[number].digest for number in on_prompts}
+    distinct = {condition.digest for condition in conditions}
+    of_prompts = {conditions[number].digest for number in on_prompts}
     total = len(distinct) * _counted(batches) + (len(of_prompts) * _counted(asked.of) if asked else 0)
 
     def advance(count: int) -> None:
@@ -280,19 +250,19 @@ def ablation_study(
     of_study = ["ablation", "" if prompts is None else prompts.digest]
     key = recording_key(loaded, {**batches, **(asked.of if asked else {})}, of_study)
     with nullcontext(InMemory()) if out is None else LedgerFile(out, key) as ledger:
-        losses = condition_losses(loaded, batches, plan.conditions, ledger, advance)
+        losses = condition_losses(loaded, batches, conditions, ledger, advance)
         answers = (
-            asked.measured(loaded, [plan.conditions[number] for number in on_prompts], ledger, advance)
+            asked.measured(loaded, [conditions[number] for number in on_prompts], ledger, advance)
             if asked
             else {}
         )
     of_answers = {
-        measure: bootstrapped(values, 0, (), how.resamples, how.seed, how.confidence)[0]
+        measure: bootstrapped(values, (), how.resamples, how.seed, how.confidence)[0]
         for measure, values in answers.items()
     }
     place = {number: i for i, number in enumerate(on_prompts)}
     kept = [condition for one in plans.values() for condition in one.own]
-    changes_of_text, drawn = bootstrapped(losses, 0, kept, how.resamples, how.seed, how.confidence)
+    changes_of_text, drawn = bootstrapped(losses, kept, how.resamples, how.seed, how.confidence)
     return Study(
         languages=languages,
         texts=tuple(len(losses.tokens[language]) for language in languages),
@@ -361,23 +331,27 @@ def _require_fit(
 
 
 def _planned(
-    plan: _Plan,
+    conditions: list[Condition],
     neurons: NeuronSet,
     languages: Sequence[str],
     anatomy: Anatomy,
     how: Settings,
     statistics: Statistics | None,
 ) -> _SetPlan:
+    """Appends the conditions of a set to ``conditions``."""
     means = None
     if how.way == "mean" and statistics is not None:
         means = means_of(statistics, neurons.site, how.mean_of)
-    add = partial(
-        plan.add,
-        languages=languages,
-        how=Replacement(how.way, means, how.seed),
-        unit=neurons.unit,
-        anatomy=anatomy,
-    )
+    replacement = Replacement(how.way, means, how.seed)
+
+    def add(members: Mapping[str, torch.Tensor]) -> list[int]:
+        """A condition for each language; their numbers."""
+        first = len(conditions)
+        for language in languages:
+            columns = anatomy.unit_columns(neurons.unit, members[language])
+            conditions.append(Condition(columns, replacement, neurons.site))
+        return list(range(first, len(conditions)))
+
     own = add(neurons.members)
     controls: dict[str, list[list[int]]] = {}
     for control in how.controls:

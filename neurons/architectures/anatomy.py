@@ -201,7 +201,6 @@ class Anatomy:
     """The parts of a loaded model.
 
     Attributes:
-        model_type: from the config.
         layers: number of layers L.
         residual: width d of the residual stream.
         neurons: places for MLP neurons in a layer, of all experts together: the maximum over the layers.
@@ -557,16 +556,8 @@ class Anatomy:
         """The part that holds a column of W."""
         return next(part for part in self.parts(layer, block) if column < part.columns.stop)
 
-    def output_weight(self, layer: int, block: str) -> torch.Tensor:
-        """W as a view of the live parameter: writing into it edits the model.
-
-        Returns:
-            [d, n]; for the MLP of a mixture [E, d, I], without a shared expert.
-        """
-        return self.parts(layer, block)[0].weight
-
     def weight_values(self, layer: int, block: str) -> torch.Tensor:
-        """W as in ``output_weight``, read-only; also of an offloaded or (dequantised) a quantised module."""
+        """W [d, n], for the MLP of a mixture [E, d, I] without a shared expert: ``Part.values``."""
         return self.parts(layer, block)[0].values
 
     def output_norms(self, layer: int, block: str) -> torch.Tensor:
@@ -780,7 +771,6 @@ def assembled(
 
     Args:
         layout: of the family, resolved for this model.
-        model_type: from the config.
         blocks: the decoder layers, each with at least the modules that the layout names.
         residual: width d of the residual stream.
         heads: (layer, input width of o_proj) -> query heads A and width D of a head.

@@ -33,8 +33,6 @@ def kind_of_attention(config: Any, layer: int, block: nn.Module) -> str:
 
     Args:
         config: of the language model.
-        layer: index of the layer.
-        block: the layer.
     """
     named = next(
         (kinds for name in _ATTENTION_KINDS if isinstance(kinds := getattr(config, name, None), list)), None
@@ -76,8 +74,6 @@ def head_shape(config: Any, layer: int, block: nn.Module, path: str, width: int)
 
     Args:
         config: of the language model.
-        layer: index of the layer.
-        block: the layer.
         path: of o_proj in the layer.
         width: of o_proj's input.
 

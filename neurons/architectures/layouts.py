@@ -256,7 +256,6 @@ def _mixture(
     *down: StoredForm,
     module: str = "mlp",
     attn: str = "self_attn.o_proj",
-    layers: str = "model.layers",
     prefixes: tuple[str, ...] = ("model.layers.", "layers."),
     router: Router | None = None,
     **rest: Any,
@@ -267,7 +266,7 @@ def _mixture(
     """
     experts = f"{module}.experts"
     return Layout(
-        layers=layers,
+        layers="model.layers",
         outputs={"attn": attn, "mlp": f"{experts}.down_proj"},
         gate=experts,
         up=experts,

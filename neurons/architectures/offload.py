@@ -70,7 +70,6 @@ def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
     """The values of a parameter or buffer, whether live or offloaded.
 
     Args:
-        model: any module.
         name: of the tensor, relative to ``model``.
     """
     module, leaf = _owner(model, name)
@@ -87,7 +86,6 @@ def replaced(model: nn.Module, name: str, values: torch.Tensor) -> Iterator[None
     module runs.
 
     Args:
-        model: any module.
         name: of the tensor, relative to ``model``; tied offloaded tensors are replaced one by one.
         values: of its shape; cast to its dtype and device.
     """
@@ -127,7 +125,6 @@ def overwritten(model: nn.Module, name: str, values: torch.Tensor, folder: Path)
     """As ``replaced``, but a tensor in memory is overwritten, with its own values saved in a file.
 
     Args:
-        model: any module.
         name: of the tensor, relative to ``model``.
         values: of its shape; cast to its dtype and device.
         folder: for the file, which remains there and is reused when the same tensor is overwritten again.

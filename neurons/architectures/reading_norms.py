@@ -32,7 +32,6 @@ class ReadingNorm:
     """A norm, and all that reads its output.
 
     Attributes:
-        layer: index of the layer.
         path: of the norm in its layer; also the site of its output (``neurons.architectures.sites.site_hooks``).
         readers: paths of the linear modules in the layer that read its output, in their order.
     """
@@ -48,8 +47,6 @@ def reading_norms(model: Any, anatomy: Anatomy, layers: Collection[int]) -> tupl
 
     Args:
         model: causal language model in eval mode.
-        anatomy: of the model.
-        layers: indices.
 
     Raises:
         BrocaError: a layer without such a norm, one whose norm something else reads too, as fused experts, or an

@@ -52,7 +52,6 @@ def self_check(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> None:
 
     Args:
         model: causal language model in eval mode.
-        anatomy: of the model.
         ids: int64 [rows, length], tokens without padding, on the model's device.
 
     Raises:
@@ -141,9 +140,7 @@ def residual_factor(model: Any, anatomy: Anatomy, site: str, layer: int, ids: to
 
     Args:
         model: causal language model.
-        anatomy: of the model.
         site: "attn_out", "mlp_out", or the path of a module after one of them in the layer, as a norm.
-        layer: index of the layer.
         ids: int64 [rows, length], tokens without padding, on the model's device.
 
     Returns:
@@ -209,7 +206,6 @@ def mixture_factor(model: Any, anatomy: Anatomy, layer: int, ids: torch.Tensor) 
 
     Args:
         model: causal language model.
-        anatomy: of the model.
         layer: a layer with a mixture.
         ids: int64 [rows, length], tokens without padding, on the model's device.
 

@@ -41,7 +41,6 @@ class Routed:
     """The tokens of an expert's values.
 
     Attributes:
-        expert: index of the expert.
         tokens: int64 [n], indices into the flattened rows * length.
         weights: [n], the factors of the expert's outputs: the router's weights, of a shared expert the sigmoids that
             multiply it; None without a factor, and for experts that get weighted inputs.
@@ -131,13 +130,16 @@ def _gathered(hook: SiteHook, where: torch.device) -> SiteHook:
         if routed is not None:
             weights = None if routed.weights is None else _moved(routed.weights, where)
             routed = replace(routed, tokens=_moved(routed.tokens, where), weights=weights)
-        offered = hook(moved, routed)
-        if offered is None and torch.is_grad_enabled():
-            # The values that the hook saw must be on the path to the loss.
-            offered = moved
+        offered = _replacement(hook, moved, routed)
         return None if offered is None else _moved(offered, values.device)
 
     return on_one_device
+
+
+def _replacement(hook: SiteHook, values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
+    """What replaces the values; with gradients at least the values themselves, which must be on the path to the loss."""
+    replacement = hook(values, routed)
+    return values if replacement is None and torch.is_grad_enabled() else replacement
 
 
 def _moved(values: torch.Tensor, where: torch.device) -> torch.Tensor:
@@ -267,11 +269,7 @@ def _of_sum(hook: SiteHook) -> SiteHook:
             earlier.append(values)
             return None
         before = earlier.pop()
-        total = before + values
-        offered = hook(total, routed)
-        if offered is None and torch.is_grad_enabled():
-            # The values that the hook saw must be on the path to the loss.
-            offered = total
+        offered = _replacement(hook, before + values, routed)
         return None if offered is None else offered - before
 
     return on_sum
@@ -335,11 +333,7 @@ def _padded(hook: SiteHook, width: int) -> SiteHook:
 
     def on_all(values: torch.Tensor, routed: Routed | None) -> torch.Tensor | None:
         own = values.shape[-1]
-        wide = nn.functional.pad(values, (0, width - own))
-        offered = hook(wide, routed)
-        if offered is None and torch.is_grad_enabled():
-            # The values that the hook saw must be on the path to the loss.
-            offered = wide
+        offered = _replacement(hook, nn.functional.pad(values, (0, width - own)), routed)
         return None if offered is None else offered[..., :own]
 
     return on_all

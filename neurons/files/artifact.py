@@ -152,7 +152,6 @@ def load_metadata(path: Path | str, kind: str | None = None) -> dict[str, Any]:
     """Read the metadata of a Broca file, without its tensors.
 
     Args:
-        path: the file.
         kind: the expected kind, or None for any.
 
     Raises:

@@ -28,7 +28,6 @@ class OncePerState:
         Args:
             place: the path that the text describes.
             files: all files that it depends on, which must exist.
-            compute: reads the files.
         """
         place, state = place.absolute(), _state(files)
         kept = self._kept.get(place)
@@ -40,9 +39,6 @@ class OncePerState:
         if _state(files) == state:
             self._kept[place] = state, text
         return text
-
-    def forget(self) -> None:
-        self._kept.clear()
 
 
 def _state(files: Sequence[Path]) -> _State:

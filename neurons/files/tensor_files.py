@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -160,7 +161,6 @@ def read_tensor(
     """The values of a tensor in its stored dtype, on the CPU; reads only its bytes.
 
     Args:
-        entry: the location of the tensor.
         rows: a slice of the first dimension without a step; None reads all.
         into: a contiguous uint8 buffer of at least the bytes to read, which the result then shares.  Default:
             new memory, whose first use costs more than the reading.
@@ -182,7 +182,6 @@ def read_bytes(entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
     """The stored bytes of a tensor of any dtype, flat uint8, on the CPU.
 
     Args:
-        entry: the location of the tensor.
         rows: as in ``read_tensor``.
 
     Raises:
@@ -436,14 +435,9 @@ def _is_metadata(value: object) -> bool:
 
 def _product(shape: list[int]) -> int | None:
     """Number of values of a tensor, or None for a shape beyond the limits."""
-    if len(shape) > _MAX_DIMENSIONS:
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _MAX_SIZE:
         return None
-    numbers, strides = 1, 1
-    for size in shape:
-        numbers, strides = numbers * size, strides * max(size, 1)
-        if strides > _MAX_SIZE:
-            return None
-    return numbers
+    return math.prod(shape)
 
 
 def _counts(value: object) -> TypeGuard[list[int]]:

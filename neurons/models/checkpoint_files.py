@@ -29,7 +29,6 @@ def check_directory(model: str, checkpoint: Path) -> None:
 
     Args:
         model: as the user wrote it.
-        checkpoint: the directory.
 
     Raises:
         UsageError: no ``config.json``, or an adapter without its base model.
@@ -104,7 +103,6 @@ def check_tied(model: str, checkpoint: Path, tied: bool | None = None) -> None:
 
     Args:
         model: as the user wrote it.
-        checkpoint: the directory.
         tied: ``tie_word_embeddings``; None reads it from config.json, or takes the default of its model type.
 
     Raises:
@@ -124,7 +122,6 @@ def tied_copies(checkpoint: Path, tied: bool | None = None) -> tuple[str, ...]:
     """The names of the output head and the embedding to which the config ties it, if both are stored; else ().
 
     Args:
-        checkpoint: the directory.
         tied: as for ``check_tied``.
     """
     settings = _settings(checkpoint / "config.json")
@@ -183,7 +180,6 @@ def quantised_message(model: str, checkpoint: Path, remedy: str) -> str:
 
     Args:
         model: as the user wrote it.
-        checkpoint: the directory.
         remedy: how to get an editable checkpoint if the weights are quantised.
     """
     try:

@@ -11,8 +11,6 @@ def require_embedded(name: str, tokenizer: Any, highest: int, rows: int) -> None
     """Reject a text with a token that has no embedding.
 
     Args:
-        name: of the model.
-        tokenizer: its tokenizer.
         highest: maximum token id of the text.
         rows: of the model's embedding.
 

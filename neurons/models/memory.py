@@ -158,7 +158,6 @@ class Need:
     """Memory that a stage needs.
 
     Attributes:
-        stage: its name.
         parts: purpose -> bytes.
         tokens: of a batch; 0 without batches.
         recomputes: whether activations are recomputed in the backward pass.
@@ -216,11 +215,9 @@ def batch_plan(
     """Tokens of a batch, a power of two, and whether activations are recomputed.
 
     Args:
-        sizes: of the model.
         room: bytes for the work.
         backward: whether gradients are computed.
         row: tokens of the longest row.
-        max_tokens: maximum tokens of a batch.
     """
 
     def fitting(recomputes: bool) -> int:
@@ -243,7 +240,6 @@ def sizes_of(source: ModelSource, value: int | None = None) -> Sizes:
     """The sizes of a model, in memory or still on disk.
 
     Args:
-        source: the model.
         value: bytes of a value in the computation; None uses the model's dtype, or the stored one.
     """
     anatomy, model = source.anatomy, getattr(source, "model", None)
@@ -289,7 +285,6 @@ def read_weights(planned: LoadedModel, logits: bool) -> int:
     """Bytes of weights that a pass over text loads into memory.
 
     Args:
-        planned: the model.
         logits: whether the LM head is used.
     """
     weights = sizes_of(planned).weights
@@ -412,7 +407,6 @@ def paused_room(loaded: LoadedModel, solving: int = 0) -> int:
     """Bytes for paused passes: what other work leaves, and of a CPU's memory no more than ``PAUSED_FRACTION``.
 
     Args:
-        loaded: the model.
         solving: bytes that are needed while the passes are paused.
     """
     if loaded.device.type == "cuda":

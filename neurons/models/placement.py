@@ -48,7 +48,6 @@ def weight_bytes(checkpoint: Path, each: int | None) -> int:
     """Bytes of a checkpoint's weights in memory.
 
     Args:
-        checkpoint: a local directory.
         each: bytes of a weight; None: as stored.
     """
     return sum(

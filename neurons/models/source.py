@@ -60,7 +60,6 @@ class ModelSource:
 
     Attributes:
         name: as the user wrote it.
-        checkpoint: the local directory.
         fingerprint: of the checkpoint (``neurons.models.fingerprint``).
         anatomy: of the model; its modules are empty (meta device) unless this is a LoadedModel.
     """
@@ -100,7 +99,6 @@ class LoadedModel(ModelSource):
 
     Attributes:
         model: the transformers causal language model, in eval mode, without gradients on its weights.
-        tokenizer: its tokenizer.
         quantised: bits, type and bitsandbytes' version if the weights were quantised on loading; else None.
             The fingerprint is that of the checkpoint in both cases, since edits apply to it.
     """
@@ -463,7 +461,6 @@ def read_config(model: str, checkpoint: Path, quantised: bool = False) -> Any:
 
     Args:
         model: its name, for messages.
-        checkpoint: a local directory.
         quantised: whether quantised weights are accepted.
 
     Raises:

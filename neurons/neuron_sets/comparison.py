@@ -15,7 +15,7 @@ import torch
 from scipy.stats import spearmanr
 
 from neurons.errors import BrocaError, UsageError
-from neurons.neuron_sets.neuron_set import NeuronSet
+from neurons.neuron_sets.neuron_set import NeuronSet, flat_places
 
 # Spearman's correlation of two neurons is 1 or -1 whatever the scores.
 MIN_RANKED = 3
@@ -68,7 +68,6 @@ class Comparison:
     """Comparison of S neuron sets over the K languages that all of them have.
 
     Attributes:
-        names: of the sets.
         languages: the common languages, in the first set's order.
         left_out: languages of each set that another set does not have.
         sizes: int64 [S, K], number of neurons.
@@ -95,7 +94,6 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
 
     Args:
         sets: the sets; a set without a fingerprint (from a foreign file) is compatible with every other.
-        names: a name for each.
 
     Raises:
         UsageError: fewer than two sets.
@@ -112,7 +110,7 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
         raise BrocaError(
             f"the neuron sets have no language in common ({held}): identify them with the same --languages"
         )
-    places = [[_places(s.of(language), sets[0].neurons) for language in languages] for s in sets]
+    places = [[flat_places(s.of(language), sets[0].neurons) for language in languages] for s in sets]
     flat = [neurons for of_set in places for neurons in of_set]
     count = len(languages)
     return Comparison(
@@ -135,7 +133,7 @@ def compare(sets: Sequence[NeuronSet], names: Sequence[str]) -> Comparison:
 
 def language_overlap(neurons: NeuronSet) -> torch.Tensor:
     """Jaccard index of every pair of languages of a set, float64 [K, K]."""
-    return _every_jaccard([_places(rows, neurons.neurons) for rows in neurons.members.values()])
+    return _every_jaccard([flat_places(rows, neurons.neurons) for rows in neurons.members.values()])
 
 
 def spearman(first: torch.Tensor, second: torch.Tensor) -> float | None:
@@ -165,11 +163,6 @@ def _require_one_model(sets: Sequence[NeuronSet], names: Sequence[str]) -> None:
             )
 
 
-def _places(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """The flat index of each neuron, int64 [n], ascending."""
-    return rows[:, 0] * width + rows[:, 1]
-
-
 def _every_jaccard(places: Sequence[torch.Tensor]) -> torch.Tensor:
     """float64 [n, n]."""
     shared = torch.zeros(len(places), len(places), dtype=torch.float64)
@@ -184,7 +177,7 @@ def _pair(sets: Sequence[NeuronSet], languages: Sequence[str], first: int, secon
     a, b = sets[first], sets[second]
     shared, by_layer, correlations = [], [], []
     for language in languages:
-        in_a, in_b = _places(a.of(language), a.neurons), _places(b.of(language), b.neurons)
+        in_a, in_b = flat_places(a.of(language), a.neurons), flat_places(b.of(language), b.neurons)
         also_b, also_a = torch.isin(in_a, in_b), torch.isin(in_b, in_a)
         common, of_a, of_b = (
             torch.bincount(places // a.neurons, minlength=a.layers) for places in (in_a[also_b], in_a, in_b)

@@ -61,7 +61,7 @@ def load_torch_file(path: Path) -> tuple[Any, str]:
     return content, hashlib.sha256(data).hexdigest()
 
 
-def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | None = None) -> NeuronSet:
+def read_masks(path: Path, languages: Sequence[str], width: int) -> NeuronSet:
     """A published mask file as a neuron set.
 
     Args:
@@ -69,14 +69,13 @@ def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | N
             as ``torch.tensor([])`` is a float.
         languages: names of the K languages, in the file's order.
         width: neurons I a layer, which the file does not hold.
-        layers: the expected L; None accepts the file's.
 
     Returns:
         The set, with all scores 0 (the file has none) and without a fingerprint: it fits any model.
 
     Raises:
         BrocaError: no such file, or not a mask file.
-        UsageError: another number of languages, layers or neurons than given, or bad names.
+        UsageError: another number of languages or neurons than given, or bad names.
     """
     if width < 1:
         raise UsageError(f"the width is {width}, but a layer has at least one neuron")
@@ -95,8 +94,6 @@ def read_masks(path: Path, languages: Sequence[str], width: int, layers: int | N
         depth_of_each = ", ".join(f"{k} {len(rows)}" for k, rows in zip(languages, content, strict=True))
         raise BrocaError(f"{path}: the languages differ in their number of layers ({depth_of_each})")
     depth = depths.pop()
-    if layers is not None and depth != layers:
-        raise UsageError(f"{path}: the file has {depth} layers, but the model has {layers}")
     members = {
         language: torch.cat(
             [

@@ -20,7 +20,7 @@ from neurons.scorers.language_confusion import LanguageConfusion
 from neurons.scorers.method import CONFUSIONS, PROMPTS, Scorer
 from neurons.scorers.random_control import random_like, random_matched, random_scores
 from neurons.scorers.registry import method_of
-from neurons.scorers.selection import Selection, select
+from neurons.scorers.selection import Selected, Selection, select
 from neurons.statistics.statistics import Statistics
 from neurons.text.corpus import Corpus
 from neurons.text.prompts import EXAMPLE, Prompts
@@ -203,13 +203,19 @@ def neurons_from(
         "recording": statistics.metadata.get("settings", {}),
         "notes": scores.notes,
     }
+    return _selected_set(dict(zip(languages, selected, strict=True)), layers, width, metadata)
+
+
+def _selected_set(
+    selected: Mapping[str, Selected], layers: int, neurons: int, metadata: Mapping[str, Any]
+) -> NeuronSet:
     return neuron_set(
-        {language: item.rows for language, item in zip(languages, selected, strict=True)},
-        {language: item.scores for language, item in zip(languages, selected, strict=True)},
+        {language: item.rows for language, item in selected.items()},
+        {language: item.scores for language, item in selected.items()},
         layers,
-        width,
+        neurons,
         metadata,
-        {language: item.kinds for language, item in zip(languages, selected, strict=True)},
+        {language: item.kinds for language, item in selected.items()},
     )
 
 
@@ -217,8 +223,6 @@ def random_set(like: NeuronSet, seed: int = 0, statistics: Statistics | None = N
     """A random control of a neuron set: as many random neurons in each layer, none of the language's own.
 
     Args:
-        like: the set.
-        seed: random seed.
         statistics: with ``mlp_in:absolute`` (of heads ``attn_in:absolute``), to match the control in activity too.
 
     Raises:
@@ -287,14 +291,8 @@ def random_neurons(
         "method": "random",
         "settings": {"seed": seed, "top_rate": top_rate},
     }
-    return neuron_set(
-        {language: item.rows for language, item in zip(languages, selected, strict=True)},
-        {language: item.scores for language, item in zip(languages, selected, strict=True)},
-        anatomy.layers,
-        anatomy.neurons,
-        metadata,
-        {language: item.kinds for language, item in zip(languages, selected, strict=True)},
-    )
+    of_language = dict(zip(languages, selected, strict=True))
+    return _selected_set(of_language, anatomy.layers, anatomy.neurons, metadata)
 
 
 def require_prompts(method: str, prompts: Prompts | None, control: Prompts | None) -> None:

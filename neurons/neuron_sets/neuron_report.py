@@ -28,12 +28,8 @@ class Snippet:
     """A position in text where the neuron is active.
 
     Attributes:
-        language: of the text.
         line: of the corpus.
         value: ``mlp_in`` at the token.
-        before: text before the token.
-        token: the token's text.
-        after: text after it.
     """
 
     language: str
@@ -70,7 +66,6 @@ class NeuronReport:
     """Report on one neuron.
 
     Attributes:
-        layer: of the neuron.
         neuron: its number in the layer (expert e, j: e * I + j).
         value_norm: norm of its value vector.
         snippets: by descending |value|, at most one from each text.

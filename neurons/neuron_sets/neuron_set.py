@@ -144,7 +144,7 @@ def neuron_set(
             bool((rows >= 0).all()) and int(rows[:, 0].max()) < layers and int(rows[:, 1].max()) < neurons
         ):
             raise BrocaError(f"language {language!r} names a neuron outside {layers} x {neurons}")
-        if len(_flat(rows, neurons).unique()) != len(rows):
+        if len(flat_places(rows, neurons).unique()) != len(rows):
             raise BrocaError(f"language {language!r} names a neuron twice")
         for name, values in (("scores", scores), ("kinds", kinds)):
             if values is not None and (language not in values or len(values[language]) != len(rows)):
@@ -157,9 +157,9 @@ def neuron_set(
     if kinds is None:
         owners = torch.zeros(layers * neurons, dtype=torch.int64)
         for rows in members.values():
-            owners[_flat(rows, neurons)] += 1
-        kinds = {k: kind_of(owners[_flat(rows, neurons)], len(members)) for k, rows in members.items()}
-    order = {k: _flat(rows, neurons).argsort(stable=True) for k, rows in members.items()}
+            owners[flat_places(rows, neurons)] += 1
+        kinds = {k: kind_of(owners[flat_places(rows, neurons)], len(members)) for k, rows in members.items()}
+    order = {k: flat_places(rows, neurons).argsort(stable=True) for k, rows in members.items()}
     return NeuronSet(
         members={k: rows[order[k]].to(torch.int64) for k, rows in members.items()},
         scores={k: scores[k][order[k]].double() for k in members},
@@ -170,7 +170,8 @@ def neuron_set(
     )
 
 
-def _flat(rows: torch.Tensor, neurons: int) -> torch.Tensor:
+def flat_places(rows: torch.Tensor, neurons: int) -> torch.Tensor:
+    """The number of each (layer, neuron) in the whole model, int64 [n]."""
     return rows[:, 0] * neurons + rows[:, 1]
 
 

@@ -5,7 +5,7 @@ A neuron of an expert is 0 at tokens that are not routed to its expert, and so i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -42,7 +42,6 @@ def record_answers(
     """Sum a moment over the prompts of each language.
 
     Args:
-        loaded: the model.
         prompts: prompts with answers; only the first token of an answer is used.
         moment: ``answer`` or ``answer_recognition`` (CULNIG's s at the output of the gate),
             ``answer_control`` (the same, negative scores as 0) or ``integrated`` (the integrated gradient
@@ -59,11 +58,9 @@ def record_answers(
     """
     anatomy, languages = loaded.anatomy, tuple(prompts.of)
     site = INTEGRATED_SITE if moment == "integrated" else CULNIG_SITE
-    name = f"{site}:{moment}"
     total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
-    counts = torch.tensor([len(of_language) for of_language in prompts.of.values()])
     tokens = [prompt_tokens(loaded, prompts, language) for language in languages]
-    expect(progress, int(counts.sum()))
+    expect(progress, sum(map(len, prompts.of.values())))
     for k, (rows, whole_answers) in enumerate(tokens):
         answers = torch.tensor([answer[0] for answer in whole_answers])
         # Every step of the integral is a row, and every expert has a place for every token.
@@ -82,16 +79,28 @@ def record_answers(
             total[..., k] += values.sum(1)
             if progress is not None:
                 progress(len(batch.ids))
+    return sums_over_prompts(loaded, f"{site}:{moment}", total, prompts.of)
+
+
+def sums_over_prompts(
+    loaded: LoadedModel, name: str, total: torch.Tensor, prompts: Mapping[str, Sequence[object]]
+) -> Statistics:
+    """Statistics of a moment's sums [L, I, K] over the prompts of each language.
+
+    Raises:
+        BrocaError: a sum that is not finite; names the layer.
+    """
     if not bool(torch.isfinite(total).all()):
         layer = int((~torch.isfinite(total)).nonzero()[0, 0])
         raise not_finite(loaded, f"{name} in layer {layer}")
+    none = torch.zeros(len(prompts), dtype=torch.int64)
     return Statistics(
-        languages=languages,
-        tokens=torch.zeros(len(languages), dtype=torch.int64),
-        texts=torch.zeros(len(languages), dtype=torch.int64),
+        languages=tuple(prompts),
+        tokens=none,
+        texts=none.clone(),
         moments={name: total},
         fingerprint=loaded.fingerprint,
-        prompts={moment: counts},
+        prompts={name.partition(":")[2]: torch.tensor([len(some) for some in prompts.values()])},
     )
 
 

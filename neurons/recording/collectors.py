@@ -31,10 +31,11 @@ class Collector(Protocol):
 
     def finish(self, layer: int, at: Position) -> None:
         """Called at the end of a layer of a model of mixtures, when all routed tokens are added."""
+        return
 
 
 @dataclass
-class TokenSums:
+class TokenSums(Collector):
     """``OF_TOKENS`` of one site, and the number of tokens routed to each expert."""
 
     site: str
@@ -65,12 +66,9 @@ class TokenSums:
             moment: self.totals.of(name, layer, device)[language, units] for moment, name in names.items()
         }
 
-    def finish(self, layer: int, at: Position) -> None:
-        pass
-
 
 @dataclass
-class TextSums:
+class TextSums(Collector):
     """``OF_TEXTS``, the worst rank and the responses of one site: a text's mean is over its counted tokens."""
 
     site: str
@@ -153,7 +151,6 @@ def head_effects(values: torch.Tensor, gradient: torch.Tensor, heads: int, width
     Args:
         values: [..., n], the channels of head i from i * ``width`` on; others follow.
         gradient: of the loss, of the shape of ``values``.
-        heads: number of heads.
         width: channels of a head.
     """
     exact = torch.promote_types(values.dtype, torch.float32)
@@ -162,7 +159,7 @@ def head_effects(values: torch.Tensor, gradient: torch.Tensor, heads: int, width
 
 
 @dataclass
-class Attribution:
+class Attribution(Collector):
     """|x * dLoss/dx| of one site, summed over tokens in the backward pass; at ``attn_in`` of each head."""
 
     site: str
@@ -192,6 +189,3 @@ class Attribution:
                 add_tokens(effects, positions, {"absolute": total[:heads]})
 
         values.register_hook(on_gradient)
-
-    def finish(self, layer: int, at: Position) -> None:
-        pass

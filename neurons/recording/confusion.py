@@ -20,9 +20,8 @@ from neurons.architectures.sites import logits, site_hooks
 from neurons.errors import BrocaError
 from neurons.models.memory import batches_for
 from neurons.models.next_token import positions_at_once, token_losses
-from neurons.models.not_finite import not_finite
 from neurons.models.source import LoadedModel
-from neurons.recording.answers import keep_last, prompt_tokens
+from neurons.recording.answers import keep_last, prompt_tokens, sums_over_prompts
 from neurons.recording.partial_forward import ending
 from neurons.recording.text_pass import Progress, expect, forward
 from neurons.scorers.language_confusion import rises
@@ -75,7 +74,6 @@ def record_confusion(
     """Sum the ``top`` largest rises of each point over the points of each language.
 
     Args:
-        loaded: the model.
         points: language that the answers should be in -> points.
         top: number of rises that a point counts.
         moment: "confusion" or "confusion_sibling".
@@ -89,8 +87,8 @@ def record_confusion(
             linear after the final norm; or a sum that is not finite.
     """
     _require_linear(loaded)
-    anatomy, languages = loaded.anatomy, tuple(points)
-    total = torch.zeros(anatomy.layers, anatomy.neurons, len(languages), dtype=torch.float64)
+    anatomy = loaded.anatomy
+    total = torch.zeros(anatomy.layers, anatomy.neurons, len(points), dtype=torch.float64)
     expect(progress, sum(map(len, points.values())))
     for k, of_language in enumerate(points.values()):
         at_once = batches_for(loaded, False, max(len(point.ids) for point in of_language))[0]
@@ -102,19 +100,7 @@ def record_confusion(
                 total[neurons[:, 0], neurons[:, 1], k] += values
             if progress is not None:
                 progress(len(batch.ids))
-    if not bool(torch.isfinite(total).all()):
-        layer = int((~torch.isfinite(total)).nonzero()[0, 0])
-        raise not_finite(loaded, f"mlp_in:{moment} in layer {layer}")
-    counts = torch.tensor([len(of_language) for of_language in points.values()])
-    none = torch.zeros(len(languages), dtype=torch.int64)
-    return Statistics(
-        languages=languages,
-        tokens=none,
-        texts=none.clone(),
-        moments={f"mlp_in:{moment}": total},
-        fingerprint=loaded.fingerprint,
-        prompts={moment: counts},
-    )
+    return sums_over_prompts(loaded, f"mlp_in:{moment}", total, points)
 
 
 def _require_linear(loaded: LoadedModel) -> None:
@@ -162,7 +148,6 @@ class _FixedNorm:
     It is read from its outputs: N(x) = gain * (x - mean(x) if it centres) * scale + bias.
 
     Args:
-        loaded: the model.
         ends: [rows, d], outputs of the last layer.
 
     Raises:
@@ -207,7 +192,6 @@ class _Read:
     """A batch of points that the model has read.
 
     Args:
-        loaded: the model.
         batch: the points, on the model's device.
         wrong: int64 [rows], the token that follows each.
     """

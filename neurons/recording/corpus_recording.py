@@ -192,8 +192,6 @@ def recording_key(
     """The identity of a recording: a state is resumed only by a recording with the same key.
 
     Args:
-        loaded: the model.
-        batches: the text.
         moments: what is recorded, with all its settings.
     """
     named = {

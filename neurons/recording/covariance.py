@@ -84,7 +84,6 @@ def language_moments(
     """Moments of ``site`` in each layer of ``units``, in one pass.
 
     Args:
-        loaded: the model.
         batches: language -> its batches.
         site: a site of ``neurons.architectures.anatomy.SITES``.
         units: layer -> int64 [S], indices of units.
@@ -109,7 +108,6 @@ def each_moments(
     The model must not change during the iteration.
 
     Args:
-        loaded: the model.
         batches: language -> its batches.
         units: (site, layer) -> int64 [S], indices of units.
         progress: called with numbers of tokens that add up to the number of all tokens.

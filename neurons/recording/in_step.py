@@ -40,7 +40,6 @@ class PassesInStep(AbstractContextManager["PassesInStep"]):
 
     Args:
         model: causal language model.
-        anatomy: its anatomy.
         passes: functions that run the model, without gradients.
         on_disk: whether the hidden states of paused passes are in temporary files.
     """
@@ -75,7 +74,6 @@ class PassesInStep(AbstractContextManager["PassesInStep"]):
         """Run all passes until they call the layer ``stop``; None runs them to their end.
 
         Args:
-            stop: a layer.
             before: called with the number of a pass before a part of it runs.
             after_layer: called with the number of a pass and the layer that it has run.
 

@@ -22,7 +22,6 @@ def lens_logits(model: Any, anatomy: Anatomy, vectors: torch.Tensor) -> torch.Te
 
     Args:
         model: causal language model.
-        anatomy: its anatomy.
         vectors: [n, d].
 
     Returns:

@@ -27,7 +27,6 @@ class Text:
     """The size of the text to read.
 
     Attributes:
-        languages: number of languages.
         row: tokens of the longest row.
         tokens: tokens of all languages.
         texts: rows of all languages.
@@ -53,8 +52,6 @@ def text_of(
     """The size of a corpus in tokens of this model; full rows if the model has no tokenizer.
 
     Args:
-        planned: the model.
-        corpus: text by language.
         tokens: as in ``neurons.text.batches.language_batches``.
         default: as there.
         batch_tokens: tokens in a batch; None: as many as are fast.
@@ -101,8 +98,6 @@ def pass_need(
     """The need of a pass over text in batches that fit, or of a given size.
 
     Args:
-        planned: the model.
-        stage: name of the stage.
         row: tokens of the longest row.
         backward: whether gradients are computed.
         batch: positions of the largest batch; None: batches are full.

@@ -49,7 +49,6 @@ def forward_keeping(
 
     Args:
         model: causal language model.
-        anatomy: its anatomy.
         batch: the batch, on the model's device.
         layers: layers from which a later pass starts, 1 to L (0 needs nothing kept).
         keep_on: device of the copies; None: the device of the layer.
@@ -90,7 +89,6 @@ def forward_from(
 
     Args:
         model: causal language model.
-        anatomy: its anatomy.
         batch: the batch of ``kept``, on the model's device.
         layer: the first layer that runs, 0 to L; 0 is a whole pass, L runs only the final norm.
         kept: from ``forward_keeping``; not needed for layer 0.

@@ -66,7 +66,6 @@ def record(
     Under a launcher of several processes each process reads a part of the batches, and all get the same sums.
 
     Args:
-        loaded: the model.
         batches: language -> its batches.
         moments: the moments, as ``site:moment`` (``neurons.statistics.statistics.MOMENTS``).  ``mlp_in:attribution``
             and ``attn_in:attribution`` (of heads) need a backward pass; their loss is the sum of the negative

@@ -111,7 +111,6 @@ class TextInStep(AbstractContextManager["TextInStep"]):
     """Batches that the model reads in step (``neurons.recording.in_step``), from layer to layer.
 
     Args:
-        loaded: the model.
         batches: the batches, in order.
         lines: as in ``read_text``.
         layers: number of layers that run; None: the whole model.
@@ -191,7 +190,6 @@ def read_text(
     ``run`` or gradients.
 
     Args:
-        loaded: the model.
         batches: the batches, in order.
         readers: (site, layer) -> function called with the site's values.
         progress: told the number of all counted tokens (``expect``), and called with that of each batch that is done.

@@ -82,11 +82,8 @@ def minimise(
 
     Args:
         loaded: the unedited model; its weights do not change.
-        objective: the loss to minimise.
         parameters: float32, changed in place.
         edited: context in which the model computes with (a copy of) the parameters, times their units.
-        optimizer: of the parameters.
-        passes: passes over the training data.
         units: a factor of each parameter; None: 1.
         clip: maximum norm of the gradient of all parameters together; None: no limit.
         seed: of the order of the training data.

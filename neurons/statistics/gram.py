@@ -56,7 +56,6 @@ class Gram:
 
     Args:
         size: number of units S.
-        device: of the sum.
         workspace: shared with other grams of this device.
 
     Attributes:

@@ -63,7 +63,6 @@ def text_sums(values: torch.Tensor, counted: torch.Tensor, absolute: bool = Fals
     Args:
         values: [rows, length, units].
         counted: bool [rows, length].
-        absolute: sum absolute values.
 
     Returns:
         float64 [rows, units].

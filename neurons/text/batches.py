@@ -115,7 +115,6 @@ def packed_batches(
     as in ``text_batches``: the model uses it as an attention sink, with activations that would dominate a mean.
 
     Args:
-        texts: texts of one language.
         tokenizer: a transformers tokenizer.
         length: tokens in a block, including start tokens.
         language: the language, for the error.
@@ -266,8 +265,6 @@ def language_batches(
     Of conversations, tokens of ``corpus.roles`` are counted, of other texts all but the start tokens.
 
     Args:
-        loaded: the model.
-        corpus: text by language.
         tokens: maximum tokens of a language, evenly from the whole text; None: ``corpus.tokens``, else the default.
         tokens_a_batch: None takes what memory allows for a pass without gradients.
         default: maximum if neither is given; None reads all.

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from neurons.errors import UsageError
-from neurons.models.memory import MAX_TOKENS, batches_for
 from neurons.models.source import LoadedModel
 from neurons.text.batches import (
     TokenBatch,
     context_length,
     counted_tokens,
+    fitting_batches,
     require_embedded_tokens,
-    row_batches,
 )
 from neurons.text.conversations import ANSWER, HEADER, THOUGHT, USER, RoleTokens
 
@@ -35,7 +34,6 @@ class ConversationBatches:
 
     Attributes:
         batches: language -> its batches, whose ``groups`` are indices into ``groups``.
-        groups: names of the groups.
     """
 
     batches: Mapping[str, Sequence[TokenBatch]]
@@ -57,14 +55,9 @@ def groups_of(language: str) -> tuple[str, str]:
 
 
 def conversation_batches(
-    loaded: LoadedModel, conversations: Mapping[str, Sequence[RoleTokens]], tokens_a_batch: int | None = None
+    loaded: LoadedModel, conversations: Mapping[str, Sequence[RoleTokens]]
 ) -> ConversationBatches:
-    """Batches of conversations with the group of every token.
-
-    Args:
-        loaded: the model.
-        conversations: language -> its conversations.
-        tokens_a_batch: None: as many as fit into memory in a pass without gradients.
+    """Batches (``fitting_batches``) of each language's conversations with the group of every token.
 
     Raises:
         UsageError: a language without a message or a header, a conversation longer than the model's context, or a
@@ -79,13 +72,11 @@ def conversation_batches(
             raise UsageError(
                 f"a conversation in {language!r} has {longest} tokens, but the model reads {context}: shorten it"
             )
-        max_tokens = tokens_a_batch or min(MAX_TOKENS, batches_for(loaded, False, max(1, longest))[0])
         numbers = [_group_numbers(conversation, 2 * place, len(groups) - 1) for conversation in of_language]
         for number, name in enumerate(groups_of(language), start=2 * place):
             if not any(bool((of_tokens[1:] == number).any()) for of_tokens in numbers):
                 raise UsageError(f"the conversations in {language!r} have no token of the group {name!r}")
-        ids = [conversation.ids.tolist() for conversation in of_language]
-        rows = row_batches(ids, 1, tokens_a_batch=max_tokens)
+        rows = fitting_batches(loaded, [conversation.ids.tolist() for conversation in of_language], 1)
         batches[language] = [_grouped(batch, numbers) for batch in rows]
     require_embedded_tokens(loaded, batches)
     return ConversationBatches(batches, groups)

@@ -51,7 +51,6 @@ class Message:
 
     Attributes:
         role: "system", "user" or "assistant".
-        content: the text.
         thought: the assistant's thoughts before it; None: no thoughts.
     """
 
@@ -196,7 +195,6 @@ def role_tokens(
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        messages: the conversation's messages, in order.
         answer_follows: whether the conversation ends where an answer begins; its last token is then a header.
         remedy: as ``rendered``.
         thinks: as ``rendered``; with ``answer_follows`` the conversation ends as ``up_to_reply`` says.

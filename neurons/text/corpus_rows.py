@@ -74,7 +74,6 @@ def row_text(place: str, row: Any) -> Text:
 
     Args:
         place: file and line or row, for errors.
-        row: the parsed row.
 
     Raises:
         UsageError: not an object with a text or messages, both at once, a text that is not Unicode, no message, or a

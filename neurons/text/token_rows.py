@@ -17,7 +17,6 @@ class TokenRow:
 
     Attributes:
         line: the line of the corpus.
-        ids: token ids.
         counted: the counted positions, ascending.
     """
 
@@ -33,7 +32,6 @@ def conversation_row(
 
     Args:
         line: the line of the corpus.
-        conversation: the conversation.
         tokenizer: a tokenizer with a chat template.
         roles: of ``neurons.text.conversations.SELECTABLE``.
         context: maximum number of tokens.

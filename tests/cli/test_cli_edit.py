@@ -137,7 +137,7 @@ def test_inspect_shows_the_components_that_change_most(broca, files, plan_of, me
         any(edit.column_scale is not None or edit.row_scale is not None for edit in plan.edits),
     )
     for edit in plan.edits:
-        weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
+        weight = loaded.anatomy.parts(edit.layer, edit.block)[0].weight.double()
         change = (edit.apply(weight) - weight).view(
             len(weight), -1, loaded.anatomy.component_width(edit.block, edit.layer)
         )
@@ -162,7 +162,7 @@ def test_what_a_scaled_plan_says_is_what_it_does(files, plan_of, method):
     of_key = {"spread", "least_spread", "key_means", "carriers", "value_share", "start_coefficient", "eps"}
     other = {"weight_norm", "share", "constant_share", "kept", "norm", "projections"}
     for edit in plan.edits:
-        weight = loaded.anatomy.output_weight(edit.layer, edit.block).double()
+        weight = loaded.anatomy.parts(edit.layer, edit.block)[0].weight.double()
         width, components = loaded.anatomy.component_width(edit.block, edit.layer), list(edit.components)
         change = edit.apply(weight) - weight
         measured = {"change_norm": float(change.norm()), "weight_norm": float(weight.norm())}

@@ -215,7 +215,7 @@ def test_scaled_inputs_reach_the_right_expert(checkpoint_of):
         found = run(loaded)
     assert (found - base).abs().max() > 0.001
     silenced = load_model(str(checkpoint_of("mixtral")), device="cpu")
-    silenced.anatomy.output_weight(1, "mlp")[1].zero_()
+    silenced.anatomy.parts(1, "mlp")[0].weight[1].zero_()
     torch.testing.assert_close(run(silenced), found, rtol=1e-4, atol=1e-4)
 
 

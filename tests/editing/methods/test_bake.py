@@ -218,7 +218,7 @@ def test_the_plan_equals_the_formula_from_tokens_on(llama, block):
         assert edit.notes["spread"] == pytest.approx(float(coefficients.std(correction=0)), rel=1e-3)
         assert edit.notes["start_coefficient"] == pytest.approx(1, abs=1e-6)
         assert edit.notes["change_norm"] == pytest.approx(float(result.norm()), rel=1e-5)
-        weight = llama.anatomy.output_weight(edit.layer, block)
+        weight = llama.anatomy.parts(edit.layer, block)[0].weight
         assert edit.notes["weight_norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
         assert edit.components == tuple(range(2 if block == "attn" else 48))
     assert plan.metadata["method"] == "bake"

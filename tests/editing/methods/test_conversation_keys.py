@@ -22,6 +22,11 @@ def chats(loaded):
     return chats_of(loaded.tokenizer, ("aa", "bb", "cc"), count=12)
 
 
+@pytest.fixture(autouse=True)
+def several_batches(monkeypatch):
+    monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 200)
+
+
 def neurons_by_group(loaded, chats, layer):
     """Group -> the down_proj inputs of its tokens, float64, recorded one conversation at a time."""
     rows_of = {}
@@ -46,7 +51,7 @@ def neurons_by_group(loaded, chats, layer):
 
 
 def test_moments_are_those_of_the_groups(loaded, chats):
-    text = conversation_batches(loaded, chats, tokens_a_batch=200)
+    text = conversation_batches(loaded, chats)
     units = {("mlp_in", 1): torch.arange(loaded.anatomy.neurons)}
     ((_, moments),) = each_moments(loaded, text.batches, units, groups=text.groups)
     rows = neurons_by_group(loaded, chats, 1)
@@ -61,7 +66,7 @@ def test_moments_are_those_of_the_groups(loaded, chats):
 
 
 def test_a_key_is_the_closed_form_on_the_groups(loaded, chats):
-    text = conversation_batches(loaded, chats, tokens_a_batch=200)
+    text = conversation_batches(loaded, chats)
     edits = conversation_keys(loaded, text, [groups_of("bb")], [0, 1], EPS)
     assert [(edit.layer, edit.block) for edit in edits] == [(0, "mlp"), (1, "mlp")]
     for edit in edits:
@@ -95,7 +100,7 @@ def test_coefficients_on_other_conversations(loaded, chats):
 
 
 def test_several_keys_are_each_as_if_alone(loaded, chats):
-    text = conversation_batches(loaded, chats, tokens_a_batch=200)
+    text = conversation_batches(loaded, chats)
     groups = (("aa", "bb"), ("aa/header", "bb/header"))
     (both,) = conversation_keys(loaded, text, groups, [1], EPS)
     assert both.rank == 2 and not both.left.any()

@@ -186,7 +186,7 @@ def test_scale_and_constant_are_in_one_plan(llama):
         assert zero == [3, 9, 40]
         assert edit.rank == 1
         assert edit.components == tuple(range(48))
-        weight = llama.anatomy.output_weight(edit.layer, "mlp").double()
+        weight = llama.anatomy.parts(edit.layer, "mlp")[0].weight.double()
         change = edit.apply(weight) - weight
         assert edit.notes["change_norm"] == pytest.approx(float(change.norm()), rel=1e-5)
         assert edit.details["offset"].nonzero()[:, 0].tolist() == [9, 17]

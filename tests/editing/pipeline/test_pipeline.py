@@ -20,6 +20,7 @@ from editing.plans.applied import applied
 from editing.plans.plan import load_plan
 from neurons.errors import BrocaError, UsageError
 from neurons.files import digest as digests
+from neurons.files.file_states import OncePerState
 from neurons.models import fingerprint
 from neurons.models.source import load_model
 from neurons.text.corpus import read_corpus
@@ -124,8 +125,8 @@ def test_a_run_reads_each_file_for_its_digest_once(finished, recipe, monkeypatch
     digest, name = digests._digest_of_file, fingerprint._fingerprint
     monkeypatch.setattr(digests, "_digest_of_file", lambda path: read.append(path) or digest(path))
     monkeypatch.setattr(fingerprint, "_fingerprint", lambda path, plan: read.append(path) or name(path, plan))
-    digests.DIGESTS.forget()
-    fingerprint.FINGERPRINTS.forget()
+    monkeypatch.setattr(digests, "DIGESTS", OncePerState())
+    monkeypatch.setattr(fingerprint, "FINGERPRINTS", OncePerState())
     for target in recipe.targets:
         (recipe.out / f"measured-{target}.json").unlink()
     screen = ran(recipe)

@@ -203,9 +203,9 @@ def test_composed_plans_notes_are_those_of_the_weights(loaded):
     assert blind.edits[0].notes == {} and torch.equal(blind.edits[0].left, both.edits[0].left)
     assert both.metadata["languages"] == ["q1", "q2"]
     for edit in both.edits:
-        base = loaded.anatomy.output_weight(edit.layer, edit.block).double().clone()
+        base = loaded.anatomy.parts(edit.layer, edit.block)[0].weight.double().clone()
         with applied(loaded, both):
-            live = loaded.anatomy.output_weight(edit.layer, edit.block).double().clone()
+            live = loaded.anatomy.parts(edit.layer, edit.block)[0].weight.double().clone()
         assert edit.notes["change_norm"] == pytest.approx(float((live - base).norm()), rel=1e-4)
         assert edit.notes["weight_norm"] == pytest.approx(float(base.norm()))
 
@@ -214,7 +214,7 @@ def test_inverted_plan_gives_the_base_weights(loaded):
     plan = plan_for(loaded, 3)
     back = inverted(loaded, plan)
     for edit, other in zip(plan.edits, back.edits, strict=True):
-        base = loaded.anatomy.output_weight(edit.layer, edit.block).double()
+        base = loaded.anatomy.parts(edit.layer, edit.block)[0].weight.double()
         torch.testing.assert_close(other.apply(edit.apply(base)), base, rtol=1e-5, atol=1e-5)
         assert other.notes["change_norm"] == pytest.approx(float((edit.apply(base) - base).norm()), rel=1e-4)
 
@@ -228,7 +228,7 @@ def test_restricted_to_layers_heads_and_neurons(loaded):
     ]
     by_layer = restricted(loaded, plan, components={0: {"attn": (), "mlp": [7]}})
     assert [(edit.layer, edit.block, edit.components) for edit in by_layer.edits] == [(0, "mlp", (7,))]
-    base = loaded.anatomy.output_weight(0, "mlp").double()
+    base = loaded.anatomy.parts(0, "mlp")[0].weight.double()
     change = by_layer.edits[0].apply(base) - base
     assert change[:, 7].norm() == pytest.approx(by_layer.edits[0].notes["change_norm"])
     assert math.isclose(float(change.norm()), float(change[:, 7].norm()))

@@ -107,6 +107,6 @@ def test_with_the_model_scales_are_compared(checkpoint_of):
         for scale in scales
     ]
     (row,) = compare_plans(*plans, loaded)
-    weight = loaded.anatomy.output_weight(1, "mlp").double()
+    weight = loaded.anatomy.parts(1, "mlp")[0].weight.double()
     assert row.cosine == pytest.approx(float(weight[:, 2:4].norm() / weight[:, :4].norm()))
     assert compare_plans(*plans)[0].cosine is None

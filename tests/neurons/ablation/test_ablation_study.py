@@ -228,7 +228,7 @@ def losses_of(matrix, texts=6, seed=0):
 def test_specificity_by_hand():
     matrix = [[1.0, 0.1, 0.3], [0.2, 2.0, 0.1], [0.0, 0.2, 0.6]]
     losses = losses_of(matrix)
-    changes, replicates = bootstrapped(losses, 0, [1, 2, 3], draws=50, seed=4)
+    changes, replicates = bootstrapped(losses, [1, 2, 3], draws=50, seed=4)
     own = changes.of([1, 2, 3])
     drawn = torch.stack([replicates[c] for c in (1, 2, 3)], dim=1)
     figures = specificity(own.change, drawn, 0.9)

@@ -171,7 +171,7 @@ def test_pieces_on_disk_are_the_weights_in_memory(loaded_case, family, tied, dty
                     assert tensor.dtype == getattr(torch, dtype)
                     tensor = tensor if piece.index is None else tensor[piece.index]
                     whole[:, piece.columns] = (tensor.T if piece.transposed else tensor).float()
-                live = flat(anatomy, anatomy.output_weight(layer, block))
+                live = flat(anatomy, anatomy.parts(layer, block)[0].weight)
                 assert torch.equal(whole, live.float())
                 assert torch.equal(weights.read(layer, block), live.double())
         assert len(pieces) == (3 if family in MIXTURES else 1)
@@ -272,7 +272,7 @@ def test_a_dense_edit_is_the_formula_in_every_layout(tmp_path, loaded_case, fami
         r, c, U, K = 1 + 0.1 * random(d), 1 + 0.1 * random(n), random(d, 2), 0.1 * random(n, 2)
         notes = {"change_norm": 1.0, "weight_norm": 2.0}
         edits.append(ModuleEdit(layer, block, (0,), r, c, U, K, notes=notes))
-        W = flat(anatomy, anatomy.output_weight(layer, block)).double()
+        W = flat(anatomy, anatomy.parts(layer, block)[0].weight).double()
         wanted[layer, block] = r.double()[:, None] * W * c.double() + U.double() @ K.double().T
     plan = make_plan(edits, silencing_plan(loaded)[0].metadata)
     write = module.write_checkpoint
@@ -282,11 +282,11 @@ def test_a_dense_edit_is_the_formula_in_every_layout(tmp_path, loaded_case, fami
     export(loaded, plan, tmp_path / "steered")
     again = load_model(str(tmp_path / "steered"), device="cpu")
     for (layer, block), W in wanted.items():
-        found = flat(anatomy, again.anatomy.output_weight(layer, block)).double()
+        found = flat(anatomy, again.anatomy.parts(layer, block)[0].weight).double()
         torch.testing.assert_close(found, W, rtol=1e-6, atol=1e-6)
     with applied(loaded, plan):
         for (layer, block), W in wanted.items():
-            found = flat(anatomy, anatomy.output_weight(layer, block)).double()
+            found = flat(anatomy, anatomy.parts(layer, block)[0].weight).double()
             torch.testing.assert_close(found, W, rtol=1e-6, atol=1e-6)
 
 
@@ -335,7 +335,7 @@ def test_older_names_lead_to_the_same_weights(tmp_path, checkpoint_of, loaded_ca
     old = load_model(str(target), device="cpu", dtype=dtype)
     assert torch.equal(logits_of(old), logits_of(loaded))
     for block in BLOCKS:
-        live = flat(old.anatomy, old.anatomy.output_weight(1, block))
+        live = flat(old.anatomy, old.anatomy.parts(1, block)[0].weight)
         assert torch.equal(Weights(old).read(1, block), live.double())
     plan, readers = silencing_plan(old)
     export(old, plan, tmp_path / "steered")

@@ -86,12 +86,12 @@ def test_sites_are_what_they_say(model_of, family):
             )
             if not anatomy.gated:
                 assert torch.equal(at["mlp_act"], at["mlp_up"])
-            weight = anatomy.output_weight(layer, "mlp")
+            weight = anatomy.parts(layer, "mlp")[0].weight
             bias = getattr(anatomy.outputs["mlp"][layer], "bias", None)
             written = at["mlp_in"] @ weight.T + (0 if bias is None else bias)
             torch.testing.assert_close(at["mlp_out"], written)
         bias = getattr(anatomy.outputs["attn"][layer], "bias", None)
-        written = at["attn_in"] @ anatomy.output_weight(layer, "attn").T + (0 if bias is None else bias)
+        written = at["attn_in"] @ anatomy.parts(layer, "attn")[0].weight.T + (0 if bias is None else bias)
         torch.testing.assert_close(at["attn_out"], written)
         if layer + 1 < anatomy.layers:
             assert torch.equal(at["block_out"], states[layer + 1])

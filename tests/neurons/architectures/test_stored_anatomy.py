@@ -85,7 +85,7 @@ def assert_the_same(found, expected, names):
             parts = [anatomy.parts(layer, block)[0] for anatomy in (found, expected)]
             shapes = [getattr(part.module, part.parameter).shape for part in parts]
             assert shapes[0] == shapes[1]
-            assert found.output_weight(layer, block).shape == expected.output_weight(layer, block).shape
+            assert found.parts(layer, block)[0].weight.shape == expected.parts(layer, block)[0].weight.shape
             biases = [anatomy.output_bias(layer, block) for anatomy in (found, expected)]
             assert len({None if bias is None else bias.shape for bias in biases}) == 1
             assert found.tensor_name(layer, block, names) == expected.tensor_name(layer, block, names)

@@ -34,9 +34,6 @@ def test_a_file_is_read_once_while_it_stays(kept, tmp_path):
     compute, calls = reader([file])
     assert [kept.get(tmp_path, [file], compute) for _ in range(3)] == [b"1".hex()] * 3
     assert len(calls) == 1
-    kept.forget()
-    kept.get(tmp_path, [file], compute)
-    assert len(calls) == 2
 
 
 def rewritten(file):

@@ -48,7 +48,7 @@ def same(one, other):
 
 def test_masks_become_a_neuron_set(masks):
     path = masks()
-    found = read_masks(path, LANGUAGES, WIDTH, layers=3)
+    found = read_masks(path, LANGUAGES, WIDTH)
     assert found.languages == LANGUAGES
     assert (found.layers, found.neurons) == (3, WIDTH)
     assert found.of("en").tolist() == [[0, 0], [0, 3], [0, 10], [2, 7], [2, 10]]
@@ -128,9 +128,7 @@ def test_what_is_no_mask_file_is_refused(masks, name):
     assert "\n" not in str(refusal.value)
 
 
-def test_another_number_of_layers_is_refused(masks):
-    with pytest.raises(UsageError, match="has 3 layers, but the model has 4"):
-        read_masks(masks(), LANGUAGES, WIDTH, layers=4)
+def test_layers_without_neurons_are_refused(masks):
     with pytest.raises(UsageError, match="width is 0"):
         read_masks(masks(), LANGUAGES, 0)
 

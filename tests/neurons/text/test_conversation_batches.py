@@ -14,9 +14,10 @@ def loaded(chatting):
     return chatting
 
 
-def test_every_token_but_the_first_is_in_the_group_of_its_role_and_language(loaded):
+def test_every_token_but_the_first_is_in_the_group_of_its_role_and_language(loaded, monkeypatch):
+    monkeypatch.setattr("neurons.text.batches.TOKENS_A_BATCH", 64)
     chats = chats_of(loaded.tokenizer, ("aa", "bb"))
-    text = conversation_batches(loaded, chats, tokens_a_batch=64)
+    text = conversation_batches(loaded, chats)
     assert text.groups == ("aa", "aa/header", "bb", "bb/header", TEMPLATE_GROUP)
     assert text.languages == ("aa", "bb")
     count = 0
