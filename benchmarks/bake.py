@@ -42,7 +42,7 @@ from editing.methods.material import Material
 from editing.plans.applied import applied
 from editing.plans.plan import Plan
 from editing.study.candidates import candidate
-from editing.study.comparison import choose, measure_candidates
+from editing.study.comparison import choose, measurable, measure_candidate
 from neurons.models.source import load_model
 from neurons.text.batches import TokenBatch, language_batches
 from neurons.text.corpus import Corpus, read_corpus
@@ -86,7 +86,7 @@ def chosen_settings(
         for strength in HOOK_STRENGTHS
     ]
     evaluation = Evaluation(loaded, chosen_on, direction.source, direction.target)
-    remaining = list(measure_candidates(evaluation, candidates))
+    remaining, _ = measurable(candidates, partial(measure_candidate, evaluation))
     batches = language_batches(loaded, chosen_on)
     tried: Settings = []
     while remaining:

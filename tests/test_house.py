@@ -1,6 +1,7 @@
 """Rules of the house, read from the source itself."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,8 @@ def test_the_import_check_itself(package, source, expected):
 )
 def test_the_pickle_check_itself(source, count):
     assert len(pickles(source)) == count
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_imports_what_there_is(name):
+    importlib.import_module(name)
