@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import IN_FILE, OUT_FILE, json_option
+from cli import options as opt
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 @click.command("compare")
-@click.argument("files", metavar="FILE...", type=IN_FILE, nargs=-1, required=True)
-@click.option("--plot", type=OUT_FILE, help="Neuron sets: file for a plot of the overlap (.png or .svg).")
+@click.argument("files", metavar="FILE...", type=opt.IN_FILE, nargs=-1, required=True)
+@click.option("--plot", type=opt.OUT_FILE, help="Neuron sets: file for a plot of the overlap (.png or .svg).")
 @click.option("--model", help="Edits: their model; needed for the cosine of edits that scale weights.")
 @click.option("--details", is_flag=True, help="Neuron sets: also show each language of each pair.")
-@json_option
+@opt.json
 def command(
     files: tuple[Path, ...], plot: Path | None, model: str | None, details: bool, as_json: bool
 ) -> None:

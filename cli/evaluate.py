@@ -13,31 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
 from cli.loading import announced, require_models
-from cli.options import (
-    ENGINES,
-    IN_FILE,
-    IN_PATH,
-    CommaSeparated,
-    FiniteRange,
-    Fractions,
-    choice_option,
-    classifier_option,
-    corpus_options,
-    count_option,
-    device_options,
-    dry_run_option,
-    is_given,
-    json_option,
-    model_argument,
-    new_tokens_option,
-    out_option,
-    pair_options,
-    seed_option,
-    tokens_option,
-)
 from cli.screen import Screen
 from cli.tables import report_table, say_samples
 
@@ -60,44 +39,44 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 
 
 @click.command("evaluate")
-@model_argument
-@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
+@opt.model
+@click.option("--edit", "edit_path", type=opt.IN_FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint of the same architecture: hub id or directory.")
 @click.option(
     "--methods",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     help="Methods to compare, as keyed,diffmean, or all: made from part estimate, with settings chosen on part choose "
     "and figures from part report; also writes the table as .md next to --out.",
 )
 @click.option(
     "--doses",
-    type=Fractions(),
+    type=opt.Fractions(),
     help="--methods: dose-response, also measure each method at these fractions of its chosen strength, as "
     "25%,50%,75%; also writes a plot as .png next to --out.",
 )
-@corpus_options
-@pair_options
+@opt.corpus
+@opt.pair
 @click.option(
     "--questions",
     "questions_path",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     help="Questions, instead of openings of the lines: .jsonl, .csv or .parquet with question_id and text, or a "
     "directory of such files by language.",
 )
-@classifier_option
+@opt.classifier
 @click.option(
     "--no-chat", is_flag=True, help="Ask questions as plain text, without the tokenizer's chat template."
 )
 @click.option("--judge", help="Model that judges relevance: hub id or directory.")
-@choice_option(
+@opt.choice(
     "--relevance",
     RELEVANCE,
     "Measure of relevance; auto: the judge if given, else chrF if there are references, else the likelihood "
     "under the unedited model.",
 )
-@choice_option(
+@opt.choice(
     "--engine",
-    ENGINES,
+    opt.ENGINES,
     "What generates the answers; everything else runs with transformers. vllm needs the package vllm and "
     "exports --edit to a temporary checkpoint.",
 )
@@ -110,20 +89,20 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     help="Also measure the logit lens: how likely each language's tokens are after each layer, at the end of the "
     "prompts; also writes a plot as .png next to --out.",
 )
-@count_option("--prompts", "Maximum number of prompts.", 100)
-@count_option("--samples", "Continuations per prompt.", 1)
-@new_tokens_option(40)
+@opt.count("--prompts", "Maximum number of prompts.", 100)
+@opt.count("--samples", "Continuations per prompt.", 1)
+@opt.new_tokens(40)
 @click.option(
     "--temperature",
-    type=FiniteRange(min=0),
+    type=opt.FiniteRange(min=0),
     help="Sampling temperature; 0 is greedy decoding.  [default: 0.7, or 0 with --questions]",
 )
-@seed_option("Seed of the sampling.")
-@tokens_option
-@device_options
-@dry_run_option
-@out_option("File for the results (.json).")
-@json_option
+@opt.seed("Seed of the sampling.")
+@opt.tokens
+@opt.device
+@opt.dry_run
+@opt.out("File for the results (.json).")
+@opt.json
 def command(**options: Any) -> None:
     """Evaluate MODEL (hub id or directory) and a plan or a steered checkpoint, or compare methods.
 
@@ -340,7 +319,7 @@ def _check_options(arguments: SimpleNamespace) -> None:
     methods, doses, out = arguments.methods, arguments.doses, arguments.out
     if arguments.source == arguments.target:
         raise UsageError(f"source and target are both {arguments.source!r}")
-    if methods is not None and not arguments.others and is_given(arguments, "others"):
+    if methods is not None and not arguments.others and opt.is_given(arguments, "others"):
         raise UsageError("--no-others is not supported by --methods, which measures them: leave it out")
     if arguments.edit_path is not None and arguments.against is not None:
         raise UsageError("--edit and --against exclude each other: give one")

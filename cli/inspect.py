@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import IN_PATH, json_option
+from cli import options as opt
 from cli.screen import Screen
 from cli.tables import direction_table, plan_table
 
@@ -26,8 +26,8 @@ NOT_SHOWN = {
 
 
 @click.command("inspect")
-@click.argument("file", type=IN_PATH)
-@json_option
+@click.argument("file", type=opt.IN_PATH)
+@opt.json
 def command(file: Path, as_json: bool) -> None:
     """Show the content of FILE: statistics, neurons, direction, edit, report, or the directory of a checkpoint.
 

@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import noted_corpus
 from cli.loading import announced
-from cli.options import (
-    corpus_options,
-    count_option,
-    device_options,
-    json_option,
-    model_argument,
-    tokens_option,
-)
 from cli.screen import Screen, one_line
 
 if TYPE_CHECKING:
@@ -25,15 +18,15 @@ if TYPE_CHECKING:
 
 
 @click.command("neuron")
-@model_argument
+@opt.model
 @click.argument("layer", type=int)
 @click.argument("neuron", type=int)
-@corpus_options
-@count_option("--snippets", "Number of text snippets to show.", 10, minimum=0)
-@count_option("--top", "Number of promoted and of suppressed tokens to show.", 10)
-@tokens_option
-@device_options
-@json_option
+@opt.corpus
+@opt.count("--snippets", "Number of text snippets to show.", 10, minimum=0)
+@opt.count("--top", "Number of promoted and of suppressed tokens to show.", 10)
+@opt.tokens
+@opt.device
+@opt.json
 def command(**options: Any) -> None:
     """Report on neuron NEURON of layer LAYER of MODEL (hub id or directory), both counted from 0.
 

@@ -10,27 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
 from cli.loading import announced
-from cli.options import (
-    IN_PATH,
-    CommaSeparated,
-    Decorator,
-    FiniteRange,
-    classifier_option,
-    count_option,
-    device_options,
-    dry_run_option,
-    json_option,
-    languages_option,
-    model_argument,
-    out_option,
-    pair_options,
-    seed_option,
-    tokens_option,
-    writing_options,
-)
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -47,44 +30,44 @@ RESULT, PLAN = "tune.json", "edit.safetensors"
 SAMPLES = 2  # continuations per prompt; the minimum for the report
 
 
-def _goal(name: str, default: float, text: str) -> Decorator:
-    positive = FiniteRange(min=0, min_open=True)
+def _goal(name: str, default: float, text: str) -> opt.Decorator:
+    positive = opt.FiniteRange(min=0, min_open=True)
     return click.option(f"--goal-{name}", type=positive, default=default, show_default=True, help=text)
 
 
 @click.command("tune")
-@model_argument
+@opt.model
 @click.option(
     "--corpus",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     required=True,
     help="Directory of <language>.txt, .jsonl or .parquet, of source, target and at least one other language.",
 )
-@languages_option
-@pair_options
+@opt.languages
+@opt.pair
 @click.option(
     "--methods",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     default="keyed",
     show_default=True,
     help="Methods of `broca edit --method list` to search; several are searched together.",
 )
 @click.option("--layers", help="Layers to edit, as 1-3 or 1,2,5.  [default: all]")
-@count_option("--trials", "Number of edits to try, including earlier runs.", 40)
-@count_option("--prompts", "Maximum number of prompts per trial.", 50)
-@count_option("--samples", "Continuations per prompt.  [default: 2, or 1 at temperature 0]")
-@count_option("--lines", "Lines per third language and trial.", 25)
-@writing_options(40, 0.7)
+@opt.count("--trials", "Number of edits to try, including earlier runs.", 40)
+@opt.count("--prompts", "Maximum number of prompts per trial.", 50)
+@opt.count("--samples", "Continuations per prompt.  [default: 2, or 1 at temperature 0]")
+@opt.count("--lines", "Lines per third language and trial.", 25)
+@opt.writing(40, 0.7)
 @_goal("share", 0.95, "Minimum target-language rate, as a fraction of the rate on target prompts.")
 @_goal("gap", 0.3, "Maximum fluency gap, in nats a token.")
 @_goal("rise", 0.05, "Maximum NLL rise of any third language, in nats a token.")
-@classifier_option
-@seed_option("Seed of the search and the sampling.")
-@tokens_option
-@device_options
-@dry_run_option
-@out_option("Directory of the results, and of an interrupted search to resume.", directory=True)
-@json_option
+@opt.classifier
+@opt.seed("Seed of the search and the sampling.")
+@opt.tokens
+@opt.device
+@opt.dry_run
+@opt.out("Directory of the results, and of an interrupted search to resume.", directory=True)
+@opt.json
 def command(**options: Any) -> None:
     """Search for the edit of MODEL (hub id or directory) that steers best with the least harm.
 
