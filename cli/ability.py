@@ -129,7 +129,7 @@ def command(**options: Any) -> None:
     if arguments.out is not None:
         write_atomically(arguments.out, json_bytes(document(result)))
     _show(screen, result)
-    screen.result({"out": arguments.out, **document(result)}, arguments.out)
+    screen.result(out=arguments.out, **document(result))
 
 
 def _tasks(languages: tuple[str, ...] | None) -> tuple[Tasks, tuple[str, ...]]:

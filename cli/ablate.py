@@ -201,7 +201,7 @@ def command(**options: Any) -> None:
                 f"{neuron_set.name} has no {neuron_set.unit}s for {', '.join(empty)}: nothing is ablated there"
             )
     screen.say(as_markdown(study))
-    screen.result({**document, "out": arguments.out}, arguments.out)
+    screen.result(**document, out=arguments.out)
 
 
 def _dry_run(

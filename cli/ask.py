@@ -98,9 +98,7 @@ def command(**options: Any) -> None:
         ],
         words=3,
     )
-    screen.result(
-        {"out": arguments.out, "answers": count, "languages": list(chosen), "of": of}, arguments.out
-    )
+    screen.result(out=arguments.out, answers=count, languages=list(chosen), of=of)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _plans(screen: Screen, files: tuple[Path, ...], model: str | None) -> None:
         ],
         words=2,
     )
-    screen.result({"edits": list(files), "modules": [vars(row) for row in modules]})
+    screen.result(edits=list(files), modules=[vars(row) for row in modules])
 
 
 def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, details: bool) -> None:
@@ -116,27 +116,25 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
         name: list(languages) for name, languages in zip(comparison.names, comparison.left_out, strict=True)
     }
     screen.result(
-        {
-            "sets": list(comparison.names),
-            "unit": comparison.unit,
-            "languages": list(comparison.languages),
-            "left_out": left_out,
-            "sizes": comparison.sizes.tolist(),
-            "pairs": [
-                {
-                    "first": comparison.names[pair.first],
-                    "second": comparison.names[pair.second],
-                    "overall_jaccard": pair.overall_jaccard,
-                    "mean_rank_correlation": pair.mean_rank_correlation,
-                    **_columns(pair),
-                    "by_layer": pair.by_layer.T.tolist(),
-                }
-                for pair in comparison.pairs
-            ],
-            "across": comparison.across.tolist(),
-            "plot": plot,
-        },
         plot,
+        sets=list(comparison.names),
+        unit=comparison.unit,
+        languages=list(comparison.languages),
+        left_out=left_out,
+        sizes=comparison.sizes.tolist(),
+        pairs=[
+            {
+                "first": comparison.names[pair.first],
+                "second": comparison.names[pair.second],
+                "overall_jaccard": pair.overall_jaccard,
+                "mean_rank_correlation": pair.mean_rank_correlation,
+                **_columns(pair),
+                "by_layer": pair.by_layer.T.tolist(),
+            }
+            for pair in comparison.pairs
+        ],
+        across=comparison.across.tolist(),
+        plot=plot,
     )
 
 

@@ -134,9 +134,7 @@ def _counts(screen: Screen, files: dict[str, Path], prefixes: dict[str, Path], o
         ["language", "tokens"],
         [[language, count] for language, count in tokens.items()],
     )
-    screen.result(
-        {"out": out, "kind": "statistics", "layers": layers, "neurons": width, "tokens": tokens}, out
-    )
+    screen.result(out=out, kind="statistics", layers=layers, neurons=width, tokens=tokens)
 
 
 def _masks(screen: Screen, file: Path, languages: tuple[str, ...], width: int, out: Path) -> None:
@@ -151,7 +149,7 @@ def _masks(screen: Screen, file: Path, languages: tuple[str, ...], width: int, o
         [[language, size] for language, size in sizes.items()],
     )
     value = {"kind": "neurons", "layers": neurons.layers, "languages": list(neurons.languages)}
-    screen.result({"out": out, **value, "neurons": sizes}, out)
+    screen.result(out=out, **value, neurons=sizes)
 
 
 def _neurons(screen: Screen, file: Path, out: Path) -> None:
@@ -167,4 +165,4 @@ def _neurons(screen: Screen, file: Path, out: Path) -> None:
         f"{neurons.layers} layers of {neurons.neurons} neurons; a mask file does not contain scores and kinds"
     )
     value = {"kind": "masks", "layers": neurons.layers, "width": neurons.neurons}
-    screen.result({"out": out, **value, "languages": list(neurons.languages)}, out)
+    screen.result(out=out, **value, languages=list(neurons.languages))

@@ -50,20 +50,17 @@ def command(base: str, edited: str, allow_others: bool, out: Path, as_json: bool
         screen.warn(f"{out} leaves out {len(difference.not_covered)} tensors with other differences")
     plan.save(out)
     screen.result(
-        {
-            "out": out,
-            "equal": difference.equal,
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "change": tensor.what,
-                    "relative": tensor.relative,
-                    "covered": tensor.covered,
-                }
-                for tensor in difference.tensors
-            ],
-            "not_covered": list(difference.not_covered),
-            "modules": modules_as_json(plan),
-        },
-        out,
+        out=out,
+        equal=difference.equal,
+        tensors=[
+            {
+                "name": tensor.name,
+                "change": tensor.what,
+                "relative": tensor.relative,
+                "covered": tensor.covered,
+            }
+            for tensor in difference.tensors
+        ],
+        not_covered=list(difference.not_covered),
+        modules=modules_as_json(plan),
     )

@@ -216,10 +216,10 @@ def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
     if arguments.layer is not None:
         config = write_hook_vector(load_direction(arguments.convert), arguments.layer, arguments.out)
         screen.say(f"configuration for vLLM-Hook: {config}")
-        screen.result({"out": arguments.out, "layers": [arguments.layer], "config": config}, arguments.out)
+        screen.result(out=arguments.out, layers=[arguments.layer], config=config)
         return
     layers = write_control_vectors(load_direction(arguments.convert), arguments.out)
-    screen.result({"out": arguments.out, "layers": layers}, arguments.out)
+    screen.result(out=arguments.out, layers=layers)
 
 
 def _require(arguments: SimpleNamespace) -> None:
@@ -264,12 +264,5 @@ def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:
 def _show(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> None:
     norms = direction_table(screen, direction)
     screen.result(
-        {
-            "out": arguments.out,
-            "source": direction.source,
-            "target": direction.target,
-            "norms": norms,
-            **direction.metadata,
-        },
-        arguments.out,
+        out=arguments.out, source=direction.source, target=direction.target, norms=norms, **direction.metadata
     )

@@ -62,19 +62,17 @@ def dry_run(
         ],
     )
     screen.result(
-        {
-            "limit": limit,
-            "stages": {
-                need.stage: {
-                    "parts": dict(need.parts),
-                    "peak": need.total,
-                    "tokens_at_once": need.tokens,
-                    "recomputes": need.recomputes,
-                    "fits": need.total <= limit,
-                }
-                for need in stages
-            },
-        }
+        limit=limit,
+        stages={
+            need.stage: {
+                "parts": dict(need.parts),
+                "peak": need.total,
+                "tokens_at_once": need.tokens,
+                "recomputes": need.recomputes,
+                "fits": need.total <= limit,
+            }
+            for need in stages
+        },
     )
 
 

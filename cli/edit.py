@@ -323,14 +323,11 @@ def _show(screen: Screen, plan: Plan, source: ModelSource | None, arguments: Sim
     for warning in warnings:
         screen.warn(warning)
     screen.result(
-        {
-            "out": arguments.out,
-            "method": plan.metadata["method"],
-            "components": plan.components,
-            "relative_change": plan.relative_change(),
-            "read": plan.metadata.get("read"),
-            "warnings": warnings,
-            "modules": modules_as_json(plan),
-        },
-        arguments.out,
+        out=arguments.out,
+        method=plan.metadata["method"],
+        components=plan.components,
+        relative_change=plan.relative_change(),
+        read=plan.metadata.get("read"),
+        warnings=warnings,
+        modules=modules_as_json(plan),
     )

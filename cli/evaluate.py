@@ -392,7 +392,7 @@ def _compare_methods(
         base_rate = report.outcomes[0].target_share
         save_figure(dose_figure(report.curves, source, target, report.ceiling, base_rate), plot)
         screen.say(f"plot of harm by target-language rate: {plot}")
-    screen.result({"out": out, **document(report)}, out)
+    screen.result(out=out, **document(report))
 
 
 def _outcomes(
@@ -458,7 +458,7 @@ def _save_report(
             *lens_table(lens, arguments.source, arguments.target),
         )
         screen.say(f"plot of the logit lens: {plot}")
-    screen.result({"out": arguments.out, **document(report)}, arguments.out)
+    screen.result(out=arguments.out, **document(report))
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def command(**options: Any) -> None:
                 f"{out} is written, but the upload failed: {error}; then run `hf upload {repo} {out}`"
             ) from error
         screen.say(result["pushed"])
-    screen.result({"out": out, **result}, out)
+    screen.result(out=out, **result)
 
 
 def _check_combinations(arguments: SimpleNamespace) -> None:

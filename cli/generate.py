@@ -92,7 +92,7 @@ def command(**options: Any) -> None:
         [[one_line(row[column]) for column in ("prompt", *columns)] for row in rows],
         words=1 + len(columns),
     )
-    screen.result(value, out)
+    screen.result(out, **value)
 
 
 def _by_transformers(

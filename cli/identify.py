@@ -432,18 +432,15 @@ def _show(screen: Screen, neurons: NeuronSet, arguments: SimpleNamespace) -> Non
             "try --method gradient-contrast, a larger --top-rate, or other settings (--set)"
         )
     screen.result(
-        {
-            "out": arguments.out,
-            "method": arguments.method,
-            "unit": neurons.unit,
-            "fingerprint": neurons.metadata.get("fingerprint"),
-            "tokens": neurons.metadata.get("tokens"),
-            "read": reads[-1] if reads else None,
-            "neurons": {language: sum(layers) for language, layers in counts.items()},
-            "by_layer": counts,
-            "kinds": kinds,
-            "notes": neurons.metadata.get("notes", {}),
-            "empty": list(neurons.empty_languages),
-        },
-        arguments.out,
+        out=arguments.out,
+        method=arguments.method,
+        unit=neurons.unit,
+        fingerprint=neurons.metadata.get("fingerprint"),
+        tokens=neurons.metadata.get("tokens"),
+        read=reads[-1] if reads else None,
+        neurons={language: sum(layers) for language, layers in counts.items()},
+        by_layer=counts,
+        kinds=kinds,
+        notes=neurons.metadata.get("notes", {}),
+        empty=list(neurons.empty_languages),
     )

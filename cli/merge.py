@@ -44,4 +44,4 @@ def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
         ["language", "tokens", "texts"],
         [[language, tokens[language], texts[language]] for language in merged.languages],
     )
-    screen.result({"out": out, "files": len(files), "tokens": tokens, "texts": texts}, out)
+    screen.result(out=out, files=len(files), tokens=tokens, texts=texts)

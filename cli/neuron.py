@@ -57,13 +57,11 @@ def command(**options: Any) -> None:
         )
     _show(screen, report)
     screen.result(
-        {
-            **asdict(report),
-            "model": loaded.label,
-            "fingerprint": loaded.fingerprint,
-            "residual_output": loaded.anatomy.residual_output,
-            "corpus": corpus.provenance,
-        }
+        **asdict(report),
+        model=loaded.label,
+        fingerprint=loaded.fingerprint,
+        residual_output=loaded.anatomy.residual_output,
+        corpus=corpus.provenance,
     )
     if not loaded.anatomy.residual_output:
         screen.warn(

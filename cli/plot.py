@@ -64,4 +64,4 @@ def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
             pictures.entropy_figure(statistics) if what == "entropy" else pictures.routing_figure(statistics)
         )
     pictures.save_figure(figure, out)
-    screen.result({"out": out, "kind": kind, "what": what}, out)
+    screen.result(out=out, kind=kind, what=what)

@@ -122,15 +122,12 @@ def command(**options: Any) -> None:
         "moments: " + ", ".join([*statistics.moments, *(["responses"] if statistics.responses else [])])
     )
     screen.result(
-        {
-            "out": arguments.out,
-            "fingerprint": statistics.fingerprint,
-            "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
-            "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
-            "moments": list(statistics.moments),
-            "responses": bool(statistics.responses),
-            "settings": statistics.metadata["settings"],
-            "read": statistics.metadata["corpora"][-1]["read"],
-        },
-        arguments.out,
+        out=arguments.out,
+        fingerprint=statistics.fingerprint,
+        tokens=dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
+        texts=dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+        moments=list(statistics.moments),
+        responses=bool(statistics.responses),
+        settings=statistics.metadata["settings"],
+        read=statistics.metadata["corpora"][-1]["read"],
     )

@@ -52,4 +52,4 @@ def command(directory: Path, out: Path | None, as_json: bool) -> None:
         "choices": [result.file for result in findings.choices],
     }
     names = [file.name for file in unrecognised]
-    screen.result({"out": out, "bytes": len(content), "shown": shown, "not_understood": names}, out)
+    screen.result(out=out, bytes=len(content), shown=shown, not_understood=names)

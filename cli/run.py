@@ -102,21 +102,19 @@ def run_recipe(recipe: Recipe, screen: Screen, provenance: Mapping[str, Any]) ->
     screen.say(f"table and plot: {result.out / 'report.md'} {result.out / 'report.png'}")
     checkpoints = [result.out / f"checkpoint-{report.target}" for report in result.reports]
     screen.result(
-        {
-            "out": result.out,
-            "neurons": result.neurons,
-            "checkpoints": [str(path) for path in checkpoints],
-            "reports": [
-                {
-                    "source": report.source,
-                    "target": report.target,
-                    "ceiling": report.ceiling,
-                    "continuations": report.continuations,
-                    "outcomes": report.outcomes,
-                    "notes": report.notes,
-                }
-                for report in result.reports
-            ],
-        },
         "checkpoints: " + " ".join(map(str, checkpoints)),
+        out=result.out,
+        neurons=result.neurons,
+        checkpoints=[str(path) for path in checkpoints],
+        reports=[
+            {
+                "source": report.source,
+                "target": report.target,
+                "ceiling": report.ceiling,
+                "continuations": report.continuations,
+                "outcomes": report.outcomes,
+                "notes": report.notes,
+            }
+            for report in result.reports
+        ],
     )

@@ -111,4 +111,4 @@ def command(**options: Any) -> None:
         ["layer", *names],
         [[str(layer), *(of_layer[name] for name in names)] for layer, of_layer in results.items()],
     )
-    screen.result({"out": arguments.out, "layers": results, "read": read}, arguments.out)
+    screen.result(out=arguments.out, layers=results, read=read)

@@ -152,4 +152,4 @@ def command(**options: Any) -> None:
         screen.warn(f"{arguments.target} is written in Latin script: the word pass rate is not measured")
     if arguments.out is not None:
         write_atomically(arguments.out, json_bytes(document(scores)))
-    screen.result({"out": arguments.out, **document(scores)}, arguments.out)
+    screen.result(out=arguments.out, **document(scores))

@@ -139,14 +139,19 @@ class Screen:
         """Print a note on stderr, with --json too."""
         click.echo(f"broca: note: {text}", err=True)
 
-    def result(self, value: dict[str, Any], path: Any = None) -> None:
-        """End a command: print the object with --json, else the path of the output."""
+    def document(self, value: dict[str, Any]) -> None:
+        """Print the object, with --json only."""
         if self.as_json:
             from neurons.files.artifact import json_bytes
 
             print(json_bytes(value).decode(), end="")
-        elif path is not None:
-            self._out.print(str(path), markup=False, soft_wrap=True)
+
+    def result(self, shown: Any = None, /, **value: Any) -> None:
+        """End a command: print the values as one object with --json, else what is shown, by default the path ``out``."""
+        self.document(value)
+        path = value.get("out") if shown is None else shown
+        if path is not None:
+            self.say(str(path))
 
 
 def _cell(value: Any) -> str:

@@ -193,17 +193,14 @@ def steer(
     )
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(
-        {
-            "out": out,
-            "lock": {"sources": list(lock.sources), "target": lock.target, "keep": list(lock.keep)},
-            "obeyed": dict(locked.obeyed),
-            "held_out": list(locked.held_out),
-            "key_deviations": {str(layer): list(pair) for layer, pair in locked.deviations.items()},
-            "seconds": seconds,
-            "measured": measured,
-            **written,
-        },
-        out,
+        out=out,
+        lock={"sources": list(lock.sources), "target": lock.target, "keep": list(lock.keep)},
+        obeyed=dict(locked.obeyed),
+        held_out=list(locked.held_out),
+        key_deviations={str(layer): list(pair) for layer, pair in locked.deviations.items()},
+        seconds=seconds,
+        measured=measured,
+        **written,
     )
 
 

@@ -146,7 +146,7 @@ def list_methods(
         ],
         words=4,
     )
-    screen.result(
+    screen.document(
         {
             name: {
                 "line": method.line,

@@ -149,14 +149,11 @@ def command(**options: Any) -> None:
     for state in states.values():
         remove_unfinished(state)
     screen.result(
-        {
-            "out": arguments.out,
-            "languages": languages,
-            "read": plan.metadata["read"],
-            "nll": losses,
-            "learning": {run: of_run.metadata["learning"] for run, of_run in plans.items()},
-            "relative_change": {run: of_run.relative_change() for run, of_run in plans.items()},
-            "components": {run: of_run.components for run, of_run in plans.items()},
-        },
-        arguments.out,
+        out=arguments.out,
+        languages=languages,
+        read=plan.metadata["read"],
+        nll=losses,
+        learning={run: of_run.metadata["learning"] for run, of_run in plans.items()},
+        relative_change={run: of_run.relative_change() for run, of_run in plans.items()},
+        components={run: of_run.components for run, of_run in plans.items()},
     )

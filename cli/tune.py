@@ -348,4 +348,4 @@ def _show(screen: Screen, search: SearchResult, out: Path) -> None:
         screen.say(f"goals on the reporting part: {'not met: ' + ', '.join(missed) if missed else 'all met'}")
         say_samples(screen, report.outcomes[-1])
     screen.say(f"all trials, and a plot of the front: {out / RESULT} {out / 'front.png'}")
-    screen.result({"out": out, **search_document(search)}, out / PLAN)
+    screen.result(out / PLAN, out=out, **search_document(search))
