@@ -133,11 +133,7 @@ def command(**options: Any) -> None:
 
 
 def _tasks(languages: tuple[str, ...] | None) -> tuple[Tasks, tuple[str, ...]]:
-    """What Broca asks, and the languages of the questions: the given ones, or all.
-
-    Raises:
-        UsageError: a language that Broca does not ask in.
-    """
+    """What Broca asks, and the languages of the questions: the given ones, or all."""
     from editing.evaluation.ability import Tasks
     from editing.evaluation.choices import read_choices
     from editing.evaluation.questions import questions_of_part, read_questions

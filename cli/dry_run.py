@@ -26,7 +26,6 @@ def dry_run(
     """Print the memory needs in GB, in bytes with --json, without loading the model.
 
     Args:
-        screen: the output.
         arguments: with ``model``, ``device`` and ``dtype``.
         needs: of the planned model.
         judge: a planned model that stays in memory in every stage.

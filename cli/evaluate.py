@@ -505,7 +505,6 @@ def _scorer(
     measured: list[Corpus],
     questions: Questions | None,
 ) -> Scorer | None:
-    """The scorer of relevance."""
     from editing.evaluation.asking import openings
     from editing.evaluation.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
     from neurons.errors import UsageError

@@ -98,7 +98,6 @@ def command(**options: Any) -> None:
 
 
 def _check_combinations(arguments: SimpleNamespace) -> None:
-    """Reject options that exclude each other."""
     from neurons.errors import UsageError
 
     edit, lora = arguments.edit_path is not None, arguments.form == "lora"

@@ -150,11 +150,7 @@ def _by_vllm(
 
 
 def _inputs(tokenizer: Any, texts: list[str], chat: bool | None) -> list[str | tuple[int, ...]]:
-    """The input of the engine for each prompt: text, or tokens of a chat.
-
-    Raises:
-        UsageError: ``chat`` is true and the tokenizer has no chat template.
-    """
+    """The input of the engine for each prompt: text, or tokens of a chat."""
     from editing.evaluation.asking import CHAT, OPENING, Prompt, question_style
     from neurons.errors import UsageError
 
@@ -166,11 +162,6 @@ def _inputs(tokenizer: Any, texts: list[str], chat: bool | None) -> list[str | t
 
 
 def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
-    """The prompts from texts and files.
-
-    Raises:
-        UsageError: there is no prompt, or a file does not exist or is not UTF-8.
-    """
     from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
     from neurons.text.corpus_rows import read_lines

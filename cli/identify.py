@@ -340,7 +340,6 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
 
 
 def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
-    """Reject options that the method does not use."""
     from neurons.scorers.method import ABLATIONS, CONFUSIONS, PROMPTS
 
     from_statistics = arguments.statistics is not None

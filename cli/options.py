@@ -76,8 +76,6 @@ class Fractions(click.ParamType[tuple[float, ...]]):
 
 
 class Finite(click.ParamType[float]):
-    """A finite number."""
-
     name = "number"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:

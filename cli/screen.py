@@ -61,11 +61,7 @@ class _Advance:
 
 
 class Screen:
-    """The output of one command.
-
-    Args:
-        as_json: print only one JSON object, at the end.
-    """
+    """The output of one command; with ``as_json`` only one JSON object, at the end."""
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
@@ -103,9 +99,7 @@ class Screen:
         """A progress bar with rate and time left on a terminal; nothing in a pipe and with --json.
 
         Args:
-            title: what is done.
             total: number of units; None: the work announces it (``neurons.recording.text_pass.expect``).
-            unit: their name.
         """
         columns = [BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn()]
         with self._bar(columns) as bar:
