@@ -192,11 +192,7 @@ def _show(screen: Screen, result: Ability) -> None:
 
 def _intervals(rate: Rate) -> list[Any]:
     change = rate.change
-    return [
-        _shown(rate.rate),
-        None if change is None else change.value,
-        None if change is None else _shown(change),
-    ]
+    return [_shown(rate.rate), *((None, None) if change is None else (change.value, _shown(change)))]
 
 
 def _shown(interval: Interval) -> str:

@@ -11,6 +11,8 @@ from cli import options as opt
 from cli.screen import Screen
 
 if TYPE_CHECKING:
+    import torch
+
     from neurons.neuron_sets.comparison import Comparison, Pair
 
 
@@ -86,7 +88,8 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
 
     if plot is not None:
         picture_format(plot)
-    names = _names(files)
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else list(map(str, files))
     comparison = compare([load_neuron_set(file) for file in files], names)
     if plot is not None:
         # Save before printing: the reader of a pipe may close it early.
@@ -151,6 +154,12 @@ def _columns(pair: Pair) -> dict[str, list[Any]]:
 
 def _details(screen: Screen, comparison: Comparison) -> None:
     """Print the sizes and overlaps of every language."""
+
+    def overlaps(title: str, matrix: torch.Tensor) -> None:
+        rows = zip(comparison.languages, matrix.tolist(), strict=True)
+        title = f"Jaccard of languages{title}"
+        screen.table(title, ["", *comparison.languages], [[k, *row] for k, row in rows])
+
     screen.table(
         f"{comparison.unit}s",
         ["set", *comparison.languages],
@@ -164,28 +173,6 @@ def _details(screen: Screen, comparison: Comparison) -> None:
             ["language", "shared", "Jaccard", "first in second", "second in first", "rank correlation"],
             [[k, *row] for k, row in zip(comparison.languages, rows, strict=True)],
         )
-        screen.table(
-            f"Jaccard of languages, rows {first}, columns {second}",
-            ["", *comparison.languages],
-            [
-                [k, *row]
-                for k, row in zip(
-                    comparison.languages, comparison.across[pair.first, :, pair.second].tolist(), strict=True
-                )
-            ],
-        )
+        overlaps(f", rows {first}, columns {second}", comparison.across[pair.first, :, pair.second])
     for i, name in enumerate(comparison.names):
-        screen.table(
-            f"Jaccard of languages within {name}",
-            ["", *comparison.languages],
-            [
-                [k, *row]
-                for k, row in zip(comparison.languages, comparison.across[i, :, i].tolist(), strict=True)
-            ],
-        )
-
-
-def _names(files: tuple[Path, ...]) -> list[str]:
-    """File stems, or paths if stems repeat."""
-    stems = [file.stem for file in files]
-    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
+        overlaps(f" within {name}", comparison.across[i, :, i])

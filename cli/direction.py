@@ -195,7 +195,10 @@ def _write(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> 
         return
     direction.save(arguments.out)
     read_table(screen, direction.metadata["read"], DIRECTIONS.minimum)
-    _show(screen, direction, arguments)
+    norms = direction_table(screen, direction)
+    screen.result(
+        out=arguments.out, source=direction.source, target=direction.target, norms=norms, **direction.metadata
+    )
 
 
 def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
@@ -259,10 +262,3 @@ def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:
         )
     layers = arguments.sae_layers or [None] * len(arguments.saes)
     return [read_autoencoder(path, layer) for path, layer in zip(arguments.saes, layers, strict=True)]
-
-
-def _show(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> None:
-    norms = direction_table(screen, direction)
-    screen.result(
-        out=arguments.out, source=direction.source, target=direction.target, norms=norms, **direction.metadata
-    )

@@ -249,21 +249,18 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
             raise UsageError("--restrict needs --layers, --heads or --neurons")
         if arguments.languages is not None and arguments.neurons is None:
             raise UsageError("--languages selects from --neurons, which is not given: leave it out")
-    if operation != "compose" and arguments.model is None:
-        raise UsageError(f"--{operation} needs MODEL, the model that is edited")
     if operation == "compose" and len(arguments.compose) == 1 and arguments.strength is None:
         raise UsageError("--compose needs two or more plans, or one plan and --strength")
     source = None if arguments.model is None else open_model(arguments.model)
     if operation == "compose":
         plan = compose([load_plan(path) for path in arguments.compose], source)
+    elif source is None:
+        raise UsageError(f"--{operation} needs MODEL, the model that is edited")
     elif operation == "invert":
-        assert source is not None
         plan = inverted(source, load_plan(arguments.invert))
     elif operation == "convert":
-        assert source is not None
         plan = read_factors(arguments.convert, source)
     else:
-        assert source is not None
         layers = None if arguments.layers is None else parse_layers(arguments.layers, source.anatomy.layers)
         components: dict[int, dict[str, Any]] | None = None
         if arguments.heads is not None or arguments.neurons is not None:

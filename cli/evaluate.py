@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from neurons.models.source import LoadedModel
     from neurons.text.corpus import Corpus
 
-RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
-
 
 @click.command("evaluate")
 @opt.model
@@ -70,7 +68,7 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
 @click.option("--judge", help="Model that judges relevance: hub id or directory.")
 @opt.choice(
     "--relevance",
-    RELEVANCE,
+    ("auto", "judge", "chrf", "likelihood", "none"),
     "Measure of relevance; auto: the judge if given, else chrF if there are references, else the likelihood "
     "under the unedited model.",
 )
@@ -118,6 +116,7 @@ def command(**options: Any) -> None:
     from editing.evaluation.evaluation import Evaluation
     from editing.evaluation.generation import TEMPERATURE, check_samples
     from editing.evaluation.questions import read_questions
+    from editing.evaluation.relevance import JUDGE_PROMPT
     from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from editing.study.provenance import (
@@ -200,6 +199,9 @@ def command(**options: Any) -> None:
     # One scorer for the choosing and the reporting text.
     measured = [reported] if methods is None else [corpora["choose"], reported]
     scorer = _scorer(screen, arguments, loaded, judge, measured, questions)
+    judged = {}
+    if judge is not None:
+        judged = {"judge": judge.label, "fingerprint": judge.fingerprint, "prompt": JUDGE_PROMPT}
     command_text = command_line(
         methods=None if methods is None else tuple(methods),
         languages=arguments.languages or reported.languages,
@@ -247,7 +249,7 @@ def command(**options: Any) -> None:
                 None if questions is None else {"file": arguments.questions_path, "digest": questions.digest}
             ),
             "prompts": {"style": evaluation.prompt_style, "ceiling_on": evaluation.ceiling_from},
-            "relevance": None if scorer is None else _scorer_metadata(scorer.name, judge),
+            "relevance": None if scorer is None else {"scorer": scorer.name, **judged},
             "settings": {
                 "engine": arguments.engine,
                 "samples": arguments.samples,
@@ -375,7 +377,8 @@ def _compare_methods(
     with screen.progress(f"Comparing, {source} to {target}", len(methods), "methods") as advance:
         choosing, reporting = evaluation("choose"), evaluation("report")
         doses = arguments.doses or ()
-        for compared in compare_methods(methods, material, choosing, reporting, _stage(screen), doses):
+        stage = partial(screen.stage, state="choosing settings, then measuring")
+        for compared in compare_methods(methods, material, choosing, reporting, stage, doses):
             report = replace(compared, about=provenance(reporting))
             write_atomically(out, json_bytes(document(report)))
             write_atomically(table, text_bytes(methods_markdown(report)))
@@ -493,10 +496,6 @@ def _nested(first: Steering, second: Steering) -> Steering:
     return nested
 
 
-def _stage(screen: Screen) -> Callable[[str], None]:
-    return lambda title: screen.stage(title, "choosing settings, then measuring")
-
-
 def _scorer(
     screen: Screen,
     arguments: SimpleNamespace,
@@ -535,12 +534,3 @@ def _scorer(
         f"--relevance chrf: {references.count(None)} of {len(references)} prompts have no reference: give parallel text, "
         "or questions with a column reference"
     )
-
-
-def _scorer_metadata(name: str, judge: LoadedModel | None) -> dict[str, Any]:
-    """The scorer as the results describe it."""
-    from editing.evaluation.relevance import JUDGE_PROMPT
-
-    if judge is None:
-        return {"scorer": name}
-    return {"scorer": name, "judge": judge.label, "fingerprint": judge.fingerprint, "prompt": JUDGE_PROMPT}

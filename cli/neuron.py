@@ -10,7 +10,7 @@ import click
 
 from cli import options as opt
 from cli.corpora import noted_corpus
-from cli.loading import announced
+from cli.loading import loaded_model
 from cli.screen import Screen, one_line
 
 if TYPE_CHECKING:
@@ -37,13 +37,12 @@ def command(**options: Any) -> None:
     Example:
       broca neuron artifacts/demo/model 5 42 --corpus artifacts/demo/corpus
     """
-    from neurons.models.source import load_model
     from neurons.neuron_sets.neuron_report import neuron_report
 
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
     corpus = noted_corpus(screen, arguments, 1)
-    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    loaded = loaded_model(screen, arguments)
     with screen.progress("Reading", None, "tokens") as advance:
         report = neuron_report(
             loaded,

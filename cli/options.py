@@ -402,16 +402,17 @@ quantised = together(
 
 
 def quantised_bits(arguments: Any) -> int | None:
-    """The argument ``bits`` of ``load_model``, from the values of ``quantised``.
+    """The argument ``bits`` of ``load_model``, from the values of ``quantised`` if it has them.
 
     Raises:
         UsageError: both options are given.
     """
     from neurons.errors import UsageError
 
-    if arguments.load_in_4bit and arguments.load_in_8bit:
+    in_4bit, in_8bit = (getattr(arguments, f"load_in_{bits}bit", False) for bits in (4, 8))
+    if in_4bit and in_8bit:
         raise UsageError("--load-in-4bit and --load-in-8bit exclude each other: give one")
-    return 4 if arguments.load_in_4bit else 8 if arguments.load_in_8bit else None
+    return 4 if in_4bit else 8 if in_8bit else None
 
 
 def new_tokens(default: int) -> Decorator:

@@ -108,15 +108,12 @@ def command(**options: Any) -> None:
     for language, fraction in statistics.metadata["unknown"].items():
         screen.warn(f"{fraction:.0%} of the tokens of {language!r} are unknown to the tokenizer")
     read_as = statistics.metadata["settings"]["reads"]
+    tokens = dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True))
+    texts = dict(zip(statistics.languages, statistics.texts.tolist(), strict=True))
     screen.table(
         f"statistics of {statistics.metadata['model']}, {read_as} of text",
         ["language", "tokens", read_as],
-        [
-            [language, int(tokens), int(texts)]
-            for language, tokens, texts in zip(
-                statistics.languages, statistics.tokens, statistics.texts, strict=True
-            )
-        ],
+        [[language, tokens[language], texts[language]] for language in statistics.languages],
     )
     screen.say(
         "moments: " + ", ".join([*statistics.moments, *(["responses"] if statistics.responses else [])])
@@ -124,8 +121,8 @@ def command(**options: Any) -> None:
     screen.result(
         out=arguments.out,
         fingerprint=statistics.fingerprint,
-        tokens=dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
-        texts=dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+        tokens=tokens,
+        texts=texts,
         moments=list(statistics.moments),
         responses=bool(statistics.responses),
         settings=statistics.metadata["settings"],

@@ -10,7 +10,7 @@ import click
 
 from cli import options as opt
 from cli.corpora import note_files, read_table
-from cli.loading import announced
+from cli.loading import loaded_model
 from cli.screen import Screen
 from cli.tables import plan_table
 
@@ -82,7 +82,6 @@ def command(**options: Any) -> None:
     from editing.pipeline.needs import measuring_need, subnetwork_need
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
-    from neurons.models.source import load_model
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.recording.corpus_recording import remove_unfinished
     from neurons.text.corpus import read_corpus
@@ -117,7 +116,7 @@ def command(**options: Any) -> None:
 
         dry_run(screen, arguments, needs)
         return
-    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    loaded = loaded_model(screen, arguments)
     for run in runs:  # raises before any work
         control_neurons(loaded, rows, run, training.seed)
     # A run whose training has ended resumes at its end, until the command has.

@@ -13,7 +13,7 @@ import click
 from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
-from cli.loading import announced
+from cli.loading import loaded_model
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from neurons.models.source import LoadedModel
     from neurons.text.corpus import Corpus
 
-PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
 SAMPLES = 2  # continuations per prompt; the minimum for the report
 
@@ -94,8 +93,8 @@ def command(**options: Any) -> None:
     from editing.study.search_scoring import Scoring, third_languages
     from editing.study.search_space import spaces
     from editing.study.trial import Goals
+    from neurons.errors import BrocaError
     from neurons.files.artifact import json_bytes, write_atomically
-    from neurons.models.source import load_model
     from neurons.neuron_sets.pictures import FORMATS, save_figure
     from neurons.scorers.selection import parse_layers
     from neurons.text.corpus import read_corpus
@@ -109,10 +108,12 @@ def command(**options: Any) -> None:
     searched_named(arguments.methods)
     if arguments.layers is not None:
         parse_layers(arguments.layers)
-    _require_search_directory(arguments.out, STUDY)
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / STUDY).is_file())):
+        raise BrocaError(f"{out} exists and is not the directory of an earlier search: choose another --out")
     corpora = {
         part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
-        for part in PARTS
+        for part in ("estimate", "choose", "report")
     }
     classifier = load_classifier(arguments.classifier, device=arguments.device)
     note_files(screen, arguments.corpus, arguments.languages, arguments.classifier is not None)
@@ -123,7 +124,7 @@ def command(**options: Any) -> None:
     if arguments.dry_run:
         _dry_run(screen, arguments, corpora)
         return
-    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    loaded = loaded_model(screen, arguments)
     layers = None if arguments.layers is None else parse_layers(arguments.layers, loaded.anatomy.layers)
     goals = Goals(arguments.goal_share, arguments.goal_gap, arguments.goal_rise)
     with screen.progress("Reading", None, "tokens") as advance:
@@ -157,7 +158,7 @@ def command(**options: Any) -> None:
         scoring,
         search_spaces,
         partial(applied, loaded),
-        arguments.out / STUDY,
+        out / STUDY,
         _identity(
             arguments,
             loaded,
@@ -213,12 +214,12 @@ def command(**options: Any) -> None:
             ),
         },
     )
-    plan.save(arguments.out / PLAN)
+    plan.save(out / PLAN)
     figure = front_figure(result)
     for kind in FORMATS:
-        save_figure(figure, arguments.out / f"front.{kind}")
-    write_atomically(arguments.out / RESULT, json_bytes(search_document(result)))
-    _show(screen, result, arguments.out)
+        save_figure(figure, out / f"front.{kind}")
+    write_atomically(out / RESULT, json_bytes(search_document(result)))
+    _show(screen, result, out)
     if not finished:
         raise click.exceptions.Abort
 
@@ -240,13 +241,6 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corp
         return [direction_need(planned, text["estimate"]), *solving, evaluation]
 
     dry_run(screen, arguments, needs)
-
-
-def _require_search_directory(out: Path, study: str) -> None:
-    from neurons.errors import BrocaError
-
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / study).is_file())):
-        raise BrocaError(f"{out} exists and is not the directory of an earlier search: choose another --out")
 
 
 def _identity(
