@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.loading import announced, require_models
-from cli.options import (
-    IN_FILE,
-    OUT_FILE,
-    CommaSeparated,
-    json_option,
-    model_argument,
-    served_device_options,
-)
 from cli.screen import Screen
 from cli.shipped import CHOICES, CODE_REQUESTS, QUESTIONS, shipped
 
@@ -30,20 +23,20 @@ if TYPE_CHECKING:
 
 
 @click.command("ability")
-@model_argument
-@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
+@opt.model
+@click.option("--edit", "edit_path", type=opt.IN_FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint of the same architecture: hub id or directory.")
 @click.option(
-    "--languages", type=CommaSeparated(), help="Languages of the questions, as en,fr.  [default: all]"
+    "--languages", type=opt.CommaSeparated(), help="Languages of the questions, as en,fr.  [default: all]"
 )
 @click.option(
     "--instruction",
     help="Also measure the unedited model with this instruction after every question.  [default: the instructions that "
     "a plan of `broca steer` was taught, in its own languages]",
 )
-@served_device_options
-@click.option("--out", type=OUT_FILE, help="File for the figures (.json).")
-@json_option
+@opt.served_device
+@click.option("--out", type=opt.OUT_FILE, help="File for the figures (.json).")
+@opt.json
 def command(**options: Any) -> None:
     """Measure what MODEL (an instruct model: hub id or directory) can do, and what is left of it after an edit.
 
@@ -136,15 +129,11 @@ def command(**options: Any) -> None:
     if arguments.out is not None:
         write_atomically(arguments.out, json_bytes(document(result)))
     _show(screen, result)
-    screen.result({"out": arguments.out, **document(result)}, arguments.out)
+    screen.result(out=arguments.out, **document(result))
 
 
 def _tasks(languages: tuple[str, ...] | None) -> tuple[Tasks, tuple[str, ...]]:
-    """What Broca asks, and the languages of the questions: the given ones, or all.
-
-    Raises:
-        UsageError: a language that Broca does not ask in.
-    """
+    """What Broca asks, and the languages of the questions: the given ones, or all."""
     from editing.evaluation.ability import Tasks
     from editing.evaluation.choices import read_choices
     from editing.evaluation.questions import questions_of_part, read_questions
@@ -203,11 +192,7 @@ def _show(screen: Screen, result: Ability) -> None:
 
 def _intervals(rate: Rate) -> list[Any]:
     change = rate.change
-    return [
-        _shown(rate.rate),
-        None if change is None else change.value,
-        None if change is None else _shown(change),
-    ]
+    return [_shown(rate.rate), *((None, None) if change is None else (change.value, _shown(change)))]
 
 
 def _shown(interval: Interval) -> str:

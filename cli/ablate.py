@@ -13,29 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.corpora import noted_corpus, read_table
 from cli.loading import loaded_model
-from cli.options import (
-    FINITE,
-    IN_FILE,
-    IN_PATH,
-    LANGUAGE,
-    OUT_FILE,
-    CommaSeparated,
-    Fractions,
-    batch_tokens_option,
-    choice_option,
-    corpus_options,
-    count_option,
-    device_options,
-    dry_run_option,
-    json_option,
-    model_argument,
-    quantised_options,
-    seed_option,
-    tokens_option,
-)
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -47,62 +28,68 @@ if TYPE_CHECKING:
 
 
 @click.command("ablate")
-@model_argument
-@click.argument("more", nargs=-1, type=IN_FILE, metavar="[NEURONS]...")
-@corpus_options
+@opt.model
+@click.argument("more", nargs=-1, type=opt.IN_FILE, metavar="[NEURONS]...")
+@opt.corpus
 @click.option(
     "--neurons",
     "neuron_paths",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     multiple=True,
     help="Neuron set; repeat the option, or list several files after it.",
 )
 @click.option(
     "--prompts",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     help="Prompts with answers, to measure accuracy on too: a .jsonl with prompt, answer and label, or a directory of "
     "<language>.jsonl.",
 )
-@choice_option(
+@opt.choice(
     "--way",
     ("zero", "mean", "resample"),
     "What replaces the values: 0, their mean, or the values at a random other token.",
 )
 @click.option(
-    "--mean-of", type=LANGUAGE, help="--way mean: the mean over this language.  [default: over all text]"
+    "--mean-of", type=opt.LANGUAGE, help="--way mean: the mean over this language.  [default: over all text]"
 )
 @click.option(
     "--controls",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     default=("random", "matched"),
     help="random (the same number in each layer), matched (also of similar activity).  [default: random,matched]",
 )
-@count_option("--draws", "Draws of each control; 0 for none.", 3, minimum=0)
+@opt.count("--draws", "Draws of each control; 0 for none.", 3, minimum=0)
 @click.option(
     "--doses",
-    type=Fractions(),
+    type=opt.Fractions(),
     help="Also ablate these fractions of each set, best neurons first, as 1%,2%,5%,10%.",
 )
-@choice_option(
+@opt.choice(
     "--dose-of",
     ("set", "model"),
     "Base of the fractions in --doses: the set, or all neurons of the model (a top rate).",
 )
 @click.option(
-    "--statistics", type=IN_FILE, help="Statistics for matched controls and means.  [default: record them]"
+    "--statistics",
+    type=opt.IN_FILE,
+    help="Statistics for matched controls and means.  [default: record them]",
 )
-@tokens_option
-@batch_tokens_option
-@count_option("--resamples", "Bootstrap samples of the texts.", 2000)
-@click.option("--confidence", type=FINITE, default=0.95, show_default=True, help="Level of the intervals.")
-@seed_option("Seed of all draws.")
-@device_options
-@dry_run_option
-@quantised_options
-@click.option("--picture", type=OUT_FILE, help="File for heat maps of the results (.png or .svg).")
-@click.option("--dose-picture", type=OUT_FILE, help="File for the dose-response curves (.png or .svg).")
-@click.option("--out", type=OUT_FILE, help="File for the study (.json); unfinished work is kept next to it.")
-@json_option
+@opt.tokens
+@opt.batch_tokens
+@opt.count("--resamples", "Bootstrap samples of the texts.", 2000)
+@click.option(
+    "--confidence", type=opt.FINITE, default=0.95, show_default=True, help="Level of the intervals."
+)
+@opt.seed("Seed of all draws.")
+@opt.device
+@opt.dry_run
+@opt.quantised
+@click.option("--picture", type=opt.OUT_FILE, help="File for heat maps of the results (.png or .svg).")
+@click.option("--dose-picture", type=opt.OUT_FILE, help="File for the dose-response curves (.png or .svg).")
+@click.option(
+    "--out", type=opt.OUT_FILE, help="File for the study (.json); unfinished work is kept next to it."
+)
+@opt.json
 def command(**options: Any) -> None:
     """Ablate the neurons of each language in MODEL (hub id or directory) and measure the loss of every language.
 
@@ -214,7 +201,7 @@ def command(**options: Any) -> None:
                 f"{neuron_set.name} has no {neuron_set.unit}s for {', '.join(empty)}: nothing is ablated there"
             )
     screen.say(as_markdown(study))
-    screen.result({**document, "out": arguments.out}, arguments.out)
+    screen.result(**document, out=arguments.out)
 
 
 def _dry_run(

@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.loading import announced
-from cli.options import (
-    IN_PATH,
-    OUT_FILE,
-    CommaSeparated,
-    engine_option,
-    json_option,
-    model_argument,
-    seed_option,
-    served_device_options,
-    writing_options,
-)
 from cli.screen import Screen, one_line
 from cli.shipped import QUESTIONS, shipped
 
@@ -33,19 +23,19 @@ MAX_SHOWN = 60  # characters of an answer
 
 
 @click.command("ask")
-@model_argument
+@opt.model
 @click.option(
     "--questions",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     help="A file or directory with question_id and text.  [default: Broca's questions, 64 in 25 languages]",
 )
-@click.option("--languages", type=CommaSeparated(), help="Languages of the questions.  [default: all]")
-@engine_option
-@writing_options(200)
-@seed_option("Seed of the sampling.")
-@served_device_options
-@click.option("--out", type=OUT_FILE, required=True, help="File for the conversations (.jsonl).")
-@json_option
+@click.option("--languages", type=opt.CommaSeparated(), help="Languages of the questions.  [default: all]")
+@opt.engine
+@opt.writing(200)
+@opt.seed("Seed of the sampling.")
+@opt.served_device
+@click.option("--out", type=opt.OUT_FILE, required=True, help="File for the conversations (.jsonl).")
+@opt.json
 def command(**options: Any) -> None:
     """Let MODEL (an instruct model: hub id or directory) answer questions, and write a row for each.
 
@@ -108,9 +98,7 @@ def command(**options: Any) -> None:
         ],
         words=3,
     )
-    screen.result(
-        {"out": arguments.out, "answers": count, "languages": list(chosen), "of": of}, arguments.out
-    )
+    screen.result(out=arguments.out, answers=count, languages=list(chosen), of=of)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import model_argument, served_device_options, writing_options
+from cli import options as opt
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ NEW = "/new"
 
 
 @click.command("chat")
-@model_argument
+@opt.model
 @click.option(
     "--beside", metavar="BASE", help="A second model that gets the same messages: hub id or directory."
 )
 @click.option("--web", is_flag=True, help="Chat on a page in the browser, on this machine only (broca[web]).")
 @click.option("--system", help="A system message.  [default: that of the chat template]")
-@writing_options(512)
-@served_device_options
+@opt.writing(512)
+@opt.served_device
 def command(
     model: str,
     beside: str | None,

@@ -10,8 +10,6 @@ import click
 if TYPE_CHECKING:
     from neurons.models.source import LoadedModel
 
-PRINTING = ("as_json",)
-
 
 def command_line(**resolved: Any) -> str:
     """The running command as ``broca NAME ...``, quoted for a shell.
@@ -28,7 +26,7 @@ def command_line(**resolved: Any) -> str:
     arguments: list[str] = []
     for parameter in context.command.params:
         value = values.get(parameter.name or "")
-        if value is None or parameter.name in PRINTING:
+        if value is None or parameter.name == "as_json":
             continue
         if isinstance(parameter, click.Option):
             options += _option(parameter, value)

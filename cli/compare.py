@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import IN_FILE, OUT_FILE, json_option
+from cli import options as opt
 from cli.screen import Screen
 
 if TYPE_CHECKING:
+    import torch
+
     from neurons.neuron_sets.comparison import Comparison, Pair
 
 
 @click.command("compare")
-@click.argument("files", metavar="FILE...", type=IN_FILE, nargs=-1, required=True)
-@click.option("--plot", type=OUT_FILE, help="Neuron sets: file for a plot of the overlap (.png or .svg).")
+@click.argument("files", metavar="FILE...", type=opt.IN_FILE, nargs=-1, required=True)
+@click.option("--plot", type=opt.OUT_FILE, help="Neuron sets: file for a plot of the overlap (.png or .svg).")
 @click.option("--model", help="Edits: their model; needed for the cosine of edits that scale weights.")
 @click.option("--details", is_flag=True, help="Neuron sets: also show each language of each pair.")
-@json_option
+@opt.json
 def command(
     files: tuple[Path, ...], plot: Path | None, model: str | None, details: bool, as_json: bool
 ) -> None:
@@ -76,7 +78,7 @@ def _plans(screen: Screen, files: tuple[Path, ...], model: str | None) -> None:
         ],
         words=2,
     )
-    screen.result({"edits": list(files), "modules": [vars(row) for row in modules]})
+    screen.result(edits=list(files), modules=[vars(row) for row in modules])
 
 
 def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, details: bool) -> None:
@@ -86,7 +88,8 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
 
     if plot is not None:
         picture_format(plot)
-    names = _names(files)
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else list(map(str, files))
     comparison = compare([load_neuron_set(file) for file in files], names)
     if plot is not None:
         # Save before printing: the reader of a pipe may close it early.
@@ -116,27 +119,25 @@ def _neuron_sets(screen: Screen, files: tuple[Path, ...], plot: Path | None, det
         name: list(languages) for name, languages in zip(comparison.names, comparison.left_out, strict=True)
     }
     screen.result(
-        {
-            "sets": list(comparison.names),
-            "unit": comparison.unit,
-            "languages": list(comparison.languages),
-            "left_out": left_out,
-            "sizes": comparison.sizes.tolist(),
-            "pairs": [
-                {
-                    "first": comparison.names[pair.first],
-                    "second": comparison.names[pair.second],
-                    "overall_jaccard": pair.overall_jaccard,
-                    "mean_rank_correlation": pair.mean_rank_correlation,
-                    **_columns(pair),
-                    "by_layer": pair.by_layer.T.tolist(),
-                }
-                for pair in comparison.pairs
-            ],
-            "across": comparison.across.tolist(),
-            "plot": plot,
-        },
         plot,
+        sets=list(comparison.names),
+        unit=comparison.unit,
+        languages=list(comparison.languages),
+        left_out=left_out,
+        sizes=comparison.sizes.tolist(),
+        pairs=[
+            {
+                "first": comparison.names[pair.first],
+                "second": comparison.names[pair.second],
+                "overall_jaccard": pair.overall_jaccard,
+                "mean_rank_correlation": pair.mean_rank_correlation,
+                **_columns(pair),
+                "by_layer": pair.by_layer.T.tolist(),
+            }
+            for pair in comparison.pairs
+        ],
+        across=comparison.across.tolist(),
+        plot=plot,
     )
 
 
@@ -153,6 +154,12 @@ def _columns(pair: Pair) -> dict[str, list[Any]]:
 
 def _details(screen: Screen, comparison: Comparison) -> None:
     """Print the sizes and overlaps of every language."""
+
+    def overlaps(title: str, matrix: torch.Tensor) -> None:
+        rows = zip(comparison.languages, matrix.tolist(), strict=True)
+        title = f"Jaccard of languages{title}"
+        screen.table(title, ["", *comparison.languages], [[k, *row] for k, row in rows])
+
     screen.table(
         f"{comparison.unit}s",
         ["set", *comparison.languages],
@@ -166,28 +173,6 @@ def _details(screen: Screen, comparison: Comparison) -> None:
             ["language", "shared", "Jaccard", "first in second", "second in first", "rank correlation"],
             [[k, *row] for k, row in zip(comparison.languages, rows, strict=True)],
         )
-        screen.table(
-            f"Jaccard of languages, rows {first}, columns {second}",
-            ["", *comparison.languages],
-            [
-                [k, *row]
-                for k, row in zip(
-                    comparison.languages, comparison.across[pair.first, :, pair.second].tolist(), strict=True
-                )
-            ],
-        )
+        overlaps(f", rows {first}, columns {second}", comparison.across[pair.first, :, pair.second])
     for i, name in enumerate(comparison.names):
-        screen.table(
-            f"Jaccard of languages within {name}",
-            ["", *comparison.languages],
-            [
-                [k, *row]
-                for k, row in zip(comparison.languages, comparison.across[i, :, i].tolist(), strict=True)
-            ],
-        )
-
-
-def _names(files: tuple[Path, ...]) -> list[str]:
-    """File stems, or paths if stems repeat."""
-    stems = [file.stem for file in files]
-    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
+        overlaps(f" within {name}", comparison.across[i, :, i])

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import click
 
-from cli.options import IN_FILE, CommaSeparated, json_option, out_option
+from cli import options as opt
 from cli.screen import Screen
 
 
 @click.command("convert")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option(
-    "--languages", type=CommaSeparated(), help="masks: language names in the order of the file, as en,zh,fr."
+    "--languages",
+    type=opt.CommaSeparated(),
+    help="masks: language names in the order of the file, as en,zh,fr.",
 )
 @click.option(
     "--width", type=click.IntRange(min=1), help="masks: neurons per layer, which the file does not contain."
@@ -26,8 +28,8 @@ from cli.screen import Screen
     multiple=True,
     help="counts: file with the counts of the prompts, to subtract; one for each language.",
 )
-@out_option("File for the result: .safetensors, or .pth for masks.")
-@json_option
+@opt.out("File for the result: .safetensors, or .pth for masks.")
+@opt.json
 def command(
     files: tuple[str, ...],
     languages: tuple[str, ...] | None,
@@ -71,7 +73,7 @@ def command(
         raise UsageError(
             f"{len(files)} files: give one mask file, one neuron set, or count files as LANGUAGE=FILE"
         )
-    file = IN_FILE.convert(files[0], None, None)
+    file = opt.IN_FILE.convert(files[0], None, None)
     if is_torch_file(file):
         if languages is None or width is None:
             raise UsageError(
@@ -103,7 +105,7 @@ def _by_language(files: Sequence[str]) -> dict[str, Path]:
             raise UsageError(f"{file!r} is not LANGUAGE=FILE")
         if language in paths:
             raise UsageError(f"language {language!r} is given twice: {paths[language]} and {path}")
-        paths[language] = IN_FILE.convert(path, None, None)
+        paths[language] = opt.IN_FILE.convert(path, None, None)
     return paths
 
 
@@ -132,9 +134,7 @@ def _counts(screen: Screen, files: dict[str, Path], prefixes: dict[str, Path], o
         ["language", "tokens"],
         [[language, count] for language, count in tokens.items()],
     )
-    screen.result(
-        {"out": out, "kind": "statistics", "layers": layers, "neurons": width, "tokens": tokens}, out
-    )
+    screen.result(out=out, kind="statistics", layers=layers, neurons=width, tokens=tokens)
 
 
 def _masks(screen: Screen, file: Path, languages: tuple[str, ...], width: int, out: Path) -> None:
@@ -149,7 +149,7 @@ def _masks(screen: Screen, file: Path, languages: tuple[str, ...], width: int, o
         [[language, size] for language, size in sizes.items()],
     )
     value = {"kind": "neurons", "layers": neurons.layers, "languages": list(neurons.languages)}
-    screen.result({"out": out, **value, "neurons": sizes}, out)
+    screen.result(out=out, **value, neurons=sizes)
 
 
 def _neurons(screen: Screen, file: Path, out: Path) -> None:
@@ -165,4 +165,4 @@ def _neurons(screen: Screen, file: Path, out: Path) -> None:
         f"{neurons.layers} layers of {neurons.neurons} neurons; a mask file does not contain scores and kinds"
     )
     value = {"kind": "masks", "layers": neurons.layers, "width": neurons.neurons}
-    screen.result({"out": out, **value, "languages": list(neurons.languages)}, out)
+    screen.result(out=out, **value, languages=list(neurons.languages))

@@ -19,7 +19,7 @@ _PRIVATE = re.compile("q[a-t][a-z]")
 
 
 def noted_corpus(screen: Screen, arguments: SimpleNamespace, min_languages: int = 2) -> Corpus:
-    """``neurons.text.corpus.read_corpus`` with the values of ``corpus_options``, followed by ``note_files``."""
+    """``neurons.text.corpus.read_corpus`` with the values of ``options.corpus``, followed by ``note_files``."""
     from neurons.text.corpus import read_corpus
 
     directory, languages, part = arguments.corpus, arguments.languages, arguments.part or "all"

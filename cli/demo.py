@@ -6,18 +6,18 @@ from pathlib import Path
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line
-from cli.options import LANGUAGE, OUT_DIRECTORY, CommaSeparated, json_option
 from cli.run import recipe_provenance, run_recipe
 from cli.screen import Screen
 from cli.shipped import DEMO, shipped
 
 
 @click.command("demo")
-@click.option("--source", type=LANGUAGE, help="Language of the prompts.  [default: en]")
-@click.option("--target", "targets", type=CommaSeparated(), help="Languages to steer to, as fr,de.")
-@click.option("--out", type=OUT_DIRECTORY, help="Directory of the results.  [default: broca-demo]")
-@json_option
+@click.option("--source", type=opt.LANGUAGE, help="Language of the prompts.  [default: en]")
+@click.option("--target", "targets", type=opt.CommaSeparated(), help="Languages to steer to, as fr,de.")
+@click.option("--out", type=opt.OUT_DIRECTORY, help="Directory of the results.  [default: broca-demo]")
+@opt.json
 def command(source: str | None, targets: tuple[str, ...] | None, out: Path | None, as_json: bool) -> None:
     """Steer the included demo model to other languages and measure it.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import json_option, out_option
+from cli import options as opt
 from cli.screen import Screen
 from cli.tables import modules_as_json
 
@@ -19,8 +19,8 @@ from cli.tables import modules_as_json
     is_flag=True,
     help="Allow other differences than edits of output weights; the metadata of the plan lists them.",
 )
-@out_option("File for the plan (.safetensors).")
-@json_option
+@opt.out("File for the plan (.safetensors).")
+@opt.json
 def command(base: str, edited: str, allow_others: bool, out: Path, as_json: bool) -> None:
     """Recover the plan from BASE to EDITED (hub ids or directories), edited with any tool.
 
@@ -50,20 +50,17 @@ def command(base: str, edited: str, allow_others: bool, out: Path, as_json: bool
         screen.warn(f"{out} leaves out {len(difference.not_covered)} tensors with other differences")
     plan.save(out)
     screen.result(
-        {
-            "out": out,
-            "equal": difference.equal,
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "change": tensor.what,
-                    "relative": tensor.relative,
-                    "covered": tensor.covered,
-                }
-                for tensor in difference.tensors
-            ],
-            "not_covered": list(difference.not_covered),
-            "modules": modules_as_json(plan),
-        },
-        out,
+        out=out,
+        equal=difference.equal,
+        tensors=[
+            {
+                "name": tensor.name,
+                "change": tensor.what,
+                "relative": tensor.relative,
+                "covered": tensor.covered,
+            }
+            for tensor in difference.tensors
+        ],
+        not_covered=list(difference.not_covered),
+        modules=modules_as_json(plan),
     )

@@ -9,24 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import noted_corpus, read_table
 from cli.loading import loaded_model
-from cli.options import (
-    FINITE,
-    IN_FILE,
-    IN_PATH,
-    LANGUAGE,
-    LIST,
-    OUT_FILE,
-    corpus_options,
-    device_options,
-    dry_run_option,
-    json_option,
-    method_options,
-    quantised_options,
-    refuse_options,
-    tokens_option,
-)
 from cli.screen import Screen
 from cli.tables import direction_table, list_methods
 
@@ -38,20 +23,22 @@ if TYPE_CHECKING:
 
 @click.command("direction")
 @click.argument("model", required=False)
-@partial(corpus_options, required=False)
+@partial(opt.corpus, required=False)
 @click.option(
     "--preferences",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     help='Rows {"prompt": ..., "chosen": ..., "rejected": ...} (.jsonl) instead of --corpus; bipo and grains need them.',
 )
 @click.option(
-    "--source", type=LANGUAGE, help="Language to steer from.  [default with --preferences: rejected]"
+    "--source", type=opt.LANGUAGE, help="Language to steer from.  [default with --preferences: rejected]"
 )
-@click.option("--target", type=LANGUAGE, help="Language to steer to.  [default with --preferences: chosen]")
-@method_options("direction", "diffmean")
+@click.option(
+    "--target", type=opt.LANGUAGE, help="Language to steer to.  [default with --preferences: chosen]"
+)
+@opt.method("direction", "diffmean")
 @click.option(
     "--winsorise",
-    type=FINITE,
+    type=opt.FINITE,
     metavar="Q",
     help="Clip each coordinate of the text means to its quantiles 1-Q and Q before averaging, as 0.995.",
 )
@@ -66,7 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--sae",
     "saes",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     multiple=True,
     help="sae: autoencoder of SAE-Lens or Gemma-Scope; may be repeated.",
 )
@@ -79,18 +66,20 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--convert",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     help="A direction to write as vectors for llama.cpp and EasySteer (.gguf) or vLLM-Hook (.pt), without MODEL.",
 )
 @click.option("--layer", type=click.IntRange(min=0), help="--convert to .pt: the layer of the vector.")
-@tokens_option
-@device_options
-@dry_run_option
-@quantised_options
+@opt.tokens
+@opt.device
+@opt.dry_run
+@opt.quantised
 @click.option(
-    "--out", type=OUT_FILE, help="File for the direction (.safetensors), or for its vectors (.gguf or .pt)."
+    "--out",
+    type=opt.OUT_FILE,
+    help="File for the direction (.safetensors), or for its vectors (.gguf or .pt).",
 )
-@json_option
+@opt.json
 def command(**options: Any) -> None:
     """Estimate the direction from one language to another in MODEL (hub id or directory).
 
@@ -108,7 +97,7 @@ def command(**options: Any) -> None:
     """
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
-    if arguments.method == LIST:
+    if arguments.method == opt.LIST:
         from editing.directions.registry import METHODS
 
         list_methods(screen, METHODS, {"needs": attrgetter("needs")})
@@ -206,7 +195,10 @@ def _write(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> 
         return
     direction.save(arguments.out)
     read_table(screen, direction.metadata["read"], DIRECTIONS.minimum)
-    _show(screen, direction, arguments)
+    norms = direction_table(screen, direction)
+    screen.result(
+        out=arguments.out, source=direction.source, target=direction.target, norms=norms, **direction.metadata
+    )
 
 
 def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
@@ -217,7 +209,9 @@ def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
 
     if arguments.out is None:
         raise UsageError("--out is missing: give the file for the vectors (.gguf or .pt)")
-    refuse_options(arguments, vars(arguments).keys() - {"convert", "layer", "out", "as_json"}, "--convert")
+    opt.refuse_options(
+        arguments, vars(arguments).keys() - {"convert", "layer", "out", "as_json"}, "--convert"
+    )
     if (arguments.out.suffix == ".pt") != (arguments.layer is not None):
         raise UsageError(
             "--layer is the layer of a vector for vLLM-Hook: give both --layer and an --out of .pt"
@@ -225,10 +219,10 @@ def _convert(screen: Screen, arguments: SimpleNamespace) -> None:
     if arguments.layer is not None:
         config = write_hook_vector(load_direction(arguments.convert), arguments.layer, arguments.out)
         screen.say(f"configuration for vLLM-Hook: {config}")
-        screen.result({"out": arguments.out, "layers": [arguments.layer], "config": config}, arguments.out)
+        screen.result(out=arguments.out, layers=[arguments.layer], config=config)
         return
     layers = write_control_vectors(load_direction(arguments.convert), arguments.out)
-    screen.result({"out": arguments.out, "layers": layers}, arguments.out)
+    screen.result(out=arguments.out, layers=layers)
 
 
 def _require(arguments: SimpleNamespace) -> None:
@@ -242,7 +236,7 @@ def _require(arguments: SimpleNamespace) -> None:
     ]
     if arguments.preferences is not None:
         of_text = {"corpus", "languages", "part", "roles", "tokens", "saes", "sae_layers"}
-        refuse_options(arguments, of_text, "--preferences")
+        opt.refuse_options(arguments, of_text, "--preferences")
         needed = needed[3:]
     for name, description in needed:
         if getattr(arguments, name) is None:
@@ -268,17 +262,3 @@ def _autoencoders(arguments: SimpleNamespace) -> list[Autoencoder]:
         )
     layers = arguments.sae_layers or [None] * len(arguments.saes)
     return [read_autoencoder(path, layer) for path, layer in zip(arguments.saes, layers, strict=True)]
-
-
-def _show(screen: Screen, direction: Direction, arguments: SimpleNamespace) -> None:
-    norms = direction_table(screen, direction)
-    screen.result(
-        {
-            "out": arguments.out,
-            "source": direction.source,
-            "target": direction.target,
-            "norms": norms,
-            **direction.metadata,
-        },
-        arguments.out,
-    )

@@ -26,7 +26,6 @@ def dry_run(
     """Print the memory needs in GB, in bytes with --json, without loading the model.
 
     Args:
-        screen: the output.
         arguments: with ``model``, ``device`` and ``dtype``.
         needs: of the planned model.
         judge: a planned model that stays in memory in every stage.
@@ -62,19 +61,17 @@ def dry_run(
         ],
     )
     screen.result(
-        {
-            "limit": limit,
-            "stages": {
-                need.stage: {
-                    "parts": dict(need.parts),
-                    "peak": need.total,
-                    "tokens_at_once": need.tokens,
-                    "recomputes": need.recomputes,
-                    "fits": need.total <= limit,
-                }
-                for need in stages
-            },
-        }
+        limit=limit,
+        stages={
+            need.stage: {
+                "parts": dict(need.parts),
+                "peak": need.total,
+                "tokens_at_once": need.tokens,
+                "recomputes": need.recomputes,
+                "fits": need.total <= limit,
+            }
+            for need in stages
+        },
     )
 
 

@@ -9,26 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import noted_corpus, read_table
-from cli.options import (
-    FINITE,
-    IN_FILE,
-    IN_PATH,
-    LIST,
-    OUT_FILE,
-    PARTS,
-    CommaSeparated,
-    MultiValueCommand,
-    device_options,
-    dry_run_option,
-    is_given,
-    json_option,
-    method_options,
-    option_name,
-    refuse_options,
-    roles_option,
-    tokens_option,
-)
 from cli.screen import Screen
 from cli.tables import list_methods, modules_as_json, plan_table
 
@@ -43,46 +25,46 @@ if TYPE_CHECKING:
 SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
 
 
-@click.command("edit", cls=MultiValueCommand)
+@click.command("edit", cls=opt.MultiValueCommand)
 @click.argument("model", required=False)
-@method_options("edit", "keyed")
+@opt.method("edit", "keyed")
 @click.option(
-    "--direction", "directions", type=IN_FILE, multiple=True, help="Direction, from `broca direction`."
+    "--direction", "directions", type=opt.IN_FILE, multiple=True, help="Direction, from `broca direction`."
 )
 @click.option(
     "--vector",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     help="bake: steering vectors of another library (.safetensors, .gguf, .pt or .npy).",
 )
 @click.option(
     "--neurons",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     help="Neuron set, from `broca identify`; restricts the edit, or is what the method edits.",
 )
 @click.option(
-    "--statistics", type=IN_FILE, help="clas, austeer, steer-router: statistics, from `broca record`."
+    "--statistics", type=opt.IN_FILE, help="clas, austeer, steer-router: statistics, from `broca record`."
 )
 @click.option(
     "--corpus",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     help="Text, as for `broca direction`; keyed: source, target and all languages to keep; bake and biprojected ablate: neutral text.",
 )
 @click.option(
     "--languages",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     help="Languages of the corpus, or of the neuron set without a corpus.  [default: all]",
 )
-@click.option("--part", type=click.Choice(PARTS), help="Lines of the corpus to read.  [default: all]")
-@roles_option
+@click.option("--part", type=click.Choice(opt.PARTS), help="Lines of the corpus to read.  [default: all]")
+@opt.roles
 @click.option("--layers", help="Layers to edit, as 1-3 or 1,2,5.  [default: as the method sets]")
 @click.option(
     "--blocks",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     help="Modules to edit: attn, mlp or both.  [default: as the method sets]",
 )
 @click.option(
     "--strength",
-    type=FINITE,
+    type=opt.FINITE,
     help="keyed, keyed-experts: the total shift over all layers, in multiples of the direction; otherwise a factor of "
     "the edit.  [default: 3.5 for these two, otherwise 1]",
 )
@@ -101,26 +83,28 @@ SETTING_OPTIONS = ("heads_rho", "neurons_rho", "alpha", "eps", "factor")
     "--eps", metavar="NUMBER", help="keyed, bake: ridge, as a fraction of the mean variance.  [default: 0.01]"
 )
 @click.option("--factor", metavar="NUMBER", help="scale: 0 ablates, 2 doubles.")
-@click.option("--compose", type=IN_FILE, multiple=True, metavar="EDIT...", help="Plans to apply in sequence.")
-@click.option("--invert", type=IN_FILE, metavar="EDIT", help="A plan to invert; needs MODEL.")
+@click.option(
+    "--compose", type=opt.IN_FILE, multiple=True, metavar="EDIT...", help="Plans to apply in sequence."
+)
+@click.option("--invert", type=opt.IN_FILE, metavar="EDIT", help="A plan to invert; needs MODEL.")
 @click.option(
     "--restrict",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     metavar="EDIT",
     help="A plan to restrict to --layers, --heads and --neurons; needs MODEL.",
 )
 @click.option(
     "--convert",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     metavar="FACTORS",
     help="Rank-1 factors that Steer2Edit's code saved (.pt), as a plan; needs MODEL.",
 )
 @click.option("--heads", help="--restrict: heads to keep in the plan, as 0,3.")
-@tokens_option
-@device_options
-@dry_run_option
-@click.option("--out", type=OUT_FILE, help="File for the plan (.safetensors).")
-@json_option
+@opt.tokens
+@opt.device
+@opt.dry_run
+@click.option("--out", type=opt.OUT_FILE, help="File for the plan (.safetensors).")
+@opt.json
 def command(**options: Any) -> None:
     """Make a plan of weight edits for MODEL (hub id or directory).
 
@@ -142,7 +126,7 @@ def command(**options: Any) -> None:
     """
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
-    if arguments.method == LIST:
+    if arguments.method == opt.LIST:
         from editing.study.registry import edits
 
         lists = {"needs": attrgetter("needs"), "takes": attrgetter("takes")}
@@ -182,7 +166,7 @@ def _by_method(screen: Screen, arguments: SimpleNamespace) -> tuple[Plan, ModelS
     if arguments.blocks is not None:
         chosen_modules(arguments.blocks)
     options = {name: value for name in SETTING_OPTIONS if (value := getattr(arguments, name)) is not None}
-    option_texts = {name: f"{option_name(name)} {value}" for name, value in options.items()}
+    option_texts = {name: f"{opt.option_name(name)} {value}" for name, value in options.items()}
     assignments = {**options, **assigned(arguments.assignments, tuple(options))}
     settings = read_settings(method.settings(), assignments, option_texts)
     if arguments.strength is not None:
@@ -259,27 +243,24 @@ def _from_plans(arguments: SimpleNamespace, operation: str) -> tuple[Plan, Model
 
     accepted = {"model", "strength", operation, "out", "as_json"}
     accepted |= {"layers", "heads", "neurons", "languages"} if operation == "restrict" else set()
-    refuse_options(arguments, vars(arguments).keys() - accepted, f"--{operation}")
+    opt.refuse_options(arguments, vars(arguments).keys() - accepted, f"--{operation}")
     if operation == "restrict":
         if all(getattr(arguments, name) is None for name in ("layers", "heads", "neurons")):
             raise UsageError("--restrict needs --layers, --heads or --neurons")
         if arguments.languages is not None and arguments.neurons is None:
             raise UsageError("--languages selects from --neurons, which is not given: leave it out")
-    if operation != "compose" and arguments.model is None:
-        raise UsageError(f"--{operation} needs MODEL, the model that is edited")
     if operation == "compose" and len(arguments.compose) == 1 and arguments.strength is None:
         raise UsageError("--compose needs two or more plans, or one plan and --strength")
     source = None if arguments.model is None else open_model(arguments.model)
     if operation == "compose":
         plan = compose([load_plan(path) for path in arguments.compose], source)
+    elif source is None:
+        raise UsageError(f"--{operation} needs MODEL, the model that is edited")
     elif operation == "invert":
-        assert source is not None
         plan = inverted(source, load_plan(arguments.invert))
     elif operation == "convert":
-        assert source is not None
         plan = read_factors(arguments.convert, source)
     else:
-        assert source is not None
         layers = None if arguments.layers is None else parse_layers(arguments.layers, source.anatomy.layers)
         components: dict[int, dict[str, Any]] | None = None
         if arguments.heads is not None or arguments.neurons is not None:
@@ -312,9 +293,9 @@ def _check_options(arguments: SimpleNamespace, method: type[Method]) -> None:
     accepted |= {"directions" if name == "direction" else name for name in (*method.needs, *method.takes)}
     accepted |= {"roles", "tokens"} if "corpus" in accepted else set()
     others = vars(arguments).keys() - accepted - method.settings().keys()
-    refuse_options(arguments, others, f"--method {arguments.method}")
+    opt.refuse_options(arguments, others, f"--method {arguments.method}")
     for need in method.needs:
-        if not is_given(arguments, "directions" if need == "direction" else need):
+        if not opt.is_given(arguments, "directions" if need == "direction" else need):
             raise UsageError(f"--method {arguments.method} needs --{need} ({_WHERE_FROM[need]})")
     for name, selected in (("part", "lines"), ("roles", "tokens"), ("tokens", "tokens")):
         if getattr(arguments, name) is not None and arguments.corpus is None:
@@ -339,14 +320,11 @@ def _show(screen: Screen, plan: Plan, source: ModelSource | None, arguments: Sim
     for warning in warnings:
         screen.warn(warning)
     screen.result(
-        {
-            "out": arguments.out,
-            "method": plan.metadata["method"],
-            "components": plan.components,
-            "relative_change": plan.relative_change(),
-            "read": plan.metadata.get("read"),
-            "warnings": warnings,
-            "modules": modules_as_json(plan),
-        },
-        arguments.out,
+        out=arguments.out,
+        method=plan.metadata["method"],
+        components=plan.components,
+        relative_change=plan.relative_change(),
+        read=plan.metadata.get("read"),
+        warnings=warnings,
+        modules=modules_as_json(plan),
     )

@@ -13,31 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
 from cli.loading import announced, require_models
-from cli.options import (
-    ENGINES,
-    IN_FILE,
-    IN_PATH,
-    CommaSeparated,
-    FiniteRange,
-    Fractions,
-    choice_option,
-    classifier_option,
-    corpus_options,
-    count_option,
-    device_options,
-    dry_run_option,
-    is_given,
-    json_option,
-    model_argument,
-    new_tokens_option,
-    out_option,
-    pair_options,
-    seed_option,
-    tokens_option,
-)
 from cli.screen import Screen
 from cli.tables import report_table, say_samples
 
@@ -56,48 +35,46 @@ if TYPE_CHECKING:
     from neurons.models.source import LoadedModel
     from neurons.text.corpus import Corpus
 
-RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
-
 
 @click.command("evaluate")
-@model_argument
-@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
+@opt.model
+@click.option("--edit", "edit_path", type=opt.IN_FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint of the same architecture: hub id or directory.")
 @click.option(
     "--methods",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     help="Methods to compare, as keyed,diffmean, or all: made from part estimate, with settings chosen on part choose "
     "and figures from part report; also writes the table as .md next to --out.",
 )
 @click.option(
     "--doses",
-    type=Fractions(),
+    type=opt.Fractions(),
     help="--methods: dose-response, also measure each method at these fractions of its chosen strength, as "
     "25%,50%,75%; also writes a plot as .png next to --out.",
 )
-@corpus_options
-@pair_options
+@opt.corpus
+@opt.pair
 @click.option(
     "--questions",
     "questions_path",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     help="Questions, instead of openings of the lines: .jsonl, .csv or .parquet with question_id and text, or a "
     "directory of such files by language.",
 )
-@classifier_option
+@opt.classifier
 @click.option(
     "--no-chat", is_flag=True, help="Ask questions as plain text, without the tokenizer's chat template."
 )
 @click.option("--judge", help="Model that judges relevance: hub id or directory.")
-@choice_option(
+@opt.choice(
     "--relevance",
-    RELEVANCE,
+    ("auto", "judge", "chrf", "likelihood", "none"),
     "Measure of relevance; auto: the judge if given, else chrF if there are references, else the likelihood "
     "under the unedited model.",
 )
-@choice_option(
+@opt.choice(
     "--engine",
-    ENGINES,
+    opt.ENGINES,
     "What generates the answers; everything else runs with transformers. vllm needs the package vllm and "
     "exports --edit to a temporary checkpoint.",
 )
@@ -110,20 +87,20 @@ RELEVANCE = ("auto", "judge", "chrf", "likelihood", "none")
     help="Also measure the logit lens: how likely each language's tokens are after each layer, at the end of the "
     "prompts; also writes a plot as .png next to --out.",
 )
-@count_option("--prompts", "Maximum number of prompts.", 100)
-@count_option("--samples", "Continuations per prompt.", 1)
-@new_tokens_option(40)
+@opt.count("--prompts", "Maximum number of prompts.", 100)
+@opt.count("--samples", "Continuations per prompt.", 1)
+@opt.new_tokens(40)
 @click.option(
     "--temperature",
-    type=FiniteRange(min=0),
+    type=opt.FiniteRange(min=0),
     help="Sampling temperature; 0 is greedy decoding.  [default: 0.7, or 0 with --questions]",
 )
-@seed_option("Seed of the sampling.")
-@tokens_option
-@device_options
-@dry_run_option
-@out_option("File for the results (.json).")
-@json_option
+@opt.seed("Seed of the sampling.")
+@opt.tokens
+@opt.device
+@opt.dry_run
+@opt.out("File for the results (.json).")
+@opt.json
 def command(**options: Any) -> None:
     """Evaluate MODEL (hub id or directory) and a plan or a steered checkpoint, or compare methods.
 
@@ -139,6 +116,7 @@ def command(**options: Any) -> None:
     from editing.evaluation.evaluation import Evaluation
     from editing.evaluation.generation import TEMPERATURE, check_samples
     from editing.evaluation.questions import read_questions
+    from editing.evaluation.relevance import JUDGE_PROMPT
     from editing.plans.applied import applied
     from editing.plans.plan import load_plan
     from editing.study.provenance import (
@@ -221,6 +199,9 @@ def command(**options: Any) -> None:
     # One scorer for the choosing and the reporting text.
     measured = [reported] if methods is None else [corpora["choose"], reported]
     scorer = _scorer(screen, arguments, loaded, judge, measured, questions)
+    judged = {}
+    if judge is not None:
+        judged = {"judge": judge.label, "fingerprint": judge.fingerprint, "prompt": JUDGE_PROMPT}
     command_text = command_line(
         methods=None if methods is None else tuple(methods),
         languages=arguments.languages or reported.languages,
@@ -268,7 +249,7 @@ def command(**options: Any) -> None:
                 None if questions is None else {"file": arguments.questions_path, "digest": questions.digest}
             ),
             "prompts": {"style": evaluation.prompt_style, "ceiling_on": evaluation.ceiling_from},
-            "relevance": None if scorer is None else _scorer_metadata(scorer.name, judge),
+            "relevance": None if scorer is None else {"scorer": scorer.name, **judged},
             "settings": {
                 "engine": arguments.engine,
                 "samples": arguments.samples,
@@ -340,7 +321,7 @@ def _check_options(arguments: SimpleNamespace) -> None:
     methods, doses, out = arguments.methods, arguments.doses, arguments.out
     if arguments.source == arguments.target:
         raise UsageError(f"source and target are both {arguments.source!r}")
-    if methods is not None and not arguments.others and is_given(arguments, "others"):
+    if methods is not None and not arguments.others and opt.is_given(arguments, "others"):
         raise UsageError("--no-others is not supported by --methods, which measures them: leave it out")
     if arguments.edit_path is not None and arguments.against is not None:
         raise UsageError("--edit and --against exclude each other: give one")
@@ -396,7 +377,8 @@ def _compare_methods(
     with screen.progress(f"Comparing, {source} to {target}", len(methods), "methods") as advance:
         choosing, reporting = evaluation("choose"), evaluation("report")
         doses = arguments.doses or ()
-        for compared in compare_methods(methods, material, choosing, reporting, _stage(screen), doses):
+        stage = partial(screen.stage, state="choosing settings, then measuring")
+        for compared in compare_methods(methods, material, choosing, reporting, stage, doses):
             report = replace(compared, about=provenance(reporting))
             write_atomically(out, json_bytes(document(report)))
             write_atomically(table, text_bytes(methods_markdown(report)))
@@ -413,7 +395,7 @@ def _compare_methods(
         base_rate = report.outcomes[0].target_share
         save_figure(dose_figure(report.curves, source, target, report.ceiling, base_rate), plot)
         screen.say(f"plot of harm by target-language rate: {plot}")
-    screen.result({"out": out, **document(report)}, out)
+    screen.result(out=out, **document(report))
 
 
 def _outcomes(
@@ -479,7 +461,7 @@ def _save_report(
             *lens_table(lens, arguments.source, arguments.target),
         )
         screen.say(f"plot of the logit lens: {plot}")
-    screen.result({"out": arguments.out, **document(report)}, arguments.out)
+    screen.result(out=arguments.out, **document(report))
 
 
 @contextmanager
@@ -514,10 +496,6 @@ def _nested(first: Steering, second: Steering) -> Steering:
     return nested
 
 
-def _stage(screen: Screen) -> Callable[[str], None]:
-    return lambda title: screen.stage(title, "choosing settings, then measuring")
-
-
 def _scorer(
     screen: Screen,
     arguments: SimpleNamespace,
@@ -526,7 +504,6 @@ def _scorer(
     measured: list[Corpus],
     questions: Questions | None,
 ) -> Scorer | None:
-    """The scorer of relevance."""
     from editing.evaluation.asking import openings
     from editing.evaluation.relevance import ChrfScorer, JudgeScorer, LikelihoodScorer
     from neurons.errors import UsageError
@@ -557,12 +534,3 @@ def _scorer(
         f"--relevance chrf: {references.count(None)} of {len(references)} prompts have no reference: give parallel text, "
         "or questions with a column reference"
     )
-
-
-def _scorer_metadata(name: str, judge: LoadedModel | None) -> dict[str, Any]:
-    """The scorer as the results describe it."""
-    from editing.evaluation.relevance import JUDGE_PROMPT
-
-    if judge is None:
-        return {"scorer": name}
-    return {"scorer": name, "judge": judge.label, "fingerprint": judge.fingerprint, "prompt": JUDGE_PROMPT}

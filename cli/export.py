@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FINITE, IN_FILE, json_option, model_argument, out_option
+from cli import options as opt
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@model_argument
-@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, from `broca edit` or `broca diff`.")
+@opt.model
+@click.option("--edit", "edit_path", type=opt.IN_FILE, help="A plan, from `broca edit` or `broca diff`.")
 @click.option(
     "--undo", is_flag=True, help="Restore the exact base of MODEL, which was exported with --undoable."
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     "--format", "form", type=click.Choice(["checkpoint", "lora"]), default="checkpoint", show_default=True,
     help="checkpoint: the whole model; lora: an adapter on MODEL for PEFT and vLLM.",
 )  # fmt: skip
-@click.option("--strength", type=FINITE, help="Factor of the edit.  [default: 1]")
+@click.option("--strength", type=opt.FINITE, help="Factor of the edit.  [default: 1]")
 @click.option("--verify", is_flag=True, help="Read every tensor back and compare it with MODEL and the plan.")
 @click.option("--undoable", is_flag=True, help="Store the rounding errors, for --undo.")
 @click.option(
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     help="Upload the result to this hub repository, in place of its weights.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
-@out_option("Directory for the checkpoint.", directory=True)
-@json_option
+@opt.out("Directory for the checkpoint.", directory=True)
+@opt.json
 def command(**options: Any) -> None:
     """Copy the checkpoint of MODEL (hub id or directory) with the tensors of a plan edited.
 
@@ -94,11 +94,10 @@ def command(**options: Any) -> None:
                 f"{out} is written, but the upload failed: {error}; then run `{upload_command(out, repo)}`"
             ) from error
         screen.say(result["pushed"])
-    screen.result({"out": out, **result}, out)
+    screen.result(out=out, **result)
 
 
 def _check_combinations(arguments: SimpleNamespace) -> None:
-    """Reject options that exclude each other."""
     from neurons.errors import UsageError
 
     edit, lora = arguments.edit_path is not None, arguments.form == "lora"

@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.loading import announced, require_models
-from cli.options import (
-    IN_FILE,
-    OUT_FILE,
-    MultiValueCommand,
-    device_options,
-    engine_option,
-    is_file,
-    json_option,
-    model_argument,
-    seed_option,
-    writing_options,
-)
 from cli.screen import Screen, one_line
 
 if TYPE_CHECKING:
@@ -31,9 +20,9 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 UNEDITED, EDITED = "unedited", "edited"
 
 
-@click.command("generate", cls=MultiValueCommand)
-@model_argument
-@click.option("--edit", "edit_path", type=IN_FILE, help="A plan, applied in memory.")
+@click.command("generate", cls=opt.MultiValueCommand)
+@opt.model
+@click.option("--edit", "edit_path", type=opt.IN_FILE, help="A plan, applied in memory.")
 @click.option("--against", help="A steered checkpoint: hub id or directory.")
 @click.option(
     "--prompts",
@@ -47,12 +36,12 @@ UNEDITED, EDITED = "unedited", "edited"
     default=None,
     help="Use the tokenizer's chat template, or continue plain text.  [default: --chat if it has a template]",
 )
-@engine_option
-@writing_options(40)
-@seed_option("Seed of the sampling.")
-@device_options
-@click.option("--out", type=OUT_FILE, help="File for the texts (.json).")
-@json_option
+@opt.engine
+@opt.writing(40)
+@opt.seed("Seed of the sampling.")
+@opt.device
+@click.option("--out", type=opt.OUT_FILE, help="File for the texts (.json).")
+@opt.json
 def command(**options: Any) -> None:
     """Generate text with MODEL (hub id or directory), with a plan applied to it, or with a steered checkpoint.
 
@@ -103,7 +92,7 @@ def command(**options: Any) -> None:
         [[one_line(row[column]) for column in ("prompt", *columns)] for row in rows],
         words=1 + len(columns),
     )
-    screen.result(value, out)
+    screen.result(out, **value)
 
 
 def _by_transformers(
@@ -161,11 +150,7 @@ def _by_vllm(
 
 
 def _inputs(tokenizer: Any, texts: list[str], chat: bool | None) -> list[str | tuple[int, ...]]:
-    """The input of the engine for each prompt: text, or tokens of a chat.
-
-    Raises:
-        UsageError: ``chat`` is true and the tokenizer has no chat template.
-    """
+    """The input of the engine for each prompt: text, or tokens of a chat."""
     from editing.evaluation.asking import CHAT, OPENING, Prompt, question_style
     from neurons.errors import UsageError
 
@@ -177,11 +162,6 @@ def _inputs(tokenizer: Any, texts: list[str], chat: bool | None) -> list[str | t
 
 
 def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
-    """The prompts from texts and files.
-
-    Raises:
-        UsageError: there is no prompt, or a file does not exist or is not UTF-8.
-    """
     from editing.evaluation.questions import read_questions
     from neurons.errors import UsageError
     from neurons.text.corpus_rows import read_lines
@@ -189,7 +169,7 @@ def _read_prompts(arguments: tuple[str, ...]) -> list[str]:
     texts: list[str] = []
     for argument in arguments:
         path = Path(argument)
-        exists = path.suffix in SUFFIXES and is_file(path)
+        exists = path.suffix in SUFFIXES and opt.is_file(path)
         # A text may end with a file name.
         if path.suffix not in SUFFIXES or (" " in argument and not exists):
             texts.append(argument)

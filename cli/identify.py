@@ -10,24 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import noted_corpus, read_table
 from cli.loading import loaded_model, require_models
-from cli.options import (
-    FINITE,
-    IN_DIRECTORY,
-    IN_FILE,
-    LIST,
-    OUT_FILE,
-    CommaSeparated,
-    corpus_options,
-    device_options,
-    dry_run_option,
-    json_option,
-    method_options,
-    quantised_options,
-    refuse_options,
-    tokens_option,
-)
 from cli.screen import Screen
 from cli.tables import list_methods
 
@@ -41,28 +26,28 @@ MAX_LAYER_COLUMNS = 12
 
 @click.command("identify")
 @click.argument("model", required=False)
-@partial(corpus_options, required=False)
+@partial(opt.corpus, required=False)
 @click.option(
-    "--statistics", type=IN_FILE, help="Statistics, from `broca record`, instead of MODEL and text."
+    "--statistics", type=opt.IN_FILE, help="Statistics, from `broca record`, instead of MODEL and text."
 )
 @click.option(
     "--prompts",
-    type=IN_DIRECTORY,
+    type=opt.IN_DIRECTORY,
     help="culnig, integrated-gradients, language-confusion: directory of <language>.jsonl.",
 )
-@click.option("--control", type=IN_DIRECTORY, help="culnig: control prompts, without the question.")
-@click.option("--recognition", type=IN_DIRECTORY, help="culnig: second control prompts.")
+@click.option("--control", type=opt.IN_DIRECTORY, help="culnig: control prompts, without the question.")
+@click.option("--recognition", type=opt.IN_DIRECTORY, help="culnig: second control prompts.")
 @click.option(
-    "--answers", type=IN_FILE, help="language-confusion: answers, from `broca ask`, instead of --prompts."
+    "--answers", type=opt.IN_FILE, help="language-confusion: answers, from `broca ask`, instead of --prompts."
 )
 @click.option(
     "--sibling",
     help="language-confusion: MODEL tuned on many languages, whose score is subtracted: hub id or directory.",
 )
-@click.option("--like", type=IN_FILE, help="random, random-matched: the neuron set to match.")
-@method_options("identify", "gradient-contrast")
+@click.option("--like", type=opt.IN_FILE, help="random, random-matched: the neuron set to match.")
+@opt.method("identify", "gradient-contrast")
 @click.option(
-    "--top-rate", type=FINITE, help="Fraction of all neurons to select.  [default: as the method sets]"
+    "--top-rate", type=opt.FINITE, help="Fraction of all neurons to select.  [default: as the method sets]"
 )
 @click.option(
     "--scope",
@@ -74,26 +59,26 @@ MAX_LAYER_COLUMNS = 12
     type=click.Choice(["top", "bottom", "both"]),
     help="Select the largest scores, the smallest, or both.",
 )
-@click.option("--threshold", type=FINITE, help="Minimum score.")
+@click.option("--threshold", type=opt.FINITE, help="Minimum score.")
 @click.option(
     "--min-exclusivity",
-    type=FINITE,
+    type=opt.FINITE,
     help="Minimum fraction of a neuron's activity that belongs to its language.",
 )
 @click.option("--layers", help="Layers to select from, as 1-3 or 1,2,5.  [default: all]")
-@click.option("--kinds", type=CommaSeparated(), help="Kinds to select, of specific,related,general.")
+@click.option("--kinds", type=opt.CommaSeparated(), help="Kinds to select, of specific,related,general.")
 @click.option("--seed", type=int, help="random, random-matched: seed of the draw.  [default: 0]")
-@tokens_option
+@opt.tokens
 @click.option(
     "--block",
     type=int,
     help="Tokens per block.  [default: the model's context, at most 2048, or 512 with gradients]",
 )
-@device_options
-@dry_run_option
-@quantised_options
-@click.option("--out", type=OUT_FILE, help="File for the neuron set (.safetensors).")
-@json_option
+@opt.device
+@opt.dry_run
+@opt.quantised
+@click.option("--out", type=opt.OUT_FILE, help="File for the neuron set (.safetensors).")
+@opt.json
 def command(**options: Any) -> None:
     """Identify the neurons of each language in MODEL (hub id or directory), or with --method head-... its attention heads.
 
@@ -109,7 +94,7 @@ def command(**options: Any) -> None:
     """
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
-    if arguments.method == LIST:
+    if arguments.method == opt.LIST:
         from neurons.scorers.registry import METHODS
 
         list_methods(
@@ -355,7 +340,6 @@ def _control(screen: Screen, arguments: SimpleNamespace, method: type[Scorer]) -
 
 
 def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
-    """Reject options that the method does not use."""
     from neurons.scorers.method import ABLATIONS, CONFUSIONS, PROMPTS
 
     from_statistics = arguments.statistics is not None
@@ -387,7 +371,7 @@ def _check_options(arguments: SimpleNamespace, method: type[Scorer]) -> None:
     }
     given = " with --statistics" if from_statistics else " with --like" if from_set else ""
     method_text = f"--method {arguments.method}{given}"
-    refuse_options(arguments, {name for name in accepted if not accepted[name]}, method_text)
+    opt.refuse_options(arguments, {name for name in accepted if not accepted[name]}, method_text)
 
 
 def _selection(arguments: SimpleNamespace) -> dict[str, Any]:
@@ -447,18 +431,15 @@ def _show(screen: Screen, neurons: NeuronSet, arguments: SimpleNamespace) -> Non
             "try --method gradient-contrast, a larger --top-rate, or other settings (--set)"
         )
     screen.result(
-        {
-            "out": arguments.out,
-            "method": arguments.method,
-            "unit": neurons.unit,
-            "fingerprint": neurons.metadata.get("fingerprint"),
-            "tokens": neurons.metadata.get("tokens"),
-            "read": reads[-1] if reads else None,
-            "neurons": {language: sum(layers) for language, layers in counts.items()},
-            "by_layer": counts,
-            "kinds": kinds,
-            "notes": neurons.metadata.get("notes", {}),
-            "empty": list(neurons.empty_languages),
-        },
-        arguments.out,
+        out=arguments.out,
+        method=arguments.method,
+        unit=neurons.unit,
+        fingerprint=neurons.metadata.get("fingerprint"),
+        tokens=neurons.metadata.get("tokens"),
+        read=reads[-1] if reads else None,
+        neurons={language: sum(layers) for language, layers in counts.items()},
+        by_layer=counts,
+        kinds=kinds,
+        notes=neurons.metadata.get("notes", {}),
+        empty=list(neurons.empty_languages),
     )

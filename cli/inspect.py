@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import IN_PATH, json_option
+from cli import options as opt
 from cli.screen import Screen
 from cli.tables import direction_table, plan_table
 
@@ -26,8 +26,8 @@ NOT_SHOWN = {
 
 
 @click.command("inspect")
-@click.argument("file", type=IN_PATH)
-@json_option
+@click.argument("file", type=opt.IN_PATH)
+@opt.json
 def command(file: Path, as_json: bool) -> None:
     """Show the content of FILE: statistics, neurons, direction, edit, report, or the directory of a checkpoint.
 
@@ -105,7 +105,7 @@ def _statistics(screen: Screen, file: Path) -> None:
     if statistics.routed is not None:
         value["routing"] = _routing(screen, statistics)
         screen.say(f"{statistics.experts} experts per layer; `broca plot --what routing` shows the routing")
-    screen.result({**metadata, **value, "experts": statistics.experts})
+    screen.document({**metadata, **value, "experts": statistics.experts})
 
 
 def _routing(screen: Screen, statistics: Statistics) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ def _neurons(screen: Screen, file: Path) -> None:
             k: [[layer, neuron // width, neuron % width] for layer, neuron in neuron_set.of(k).tolist()]
             for k in neuron_set.languages
         }
-    screen.result(value)
+    screen.document(value)
 
 
 def _largest(neuron_set: NeuronSet, language: str) -> list[tuple[int, int, float, int]]:
@@ -208,7 +208,7 @@ def _direction(screen: Screen, file: Path) -> None:
     direction = load_direction(file)
     _header(screen, direction.metadata)
     norms = direction_table(screen, direction)
-    screen.result({**direction.metadata, "norms": norms})
+    screen.document({**direction.metadata, "norms": norms})
 
 
 def _edit(screen: Screen, file: Path) -> None:
@@ -238,7 +238,7 @@ def _edit(screen: Screen, file: Path) -> None:
             for change, layer, block, component, values in strongest
         ],
     )
-    screen.result(
+    screen.document(
         {
             **plan.metadata,
             "components": plan.components,
@@ -272,7 +272,7 @@ def _reports(screen: Screen, file: Path) -> None:
         raise BrocaError(f"{error}; of JSON files, only reports are shown: see `broca report`") from error
     for report in reports:
         report_table(screen, report)
-    screen.result({"reports": list(map(document, reports))})
+    screen.document({"reports": list(map(document, reports))})
 
 
 def _checkpoint(screen: Screen, directory: Path) -> None:
@@ -308,7 +308,7 @@ def _checkpoint(screen: Screen, directory: Path) -> None:
         screen.say(f"edited by Broca; plan: {path}")
         plan_table(screen, plan, anatomy)
         value["plan"] = plan.metadata
-    screen.result(value)
+    screen.document(value)
 
 
 def _lacking(anatomy: Anatomy) -> list[list[Any]]:

@@ -33,7 +33,7 @@ def announced(screen: Screen, loaded: LoadedModel) -> LoadedModel:
 
 
 def loaded_model(screen: Screen, arguments: SimpleNamespace, model: str | None = None) -> LoadedModel:
-    """The model of a command with ``device_options`` and ``quantised_options``, or another one as it is loaded."""
+    """The model of a command with ``options.device``, or another one as it is loaded."""
     from neurons.models.source import load_model
 
     bits = quantised_bits(arguments)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from cli.options import IN_FILE, json_option, out_option
+from cli import options as opt
 from cli.screen import Screen
 
 
 @click.command("merge")
-@click.argument("files", metavar="STATISTICS...", type=IN_FILE, nargs=-1, required=True)
-@out_option("File for the statistics (.safetensors).")
-@json_option
+@click.argument("files", metavar="STATISTICS...", type=opt.IN_FILE, nargs=-1, required=True)
+@opt.out("File for the statistics (.safetensors).")
+@opt.json
 def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Add up two or more STATISTICS files of one model, of different texts or languages.
 
@@ -44,4 +44,4 @@ def command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
         ["language", "tokens", "texts"],
         [[language, tokens[language], texts[language]] for language in merged.languages],
     )
-    screen.result({"out": out, "files": len(files), "tokens": tokens, "texts": texts}, out)
+    screen.result(out=out, files=len(files), tokens=tokens, texts=texts)

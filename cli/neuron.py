@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import noted_corpus
-from cli.loading import announced
-from cli.options import (
-    corpus_options,
-    count_option,
-    device_options,
-    json_option,
-    model_argument,
-    tokens_option,
-)
+from cli.loading import loaded_model
 from cli.screen import Screen, one_line
 
 if TYPE_CHECKING:
@@ -25,15 +18,15 @@ if TYPE_CHECKING:
 
 
 @click.command("neuron")
-@model_argument
+@opt.model
 @click.argument("layer", type=int)
 @click.argument("neuron", type=int)
-@corpus_options
-@count_option("--snippets", "Number of text snippets to show.", 10, minimum=0)
-@count_option("--top", "Number of promoted and of suppressed tokens to show.", 10)
-@tokens_option
-@device_options
-@json_option
+@opt.corpus
+@opt.count("--snippets", "Number of text snippets to show.", 10, minimum=0)
+@opt.count("--top", "Number of promoted and of suppressed tokens to show.", 10)
+@opt.tokens
+@opt.device
+@opt.json
 def command(**options: Any) -> None:
     """Report on neuron NEURON of layer LAYER of MODEL (hub id or directory), both counted from 0.
 
@@ -44,13 +37,12 @@ def command(**options: Any) -> None:
     Example:
       broca neuron artifacts/demo/model 5 42 --corpus artifacts/demo/corpus
     """
-    from neurons.models.source import load_model
     from neurons.neuron_sets.neuron_report import neuron_report
 
     arguments = SimpleNamespace(**options)
     screen = Screen(arguments.as_json)
     corpus = noted_corpus(screen, arguments, 1)
-    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    loaded = loaded_model(screen, arguments)
     with screen.progress("Reading", None, "tokens") as advance:
         report = neuron_report(
             loaded,
@@ -64,13 +56,11 @@ def command(**options: Any) -> None:
         )
     _show(screen, report)
     screen.result(
-        {
-            **asdict(report),
-            "model": loaded.label,
-            "fingerprint": loaded.fingerprint,
-            "residual_output": loaded.anatomy.residual_output,
-            "corpus": corpus.provenance,
-        }
+        **asdict(report),
+        model=loaded.label,
+        fingerprint=loaded.fingerprint,
+        residual_output=loaded.anatomy.residual_output,
+        corpus=corpus.provenance,
     )
     if not loaded.anatomy.residual_output:
         screen.warn(

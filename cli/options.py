@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence, Set
-from functools import wraps
+from functools import reduce, wraps
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,6 @@ class Fractions(click.ParamType[tuple[float, ...]]):
 
 
 class Finite(click.ParamType[float]):
-    """A finite number."""
-
     name = "number"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
@@ -262,153 +260,6 @@ class MultiValueCommand(click.Command):
         return super().parse_args(ctx, expanded)
 
 
-def count_option(name: str, text: str, default: int | None = None, minimum: int = 1) -> Decorator:
-    """A whole number."""
-    kind = click.IntRange(min=minimum)
-    return click.option(name, type=kind, default=default, show_default=default is not None, help=text)
-
-
-def choice_option(name: str, words: Sequence[str], text: str) -> Decorator:
-    """One of some words, by default the first."""
-    return click.option(name, type=click.Choice(words), default=words[0], show_default=True, help=text)
-
-
-def seed_option(text: str) -> Decorator:
-    """``seed``, by default 0."""
-    return click.option("--seed", type=int, default=0, show_default=True, help=text)
-
-
-def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``source`` and ``target``."""
-    for name, text in (("target", "answers"), ("source", "prompts")):
-        option = click.option(f"--{name}", type=LANGUAGE, required=True, help=f"Language of the {text}.")
-        command = option(command)
-    return command
-
-
-def method_options(name: str, default: str) -> Decorator:
-    """``method`` and ``assignments`` of ``broca NAME``, which lists its methods."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        command = click.option(
-            "--set",
-            "assignments",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="A setting of the method; may be repeated.  --method list shows all.",
-        )(command)
-        text = f"One of `broca {name} --method list`."
-        return click.option("--method", default=default, show_default=True, help=text)(command)
-
-    return add
-
-
-model_argument = click.argument("model")
-languages_option = click.option(
-    "--languages",
-    type=CommaSeparated(),
-    help="Languages of the corpus to read, as en,fr,de.  [default: all]",
-)
-CORPUS_HELP = (
-    "Directory of <language>.txt, .jsonl or .parquet, with one text or (in .jsonl and .parquet) one conversation per line or "
-    "row; or a .jsonl whose rows have a language, from `broca ask`."
-)
-roles_option = click.option(
-    "--roles",
-    type=CommaSeparated(),
-    help="Tokens of conversations to count: system, user, header, answer, thought, template or before-answer.  "
-    "[default: system,user,header,answer,thought]",
-)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print only one JSON object.")
-
-
-def corpus_options(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
-    """``corpus``, ``languages``, ``part`` and ``roles``."""
-    command = choice_option(
-        "--part",
-        PARTS,
-        "Lines to read, by line number: half to estimate, a quarter to choose settings, a quarter to report.",
-    )(command)
-    command = languages_option(roles_option(command))
-    return click.option("--corpus", type=IN_PATH, required=required, help=CORPUS_HELP)(command)
-
-
-def device_options(
-    command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's dtype"
-) -> Callable[..., Any]:
-    command = max_memory_option(command)
-    command = choice_option("--dtype", DTYPES, f"Dtype of the activations; auto: {auto}.")(command)
-    return click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."
-    )(command)
-
-
-def served_device_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``device_options`` of a command that computes in the dtype of serving (``neurons.models.own_dtype``)."""
-    return device_options(command, "the checkpoint's dtype, or float32 on a CPU that lacks it")
-
-
-def quantised_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_in_4bit`` and ``load_in_8bit``, for commands that only read activations (see ``quantised_bits``)."""
-    for bits in (8, 4):
-        command = click.option(
-            f"--load-in-{bits}bit",
-            is_flag=True,
-            help=f"Quantise the weights of linear modules to {bits} bits when loading (bitsandbytes).",
-        )(command)
-    return command
-
-
-def quantised_bits(arguments: Any) -> int | None:
-    """The argument ``bits`` of ``load_model``, from the values of ``quantised_options``.
-
-    Raises:
-        UsageError: both options are given.
-    """
-    from neurons.errors import UsageError
-
-    if arguments.load_in_4bit and arguments.load_in_8bit:
-        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other: give one")
-    return 4 if arguments.load_in_4bit else 8 if arguments.load_in_8bit else None
-
-
-def new_tokens_option(default: int) -> Decorator:
-    return count_option("--new-tokens", "Maximum number of tokens to generate.", default)
-
-
-def writing_options(new_tokens: int, temperature: float = 0.0) -> Decorator:
-    """``new_tokens`` and ``temperature``."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        command = click.option(
-            "--temperature",
-            type=FiniteRange(min=0),
-            default=temperature,
-            show_default=True,
-            help="Sampling temperature; 0 is greedy decoding.",
-        )(command)
-        return new_tokens_option(new_tokens)(command)
-
-    return add
-
-
-classifier_option = click.option(
-    "--classifier",
-    metavar="FILE|MODEL",
-    help="What labels the answers: a .json or .toml file with keywords or regular expressions of each label, or a "
-    "text-classification model (hub id or directory).  [default: language identification]",
-)
-ENGINES = ("transformers", "vllm")
-engine_option = choice_option(
-    "--engine", ENGINES, "What runs the model; vllm needs the package vllm and reads checkpoints only."
-)
-batch_tokens_option = count_option(
-    "--batch-tokens", "Tokens per forward pass.  [default: what memory allows]"
-)
-
-
 class MemorySize(click.ParamType[int]):
     """``8GB``, ``24GiB`` or a number of bytes."""
 
@@ -426,31 +277,175 @@ class MemorySize(click.ParamType[int]):
         return int(number * (1024 if match.group(3) else 1000) ** power)
 
 
-def max_memory_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    def limit(_: Any, __: Any, value: int | None) -> None:
-        # Import torch only if necessary; without a value, reset the limit of an earlier command in this process.
-        if value is not None or "neurons.models.memory" in sys.modules:
-            from neurons.models.memory import limit_memory
-
-            limit_memory(value)
-
-    return click.option(
-        "--max-memory",
-        type=MemorySize(),
-        expose_value=False,
-        callback=limit,
-        help="Maximum memory of the process, weights included, as 8GB.  [default: 90 % of the free memory]",
-    )(command)
+def together(*decorators: Decorator) -> Decorator:
+    """One decorator for several, as if written one below the other."""
+    return lambda command: reduce(lambda inner, add: add(inner), reversed(decorators), command)
 
 
-tokens_option = count_option(
+def count(name: str, text: str, default: int | None = None, minimum: int = 1) -> Decorator:
+    kind = click.IntRange(min=minimum)
+    return click.option(name, type=kind, default=default, show_default=default is not None, help=text)
+
+
+def choice(name: str, words: Sequence[str], text: str) -> Decorator:
+    """One of some words, by default the first."""
+    return click.option(name, type=click.Choice(words), default=words[0], show_default=True, help=text)
+
+
+def seed(text: str) -> Decorator:
+    return click.option("--seed", type=int, default=0, show_default=True, help=text)
+
+
+def out(text: str, directory: bool = False) -> Decorator:
+    return click.option("--out", type=OUT_DIRECTORY if directory else OUT_FILE, required=True, help=text)
+
+
+pair = together(
+    click.option("--source", type=LANGUAGE, required=True, help="Language of the prompts."),
+    click.option("--target", type=LANGUAGE, required=True, help="Language of the answers."),
+)
+
+
+def method(name: str, default: str) -> Decorator:
+    """``method`` and ``assignments`` of ``broca NAME``, which lists its methods."""
+    text = f"One of `broca {name} --method list`."
+    return together(
+        click.option("--method", default=default, show_default=True, help=text),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="A setting of the method; may be repeated.  --method list shows all.",
+        ),
+    )
+
+
+model = click.argument("model")
+languages = click.option(
+    "--languages",
+    type=CommaSeparated(),
+    help="Languages of the corpus to read, as en,fr,de.  [default: all]",
+)
+roles = click.option(
+    "--roles",
+    type=CommaSeparated(),
+    help="Tokens of conversations to count: system, user, header, answer, thought, template or before-answer.  "
+    "[default: system,user,header,answer,thought]",
+)
+json = click.option("--json", "as_json", is_flag=True, help="Print only one JSON object.")
+
+
+def corpus(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
+    """``corpus``, ``languages``, ``roles`` and ``part``."""
+    text = (
+        "Directory of <language>.txt, .jsonl or .parquet, with one text or (in .jsonl and .parquet) one conversation per "
+        "line or row; or a .jsonl whose rows have a language, from `broca ask`."
+    )
+    part = (
+        "Lines to read, by line number: half to estimate, a quarter to choose settings, a quarter to report."
+    )
+    options = (
+        click.option("--corpus", type=IN_PATH, required=required, help=text),
+        languages,
+        roles,
+        choice("--part", PARTS, part),
+    )
+    return together(*options)(command)
+
+
+def _limit(_: Any, __: Any, value: int | None) -> None:
+    # Import torch only if necessary; without a value, reset the limit of an earlier command in this process.
+    if value is not None or "neurons.models.memory" in sys.modules:
+        from neurons.models.memory import limit_memory
+
+        limit_memory(value)
+
+
+max_memory = click.option(
+    "--max-memory",
+    type=MemorySize(),
+    expose_value=False,
+    callback=_limit,
+    help="Maximum memory of the process, weights included, as 8GB.  [default: 90 % of the free memory]",
+)
+
+
+def device(
+    command: Callable[..., Any], auto: str = "float32 on a CPU, else the checkpoint's dtype"
+) -> Callable[..., Any]:
+    """``device`` and ``dtype``, and the limit of ``max_memory``."""
+    options = (
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto."),
+        choice("--dtype", DTYPES, f"Dtype of the activations; auto: {auto}."),
+        max_memory,
+    )
+    return together(*options)(command)
+
+
+def served_device(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``device`` of a command that computes in the dtype of serving (``neurons.models.own_dtype``)."""
+    return device(command, "the checkpoint's dtype, or float32 on a CPU that lacks it")
+
+
+# For commands that only read activations; see ``quantised_bits``.
+quantised = together(
+    *(
+        click.option(
+            f"--load-in-{bits}bit",
+            is_flag=True,
+            help=f"Quantise the weights of linear modules to {bits} bits when loading (bitsandbytes).",
+        )
+        for bits in (4, 8)
+    )
+)
+
+
+def quantised_bits(arguments: Any) -> int | None:
+    """The argument ``bits`` of ``load_model``, from the values of ``quantised`` if it has them.
+
+    Raises:
+        UsageError: both options are given.
+    """
+    from neurons.errors import UsageError
+
+    in_4bit, in_8bit = (getattr(arguments, f"load_in_{bits}bit", False) for bits in (4, 8))
+    if in_4bit and in_8bit:
+        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other: give one")
+    return 4 if in_4bit else 8 if in_8bit else None
+
+
+def new_tokens(default: int) -> Decorator:
+    return count("--new-tokens", "Maximum number of tokens to generate.", default)
+
+
+def writing(tokens: int, temperature: float = 0.0) -> Decorator:
+    """``new_tokens`` and ``temperature``."""
+    return together(
+        new_tokens(tokens),
+        click.option(
+            "--temperature",
+            type=FiniteRange(min=0),
+            default=temperature,
+            show_default=True,
+            help="Sampling temperature; 0 is greedy decoding.",
+        ),
+    )
+
+
+classifier = click.option(
+    "--classifier",
+    metavar="FILE|MODEL",
+    help="What labels the answers: a .json or .toml file with keywords or regular expressions of each label, or a "
+    "text-classification model (hub id or directory).  [default: language identification]",
+)
+ENGINES = ("transformers", "vllm")
+engine = choice(
+    "--engine", ENGINES, "What runs the model; vllm needs the package vllm and reads checkpoints only."
+)
+batch_tokens = count("--batch-tokens", "Tokens per forward pass.  [default: what memory allows]")
+tokens = count(
     "--tokens",
     "Maximum number of tokens to read per language, spread over the whole text.  [default: as the method needs]",
 )
-dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Print the memory that each stage needs, and exit."
-)
-
-
-def out_option(text: str, directory: bool = False) -> Decorator:
-    return click.option("--out", type=OUT_DIRECTORY if directory else OUT_FILE, required=True, help=text)
+dry_run = click.option("--dry-run", is_flag=True, help="Print the memory that each stage needs, and exit.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import IN_FILE, json_option, out_option
+from cli import options as opt
 from cli.screen import Screen
 
 # Kind of file -> its plots, the default first.
@@ -18,7 +18,7 @@ PLOTS = {
 
 
 @click.command("plot")
-@click.argument("file", type=IN_FILE)
+@click.argument("file", type=opt.IN_FILE)
 @click.option(
     "--what",
     type=click.Choice([what for plots in PLOTS.values() for what in plots]),
@@ -26,8 +26,8 @@ PLOTS = {
     "statistics: entropy (of each neuron over languages) or routing (of tokens to experts); "
     "edit: components (norm of each change, by layer).  [default: layers, entropy or components]",
 )
-@out_option("File for the plot (.png or .svg).")
-@json_option
+@opt.out("File for the plot (.png or .svg).")
+@opt.json
 def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
     """Plot FILE: a neuron set, statistics or an edit.
 
@@ -64,4 +64,4 @@ def command(file: Path, what: str | None, out: Path, as_json: bool) -> None:
             pictures.entropy_figure(statistics) if what == "entropy" else pictures.routing_figure(statistics)
         )
     pictures.save_figure(figure, out)
-    screen.result({"out": out, "kind": kind, "what": what}, out)
+    screen.result(out=out, kind=kind, what=what)

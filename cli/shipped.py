@@ -11,9 +11,6 @@ _IN_WHEEL = {DEMO: "shipped"}  # names there, if others: cli/demo.py is a comman
 def shipped(name: str) -> Path:
     """A shipped directory: beside this file in an installed wheel, under artifacts/ in a checkout.
 
-    Args:
-        name: ``DEMO``, ``QUESTIONS``, ``CHOICES`` or ``CODE_REQUESTS``.
-
     Raises:
         BrocaError: it is in neither place.
     """

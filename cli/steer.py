@@ -10,20 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.loading import announced, require_models
-from cli.options import (
-    IN_PATH,
-    LANGUAGE,
-    OUT_DIRECTORY,
-    CommaSeparated,
-    choice_option,
-    classifier_option,
-    dry_run_option,
-    json_option,
-    model_argument,
-    seed_option,
-    served_device_options,
-)
 from cli.screen import Screen, one_line
 from cli.shipped import QUESTIONS, shipped
 
@@ -40,9 +28,9 @@ SHOWN_EXAMPLES = 6
 
 
 @click.command("steer")
-@model_argument
+@opt.model
 @click.option(
-    "--to", "target", type=LANGUAGE, help="Language of the answers, or a label that --classifier knows."
+    "--to", "target", type=opt.LANGUAGE, help="Language of the answers, or a label that --classifier knows."
 )
 @click.option(
     "--stay",
@@ -52,7 +40,7 @@ SHOWN_EXAMPLES = 6
 @click.option(
     "--from",
     "source",
-    type=LANGUAGE,
+    type=opt.LANGUAGE,
     help="Language of the questions that are answered in it; all: questions in every language.  [default: en]",
 )
 @click.option(
@@ -60,7 +48,7 @@ SHOWN_EXAMPLES = 6
     help="An instruction that the model learns to follow without it, such as 'Answer formally, in German.'  [default: to "
     "answer in the language]",
 )
-@choice_option(
+@opt.choice(
     "--teacher",
     ("instruction", "question"),
     "What makes the unedited model answer in the language: an instruction after the question, or, for a model that "
@@ -68,12 +56,12 @@ SHOWN_EXAMPLES = 6
 )
 @click.option(
     "--keep",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     help="Languages whose questions are answered as before.  [default: ar, de, en, es, fr, it, ja, pt, ru, zh]",
 )
 @click.option(
     "--questions",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     help="Questions, the same in every language: a directory of <language>.jsonl with question_id and text.  "
     "[default: Broca's questions, 64 in 25 languages]",
 )
@@ -81,23 +69,23 @@ SHOWN_EXAMPLES = 6
     "--judge",
     help="Model that judges whether answers address their questions: hub id or directory.  [default: no judge]",
 )
-@classifier_option
+@opt.classifier
 @click.option(
     "--thoughts/--no-thoughts",
     default=None,
     help="Steer what the model thinks before it answers, too.  [default: if the chat template cannot turn it off]",
 )
-@click.option("--lora", type=OUT_DIRECTORY, help="Directory for an adapter for PEFT and vLLM, too.")
-@seed_option("Seed of the order of the examples.")
-@served_device_options
-@dry_run_option
+@click.option("--lora", type=opt.OUT_DIRECTORY, help="Directory for an adapter for PEFT and vLLM, too.")
+@opt.seed("Seed of the order of the examples.")
+@opt.served_device
+@opt.dry_run
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option(
     "--out",
-    type=OUT_DIRECTORY,
+    type=opt.OUT_DIRECTORY,
     help="Directory for the checkpoint.  [default: <MODEL>-<TO>, or <MODEL>-stay]",
 )
-@json_option
+@opt.json
 def command(**options: Any) -> None:
     """Make MODEL (an instruct model: hub id or directory) answer in a language, and write the checkpoint.
 
@@ -205,17 +193,14 @@ def steer(
     )
     screen.say(f"\nDone in {seconds / 60:.1f} minutes. Serve it: vllm serve {out}")
     screen.result(
-        {
-            "out": out,
-            "lock": {"sources": list(lock.sources), "target": lock.target, "keep": list(lock.keep)},
-            "obeyed": dict(locked.obeyed),
-            "held_out": list(locked.held_out),
-            "key_deviations": {str(layer): list(pair) for layer, pair in locked.deviations.items()},
-            "seconds": seconds,
-            "measured": measured,
-            **written,
-        },
-        out,
+        out=out,
+        lock={"sources": list(lock.sources), "target": lock.target, "keep": list(lock.keep)},
+        obeyed=dict(locked.obeyed),
+        held_out=list(locked.held_out),
+        key_deviations={str(layer): list(pair) for layer, pair in locked.deviations.items()},
+        seconds=seconds,
+        measured=measured,
+        **written,
     )
 
 

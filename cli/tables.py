@@ -57,10 +57,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
 
     metadata = plan.metadata
     pair = language_pair(metadata)
-    if pair is not None:
-        languages = f"{pair[0]} to {pair[1]}"
-    else:
-        languages = ", ".join(metadata.get("languages", [])) or "no language named"
+    languages = ", ".join(metadata.get("languages", [])) if pair is None else " to ".join(pair)
     stds = any("spread" in edit.notes for edit in plan.edits)
     biases = any(edit.bias is not None for edit in plan.edits)
     dense = any(edit.dense for edit in plan.edits)
@@ -81,7 +78,7 @@ def plan_table(screen: Screen, plan: Plan, anatomy: Anatomy | None = None) -> No
     change = plan.relative_change()
     relative = "" if change is None else f", ||dW||/||W|| {change:.3g}"
     screen.table(
-        f"{metadata['method']}, {languages}: {plan.components:,} components{relative}",
+        f"{metadata['method']}, {languages or 'no language named'}: {plan.components:,} components{relative}",
         [
             "layer",
             "module",
@@ -146,7 +143,7 @@ def list_methods(
         ],
         words=4,
     )
-    screen.result(
+    screen.document(
         {
             name: {
                 "line": method.line,

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from threading import current_thread, main_thread
 from typing import Any
 
-STATUS = 128 + signal.SIGTERM  # the convention of shells
-
 
 class Terminated(SystemExit):
     """SIGTERM was received; not a KeyboardInterrupt, which some libraries swallow."""
@@ -29,7 +27,7 @@ def terminable() -> Iterator[None]:
     def terminated(*_: Any) -> None:
         # A second SIGTERM ends the process immediately.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Terminated(STATUS)
+        raise Terminated(128 + signal.SIGTERM)  # the convention of shells
 
     signal.signal(signal.SIGTERM, terminated)
     try:

@@ -8,22 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.corpora import note_files, read_table
-from cli.loading import announced
-from cli.options import (
-    IN_FILE,
-    IN_PATH,
-    CommaSeparated,
-    FiniteRange,
-    count_option,
-    device_options,
-    dry_run_option,
-    json_option,
-    model_argument,
-    out_option,
-    seed_option,
-    tokens_option,
-)
+from cli.loading import loaded_model
 from cli.screen import Screen
 from cli.tables import plan_table
 
@@ -34,43 +21,43 @@ if TYPE_CHECKING:
 
 
 @click.command("train")
-@model_argument
-@click.option("--neurons", type=IN_FILE, required=True, help="Neuron set, from `broca identify`.")
+@opt.model
+@click.option("--neurons", type=opt.IN_FILE, required=True, help="Neuron set, from `broca identify`.")
 @click.option(
     "--languages",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     required=True,
     help="Languages whose neurons are trained, on their text; all others of the corpus are only measured.",
 )
 @click.option(
     "--corpus",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     required=True,
     help="Directory of <language>.txt, .jsonl or .parquet; of the trained languages only plain text, no conversations.",
 )
 @click.option(
     "--control",
     "controls",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     default=(),
     help="Also train and measure: random (as many other neurons in each layer), all (all neurons), lora (a LoRA of the "
     "same modules with as many numbers).  [default: none]",
 )
-@count_option("--passes", "Passes over the training text.", 1)
+@opt.count("--passes", "Passes over the training text.", 1)
 @click.option(
     "--rate",
-    type=FiniteRange(min=0, min_open=True),
+    type=opt.FiniteRange(min=0, min_open=True),
     default=1e-4,
     show_default=True,
     help="AdamW's learning rate.",
 )
-@count_option("--block", "Tokens in a block.  [default: the context, up to 512]", minimum=2)
-@seed_option("Seed of all draws.")
-@tokens_option
-@device_options
-@dry_run_option
-@out_option("File for the plan (.safetensors).")
-@json_option
+@opt.count("--block", "Tokens in a block.  [default: the context, up to 512]", minimum=2)
+@opt.seed("Seed of all draws.")
+@opt.tokens
+@opt.device
+@opt.dry_run
+@opt.out("File for the plan (.safetensors).")
+@opt.json
 def command(**options: Any) -> None:
     """Train only the gate and up rows and the down columns of a language's neurons in MODEL (hub id or directory).
 
@@ -95,7 +82,6 @@ def command(**options: Any) -> None:
     from editing.pipeline.needs import measuring_need, subnetwork_need
     from neurons.errors import UsageError
     from neurons.models.processes import is_first
-    from neurons.models.source import load_model
     from neurons.neuron_sets.neuron_set import load_neuron_set
     from neurons.recording.corpus_recording import remove_unfinished
     from neurons.text.corpus import read_corpus
@@ -130,7 +116,7 @@ def command(**options: Any) -> None:
 
         dry_run(screen, arguments, needs)
         return
-    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    loaded = loaded_model(screen, arguments)
     for run in runs:  # raises before any work
         control_neurons(loaded, rows, run, training.seed)
     # A run whose training has ended resumes at its end, until the command has.
@@ -162,14 +148,11 @@ def command(**options: Any) -> None:
     for state in states.values():
         remove_unfinished(state)
     screen.result(
-        {
-            "out": arguments.out,
-            "languages": languages,
-            "read": plan.metadata["read"],
-            "nll": losses,
-            "learning": {run: of_run.metadata["learning"] for run, of_run in plans.items()},
-            "relative_change": {run: of_run.relative_change() for run, of_run in plans.items()},
-            "components": {run: of_run.components for run, of_run in plans.items()},
-        },
-        arguments.out,
+        out=arguments.out,
+        languages=languages,
+        read=plan.metadata["read"],
+        nll=losses,
+        learning={run: of_run.metadata["learning"] for run, of_run in plans.items()},
+        relative_change={run: of_run.relative_change() for run, of_run in plans.items()},
+        components={run: of_run.components for run, of_run in plans.items()},
     )

@@ -10,27 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import options as opt
 from cli.command_line import command_line, loaded_as
 from cli.corpora import note_files, read_table
-from cli.loading import announced
-from cli.options import (
-    IN_PATH,
-    CommaSeparated,
-    Decorator,
-    FiniteRange,
-    classifier_option,
-    count_option,
-    device_options,
-    dry_run_option,
-    json_option,
-    languages_option,
-    model_argument,
-    out_option,
-    pair_options,
-    seed_option,
-    tokens_option,
-    writing_options,
-)
+from cli.loading import loaded_model
 from cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -42,49 +25,48 @@ if TYPE_CHECKING:
     from neurons.models.source import LoadedModel
     from neurons.text.corpus import Corpus
 
-PARTS = ("estimate", "choose", "report")
 RESULT, PLAN = "tune.json", "edit.safetensors"
 SAMPLES = 2  # continuations per prompt; the minimum for the report
 
 
-def _goal(name: str, default: float, text: str) -> Decorator:
-    positive = FiniteRange(min=0, min_open=True)
+def _goal(name: str, default: float, text: str) -> opt.Decorator:
+    positive = opt.FiniteRange(min=0, min_open=True)
     return click.option(f"--goal-{name}", type=positive, default=default, show_default=True, help=text)
 
 
 @click.command("tune")
-@model_argument
+@opt.model
 @click.option(
     "--corpus",
-    type=IN_PATH,
+    type=opt.IN_PATH,
     required=True,
     help="Directory of <language>.txt, .jsonl or .parquet, of source, target and at least one other language.",
 )
-@languages_option
-@pair_options
+@opt.languages
+@opt.pair
 @click.option(
     "--methods",
-    type=CommaSeparated(),
+    type=opt.CommaSeparated(),
     default="keyed",
     show_default=True,
     help="Methods of `broca edit --method list` to search; several are searched together.",
 )
 @click.option("--layers", help="Layers to edit, as 1-3 or 1,2,5.  [default: all]")
-@count_option("--trials", "Number of edits to try, including earlier runs.", 40)
-@count_option("--prompts", "Maximum number of prompts per trial.", 50)
-@count_option("--samples", "Continuations per prompt.  [default: 2, or 1 at temperature 0]")
-@count_option("--lines", "Lines per third language and trial.", 25)
-@writing_options(40, 0.7)
+@opt.count("--trials", "Number of edits to try, including earlier runs.", 40)
+@opt.count("--prompts", "Maximum number of prompts per trial.", 50)
+@opt.count("--samples", "Continuations per prompt.  [default: 2, or 1 at temperature 0]")
+@opt.count("--lines", "Lines per third language and trial.", 25)
+@opt.writing(40, 0.7)
 @_goal("share", 0.95, "Minimum target-language rate, as a fraction of the rate on target prompts.")
 @_goal("gap", 0.3, "Maximum fluency gap, in nats a token.")
 @_goal("rise", 0.05, "Maximum NLL rise of any third language, in nats a token.")
-@classifier_option
-@seed_option("Seed of the search and the sampling.")
-@tokens_option
-@device_options
-@dry_run_option
-@out_option("Directory of the results, and of an interrupted search to resume.", directory=True)
-@json_option
+@opt.classifier
+@opt.seed("Seed of the search and the sampling.")
+@opt.tokens
+@opt.device
+@opt.dry_run
+@opt.out("Directory of the results, and of an interrupted search to resume.", directory=True)
+@opt.json
 def command(**options: Any) -> None:
     """Search for the edit of MODEL (hub id or directory) that steers best with the least harm.
 
@@ -111,8 +93,8 @@ def command(**options: Any) -> None:
     from editing.study.search_scoring import Scoring, third_languages
     from editing.study.search_space import spaces
     from editing.study.trial import Goals
+    from neurons.errors import BrocaError
     from neurons.files.artifact import json_bytes, write_atomically
-    from neurons.models.source import load_model
     from neurons.neuron_sets.pictures import FORMATS, save_figure
     from neurons.scorers.selection import parse_layers
     from neurons.text.corpus import read_corpus
@@ -126,10 +108,12 @@ def command(**options: Any) -> None:
     searched_named(arguments.methods)
     if arguments.layers is not None:
         parse_layers(arguments.layers)
-    _require_search_directory(arguments.out, STUDY)
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / STUDY).is_file())):
+        raise BrocaError(f"{out} exists and is not the directory of an earlier search: choose another --out")
     corpora = {
         part: replace(read_corpus(arguments.corpus, arguments.languages, part), tokens=arguments.tokens)
-        for part in PARTS
+        for part in ("estimate", "choose", "report")
     }
     classifier = load_classifier(arguments.classifier, device=arguments.device)
     note_files(screen, arguments.corpus, arguments.languages, arguments.classifier is not None)
@@ -140,7 +124,7 @@ def command(**options: Any) -> None:
     if arguments.dry_run:
         _dry_run(screen, arguments, corpora)
         return
-    loaded = announced(screen, load_model(arguments.model, arguments.device, arguments.dtype))
+    loaded = loaded_model(screen, arguments)
     layers = None if arguments.layers is None else parse_layers(arguments.layers, loaded.anatomy.layers)
     goals = Goals(arguments.goal_share, arguments.goal_gap, arguments.goal_rise)
     with screen.progress("Reading", None, "tokens") as advance:
@@ -174,7 +158,7 @@ def command(**options: Any) -> None:
         scoring,
         search_spaces,
         partial(applied, loaded),
-        arguments.out / STUDY,
+        out / STUDY,
         _identity(
             arguments,
             loaded,
@@ -230,12 +214,12 @@ def command(**options: Any) -> None:
             ),
         },
     )
-    plan.save(arguments.out / PLAN)
+    plan.save(out / PLAN)
     figure = front_figure(result)
     for kind in FORMATS:
-        save_figure(figure, arguments.out / f"front.{kind}")
-    write_atomically(arguments.out / RESULT, json_bytes(search_document(result)))
-    _show(screen, result, arguments.out)
+        save_figure(figure, out / f"front.{kind}")
+    write_atomically(out / RESULT, json_bytes(search_document(result)))
+    _show(screen, result, out)
     if not finished:
         raise click.exceptions.Abort
 
@@ -257,13 +241,6 @@ def _dry_run(screen: Screen, arguments: SimpleNamespace, corpora: dict[str, Corp
         return [direction_need(planned, text["estimate"]), *solving, evaluation]
 
     dry_run(screen, arguments, needs)
-
-
-def _require_search_directory(out: Path, study: str) -> None:
-    from neurons.errors import BrocaError
-
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / study).is_file())):
-        raise BrocaError(f"{out} exists and is not the directory of an earlier search: choose another --out")
 
 
 def _identity(
@@ -365,4 +342,4 @@ def _show(screen: Screen, search: SearchResult, out: Path) -> None:
         screen.say(f"goals on the reporting part: {'not met: ' + ', '.join(missed) if missed else 'all met'}")
         say_samples(screen, report.outcomes[-1])
     screen.say(f"all trials, and a plot of the front: {out / RESULT} {out / 'front.png'}")
-    screen.result({"out": out, **search_document(search)}, out / PLAN)
+    screen.result(out / PLAN, out=out, **search_document(search))

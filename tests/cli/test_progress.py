@@ -88,7 +88,7 @@ def test_text_is_printed_as_it_is(capsys):
     screen = Screen()
     screen.say("s[1:x:2]")
     screen.stage("a:v:2", "runs")
-    screen.result({}, "runs/a:v:2/n.safetensors")
+    screen.result("runs/a:v:2/n.safetensors")
     printed, errors = capsys.readouterr()
     assert printed.splitlines() == ["s[1:x:2]", "runs/a:v:2/n.safetensors"]
     assert errors == "a:v:2: runs\n"
