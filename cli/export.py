@@ -201,5 +201,7 @@ def _dequantised(screen: Screen, model: str, out: Path, overwrite: bool) -> dict
     checkpoint = locate(model)
     with screen.copying("Writing") as progress:
         written = dequantise(checkpoint, out, overwrite, progress)
+    for name in written.left_out:
+        screen.warn(f"{name} is left out: vLLM would serve these quantised weights")
     screen.say(f"converted {len(written.tensors)} tensors to bf16, {written.bytes / 1e9:.2f} GB in total")
-    return {"tensors": list(written.tensors), "bytes": written.bytes}
+    return {"tensors": list(written.tensors), "bytes": written.bytes, "left_out": list(written.left_out)}

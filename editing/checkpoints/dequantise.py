@@ -43,11 +43,13 @@ class Dequantised:
         path: of the new checkpoint.
         tensors: names of the dequantised tensors.
         bytes: size of the new weight files.
+        left_out: files of the source that are not in the output: quantised weights that vLLM prefers.
     """
 
     path: Path
     tensors: tuple[str, ...]
     bytes: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ def dequantise(
     check_target(target, overwrite)
     contents = {Path("config.json"): _unquantised(settings)} | _indexes(source, shards)
     total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
-    left_out = {*weight_files(source), *(source / name for name in preferred_by_vllm(source))}
-    others = [path for path in sizes if source / path not in left_out and path not in contents]
+    left_out = preferred_by_vllm(source)
+    weights = {*weight_files(source), *(source / name for name in left_out)}
+    others = [path for path in sizes if source / path not in weights and path not in contents]
     check_room(target, total + sum(sizes[path] for path in others))
     done = 0
 
@@ -135,6 +138,7 @@ def dequantise(
         path=target,
         tensors=tuple(sorted(t.name for tensors in shards.values() for t in tensors if t.scales is not None)),
         bytes=total,
+        left_out=left_out,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from neurons.errors import BrocaError, UsageError, first_line
@@ -38,8 +39,8 @@ def require_pushable(repo: str) -> None:
 
 def upload_command(path: Path, repo: str) -> str:
     """What pushes again by the hub's own command line, with the same files removed."""
-    removed = " ".join(f"--delete '{pattern}'" for pattern in REPLACED)
-    return f"hf upload {repo} {path} . {removed}"
+    removed = (word for pattern in REPLACED for word in ("--delete", pattern))
+    return shlex.join(["hf", "upload", repo, str(path), ".", *removed])
 
 
 def push(path: Path, repo: str, private: bool = False) -> str:

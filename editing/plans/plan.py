@@ -421,7 +421,7 @@ def load_plan(path: Path | str) -> Plan:
 def plan_metadata(
     source: ModelSource, method: str, settings: dict[str, Any], provenance: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The metadata of a plan; ``provenance`` adds source, target, languages and direction."""
+    """The metadata of a plan; ``provenance`` says what it is made from: source, target, languages, direction, ..."""
     return {
         "model": source.label,
         "fingerprint": source.fingerprint,

@@ -103,7 +103,7 @@ def test_what_failed_to_upload_is_kept_and_the_command_told_that_replaces_as_a_p
 
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr(hub, "push", fail)
-    out = tmp_path / "out"
+    out = tmp_path / "an out"
     status, _, err = broca("export", model, "--edit", edit, "--push-to-hub", "me/x", "--out", out)
     assert status == 1 and (out / "config.json").exists() and err.count("\n") == 1
     removed = [word for pattern in hub.REPLACED for word in ("--delete", pattern)]

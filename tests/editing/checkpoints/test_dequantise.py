@@ -99,6 +99,7 @@ def test_a_whole_checkpoint(tmp_path, shards, scale_dtype, monkeypatch):
         stored |= load_file(file)
     assert set(stored) == {name for name in tensors if not name.endswith("_inv")}
     assert set(found.tensors) == {name for name in tensors if name.endswith("_proj.weight")}
+    assert found.left_out == ("extra/consolidated.safetensors",)
     for name, tensor in stored.items():
         if name in found.tensors:
             assert tensor.dtype == torch.bfloat16
